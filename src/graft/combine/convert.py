@@ -17,6 +17,7 @@ from graft.core.effect import Effect
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 from graft.core.folding import Change, change_of, why_none
 from graft.core.layer import AdapterLayer
+from graft.core.method import Method
 from graft.core.ops import META
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
@@ -199,7 +200,7 @@ def configure(cfg: Any, base: nn.Module, ranks: dict[str, int], rank: int | floa
         adding.name_exactly(cfg, ranks)
 
 
-def values_on(m: Any, change: Change, cfg: Any) -> Tensors:
+def values_on(m: Method, change: Change, cfg: Any) -> Tensors:
     """Return the values of LoRA's tensors on the layer of a method, in its dtype."""
     site, B = m.site, change.B.flatten(0, 1)  # type: ignore[union-attr]
     A = of_all_groups(change.A, site).flatten(0, 1)
@@ -209,6 +210,7 @@ def values_on(m: Any, change: Change, cfg: Any) -> Tensors:
             raise ConfigError(f"The adapter changes biases, which LoRA cannot beside the embedding '{site.key}'.")
         values["lora_B", "bias"] = B.new_zeros(site.out_features) if change.shift is None else change.shift
     if not site.op.takes_ids:
-        for name, factor in zip("AB", site.op.factor_modules(site.module, len(A), False, False, META)):
+        factors = site.op.factor_modules(site.module, len(A), False, False, META)
+        for name, factor in zip("AB", factors or ()):
             values[f"lora_{name}", "weight"] = values[f"lora_{name}", "weight"].reshape(factor.weight.shape)
     return {place: t.detach().to(m.dtype, copy=True).contiguous() for place, t in values.items()}

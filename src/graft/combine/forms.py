@@ -65,13 +65,13 @@ class Form:
         """Return a config for the layers that any of these selects."""
         return union_of(configs)
 
-    def why_not(self, m: Any) -> str | None:
+    def why_not(self, m: Method) -> str | None:
         """Return why a method cannot be read; None if it can."""
         if m.effect.additive or type(m) is method_of(m.cfg.peft_type):
             return None
         return f"{type(m).__name__} does more than add a low-rank update"
 
-    def read(self, m: Any, weight: float) -> Term:
+    def read(self, m: Method, weight: float) -> Term:
         return factors_of(m, weight)
 
     def write(self, A: Tensor, B: Tensor, parts: list[tuple[Any, float]], cfg: Any) -> Tensors:

@@ -22,4 +22,4 @@ def share_dropped(dropout: nn.Module) -> float | None:
         return None
     if kind is not nn.Dropout or not dropout.training or not dropout.p:
         return 0.0
-    return None if dropout.p == 1 or watched() else dropout.p  # type: ignore[return-value]
+    return None if dropout.p == 1 or watched() else dropout.p

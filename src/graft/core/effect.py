@@ -58,7 +58,7 @@ class Compact(NamedTuple):
     """A factor whose module holds fewer numbers than its matrix. Kernels take the matrix, or call the module if it has
     hooks."""
 
-    module: Any  # its forward is the product
+    module: nn.Module  # its forward is the product
     expand: Callable[[Tensor], Tensor]  # from its weight to the matrix
 
     def __call__(self, x: Tensor) -> Tensor:

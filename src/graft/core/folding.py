@@ -129,7 +129,7 @@ class Change(NamedTuple):
     shift: Tensor | None  # Δb, (out,)
 
 
-def why_none(m: Any, effect: Effect | None = None) -> str | None:
+def why_none(m: Method, effect: Effect | None = None) -> str | None:
     """Return why a method has no ΔW on its layer that plain LoRA could add there; None if it has one.
 
     effect: stands for the method's effect, at one value of an argument (`Method.at`).
@@ -150,7 +150,7 @@ def why_none(m: Any, effect: Effect | None = None) -> str | None:
 
 
 @torch.no_grad()
-def change_of(m: Any, effect: Effect | None = None) -> Change:
+def change_of(m: Method, effect: Effect | None = None) -> Change:
     """Return the change that a method makes to its layer without other adapters, which `why_none` has allowed."""
     layer, effect, op = m.layer, effect or m.effect, m.site.op
     groups = op.groups(m.site.module)

@@ -61,7 +61,7 @@ def tensor_of(factor: Any) -> Tensor | None:
     return factor if type(factor) in PLAIN else None
 
 
-def weight_of(linear: Any) -> Tensor:
+def weight_of(linear: nn.Module) -> Tensor:
     """Return the weight of a linear layer. Only a parametrization needs the attribute, which is slower."""
     held = linear._parameters.get("weight")
     weight: Tensor = linear.weight if held is None else held

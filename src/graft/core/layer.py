@@ -149,7 +149,7 @@ class Host(Holding, Carrier, nn.Module):
             return
         names = tuple(state.active)
         if state.apart and any(name in self.methods for name in names):
-            state.plan = Apart(self, ())  # type: ignore[arg-type]
+            state.plan = Apart(self, ())
         elif state.weights is None and names in state.plans:
             state.plan = state.plans[names]
         else:
@@ -163,7 +163,7 @@ class Host(Holding, Carrier, nn.Module):
         plans = self.state.plans
         key = names if weights is None else (*names, weights)
         if key not in plans:
-            plans[key] = plan_of(self, names, weights)  # type: ignore[arg-type]  # a head has what its plan asks for
+            plans[key] = plan_of(self, names, weights)  # a head has what its plan asks for
         return plans[key]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +184,7 @@ class Host(Holding, Carrier, nn.Module):
         keys = () if state.disabled else rows.keys
         mix = state.mix
         if mix is None or mix.keys != keys:
-            mix = state.mix = Mixed(self, keys)  # type: ignore[arg-type]
+            mix = state.mix = Mixed(self, keys)
         return mix
 
 

@@ -24,12 +24,12 @@ from graft.core.site import Site
 from graft.core.tuner import Tuner
 
 if TYPE_CHECKING:
-    import typing_extensions
+    from typing import Self
 
     from graft.core.call import Call
     from graft.core.rows import Finish, Run
 
-    C = typing_extensions.TypeVar("C", default=Any)  # the config of a method; bare `Method` is one of any config
+    C = TypeVar("C", default=Any)  # the config of a method; bare `Method` is one of any config
 else:
     C = TypeVar("C")
 
@@ -218,7 +218,7 @@ class Method(Generic[C]):
         return ()
 
     @classmethod
-    def split_budget(cls, methods: Sequence[typing_extensions.Self]) -> None:
+    def split_budget(cls, methods: Sequence[Self]) -> None:
         """Complete the configs of one adapter's methods, which may depend on all its sites. No tensors yet."""
 
     @classmethod
@@ -243,7 +243,7 @@ class Method(Generic[C]):
         raise NotImplementedError
 
     @classmethod
-    def check_together(cls, methods: Sequence[typing_extensions.Self]) -> None:
+    def check_together(cls, methods: Sequence[Self]) -> None:
         """Raise if these adapters of one layer cannot be active at once."""
 
     def excludes(self, other: Any) -> str | None:

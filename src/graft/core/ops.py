@@ -62,7 +62,7 @@ class Op:
         """Return the Op for this module: another one if an attribute changes the module's function."""
         return self
 
-    def dims(self, m: Any) -> tuple[int, int]:
+    def dims(self, m: nn.Module) -> tuple[int, int]:
         """Return (out, in): features or channels."""
         return m.out_features, m.in_features
 
@@ -150,7 +150,7 @@ class Unknown(Op):
 
     known = False
 
-    def dims(self, m: Any) -> tuple[int, int]:
+    def dims(self, m: nn.Module) -> tuple[int, int]:
         return 0, 0
 
     def shape(self, m: nn.Module) -> tuple[int, ...]:
@@ -165,7 +165,7 @@ class Linear(Op):
 class MegatronLinear(Linear):
     """A linear layer of which a process may have a piece; its sizes are those of the whole."""
 
-    def dims(self, m: Any) -> tuple[int, int]:
+    def dims(self, m: nn.Module) -> tuple[int, int]:
         return m.output_size, m.input_size
 
 
@@ -176,7 +176,7 @@ class Conv1D(Op):
     output_is_new = True
     transposed = True
 
-    def dims(self, m: Any) -> tuple[int, int]:
+    def dims(self, m: nn.Module) -> tuple[int, int]:
         in_features, out_features = m.weight.shape
         return out_features, in_features
 
@@ -198,7 +198,7 @@ class Embedding(Op):
         is_one = isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1)
         return SCALED_EMBEDDING if is_one else self
 
-    def dims(self, m: Any) -> tuple[int, int]:
+    def dims(self, m: nn.Module) -> tuple[int, int]:
         return m.embedding_dim, m.num_embeddings
 
     def canon(self, W: Tensor) -> Tensor:
@@ -207,10 +207,10 @@ class Embedding(Op):
     def uncanon(self, W: Tensor) -> Tensor:
         return W.T
 
-    def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq)
 
-    def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
+    def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """Look rows of A up. `max_norm` is for the weight: torch would shrink the rows of any table, in place."""
         return self.scaled(m, F.embedding(x, A.T, m.padding_idx, None, m.norm_type, m.scale_grad_by_freq))
 
@@ -222,7 +222,7 @@ class Embedding(Op):
             return None
         return f"it shrinks rows that it looks up to max_norm={m.max_norm}, and the adapter acts on what comes of that"
 
-    def lookup(self, m: Any, places: Tensor, rows: Tensor) -> Tensor:
+    def lookup(self, m: nn.Module, places: Tensor, rows: Tensor) -> Tensor:
         """Return those of the rows (n, embedding_dim) at `places`, as the module would output them."""
         rows = rows if m.max_norm is None else rows.clone()  # torch renormalises them in place
         return F.embedding(places, rows, None, m.max_norm, m.norm_type)
@@ -231,14 +231,14 @@ class Embedding(Op):
 class ScaledEmbedding(Embedding):
     """An embedding that multiplies its output by `embed_scale` (Gemma)."""
 
-    def scaled(self, m: Any, rows: Tensor) -> Tensor:
+    def scaled(self, m: nn.Module, rows: Tensor) -> Tensor:
         out: Tensor = rows * m.embed_scale
         return out
 
-    def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return self.scaled(m, super().call(m, x, W, b))
 
-    def lookup(self, m: Any, places: Tensor, rows: Tensor) -> Tensor:
+    def lookup(self, m: nn.Module, places: Tensor, rows: Tensor) -> Tensor:
         return self.scaled(m, super().lookup(m, places, rows))
 
 
@@ -249,26 +249,26 @@ class Conv(Op):
     def __init__(self, conv: Callable[..., Tensor], module: type[nn.Module], spatial: int):
         self.conv, self.module, self.spatial = conv, module, spatial
 
-    def dims(self, m: Any) -> tuple[int, int]:
+    def dims(self, m: nn.Module) -> tuple[int, int]:
         return m.out_channels, m.in_channels
 
-    def shape(self, m: Any) -> tuple[int, ...]:
+    def shape(self, m: nn.Module) -> tuple[int, ...]:
         return m.out_channels, m.in_channels // m.groups, *m.kernel_size
 
-    def _convolve(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None, groups: int) -> Tensor:
+    def _convolve(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None, groups: int) -> Tensor:
         padding = m.padding
         if m.padding_mode != "zeros":
             x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
             padding = 0
         return self.conv(x, W, b, m.stride, padding, m.dilation, groups)
 
-    def call(self, m: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return self._convolve(m, x, W, b, m.groups)
 
     def factorable(self, m: nn.Module) -> bool:
         return bool(m.groups == 1)
 
-    def down(self, m: Any, x: Tensor, A: Tensor) -> Tensor:
+    def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         return self._convolve(m, x, A.view(A.shape[0], m.in_channels, *m.kernel_size), None, 1)
 
     def up(self, m: nn.Module, z: Tensor, B: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class Conv(Op):
     def channels(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.spatial)
 
-    def groups(self, m: Any) -> int:
+    def groups(self, m: nn.Module) -> int:
         return int(m.groups)
 
     def factor_modules(
@@ -322,7 +322,7 @@ class Opaque(Op):
         shape = tuple(getattr(m, self.parameter).shape)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
-    def dims(self, m: Any) -> tuple[int, int]:
+    def dims(self, m: nn.Module) -> tuple[int, int]:
         shape = self.shape(m)
         return (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], 1)
 

@@ -119,7 +119,7 @@ def drops(layer: Layer, module: nn.Module | None) -> bool:
     return module is not None and not layer.op.takes_ids and share_dropped(module) != 0
 
 
-def dropped(layer: Layer, module: Any, x: Tensor) -> Tensor:
+def dropped(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
     """Return the piece of an input with the same inputs taken out on all processes, those that one would take out."""
     piece = layer.site.piece
     p, whole = share_dropped(module), joined(x, piece.inputs)
@@ -130,7 +130,7 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)). Modules with hooks see whole tensors."""
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     x = m.cast(x)
-    if drops(layer, f.dropout):
+    if f.dropout is not None and drops(layer, f.dropout):
         x = dropped(layer, f.dropout, x)
     A, B = tensor_of(f.A), tensor_of(f.B)
     if A is None:
@@ -266,5 +266,5 @@ class ChainOfPieces(OfPieces, Chain):
     def channels(self, v: Tensor) -> Tensor:
         return cut_up(v, self.layer.site.piece.outputs, 0)
 
-    def dropped(self, module: object, x: Tensor) -> Tensor:
+    def dropped(self, module: nn.Module, x: Tensor) -> Tensor:
         return dropped(self.layer, module, x)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graft.core import fused
@@ -341,7 +341,7 @@ class Chain(Plan):
     def channels(self, v: Tensor) -> Tensor:
         return self.layer.op.channels(v)
 
-    def dropped(self, module: Any, x: Tensor) -> Tensor:
+    def dropped(self, module: nn.Module, x: Tensor) -> Tensor:
         p = share_dropped(module)
         return module(x) if p is None else dropout(x, p)
 
@@ -425,6 +425,7 @@ def _gained(
     p = 0.0 if op.takes_ids or f.dropout is None else share_dropped(f.dropout)
     rest = None
     if p != 0:
+        assert f.dropout is not None
         kept = plan.dropped(f.dropout, x)
         product = beneath(kept)
         rest = y - product

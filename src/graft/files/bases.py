@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.config.reading import read_object
 from graft.core.errors import CheckpointError
 from graft.files.base import BaseFiles, base_files
 from graft.files.tensors import Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PIPELINE, CONFIG = "model_index.json", "config.json"
 COMPONENTS = ("unet", "transformer", "text_encoder")  # of a pipeline, that adapters are for; more end in a number
@@ -70,13 +73,13 @@ class Skeleton:
     modules: list[str] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
     adapters: Mapping[str, Any] = field(default_factory=dict)  # configs of those that it carries, by name
-    model: Any = None  # itself, if it is there
+    model: nn.Module | None = None  # itself, if it is there
 
 
 Known = BaseFiles | Skeleton
 
 
-def skeleton(model: Any, path: str) -> Skeleton:
+def skeleton(model: nn.Module, path: str) -> Skeleton:
     """Return the names and shapes of a model, an `nn.Module` on any device.
 
     Args:
@@ -88,7 +91,7 @@ def skeleton(model: Any, path: str) -> Skeleton:
     return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name], model=model)
 
 
-def wider(base: Any) -> Skeleton | None:
+def wider(base: object) -> Skeleton | None:
     """Return a base of files with the names of the model that its config describes; None: no library makes it.
 
     A model may call its modules otherwise than its files do, and has those that share a weight with others.

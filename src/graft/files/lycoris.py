@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from graft.files.neutral import AdapterFile, Other
 from graft.files.tensors import tensor
 
+if TYPE_CHECKING:
+    from graft.files.formats import Base
 
-def as_peft(adapter: AdapterFile, base: Any = None) -> AdapterFile:
+
+def as_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFile:
     """Return an adapter whose (IA)³ and LoKr are those of PEFT, with the fields that its config needs for them.
 
     LyCORIS keeps what (IA)³ adds to 1. Where it scales outputs it leaves the bias alone, and PEFT's method does not:
@@ -29,7 +32,7 @@ def as_peft(adapter: AdapterFile, base: Any = None) -> AdapterFile:
     return adapter
 
 
-def ia3(adapter: AdapterFile, base: Any) -> AdapterFile:
+def ia3(adapter: AdapterFile, base: Base | None) -> AdapterFile:
     modules: dict[str, Any] = {}
     of_inputs = []
     for path, m in adapter.modules.items():
@@ -44,7 +47,7 @@ def ia3(adapter: AdapterFile, base: Any) -> AdapterFile:
     return replace(adapter, method="IA3", modules=modules, config=config)
 
 
-def lokr(adapter: AdapterFile, base: Any) -> AdapterFile:
+def lokr(adapter: AdapterFile, base: Base | None) -> AdapterFile:
     """Return an adapter whose config makes PEFT's LoKr of the same shapes: a factor, and a rank per module.
 
     A second factor that is whole has a rank from which on PEFT keeps it whole. Where no one factor makes all shapes,

@@ -94,7 +94,7 @@ def unwrapped(model: nn.Module) -> Any:
     return model
 
 
-def gate_in(model: Any) -> Gate | None:
+def gate_in(model: nn.Module) -> Gate | None:
     """Return the gate of a model's calls and changes; None if it has no adapter."""
     model = unwrapped(model)
     registry = registry_of(model)

@@ -252,7 +252,7 @@ def is_packed_layer(base: nn.Module, name: str) -> bool:
 
 def check_parameter(job: Job, path: str, key: str, module: nn.Module, name: str) -> None:
     """Raise UnsupportedLayerError unless the parameter can be adapted by itself."""
-    base: Any = innermost(module)
+    base: nn.Module = innermost(module)
     why = None
     if (carrier_of(module) is not None and key not in job.tree.nests) or key in job.targets.sites:
         kind = kind_of(module)
@@ -272,8 +272,8 @@ def check_parameter(job: Job, path: str, key: str, module: nn.Module, name: str)
             f"Parameter '{path}' is parametrized, so that it is computed anew in each call: make it one of its own "
             "first, with torch.nn.utils.parametrize.remove_parametrizations"
         )
-    elif base._parameters[name] is None or base._parameters[name].dim() not in (2, 3):
-        dims = 0 if base._parameters[name] is None else base._parameters[name].dim()
+    elif (p := base._parameters[name]) is None or p.dim() not in (2, 3):
+        dims = 0 if p is None else p.dim()
         why = f"Parameter '{path}' has {dims} dimensions, but only 2d and 3d are supported by target_parameters"
     if why is not None:
         raise UnsupportedLayerError(f"{why}. Adapter '{job.adapter}'.")

@@ -48,16 +48,17 @@ def _base(model: nn.Module) -> nn.Module:
 
 def is_added(base: nn.Module, key: str) -> bool:
     """Return True if a state dict key belongs to an adapter: the first adapter layer or wrapper on its path decides."""
-    module: Any = base
+    module = base
     parts = key.split(".")
     for i, part in enumerate(parts):
         if carrier_of(module) is not None and part != module.inner_name:
             return True
         if i == len(parts) - 1:
             return False
-        module = module._modules.get(part)
-        if module is None:
+        child = module._modules.get(part)
+        if child is None:
             return False
+        module = child
     return False
 
 

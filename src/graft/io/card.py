@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from graft.config.atomic import replace, write_text
 from graft.config.base import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from torch import nn
 
 VERSIONS = "### Framework versions"
 TEXT = """
@@ -22,7 +25,7 @@ model = graft.{cls}.from_pretrained(base_model, "<this folder>")
 """
 
 
-def write_card(model: Any, folder: str) -> None:
+def write_card(model: nn.Module, folder: str) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     path = os.path.join(folder, "README.md")

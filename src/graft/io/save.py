@@ -33,7 +33,7 @@ from graft.storage.offload import brought, offloaded_in
 from graft.storage.parallel import tensors_below, whole_copy
 
 
-def parts_of(model: Any, adapter: str) -> tuple[Parts, str, Any]:
+def parts_of(model: nn.Module, adapter: str) -> tuple[Parts, str, Any]:
     """Return the carriers of an adapter, the prefix of its keys, and the base model."""
     model = unwrapped(model)
     registry = registry_of(model)
@@ -116,7 +116,7 @@ def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
     return given[name]
 
 
-def ranks_of_adapters(model: Any, adapters: list[str]) -> list[int]:
+def ranks_of_adapters(model: nn.Module, adapters: list[str]) -> list[int]:
     """Return the ranks of the processes that hold parts of these adapters or of the base, and save together; or []."""
     group = group_in(model.modules())
     if group is not None:
@@ -227,7 +227,7 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
     if not hasattr(base, "get_input_embeddings"):
         warn("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.")
         return {}
-    model: Any = base
+    model: nn.Module = base
     layers = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     out: dict[str, Tensor] = {}
     for key, module in walk(base):

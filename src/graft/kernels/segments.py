@@ -144,7 +144,7 @@ def _joins(a: Segment, b: Segment, stacks: Stacks) -> bool:
 class _Linear(Function):
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, W: Tensor, base: Any, input_gradient: Any, groups: Sequence[Group], *factors: Any
+        ctx: Context, x: Tensor, W: Tensor, base: nn.Module, input_gradient: Any, groups: Sequence[Group], *factors: Any
     ) -> Tensor:
         y, narrow = base(x), []
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])

@@ -100,7 +100,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         nn.init.zeros_(self.adaption_gate)  # the adapter starts as nothing
 
     @staticmethod
-    def input_of(module: Any, call: dict[str, Any]) -> Tensor:
+    def input_of(module: nn.Module, call: dict[str, Any]) -> Tensor:
         """Compute the queries, which the attention does not return. (batch, tokens, heads, head_dim)"""
         x, shape = call["hidden_states"], (-1, module.head_dim)
         q: Tensor = module.c_attn(x).chunk(3, -1)[0] if fused(module) else module.q_proj(x)

@@ -197,7 +197,7 @@ def of_block(cfg: BottleneckConfig, i: int, block: Block, norm: str | None) -> d
     return places
 
 
-def around_model(cfg: BottleneckConfig, model: Any) -> dict[str, Place]:
+def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
     """Return the places of an invertible adapter: after the embedding (of the encoder), and before the head.
 
     Raises:
@@ -264,7 +264,7 @@ class Coupling(nn.Module):
         self.F, self.G = two_layers(second, first, factor), two_layers(first, second, factor)
         self.first, self.activation = first, activation
 
-    def step(self, net: Any, x: Tensor) -> Tensor:
+    def step(self, net: nn.ModuleList, x: Tensor) -> Tensor:
         out: Tensor = net[1](ACTIVATIONS[self.activation](net[0](x)))
         return out
 
@@ -424,7 +424,7 @@ class Bottleneck(Method[BottleneckConfig]):
             z = z * F.dropout(z.new_ones(len(z), *[1] * (z.dim() - 1)), cfg.stochastic_depth)
         return z * (self.bottleneck_scale if isinstance(cfg.scaling, str) else self.scaling)
 
-    def product(self, module: Any, x: Tensor) -> Tensor:
+    def product(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return what Down or Up makes of x."""
         out: Tensor = x @ module.matrix(self.bottleneck_rule) + module.b if self.cfg.phm_layer else module(x)
         return out
@@ -450,7 +450,7 @@ class Bottleneck(Method[BottleneckConfig]):
 
 
 @torch.no_grad()
-def started(module: Any, how: str, last: bool = False) -> None:
+def started(module: nn.Module, how: str, last: bool = False) -> None:
     """Give Down or Up (`last`) its first values, as `init_weights` says."""
     if isinstance(module, Kronecker):
         for half in (module.W_left, module.W_right):

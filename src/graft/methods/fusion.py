@@ -104,7 +104,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
     fusion_dropout: nn.Module
 
     @classmethod
-    def default_targets(cls, model: Any) -> str:
+    def default_targets(cls, model: nn.Module) -> str:
         return PLACES
 
     @classmethod

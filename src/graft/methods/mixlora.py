@@ -87,7 +87,7 @@ class MixLoRA(Method[MixLoraConfig]):
     mixlora_dropout: nn.Module
 
     @classmethod
-    def default_targets(cls, model: Any) -> str:
+    def default_targets(cls, model: nn.Module) -> str:
         return "all-linear"
 
     @classmethod

@@ -85,9 +85,9 @@ class PEANuT(Method[PeanutConfig]):
         given = []
         for encoder in self.peanut_encoders:
             given.append(z)
-            z = act(encoder.weight @ z)  # type: ignore[operator]
+            z = act(encoder.weight @ z)
         for decoder in self.peanut_decoders:
-            z = act(decoder.weight @ z) + given.pop()  # type: ignore[operator]
+            z = act(decoder.weight @ z) + given.pop()
         return Factors(z, self.peanut_B.weight, self.scaling)
 
 

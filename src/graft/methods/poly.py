@@ -99,7 +99,7 @@ class Poly(ByTask[PolyConfig]):
             nn.init.zeros_(self.poly_lora_B)
         else:
             drawn(self.poly_lora_B.data)
-        nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)  # type: ignore[arg-type]
+        nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)
 
     def describe(self) -> Effect:
         return Branch(self.branch, fixed="Poly mixes its skills for each task, and no weight is that of all tasks")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +122,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         return W.index_copy(0, tokens, rows), b
 
 
-def input_embedding(model: Any) -> str | None:
+def input_embedding(model: nn.Module) -> str | None:
     """Return the path of a model's input embedding; None if the model does not tell."""
     if not hasattr(model, "get_input_embeddings"):
         return None

@@ -180,7 +180,7 @@ class XLoraClassifier(nn.Module):
                 f"X-LoRA's classifier reads hidden states of width {self.config.hidden_size}, and the base model's "
                 f"have {hidden.shape[-1]}: set XLoraConfig.hidden_size to that."
             )
-        logits = self.layers(hidden.to(self.layers[0].weight))  # type: ignore[arg-type]
+        logits = self.layers(hidden.to(self.layers[0].weight))
         logits = logits.unflatten(-1, (-1, self.n_classes))
         if self.config.enable_softmax:
             logits = (logits / self.config.softmax_temperature).softmax(-1)
@@ -193,7 +193,7 @@ class XLoraClassifier(nn.Module):
     def constant(self, like: Tensor, value: float) -> Tensor:
         """Return the weights of the first pass, all `value`, for inputs (batch, tokens, …)."""
         shape = *like.shape[:2], self.n_layers, self.n_classes
-        return torch.full(shape, value, device=like.device, dtype=self.layers[0].weight.dtype)  # type: ignore[arg-type]
+        return torch.full(shape, value, device=like.device, dtype=self.layers[0].weight.dtype)
 
 
 def set_topk_lora(tuner: Any, value: int | None) -> None:

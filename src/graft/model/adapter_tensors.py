@@ -18,7 +18,7 @@ from graft.config.base import FORMAT_VERSION
 from graft.core.effect import LowRank
 from graft.core.errors import ConfigError, some
 from graft.core.layer import AdapterLayer
-from graft.core.method import Use
+from graft.core.method import Method, Use
 from graft.core.ops import Opaque
 from graft.core.wrappers import clean
 from graft.files.errors import LossError
@@ -112,7 +112,7 @@ def adapter_tensors(
     return AdapterTensors(held, fields, needs(view, ranks), digest, made, note)
 
 
-def save_in(model: Any, directory: str, selected: list[str] | None, layout: str, writes: bool = True) -> None:
+def save_in(model: nn.Module, directory: str, selected: list[str] | None, layout: str, writes: bool = True) -> None:
     """Write adapters in a layout, "default" into the folder and others into sub-folders."""
     check(directory, "sampled", True)
     made = {name: adapter_tensors(model, name, layout) for name in names_to_save(model, selected, directory)}
@@ -183,7 +183,7 @@ def reasons(view: View, config: Any, model: nn.Module, gather: bool) -> Iterator
 
 
 def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
-    m: Any = layer.methods[view.adapter]
+    m: Method = layer.methods[view.adapter]
     held = {slot.container for slot in layer.slots(view.adapter) if slot.saved}
     strange = sorted(name for name in held - FACTORS if not known_extra(f"{name}."))
     biased = any(slot.container == "lora_B" and slot.path == "bias" for slot in layer.slots(view.adapter))
@@ -210,7 +210,7 @@ def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
         yield f"no server of language models adapts a {layer.site.type_name}"
 
 
-def fits(layer: AdapterLayer, m: Any) -> bool:
+def fits(layer: AdapterLayer, m: Method) -> bool:
     """Return True if the factors have the shapes of whole matrices, as far as this process sees."""
     A, B = (t for t in m.pair)
     out, fan_in = layer.op.dims(layer.site.module)

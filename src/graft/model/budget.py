@@ -96,7 +96,7 @@ class Training:
         """Return the model with so many blocks and an adapter, ready to train."""
         with warnings.catch_warnings(), torch.device(device), default_dtype(self.dtype):
             warnings.simplefilter("ignore")
-            base: Any = self.make(blocks)
+            base: nn.Module = self.make(blocks)
             base.config.use_cache = False
             model = get_peft_model(base.to(self.dtype), copy.deepcopy(self.config))
             if checkpointing:  # transformers 5 has the first name, 4 the second
@@ -306,7 +306,7 @@ class _Attention(torch.autograd.Function):
 
 def loss_of(model: PeftModel, ids: Tensor) -> Tensor:
     """Return what a Trainer would go back from; of a model without a loss, the mean of its outputs."""
-    base: Any = model.get_base_model()
+    base: nn.Module = model.get_base_model()
     task, takes = type(base).__name__, getattr(base, "main_input_name", "input_ids")
     if takes != "input_ids":
         raise ConfigError(f"{task} takes {takes}: what a step takes is measured for models of token ids only.")

@@ -186,7 +186,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def save_adapters(
-    model: Any,
+    model: nn.Module,
     directory: str,
     selected: list[str] | None,
     given: dict[str, Tensor] | None,
@@ -248,7 +248,7 @@ def check(directory: str, fingerprint: str, safetensors: bool) -> None:
         raise ValueError(f"Provided path ({directory}) should be a directory, not a file")
 
 
-def names_to_save(model: Any, selected: list[str] | None, directory: str) -> list[str]:
+def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) -> list[str]:
     """Return the names of the adapters to save, all if none are selected."""
     known = list(model.peft_config)
     frozen = registry_of(model).frozen
@@ -265,7 +265,7 @@ def names_to_save(model: Any, selected: list[str] | None, directory: str) -> lis
 
 
 def contents(
-    model: Any, name: str, given: dict[str, Tensor] | None, embeddings: str | bool, subtract: str | None
+    model: nn.Module, name: str, given: dict[str, Tensor] | None, embeddings: str | bool, subtract: str | None
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return the tensors and the config that a file holds of an adapter."""
     tensors = save.get_peft_model_state_dict(model, given, name, save_embedding_layers=embeddings)

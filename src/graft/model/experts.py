@@ -262,7 +262,7 @@ def create_arrow_model(
     general = {f"{GENERAL}{i}": path for i, path in enumerate(general_adapter_paths or ()) if arrow_config.use_gks}
     sources = {name: source_of(path) for name, path in {**tasks, **general}.items()}
     trained = [p for p in base_model.parameters() if p.requires_grad]
-    model: Any = None
+    model: PeftModel | None = None
     try:
         for name, (where, subfolder) in sources.items():
             options = dict(adapter_kwargs) if subfolder is None else {"subfolder": subfolder, **adapter_kwargs}
@@ -270,6 +270,7 @@ def create_arrow_model(
                 model = PeftModel.from_pretrained(base_model, where, name, **options)
             else:
                 model.load_adapter(where, name, **options)
+        assert model is not None
         arrow_config.task_adapter_names, arrow_config.gks_adapter_names = list(tasks), list(general)
         targets, r = agreed(model, list(sources))
         router = LoraConfig(arrow_config=arrow_config, target_modules=targets, r=r)
@@ -282,7 +283,7 @@ def create_arrow_model(
             p.requires_grad = True
         raise
     model.set_adapter(ROUTER)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def source_of(path: str) -> tuple[str, str | None]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ def export_adapters(
                 )
 
 
-def export(model: Any, adapter: str, server: str, path: str, rank: int | float | None = None) -> Exported:
+def export(model: nn.Module, adapter: str, server: str, path: str, rank: int | float | None = None) -> Exported:
     """Write an adapter of a model for a server.
 
     Args:

@@ -138,7 +138,7 @@ def fold(
     W, b = (beside, value) if of_bias else (value, beside)
     W0, b0 = (beside, own()) if of_bias else (own(), beside)
     assert W is not None and W0 is not None
-    base: Any = layer.base_layer
+    base: nn.Module = layer.base_layer
     held = base._parameters
     with torch.no_grad(), evaluating(layer):
         held[layer.site.parameter] = nn.Parameter(W0, requires_grad=False)

@@ -283,7 +283,7 @@ def declared_tied(model: nn.Module) -> Iterator[Any]:
                 yield module
 
 
-def retie(model: Any) -> None:
+def retie(model: nn.Module) -> None:
     """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
     config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):

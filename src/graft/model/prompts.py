@@ -346,7 +346,7 @@ def initialize_kv_prefix_from_past_key_values(
 
 
 def initialize_kv_prefix_from_text(
-    model: Any,
+    model: nn.Module,
     tokenizer: Any,
     *,
     text: str,

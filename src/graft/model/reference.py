@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.combine.adding import changes_base
 from graft.config.base import PeftConfig
@@ -30,7 +30,7 @@ class Reference:
     trains, whatever is called, and `save_pretrained` leaves it out unless it is selected by name.
     """
 
-    def __init__(self, model: Any, name: str):
+    def __init__(self, model: nn.Module, name: str):
         self.model, self.name = model, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ def tensors(given: Iterable[object]) -> Iterable[Tensor]:
 
 
 def refer(
-    model: Any, adapter_name: str, name: str | None, add: Callable[[str, PeftConfig, Options], None]
+    model: nn.Module, adapter_name: str, name: str | None, add: Callable[[str, PeftConfig, Options], None]
 ) -> Reference:
     """Do what `PeftModel.reference` says.
 

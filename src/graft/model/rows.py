@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from graft.core.call import Call
 from graft.core.draws import Draws, Untouched
@@ -146,7 +146,7 @@ def untouched(draws: Draws | None) -> Iterator[None]:
 
 
 @contextmanager
-def spread(call: Call, copies: int, model: Any) -> Iterator[None]:
+def spread(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
     """Have what is given of each row stand in `call` for its copies, which `generate` makes of it; an encoder sees the
     rows without copies."""
     once, handles = call.given, []

@@ -141,7 +141,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     layers = get_layer_status(model)
     registry = registry_of(model)
     wrapped = registry is not None
-    base: Any = registry.model if wrapped else model
+    base: nn.Module = registry.model if wrapped else model
     configs = getattr(model, "peft_config", None) or {}
     adapters = sorted({a for s in layers for a in s.available_adapters})
     merged = [s.merged_adapters for s in layers]

@@ -318,7 +318,7 @@ class AutoPeftModel:
         return found
 
     @staticmethod
-    def _fit_vocabulary(base: Any, where: str, trust_remote_code: bool, hub: dict[str, Any]) -> None:
+    def _fit_vocabulary(base: nn.Module, where: str, trust_remote_code: bool, hub: dict[str, Any]) -> None:
         """Resize the embeddings if the adapter's folder, or its repository on the hub, holds a larger tokenizer."""
         from transformers import AutoTokenizer
 

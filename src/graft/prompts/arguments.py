@@ -104,7 +104,7 @@ def put_labels(
     return as_it_is
 
 
-def put_decoder_inputs(model: Any, labels: Tensor, kwargs: dict[str, object]) -> None:
+def put_decoder_inputs(model: nn.Module, labels: Tensor, kwargs: dict[str, object]) -> None:
     """Make decoder inputs from the labels as the model would, before the prompt's labels join them."""
     if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):
@@ -141,7 +141,7 @@ def put_embeddings(stack: Stack, given: dict[str, Any], batch: int) -> None:
 
 def _put_per_layer(stack: Stack, given: dict[str, Any], batch: int) -> None:
     """Put padding's embeddings for the prompt into the per-layer embeddings of Gemma 3n and 4, as for images."""
-    module: Any = stack.module
+    module: nn.Module = stack.module
     own = given.get("per_layer_inputs")
     if own is None and given.get("input_ids") is not None:
         own = module.get_per_layer_inputs(given["input_ids"])

@@ -29,7 +29,7 @@ def layers_in(module: nn.Module) -> dict[int, nn.Module]:
     return {i: m for i, m in numbered if isinstance(i, int)}
 
 
-def words_in(module: Any) -> nn.Module | None:
+def words_in(module: nn.Module) -> nn.Module | None:
     """Return the word embeddings of a model, if it has any."""
     try:
         words = module.get_input_embeddings()
@@ -52,7 +52,7 @@ NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in 
 TEXT_PARTS = ("language_model", "text_model", "decoder")  # inside models that read images as well, and OPT
 
 
-def stacks_of(model: Any) -> dict[str, Stack]:
+def stacks_of(model: nn.Module) -> dict[str, Stack]:
     """Return {"main": stack} of a model, or its encoder as "main" and its "decoder"."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"main": Stack(model.get_encoder(), model), "decoder": Stack(model.get_decoder(), model)}
@@ -102,7 +102,7 @@ class Stack:
             from the cache, so in later steps it must already see the prompt.
     """
 
-    def __init__(self, module: nn.Module, model: object, outer: object = None):
+    def __init__(self, module: nn.Module, model: nn.Module, outer: object = None):
         self.module, self.model, self.outer = module, model, outer if isinstance(outer, nn.Module) else module
         self.names, self.outer_names = (list(inspect.signature(m.forward).parameters) for m in (module, self.outer))
         self.cache_name = next((n for n in CACHES if n in self.names), None)

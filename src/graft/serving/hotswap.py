@@ -134,7 +134,7 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, **o
             write()
 
 
-def planned(model: Any, loaded: Loaded, adapter: str, config: LoraConfig, **options: Any) -> Callable[[], None]:
+def planned(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, **options: Any) -> Callable[[], None]:
     """Check everything; return the function that writes."""
     parts, _, base = parts_of(model, adapter)
     now = config_of(model, adapter)

@@ -172,7 +172,7 @@ class AdapterSlots:
             AdapterNotFoundError: there is no such adapter.
             ConfigError, AdapterKeyError, CheckpointError: slots cannot hold one of them. All are where they were.
         """
-        model: Any = source if isinstance(source, nn.Module) else source.model
+        model: nn.Module = source if isinstance(source, nn.Module) else source.model
         configs = {} if model is None else model.peft_config
         names = list(configs) if names is None else list(names)
         absent = [name for name in names if name not in configs]
@@ -504,7 +504,7 @@ class AdapterSlots:
 
     def generate(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> Any:
         """Run the model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter."""
-        model: Any = self.model
+        model: nn.Module = self.model
         names = self._rows(adapter_names, args, kwargs)
         copies = copies_of(model, kwargs)
         if copies > 1 and len(set(names)) > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -3,15 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.storage.quantized import OwnModule
-
-if TYPE_CHECKING:
-    from graft.core.method import Method
 
 
 class Aqlm(OwnModule):
@@ -19,7 +14,7 @@ class Aqlm(OwnModule):
     parts = ("codes", "codebooks", "scales")
     calibrated = "its weight is AQLM codes that were calibrated"
 
-    def values(self, m: Any) -> Tensor:
+    def values(self, m: nn.Module) -> Tensor:
         books, codes = m.codebooks, m.codes
         n_books, size, out_group, in_group = books.shape
         groups = m.out_features // out_group, m.in_features // in_group
@@ -31,10 +26,10 @@ class Aqlm(OwnModule):
             W += books[book, codes[..., book]]
         return (W * m.scales).transpose(1, 2).reshape(m.out_features, m.in_features)
 
-    def compute_dtype(self, m: Any) -> torch.dtype:
+    def compute_dtype(self, m: nn.Module) -> torch.dtype:
         return m.codebooks.dtype  # type: ignore[no-any-return]
 
-    def loses_gradient(self, m: Any) -> bool:
+    def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for codes that its kernel for CPUs has permuted, which its backward pass does not know."""
         return has_bytes(m)
 
@@ -42,14 +37,14 @@ class Aqlm(OwnModule):
         return y.clone()
 
 
-def is_permuted(m: Method, groups: tuple[int, int]) -> bool:
+def is_permuted(m: nn.Module, groups: tuple[int, int]) -> bool:
     """Return True if a first call on a CPU has put the groups of inputs first."""
     if groups[0] != groups[1]:
         return tuple(m.codes.shape[:2]) != groups
     return has_bytes(m) and m.gemv_op is not None
 
 
-def has_bytes(m: Method) -> bool:
+def has_bytes(m: nn.Module) -> bool:
     """Return True if codes are bytes on a CPU, for which there is a kernel."""
     return bool(m.codebooks.shape[1] == 256 and m.codes.device.type == "cpu")
 

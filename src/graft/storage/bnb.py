@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from graft.core.ops import Embedding
 from graft.storage.dense import Dense
 from graft.storage.quantized import Quantized, moved
-
-if TYPE_CHECKING:
-    from graft.core.method import Method
 
 REARRANGES = "_graft_held_in_order"  # mark on layers that bitsandbytes would rearrange, but for their adapters
 BLOCK = 32  # rows that the layout for AVX512-BF16 interleaves
@@ -45,10 +42,10 @@ class Four(Quantized):
     name = "bnb 4bit"  # as in PEFT
     parts = ("weight", "quant_state")
 
-    def values(self, m: Any) -> Tensor:
+    def values(self, m: nn.Module) -> Tensor:
         return functional().dequantize_4bit(*plain(m.weight.data, state_of(m)))  # type: ignore[no-any-return]
 
-    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
         old, state = m.weight, state_of(m)
         data, _ = plain(old.data, state)
         made = import_module("bitsandbytes.nn").Params4bit(
@@ -63,20 +60,20 @@ class Four(Quantized):
         made.module = getattr(old, "module", None)
         return {"weight": made, "quant_state": made.quant_state}
 
-    def snapshot(self, m: Any, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
         return {"weight": m.weight, "quant_state": state_of(m)}
 
-    def restore(self, m: Any, name: str, state: dict[str, Any]) -> None:
+    def restore(self, m: nn.Module, name: str, state: dict[str, Any]) -> None:
         weight = moved(state["weight"], self.where(m)[0])  # with its quant_state
         self.put(m, {"weight": weight, "quant_state": getattr(weight, "quant_state", None) or state["quant_state"]})
 
-    def compute_dtype(self, m: Any) -> torch.dtype | None:
+    def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
         state = state_of(m)
         if state is not None:
             return getattr(state, "original_dtype", state.dtype) if is_interleaved(state) else state.dtype
         return m.weight.dtype if m.weight.is_floating_point() else None
 
-    def unreadable(self, m: Any) -> str | None:
+    def unreadable(self, m: nn.Module) -> str | None:
         weight, state = m.weight, state_of(m)
         if state is None:
             return "its weight is not quantized yet: bitsandbytes does so in .to(device), also in .to('cpu')"
@@ -88,11 +85,10 @@ class Four(Quantized):
             return f"its codes are {size} of {wanted}: they are sharded"
         return lacking("dequantize_4bit")
 
-    def ready(self, m: Any) -> str | None:
+    def ready(self, m: nn.Module) -> str | None:
         """Keep the layer out of the layout whose kernel has no backward pass, and take it out where it is in."""
         if getattr(m, "support_avx512bf16_for_cpu", False):
-            m.support_avx512bf16_for_cpu = False
-            m.__dict__[REARRANGES] = True
+            m.__dict__.update({"support_avx512bf16_for_cpu": False, REARRANGES: True})
         weight, state = m.weight, state_of(m)
         if weight.is_meta or state is None or not (is_interleaved(state) or is_transposed(state)):
             return None
@@ -104,12 +100,12 @@ class Four(Quantized):
             "model before its first forward pass to keep them as they are."
         )
 
-    def release(self, m: Any) -> None:
+    def release(self, m: nn.Module) -> None:
         if m.__dict__.pop(REARRANGES, False):
-            m.support_avx512bf16_for_cpu = True
+            m.__dict__["support_avx512bf16_for_cpu"] = True
 
 
-def state_of(m: Method) -> Any:
+def state_of(m: nn.Module) -> Any:
     """Return the quant_state; of a weight that FSDP has made a plain parameter of, the module keeps it."""
     state = getattr(m.weight, "quant_state", None)
     return getattr(m, "quant_state", None) if state is None else state
@@ -150,34 +146,34 @@ class Eight(Quantized):
 
     name = "bnb 8bit"
 
-    def values(self, m: Any) -> Tensor:
+    def values(self, m: nn.Module) -> Tensor:
         return dense(m.weight.data, scales_of(m))
 
-    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
         codes, scales = (W, None) if m.weight.has_fp16_weights else quantized(W)
         return {"codes": codes, "scales": scales}
 
-    def fixed(self, m: Any, name: str = "weight") -> str | None:
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         return super().fixed(m, name) or (lacking("int8_vectorwise_quant") if name == "weight" else None)
 
-    def snapshot(self, m: Any, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
         return {"codes": m.weight.data, "scales": scales_of(m)}
 
     def kept(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
         return dense(**state)
 
-    def compute_dtype(self, m: Any) -> torch.dtype | None:
+    def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
         return m.weight.dtype if m.weight.is_floating_point() else None
 
-    def trains(self, m: Any) -> bool:
+    def trains(self, m: nn.Module) -> bool:
         return bool(m.weight.is_floating_point() and m.weight.has_fp16_weights)
 
-    def unreadable(self, m: Any) -> str | None:
+    def unreadable(self, m: nn.Module) -> str | None:
         if m.weight.is_floating_point():
             return lacking("int8_vectorwise_quant")
         return "its weight has no scales (SCB): load the model again" if scales_of(m) is None else None
 
-    def put(self, m: Any, values: dict[str, Any]) -> None:
+    def put(self, m: nn.Module, values: dict[str, Any]) -> None:
         old, codes, scales = m.weight, values["codes"], values["scales"]
         rounds = dict(requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)
         m._parameters["weight"] = type(old)(codes, CB=None if scales is None else codes, SCB=scales, **rounds)
@@ -185,7 +181,7 @@ class Eight(Quantized):
             m.state.reset_grads()  # the next forward pass takes codes and scales from the weight
 
 
-def scales_of(m: Any) -> Tensor | None:
+def scales_of(m: nn.Module) -> Tensor | None:
     """Return the scales of codes (N,); None if the module rounds a weight of floats at each forward pass."""
     if m.weight.is_floating_point():
         return None
@@ -207,7 +203,7 @@ def dense(codes: Tensor, scales: Tensor | None) -> Tensor:
 
 
 class Table(Quantized):
-    def dense(self, m: Any, dtype: torch.dtype | None = None) -> nn.Embedding:  # type: ignore[override]
+    def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Embedding:  # type: ignore[override]
         """Return a plain embedding that holds the same values."""
         W = self.read(m)
         options = (m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)

@@ -14,8 +14,6 @@ from graft.storage.foreign import ByIdentity
 if TYPE_CHECKING:
     from torch import nn
 
-    from graft.core.method import Method
-
 
 class Sized(Linear):
     """A linear layer that says its sizes in other words."""
@@ -30,7 +28,7 @@ class Sized(Linear):
 class Eetq(Linear):
     """EETQ's layer, whose weight is (in, out)."""
 
-    def dims(self, m: Method) -> tuple[int, int]:
+    def dims(self, m: nn.Module) -> tuple[int, int]:
         in_features, out_features = m.weight.shape
         return out_features, in_features
 

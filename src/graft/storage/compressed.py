@@ -6,8 +6,6 @@ Their weights are compressed when a model is loaded, and plain tensors from the 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from graft.storage.dense import Dense, strange_tensor
@@ -32,7 +30,7 @@ class Compressed(Dense):
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         return self.waits(m, name) or super().fixed(m, name)
 
-    def loses_gradient(self, m: Any) -> bool:
+    def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for layers that round inputs or outputs: compressed-tensors rounds without a gradient."""
         scheme = m.quantization_scheme
         return scheme.input_activations is not None or scheme.output_activations is not None

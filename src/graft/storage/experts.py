@@ -48,7 +48,7 @@ class Dense3:
         return [self.W[e].to(dtype) for e in experts]
 
 
-def block_of(m: Any) -> Block | None:
+def block_of(m: nn.Module) -> Block | None:
     """Return how a module uses its stacks; None if graft does not know."""
     if stacks.MODULES.find(type(m)) is stacks.MXFP4:
         return Block("gate_up_proj", "down_proj", clamped(m), m.gate_up_proj_bias, m.down_proj_bias)
@@ -60,7 +60,7 @@ def block_of(m: Any) -> Block | None:
     return Block(up, "down_proj", getattr(m, GATE) if m.has_gate else m.act_fn, up_bias, down_bias, norm)
 
 
-def clamped(m: Any) -> Any:
+def clamped(m: nn.Module) -> Any:
     """Return the activation of gpt-oss, of gates and inputs in turn."""
 
     def act(y: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def codes_of(m: nn.Module, name: str) -> Any:
 class Experts:
     """How graft runs a module of experts."""
 
-    def run(self, m: Any, handed: Handed, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def run(self, m: nn.Module, handed: Handed, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return the module's output, with the parts that layers around it have handed inwards."""
         block = block_of(m)
         assert block is not None
@@ -125,7 +125,7 @@ class PackedStack(Dense):
     def __init__(self, parameter: str):
         self.name, self.parameter = "stack", parameter
 
-    def held(self, m: Any) -> Held:
+    def held(self, m: nn.Module) -> Held:
         held = stacks.held(m, self.parameter)
         assert held is not None
         return held
@@ -163,7 +163,7 @@ def why_unread(m: nn.Module, held: Held) -> str | None:
     return "it is offloaded: it is there only while the module itself is called" if is_away(m) else held.unread
 
 
-def is_transposed(m: Any) -> bool:
+def is_transposed(m: nn.Module) -> bool:
     """Return True if a module of experts has its dense stacks as (experts, in, out)."""
     return bool(getattr(m, "is_transposed", False)) or stacks.MODULES.find(type(m)) is stacks.MXFP4
 
@@ -185,7 +185,7 @@ def packed_shape(m: nn.Module, name: str) -> tuple[int, ...] | None:
     return None if held is None else held.shape
 
 
-def mend(m: Any) -> None:
+def mend(m: nn.Module) -> None:
     """Have a module with packed stacks let gradients through, without a dense copy of them."""
     if MENDED in m.__dict__ or not stacks.names_in(m) or experts_of(m) is None:
         return
@@ -193,7 +193,7 @@ def mend(m: Any) -> None:
     before = m.__dict__.get(place)
     hooked = stacks.MODULES.find(type(m)) is stacks.MXFP4 and not hasattr(m, HOOKED)
 
-    def forward(m: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x, index, weights = (*args, *kwargs.values())
         trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
         own = [h for name in stacks.names_in(m) if (h := stacks.held(m, name)) is not None]
@@ -208,7 +208,7 @@ def mend(m: Any) -> None:
         m.__dict__[HOOKED] = True
 
 
-def unmend(m: Any) -> None:
+def unmend(m: nn.Module) -> None:
     """Undo that."""
     if MENDED not in m.__dict__:
         return

@@ -26,7 +26,7 @@ class Float8(OwnModule):
     def __init__(self, name: str, scale: str):
         self.name, self.scale, self.parts = name, scale, ("weight", scale)
 
-    def values(self, m: Any) -> Tensor:
+    def values(self, m: nn.Module) -> Tensor:
         W = m.weight
         if W.element_size() > 1:  # it has not been quantized
             return W.detach().clone()  # type: ignore[no-any-return]
@@ -44,7 +44,7 @@ class Float8(OwnModule):
         one = getattr(m, self.scale).numel() == 1
         return (shape[0], shape[1]) if one else (1, shape[1])
 
-    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
         if m.weight.element_size() > 1:
             return {"weight": nn.Parameter(W.to(m.weight.dtype), requires_grad=m.weight.requires_grad)}
         old, rows, columns = getattr(m, self.scale), *self.sizes(m, W.shape)
@@ -60,14 +60,14 @@ class Float8(OwnModule):
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
         return {part: getattr(m, part) for part in self.parts if part == "weight" or m.weight.element_size() == 1}  # type: ignore[operator]
 
-    def compute_dtype(self, m: Any) -> torch.dtype | None:
+    def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
         return m.weight.dtype if m.weight.element_size() > 1 else None
 
 
 class Blocks(Float8):
     """FP8Linear: a scale for each block, or one for all; 4-bit floats with a scale for each 32 of a row."""
 
-    def scales(self, m: Any, shape: Any) -> Tensor:
+    def scales(self, m: nn.Module, shape: Any) -> Tensor:
         scale = getattr(m, self.scale)
         if scale.dtype == torch.uint8:  # exponents
             scale = (scale.float() - 127).exp2()
@@ -77,7 +77,7 @@ class Blocks(Float8):
         spread = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         return spread[: shape[0], : shape[1]]  # type: ignore[no-any-return]
 
-    def sizes(self, m: Any, shape: Any) -> tuple[int, int]:
+    def sizes(self, m: nn.Module, shape: Any) -> tuple[int, int]:
         scale = getattr(m, self.scale)
         if scale.numel() == 1:
             return shape[0], shape[1]
@@ -90,7 +90,7 @@ class Blocks(Float8):
             return "its weight is 4-bit floats, which graft does not know how to write"
         return super().fixed(m, name)
 
-    def loses_gradient(self, m: Any) -> bool:
+    def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for 4-bit floats, through which transformers has no backward pass."""
         return m.weight.dtype == torch.int8  # type: ignore[no-any-return]
 

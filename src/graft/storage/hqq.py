@@ -15,22 +15,22 @@ class HQQ(Quantized):
     name = "hqq"
     parts = ("W_q", "meta")
 
-    def values(self, m: Any) -> Tensor:
+    def values(self, m: nn.Module) -> Tensor:
         return m.dequantize()  # type: ignore[no-any-return]
 
-    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
         config = {**m.quant_config, "offload_meta": m.offload_meta}
         made = type(m)(None, config, compute_dtype=m.compute_dtype, device=str(m.W_q.device))
         made.quantize(W, **made.quant_config)
         return {"W_q": made.W_q, "meta": made.meta}
 
-    def compute_dtype(self, m: Any) -> torch.dtype:
+    def compute_dtype(self, m: nn.Module) -> torch.dtype:
         return m.compute_dtype  # type: ignore[no-any-return]
 
     def unreadable(self, m: nn.Module) -> str | None:
         return None if m.ready else "it is not quantized yet"
 
-    def ready(self, m: Any) -> None:
+    def ready(self, m: nn.Module) -> None:
         """Freeze a bias that is no Parameter: HQQ takes it from the old layer together with its graph."""
         if isinstance(m.__dict__.get("bias"), Tensor):
             m.bias = m.bias.detach()

@@ -31,13 +31,13 @@ class Gemma(OwnModule):
     name = "gemma"
     parts: tuple[str, ...] = ("weight", "weight_scale")
 
-    def values(self, m: Any) -> Tensor:
+    def values(self, m: nn.Module) -> Tensor:
         codes = m.weight
         if m.num_bits < 8:
             codes = unpacked(codes, m.num_bits)[:, : m.in_features] - 2 ** (m.num_bits - 1)
         return codes * m.weight_scale  # type: ignore[no-any-return]
 
-    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
         half = 2 ** (m.num_bits - 1)
         scale = W.abs().amax(1, keepdim=True).clamp_min(1e-12) / max(half - 1, 1)
         codes = (W / scale).round().clamp(-half, half - 1)
@@ -48,7 +48,7 @@ class Gemma(OwnModule):
             "weight_scale": nn.Parameter(scale.to(old.dtype), requires_grad=old.requires_grad),
         }
 
-    def fixed(self, m: Any, name: str = "weight") -> str | None:
+    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         scales = (m.input_activation_scale, m.output_activation_scale)
         if name == "weight" and any(not s.is_meta and s.item() != 0 for s in scales):
             return "the scales of its inputs and outputs were calibrated for its weight, and would be wrong for another"
@@ -69,12 +69,12 @@ class Bits(OwnModule):
     def unreadable(self, m: nn.Module) -> str | None:
         return None if m.rms_norm is None else "the layer has a norm before its weight, so that it is not linear"
 
-    def values(self, m: Any) -> Tensor:
+    def values(self, m: nn.Module) -> Tensor:
         codes = unpacked(m.weight.T, 2).unflatten(-1, (-1, 4))  # a byte has rows n, n + N/4, n + N/2 and n + 3 N/4
         W = codes.permute(2, 1, 0).reshape(m.out_features, m.in_features)
         return ((W - 1) / m.weight_scale.float()).to(self.compute_dtype(m))  # type: ignore[no-any-return]
 
-    def compute_dtype(self, m: Any) -> torch.dtype:
+    def compute_dtype(self, m: nn.Module) -> torch.dtype:
         return m.weight_scale.dtype  # type: ignore[no-any-return]
 
     def loses_gradient(self, m: nn.Module) -> bool:
@@ -92,14 +92,14 @@ class AutoBits(Bits):
             return "its scale multiplies its bias as well, which graft does not know how to fold"
         return why
 
-    def values(self, m: Any) -> Tensor:
+    def values(self, m: nn.Module) -> Tensor:
         if not m.online_quant:
             return m.weight.detach() * m.weight_scale  # type: ignore[no-any-return]
         W = m.weight.detach().float()
         scale = W.abs().mean().clamp_min(1e-5)
         return ((W / scale).round().clamp(-1, 1) * scale).to(m.weight.dtype)  # type: ignore[no-any-return]
 
-    def compute_dtype(self, m: Any) -> torch.dtype:
+    def compute_dtype(self, m: nn.Module) -> torch.dtype:
         return m.weight.dtype  # type: ignore[no-any-return]
 
     def loses_gradient(self, m: nn.Module) -> bool:

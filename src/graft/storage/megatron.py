@@ -25,7 +25,7 @@ LAYERS = "megatron.core.tensor_parallel.layers"
 KINDS: TypeTable[str] = TypeTable({f"{LAYERS}.{k}": k for k in ("ColumnParallelLinear", "RowParallelLinear")})
 
 
-def group_of(m: Any) -> Any:
+def group_of(m: nn.Module) -> Any:
     """Return the process group of a module; None where a process is alone."""
     group = getattr(m, "tp_group", None)
     state = sys.modules.get("megatron.core.parallel_state")
@@ -34,7 +34,7 @@ def group_of(m: Any) -> Any:
     return group
 
 
-def cut_of(m: Any) -> Cut | None:
+def cut_of(m: nn.Module) -> Cut | None:
     """Return the cut of a column parallel layer's outputs, or of a row parallel one's inputs; None if there is none."""
     size, here = m.output_size, m.weight.shape[0]
     if KINDS.find(type(m)) == "RowParallelLinear":
@@ -50,12 +50,12 @@ def cut_of(m: Any) -> Cut | None:
     return Cut(group, dist.get_rank(group), dist.get_world_size(group), size)
 
 
-def left_out(m: Any) -> tuple[Any]:
+def left_out(m: nn.Module) -> tuple[Any]:
     """Return what follows the output in the tuple that a module returns: the bias, if it leaves that to the caller."""
     return ((m.bias if m.skip_bias_add else None),)
 
 
-def piece_in(m: Any, op: Op) -> Piece | None:
+def piece_in(m: nn.Module, op: Op) -> Piece | None:
     """Return the piece of the layer that this process computes; None for a module that is not Megatron's."""
     kind = KINDS.find(type(m))
     if kind is None or why_not(m) is not None:
@@ -66,7 +66,7 @@ def piece_in(m: Any, op: Op) -> Piece | None:
     return Piece(kind, group_of(m), inputs, outputs, left_out)
 
 
-def why_not(m: Any) -> str | None:
+def why_not(m: nn.Module) -> str | None:
     """Return why no adapter can act on a module; None if one can, or the module is not Megatron's."""
     if KINDS.find(type(m)) is None:
         return None
@@ -101,14 +101,14 @@ class Megatron(Dense):
             "one adapter at a time."
         )
 
-    def piece(self, m: Any, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
+    def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
         """Return this process's piece of the weight (canonical), and the cuts of its rows and columns."""
         place = self.place(m, "weight")
         rows, columns = (place[0] if place is not None and place[1] == dim else None for dim in (0, 1))
         return m.weight, rows, columns
 
     @staticmethod
-    def place(m: Any, name: str) -> tuple[Cut, int] | None:
+    def place(m: nn.Module, name: str) -> tuple[Cut, int] | None:
         """Return the cut of a tensor and its dimension."""
         cut, column = cut_of(m), KINDS.find(type(m)) == "ColumnParallelLinear"
         if cut is None or (name == "bias" and not column):

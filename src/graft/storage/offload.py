@@ -42,7 +42,7 @@ def is_tied(m: nn.Module, name: str) -> bool:
 
 def is_hooked(layer: nn.Module) -> bool:
     """Return True if accelerate has hooks on the base layer or its children; if not, it has none on adapters either."""
-    base: Any = layer._modules["base_layer"]
+    base: nn.Module = layer.base_layer
     return any("_hf_hook" in m.__dict__ for m in (base, *base._modules.values()))
 
 

@@ -14,16 +14,16 @@ from graft.storage.quantized import Quantized, shadow
 class Quanto(Quantized):
     name = "quanto"
 
-    def values(self, m: Any) -> Tensor:
+    def values(self, m: nn.Module) -> Tensor:
         return m.qweight.dequantize()  # type: ignore[no-any-return]
 
-    def packed(self, m: Any, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
         if not m.frozen:
             return {"weight": nn.Parameter(W, m.weight.requires_grad)}
         new: Any = shadow(m, {"weight": nn.Parameter(W, requires_grad=False)})
         return {"weight": nn.Parameter(new.qweight, requires_grad=m.weight.requires_grad)}
 
-    def compute_dtype(self, m: Any) -> torch.dtype:
+    def compute_dtype(self, m: nn.Module) -> torch.dtype:
         return m.weight.dtype  # type: ignore[no-any-return]
 
     def unreadable(self, m: nn.Module) -> str | None:

@@ -135,7 +135,7 @@ class MXFP4(Held):
     name = "mxfp4"
 
     @classmethod
-    def of(cls, m: Any, name: str) -> MXFP4:
+    def of(cls, m: nn.Module, name: str) -> MXFP4:
         n, inner, width = m.num_experts, m.intermediate_size, m.hidden_size
         shape = (n, 2 * inner, width) if name == "gate_up_proj" else (n, width, inner)
         config = getattr(m, f"{name}_precision_config")
@@ -206,8 +206,8 @@ class FineFP8(Held):
     name = "fp8"
 
     @classmethod
-    def of(cls, m: Any, name: str) -> FineFP8:
-        weight, scale = m._parameters[name], m._parameters[f"{name}_scale_inv"]
+    def of(cls, m: nn.Module, name: str) -> FineFP8:
+        weight, scale = getattr(m, name), getattr(m, f"{name}_scale_inv")
         n, out_features, in_features = weight.shape
         shape = n, out_features, in_features * (2 if weight.dtype == torch.int8 else 1)
         return cls(shape, weight.data, scale.data, m.block_size)
@@ -270,7 +270,7 @@ class Bnb4(Held):
     name = "bnb 4bit"
 
     @classmethod
-    def of(cls, m: Any, name: str) -> Bnb4:
+    def of(cls, m: nn.Module, name: str) -> Bnb4:
         held = m.parametrizations[name]
         state, flipped = held[0].quant_state, bool(getattr(m, "is_transposed", False))
         n, rows, columns = state.shape
@@ -329,7 +329,7 @@ class Bnb4(Held):
     def _stored(self, W: Tensor) -> Tensor:
         return (W.T if self.flipped else W).to(self.dtype).contiguous()
 
-    def put(self, m: Any, name: str) -> None:
+    def put(self, m: nn.Module, name: str) -> None:
         held = m.parametrizations[name]
         held._parameters["original"] = nn.Parameter(self.codes, requires_grad=False)
         held[0].quant_state = self.state
@@ -363,8 +363,8 @@ class TorchAO(Held):
     name = "torchao"
 
     @classmethod
-    def of(cls, m: Any, name: str) -> TorchAO:
-        weight, flipped = m._parameters[name], bool(getattr(m, "is_transposed", False))
+    def of(cls, m: nn.Module, name: str) -> TorchAO:
+        weight, flipped = getattr(m, name), bool(getattr(m, "is_transposed", False))
         n, rows, columns = weight.shape
         return cls((n, columns, rows) if flipped else (n, rows, columns), weight.data, flipped)
 
@@ -426,8 +426,9 @@ def kind_of(m: nn.Module, name: str) -> type[Held] | None:
     kind = MODULES.find(type(m))
     if kind is not None:
         return kind if name in NAMES and getattr(m, name, None) is not None else None
-    if (lists := m._modules.get("parametrizations")) is not None and name in lists:  # type: ignore[operator]
-        chain: Any = lists[name]  # type: ignore[index]
+    lists = m._modules.get("parametrizations")
+    if isinstance(lists, nn.ModuleDict) and name in lists:
+        chain: Any = lists[name]
         found = PARAMETRIZATIONS.find(type(chain[0])) if len(chain) == 1 else None
         return found if found is None or len(chain[0].quant_state.shape) == 3 else None
     t = m._parameters.get(name)

@@ -20,7 +20,9 @@ MENDED_FORWARDS: WeakSet[Any] = WeakSet()
 OF_KIND: WeakKeyDictionary[type, Any] = WeakKeyDictionary()  # stores, by type of module
 
 
-def go_straight(kind: type[Tensor], linear: Any, wanted: Callable[[Any], bool], dense: Callable[[Any], Tensor]) -> None:
+def go_straight(
+    kind: type[Tensor], linear: object, wanted: Callable[[Any], bool], dense: Callable[[Any], Tensor]
+) -> None:
     """Let gradients through linear layers whose weight is of a tensor class, as if they did not round.
 
     The class itself changes, once: modules and what is saved of them stay as they are. Values stay the same.
@@ -73,7 +75,7 @@ def _through(before: Any, store_of: Callable[[Any], Any]) -> Any:
     """Return a forward that does as `before`, and lets gradients through."""
 
     @wraps(before)
-    def through(m: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def through(m: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
         store = store_of(m)
         if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
             return before(m, x, *args, **kwargs)

@@ -17,7 +17,7 @@ from graft.model.tuner import tuner_of
 from graft.model.watch import gradients_elsewhere
 
 
-def adalora_callback(model: Any) -> Any:
+def adalora_callback(model: nn.Module) -> Any:
     """Return a callback for transformers' Trainer: `Trainer(…, callbacks=[graft.train.adalora_callback(model)])`."""
     from transformers import TrainerCallback
 
@@ -28,7 +28,7 @@ def adalora_callback(model: Any) -> Any:
     return AdaLoraCallback()
 
 
-def allocate_on_step(optimizer: torch.optim.Optimizer, model: Any, start: int = 0) -> Any:
+def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: int = 0) -> Any:
     """Make every `optimizer.step()` allocate afterwards. Return a handle whose `remove()` stops that."""
     step = start
 
@@ -67,7 +67,7 @@ class MontecloraTrainerMixin:
     """Before a Trainer among the bases of a class: `class MontecloraTrainer(MontecloraTrainerMixin, Trainer)`."""
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
+        self, model: nn.Module, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
     ) -> Any:
         """Return the Trainer's loss with MonteCLoRA's added, which is 0 in evaluation; or (loss, outputs)."""
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
@@ -80,7 +80,7 @@ class FineGatesTrainerMixin:
     """Before a Trainer among the bases of a class: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
+        self, model: nn.Module, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
     ) -> Any:
         """Return the Trainer's loss, in training with that of FineGates added; or (loss, outputs)."""
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]

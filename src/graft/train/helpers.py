@@ -164,7 +164,7 @@ def kept_as_they_are(m: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in held.items() if fixed or name != "bias"]
 
 
-def checkpoint(model: Any, options: dict[str, object]) -> None:
+def checkpoint(model: nn.Module, options: dict[str, object]) -> None:
     """Turn on gradient checkpointing; the reentrant kind needs inputs that require gradients."""
     if options.get("use_reentrant", True):
         if hasattr(model, "enable_input_require_grads"):
@@ -181,7 +181,7 @@ def checkpoint(model: Any, options: dict[str, object]) -> None:
     enable(**{name: options for name in takes})
 
 
-def switch(model: Any) -> Callable[..., None]:
+def switch(model: nn.Module) -> Callable[..., None]:
     """Return the function of a model that turns checkpointing on: the model's own, or transformers' by its new name."""
     known, new = model.gradient_checkpointing_enable, getattr(model, "activation_checkpointing_enable", None)
     return known if new is None or known.__module__ != new.__module__ else new

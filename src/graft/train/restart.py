@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
         check(layer, name, optimizer)
     registry.taken_in.add(name)
     for layer in layers:
-        m: Any = layer.methods[name]
+        m: Method = layer.methods[name]
         with layer.store.at_hand(layer, None), evaluating(layer):
             W = layer.W0
             W = W + delta_of(layer, m.effect).to(W.dtype)
@@ -81,7 +81,7 @@ def adapter_of(registry: LayerRegistry) -> str:
 def check(layer: AdapterLayer, name: str, optimizer: Optimizer) -> None:
     """Raise if a layer cannot begin again."""
     base, parameter = layer.base_layer, layer.site.parameter
-    m: Any = layer.methods[name]
+    m: Method = layer.methods[name]
     why = m.effect.fixed or layer.store.unread(base, parameter) or layer.store.fixed(base, parameter)
     if why is None and not layer.store.exact:
         why = "its weight is packed, and would round the update away: begin with merge_and_unload(dequantize=True)"

@@ -203,7 +203,7 @@ class Taken:
     """The state of a training as this process has it, which is checked; `whole` puts it together with the others'."""
 
     def __init__(
-        self, model: Any, optimizer: Any, scheduler: Any, loader: Any, step: int, extra: dict[str, Any]
+        self, model: nn.Module, optimizer: Any, scheduler: Any, loader: Any, step: int, extra: dict[str, Any]
     ) -> None:  # fmt: skip
         self.model, self.loader = model, loader
         self.kept = kept = kept_by(inside(optimizer))
@@ -275,7 +275,7 @@ def adapters_of(model: nn.Module) -> list[str]:
     return [name for name in registry.peft_config if name not in registry.frozen]
 
 
-def values_of(model: Any, kept: Kept) -> dict[str, Value]:
+def values_of(model: nn.Module, kept: Kept) -> dict[str, Value]:
     """Return all tensors of the adapters, and all parameters in an optimizer, by name without wrappers.
 
     Raises:
@@ -358,7 +358,7 @@ class Resume:
         note: dict[str, Any],
         tensors: dict[str, Tensor],
         folder: str,
-        model: Any,
+        model: nn.Module,
         optimizer: Optimizer,
         scheduler: object,
         loader: Any,

@@ -72,7 +72,7 @@ def steering_from(
         layer.steering_vector[adapter_name].copy_(vectors[key])
 
 
-def last_states(model: Any, layers: Mapping[str, Any], inputs: Inputs) -> dict[str, Tensor]:
+def last_states(model: nn.Module, layers: Mapping[str, Any], inputs: Inputs) -> dict[str, Tensor]:
     """Return what the layers give out at the last token of each row, (rows, H) in float32."""
     out: dict[str, Tensor] = {}
     positions = Positions.of(inputs.get("attention_mask"))

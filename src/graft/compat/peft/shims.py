@@ -209,7 +209,7 @@ def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_
         wrapper.set_adapter([name for name in names if name in wrapper.adapters], inference_mode)
 
 
-def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = None) -> list[str]:
+def check_adapters_to_merge(module: nn.Module, adapter_names: Sequence[str] | None = None) -> list[str]:
     """Return those of `adapter_names` (None: the active ones) that are not merged into a layer yet."""
     return not_merged(module, adapter_names)
 
@@ -227,7 +227,7 @@ def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> 
     return input_embedding(model) or default
 
 
-def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
+def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return tied_to_embedding(base, survey(base))[1]
 

@@ -8,12 +8,15 @@ that all names lack, or have too much.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.core.errors import BaseModelMismatchError, some
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Shape = tuple[int, ...]
 
@@ -40,7 +43,7 @@ class Places:
         model: returns the model on the meta device, by which transformers tells what it renames; None if there is none.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], model: Any):
+    def __init__(self, shapes: Mapping[str, Shape], model: Callable[[], PreTrainedModel | None]):
         self.shapes, self.model = shapes, model
 
     @cached_property
@@ -94,7 +97,7 @@ def with_prefix(names: Iterable[str], keys: Collection[str]) -> dict[str, str]:
     return fits[0] if len(fits) == 1 else {}
 
 
-def renamed(model: Any, shapes: Mapping[str, Shape]) -> dict[str, list[Spot]]:
+def renamed(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> dict[str, list[Spot]]:
     """Return the spots of a transformers model's parameters, as transformers loads them."""
     try:
         from transformers import conversion_mapping

@@ -7,15 +7,18 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from graft.core.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def skeleton(path: str, device: str = "meta", architecture: str | None = None) -> nn.Module | None:
+
+def skeleton(path: str, device: str = "meta", architecture: str | None = None) -> PreTrainedModel | None:
     """Return the model that transformers makes of a folder's config.json, without values; None if it knows none.
 
     Code of the folder itself never runs.
@@ -41,13 +44,13 @@ def skeleton(path: str, device: str = "meta", architecture: str | None = None) -
             del config.quantization_config
         try:
             with torch.device("meta"):
-                model: Any = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+                model: PreTrainedModel = transformers.AutoModel.from_config(config) if kind is None else kind(config)
         except (ValueError, KeyError, ImportError) as e:
             raise CheckpointError(f"transformers cannot make the model of {path}: {e}") from None
     return model if device == "meta" else weightless(model)
 
 
-def weightless(model: nn.Module) -> nn.Module:
+def weightless(model: PreTrainedModel) -> PreTrainedModel:
     """Give the tensors of a model on the meta device memory: that of one zero each."""
     for module in model.modules():
         for name, p in module._parameters.items():

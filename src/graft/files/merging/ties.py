@@ -5,16 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.files.merging.folds import Change
 from graft.files.neutral import AdapterFile
 from graft.files.tensors import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Groups = list[list[str]]
 
 
-def tied_groups(model: Any, config: Mapping[str, Any], shapes: Mapping[str, Any]) -> Groups:
+def tied_groups(
+    model: Callable[[], PreTrainedModel | None], config: Mapping[str, Any], shapes: Mapping[str, Any]
+) -> Groups:
     """Return the names of parameters that are one, by the model; without one, by its config."""
     if config.get("tie_word_embeddings") is False:
         return []

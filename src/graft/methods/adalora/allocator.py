@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
+from graft.core.method import Method
 from graft.core.tuner import Tuner
 from graft.kernels.waits import constant
 from graft.storage.parallel import fill, layout_of, shape_of, whole
@@ -72,7 +73,7 @@ class Allocator:
         stays = iter((values > threshold).tolist())  # the one wait for the device, since the config has them
         return {key: list(islice(stays, len(score))) for key, score in scores.items()}
 
-    def triplet_scores(self, key: str, m: Any) -> Tensor:
+    def triplet_scores(self, key: str, m: Method) -> Tensor:
         """Return the importance of each singular value with its two vectors, (r,)."""
         A, B, E = (self.importance.score(f"{key}.lora_{x}", getattr(m, f"lora_{x}")) for x in "ABE")
         return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)

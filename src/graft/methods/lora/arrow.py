@@ -18,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 from graft.config.fields import settings
 from graft.core.effect import Branch, Effect, Factors
 from graft.core.errors import RoutingError
+from graft.core.method import Method
 from graft.kernels.waits import vector
 from graft.methods.lora.lora import LoRA
 
@@ -113,7 +114,7 @@ class Arrow(LoRA):
         return found
 
 
-def is_plain(m: Any) -> bool:
+def is_plain(m: Method) -> bool:
     return type(m) is LoRA and not m.lora_bias
 
 

@@ -7,7 +7,6 @@ W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, with norms over the inputs of each output 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +109,7 @@ class DoRA(LoRA):
         super().init()
         if self.site.on_meta:
             return
-        m: Any = self.lora_magnitude_vector.weight
+        m: nn.Module = self.lora_magnitude_vector.weight
         with torch.no_grad():
             norm = row_norms(
                 self.layer.W0.flatten(1), *super().factors().matrices()

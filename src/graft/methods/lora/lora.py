@@ -131,7 +131,7 @@ class LoRA(Started):
         """The parameters A (r, …) and B (out, …), as the layer stores them."""
         if self.site.op.takes_ids:
             return self.lora_embedding_A, self.lora_embedding_B
-        return self.lora_A.weight, self.lora_B.weight  # type: ignore[return-value]
+        return self.lora_A.weight, self.lora_B.weight
 
     def holding(self, A: Tensor, B: Tensor) -> Tensors:
         """Return values of the adapter's tensors with which ΔW = s · B A. A (…, r, fan_in), B (…, out, r)."""

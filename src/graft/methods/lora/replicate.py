@@ -54,10 +54,9 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
         if depth is not None:
             config.num_hidden_layers = depth
         for i, layer in enumerate(stack):
-            module: Any
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = i
+                    module.__dict__["layer_idx"] = i
 
     def undo() -> None:
         put(layers, depth)

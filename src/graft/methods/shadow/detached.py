@@ -32,7 +32,7 @@ def packed_class() -> type:
 
         __module__, __qualname__ = __name__, "ShadowCache"  # where `pickle` finds it
 
-        def __init__(self, base: Any, shadows: dict[str, Any]):
+        def __init__(self, base: nn.Module, shadows: dict[str, Any]):
             self.base, self.shadows = base, shadows
 
         def __getattr__(self, name: str) -> Any:
@@ -95,7 +95,7 @@ def with_cache(output: Any, shadows: dict[str, object]) -> Any:
     return output
 
 
-def empty(network: Any) -> Any:
+def empty(network: nn.Module) -> Any:
     """Return a cache for a shadow network."""
     from transformers import DynamicCache
 
@@ -171,7 +171,7 @@ def detached_class() -> Any:
         supports_gradient_checkpointing = True
         _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-        def __init__(self, config: Any, backbone: Any, projection: nn.Module, head: nn.Module, classifies: bool):
+        def __init__(self, config: Any, backbone: nn.Module, projection: nn.Module, head: nn.Module, classifies: bool):
             super().__init__(config)
             self.backbone, self.shadow_hidden_projection, self.head = backbone, projection, head
             self.classifies = classifies

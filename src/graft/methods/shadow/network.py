@@ -120,16 +120,18 @@ HEADS = ("score", "classifier")
 EMBEDDINGS = "embed_tokens"  # where networks share word embeddings, PEFT's lack their own only if these are called so
 
 
-def containers_of(model: Any) -> Iterator[tuple[str, Any]]:
+def containers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield (path, module) of the model, and of the backbones within it, the outermost first."""
-    path = ""
-    while model is not None:
-        yield path, model
-        inner = dict.fromkeys(
-            ("model", "transformer", "base_model", "decoder", getattr(model, "base_model_prefix", ""))
-        )
-        name = next((n for n in (*inner, "language_model") if n and isinstance(model._modules.get(n), nn.Module)), "")
-        path, model = f"{path}{name}.", model._modules.get(name)
+    path, module = "", model
+    while True:
+        yield path, module
+        prefix = getattr(module, "base_model_prefix", "")
+        inner = dict.fromkeys(("model", "transformer", "base_model", "decoder", prefix, "language_model"))
+        found = ((name, module._modules.get(name)) for name in inner if name)
+        name, child = next(((n, m) for n, m in found if isinstance(m, nn.Module)), ("", None))
+        if child is None:
+            return
+        path, module = f"{path}{name}.", child
 
 
 def stack_of(model: nn.Module) -> tuple[Any, str, int] | None:
@@ -169,13 +171,13 @@ def hidden_size(model: nn.Module) -> int:
     return int(size)
 
 
-def backbone_of(model: Any) -> Any:
+def backbone_of(model: nn.Module) -> Any:
     """Return the part of a model that makes hidden states of its input: what holds the stack of blocks."""
     found = stack_of(model)
     return model if found is None else found[0]
 
 
-def beside(model: Any, cfg: ShadowConfig) -> dict[str, nn.Module]:
+def beside(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
     """Make the modules that stand beside the model: the network, its projection, and the head of its own loss."""
     width = hidden_size(model)
     mirrors = cfg.shadow_model == MIRROR
@@ -193,7 +195,7 @@ def beside(model: Any, cfg: ShadowConfig) -> dict[str, nn.Module]:
     return made
 
 
-def mirror(model: Any, cfg: ShadowConfig) -> Any:
+def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
     """Return a network of the class of the base model's backbone, with new values."""
     base = backbone_of(model)
     config = copy.deepcopy(base.config)

@@ -54,7 +54,7 @@ def of_decoder(output: Any, batch: dict[str, Any], **_: Any) -> Tensor:
     return cross_entropy(logits.view(-1, logits.shape[-1]), batch["labels"].view(-1))
 
 
-def of_tokens(model: Any, _: int | None) -> Loss:
+def of_tokens(model: nn.Module, _: int | None) -> Loss:
     def loss(output: Any, batch: dict[str, Any], **items: Any) -> Tensor:
         logits = output["logits"]
         return model.loss_function(logits=logits, labels=batch["labels"], vocab_size=logits.shape[-1], **items)
@@ -62,7 +62,7 @@ def of_tokens(model: Any, _: int | None) -> Loss:
     return loss
 
 
-def of_labels(model: Any, labels: int | None) -> Loss:
+def of_labels(model: nn.Module, labels: int | None) -> Loss:
     """Return the loss of a classifier of samples or of tokens. Logits of labels that other heads have are left out."""
     tokens = model.loss_type == "ForTokenClassification"
 
@@ -78,7 +78,7 @@ def of_labels(model: Any, labels: int | None) -> Loss:
     return loss
 
 
-def of_spans(model: Any, _: int | None) -> Loss:
+def of_spans(model: nn.Module, _: int | None) -> Loss:
     def loss(output: Any, batch: dict[str, Any], **_: Any) -> Tensor:
         logits, places = (output["start_logits"], output["end_logits"]), ("start_positions", "end_positions")
         return model.loss_function(*logits, *(batch[p] for p in places))

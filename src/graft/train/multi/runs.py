@@ -73,7 +73,7 @@ class MultiTrain:
     def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
         is_peft = isinstance(model, PeftModel)
         self.model: PeftModel | None = model if is_peft else None  # type: ignore[assignment]
-        self.base: Any = model.get_base_model() if is_peft else model  # type: ignore[operator]
+        self.base: nn.Module = model.get_base_model() if is_peft else model  # type: ignore[operator]
         self.at_once, self.base_in_eval = at_once, base_in_eval
         self.arguments = Arguments.of(self.base, exact)
         self.folder: str | None = None  # of runs to go on with
@@ -208,7 +208,7 @@ class MultiTrain:
         with draws:
             new = self._inject(name, config, heads() if callable(heads) else heads)
         try:
-            model: Any = self.model
+            model = self._adapted
             registry, own_config = registry_of(model), model.peft_config[name]
             registry.set_requires_grad(name, True)
             parameters = parameters_of(model, name)
@@ -313,6 +313,12 @@ class MultiTrain:
         base: nn.Module = self.base
         return base
 
+    @property
+    def _adapted(self) -> PeftModel:
+        """The model with the runs' adapters, of which there is one at least."""
+        assert self.model is not None
+        return self.model
+
     def _carried(self) -> set[int]:
         """Return the modules of adapters, by id."""
         if self.model is None:
@@ -385,7 +391,7 @@ class MultiTrain:
         """Have these runs, which train now, share banks."""
         if self._banks.names == [run.name for run in runs] and self._banks.stand():
             return
-        model: Any = self.model
+        model = self._adapted
         self._banks.release()
         for run in self._runs.values():
             if run not in runs:
@@ -445,7 +451,7 @@ class MultiTrain:
         """Return the output for each part, and how many tokens it has."""
         arguments, cut = joined(group, self.arguments)
         names = [part.name for part, n in zip(group, cut.rows) for _ in range(n)]
-        model: Any = self.model
+        model = self._adapted
         if torch.is_grad_enabled() and hasattr(model, "adapter_parameters"):
             arguments["adapter_generators"] = {part.name: self._runs[part.name].draws.own for part in group}
         stacks = self._banks if torch.is_grad_enabled() else None
@@ -474,7 +480,7 @@ class MultiTrain:
 
     def _mode(self, training: bool) -> None:
         """Set the mode of the model: of adapters and heads alone if the base stays in eval mode."""
-        model: Any = self.model
+        model = self._adapted
         if not (training and self.base_in_eval):
             if model.training != training or self.base_in_eval:
                 model.train(training)
@@ -518,16 +524,16 @@ class MultiTrain:
             ConfigError: the state of an optimizer or schedule is more than numbers, texts and tensors.
         """
         for run in self._runs.values():
-            stored.save(run, self.model, os.fspath(folder))
+            stored.save(run, self._adapted, os.fspath(folder))
 
     def save_adapter(self, name: str, folder: str | os.PathLike) -> None:
         """Write the adapter of a run to a folder, as `save_pretrained` writes "default"."""
-        model = self.model
+        model = self._adapted
         tensors, config = contents(model, name, None, "auto", None)
         files.save_adapter(os.fspath(folder), tensors, config, True, base_fingerprint(model, name))  # type: ignore[arg-type]
 
 
-def parameters_of(model: Any, name: str) -> list[nn.Parameter]:
+def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
     """Return the parameters of an adapter that train, in the order of the model."""
     if hasattr(model, "adapter_parameters"):
         return [p for _, p in model.adapter_parameters(name)]
@@ -537,7 +543,7 @@ def parameters_of(model: Any, name: str) -> list[nn.Parameter]:
 
 def own_modules(carrier: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules of a carrier but those of the base."""
-    base: Any = carrier.base_module
+    base: nn.Module = carrier.base_module
     inner = {id(m) for m in base.modules()}
     yield from (m for m in carrier.modules() if id(m) not in inner)
 

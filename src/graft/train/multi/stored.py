@@ -8,7 +8,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.core.errors import BaseModelMismatchError, ConfigError
 from graft.io.fingerprint import difference, same_values
@@ -35,7 +35,7 @@ def delete(name: str, folder: str) -> None:
         os.rmdir(where)
 
 
-def save(run: Run, model: Any, folder: str) -> None:
+def save(run: Run, model: nn.Module, folder: str) -> None:
     """Write `folder`/<name of the run>/run.safetensors."""
     tensors: dict[str, Tensor] = {}
     note = pack(state_of(run, model), tensors, f"Run '{run.name}'")
@@ -56,7 +56,7 @@ def load(name: str, folder: str) -> dict[str, Any] | None:
     return read(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
 
 
-def state_of(run: Run, model: Any) -> dict[str, Any]:
+def state_of(run: Run, model: nn.Module) -> dict[str, Any]:
     """Return all that the next step of a run depends on, and what it has made."""
     loader = run.loader
     return {
@@ -81,7 +81,7 @@ def settings(run: Run) -> dict[str, Any]:
     return {"optimizer": run.begun, "clip": run.clip, "accumulate": run.accumulate, "seed": run.seed}
 
 
-def restore(run: Run, model: Any, held: dict[str, Any], where: str) -> None:
+def restore(run: Run, model: nn.Module, held: dict[str, Any], where: str) -> None:
     """Put a run into the state that its file holds. The run is new, with its adapter on the model.
 
     Raises:

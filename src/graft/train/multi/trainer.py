@@ -62,7 +62,7 @@ class Description:
     def schedule(self, optimizer: Any, steps: int) -> Any:
         return self.trainer.create_scheduler(steps, optimizer)
 
-    def loss(self, model: Any, own: Loss | None) -> Loss:
+    def loss(self, model: nn.Module, own: Loss | None) -> Loss:
         """Return its `compute_loss`, with a stand-in for the model that gives the run's rows of a joint pass.
 
         own: the model's own loss, of the rows of one run; None: it has none.
@@ -106,7 +106,7 @@ class Windows:
 class StandIn:
     """Stands for the model in `compute_loss`: gives what a joint pass has computed for the run's batch, once."""
 
-    def __init__(self, model: Any, run: str, trainer: str, output: Any, batch: dict[str, Any], own: Loss | None):
+    def __init__(self, model: nn.Module, run: str, trainer: str, output: Any, batch: dict[str, Any], own: Loss | None):
         self._model, self._who, self._output, self._batch, self._own = model, (run, trainer), output, batch, own
         self.called = False
 

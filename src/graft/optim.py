@@ -31,7 +31,7 @@ def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]
     """Yield A, B and scaling of each LoRA adapter on a layer that is no embedding."""
     for layer in model.modules():
         if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
-            Bs: Any = layer.lora_B
+            Bs = layer.lora_B
             for name, A in layer.lora_A.items():
                 check_whole(layer, name)
                 yield A.weight, Bs[name].weight, layer.scaling[name]  # type: ignore[misc]

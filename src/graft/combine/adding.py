@@ -106,7 +106,7 @@ def rank_patterns(ranks: dict[str, int]) -> dict[str, int]:
 # modules beside the layers
 
 
-def owners(tuner: Any, names: Sequence[str]) -> dict[str, str]:
+def owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
     """Return the adapter that has its own copy of a module, by path.
 
     Raises:
@@ -133,7 +133,7 @@ def heads(tuner: Tuner, owner: dict[str, str], cfg: Any) -> dict[str, nn.Module]
     }
 
 
-def rows_of(tuner: Any, names: Sequence[str], weights: Sequence[float], cfg: Any) -> Rows:
+def rows_of(tuner: Tuner, names: Sequence[str], weights: Sequence[float], cfg: PeftConfig) -> Rows:
     """Return who trains rows of a module, by path. `cfg` names all of these rows."""
     wrappers = {key: w for key, w in tuner.wrappers.items() if w.takes_rows}
     rows = {key: [(w.methods[n], x) for n, x in zip(names, weights) if n in w.methods] for key, w in wrappers.items()}
@@ -145,7 +145,7 @@ def rows_of(tuner: Any, names: Sequence[str], weights: Sequence[float], cfg: Any
     return rows
 
 
-def warn_if_base_changed(tuner: Any, names: list[str], adapter_name: str, cfg: Any) -> None:
+def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg: PeftConfig) -> None:
     """Warn unless the new adapter changes a fresh base likewise."""
     if changes_base(cfg):
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from graft.inject.survey import survey
 from graft.methods import method_of
 from graft.methods.lora.config import LoraConfig
 
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
+
 SMALLEST = 1e-30
 TELL_FROM = 0.1  # of ‖ΔW‖
 
@@ -35,11 +38,11 @@ def convert(
     base: nn.Module,
     layers: Layers,
     adapter: str,
-    cfg: Any,
+    cfg: PeftConfig,
     rank: int | float,
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
-    at: Mapping[str, Any] | None = None,
+    at: Mapping[str, object] | None = None,
 ) -> tuple[Any, dict[str, Tensors]]:
     """Return a config of plain LoRA, and the values of its tensors by layer: see `graft.convert_to_lora`."""
     effects = effects_at(layers, adapter, at or {})
@@ -73,7 +76,7 @@ def convert(
 # checks
 
 
-def effects_at(layers: Layers, adapter: str, at: Mapping[str, Any]) -> dict[str, Effect]:
+def effects_at(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[str, Effect]:
     """Return the effects of an adapter, by layer, whose update follows an argument of calls that `at` fixes.
 
     Raises:

@@ -74,11 +74,13 @@ class Form:
     def read(self, m: Method, weight: float) -> Term:
         return factors_of(m, weight)
 
-    def write(self, A: Tensor, B: Tensor, parts: list[tuple[Any, float]], cfg: Any) -> Tensors:
+    def write(self, A: Tensor, B: Tensor, parts: list[tuple[object, float]], cfg: PeftConfig) -> Tensors:
         """Return the tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
         raise NotImplementedError
 
-    def configure(self, cfg: Any, ranks: dict[str, int], patterns: dict[str, int], configs: Sequence[Any]) -> None:
+    def configure(
+        self, cfg: PeftConfig, ranks: dict[str, int], patterns: dict[str, int], configs: Sequence[object]
+    ) -> None:
         """Change `cfg` so that it describes the tensors that `write` returns."""
         raise NotImplementedError
 

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def reduce_intruder_dimension(
-    peft_model: Any,
+    peft_model: object,
     old_adapter_name: str = "default",
     new_adapter_name: str = "intruder_reduced",
     top_k: int = 10,
     threshold_epsilon: float = 0.5,
     mitigation_lambda: float = 0.75,
-    logging_sink: Callable[[str], Any] = print,
+    logging_sink: Callable[[str], object] = print,
 ) -> None:
     """Add an adapter like a LoRA adapter, with its intruder dimensions scaled down, and activate it.
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,10 @@ from graft.core.gate import prepares
 from graft.inject.stage import draw
 from graft.methods import method_of
 from graft.storage.parallel import whole_at
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
+    from graft.core.tuner import Tuner
 
 
 @dataclass
@@ -175,7 +179,7 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
 
 
 def add_weighted_of_any(
-    tuner: Any, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    tuner: Tuner, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
 ) -> WeightedReport:
     """Combine adapters of a mixed model: those of one method as a model of that method does, others as plain LoRA.
 
@@ -215,7 +219,7 @@ def function_for(peft_type: str) -> Callable[..., Any]:
 # steps
 
 
-def draw_start(tuner: Any, adapter_name: str, cfg: Any, keys: list[str]) -> None:
+def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]) -> None:
     """Draw the new adapter's initial values, which it does not keep: as in PEFT, pruning draws after that."""
     method = method_of(cfg.peft_type).variant(cfg)
     with warnings.catch_warnings():
@@ -225,12 +229,12 @@ def draw_start(tuner: Any, adapter_name: str, cfg: Any, keys: list[str]) -> None
             draw(method(layer.site, cfg.at(key), adapter_name), {}, layer.call)
 
 
-def kind_of(tuner: Any, names: list[str]) -> str:
+def kind_of(tuner: Tuner, names: list[str]) -> str:
     """Return the peft_type of these adapters, or all of theirs in one text."""
     return ", ".join(sorted({tuner.peft_config[name].peft_type.value for name in names}))
 
 
-def checked(tuner: Any, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
+def checked(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[list[str], list[float]]:
     if isinstance(adapters, str):
         raise ConfigTypeError(f"adapters should be a list of names, got {adapters!r}: write ['{adapters}'].")
     if isinstance(weights, (int, float)):

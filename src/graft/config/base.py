@@ -300,7 +300,7 @@ def matches_end(pattern: str, key: str, field: str) -> bool:
     return ending(pattern, field).match(key) is not None
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return `value` as JSON can hold it."""
     if isinstance(value, Enum):
         return value.value
@@ -358,7 +358,7 @@ def check_types(config: PeftConfig) -> None:
             )
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     try:
         return shortened(repr(value))
     except ValueError:  # a number of more digits than Python writes

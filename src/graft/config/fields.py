@@ -102,7 +102,7 @@ def sub_config(value: Any, cls: type[Any]) -> Any:
     return cls(**{k: v for k, v in value.items() if k in known})
 
 
-def settings(value: T | dict[str, Any] | None) -> T:
+def settings(value: T | dict[str, object] | None) -> T:
     """Return the config inside another where there is one, which is no dict since `sub_config`."""
     assert value is not None and not isinstance(value, dict)
     return value

@@ -17,7 +17,7 @@ IDLE_LOADING = {"torch_device", "device_map", "max_memory", "offload_folder", "o
 IDLE_SAVING = {"save_function", "max_shard_size", "token", "variant", "save_peft_format"}
 
 
-def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
+def hub_keywords(kwargs: dict[str, object]) -> dict[str, Any]:
     """Return those of `kwargs` that are for the hub."""
     return {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
 

@@ -71,7 +71,7 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     return out
 
 
-def check(value: Any, what: str, field: str, depth: int) -> None:
+def check(value: object, what: str, field: str, depth: int) -> None:
     """Raise CheckpointError for a number that is not finite, and for too deep a nesting."""
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -168,7 +168,7 @@ class Pattern:
                 return
             import regex  # not needed to import graft
 
-            timed: Any = regex.compile(whole)
+            timed = regex.compile(whole)
         except Exception as e:  # of many types: nesting, counts, syntax
             raise ConfigError(
                 f"{shortened(repr(text))} of {field} is not a regular expression: {e or type(e).__name__}. Give a list "

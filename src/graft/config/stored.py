@@ -36,7 +36,7 @@ class Stored:
     """
 
     def __init__(
-        self, where: str | os.PathLike, subfolder: str | None, read: Callable[[str], dict[str, Any]], **hub: Any
+        self, where: str | os.PathLike, subfolder: str | None, read: Callable[[str], dict[str, object]], **hub: object
     ):
         self.where, self.hub, self._read = where, hub, read
         path = fetch(where, CONFIG_NAME, subfolder=subfolder, **hub)
@@ -80,13 +80,13 @@ class Stored:
         with open(self.path, "rb") as f:
             return token(f.read()) in marks
 
-    def _needed(self, fields: Any) -> Any:
+    def _needed(self, fields: object) -> Any:
         if fields is None:
             why = whole_model(self.folder) or adapters_in(self.folder) or not_asked(self.where, **self.hub)
             raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'{why}")
         return fields
 
-    def _say_edited(self, beside: dict[str, Any], inside: dict[str, Any]) -> None:
+    def _say_edited(self, beside: dict[str, object], inside: dict[str, object]) -> None:
         # a save writes all fields of a config: of others, `PeftConfig.tolerant` warns
         names = [n for n in sorted(set(inside) - DESCRIBING) if plain(beside.get(n)) != plain(inside[n])]
         if names:
@@ -113,7 +113,7 @@ def fields_in(text: str, where: str) -> dict[str, Any]:
     return fields
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return a value as it counts: the order of a list of names means nothing, nor does one that is empty."""
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = sorted(value)

@@ -176,7 +176,7 @@ class Told(dict[str, Any]):
 
     key: ClassVar[str]  # their name on the layer
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
         raise AttributeError(
             f"layer.{self.key}[…] cannot be set: it tells how an adapter was made, and nothing computes with it. Set "
             "what the layer computes with, such as layer.scaling[…], or add an adapter with another config."

@@ -191,7 +191,7 @@ class Holding:
         own = self.__dict__
         modules = own["_modules"]
         for key in own["containers"]:
-            container: Any = modules.get(key)
+            container = modules.get(key)
             if container is None:
                 dict.pop(own[key], adapter, None)  # what tells how it was made lets nobody else do so
             elif type(container) is ModuleDict:  # past its own methods, which take as long as all the rest

@@ -246,7 +246,7 @@ class Method(Generic[C]):
     def check_together(cls, methods: Sequence[Self]) -> None:
         """Raise if these adapters of one layer cannot be active at once."""
 
-    def excludes(self, other: Any) -> str | None:
+    def excludes(self, other: object) -> str | None:
         """Return why an adapter with the config `other` cannot stand beside this one, or None.
 
         A layer asks both adapters about each other.
@@ -332,7 +332,7 @@ class Method(Generic[C]):
         self.layer.on_rollback(lambda: setattr(module, mark, left))
         return left
 
-    def at(self, value: Any) -> Effect:
+    def at(self, value: object) -> Effect:
         """Return the effect on rows whose argument `depends_on` has this value.
 
         Raises:
@@ -372,7 +372,7 @@ def placeholders(method: Method, shared: dict[str, object]) -> dict[str, object]
         return method.build(shared)
 
 
-def as_it_is(output: Any) -> Any:
+def as_it_is(output: object) -> Any:
     """Return an output unchanged."""
     return output
 

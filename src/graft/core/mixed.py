@@ -90,7 +90,7 @@ class Mixed:
         self.kept: Kept | None = None
         self.joins: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
 
-    def run(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+    def run(self, rows: Rows, *args: object, **kwargs: object) -> Any:
         if not self.tapped:
             return self.run_plans(rows, *args, **kwargs)
         if self.taps:
@@ -314,7 +314,7 @@ class Mixed:
             if out is not None:
                 return out
         for name, index in rows.segments:
-            plan: Any = self.plans[name]
+            plan = self.plans[name]
             if plan is None:
                 continue
             own, part = x.index_select(0, index), y.index_select(0, index)

@@ -47,13 +47,13 @@ class Shown(list[str]):
         super().__init__(names)
         self.shown_as, self.remedy = shown_as, remedy
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
         raise AttributeError(f"{self.shown_as} cannot be changed: {self.remedy}.")
 
     __setitem__ = __delitem__ = __iadd__ = __imul__ = append = clear = extend = insert = pop = _refuse
     remove = reverse = sort = _refuse
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is the caller's
+    def __reduce_ex__(self, protocol: object) -> Any:  # a copy is the caller's
         return list, (list(self),)
 
 
@@ -149,7 +149,7 @@ class PeftNames:
         return Shown(self.state.active, "_active_adapter", ACTIVATE)
 
     @_active_adapter.setter
-    def _active_adapter(self, names: Any) -> None:
+    def _active_adapter(self, names: object) -> None:
         raise AttributeError(f"_active_adapter cannot be set on a layer: {ACTIVATE}.")
 
     @property
@@ -180,14 +180,14 @@ class PeftNames:
         """The adapters whose forward is another than plain LoRA's."""
         return {name: Variant(m) for name, m in self.methods.items() if m.is_variant}
 
-    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    def _check_forward_args(self, x: Tensor, *args: object, **kwargs: object) -> None:
         """Do nothing: names of rows are checked where the model is called."""
 
     def _cast_input_dtype(self: Layer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return x if x is None or not self.cast_input_dtype_enabled else x.to(dtype)
 
     def _mixed_batch_forward(
-        self: Any, x: Tensor, *args: Any, adapter_names: Any = None, alora_offsets: Any = None, **kwargs: Any
+        self: Any, x: Tensor, *args: Any, adapter_names: Any = None, alora_offsets: object = None, **kwargs: Any
     ) -> Any:
         """Run the layer as graft does, in a mixed batch or not: which adapters act on which rows, the call knows.
 

@@ -223,7 +223,7 @@ class ChainOfPieces(OfPieces, Chain):
         super().__init__(layer, steps)
         self.above = False
 
-    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
         return self.given_out(super().run(x, *args, **kwargs))
 
     def bias(self, n: int | None = None) -> Tensor | None:

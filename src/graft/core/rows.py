@@ -162,7 +162,7 @@ class Same:
     def __init__(self, value: Any):
         self.value = value
 
-    def __getitem__(self, index: Any) -> Same:
+    def __getitem__(self, index: object) -> Same:
         return self
 
     def repeat_interleave(self, repeats: int, dim: int) -> Same:
@@ -216,7 +216,7 @@ NOTHING, ALL_OFF, AMBIGUOUS = Given(), Given(OFF), Given(UNCLEAR)
 LIMIT = 100_000  # objects of an output that `tensors_in` visits
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: object) -> Iterator[Tensor]:
     """Yield the tensors in containers and in attributes of objects, such as dataclasses and caches, but not modules."""
     seen: set[int] = set()
     found = [output]

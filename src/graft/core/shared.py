@@ -37,7 +37,7 @@ class Shared(Carrier):
     def hold(
         self,
         adapter: str,
-        values: dict[str, Any],
+        values: dict[str, object],
         where: tuple[Any, Any],
         upcast: bool,
         files: Mapping[str, str] = MappingProxyType({}),
@@ -75,7 +75,7 @@ class Shared(Carrier):
         """Return the containers in the form in which `Method.build` puts them on each layer."""
         return {name: Attached(container) for name, container in self.containers.items()}
 
-    def _open(self, name: str, value: Any) -> Any:
+    def _open(self, name: str, value: object) -> Any:
         """Make a container for values like this one."""
         container = self.containers[name] = container_for(value)
         group, dot, inner = name.rpartition(".")

@@ -154,7 +154,7 @@ def known_extra(name: str) -> bool:
     return name.startswith(("lora_shift.", "lora_velora_", "lora_monteclora_"))
 
 
-def factors(path: str, held: LowRank | Other, config: dict[str, Any]) -> LowRank:
+def factors(path: str, held: LowRank | Other, config: dict[str, object]) -> LowRank:
     """Return the factors A (r, …) and B (out, r, …) of a module in float32, of scale 1."""
     import numpy as np
 

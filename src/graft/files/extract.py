@@ -63,7 +63,7 @@ def extract(
     include: str | None = None,
     exclude: str | None = None,
     embed: Literal["lora", "full"] = "full",
-    progress: Callable[[str], Any] = lambda name: None,
+    progress: Callable[[str], object] = lambda name: None,
 ) -> Extraction:
     """Return an adapter that makes a fine-tuned model of its base, as nearly as its ranks allow.
 
@@ -204,7 +204,7 @@ def module_of(name: str) -> str:
 
 
 def take(
-    made: Extraction, name: str, new: Tensor, old: Tensor | None, config: Mapping[str, Any], rank: int | None,
+    made: Extraction, name: str, new: Tensor, old: Tensor | None, config: Mapping[str, object], rank: int | None,
     energy: float | None, embed: str,
 ) -> None:  # fmt: skip
     """Add what one tensor has become to an adapter."""
@@ -255,7 +255,7 @@ def kind_of(name: str, delta: np.ndarray, embed: str) -> Any:
     return "linear" if delta.ndim == 2 else "conv"
 
 
-def is_conv1d(config: Mapping[str, Any]) -> bool:
+def is_conv1d(config: Mapping[str, object]) -> bool:
     return config.get("model_type") in CONV1D
 
 

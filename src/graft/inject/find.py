@@ -449,7 +449,7 @@ def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> s
     return text
 
 
-def rows_of(cfg: Any, model: nn.Module, tree: Tree, adapter: str) -> dict[str, TrainableTokens]:
+def rows_of(cfg: PeftConfig, model: nn.Module, tree: Tree, adapter: str) -> dict[str, TrainableTokens]:
     """Return what trains single rows beside an adapter, first where the config names a module, then what follows."""
     tokens = token_targets(cfg, model, tree, adapter)
     tied, made = following_tokens(tokens, cfg, model, tree), dict[str, TrainableTokens]()

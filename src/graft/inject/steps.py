@@ -27,6 +27,7 @@ from graft.storage import innermost
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
+    from graft.core.tuner import Tuner
 
 CHECK, CREATE, PARAMETERS, CAST = (
     "_check_target_module_exists",
@@ -46,7 +47,7 @@ class Steps:
 
     job: Job
 
-    def __init__(self, tuner: Any, replaced: list[str]):
+    def __init__(self, tuner: Tuner, replaced: list[str]):
         self.tuner, self.replaced = tuner, replaced
         self.target = ""  # the path that is being asked for
         self.asked: list[str] = []
@@ -146,7 +147,7 @@ class Steps:
                 f"such as '{self.asked[0]}'. Name others in target_modules, or restore the step."
             )
 
-    def _create(self, path: str, parameter: str | None = None, key: str | None = None, cfg: Any = None) -> None:
+    def _create(self, path: str, parameter: str | None = None, key: str | None = None, cfg: object = None) -> None:
         """Ask what to adapt for a target: a module, or one of its parameters, at the path `key`."""
         job, self.target = self.job, key or path
         (parent, name), module, count = job.tree.places[path], job.tree.modules[path], len(self.noted)

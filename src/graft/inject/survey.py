@@ -336,12 +336,12 @@ def uncovered(module: nn.Module | None) -> nn.Module | None:
     return module
 
 
-def is_block(carrier: Any) -> bool:
+def is_block(carrier: object) -> bool:
     """Return True for a layer around a module that gives no weight: those within it take adapters as well."""
     return isinstance(carrier, AdapterLayer) and not (carrier.beside or carrier.op.known)
 
 
-def nest_of(carrier: Any) -> list[AdapterLayer]:
+def nest_of(carrier: object) -> list[AdapterLayer]:
     """Return the layers of a module's parameters that stand around it, the innermost first; [] if there are none."""
     nest: list[AdapterLayer] = []
     while isinstance(carrier, AdapterLayer) and carrier.op.opaque:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from graft.io.tensors import digest_of, write_safetensors
 from graft.io.written import TODAY, Layout
 from graft.storage.parallel import is_sharded
 
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
+
 LOOKS = 5  # times to look for the weights again that another process has replaced by some of the other format
 
 
@@ -49,7 +52,9 @@ class Loaded:
     finite: bool = False  # the reader saw that all its numbers are; False: nobody has looked
 
 
-def save_adapter(folder: str, tensors: dict[str, Tensor], config: Any, safetensors: bool, fingerprint: dict) -> None:
+def save_adapter(
+    folder: str, tensors: dict[str, Tensor], config: PeftConfig, safetensors: bool, fingerprint: dict
+) -> None:
     """Write weights and config; on an error both stay as they were."""
     check(folder, tensors)
     beside = files_of(config)

@@ -44,6 +44,7 @@ from graft.storage.offload import put as put_away
 from graft.storage.parallel import fill, shape_of
 
 if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
     from graft.core.layer import AdapterLayer
 
 
@@ -94,7 +95,7 @@ class Values:
     def __init__(
         self,
         model: nn.Module,
-        config: Any,
+        config: PeftConfig,
         adapter: str,
         loaded: Loaded,
         strict: bool = True,

@@ -231,7 +231,7 @@ def agreed(act: Callable[[], T], call: str) -> T:
     return made  # type: ignore[return-value]
 
 
-def once(folder: str, values: str, act: Callable[[], Any]) -> None:
+def once(folder: str, values: str, act: Callable[[], object]) -> None:
     """Have the first of some processes that hold the same values save them; the others wait, and raise what it raises.
 
     The first does not wait: it may be the only one that was asked to. Neither does one that was asked alone wait for

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from graft.io.fingerprint import digests, fingerprint, weights_of
 from graft.io.rendezvous import all_here, check_entries, check_value, gathered, ranks_of
 from graft.storage.offload import brought, offloaded_in
 from graft.storage.parallel import tensors_below, whole_copy
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 
 def parts_of(model: nn.Module, adapter: str) -> tuple[Parts, str, Any]:
@@ -98,7 +101,7 @@ def get_peft_model_state_dict(
     return out
 
 
-def describe_base(config: Any, base: nn.Module) -> None:
+def describe_base(config: PeftConfig, base: nn.Module) -> None:
     """Complete what the config of a file says of the base model."""
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
@@ -139,7 +142,9 @@ def copy_twins(held: list[Entry], values: dict[str, Tensor], adapter: str) -> No
         seen.add(id(e.tensor))
 
 
-def stored(parts: Parts, held: list[Entry], values: dict[str, Tensor], adapter: str, config: Any) -> dict[str, Tensor]:
+def stored(
+    parts: Parts, held: list[Entry], values: dict[str, Tensor], adapter: str, config: PeftConfig
+) -> dict[str, Tensor]:
     """Return the tensors that a file holds of an adapter, by file key."""
     out: dict[str, Tensor] = {}
     for layer, group in groupby(held, attrgetter("layer")):
@@ -177,7 +182,9 @@ def taken(given: dict[str, Tensor], key: str, tensor: Tensor, adapter: str) -> T
     return given[name]
 
 
-def base_tensors(base: nn.Module, parts: Parts, config: Any, save_embedding_layers: str | bool) -> dict[str, Tensor]:
+def base_tensors(
+    base: nn.Module, parts: Parts, config: PeftConfig, save_embedding_layers: str | bool
+) -> dict[str, Tensor]:
     """Return the base model's tensors that go into an adapter's file: trained biases and changed embeddings."""
     out: dict[str, Tensor] = {}
     bias = getattr(config, "bias", "none")

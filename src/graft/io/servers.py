@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from graft.core.ops import Opaque
 from graft.inject.experts import Conversions, Stack, shortest, stacks
 from graft.inject.survey import Tree, survey
 from graft.storage import innermost
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 IN, OUT = "in", "out"  # the two stacks of a block: what acts on its input, and what makes its output
 PARAMETERS = {"gate_up_proj": IN, "up_proj": IN, "down_proj": OUT}
@@ -224,7 +227,7 @@ class Read(NamedTuple):
     scaling: float
 
 
-def arranged(tensors: dict[str, Tensor], config: Any, model: nn.Module) -> dict[str, Tensor]:
+def arranged(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
     """Return a file's tensors with experts as PEFT has them, where a server's layout holds them otherwise.
 
     Its `config`, which names modules that are there in servers only, gets the stacks as `target_parameters`. A file in
@@ -274,7 +277,7 @@ def there(key: str, prefix: str, here: Mapping[str, str]) -> str:
     return f"{prefix}{here.get(path, path)}{dot}{leaf}"
 
 
-def read_block(block: Block, values: Values, config: Any) -> dict[str, Read]:
+def read_block(block: Block, values: Values, config: PeftConfig) -> dict[str, Read]:
     """Return the stacks of a block; none if the layout is none of servers, or lacks some expert."""
     n = block.shapes[IN][0]
     parts = {part: pair for part, sides in values.items() if (pair := whole(sides, n)) is not None}

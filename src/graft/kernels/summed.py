@@ -53,7 +53,7 @@ class Summed(Tensor):
         return y
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, function: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if function in FACTS:
@@ -66,7 +66,7 @@ class Summed(Tensor):
             return function(*form(args), **form(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, function: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return function(*form(args), **form(kwargs or {}))
 
 
@@ -81,7 +81,7 @@ def summed(W: Tensor, parts: list[Part], flipped: bool = False) -> Tensor:
     return Summed(W, parts, flipped)
 
 
-def form(value: Any) -> Any:
+def form(value: object) -> Any:
     """Put the sums themselves in the place of what stands for them."""
     if isinstance(value, Summed):
         return value.formed()
@@ -110,11 +110,11 @@ def _t(function: object, W: Summed) -> Any:
     return Summed(W.W, W.parts, not W.flipped) if W.dim() == 2 or function == MT else NotImplemented
 
 
-def _same(function: object, W: Summed, *args: Any, **kwargs: Any) -> Any:
+def _same(function: object, W: Summed, *args: object, **kwargs: object) -> Any:
     return W
 
 
-def _linear(function: Any, x: Any, weight: Any, bias: Tensor | None = None) -> Any:
+def _linear(function: object, x: Tensor, weight: object, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, Summed) or weight.dim() != 2 or isinstance(x, Summed):
         return NotImplemented
     y = _right(torch.matmul, x, Summed(weight.W, weight.parts, not weight.flipped))

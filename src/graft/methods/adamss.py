@@ -259,7 +259,7 @@ class AdaMSS(Method[AdamssConfig]):
     adamss_clusters: Tensor  # (out,) the cluster of each row; PEFT's files lack it
     adamss_places: Tensor  # (out,) the place of each row when they stand cluster by cluster
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
         if self.layer is None:  # nobody has the weight at hand
             with device or nullcontext():
                 return self.at_most()
@@ -280,7 +280,7 @@ class AdaMSS(Method[AdamssConfig]):
             adamss_places=Transient(places(found.rows)),
         )
 
-    def emptied(self, shared: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    def emptied(self, shared: dict[str, object], device: torch.device) -> dict[str, Any]:
         """Return tensors of the shapes that the weight gives, without values."""
         with torch.random.fork_rng(devices=[]):
             values = self.build(shared)

@@ -395,7 +395,7 @@ class Bottleneck(Method[BottleneckConfig]):
         if role == "tap":
             return
         if role in ENDS:
-            coupling: Any = self.bottleneck_inv
+            coupling = self.bottleneck_inv
             for net in (coupling.F, coupling.G):
                 started(net[0], "bert")
                 started(net[1], how if how == "mam_adapter" else "bert", last=True)
@@ -440,7 +440,7 @@ class Bottleneck(Method[BottleneckConfig]):
         return out
 
     def before_head(self, h: Tensor) -> Tensor:
-        coupling: Any = self.bottleneck_inv
+        coupling = self.bottleneck_inv
         out: Tensor = coupling.inverse(h.to(self.dtype))
         return out
 

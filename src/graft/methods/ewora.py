@@ -65,7 +65,7 @@ class Ewora(Method[EworaConfig]):
             return "EWoRA adapts linear layers only"
         return super().check()
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
         E, r = cfg.num_experts, cfg.r
         A, B = torch.empty(E, site.in_features, r), torch.empty(E, r, site.out_features)

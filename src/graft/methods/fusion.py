@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Tokens
 from graft.core.published import Published
 from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, Place
+
+if TYPE_CHECKING:
+    from graft.core.tuner import Tuner
 
 STRENGTH = 0.01  # of the regularisation
 
@@ -134,7 +137,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         beside = place.role == "beside"
         return Rewrite(part=self.beside if beside else self.after, tapped=beside, block=block)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, Any]:
         place = self.place
         assert place is not None
         if place.role == "tap":
@@ -191,7 +194,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return s + self.fused(self.layer.base_layer(s))
 
     @classmethod
-    def auxiliary(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
+    def auxiliary(cls, cfg: AdapterFusionConfig, noted: Sequence[Tokens]) -> Tensor:
         """Return 0.01 · Σ ‖W_value - I‖² over the places, (), each once, however often its layer ran."""
         values = {one.layer: one.values for one in noted}.values()
         device = noted[0].values.device

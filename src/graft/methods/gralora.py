@@ -105,8 +105,8 @@ class GraLoRA(Method[GraloraConfig]):
     def init(self) -> None:
         if not self.cfg.hybrid_r:
             return
-        A: Any = self.gralora_A_general.weight
-        B: Any = self.gralora_B_general.weight
+        A = self.gralora_A_general.weight
+        B = self.gralora_B_general.weight
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if self.cfg.init_weights:
             nn.init.zeros_(B)

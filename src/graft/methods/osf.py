@@ -84,7 +84,7 @@ class OSF(Method[OSFConfig]):
         out, n, _, r = self.sizes
         return LowRank(self.factors) if 4 * r * (out + n) < out * n else Update(self.delta)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, Any]:
         out, n, _, r = self.sizes
         fixed = ("U_init", "S_init", "V_init", *["U_high"] * (out > n), *["V_high"] * (out < n))
         values = {f"osf_{name}": Transient(torch.empty(0)) for name in fixed}  # `init` makes them

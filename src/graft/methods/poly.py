@@ -8,7 +8,7 @@ and B' = Σ α B, and x A' B' / r is added. With splits, each part of the inputs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ class Poly(ByTask[PolyConfig]):
 
     def mixing(self, tasks: Tensor) -> Tensor:
         """Return α (batch, splits, skills), random in training."""
-        logits: Any = self.poly_router.module_logits
+        logits = self.poly_router.module_logits
         z = logits[tasks.to(logits.device)].unflatten(-1, (self.cfg.n_splits, -1))
         if self.layer.training:
             z = relaxed(z)

@@ -130,7 +130,7 @@ class SDT(Method[SdtConfig]):
             return "SDT has no factors for a convolution with groups"
         return super().check()
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, Any]:
         cfg, site = self.cfg, self.site
         if self.mixer is not None:
             indices = Filed(torch.zeros(2, self.size, dtype=torch.int32))

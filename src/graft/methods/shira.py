@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class ShiraConfig(Targets):
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **_: object) -> Tensor:
     """Return a mask of the weight's shape with r · (in + out) ones at random places, the same for the same seed."""
-    weight: Any = base_layer.weight
+    weight = base_layer.weight
     places = random_places(weight.shape, r, random_seed).to(weight.device)
     return torch.zeros_like(weight).view(-1).index_fill(0, places, 1).view(weight.shape)
 

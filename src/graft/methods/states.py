@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import get_ident
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,10 @@ from graft.core.method import Method
 from graft.core.rows import Run
 from graft.methods.bottleneck import PLACES
 from graft.methods.places import chosen_blocks, hidden_size
+
+if TYPE_CHECKING:
+    from graft.core.call import Call
+    from graft.core.tuner import Tuner
 
 
 @dataclass(kw_only=True)
@@ -66,11 +70,11 @@ CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x 
 MASKS = {False: {FACT: "attention_mask"}, True: {FACT: "attention_mask", OF_DECODER: "decoder_attention_mask"}}
 
 
-def facts_of(arguments: Mapping[str, Any], model: nn.Module) -> dict[Any, Any]:
+def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[Any, Any]:
     """Return the positions that the arguments of a forward pass tell."""
     twofold = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in MASKS[twofold].items()}
-    cache: Any = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+    cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
     if hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
         last = OF_DECODER if twofold else FACT
         facts[last] = replace(facts[last], acts=False)
@@ -107,7 +111,7 @@ class OnStates(Method[S]):
     def describe(self) -> Effect:
         return Rewrite(part=self.part, block=not self.site.op.known)
 
-    def part(self, x: Any, y: Tensor) -> Tensor:
+    def part(self, x: Tensor, y: Tensor) -> Tensor:
         """Return what is added to y, (rows, …, H)."""
         raise NotImplementedError
 
@@ -125,7 +129,7 @@ class OnStates(Method[S]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Any, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[Any], Any]]:
         """Tell the layers where the prompt of each row stands: padding does not count, nor what `generate` adds."""
         with super().around(tuner, call, run) as finish:
             if tuner.disabled:
@@ -137,7 +141,7 @@ class OnStates(Method[S]):
 
 
 @contextmanager
-def following(model: nn.Module, call: Any, run: Run) -> Iterator[None]:
+def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     """Give the facts of each step of `generate`: the first sees the prompt, further ones with a cache do nothing."""
     if not run.generates:
         yield
@@ -145,7 +149,7 @@ def following(model: nn.Module, call: Any, run: Run) -> Iterator[None]:
     thread = get_ident()
     first: dict[Any, Any] = {}
 
-    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if get_ident() != thread:  # others may run the model as well
             return
         now = facts_of(kwargs, model)

@@ -52,7 +52,7 @@ class Steering(OnStates[SteeringConfig]):
 
     steering_vector: nn.Parameter  # (H,)
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, Any]:
         return dict(steering_vector=nn.Parameter(torch.zeros(self.width or 0)))
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +125,6 @@ class SuperTuning(Method[SupertuningConfig]):
         return Scattered(self.supertuning_values, self.supertuning_indices.long(), self.site.shape)
 
     def factors_beside(self) -> Factors:
-        pair: Any = self.supertuning_lora_A, self.supertuning_lora_B
+        pair = self.supertuning_lora_A, self.supertuning_lora_B
         A, B = pair if self.site.op.linear else (m.weight for m in pair)
         return Factors(A, B, self.scaling, self.supertuning_lora_dropout)

@@ -25,7 +25,7 @@ from graft.kernels.waits import demand
 
 if TYPE_CHECKING:
     from graft.core.call import Call
-    from graft.core.rows import Finish
+    from graft.core.rows import Finish, Run
     from graft.core.tuner import Tuner
 
 
@@ -182,7 +182,7 @@ class VBLoRA(Method[VBLoRAConfig]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Any) -> Iterator[Finish]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Refuse to train an adapter from a file that holds only the largest logits."""
         if eager() and not (watched() or tuner.disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:

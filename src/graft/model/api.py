@@ -171,7 +171,7 @@ def matched(method: Method, shared: dict[str, Any]) -> Matched:
     )
 
 
-def _parameters(value: Any) -> list[Tensor]:
+def _parameters(value: object) -> list[Tensor]:
     if isinstance(value, nn.Parameter):
         return [value]
     return list(value.parameters()) if isinstance(value, nn.Module) else []

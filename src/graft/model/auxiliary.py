@@ -19,7 +19,7 @@ SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # losses that leave the f
 def losses_of(
     noted: Mapping[str, Sequence[Noted]],
     methods: Mapping[str, type[Method]],
-    configs: Mapping[str, Any],
+    configs: Mapping[str, object],
     run: Run,
     model: nn.Module,
 ) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def with_loss(output: Any, more: Any) -> Any:
     return output
 
 
-def is_loss(value: Any) -> bool:
+def is_loss(value: object) -> bool:
     return isinstance(value, Tensor) and not value.dim() and value.requires_grad
 
 

@@ -120,7 +120,7 @@ def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = Fa
         registry.check_trainable(adapter)
     warn_kept(adapter, values.path, own, config)
     parts = registry.parts_of(adapter)
-    prompt: Any = parts.prompt or nn.Module()
+    prompt = parts.prompt or nn.Module()
     before = len([*prompt.modules()])
     found = values.of(parts, adapter)
     whole = adapter in registry.merged_adapters or getattr(own, "bias", "none") != "none"

@@ -190,7 +190,7 @@ def split(output: object, n: int) -> list[Any]:
     return [_part(output, n, i) for i in range(n)]
 
 
-def _part(value: Any, n: int, i: int) -> Any:
+def _part(value: object, n: int, i: int) -> Any:
     if isinstance(value, Tensor):
         if not value.dim():
             return value

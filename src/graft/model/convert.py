@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,8 +24,8 @@ def convert_to_lora(
     rank: int | float,
     adapter_name: str = "default",
     progressbar: bool = False,
-    compile_kwargs: dict[str, Any] | None = None,
-    at: Mapping[str, Any] | None = None,
+    compile_kwargs: dict[str, object] | None = None,
+    at: Mapping[str, object] | None = None,
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Return the LoraConfig and the tensors of a LoRA adapter that does what another one does; change nothing.
 
@@ -111,8 +110,8 @@ def save_as_lora(
     rank: int | float,
     adapter_name: str = "default",
     progressbar: bool = False,
-    compile_kwargs: dict[str, Any] | None = None,
-    at: Mapping[str, Any] | None = None,
+    compile_kwargs: dict[str, object] | None = None,
+    at: Mapping[str, object] | None = None,
 ) -> None:
     """Write what `convert_to_lora` returns: adapter_model.safetensors and adapter_config.json, in the folder `path`.
 

@@ -101,7 +101,7 @@ class MergingRegistry(Registry):
                     merging.unmerge(layer)
                     layer.merge_checked(merged, True) if merged else layer.changed()
             raise
-        steps: Any = own.items()
+        steps = own.items()
         if progress:
             from tqdm import tqdm
 
@@ -217,7 +217,7 @@ def merge_report(model: nn.Module) -> dict[str, float]:
     1.0: nothing was lost to rounding; 0.0: the weight is what it was. `AdapterLayer.share_kept` has the formula. The
     PeftModel whose `merge_and_unload` made a plain model still has that merge's report. {} if nothing is merged.
     """
-    registry: Any = registry_of(unwrapped(model))
+    registry = registry_of(unwrapped(model))
     if registry is not None:
         return dict(getattr(registry, "shares_kept", {}))
     merged = {key: layer for key, layer in survey(model).layers.items() if layer.merged_adapters}

@@ -29,7 +29,7 @@ class MixedModel(Tuner):
     _method = None
 
     @step
-    def _create_and_replace(self, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+    def _create_and_replace(self, peft_config: PeftConfig, *args: object, **kwargs: object) -> None:
         """Do what the tuner class of the config's method does."""
         tuner_of(peft_config.peft_type)._create_and_replace(self, peft_config, *args, **kwargs)
 

@@ -438,7 +438,7 @@ class PeftModel(nn.Module):
         """
         return self._call(self.get_base_model(), args, kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> Any:
         """Run the base model's generate, with `adapter_names` and `compose` as in `forward`."""
         return self._call(self.get_base_model().generate, args, kwargs, generates=True)
 

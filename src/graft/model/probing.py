@@ -69,5 +69,5 @@ def probed(
 def model_of(path: str | os.PathLike[str], names: Sequence[str]) -> Any:
     import transformers
 
-    kind: Any = next((k for n in names if (k := getattr(transformers, n, None)) is not None), transformers.AutoModel)
+    kind = next((k for n in names if (k := getattr(transformers, n, None)) is not None), transformers.AutoModel)
     return kind.from_pretrained(path, local_files_only=True, dtype=torch.float32).eval()

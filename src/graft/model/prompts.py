@@ -180,7 +180,7 @@ class Prompts(Registry):
 
     # acting
 
-    def check_generate(self, kwargs: dict[str, Any]) -> None:
+    def check_generate(self, kwargs: dict[str, object]) -> None:
         if self.active is None:
             return
         last = self._entered(self.active[0])[-1]
@@ -219,7 +219,9 @@ class Prompts(Registry):
             for stack, call in zip(self.stacks.values(), outer):
                 stack.end(call)
 
-    def _ready(self, kwargs: dict[str, Any], arguments: dict[str, Any]) -> tuple[Callable[[Any], Any], Tensor | None]:
+    def _ready(
+        self, kwargs: dict[str, object], arguments: dict[str, object]
+    ) -> tuple[Callable[[Any], Any], Tensor | None]:
         """Return a function for the output of a call, and the prompt that enters. Change `kwargs`."""
         if self.active is None:
             return as_it_is, None
@@ -295,7 +297,7 @@ def base_words(words: nn.Module | None) -> nn.Module | None:
 Pair = tuple[Tensor, Tensor]  # key and value of one layer, each (1, heads, tokens, head_dim)
 
 
-def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
+def prompt_embeddings_from_past_key_values(past_key_values: object, *, num_virtual_tokens: int) -> Tensor:
     """Return the first tokens of a cache as a prompt, (tokens, 2 · layers · heads · head_dim).
 
     Args:
@@ -311,7 +313,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
 
 
 def initialize_kv_prefix_from_past_key_values(
-    model: nn.Module, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
+    model: nn.Module, *, adapter_name: str | None = None, past_key_values: object, num_virtual_tokens: int | None = None
 ) -> Tensor:
     """Set a CARTRIDGE or PREFIX_TUNING adapter to the first tokens of a cache.
 
@@ -347,7 +349,7 @@ def initialize_kv_prefix_from_past_key_values(
 
 def initialize_kv_prefix_from_text(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: object,
     *,
     text: str,
     adapter_name: str | None = None,
@@ -458,7 +460,7 @@ def token_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: in
     return torch.as_tensor(ids).reshape(1, -1)[:, :max_length].long()
 
 
-def checked(cache: Any, tokens: int) -> list[Pair]:
+def checked(cache: object, tokens: int) -> list[Pair]:
     """Return key and value of each layer of a cache; raise for all that can be wrong with it."""
     if tokens is None or tokens <= 0:
         raise ValueError(f"`num_virtual_tokens` must be positive, got {tokens}.")
@@ -489,7 +491,7 @@ def checked(cache: Any, tokens: int) -> list[Pair]:
     return pairs
 
 
-def pairs_in(cache: Any) -> list[Pair]:
+def pairs_in(cache: object) -> list[Pair]:
     """Return key and value of each layer, from a cache or from an iterable of pairs."""
     cache = getattr(cache, "self_attention_cache", cache)
     if hasattr(cache, "layers"):

@@ -178,7 +178,7 @@ def alike(config: PeftConfig) -> list[Row]:
     return [row for row in same if marks(row["config"]) == own] or same
 
 
-def marks(values: dict[str, Any]) -> dict[str, Any]:
+def marks(values: dict[str, object]) -> dict[str, Any]:
     """Return the words and flags among the values of a config."""
     return {k: v for k, v in values.items() if isinstance(v, (bool, str))}
 
@@ -187,7 +187,7 @@ def numbers(values: dict[str, Any]) -> dict[str, float]:
     return {k: v for k, v in values.items() if not isinstance(v, (bool, str))}
 
 
-def closest(found: Sequence[Row], values: dict[str, Any]) -> list[Row]:
+def closest(found: Sequence[Row], values: dict[str, object]) -> list[Row]:
     """Return the rows of the size that is closest to that of a config."""
     own = numbers(values)
 

@@ -33,7 +33,7 @@ class Reference:
     def __init__(self, model: nn.Module, name: str):
         self.model, self.name = model, name
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the model with the copy, without gradients.
 
         Raises:

@@ -107,7 +107,7 @@ class _Classification(_WithHead):
         if n == now[0]:
             return
         with self._registry.call.gate.change(f"setting num_labels to {n}", ()):
-            config: Any = model.config
+            config = model.config
             config.num_labels = n
             config.problem_type = self._problem_type  # transformers sets it from labels of another head
             if n == before[0]:
@@ -168,7 +168,7 @@ class PeftModelForCausalLM(PeftModel):
 
     forward = PeftModelForSequenceClassification.forward
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> Any:
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
 

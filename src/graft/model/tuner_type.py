@@ -9,8 +9,11 @@ override is no error, as packages do so on import.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from graft.core.tuner import Tuner
 
 NAMES = (  # methods of PEFT's tuners that make layers, which graft's do not have
     "_check_new_adapter_config _create_and_replace_parameter _create_new_module _get_adapter_state_dict "
@@ -54,7 +57,7 @@ def not_here(name: str, holder: str) -> str:
 class TunerType(type):
     """The metaclass of tuners."""
 
-    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any):
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object):
         cls = super().__new__(mcs, name, bases, namespace, **options)
         held = {n: getattr(value, "__func__", value) for n, value in namespace.items()}
         OVERRIDES[cls] = frozenset(n for n, f in held.items() if n in INTERNALS or f not in STEPS.get(n, [f]))

@@ -34,7 +34,7 @@ class Connection:
     def get(self, path: str) -> Any:
         return self._ask(path, None)
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: dict[str, object]) -> Any:
         return self._ask(path, json.dumps(body).encode())
 
     def _ask(self, path: str, body: bytes | None) -> Any:
@@ -186,7 +186,7 @@ def stem(path: str) -> str:
     return os.path.basename(path).removesuffix(".gguf")
 
 
-def llama(connection: Connection, lora: list[dict[str, Any]], ids: Sequence[int]) -> Seen:
+def llama(connection: Connection, lora: list[dict[str, object]], ids: Sequence[int]) -> Seen:
     """Ask for the distribution of the next token, the only one that llama.cpp's server tells."""
     path = "/completion"
     body: dict[str, Any] = dict(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from graft.methods.ia3 import is_feedforward
 from graft.methods.lora import LoraConfig
 from graft.methods.lora.sub_configs import CONVERTED
 from graft.serving.layer import SlotLayer
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 # fields of a LoraConfig that add something to A and B or run them in another way, and the value that leaves them off
 PLAIN: dict[str, tuple] = {
@@ -107,7 +110,7 @@ def leaves(config: Any) -> tuple[str, ...]:
     return (A_, B_, MAGNITUDE) if config.use_dora else (A_, B_)
 
 
-def by_layer(name: str, tensors: Mapping[str, Tensor], config: Any) -> dict[str, dict[str, Tensor]]:
+def by_layer(name: str, tensors: Mapping[str, Tensor], config: PeftConfig) -> dict[str, dict[str, Tensor]]:
     """Return tensors by layer path and the name below it.
 
     Raises:

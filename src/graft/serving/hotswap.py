@@ -246,7 +246,7 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
         values = method.restored(found, load.config)  # a file may hold others than the model
         held = [(entry, None if value is None else values[entry.container, entry.path]) for entry, value in held]
         key, room = layer.site.key, layer.r[load.adapter]  # type: ignore[attr-defined]
-        cfg = load.config.at(method.named or key)
+        cfg: Any = load.config.at(method.named or key)
         if len(absent) < len(held):
             rank = max(room, cfg.r)
             plan.missing += [entry.file for entry in absent]

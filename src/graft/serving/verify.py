@@ -268,7 +268,7 @@ def scalings(model: nn.Module) -> dict[str, Scale]:
     found = {}
     for path, layer in layers_of(model).items():
         (name, own), *_ = layer.scaling.items()
-        cfg: Any = model.peft_config[name]  # type: ignore[index]
+        cfg = model.peft_config[name]  # type: ignore[index]
         here = layer.methods[name].cfg
         known = hasattr(cfg, "lora_alpha") and hasattr(cfg, "r")
         rates = (cfg.lora_alpha / cfg.r, cfg.lora_alpha / here.r, here.lora_alpha / here.r) if known else (own,) * 3

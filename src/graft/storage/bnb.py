@@ -63,7 +63,7 @@ class Four(Quantized):
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
         return {"weight": m.weight, "quant_state": state_of(m)}
 
-    def restore(self, m: nn.Module, name: str, state: dict[str, Any]) -> None:
+    def restore(self, m: nn.Module, name: str, state: dict[str, object]) -> None:
         weight = moved(state["weight"], self.where(m)[0])  # with its quant_state
         self.put(m, {"weight": weight, "quant_state": getattr(weight, "quant_state", None) or state["quant_state"]})
 
@@ -111,7 +111,7 @@ def state_of(m: nn.Module) -> Any:
     return getattr(m, "quant_state", None) if state is None else state
 
 
-def is_interleaved(state: Any) -> bool:
+def is_interleaved(state: object) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
@@ -173,7 +173,7 @@ class Eight(Quantized):
             return lacking("int8_vectorwise_quant")
         return "its weight has no scales (SCB): load the model again" if scales_of(m) is None else None
 
-    def put(self, m: nn.Module, values: dict[str, Any]) -> None:
+    def put(self, m: nn.Module, values: dict[str, object]) -> None:
         old, codes, scales = m.weight, values["codes"], values["scales"]
         rounds = dict(requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)
         m._parameters["weight"] = type(old)(codes, CB=None if scales is None else codes, SCB=scales, **rounds)

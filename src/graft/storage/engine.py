@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from graft.storage.dense import Dense
@@ -18,7 +16,7 @@ class Engine(Dense):
         return "its weight is offloaded" if hooks_of(m) else None
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
-        t: Any = getattr(m, name)
+        t = getattr(m, name)
         return t.dequantize() if hasattr(t, "dequantize") and name == "weight" else t  # type: ignore[no-any-return]
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:

@@ -56,7 +56,7 @@ class Piece(NamedTuple):
 
 def piece_of(t: Tensor) -> Piece | None:
     """Return where a tensor stands in a flat parameter that is in parts; None if it does not."""
-    flat: Any = t._base
+    flat = t._base
     if is_flat(t):  # use_orig_params=False
         number = number_at(flat, int(t.storage_offset()))
     elif "_fsdp_flattened" in t.__dict__ and (place := place_of(t)) is not None:  # use_orig_params=True

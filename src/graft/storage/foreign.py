@@ -81,7 +81,7 @@ def quiet(m: nn.Module, keep_bias: bool = False) -> nn.Module:
         made._modules[name] = None if child is None else quiet(child, keep_bias=True)
     bias = getattr(m, "bias", None)
     if isinstance(bias, Tensor) and not keep_bias:
-        held: Any = next((made.__dict__[key] for key in _OWN if "bias" in made.__dict__[key]), made.__dict__)
+        held = next((made.__dict__[key] for key in _OWN if "bias" in made.__dict__[key]), made.__dict__)
         held["bias"] = torch.zeros_like(bias.detach())
     return made
 
@@ -104,7 +104,7 @@ def dtype_of(m: nn.Module) -> torch.dtype | None:
 
     Scales in float32 tell nothing: many layers compute in the dtype of their input.
     """
-    named: Any = getattr(m, "compute_dtype", None)
+    named = getattr(m, "compute_dtype", None)
     if isinstance(named, torch.dtype):
         return named
     weight = m._parameters.get("weight")
@@ -125,7 +125,7 @@ def _blocks(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator
 @torch.no_grad()
 def output(m: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        y: Any = m.forward(x)
+        y = m.forward(x)
     return y[0] if isinstance(y, tuple) else y
 
 

@@ -95,7 +95,7 @@ class Megatron(Dense):
         place = self.place(m, name)
         return state if place is None else whole_of(state, *place)  # type: ignore[no-any-return]
 
-    def protect(self, y: Any) -> Tensor:
+    def protect(self, y: Tensor) -> Tensor:
         raise UnsupportedLayerError(
             "Megatron's layers return a tuple, which rows of a batch with different adapters cannot be put into: run "
             "one adapter at a time."

@@ -123,7 +123,7 @@ class Quantized(Dense):
     def release(self, m: nn.Module) -> None:
         """Let the package do with this module again what `ready` kept it from, as no adapter acts any more."""
 
-    def put(self, m: nn.Module, values: dict[str, Any]) -> None:
+    def put(self, m: nn.Module, values: dict[str, object]) -> None:
         """Set `parts`."""
         put(m, values)
 

@@ -20,7 +20,7 @@ class Quanto(Quantized):
     def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
         if not m.frozen:
             return {"weight": nn.Parameter(W, m.weight.requires_grad)}
-        new: Any = shadow(m, {"weight": nn.Parameter(W, requires_grad=False)})
+        new = shadow(m, {"weight": nn.Parameter(W, requires_grad=False)})
         return {"weight": nn.Parameter(new.qweight, requires_grad=m.weight.requires_grad)}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:

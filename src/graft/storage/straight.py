@@ -21,7 +21,7 @@ OF_KIND: WeakKeyDictionary[type, Any] = WeakKeyDictionary()  # stores, by type o
 
 
 def go_straight(
-    kind: type[Tensor], linear: object, wanted: Callable[[Any], bool], dense: Callable[[Any], Tensor]
+    kind: type[Tensor], linear: object, wanted: Callable[[object], bool], dense: Callable[[object], Tensor]
 ) -> None:
     """Let gradients through linear layers whose weight is of a tensor class, as if they did not round.
 
@@ -49,7 +49,7 @@ def go_straight(
     kind.__torch_function__ = classmethod(through)  # type: ignore[assignment]
 
 
-def let_gradients_through(m: nn.Module, store: Any) -> None:
+def let_gradients_through(m: nn.Module, store: object) -> None:
     """Give a layer a gradient for its input where its own forward gives none.
 
     The class changes, once, as above, or the module alone where it has its own forward, as accelerate's hooks
@@ -75,7 +75,7 @@ def _through(before: Any, store_of: Callable[[Any], Any]) -> Any:
     """Return a forward that does as `before`, and lets gradients through."""
 
     @wraps(before)
-    def through(m: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def through(m: nn.Module, x: object, *args: Any, **kwargs: Any) -> Any:
         store = store_of(m)
         if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
             return before(m, x, *args, **kwargs)

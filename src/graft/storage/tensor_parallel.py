@@ -87,7 +87,7 @@ def group_of(module: nn.Module) -> Any:
 def why_not_cut(module: nn.Module, style: Style) -> str | None:
     """Return why the pieces of a parallel module are not plain ones of inputs or outputs; None if they are."""
     kind, it = style.kind, style.it
-    weight: Any = module._parameters.get("weight")
+    weight = module._parameters.get("weight")
     if kind == "TensorParallelLayer":
         return None
     if weight is None or not is_sharded(weight) or style.mesh is None or style.mesh.ndim != 1:
@@ -172,7 +172,7 @@ class TensorParallel(Dense):
 
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
         """Return this process's piece of the weight (canonical), and the cuts of its rows and columns."""
-        t: Any = m.weight
+        t = m.weight
         mesh, shard = t.device_mesh, t.placements[0]
         if mesh.size() == 1 or not hasattr(shard, "dim"):
             return op.canon(local(t)), None, None

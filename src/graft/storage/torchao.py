@@ -33,7 +33,7 @@ class TorchAO(Quantized):
         return dequantized(m.weight)
 
     def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
-        old: Any = m.weight
+        old = m.weight
         if (scale := pre_scale(old)) is not None:
             W = W / scale
         return {"weight": nn.Parameter(self.again(old, W), requires_grad=False)}  # type: ignore[misc]
@@ -42,7 +42,7 @@ class TorchAO(Quantized):
         return m.weight.dtype  # type: ignore[return-value]
 
     def unreadable(self, m: nn.Module) -> str | None:
-        kind: Any = type(m.weight)
+        kind = type(m.weight)
         if kind.dequantize is Tensor.dequantize:
             return f"its weight is torchao's {kind.__name__}, which only its kernels can unpack"
         return None
@@ -66,7 +66,7 @@ class TorchAO(Quantized):
 
     def ready(self, m: nn.Module) -> None:
         """Give layers that round their inputs a gradient: torchao's rounding passes none on."""
-        kind: Any = type(m.weight)
+        kind = type(m.weight)
         if rounds_inputs(m.weight) and self.unreadable(m) is None:
             go_straight(kind, linear, rounds_inputs, dequantized)
 

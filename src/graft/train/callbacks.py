@@ -22,7 +22,7 @@ def adalora_callback(model: nn.Module) -> Any:
     from transformers import TrainerCallback
 
     class AdaLoraCallback(TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_optimizer_step(self, args: object, state: Any, control: object, **kwargs: object) -> None:
             model.base_model.update_and_allocate(state.global_step)
 
     return AdaLoraCallback()
@@ -48,7 +48,9 @@ def callback_class() -> Any:
     class AdamssAsaCallback(TrainerCallback):
         """Chooses the subspaces of AdaMSS adapters that train: `Trainer(…, callbacks=[AdamssAsaCallback()])`."""
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: object = None, **kwargs: Any) -> None:
+        def on_optimizer_step(
+            self, args: object, state: Any, control: object, model: object = None, **kwargs: object
+        ) -> None:
             tuner: Any = getattr(getattr(model, "module", model), "base_model", None)
             if hasattr(tuner, "update_and_allocate"):
                 tuner.update_and_allocate(state.global_step)

@@ -30,14 +30,14 @@ def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs)
 
 
-def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Tensor:
+def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: Any) -> Tensor:
     """Return the positions, (n, 2), of tokens that count: not masked, and not without a label."""
     if not isinstance(model_input, Mapping):
         raise TypeError(
             "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary, got "
             f"{type(model_input).__name__}: pass a prepare_model_inputs_fn of your own, or None."
         )
-    mask: Any = model_input.get("attention_mask")
+    mask = model_input.get("attention_mask")
     mask = torch.ones_like(model_input["input_ids"]).bool() if mask is None else mask.bool()
     cfg = peft_config.eva_config
     if cfg.use_label_mask and "labels" in model_input:
@@ -45,17 +45,17 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
     return mask.nonzero()
 
 
-def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+def prepare_layer_inputs_fn_language_modeling(layer_input: object, model_input: Tensor, layer_name: str) -> Tensor:
     """Return the rows (n, in) of a layer's input at the positions that count."""
     return first_tensor(layer_input, layer_name)[model_input.T.unbind()]
 
 
-def flat_rows(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+def flat_rows(layer_input: object, model_input: object, layer_name: str) -> Tensor:
     """Return all rows (n, in) of a layer's input."""
     return first_tensor(layer_input, layer_name).flatten(0, -2)
 
 
-def first_tensor(layer_input: Any, layer_name: str) -> Tensor:
+def first_tensor(layer_input: object, layer_name: str) -> Tensor:
     found = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     if not isinstance(found, Tensor):
         raise TypeError(
@@ -101,7 +101,7 @@ class Measure:
             prepare = self.prepare_layer
             prepare = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or flat_rows
 
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
+            def hook(module: nn.Module, args: object, output: object) -> None:
                 rows = prepare(args, prepared, name)
                 if self.gather and dist.is_initialized():
                     rows = gathered(rows)
@@ -211,7 +211,7 @@ class Measure:
         return tqdm(leave=False)
 
 
-def to_device(inputs: Any, device: torch.device | None) -> Any:
+def to_device(inputs: object, device: torch.device | None) -> Any:
     if hasattr(inputs, "to"):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
@@ -332,11 +332,11 @@ PREFIX = "base_model.model."
 @torch.no_grad()
 def get_eva_state_dict(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Iterable[object],
     peft_config: Any = None,
-    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
-    prepare_model_inputs_fn: Callable[[Any, Any], Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Any = prepare_layer_inputs_fn_language_modeling,
+    forward_fn: Callable[[nn.Module, object], object] = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[[object, object], object] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: object = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -401,11 +401,11 @@ def get_eva_state_dict(
 @torch.no_grad()
 def initialize_lora_eva_weights(
     model: nn.Module,
-    dataloader: Iterable[Any] | None = None,
+    dataloader: Iterable[object] | None = None,
     eva_state_dict: dict[str, Tensor] | None = None,
-    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
-    prepare_model_inputs_fn: Callable[[Any, Any], Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: Any = prepare_layer_inputs_fn_language_modeling,
+    forward_fn: Callable[[nn.Module, object], object] = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[[object, object], object] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: object = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,

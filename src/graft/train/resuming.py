@@ -203,7 +203,7 @@ class Taken:
     """The state of a training as this process has it, which is checked; `whole` puts it together with the others'."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, scheduler: Any, loader: Any, step: int, extra: dict[str, Any]
+        self, model: nn.Module, optimizer: object, scheduler: Any, loader: Any, step: int, extra: dict[str, Any]
     ) -> None:  # fmt: skip
         self.model, self.loader = model, loader
         self.kept = kept = kept_by(inside(optimizer))

@@ -53,7 +53,7 @@ def slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Slot]]:
             yield f"{carrier.key}.{slot.container}.{slot.path}", slot
 
 
-def pack(value: Any, tensors: dict[str, Tensor], where: str, key: str | None = None, stem: str = "t") -> Any:
+def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None = None, stem: str = "t") -> Any:
     """Return a value as JSON takes it; tensors go to `tensors`.
 
     Args:

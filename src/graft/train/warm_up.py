@@ -15,7 +15,7 @@ from graft.methods import method_of
 from graft.methods.sdt import A_LOG, CHANGE, SDT, X_PROJ, SdtConfig
 
 
-def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn.Parameter]], Any]) -> None:
+def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn.Parameter]], object]) -> None:
     """Find by training which channels and states `get_peft_model` shall train; call it with the same model and config.
 
     A_log of the mixers that the config targets trains whole, and gets its values back. Each mixer keeps the change in

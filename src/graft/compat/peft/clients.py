@@ -103,7 +103,7 @@ class RankAllocator(metaclass=_Unused):
 class DoraLinearLayer(metaclass=_Unused):
     """graft's DoRA is a method of its layers, and reads weights of every storage without a layer of this class."""
 
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self, *args: object, **kwargs: object) -> None:
         raise NotImplementedError(type(self).__doc__)
 
 

@@ -57,7 +57,7 @@ class _LayerType(ABCMeta):
     kind: str | None  # type of the base layer, or name of its store; None: any; "": graft has no such layers
     derived: bool  # by a client
 
-    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any):
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object):
         if "method" in namespace:
             return super().__new__(mcs, name, bases, namespace | {"derived": False}, **options)
         bases = tuple(b for b in bases if b is not nn.Module)  # PEFT's are no modules, so that clients add it in front
@@ -134,7 +134,7 @@ def elsewhere(name: str) -> Any:
     return refuse
 
 
-def substitute(cls: type, name: str, value: Any) -> None:
+def substitute(cls: type, name: str, value: object) -> None:
     """Have graft's layers ask for a replacement of a method as long as some class has one; `value` is the newest."""
     theirs = REPLACED[name]
     theirs[:] = [(c, f) for c, f in theirs if c is not cls]

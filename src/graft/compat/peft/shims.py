@@ -118,7 +118,7 @@ class Stacking:
 
     supports_many_to_many = False
 
-    def __init__(self, side: str, parts: list[str], config: Any, adapter: str):
+    def __init__(self, side: str, parts: list[str], config: object, adapter: str):
         self.side, self.parts, self.config, self.adapter = side, parts, config, adapter
 
     def convert(

@@ -155,7 +155,7 @@ def orthogonal(leaves: Mapping[str, Tensor]) -> Tensor:
 
     parts = {name: to_torch(leaves[f"projection.parametrizations.weight.{name}"]) for name in ("original", "0.base")}
     r, width = parts["original"].shape
-    layer: Any = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(width, r, bias=False))
+    layer = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(width, r, bias=False))
     layer.load_state_dict({f"parametrizations.weight.{name}": t for name, t in parts.items()})
     return from_torch(layer.weight.detach().contiguous(), "reft_R")
 

@@ -148,7 +148,7 @@ def configs_in(metadata: dict[str, str], file: str) -> dict[str, dict[str, Any]]
     return out
 
 
-def low_rank(file: str, module: str, held: dict[str, Tensor], configs: dict[str, dict[str, Any]]) -> LowRank:
+def low_rank(file: str, module: str, held: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
     if "A" not in held or "B" not in held:
         raise CheckpointError(f"{file} has only one factor for '{module}': it is cut off, or was written wrong.")
     A, B = held["A"], held["B"]

@@ -21,7 +21,7 @@ DIRECTION = re.compile(r"direction\.(\d+)")
 VECTOR = "steering_vector"
 
 
-def read(path: str, fields: dict[str, Any], tensors: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
+def read(path: str, fields: dict[str, object], tensors: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read control vectors: `direction.N` is added to the output of block N.
 
     Raises:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from graft.core.errors import CheckpointError
 from graft.files import names
@@ -83,7 +82,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def found(adapter: AdapterFile, modules: Mapping[str, Any], base: Base) -> dict[str, str]:
+def found(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> dict[str, str]:
     """Return the path in the base of each name of a file."""
     flat = names.Flat(base)
     paths: dict[str, str] = {}

@@ -132,7 +132,7 @@ def parts(
     return out
 
 
-def rows_of(model: Mapping[str, Any]) -> dict[str, int]:
+def rows_of(model: Mapping[str, object]) -> dict[str, int]:
     """Return the number of rows of q, k and v by litgpt's config of a model."""
     heads, width = model.get("n_head"), model.get("n_embd")
     groups = model.get("n_query_groups") or heads

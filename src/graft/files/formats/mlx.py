@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import Any
 
 import numpy as np
 
@@ -60,7 +59,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def low_rank(path: str, module: str, held: dict[str, Tensor], scale: float, rank: Any) -> LowRank:
+def low_rank(path: str, module: str, held: dict[str, Tensor], scale: float, rank: object) -> LowRank:
     a, b = held.get("lora_a"), held.get("lora_b")
     if a is None or b is None:
         raise CheckpointError(f"{path} has only one factor for '{module}': it is cut off, or was written wrong.")

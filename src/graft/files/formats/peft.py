@@ -219,7 +219,7 @@ def take_other(out: AdapterFile, path: str, method: str, held: dict[str, Tensor]
 
 
 def take_lora(
-    out: AdapterFile, raw: str, held: dict[str, Tensor], every: Mapping[str, Any], base: Base | None, layout: Layout
+    out: AdapterFile, raw: str, held: dict[str, Tensor], every: Mapping[str, object], base: Base | None, layout: Layout
 ) -> None:
     config, path = out.config, clean(raw)
     A, B = held.pop("lora_A.weight", None), held.pop("lora_B.weight", None)
@@ -544,7 +544,7 @@ def config_of(adapter: AdapterFile, base: Base | None) -> dict[str, Any]:
     return config
 
 
-def changes_base(config: Mapping[str, Any]) -> str | None:
+def changes_base(config: Mapping[str, object]) -> str | None:
     """Return the initialisation of a config that changes the base's weights; None if it does not."""
     init = str(config.get("init_lora_weights")).lower()
     return init if init.startswith(BASE_CHANGING) else None
@@ -587,7 +587,7 @@ def targets_of(paths: list[str], base: Base | None) -> list[str]:
     return sorted(paths)
 
 
-def set_numbers(config: dict[str, Any], adapter: AdapterFile) -> None:
+def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     """Let rank, alpha and their patterns say what each module has, unless they do."""
     name = SCALED[adapter.method]
     wanted = {p: held for p, h in adapter.modules.items() if (held := rank_and_scale(h, adapter)) is not None}

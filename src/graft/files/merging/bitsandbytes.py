@@ -26,7 +26,7 @@ INT8 = ("SCB", "weight_format")
 class Form(Held):
     form = "bitsandbytes"
 
-    def __init__(self, base: BaseFiles, config: Mapping[str, Any]):
+    def __init__(self, base: BaseFiles, config: Mapping[str, object]):
         super().__init__(base)
         self.states: dict[str, dict[str, Any]] = {}
         for key in base.tensors:

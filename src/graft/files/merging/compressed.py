@@ -109,7 +109,7 @@ class Form(Held):
             made = packed(made, self.bits[name]) if kind == torch.int32 else made
         return old | {self.packed[name][0]: to_file(made), f"{name}_scale": to_file(grown)}
 
-    def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def plain_config(self, config: Mapping[str, object]) -> dict[str, Any]:
         return {n: v for n, v in super().plain_config(config).items() if n != "compression_config"}
 
 

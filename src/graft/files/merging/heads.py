@@ -10,7 +10,9 @@ from graft.files.merging.folds import Change
 from graft.files.neutral import AdapterFile
 
 
-def resize(config: dict[str, Any], changed: Mapping[str, list[Change]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def resize(
+    config: dict[str, object], changed: Mapping[str, list[Change]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Set the size of the vocabulary, in the part of the config that has the old one, where an adapter changed it."""
     for key, folds in changed.items():
         old, new = shapes.get(key), folds[-1].shape if folds else None
@@ -25,7 +27,7 @@ def resize(config: dict[str, Any], changed: Mapping[str, list[Change]], shapes: 
 
 
 def architecture(
-    config: dict[str, Any], changed: Mapping[str, list[Change]], adapters: Sequence[AdapterFile]
+    config: dict[str, object], changed: Mapping[str, list[Change]], adapters: Sequence[AdapterFile]
 ) -> dict[str, Any]:
     """Name the class that has the heads which an adapter brought along, and its labels, if transformers knows it."""
     new = {key: folds[-1].shape for key, folds in changed.items() if folds and folds[0].new}
@@ -43,7 +45,7 @@ def architecture(
     return config
 
 
-def head_class(config: Mapping[str, Any], adapter: AdapterFile) -> str | None:
+def head_class(config: Mapping[str, object], adapter: AdapterFile) -> str | None:
     """Return the class of the model that an adapter was trained on, as its config says: by name, or by its task."""
     named = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
     task = adapter.config.get("task_type")

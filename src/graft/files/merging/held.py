@@ -49,7 +49,7 @@ class Held:
         """Return the dense weight, in float32, that `pack` made these tensors of."""
         raise NotImplementedError
 
-    def plain_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def plain_config(self, config: Mapping[str, object]) -> dict[str, Any]:
         """Return config.json of the model without quantization."""
         return {name: value for name, value in config.items() if name != "quantization_config"}
 
@@ -63,7 +63,7 @@ def held_in(base: BaseFiles) -> Held:
     Raises:
         UnsupportedLayerError: in a quantized form that graft cannot read.
     """
-    config: Any = base.config.get("quantization_config") or base.config.get("compression_config")
+    config = base.config.get("quantization_config") or base.config.get("compression_config")
     if not config:
         return Held(base)
     method = config.get("quant_method")

@@ -121,7 +121,7 @@ def merge(
     return account
 
 
-def locals_of(*options: Any) -> list[Any]:
+def locals_of(*options: object) -> list[Any]:
     return [list(o) if isinstance(o, Sequence) and not isinstance(o, str) else o for o in options]
 
 
@@ -135,7 +135,7 @@ def check_apart(base: str, output: str, adapters: Sequence[str]) -> None:
             raise OptionError(f"The output {output} and {path} are one folder, or one is in the other.")
 
 
-def key_of(base: BaseFiles, adapters: Iterable[str | os.PathLike[str]], options: list[Any]) -> str:
+def key_of(base: BaseFiles, adapters: Iterable[str | os.PathLike[str]], options: list[object]) -> str:
     """Return a digest of all that an output depends on: the inputs by size and time, and the options."""
     seen: list[Any] = [options]
     for path in (base.path, *[os.fspath(a) for a in adapters]):

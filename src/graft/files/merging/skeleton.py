@@ -7,7 +7,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ def skeleton(path: str, device: str = "meta", architecture: str | None = None) -
         except (ValueError, KeyError, OSError):
             return None  # of a model that this transformers does not know
         names = [architecture] if architecture else getattr(config, "architectures", None) or []
-        kind: Any = next((found for n in names if (found := getattr(transformers, n, None)) is not None), None)
+        kind = next((found for n in names if (found := getattr(transformers, n, None)) is not None), None)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graft.files.merging.folds import Change
 from graft.files.neutral import AdapterFile
@@ -18,7 +18,7 @@ Groups = list[list[str]]
 
 
 def tied_groups(
-    model: Callable[[], PreTrainedModel | None], config: Mapping[str, Any], shapes: Mapping[str, Any]
+    model: Callable[[], PreTrainedModel | None], config: Mapping[str, object], shapes: Mapping[str, object]
 ) -> Groups:
     """Return the names of parameters that are one, by the model; without one, by its config."""
     if config.get("tie_word_embeddings") is False:
@@ -112,7 +112,7 @@ class Tied:
                         changed.setdefault(name, [])
         return notes
 
-    def mark(self, config: dict[str, Any]) -> None:
+    def mark(self, config: dict[str, object]) -> None:
         """Say in a config that embeddings are not tied any more."""
         if not self.untied:
             return
@@ -132,7 +132,7 @@ def alike(a: list[Change], b: list[Change]) -> bool:
     )
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or ((a.shape, a.dtype) == (b.shape, b.dtype) and bytes(a.load()) == bytes(b.load()))
     return bool(a == b)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from graft.methods.adalora.allocator import (
 )
 from graft.methods.lora.config import LoraConfig
 from graft.storage.parallel import layout_of, whole
+
+if TYPE_CHECKING:
+    from graft.core.rows import Run
 
 
 @dataclass(kw_only=True)
@@ -159,7 +162,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     lora_dropout: nn.Module
     scaling: float
 
-    def build(self, shared: dict[str, Any]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, Any]:
         site, cfg = self.site, self.cfg
         if site.op.opaque and len(site.shape) > 2:
             raise ConfigError(
@@ -240,7 +243,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Any) -> Iterator[Finish]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Add the orthogonal regularisation to the loss of a training step; say if nobody allocates."""
 
         trains = tuner.training and torch.is_grad_enabled() and not is_dynamo_compiling()

@@ -53,7 +53,7 @@ class Arrow(LoRA):
             return "Arrow compares features of tokens, and so it routes on linear layers only"
         return super().check()
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
         return super().build(shared, device) | dict(lora_arrow=Router())
 
     def describe(self) -> Effect:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from graft.core.errors import ConfigError
 from graft.core.method import Tensors, Use
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.lora.lora import LoRA
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
 
 
 class KaSA(LoRA):
@@ -36,7 +39,7 @@ class KaSA(LoRA):
         return super().check()
 
     @classmethod
-    def changes_base(cls, cfg: Any) -> str | None:
+    def changes_base(cls, cfg: PeftConfig) -> str | None:
         return "kasa_config"
 
     @property

@@ -30,7 +30,7 @@ class MiCA(LoRA):
             )
         return super().check()
 
-    def build(self, shared: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
         values = super().build(shared, device)
         B = values["lora_embedding_B"] if self.site.op.takes_ids else values["lora_B"].weight
         B.requires_grad_(False)

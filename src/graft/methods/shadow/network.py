@@ -91,7 +91,7 @@ def network_from(where: str, width: int) -> tuple[Any, nn.Module | None]:
     return network, projection
 
 
-def _filled(config: Any, where: str, prefix: str) -> tuple[Any, nn.Linear | None]:
+def _filled(config: object, where: str, prefix: str) -> tuple[Any, nn.Linear | None]:
     """Return a network with the values of a file, and the projection beside it."""
     from safetensors.torch import load_file
     from transformers import AutoModel

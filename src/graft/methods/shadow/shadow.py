@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ from graft.methods.shadow import network
 from graft.methods.shadow.detached import unload
 from graft.methods.shadow.network import ShadowConfig
 from graft.methods.shadow.run import FACT, surround
+
+if TYPE_CHECKING:
+    from graft.core.rows import Run
 
 OWN = ("shadow_down", "shadow_up", "shadow_update_transform", "shadow_update_gate")
 BESIDE = ("shadow_backbone", "shadow_projection", "shadow_head")
@@ -125,7 +128,7 @@ class Shadow(Method[ShadowConfig]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Any) -> Iterator[Finish]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Run the shadow network before the model, and add its loss to the model's."""
         with super().around(tuner, call, run) as _, surround(tuner, call, run) as finish:
             yield finish

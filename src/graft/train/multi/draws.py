@@ -7,8 +7,6 @@ what it would draw in a program of its own that began with `torch.manual_seed(se
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Generator, Tensor
 
@@ -22,7 +20,7 @@ class Draws:
         own: the run's generator, in the global one's place.
     """
 
-    def __init__(self, seed: int, data: Any = None):
+    def __init__(self, seed: int, data: object = None):
         self.own = Generator(device="cpu").manual_seed(seed)
         self.lent = generators_in(data)
         self.kept = [g.get_state() for g in self.lent]
@@ -51,7 +49,7 @@ class Draws:
             generator.set_state(state)
 
 
-def generators_in(data: Any) -> list[Generator]:
+def generators_in(data: object) -> list[Generator]:
     """Return the generators that a loader and its samplers hold, each once."""
     sampler = getattr(data, "batch_sampler", None)
     holders = [data, getattr(data, "sampler", None), sampler, getattr(sampler, "sampler", None)]

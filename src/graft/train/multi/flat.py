@@ -141,7 +141,7 @@ def joined(states: Sequence[State], parameters: Sequence[nn.Parameter], vector: 
     return found
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dim() == 0 and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)

@@ -43,7 +43,7 @@ class Arguments:
         named = frozenset(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
         return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in found), exact)
 
-    def among(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def among(self, batch: Mapping[str, object]) -> dict[str, Any]:
         """Return what of a batch goes to the model: all that it names, but targets."""
         return {k: v for k, v in batch.items() if (self.others or k in self.names) and not is_target(k)}
 
@@ -178,7 +178,7 @@ class Cut:
             return [type(output)([c[i] for c in several]) for i in range(len(self.rows))]
         return [output] * len(self.rows)
 
-    def _column(self, name: str, value: Any) -> list[Any]:
+    def _column(self, name: str, value: object) -> list[Any]:
         return self._tensor(name, value) if isinstance(value, Tensor) else self.of(value)
 
     def _tensor(self, name: str, t: Tensor) -> list[Tensor]:
@@ -190,6 +190,6 @@ class Cut:
         return [p if n == longest else p[:, :n].contiguous() for p, n in zip(parts, self.lengths)]
 
 
-def make(like: Mapping[str, Any], values: dict[str, Any]) -> Any:
+def make(like: Mapping[str, object], values: dict[str, object]) -> Any:
     """Return values as an output of the same class."""
     return type(like)(**values) if hasattr(like, "to_tuple") else dict(values)

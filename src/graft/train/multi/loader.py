@@ -22,7 +22,7 @@ class Loader:
         once: end with the data.
     """
 
-    def __init__(self, name: str, data: Iterable[Any] | None, draws: Draws, once: bool):
+    def __init__(self, name: str, data: Iterable[object] | None, draws: Draws, once: bool):
         if data is None or not hasattr(data, "__iter__"):
             raise TypeError(f"Run '{name}': data must be an iterable of batches, such as a DataLoader, got {data!r}.")
         self.name, self.data, self.draws = name, data, draws

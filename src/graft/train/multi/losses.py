@@ -49,13 +49,13 @@ def labels_of(parts: Parts, adapter: str) -> int | None:
     return None
 
 
-def of_decoder(output: Any, batch: dict[str, Any], **_: Any) -> Tensor:
+def of_decoder(output: Any, batch: dict[str, Any], **_: object) -> Tensor:
     logits = output["logits"]
     return cross_entropy(logits.view(-1, logits.shape[-1]), batch["labels"].view(-1))
 
 
 def of_tokens(model: nn.Module, _: int | None) -> Loss:
-    def loss(output: Any, batch: dict[str, Any], **items: Any) -> Tensor:
+    def loss(output: Any, batch: dict[str, object], **items: object) -> Tensor:
         logits = output["logits"]
         return model.loss_function(logits=logits, labels=batch["labels"], vocab_size=logits.shape[-1], **items)
 
@@ -66,7 +66,7 @@ def of_labels(model: nn.Module, labels: int | None) -> Loss:
     """Return the loss of a classifier of samples or of tokens. Logits of labels that other heads have are left out."""
     tokens = model.loss_type == "ForTokenClassification"
 
-    def loss(output: Any, batch: dict[str, Any], **_: Any) -> Tensor:
+    def loss(output: Any, batch: dict[str, object], **_: object) -> Tensor:
         logits = output["logits"]
         if labels is not None and logits.shape[-1] > labels:
             logits = logits[..., :labels].contiguous()
@@ -79,7 +79,7 @@ def of_labels(model: nn.Module, labels: int | None) -> Loss:
 
 
 def of_spans(model: nn.Module, _: int | None) -> Loss:
-    def loss(output: Any, batch: dict[str, Any], **_: Any) -> Tensor:
+    def loss(output: Any, batch: dict[str, object], **_: object) -> Tensor:
         logits, places = (output["start_logits"], output["end_logits"]), ("start_positions", "end_positions")
         return model.loss_function(*logits, *(batch[p] for p in places))
 

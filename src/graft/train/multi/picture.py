@@ -44,5 +44,5 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return out
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

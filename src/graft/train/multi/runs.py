@@ -140,19 +140,19 @@ class MultiTrain:
         name: str,
         config: PeftConfig | None = None,
         *,
-        data: Iterable[Any] | None = None,
+        data: Iterable[object] | None = None,
         optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.AdamW,
-        schedule: Callable[[Optimizer], Any] | None = None,
+        schedule: Callable[[Optimizer], object] | None = None,
         loss: Loss | None = None,
         clip: float | None = None,
         steps: int | None = None,
         accumulate: int = 1,
         seed: int = 0,
         stop: Callable[[Run], bool] | None = None,
-        valid: Iterable[Any] | None = None,
+        valid: Iterable[object] | None = None,
         every: int | None = None,
         heads: dict[str, nn.Module] | Callable[[], dict[str, nn.Module]] | None = None,
-        trainer: Any = None,
+        trainer: object = None,
     ) -> Run:
         """Add a run. It gets what a program of its own would that began with `torch.manual_seed(seed)`, made the
         adapter and then the optimizer, and went through `data`.
@@ -587,7 +587,7 @@ def check_settings(name: str, **settings: Any) -> None:
             raise ConfigError(f"Run '{name}': {key} must be a positive {kinds[-1].__name__}, got {value!r}.")
 
 
-def refuse_beside_trainer(name: str, given: dict[str, Any]) -> None:
+def refuse_beside_trainer(name: str, given: dict[str, object]) -> None:
     """Raise ConfigError for settings that a Trainer makes."""
     defaults = inspect.signature(MultiTrain.add).parameters
     both = [key for key, value in given.items() if value is not defaults[key].default]
@@ -595,7 +595,7 @@ def refuse_beside_trainer(name: str, given: dict[str, Any]) -> None:
         raise ConfigError(f"Run '{name}': its trainer says what {', '.join(both)} is: leave that out.")
 
 
-def check_made(name: str, optimizer: Any, schedule: Any) -> None:
+def check_made(name: str, optimizer: Optimizer, schedule: object) -> None:
     """Raise ConfigError unless optimizer and schedule are such that step without arguments."""
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(

@@ -99,10 +99,10 @@ class Sweep:
 def sweep(
     model: nn.Module,
     config: PeftConfig,
-    space: Mapping[str, Any],
+    space: Mapping[str, object],
     *,
     data: Any,
-    valid: Iterable[Any],
+    valid: Iterable[object],
     steps: int,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     search: str = "grid",
@@ -228,7 +228,7 @@ class Job:
         trials: list[Trial],
         *,
         begin: Callable[[MultiTrain, Trial], Run],
-        valid: Iterable[Any],
+        valid: Iterable[object],
         folder: str | None,
         save_every: int,
         exchange: Exchange,
@@ -339,7 +339,7 @@ class Job:
 
     # files
 
-    def go_on(self, note: dict[str, Any]) -> None:
+    def go_on(self, note: dict[str, object]) -> None:
         """Take up what the folder has of this sweep.
 
         Raises:

@@ -158,7 +158,7 @@ class LoraFAOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], object] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -391,7 +391,7 @@ class LoraMuonOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], object] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -142,7 +142,7 @@ class PeftConfig:
             values["auto_mapping"] = auto_mapping_dict
         return json.dumps(values, indent=2, sort_keys=True)
 
-    def push_to_hub(self, repo_id: str, **kwargs: object) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: object) -> object:
         from graft.config.hub import push
 
         return push(self.save_pretrained, repo_id, **kwargs)
@@ -300,7 +300,7 @@ def matches_end(pattern: str, key: str, field: str) -> bool:
     return ending(pattern, field).match(key) is not None
 
 
-def plain(value: object) -> Any:
+def plain(value: object) -> object:
     """Return `value` as JSON can hold it."""
     if isinstance(value, Enum):
         return value.value

@@ -125,7 +125,7 @@ def looks_like_repository(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and os.sep * 2 not in name
 
 
-def push(save: Callable[[str], None], repo_id: str, **kwargs: Any) -> Any:
+def push(save: Callable[[str], None], repo_id: str, **kwargs: Any) -> object:
     """Save to a temporary folder and upload it to `repo_id`.
 
     Raises:

@@ -113,7 +113,7 @@ def fields_in(text: str, where: str) -> dict[str, Any]:
     return fields
 
 
-def plain(value: object) -> Any:
+def plain(value: object) -> object:
     """Return a value as it counts: the order of a list of names means nothing, nor does one that is empty."""
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = sorted(value)

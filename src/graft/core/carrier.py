@@ -84,7 +84,7 @@ class Carrier:
         return self.state.active
 
     @property
-    def active_adapter(self) -> Any:
+    def active_adapter(self) -> str | list[str]:
         active = self.active_adapters
         return active[0] if len(active) == 1 else active
 

@@ -166,7 +166,7 @@ class Host(Holding, Carrier, nn.Module):
             plans[key] = plan_of(self, names, weights)  # a head has what its plan asks for
         return plans[key]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         base, plan, back = self.base_module, self.state.plan, None
         if HOOK in base.__dict__:
             args, kwargs, back = brought_in(base, args, kwargs)
@@ -446,7 +446,7 @@ class ParamWrapper(AdapterLayer):
     While the module runs, another tensor stands in the parameter's place, so that threads run such modules in turn.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         if is_dynamo_compiling():
             return super()._own_forward(*args, **kwargs)
         with SWAPS.lock:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 else:
     C = TypeVar("C")
 
+T = TypeVar("T")
+
 # annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
 STILL = ("float", "int", "bool", "str", "list", "dict", "Tensor")
 SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
@@ -372,7 +374,7 @@ def placeholders(method: Method, shared: dict[str, object]) -> dict[str, object]
         return method.build(shared)
 
 
-def as_it_is(output: object) -> Any:
+def as_it_is(output: T) -> T:
     """Return an output unchanged."""
     return output
 

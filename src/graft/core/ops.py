@@ -359,7 +359,7 @@ class Opaque(Op):
         r *= self.stack(m)
         return linear(in_features, r, False, fill, device), linear(r, out_features, bias, fill, device)
 
-    def apply(self, layer: Any, args: tuple[object, ...], kwargs: dict[str, object], W: Tensor) -> Any:
+    def apply(self, layer: Any, args: tuple[object, ...], kwargs: dict[str, object], W: Tensor) -> object:
         """Return the output of a layer's base with W in place of the parameter."""
         base, name, path = layer.base_layer, self.parameter, self.parameter
         owner = base

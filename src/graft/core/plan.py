@@ -506,7 +506,7 @@ class Folded(Plan):
             parts.append(Own(*self.op.each(A, B, self.op.stack(layer.site.module)), group, gate))
         return parts
 
-    def stand_in(self) -> Any:
+    def stand_in(self) -> Tensor | None:
         """Return a tensor that stands for the sum; None where operations do not run as written."""
         layer = self.layer
         if len(self.products) < len(self.steps) or not eager() or watched():

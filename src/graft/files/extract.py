@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from graft.files.errors import LossError, OptionError
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.resize import check, resize
 from graft.files.tensors import Tensor, rearranged
+
+if TYPE_CHECKING:
+    from graft.files.neutral import Kind
 
 LARGE = 2048  # rows and columns: above, the SVD is randomized
 OVERSAMPLING, ROUNDS = 10, 2
@@ -241,7 +244,7 @@ def take(
     made.rows.append(Extracted(name, "lora", size, relative, k, min(kept, 1.0)))
 
 
-def kind_of(name: str, delta: np.ndarray, embed: str) -> Any:
+def kind_of(name: str, delta: np.ndarray, embed: str) -> Kind | None:
     """Return the kind of LoRA that a tensor's change becomes; None: it is kept whole."""
     leaf = module_of(name).rpartition(".")[2]
     if not name.endswith(".weight"):

@@ -87,7 +87,7 @@ def registry_of(model: object) -> Any:
     return model.__dict__.get(HOLDER)
 
 
-def unwrapped(model: nn.Module) -> Any:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model with adapters within wrappers such as DDP's, FSDP's, DeepSpeed's or torch.compile's."""
     while registry_of(model) is None and (inner := inside(model)) is not None:
         model = inner

@@ -45,7 +45,7 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     return digest((key, name_of(t.dtype), list(t.shape), bytes_of(key, t)) for key, t in held)
 
 
-def bytes_of(key: str, t: Tensor) -> Any:
+def bytes_of(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
     """Return the memory of a contiguous tensor on the CPU, as long as that lives."""
     if not t.nbytes:
         return b""

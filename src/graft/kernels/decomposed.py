@@ -101,7 +101,7 @@ class _Linear(Function):
         return out.to(y.dtype).view(y.shape)
 
     @staticmethod
-    def backward(ctx: Context, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, b, A, B, ratio, h, z = ctx.saved_tensors
         scale, p, seed = ctx.options
         need = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
@@ -129,7 +129,7 @@ class _Linear(Function):
         return dx, None, None, dA, dB, d_ratio, None, None, None, None, None
 
 
-def _again(ctx: Context, g: Tensor) -> tuple[Any, ...]:
+def _again(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return gradients that have gradients: those of the plain products."""
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
     scale, p, seed = ctx.options

@@ -155,7 +155,7 @@ class _Linear(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Context, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, *saved = ctx.saved_tensors
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         rows = g.reshape(-1, g.shape[-1])
@@ -227,7 +227,7 @@ def _stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, n
     return torch.bmm(dh.mT, x), dB
 
 
-def _again(ctx: Context, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor) -> tuple[Any, ...]:
+def _again(ctx: Context, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor) -> tuple[Tensor | None, ...]:
     """Return gradients that have gradients: those of the plain products."""
     given = iter(factors)
     groups = [group._replace(A=next(given), B=next(given)) for group in ctx.groups]

@@ -92,7 +92,7 @@ def form(value: object) -> Any:
     return value
 
 
-def _select(function: object, W: Summed, index: Any) -> Any:
+def _select(function: object, W: Summed, index: Any) -> object:
     one = isinstance(index, int) or (isinstance(index, Tensor) and not index.is_floating_point() and index.dim() < 2)
     if not one or W.W.dim() != 3 or (isinstance(index, Tensor) and index.dtype == torch.bool):
         return NotImplemented

@@ -230,7 +230,7 @@ def embedded(paths: list[str], modules: Collection[str]) -> str | None:
     return None
 
 
-def bare(module: nn.Module) -> Any:
+def bare(module: nn.Module) -> nn.Module:
     """Return a module as it is without adapters."""
     return None if module is None else next(walk(module))[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class LoKr(Lycoris[LoKrConfig]):
             w2 = self.lokr_w2_a @ self.lokr_w2_b
         return w1 * self.scaling, w2
 
-    def delta(self) -> Any:
+    def delta(self) -> Tensor | Kronecker:
         w1, w2 = self.pair()
         kept = self.kept(w1, self.rank_dropout_scale)
         if w2.dim() == 3:  # of a Conv1d, PEFT's files mean this order

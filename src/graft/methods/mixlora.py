@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from graft.core.method import Method, Tokens
 from graft.core.ops import find_op
 from graft.methods.moelora import balance, check_experts, weighed
 from graft.methods.places import ATTENTION, MLP, named, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FIXED = "MixLoRA's router chooses experts for each token, which no weight does"
 
@@ -162,7 +165,7 @@ class MixLoRA(Method[MixLoraConfig]):
     def factors(self) -> Factors:
         return Factors(self.mixlora_A, self.mixlora_B, self.cfg.lora_alpha / self.cfg.r, self.mixlora_dropout)
 
-    def module(self) -> Any:
+    def module(self) -> Callable[..., Tensor]:
         return self.mixture
 
     def mixture(self, *args: Any, **kwargs: Any) -> Tensor:

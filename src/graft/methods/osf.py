@@ -59,7 +59,7 @@ class OSF(Method[OSFConfig]):
     osf_V_high: Tensor  # (k, fan_in), if out < fan_in
 
     @classmethod
-    def default_targets(cls, model: nn.Module) -> Any:
+    def default_targets(cls, model: nn.Module) -> list[str] | str:
         return cls.targets.get(model_type(model), "all-linear")
 
     @property

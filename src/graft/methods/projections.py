@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def warn_unsaved(names: str) -> None:
     )
 
 
-def kept(tensor: Tensor, saved: bool) -> Any:
+def kept(tensor: Tensor, saved: bool) -> Tensor | Transient:
     """Return a tensor as `share` and `build` give it: in files, or not."""
     return tensor if saved else Transient(tensor)
 

@@ -70,7 +70,7 @@ CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x 
 MASKS = {False: {FACT: "attention_mask"}, True: {FACT: "attention_mask", OF_DECODER: "decoder_attention_mask"}}
 
 
-def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[Any, Any]:
+def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[str, Positions]:
     """Return the positions that the arguments of a forward pass tell."""
     twofold = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in MASKS[twofold].items()}

@@ -20,7 +20,7 @@ from graft.kernels.waits import demand
 TASKS = "task_ids"
 
 
-def generate(tuner: Tuner, *args: Any, task_ids: object = None, **kwargs: Any) -> Any:
+def generate(tuner: Tuner, *args: Any, task_ids: object = None, **kwargs: Any) -> object:
     """Run the base model's generate for these tasks, one for each row."""
     run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
     with tuner.calling("generate"), tuner.call.using(None), tuner.acting(run) as finish:

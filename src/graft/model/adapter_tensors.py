@@ -289,7 +289,7 @@ def padded(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 # config
 
 
-def config_for(view: View, config: object, ranks: dict[str, int], base: nn.Module) -> Any:
+def config_for(view: View, config: object, ranks: dict[str, int], base: nn.Module) -> LoraConfig:
     """Return the config of plain LoRA with the scaling 1.
 
     Args:

@@ -31,7 +31,7 @@ def losses_of(
     }
 
 
-def with_loss(output: Any, more: Any) -> Any:
+def with_loss(output: Any, more: Any) -> object:
     """Return an output with more in its loss: `loss`, the first number of a tuple, or itself; None if it has none."""
     if is_loss(output):
         return output + more.to(output.device)

@@ -160,7 +160,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
             layer.cast_input_dtype_enabled = enabled
 
 
-def calling(model: nn.Module) -> AbstractContextManager[Any]:
+def calling(model: nn.Module) -> AbstractContextManager[object]:
     """Return a block that is one call of the model: nothing changes within it, in whatever way the model runs.
 
         with graft.calling(model):

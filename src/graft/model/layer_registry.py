@@ -204,7 +204,7 @@ class LayerRegistry(MergingRegistry):
 
             yield finish
 
-    def _with_losses(self, output: object, noted: Mapping[str, Sequence[Noted]], run: Run) -> Any:
+    def _with_losses(self, output: object, noted: Mapping[str, Sequence[Noted]], run: Run) -> object:
         """Return the output with the adapters' losses in its own; keep them if it has none."""
         losses = losses_of(noted, self.losing, self.peft_config, run, self.model)
         both = with_loss(output, sum(losses.values())) if losses else output

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from graft.model.compose import Composition
 from graft.model.peft_model import PeftModel
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.tuner_type import step
+
+if TYPE_CHECKING:
+    from graft.combine.weighted import WeightedReport
 
 
 class MixedModel(Tuner):
@@ -35,7 +38,7 @@ class MixedModel(Tuner):
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
-    ) -> Any:
+    ) -> WeightedReport:
         """Add an adapter, inactive and frozen, that combines others: those of one method that can hold a sum (LoRA,
         AdaLoRA, LoHa, IA3) into one of their kind, all others with a ΔW into a plain LoRA adapter.
 

@@ -422,7 +422,7 @@ class PeftModel(nn.Module):
         """Prepare for the heads of a mixed batch: a hook for task classes."""
         return nullcontext()
 
-    def forward(self, *args: object, **kwargs: object) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Run the base model's forward. `adapter_names`: one name per row of the batch; "__base__" means no adapter; a
         `Stack` or an `Average` of adapters is an entry, too.
 
@@ -533,7 +533,7 @@ class PeftModel(nn.Module):
 
         write_card(self, output_dir)
 
-    def push_to_hub(self, repo_id: str, **kwargs: object) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: object) -> object:
         """Save to a temporary folder and upload that to a hub repository."""
         from graft.config.hub import push
 

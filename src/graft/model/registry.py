@@ -190,7 +190,7 @@ class Registry:
     def training(self) -> bool:
         return self.model.training
 
-    def calling(self, what: str, rows: Names = None) -> AbstractContextManager[Any]:
+    def calling(self, what: str, rows: Names = None) -> AbstractContextManager[object]:
         """Return a context: a call of the model, during which nothing changes. A compiler does not see it.
 
         rows: the adapters that the rows of a mixed batch name; None: those count that are active.

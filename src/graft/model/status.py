@@ -164,7 +164,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
-def _merged(layers: list[TunerLayerStatus], merged: list[list[str]]) -> Any:
+def _merged(layers: list[TunerLayerStatus], merged: list[list[str]]) -> list[str] | Literal["irregular"]:
     """Return merged adapters in order, or "irregular" if a layer has one of them unmerged."""
     names = list(dict.fromkeys(n for m in merged for n in m))
     for s in layers:

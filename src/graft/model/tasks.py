@@ -8,7 +8,7 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -19,6 +19,9 @@ from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shorten
 from graft.inject.beside import add_task_heads
 from graft.inject.parts import registry_of
 from graft.model.peft_model import OF_TASKS, PeftModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class _WithHead(PeftModel):
@@ -126,14 +129,14 @@ FIRST = "input_ids attention_mask"
 LAST = "output_attentions output_hidden_states return_dict task_ids"
 
 
-def _forward(names: str) -> Any:
+def _forward(names: str) -> Callable[..., object]:
     """Return a `forward` with these arguments, which tell transformers' Trainer the columns of a data set to keep."""
     arguments, kind = names.split(), inspect.Parameter
     known = frozenset(arguments)
     own = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in arguments]
     signature = inspect.Signature([kind("self", kind.POSITIONAL_OR_KEYWORD), *own, kind("kwargs", kind.VAR_KEYWORD)])
 
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> object:
         """Run the base model's forward with the arguments that the caller passed: it need not know the others."""
         if args:
             given = dict(zip(arguments, args))
@@ -168,7 +171,7 @@ class PeftModelForCausalLM(PeftModel):
 
     forward = PeftModelForSequenceClassification.forward
 
-    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> Any:
+    def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> object:
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -289,7 +292,7 @@ class AutoPeftModel:
         return getattr(transformers, cls.auto_class)
 
     @staticmethod
-    def _recorded_class(config: PeftConfig, allowlist: list[str] | None) -> Any:
+    def _recorded_class(config: PeftConfig, allowlist: list[str] | None) -> type:
         """Return the class that an adapter without a task type recorded of its base."""
         mapping = config.auto_mapping
         if not mapping:

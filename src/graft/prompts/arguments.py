@@ -19,7 +19,7 @@ from graft.prompts.stack import Stack, first_of
 
 def widened(
     mask: Tensor, prompt: int, total: int, before: int, window: int | None, cuts: bool, causal: bool, covered: bool
-) -> Any:
+) -> Tensor:
     """Return the mask with the prompt's tokens.
 
     Args:
@@ -114,7 +114,7 @@ def put_decoder_inputs(model: nn.Module, labels: Tensor, kwargs: dict[str, objec
         kwargs["decoder_input_ids"] = ids
 
 
-def with_loss(output: Any, loss: Callable[[Tensor], Tensor]) -> Any:
+def with_loss(output: Any, loss: Callable[[Tensor], Tensor]) -> object:
     if isinstance(output, tuple):
         return loss(output[0]), *output
     return type(output)(**{"loss": loss(output.logits), **{k: v for k, v in output.items() if k != "loss"}})

@@ -136,7 +136,7 @@ def slides(cache: object) -> bool:
     return any(getattr(layer, "is_sliding", False) for layer in getattr(own, "layers", ()))
 
 
-def new_cache(config: Any, with_encoder: bool) -> Any:
+def new_cache(config: Any, with_encoder: bool) -> object:
     """Make an empty cache that grows."""
     import inspect
 

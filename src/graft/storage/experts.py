@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from graft.storage import stacks
 from graft.storage.dense import PLAIN, Dense
 from graft.storage.offload import computes_on, is_away
 from graft.storage.stacks import Held
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GATE = "_apply_gate"
 FLAGS = ("has_gate", "has_bias", GATE, "num_experts")
@@ -60,7 +63,7 @@ def block_of(m: nn.Module) -> Block | None:
     return Block(up, "down_proj", getattr(m, GATE) if m.has_gate else m.act_fn, up_bias, down_bias, norm)
 
 
-def clamped(m: nn.Module) -> Any:
+def clamped(m: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return the activation of gpt-oss, of gates and inputs in turn."""
 
     def act(y: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ def mend(m: nn.Module) -> None:
     before = m.__dict__.get(place)
     hooked = stacks.MODULES.find(type(m)) is stacks.MXFP4 and not hasattr(m, HOOKED)
 
-    def forward(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(m: nn.Module, *args: Any, **kwargs: Any) -> object:
         x, index, weights = (*args, *kwargs.values())
         trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
         own = [h for name in stacks.names_in(m) if (h := stacks.held(m, name)) is not None]

@@ -75,7 +75,7 @@ def _through(before: Any, store_of: Callable[[Any], Any]) -> Any:
     """Return a forward that does as `before`, and lets gradients through."""
 
     @wraps(before)
-    def through(m: nn.Module, x: object, *args: Any, **kwargs: Any) -> Any:
+    def through(m: nn.Module, x: object, *args: Any, **kwargs: Any) -> object:
         store = store_of(m)
         if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
             return before(m, x, *args, **kwargs)

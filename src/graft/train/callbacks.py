@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from graft.methods.lora.lora import monteclora_loss
 from graft.model.audit import SECTIONS, AuditReport, audit, parts_of_active
 from graft.model.tuner import tuner_of
 from graft.model.watch import gradients_elsewhere
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 
 def adalora_callback(model: nn.Module) -> Any:
@@ -28,7 +31,7 @@ def adalora_callback(model: nn.Module) -> Any:
     return AdaLoraCallback()
 
 
-def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: int = 0) -> Any:
+def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: int = 0) -> RemovableHandle:
     """Make every `optimizer.step()` allocate afterwards. Return a handle whose `remove()` stops that."""
     step = start
 

@@ -13,7 +13,7 @@ from abc import ABC, ABCMeta
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -30,6 +30,9 @@ from graft.core.rows import BASE, Together
 from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
 from graft.methods import METHODS, method_of
 from graft.storage import STORES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SAME = {"Conv1D": "Linear"}  # layer types that share a class in PEFT
 BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes, for which PEFT has classes of every method
@@ -80,7 +83,7 @@ class _LayerType(ABCMeta):
             f"their method. Ask isinstance(layer, {cls.__name__})."
         )
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: Any, **kwargs: Any) -> AdapterLayer:
         """Make a layer by hand, as `by_hand` says."""
         if cls.derived or cls.method is None:
             raise TypeError(
@@ -125,7 +128,7 @@ class _LayerType(ABCMeta):
             substitute(cls, name, OWN[name])
 
 
-def elsewhere(name: str) -> Any:
+def elsewhere(name: str) -> Callable[..., None]:
     """Return a method in the place of one that makes PEFT's layers: it is there to be asked for."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -146,7 +149,7 @@ def substitute(cls: type, name: str, value: object) -> None:
             setattr(kind, changed, asking(changed) if asked else own)
 
 
-def asking(name: str) -> Any:
+def asking(name: str) -> Callable[..., object]:
     """Return the form of a layer's method that looks for a replacement."""
 
     def run(self: AdapterLayer, *args: object, **kwargs: object) -> object:

@@ -12,12 +12,15 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.compat.peft.layers import BNB, kind_names, layer_class, layer_names
 from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, OF_STORES, WHERE, WITH_BNB
 from graft.core.errors import PeftWarning, warn
 from graft.methods import ROWS, method_of
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 ROOT = "peft"
 VERSION = "0.22.0"  # the least that transformers 5.24 accepts; graft's interface is that of 0.21.2
@@ -155,7 +158,9 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
 
     version = VERSION
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != ROOT and not name.startswith(f"{ROOT}."):
             return None
         if not known(name):

@@ -185,7 +185,7 @@ def check_target_module_exists(config: PeftConfig, key: str) -> bool:
     return Matcher(config)(key).outcome == "matched"
 
 
-def match_target_against_key(target_pattern: str, key: str) -> Any:
+def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
     return pattern(target_pattern, "target_modules").fullmatch(key)
 
 

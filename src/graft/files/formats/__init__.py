@@ -6,13 +6,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from graft.config.pair import CONFIG_NAME
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
 from graft.files.tensors import read_header
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 # in the order in which they look at a path
 FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "kohya", "diffusers")
@@ -45,7 +48,7 @@ class Format(Protocol):
         """Write a file or folder, whole or not at all; return what was lost, empty unless `lossy`."""
 
 
-def module_of(name: str) -> Any:
+def module_of(name: str) -> ModuleType:
     """Return the module of a format by its name."""
     if name not in FORMATS:
         raise OptionError(f"There is no format {name!r}; there are {', '.join(FORMATS)}.")

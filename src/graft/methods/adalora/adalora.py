@@ -251,7 +251,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
             for m in methods.values():
                 m.sees = layout_of(m.lora_A) is not None
 
-        def with_loss(output: Any) -> Any:
+        def with_loss(output: Any) -> object:
             if not torch.is_grad_enabled():
                 return output
             if not torch.compiler.is_compiling():  # a version is no number that can be traced

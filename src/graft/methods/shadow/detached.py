@@ -179,10 +179,12 @@ def detached_class() -> Any:
         def get_input_embeddings(self) -> Any:
             return self.backbone.get_input_embeddings()
 
-        def get_output_embeddings(self) -> Any:
+        def get_output_embeddings(self) -> nn.Module | None:
             return None if self.classifies else self.head
 
-        def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        def forward(
+            self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+        ) -> object:
             """Return logits, and with labels the loss, as the base model's class does."""
             kwargs.pop("return_dict", None)
             kept: Any = kwargs.pop("logits_to_keep", 0)
@@ -207,7 +209,7 @@ def __getattr__(name: str) -> Any:
     return makes()
 
 
-def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) -> Any:
+def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) -> object:
     """Return the shadow network of an adapter (None: the active one) as a separate model, with the base's head.
 
     Args:

@@ -136,7 +136,7 @@ class Pass:
         index = None if rows is None else rows.on(start.device).index_of(name)
         return start if index is None else start.index_select(0, index)
 
-    def finish(self, output: Any) -> Any:
+    def finish(self, output: Any) -> object:
         """Return the model's output with the shadow network's loss, and with its cache."""
         if self.shadows:
             output = with_cache(output, self.shadows)
@@ -147,7 +147,7 @@ class Pass:
             output = self.with_loss(output, name, labels)
         return output
 
-    def with_loss(self, output: Any, name: str, labels: Tensor) -> Any:
+    def with_loss(self, output: Any, name: str, labels: Tensor) -> object:
         cfg = self.tuner.peft_config[name]
         loss = shadow_loss(self.tuner, cfg, name, self.starts[name], self.given)
         if loss is None:

@@ -98,7 +98,7 @@ def is_masked(mask: Tensor | None) -> bool | None:
     return not bool(mask.all()) if mask.is_cpu else None
 
 
-def number_of(value: Tensor) -> Any:
+def number_of(value: Tensor) -> int | float:
     """Return what tells numbers () apart: the number; on a device, for which nothing here waits, which tensor it is."""
     return value.item() if value.is_cpu else id(value)
 

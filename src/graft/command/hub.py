@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graft.command.app import HUB, app, print_json
+from graft.config.reading import Json
 
 if TYPE_CHECKING:
     from graft.files.neutral import AdapterFile
@@ -37,7 +38,7 @@ def push(
     from graft.files import formats
 
     held = formats.read(adapter)
-    found: dict[str, Any] = {"repo": repo, "format": held.format, "method": held.method, "files": names_in(adapter)}
+    found: Json = {"repo": repo, "format": held.format, "method": held.method, "files": names_in(adapter)}
     if not dry_run:
         found["url"] = str(
             hub.push(lambda folder: copied(adapter, Path(folder)), repo, private=private, commit_message=message)
@@ -146,7 +147,7 @@ def copied(source: Path, target: Path, pickles: bool = True) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def report(found: dict[str, Any], text: str, quiet: bool, as_json: bool) -> None:
+def report(found: Json, text: str, quiet: bool, as_json: bool) -> None:
     if as_json:
         print_json(found)
     elif not quiet:

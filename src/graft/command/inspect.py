@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from graft.command import show
 from graft.command.app import LOOK, app, print_json
+from graft.config.reading import Json
 
 
 @app.command("inspect", rich_help_panel=LOOK)
@@ -43,7 +44,7 @@ def inspect(
         print_report(report, spectrum)
 
 
-def print_report(report: dict[str, Any], spectrum: bool) -> None:
+def print_report(report: Json, spectrum: bool) -> None:
     show.facts([
         ("adapter", report["path"]), ("format", report["format"]), ("method", report["method"]),
         ("base", report["base"]), ("changed by", report["changed_base"]), ("written by", report["writer"]),

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from graft.command.app import CHANGE, app, print_json
+from graft.config.reading import Json
 from graft.files.errors import OptionError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -50,7 +51,7 @@ def merge(
         shard_size=None if shard_size is None else size(shard_size), certificate=certificate or probe > 0,
         keep_quantized=keep_quantized, force=force, dry_run=dry_run,
     )  # fmt: skip
-    found: dict[str, Any] = {
+    found: Json = {
         "output": str(output), "written": not dry_run, "shards": account.shards, "tensors": account.tensors,
         "notes": account.notes, "resumed": account.resumed,
     }  # fmt: skip
@@ -78,7 +79,7 @@ def size(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def show(found: dict[str, Any]) -> None:
+def show(found: Json) -> None:
     """Print what was done, in a few lines."""
     changed, total = found["tensors"], sum(found["shards"].values())
     done = "Merged" if found["written"] else "Would merge"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from graft.command.app import PLAN, app, print_json
+from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 
@@ -93,7 +94,7 @@ def plan(
         show(report, found)
 
 
-def format_of(config: dict[str, Any], told: str | None) -> str | None:
+def format_of(config: Json, told: str | None) -> str | None:
     """Return how a base is packed, a key of FORMATS: as one says, else as its config.json does; None if it is not."""
     from graft.files.bases import packing
     from graft.model.budget import FORMATS
@@ -116,14 +117,14 @@ def adapter_config(path: Path | None, method: str, rank: int, targets: str, para
     if method.upper() not in kinds:
         raise OptionError(f"--method is one of {', '.join(sorted(kinds))}, not {method!r}.")
     kind: Any = kinds[method.upper()]
-    names: dict[str, Any] = {"target_modules": targets if targets == "all-linear" else targets.split(",")}
+    names: Json = {"target_modules": targets if targets == "all-linear" else targets.split(",")}
     if parameters:
         names["target_parameters"] = parameters.split(",")
     fields = kind.__dataclass_fields__
     return kind(**{n: v for n, v in {**names, "r": rank}.items() if n in fields})
 
 
-def account(model: PreTrainedModel, report: InjectReport) -> dict[str, Any]:
+def account(model: PreTrainedModel, report: InjectReport) -> Json:
     """Return what the report says, for programs: how many blocks of each kind have an adapter."""
     from graft.model.budget import block_kinds, coverage
 
@@ -164,7 +165,7 @@ def period(kinds: list[str]) -> int:
     return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), 1)
 
 
-def fits(training: Training, optimizer: str, gpu: int, packed: str | None = None) -> list[dict[str, Any]]:
+def fits(training: Training, optimizer: str, gpu: int, packed: str | None = None) -> list[Json]:
     """Return the largest batch for each way of training, and what a step with one row takes."""
     from graft.model.budget import budget, largest_batch
 
@@ -197,7 +198,7 @@ def largest_rank(
     return RANKS[n - 1] if n else 0
 
 
-def show(report: InjectReport, found: dict[str, Any]) -> None:
+def show(report: InjectReport, found: Json) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from graft.config.atomic import replace, write_text
 from graft.config.hub import hub_keywords
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, found_in
-from graft.config.reading import check_numbers, ending, read_object
+from graft.config.reading import Json, check_numbers, ending, read_object
 from graft.config.stored import Stored
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
 
@@ -113,11 +113,11 @@ class PeftConfig:
 
     # dicts and files
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return the fields, copied, without `runtime_fields`; sets and enums stay. A config made of them is equal."""
         return {k: v for k, v in asdict(self).items() if k not in self.runtime_fields}
 
-    def saved_dict(self) -> dict[str, Any]:
+    def saved_dict(self) -> Json:
         """Return the fields that files hold, as JSON can: sets as lists, enums as their values."""
         own = type(self).__dataclass_fields__
         return {k: plain(v) for k, v in self.to_dict().items() if k not in self.beyond or v != own[k].default}
@@ -216,7 +216,7 @@ class PeftConfig:
         return kwargs
 
     @classmethod
-    def tolerant(cls, values: dict[str, Any]) -> PeftConfig:
+    def tolerant(cls, values: Json) -> PeftConfig:
         known = {f.name for f in fields(cls)}
         for name in cls.runtime_fields:
             if name in values:
@@ -232,7 +232,7 @@ class PeftConfig:
         return cls(**{k: v for k, v in values.items() if k in known and k not in cls.runtime_fields})
 
     @classmethod
-    def from_json_file(cls, path_json_file: str, **_: object) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str, **_: object) -> Json:
         """Return the fields in a file, without those that describe a machine."""
         return {k: v for k, v in read_object(path_json_file).items() if k not in MACHINE}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from graft.config.base import PeftConfig
+from graft.config.reading import Json
 from graft.core.errors import ConfigError
 
 # names that each field has in the configs of base models
@@ -106,7 +107,7 @@ class PromptLearningConfig(PeftConfig):
         self.token_dim, self.num_attention_heads = size * heads, heads
 
 
-def as_dict(model_config: Any) -> dict[str, Any]:
+def as_dict(model_config: Any) -> Json:
     """Return the text part of a model's config as a dict."""
     if model_config is None:
         return {}

@@ -18,13 +18,15 @@ from typing import Any
 
 from graft.core.errors import CheckpointError, ConfigError, shortened
 
+Json = dict[str, Any]  # an object of a JSON file: who reads a field of it says what that is
+
 LARGEST = 2**24  # bytes of a file
 DEEPEST = 32  # containers inside each other
 DIGITS = 300  # of a whole number: more do not fit a float
 LONG = re.compile(rf"[0-9]{{{DIGITS + 1}}}")
 
 
-def read_object(path: str | os.PathLike) -> dict[str, Any]:
+def read_object(path: str | os.PathLike) -> Json:
     """Return the object that a JSON file holds.
 
     Raises:
@@ -61,7 +63,7 @@ def whole(digits: str) -> float:
     return int(digits) if len(digits) <= DIGITS else math.inf  # `check` names the field
 
 
-def once(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, object]]) -> Json:
     """Return pairs as a dict; raise ValueError if a key stands twice."""
     out = dict(pairs)
     if len(out) < len(pairs):

@@ -16,7 +16,7 @@ from typing import Any
 from graft.config import notes
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
-from graft.config.reading import parsed
+from graft.config.reading import Json, parsed
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
@@ -49,7 +49,7 @@ class Stored:
     def _now(self) -> Any:
         return self._read(self.path) if os.path.isfile(self.path) else None
 
-    def of(self, weights: notes.Noted | None) -> dict[str, Any]:
+    def of(self, weights: notes.Noted | None) -> Json:
         """Return the fields that belong to weights which were read since."""
         beside = self.beside
         if weights is None or weights.config is None:
@@ -105,7 +105,7 @@ class Stored:
         )
 
 
-def fields_in(text: str, where: str) -> dict[str, Any]:
+def fields_in(text: str, where: str) -> Json:
     """Return the fields of the config that a weights file holds."""
     fields = parsed(text, f"The config that {where} holds")
     if not isinstance(fields, dict):

@@ -8,9 +8,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
-from graft.config.reading import read_object
+from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor, read_header
 
@@ -28,7 +27,7 @@ class BaseFiles:
     """
 
     path: str
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Json = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 

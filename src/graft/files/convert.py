@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files import names
 from graft.files.bases import base_of, wider
@@ -39,7 +40,7 @@ class Converted:
     lost: list[str]
     rounding: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         return asdict(self)
 
 

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from graft.config.reading import Json
 from graft.config.stored import DESCRIBING, plain
 from graft.files import algebra
 from graft.files.neutral import AdapterFile, LowRank, Other
@@ -15,7 +14,7 @@ from graft.files.tensors import Tensor
 TOLERANCE = 1e-6  # relative
 
 
-def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> dict[str, Any]:
+def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
     """Return how two adapters differ, as plain values: `equal` is True if they do the same to every weight.
 
     Args:
@@ -41,10 +40,10 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> dict[s
     }  # fmt: skip
 
 
-def of_module(path: str, a: LowRank | Other, b: LowRank | Other) -> dict[str, Any]:
+def of_module(path: str, a: LowRank | Other, b: LowRank | Other) -> Json:
     """Compare what two adapters do to one module."""
     x, y = algebra.as_low_rank(a), algebra.as_low_rank(b)
-    out: dict[str, Any] = {"module": path}
+    out: Json = {"module": path}
     if x is None or y is None:
         return out | {"relative": of_tensors(a, b)}
     if algebra.sizes(x) != algebra.sizes(y) or x.kind != y.kind:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, some
 from graft.files.errors import LossError, UnknownServerError
 from graft.files.formats import Base, module_of
@@ -172,7 +173,7 @@ def factors(path: str, held: LowRank | Other, config: dict[str, object]) -> LowR
     return LowRank(tensor(A), tensor(B), 1.0, held.kind)
 
 
-def whole(path: str, held: Other, config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def whole(path: str, held: Other, config: Json) -> tuple[np.ndarray, np.ndarray]:
     """Return the dense factors of QA-LoRA and BD-LoRA."""
     A, B = (held.tensors[f"lora_{name}.weight"].read() for name in "AB")
     if held.method == "QALORA":  # A sees means of `size` inputs, times their number

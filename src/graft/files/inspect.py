@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from math import prod
-from typing import Any
 
 import numpy as np
 
 from graft.config.atomic import replace as put_in_place
 from graft.config.notes import CONFIG
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files import algebra
 from graft.files.bases import Known
@@ -24,7 +24,7 @@ PICTURES = (".png", ".svg", ".pdf")
 TOP = 16  # singular values that a report lists
 
 
-def inspect(adapter: AdapterFile, base: Known | None = None, spectrum: bool = False) -> dict[str, Any]:
+def inspect(adapter: AdapterFile, base: Known | None = None, spectrum: bool = False) -> Json:
     """Return what an adapter is, as plain values for a table or JSON.
 
     Args:
@@ -74,9 +74,9 @@ def writer_of(adapter: AdapterFile) -> str | None:
     return f"PEFT {version}" if version else None
 
 
-def of_module(path: str, held: LowRank | Other, spectrum: bool) -> dict[str, Any]:
+def of_module(path: str, held: LowRank | Other, spectrum: bool) -> Json:
     low = algebra.as_low_rank(held)
-    out: dict[str, Any] = {
+    out: Json = {
         "module": path, "method": held.method if isinstance(held, Other) else "LORA", "scale": held.scale,
         "parameters": sum(prod(t.shape) for t in tensors_of(held)), "kind": low.kind if low else None,
     }  # fmt: skip
@@ -101,7 +101,7 @@ def of_module(path: str, held: LowRank | Other, spectrum: bool) -> dict[str, Any
     return out
 
 
-def compared(modules: list[dict[str, Any]], adapter: AdapterFile, base: Known) -> None:
+def compared(modules: list[Json], adapter: AdapterFile, base: Known) -> None:
     """Add to each module what its change is beside the base's weight."""
     found = names_in((m["module"] for m in modules), base.shapes)
     for m in modules:
@@ -143,9 +143,9 @@ def weight(path: str, found: dict[str, str], base: Known, low: LowRank) -> np.nd
     return W if flat == own else W.swapaxes(-1, -2)
 
 
-def groups(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def groups(modules: list[Json]) -> list[Json]:
     """Put modules together whose names end alike and which have one method."""
-    out: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    out: dict[tuple[str, str], list[Json]] = {}
     for m in modules:
         out.setdefault((m["module"].rpartition(".")[2], m["method"]), []).append(m)
     made = []
@@ -167,7 +167,7 @@ def median(ordered: list[float]) -> float:
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
-def plot(report: dict[str, Any], path: str) -> None:
+def plot(report: Json, path: str) -> None:
     """Draw the spectra of all modules, and the sizes of their changes by layer, into a picture.
 
     Raises:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from graft.config.reading import Json
 from graft.files.tensors import Tensor
 
 Kind = Literal["linear", "conv", "embedding", "experts"]
@@ -86,7 +87,7 @@ class AdapterFile:
     full: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Json = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     served: bool = False

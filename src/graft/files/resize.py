@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import numpy as np
 
+from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files import algebra
 from graft.files.errors import LossError, OptionError
@@ -18,7 +18,7 @@ from graft.files.tensors import BITS
 
 MB = 10**6
 OVERHEAD = 100  # bytes that a file's header has for a tensor, beside its name
-OF_TRAINING: dict[str, Any] = {  # fields of PEFT's config that say how the factors began or trained
+OF_TRAINING: Json = {  # fields of PEFT's config that say how the factors began or trained
     "use_rslora": False, "init_lora_weights": True, "eva_config": None, "corda_config": None, "lora_ga_config": None,
     "loftq_config": {}, "velora_config": None, "monteclora_config": None,
 }  # fmt: skip

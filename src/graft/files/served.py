@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.errors import BaseNeededError
 from graft.files.tensors import Tensor
@@ -42,7 +43,7 @@ def is_served(tensors: Mapping[str, Tensor]) -> bool:
 
 def as_trained(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Base | None, what: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], Json]:
     """Return tensors and config of a file as PEFT has them.
 
     Args:

@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import Any
 
 from graft.config import pair
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, some
 from graft.files.bases import Known
 from graft.files.errors import UnknownServerError
@@ -85,7 +85,7 @@ class Finding:
     def ok(self) -> bool:
         return self.verdict == "ok"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         return asdict(self)
 
 
@@ -99,7 +99,7 @@ class Subject:
     base: Known | None = None
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         return self.adapter.config
 
     @property
@@ -117,9 +117,9 @@ def condition(function: Condition) -> Condition:
 
 
 @cache
-def data() -> dict[str, Any]:
+def data() -> Json:
     with open(DATA, encoding="utf-8") as f:
-        held: dict[str, Any] = json.load(f)
+        held: Json = json.load(f)
     return held
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.config.atomic import Write
 from graft.config.atomic import replace as put_in_place
+from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     }, metadata
 
 
-def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
     begin, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if entry["dtype"] not in BITS:
@@ -171,7 +172,7 @@ def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mappin
 def safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
     """Return a function that writes tensors one after another, the widest dtypes first so that all are aligned."""
     order = sorted(tensors.items(), key=lambda item: (-BITS[item[1].dtype], item[0]))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header: Json = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name, t in order:
         begin, end = end, end + t.nbytes

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.config.reading import parsed
+from graft.config.reading import Json, parsed
 from graft.core.carrier import carrier_of
 from graft.core.errors import CheckpointError
 from graft.core.ops import find_op
@@ -118,7 +118,7 @@ def fingerprint(
     """
     shapes = {key: list(weight.site.shape) for key, weight in weights.items()}
     chosen = (sorted(weights) if part else sampled(weights)) if with_values else []
-    values = {key: values for key in chosen if (values := sample(weights[key], together)) is not None}
+    values = {key: own for key in chosen if (own := sample(weights[key], together)) is not None}
     return note_of(shapes, values if with_values and weights else None, part)
 
 
@@ -147,7 +147,7 @@ def joined(parts: Sequence[dict]) -> dict:
     return made | {"full": full} if full else made
 
 
-def called_otherwise(stored: dict, rename: Callable[[dict[str, Any]], dict[str, Any]]) -> dict | None:
+def called_otherwise(stored: dict, rename: Callable[[Json], Json]) -> dict | None:
     """Return a fingerprint whose weights have other names; None if it does not name its weights."""
     if not stored.get("weights"):
         return None

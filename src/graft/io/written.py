@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graft.config.base import FORMAT_VERSION
+from graft.config.reading import Json
 from graft.core.errors import ConfigError, PeftWarning, warn
 
 MARK = "lora_B_layout"  # what Unsloth notes in configs: one of the last two names below
-NAMES: dict[str, dict[str, Any]] = {
+NAMES: dict[str, Json] = {
     "peft": dict(exchanged=False, by_expert=False),
     "exchanged": dict(exchanged=True),
     "rank_major": dict(by_expert=False),

@@ -25,7 +25,7 @@ from graft.core.published import Published
 from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, Place
 
 if TYPE_CHECKING:
-    from graft.core.tuner import Tuner
+    pass
 
 STRENGTH = 0.01  # of the regularisation
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.config.base import FORMAT_VERSION
+from graft.config.reading import Json
 from graft.core.effect import LowRank
 from graft.core.errors import ConfigError, some
 from graft.core.layer import AdapterLayer
@@ -52,11 +53,11 @@ class AdapterTensors:
     """
 
     tensors: dict[str, Tensor]
-    config: dict[str, Any]
-    needs: dict[str, Any]
+    config: Json
+    needs: Json
     digest: str
     made: Any = field(repr=False, compare=False)  # the config itself
-    base: dict[str, Any] = field(repr=False, compare=False)  # the fingerprint of the base model
+    base: Json = field(repr=False, compare=False)  # the fingerprint of the base model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write adapter_model.safetensors and adapter_config.json into a folder; nothing where there are no tensors."""
@@ -331,7 +332,7 @@ def patterns(ranks: dict[str, int], r: int) -> dict[str, int]:
     return {name: n for name, n in sorted(out.items()) if n != r}
 
 
-def needs(view: View, ranks: dict[str, int]) -> dict[str, Any]:
+def needs(view: View, ranks: dict[str, int]) -> Json:
     """Return what a server has to be, or to be told, to load the tensors."""
     r = max(ranks.values())
     experts = any(view.block(layer) is not None for _, layer in view.layers)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.config.prompt import PromptLearningConfig
+from graft.config.reading import Json
 from graft.core.errors import AlreadyInjectedError, ConfigError, warn
 from graft.core.gate import PATIENCE
 from graft.core.method import Layers, Method, placeholders
@@ -108,7 +109,7 @@ def record_origin(model: nn.Module, config: PeftConfig, revision: str | None) ->
         config.revision = revision
 
 
-def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+def get_peft_config(config_dict: Json) -> PeftConfig:
     """Make a config of the class that `config_dict["peft_type"]` names."""
     return PeftConfig.resolve(config_dict["peft_type"])(**config_dict)
 

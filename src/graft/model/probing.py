@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from graft.config.atomic import replace, write_text
+from graft.config.reading import Json
 from graft.core.errors import ConfigError
 from graft.files.errors import OptionError
 from graft.files.merging import CERTIFICATE
@@ -28,7 +29,7 @@ def probed(
     merged: str | os.PathLike[str],
     prompts: int,
     weights: Sequence[float] | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Compare logits on prompts of random tokens, always the same; write the result into merge.json, if that is there.
 
     Both models are in memory, in float32.

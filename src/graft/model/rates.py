@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 from torch import nn
 
 from graft.config.base import PeftConfig
+from graft.config.reading import Json
 from graft.core.base_config import model_type
 from graft.core.published import Published
 from graft.methods import method_of
@@ -36,7 +37,7 @@ class Row(TypedDict):
 
     method: str
     adapter: str  # as of `adapter_of`
-    config: dict[str, Any]  # as of `told`
+    config: Json  # as of `told`
     task: str
     model: str
     model_type: str
@@ -164,7 +165,7 @@ def published_lr(config: PeftConfig) -> Published | None:
     return found
 
 
-def told(config: PeftConfig) -> dict[str, Any]:
+def told(config: PeftConfig) -> Json:
     """Return the numbers, words and flags of a config that are no defaults."""
     kinds, defaults = (bool, int, float, str), type(config).__dataclass_fields__
     values = config.saved_dict().items()
@@ -178,12 +179,12 @@ def alike(config: PeftConfig) -> list[Row]:
     return [row for row in same if marks(row["config"]) == own] or same
 
 
-def marks(values: dict[str, object]) -> dict[str, Any]:
+def marks(values: dict[str, object]) -> Json:
     """Return the words and flags among the values of a config."""
     return {k: v for k, v in values.items() if isinstance(v, (bool, str))}
 
 
-def numbers(values: dict[str, Any]) -> dict[str, float]:
+def numbers(values: Json) -> dict[str, float]:
     return {k: v for k, v in values.items() if not isinstance(v, (bool, str))}
 
 

@@ -14,6 +14,7 @@ from math import isfinite
 from typing import Any
 from urllib.parse import urlsplit
 
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files.errors import OptionError, ServerError, UnknownModelError
 
@@ -145,7 +146,7 @@ def openai(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
 def sglang(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
     """Ask by SGLang's own request. `name` is an adapter's, or the served model's."""
     path = "/generate"
-    body: dict[str, Any] = dict(
+    body: Json = dict(
         input_ids=list(ids), sampling_params=dict(max_new_tokens=1, temperature=0), return_logprob=True,
         logprob_start_len=0,
     )  # fmt: skip
@@ -169,7 +170,7 @@ def numbers(connection: Connection, path: str, ids: Sequence[int], values: Seque
     return {(at, ids[at]): float(values[at]) for at in range(1, len(ids))}
 
 
-def adapters_of_llama(connection: Connection, name: str | None) -> list[dict[str, Any]]:
+def adapters_of_llama(connection: Connection, name: str | None) -> list[Json]:
     """Return the scales of all adapters of llama.cpp's server that let `name` act alone; None: none of them."""
     held = connection.get("/lora-adapters")
     try:
@@ -189,7 +190,7 @@ def stem(path: str) -> str:
 def llama(connection: Connection, lora: list[dict[str, object]], ids: Sequence[int]) -> Seen:
     """Ask for the distribution of the next token, the only one that llama.cpp's server tells."""
     path = "/completion"
-    body: dict[str, Any] = dict(
+    body: Json = dict(
         prompt=list(ids), n_predict=1, n_probs=PROBABILITIES, temperature=0, cache_prompt=False, lora=lora
     )
     held = connection.post(path, body)

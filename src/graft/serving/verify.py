@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files.errors import OptionError
 from graft.inject.survey import survey
@@ -70,7 +71,7 @@ class Verdict:
     def ok(self) -> bool:
         return self.verdict == APPLIED
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         return asdict(self) | {"ok": self.ok}
 
 
@@ -258,7 +259,7 @@ def scaled(model: nn.Module, factor: Factor | None) -> Iterator[None]:
                 layer.scaling = held[path]
 
 
-def layers_of(model: nn.Module) -> dict[str, Any]:
+def layers_of(model: nn.Module) -> Json:
     """Return the layers that have a scaling, by path in the base model."""
     return {path: layer for path, layer in survey(model).layers.items() if getattr(layer, "scaling", None)}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft.config.atomic import folder_for, replace, write_text
+from graft.config.reading import Json
 from graft.core.containers import Slot
 from graft.core.errors import (
     AdapterKeyError,
@@ -59,7 +60,7 @@ class Resumed:
     """
 
     step: int
-    extra: dict[str, Any]
+    extra: Json
     fresh: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -132,7 +133,7 @@ def save_training(
         write_state(where, note, tensors)
 
 
-def write_state(folder: str, note: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_state(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
     """Write training.json and training.safetensors, which holds the same text and counts: the first process does."""
 
     def act() -> None:
@@ -175,7 +176,7 @@ def resume(
     return Resume(note, tensors, where, model, optimizer, scheduler, loader, strict).run()
 
 
-def load(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load(folder: str) -> tuple[Json, dict[str, Tensor]]:
     """Return what the file of a training says, and its tensors."""
     path = os.path.join(folder, FILE)
     if not os.path.isfile(path):
@@ -194,7 +195,7 @@ def load(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def state_of(
     model: nn.Module, optimizer: Optimizer, scheduler: object, loader: object, step: int, extra: dict[str, object]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[Json, dict[str, Tensor]]:
     """Return the note and the tensors of a training."""
     return agreed(lambda: Taken(model, optimizer, scheduler, loader, step, extra), SAVE).whole()
 
@@ -203,7 +204,7 @@ class Taken:
     """The state of a training as this process has it, which is checked; `whole` puts it together with the others'."""
 
     def __init__(
-        self, model: nn.Module, optimizer: object, scheduler: Any, loader: Any, step: int, extra: dict[str, Any]
+        self, model: nn.Module, optimizer: object, scheduler: Any, loader: Any, step: int, extra: Json
     ) -> None:  # fmt: skip
         self.model, self.loader = model, loader
         self.kept = kept = kept_by(inside(optimizer))
@@ -215,7 +216,7 @@ class Taken:
         self.tensors: dict[str, Tensor] = {}
         tensors = self.tensors
         options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in kept.groups]
-        self.note: dict[str, Any] = {
+        self.note: Json = {
             "format": FORMAT,
             "step": step,
             "extra": pack(extra, tensors, "extra"),
@@ -240,7 +241,7 @@ class Taken:
         }
         self.own |= {f"{at}{GENERATOR}/{name}": state for name, state in generators(loader).items()}
 
-    def whole(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def whole(self) -> tuple[Json, dict[str, Tensor]]:
         """Return the note and all tensors, whole. Every process of the training must call this."""
         masters = mastered(v.tensor for v in self.values.values())
         values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
@@ -355,7 +356,7 @@ class Resume:
 
     def __init__(
         self,
-        note: dict[str, Any],
+        note: Json,
         tensors: dict[str, Tensor],
         folder: str,
         model: nn.Module,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from graft.config.atomic import replace, write_text
-from graft.config.reading import read_object
+from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError, some
 from graft.files.errors import LossError
 from graft.files.formats import Base, adapterhub_places
@@ -132,7 +132,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     held = fit(adapter, HOLDS, NAME, lossy)
     modules = held.adapter.modules
     lost = held.lost
-    fields: dict[str, Any] = {"selfattn_lora": False, "intermediate_lora": False, "output_lora": False}
+    fields: Json = {"selfattn_lora": False, "intermediate_lora": False, "output_lora": False}
     letters: set[str] = set()
     tensors: dict[str, Any] = {}
     strange = []

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields as fields_of
 from typing import Any
 
+from graft.config.reading import Json
 from graft.core.errors import CheckpointError, some
 from graft.files.errors import BaseNeededError
 from graft.files.formats import Base
@@ -39,7 +40,7 @@ NORMS = {"original_ln_before": False, "original_ln_after": True, "residual_befor
 KNOWN = ((True, True, True), (False, True, True), (True, False, False))  # Pfeiffer, Houlsby, AdapterPlus
 
 
-def read(path: str, fields: dict[str, Any], held: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
+def read(path: str, fields: Json, held: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read a bottleneck, or ReFT.
 
     Raises:
@@ -83,7 +84,7 @@ def blocks_of(path: str, base: Base | None) -> tuple[list[Block], Base]:
     return blocks_in(linears, list(base.modules)), base
 
 
-def read_reft(path: str, fields: dict[str, Any], held: Mapping[str, Tensor], blocks: list[Block]) -> AdapterFile:
+def read_reft(path: str, fields: Json, held: Mapping[str, Tensor], blocks: list[Block]) -> AdapterFile:
     out = AdapterFile("adapterhub", path, "REFT", base=fields.get("model_name") or None)
     known = {f.name for f in fields_of(ReftConfig)} - {"peft_type", "task_type"}
     given = {name: value for name, value in fields["config"].items() if name in known and value is not None}
@@ -112,7 +113,7 @@ def read_reft(path: str, fields: dict[str, Any], held: Mapping[str, Tensor], blo
     return out
 
 
-def read_fusion(path: str, fields: dict[str, Any], held: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
+def read_fusion(path: str, fields: Json, held: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read a fusion of bottlenecks that the model has.
 
     Raises:
@@ -167,7 +168,7 @@ def block_of(place: str, blocks: list[Block]) -> Block | None:
     return None if number is None or int(number[0]) >= len(parts) else parts[int(number[0])]
 
 
-def config_of(path: str, theirs: dict[str, Any]) -> BottleneckConfig:
+def config_of(path: str, theirs: Json) -> BottleneckConfig:
     strange = [f"{name}={theirs[name]!r}" for name, good in ONLY.items() if theirs.get(name, good[0]) not in good]
     norms = {name: theirs.get(name, default) for name, default in NORMS.items()}
     if not theirs.get("is_parallel") and tuple(norms.values()) not in KNOWN:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.bases import COMPONENTS
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
@@ -133,7 +134,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def configs_in(metadata: dict[str, str], file: str) -> dict[str, dict[str, Any]]:
+def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
     """Return the config of each part of the pipeline."""
     if METADATA not in metadata:
         return {}
@@ -141,7 +142,7 @@ def configs_in(metadata: dict[str, str], file: str) -> dict[str, dict[str, Any]]
         fields = json.loads(metadata[METADATA]).items()
     except (ValueError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{file}: {METADATA} is damaged: {e}") from None
-    out: dict[str, dict[str, Any]] = {}
+    out: dict[str, Json] = {}
     for key, value in fields:
         part, _, name = key.partition(".")
         out.setdefault(part, {})[name] = value
@@ -184,7 +185,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         part, _, inner = module.partition(".")
         parts.setdefault(part, {})[inner] = of_module
     tensors: dict[str, Tensor] = {}
-    fields: dict[str, Any] = {}
+    fields: Json = {}
     for part, modules in parts.items():
         fields |= {f"{part}.{name}": value for name, value in config_of(modules).items()}
         for inner, m in modules.items():
@@ -223,7 +224,7 @@ def placed(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
     return {fitting[0] + module: of_module for module, of_module in modules.items()}
 
 
-def config_of(modules: dict[str, LowRank]) -> dict[str, Any]:
+def config_of(modules: dict[str, LowRank]) -> Json:
     """Return the fields of a LoraConfig that gives each module its rank and scale."""
     first = next(iter(modules.values()))
     r, alpha = first.rank, plain(first.scale * first.rank)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from graft.config.atomic import replace
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, gguf_control, one_file
@@ -105,7 +106,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def contents(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def contents(path: str) -> tuple[Json, dict[str, Tensor]]:
     """Return the fields of a file, and its tensors, dequantized where they are quantized."""
     gguf = package()
     try:

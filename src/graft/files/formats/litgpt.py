@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from graft.config.atomic import replace, write_text
+from graft.config.reading import Json
 from graft.core.errors import CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base
@@ -43,7 +44,7 @@ def recognises(path: str) -> bool:
     return file is not None and mentions(file, b".lora_A")
 
 
-def fields_of(path: str) -> dict[str, Any]:
+def fields_of(path: str) -> Json:
     """Return what a YAML file holds.
 
     Raises:
@@ -206,7 +207,7 @@ def joined(block: dict[str, LowRank], on: list[str], rows: dict[str, int], rank:
     return tensor(np.concatenate(a), one.A.dtype), tensor(np.concatenate(b), one.B.dtype)
 
 
-def model_config(base: Base) -> dict[str, Any]:
+def model_config(base: Base) -> Json:
     """Return litgpt's config of a base of llama's family.
 
     Raises:

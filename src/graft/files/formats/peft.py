@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from graft.config import notes, pair
 from graft.config.atomic import folder_for
 from graft.config.base import FORMAT_VERSION
-from graft.config.reading import ending, pattern, read_object
+from graft.config.reading import Json, ending, pattern, read_object
 from graft.config.stored import Stored, whole_model
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 from graft.files.errors import BaseNeededError, LossError
@@ -524,7 +524,7 @@ def place_of(path: str, adapter: AdapterFile) -> str:
 # the config
 
 
-def config_of(adapter: AdapterFile, base: Base | None) -> dict[str, Any]:
+def config_of(adapter: AdapterFile, base: Base | None) -> Json:
     """Return the fields of adapter_config.json: those that were read, as far as they are still true."""
     config = dict(adapter.config) if adapter.config.get("peft_type") == adapter.method else new_config(adapter)
     if adapter.selected != frozenset(adapter.modules):
@@ -550,12 +550,12 @@ def changes_base(config: Mapping[str, object]) -> str | None:
     return init if init.startswith(BASE_CHANGING) else None
 
 
-def new_config(adapter: AdapterFile) -> dict[str, Any]:
+def new_config(adapter: AdapterFile) -> Json:
     """Return the config of an adapter that was no folder of PEFT."""
     biases = {n for n in adapter.full if n.endswith(".bias") and f"{n.removesuffix('bias')}weight" not in adapter.full}
     of_targets = {n for n in biases if n.removesuffix(".bias") in adapter.modules}
     whole = {n.rpartition(".")[0] for n in adapter.full if n not in biases}
-    config: dict[str, Any] = {
+    config: Json = {
         "peft_type": adapter.method, "task_type": adapter.config.get("task_type"), "inference_mode": True,
         "base_model_name_or_path": adapter.base, "modules_to_save": sorted(whole - set(adapter.modules)) or None,
     }  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from graft.config.reading import Json
 from graft.core.errors import UnsupportedLayerError
 from graft.files.base import BaseFiles
 from graft.files.merging.held import Held
@@ -109,7 +110,7 @@ class Form(Held):
             made = packed(made, self.bits[name]) if kind == torch.int32 else made
         return old | {self.packed[name][0]: to_file(made), f"{name}_scale": to_file(grown)}
 
-    def plain_config(self, config: Mapping[str, object]) -> dict[str, Any]:
+    def plain_config(self, config: Mapping[str, object]) -> Json:
         return {n: v for n, v in super().plain_config(config).items() if n != "compression_config"}
 
 

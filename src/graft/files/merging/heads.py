@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from graft.config.reading import Json
 from graft.files.merging.folds import Change
 from graft.files.neutral import AdapterFile
 
@@ -28,7 +28,7 @@ def resize(
 
 def architecture(
     config: dict[str, object], changed: Mapping[str, list[Change]], adapters: Sequence[AdapterFile]
-) -> dict[str, Any]:
+) -> Json:
     """Name the class that has the heads which an adapter brought along, and its labels, if transformers knows it."""
     new = {key: folds[-1].shape for key, folds in changed.items() if folds and folds[0].new}
     if not new:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
 
 import torch
 
+from graft.config.reading import Json
 from graft.core.errors import UnsupportedLayerError
 from graft.files.base import BaseFiles
 from graft.files.merging.numbers import of_file
@@ -49,7 +49,7 @@ class Held:
         """Return the dense weight, in float32, that `pack` made these tensors of."""
         raise NotImplementedError
 
-    def plain_config(self, config: Mapping[str, object]) -> dict[str, Any]:
+    def plain_config(self, config: Mapping[str, object]) -> Json:
         """Return config.json of the model without quantization."""
         return {name: value for name, value in config.items() if name != "quantization_config"}
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from graft.config.atomic import replace, write_text
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, some
 from graft.files.base import INDEX, BaseFiles, base_files, shards
 from graft.files.errors import LossError, OptionError
@@ -49,7 +50,7 @@ class Merged:
     """
 
     output: str
-    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tensors: dict[str, Json] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     shards: dict[str, int] = field(default_factory=dict)
     resumed: int = 0  # shards that an earlier run had written
@@ -304,7 +305,7 @@ class Work:
                 raise NonFiniteError(f"Merged, '{change.param}' holds NaN or infinite numbers: an adapter is broken.")
         return W
 
-    def _fold(self, key: str, dtype: str) -> tuple[Any, dict[str, Any] | None]:
+    def _fold(self, key: str, dtype: str) -> tuple[Any, Json | None]:
         exact = self._exact(key)
         stored = self._stored(key, exact, dtype)
         return to_bytes(stored), self._row(key, exact, stored)
@@ -315,7 +316,7 @@ class Work:
             raise NonFiniteError(f"'{key}' holds numbers beyond float16's 65504: use --dtype bfloat16 or float32.")
         return stored
 
-    def _row(self, key: str, exact: torch.Tensor, stored: torch.Tensor) -> dict[str, Any] | None:
+    def _row(self, key: str, exact: torch.Tensor, stored: torch.Tensor) -> Json | None:
         if key not in self.changed:
             return None
         if self.changed[key] and self.changed[key][0].new:
@@ -326,7 +327,7 @@ class Work:
         return measured(before, exact, stored)
 
     @torch.no_grad()
-    def _repack(self, name: str, key: str) -> tuple[Any, dict[str, Any] | None]:
+    def _repack(self, name: str, key: str) -> tuple[Any, Json | None]:
         exact = self._exact(name)
         made = self.held.pack(name, exact)
         row = None
@@ -352,7 +353,7 @@ class Work:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
             replace(os.path.join(folder, INDEX), write_text(json.dumps(index, indent=2) + "\n"))
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """Return config.json of the output."""
         config = dict(self.base.config)
         if self.held.packed and not self.keep:
@@ -400,7 +401,7 @@ def note_losses(account: Merged) -> None:
         )
 
 
-def certificate_of(work: Work, place: Workplace, account: Merged) -> dict[str, Any]:
+def certificate_of(work: Work, place: Workplace, account: Merged) -> Json:
     from graft.config.base import FORMAT_VERSION
 
     sources = {"base": sorted(os.path.join(work.base.path, n) for n in {*work.base.files.values(), "config.json"})}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor
 
@@ -55,7 +56,7 @@ AT_ONCE = 2**18  # numbers: copies of a few rows, not of a weight
 
 
 @torch.no_grad()
-def measured(before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor) -> dict[str, Any]:
+def measured(before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor) -> Json:
     """Compare a merged weight with the one that was asked for.
 
     Args:

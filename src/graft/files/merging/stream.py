@@ -15,6 +15,7 @@ from math import prod
 from typing import Any
 
 from graft.config.atomic import replace, sync, write_text
+from graft.config.reading import Json
 from graft.files.errors import OutputExistsError
 from graft.files.output import is_adapter
 from graft.files.tensors import BITS
@@ -35,24 +36,24 @@ class Out:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    make: Callable[[], tuple[Any, dict[str, Any] | None]]
+    make: Callable[[], tuple[Any, Json | None]]
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * BITS[self.dtype] // 8
 
 
-def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[dict[str, Any]]]:
+def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
     """Write a safetensors file; return its sha256, and what there is to say of its tensors."""
     order = sorted(outs, key=lambda out: (-BITS[out.dtype], out.name))  # the widest first, so that all are aligned
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    header: Json = {"__metadata__": METADATA}
     end = 0
     for out in order:
         begin, end = end, end + out.nbytes
         header[out.name] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest, rows = hashlib.sha256(), list[dict[str, Any]]()
+    digest, rows = hashlib.sha256(), list[Json]()
     part = f"{path}.part"
     with open(part, "wb") as f:
         for held in (len(text).to_bytes(8, "little"), text):
@@ -84,7 +85,7 @@ class Workplace:
         parent, name = os.path.split(self.output)
         self.folder, self.old = (os.path.join(parent, f".{name}.{end}") for end in ("graft-merge", "graft-before"))
         self.key, self.force = key, force
-        self.done: dict[str, Any] = {}
+        self.done: Json = {}
 
     def check(self) -> None:
         """Raise OutputExistsError if something stands where the output goes."""
@@ -116,7 +117,7 @@ class Workplace:
         finally:
             os.close(lock)
 
-    def _left(self) -> dict[str, Any]:
+    def _left(self) -> Json:
         path = os.path.join(self.folder, STATE)
         with suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as f:
             state = json.load(f)

@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from typing import Any
 
 from torch import Tensor, nn
 
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, ConfigError
 from graft.io.fingerprint import difference, same_values
 from graft.io.save import base_fingerprint
@@ -44,7 +44,7 @@ def save(run: Run, model: nn.Module, folder: str) -> None:
     write(path, NOTE, note, tensors)
 
 
-def load(name: str, folder: str) -> dict[str, Any] | None:
+def load(name: str, folder: str) -> Json | None:
     """Return what the file of a run holds; None if there is none.
 
     Raises:
@@ -56,7 +56,7 @@ def load(name: str, folder: str) -> dict[str, Any] | None:
     return read(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
 
 
-def state_of(run: Run, model: nn.Module) -> dict[str, Any]:
+def state_of(run: Run, model: nn.Module) -> Json:
     """Return all that the next step of a run depends on, and what it has made."""
     loader = run.loader
     return {
@@ -76,12 +76,12 @@ def state_of(run: Run, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def settings(run: Run) -> dict[str, Any]:
+def settings(run: Run) -> Json:
     """Return what a run was told that its values depend on."""
     return {"optimizer": run.begun, "clip": run.clip, "accumulate": run.accumulate, "seed": run.seed}
 
 
-def restore(run: Run, model: nn.Module, held: dict[str, Any], where: str) -> None:
+def restore(run: Run, model: nn.Module, held: Json, where: str) -> None:
     """Put a run into the state that its file holds. The run is new, with its adapter on the model.
 
     Raises:
@@ -112,7 +112,7 @@ def restore(run: Run, model: nn.Module, held: dict[str, Any], where: str) -> Non
         run.loader.move(**held["position"], now=held["draws"])
 
 
-def check_base(then: dict[str, Any], now: dict[str, Any], name: str, where: str) -> None:
+def check_base(then: Json, now: Json, name: str, where: str) -> None:
     """Raise BaseModelMismatchError unless two fingerprints are of one base."""
     why = difference(then, now)
     if why is None and not same_values(then, now):

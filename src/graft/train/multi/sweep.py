@@ -21,6 +21,7 @@ from torch import nn
 
 from graft.config.atomic import replace, write_text
 from graft.config.base import PeftConfig
+from graft.config.reading import Json
 from graft.core.errors import ConfigError
 from graft.train.multi import stored
 from graft.train.multi.run import FAILED, Run, Valid
@@ -29,7 +30,7 @@ from graft.train.multi.search import Asha, Setting, best_of, budgets, kept_of, s
 from graft.train.multi.table import Progress
 
 TABLE = "sweep.json"
-Rows = list[dict[str, Any]]
+Rows = list[Json]
 Exchange = Callable[[Rows], Sequence[Rows]]  # of a process's rows: those of all processes
 
 
@@ -188,7 +189,7 @@ def begin(
     data: Any,
     optimizer: Any,
     steps: int,
-    options: dict[str, Any],
+    options: Json,
 ) -> Run:
     """Add the run of a setting."""
     setting, known = trial.setting, {f.name for f in fields(config)}  # type: ignore[arg-type]
@@ -243,7 +244,7 @@ class Job:
             first,
             progress,
         )
-        self.note: dict[str, Any] = {}
+        self.note: Json = {}
         self.runs.folder = folder
 
     # the rungs

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import graft
-from graft.core.folding import dense, shift_of
+from graft.core.effect import dense
 from graft.core.method import Method
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, disturb, find
 from tests.covering import law
@@ -140,7 +140,7 @@ def test_a_subclass_that_overrides_only_the_maths_agrees_everywhere(cell, swappe
         with torch.no_grad():
             bare = cell.base()
             bare.layer.weight.copy_(W)
-            if shift_of(layer.methods["default"].effect) is None:
+            if layer.methods["default"].effect.shift() is None:
                 close(bare(x), y)
     model.merge_adapter()
     close(model(x), y)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -44,6 +44,10 @@ class Factors(NamedTuple):
         if self.outer is not None:
             B = self.outer[:, None] * B
         return A, B
+
+    def times(self, weight: float) -> Factors:
+        """Return factors whose product counts `weight` times."""
+        return self._replace(scale=weight if self.scale is None else self.scale * weight)
 
     def shift(self) -> Tensor | None:
         """Return the update of the layer's bias, (out,); None if B has no bias."""
@@ -98,6 +102,43 @@ def matrix(factor: Any) -> Tensor:
     return factor if isinstance(factor, Tensor) else factor.weight
 
 
+def dense(delta: Tensor | Unformed) -> Tensor:
+    """Return ΔW as a tensor."""
+    return delta if isinstance(delta, Tensor) else delta.dense()
+
+
+class Weighed(NamedTuple):
+    """A ΔW that is not formed yet, times a number (`Unformed`)."""
+
+    delta: Unformed
+    weight: float
+
+    def dense(self) -> Tensor:
+        return self.delta.dense() * self.weight
+
+    def columns(self, ids: Tensor) -> Tensor:
+        return self.delta.columns(ids) * self.weight
+
+    def product(self, x: Tensor) -> Tensor | None:
+        y = self.delta.product(x)
+        return None if y is None else y * self.weight
+
+    def linear_with(self, *_: object) -> None:
+        return None
+
+
+def times(function: Callable[..., Any], weight: float) -> Callable[..., Any]:
+    """Return the function, whose tensor, factors, or ΔW not formed yet count `weight` times."""
+
+    def run(*args: object) -> object:
+        value = function(*args)
+        if isinstance(value, Tensor):
+            return value * weight
+        return value.times(weight) if isinstance(value, Factors) else Weighed(value, weight)
+
+    return run
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Effect:
     """Base of the five kinds. The site and the config decide the kind once; its functions run at each call."""
@@ -139,9 +180,22 @@ class Effect:
         return False
 
     @property
+    def forms(self) -> bool:
+        """Return True if what it adds to an output is computed from a tensor as large as the weight."""
+        return False
+
+    @property
     def inside(self) -> bool:
         """True if a forward pass, too, has the module do to the adapter's values what it does to its weight."""
         return False
+
+    def shift(self) -> Tensor | None:
+        """Return Δb, (out,), of one that adds to the weight; None if it does not shift the bias."""
+        return None
+
+    def weighed(self, weight: float) -> Effect | None:
+        """Return an effect that adds `weight` times what this one adds; None if it does more than add."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +208,16 @@ class LowRank(Effect):
     @property
     def additive(self) -> bool:
         return not self.gains
+
+    @property
+    def forms(self) -> bool:
+        return self.of_weight and not self.gains
+
+    def shift(self) -> Tensor | None:
+        return self.factors().shift()
+
+    def weighed(self, weight: float) -> Effect | None:
+        return None if self.gains else replace(self, factors=times(self.factors, weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,11 +240,24 @@ class Update(Effect):
     def keeps_weight(self) -> bool:
         return self.delta is None
 
+    @property
+    def forms(self) -> bool:
+        return self.delta is not None and self.branch is None
+
+    def shift(self) -> Tensor | None:
+        return None if self.bias is None else self.bias()
+
+    def weighed(self, weight: float) -> Effect:
+        own = self.delta, self.branch, self.beside, self.bias
+        delta, branch, beside, bias = (part and times(part, weight) for part in own)
+        return replace(self, delta=delta, branch=branch, beside=beside, bias=bias)
+
 
 def with_part(part: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     return y + part(x, y)
 
 
+ONE_OUTPUT = "in an average its part comes from the output that the others get, too, which no weight does"
 NO_WEIGHT = "it changes activations, in a way that no weight does"
 
 
@@ -250,6 +327,12 @@ class Rewrite(Effect):
     def inside(self) -> bool:
         return self.folds or self.looks_up
 
+    def weighed(self, weight: float) -> Effect | None:
+        if self.part is None or not self.weighable:
+            return None
+        fixed = self.fixed or ONE_OUTPUT
+        return replace(self, part=times(self.part, weight), post=None, merged=not_merged, fixed=fixed)
+
 
 @dataclass(frozen=True, eq=False)
 class Branch(Effect):
@@ -267,6 +350,9 @@ class Branch(Effect):
     def any_module(self) -> bool:
         return self.input_of is not None
 
+    def weighed(self, weight: float) -> Effect:
+        return replace(self, branch=times(self.branch, weight))
+
 
 @dataclass(frozen=True, eq=False)
 class Tap(Effect):
@@ -281,6 +367,9 @@ class Tap(Effect):
     @property
     def any_module(self) -> bool:
         return True
+
+    def weighed(self, weight: float) -> Effect:
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,3 +388,6 @@ class Replace(Effect):
     @property
     def additive(self) -> bool:
         return False
+
+    def weighed(self, weight: float) -> Effect | None:
+        return self if self.aside else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.core.dropout import share_dropped
-from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Tap, Update, matrix
+from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Tap, Update, dense, matrix
 from graft.core.method import Method
 from graft.core.protocols import Layer
 
@@ -26,12 +26,6 @@ class evaluating:
 
     def __exit__(self, *error: object) -> None:
         self.own["training"] = self.before
-
-
-def dense(delta: Any) -> Tensor:
-    """Return ΔW as a tensor."""
-    matrix: Tensor = delta if isinstance(delta, Tensor) else delta.dense()
-    return matrix
 
 
 def formed(layer: Layer, effect: Update) -> Any:
@@ -61,14 +55,6 @@ def product_of(layer: Layer, f: Factors, drops: bool = False) -> Tensor:
     if A.dtype in HALF:
         A, B = A.float(), B.float()
     return layer.op.product(A, B, layer.site.shape)
-
-
-def shift_of(effect: Effect) -> Tensor | None:
-    """Return Δb of an additive adapter; None if it does not shift the bias."""
-    if isinstance(effect, LowRank):
-        return effect.factors().shift()
-    bias = getattr(effect, "bias", None)
-    return None if bias is None else bias()
 
 
 def unfolded(m: Method) -> str | None:
@@ -112,7 +98,7 @@ def fold_step(
             if dropout is not None:
                 delta = delta * dropout()(torch.ones_like(W[0]))
             W = W + delta
-        shift = shift_of(effect)
+        shift = effect.shift()
     if shift is not None:
         b = shift if b is None else b + shift.to(b.dtype)
     return W, b
@@ -165,7 +151,7 @@ def change_of(m: Method, effect: Effect | None = None) -> Change:
                 f.shift(),
             )
         if isinstance(effect, Update):
-            W, shift = delta_of(layer, effect), shift_of(effect)
+            W, shift = delta_of(layer, effect), effect.shift()
         else:
             before, b = wide(layer.W0), layer.bias_now
             W, bias = fold_step(layer, m, effect, before, b)

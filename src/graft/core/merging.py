@@ -29,7 +29,7 @@ from graft.core.containers import slots_of
 from graft.core.effect import HALF, Effect, LowRank, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
 from graft.core.finite import largest, survival
-from graft.core.folding import evaluating, fold_step, shift_of
+from graft.core.folding import evaluating, fold_step
 from graft.core.method import Method
 from graft.core.names import several
 from graft.core.plan import Step, ordered
@@ -150,7 +150,7 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
     bias = None if why is not None or getattr(held.module, "bias", None) is None else replace(held, name="bias").fixed()
     if bias is not None:
         with evaluating(layer):
-            shifted = any([effect.additive and shift_of(effect) is not None for effect in effects])
+            shifted = any([effect.additive and effect.shift() is not None for effect in effects])
         why = bias if shifted else None
     return why
 
@@ -170,7 +170,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
     asked.add(kind)
     with layer.held.at_hand(layer), evaluating(layer), torch.no_grad():
         if not isinstance(m.effect, Rewrite):
-            return shift_of(m.effect) is not None
+            return m.effect.shift() is not None
         W = layer.weight_now
         return m.effect.merged(W.to(torch.promote_types(W.dtype, torch.float32)), None)[1] is not None
 
@@ -261,7 +261,7 @@ def _told(layer: Layer, m: Method, effect: Effect, told: Callable[..., object]) 
             )
         return layer.op.canon(given)
 
-    shift = shift_of(effect)
+    shift = effect.shift()
     return Update(delta, bias=None if shift is None else lambda: shift)
 
 

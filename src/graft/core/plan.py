@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from graft.core import fused
 from graft.core.averaging import averaged
 from graft.core.dropout import share_dropped
-from graft.core.effect import Branch, Effect, Factors, LowRank, Rewrite, Tap, Unformed, Update
+from graft.core.effect import Branch, Effect, Factors, LowRank, Rewrite, Tap, Unformed, Update, dense
 from graft.core.errors import RoutingError, UnsupportedLayerError
-from graft.core.folding import dense, fold_step, formed, same_inputs, shift_of
+from graft.core.folding import fold_step, formed, same_inputs
 from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer
@@ -26,13 +26,6 @@ from graft.core.routing import Own, route
 from graft.kernels.eager import eager, once, watched
 from graft.kernels.low_rank import dropout
 from graft.kernels.summed import summed
-
-
-def forms(effect: Effect) -> bool:
-    """Return True if what an adapter adds is computed from a tensor as large as the weight."""
-    if isinstance(effect, LowRank):
-        return effect.of_weight and not effect.gains
-    return isinstance(effect, Update) and effect.delta is not None and effect.branch is None
 
 
 def again(layer: Layer, run: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -96,7 +89,7 @@ def part_of(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Te
     if isinstance(effect, Rewrite):
         assert effect.part is not None
         return effect.part(seen(layer, m, effect, x), y)
-    if not layer.store.exact and forms(effect):
+    if not layer.store.exact and effect.forms:
         return again(layer, _part_of, layer, m, effect, x)
     return _part_of(layer, m, effect, x)
 
@@ -244,7 +237,7 @@ class Plan:
                 W, b = fold_step(self.layer, m, effect, W, b)
             return b
         for _, effect in steps:
-            shift = shift_of(effect)
+            shift = effect.shift()
             if shift is not None:
                 b = shift if b is None else b + shift
         return b

@@ -19,7 +19,7 @@ from graft.core.carrier import Carrier, carried
 from graft.core.effect import Branch, Replace, Rewrite
 from graft.core.errors import some
 from graft.core.finite import is_plain, largest
-from graft.core.folding import delta_of, evaluating, fold_step, shift_of
+from graft.core.folding import delta_of, evaluating, fold_step
 from graft.core.method import Use
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.inject.parts import Parts, registry_of, unwrapped
@@ -423,7 +423,7 @@ def norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
             folded, bias = fold_step(layer, method, effect, W, b)
             delta, shift = folded.float() - W.float(), None if bias is None or b is None else bias - b
         else:
-            delta, shift = delta_of(layer, effect), shift_of(effect)
+            delta, shift = delta_of(layer, effect), effect.shift()
         update = delta.float().norm()
         if shift is not None:
             update = torch.hypot(update, shift.float().norm())

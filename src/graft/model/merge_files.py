@@ -14,7 +14,7 @@ from torch import nn
 
 from graft.core.effect import Replace, Rewrite
 from graft.core.errors import BaseModelMismatchError
-from graft.core.folding import evaluating, fold_step, shift_of
+from graft.core.folding import evaluating, fold_step
 from graft.core.layer import AdapterLayer
 from graft.core.merging import fixed
 from graft.core.method import Method
@@ -122,7 +122,7 @@ def shifts(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
                 b = None if kind[-1] else torch.zeros(layer.site.out_features)
                 asked[kind] = m.effect.merged(torch.zeros(layer.site.shape), b)[1] is not b
             else:
-                asked[kind] = shift_of(m.effect) is not None
+                asked[kind] = m.effect.shift() is not None
     return asked[kind]
 
 

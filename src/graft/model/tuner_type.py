@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
-    from graft.core.tuner import Tuner
+    pass
 
 NAMES = (  # methods of PEFT's tuners that make layers, which graft's do not have
     "_check_new_adapter_config _create_and_replace_parameter _create_new_module _get_adapter_state_dict "

@@ -149,6 +149,11 @@ class LoraFAOptimizer(Optimizer):
         self.factors = factors or {}  # B → A, scaling
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
+        """Add a group of parameters.
+
+        Raises:
+            ConfigError: it is made for PEFT's optimizer of that name.
+        """
         foreign = {"names", "scaling_factor", "scaling_factors"} & param_group.keys()
         if foreign:
             raise ConfigError(

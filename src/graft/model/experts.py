@@ -193,6 +193,11 @@ class XLoraRegistry(LayerRegistry):
 
     @changes(everything)
     def delete_adapter(self, adapter_name: str) -> None:
+        """Forget the adapter, and its router.
+
+        Raises:
+            ConfigError: it is an expert of X-LoRA.
+        """
         if adapter_name in self.experts:
             raise ConfigError(f"'{adapter_name}' is an expert of X-LoRA adapter '{self.owner}', which needs it.")
         super().delete_adapter(adapter_name)

@@ -154,7 +154,13 @@ class LayerRegistry(MergingRegistry):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Add the adapter whose config the caller has put into `peft_config` under that name, as PEFT's callers do."""
+        """Add the adapter whose config the caller has put into `peft_config` under that name, as PEFT's callers do.
+
+        Raises:
+            ValueError: `model` is not the tuner's own.
+            AdapterNotFoundError: there is no such config.
+            AdapterNameError: layers carry an adapter of that name.
+        """
         if model is not self.model:
             raise ValueError("inject_adapter injects into the tuner's own model; make another tuner for another model.")
         self.check_known([adapter_name])

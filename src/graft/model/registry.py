@@ -303,6 +303,7 @@ class Registry:
         """Raise ConfigError unless this adapter can train beside those that do."""
 
     def check_known(self, names: Sequence[str]) -> None:
+        """Raise AdapterNotFoundError if the model lacks one of these adapters."""
         unknown = sorted(n for n in names if n not in self.peft_config)
         if unknown:
             loaded = ", ".join(self.peft_config) or "none"

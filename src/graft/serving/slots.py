@@ -503,7 +503,11 @@ class AdapterSlots:
             return self.model(*args, **kwargs)
 
     def generate(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> Any:
-        """Run the model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter."""
+        """Run the model's generate. `adapter_names` as in a call; beams and samples of a row share its adapter.
+
+        Raises:
+            RoutingError: rows of an encoder-decoder have several adapters, and beams.
+        """
         model: nn.Module = self.model
         names = self._rows(adapter_names, args, kwargs)
         copies = copies_of(model, kwargs)

@@ -31,7 +31,11 @@ def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: Any) -> Tensor:
-    """Return the positions, (n, 2), of tokens that count: not masked, and not without a label."""
+    """Return the positions, (n, 2), of tokens that count: not masked, and not without a label.
+
+    Raises:
+        TypeError: the inputs are no dictionary.
+    """
     if not isinstance(model_input, Mapping):
         raise TypeError(
             "When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary, got "

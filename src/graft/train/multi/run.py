@@ -157,6 +157,9 @@ class Run:
         """Return what is to be differentiated: the loss of a batch, over the number of batches of a step.
 
         auxiliary: what the adapter itself adds.
+
+        Raises:
+            ConfigError: the loss is no number.
         """
         if self.draws_in_loss:
             with self.draws:

@@ -461,7 +461,11 @@ class MultiTrain:
 
     @torch.no_grad()
     def evaluate(self, names: Sequence[str], data: Iterable[Any]) -> dict[str, float]:
-        """Return the mean loss of several runs on data, weighted by rows, in eval mode."""
+        """Return the mean loss of several runs on data, weighted by rows, in eval mode.
+
+        Raises:
+            ConfigError: the data hold no batch.
+        """
         self._mode(False)
         sums: dict[str, list[Tensor]] = {name: [] for name in names}
         rows: list[int] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Tokens
 from graft.core.published import Published
 from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, Place
-
-if TYPE_CHECKING:
-    pass
 
 STRENGTH = 0.01  # of the regularisation
 

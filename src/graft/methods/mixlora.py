@@ -8,9 +8,9 @@ has plain LoRA.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from graft.core.method import Method, Tokens
 from graft.core.ops import find_op
 from graft.methods.moelora import balance, check_experts, weighed
 from graft.methods.places import ATTENTION, MLP, named, walk
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 FIXED = "MixLoRA's router chooses experts for each token, which no weight does"
 

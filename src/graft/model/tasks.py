@@ -6,9 +6,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -19,9 +19,6 @@ from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shorten
 from graft.inject.beside import add_task_heads
 from graft.inject.parts import registry_of
 from graft.model.peft_model import OF_TASKS, PeftModel
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class _WithHead(PeftModel):

@@ -9,11 +9,8 @@ override is no error, as packages do so on import.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
-
-if TYPE_CHECKING:
-    pass
 
 NAMES = (  # methods of PEFT's tuners that make layers, which graft's do not have
     "_check_new_adapter_config _create_and_replace_parameter _create_new_module _get_adapter_state_dict "

@@ -7,7 +7,8 @@ from __future__ import annotations
 import copy
 import math
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,6 @@ from torch import Tensor, nn
 from graft.core.ops import Embedding
 from graft.storage.dense import Dense
 from graft.storage.quantized import Quantized, moved
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 REARRANGES = "_graft_held_in_order"  # mark on layers that bitsandbytes would rearrange, but for their adapters
 BLOCK = 32  # rows that the layout for AVX512-BF16 interleaves

@@ -8,10 +8,10 @@ stacks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from graft.storage import stacks
 from graft.storage.dense import PLAIN, Dense
 from graft.storage.offload import computes_on, is_away
 from graft.storage.stacks import Held
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 GATE = "_apply_gate"
 FLAGS = ("has_gate", "has_bias", GATE, "num_experts")

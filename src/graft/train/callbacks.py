@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from graft.inject.parts import registry_of, unwrapped
 from graft.methods.finegates import sparsity_loss
@@ -15,9 +16,6 @@ from graft.methods.lora.lora import monteclora_loss
 from graft.model.audit import SECTIONS, AuditReport, audit, parts_of_active
 from graft.model.tuner import tuner_of
 from graft.model.watch import gradients_elsewhere
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 
 def adalora_callback(model: nn.Module) -> Any:

@@ -10,10 +10,11 @@ so is setting a method. Markers may be set, and four methods can be replaced: `f
 from __future__ import annotations
 
 from abc import ABC, ABCMeta
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -30,9 +31,6 @@ from graft.core.rows import BASE, Together
 from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
 from graft.methods import METHODS, method_of
 from graft.storage import STORES
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 SAME = {"Conv1D": "Linear"}  # layer types that share a class in PEFT
 BNB = ("Linear4bit", "Linear8bitLt")  # layer types of bitsandbytes, for which PEFT has classes of every method

@@ -11,16 +11,14 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graft.compat.peft.layers import BNB, kind_names, layer_class, layer_names
 from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, OF_STORES, WHERE, WITH_BNB
 from graft.core.errors import PeftWarning, warn
 from graft.methods import ROWS, method_of
-
-if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
 
 ROOT = "peft"
 VERSION = "0.22.0"  # the least that transformers 5.24 accepts; graft's interface is that of 0.21.2

@@ -6,16 +6,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 from graft.config.pair import CONFIG_NAME
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
 from graft.files.tensors import read_header
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 # in the order in which they look at a path
 FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "kohya", "diffusers")

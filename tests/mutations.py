@@ -57,8 +57,8 @@ MUTATIONS = [
     Mutation(
         "4 bits are rearranged under an adapter",
         "storage/bnb.py",
-        "m.support_avx512bf16_for_cpu = False",
-        "pass",
+        '"support_avx512bf16_for_cpu": False, ',
+        "",
         "tests/storage/test_bnb.py",
     ),
     Mutation(
@@ -109,8 +109,8 @@ MUTATIONS = [
     Mutation(
         "rows of another adapter",
         "core/mixed.py",
-        "plan: Any = self.plans[name]\n",
-        "plan: Any = self.plans[rows.names[-1]]\n",
+        "plan = self.plans[name]\n            if plan is None:\n                continue",
+        "plan = self.plans[rows.names[-1]]\n            if plan is None:\n                continue",
     ),
     Mutation(
         "a saved name",

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import graft
 from graft.kernels import decomposed, low_rank, mixed, sparse
 from graft.kernels.decomposed import plain_row_norms, row_norms
-from graft.kernels.low_rank import FUSED_FROM, add_low_rank, dropout, dropped, kept, plain
+from graft.kernels.low_rank import FUSED_FROM, add_low_rank, dropout, dropout_mask, dropped, plain
 from tests.models import seeded
 
 SCALE = 1.37
@@ -119,7 +119,7 @@ def test_dropout_is_the_same_in_both_directions(p, monkeypatch):
     monkeypatch.setattr(low_rank, "new_seed", lambda: 11)
     found = results(add_low_rank, values, p=p)
     flat = torch.empty(ROWS // 2 * 2, 12)
-    mask = kept(flat, p, 11).view(2, -1, 12) / (1 - p)
+    mask = dropout_mask(flat, p, 11).view(2, -1, 12) / (1 - p)
     assert 0 < (mask == 0).float().mean() < 2 * p
 
     def masked(y, x, A, B, scale):
@@ -208,7 +208,7 @@ def dora(p=0.0):
 
 def masked(function, p, seed):
     """The plain form of either, with the mask that dropout draws from the seed."""
-    mask = kept(torch.empty(ROWS // 2 * 2, 12), p, seed).view(2, -1, 12) / (1 - p) if p else 1
+    mask = dropout_mask(torch.empty(ROWS // 2 * 2, 12), p, seed).view(2, -1, 12) / (1 - p) if p else 1
 
     def run(x, W, b, A, B, ratio):
         if function is dora:
@@ -239,7 +239,7 @@ def test_base_and_adapter_in_half_precision(function, p, monkeypatch):
     monkeypatch.setattr(low_rank, "new_seed", lambda: 11)
     values = drawn(torch.bfloat16)
     exact = called(doubled(values), masked(function, p, 11))
-    mask = kept(torch.empty(ROWS // 2 * 2, 12), p, 11).view(2, -1, 12) / (1 - p) if p else 1
+    mask = dropout_mask(torch.empty(ROWS // 2 * 2, 12), p, 11).view(2, -1, 12) / (1 - p) if p else 1
 
     def one_by_one(x, W, b, A, B, ratio):
         y, xd = nn.functional.linear(x, W, b), (x * mask).to(x.dtype)

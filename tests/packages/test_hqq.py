@@ -68,7 +68,7 @@ def test_a_new_weight_is_made_as_the_old_one_was(hold):
     store.write(old, "weight", new.weight.data)
     assert torch.equal(store.read(old), store.read(goal)) and store.read(old).dtype == dtype
     assert old.meta.keys() == goal.meta.keys() and old.quant_config == goal.quant_config
-    assert torch.equal(store.kept(old, "weight", kept), before)
+    assert torch.equal(store.snapshot_values(old, "weight", kept), before)
     store.restore(old, "weight", kept)
     assert torch.equal(store.read(old), before)
 

@@ -59,7 +59,7 @@ def test_a_new_weight_is_made_as_the_old_one_was(weights, frozen, dtype):
     store.write(old, "weight", new.weight.data)
     assert type(old.weight) is type(goal.weight) and not old.weight.requires_grad
     assert torch.equal(store.read(old), store.read(goal)) and store.read(old).dtype == dtype
-    assert torch.equal(store.kept(old, "weight", kept), before)
+    assert torch.equal(store.snapshot_values(old, "weight", kept), before)
     store.restore(old, "weight", kept)
     assert torch.equal(store.read(old), before)
 

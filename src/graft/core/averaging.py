@@ -17,7 +17,7 @@ def weighed(layer: Layer, m: Method, effect: Effect, weight: float) -> Effect:
     Raises:
         RoutingError: it does more than add.
     """
-    made = effect.weighed(weight)
+    made = effect.times(weight)
     if made is None:
         raise RoutingError(
             f"Adapter '{m.name}' of layer '{layer.site.key}' ({type(m).__name__}) does more than add to its output, so "

@@ -193,7 +193,7 @@ class Effect:
         """Return Δb, (out,), of one that adds to the weight; None if it does not shift the bias."""
         return None
 
-    def weighed(self, weight: float) -> Effect | None:
+    def times(self, weight: float) -> Effect | None:
         """Return an effect that adds `weight` times what this one adds; None if it does more than add."""
         return None
 
@@ -216,7 +216,7 @@ class LowRank(Effect):
     def shift(self) -> Tensor | None:
         return self.factors().shift()
 
-    def weighed(self, weight: float) -> Effect | None:
+    def times(self, weight: float) -> Effect | None:
         return None if self.gains else replace(self, factors=times(self.factors, weight))
 
 
@@ -247,7 +247,7 @@ class Update(Effect):
     def shift(self) -> Tensor | None:
         return None if self.bias is None else self.bias()
 
-    def weighed(self, weight: float) -> Effect:
+    def times(self, weight: float) -> Effect:
         own = self.delta, self.branch, self.beside, self.bias
         delta, branch, beside, bias = (part and times(part, weight) for part in own)
         return replace(self, delta=delta, branch=branch, beside=beside, bias=bias)
@@ -327,7 +327,7 @@ class Rewrite(Effect):
     def inside(self) -> bool:
         return self.folds or self.looks_up
 
-    def weighed(self, weight: float) -> Effect | None:
+    def times(self, weight: float) -> Effect | None:
         if self.part is None or not self.weighable:
             return None
         fixed = self.fixed or ONE_OUTPUT
@@ -350,7 +350,7 @@ class Branch(Effect):
     def any_module(self) -> bool:
         return self.input_of is not None
 
-    def weighed(self, weight: float) -> Effect:
+    def times(self, weight: float) -> Effect:
         return replace(self, branch=times(self.branch, weight))
 
 
@@ -368,7 +368,7 @@ class Tap(Effect):
     def any_module(self) -> bool:
         return True
 
-    def weighed(self, weight: float) -> Effect:
+    def times(self, weight: float) -> Effect:
         return self
 
 
@@ -389,5 +389,5 @@ class Replace(Effect):
     def additive(self) -> bool:
         return False
 
-    def weighed(self, weight: float) -> Effect | None:
+    def times(self, weight: float) -> Effect | None:
         return self if self.aside else None

@@ -28,7 +28,7 @@ class evaluating:
         self.own["training"] = self.before
 
 
-def formed(layer: Layer, effect: Update) -> Any:
+def lazy_delta(layer: Layer, effect: Update) -> Any:
     """Return ΔW as the adapter gives it: a tensor, or a value that is not formed yet; None if there is none."""
     if effect.delta is None:
         return None
@@ -43,7 +43,7 @@ def delta_of(layer: Layer, effect: Effect, drops: bool = False) -> Tensor:
     if isinstance(effect, LowRank):
         return product_of(layer, effect.factors(), drops)
     if isinstance(effect, Update):
-        delta = formed(layer, effect)
+        delta = lazy_delta(layer, effect)
         W = torch.zeros(layer.site.shape) if delta is None else dense(delta)
         return W if effect.beside is None else W + product_of(layer, effect.beside(), drops)
     raise TypeError(f"a {type(effect).__name__} has no ΔW")

@@ -542,7 +542,7 @@ def unmerged(layer: Layer) -> Tensor:
         if kind == "subtract":
             W = layer.op.uncanon(_without(layer, layer.op.canon(W), state))
         elif state is not None:
-            W = layer.held.kept(state).to(W.device)  # the model may have moved
+            W = layer.held.snapshot_values(state).to(W.device)  # the model may have moved
     return W
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from graft.core.dropout import share_dropped
 from graft.core.effect import Effect, Factors, LowRank, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
-from graft.core.folding import formed
+from graft.core.folding import lazy_delta
 from graft.core.fused import tensor_of
 from graft.core.method import Method
 from graft.core.plan import Chain, Step, Sum, applied, part_of, seen
@@ -158,7 +158,7 @@ def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor)
     if isinstance(effect, LowRank):
         return low_rank_piece(layer, m, effect.factors(), x)
     if isinstance(effect, Update) and not drops(layer, effect.dropout and effect.dropout()) and effect.branch is None:
-        delta, bias = formed(layer, effect), None if effect.bias is None else effect.bias()
+        delta, bias = lazy_delta(layer, effect), None if effect.bias is None else effect.bias()
         if isinstance(delta, Tensor):
             y = run(layer, m.cast(x), delta.to(m.dtype), bias)
         else:

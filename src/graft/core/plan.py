@@ -18,7 +18,7 @@ from graft.core.averaging import averaged
 from graft.core.dropout import share_dropped
 from graft.core.effect import Branch, Effect, Factors, LowRank, Rewrite, Tap, Unformed, Update, dense
 from graft.core.errors import RoutingError, UnsupportedLayerError
-from graft.core.folding import fold_step, formed, same_inputs
+from graft.core.folding import fold_step, lazy_delta, same_inputs
 from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer
@@ -64,7 +64,7 @@ def update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
     if effect.branch is not None:
         y = effect.branch(x)
         return y if bias is None else y + op.channels(bias)
-    y = applied(layer, m, formed(layer, effect), bias, x)
+    y = applied(layer, m, lazy_delta(layer, effect), bias, x)
     return y if effect.beside is None else y + low_rank_part(layer, m, effect.beside(), x)
 
 
@@ -144,7 +144,7 @@ def join_update(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
     if effect.beside is not None:
         x = once(x)
     if effect.branch is None and (effect.dropout is None or share_dropped(effect.dropout()) == 0):
-        delta = formed(layer, effect)
+        delta = lazy_delta(layer, effect)
         bias = None if effect.bias is None else effect.bias()
         out = fused.updated(layer, delta, bias, x, m.dtype)
         if out is None:

@@ -26,7 +26,7 @@ class Store(Protocol):
     def at_hand(self, layer: Any, written: nn.Module | None) -> AbstractContextManager[None]: ...
     def read(self, m: nn.Module, name: str) -> Tensor: ...
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> nn.Module | None: ...
-    def kept(self, m: nn.Module, name: str, state: Any) -> Tensor: ...  # the values of a snapshot
+    def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor: ...  # the values of a snapshot
     def snapshot(self, m: nn.Module, name: str, shared: bool) -> Any: ...
     def restore(self, m: nn.Module, name: str, state: Any) -> None: ...
     def where(self, m: nn.Module, name: str) -> tuple[torch.device | None, torch.dtype | None]: ...
@@ -63,8 +63,8 @@ class Weight:
         """Write a canonical weight; return a module that has to take the place of this one, if so."""
         return self.store.write(self.module, self.name, self.op.uncanon(W), self.shared)
 
-    def kept(self, state: Any) -> Tensor:
-        return self.store.kept(self.module, self.name, state)
+    def snapshot_values(self, state: Any) -> Tensor:
+        return self.store.snapshot_values(self.module, self.name, state)
 
     def snapshot(self) -> Any:
         return self.store.snapshot(self.module, self.name, self.shared)

@@ -133,7 +133,7 @@ def _again(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return gradients that have gradients: those of the plain products."""
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
     scale, p, seed = ctx.options
-    mask = low_rank.kept(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
+    mask = low_rank.dropout_mask(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
     out = plain(x, W, b, A, B, ratio, scale, mask)
     wanted = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
     given = (x, W, b, A, B, ratio)

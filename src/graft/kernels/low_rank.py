@@ -39,7 +39,7 @@ def places(size: int, p: float, seed: int, device: torch.device) -> Tensor:
         draws *= 2
 
 
-def kept(like: Tensor, p: float, seed: int) -> Tensor:
+def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     """Return a mask of the elements that dropout keeps."""
     if not gathers(like):  # `places` would wait for the device
         g = None if like.is_meta else torch.Generator(like.device).manual_seed(seed)
@@ -51,7 +51,7 @@ def kept(like: Tensor, p: float, seed: int) -> Tensor:
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """Return dropout(x)."""
-    return torch.where(kept(x, p, seed), x * (1 / (1 - p)), 0) if p else x
+    return torch.where(dropout_mask(x, p, seed), x * (1 / (1 - p)), 0) if p else x
 
 
 def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
@@ -59,7 +59,7 @@ def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
     if not p:
         return x.to(dtype)
     if not gathers(x):
-        return torch.where(kept(x, p, seed), x.to(dtype), 0)
+        return torch.where(dropout_mask(x, p, seed), x.to(dtype), 0)
     x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     x.view(-1).index_fill_(0, places(x.numel(), p, seed, x.device), 0)
     return x

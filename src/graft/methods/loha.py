@@ -139,7 +139,7 @@ class LoHa(Lycoris[LoHaConfig]):
         if self.cp:  # b and d take in the kernel's factors
             b, d = kernel_of(self.hada_t1, b), kernel_of(self.hada_t2, d)
             a, c = a.T, c.T
-        kept = self.kept(a, rescale=True)
+        kept = self.row_mask(a, rescale=True)
         return a if kept is None else a * kept[:, None], b, c, d
 
     def factors(self) -> Factors:

@@ -86,7 +86,7 @@ class LoKr(Lycoris[LoKrConfig]):
 
     def delta(self) -> Tensor | Kronecker:
         w1, w2 = self.pair()
-        kept = self.kept(w1, self.rank_dropout_scale)
+        kept = self.row_mask(w1, self.rank_dropout_scale)
         if w2.dim() == 3:  # of a Conv1d, PEFT's files mean this order
             W = torch.kron(w1, w2).reshape(self.site.shape)
         elif kept is None:
@@ -97,5 +97,5 @@ class LoKr(Lycoris[LoKrConfig]):
 
     def branch(self, x: Tensor) -> Tensor:
         w1, w2 = self.pair()
-        y, kept = product(x, w1, w2), self.kept(w1, self.rank_dropout_scale)
+        y, kept = product(x, w1, w2), self.row_mask(w1, self.rank_dropout_scale)
         return y if kept is None else y * kept

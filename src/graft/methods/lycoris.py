@@ -69,7 +69,7 @@ class Lycoris(Method[L]):
         """Return True if ΔW is random in training."""
         return bool(self.cfg.rank_dropout or self.cfg.module_dropout)
 
-    def kept(self, like: Tensor, rescale: bool) -> Tensor | None:
+    def row_mask(self, like: Tensor, rescale: bool) -> Tensor | None:
         """Return factors of the output rows, zeros where dropout takes them out, (out,); None if it takes out none.
 
         Args:

@@ -160,7 +160,7 @@ class Eight(Quantized):
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
         return {"codes": m.weight.data, "scales": scales_of(m)}
 
-    def kept(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
         return dense(**state)
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:

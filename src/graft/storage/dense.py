@@ -148,7 +148,7 @@ class Dense:
             return p
         return p.detach().to("cpu", copy=True) if hooks_of(m) else p.detach().clone()
 
-    def kept(self, m: nn.Module, name: str, state) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state) -> Tensor:
         return state
 
     def restore(self, m: nn.Module, name: str, state) -> None:

@@ -137,9 +137,9 @@ class PackedStack(Dense):
         return self.unread(m, name) or self.held(m).fixed
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
-        return self.kept(m, name, codes_of(m, self.parameter))
+        return self.snapshot_values(m, name, codes_of(m, self.parameter))
 
-    def kept(self, m: nn.Module, name: str, state: Held) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state: Held) -> Tensor:
         with torch.no_grad():
             W = state.dense(range(state.shape[0]), state.dtype or torch.float32)
             return W.mT if is_transposed(m) else W

@@ -91,7 +91,7 @@ class Megatron(Dense):
         place = self.place(m, name)
         return super().write(m, name, W if place is None else piece_of(W, *place), shared)
 
-    def kept(self, m: nn.Module, name: str, state: Any) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor:
         place = self.place(m, name)
         return state if place is None else whole_of(state, *place)  # type: ignore[no-any-return]
 

@@ -91,7 +91,7 @@ class Quantized(Dense):
         """Return the packed weight itself: `write` makes a new one."""
         return {part: getattr(m, part) for part in self.parts}
 
-    def kept(self, m: nn.Module, name: str, state: dict[str, object]) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state: dict[str, object]) -> Tensor:
         return self.read(shadow(m, state), name)
 
     def restore(self, m: nn.Module, name: str, state: dict[str, object]) -> None:

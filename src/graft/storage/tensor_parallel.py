@@ -191,7 +191,7 @@ class TensorParallel(Dense):
             local(p).copy_(local(piece))
         return None
 
-    def kept(self, m: nn.Module, name: str, state: Any) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor:
         return whole(state)
 
     @torch.no_grad()

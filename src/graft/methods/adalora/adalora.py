@@ -102,7 +102,7 @@ class AdaLoraConfig(LoraConfig):
             values["rank_pattern"] = {re.sub(r"(\.lora_E)\..*$", r"\1", k): v for k, v in self.rank_pattern.items()}
         return values
 
-    def kept(self, key: str) -> list[bool] | None:
+    def rank_mask(self, key: str) -> list[bool] | None:
         """Return the mask of the singular values that the layer at `key` kept; None while there is none."""
         for name, mask in (self.rank_pattern or {}).items():
             if name == f"{key}.lora_E" or name.startswith(f"{key}.lora_E."):
@@ -169,7 +169,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
                 f"AdaLoRA does not adapt stacks of experts (layer '{site.key}'), whose matrices would share singular "
                 "values: take LoRA there, or leave it out of target_parameters."
             )
-        kept = cfg.kept(site.key)
+        kept = cfg.rank_mask(site.key)
         r = cfg.init_r if kept is None else sum(kept)
         A, E, B = torch.randn(r, site.fan_in), torch.randn(r, 1), torch.randn(site.out_features, r)
         return dict(
@@ -212,7 +212,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
 
     def stored(self, values: Tensors, cfg: AdaLoraConfig) -> Tensors:
         """Return the singular triples that the layer kept."""
-        kept = cfg.kept(self.site.key)
+        kept = cfg.rank_mask(self.site.key)
         if kept is None:
             return values
         return {
@@ -222,7 +222,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
 
     def restored(self, stored: Tensors, cfg: AdaLoraConfig) -> Tensors:
         """Put the triples of the file in their places; the others get the singular value 0."""
-        kept = cfg.kept(self.site.key)
+        kept = cfg.rank_mask(self.site.key)
         if kept is None:
             return stored
         out = {}

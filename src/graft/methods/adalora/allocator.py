@@ -153,7 +153,7 @@ def check_gradients(name: str, methods: dict[str, Any]) -> None:
 def reapply(methods: dict[str, Any], cfg: Any) -> None:
     """Set singular values to 0 again that the optimizer has moved away from it."""
     for key, m in methods.items():
-        mask = cfg.kept(key)
+        mask = cfg.rank_mask(key)
         if mask is not None and len(mask) == len(m.lora_E):  # an adapter from a file has no others
             gone = constant(tuple(not stays for stays in mask), torch.bool, m.lora_E.device)
             fill(m.lora_E, whole(m.lora_E).masked_fill(gone[:, None], 0.0))

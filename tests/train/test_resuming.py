@@ -183,9 +183,29 @@ def test_what_cannot_be_saved(tmp_path):
     training = Training()
     with pytest.raises(ConfigError, match=r"Group 0 of the optimizer has a parameter of shape \(2,\)"):
         graft.save_training(tmp_path / "a", training.model, SGD([torch.nn.Parameter(torch.zeros(2))], 0.1), step=1)
-    with pytest.raises(ConfigError, match="extra, 'x': a object cannot be written"):
+    with pytest.raises(ConfigError, match="extra, 'x': object cannot be written"):
         graft.save_training(tmp_path / "a", *training.parts, step=1, extra={"x": object()})
+    with pytest.raises(TypeError, match="step must be an int, got '1'"):
+        graft.save_training(tmp_path / "a", *training.parts, step="1")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "order, text",
+    [
+        ((1, 0, 2), r"needs a PeftModel.* got AdamW"),
+        ((0, 2, 1), r"is no optimizer: that comes second"),
+        ((0, 1, 3), r"A list is no scheduler: that comes third, then the loader"),
+    ],
+)
+def test_parts_in_another_order(order, text, saved):
+    training = Training()
+    parts = [[*training.parts, [1, 2]][i] for i in order]
+    with pytest.raises(ConfigError, match=text):
+        graft.save_training(saved / "a", *parts, step=1)
+    with pytest.raises(ConfigError, match=text):
+        graft.resume(saved, *parts)
+    assert not (saved / "a").exists()
 
 
 @pytest.mark.parametrize("damage", [
@@ -194,8 +214,9 @@ def test_what_cannot_be_saved(tmp_path):
 ], ids=["cut", "bit"])  # fmt: skip
 def test_damaged_files(saved, damage):
     (saved / FILE).write_bytes(damage((saved / FILE).read_bytes()))
-    with pytest.raises(CheckpointError, match=FILE):
+    with pytest.raises(CheckpointError, match=FILE) as error:
         graft.resume(saved, *Training().parts)
+    assert "check_digest" not in str(error.value), "resume has no such argument"
 
 
 def test_a_folder_without_a_training(tmp_path):

@@ -156,9 +156,12 @@ def read_torch(path: str, check_digest: bool = True) -> Loaded:
     return Loaded(tensors, path, read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
 
 
-def read_safetensors(path: str, check_digest: bool = True) -> Loaded:
+def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = True) -> Loaded:
     """Read a file into memory: if mapped, overwriting it would change a running model, and truncating it would kill
-    the process. Another thread computes its digest meanwhile."""
+    the process. Another thread computes its digest meanwhile.
+
+    may_differ: as in `seal.check`.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load, load_file
 
@@ -180,7 +183,7 @@ def read_safetensors(path: str, check_digest: bool = True) -> Loaded:
             raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
         finite = has_finite_sum(data, tensors)
         if saved is not None and digest is not None:
-            seal.check(saved, digest.result(), path)
+            seal.check(saved, digest.result(), path, may_differ)
     noted = notes.texts(header.get("__metadata__"))
     return Loaded(
         tensors,

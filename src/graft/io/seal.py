@@ -37,10 +37,12 @@ def digest_in(data: bytes) -> str:
     return digest((key, t["dtype"], t["shape"], body[slice(*t["data_offsets"])]) for key, t in header.items())
 
 
-def check(saved: str, found: str, path: str) -> None:
-    """Raise CheckpointError if the tensors of a file are not those that were saved."""
+def check(saved: str, found: str, path: str, may_differ: bool = True) -> None:
+    """Raise CheckpointError if the tensors of a file are not those that were saved.
+
+    may_differ: the caller takes `check_digest=False`.
+    """
     if saved.startswith(KIND) and saved != found:
-        raise CheckpointError(
-            f"{path} is damaged: its tensors are not those that were saved (digest {found}, saved with {saved}). Save "
-            "or download it again; if you changed them yourself, check_digest=False loads them."
-        )
+        text = f"its tensors are not those that were saved (digest {found}, saved with {saved})"
+        but = "; if you changed them yourself, check_digest=False loads them" if may_differ else ""
+        raise CheckpointError(f"{path} is damaged: {text}. Save or download it again{but}.")

@@ -123,6 +123,8 @@ def kept_by(optimizer: Any) -> Kept:
                 f"{type(optimizer).__name__} is DeepSpeed's, and keeps the values that train in parts of its own. Of "
                 "these only ZeRO-3's can be resumed by name: use stage 3, or DeepSpeed's own checkpoints."
             )
+    if not hasattr(optimizer, "param_groups"):
+        raise ConfigError(f"A {type(optimizer).__name__} is no optimizer: that comes second, after the model.")
     return Kept(optimizer)
 
 

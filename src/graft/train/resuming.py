@@ -7,6 +7,7 @@ What is told by name finds its parameter whatever the order of the parameters, a
 from __future__ import annotations
 
 import json
+import operator
 import os
 import random
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from graft.core.errors import (
     BaseModelMismatchError,
     CheckpointError,
     ConfigError,
+    ConfigTypeError,
     PeftError,
     some,
 )
@@ -119,9 +121,7 @@ def save_training(
             ZeRO-2. Nothing is written.
         CheckpointError: a process does not call this.
     """
-    inner = unwrapped(model)
-    if not hasattr(inner, "save_pretrained"):
-        raise ConfigError(f"save_training needs a PeftModel, which get_peft_model makes, got {type(inner).__name__}.")
+    inner = peft_model_in(model, "save_training")
     note, tensors = state_of(model, optimizer, scheduler, loader, step, extra or {})
     where = os.fspath(folder)
     if processes() > 1:
@@ -207,6 +207,7 @@ class Taken:
         self, model: nn.Module, optimizer: object, scheduler: Any, loader: Any, step: int, extra: Json
     ) -> None:  # fmt: skip
         self.model, self.loader = model, loader
+        check_scheduler(inside(scheduler))
         self.kept = kept = kept_by(inside(optimizer))
         self.values = values_of(model, kept)
         check_spread({name: v.tensor for name, v in self.values.items()}, kept)
@@ -218,7 +219,7 @@ class Taken:
         options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in kept.groups]
         self.note: Json = {
             "format": FORMAT,
-            "step": step,
+            "step": number(step),
             "extra": pack(extra, tensors, "extra"),
             "processes": processes(),
             "optimizer": called(kept.inner),
@@ -315,6 +316,30 @@ def inside(wrapper: Any) -> Any:
     return wrapper
 
 
+def peft_model_in(model: object, who: str) -> Any:
+    """Return the PeftModel within wrappers.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not hasattr(inner, "save_pretrained"):
+        raise ConfigError(f"{who} needs a PeftModel, which get_peft_model makes, got {type(inner).__name__}.")
+    return inner
+
+
+def check_scheduler(scheduler: object) -> None:
+    if scheduler is not None and not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
+        raise ConfigError(f"A {type(scheduler).__name__} is no scheduler: that comes third, then the loader.")
+
+
+def number(step: object) -> int:
+    try:
+        return operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigTypeError(f"step must be an int, got {step!r}.") from None
+
+
 def called(thing: object) -> str:
     """Return the name of an object's class."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
@@ -393,6 +418,8 @@ class Resume:
         return f"resume('{self.folder}')"
 
     def look(self) -> None:
+        peft_model_in(self.model, "resume")
+        check_scheduler(self.scheduler)
         self.kept = kept_by(self.outer)
         self.values = values_of(self.model, self.kept)
         self.names = {id(v.tensor): name for name, v in self.values.items()}

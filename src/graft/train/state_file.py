@@ -39,7 +39,7 @@ def read(path: str, note_name: str, what: str) -> tuple[dict[str, Any], dict[str
     Raises:
         CheckpointError: it is damaged, or no such file.
     """
-    tensors = read_safetensors(path).tensors
+    tensors = read_safetensors(path, may_differ=False).tensors
     if note_name not in tensors:
         raise CheckpointError(f"{path} is not {what}.")
     note: dict[str, Any] = unpack(json.loads(tensors.pop(note_name).numpy().tobytes()), tensors)
@@ -86,7 +86,7 @@ def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None 
         return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
     if hasattr(value, "item") and not getattr(value, "shape", ()):
         return value.item()
-    raise ConfigError(f"{where}: a {type(value).__name__} cannot be written to a file without pickle.")
+    raise ConfigError(f"{where}: {type(value).__name__} cannot be written to a file without pickle.")
 
 
 def unpack(value: object, tensors: dict[str, Tensor]) -> Any:

@@ -69,6 +69,14 @@ def test_trainer_would_load_by_index(tmp_path):
         trainer(tmp_path, save_only_model=False)
 
 
+def test_a_model_without_adapters_is_told_before_it_trains(tmp_path):
+    made = trainer(tmp_path)
+    made.model = made.model.unload()
+    with pytest.raises(ConfigError, match="has no adapter"):
+        made.train()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_what_does_not_fit_is_told(whole, tmp_path):
     folder, _ = whole
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
 
 import graft
 from graft.config import atomic
@@ -141,6 +143,24 @@ def test_another_training(saved, other, error, text):
     with pytest.raises(error, match=text):
         graft.resume(saved, *training.parts)
     assert everything(training) == before
+
+
+def halved(step):
+    return 0.5**step
+
+
+def divided(step):
+    return 1 / (step + 1)
+
+
+def test_another_rule_of_a_scheduler(tmp_path):
+    """Its state does not say which function it was told; Trainer's schedules are all of one class."""
+    training = Training()
+    graft.save_training(tmp_path, *training.parts[:2], LambdaLR(training.optimizer, partial(halved)), step=1)
+    again = Training()
+    with pytest.raises(ConfigError, match=r"scheduler is .*LambdaLR\(halved\), and here is .*LambdaLR\(divided\)"):
+        graft.resume(tmp_path, *again.parts[:2], LambdaLR(again.optimizer, divided))
+    graft.resume(tmp_path, *again.parts[:2], LambdaLR(again.optimizer, halved))
 
 
 def test_other_groups(saved):

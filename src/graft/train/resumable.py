@@ -8,7 +8,7 @@ from typing import Any
 
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.train.callbacks import Listener
-from graft.train.resuming import Resume, load, state_of, write_state
+from graft.train.resuming import Resume, adapters_of, load, state_of, write_state
 
 
 class Resumable(Listener):
@@ -57,6 +57,7 @@ class Resumable(Listener):
     ) -> None:  # fmt: skip
         if args.fp16:
             warn("graft.train.Resumable does not keep the scale of float16's gradients: prefer bf16=True.")
+        adapters_of(model)  # else the first save would say that there is none
         if not state.global_step:
             return
         folder = self._folder(args, state)

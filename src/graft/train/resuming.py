@@ -11,6 +11,7 @@ import operator
 import os
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -231,7 +232,7 @@ class Taken:
                 for i, held in enumerate(options)
             ],
             "others": pack(kept.others(), tensors, self.what),
-            "scheduler": None if scheduler is None else called(inside(scheduler)),
+            "scheduler": None if scheduler is None else with_rules(inside(scheduler)),
             "schedule": None if scheduler is None else pack(inside(scheduler).state_dict(), tensors, called(scheduler)),
         }
         self.own: dict[str, Tensor] = {}  # of this process alone
@@ -343,6 +344,13 @@ def number(step: object) -> int:
 def called(thing: object) -> str:
     """Return the name of an object's class."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def with_rules(scheduler: Any) -> str:
+    """Return the name of a scheduler's class, and of the functions that it is told; their values are in no state."""
+    rules = [f.func if isinstance(f, partial) else f for f in getattr(scheduler, "lr_lambdas", ())]
+    names = dict.fromkeys(f.__qualname__ if hasattr(f, "__qualname__") else type(f).__qualname__ for f in rules)
+    return f"{called(scheduler)}({', '.join(names)})" if names else called(scheduler)
 
 
 def loader_state(loader: object) -> Any:
@@ -510,7 +518,7 @@ class Resume:
             self.differs(ConfigError, text, ["generators"], ["generators"])
 
     def check_scheduler(self) -> None:
-        then, now = self.note["scheduler"], None if self.scheduler is None else called(self.scheduler)
+        then, now = self.note["scheduler"], None if self.scheduler is None else with_rules(self.scheduler)
         if then != now:
             text = f"its scheduler is {then}, and here is {now}"
             self.differs(ConfigError, text, ["scheduler"] if now else [], ["scheduler"] if then else [])

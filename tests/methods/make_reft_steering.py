@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make `fixtures/pyreft` and `fixtures/repeng`: what these libraries compute on the Llama of `fixtures/adapterhub`.
 
-`python -m tests.methods.make_reft_steering` in the environment of tests/formats/oracles.txt. Of pyreft: each kind of
-intervention at some tokens of each block, its tensors and the model's output. Of repeng: a control vector as it exports
-it, the model's outputs with it, and directions that it finds from pairs of texts.
+`make test-oracles` makes them anew. Of pyreft: each kind of intervention at some tokens of each block, its tensors and
+the model's output; and two folders as it saves them, with the outputs of what is in them. Of repeng: a control vector
+as it exports it, the model's outputs with it, and directions that it finds from pairs of texts.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def base():
     return transformers.AutoModel.from_pretrained(HERE / "adapterhub" / "llama", attn_implementation="eager").eval()
 
 
-def of_pyreft() -> None:
+def of_pyreft(out: Path) -> None:
     import pyreft
 
-    (HERE / "pyreft").mkdir(exist_ok=True)
+    (out / "pyreft").mkdir(exist_ok=True)
     for kind, (name, options) in KINDS.items():
         torch.manual_seed(5)
         model = base()
@@ -61,10 +61,41 @@ def of_pyreft() -> None:
             tensors |= {f"{i}.R": R, f"{i}.A.weight": own.learned_source.weight, f"{i}.A.bias": own.learned_source.bias}
         places = {"sources->base": (None, [[AT] * len(IDS)] * 2)}
         with torch.no_grad():
-            _, out = reft({"input_ids": IDS}, unit_locations=places)
-        tensors["y"] = out.last_hidden_state
+            tensors["y"] = reft({"input_ids": IDS}, unit_locations=places)[1].last_hidden_state
         held = {key: t.detach().clone().contiguous() for key, t in tensors.items()}
-        save_file(held, HERE / "pyreft" / f"{kind}.safetensors")
+        save_file(held, out / "pyreft" / f"{kind}.safetensors")
+    saved(out / "pyreft")
+
+
+SAVED = {  # folder → class, blocks of its interventions, and at which tokens each acts
+    "loreft": ("LoreftIntervention", [0, 1, 0, 1], [[0, 1]] * 2 + [[5]] * 2),
+    "direft": ("DireftIntervention", [1], [[0, 1, 2]]),
+}
+
+
+def saved(folder: Path) -> None:
+    """Have pyreft save interventions after blocks, and compute with them."""
+    import pyreft
+
+    for name, (kind, blocks, at) in SAVED.items():
+        torch.manual_seed(6)
+        made = [
+            getattr(pyreft.interventions, kind)(embed_dim=8, low_rank_dimension=2, dtype=torch.float32) for _ in blocks
+        ]
+        for own in made:
+            with torch.no_grad():
+                own.learned_source.weight.normal_()
+                own.learned_source.bias.normal_()
+        places = [
+            dict(layer=i, component="block_output", low_rank_dimension=2, intervention=own)
+            for i, own in zip(blocks, made)
+        ]
+        reft = pyreft.get_reft_model(base(), pyreft.ReftConfig(representations=places), set_device=False)
+        locations = {"sources->base": (None, [[tokens] * len(IDS) for tokens in at])}
+        with torch.no_grad():
+            y = reft({"input_ids": IDS}, unit_locations=locations)[1].last_hidden_state
+        reft.save(str(folder / name))
+        save_file({"y": y.contiguous()}, folder / name / "outputs.safetensors")
 
 
 class Letters:
@@ -86,13 +117,13 @@ class Letters:
 PAIRS = [("abc", "bca"), ("dead", "fade"), ("cafe", "face"), ("bead", "deaf"), ("gag", "egg")]
 
 
-def of_repeng() -> None:
+def of_repeng(out: Path) -> None:
     import repeng
 
-    (HERE / "repeng").mkdir(exist_ok=True)
+    (out / "repeng").mkdir(exist_ok=True)
     rng = np.random.default_rng(5)
     vector = repeng.ControlVector("llama", {1: rng.normal(size=8).astype("f4")})
-    vector.export_gguf(HERE / "repeng" / "vector.gguf")
+    vector.export_gguf(out / "repeng" / "vector.gguf")
     held = {"direction.1": torch.from_numpy(vector.directions[1])}
     for label, options in dict(plain={}, normalized=dict(normalize=True)).items():
         model = Around(base())
@@ -104,7 +135,7 @@ def of_repeng() -> None:
     entries = [repeng.DatasetEntry(*pair) for pair in PAIRS]
     found = repeng.ControlVector.train(Around(base()), Letters(), entries, hidden_layers=[0], method="pca_diff")
     held["found.0"] = torch.from_numpy(found.directions[0])
-    save_file({key: t.contiguous().clone() for key, t in held.items()}, HERE / "repeng" / "outputs.safetensors")
+    save_file({key: t.contiguous().clone() for key, t in held.items()}, out / "repeng" / "outputs.safetensors")
 
 
 class Around(torch.nn.Module):
@@ -117,8 +148,3 @@ class Around(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
-
-
-if __name__ == "__main__":
-    of_pyreft()
-    of_repeng()

@@ -16,7 +16,7 @@ from graft.files.neutral import AdapterFile
 from graft.files.tensors import read_header
 
 # in the order in which they look at a path
-FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "kohya", "diffusers")
+FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "pyreft", "kohya", "diffusers")
 
 
 class Base(Protocol):

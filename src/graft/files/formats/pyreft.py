@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pyreft's interventions: a folder with config.json and `intkey_….bin` for each; ReFT after blocks.
+
+Its files do not say at which tokens they act: every call there does. graft writes that, and reads it, under the key
+`graft` of config.json, which pyreft keeps and does not read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from graft.config.atomic import replace, write_text
+from graft.config.reading import read_object
+from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
+from graft.files.errors import BaseNeededError, LossError
+from graft.files.formats import Base
+from graft.files.holding import Holds, fit
+from graft.files.neutral import AdapterFile, Other
+from graft.files.pickles import from_torch, read_torch, tensors_of, to_torch, write_torch
+from graft.files.tensors import Tensor
+
+NAME = "pyreft"
+CONFIG = "config.json"
+KEY = "intkey_{}.bin"
+OURS = "graft"
+HOLDS = Holds(methods=frozenset({"REFT"}))
+KINDS = {  # class of pyreft → (orthogonality, subtract_projection) of ReftConfig
+    "LoreftIntervention": (True, True), "NoreftIntervention": (False, True), "DireftIntervention": (True, False),
+    "NodireftIntervention": (False, False),
+}  # fmt: skip
+TURNED = "rotate_layer.parametrizations.weight"  # torch's parametrization of R.T
+SOURCE = {"reft_A{}.weight": ("weight", "learned_source.weight"), "reft_A{}.bias": ("bias", "learned_source.bias")}
+BLOCK = re.compile(r"(?:.*\.)?\w+\[(\d+)\](?:\.output)?")  # "model.layers[3].output"
+SAID = ("prefix_positions", "suffix_positions", "tied_weights", "non_linearity", "dropout")
+
+
+class Place(NamedTuple):
+    """Where an intervention stands: a block by its number, its name in the file, and its class."""
+
+    block: int
+    key: str
+    kind: str
+
+
+def recognises(path: str) -> bool:
+    if not os.path.isdir(path) or not os.path.isfile(os.path.join(path, CONFIG)):
+        return False
+    fields = read_object(os.path.join(path, CONFIG))
+    return isinstance(fields.get("representations"), list) and "intervention_types" in fields
+
+
+def read(path: str, base: Base | None = None) -> AdapterFile:
+    """Read a folder. Where it does not say at which tokens it acts, take ReftConfig's and warn.
+
+    Raises:
+        BaseNeededError: there is no base, whose blocks it counts.
+        BaseModelMismatchError: the base has no such block.
+        CheckpointError: a file is not there or damaged, or an intervention is none that graft has.
+    """
+    from graft.files.formats.adapterhub_places import blocks_of  # loads torch, which a look at headers does not need
+
+    fields = read_object(os.path.join(path, CONFIG))
+    places = places_of(path, fields)
+    blocks, base = blocks_of(path, base)
+    out = AdapterFile(NAME, path, "REFT", config=fields)
+    units: dict[int, int] = {}
+    for place in places:
+        if place.block >= len(blocks):
+            raise BaseModelMismatchError(f"{path} acts after block {place.block}, and {base.path} has {len(blocks)}.")
+        end = "_suffix" if units.setdefault(place.block, 0) else ""
+        units[place.block] += 1
+        held = out.modules.setdefault(blocks[place.block].path, Other("REFT", {}))
+        assert isinstance(held, Other)
+        held.tensors.update(unit(path, place, end))
+    if not places or len(set(units.values())) > 1 or max(units.values()) > 2:
+        raise CheckpointError(
+            f"{path} has {units} interventions by block: graft reads one for each, or two, for first tokens and last."
+        )
+    orthogonality, subtract = KINDS[places[0].kind]
+    own = positions(path, fields, max(units.values()))
+    numbers = sorted(units) if len(units) < len(blocks) else "all"
+    out.config = {"peft_type": "REFT", "target_modules": "places", "layers": numbers, "inference_mode": True, **own}
+    out.config |= {"orthogonality": orthogonality, "subtract_projection": subtract}
+    out.config["r"] = next(iter(out.modules.values())).tensors["reft_R"].shape[0]  # type: ignore[union-attr]
+    out.selected = frozenset(out.modules)
+    return out
+
+
+def places_of(path: str, fields: Mapping[str, Any]) -> list[Place]:
+    """Return where the interventions of a config stand, in its order."""
+    representations, types = fields["representations"], fields["intervention_types"]
+    keys = fields.get("sorted_keys")
+    if not isinstance(keys, list) or not isinstance(types, list) or not len(keys) == len(types) == len(representations):
+        raise CheckpointError(f"{path}: {CONFIG} does not say one key and one class for each intervention.")
+    found = []
+    for given, key, kind in zip(representations, keys, types):
+        layer, component, unit_ = (*given, *[None] * 3)[:3] if isinstance(given, list) else (None, None, None)
+        name = str(kind).rstrip("'>").rpartition(".")[2]
+        match = BLOCK.fullmatch(str(component))
+        number = layer if component == "block_output" else int(match[1]) if match else None
+        if name not in KINDS or unit_ != "pos" or not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise CheckpointError(
+                f"{path} has an intervention {name} of {component!r}, by {unit_!r}: graft reads {', '.join(KINDS)} of "
+                "block_output, by 'pos'."
+            )
+        if not isinstance(key, str) or os.path.basename(key) != key:
+            raise CheckpointError(f"{path}: {key!r} is no name of an intervention.")
+        found.append(Place(number, key, name))
+    if len({place.kind for place in found}) > 1:
+        raise CheckpointError(f"{path} has interventions of several classes: {some(sorted({p.kind for p in found}))}.")
+    return found
+
+
+def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
+    """Return A and R of an intervention, by graft's names."""
+    file = os.path.join(path, KEY.format(place.key))
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{path} lacks {os.path.basename(file)}.")
+    held = tensors_of(read_torch(file), file)
+    found = {ours.format(end): held[t] for ours, theirs in SOURCE.items() for t in theirs if t in held}
+    if "rotate_layer" in held:  # (H, r)
+        found[f"reft_R{end}"] = from_torch(to_torch(held["rotate_layer"]).T, file)
+    elif f"{TURNED}.original" in held and f"{TURNED}.0.base" in held:
+        found[f"reft_R{end}"] = from_torch(turned(held).T, file)
+    elif "proj_layer.weight" in held:
+        found[f"reft_R{end}"] = held["proj_layer.weight"]
+        bias = held.get("proj_layer.bias")
+        if bias is not None and KINDS[place.kind][1] and bias.read().any():
+            raise CheckpointError(f"{file} has a bias of the projection, which graft's ReFT has not.")
+    shapes = [found[name].shape for name in sorted(found)]
+    if len(found) < 3 or len(shapes[2]) != 2 or shapes[1] != shapes[2] or shapes[0] != shapes[2][:1]:
+        raise CheckpointError(f"{file} does not hold A, b and R of one rank and width, but {sorted(held)}: {shapes}.")
+    return found
+
+
+def turned(held: Mapping[str, Tensor]) -> Any:
+    """Return R.T (H, r) of torch's parametrization."""
+    parts = {name: to_torch(held[f"{TURNED}.{name}"]) for name in ("original", "0.base")}
+    layer = parametrized(*parts["original"].shape)
+    layer.load_state_dict({f"parametrizations.weight.{name}": t for name, t in parts.items()})
+    return layer.weight.detach()
+
+
+def parametrized(*shape: int) -> Any:
+    """Return a module whose weight, of this shape, torch keeps orthonormal."""
+    import torch
+
+    made = torch.nn.Module()
+    made.weight = torch.nn.Parameter(torch.nn.init.orthogonal_(torch.empty(shape)))
+    return torch.nn.utils.parametrizations.orthogonal(made)
+
+
+def kept(kind: str, A: Mapping[str, Any], R: Any) -> dict[str, Any]:
+    """Return what a class of pyreft keeps in its file, of A's weight and bias, and R (r, H)."""
+    import torch
+
+    if kind == "LoreftIntervention":
+        return {**A, "rotate_layer": R.T}
+    width = torch.tensor(R.shape[1])
+    held = {f"learned_source.{name}": t for name, t in A.items()} | {"embed_dim": width, "interchange_dim": width}
+    if not KINDS[kind][0]:
+        return held | {"proj_layer.weight": R}
+    layer = parametrized(*R.T.shape)
+    layer.weight = R.T
+    return held | {f"rotate_layer.{name}": t for name, t in layer.state_dict().items()}
+
+
+def positions(path: str, fields: Mapping[str, Any], units: int) -> dict[str, Any]:
+    """Return the fields of ReftConfig that pyreft's files lack: those that graft wrote there, or defaults."""
+    ours = fields.get(OURS)
+    if isinstance(ours, dict):
+        return {"dropout": 0.0} | {name: ours[name] for name in SAID if name in ours}
+    first = 3
+    last = first if units == 2 else 0
+    warn(
+        f"{path} does not say at which tokens it acts, nor with which activation: the first {first} of a prompt"
+        f"{f' and the last {last}' if last else ''} are taken, and none. If it was trained otherwise, say so in its "
+        f'{CONFIG}: "{OURS}": {{"prefix_positions": …, "suffix_positions": …, "non_linearity": …}}.',
+        PeftWarning,
+    )
+    return {"prefix_positions": first, "suffix_positions": last, "dropout": 0.0}
+
+
+def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
+    """Write a folder.
+
+    Raises:
+        BaseNeededError: there is no base, whose blocks count.
+        LossError: it is no ReFT, acts elsewhere than after blocks, or has an activation, which pyreft's files do not
+            say.
+    """
+    from graft.files.formats.adapterhub_places import blocks_of
+    from graft.methods.reft import ReftConfig, orthonormal
+
+    if adapter.method != "REFT":
+        raise LossError(f"The format {NAME} holds ReFT alone, and {adapter.path} is {adapter.method}.")
+    if base is None:
+        raise BaseNeededError("pyreft counts the blocks of a base: give the base model (--base).")
+    numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}
+    known = ReftConfig.__dataclass_fields__
+    cfg = ReftConfig(**{name: value for name, value in adapter.config.items() if name in known and name != "peft_type"})
+    adapter, lost = (held := fit(adapter, HOLDS, NAME, lossy)).adapter, held.lost
+    lost += [f"non_linearity={cfg.non_linearity}"] if cfg.non_linearity is not None else []
+    lost += [f"{module}, which is no block" for module in adapter.modules if module not in numbers]
+    modules = {numbers[path]: m for path, m in adapter.modules.items() if path in numbers and isinstance(m, Other)}
+    if (lost and not lossy) or not modules:
+        raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
+    kind = next(name for name, fits in KINDS.items() if fits == (cfg.orthogonality, cfg.subtract_projection))
+    ends = [end for end in ("", "_suffix") if any(f"reft_R{end}" in m.tensors for m in modules.values())]
+    files, keys, width = {}, [], 0
+    for i, end in enumerate(ends):
+        for number, m in sorted(modules.items()):
+            A = {name: to_torch(m.tensors[f"reft_A{end}.{name}"]) for name in ("weight", "bias")}
+            R = to_torch(m.tensors[f"reft_R{end}"])
+            width = R.shape[1]
+            held = kept(kind, A, orthonormal(R) if cfg.orthogonality else R)
+            key = f"layer_{number}_comp_block_output_unit_pos_nunit_1#{i}"
+            keys.append((number, key))
+            files[KEY.format(key)] = {name: t.contiguous() for name, t in held.items()}
+    config = {
+        "representations": [[number, "block_output", "pos", 1, cfg.r, *[None] * 9] for number, _ in keys],
+        "intervention_types": [f"<class 'pyreft.interventions.{kind}'>" for _ in keys],
+        "intervention_dimensions": [width for _ in keys], "intervention_constant_sources": [True for _ in keys],
+        "sorted_keys": [key for _, key in keys], "mode": "parallel",
+        OURS: {name: getattr(cfg, name) for name in SAID},
+    }  # fmt: skip
+    os.makedirs(path, exist_ok=True)
+    for name, values in files.items():
+        write_torch(os.path.join(path, name), values)
+    replace(os.path.join(path, CONFIG), write_text(json.dumps(config, indent=2) + "\n"))
+    return lost

@@ -21,6 +21,7 @@ from graft.core.effect import Branch, Effect, Factors, LowRank, Replace
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
 from graft.core.method import Method, Tokens
 from graft.core.ops import find_op
+from graft.core.published import Published
 from graft.methods.moelora import balance, check_experts, weighed
 from graft.methods.places import ATTENTION, MLP, named, walk
 
@@ -80,6 +81,7 @@ class MixLoRA(Method[MixLoraConfig]):
     """y = Σₑ gₑ MLPₑ(h), g the k largest of softmax(G h) divided by their sum: 1 in all, so it begins as the MLP."""
 
     prefix = "mixlora_"
+    published_lr = Published(2e-4, 2e-4, "arXiv 2404.15159, its code, MoE-PEFT")
 
     mixlora_router: nn.Linear  # of an MLP: weight (experts, H)
     mixlora_A: nn.Parameter  # (experts, r, in) in an MLP, (r, in) elsewhere

@@ -26,9 +26,9 @@ from graft.files.errors import LossError, ServerError, UnknownModelError
 from graft.files.export import export
 from graft.files.serving import check
 from graft.files.tensors import read_header, tensor, write_safetensors
-from graft.serving.ask import Connection
+from graft.serving.ask import Connection, ask
 from graft.serving.start import wait
-from graft.serving.verify import verify
+from graft.serving.verify import log_probabilities, prompts, rms, shared, values, verify
 from tests.files import adapters
 from tests.models import seeded
 from tests.servers.common import broken, model
@@ -84,8 +84,8 @@ def converted(folder, words, out):
 
 
 @contextmanager
-def running(gguf, *loras):
-    """A server with these adapters, all at rest until asked for."""
+def running(gguf, *loras, control=None):
+    """A server with these adapters, all at rest until asked for, and with a control vector."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,6 +94,8 @@ def running(gguf, *loras):
     words += ["-c", "512", "-np", "1", "--lora-init-without-apply", *exact]
     for lora in loras:
         words += ["--lora", lora]
+    if control is not None:
+        words += ["--control-vector", control]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(words, stdout=log, stderr=log)
         try:
@@ -124,6 +126,23 @@ def test_what_export_writes(name, base, gguf, folder, tmp_path):
     export(formats.read(folder(name), held), "llama.cpp", held, str(tmp_path / "a.gguf"))
     found = verdict(gguf, tmp_path / "a.gguf", folder(name))
     assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
+
+
+def test_a_steering_vector_is_a_control_vector(base, gguf, tmp_path):
+    steered = graft.get_peft_model(model(), graft.SteeringConfig(layers=[1], coefficient=2.0)).eval()
+    with torch.no_grad(), seeded(3):
+        for name, p in steered.named_parameters():
+            p.normal_(std=0.3) if "steering_vector" in name else None
+    steered.save_pretrained(tmp_path / "peft")
+    convert(tmp_path / "peft", "gguf", tmp_path / "vector.gguf", base)
+    asked = prompts(512)
+    seen = []
+    for control in (None, tmp_path / "vector.gguf"):
+        with running(gguf, control=control) as url:
+            seen.append(ask(Connection(url, 600), "llama.cpp", "base", asked, base=True))
+    places = shared(*seen, 512)
+    own, (plain, theirs) = log_probabilities(steered, asked, places), (values(one, places) for one in seen)
+    assert rms(theirs - own) < 1e-4 < 0.1 < rms(plain - own)
 
 
 def test_what_convert_reads(base, words, gguf, folder, tmp_path):

@@ -5,13 +5,14 @@ BIN = $(VENV)/bin
 VERSIONS ?= tests/versions/today.txt
 TESTS ?=
 
+ORACLES = $(patsubst tests/oracles/%.txt,%,$(wildcard tests/oracles/*.txt))
 TRAINERS = $(patsubst tests/trainers/%.txt,%,$(wildcard tests/trainers/*.txt))
 PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft and its tests again
 
 .PHONY: test test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed test-clients test-peft \
-	test-formats test-trainers test-serving mutations fuzz check dist release bench demo demo-sweep demo-lm demo-4bit compare \
+	test-formats test-oracles test-trainers test-serving mutations fuzz check dist release bench demo demo-sweep demo-lm demo-4bit compare \
 	rates examples guide-serving docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
@@ -124,6 +125,18 @@ $(VENV)-formats/.installed: pyproject.toml $(wildcard tests/formats/*.txt)
 
 test-formats: $(VENV)-formats/.installed
 	GRAFT_TESTS_FORMATS=1 $(VENV)-formats/bin/python -W ignore -m pytest -W ignore tests/formats
+
+# the libraries that methods are compared with make the fixtures anew, each from a folder of its own
+test-oracles: $(ORACLES:%=test-oracles-%)
+
+test-oracles-%: $(VENV)/.test $(VENV)/oracles/%/.installed
+	PYTHONPATH=$(abspath $(VENV)/oracles/$*) $(BIN)/python -m tests.oracles $* out/oracles/$*
+
+.PRECIOUS: $(VENV)/oracles/%/.installed
+$(VENV)/oracles/%/.installed: tests/oracles/%.txt | $(VENV)/.test
+	rm -rf $(@D)
+	$(BIN)/pip install -q --no-deps --target $(@D) -r $<
+	touch $@
 
 # PEFT's own tests, from its source distribution, with graft under PEFT's name; in an environment of its own
 $(VENV)-peft/.installed: pyproject.toml tests/peft_suite/requirements.txt

@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make `fixtures/adapterhub`: adapters of AdapterHub's library on tiny models, and what it computes with them.
 
-`python -m tests.methods.make_adapterhub` in an environment with adapters==1.3.0 and transformers==4.57.6. For each
-model a folder with the base. `adapters.safetensors` has the tensors of all adapters and their configs, as the library
-saves them (three of them in folders of their own), `outputs.safetensors` inputs and the library's outputs.
+`make test-oracles` makes them anew. For each model a folder with the base. `adapters.safetensors` has the tensors of
+all adapters and their configs, as the library saves them (three of them in folders of their own), `outputs.safetensors`
+inputs and the library's outputs.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-HERE = Path(__file__).parent / "fixtures" / "adapterhub"
 WHOLE = {("bert", "houlsby"), ("bert", "compacter"), ("llama", "loreft")}
 SIZES = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
 
@@ -88,16 +86,14 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
     return out
 
 
-def main() -> None:
+def main(out: Path) -> None:
     import adapters
-    import transformers
 
     assert adapters.__version__ == "1.3.0", adapters.__version__
-    shutil.rmtree(HERE, ignore_errors=True)
     for name, model in models().items():
         fill(dict(model.named_parameters()), 1, 0.2)
         model.eval()
-        folder = HERE / name
+        folder = out / "adapterhub" / name
         model.save_pretrained(folder, safe_serialization=True)
         given = inputs(name)
         held = {f"in.{k}": v for k, v in given.items()}
@@ -128,8 +124,3 @@ def main() -> None:
             model.delete_adapter(label)
         save_file(tensors, folder / "adapters.safetensors", {"configs": json.dumps(said)})
         save_file({k: v.contiguous() for k, v in held.items()}, folder / "outputs.safetensors")
-    print(transformers.__version__, *sorted(p.name for p in HERE.iterdir()), file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

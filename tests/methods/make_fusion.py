@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make `fixtures/fusion`: AdapterFusion of AdapterHub's library on two of the models of `fixtures/adapterhub`.
 
-`python -m tests.methods.make_fusion` in an environment with adapters==1.3.0 and transformers==4.57.6. Each folder has
+`make test-oracles` makes them anew. Each folder has
 two bottlenecks and the fusion as the library saves them, and `outputs.safetensors` what it computes with them.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -30,12 +29,11 @@ def cases():
     }
 
 
-def main() -> None:
+def main(out: Path) -> None:
     import adapters
     import transformers
 
     assert adapters.__version__ == "1.3.0", adapters.__version__
-    shutil.rmtree(HERE / "fusion", ignore_errors=True)
     for label, (bottleneck, fusion) in cases().items():
         base = HERE / "adapterhub" / label.partition("-")[0]
         model = transformers.AutoModel.from_pretrained(base, attn_implementation="eager")
@@ -51,7 +49,7 @@ def main() -> None:
         model.eval()
         with torch.no_grad():
             y = model(**given).last_hidden_state
-        folder = HERE / "fusion" / label
+        folder = out / "fusion" / label
         folder.mkdir(parents=True)
         for name in ("a", "b"):
             model.save_adapter(str(folder / name), name, with_head=False)
@@ -61,7 +59,3 @@ def main() -> None:
             {"y": y.contiguous(), "loss": torch.tensor(0.0) if loss is None else loss.detach()},
             folder / "outputs.safetensors",
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make `tlora.safetensors` with LyCORIS: what its T-LoRA adds at some timesteps, trained away from its start.
 
-`python -m tests.methods.make_tlora`, with lycoris-lora==4.1.3, einops and toml beside torch.
+`make test-oracles` makes it anew.
 """
 
 from pathlib import Path
@@ -11,12 +11,11 @@ from lycoris.modules import tlora
 from safetensors.torch import save_file
 from torch import nn
 
-FILE = Path(__file__).parent / "tlora.safetensors"
 TIMESTEPS = (0, 130, 480, 999)
 KINDS = ("principal", "last", "middle")
 
 
-def main() -> None:
+def main(out: Path) -> None:
     torch.manual_seed(0)
     base, x = nn.Linear(7, 6), torch.randn(3, 7)
     held = {"weight": base.weight.data, "bias": base.bias.data, "x": x}
@@ -32,8 +31,4 @@ def main() -> None:
         for t in TIMESTEPS:
             tlora.set_timestep_mask(tlora.compute_timestep_mask(t, 1000, 4, 1, 0.7))
             held[f"{kind}.{t}"] = module.get_diff_weight()[0].detach().clone()
-    save_file({name: t.contiguous() for name, t in held.items()}, FILE)
-
-
-if __name__ == "__main__":
-    main()
+    save_file({name: t.contiguous() for name, t in held.items()}, out / "tlora.safetensors")

@@ -14,7 +14,7 @@ import graft
 from graft.methods.tlora import ranks
 from tests.models import seeded
 
-ORACLE = load_file(Path(__file__).parent / "tlora.safetensors")  # by make_tlora.py
+ORACLE = load_file(Path(__file__).parent / "fixtures" / "tlora.safetensors")  # by make_tlora.py
 NAMES = ("P", "lambda", "Q")
 
 

@@ -155,7 +155,16 @@ def look(function: FunctionType) -> Source | None:
     return source
 
 
+SEEN: WeakKeyDictionary[FunctionType, Source | None] = WeakKeyDictionary()
 SOURCES: WeakKeyDictionary[type, dict[Path, Use]] = WeakKeyDictionary()
+
+
+def seen_in(functions: Iterable[FunctionType]) -> list[Source]:
+    """Return what each function that has a source reads and calls."""
+    for function in functions:
+        if function not in SEEN:
+            SEEN[function] = look(function)
+    return [seen for function in functions if (seen := SEEN[function]) is not None]
 
 
 def uses_of(kind: type) -> dict[Path, Use]:
@@ -168,12 +177,13 @@ def uses_of(kind: type) -> dict[Path, Use]:
             for name, value in vars(cls).items():
                 if (function := plain(value)) is not None and not SETS_UP.match(name):
                     functions.setdefault(name, function)
+    naming = [f for f in functions.values() if TENSORS & set(names(f.__code__))]  # few do: to parse all takes 0.25 s
     uses: dict[Path, Use] = {}
-    if any(TENSORS & set(names(f.__code__)) for f in functions.values()):  # few do
-        found = [seen for f in functions.values() if (seen := look(f)) is not None]
+    if any(seen.reads for seen in seen_in(naming)):
+        found = seen_in(functions.values())
         reads, calls = {p for s in found for p in s.reads}, {p for s in found for p in s.calls}
         handed = any(s.hands_on for s in found)
-        uses = {path: Use(path in reads, handed or path in calls) for path in reads | calls} if reads else {}
+        uses = {path: Use(path in reads, handed or path in calls) for path in reads | calls}
     SOURCES[kind] = uses
     return uses
 

@@ -22,6 +22,7 @@ import torch
 from tests.warned import WARNED
 
 torch.set_num_threads(1)
+os.fsync = lambda fd: None  # what outlives a power cut, no test can see; a disk takes milliseconds for each
 
 SEED = int(os.environ.get("GRAFT_TESTS_SEED", "0"))
 

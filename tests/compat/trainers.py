@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ class Calls(Uses):
         return isinstance(node, ast.Name) and (node.id == "ctx" or (node.id == "self" and self.within > 0))
 
 
-def trees(folder: Path) -> Iterator[ast.Module]:
-    for path in folder.rglob("*.py"):
-        yield ast.parse(path.read_text())
+@cache
+def trees(folder: Path) -> list[ast.Module]:
+    return [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
 
 
 def parsed(text: str) -> ast.Module:

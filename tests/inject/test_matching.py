@@ -92,7 +92,7 @@ def test_rank_patterns(names, data):
 
 
 @given(st.integers(20, 40), st.data())
-@settings(quick, max_examples=30)
+@settings(quick, max_examples=10)
 def test_shortened_targets(size, data):
     """Long lists are saved as the shortest endings that select the same modules."""
     names = [f"layers.{i}.{p}.{n}" for i in range(6) for p in ("attn", "mlp") for n in ("q", "k", "v", "o")]

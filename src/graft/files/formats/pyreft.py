@@ -203,7 +203,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}
     known = ReftConfig.__dataclass_fields__
     cfg = ReftConfig(**{name: value for name, value in adapter.config.items() if name in known and name != "peft_type"})
-    adapter, lost = (held := fit(adapter, HOLDS, NAME, lossy)).adapter, held.lost
+    adapter, lost = (fitted := fit(adapter, HOLDS, NAME, lossy)).adapter, fitted.lost
     lost += [f"non_linearity={cfg.non_linearity}"] if cfg.non_linearity is not None else []
     lost += [f"{module}, which is no block" for module in adapter.modules if module not in numbers]
     modules = {numbers[path]: m for path, m in adapter.modules.items() if path in numbers and isinstance(m, Other)}

@@ -2,6 +2,7 @@
 """Inputs that are none, damaged, or of something else: exit code and message of each verb, and sources as they were."""
 
 import hashlib
+import os
 import pickle
 import shutil
 import sys
@@ -173,3 +174,22 @@ def test_a_full_disk_leaves_nothing(to, places, run, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 3 and str(tmp_path / "a" / "b") in said, said
     assert contents(places) == before and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "resize GOOD --rank 1 -o {} --force",
+        "convert GOOD --to kohya --base BASE -o {} --force",
+        "convert GOOD --to mlx --base BASE -o {} --force",
+        "merge BASE GOOD -o {} --force",
+        "inspect GOOD --plot {}.png",
+    ],
+)
+def test_a_pipe_is_no_output(line, places, run, tmp_path):
+    """As root a rename would put a folder in the place of /dev/null."""
+    pipe = tmp_path / ("pipe.png" if "plot" in line else "pipe")
+    os.mkfifo(pipe)
+    code, said = run(*words(line.format(tmp_path / "pipe"), places, tmp_path))
+    assert code in (2, 3) and str(pipe) in said and "stays as it is" in said.lower(), said
+    assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -12,11 +13,23 @@ from functools import cache
 
 Write = Callable[[str], None]  # writes to a path, at which an empty file stands already
 TEMPORARY = re.compile(r"\.(?P<of>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>[0-9]{1,9})-[0-9a-f]{16}\.tmp")
+NO_FILE = "It is a device or a pipe, and stays as it is"
 LONGEST = 24 * 3600  # seconds after which a temporary file of another machine belongs to no running save
 
 
+def is_special(path: str) -> bool:
+    """Return True if a device, a pipe or a socket stands at a path: a rename would put a file in its place."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 def replace(path: str, write: Write) -> None:
-    """Write a file. Whatever happens meanwhile, the path holds the old one or the new one, whole."""
+    """Write a file. Whatever happens meanwhile, the path holds the old one or the new one, whole.
+
+    Raises:
+        OSError: the path is a device or a pipe, which the file would replace; or what writing raises.
+    """
+    if is_special(path):
+        raise OSError(errno.EINVAL, NO_FILE, path)
     with Scratch(os.path.dirname(path) or ".") as scratch:
         os.replace(scratch.write(os.path.basename(path), write), path)
         sync(scratch.folder)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from graft.config.atomic import NO_FILE, is_special
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError, OutputExistsError
 from graft.files.formats import recognise
@@ -20,7 +21,7 @@ def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bo
 
     Raises:
         OptionError: it is one of the sources, which nothing ever changes, or lies in one, or one lies in it.
-        OutputExistsError: there is something, and `force` is False; or it is a folder that is no adapter.
+        OutputExistsError: there is something, and `force` is False; or it is a folder that is no adapter, or a device.
     """
     here = os.path.realpath(path)
     for source in filter(os.path.exists, sources):
@@ -33,6 +34,8 @@ def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bo
             )
     if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
         return
+    if is_special(path):
+        raise OutputExistsError(f"{path}: {NO_FILE}. Give another place for the result.")
     if not force:
         raise OutputExistsError(f"{path} exists: pass force=True (--force) to replace it.")
     if os.path.isdir(path) and not os.path.islink(path) and not is_adapter(path):
@@ -99,6 +102,8 @@ def missing(folder: str) -> list[str]:
 
 def put(made: str, target: str, room: str) -> None:
     """Give a result its name; what is there goes only when the result has come."""
+    if is_special(target):
+        raise OSError(errno.EINVAL, NO_FILE, target)
     if not os.path.exists(made):
         raise CheckpointError(f"Nothing was written for {target}.")
     old = os.path.join(room, "old")

@@ -711,3 +711,28 @@ def test_methods_that_do_not_adapt_stacks_of_experts():
     with pytest.raises(UnsupportedLayerError, match=said):
         graft.get_peft_model(base, graft.SdtConfig(target_parameters=stacks))
     assert before == {n: p.requires_grad for n, p in base.named_parameters()}
+
+
+@pytest.mark.differs(
+    "`target_parameters` of other methods than LoRA",
+    peft="no such field: a warning, or an error where a file names no modules",
+    graft="each matrix of a stack is adapted as a linear layer",
+)
+@pytest.mark.parametrize("targets", [None, ["q_proj"]], ids=["no modules", "modules"])
+@pytest.mark.parametrize("method", ["LOKR", "HRA"])
+def test_peft_tells_that_it_does_not_know_stacks_of_other_methods(method, targets, tmp_path):
+    config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](r=2, target_modules=targets, target_parameters=BOTH)
+    model = graft.get_peft_model(base("mixtral"), config)
+    with seeded(3), torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape) if p.requires_grad else 0
+        model.save_pretrained(tmp_path)
+        assert torch.equal(logits(graft.PeftModel.from_pretrained(base("mixtral"), tmp_path)), logits(model))
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments .'target_parameters'"):
+        if targets is None:
+            with pytest.raises(ValueError, match="No `target_modules` passed"):
+                peft.PeftModel.from_pretrained(base("mixtral"), tmp_path)
+        else:
+            peft.PeftModel.from_pretrained(base("mixtral"), tmp_path)
+    plain = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](r=2, target_modules=["q_proj"])
+    assert "target_parameters" not in plain.saved_dict()

@@ -87,6 +87,83 @@ def test_values_and_gradients_are_those_of_the_dequantized_base(kind, targets):
         assert_close(model(IDS).logits, expected[1], rtol=1e-5, atol=1e-6)
 
 
+METHODS = {
+    "LOKR": dict(r=2),
+    "LOHA": dict(r=2),
+    "HRA": dict(r=2),
+    "HIRA": dict(r=2),
+    "IA3": dict(feedforward_modules=BOTH[1:]),
+    "VBLORA": dict(r=1, num_vectors=8, vector_length=4),
+    "DELORA": dict(r=2, init_weights=False),
+}
+
+
+def moved(model, method, adapter="default", **config):
+    """Return a model with an adapter of another method, which does something."""
+    values = dict(target_modules=["q_proj"], target_parameters=BOTH, **METHODS[method])
+    made = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](**values | config)
+    with seeded(1):
+        if isinstance(model, graft.PeftModel):
+            model.add_adapter(adapter, made)
+        else:
+            model = graft.get_peft_model(model, made, adapter)
+    with seeded(2), torch.no_grad():
+        for n, p in model.named_parameters():
+            if f".{adapter}" in n:
+                p += 0.1 * torch.randn(p.shape)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_on_packed_stacks(method, kind, tmp_path):
+    packed, dense = (moved(m, method) for m in both(kind))
+    expected = results(dense)
+    same(results(packed), expected)
+    with torch.no_grad():
+        assert_close(packed(IDS).logits, expected[1], rtol=1e-5, atol=1e-6)
+        packed.save_pretrained(tmp_path)
+        loaded = graft.PeftModel.from_pretrained(both(kind)[0], tmp_path)
+        assert torch.equal(loaded(IDS).logits, packed(IDS).logits)
+
+
+@torch.no_grad()
+def test_other_methods_merge_into_packed_stacks(monkeypatch):
+    """One matrix after the other, as into the dense stack, but for rounding; unmerging gives the bits back."""
+    bases = both("fp8")
+    inner, twins = (blocks(m) for m in bases)
+    packed, dense = (moved(m, "LOKR", target_modules=[]) for m in bases)
+    before, unmerged = dense_of(inner), packed(IDS).logits
+    monkeypatch.setattr(stacks.Held, "dense", lambda *_: pytest.fail("a dense stack"))
+    packed.merge_adapter()
+    monkeypatch.undo()
+    dense.merge_adapter()
+    for (path, m), (_, twin) in zip(inner, twins):
+        for name in NAMES:
+            change = getattr(twin, name) - before[f"{path}.{name}"]
+            found = stacks.held(m, name).dense(range(len(change)), torch.float32) - before[f"{path}.{name}"]
+            assert (found - change).norm() < 0.5 * change.norm()
+    assert min(graft.merge_report(packed).values()) > 0.9
+    packed.unmerge_adapter()
+    assert torch.equal(packed(IDS).logits, unmerged)
+
+
+def test_mixtures_of_methods_on_packed_stacks():
+    """Each acts on the matrix that those before it made."""
+    models = []
+    for base in both("fp8"):
+        with seeded(1):
+            config = graft.LoraConfig(r=2, target_parameters=BOTH, init_lora_weights=False)
+            model = graft.get_peft_model(base, config, mixed=True)
+        for method, adapter in (("HRA", "h"), ("LOKR", "k")):
+            with seeded(1):
+                config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](r=2, target_parameters=BOTH, init_weights=False)
+                model.add_adapter(adapter, config)
+        model.set_adapter(["default", "h", "k"])
+        models.append(model)
+    same(results(models[0]), results(models[1]))
+
+
 @pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
 def test_each_matrix_in_use_is_dequantized_once_in_either_direction(kind, monkeypatch):
     model = adapted(both(kind)[0])

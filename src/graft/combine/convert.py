@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 from graft.core.folding import Change, change_of, why_none
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.core.ops import META
+from graft.core.ops import META, Opaque
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
 from graft.methods import method_of
@@ -63,11 +63,16 @@ def convert(
     lost: dict[str, float] = {}
     for key, layer in shown(layers.items(), len(layers)) if progressbar else layers.items():
         change = change_of(layer.methods[adapter], effects.get(key))
-        A, B, lost[key] = of_rank(change, rank, decompose)
+        all_ranks = (
+            rank * len(change.A) if isinstance(rank, int) and layer.op.opaque else rank
+        )  # each matrix has `rank`
+        A, B, lost[key] = of_rank(change, all_ranks, decompose)
         held[key] = Change(A, B, change.shift)
     report(adapter, rank, lost)
     made = adding.plain_lora([cfg])
-    configure(made, base, {key: A.shape[0] * A.shape[1] for key, (A, _, _) in held.items()}, rank)
+    stacks = [key for key in held if layers[key].op.opaque]
+    ranks = {key: A.shape[1] * (1 if key in stacks else len(A)) for key, (A, _, _) in held.items()}
+    configure(made, base, ranks, rank, stacks)
     made.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
     made.lora_bias = any(shift is not None for _, _, shift in held.values())
     return made, {key: values_on(layers[key].methods[adapter], change, made) for key, change in held.items()}
@@ -115,7 +120,7 @@ def check(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[st
         )
     for key, layer in layers.items() if isinstance(rank, int) else ():
         groups = layer.op.groups(layer.base_layer)
-        most = groups * min(layer.out_features // groups, layer.fan_in)
+        most = groups * min(layer.out_features // groups, layer.in_features if layer.op.opaque else layer.fan_in)
         if rank > most:
             raise ConfigError(
                 f"The chosen rank {rank} is larger than the weight shape ({most}), please choose a lower rank: layer "
@@ -188,8 +193,14 @@ def shown(items: Iterable[object], total: int) -> Iterable[Any]:
 # LoRA
 
 
-def configure(cfg: Any, base: nn.Module, ranks: dict[str, int], rank: int | float) -> None:
-    """Make `cfg` give these layers of `base` these ranks, with scaling 1, and leave all others alone."""
+def configure(
+    cfg: Any, base: nn.Module, ranks: dict[str, int], rank: int | float, parameters: Sequence[str] = ()
+) -> None:
+    """Make `cfg` give these layers of `base` these ranks, with scaling 1, and leave all others alone.
+
+    Args:
+        parameters: those that are parameters.
+    """
     if isinstance(rank, int):
         cfg.r = cfg.lora_alpha = rank
     else:
@@ -199,13 +210,19 @@ def configure(cfg: Any, base: nn.Module, ranks: dict[str, int], rank: int | floa
             cfg.rank_pattern = {f"^{re.escape(key)}": r for key, r in ranks.items()}
         cfg.alpha_pattern = dict(cfg.rank_pattern)
     matcher = Matcher(cfg)
-    if {key for key in survey(base).modules if matcher(key).outcome == "matched"} != set(ranks):
-        adding.name_exactly(cfg, ranks)
+    if parameters or {key for key in survey(base).modules if matcher(key).outcome == "matched"} != set(ranks):
+        adding.name_exactly(cfg, ranks, parameters)
 
 
 def values_on(m: Method, change: Change, cfg: Any) -> Tensors:
     """Return the values of LoRA's tensors on the layer of a method, in its dtype."""
-    site, B = m.site, change.B.flatten(0, 1)  # type: ignore[union-attr]
+    site, B = m.site, change.B
+    assert B is not None
+    if site.op.opaque:
+        A, B = Opaque.joined(change.A, B)
+        made = method_of("LORA")(site, cfg, m.name).holding(A, B)
+        return {place: t.detach().to(m.dtype, copy=True).contiguous() for place, t in made.items()}
+    B = B.flatten(0, 1)
     A = of_all_groups(change.A, site).flatten(0, 1)
     values = method_of("LORA")(site, cfg, m.name).holding(A, B)
     if cfg.lora_bias:

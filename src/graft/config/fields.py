@@ -23,9 +23,13 @@ class Targets(PeftConfig):
     target_modules: list[str] | set[str] | str | None = (
         None  # names, suffixes, one regex, "all-linear", or None: the default of the architecture
     )
+    target_parameters: list[str] | None = None  # parameters by their own names: matrices, and stacks (experts)
     modules_to_save: list[str] | None = None  # trained whole and saved beside the adapter
+    beyond: ClassVar[frozenset[str]] = frozenset({"target_parameters"})
 
     def __post_init__(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         super().__post_init__()
         self.target_modules = as_set(self.target_modules)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -139,12 +139,44 @@ def times(function: Callable[..., Any], weight: float) -> Callable[..., Any]:
     return run
 
 
+class Pieces:
+    """What makes the changes of single matrices of a stack, which are never all there at once (`core/each.py`)."""
+
+    reads: bool  # `change` needs the matrix
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of which it makes them, (n, …), in which gradients flow."""
+        raise NotImplementedError
+
+    def shared(self) -> list[Tensor]:
+        """Return those of all matrices."""
+        return []
+
+    def times(self, weight: float) -> Pieces:
+        """Return what makes `weight` times these changes."""
+        raise NotImplementedError
+
+    def change(
+        self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None, W: Tensor | None, trains: bool
+    ) -> tuple[Tensor, ...]:
+        """Return the change of a matrix: ΔW (out, in), or A (r, in) and B (out, r).
+
+        Args:
+            tensors: those of the matrix.
+            W0: the matrix without any adapter; None: read it where it stands, if at all.
+            W: what the adapters before it have made of that; None: W0.
+            trains: the layer trains, so that inputs may be dropped.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Effect:
     """Base of the five kinds. The site and the config decide the kind once; its functions run at each call."""
 
     of_weight: bool = False  # it reads W₀, the weight as it is without any adapter
     fixed: str | None = None  # the reason why it has no merged form; None if it has one
+    pieces: Pieces | None = None  # of a stack of matrices, by which single ones change; None: those of its factors
 
     whole: ClassVar[bool] = False  # it runs in place of the layer
     inward: bool = False  # of several active adapters, each acts on the layer that those after it made
@@ -250,7 +282,8 @@ class Update(Effect):
     def times(self, weight: float) -> Effect:
         own = self.delta, self.branch, self.beside, self.bias
         delta, branch, beside, bias = (part and times(part, weight) for part in own)
-        return replace(self, delta=delta, branch=branch, beside=beside, bias=bias)
+        pieces = self.pieces and self.pieces.times(weight)
+        return replace(self, delta=delta, branch=branch, beside=beside, bias=bias, pieces=pieces)
 
 
 def with_part(part: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.core.dropout import share_dropped
-from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Rewrite, Tap, Update, dense, matrix
+from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Pieces, Rewrite, Tap, Update, dense, matrix
 from graft.core.method import Method
 from graft.core.protocols import Layer
 
@@ -45,7 +45,8 @@ def delta_of(layer: Layer, effect: Effect, drops: bool = False) -> Tensor:
     if isinstance(effect, Update):
         delta = lazy_delta(layer, effect)
         W = torch.zeros(layer.site.shape) if delta is None else dense(delta)
-        return W if effect.beside is None else W + product_of(layer, effect.beside(), drops)
+        W = W if effect.beside is None else W + product_of(layer, effect.beside(), drops)
+        return W * effect.dropout()(torch.ones_like(W[0])) if drops and effect.dropout is not None else W
     raise TypeError(f"a {type(effect).__name__} has no ΔW")
 
 
@@ -93,11 +94,7 @@ def fold_step(
             W = W * f.gain.to(W.dtype).view(-1, *[1] * (W.dim() - 1))
     else:
         if not effect.keeps_weight:
-            delta = delta_of(layer, effect, drops).to(W.dtype)
-            dropout = getattr(effect, "dropout", None) if drops else None
-            if dropout is not None:
-                delta = delta * dropout()(torch.ones_like(W[0]))
-            W = W + delta
+            W = W + delta_of(layer, effect, drops).to(W.dtype)
         shift = effect.shift()
     if shift is not None:
         b = shift if b is None else b + shift.to(b.dtype)
@@ -123,7 +120,7 @@ def why_none(m: Method, effect: Effect | None = None) -> str | None:
     A `Rewrite` has f(W₀) - W₀, where f makes the merged weight.
     """
     site, effect = m.site, effect or m.effect
-    if site.op.opaque or not site.op.known:
+    if (site.op.opaque and len(site.shape) < 3) or not site.op.known:
         return f"no LoRA layer stands for '{site.type_name}'"
     why = m.excludes(PLAIN)
     if why is not None:
@@ -141,9 +138,14 @@ def change_of(m: Method, effect: Effect | None = None) -> Change:
     layer, effect, op = m.layer, effect or m.effect, m.site.op
     groups = op.groups(m.site.module)
     with layer.held.at_hand(layer), evaluating(layer):
+        if effect.pieces is not None:
+            return change_of_each(effect.pieces, layer.site.shape[0])
         if isinstance(effect, LowRank) and not effect.gains:
             f = effect.factors()
             A, B = (wide(t) for t in f.unscaled())
+            if op.opaque:  # a stack
+                A, B = op.each(A, B, layer.site.shape[0])
+                return Change(A, B if f.scale is None else B * f.scale, None)
             own = len(A) == groups * B.shape[1]  # each group has rows of A for itself
             return Change(
                 A.unflatten(0, (groups, -1)) if own else A.expand(groups, *A.shape),
@@ -157,6 +159,14 @@ def change_of(m: Method, effect: Effect | None = None) -> Change:
             W, bias = fold_step(layer, m, effect, before, b)
             W, shift = W - before, None if bias is b or bias is None else bias if b is None else bias - b
     return Change(wide(W).flatten(1).unflatten(0, (groups, -1)), None, shift)
+
+
+def change_of_each(pieces: Pieces, count: int) -> Change:
+    """Return the changes of all matrices of a stack, as those of so many groups."""
+    tensors = pieces.tensors()
+    made = [pieces.change(expert, [t[expert] for t in tensors], None, None, False) for expert in range(count)]
+    A, *B = (torch.stack([wide(t) for t in some]) for some in zip(*made))
+    return Change(A, B[0] if B else None, None)
 
 
 def wide(t: Tensor) -> Tensor:

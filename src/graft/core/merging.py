@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from graft.core import stacked
 from graft.core.averaging import averaged
 from graft.core.containers import slots_of
+from graft.core.each import Making, pieces_of
 from graft.core.effect import HALF, Effect, LowRank, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
 from graft.core.finite import largest, survival
@@ -165,7 +166,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
     `Rewrite` tells only as it folds, which takes as long as the merge.
     """
     kind = (type(m), id(m.cfg), type(layer.op))
-    if kind in asked or not isinstance(m.effect, (LowRank, Update, Rewrite)):
+    if kind in asked or m.effect.pieces is not None or not isinstance(m.effect, (LowRank, Update, Rewrite)):
         return False
     asked.add(kind)
     with layer.held.at_hand(layer), evaluating(layer), torch.no_grad():
@@ -316,11 +317,11 @@ def merge(layer: Layer, names: list[str], undoable: bool) -> None:
 def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
     """Return True if weight and bias with `steps` folded in are finite."""
     with evaluating(layer):
-        products = _products(steps) if is_packed_stack(layer) else None
-    if products is not None:
-        kept = [state for _, state, _ in layer.state.undo if state is not None] if from_w0 else []
-        stack = kept[0].to(layer.held.where()[0]) if kept else layer.held.snapshot()
-        return stacked.stays_finite(stack, _by_matrix(layer, products))
+        fold = _by_matrix(layer, steps)
+        if fold is not None:
+            kept = [state for _, state, _ in layer.state.undo if state is not None] if from_w0 else []
+            stack = kept[0].to(layer.held.where()[0]) if kept else layer.held.snapshot()
+            return stacked.stays_finite(stack, fold)
     W, b = folded(layer, steps, from_w0)
     return bool(W.isfinite().all() and (b is None or b.isfinite().all()))
 
@@ -371,10 +372,15 @@ def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
     return found
 
 
-def _by_matrix(layer: Layer, products: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Return the factors of each matrix of a stack."""
-    op: Any = layer.op
-    return [op.each(A, B, layer.site.shape[0]) for A, B in products]
+def _by_matrix(layer: Layer, steps: Sequence[Step]) -> stacked.Fold | None:
+    """Return the function that folds steps into one matrix of a packed stack; None for another weight, or if a step
+    says nothing of single matrices."""
+    pieces = [pieces_of(layer, effect) for _, effect in steps] if is_packed_stack(layer) else [None]
+    if any(p is None for p in pieces):
+        return None
+    making = Making(pieces, False)  # type: ignore[arg-type]
+    tensors = [t.detach() for t in making.tensors]
+    return lambda expert, W: making.folded(expert, [t[expert] for t in tensors], W, W)
 
 
 def _added(op: Any, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
@@ -409,8 +415,9 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
             state.survived.append(survival(W, wide, W))
         state.merged += names
         return
-    if products is not None and is_packed_stack(layer):
-        made, survived = stacked.merged(layer.held.snapshot(), _by_matrix(layer, products))
+    fold = _by_matrix(layer, steps)
+    if fold is not None:
+        made, survived = stacked.merged(layer.held.snapshot(), fold)
         if undoable:
             state.undo.append(("restore", _snapshot(layer), None))
         layer.held.restore(made)

@@ -152,6 +152,8 @@ class Method(Generic[C]):
     # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each
     common: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
 
+    lays_out_stacks: ClassVar[bool] = False  # it knows stacks of matrices itself; others act on each (`core/each.py`)
+
     # derived from the declarations of a subclass
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
     empty: ClassVar[dict[str, Any]] = {}  # these containers, as a layer shows those that it does not need
@@ -348,6 +350,11 @@ class Method(Generic[C]):
         return self.describe()
 
     # facts
+
+    @property
+    def alone(self) -> Method:
+        """The method as it is on one matrix of a stack; itself on anything else."""
+        return self
 
     @property
     def is_variant(self) -> bool:

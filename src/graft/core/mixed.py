@@ -107,6 +107,8 @@ class Mixed:
             return layer.base_module(*args, **kwargs)
         if self.folded:
             if self.routes and (len(rows.segments) > 1 or layer.call.now().draws is not None):
+                if not all(plan.adds for _, plan in self.carrying):
+                    refuse_gates(layer)
                 own = [part for i, plan in self.carrying for part in plan.parts(i)]
                 return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, own, Groups(rows))
             one = self.only(rows)

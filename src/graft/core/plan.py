@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from graft.core import fused
 from graft.core.averaging import averaged
 from graft.core.dropout import share_dropped
-from graft.core.effect import Branch, Effect, Factors, LowRank, Rewrite, Tap, Unformed, Update, dense
+from graft.core.each import Making, pieces_of
+from graft.core.effect import Branch, Effect, Factors, LowRank, Pieces, Rewrite, Tap, Unformed, Update, dense
 from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.folding import fold_step, lazy_delta, same_inputs
 from graft.core.method import Method
@@ -24,6 +25,7 @@ from graft.core.ops import Opaque
 from graft.core.protocols import Layer
 from graft.core.routing import Own, route
 from graft.kernels.eager import eager, once, watched
+from graft.kernels.experts import Formed, Part
 from graft.kernels.low_rank import dropout
 from graft.kernels.summed import summed
 
@@ -459,7 +461,8 @@ class Folded(Plan):
     """A weight that only its module knows how to use: fold, then call the module with the folded weight.
 
     A sum of products is not formed: the module gets a tensor that stands for it, so that of a stack only the matrices
-    in use cost anything. Of experts whose stack is packed, or that count less than others, graft runs the module.
+    in use cost anything. Of experts whose stack is packed, that count less than others, or that change by more than
+    products, graft runs the module: then only the matrices in use are formed.
     """
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
@@ -467,15 +470,19 @@ class Folded(Plan):
         assert isinstance(layer.op, Opaque)
         self.op = layer.op
         self.products = [effect for _, effect in self.steps if isinstance(effect, LowRank) and effect.additive]
-        self.routes = layer.site.experts is not None and len(self.products) == len(self.steps)
+        self.routes = layer.site.experts is not None and all(
+            effect.pieces is not None or (isinstance(effect, LowRank) and effect.additive) for _, effect in self.steps
+        )
+        self.adds = all(effect.additive for _, effect in self.steps)
+        self.forms = len(self.products) < len(self.steps)
 
     def run(self, *args: object, **kwargs: object) -> Any:
         layer = self.layer
         gated = layer.call.open and layer.call.weights() is not None
-        if self.routes and (gated or self.op.packed is not None):
-            return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, self.parts(), None)
-        if gated:
+        if gated and not (self.routes and self.adds):
             refuse_gates(layer)
+        if self.routes and (gated or self.op.packed is not None or (self.forms and self.may_route)):
+            return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, self.parts(), None)
         if self.op.packed is not None:
             self.refuse_packed()
         W = self.stand_in()
@@ -489,14 +496,26 @@ class Folded(Plan):
             "deactivate the others, or load the base dequantized."
         )
 
+    @property
+    def may_route(self) -> bool:
+        """Return True if graft may run the module of a dense stack, as if its own forward ran."""
+        W = self.layer.weight_now
+        return eager() and not watched() and type(W) in fused.PLAIN and not W.requires_grad
+
     def parts(self, group: int | None = None) -> list[Own]:
         """Return what each step adds to the stack; for one group of the rows of a batch."""
         layer, parts = self.layer, []
         gates = layer.call.weights() if layer.call.open else None
+        if not self.adds:  # each changes what those before it made
+            found = [pieces for _, effect in self.steps if (pieces := pieces_of(layer, effect)) is not None]
+            return [Own(formed_part(found, layer.training, group))]
         for m, effect in self.steps:
-            A, B = same_inputs(effect.factors()).matrices()  # type: ignore[attr-defined]
             gate = None if gates is None else partial(gates.of_tokens, layer, m.name)
-            parts.append(Own(*self.op.each(A, B, self.op.stack(layer.site.module)), group, gate))
+            if effect.pieces is None:
+                A, B = same_inputs(effect.factors()).matrices()  # type: ignore[attr-defined]
+                parts.append(Own(Part(*self.op.each(A, B, self.op.stack(layer.site.module)), group), gate))
+            else:
+                parts.append(Own(formed_part([effect.pieces], layer.training, group), gate))
         return parts
 
     def stand_in(self) -> Tensor | None:
@@ -512,6 +531,12 @@ class Folded(Plan):
             A, B = same_inputs(effect.factors()).matrices()
             parts.append((*(op.each(A, B, len(W)) if W.dim() > 2 else (A, B)), 1.0))
         return summed(W, parts, op.transposed)
+
+
+def formed_part(pieces: Sequence[Pieces], trains: bool, group: int | None) -> Formed:
+    """Return what adapters of a stack add to it together, made one matrix at a time."""
+    making = Making(pieces, trains)
+    return Formed(making.tensors, making, group, None, making.reads or len(pieces) > 1, making.shared)
 
 
 class Whole(Plan):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import RoutingError
 from graft.core.rows import Rows
-from graft.kernels.experts import Part
+from graft.kernels.experts import Formed, Part
 from graft.kernels.waits import constant
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ HANDED = "_graft_handed"  # mark on the innermost module, while layers around it
 class Own(NamedTuple):
     """A part of a stack, before the number of tokens is known."""
 
-    A: Tensor  # (experts, r, in)
-    B: Tensor  # (experts, out, r)
-    group: int | None = None
+    part: Part | Formed  # without a gate
     gate: Callable[[int], Tensor] | None = None  # number of tokens → (tokens,)
 
 
@@ -66,9 +64,9 @@ class Handed:
     groups: Groups | None = None
     parts: dict[str, Sequence[Own]] = field(default_factory=dict)
 
-    def parts_of(self, name: str, tokens: int) -> list[Part]:
+    def parts_of(self, name: str, tokens: int) -> list[Part | Formed]:
         own = self.parts.get(name, ())
-        return [Part(p.A, p.B, p.group, None if p.gate is None else p.gate(tokens)) for p in own]
+        return [p.part if p.gate is None else p.part._replace(gate=p.gate(tokens)) for p in own]
 
     def group_of(self, tokens: int, device: torch.device) -> Tensor | None:
         return None if self.groups is None else self.groups.of_tokens(tokens, self.key, device)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging products into a packed stack of matrices, such as those of experts, of which one at a time is dense."""
+"""Merging into a packed stack of matrices, such as those of experts, of which one at a time is dense."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graft.core.finite import survival
 
-Products = Sequence[tuple[Tensor, Tensor]]  # (experts, r, in) and (experts, out, r) of each
+Fold = Callable[[int, Tensor], Tensor]  # expert, a matrix (out, in) in at least float32 → what it shall be
 
 
 class Stack(Protocol):
@@ -26,35 +26,32 @@ class Stack(Protocol):
     def remade(self, matrix: Callable[[int], Tensor]) -> Stack: ...  # a new stack
 
 
-def added(stack: Stack, products: Products, expert: int) -> tuple[Tensor, Tensor]:
-    """Return a matrix (out, in) as it is; and with the products added, in at least float32."""
+def changed(stack: Stack, fold: Fold, expert: int) -> tuple[Tensor, Tensor]:
+    """Return a matrix (out, in) as it is; and as it shall be, in at least float32."""
     W = stack.matrix(expert, stack.dtype or torch.float32)
-    wide = W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
-    for A, B in products:
-        wide.addmm_(B[expert].to(wide), A[expert].to(wide))
-    return W, wide
+    return W, fold(expert, W.to(torch.promote_types(W.dtype, torch.float32)))
 
 
-def merged(stack: Stack, products: Products) -> tuple[Stack, Tensor]:
-    """Return a new stack with the products in it, and what rounding left of them (`survival`)."""
+def merged(stack: Stack, fold: Fold) -> tuple[Stack, Tensor]:
+    """Return a new stack with changes in it, and what rounding left of them (`survival`)."""
     stack = stack.in_rows()
 
     def matrix(expert: int) -> Tensor:
-        W, wide = added(stack, products, expert)
+        W, wide = changed(stack, fold, expert)
         return wide.to(W.dtype)
 
     new = stack.remade(matrix)
     shares = []
     for expert in range(stack.shape[0]):
-        W, wide = added(stack, products, expert)
+        W, wide = changed(stack, fold, expert)
         shares.append(survival(W, wide, new.matrix(expert, W.dtype)))
     return new, torch.stack(shares).sum(0)
 
 
-def stays_finite(stack: Stack, products: Products) -> bool:
-    """Return True if all numbers of the stack with the products in it are finite in its dtype."""
+def stays_finite(stack: Stack, fold: Fold) -> bool:
+    """Return True if all numbers of the stack with changes in it are finite in its dtype."""
     stack, finite = stack.in_rows(), []
     for expert in range(stack.shape[0]):
-        W, wide = added(stack, products, expert)
+        W, wide = changed(stack, fold, expert)
         finite.append(wide.to(W.dtype).isfinite().all())
     return bool(torch.stack(finite).all())

@@ -40,7 +40,7 @@ def made_early(job: Job) -> float:
     """Count the numbers that `build` makes for good before it asks a checkpoint for values."""
     total, here = 0.0, job.here.values()
     if job.method.shares and here:
-        layers = Layers(job.model, [m.site for m in here], job.cfg, job.shared.containers, job.others)
+        layers = Layers(job.model, [m.alone.site for m in here], job.cfg, job.shared.containers, job.others)
         total += size(lambda: job.method.share(layers).values())
     rows = [m for m in job.beside.values() if isinstance(m, TrainableTokens)]
     early = [*(m for m in here if Use.READS in m.uses_weight()), *rows]
@@ -233,7 +233,7 @@ def share(job: Job) -> None:
     """Make the tensors that all layers share."""
     if not job.method.shares:
         return
-    sites = [method.site for method in job.order.values()]
+    sites = [method.alone.site for method in job.order.values()]
     if not sites and job.tree.absent:
         return
     if not sites:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from graft.core.carrier import carrier_of
+from graft.core.each import on_each
 from graft.core.effect import Rewrite
 from graft.core.errors import (
     ConfigError,
@@ -75,15 +76,17 @@ def find(job: Job) -> None:
         source = key.rpartition(".")[0] if key in targets.along else targets.tied.get(key, key)
         own, source = (cfg, source) if job.steps is None else job.steps.handed_on(source)
         kind = variant if own is cfg else method.variant(own)
-        made = job.methods[key] = kind(site, own.at(source), adapter)  # patterns name what is targeted
+        made = job.methods[key] = made_for(site, kind, own.at(source), adapter)  # patterns name what is targeted
         if source != key:
             made.named, made.along = source, key in targets.along
         if key in tied:
             made.source = job.methods[tied[key]]
     everywhere = remote_sites(job) if tree.absent else targets.sites
-    job.order = {key: job.methods.get(key) or variant(site, cfg.at(key), adapter) for key, site in everywhere.items()}
+    job.order = {
+        key: job.methods.get(key) or made_for(site, variant, cfg.at(key), adapter) for key, site in everywhere.items()
+    }
     in_order = list(job.order.values())
-    variant.split_budget([*in_order, *(job.methods[key] for key in tied)])
+    variant.split_budget([m.alone for m in (*in_order, *(job.methods[key] for key in tied))])
     check_sites(job.methods, tree, job.mixed)
     if not cfg.inference_mode and (job.options.values is None or job.options.values.names):
         check_unwrapped([method.site for method in job.methods.values()], adapter)
@@ -96,6 +99,13 @@ def find(job: Job) -> None:
     job.biases = biases_of(cfg, model, targeted, saved)
     held: list[Any] = [getattr(b, "bias", b) for b in job.biases]
     job.report.other_trainable = sum(b.numel() for b in held)
+
+
+def made_for(site: Site, kind: Any, cfg: Any, adapter: str) -> Method:
+    """Make the method of a site: of a stack of matrices, on each of them."""
+    stack = site.op.opaque and len(site.shape) > 2 and not kind.lays_out_stacks
+    made: Method = (on_each(kind) if stack else kind)(site, cfg, adapter)
+    return made
 
 
 def match(job: Job, left: LeftOut) -> None:

@@ -34,6 +34,8 @@ HEAD_NAMES = ("score", "classifier")
 def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Complete `cfg.target_modules` in place."""
     if cfg.target_modules is None and getattr(cfg, "target_parameters", None):
+        if "target_parameters" in cfg.beyond:
+            cfg.target_modules = set()  # of a file without names PEFT, which knows no parameters, would take its own
         return
     if cfg.target_modules is None:
         defaults = defaults_of(method, model)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A block of experts, of which each token uses a few: its stacks of matrices are dense or packed, and rows have
-low-rank updates of their own.
+updates of their own.
 
 Rows are sorted by expert. Of a packed stack a chunk of matrices is dequantized at a time, and again in the backward
 pass, so that no more than one chunk is ever dense.
@@ -43,9 +43,24 @@ class Part(NamedTuple):
     gate: Tensor | None = None  # (tokens,): what it adds counts so much
 
 
+# (expert, its tensors, its matrix if the update `reads` it) → ΔW (out, in), or A (r, in) and B (out, r)
+Form = Callable[[int, Sequence[Tensor], Tensor | None], tuple[Tensor, ...]]
+
+
+class Formed(NamedTuple):
+    """An update of a stack that is made of smaller tensors, one matrix at a time, and again in the backward pass."""
+
+    tensors: Sequence[Tensor]  # (experts, …)
+    form: Form
+    group: int | None = None
+    gate: Tensor | None = None
+    reads: bool = False
+    shared: Sequence[Tensor] = ()  # tensors of all experts that `form` reads where they stand
+
+
 class Stack(NamedTuple):
     codes: Codes
-    parts: Sequence[Part] = ()
+    parts: Sequence[Part | Formed] = ()
 
 
 class Block(NamedTuple):
@@ -149,12 +164,62 @@ def project(x: Tensor, routes: Routes, stack: Stack, gather: bool = False) -> Te
     auto = autocast_dtype(x.device)
     dtype = auto or stack.codes.own_dtype or x.dtype
     tensors: list[Tensor | None] = []
+    makers = []
     for part in stack.parts:
-        A, B = (part.A, part.B) if auto is None else (part.A.to(auto), part.B.to(auto))
-        tensors += [A, B, None if part.gate is None else part.gate[routes.tokens].to(A.dtype)]
-    spans = [[*routes.spans(part.group)] for part in stack.parts]
-    job = Job(stack.codes, dtype, [*routes.spans()], spans, len(routes.order))
+        gate = None if part.gate is None else part.gate[routes.tokens]
+        spans = {e: (a, b) for e, a, b in routes.spans(part.group)}
+        if isinstance(part, Part):
+            own = [t if auto is None else t.to(auto) for t in (part.A, part.B)]
+            makers.append(Maker(spans, own[0].dtype, None))
+        else:
+            own = [*part.tensors, *part.shared]
+            wide = auto or part.tensors[0].dtype
+            makers.append(Maker(spans, wide, part.form, part.reads, len(part.tensors), part.shared))
+        tensors += [None if gate is None else gate.to(makers[-1].dtype), *own]
+    job = Job(stack.codes, dtype, [*routes.spans()], makers, len(routes.order))
     return _Project.apply(x, routes.tokens if gather else None, job, *tensors)  # type: ignore[no-any-return]
+
+
+class Maker(NamedTuple):
+    """What the host knows of a part: how to make its update of an expert's matrix, of tensors of all experts."""
+
+    spans: dict[int, tuple[int, int]]  # rows, by expert
+    dtype: torch.dtype  # in which it computes
+    form: Form | None  # None: the tensors are A and B
+    reads: bool = False
+    own: int = 2  # tensors that have a part for each expert
+    shared: Sequence[Tensor] = ()
+
+    def make(self, e: int, tensors: Sequence[Tensor], W: Tensor | None) -> Sequence[Tensor]:
+        """Return ΔW, or A and B, from the expert's own tensors."""
+        if self.form is None:
+            return tensors
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return [t.to(self.dtype) for t in self.form(e, tensors, W)]
+
+    def grads(
+        self, e: int, tensors: Sequence[Tensor], W: Tensor | None, need: Sequence[bool]
+    ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Sequence[Tensor | None]]]:
+        """Return what `make` does, and the function from its gradients to those of the tensors (None: not needed)."""
+        if self.form is None:
+            return tensors, lambda of_made: of_made
+        leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, need)]
+        with torch.enable_grad():
+            made = self.make(e, leaves, W)
+        inputs = [*leaves, *self.shared]
+        wanted = [i for i, (t, own) in enumerate(zip(inputs, need)) if own]
+
+        def back(of_made: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            out: list[Tensor | None] = [None] * len(inputs)
+            pairs = [(m, g) for m, g in zip(made, of_made) if m.requires_grad]
+            if pairs and wanted:
+                some, grads = zip(*pairs)
+                found = torch.autograd.grad(some, [inputs[i] for i in wanted], grads, allow_unused=True)
+                for i, grad in zip(wanted, found):
+                    out[i] = grad
+            return out
+
+        return [t.detach() for t in made], back
 
 
 class Job(NamedTuple):
@@ -163,18 +228,35 @@ class Job(NamedTuple):
     codes: Codes
     dtype: torch.dtype
     spans: list[Span]
-    of_parts: list[list[Span]]
+    makers: list[Maker]
     rows: int
 
-    def each(self, use: Callable[[Tensor, int, int], object]) -> None:
-        """Call `use` with each matrix in use and its rows; it must not keep the matrix."""
+    @property
+    def reads(self) -> bool:
+        return any(maker.reads for maker in self.makers)
+
+    def each(self, use: Callable[[Tensor | None, int, int, int], object], dense: bool = True) -> None:
+        """Call `use` with each matrix in use (None if not `dense`), expert and rows; it must not keep the matrix."""
+        if not dense:
+            for span in self.spans:
+                use(None, *span)
+            return
         _, out_features, in_features = self.codes.shape
         size = max(1, BUDGET // (out_features * in_features * self.dtype.itemsize))
         for i in range(0, len(self.spans), size):
             some = self.spans[i : i + size]
-            for W, (_, a, b) in zip(self.codes.dense([e for e, _, _ in some], self.dtype), some):
-                use(W, a, b)
+            for W, span in zip(self.codes.dense([e for e, _, _ in some], self.dtype), some):
+                use(W, *span)
             del W  # before the next chunk is made
+
+    def apart(self, tensors: Sequence[Any]) -> list[tuple[Maker, int, Any, Sequence[Any]]]:
+        """Return of each part its maker, where its tensors begin among all, its gate, and its tensors."""
+        out, i = [], 0
+        for maker in self.makers:
+            end = i + 1 + maker.own + len(maker.shared)
+            out.append((maker, i, tensors[i], tensors[i + 1 : end]))
+            i = end
+        return out
 
 
 def product(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
@@ -191,24 +273,35 @@ class _Project(Function):
             return x[a:b] if at is None else x[at[a:b]]
 
         y = x.new_zeros(job.rows, job.codes.shape[1], dtype=job.dtype)
-        job.each(lambda W, a, b: product(rows(a, b).to(W.dtype), W.T, y[a:b]))
-        low = []  # (rows, r) of each part and expert
-        for A, B, gate, spans in zip(tensors[::3], tensors[1::3], tensors[2::3], job.of_parts):
-            for e, a, b in spans:  # each h in memory of its own: its place would change its bits
-                low.append(rows(a, b).to(A.dtype) @ A[e].T)
-                z = low[-1] @ B[e].T
+        parts = job.apart(tensors)
+        low: dict[tuple[int, int], Tensor] = {}  # (rows, r) of each part and expert
+
+        def run(W: Any, e: int, a: int, b: int) -> None:
+            product(rows(a, b).to(W.dtype), W.T, y[a:b])
+            for i, (maker, _, gate, own) in enumerate(parts):
+                if e not in maker.spans:
+                    continue
+                a, b = maker.spans[e]
+                made, v = maker.make(e, [t[e] for t in own[: maker.own]], W), rows(a, b).to(maker.dtype)
+                z = v @ made[0].T
+                if len(made) > 1:  # each h in memory of its own: its place would change its bits
+                    low[i, e], z = z, z @ made[1].T
                 y[a:b] += (z if gate is None else z * gate[a:b, None]).to(y.dtype)
-        ctx.save_for_backward(x, at, *tensors, *low)
-        ctx.job = job
+
+        job.each(run)
+        ctx.save_for_backward(x, at, *tensors, *low.values())
+        ctx.job, ctx.low = job, [*low]
         return y
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         job, (x, at, *saved) = ctx.job, ctx.saved_tensors
-        count = len(job.of_parts)
-        tensors, low = saved[: 3 * count], iter(saved[3 * count :])
+        count = len(saved) - len(ctx.low)
+        tensors, low = saved[:count], dict(zip(ctx.low, saved[count:]))
         need_x, _, _, *need = ctx.needs_input_grad
         dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need_x else None
+        grads = [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, need)]
+        parts = job.apart(tensors)
 
         def add(a: int, b: int, d: Tensor) -> None:
             assert dx is not None
@@ -217,24 +310,32 @@ class _Project(Function):
             else:
                 dx.index_add_(0, at[a:b], d.to(dx.dtype))  # tokens of one expert: each once
 
-        if need_x:
-            job.each(lambda W, a, b: add(a, b, product(g[a:b], W, g.new_empty(b - a, W.shape[1]))))
-        grads = [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, need)]
-        for i, spans in enumerate(job.of_parts):
-            (A, B, gate), (dA, dB, dgate) = tensors[3 * i : 3 * i + 3], grads[3 * i : 3 * i + 3]
-            for (e, a, b), h in zip(spans, low):
-                own = g[a:b].to(A.dtype)
-                z = own @ B[e]
+        def run(W: Any, e: int, a: int, b: int) -> None:
+            if need_x:
+                add(a, b, product(g[a:b], W, g.new_empty(b - a, W.shape[1])))
+            for i, (maker, first, gate, own) in enumerate(parts):
+                if e not in maker.spans:
+                    continue
+                a, b = maker.spans[e]
+                wanted = need[first + 1 : first + 1 + len(own)]
+                made, back = maker.grads(e, [t[e] for t in own[: maker.own]], W, wanted)
+                v, z = (x[a:b] if at is None else x[at[a:b]]).to(maker.dtype), g[a:b].to(maker.dtype)
+                dgate, out, h = grads[first], z, low.get((i, e), v)
+                z = z @ made[-1]
                 if dgate is not None:
                     dgate[a:b] = (z * h).sum(1)
                 if gate is not None:
-                    own, z = own * gate[a:b, None], z * gate[a:b, None]
-                if dB is not None:
-                    torch.mm(own.T, h, out=dB[e])
-                if dA is not None:
-                    torch.mm(z.T, (x[a:b] if at is None else x[at[a:b]]).to(A.dtype), out=dA[e])
+                    out, z = out * gate[a:b, None], z * gate[a:b, None]
+                if any(wanted):
+                    found = back([out.T @ v] if len(made) == 1 else [z.T @ v, out.T @ h])
+                    for j, grad in enumerate(found):
+                        held = grads[first + 1 + j]
+                        if held is not None and grad is not None:
+                            (held[e] if j < maker.own else held).add_(grad)
                 if need_x:
-                    add(a, b, z @ A[e])
+                    add(a, b, z if len(made) == 1 else z @ made[0])
+
+        job.each(run, dense=need_x or job.reads)
         return None if dx is None else dx.to(x.dtype), None, None, *grads
 
 
@@ -250,10 +351,17 @@ def plain(
 
     def product(name: str, v: Tensor, e: int, t: int) -> Tensor:
         codes, parts = stacks[name]
-        y = codes.dense([e], v.dtype)[0] @ v
-        for A, B, own, gate in parts:
-            if own is None or (group is not None and own == int(group[t])):
-                y = y + B[e] @ (A[e] @ v) * (1 if gate is None else gate[t])
+        W = codes.dense([e], v.dtype)[0]
+        y = W @ v
+        for part in parts:
+            if part.group is None or (group is not None and part.group == int(group[t])):
+                made = (
+                    (part.A[e], part.B[e]) if isinstance(part, Part) else part.form(e, [u[e] for u in part.tensors], W)
+                )
+                z = made[0] @ v
+                for B in made[1:]:
+                    z = B @ z
+                y = y + z * (1 if part.gate is None else part.gate[t])
         bias = block.up_bias if name == block.up else block.down_bias
         return y if bias is None else y + bias[e]
 

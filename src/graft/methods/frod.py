@@ -126,6 +126,7 @@ class FRoD(Method[FrodConfig]):
     published_lr = Published(1e-3, 1e-3, COMPARISON)
     targets = FROD
     keeps_base_dtype = frozenset({"frod_U", "frod_V"})
+    lays_out_stacks = True  # it takes none
     alike = ("projection_prng_key", "save_projection")
 
     frod_lambda_l: nn.Parameter  # (in,)
@@ -154,6 +155,11 @@ class FRoD(Method[FrodConfig]):
             for part, t in (("V", V), ("s_indices", places), ("s_size", torch.tensor([n, n]))):
                 values[f"frod_{part}.{name}"] = kept(t, cfg.save_projection)
         return values
+
+    def check(self) -> str | None:
+        if self.site.op.opaque:
+            return "FRoD gives a V to all layers of a category, made of their weights, and these are parameters"
+        return super().check()
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
         cfg, site, mine = self.cfg, self.site, category(self.site.key)

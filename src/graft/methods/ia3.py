@@ -33,9 +33,10 @@ class IA3Config(Targeted):
         super().__post_init__()
         self.feedforward_modules = as_set(self.feedforward_modules)
         targets, inner = self.target_modules, self.feedforward_modules
-        if isinstance(targets, set) and isinstance(inner, set) and not inner <= targets:
+        others = set(self.target_parameters or ())
+        if isinstance(targets, set) and isinstance(inner, set) and (left := inner - targets - others):
             raise ConfigError(
-                f"`feedforward_modules` should be a subset of `target_modules`, but has {sorted(inner - targets)} too."
+                f"`feedforward_modules` should be a subset of `target_modules`, but has {sorted(left)} too."
             )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graft.config.fields import Targets
 from graft.core.effect import Effect, Factors, LowRank, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.method import Use
@@ -37,7 +38,7 @@ class LoHaConfig(LycorisConfig):
     peft_type: str = "LOHA"
     init_weights: bool | Literal["abba"] = True  # w2_b of zeros; False: random; "abba": w1 of the weight, w2_a of zeros
     use_khatri_rao: bool = False  # begin with w2_a w2_b = 1 and w1_a = 0, so that learning begins as LoRA's does
-    beyond: ClassVar[frozenset[str]] = frozenset({"use_khatri_rao"})
+    beyond: ClassVar[frozenset[str]] = Targets.beyond | {"use_khatri_rao"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

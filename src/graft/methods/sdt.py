@@ -94,6 +94,7 @@ class SDT(Method[SdtConfig]):
     """ΔW = v at some entries of A_log and x_proj; ΔW = s · B A on layers that are not of a state space."""
 
     prefix = "sdt_"
+    lays_out_stacks = True  # it takes none
     published_lr = Published(4e-3, 4e-3, "arXiv 2410.09016, Mamba of 130M parameters")
     targets = TARGETS
 

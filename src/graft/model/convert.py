@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from graft.combine.convert import convert
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError, ConfigTypeError
-from graft.inject.parts import Parts, unwrapped
+from graft.core.wrappers import clean
+from graft.inject.parts import Nests, Parts, unwrapped
 from graft.io import files, save
 from graft.io.entries import entries
 from graft.io.fingerprint import fingerprint, weights_of
@@ -57,8 +58,9 @@ def convert_to_lora(
     """
     parts, prefix, base, config = found(model, adapter_name)
     made, values = convert(base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs, at)
+    nests = Nests(parts.layers.values())
     tensors = {
-        f"{prefix}{key}.{container}" + (f".{path}" if path else ""): t
+        f"{prefix}{clean(nests.path(key, parts.layers[key]))}.{container}" + (f".{path}" if path else ""): t
         for key, held in values.items()
         for (container, path), t in held.items()
     }

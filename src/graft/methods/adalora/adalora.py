@@ -146,6 +146,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     """ΔW = s · B diag(E) A, A (r, in), E (r, 1), B (out, r). Training sets the least important of E to 0."""
 
     prefix = "lora_"
+    lays_out_stacks = True  # it takes none
     published_lr = Published(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
     targets = ADALORA
     over_layers = "divides a budget of ranks among all layers"

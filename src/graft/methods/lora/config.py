@@ -154,11 +154,10 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
 
     _custom_modules: ClassVar[Any] = None  # an instance may have its own
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    beyond: ClassVar[frozenset[str]] = frozenset()
     runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config", "use_dylora")
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
         super().__post_init__()
         require_positive_rank(self.r)
         if self.use_dora and self.megatron_config:

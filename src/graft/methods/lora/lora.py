@@ -62,6 +62,7 @@ def beside(where: str) -> Any:
 
 class LoRA(Started):
     prefix = "lora_"
+    lays_out_stacks = True  # as files of PEFT do
     published_lr = Published(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
     targets = LORA
     files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods on stacks of matrices, such as those of experts: any that changes the weight of a linear layer acts on each
+matrix of a stack as on such a layer. Its tensors have the stack's first dimension in front.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from inspect import get_annotations
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.core.containers import Slot, Transient
+from graft.core.effect import Effect, LowRank, Pieces, Rewrite, Update
+from graft.core.errors import UnsupportedLayerError
+from graft.core.folding import delta_of, fold_step, same_inputs, unfolded
+from graft.core.method import Method, Tensors, Use, placeholders
+from graft.core.ops import META, Op
+from graft.core.protocols import Layer
+from graft.core.random import set_states, states
+from graft.core.site import Site
+
+
+class Matrix(Op):
+    """A matrix of a stack, taken as the weight of a linear layer."""
+
+    linear = True
+
+    def __init__(self, out_features: int, in_features: int):
+        self.size = out_features, in_features
+
+    def dims(self, m: nn.Module) -> tuple[int, int]:
+        return self.size
+
+
+class One:
+    """The layer of a stack, as a method on one of its matrices sees it: with the method's tensors for that matrix.
+
+    W: the matrix, without any adapter; None: read it when asked.
+    """
+
+    def __init__(self, layer: Any, site: Site, adapter: str, expert: int, values: Mapping[str, Any], W: Tensor | None):
+        self.__dict__.update(layer.__dict__, site=site, op=site.op)
+        self.__dict__.update({container: {adapter: value} for container, value in values.items()})
+        self.__dict__["_stack"] = layer, expert, W
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_stack"][0], name)
+
+    @property
+    def W0(self) -> Tensor:
+        layer, expert, W = self._stack
+        if W is None:
+            packed = getattr(layer.op, "packed", None) is not None
+            W = matrix_of(layer, expert) if packed else layer.W0[expert]
+        return W  # type: ignore[no-any-return]
+
+    @property
+    def own_W0(self) -> tuple[Tensor, None, None]:
+        return self.W0, None, None
+
+
+def matrix_of(layer: Layer, expert: int) -> Tensor:
+    """Return a matrix of a packed stack, without any adapter."""
+    kept = [state for _, state, _ in layer.state.undo if state is not None]
+    stack: Any = kept[0].to(layer.held.where()[0]) if kept else layer.held.snapshot()
+    W: Tensor = stack.in_rows().matrix(expert, stack.dtype or torch.float32)
+    return W
+
+
+class OnEach(Method):
+    """A method on a stack, made of `kind` on each matrix."""
+
+    kind: ClassVar[type[Method]] = Method
+
+    def __init__(self, site: Site, cfg: Any, name: str):
+        self.site, self.name, self.layer = site, name, None
+        self.own = self.kind(on_matrix(site), cfg, name)
+
+    @property
+    def alone(self) -> Method:
+        return self.own
+
+    @property
+    def cfg(self) -> Any:
+        return self.alone.cfg
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return blank, (self.kind,), self.__dict__
+
+    def one(
+        self, expert: int, tensors: Sequence[Tensor] | None = None, W: Tensor | None = None, trains: bool | None = None
+    ) -> Method:
+        """Return the method on one matrix.
+
+        Args:
+            tensors: its own tensors, in the order of `slots`; None: those on the layer.
+            W: the matrix, without any adapter.
+            trains: whether the layer trains; None: as it does now.
+        """
+        m = self.kind(self.alone.site, self.cfg, self.name)
+        slots = self.slots
+        tensors = [slot.tensor[expert] for slot in slots] if tensors is None else tensors
+        m.layer = One(self.layer, m.site, self.name, expert, held_in(self.layer, slots, tensors, self.name), W)
+        if trains is not None:
+            m.layer.__dict__["training"] = trains
+        return m
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The slots of all its tensors, each of which has the stack's first dimension in front."""
+        held: list[Slot] = self.layer.slots(self.name)
+        return held
+
+    # declare
+
+    def check(self) -> str | None:
+        name = self.kind.__name__
+        if Use.CHANGES in self.uses_weight():
+            return f"{name} would begin with a change of the weight, which is for layers: choose another start"
+        return self.alone.check() or why_not(self.alone)
+
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
+        count = self.site.shape[0]
+        if device == META:
+            return stacked([placeholders(self.alone, shared)] * count)
+        made = []
+        for expert in range(count):
+            m = self.kind(self.alone.site, self.cfg, self.name)
+            m.layer = One(self.layer, m.site, self.name, expert, {}, None)
+            made.append(m.build(shared))
+        try:
+            return stacked(made)
+        except ShapesDiffer as e:
+            raise UnsupportedLayerError(
+                f"Target parameter {self.site.key} ({self.site.type_name}) is not supported. '{e}' of "
+                f"{self.kind.__name__} has another shape for each matrix, and follows from its values. Adapter "
+                f"'{self.name}': name other target_parameters."
+            ) from None
+
+    @torch.no_grad()
+    def init(self) -> None:
+        self.on_all(self.kind.init)
+
+    @torch.no_grad()
+    def loaded(self) -> None:
+        self.on_all(self.kind.loaded)
+
+    def on_all(self, run: Callable[[Any], None]) -> None:
+        """Run what fills in values on each matrix; take over tensors that it puts in the place of those of before."""
+        slots, experts = self.slots, range(self.site.shape[0])
+        new: dict[int, list[Tensor]] = {}
+        for expert in experts:
+            own = [slot.tensor[expert] for slot in slots]
+            m = self.one(expert, own)
+            run(m)
+            for i, (slot, before) in enumerate(zip(slots, own)):
+                value: Any = m.layer.__dict__[slot.container][self.name]
+                for name in slot.path.split(".") if slot.path else ():
+                    value = getattr(value, name)
+                if value is not before:
+                    new.setdefault(i, []).append(value)
+        for i, values in new.items():
+            slot, t = slots[i], torch.stack([v.detach() for v in values])
+            slot.where[slot.attribute] = nn.Parameter(t, slot.tensor.requires_grad) if slot.is_parameter else t
+
+    def uses_weight(self) -> Use:
+        return self.alone.uses_weight()
+
+    def excludes(self, other: Any) -> str | None:
+        return self.alone.excludes(other)
+
+    def stored(self, values: Tensors, cfg: Any) -> Tensors:
+        return values if self.stores_as_held else self.each(values, lambda m, own: m.stored(own, cfg))
+
+    @property
+    def stores_as_held(self) -> bool:
+        return self.alone.stores_as_held
+
+    def restored(self, stored: Tensors, cfg: Any) -> Tensors:
+        return self.each(stored, lambda m, own: m.restored(own, cfg))
+
+    def each(self, values: Tensors, change: Callable[[Method, Tensors], Tensors]) -> Tensors:
+        """Return what `change` makes of the tensors of each matrix."""
+        experts = range(self.site.shape[0])
+        made = [change(self.one(e), {key: t[e] for key, t in values.items()}) for e in experts]
+        return {key: torch.stack([own[key] for own in made]) for key in made[0]}
+
+    # act
+
+    def describe(self) -> Effect:
+        own = self.alone.effect
+        if why_not(self.alone) is not None:
+            return own
+        pieces = OfStack(self, own.of_weight or not own.additive)
+        if isinstance(own, Rewrite) or (isinstance(own, LowRank) and own.gains):
+            return Rewrite(self.fold, inward=own.inward, of_weight=own.of_weight, pieces=pieces)
+        return Update(self.delta, of_weight=own.of_weight, draws=getattr(own, "draws", False), pieces=pieces)
+
+    def delta(self, W0: Tensor | None = None) -> Tensor:
+        """Return ΔW of all matrices, (n, out, in); inputs dropped in training are the same for all rows."""
+        made = (self.one(e, W=None if W0 is None else W0[e]) for e in range(self.site.shape[0]))
+        return torch.stack([delta_of(m.layer, m.effect, drops=True) for m in made])
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        made = (self.one(e) for e in range(len(W)))
+        return torch.stack([fold_step(m.layer, m, m.effect, w, None, drops=True)[0] for m, w in zip(made, W)]), b
+
+
+@dataclass(frozen=True)
+class OfStack(Pieces):
+    """What makes the changes of single matrices of a stack: a method, times a number."""
+
+    method: OnEach
+    reads: bool
+    weight: float = 1.0
+
+    def tensors(self) -> list[Tensor]:
+        return [slot.tensor for slot in self.method.slots]
+
+    def shared(self) -> list[Tensor]:
+        layer = self.method.layer
+        held = (layer._modules[key] for key in layer.attached)
+        return [p for module in held for p in module.parameters() if p.requires_grad]
+
+    def times(self, weight: float) -> OfStack:
+        return replace(self, weight=self.weight * weight)
+
+    def change(
+        self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None, W: Tensor | None, trains: bool
+    ) -> tuple[Tensor, ...]:
+        m = self.method.one(expert, tensors, W0, trains)
+        effect = m.effect
+        if isinstance(effect, LowRank) and not effect.gains:
+            A, B = same_inputs(effect.factors()).matrices()
+            return A, B if self.weight == 1 else B * self.weight
+        if isinstance(effect, Update):
+            delta = delta_of(m.layer, effect, drops=True)
+            return (delta if self.weight == 1 else delta * self.weight,)
+        W = (m.layer.W0 if W is None else W).to(m.dtype)
+        return (fold_step(m.layer, m, effect, W, None, drops=True)[0] - W,)
+
+
+@dataclass(frozen=True)
+class Products(Pieces):
+    """The same of an adapter that holds the factors of all matrices."""
+
+    A: Tensor  # (n, r, in)
+    B: Tensor  # (n, out, r)
+    reads: bool = False
+
+    def tensors(self) -> list[Tensor]:
+        return [self.A, self.B]
+
+    def change(self, expert: int, tensors: Sequence[Tensor], *_: object) -> tuple[Tensor, ...]:
+        return tuple(tensors)
+
+
+def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:
+    """Return what makes the changes of single matrices of a stack; None if an effect has no such."""
+    if effect.pieces is not None or not (isinstance(effect, LowRank) and effect.additive):
+        return effect.pieces
+    op: Any = layer.op
+    return Products(*op.each(*same_inputs(effect.factors()).matrices(), layer.site.shape[0]))
+
+
+class Making:
+    """How adapters, each on the matrix that those before it made, change a matrix: a `Form` of `kernels/experts.py`.
+
+    The second time, in a backward pass, they draw what they drew the first time.
+    """
+
+    def __init__(self, pieces: Sequence[Pieces], trains: bool):
+        self.pieces, self.trains = pieces, trains
+        self.reads = any(p.reads for p in pieces)
+        self.drawn: dict[int, list[Tensor]] = {}
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        return [t for p in self.pieces for t in p.tensors()]
+
+    @cached_property
+    def shared(self) -> list[Tensor]:
+        return list({id(t): t for p in self.pieces for t in p.shared()}.values())
+
+    def __call__(self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None = None) -> tuple[Tensor, ...]:
+        if not self.trains:
+            return self.made(expert, tensors, W0)
+        now = states()
+        before = self.drawn.setdefault(expert, now)
+        set_states(before)
+        try:
+            return self.made(expert, tensors, W0)
+        finally:
+            if before is not now:
+                set_states(now)
+
+    def made(self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None) -> tuple[Tensor, ...]:
+        if len(self.pieces) == 1:
+            return self.pieces[0].change(expert, tensors, W0, W0, self.trains)
+        assert W0 is not None
+        W = W0.to(torch.promote_types(W0.dtype, torch.float32))
+        return (self.folded(expert, tensors, W0, W) - W,)
+
+    def folded(self, expert: int, tensors: Sequence[Tensor], W0: Tensor, W: Tensor) -> Tensor:
+        """Return the matrix W with all changes in it."""
+        left = iter(tensors)
+        for p in self.pieces:
+            own = [next(left) for _ in p.tensors()]
+            made = [t.to(W.dtype) for t in p.change(expert, own, W0, W, self.trains)]
+            W = W + (made[0] if len(made) == 1 else made[1] @ made[0])
+        return W
+
+
+def why_not(m: Method) -> str | None:
+    """Return why a method on a matrix cannot act on each of a stack, whose module uses it in ways of its own."""
+    effect, name = m.effect, type(m).__name__
+    why = unfolded(m)
+    if why is None and (effect.whole or getattr(effect, "looks_up", False)):
+        why = f"The weight is used without a call of the layer, so that {name} would have no effect"
+    if why is None and (effect.keeps_weight or getattr(effect, "bias", None) is not None):
+        why = f"{name} shifts the bias, and a matrix of a stack has none"
+    return why
+
+
+@cache
+def on_each(kind: Any) -> type[OnEach]:
+    """Return the method that does to each matrix of a stack what `kind` does to a linear layer."""
+    made: Any = type(kind.__name__, (OnEach,), {"kind": kind, "__module__": kind.__module__})
+    for name, annotation in get_annotations(Method).items():
+        if str(annotation).startswith("ClassVar") and name != "takes_device":
+            setattr(made, name, getattr(kind, name, None))
+    made.takes_device = True
+    return made  # type: ignore[no-any-return]
+
+
+def blank(kind: Any) -> OnEach:
+    """Return a method without state, for copies."""
+    made = on_each(kind)
+    return made.__new__(made)
+
+
+def on_matrix(site: Site) -> Site:
+    """Return the site of a matrix of a stack."""
+    return Site(site.key, site.module, Matrix(*site.shape[1:]), site.store, site.parameter, path=site.path)
+
+
+class ShapesDiffer(Exception):
+    """A tensor, by name, has another shape for each matrix of a stack."""
+
+
+def stacked(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what `build` gives for a stack, from what it gives for each matrix."""
+    return {name: together([values[name] for values in made], name) for name in made[0]}
+
+
+def together(values: Sequence[Any], name: str) -> Any:
+    first = values[0]
+    if isinstance(first, Transient):
+        return type(first)(together([v.tensor for v in values], name))
+    if isinstance(first, Tensor):
+        if any(v.shape != first.shape for v in values):
+            raise ShapesDiffer(name)
+        t = torch.stack([v.detach() for v in values])
+        return nn.Parameter(t, first.requires_grad) if isinstance(first, nn.Parameter) else t
+    if isinstance(first, nn.Module):
+        out = copy.copy(first)
+        for kind in ("_parameters", "_buffers", "_modules"):
+            held = [getattr(v, kind) for v in values]
+            out.__dict__[kind] = {
+                k: None if t is None else together([h[k] for h in held], name) for k, t in held[0].items()
+            }
+        return out
+    return first
+
+
+def held_in(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor], adapter: str) -> dict[str, Any]:
+    """Return the containers of a method with these tensors: themselves, or modules that hold them."""
+    out: dict[str, Any] = {}
+    inside: dict[str, dict[str, Tensor]] = {}
+    for slot, t in zip(slots, tensors):
+        if slot.path:
+            inside.setdefault(slot.container, {})[slot.path] = t
+        else:
+            out[slot.container] = t
+    for container, held in inside.items():
+        out[container] = with_tensors(layer._modules[container][adapter], held)
+    return out
+
+
+def with_tensors(module: nn.Module, held: Mapping[str, Tensor], path: str = "") -> nn.Module:
+    """Return a module that computes with other tensors, by their paths."""
+    out = copy.copy(module)
+    for kind in ("_parameters", "_buffers"):
+        own = getattr(module, kind)
+        out.__dict__[kind] = {k: held.get(f"{path}{k}", t) for k, t in own.items()}
+    out.__dict__["_modules"] = {
+        k: None if m is None else with_tensors(m, held, f"{path}{k}.") for k, m in module._modules.items()
+    }
+    return out

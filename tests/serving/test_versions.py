@@ -2,12 +2,13 @@
 """Versions of an adapter on a server: a new name each time, no gap, and failures that change nothing."""
 
 import threading
+import time
 
 import pytest
 import torch
 
 import graft
-from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, ServerTimeoutError
 from graft.model.adapter_tensors import AdapterTensors
 from graft.serving import Versions
 
@@ -60,6 +61,64 @@ def test_a_load_that_fails():
     assert versions.current == first and list(server.held) == versions.names == [first]
     server.fails = lambda what, name: False
     assert versions.publish(tensors(2)) == "policy-v3-0002"  # the name that failed may have been seen
+
+
+def test_a_server_that_hangs():
+    """An error after the time is up, with nothing changed; what is loaded too late goes again by itself."""
+    server, goes_on, loading = Server(3), threading.Event(), threading.Event()
+
+    def load(name, made):
+        if "0002" in name:
+            loading.set()
+            assert goes_on.wait(60)
+        server.load(name, made)
+
+    versions = Versions("policy", load, server.unload, 2, timeout=0.2)
+    first = versions.publish(tensors(1))
+    with pytest.raises(
+        ServerTimeoutError, match=r"did not load version 'policy-v2-0002' within 0.2 s; if it still does"
+    ):
+        versions.publish(tensors(2))
+    assert loading.is_set() and versions.current == first and list(server.held) == versions.names == [first]
+    third = versions.publish(tensors(3))  # the server answers others
+    assert list(server.held) == versions.names == [first, third]
+    goes_on.set()
+    late = "policy-v2-0002"
+    for _ in range(600):
+        if late in server.ever and late not in server.held:
+            break
+        time.sleep(0.05)
+    assert late in server.ever and list(server.held) == versions.names == [first, third]
+
+
+def test_an_unload_that_hangs():
+    """The version stays in the list, and goes the next time."""
+    server, goes_on = Server(4), threading.Event()
+
+    def unload(name):
+        if not goes_on.is_set():
+            goes_on.wait(60)
+            return
+        server.unload(name)
+
+    versions = Versions("policy", server.load, unload, timeout=0.1)
+    first = versions.publish(tensors(1))
+    with pytest.warns(PeftWarning, match=f"Version '{first}' could not be unloaded"):
+        second = versions.publish(tensors(2))
+    assert versions.names == [first, second]
+    goes_on.set()
+    third = versions.publish(tensors(3))
+    assert versions.names == [third] == list(server.held)
+
+
+def test_a_load_that_says_so_itself():
+    """TimeoutError of a socket, say."""
+    server = Server(3)
+    server.fails = lambda what, name: what == "load"
+    with pytest.raises(ServerTimeoutError, match="did not load version 'policy-v1-0001' in time"):
+        Versions("policy", server.load, server.unload).publish(tensors(1))
+    with pytest.raises(ConfigError, match="timeout=0"):
+        Versions("policy", server.load, server.unload, timeout=0)
 
 
 def test_half_of_the_replicas():

@@ -82,6 +82,10 @@ class DistributedError(PeftError, RuntimeError):
     """Processes would not train, or do not hold, the same adapter."""
 
 
+class ServerTimeoutError(PeftError, TimeoutError):
+    """A server did not answer in time."""
+
+
 class NonFiniteError(CheckpointError):
     """A checkpoint holds NaN or an infinite number."""
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from threading import Lock, RLock
+from threading import Event, Lock, RLock, Thread
 
-from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn
+from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, ServerTimeoutError, warn
 from graft.model.adapter_tensors import AdapterTensors
 
 
@@ -31,9 +31,10 @@ class Versions:
         load: takes a name and the tensors, and returns when all replicas of the server have them.
         unload: takes a name, which no replica has when it returns.
         keep: how many versions stay, the current one included: staleness + 1.
+        timeout: seconds that a load or an unload may take; None: as long as they do.
 
     Raises:
-        ConfigError: `keep` is below 1.
+        ConfigError: `keep` is below 1, or `timeout` is not positive.
     """
 
     def __init__(
@@ -42,10 +43,13 @@ class Versions:
         load: Callable[[str, AdapterTensors], object],
         unload: Callable[[str], object],
         keep: int = 1,
+        timeout: float | None = None,
     ):
         if keep < 1:
             raise ConfigError(f"keep={keep}: the current version stays, so that it is 1 at least.")
-        self.name, self.load, self.unload, self.keep = name, load, unload, keep
+        if timeout is not None and timeout <= 0:
+            raise ConfigError(f"timeout={timeout}: a number of seconds above 0, or None.")
+        self.name, self.load, self.unload, self.keep, self.timeout = name, load, unload, keep, timeout
         self.number = 0  # of the last version that was tried
         self.names: list[str] = []  # of the versions on the server, the current one last
         self._used: Counter[str] = Counter()
@@ -61,23 +65,62 @@ class Versions:
 
         Raises:
             ConfigError: there are no tensors: this process is not the first of those that hold the adapter.
-            Whatever `load` raises: the version is taken off the server again, and the current one stays.
+            ServerTimeoutError: the load took longer than `timeout`, or raised a TimeoutError.
+            Whatever else `load` raises. After any of these the version is taken off the server again, as soon as the
+                load has come to an end, and the current one stays.
         """
         if not tensors.tensors:
             raise ConfigError(f"There are no tensors to publish as '{self.name}': the first process has them.")
         with self._publishing:
             self.number += 1
             name = f"{self.name}-v{self.number}-{tensors.digest[:4]}"
-            try:
-                self.load(name, tensors)
-            except BaseException:
-                with suppress(Exception):  # it may not be there
-                    self.unload(name)
-                raise
+            self._within(lambda: self.load(name, tensors), f"load version '{name}'", lambda: self.unload(name))
             with self._lock:
                 self.names.append(name)
             self._drop()
             return name
+
+    def _within(self, run: Callable[[], object], what: str, undo: Callable[[], object] | None = None) -> None:
+        """Ask the server for something, for `timeout` seconds at most; if it fails or comes too late, undo it."""
+        failed: list[BaseException] = []
+        late: list[bool] = []
+        ended = Event()
+
+        def tried() -> None:
+            try:
+                run()
+            except BaseException as e:
+                failed.append(e)
+            with self._lock:
+                ended.set()
+            if late and undo is not None:
+                with suppress(Exception):  # there may be nothing to undo
+                    undo()
+
+        if self.timeout is None:
+            tried()
+        else:
+            Thread(target=tried, daemon=True).start()
+            try:
+                ended.wait(self.timeout)
+            finally:
+                with self._lock:
+                    if not ended.is_set():
+                        late.append(True)
+        if late:
+            raise ServerTimeoutError(
+                f"The server did not {what} within {self.timeout} s; if it still does, that is undone. Look at the "
+                "server, or give `timeout` more seconds."
+            )
+        if not failed:
+            return
+        if undo is not None:
+            with suppress(Exception):
+                self._within(undo, f"undo to {what}")
+        e = failed[0]
+        if isinstance(e, TimeoutError):
+            raise ServerTimeoutError(f"The server did not {what} in time: {e!r}.") from e
+        raise e
 
     @contextmanager
     def using(self, name: str | None = None) -> Iterator[str]:
@@ -108,7 +151,7 @@ class Versions:
             self.names = [name for name in self.names if name not in old]
         for name in old:
             try:
-                self.unload(name)
+                self._within(lambda name=name: self.unload(name), f"unload version '{name}'")  # type: ignore[misc]
             except Exception as e:
                 with self._lock:
                     self.names.insert(0, name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from graft.core.dropout import share_dropped
 from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Pieces, Rewrite, Tap, Update, dense, matrix
 from graft.core.method import Method
+from graft.core.ops import Opaque
 from graft.core.protocols import Layer
 
 
@@ -144,7 +145,7 @@ def change_of(m: Method, effect: Effect | None = None) -> Change:
             f = effect.factors()
             A, B = (wide(t) for t in f.unscaled())
             if op.opaque:  # a stack
-                A, B = op.each(A, B, layer.site.shape[0])
+                A, B = Opaque.each(A, B, layer.site.shape[0])
                 return Change(A, B if f.scale is None else B * f.scale, None)
             own = len(A) == groups * B.shape[1]  # each group has rows of A for itself
             return Change(

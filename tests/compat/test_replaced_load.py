@@ -234,3 +234,27 @@ def test_columns_are_put_in_order_once(how, noted, monkeypatch):
         with pytest.warns(graft.PeftWarning, match="leave expert_layout out"):
             model = graft.PeftModel.from_pretrained(base(), folder, expert_layout="grouped_by_expert")
         assert_close(model(X), expected, rtol=1e-4, atol=1e-3)
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
+
+
+def test_one_that_raises_for_a_prompt(tmp_path, monkeypatch):
+    ids, config = torch.arange(5)[None], graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    config.modules_to_save = ["lm_head"]
+    graft.get_peft_model(llama(), config).save_pretrained(tmp_path)
+    model = llama()
+    model.lm_head.weight.requires_grad_(False)
+    before, trains = model(ids).logits, [p.requires_grad for p in model.parameters()]
+    with monkeypatch.context() as within:
+        within.setattr(graft.PeftModel, "load_adapter", lambda *args, **kwargs: json.loads("not JSON"))
+        with pytest.raises(ValueError, match="Expecting value"):
+            graft.PeftModel.from_pretrained(model, tmp_path)
+    assert torch.equal(model(ids).logits, before) and [p.requires_grad for p in model.parameters()] == trains
+    assert type(model.lm_head) is nn.Linear
+    assert graft.PeftModel.from_pretrained(model, tmp_path)(ids).logits.shape[1] >= 5

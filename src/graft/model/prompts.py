@@ -31,6 +31,7 @@ from graft.inject.report import InjectReport, Matched
 from graft.inject.stage import absent_from, draw_alike
 from graft.inject.survey import Tree
 from graft.methods import method_of
+from graft.model.merging import unload
 from graft.model.registry import Registry
 from graft.prompts import admission
 from graft.prompts.arguments import put_labels
@@ -52,6 +53,7 @@ class Prompts(Registry):
 
     peft_config: dict[str, PromptLearningConfig]  # type: ignore[assignment]
     several = "only one prompt can be in front of the input at a time"
+    frozen_before: set[str] | None = None  # names of the base's parameters; None: leave all as they are
 
     def __init__(
         self,
@@ -120,7 +122,20 @@ class Prompts(Registry):
         self.take_in(done.parts, disabled)
         config.__dict__.update(cfg.__dict__)
         self.peft_config[adapter_name], self.reports[adapter_name] = config, done.report
+        if self.frozen_before is None:
+            self.frozen_before = done.frozen_before
         return done.report
+
+    @contextmanager
+    def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
+        """Leave the model as it was before its first prompt if the block raises."""
+        try:
+            yield
+        except BaseException:
+            for wrapper in self.wrappers.values():
+                wrapper.forget(adapter_name)
+            unload(self.model, self.frozen_before)
+            raise
 
     def _made(self, cfg: PromptLearningConfig) -> Prompt:
         """Make a prompt of a complete config, on the CPU, with initial values."""

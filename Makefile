@@ -153,6 +153,12 @@ test-trainers: $(TRAINERS:%=test-trainers-%)
 test-trainers-%: $(VENV)/.test $(VENV)/trainers/%/.installed
 	$(BIN)/python -m tests.trainers $(VENV)/trainers/$* $(TRAINER)
 
+# SimpleTuner's newest release wants it
+PYTHON312 ?= $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12),\
+	$(shell $(p) -c "import sys; print(sys.executable)" 2> /dev/null)))
+$(VENV)/trainers/simpletuner/.installed: PYTHON = $(or $(PYTHON312),\
+	$(error SimpleTuner needs Python 3.12, and none was found: name one, PYTHON312=/path/to/python3.12))
+
 .PRECIOUS: $(VENV)/trainers/%/.installed
 $(VENV)/trainers/%/.installed: tests/trainers/%.txt
 	rm -rf $(@D)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,10 +14,10 @@ PASSED, OTHER = "passed", ("failure", "error", "skipped")
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--continue-on-collection-errors"]
 
 
-def source(package: str, version: str, folder: Path) -> Path:
-    """Return the unpacked source distribution of a release: its wheel has no tests."""
+def source(python: Path, package: str, version: str, folder: Path) -> Path:
+    """Return the unpacked source distribution of a release, which suits this Python: its wheel has no tests."""
     folder.mkdir(parents=True)
-    asked = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+    asked = [str(python), "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
     subprocess.run([*asked, f"{package}=={version}"], check=True)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
@@ -40,7 +39,8 @@ def outcomes(side: Side, root: Path, files: list[str], folder: Path) -> dict[str
 
 def compared(trainer: Trainer, folder: Path) -> dict[str, list[str]]:
     """Return the names of a trainer's tests that pass with both libraries, with PEFT alone, and with neither."""
-    root = source(trainer.cases.PACKAGE, trainer.versions()[trainer.cases.PACKAGE], folder / "source")
+    package = trainer.cases.PACKAGE
+    root = source(trainer.bin / "python", package, trainer.versions()[package], folder / "source")
     theirs, ours = (outcomes(side, root, trainer.cases.OWN, folder) for side in trainer.sides(folder))
     ran = [name for name, outcome in theirs.items() if outcome != "skipped"]
     good = [name for name in ran if theirs[name] == PASSED]

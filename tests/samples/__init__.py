@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from tests.covering import Sometimes, cover, law
+from tests.covering import Sometimes, law
 from tests.samples import laws
 from tests.samples.parity import SHARED, Sample
 
@@ -62,11 +62,6 @@ def over_all(samples: list[Sample]) -> Any:
     return law("sample", samples, _every)
 
 
-def some(name: str, samples: list[Sample]) -> list[Sample]:
-    """Those few, for a fixture of that name."""
-    return cover(name, samples, _some)
-
-
 def _every(s: Sample) -> list[Any]:
     """What a test meets: every row of a method's own; of those that all methods have, each with a quarter of them."""
     own = "row", s.method, s.name
@@ -74,9 +69,9 @@ def _every(s: Sample) -> list[Any]:
 
 
 def _some(s: Sample) -> list[Any]:
-    """Half of the rows of a method's own, a few of the others."""
+    """A quarter of the rows of a method's own, a few of the others."""
     own = "row", s.method, s.name
-    return [("method", s.method), ("model", s.model), *([("row", s.name)] if _shared(s) else [Sometimes(own, 2)])]
+    return [("method", s.method), ("model", s.model), *([("row", s.name)] if _shared(s) else [Sometimes(own, 4)])]
 
 
 def _shared(s: Sample) -> bool:

@@ -6,6 +6,7 @@ A new layer type adds a line to `LAYERS`, a new store one to `STORES`; every law
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -206,6 +207,16 @@ def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
                 for p in trainable(layer, name):
                     p.add_((torch.randn(p.shape) * scale).to(p))
     return model
+
+
+def adapted(base: nn.Module, configs: dict[str, graft.PeftConfig], scale: float = 0.3):
+    """A base with an adapter for each of these names, all of which do something; the first is active."""
+    with seeded(1):
+        (first, config), *others = configs.items()
+        model = graft.get_peft_model(base, copy.deepcopy(config), first)
+        for name, config in others:
+            model.add_adapter(name, copy.deepcopy(config))
+    return disturb(model, scale).eval()
 
 
 # methods or samples, a trait of the layer ("": any) → what is raised, and why

@@ -81,11 +81,11 @@ def test_nothing_as_large_as_the_weight_is_kept(sample):
 
 
 def test_a_dense_layer_shows_that_the_check_can_fail():
-    from tests.storage.cells import adapted, linear
+    from tests.storage.cells import around, linear
 
     hira = next(s for s in LAWS if s.method == "MISS" and s.config.get("init_weights") == "bat")
     layer = nn.utils.parametrize.register_parametrization(linear(), "weight", Doubled())
-    model = adapted(layer, hira)
+    model = around(layer, hira)
     assert kept(model, torch.randn(ROWS, IN, requires_grad=True)) > IN * OUT * 4 / 2
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import graft
 from graft.inject.targets import weight_of
 from tests import models
-from tests.conformance.samples import disturb
+from tests.conformance.samples import adapted, disturb
 from tests.looks import layers
 from tests.models import seeded
 
@@ -43,12 +43,10 @@ CONFIGS = {
 }
 
 
-def adapted(method, targets):
+def with_two(method, targets):
+    config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=targets, **CONFIGS[method])
     with seeded(0):
-        config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=targets, **CONFIGS[method])
-        model = graft.get_peft_model(Tied(), config)
-        model.add_adapter("b", copy.deepcopy(config))
-    return disturb(model).eval()
+        return adapted(Tied(), dict.fromkeys(["default", "b"], config))
 
 
 def parts(model):
@@ -71,7 +69,7 @@ def tied(model):
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("targets", [["emb"], ["head"], ["emb", "head"]], ids=str)
 def test_merging_leaves_the_other_one(method, targets):
-    model = adapted(method, targets)
+    model = with_two(method, targets)
     emb, head, _ = parts(model)
     weight, before, expected = emb.weight, emb.weight.clone(), model(IDS)
     assert tied(model)
@@ -87,7 +85,7 @@ def test_merging_leaves_the_other_one(method, targets):
 
 @pytest.mark.parametrize("method", ["LORA", "HRA"])
 def test_merging_in_steps_and_unmerging_ties_again(method):
-    model = adapted(method, ["emb"])
+    model = with_two(method, ["emb"])
     emb, _, _ = parts(model)
     weight, before = emb.weight, emb.weight.clone()
     model.merge_adapter(["default"])
@@ -97,7 +95,7 @@ def test_merging_in_steps_and_unmerging_ties_again(method):
 
 
 def test_a_failed_merge_leaves_them_tied():
-    model = adapted("LORA", ["emb", "head"])
+    model = with_two("LORA", ["emb", "head"])
     with torch.no_grad():
         layers(model)["head"].lora_A["default"].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected"):
@@ -106,7 +104,7 @@ def test_a_failed_merge_leaves_them_tied():
 
 
 def test_a_merged_model_stays_whole_when_it_moves_or_is_copied():
-    model = adapted("LORA", ["emb"])
+    model = with_two("LORA", ["emb"])
     expected = model(IDS)
     model.merge_adapter()
     other = copy.deepcopy(model).double()

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError
-from tests.conformance.samples import disturb
+from tests.conformance.samples import adapted, disturb
 from tests.looks import layers, registry_of
 from tests.models import checkpoint, inputs, make, output, seeded
 
@@ -17,18 +17,14 @@ SMALL = dict(reduction_factor=3)
 PRESETS = ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "seq_bn_inv"]
 
 
-def adapted(name, preset, base=None, **changes):
-    with seeded(1):
-        config = graft.BottleneckConfig.preset(preset, **SMALL, **changes)
-        model = graft.get_peft_model(make(name) if base is None else base, config)
-        model.add_adapter("other", graft.BottleneckConfig.preset(preset, **SMALL, **changes))
-    return disturb(model, 0.2).eval()
+def with_two(base, preset):
+    return adapted(base, dict.fromkeys(["default", "other"], graft.BottleneckConfig.preset(preset, **SMALL)), 0.2)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
 def test_rows_of_a_mixed_batch_and_files(preset, tmp_path):
-    model, batch = adapted("llama", preset), inputs("llama")
+    model, batch = with_two(make("llama"), preset), inputs("llama")
     plain, alone = output(make("llama"), batch), {}
     for name in ("default", "other"):
         model.set_adapter(name)
@@ -52,7 +48,7 @@ def test_rows_of_a_mixed_batch_and_files(preset, tmp_path):
 def test_gradients_under_checkpointing(name, preset, reentrant):
     grads = []
     for again in (False, True):
-        model = adapted(name, preset)
+        model = with_two(make(name), preset)
         model.set_adapter("default")
         if again:
             checkpoint(model, reentrant)
@@ -66,7 +62,7 @@ def test_gradients_under_checkpointing(name, preset, reentrant):
 
 @torch.no_grad()
 def test_generate_is_that_of_one_row_after_another():
-    model, ids = adapted("llama", "par_bn"), inputs("llama")["input_ids"]
+    model, ids = with_two(make("llama"), "par_bn"), inputs("llama")["input_ids"]
     model.set_adapter("default")
     ours = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     for _ in range(4):
@@ -128,7 +124,7 @@ def test_beside_lora_on_the_same_layer():
 
 
 def test_bfloat16_keeps_the_dtype_of_the_model():
-    model = adapted("llama", "par_bn", base=make("llama").bfloat16())
+    model = with_two(make("llama").bfloat16(), "par_bn")
     y = output(model, inputs("llama"))
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "bottleneck_" in n)

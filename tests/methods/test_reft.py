@@ -12,7 +12,7 @@ from transformers import AutoModel
 import graft
 from graft.core.errors import ConfigError
 from graft.methods.reft import orthonormal
-from tests.conformance.samples import disturb
+from tests.conformance.samples import adapted
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS
 from tests.models import checkpoint, inputs, make, output, seeded
@@ -21,11 +21,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 ENDS = dict(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0)
 
 
-def adapted(name="llama", base=None, **changes):
-    with seeded(1):
-        model = graft.get_peft_model(make(name) if base is None else base, graft.ReftConfig(**{**ENDS, **changes}))
-        model.add_adapter("other", graft.ReftConfig(**{**ENDS, **changes}))
-    return disturb(model, 0.3).eval()
+def with_two(name="llama", **changes):
+    return adapted(make(name), dict.fromkeys(["default", "other"], graft.ReftConfig(**{**ENDS, **changes})))
 
 
 def padded(ids, mask, left):
@@ -37,7 +34,7 @@ def padded(ids, mask, left):
 
 
 def test_only_the_ends_of_the_prompt_change():
-    model, ids = adapted(layers=[1]), inputs("llama")["input_ids"]
+    model, ids = with_two(layers=[1]), inputs("llama")["input_ids"]
     plain, y = make("llama").model(input_ids=ids)[0], model.get_base_model().model(input_ids=ids)[0]
     changed = (y - plain).abs().amax((0, 2)) > 1e-4
     assert changed.tolist() == [True, True, *[False] * (ids.shape[1] - 3), True]
@@ -46,7 +43,7 @@ def test_only_the_ends_of_the_prompt_change():
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @torch.no_grad()
 def test_padding_changes_nothing(left):
-    model, ids = adapted(), inputs("llama")["input_ids"]
+    model, ids = with_two(), inputs("llama")["input_ids"]
     mask = torch.ones_like(ids)
     wide, masks = padded(ids, mask, left)
     places = masks.cumsum(1).sub(1).clamp(min=0)
@@ -59,7 +56,7 @@ def test_padding_changes_nothing(left):
 @pytest.mark.parametrize("rows", [None, ["other", "__base__", "default"]], ids=["", "mixed"])
 @torch.no_grad()
 def test_generate_changes_the_prompt_alone(cached, rows):
-    model, ids = adapted(), inputs("llama")["input_ids"]
+    model, ids = with_two(), inputs("llama")["input_ids"]
     options = {} if rows is None else dict(adapter_names=rows)
     mask = torch.ones_like(ids)
     ids, mask = padded(ids, mask, True)
@@ -80,7 +77,7 @@ def test_generate_changes_the_prompt_alone(cached, rows):
 
 @torch.no_grad()
 def test_rows_of_a_mixed_batch_and_files(tmp_path):
-    model, batch, alone = adapted(), inputs("llama"), {}
+    model, batch, alone = with_two(), inputs("llama"), {}
     for name in ("default", "other"):
         model.set_adapter(name)
         alone[name] = output(model, batch)
@@ -99,7 +96,7 @@ def test_gradients_under_checkpointing(name, rows):
     options = {} if rows is None else dict(adapter_names=rows)
     grads = []
     for again in (False, True):
-        model = adapted(name)
+        model = with_two(name)
         model.set_adapter("default")
         model.set_requires_grad("other")
         if again:
@@ -141,7 +138,7 @@ def layers_in(base):
 
 
 def test_beside_another_adapter_of_its_blocks():
-    model = adapted(base=make("llama"))
+    model = with_two()
     model.base_model.set_adapter(["default", "other"])
     y = output(model, inputs("llama"))
     assert y.isfinite().all() and len(layers(model)) == 2

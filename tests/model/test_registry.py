@@ -11,7 +11,7 @@ from torch import nn
 
 import graft
 from graft.model.functional import delete_adapter
-from tests.conformance.samples import disturb
+from tests.conformance.samples import adapted, disturb
 from tests.looks import layers, registry_of
 from tests.models import seeded
 
@@ -34,14 +34,6 @@ def net():
 
 def lora(*targets, **options):
     return graft.LoraConfig(**{"r": 2, "target_modules": list(targets or ["0"]), **options})
-
-
-def adapted(*names, **options):
-    with seeded(1):
-        model = graft.get_peft_model(net(), lora(**options), names[0])
-        for name in names[1:]:
-            model.add_adapter(name, lora(**options))
-    return disturb(model).eval()
 
 
 def filled(model):
@@ -106,7 +98,7 @@ def test_a_layer_with_adapters_of_another_method_does_not_give_way():
 
 
 def test_the_registry_of_a_peft_model_forgets_them():
-    model = adapted("first", modules_to_save=["head"])
+    model = adapted(net(), {"first": lora(modules_to_save=["head"])})
     model.delete_adapter("first")
     model.add_adapter("then", lora("head"))
     assert list(layers(model)) == ["head"] and not registry_of(model).wrappers
@@ -148,7 +140,7 @@ def test_all_linear_leaves_a_head_out_that_lost_its_adapters():
     graft="`UnsupportedLayerError`",
 )
 def test_a_module_cannot_be_trained_whole_around_other_adapters():
-    model = adapted("default")
+    model = adapted(net(), {"default": lora()})
     before = kinds(model)
     with pytest.raises(graft.UnsupportedLayerError, match=r"'inner': 'inner.0' inside it carries other.*'b'"):
         model.add_adapter("b", lora("head", modules_to_save=["inner"]))
@@ -173,7 +165,7 @@ def test_a_module_cannot_be_trained_whole_around_other_adapters():
 @pytest.mark.parametrize("how", ["from_pretrained", "get_peft_model", "PeftModel", "LoraModel"])
 def test_a_base_with_adapters_of_another_peft_model(how, name, tmp_path):
     """Each would keep its own registry of which adapters are active."""
-    adapted("default").save_pretrained(tmp_path)
+    adapted(net(), {"default": lora()}).save_pretrained(tmp_path)
     base = net()
     model = graft.PeftModel.from_pretrained(base, tmp_path, "one")
     expected, before = model(X), kinds(base)
@@ -193,7 +185,7 @@ def test_a_base_with_adapters_of_another_peft_model(how, name, tmp_path):
 
 
 def test_adapters_of_a_model_without_a_wrapper_are_taken_over(tmp_path):
-    adapted("default").save_pretrained(tmp_path)
+    adapted(net(), {"default": lora()}).save_pretrained(tmp_path)
     base = graft.inject_adapter_in_model(lora(), net(), "one")
     model = graft.PeftModel.from_pretrained(base, tmp_path, "two")
     assert sorted(model.peft_config) == ["one", "two"] and model.active_adapters == ["two"]
@@ -212,7 +204,7 @@ def test_adapters_of_a_model_without_a_wrapper_are_taken_over(tmp_path):
 @pytest.mark.parametrize("within", [True, False], ids=["block", "until enabled"])
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["head"]}, {"trainable_token_indices": {"head": [1]}}])
 def test_an_adapter_that_comes_while_all_are_off_is_off(options, within):
-    model = adapted("default")
+    model = adapted(net(), {"default": lora()})
     with model.disable_adapter():
         if not within:
             model.base_model.disable_adapter_layers()
@@ -228,7 +220,7 @@ def test_an_adapter_that_comes_while_all_are_off_is_off(options, within):
 
 
 def test_without_an_active_adapter_there_is_no_active_config():
-    model = adapted("default")
+    model = adapted(net(), {"default": lora()})
     assert model.active_peft_config is model.peft_config["default"]
     model.delete_adapter("default")
     with pytest.raises(graft.AdapterNotFoundError, match=r"No adapter is active.*none"):
@@ -239,8 +231,8 @@ def test_without_an_active_adapter_there_is_no_active_config():
 
 
 def changed(tmp_path, **options):
-    adapted("default").save_pretrained(tmp_path)
-    return adapted("default", **options)
+    adapted(net(), {"default": lora()}).save_pretrained(tmp_path)
+    return adapted(net(), {"default": lora(**options)})
 
 
 @pytest.mark.differs(
@@ -269,7 +261,7 @@ def test_values_of_another_config_are_said(options, text, tmp_path):
         model.delete_adapter("default")
         model.load_adapter(tmp_path, "default")
     model.set_adapter("default")
-    assert torch.equal(model(X), adapted("default")(X))
+    assert torch.equal(model(X), adapted(net(), {"default": lora()})(X))
 
 
 @pytest.mark.parametrize("options", [{}, {"init_lora_weights": "gaussian"}, {"target_modules": ["inner.0"]}], ids=str)
@@ -279,7 +271,7 @@ def test_values_of_the_same_config_are_loaded_without_a_word(options, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.load_adapter(tmp_path, "default")
-    assert torch.equal(model(X), adapted("default")(X))
+    assert torch.equal(model(X), adapted(net(), {"default": lora()})(X))
 
 
 # names of rows
@@ -290,7 +282,7 @@ NAMES = ["a", "b", "__base__"]
 
 @pytest.mark.parametrize("kind", [list, tuple, iter], ids=lambda k: k.__name__)
 def test_any_iterable_of_names_will_do(kind):
-    model = adapted("a", "b", modules_to_save=["head"])
+    model = adapted(net(), dict.fromkeys("ab", lora(modules_to_save=["head"])))
     assert torch.equal(model(X, adapter_names=kind(NAMES)), model(X, adapter_names=NAMES))
 
 
@@ -311,7 +303,7 @@ def test_any_iterable_of_names_will_do(kind):
     ids=["str", "None"],
 )
 def test_what_are_no_names(names, text):
-    model = adapted("a", "b")
+    model = adapted(net(), dict.fromkeys("ab", lora()))
     with pytest.raises(TypeError, match=text):
         model(X, adapter_names=names)
     assert not registry_of(model).call.open
@@ -319,7 +311,7 @@ def test_what_are_no_names(names, text):
 
 @pytest.mark.parametrize("first", [torch.ones(1), torch.ones(1, 4), torch.tensor(2.0)], ids=["1", "1x4", "scalar"])
 def test_an_argument_that_all_rows_share_does_not_count_them(first):
-    model = adapted("a", "b")
+    model = adapted(net(), dict.fromkeys("ab", lora()))
     assert torch.equal(model(scale=first, x=X, adapter_names=NAMES), model(X, adapter_names=NAMES))
     with pytest.raises(graft.RoutingError, match="but got 2 and 3"):
         model(x=X, scale=torch.ones(3), adapter_names=["a", "b"])
@@ -336,7 +328,7 @@ def test_the_layer_of_the_first_index_alone():
 
 
 def test_errors_name_the_adapter():
-    model = adapted("default")
+    model = adapted(net(), {"default": lora()})
     for options in (
         dict(target_modules=["zz"]),
         dict(exclude_modules=["0"]),

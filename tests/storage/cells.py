@@ -20,7 +20,7 @@ from torch.testing import assert_close
 import graft
 from graft.storage import find_store
 from tests import samples
-from tests.conformance.samples import disturb
+from tests.conformance.samples import adapted
 from tests.covering import Case, Sometimes, law
 from tests.looks import layers
 from tests.models import seeded
@@ -77,16 +77,11 @@ def inputs(kind: Kind) -> Tensor:
 
 
 def packed(kind: Kind, sample: Sample, *adapters: str) -> Any:
-    return adapted(kind.hold(linear(kind.bias)), sample, *adapters)
+    return around(kind.hold(linear(kind.bias)), sample, *adapters)
 
 
-def adapted(layer: nn.Module, sample: Sample, *adapters: str) -> Any:
-    first, *others = adapters or ("default",)
-    with seeded(1):
-        model = graft.get_peft_model(Net(layer).eval(), sample.make(first), first)
-        for name in others:
-            model.add_adapter(name, sample.make(name))
-    return disturb(model.eval())
+def around(layer: nn.Module, sample: Sample, *adapters: str) -> Any:
+    return adapted(Net(layer).eval(), {name: sample.make(name) for name in adapters or ("default",)})
 
 
 def twin(kind: Kind, sample: Sample, model: Any) -> Any:
@@ -94,7 +89,7 @@ def twin(kind: Kind, sample: Sample, model: Any) -> Any:
     held = kind.hold(linear(kind.bias))
     dense = linear(kind.bias).to(kind.dtype)
     dense.weight.data = find_store(held).read(held, "weight").to(kind.dtype).clone()
-    made = adapted(dense, sample)
+    made = around(dense, sample)
     if sample.rewrites:  # the packed weight is rounded anew
         layer = layers(model)["layer"]
         layers(made)["layer"].base_layer.weight.data = layer.weight_now.to(kind.dtype).clone()

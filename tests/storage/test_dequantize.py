@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.conformance.samples import disturb
+from tests.conformance.samples import adapted, disturb
 from tests.looks import layers, merged
 from tests.models import seeded
 from tests.storage.cells import same, state
@@ -33,14 +33,6 @@ def lora(**options):
     return graft.LoraConfig(r=3, target_modules=["layer", "plain"], **options)
 
 
-def adapted(kind=Calibrated, config=None, *others):
-    with seeded(1):
-        model = graft.get_peft_model(Net(kind), config or lora())
-        for name in others:
-            model.add_adapter(name, lora())
-    return disturb(model).eval()
-
-
 @pytest.mark.differs(
     "`merge_and_unload(dequantize=True)`",
     peft="–",
@@ -52,7 +44,7 @@ def adapted(kind=Calibrated, config=None, *others):
 @pytest.mark.parametrize("kind", [Eight, Calibrated])
 @pytest.mark.parametrize("safe", [True, False])
 def test_adapted_layers_become_plain(kind, safe):
-    model = adapted(kind)
+    model = adapted(Net(kind), {"default": lora()})
     expected = model(x())
     plain = model.merge_and_unload(dequantize=True, safe_merge=safe)
     assert type(plain.layer) is type(plain.plain) is nn.Linear and type(plain.left) is kind
@@ -61,7 +53,7 @@ def test_adapted_layers_become_plain(kind, safe):
 
 
 def test_what_is_merged_already_comes_along_exactly():
-    model = adapted(Eight, None, "other")
+    model = adapted(Net(Eight), dict.fromkeys(["default", "other"], lora()))
     model.base_model.set_adapter(["default", "other"])
     expected = model(x())
     model.base_model.set_adapter("other")
@@ -73,7 +65,7 @@ def test_what_is_merged_already_comes_along_exactly():
 
 
 def test_a_model_can_be_trained_afterwards():
-    plain = adapted().merge_and_unload(dequantize=True)
+    plain = adapted(Net(Calibrated), {"default": lora()}).merge_and_unload(dequantize=True)
     again = graft.get_peft_model(plain, lora())
     again(x()).sum().backward()
     assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
@@ -82,7 +74,7 @@ def test_a_model_can_be_trained_afterwards():
 
 @pytest.mark.parametrize("already", [False, True])
 def test_a_failure_leaves_the_packed_weights(already):
-    model = adapted(Eight, None, "other")
+    model = adapted(Net(Eight), dict.fromkeys(["default", "other"], lora()))
     if already:
         model.base_model.set_adapter("other")
         model.merge_adapter(["other"])
@@ -101,7 +93,7 @@ def test_a_failure_leaves_the_packed_weights(already):
 
 
 def test_what_has_no_merged_form_stays():
-    model = adapted(Calibrated, graft.LilyConfig(r=2, target_modules=["layer"]))
+    model = adapted(Net(Calibrated), {"default": graft.LilyConfig(r=2, target_modules=["layer"])})
     expected = model(x())
     with pytest.raises(NotImplementedError, match=r"unload\(\)"):
         model.merge_and_unload(dequantize=True)
@@ -110,7 +102,7 @@ def test_what_has_no_merged_form_stays():
 
 def test_the_way_out_is_in_the_message():
     with pytest.raises(NotImplementedError, match=r"or merge_and_unload\(dequantize=True\)"):
-        adapted().merge_adapter()
+        adapted(Net(Calibrated), {"default": lora()}).merge_adapter()
 
 
 def test_on_a_dense_model_it_does_what_merging_does():

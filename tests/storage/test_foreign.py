@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import DENSE, FOREIGN, PACKED, find_store, find_tensor_store
-from tests.conformance.samples import disturb
+from tests.conformance.samples import adapted, disturb
 from tests.conformance.stores import Coded, held
 from tests.models import seeded
 
@@ -107,17 +107,9 @@ def lora(**options):
     return graft.LoraConfig(r=2, target_modules=["0"], **options)
 
 
-def adapted(kind, *others):
-    with seeded(1):
-        model = graft.get_peft_model(net(kind), lora(), "a")
-        for name in others:
-            model.add_adapter(name, lora())
-    return disturb(model).eval()
-
-
 @kinds
 def test_adapters_run_and_train_beside_it(kind):
-    base, model = net(kind), adapted(kind)
+    base, model = net(kind), adapted(net(kind), {"a": lora()})
     layer = model.base_model.model[0]
     assert layer.quantization_backend == "foreign"
     A, B = (getattr(layer, name)["a"].weight for name in ("lora_A", "lora_B"))
@@ -132,7 +124,7 @@ def test_adapters_run_and_train_beside_it(kind):
 @kinds
 @pytest.mark.parametrize("grad", [True, False])
 def test_mixed_batches_run_beside_it(kind, grad):
-    model = adapted(kind, "b")
+    model = adapted(net(kind), dict.fromkeys("ab", lora()))
     names = ["a", "b", "__base__", "b", "a"]
     with torch.set_grad_enabled(grad):
         mixed = model(X, adapter_names=names)
@@ -160,7 +152,7 @@ def test_mixed_batches_run_beside_it(kind, grad):
 @kinds
 @pytest.mark.parametrize("safe", [True, False])
 def test_merging_is_refused_and_the_adapter_is_not_lost(kind, safe):
-    model = adapted(kind)
+    model = adapted(net(kind), {"a": lora()})
     expected = model(X)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(NotImplementedError, match=f"layer '0': .*{KINDS[kind][1]}.*[Kk]eep them unmerged"):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.conformance.samples import disturb
+from tests.conformance.samples import adapted, disturb
 from tests.core.test_layer import CONFIGS, Net, X, config
 from tests.models import seeded
 
@@ -22,14 +22,6 @@ def offload(request, tmp_path):
     return lambda model: accelerate.disk_offload(model, str(tmp_path), execution_device=CPU)
 
 
-def adapted(method, base=None):
-    with seeded(0):
-        base = Net().eval() if base is None else base
-    with seeded(1):
-        model = graft.get_peft_model(base, config(method))
-    return disturb(model).eval()
-
-
 def net():
     with seeded(0):
         return Net().eval()
@@ -40,13 +32,13 @@ def net():
 @torch.no_grad()
 def test_an_offloaded_base_runs_merges_and_unmerges(method, wrapped_first, offload):
     base = net()
-    plain, expected = base(X), adapted(method, net())(X)
+    plain, expected = base(X), adapted(net(), {"default": config(method)})(X)
     if wrapped_first:
-        model = adapted(method, base)
+        model = adapted(base, {"default": config(method)})
         offload(model)
     else:
         offload(base)
-        model = adapted(method, base)
+        model = adapted(base, {"default": config(method)})
     assert base.one.base_layer.weight.is_meta
     assert_close(model(X), expected)
     for safe in (False, True):
@@ -67,7 +59,7 @@ def test_an_offloaded_weight_in_half_precision_comes_back_bit_for_bit(offload):
     base = net().bfloat16()
     before = {name: t.clone() for name, t in base.state_dict().items()}
     offload(base)
-    model = adapted("LORA", base)
+    model = adapted(base, {"default": config("LORA")})
     model.merge_adapter()
     kept = base.one.state.undo[0][1]
     assert kept.device == CPU and kept.dtype == torch.bfloat16
@@ -83,7 +75,7 @@ def test_merging_leaves_what_others_offloaded(offload):
     base, twin = net(), net()
     twin.one.weight = base.one.weight
     before = twin.one.weight.clone()
-    model = adapted("LORA", base)
+    model = adapted(base, {"default": config("LORA")})
     offload(model)
     model.merge_adapter()
     assert torch.equal(twin.one.weight, before)

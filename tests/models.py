@@ -7,6 +7,7 @@ scale cannot hide behind symmetry or behind an absolute tolerance.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,10 +49,15 @@ def nudged(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def make(name: str) -> nn.Module:
-    """A fresh model in eval mode, with the same weights every time."""
+@cache
+def _original(name: str) -> nn.Module:
     with seeded(0):
         return MODELS[name].build().eval()
+
+
+def make(name: str) -> nn.Module:
+    """A fresh model in eval mode, with the same weights every time."""
+    return copy.deepcopy(_original(name))  # half the time of building one
 
 
 @cache

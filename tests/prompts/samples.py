@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -129,10 +131,15 @@ def task(sample: Sample) -> str:
 # models
 
 
-def make(model: str) -> nn.Module:
-    """A fresh base model in eval mode, with the same weights every time."""
+@cache
+def _original(model: str) -> nn.Module:
     with models.seeded(0):
         return MODELS[model].build().eval()
+
+
+def make(model: str) -> nn.Module:
+    """A fresh base model in eval mode, with the same weights every time."""
+    return copy.deepcopy(_original(model))
 
 
 def adapt(lib, sample: Sample, adapter: str = "default", *, base: nn.Module | None = None, **options):

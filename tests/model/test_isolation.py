@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import graft
 from tests.models import checkpoint, seeded
 
-STEPS, VOCAB = 8, 64
+STEPS, VOCAB = 20, 64
 QV = ["q_proj", "v_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -127,5 +127,5 @@ SPECS = {
     "too": Spec(lora(r=4, lora_dropout=0.2), seed=7, tokens=12, padding=2),
     "drops": Spec(lora(r=4, lora_dropout=0.3), seed=8),
     "gathers": Spec(lora(r=4), seed=4, accumulate=3, clip=1.0),
-    "timed": Spec(lora(r=4), seed=5, schedule=partial(CosineAnnealingLR, T_max=12)),
+    "timed": Spec(lora(r=4, lora_dropout=0.2), seed=5, schedule=partial(CosineAnnealingLR, T_max=12)),
 }

@@ -183,15 +183,20 @@ def test_an_output_that_exists(tmp_path, locon):
     assert os.listdir(tmp_path / "others") == ["letter.txt"]
 
 
-def test_an_error_while_writing_leaves_what_was_there(tmp_path, locon, monkeypatch):
+@pytest.mark.parametrize("call, at", [("fsync", 1), ("rename", 2)], ids=["written", "named"])
+def test_an_error_while_writing_leaves_what_was_there(call, at, tmp_path, locon, monkeypatch):
     out = tmp_path / "out"
     convert(locon, "peft", out, NET)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
+    original, calls = getattr(os, call), []
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(*args):
+        calls.append(args)
+        if len(calls) == at:
+            raise OSError(28, "No space left on device")
+        return original(*args)
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="No space"):
         convert(locon, "peft", out, NET, force=True)
     monkeypatch.undo()

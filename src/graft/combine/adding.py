@@ -21,6 +21,7 @@ from graft.methods import config_of, method_of
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
+    from graft.config.fields import Targets
     from graft.core.method import Method
     from graft.core.tuner import Tuner
 
@@ -124,7 +125,7 @@ def owners(tuner: Tuner, names: Sequence[str]) -> dict[str, str]:
     return {key: own[0] for key, own in found.items() if own}
 
 
-def heads(tuner: Tuner, owner: dict[str, str], cfg: Any) -> dict[str, nn.Module]:
+def heads(tuner: Tuner, owner: dict[str, str], cfg: Targets) -> dict[str, nn.Module]:
     """Copy the modules trained whole for the new adapter. Tied ones follow by themselves."""
     return {
         key: copy.deepcopy(tuner.wrappers[key].modules_to_save[name])

@@ -214,7 +214,7 @@ def configure(
         adding.name_exactly(cfg, ranks, parameters)
 
 
-def values_on(m: Method, change: Change, cfg: Any) -> Tensors:
+def values_on(m: Method, change: Change, cfg: LoraConfig) -> Tensors:
     """Return the values of LoRA's tensors on the layer of a method, in its dtype."""
     site, B = m.site, change.B
     assert B is not None

@@ -50,7 +50,7 @@ def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., Weighte
     """Let a function see the tensors of the adapters that it combines whole, where processes hold parts of them."""
 
     @wraps(combine)
-    def call(tuner: Any, adapters: list[str], *args: Any, **kwargs: Any) -> WeightedReport:
+    def call(tuner: Tuner, adapters: list[str], *args: object, **kwargs: object) -> WeightedReport:
         layers = [*tuner.layers.values(), *(w for w in tuner.wrappers.values() if w.takes_rows)]
         named = [(layer, name) for layer in layers for name in adapters if name in layer.methods]
         with whole_at([slot for layer, name in named for slot in layer.slots(name)]):
@@ -193,7 +193,7 @@ def add_weighted_of_any(
     return combine(tuner, adapters, weights, adapter_name, *args, **kwargs)
 
 
-def refuse(tuner: Any, *args: Any, **kwargs: Any) -> None:
+def refuse(tuner: Any, *args: object, **kwargs: object) -> None:
     """Raise: the parameters of this method cannot hold a sum of updates."""
     method = tuner.method
     why = "their parameters cannot hold a sum of what they do"
@@ -254,7 +254,7 @@ def checked(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[li
     return names, numbers
 
 
-def parts_of(tuner: Any, names: list[str], weights: list[float], form: Form) -> dict[str, list[tuple[Any, float]]]:
+def parts_of(tuner: Tuner, names: list[str], weights: list[float], form: Form) -> dict[str, list[tuple[Any, float]]]:
     """Return (method, weight) of each adapter on each layer that has any of them.
 
     Raises:

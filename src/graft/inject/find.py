@@ -47,6 +47,7 @@ from graft.storage import innermost, loose_bias, refusal
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
+    from graft.config.fields import Targeted
 
 MOST_WARNINGS = 100  # about entries of one field
 
@@ -372,7 +373,7 @@ def check_rows(
 
 
 def report_on(
-    cfg: Any,
+    cfg: Targeted,
     matcher: Matcher,
     outcomes: dict[str, Verdict],
     report: InjectReport,

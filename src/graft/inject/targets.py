@@ -24,6 +24,7 @@ from graft.storage import DENSE, experts_of, find_store, innermost, packed_names
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
+    from graft.config.fields import Targeted
 
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"  # inject into no module
@@ -31,7 +32,7 @@ COMPRESS_FROM = 20  # names: this many become the shortest suffixes that tell th
 HEAD_NAMES = ("score", "classifier")
 
 
-def resolve_targets(cfg: Any, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:
+def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Complete `cfg.target_modules` in place."""
     if cfg.target_modules is None and getattr(cfg, "target_parameters", None):
         if "target_parameters" in cfg.beyond:

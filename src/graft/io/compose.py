@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from graft.io.check import check_tensors
 from graft.io.files import Loaded, load_pair, save_adapter
 from graft.io.fingerprint import fingerprint, joined
 from graft.prompts.base import STORED
+
+if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
+    from graft.config.prompt import PromptLearningConfig
 
 
 def join_stages(
@@ -47,7 +51,7 @@ def join_stages(
     save_adapter(os.fspath(folder), tensors, config, safe_serialization, joined(notes))
 
 
-def join_config(config: Any, other: Any, part: str) -> None:
+def join_config(config: PeftConfig, other: Any, part: str) -> None:
     """Take over what another stage's config says of its own layers."""
     ours, theirs = config.saved_dict(), other.saved_dict()
     if type(config) is not type(other):
@@ -126,7 +130,7 @@ def check_alike(first_path: str, first: Any, path: str, other: Any) -> None:
         )
 
 
-def prompt_of(config: Any, loaded: Loaded) -> Tensor:
+def prompt_of(config: PromptLearningConfig, loaded: Loaded) -> Tensor:
     """Return the prompt of a saved cartridge, (tokens, 2 · layers · token_dim)."""
     check_tensors(loaded.tensors, loaded.path, loaded.finite)
     values = loaded.tensors.get(STORED)

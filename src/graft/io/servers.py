@@ -23,6 +23,7 @@ from graft.storage import innermost
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
+    from graft.methods.lora.config import LoraConfig
 
 IN, OUT = "in", "out"  # the two stacks of a block: what acts on its input, and what makes its output
 PARAMETERS = {"gate_up_proj": IN, "up_proj": IN, "down_proj": OUT}
@@ -358,7 +359,7 @@ def configure(config: Any, keys: list[str], read: Mapping[str, Mapping[str, Read
     config.rank_pattern, config.alpha_pattern = ranks, alphas
 
 
-def kept(config: Any, name: str, modules: Collection[str]) -> dict[str, Any]:
+def kept(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, Any]:
     """Return the patterns that reach one of these modules."""
     given = getattr(config, name) or {}
     return {p: value for p, value in given.items() if any(config.reaches(p, path, name) for path in modules)}

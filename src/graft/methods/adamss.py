@@ -110,7 +110,7 @@ def require_sklearn() -> Any:
     return KMeans
 
 
-def clusters(W: Tensor, bias: Tensor | None, cfg: Any) -> Clusters:
+def clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters:
     """Find the clusters of W (out, in) with its bias (out,)."""
     dtype, W = W.dtype, W.detach().float()
     if bias is not None:
@@ -130,7 +130,7 @@ def clusters(W: Tensor, bias: Tensor | None, cfg: Any) -> Clusters:
     return Clusters(V.T.contiguous(), rows, downs, ups)
 
 
-def start(U: Tensor, cfg: Any) -> Tensor:
+def start(U: Tensor, cfg: AdamssConfig) -> Tensor:
     """Return A (rank, R) of a cluster with the coordinates U (n, R)."""
     gram, rank = U @ U.T, min(len(U), cfg.subspace_rank)
     if cfg.use_dynamic_rank:
@@ -159,7 +159,7 @@ class Allocator(Importance):
         mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
 
     @torch.no_grad()
-    def of(self, methods: dict[str, Any], spaces: list[tuple[str, int]]) -> list[float]:
+    def of(self, methods: dict[str, object], spaces: list[tuple[str, int]]) -> list[float]:
         """Return the scores of subspaces, by one wait for the device."""
         means = [
             self.score(f"{key}.{part}.{j}", getattr(methods[key], part)[j]).mean()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -11,6 +11,9 @@ from graft.core.errors import ConfigError, warn
 from graft.prompts import kv_prefix
 from graft.prompts.kv_prefix import length
 from graft.prompts.stack import CACHES, OLD_CACHE, Stack
+
+if TYPE_CHECKING:
+    from graft.config.prompt import PromptLearningConfig
 
 
 def check_kind(stack: Stack, cfg: Any) -> None:
@@ -101,7 +104,7 @@ def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: Stack) -
         )
 
 
-def drop_encoder_outputs(kwargs: dict[str, object], cfg: Any) -> None:
+def drop_encoder_outputs(kwargs: dict[str, object], cfg: PromptLearningConfig) -> None:
     """Drop `encoder_outputs`, which lack the prompt, with a warning; raise ValueError if there is no other input."""
     if kwargs.get("encoder_outputs") is not None:
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:

@@ -22,6 +22,7 @@ from graft.storage.parallel import fill, layout_of, shape_of
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
+    from graft.config.prompt import PromptLearningConfig
 
 IGNORED_LABEL = -100  # torch's cross entropy skips it
 STORED = "prompt_embeddings"  # name of the prompt in a checkpoint
@@ -50,7 +51,7 @@ class Prompt(nn.Module):
 
     embedding: Any
 
-    def __init__(self, cfg: Any, words: nn.Module | None = None):
+    def __init__(self, cfg: PromptLearningConfig, words: nn.Module | None = None):
         super().__init__()
         self.num_virtual_tokens = cfg.num_virtual_tokens
 

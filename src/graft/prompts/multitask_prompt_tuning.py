@@ -117,7 +117,7 @@ def read(path: str) -> dict[str, Tensor]:
         raise CheckpointError(f"prompt_tuning_init_state_dict_path='{path}' cannot be read as tensors: {e}") from e
 
 
-def source_values(cfg: Any) -> dict[str, Tensor]:
+def source_values(cfg: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
     """Return the tensors that the config takes from a trained prompt, by name."""
     path = cfg.prompt_tuning_init_state_dict_path
     if path is None:

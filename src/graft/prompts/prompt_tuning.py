@@ -72,7 +72,7 @@ class PromptEmbedding(Prompt):
         self.embedding.weight = nn.Parameter(words_of(ids, words, origin))
 
 
-def text_ids(cfg: Any) -> Tensor:
+def text_ids(cfg: PromptTuningConfig) -> Tensor:
     """Return the tokens of the initial text, cut or repeated to the number of virtual tokens, (tokens,).
 
     Code that a tokenizer brings never runs: the config may come from anywhere.

@@ -97,7 +97,7 @@ class Measure:
             prepared = copy.deepcopy(inputs) if self.prepare_model is None else self.prepare_model(inputs, self.cfg)
             yield inputs, prepared
 
-    def run(self, batch: tuple[Any, Any], names: Iterable[str], see: Callable[[str, Tensor], None]) -> None:
+    def run(self, batch: tuple[object, object], names: Iterable[str], see: Callable[[str, Tensor], None]) -> None:
         """Run the model on a batch; let `see` have the rows of the named layers' inputs."""
         inputs, prepared = batch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,14 @@ from graft.methods.lora.lora import LoRA
 from graft.methods.lora.shift import NAME
 from graft.methods.lora.sub_configs import CONVERTED
 
+if TYPE_CHECKING:
+    from graft.methods.lora.config import LoraConfig
+
 MARK = f".{NAME}."
 
 
 def subtract_initial(
-    initial: dict[str, Tensor], tensors: dict[str, Tensor], config: Any
+    initial: dict[str, Tensor], tensors: dict[str, Tensor], config: LoraConfig
 ) -> tuple[dict[str, Tensor], Any]:
     """Return tensors and config of the converted adapter, which has twice the rank.
 

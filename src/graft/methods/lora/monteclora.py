@@ -7,7 +7,7 @@ drawn from a Wishart distribution, the weights w from one on the simplex; both h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.methods.lora.lora import LoRA
 
+if TYPE_CHECKING:
+    from graft.methods.lora.sub_configs import MontecloraConfig
+
 
 class Sampler(nn.Module):
     """Draws the noise of an A of r rows. The loss refers to the last draw."""
@@ -25,7 +28,7 @@ class Sampler(nn.Module):
     gaussian_var_prior: Tensor  # (r, r), diagonal: variances of the last draw
     expert_weights: Tensor  # (n,): w of the last draw
 
-    def __init__(self, r: int, cfg: Any, device: torch.device | None = None):
+    def __init__(self, r: int, cfg: MontecloraConfig, device: torch.device | None = None):
         super().__init__()
         n, self.cfg = cfg.num_samples, cfg
         self.std_prior = nn.Parameter(torch.empty(r, device=device))  # logarithms of standard deviations

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graft.core.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
+    from graft.config.base import PeftConfig
     from graft.core.tuner import Tuner
 
 NAMES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
@@ -102,7 +103,7 @@ def empty(network: nn.Module) -> Any:
     return DynamicCache(config=network.config)
 
 
-def shadow_loss(tuner: Tuner, cfg: Any, name: str, s: Tensor, given: dict[str, Any]) -> Tensor | None:
+def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, given: dict[str, Any]) -> Tensor | None:
     """Return the loss of what the model's head makes of s, (rows, tokens, hidden); None for tasks without one."""
     labels, model = given["labels"], tuner.model
     if cfg.task_type == "SEQ_CLS":

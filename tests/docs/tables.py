@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.core.folding import why_none
-from graft.methods import METHODS, PROMPTS, ROWS, config_of, method_of
+from graft.methods import IN_PEFT, METHODS, PROMPTS, ROWS, config_of, method_of
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, Layer, find
 from tests.docs import rates
 from tests.docs.marks import put
@@ -31,7 +31,7 @@ KINDS = {  # column → layers of the law suite
     "convolutions": ("conv1d", "conv2d", "conv3d"),
     "grouped": ("conv2d-grouped", "conv2d-depthwise"),
 }
-HEAD = ["config", *KINDS, "merges", "several at once", "rows of a batch", "as LoRA"]
+HEAD = ["config", "PEFT's", *KINDS, "merges", "several at once", "rows of a batch", "as LoRA"]
 BY_NAME = {layer.name: layer for layer in LAYERS}
 
 
@@ -67,6 +67,7 @@ def row(name: str) -> list[str]:
     plain = samples[0]
     return [
         f"`{config}`",
+        "yes" if METHODS[name].in_peft else "",
         *(cell(samples, names) for names in KINDS.values()),
         merges(samples),
         "yes" if plain.together else "one at a time",
@@ -86,8 +87,10 @@ def table() -> str:
     others = ", ".join(f"`{METHODS[n].config}`" for n in METHODS if n not in names)
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     prompts = ", ".join(f"`{r.config}`" for r in PROMPTS.values())
+    own = ", ".join(f"`{row.config}`" for row in ROWS.values() if not row.in_peft)
     return (
-        f"{len(METHODS) + len(PROMPTS)} methods. Those that act on single layers:\n\n{text}\n\n"
+        f"{len(ROWS)} methods. PEFT 0.21.2 has {len(IN_PEFT)} of them, all but {own}. Those that act on single layers:"
+        f"\n\n{text}\n\n"
         f"On attentions, blocks, or over other adapters: {others}. Prompts: {prompts}."
     )
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 
+from graft.methods import IN_PEFT, ROWS
 from tests import fresh
 from tests.docs import readme
 
@@ -17,6 +18,11 @@ def blocks(language: str) -> list[str]:
 
 def test_readme_is_short():
     assert len(readme.PAGE.read_text().split()) <= LONGEST
+
+
+def test_its_first_sentence_counts_the_methods():
+    said = f"LoRA, PEFT's {len(IN_PEFT) - 1} other methods, and {len(ROWS) - len(IN_PEFT)} more"
+    assert said in readme.PAGE.read_text().replace("\n", " ")
 
 
 def test_the_table_is_printed_from_the_code_and_a_run():

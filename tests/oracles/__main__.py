@@ -41,9 +41,11 @@ def main(name: str, folder: str) -> list[str]:
     for maker in METHODS[name]:
         module, _, function = maker.partition(":")
         (out / "methods").mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)  # of whatever it draws without a seed of its own
         getattr(import_module(f"tests.methods.{module}"), function)(out / "methods")
     for maker in FILES.get(name, ()):
         (out / "files").mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)  # of whatever it draws without a seed of its own
         getattr(import_module("tests.files.make_fixtures"), maker)(str(out.absolute() / "files" / maker))
     made = [file for file in sorted(out.rglob("*")) if file.is_file()]
     wrong = [f"{file.relative_to(out)}: {said}" for file in made if (said := differs(file, kept(file, out)))]

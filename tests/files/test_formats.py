@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from graft.core.errors import CheckpointError
 from graft.files import formats
 from graft.files.bases import base_of
 from graft.files.convert import convert
+from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, LossError
+from graft.files.formats import peft
+from graft.files.resize import resize
 from tests.files.dense import changes
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -104,3 +108,64 @@ def test_names_of_a_first_release(tmp_path):
     adapter = formats.read(tmp_path / "a.safetensors", base_of(tmp_path / "pipe"))
     found = changes(adapter, base_of(tmp_path / "pipe"))
     assert_same(found, {f"transformer.blocks.0.{name}": d for name, d in wanted.items()})
+
+
+@pytest.mark.parametrize("name", ["kohya_sd", "diffusers_new"])
+def test_folders_of_a_pipelines_parts_are_an_adapter(name, tmp_path):
+    """What `convert --to peft` makes of a pipeline's file, every verb takes again."""
+    base = base_for(name)
+    made = convert(FIXTURES / name, "peft", tmp_path / "parts", base)
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"unet", "text_encoder"}
+    whole = formats.read(tmp_path / "parts")
+    assert len(whole.modules) == made.modules and whole.pipeline
+    assert_same(changes(whole, base), wanted(name))
+    for to in ("kohya", "diffusers", "peft"):
+        back = convert(tmp_path / "parts", to, tmp_path / f"back-{to}", base)
+        assert_same(changes(formats.read(back.path, base), base), wanted(name))
+    cut, _ = resize(whole, rank=1)
+    peft.write(cut, str(tmp_path / "cut"))
+    assert {m.rank for m in formats.read(tmp_path / "cut").low_rank.values()} == {1}
+
+
+def test_modules_that_are_called_as_a_part_of_a_pipeline_are_none(tmp_path):
+    """GPT-2's names begin with "transformer."."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    import graft
+
+    sizes = dict(vocab_size=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    model.save_pretrained(tmp_path / "base")
+    config = graft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    graft.get_peft_model(model, config).save_pretrained(tmp_path / "a")
+    for to in ("peft", "kohya"):
+        made = convert(tmp_path / "a", to, tmp_path / f"a-{to}", tmp_path / "base")
+        convert(made.path, "peft", tmp_path / f"{to}-peft", tmp_path / "base")
+        assert (tmp_path / f"{to}-peft" / "adapter_config.json").exists()
+        assert difference(formats.read(tmp_path / "a"), formats.read(tmp_path / f"{to}-peft"))["equal"]
+
+
+@pytest.mark.parametrize(
+    "key, says",
+    [
+        ("module.decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight", "NeMo"),
+        ("model.decoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight", "NeMo"),
+        ("adapter_query.weight", "LLaMA-Adapter"),
+    ],
+)
+def test_formats_that_are_known_and_not_read(key, says, tmp_path):
+    import torch
+
+    save_file({key: np.zeros((2, 2), "f4")}, tmp_path / "a.safetensors")
+    torch.save({key: torch.zeros(2, 2)}, tmp_path / "a.pth")
+    (tmp_path / "folder").mkdir()
+    torch.save({key: torch.zeros(2, 2)}, tmp_path / "folder" / "a.ckpt")
+    for place in ("a.safetensors", "a.pth", "folder"):
+        with pytest.raises(CheckpointError, match=f"an adapter of .*{says}.* does not read"):
+            formats.read(tmp_path / place)
+    if says == "NeMo":
+        for name in ("x/a.nemo", "y/adapter_metadata.json"):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_bytes(b"")
+            with pytest.raises(CheckpointError, match="NeMo"):
+                formats.read(tmp_path / name[0])

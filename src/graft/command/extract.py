@@ -47,15 +47,15 @@ def extract(
     from graft.files.base import base_files
     from graft.files.extract import extract as extracted
     from graft.files.formats import peft
-    from graft.files.output import check_output
+    from graft.files.output import appearing, check_output
 
     check_output(output, [tuned, base], force)
     models = base_files(tuned), base_files(base)
     made = extracted(
         *models, rank, energy, max_mb, include, exclude, embed, lambda name: show.log(name, quiet or as_json)
     )
-    if not dry_run:
-        peft.write(made.adapter, output)
+    with appearing(output, not dry_run) as out:
+        peft.write(made.adapter, out)
     if as_json:
         print_json({
             "output": None if dry_run else output, "tensors": [asdict(r) for r in made.rows], "unchanged": made.same,

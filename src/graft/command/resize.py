@@ -42,7 +42,7 @@ def resize(
     """
     from graft.files.bases import base_of
     from graft.files.formats import peft
-    from graft.files.output import check_output
+    from graft.files.output import appearing, check_output
     from graft.files.resize import resize as resized
     from graft.files.sources import adapter_at, local
 
@@ -50,8 +50,8 @@ def resize(
     check_output(output, [source, *([] if base is None else [base])], force)
     known = None if base is None else base_of(base)
     made, rows = resized(adapter_at(source, known), rank, energy, ratio, max_mb, max_rank, uniform)
-    if not dry_run:
-        peft.write(made, output, known)
+    with appearing(output, not dry_run) as out:
+        peft.write(made, out, known)
     whole = sum(r.size**2 for r in rows)
     kept = sum(r.energy * r.size**2 for r in rows) / whole if whole else 1.0
     if as_json:

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from graft.files.bases import COMPONENTS
-from graft.files.neutral import AdapterFile
+from graft.files.neutral import AdapterFile, Other
+
+if TYPE_CHECKING:
+    from graft.files.formats import Base
 
 
 def parts_of(paths: Iterable[str]) -> set[str]:
@@ -17,9 +21,14 @@ def parts_of(paths: Iterable[str]) -> set[str]:
     return parts if parts == first else set()
 
 
+def is_pipeline(base: Base | None) -> bool:
+    """Return True if a base is a pipeline's folder: others may have modules of such names, too, as GPT-2 has."""
+    return base is not None and str(base.config.get("_class_name", "")).endswith("Pipeline")
+
+
 def split(adapter: AdapterFile) -> dict[str, AdapterFile]:
     """Return an adapter for each part of a pipeline, without the part's name; empty if it is for one model."""
-    paths = [*adapter.modules, *adapter.full, *adapter.rows]
+    paths = [*adapter.modules, *adapter.full, *adapter.rows] if adapter.pipeline else []
     out: dict[str, AdapterFile] = {}
     for part in sorted(parts_of(paths)):
         start = f"{part}."
@@ -29,6 +38,24 @@ def split(adapter: AdapterFile) -> dict[str, AdapterFile]:
 
         out[part] = replace(
             adapter, modules=own(adapter.modules), full=own(adapter.full), rows=own(adapter.rows),
-            unread=[] if out else adapter.unread, config={}, selected=None,
+            unread=[] if out else adapter.unread, config={}, selected=None, pipeline=False,
         )  # fmt: skip
+        out[part].method = method_of(out[part], adapter.method)
+    return out
+
+
+def method_of(adapter: AdapterFile, otherwise: str) -> str:
+    """Return the method of all modules, if it is one."""
+    methods = {held.method if isinstance(held, Other) else "LORA" for held in adapter.modules.values()}
+    return methods.pop() if len(methods) == 1 else otherwise
+
+
+def joined(parts: dict[str, AdapterFile], path: str) -> AdapterFile:
+    """Return the adapters of a pipeline's parts as one."""
+    out = replace(next(iter(parts.values())), path=path, modules={}, full={}, rows={}, shared={}, unread=[], config={},
+                  selected=None, pipeline=True)  # fmt: skip
+    for part, of_part in parts.items():
+        for name in ("modules", "full", "rows", "shared"):
+            getattr(out, name).update({f"{part}.{key}": value for key, value in getattr(of_part, name).items()})
+        out.unread += [f"{part}: {key}" for key in of_part.unread]
     return out

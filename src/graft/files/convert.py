@@ -11,7 +11,6 @@ from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files import names
 from graft.files.bases import base_of, wider
-from graft.files.components import parts_of, split
 from graft.files.formats import Base, is_model, module_of, read, recognise
 from graft.files.holding import PEFT, fit, one_scale
 from graft.files.lycoris import as_peft
@@ -78,6 +77,8 @@ def convert(
     target = os.path.abspath(beside(source, to) if out is None else os.fspath(out))
     if to in ENDS and out is not None and os.path.isdir(target) and not force and not is_model(target):
         target = os.path.join(target, f"adapter{ENDS[to]}")
+    elif to == "kohya" and not target.endswith(ENDS[to]):  # its readers look at the end of the name
+        target += ENDS[to]
     known_base = [base] if isinstance(base, (str, os.PathLike)) else []
     check_output(target, [source, *known_base], force)
     known = base_of(base) if isinstance(base, (str, os.PathLike)) else base
@@ -114,15 +115,7 @@ def checked(source: str, base: Base | None, to: str) -> AdapterFile:
 
 
 def read_for(source: str, base: Base | None, to: str) -> AdapterFile:
-    """Read an adapter, or those of the parts of a pipeline in folders of their names."""
-    if os.path.isdir(source) and (parts := parts_of(os.listdir(source))):
-        held = {part: read(os.path.join(source, part)) for part in sorted(parts)}
-        adapter = replace(next(iter(held.values())), path=source, modules={}, full={}, config={})
-        for part, of_part in held.items():
-            adapter.modules |= {f"{part}.{path}": module for path, module in of_part.modules.items()}
-            adapter.full |= {f"{part}.{path}": values for path, values in of_part.full.items()}
-            adapter.unread += [f"{part}: {key}" for key in of_part.unread if of_part is not next(iter(held.values()))]
-        return adapter
+    """Read an adapter; what only LyCORIS has, for PEFT, as LoRA."""
     adapter = read(source, base)
     return as_peft(adapter, base) if to == "peft" else adapter
 
@@ -130,10 +123,5 @@ def read_for(source: str, base: Base | None, to: str) -> AdapterFile:
 def written(adapter: AdapterFile, form: Any, target: str, base: Base | None, lossy: bool, dry_run: bool) -> list[str]:
     """Write an adapter, whole or not at all; return what was lost."""
     with appearing(target, not dry_run) as made:
-        if form.NAME == "peft" and (parts := split(adapter)):
-            lost = []
-            for part, of_part in parts.items():
-                lost += [f"{part}: {line}" for line in form.write(of_part, os.path.join(made, part), None, lossy)]
-        else:
-            lost = form.write(adapter, made, base, lossy)
+        lost: list[str] = form.write(adapter, made, base, lossy)
     return lost

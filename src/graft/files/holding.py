@@ -136,6 +136,12 @@ def one_scale(adapter: AdapterFile, holds: Holds) -> float:
     return rounding
 
 
+def scale_of(alpha: Tensor | None, rank: int) -> float:
+    """Return alpha / rank; 1 where there is no alpha, or it is 0, as all readers take it."""
+    value = 0.0 if alpha is None else float(alpha.read().reshape(-1)[0])
+    return value / rank if value and rank else 1.0
+
+
 def folded(module: LowRank, scale: float) -> tuple[LowRank, float]:
     """Return a module whose scale is `scale`, with the rest of its own in B; and how far rounding put an entry off.
 

@@ -77,6 +77,7 @@ class AdapterFile:
             that of a base which only this initialisation makes.
         selected: the modules that the targets in `config` select; None where it is no config of PEFT.
         served: stacks of experts stand in the file as servers have them.
+        pipeline: paths begin with the part of a pipeline: "unet.", "text_encoder_2.".
         flat: `modules` has the file's own names, which are no paths: only a base model's names make paths of them.
     """
 
@@ -92,6 +93,7 @@ class AdapterFile:
     unread: list[str] = field(default_factory=list)
     served: bool = False
     flat: bool = False
+    pipeline: bool = False
     base: str | None = None  # its name or path, where the file says it
     changed_base: str | None = None
     selected: frozenset[str] | None = None

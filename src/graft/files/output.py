@@ -44,10 +44,6 @@ def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bo
 
 def is_adapter(folder: str) -> bool:
     """Return True if a folder is an adapter, whole or damaged, or has one for each part of a pipeline."""
-    from graft.files.components import parts_of
-
-    if parts_of(os.listdir(folder)):
-        return True
     try:
         return bool(recognise(folder))
     except CheckpointError as e:

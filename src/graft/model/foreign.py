@@ -60,7 +60,7 @@ def load_adapter(
     """
     known = names_in(model)
     adapter = read(path, known)
-    if adapter.format != "peft":
+    if adapter.format != "peft" or adapter.pipeline:
         parts = split(adapter)
         if parts:
             modules = set(known.modules)

@@ -13,10 +13,24 @@ from graft.config.pair import CONFIG_NAME
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
+from graft.files.pickles import mentions
 from graft.files.tensors import read_header
 
 # in the order in which they look at a path
 FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "pyreft", "kohya", "diffusers")
+
+
+NEMO = "adapter_metadata.json"  # beside the weights that NeMo 2 saves
+OF_NEMO = (
+    "an adapter of NeMo or Megatron, which graft does not read: the model orders the rows of its fused projections. "
+    "Their own export to HuggingFace PEFT writes what graft reads"
+)
+SIGNS = {  # in names of tensors → what the file is
+    ".adapter.linear_in.": OF_NEMO,
+    "lora_kqv_adapter": OF_NEMO,
+    "adapter_query.weight": "an adapter of the original LLaMA-Adapter, which graft does not read: it has a gate for "
+    "each head, of which it takes the tanh, and adaption prompts have one number for all heads",
+}
 
 
 class Base(Protocol):
@@ -64,8 +78,22 @@ def recognise(path: str) -> str:
     for name in FORMATS:
         if module_of(name).recognises(path):
             return name
+    if what := unread(path):
+        raise CheckpointError(f"{path} is {what}.")
     what = "holds a model, and no adapter" if is_model(path) else "is no adapter"
     raise CheckpointError(f"{path} {what} of a format that graft reads: {', '.join(FORMATS)}.")
+
+
+def unread(path: str) -> str | None:
+    """Return what a file or folder is, and why graft does not read it, of formats that it knows by sight; else None."""
+    if one_file(path, ".nemo") or os.path.exists(os.path.join(path, NEMO)):
+        return OF_NEMO
+    file = one_file(path, ".pth", ".pt", ".ckpt") or one_file(path, ".safetensors")
+    keys = " ".join(read_header(file)[0]) if file and file.endswith(".safetensors") else ""
+    for sign, what in SIGNS.items():
+        if file and (sign in keys or mentions(file, sign.encode())):
+            return what
+    return None
 
 
 def is_model(path: str) -> bool:

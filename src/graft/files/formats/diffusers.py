@@ -12,17 +12,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.bases import COMPONENTS
+from graft.files.components import parts_of
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, one_file
-from graft.files.formats.kohya import scale_of
 from graft.files.formats.peft import key_of, numbers_at, plain
-from graft.files.holding import Holds, fit
+from graft.files.holding import Holds, fit, scale_of
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.pickles import mentions, read_torch, tensors_of
 from graft.files.tensors import Tensor, read_header, reshaped, write_safetensors
@@ -65,21 +65,24 @@ def renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     """Return a file's tensors by diffusers' names, with alphas in the factors, as the base's pipeline reads them.
 
     Raises:
-        BaseNeededError: there is no base, or one that does not name its pipeline.
+        BaseNeededError: there is no base, or one of which nobody knows the pipeline.
         PackageNeededError: diffusers is not installed.
         LossError: the pipeline reads no such files.
+        CheckpointError: it cannot read this one.
     """
-    name = "" if base is None else str(base.config.get("_class_name", ""))
-    if not name.endswith("Pipeline"):
+    name = "" if base is None else class_of(base)
+    if not name.endswith("Pipeline") and "Transformer" not in name:
         raise BaseNeededError(
-            f"{file} has the names of a model's first release: give the folder of the pipeline that it is for, with "
-            "its model_index.json (--base)."
+            f"{file} has the names of a model's first release: give the folder of the pipeline or of the transformer "
+            "that it is for (--base)."
         )
     try:
         import diffusers
+        from diffusers.loaders import lora_pipeline
     except ImportError:
         raise PackageNeededError(f"{file} is read by diffusers itself: pip install diffusers.") from None
-    kind: Any = getattr(diffusers, name, None)
+    mixin = f"{name.partition('Transformer')[0]}LoraLoaderMixin"  # of FluxTransformer2DModel: FluxLoraLoaderMixin
+    kind: Any = getattr(diffusers, name, None) if name.endswith("Pipeline") else getattr(lora_pipeline, mixin, None)
     if not hasattr(kind, "lora_state_dict"):
         raise LossError(f"{name} of diffusers {diffusers.__version__} reads no LoRA files, such as {file}.")
     try:
@@ -87,6 +90,12 @@ def renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     except (ValueError, KeyError, RuntimeError, IndexError) as e:
         raise CheckpointError(f"{name} of diffusers cannot read {file}: {e}") from e
     return tensors_of(held[0] if isinstance(held, tuple) else held, file)
+
+
+def class_of(base: Base) -> str:
+    """Return the name of the pipeline's class, or of the model's if that is all there is."""
+    model = getattr(base, "model", None)
+    return str(base.config.get("_class_name", "" if model is None else type(model).__name__))
 
 
 def file_in(path: str) -> str | None:
@@ -117,6 +126,11 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         held, metadata = tensors_of(read_torch(file), file), {}
     if METADATA not in metadata and of_first_release(held):
         held = renamed(file, base)
+    return of_tensors(file, held, metadata)
+
+
+def of_tensors(file: str, held: Mapping[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
+    """Return the adapter of tensors by diffusers' names."""
     out = AdapterFile(NAME, file, metadata=metadata)
     configs = configs_in(metadata, file)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -131,6 +145,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             out.unread.append(f"{module}.alpha")
         else:
             out.modules[module] = low_rank(file, module, of_module, configs)
+    out.pipeline = bool(parts_of(out.modules))
     return out
 
 

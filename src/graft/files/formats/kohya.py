@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from graft.core.errors import CheckpointError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftError
 from graft.files import names
-from graft.files.bases import COMPONENTS
+from graft.files.components import is_pipeline, method_of
 from graft.files.formats import Base, one_file
-from graft.files.holding import Holds, fit
+from graft.files.holding import Holds, fit, scale_of
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.pickles import mentions, read_torch, tensors_of
 from graft.files.tensors import Tensor, read_header, reshaped, tensor, write_safetensors
@@ -58,7 +58,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
     Raises:
         CheckpointError: factors are missing or do not fit each other, or a name is that of two modules of the base.
-        BaseModelMismatchError: the base has no such modules.
+        BaseModelMismatchError: the base has no such modules, and diffusers finds none under their first names.
     """
     file = one_file(path, ".safetensors", ".pt", ".ckpt") or path
     if file.endswith(".safetensors"):
@@ -73,13 +73,33 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         modules.setdefault(name, {})[leaf] = values
     for name in [name for name in modules if not name.startswith((*PREFIXES,))]:
         out.unread += [f"{name}.{leaf}" if leaf else name for leaf in modules.pop(name)]
-    paths = dict(zip(modules, modules)) if base is None else found(out, modules, base)
+    try:
+        paths = dict(zip(modules, modules)) if base is None else found(out, modules, base)
+    except BaseModelMismatchError:
+        if (renamed := of_first_release(file, base)) is None:
+            raise
+        return renamed
     for name, of_module in modules.items():
         read_module(out, paths[name], name, of_module, base)
-    methods = {held.method for held in out.modules.values() if isinstance(held, Other)}
-    if len(methods) == 1 and not out.low_rank:
-        out.method = methods.pop()
+    out.method, out.pipeline = method_of(out, out.method), is_pipeline(base)
     return out
+
+
+def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
+    """Return a file in the names that a model had first, as sd-scripts write them of Flux; None: it is none.
+
+    diffusers knows those names, its own of today, and which part of a product of q, k and v is whose.
+    """
+    from graft.files.formats import diffusers
+
+    if base is None or not file.endswith(".safetensors"):
+        return None
+    try:
+        held = diffusers.of_tensors(file, diffusers.renamed(file, base), {})
+        names.check(held, base)
+    except PeftError:  # then the base is another, as far as anybody knows
+        return None
+    return replace(held, format=NAME)
 
 
 def found(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> dict[str, str]:
@@ -156,12 +176,6 @@ def low_rank(file: str, name: str, held: dict[str, Tensor]) -> LowRank | Other:
     return LowRank(A, B, scale_of(held.get("alpha"), rank), kind, magnitude, mid=mid)  # type: ignore[arg-type]
 
 
-def scale_of(alpha: Tensor | None, rank: int) -> float:
-    """Return alpha / rank; 1 where there is no alpha, or it is 0, as all readers take it."""
-    value = 0.0 if alpha is None else float(alpha.read().reshape(-1)[0])
-    return value / rank if value and rank else 1.0
-
-
 def lokr_scale(held: Mapping[str, Tensor], alpha: Tensor | None) -> float:
     """Return 1 if both factors are whole, else alpha by the rank of the second, or of the first."""
     for leaf in ("lokr_w2_b", "lokr_w1_b"):
@@ -231,9 +245,3 @@ def leaves(held: LowRank | Other) -> dict[str, Tensor]:
     if held.magnitude is not None:
         out["dora_scale"] = reshaped(held.magnitude, held.magnitude.shape[0], *[1] * (len(held.A.shape) - 1))
     return out
-
-
-def parts_of(adapter: AdapterFile) -> set[str]:
-    """Return the parts of a pipeline that an adapter is for; empty if it is for one model."""
-    first = {path.partition(".")[0] for path in (*adapter.modules, *adapter.full)}
-    return {part for part in first if part.rstrip("_0123456789") in COMPONENTS}

@@ -19,6 +19,8 @@ from graft.config.base import FORMAT_VERSION
 from graft.config.reading import Json, ending, pattern, read_object
 from graft.config.stored import Stored, whole_model
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
+from graft.files.components import joined, parts_of
+from graft.files.components import split as split_by_part
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.served import as_trained, is_served, with_todays_names
@@ -63,6 +65,8 @@ RANK = 8  # where a config does not say r or alpha
 
 
 def recognises(path: str) -> bool:
+    if parts := parts_in(path):
+        return all(recognises(os.path.join(path, part)) for part in parts)
     folder = folder_of(path)
     if folder is None:
         return False
@@ -72,6 +76,14 @@ def recognises(path: str) -> bool:
     except CheckpointError:
         return pair.found_in(folder) is not None  # then reading says what is wrong with it
     return "peft_type" in fields or getattr(pair.found_in(folder), "config", None) is not None
+
+
+def parts_in(path: str) -> list[str]:
+    """Return the folders of a pipeline's parts in a folder, each with an adapter of its own; empty if it is not so."""
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, pair.CONFIG_NAME)):
+        return []
+    folders = [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
+    return sorted(parts_of(folders))
 
 
 def folder_of(path: str) -> str | None:
@@ -94,6 +106,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         CheckpointError: a file is not there or damaged, or config and tensors contradict each other.
         BaseNeededError: experts stand there as servers have them.
     """
+    if parts := parts_in(path):
+        return joined({part: read(os.path.join(path, part)) for part in parts}, path)
     folder = folder_of(path) or path
     stored = Stored(folder, None, read_object)
     tensors, metadata, noted = weights_in(folder)
@@ -401,7 +415,7 @@ def exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base | No
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write an adapter as a folder that PEFT and graft load; return what was lost.
+    """Write an adapter as a folder that PEFT and graft load, of a pipeline one for each part; return what was lost.
 
     Args:
         base: its modules' names let `target_modules` be short.
@@ -413,6 +427,11 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     """
     if adapter.flat:
         raise named_as_there(adapter)
+    if parts := split_by_part(adapter):
+        lost = []
+        for part, of_part in parts.items():
+            lost += [f"{part}: {line}" for line in write(of_part, os.path.join(path, part), None, lossy)]
+        return lost
     lost = [f"{key} (unread)" for key in adapter.unread]
     tensors = tensors_of(adapter, lost)
     config = config_of(adapter, base)

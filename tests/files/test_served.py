@@ -120,3 +120,15 @@ def test_verbs_that_compare_with_the_base_take_its_stacks(family, tmp_path):
     assert [f for f in lint(adapter, known) if f.severity == "error"] == []
     compared = {m["module"]: m.get("relative") for m in inspect(adapter, known)["modules"]}
     assert all(compared[p] is not None for p in compared if "experts" not in p or family == "gpt_oss")
+
+
+@pytest.mark.parametrize("layout, refused", [("sglang", True), ("sglang-shared", True), ("vllm-2d", False)])
+def test_vllm_does_not_take_sglangs_layouts(layout, refused, tmp_path):
+    base("qwen3_moe").save_pretrained(tmp_path / "base")
+    model = adapted("qwen3_moe")
+    graft.adapter_tensors(shared(model) if layout in SHARED else model, layout=layout).save(tmp_path / "a")
+    known = base_of(tmp_path / "base")
+    found = {f.condition: f for f in check(read(tmp_path / "a", known), ["vllm", "sglang"], known)}
+    assert ("stacks_of_sglang" in found) == refused
+    if refused:
+        assert found["stacks_of_sglang"].verdict == "refused" and "experts" in found["stacks_of_sglang"].what

@@ -197,7 +197,7 @@ def test_in_process(base, folder, tmp_path):
         "--json",
     ]
     run = subprocess.run(
-        [PYTHON, "-m", "graft.command", *words], env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(source)},
+        [PYTHON, "-m", "graft", *words], env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(source)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -22,9 +22,11 @@ from graft.files.bases import Known
 from graft.files.errors import UnknownServerError
 from graft.files.names import shapes_that_differ
 from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.tensors import read_header
 
 DATA = os.path.join(os.path.dirname(__file__), "servers.json")
 VERDICTS = ("refused", "wrong", "ignored", "ok")  # ok: a thing to know
+OF_SGLANG = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj\.lora_[AB]\.weight")
 CHANGED = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
 
 
@@ -230,6 +232,23 @@ def dora(s: Subject) -> Iterable[str]:
 @condition
 def dora_of_kohya(s: Subject) -> Iterable[str]:
     return dora(s) if s.adapter.format == "kohya" else ()
+
+
+@condition
+def transformer_of_kohya(s: Subject) -> Iterable[str]:
+    """Of OneTrainer's and ComfyUI's names, which `graft convert --to kohya` writes."""
+    if s.adapter.format == "kohya" and s.adapter.path.endswith(".safetensors"):
+        names = {key.partition(".")[0] for key in read_header(s.adapter.path)[0]}
+        yield from sorted(name for name in names if name.startswith("lora_transformer_"))
+
+
+@condition
+def stacks_of_sglang(s: Subject) -> Iterable[str]:
+    """Experts in 3-D factors by names of their projections."""
+    path = os.path.join(s.adapter.path, pair.SAFETENSORS)
+    if s.adapter.served and os.path.exists(path):
+        held = read_header(path)[0]
+        yield from sorted(key for key, t in held.items() if len(t.shape) == 3 and OF_SGLANG.fullmatch(key))
 
 
 @condition

@@ -127,6 +127,10 @@ def words(line, places, tmp_path):
         ("inspect GOOD --plot OTHERS/letter.txt", 2, "is no picture"),
         # words
         ("resize GOOD -o OUT", 2, "Give one of rank"),
+        ("resize GOOD -o OUT --max-mb inf", 2, "a size above 0"),
+        ("resize GOOD -o OUT --ratio nan", 2, "a ratio above 1"),
+        ("merge BASE GOOD -o OUT --weights nan", 2, "finite numbers"),
+        ("diff GOOD GOOD --tol nan", 2, "at least 0"),
         ("convert GOOD --to word -o OUT", 2, "no format 'word'"),
         ("check GOOD --for ollama", 2, "ollama"),
         ("plan BASE --gpu much", 2, "much"),
@@ -193,3 +197,27 @@ def test_a_pipe_is_no_output(line, places, run, tmp_path):
     code, said = run(*words(line.format(tmp_path / "pipe"), places, tmp_path))
     assert code in (2, 3) and str(pipe) in said and "stays as it is" in said.lower(), said
     assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
+
+
+@pytest.mark.parametrize(
+    "line", ["resize GOOD --rank 1 -o", "convert GOOD --to mlx --base BASE -o", "extract BASE BASE -o",
+             "export GOOD --for vllm --base BASE -o", "merge BASE GOOD -o"],
+)  # fmt: skip
+def test_an_output_without_a_name_is_none(line, places, run, tmp_path, monkeypatch):
+    """And not the folder that one is in, with all there is in it."""
+    (tmp_path / "thesis.txt").write_text("years")
+    monkeypatch.chdir(tmp_path)
+    for force in ([], ["--force"]):
+        code, _ = run(*words(line, places, tmp_path), "", *force)
+        assert code in (2, 3, 4) and [p.name for p in Path.cwd().iterdir()] == ["thesis.txt"]
+        assert Path.cwd().samefile(tmp_path)
+
+
+def test_what_another_process_wrote_meanwhile_stays(tmp_path):
+    from graft.files.errors import OutputExistsError
+    from graft.files.output import appearing
+
+    with pytest.raises(OutputExistsError, match="meanwhile"), appearing(str(tmp_path / "a")) as made:
+        Path(made).write_text("mine")
+        (tmp_path / "a").write_text("theirs")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "theirs"

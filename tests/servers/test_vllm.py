@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -328,6 +329,9 @@ def test_versions_of_a_policy_with_experts(tmp_path):
             own = lambda base, path=path: graft.PeftModel.from_pretrained(base, path).eval()
             found = verify(Connection(server.urls[0], 600), qwen3_moe(), own, name, "base")
             assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
+        with pytest.raises(HTTPError) as refused:  # SGLang's layout, as `graft check` says
+            server.load("sglang", graft.adapter_tensors(policy, "default", "sglang"))
+        assert "expected target modules" in refused.value.read().decode()
 
 
 def qwen3_moe():

@@ -77,8 +77,8 @@ def convert(
     target = os.path.abspath(beside(source, to) if out is None else os.fspath(out))
     if to in ENDS and out is not None and os.path.isdir(target) and not force and not is_model(target):
         target = os.path.join(target, f"adapter{ENDS[to]}")
-    elif to == "kohya" and not target.endswith(ENDS[to]):  # its readers look at the end of the name
-        target += ENDS[to]
+    elif to == "kohya" and not target.endswith(ENDS[to]) and not os.path.lexists(target):
+        target += ENDS[to]  # by which its readers know it
     known_base = [base] if isinstance(base, (str, os.PathLike)) else []
     check_output(target, [source, *known_base], force)
     known = base_of(base) if isinstance(base, (str, os.PathLike)) else base

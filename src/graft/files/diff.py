@@ -8,6 +8,7 @@ import numpy as np
 from graft.config.reading import Json
 from graft.config.stored import DESCRIBING, plain
 from graft.files import algebra
+from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import Tensor
 
@@ -19,7 +20,12 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
 
     Args:
         tol: how far ‖ΔW_a - ΔW_b‖ may be from 0, relative to the larger one.
+
+    Raises:
+        OptionError: `tol` is negative, or NaN.
     """
+    if not tol >= 0:
+        raise OptionError(f"The tolerance is at least 0, not {tol}.")
     fields = sorted({*a.config, *b.config} - DESCRIBING)
     config = {f: [a.config.get(f), b.config.get(f)] for f in fields if plain(a.config.get(f)) != plain(b.config.get(f))}
     modules = [of_module(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]

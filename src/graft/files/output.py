@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from graft.config.atomic import NO_FILE, is_special
-from graft.core.errors import CheckpointError
+from graft.core.errors import CheckpointError, PeftError
 from graft.files.errors import OptionError, OutputExistsError
 from graft.files.formats import recognise
 
@@ -20,9 +20,11 @@ def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bo
     """Raise an error if a result may not go to a path.
 
     Raises:
-        OptionError: it is one of the sources, which nothing ever changes, or lies in one, or one lies in it.
+        OptionError: it is empty; or one of the sources, which nothing ever changes, or lies in one, or one lies in it.
         OutputExistsError: there is something, and `force` is False; or it is a folder that is no adapter, or a device.
     """
+    if not path:
+        raise OptionError("The output has no name.")
     here = os.path.realpath(path)
     for source in filter(os.path.exists, sources):
         there = os.path.realpath(source)
@@ -60,10 +62,14 @@ def appearing(path: str, stays: bool = True) -> Iterator[str]:
         stays: False: nothing stays; whatever can fail has been tried.
 
     Raises:
+        OptionError: the path is empty.
+        OutputExistsError: something has come there meanwhile.
         OSError: the disk is full, say; it names `path`.
     """
+    if not path:
+        raise OptionError("The output has no name.")
     path = os.path.abspath(path)
-    folder = os.path.dirname(path)
+    folder, stood = os.path.dirname(path), os.path.lexists(path)
     made = [] if os.path.isdir(folder) or not stays else missing(folder)
     room = None
     try:
@@ -73,8 +79,12 @@ def appearing(path: str, stays: bool = True) -> Iterator[str]:
         new = os.path.join(room, os.path.basename(path))
         yield new
         if stays:
+            if os.path.lexists(path) and not stood:
+                raise OutputExistsError(f"{path} has come meanwhile, from another process, and stays as it is.")
             put(new, path, room)
         made = []
+    except PeftError:
+        raise
     except OSError as e:
         if room is not None and str(e.filename or room).startswith(room):  # a full disk does not say whose
             raise OSError(e.errno or errno.EIO, e.strerror or str(e), path) from e

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -96,11 +97,12 @@ def check(ways: Mapping[str, float | None], max_rank: int | None) -> None:
     assert value is not None
     wrong = (
         (name == "rank" and value < 1) or (name == "energy" and not 0 < value <= 1)
-        or (name == "ratio" and value <= 1) or (name == "max_mb" and value <= 0)
+        or (name == "ratio" and not value > 1) or (name == "max_mb" and not 0 < value < math.inf)
     )  # fmt: skip
     if wrong or (max_rank is not None and max_rank < 1):
         raise OptionError(
-            f"{name}={value} with max_rank={max_rank}: a rank is at least 1, an energy in (0, 1], a ratio above 1."
+            f"{name}={value} with max_rank={max_rank}: a rank is at least 1, an energy in (0, 1], a ratio above 1, "
+            "a size above 0."
         )
 
 

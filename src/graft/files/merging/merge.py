@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -169,6 +170,8 @@ class Work:
             raise OptionError("There is no adapter to merge.")
         if weights is not None and len(weights) != len(adapters):
             raise OptionError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each.")
+        if weights is not None and not all(map(math.isfinite, weights)):
+            raise OptionError(f"Weights are finite numbers, not {', '.join(map(str, weights))}.")
         if dtype is not None and dtype not in DTYPES:
             raise OptionError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
         self.base, self.notes = base, list[str]()

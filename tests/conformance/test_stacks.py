@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -194,6 +195,10 @@ def test_merging_files_and_switching_off(sample, tmp_path):
         stack.save_pretrained(tmp_path)
         loaded = graft.PeftModel.from_pretrained(base(), tmp_path).eval()
         assert torch.equal(loaded(X), expected) and not torch.equal(expected, plain)
+        held = load_file(tmp_path / "adapter_model.safetensors")
+        save_file({n: t[:1].contiguous() for n, t in held.items()}, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(PeftError):
+            graft.PeftModel.from_pretrained(base(), tmp_path)
         copied = pickle.loads(pickle.dumps(copy.deepcopy(stack)))
         assert torch.equal(copied(X), expected)
 

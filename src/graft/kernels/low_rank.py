@@ -66,10 +66,13 @@ def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
 
 
 def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0) -> Tensor:
-    """Return scale · dropout(x) Wᵀ. x (rows, n), W (r, n) → (rows, r), in the dtype of W."""
+    """Return scale · dropout(x) Wᵀ. x (rows, n), W (r, n) → (rows, r), in the dtype of W.
+
+    Formed as (W xᵀ)ᵀ: products run along the last dimension of what they make, which here is narrow otherwise.
+    """
     if p or x.dtype != W.dtype:
         x, scale = zeroed(x, W.dtype, p, seed), scale / (1 - p)
-    h = nn.functional.linear(x, W)
+    h = nn.functional.linear(W, x).T
     return h if scale == 1 else h * scale
 
 
@@ -108,7 +111,8 @@ def outer(h: Tensor, x: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
 
 def outer_wide(x: Tensor, h: Tensor, scale: float) -> Tensor:
     """Return scale · xᵀ h. x (rows, n), h (rows, r) → (n, r), in the dtype of h."""
-    return ((h.T @ x.to(h.dtype)) * scale).T  # xᵀ h takes twice as long
+    product = h.T @ x.to(h.dtype)  # xᵀ h takes up to four times as long
+    return (product if scale == 1 else product * scale).T
 
 
 def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -180,7 +184,7 @@ def low_rank_linear(
         input_gradient: (gradient of its output (rows, out), W) → gradient of its input (rows, in).
         W: its weight, as `input_gradient` takes it.
     """
-    if not fuses(x, p) or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         x = once(x)
         return add_low_rank(base(x), x, A, B, scale, p)
     A, B = autocast(x, A, B)

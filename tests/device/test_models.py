@@ -573,7 +573,7 @@ def of_a_projection():
 def of_segments():
     x, A, B = drawn((160, 12), (3, 12), (20, 3))
     W = torch.randn(20, 12, device=DEVICE)
-    groups = segments.groups_of([segments.Segment(80, A, B), segments.Segment(80, None, None)])
+    groups = segments.groups_of([segments.Segment(80, A, B), segments.Segment(80, None, None)], None, A.dtype)
     return segments.linear(lambda x: x @ W.T, lambda g, W: g @ W, W, x, groups), (x, A, B)
 
 

@@ -153,7 +153,7 @@ class Mixed:
             return rows.as_they_came(self.shared(x, groups))
         alike = self.segments(rows, x, drawing) if alone else None
         if alike is not None and None not in alike:
-            groups = groups_of(alike, stacks)  # type: ignore[arg-type]
+            groups = groups_of(alike, stacks, x.dtype)  # type: ignore[arg-type]
             if stacks is not None:
                 self.keep(stacks, rows, x, alike, groups)  # type: ignore[arg-type]
             return rows.as_they_came(self.shared(x, groups))
@@ -162,7 +162,7 @@ class Mixed:
         outputs = []
         for run, part in zip(runs, parts):
             if alike is not None and alike[run.start] is not None:
-                outputs.append(self.shared(part, groups_of(alike[run], stacks)))  # type: ignore[arg-type]
+                outputs.append(self.shared(part, groups_of(alike[run], stacks, x.dtype)))  # type: ignore[arg-type]
                 continue
             key, index = rows.segments[run.start]
             with self.seeing(index) if layer.op.known else self.alone(index, key), drawing(key):

@@ -112,16 +112,20 @@ def linear(
     return _Linear.apply(x, W, base, input_gradient, groups, *factors)  # type: ignore[no-any-return]
 
 
-def groups_of(segments: Sequence[Segment], stacks: Stacks | None = None) -> list[Group]:
-    """Return the segments with an adapter, those side by side together whose factors are stacked."""
+def groups_of(segments: Sequence[Segment], stacks: Stacks | None, dtype: torch.dtype) -> list[Group]:
+    """Return the segments with an adapter, those side by side together whose factors are stacked.
+
+    dtype: of their rows. Products of one adapter take factors of another dtype as well, shared ones do not.
+    """
     found, start, i = [], 0, 0
     while i < len(segments):
         (rows, A, B, scale, p, seed), count = segments[i], 1
         if A is not None and B is not None:
-            while stacks and i + count < len(segments) and _joins(segments[i + count - 1], segments[i + count], stacks):
+            share = stacks if A.dtype == B.dtype == dtype else None
+            while share and i + count < len(segments) and _joins(segments[i + count - 1], segments[i + count], share):
                 count += 1
-            if stacks and count > 1:
-                A, B = stacks.stack(A, count), stacks.stack(B, count)
+            if share and count > 1:
+                A, B = share.stack(A, count), share.stack(B, count)
             found.append(Group(start, start + count * rows, count, A, B, scale, p, seed))
         start, i = start + count * rows, i + count
     return found

@@ -67,3 +67,19 @@ def test_in_bfloat16_each_is_close_to_alone(seed, monkeypatch):
         assert ROUNDING < distance(apart[name], exact) < ERROR, "what bfloat16 does to one training"
         assert distance(both[name], apart[name]) < BOUND
         assert distance(wrong[name], apart[name]) > 4 * BOUND, "one row of the neighbour's is far beyond it"
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_adapters_in_float32_over_a_base_in_bfloat16(rows):
+    """Adapters of one shape, which share products over a base in their own dtype."""
+    data = [{k: v[:rows].repeat(1, 8 // rows) for k, v in batch.items()} for batch in batches(4)]
+
+    def trained(*names: str) -> MultiTrain:
+        together = MultiTrain(tiny().to(torch.bfloat16))
+        for name in names:
+            together.add(name, lora(r=8), data=data, optimizer=partial(torch.optim.SGD, lr=0.1), seed=len(name))
+        return together.run()
+
+    both, alone = trained("one", "other"), trained("other")
+    assert {p.dtype for p in both["one"].parameters} == {torch.float32}
+    assert distance(flat(both, "other"), flat(alone, "other")) < ROUNDING

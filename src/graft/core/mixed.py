@@ -33,6 +33,7 @@ from graft.core.plan import (
 from graft.core.protocols import Layer
 from graft.core.routing import Groups, route
 from graft.core.rows import Given, Key, Rows, Together, members
+from graft.core.unchanged import Unchanged
 from graft.kernels.eager import autocast_dtype
 from graft.kernels.low_rank import new_seed
 from graft.kernels.mixed import add_groups, fits
@@ -57,7 +58,8 @@ class Kept(NamedTuple):
     sizes: list[int]
     shape: torch.Size  # of a row of the input
     dtype: torch.dtype
-    adding: list[tuple[Callable[[], Factors], Factors, Segment]]
+    unchanged: Unchanged
+    computed: list[tuple[Callable[[], Factors], Factors, Segment]]  # of adapters that it does not know
     groups: Sequence[Group]
 
 
@@ -219,9 +221,12 @@ class Mixed:
         self.kept = None
         if not any(s.p for s in segments):
             plans: list[Any] = [self.plans[name] for name in rows.keys]
-            effects = [(plan.steps[0][1].factors, s) for plan, s in zip(plans, segments) if plan is not None]
-            adding = [(factors, factors(), own) for factors, own in effects]
-            self.kept = Kept(stacks, rows.sizes, x.shape[1:], x.dtype, adding, groups)
+            unchanged, computed = Unchanged(), []
+            for (method, effect), own in ((plan.steps[0], s) for plan, s in zip(plans, segments) if plan is not None):
+                f = effect.factors()
+                if not unchanged.note(method, f):
+                    computed.append((effect.factors, f, own))
+            self.kept = Kept(stacks, rows.sizes, x.shape[1:], x.dtype, unchanged, computed, groups)
 
     def kept_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
         """Return the groups of the last batch, if they are those of this one: nothing about an adapter has changed."""
@@ -230,7 +235,9 @@ class Mixed:
             return None
         if kept.shape != x.shape[1:] or kept.dtype != x.dtype:
             return None
-        for factors, was, own in kept.adding:
+        if not kept.unchanged.still():
+            return None
+        for factors, was, own in kept.computed:
             if not fused.is_still(factors(), was, own):
                 return None
         return kept.groups

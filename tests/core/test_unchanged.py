@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes of what factors consist of: every change that a user can make to it is seen."""
+
+import pytest
+import torch
+from torch import nn
+
+import graft
+from graft.core.unchanged import Unchanged
+from tests.models import seeded
+
+
+def layer_with(**kwargs):
+    with seeded(0):
+        base = nn.Sequential(nn.Linear(8, 8))
+    model = graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["0"], **kwargs))
+    layer = model.base_model.model[0]
+    return layer, layer.methods["default"]
+
+
+def noted(method):
+    unchanged = Unchanged()
+    return unchanged, unchanged.note(method, method.factors())
+
+
+CHANGES = {
+    "scaling": lambda layer: layer.scaling.update(default=3.0),
+    "module": lambda layer: layer.lora_A.update({"default": nn.Linear(8, 2, bias=False)}),
+    "tensor": lambda layer: setattr(layer.lora_B["default"], "weight", nn.Parameter(torch.ones(8, 2))),
+    "hook": lambda layer: layer.lora_A["default"].register_forward_hook(lambda *_: None),
+    "hook before": lambda layer: layer.lora_B["default"].register_forward_pre_hook(lambda *_: None),
+    "forward": lambda layer: setattr(layer.lora_A["default"], "forward", lambda x: x[..., :2]),
+    "bias": lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(8))),
+    "dropout": lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}),
+    "hook of dropout": lambda layer: layer.lora_dropout["default"].register_forward_hook(lambda *_: None),
+    "deletion": lambda layer: layer.lora_A.pop("default"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(change):
+    layer, method = layer_with()
+    unchanged, known = noted(method)
+    assert known and unchanged.still()
+    change(layer)
+    assert not unchanged.still()
+
+
+def test_dropout_that_begins_is_seen():
+    layer, method = layer_with(lora_dropout=0.5)
+    assert not noted(method.layer.train().methods["default"])[1], "what drops inputs is not noted"
+    unchanged, known = noted(method.layer.eval().methods["default"])
+    assert known and unchanged.still()
+    layer.train()
+    assert not unchanged.still()
+
+
+@pytest.mark.parametrize("config", [graft.VeraConfig(target_modules=["0"]), graft.LoHaConfig(target_modules=["0"])])
+def test_factors_that_are_computed_are_not_noted(config):
+    model = graft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    method = model.base_model.model[0].methods["default"]
+    assert not noted(method)[1]

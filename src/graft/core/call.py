@@ -127,9 +127,10 @@ class Call:
             self.put(before)
 
     @contextmanager
-    def stacking(self, stacks: Stacks | None) -> Iterator[None]:
-        """Have the layers know within the block which tensors of adapters are stacked."""
-        before = self.put(self.here.given._replace(stacks=stacks))
+    def joining(self, stacks: Stacks | None, copies: int = 1) -> Iterator[None]:
+        """Have the layers know within the block which tensors of adapters are stacked, and that they get so many copies
+        of each row that the base gets."""
+        before = self.put(self.here.given._replace(stacks=stacks, copies=copies))
         try:
             yield
         finally:

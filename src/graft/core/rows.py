@@ -181,6 +181,7 @@ class Given(NamedTuple):
     draws: Draws | None = None
     some: Tensor | None = None  # indices of those rows that a layer sees now; None: all
     stacks: Stacks | None = None  # tensors of adapters that can share products
+    copies: int = 1  # of each row of the base's input, where adapters act
 
     def __bool__(self) -> bool:
         return self.rows is not None or self.gates is not None or bool(self.facts)

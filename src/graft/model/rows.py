@@ -58,7 +58,7 @@ def rows_of(registry: Registry, names: RowNames, inputs: tuple, kwargs: dict[str
             f"Merged: {merged}."
         )
     tensors = [t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)]
-    rows = [len(t) for t in tensors if t.dim()]
+    rows = [len(t) * registry.call.given.copies for t in tensors if t.dim()]
     if rows and len(names) not in rows:  # samples may share a tensor, or have several rows in one: layers check
         raise RoutingError(
             "Length of `adapter_names` should be the same as the number of inputs, "

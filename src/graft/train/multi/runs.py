@@ -8,7 +8,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from graft.config.base import PeftConfig
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, CheckpointError, ConfigError, PeftWarning, warn
+from graft.core.layer import Host
 from graft.inject.beside import add_task_heads
 from graft.inject.parts import registry_of
 from graft.io import files
@@ -30,7 +31,8 @@ from graft.model.registry import check_adapter_name
 from graft.train.multi import stored
 from graft.train.multi.bank import Banks
 from graft.train.multi.draws import Draws
-from graft.train.multi.joint import Arguments, Part, groups, joined
+from graft.train.multi.fanout import Fan, alike, fan_of
+from graft.train.multi.joint import Arguments, Cut, Part, groups, joined, main_of
 from graft.train.multi.loader import Loader
 from graft.train.multi.losses import Loss, own_loss
 from graft.train.multi.run import ENDED, RUNNING, STOPPED, Run, Valid
@@ -79,6 +81,7 @@ class MultiTrain:
         self.folder: str | None = None  # of runs to go on with
         self._runs: dict[str, Run] = {}
         self._banks = Banks({}, ())
+        self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
         self._number = 0
         self._alone = threading.Lock()  # held in a step
         self._modes = [(m, m.training) for m in self.base.modules()]
@@ -254,6 +257,7 @@ class MultiTrain:
                 self._take_out(name)
             raise
         self._runs[name] = run
+        self._fans = {}
         return run
 
     def _own_loss(self, name: str, needed: bool = True) -> Any:
@@ -285,6 +289,7 @@ class MultiTrain:
 
     def _take_out(self, name: str) -> None:
         """Take an adapter off the model; the model's last one with all that graft has put there."""
+        self._fans = {}
         model = self.model
         assert model is not None
         if list(model.peft_config) == [name]:
@@ -416,11 +421,12 @@ class MultiTrain:
         self._banks.begin(names)
         before = [run.draws.states for run in runs]
         try:
-            outputs, tokens = self._outputs(group)
-            own = registry_of(self.model).call.here.losses
-            added = [own.get(part.name, 0.0) for part in group]
-            losses = [run.loss_of(y, part.batch, extra) for run, y, part, extra in zip(runs, outputs, group, added)]
-            torch.autograd.backward(losses)
+            with self._fanned(group) as fan:
+                outputs, tokens = self._outputs(group, fan)
+                own = registry_of(self.model).call.here.losses
+                added = [own.get(part.name, 0.0) for part in group]
+                losses = [run.loss_of(y, part.batch, more) for run, y, part, more in zip(runs, outputs, group, added)]
+                torch.autograd.backward(losses)
         except torch.OutOfMemoryError as error:
             full = str(error)
         else:
@@ -447,17 +453,39 @@ class MultiTrain:
         self._pass(group[:half])
         self._pass(group[half:])
 
-    def _outputs(self, group: Sequence[Part]) -> tuple[list[Any], list[int]]:
-        """Return the output for each part, and how many tokens it has."""
-        arguments, cut = joined(group, self.arguments)
+    def _outputs(self, group: Sequence[Part], fan: Fan | None) -> tuple[list[Any], list[int]]:
+        """Return the output for each part, and how many tokens it has. fan: as `_fanned` gives it."""
+        arguments, cut = joined(group if fan is None else group[:1], self.arguments)
+        copies = 1 if fan is None else len(group)
+        cut = Cut(cut.rows * copies, cut.lengths * copies)
         names = [part.name for part, n in zip(group, cut.rows) for _ in range(n)]
         model = self._adapted
         if torch.is_grad_enabled() and hasattr(model, "adapter_parameters"):
             arguments["adapter_generators"] = {part.name: self._runs[part.name].draws.own for part in group}
         stacks = self._banks if torch.is_grad_enabled() else None
-        with registry_of(model).call.stacking(stacks):
+        with registry_of(model).call.joining(stacks, copies):
             output = model(**arguments, adapter_names=names)
         return cut.of(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
+
+    @contextmanager
+    def _fanned(self, group: Sequence[Part]) -> Iterator[Fan | None]:
+        """Have the base repeat the rows of a batch that all these have, within the block, before the first adapted
+        layers; give where it does so; None: every part has to bring its own."""
+        given = [self.arguments.among(part.batch) for part in group]
+        main = main_of(given[0])
+        fan = None
+        if len(group) > 1 and len(main) != main.shape[-1] and alike(given):  # else rows could not be told from tokens
+            fan = self._fan([part.name for part in group])
+        with nullcontext() if fan is None else fan.out(len(main), len(group)):
+            yield fan
+
+    def _fan(self, names: Sequence[str]) -> Fan | None:
+        key = tuple(names)
+        if key not in self._fans:
+            parts = [registry_of(self.model).parts_of(name) for name in names]
+            hosts = {id(c): c for own in parts for c in own.carriers() if isinstance(c, Host)}
+            self._fans[key] = fan_of(self.base, list(hosts.values()))
+        return self._fans[key]
 
     @torch.no_grad()
     def evaluate(self, names: Sequence[str], data: Iterable[Any]) -> dict[str, float]:
@@ -472,7 +500,8 @@ class MultiTrain:
         for batch in data:
             parts = [self._complete(Part(name, dict(batch))) for name in names]
             for group in groups(parts, self.arguments, self.at_once):
-                outputs, _ = self._outputs(group)
+                with self._fanned(group) as fan:
+                    outputs, _ = self._outputs(group, fan)
                 for part, output in zip(group, outputs):
                     sums[part.name].append(self._runs[part.name].judge(output, part.batch))
             rows.append(next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where runs see the same batch, the blocks of the base below the first adapted one run once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from graft.core.layer import Host
+
+
+class Fan:
+    """The blocks of a model from the first adapted one on: what they get has the rows of a batch once, or repeated."""
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        self.blocks = blocks
+
+    @contextmanager
+    def out(self, rows: int, copies: int) -> Iterator[None]:
+        """Have these blocks, in this thread and in backward passes, get `copies` of what has so many rows."""
+        thread = get_ident()
+
+        def repeat(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            if get_ident() != thread and torch._C._current_graph_task_id() == -1:
+                return None
+            return repeated(args, rows, copies), repeated(kwargs, rows, copies)
+
+        handles: list[RemovableHandle] = []
+        try:
+            for block in self.blocks:
+                handles.append(block.register_forward_pre_hook(repeat, prepend=True, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def repeated(value: Any, rows: int, copies: int) -> Any:
+    """Return copies of the rows of tensors (rows, …, n) in tuples, lists and dicts; what else there is, as it is."""
+    if isinstance(value, Tensor):  # a vector has no rows: places in a cache
+        return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() > 1 and len(value) == rows else value
+    if type(value) in (tuple, list):
+        return type(value)(repeated(v, rows, copies) for v in value)
+    if type(value) is dict:
+        return {k: repeated(v, rows, copies) for k, v in value.items()}
+    return value
+
+
+def fan_of(base: nn.Module, hosts: Sequence[Host]) -> Fan | None:
+    """Return where the rows of a base may be repeated for the adapters on these hosts; None if there is no such place.
+
+    Blocks are the items of the model's one list of modules. Hosts elsewhere must come after it in the order of modules.
+    """
+    own, names = {id(host) for host in hosts}, dict(base.named_modules())
+    places = [key for key, m in names.items() if id(m) in own]
+    lists = [key for key, m in names.items() if isinstance(m, nn.ModuleList)]
+    outer = [key for key in lists if not any(key.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1 or len(places) != len(own):
+        return None
+    within = f"{outer[0]}."
+    if not places or not places[0].startswith(within):
+        return None
+    first = min(int(key.removeprefix(within).split(".")[0]) for key in places if key.startswith(within))
+    blocks: Any = names[outer[0]]
+    return Fan(list(blocks)[first:]) if first else None
+
+
+def alike(batches: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if all batches are the same; on a device, for which nothing here waits, if their tensors are."""
+    first, *others = batches
+    return all(own.keys() == first.keys() and all(same(v, first[k]) for k, v in own.items()) for own in others)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.is_cpu and b.is_cpu and a.dtype == b.dtype and torch.equal(a, b))
+    return type(a) is type(b) and bool(a == b)

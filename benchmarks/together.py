@@ -59,6 +59,7 @@ class Kind:
     make: Callable[[], nn.Module]
     targets: tuple[str, ...]
     tokens: bool = True  # its labels are tokens; else one a row
+    layers: tuple[int, ...] | None = None  # the blocks that are adapted; None: all
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
@@ -70,12 +71,12 @@ class Kind:
         return {"input_ids": ids, "labels": ids if self.tokens else ids[:, 0] % 2}
 
     def config(self, lib: Any) -> Any:
-        return lora(lib, RANK, self.targets)
+        return lora(lib, RANK, self.targets, layers_to_transform=self.layers and list(self.layers))
 
     def together(self, adapters: int, rows: int, tokens: int) -> Callable[[], Any]:
         runs = graft.MultiTrain(self.base())
         for i in range(adapters):
-            data = [self.batch(i, rows, tokens)]
+            data = [self.batch(0 if self.layers else i, rows, tokens)]  # blocks below the adapted ones share a batch
             runs.add(f"a{i}", self.config(graft), data=data, optimizer=optimizer, seed=i, steps=10**9)
         return runs.step
 
@@ -103,23 +104,24 @@ class Kind:
 
         return run
 
-    def bench(self, adapters: int, rows: int, tokens: int, goal: Goal, long: bool = False) -> Bench:
+    def bench(self, adapters: int, rows: int, tokens: int, goal: Goal, long: bool = False, floor: bool = True) -> Bench:
         def turns(lib: Any) -> Turns:
             sizes = adapters, rows, tokens
             call = self.together(*sizes) if lib is graft else self.one_by_one(lib, *sizes)
             while True:
                 yield call
 
-        def floor() -> Turns:
+        def frozen() -> Turns:
             call = self.alone(adapters * rows, tokens)
             while True:
                 yield call
 
         what = f"{self.name}, {adapters} adapters, {rows} × {tokens} tokens each: a step together"
-        return Bench(what, turns, goal, floor, long=long)
+        return Bench(what, turns, goal, frozen if floor else None, long=long)
 
 
 TINY = Kind("Llama 4 × 128", partial(llama, 128, 384, 4, 4, 4), LINEAR)
+TOP = Kind("Llama 12 × 128, top 2", partial(llama, 128, 384, 12, 4, 4), LINEAR, layers=(10, 11))
 MINILM = Kind("MiniLM", minilm, ("query", "value"), tokens=False)
 SMOL = Kind("SmolLM2", partial(llama, WIDTH, 1536, 30, 9, 3), ("q_proj", "v_proj"))
 
@@ -129,6 +131,7 @@ BENCHES = [
     TINY.bench(16, 1, 8, Goal(8, 1.5)),
     TINY.bench(16, 1, 16, Goal(5.8, 1.5)),
     TINY.bench(16, 4, 16, Goal(2.4, 1.5)),
+    TOP.bench(16, 8, 32, Goal(2.3), floor=False),
     TINY.bench(64, 1, 16, Goal(8, 1.5), long=True),
     MINILM.bench(16, 1, 16, Goal(2.8, 1.1), long=True),
     SMOL.bench(16, 1, 16, Goal(2.5, 1.15), long=True),

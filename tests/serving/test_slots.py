@@ -4,11 +4,13 @@
 import copy
 import warnings
 import weakref
+from threading import Thread
 
 import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 from torch.testing import assert_close
+from transformers import LogitsProcessorList
 
 import graft
 from graft.core.errors import (
@@ -692,6 +694,28 @@ def test_generate_several_samples_per_row(folders):
     assert torch.equal(
         generate(slots, batch), models.make("llama").generate(**batch, max_new_tokens=6, do_sample=False)
     )
+
+
+def test_slots_refill_between_the_tokens_of_a_running_generate(folders):
+    """Requests of other threads take the free slot in turn, and an adapter goes and comes again."""
+    slots, batch = slotted(folders, n=2), models.inputs("llama", 2)
+    alone = generate(slots, batch, "a")
+    expected = {name: out(slots, name, 2) for name in "bcd"}
+    seen = []
+
+    def others(ids, scores):
+        thread = Thread(target=lambda: seen.extend((name, out(slots, name, 2)) for name in "bcd"))
+        thread.start()
+        thread.join(60)
+        if "d" in slots and len(seen) > 5:
+            slots.unload("d")
+            slots.load("d", folders["d"])
+        return scores
+
+    tokens = generate(slots, batch, "a", logits_processor=LogitsProcessorList([others]))
+    assert torch.equal(tokens, alone)
+    assert len(seen) >= 3 * 3 and all(torch.equal(y, expected[name]) for name, y in seen)
+    assert "a" in slots.report().resident
 
 
 def test_an_encoder_decoder():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from graft.kernels.low_rank import down
 from graft.kernels.waits import vector
 
 STACKED = 2**20  # numbers in the stacked factors: to copy more costs more than a loop over the adapters
@@ -47,9 +48,9 @@ def add_groups(
     if y.dtype == groups.dtype and not torch.is_grad_enabled():
         into = y if in_order else y.index_select(0, order)
         for own, part, (A, B, s) in zip(into.view(-1, y.shape[-1]).split(counts), parts, factors):
-            own.addmm_(linear(part, A), B.T, alpha=s)
+            own.addmm_(down(part, A), B.T, alpha=s)
         return y if in_order else y.index_copy_(0, order, into)
-    return _add(y, order, torch.cat([linear(linear(part, A) * s, B) for part, (A, B, s) in zip(parts, factors)]))
+    return _add(y, order, torch.cat([linear(down(part, A) * s, B) for part, (A, B, s) in zip(parts, factors)]))
 
 
 def _alike(factors: Factors, sizes: Sequence[int]) -> bool:
@@ -66,13 +67,15 @@ def _small(factors: Factors) -> bool:
 def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | None) -> Tensor:
     """Add all by one batched product. order: None if all of y's rows are in order."""
     A, B = torch.stack([A for A, _, _ in factors]), torch.stack([B for _, B, _ in factors])
-    h = torch.bmm(groups.reshape(len(factors), -1, groups.shape[-1]), A.mT)
+    h = torch.bmm(A, groups.reshape(len(factors), -1, groups.shape[-1]).mT).mT  # as `down` does
     scales = [s for _, _, s in factors]
-    if len(set(scales)) == 1:
-        h = h * scales[0]
-    else:
-        h = h * vector(scales, h)[:, None, None]
-    if order is None and y.dtype == h.dtype == B.dtype and not torch.is_grad_enabled():
+    one = scales[0] if len(set(scales)) == 1 else None
+    in_place = order is None and y.dtype == h.dtype == B.dtype and not torch.is_grad_enabled()
+    if in_place and one is not None and not isinstance(one, Tensor):  # to the bits of one adapter's
+        y.view(len(factors), -1, y.shape[-1]).baddbmm_(h, B.mT, alpha=one)
+        return y
+    h = h * (vector(scales, h)[:, None, None] if one is None else one)
+    if in_place:
         y.view(len(factors), -1, y.shape[-1]).baddbmm_(h, B.mT)
         return y
     return _add(y, order, torch.bmm(h, B.mT))

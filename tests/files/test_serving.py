@@ -56,7 +56,7 @@ CASES = {  # condition → adapter that fulfils it, server, options, text of wha
 }
 OTHERS = {  # conditions that have tests of their own
     "added_tokens", "fields_missing", "scale_is_not_told", "dora_of_kohya", "experts", "modules_missing",
-    "layers_missing", "prefixes_differ",
+    "layers_missing", "prefixes_differ", "stacks_of_sglang", "transformer_of_kohya",
 }  # fmt: skip
 
 

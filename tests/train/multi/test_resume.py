@@ -178,7 +178,7 @@ def test_state_that_is_no_data(tmp_path):
 
     runs = MultiTrain(tiny())
     runs.add("x", lora(), data=batches(2), optimizer=partial(Odd, lr=0.1))
-    with pytest.raises(ConfigError, match="Run 'x', 'optimizer', 'odd': a object cannot be written"):
+    with pytest.raises(ConfigError, match="Run 'x', 'optimizer', 'odd': object cannot be written"):
         runs.save(tmp_path)
     assert stored.folders_in(tmp_path) == []
 

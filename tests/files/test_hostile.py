@@ -176,6 +176,10 @@ def test_an_output_that_exists(tmp_path, locon):
     assert (out / "adapter_model.safetensors").read_bytes() != before
     with pytest.raises(OptionError, match="the source"):
         convert(locon, "kohya", locon, NET, force=True)
+    held = sorted(os.listdir(out))
+    with pytest.raises(OptionError, match="lies in the other"):
+        convert(out, "kohya", out / "inner.safetensors", NET)
+    assert sorted(os.listdir(out)) == held
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "letter.txt").write_text("x")
     with pytest.raises(OutputExistsError, match="something else than an adapter"):

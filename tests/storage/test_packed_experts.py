@@ -114,6 +114,16 @@ def moved(model, method, adapter="default", **config):
     return model
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_stack_is_read_as_its_dense_module_has_it(kind):
+    config = graft.LoraConfig(r=2, target_parameters=BOTH)
+    packed, dense = (layers(graft.get_peft_model(m, config)) for m in both(kind))
+    assert packed.keys() == dense.keys() and len(packed) == 4
+    for key, layer in packed.items():
+        assert torch.equal(layer.held.read(), dense[key].held.read()), key
+        assert torch.equal(layer.W0, dense[key].W0), key
+
+
 @pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_on_packed_stacks(method, kind, tmp_path):

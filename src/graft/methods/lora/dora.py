@@ -109,7 +109,7 @@ class DoRA(LoRA):
         super().init()
         if self.site.on_meta:
             return
-        m: nn.Module = self.lora_magnitude_vector.weight
+        m: Tensor = self.lora_magnitude_vector.weight
         with torch.no_grad():
             norm = row_norms(
                 self.layer.W0.flatten(1), *super().factors().matrices()

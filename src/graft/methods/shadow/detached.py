@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from graft.core.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
+    from transformers import Cache
+
     from graft.config.base import PeftConfig
     from graft.core.tuner import Tuner
 
@@ -33,7 +35,7 @@ def packed_class() -> type:
 
         __module__, __qualname__ = __name__, "ShadowCache"  # where `pickle` finds it
 
-        def __init__(self, base: nn.Module, shadows: dict[str, Any]):
+        def __init__(self, base: Cache, shadows: dict[str, Any]):
             self.base, self.shadows = base, shadows
 
         def __getattr__(self, name: str) -> Any:
@@ -51,7 +53,7 @@ def packed_class() -> type:
     return ShadowCache
 
 
-def pack(base: nn.Module, shadows: dict[str, object]) -> Any:
+def pack(base: Cache, shadows: dict[str, object]) -> Any:
     """Return a cache that packs the base model's with those of shadow networks."""
     return packed_class()(base, shadows)
 

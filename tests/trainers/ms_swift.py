@@ -50,5 +50,7 @@ CASES = {
         ["swift.cli.export", *flags(dict(adapters="out/checkpoint-4", merge_lora=True, output_dir="merged"))],
     ],
     "DPO": [rlhf()],
+    **{name: [rlhf(rlhf_type=name.lower())] for name in ("ORPO", "SimPO", "CPO")},
+    "reward model": [rlhf(rlhf_type="rm")],
 }
 DIFFERS = {"FourierFT": "PEFT's norms of gradients are 1e-4 off those in double precision, graft's less"}

@@ -129,10 +129,10 @@ def segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
     if found is None or (found[1].requires_grad and not found[0].requires_grad):
         return None
     A, B, p = found
-    scale = scale_of(f)
-    if isinstance(scale, Tensor):
+    scale, few = scale_of(f), rows < FUSED_FROM
+    if isinstance(scale, Tensor) or (few and (p or not x.dtype == W.dtype == A.dtype == B.dtype)):
         return None
-    if rows >= FUSED_FROM and p == 0 and one_product_beats(W, x, rows, A, B):
+    if not few and p == 0 and one_product_beats(W, x, rows, A, B):
         return None
     return Segment(rows, A, B, scale, p)
 

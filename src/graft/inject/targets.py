@@ -41,11 +41,8 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
     if cfg.target_modules is None:
         defaults = defaults_of(method, model)
         if defaults is None:
-            what = (
-                "`target_modules` or `target_parameters`in"
-                if hasattr(cfg, "target_parameters")
-                else "`target_modules` in"
-            )
+            known = hasattr(cfg, "target_parameters") and "target_parameters" not in cfg.beyond  # in PEFT's words
+            what = "`target_modules` or `target_parameters`in" if known else "`target_modules` in"
             raise ConfigError(
                 f"Please specify {what} `peft_config`: there are no defaults for model_type '{model_type(model)}'."
             )

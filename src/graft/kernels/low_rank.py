@@ -54,6 +54,9 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.where(dropout_mask(x, p, seed), x * (1 / (1 - p)), 0) if p else x
 
 
+FUSED_FROM = 64  # rows: with fewer, an autograd.Function costs more than it saves
+
+
 def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
     """Return (1 - p) · dropout(x) in `dtype`: the factor is cheaper on the narrow side."""
     if not p:
@@ -68,12 +71,18 @@ def zeroed(x: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
 def down(x: Tensor, W: Tensor, scale: float = 1.0, p: float = 0.0, seed: int = 0) -> Tensor:
     """Return scale · dropout(x) Wᵀ. x (rows, n), W (r, n) → (rows, r), in the dtype of W.
 
-    Formed as (W xᵀ)ᵀ: products run along the last dimension of what they make, which here is narrow otherwise.
+    Of many rows formed as (W xᵀ)ᵀ: products run along the last dimension of what they make, which is narrow otherwise.
+    Few have the bits of operations that autograd records.
     """
     if p or x.dtype != W.dtype:
         x, scale = zeroed(x, W.dtype, p, seed), scale / (1 - p)
-    h = nn.functional.linear(W, x).T
+    h = nn.functional.linear(x, W) if len(x) < FUSED_FROM else nn.functional.linear(W, x).T
     return h if scale == 1 else h * scale
+
+
+def down_each(x: Tensor, W: Tensor) -> Tensor:
+    """Return x Wᵀ of several with the bits of `down`. x (n, rows, in), W (n, r, in) → (n, rows, r)."""
+    return torch.bmm(x, W.mT) if x.shape[1] < FUSED_FROM else torch.bmm(W, x.mT).mT
 
 
 def up(h: Tensor, W: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
@@ -125,9 +134,6 @@ def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, T
         torch.mm(wide, W, out=out)
         dW.addmm_(narrow.T, wide)
     return dh.mul_(scale), dW.mul_(scale).T
-
-
-FUSED_FROM = 64  # rows: with fewer, an autograd.Function costs more than it saves
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
@@ -184,7 +190,7 @@ def low_rank_linear(
         input_gradient: (gradient of its output (rows, out), W) → gradient of its input (rows, in).
         W: its weight, as `input_gradient` takes it.
     """
-    if not torch.is_grad_enabled():
+    if not fuses(x, p) or not torch.is_grad_enabled():
         x = once(x)
         return add_low_rank(base(x), x, A, B, scale, p)
     A, B = autocast(x, A, B)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from graft.kernels.low_rank import down
+from graft.kernels.low_rank import down, down_each
 from graft.kernels.waits import vector
 
 STACKED = 2**20  # numbers in the stacked factors: to copy more costs more than a loop over the adapters
@@ -67,7 +67,7 @@ def _small(factors: Factors) -> bool:
 def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | None) -> Tensor:
     """Add all by one batched product. order: None if all of y's rows are in order."""
     A, B = torch.stack([A for A, _, _ in factors]), torch.stack([B for _, B, _ in factors])
-    h = torch.bmm(A, groups.reshape(len(factors), -1, groups.shape[-1]).mT).mT  # as `down` does
+    h = down_each(groups.reshape(len(factors), -1, groups.shape[-1]), A)
     scales = [s for _, _, s in factors]
     one = scales[0] if len(set(scales)) == 1 else None
     in_place = order is None and y.dtype == h.dtype == B.dtype and not torch.is_grad_enabled()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.kernels.eager import Context, Function
-from graft.kernels.low_rank import add_up, down, dropped, gradients
+from graft.kernels.low_rank import FUSED_FROM, add_up, down, down_each, dropped, gradients
 
 NARROW, SMALL = 2, 400  # vectors, and multiplications: with fewer, products of one and of many are other functions
 LINE = 64  # bytes: products of tensors that begin elsewhere than at a multiple have other bits
@@ -77,6 +77,11 @@ class Group(NamedTuple):
     scale: float
     p: float
     seed: int
+
+    @property
+    def few(self) -> bool:
+        """Return True if each has so few rows that alone it runs without an autograd.Function."""
+        return self.stop - self.start < FUSED_FROM * self.width
 
     def of(self, x: Tensor) -> Tensor:
         """Return their rows of x (rows, n)."""
@@ -170,16 +175,24 @@ class _Linear(Function):
 
 def _add(y: Tensor, x: Tensor, group: Group) -> Tensor:
     """Add what an adapter adds to its rows to y, in its memory; return h = x Aᵀ. y (rows, out)."""
-    h = down(x, group.A, 1.0, group.p, group.seed)
-    add_up(y, h, group.B, group.scale)
+    A, B = group.A, group.B
+    if group.few and y.dtype == A.dtype == x.dtype:
+        h = nn.functional.linear(x, A)
+        y.add_(nn.functional.linear(h, B), alpha=group.scale)
+        return h
+    h = down(x, A, 1.0, group.p, group.seed)
+    add_up(y, h, B, group.scale)
     return h
 
 
 def _add_stacked(y: Tensor, x: Tensor, group: Group) -> Tensor:
     """Do the same for several adapters: h (width, rows of each, r)."""
-    n = group.width
-    h = torch.bmm(group.A, x.view(n, -1, x.shape[-1]).mT).mT
-    y.view(n, -1, y.shape[-1]).baddbmm_(h, group.B.mT, alpha=group.scale)
+    B, n = group.B.mT, group.width
+    y, h = y.view(n, -1, y.shape[-1]), down_each(x.view(n, -1, x.shape[-1]), group.A)
+    if group.few:
+        y.add_(torch.bmm(h, B), alpha=group.scale)
+    else:
+        y.baddbmm_(h, B, alpha=group.scale)
     return h
 
 
@@ -189,19 +202,32 @@ Two = tuple[Tensor | None, Tensor | None]
 def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
     """Return the gradients of A and B of an adapter, and add that of x to dx, in its memory."""
     A, B, scale = group.A, group.B, group.scale
-    _, dA, dB = gradients(g, x, A, B, h, scale, group.p, group.seed, need=(dx is not None, need[0], need[1]), dx=dx)
-    return dA, dB
+    if not group.few:
+        _, dA, dB = gradients(g, x, A, B, h, scale, group.p, group.seed, need=(dx is not None, need[0], need[1]), dx=dx)
+        return dA, dB
+    g = g if scale == 1 else g * scale
+    dh, dB = g @ B, g.mT @ h
+    if dx is not None:
+        dx += dh @ A
+    return dh.mT @ x, dB
 
 
 def _stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
     """Do the same for several adapters: (width, r, in) and (width, out, r)."""
     A, B, n, scale = group.A, group.B, group.width, group.scale
     g, x = g.view(n, -1, g.shape[-1]), x.view(n, -1, x.shape[-1])
+    dx = None if dx is None else dx.view(n, -1, dx.shape[-1])
+    if group.few:
+        g = g if scale == 1 else g * scale
+        dh, dB = torch.bmm(g, B), torch.bmm(g.mT, h)
+        if dx is not None:
+            dx += torch.bmm(dh, A)
+        return torch.bmm(dh.mT, x), dB
     dh, dB = torch.bmm(B.mT, g.mT), torch.bmm(h.mT, g)
     if scale != 1:
         dh, dB = dh * scale, dB * scale
     if dx is not None:
-        dx.view(n, -1, dx.shape[-1]).baddbmm_(dh.mT, A)
+        dx.baddbmm_(dh.mT, A)
     return torch.bmm(dh, x), dB.mT
 
 

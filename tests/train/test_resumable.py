@@ -64,6 +64,13 @@ def test_no_checkpoint_holds_a_pickle(whole):
     assert {"training.safetensors", "training.json"} <= names and not names & {"optimizer.pt", "scheduler.pt"}
 
 
+def test_trainer_resumes_deepspeed_by_its_own_checkpoints(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), save_only_model=True, use_cpu=True, report_to="none")
+    arguments.deepspeed_plugin = object()  # as transformers sets it, if the arguments or the launcher name DeepSpeed
+    with pytest.raises(ConfigError, match="a loop of your own"):
+        Resumable().on_init_end(arguments, None, None)
+
+
 def test_trainer_would_load_by_index(tmp_path):
     with pytest.raises(ConfigError, match="save_only_model=True"):
         trainer(tmp_path, save_only_model=False)

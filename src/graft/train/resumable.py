@@ -6,7 +6,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import nn
+
 from graft.core.errors import CheckpointError, ConfigError, warn
+from graft.storage.parallel import layout_of
 from graft.train.callbacks import Listener
 from graft.train.resuming import Resume, adapters_of, load, state_of, write_state
 
@@ -17,6 +20,9 @@ class Resumable(Listener):
     `Trainer(…, TrainingArguments(…, save_only_model=True), callbacks=[graft.train.Resumable()])`, then
     `trainer.train(resume_from_checkpoint=…)`. A training so resumed has the bits of one that was not interrupted. Let
     `save_total_limit` be 2 or more: Trainer deletes older checkpoints before a new one is whole.
+
+    Processes may hold copies (DDP), or parts under `TrainingArguments(fsdp=True)`, which is FSDP2. DeepSpeed is
+    refused, as Trainer loads nothing there but DeepSpeed's own checkpoints.
 
     Args:
         folder: the checkpoint to resume from; None: that of Trainer's arguments, or checkpoint-STEP in its folder.
@@ -31,17 +37,27 @@ class Resumable(Listener):
         self.resumed: Any = None
         self._job: Resume | None = None  # whose generators are to come
 
-    def on_init_end(self, args: Any, state: object, control: object, **kwargs: object) -> None:
-        """Refuse a Trainer that would load the optimizer's state by index first.
+    def on_init_end(self, args: Any, state: object, control: object, model: Any = None, **kwargs: object) -> None:
+        """Refuse a Trainer that would load the optimizer's state by index first, or not at all, or save a part alone.
 
         Raises:
-            ConfigError: `save_only_model` is not set, or processes share the training.
+            ConfigError: `save_only_model` is not set, DeepSpeed trains, or processes hold parts of the model and the
+                arguments do not say so.
         """
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise ConfigError(
+                "graft.train.Resumable cannot resume under DeepSpeed: Trainer itself loads nothing there but "
+                "DeepSpeed's own checkpoints. Write a loop of your own with graft.save_training and graft.resume, "
+                "which take ZeRO-3's engine.optimizer; or leave out this callback and save_only_model, and Trainer "
+                "resumes by DeepSpeed's checkpoints."
+            )
         if not args.save_only_model:
             raise ConfigError(
                 "graft.train.Resumable needs TrainingArguments(save_only_model=True): else Trainer saves the optimizer "
                 "as well, and loads it by index before anyone can look at names."
             )
+        if model is not None:
+            check_told(args, model)
 
     def on_save(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
@@ -86,3 +102,16 @@ class Resumable(Listener):
         if told and os.path.isdir(told):
             return os.fspath(told)
         return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+
+
+def check_told(args: Any, model: nn.Module) -> None:
+    """Raise ConfigError if processes hold parts of a model and Trainer has not been told, so that one alone saves."""
+    known = args.fsdp or getattr(model, "is_distributed_loading_by_transformers", False)
+    if known or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return
+    if any(layout_of(p) is not None for p in model.parameters()):
+        raise ConfigError(
+            "Processes hold parts of the model, and Trainer has not been told: only the first process would save. Pass "
+            "TrainingArguments(fsdp=True), and leave fully_shard to it; or, after fully_shard, with "
+            'fsdp_config={"auto_wrap_policy": "NO_WRAP"}.'
+        )

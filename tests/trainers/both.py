@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 INSIDE = HERE / "inside"  # what runs in a trainer's environment
 LIBRARIES = ("peft", "graft")
 LOSSES, TENSORS = 1e-5, 2e-6  # relative or absolute
+SAID = "said.jsonl"  # where a command writes what a model answers
 MORE = ".lora_shift."  # what graft's files hold beside PEFT's: docs/differences.md
 TIMED = ("runtime", "per_sec", "_time", "(s)", "memory", "speed", "tokens_per")  # in names of what is no result
 VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
@@ -151,5 +152,7 @@ def differences(theirs: Path, ours: Path) -> Iterator[str]:
         elif name.endswith("adapter_config.json"):
             keys = set(json.loads(b.read_text()))  # graft's are those of a newer PEFT
             yield from compare(config(a, ours, keys), config(b, theirs, keys), 0, where)
+        elif name == SAID and a.read_text() != b.read_text():
+            yield f"{where}graft {a.read_text()!r}, PEFT {b.read_text()!r}"
     if not any(name.endswith(".safetensors") for name in there):
         yield "PEFT's commands wrote no tensors"

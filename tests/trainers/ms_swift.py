@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ms-swift."""
 
-from tests.trainers.both import flags
+from tests.trainers.both import SAID, flags
 
 TITLE = "ms-swift"
 PACKAGE = "ms-swift"
@@ -15,6 +15,15 @@ TRAIN = dict(
     **dict(logging_steps=1, report_to="none", use_cpu=True, dataloader_num_workers=0, gradient_checkpointing=False),
 )
 RLHF = dict(rlhf_type="dpo", dataset="made/dpo.jsonl")
+KTO = dict(rlhf_type="kto", dataset="made/kto.jsonl", gradient_accumulation_steps=1)
+GRPO = dict(
+    **dict(rlhf_type="grpo", dataset="made/sft.jsonl", reward_funcs="soft_overlong", soft_max_length=24),
+    **dict(soft_cache_length=20, num_generations=4, max_completion_length=24, gradient_accumulation_steps=1),
+)
+INFER = dict(
+    **dict(adapters="out/checkpoint-4", val_dataset="made/sft.jsonl", result_path=SAID),
+    **dict(temperature=0, max_new_tokens=16, max_batch_size=4),
+)
 
 
 def train(**options: object) -> list[str]:
@@ -49,8 +58,11 @@ CASES = {
         train(),
         ["swift.cli.export", *flags(dict(adapters="out/checkpoint-4", merge_lora=True, output_dir="merged"))],
     ],
+    "infer": [train(), ["swift.cli.infer", *flags(INFER)]],
     "DPO": [rlhf()],
     **{name: [rlhf(rlhf_type=name.lower())] for name in ("ORPO", "SimPO", "CPO")},
+    "KTO": [rlhf(**KTO)],
+    "GRPO": [rlhf(**GRPO)],
     "reward model": [rlhf(rlhf_type="rm")],
 }
 DIFFERS = {"FourierFT": "PEFT's norms of gradients are 1e-4 off those in double precision, graft's less"}

@@ -50,6 +50,13 @@ def test_a_file_that_only_one_has(tmp_path):
     assert list(differences(theirs, ours)) == ["out/additional_config.json: only with PEFT"]
 
 
+def test_another_answer(tmp_path):
+    ours, theirs = side(tmp_path / "graft"), side(tmp_path / "peft")
+    (ours / "said.jsonl").write_text("3")
+    (theirs / "said.jsonl").write_text("4")
+    assert list(differences(theirs, ours)) == ["said.jsonl: graft '3', PEFT '4'"]
+
+
 def test_commands_that_wrote_nothing(tmp_path):
     assert list(differences(tmp_path, tmp_path)) == ["PEFT's commands wrote no tensors"]
 

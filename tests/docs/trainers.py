@@ -9,13 +9,14 @@ from tests.docs.marks import put
 from tests.trainers import results
 
 DOCS = Path(__file__).parents[2] / "docs"
-SHOWN = {"trainers.md": results.cases, "moving_from_peft.md": results.figures}
+SHOWN = {"trainers.md": (results.cases, results.tests), "moving_from_peft.md": (results.figures,)}
 
 
 def pages() -> dict[Path, str]:
     """Return the pages with what was kept, by their paths."""
     mark = "printed by tests/docs/trainers.py"
-    return {DOCS / name: put((DOCS / name).read_text(), mark, printed()) for name, printed in SHOWN.items()}
+    shown = {DOCS / name: "\n\n".join(table() for table in tables) for name, tables in SHOWN.items()}
+    return {page: put(page.read_text(), mark, tables) for page, tables in shown.items()}
 
 
 if __name__ == "__main__":

@@ -64,3 +64,23 @@ def cases() -> str:
         if run["equal"]
     ]
     return "\n".join(["| trainer | equal | not equal |\n|---|---|---|", *rows]) if rows else NOTHING
+
+
+def tests() -> str:
+    """Return a table of a trainer's own tests that do not pass here."""
+    runs = [(run["title"], run["own"]) for run in kept() if "own" in run]
+    rows = [
+        f"| {title} | {own['both']} | {ticked(own['PEFT alone'])} | {ticked(own['neither'])} |" for title, own in runs
+    ]
+    head = "| trainer | pass with both | pass with PEFT alone | do not pass with PEFT either |\n|---|---|---|---|"
+    return "\n".join([head, *rows]) if rows else NOTHING
+
+
+def ticked(names: list[str]) -> str:
+    """Return the tests' names, without their classes, in order of their files."""
+    files: dict[str, list[str]] = {}
+    for name in names:
+        module, _, test = name.rpartition("::")
+        file = next((part for part in module.split(".") if part.startswith("test_")), test)
+        files.setdefault(file, []).append(test)
+    return "; ".join(f"`{file}`: {', '.join(f'`{t}`' for t in sorted(part))}" for file, part in files.items()) or "–"

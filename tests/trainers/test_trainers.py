@@ -85,6 +85,7 @@ def test_cases_run_alone_are_kept_beside_the_others(tmp_path, monkeypatch):
     results.record(trainer, {"c": True, "b": True})
     (run,) = results.kept()
     assert run["equal"] == {"a": True, "b": True, "c": True} and "| 3 of 3; own tests: 2 of 3 |" in results.figures()
+    assert results.tests().endswith("| It | 2 | `three`: `three` | – |")
     trainer.versions = lambda: dict(it="2", peft="2", transformers="3", torch="4")
     results.record(trainer, {"c": False})
     assert results.kept()[0]["equal"] == {"c": False} and "| 0 of 1 |" in results.figures()

@@ -33,6 +33,7 @@ import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.files.errors import LossError, OptionError, OutputExistsError
 from graft.files.merging import merge
+from graft.files.merging.stream import Workplace
 from graft.model.merge_files import merge_files
 
 peft = pytest.importorskip("peft")
@@ -486,3 +487,46 @@ def test_what_another_call_left_is_not_taken_up(tmp_path):
         merge(base, [adapter], tmp_path / "out", step=stop)
     assert merge(base, [adapter], tmp_path / "out").resumed == 1
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
+    """What stood there comes back, or the new one is there, and nothing of the other."""
+    base = base_of("llama", tmp_path)
+    model, adapter = adapted("llama", tmp_path, lora())
+    merge(base, [adapter], tmp_path / "out", weights=[2.0])
+    weights = lambda: {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")}
+    before = weights()
+    original, calls = os.rename, []
+
+    def interrupted(*args):
+        original(*args)
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, [adapter], tmp_path / "out", force=True)
+    monkeypatch.undo()
+    assert before and weights() and (weights() == before) is (at == 1)
+    merge(base, [adapter], tmp_path / "out", force=True)
+    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+def test_an_output_that_comes_while_this_one_waits(tmp_path, monkeypatch):
+    """Two at once, without force: the second one leaves what the first has written."""
+    base = base_of("llama", tmp_path)
+    _, adapter = adapted("llama", tmp_path, lora())
+    original = Workplace.held
+
+    def later(place):
+        monkeypatch.undo()
+        merge(base, [adapter], tmp_path / "out", weights=[2.0])
+        return original(place)
+
+    monkeypatch.setattr(Workplace, "held", later)
+    with pytest.raises(OutputExistsError, match="exists"):
+        merge(base, [adapter], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]

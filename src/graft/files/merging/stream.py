@@ -112,6 +112,13 @@ class Workplace:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise OutputExistsError(f"Another process is merging into {self.output} now.") from None
+            if not os.path.exists(os.path.join(self.folder, ".lock")):  # it had the lock while this one waited
+                raise OutputExistsError(f"Another process has just merged into {self.output}.")
+            try:
+                self.check()  # once more, now that nobody else writes it
+            except OutputExistsError:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
             self.done = self._left()
             yield self
         finally:
@@ -158,12 +165,24 @@ class Workplace:
         with suppress(FileNotFoundError):
             os.remove(self.at(STATE))
         sync(self.folder)
-        if os.path.isdir(self.output):
-            if os.path.isdir(self.old):
-                shutil.rmtree(self.old)
-            os.rename(self.output, self.old)
-        os.rename(self.folder, self.output)
-        sync(os.path.dirname(self.output))
+        if os.path.isdir(self.output) and os.path.isdir(self.old):
+            shutil.rmtree(self.old)
+        try:
+            if os.path.isdir(self.output):
+                os.rename(self.output, self.old)
+            os.rename(self.folder, self.output)
+        except BaseException:
+            if os.path.isdir(self.old) and not os.path.lexists(self.output):
+                os.rename(self.old, self.output)
+            raise
+        try:
+            sync(os.path.dirname(self.output))
+            self._clear()
+        except BaseException:  # an interrupt: the output is whole already
+            self._clear()
+            raise
+
+    def _clear(self) -> None:
         with suppress(FileNotFoundError):
             os.remove(os.path.join(self.output, ".lock"))
         if os.path.isdir(self.old):

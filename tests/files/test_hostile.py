@@ -262,3 +262,70 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     )  # fmt: skip
     assert done.returncode == 3 and str(out) in done.stderr, done.stderr
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind, call, at", [
+    ("peft", "rename", 1), ("peft", "rename", 2), ("kohya", "rename", 1), ("kohya", "link", 1),
+])  # fmt: skip
+def test_an_interrupt_between_the_names(kind, call, at, tmp_path, locon, monkeypatch):
+    """What stood there comes back, or the new one is there, whole."""
+    out, new = (tmp_path / f"{name}{'.safetensors' * (kind == 'kohya')}" for name in ("out", "new"))
+    convert(FIXTURES / "lycoris_tucker", kind, out, NET)
+    convert(locon, kind, new, NET)
+    before, wanted = contents(out), contents(new)
+    original, calls = getattr(os, call), []
+
+    def interrupted(*args, **options):
+        original(*args, **options)
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(locon, kind, out, NET, force=True)
+    monkeypatch.undo()
+    assert contents(out) == (before if (call, at) == ("rename", 1) else wanted)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["locon.safetensors", new.name, out.name]
+
+
+def contents(path):
+    return {p.name: p.read_bytes() for p in path.iterdir()} if path.is_dir() else path.read_bytes()
+
+
+@pytest.mark.parametrize("kind, call", [("peft", "rename"), ("kohya", "link")])
+def test_what_another_process_writes_at_the_last_moment_stays(kind, call, tmp_path, locon, monkeypatch):
+    out, original = tmp_path / ("out" if kind == "peft" else "out.safetensors"), getattr(os, call)
+
+    def late(*args, **options):
+        if kind == "kohya":
+            out.write_bytes(b"another's")
+        else:
+            out.mkdir()
+            (out / "mine.txt").write_bytes(b"another's")
+        original(*args, **options)
+
+    monkeypatch.setattr(os, call, late)
+    with pytest.raises(OutputExistsError, match="meanwhile"):
+        convert(locon, kind, out, NET)
+    monkeypatch.undo()
+    assert (out if kind == "kohya" else out / "mine.txt").read_bytes() == b"another's"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["locon.safetensors", out.name]
+
+
+def test_a_signal_ends_the_command_as_an_error_does(tmp_path):
+    """SIGTERM in the middle of a write: nothing is left of it, and no traceback is printed."""
+    code = """
+import os, signal
+original = os.fsync
+def stopped(fd):
+    original(fd)
+    os.kill(os.getpid(), signal.SIGTERM)
+os.fsync = stopped
+from graft.command import main
+main()
+"""
+    words = ["convert", str(FIXTURES / "mlx_lora"), "--to", "kohya", "-o", str(tmp_path / "deep" / "out.safetensors")]
+    done = subprocess.run([sys.executable, "-c", code, *words, "--json"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + 15, "", "")
+    assert os.listdir(tmp_path) == []

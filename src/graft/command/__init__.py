@@ -3,6 +3,29 @@
 
 from __future__ import annotations
 
-from graft.command.app import main
+import signal
+import sys
+from types import FrameType
+
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def main() -> None:
+    """Run the command; leave the process with its exit code, 128 + the signal's number where one has ended it."""
+    for number in STOPS:
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
+            signal.signal(number, stop)
+    try:
+        from graft.command import app  # after the handlers: it takes a while
+
+        app.main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def stop(number: int, _: FrameType | None) -> None:
+    """End as an error does, so that what a verb has begun is cleared away."""
+    sys.exit(128 + number)
+
 
 __all__ = ["main"]

@@ -71,30 +71,37 @@ def appearing(path: str, stays: bool = True) -> Iterator[str]:
     path = os.path.abspath(path)
     folder, stood = os.path.dirname(path), os.path.lexists(path)
     made = [] if os.path.isdir(folder) or not stays else missing(folder)
-    room = None
+    # named before it is made: an interrupt in between leaves nothing
+    room = os.path.join(folder if stays else tempfile.gettempdir(), f".graft-{os.urandom(8).hex()}")
     try:
         if stays:
             os.makedirs(folder, exist_ok=True)
-        room = tempfile.mkdtemp(prefix=".graft-", dir=folder if stays else None)
+        os.mkdir(room, 0o700)
         new = os.path.join(room, os.path.basename(path))
         yield new
         if stays:
-            if os.path.lexists(path) and not stood:
-                raise OutputExistsError(f"{path} has come meanwhile, from another process, and stays as it is.")
-            put(new, path, room)
+            put(new, path, room, stood)
         made = []
     except PeftError:
         raise
     except OSError as e:
-        if room is not None and str(e.filename or room).startswith(room):  # a full disk does not say whose
+        if str(e.filename or room).startswith(room):  # a full disk does not say whose
             raise OSError(e.errno or errno.EIO, e.strerror or str(e), path) from e
         raise
     finally:
-        if room is not None:
-            shutil.rmtree(room, ignore_errors=True)
+        clear(room)
         for parent in made:
             if os.path.isdir(parent) and not os.listdir(parent):
                 os.rmdir(parent)
+
+
+def clear(folder: str) -> None:
+    """Delete a folder, if it is there; an interrupt meanwhile comes when it is gone."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def missing(folder: str) -> list[str]:
@@ -106,18 +113,44 @@ def missing(folder: str) -> list[str]:
     return out
 
 
-def put(made: str, target: str, room: str) -> None:
-    """Give a result its name; what is there goes only when the result has come."""
+def put(made: str, target: str, room: str, stood: bool) -> None:
+    """Give a result its name; what stood there goes only when the result has come, and what has come since stays."""
     if is_special(target):
         raise OSError(errno.EINVAL, NO_FILE, target)
     if not os.path.exists(made):
         raise CheckpointError(f"Nothing was written for {target}.")
     old = os.path.join(room, "old")
-    if os.path.lexists(target):
-        os.rename(target, old)
     try:
-        os.rename(made, target)
+        if stood and os.path.lexists(target):
+            os.rename(target, old)
+        move(made, target)
     except BaseException:
-        if os.path.lexists(old):
+        if os.path.lexists(old) and not os.path.lexists(target):
             os.rename(old, target)
         raise
+
+
+def move(made: str, target: str) -> None:
+    """Rename a file or folder to a name that nothing has.
+
+    Raises:
+        OutputExistsError: something has come there, from another process.
+    """
+    try:
+        if os.path.isdir(made):
+            if os.path.lexists(target):  # renaming would replace an empty folder
+                raise FileExistsError
+            os.rename(made, target)
+            return
+        try:
+            os.link(made, target)  # which replaces nothing, as renaming does
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if os.path.lexists(target):
+                raise FileExistsError from None
+            os.rename(made, target)
+    except OSError as e:
+        if not os.path.lexists(target):
+            raise
+        raise OutputExistsError(f"{target} has come meanwhile, from another process, and stays as it is.") from e

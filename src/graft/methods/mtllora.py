@@ -17,6 +17,7 @@ from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.effect import Branch, Effect, Factors, LowRank
 from graft.core.errors import ConfigError
+from graft.core.published import Published
 from graft.methods.tasks import TASKS, ByTask
 
 
@@ -50,6 +51,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
     prefix = "mtllora_"
     targets = LORA
     depends_on = TASKS
+    published_lr = Published(3e-4, 3e-4, "arXiv 2410.09437, its code, commonsense reasoning")
 
     mtllora_A: nn.Parameter  # (r, in)
     mtllora_B: nn.Parameter  # (projections, out, r)

@@ -87,7 +87,7 @@ class Net(nn.Module):
     def forward(self, x):
         flat = x.flatten(0, -2) * self.before
         index = torch.arange(2 * TOKENS).view(-1, 2).repeat(len(x), 1) % COUNT
-        weights = torch.linspace(0.2, 1, 2 * TOKENS).view(-1, 2).repeat(len(x), 1)
+        weights = torch.linspace(0.2, 1, 2 * TOKENS, dtype=x.dtype).view(-1, 2).repeat(len(x), 1)
         return self.experts(flat, index, weights).view(x.shape)
 
 
@@ -175,6 +175,25 @@ def test_each_matrix_is_adapted_as_a_linear_layer(sample):
         for ours, theirs in zip(whole.slots("default"), layer.slots("default")):
             if theirs.trains:
                 assert_close(ours.tensor.grad[e], theirs.tensor.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sample", [s for s in FITS if not s.label], ids=str)
+def test_a_single_square_matrix_in_bfloat16(sample, monkeypatch):
+    """No dimension tells which of the three it is, and adapters keep a dtype of their own."""
+    float32 = base
+    for name, value in dict(COUNT=1, NARROW=WIDE, base=lambda: float32().bfloat16(), X=X.bfloat16()).items():
+        monkeypatch.setitem(globals(), name, value)
+    monkeypatch.setattr(Experts, "num_experts", 1)
+    stack, twin = pair(sample)
+    found, expected = results(stack), results(twin)
+    assert found.dtype == torch.bfloat16
+    assert_close(found, expected, rtol=5e-2, atol=5e-2)
+    (whole,), (layer,) = layers(stack).values(), layers(twin).values()
+    for ours, theirs in zip(whole.slots("default"), layer.slots("default")):
+        assert ours.tensor.dtype == theirs.tensor.dtype
+        if theirs.trains:
+            largest = float(theirs.tensor.grad.abs().max())
+            assert_close(ours.tensor.grad[0], theirs.tensor.grad, rtol=0.1, atol=0.1 * largest)
 
 
 @pytest.mark.parametrize("sample", FITS, ids=str)

@@ -29,7 +29,8 @@ REFUSED = {
         ("BEFT-bias", "BOTTLENECK", "EWORA", "LILY", "LN_TUNING", "MOELORA", "MTLLORA", "POLY", "REFT", "STEERING",
          "TLORA", "TRAINABLE_TOKENS"), NO_CALL,
     ),
-    "ADAMSS": "another shape for each matrix", "FROD": "made of their weights", "LORAXS-sb": "call preprocess_lorasb",
+    "ADAMSS": "another shape for each matrix", "FROD": "made of their weights",
+    "LORAXS-sb": "measures linear layers only",
 }  # fmt: skip
 
 

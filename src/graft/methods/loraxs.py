@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
+from graft.core.each import Matrix
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Use
@@ -63,7 +64,7 @@ class LoraXS(Method[LoraXsConfig]):
                 f"LoRA-XS has at most as many singular vectors as the weight of layer '{site.key}', whose shape is "
                 f"{tuple(site.shape)}: choose a smaller r than {r}."
             )
-        if self.cfg.init_weights == "sb" and not site.op.linear:
+        if self.cfg.init_weights == "sb" and (not site.op.linear or isinstance(site.op, Matrix)):
             return "LoRA-SB measures linear layers only"
         return super().check()
 

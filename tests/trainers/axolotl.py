@@ -4,9 +4,12 @@
 import json
 from typing import Any
 
+from tests.trainers.both import SAID
+
 TITLE = "axolotl"
 PACKAGE = "axolotl"
 LOADED = ["axolotl.cli.main", "axolotl.train"]
+MISSING = ["gradio"]  # a page for a browser
 
 SFT = {"path": "made/sft.jsonl", "ds_type": "json", "split": "train", "type": "chat_template"}
 DPO = {"path": "made/dpo.jsonl", "ds_type": "json", "split": "train", "type": "chat_template.default"}
@@ -19,6 +22,17 @@ CONFIG = dict(
     **dict(logging_steps=1, bf16=False, fp16=False, tf32=False, attn_implementation="eager", seed=0),
 )
 TOKENS = [3, 4]
+# a chat without draws, typed on a terminal
+FILES = {
+    "chat.sh": f"""script -qec "axolotl inference $1 --launcher python --chat" /dev/null << 'END'
+/set temperature 0
+/set max_new_tokens 16
+What is 1 + 2?
+/save {SAID}
+/exit
+END
+"""
+}
 
 
 def command(*words: str, **options: Any) -> list[str]:
@@ -45,6 +59,7 @@ CASES = {
     "resume": [train(), train(output_dir="more", resume_from_checkpoint="out/checkpoint-2", max_steps=6)],
     "merge-lora": [train(), command("merge-lora", lora_model_dir="out")],
     "merge-lora in memory": [train(), command("merge-lora", lora_model_dir="out", merge_method="legacy")],
+    "inference": [train(), ["env", "bash", "made/chat.sh", json.dumps(CONFIG | dict(lora_model_dir="out"))]],
     "4-bit": [train(adapter="qlora", load_in_4bit=True)],
     "8-bit": [train(load_in_8bit=True)],
     "DPO": [train(rl="dpo", datasets=[DPO | PAIRS])],

@@ -322,7 +322,7 @@ class Making:
 
 
 def why_not(m: Method) -> str | None:
-    """Return why a method on a matrix cannot act on each of a stack, whose module uses it in ways of its own."""
+    """Return the reason why a method cannot act on the matrices of a stack; None if it can."""
     effect, name = m.effect, type(m).__name__
     why = unfolded(m)
     if why is None and (effect.whole or getattr(effect, "looks_up", False)):
@@ -359,7 +359,7 @@ class ShapesDiffer(Exception):
 
 
 def stacked(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what `build` gives for a stack, from what it gives for each matrix."""
+    """Return the tensors and modules of a stack, made from those that `build` returned for each matrix."""
     return {name: together([values[name] for values in made], name) for name in made[0]}
 
 

@@ -114,7 +114,7 @@ def missing(folder: str) -> list[str]:
 
 
 def put(made: str, target: str, room: str, stood: bool) -> None:
-    """Give a result its name; what stood there goes only when the result has come, and what has come since stays."""
+    """Rename a result to its target. An old result goes afterwards; one of another process stays."""
     if is_special(target):
         raise OSError(errno.EINVAL, NO_FILE, target)
     if not os.path.exists(made):

@@ -79,7 +79,7 @@ def recognises(path: str) -> bool:
 
 
 def parts_in(path: str) -> list[str]:
-    """Return the folders of a pipeline's parts in a folder, each with an adapter of its own; empty if it is not so."""
+    """Return which folders inside hold the adapters of a pipeline's parts; [] if the folder is one adapter."""
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, pair.CONFIG_NAME)):
         return []
     folders = [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]

@@ -330,8 +330,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a result that cannot come leaves nothing where one was",
-        "files/output.py",
-        "            os.rename(old, target)\n",
+        "config/atomic.py",
+        "            os.rename(third, one if os.path.lexists(other) else other)\n",
         "            pass\n",
         "tests/files/test_hostile.py tests/command/test_app.py",
     ),

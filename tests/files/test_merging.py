@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import graft
+from graft.config import atomic
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.files.errors import LossError, OptionError, OutputExistsError
 from graft.files.merging import merge
@@ -489,15 +490,15 @@ def test_what_another_call_left_is_not_taken_up(tmp_path):
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
 
 
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, 2, 3, None])
 def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
-    """What stood there comes back, or the new one is there, and nothing of the other."""
+    """What stood there comes back, or the new one is there, and nothing of the other; None: the two are swapped."""
     base = base_of("llama", tmp_path)
     model, adapter = adapted("llama", tmp_path, lora())
     merge(base, [adapter], tmp_path / "out", weights=[2.0])
     weights = lambda: {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")}
     before = weights()
-    original, calls = os.rename, []
+    original, swap, calls = os.rename, atomic.swap, []
 
     def interrupted(*args):
         original(*args)
@@ -505,7 +506,12 @@ def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
         if len(calls) == at:
             raise KeyboardInterrupt
 
+    def swapped(*args):
+        assert swap(*args)
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(os, "rename", interrupted)
+    monkeypatch.setattr(atomic, "swap", swapped if at is None else lambda *_: False)
     with pytest.raises(KeyboardInterrupt):
         merge(base, [adapter], tmp_path / "out", force=True)
     monkeypatch.undo()

@@ -35,6 +35,36 @@ def replace(path: str, write: Write) -> None:
         sync(scratch.folder)
 
 
+def exchange(one: str, other: str) -> None:
+    """Swap two files or folders, in one step where the system has it: no kill leaves either name without a file.
+
+    Elsewhere, and on file systems that cannot (NFS), one goes by a third name.
+    """
+    if swap(os.fsencode(one), os.fsencode(other)):
+        return
+    third = f"{one}-{os.urandom(8).hex()}"
+    try:
+        os.rename(other, third)
+        os.rename(one, other)
+    except BaseException:
+        if os.path.lexists(third):
+            os.rename(third, one if os.path.lexists(other) else other)
+        raise
+    os.rename(third, one)
+
+
+def swap(one: bytes, other: bytes) -> bool:
+    """Have the system's own call swap two paths; return False if there is none, or it does not go there."""
+    import ctypes  # only where something is replaced
+
+    here, swapping = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux is RENAME_SWAP of macOS
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    for name, arguments in ("renameat2", (here, one, here, other, swapping)), ("renamex_np", (one, other, swapping)):
+        if hasattr(library, name):
+            return not getattr(library, name)(*arguments)
+    return False
+
+
 @contextmanager
 def folder_for(path: str) -> Iterator[None]:
     """Have a folder to write into; one that was not there goes again if writing fails."""

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from graft.config.atomic import NO_FILE, is_special
+from graft.config.atomic import NO_FILE, exchange, is_special
 from graft.core.errors import CheckpointError, PeftError
 from graft.files.errors import OptionError, OutputExistsError
 from graft.files.formats import recognise
@@ -80,7 +80,7 @@ def appearing(path: str, stays: bool = True) -> Iterator[str]:
         new = os.path.join(room, os.path.basename(path))
         yield new
         if stays:
-            put(new, path, room, stood)
+            put(new, path, stood)
         made = []
     except PeftError:
         raise
@@ -113,21 +113,16 @@ def missing(folder: str) -> list[str]:
     return out
 
 
-def put(made: str, target: str, room: str, stood: bool) -> None:
-    """Rename a result to its target. An old result goes afterwards; one of another process stays."""
+def put(made: str, target: str, stood: bool) -> None:
+    """Rename a result to its target. An old result gets its name, to be deleted; one of another process stays."""
     if is_special(target):
         raise OSError(errno.EINVAL, NO_FILE, target)
     if not os.path.exists(made):
         raise CheckpointError(f"Nothing was written for {target}.")
-    old = os.path.join(room, "old")
-    try:
-        if stood and os.path.lexists(target):
-            os.rename(target, old)
+    if stood and os.path.lexists(target):
+        exchange(made, target)
+    else:
         move(made, target)
-    except BaseException:
-        if os.path.lexists(old) and not os.path.lexists(target):
-            os.rename(old, target)
-        raise
 
 
 def move(made: str, target: str) -> None:

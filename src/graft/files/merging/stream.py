@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from graft.config.atomic import replace, sync, write_text
+from graft.config.atomic import exchange, replace, sync, write_text
 from graft.config.reading import Json
 from graft.files.errors import OutputExistsError
 from graft.files.output import is_adapter
@@ -83,7 +83,7 @@ class Workplace:
     def __init__(self, output: str, key: str, force: bool):
         self.output = os.path.abspath(output)
         parent, name = os.path.split(self.output)
-        self.folder, self.old = (os.path.join(parent, f".{name}.{end}") for end in ("graft-merge", "graft-before"))
+        self.folder = os.path.join(parent, f".{name}.graft-merge")
         self.key, self.force = key, force
         self.done: Json = {}
 
@@ -161,29 +161,14 @@ class Workplace:
                 step(name)
 
     def finish(self) -> None:
-        """Put the folder where the output goes; what stands there leaves only when this one is in its place."""
+        """Put the folder where the output goes; what stands there gets its name, and is deleted."""
         with suppress(FileNotFoundError):
             os.remove(self.at(STATE))
         sync(self.folder)
-        if os.path.isdir(self.output) and os.path.isdir(self.old):
-            shutil.rmtree(self.old)
         try:
-            if os.path.isdir(self.output):
-                os.rename(self.output, self.old)
-            os.rename(self.folder, self.output)
-        except BaseException:
-            if os.path.isdir(self.old) and not os.path.lexists(self.output):
-                os.rename(self.old, self.output)
-            raise
-        try:
+            exchange(self.folder, self.output) if os.path.isdir(self.output) else os.rename(self.folder, self.output)
             sync(os.path.dirname(self.output))
-            self._clear()
-        except BaseException:  # an interrupt: the output is whole already
-            self._clear()
-            raise
-
-    def _clear(self) -> None:
-        with suppress(FileNotFoundError):
-            os.remove(os.path.join(self.output, ".lock"))
-        if os.path.isdir(self.old):
-            shutil.rmtree(self.old)
+        finally:  # after an interrupt, too: the lock is in the folder that has come, or nothing has
+            if os.path.exists(lock := os.path.join(self.output, ".lock")):
+                os.remove(lock)
+                shutil.rmtree(self.folder, ignore_errors=True)

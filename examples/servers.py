@@ -35,8 +35,9 @@ class Vllm:
             try:
                 self.post(f"{url}/v1/unload_lora_adapter", {"lora_name": name})
             except urllib.error.HTTPError as e:
-                if e.code != 404:  # this one had not loaded it
-                    raise
+                with e:  # it holds the connection
+                    if e.code != 404:  # this one had not loaded it
+                        raise
         shutil.rmtree(f"{self.folder}/{name}", ignore_errors=True)
 
     def post(self, url, body):
@@ -65,7 +66,8 @@ class Sglang(Vllm):
         try:
             said = super().post(url, body)
         except urllib.error.HTTPError as e:
-            raise RuntimeError(f"{url} answers {e.code}: {e.read().decode(errors='replace')}") from None
+            with e:
+                raise RuntimeError(f"{url} answers {e.code}: {e.read().decode(errors='replace')}") from None
         if not json.loads(said)["success"]:
             raise RuntimeError(f"{url} says {said.decode()}")
 

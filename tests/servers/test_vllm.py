@@ -300,9 +300,10 @@ def test_versions_of_a_policy(url, base, tmp_path):
     with pytest.raises(PeftError, match="no model"):
         verdict(url, names[0], tmp_path / "as-it-was-0")
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("policy")) == sorted(names[1:])
-    with pytest.raises(OSError):  # no such folder
+    with pytest.raises(HTTPError) as refused:  # no such folder
         Versions("broken", lambda name, made: server.post(f"{url}/v1/load_lora_adapter", {"lora_name": name,
                  "lora_path": "/nowhere"}), server.unload).publish(graft.adapter_tensors(policy))  # fmt: skip
+    refused.value.close()
 
 
 def test_versions_of_a_policy_with_experts(tmp_path):
@@ -331,7 +332,8 @@ def test_versions_of_a_policy_with_experts(tmp_path):
             assert found.ok and found.deviations["applied"] < 1e-4 < 0.1 < found.effect
         with pytest.raises(HTTPError) as refused:  # SGLang's layout, as `graft check` says
             server.load("sglang", graft.adapter_tensors(policy, "default", "sglang"))
-        assert "expected target modules" in refused.value.read().decode()
+        with refused.value as answer:
+            assert "expected target modules" in answer.read().decode()
 
 
 def qwen3_moe():

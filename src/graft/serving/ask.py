@@ -43,7 +43,8 @@ class Connection:
         try:
             held = self._read(request)
         except urllib.error.HTTPError as e:
-            text = shown(e.read(1000))
+            with e:  # it holds the connection
+                text = shown(e.read(1000))
             kind = UnknownModelError if e.code == 404 else ServerError
             raise kind(f"{self.url}{path} answers {e.code} {e.reason}: {text}") from None
         except TimeoutError:

@@ -7,7 +7,7 @@ The model writes it once per call, every layer reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor
 from graft.core.draws import Draws
 from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.gate import Gate
-from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, UNCLEAR, Gates, Given, PerRow, Rows, tensors_in
+from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, UNCLEAR, Facts, Gates, Given, Rows, tensors_in
 from graft.kernels.segments import Stacks
 
 
@@ -116,7 +116,7 @@ class Call:
                 self.here.tapped.clear()
 
     @contextmanager
-    def giving(self, gates: Gates | None = None, facts: Mapping[Any, PerRow] = NO_FACTS) -> Iterator[None]:
+    def giving(self, gates: Gates | None = None, facts: Facts = NO_FACTS) -> Iterator[None]:
         """Have `gates`, and `facts` beside those that are here, stand here within the block."""
         given = self.here.given
         gates, facts = given.gates if gates is None else gates, {**given.facts, **facts} or NO_FACTS

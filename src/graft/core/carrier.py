@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from graft.core.call import Call
 from graft.core.containers import Slot
 from graft.core.errors import warn
 from graft.core.gate import changes, everything
@@ -20,8 +21,8 @@ class State:
 
     __slots__ = ("active", "apart", "call", "disabled", "slots", "trainable", "weights")
 
-    def __init__(self, call: Any = None) -> None:
-        self.call = call  # the Call, which may disable adapters
+    def __init__(self, call: Call | None = None) -> None:
+        self.call = call  # may disable adapters
         self.active: list[str] = []
         self.weights: tuple[float, ...] | None = None  # of the active ones, if they act as an average
         self.apart = False  # each active one acts on its own rows, which a call names
@@ -42,6 +43,18 @@ class State:
         return True
 
 
+class MergeState(State):
+    """The state of a carrier whose base may take over the work of adapters."""
+
+    __slots__ = ("merged", "survived", "undo")
+
+    def __init__(self, call: Call | None = None) -> None:
+        super().__init__(call)
+        self.merged: list[str] = []
+        self.undo: list[tuple[str, Any, Tensor | None]] = []  # (kind, state of the weight, the bias) of each merge
+        self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/finite.py`
+
+
 class Carrier:
     """Base of all that can carry adapters. A subclass says which it has (`adapters`), where their tensors stand
     (`slots`), how it forgets one (`drop`), and what follows when other adapters run (`changed`)."""
@@ -54,7 +67,8 @@ class Carrier:
     beside = False  # it came along with an adapter that acts elsewhere
     adapter_layer: Any = None  # the layer that does its work
     replaces = True  # it takes the place of a module of the base model
-    base_module: Any  # that module
+    base_module: nn.Module  # that module
+    kept: nn.Module  # what unloading leaves in its place
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -173,7 +187,10 @@ class Carrier:
             )
 
 
-def carried(carriers: Iterable[Carrier], names: Sequence[str] | None = None) -> Iterator[tuple[Any, str]]:
+C = TypeVar("C", bound=Carrier)
+
+
+def carried(carriers: Iterable[C], names: Sequence[str] | None = None) -> Iterator[tuple[C, str]]:
     """Yield each carrier with each of these adapters that it has; None: of those that are active there."""
     for carrier in carriers:
         wanted = carrier.active_adapters if names is None else names
@@ -204,10 +221,10 @@ class Shell(nn.Module):
     """A module around a carrier for one more name in memory. It carries nothing, and runs as what it shows."""
 
     inner_name: str  # that name
-    shown: Any  # the carrier
+    shown: Carrier
 
 
-def carrier_of(module: object) -> Any:
+def carrier_of(module: object) -> Carrier | None:
     """Return the carrier in the place of another module that this is, or shows; None for any other."""
     if isinstance(module, Carrier):
         return module if module.replaces else None

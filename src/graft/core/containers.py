@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Collection, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class BufferDict(nn.Module):
 class AnyDict(nn.Module):
     """Modules, parameters and buffers by name: for methods that call different things by one name on one layer."""
 
-    def __init__(self, other: Any) -> None:
+    def __init__(self, other: nn.ModuleDict | nn.ParameterDict | BufferDict) -> None:
         super().__init__()
         self.transient: set[str] = set()  # names of values that are not part of a checkpoint
         for name in list(other):
@@ -104,7 +104,7 @@ class AnyDict(nn.Module):
             raise KeyError(name)
         return held[name]
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: nn.Module | Tensor | Transient) -> None:
         kind, value = value, value.tensor if isinstance(value, Transient) else value
         held = self._held(name)
         if held is not None:
@@ -165,18 +165,18 @@ class TransientParameterDict(nn.ParameterDict):
 class Attached(NamedTuple):
     """A container of tensors that all layers of the model share."""
 
-    container: Any
+    container: object
 
 
 FACTS = frozenset({float, int, bool, str, type(None)})  # types of facts, which stand in plain dicts
 
 
-class Told(dict[str, Any]):
+class Told(dict[str, object]):
     """Facts by adapter which tell how it was made, and which nothing computes with: setting one is refused."""
 
     key: ClassVar[str]  # their name on the layer
 
-    def _refuse(self, *args: object, **kwargs: object) -> Any:
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         raise AttributeError(
             f"layer.{self.key}[…] cannot be set: it tells how an adapter was made, and nothing computes with it. Set "
             "what the layer computes with, such as layer.scaling[…], or add an adapter with another config."
@@ -235,7 +235,9 @@ class Slot:
         self.where[self.attribute] = nn.Parameter(value, here.requires_grad) if self.is_parameter else value
 
 
-def slots_of(key: str, container: Any, adapter: str, never: Any = None) -> Iterator[Slot]:
+def slots_of(
+    key: str, container: Any, adapter: str, never: Collection[tuple[str, str]] | None = None
+) -> Iterator[Slot]:
     """Yield the slots that `container`, called `key`, has for an adapter.
 
     never: (container, path) of parameters that never train; None: those that do not require gradients now.

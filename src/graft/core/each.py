@@ -20,7 +20,7 @@ from graft.core.effect import Effect, LowRank, Pieces, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import delta_of, fold_step, same_inputs, unfolded
 from graft.core.method import Method, Tensors, Use, placeholders
-from graft.core.ops import META, Op
+from graft.core.ops import META, Op, Opaque
 from graft.core.protocols import Layer
 from graft.core.random import set_states, states
 from graft.core.site import Site
@@ -44,7 +44,9 @@ class One:
     W: the matrix, without any adapter; None: read it when asked.
     """
 
-    def __init__(self, layer: Any, site: Site, adapter: str, expert: int, values: Mapping[str, Any], W: Tensor | None):
+    def __init__(
+        self, layer: Layer, site: Site, adapter: str, expert: int, values: Mapping[str, object], W: Tensor | None
+    ):
         self.__dict__.update(layer.__dict__, site=site, op=site.op)
         self.__dict__.update({container: {adapter: value} for container, value in values.items()})
         self.__dict__["_stack"] = layer, expert, W
@@ -68,7 +70,7 @@ class One:
 def matrix_of(layer: Layer, expert: int) -> Tensor:
     """Return a matrix of a packed stack, without any adapter."""
     kept = [state for _, state, _ in layer.state.undo if state is not None]
-    stack: Any = kept[0].to(layer.held.where()[0]) if kept else layer.held.snapshot()
+    stack = kept[0].to(layer.held.where()[0]) if kept else layer.held.snapshot()
     W: Tensor = stack.in_rows().matrix(expert, stack.dtype or torch.float32)
     return W
 
@@ -78,7 +80,7 @@ class OnEach(Method):
 
     kind: ClassVar[type[Method]] = Method
 
-    def __init__(self, site: Site, cfg: Any, name: str):
+    def __init__(self, site: Site, cfg: object, name: str):
         self.site, self.name, self.layer = site, name, None
         self.own = self.kind(on_matrix(site), cfg, name)
 
@@ -90,7 +92,7 @@ class OnEach(Method):
     def cfg(self) -> Any:
         return self.alone.cfg
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return blank, (self.kind,), self.__dict__
 
     def one(
@@ -151,7 +153,7 @@ class OnEach(Method):
     def loaded(self) -> None:
         self.on_all(self.kind.loaded)
 
-    def on_all(self, run: Callable[[Any], None]) -> None:
+    def on_all(self, run: Callable[[Method], None]) -> None:
         """Run what fills in values on each matrix; take over tensors that it puts in the place of those of before."""
         slots, experts = self.slots, range(self.site.shape[0])
         new: dict[int, list[Tensor]] = {}
@@ -160,7 +162,7 @@ class OnEach(Method):
             m = self.one(expert, own)
             run(m)
             for i, (slot, before) in enumerate(zip(slots, own)):
-                value: Any = m.layer.__dict__[slot.container][self.name]
+                value = m.layer.__dict__[slot.container][self.name]
                 for name in slot.path.split(".") if slot.path else ():
                     value = getattr(value, name)
                 if value is not before:
@@ -172,17 +174,17 @@ class OnEach(Method):
     def uses_weight(self) -> Use:
         return self.alone.uses_weight()
 
-    def excludes(self, other: Any) -> str | None:
+    def excludes(self, other: object) -> str | None:
         return self.alone.excludes(other)
 
-    def stored(self, values: Tensors, cfg: Any) -> Tensors:
+    def stored(self, values: Tensors, cfg: object) -> Tensors:
         return values if self.stores_as_held else self.each(values, lambda m, own: m.stored(own, cfg))
 
     @property
     def stores_as_held(self) -> bool:
         return self.alone.stores_as_held
 
-    def restored(self, stored: Tensors, cfg: Any) -> Tensors:
+    def restored(self, stored: Tensors, cfg: object) -> Tensors:
         same = self.kind.restored is Method.restored
         return stored if same else self.each(stored, lambda m, own: m.restored(own, cfg))
 
@@ -269,8 +271,7 @@ def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:
     """Return what makes the changes of single matrices of a stack; None if an effect has no such."""
     if effect.pieces is not None or not (isinstance(effect, LowRank) and effect.additive):
         return effect.pieces
-    op: Any = layer.op
-    return Products(*op.each(*same_inputs(effect.factors()).matrices(), layer.site.shape[0]))
+    return Products(*Opaque.each(*same_inputs(effect.factors()).matrices(), layer.site.shape[0]))
 
 
 class Making:
@@ -333,7 +334,7 @@ def why_not(m: Method) -> str | None:
 
 
 @cache
-def on_each(kind: Any) -> type[OnEach]:
+def on_each(kind: type[Method]) -> type[OnEach]:
     """Return the method that does to each matrix of a stack what `kind` does to a linear layer."""
     made: Any = type(kind.__name__, (OnEach,), {"kind": kind, "__module__": kind.__module__})
     for name, annotation in get_annotations(Method).items():
@@ -358,7 +359,7 @@ class ShapesDiffer(Exception):
     """A tensor, by name, has another shape for each matrix of a stack."""
 
 
-def stacked(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def stacked(made: Sequence[dict[str, object]]) -> dict[str, object]:
     """Return the tensors and modules of a stack, made from those that `build` returned for each matrix."""
     return {name: together([values[name] for values in made], name) for name in made[0]}
 
@@ -383,9 +384,9 @@ def together(values: Sequence[Any], name: str) -> Any:
     return first
 
 
-def held_in(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor], adapter: str) -> dict[str, Any]:
+def held_in(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor], adapter: str) -> dict[str, object]:
     """Return the containers of a method with these tensors: themselves, or modules that hold them."""
-    out: dict[str, Any] = {}
+    out: dict[str, object] = {}
     inside: dict[str, dict[str, Tensor]] = {}
     for slot, t in zip(slots, tensors):
         if slot.path:

@@ -25,7 +25,7 @@ class Factors(NamedTuple):
 
     A: Any  # (r, fan_in)
     B: Any  # (out, r)
-    scale: Any = None  # None: 1
+    scale: Tensor | float | None = None  # None: 1
     dropout: nn.Module | None = None  # acts on the input of A; with a gain, on W's, too
     inner: Tensor | None = None  # (r,)
     outer: Tensor | None = None  # (out,)
@@ -84,10 +84,15 @@ class Product(NamedTuple):
         return self.call(x)
 
 
-class Unformed(Protocol):
-    """A ΔW that is not formed yet (`Hadamard`, `Modulated`)."""
+class Deferred(Protocol):
+    """A ΔW that is not formed yet."""
 
     def dense(self) -> Tensor: ...  # the tensor
+
+
+class Unformed(Deferred, Protocol):
+    """The same with ways to products (`Hadamard`, `Modulated`)."""
+
     def columns(self, ids: Tensor) -> Tensor: ...  # the part that an embedding looks up
     def product(self, x: Tensor) -> Tensor | None: ...  # x ΔWᵀ for few rows; None if forming ΔW pays
 
@@ -97,12 +102,15 @@ class Unformed(Protocol):
     ) -> Tensor | None: ...
 
 
+Delta = Tensor | Deferred  # ΔW
+
+
 def matrix(factor: Any) -> Tensor:
     """Return the tensor of a factor: itself, or its `weight`."""
     return factor if isinstance(factor, Tensor) else factor.weight
 
 
-def dense(delta: Tensor | Unformed) -> Tensor:
+def dense(delta: Delta) -> Tensor:
     """Return ΔW as a tensor."""
     return delta if isinstance(delta, Tensor) else delta.dense()
 
@@ -261,7 +269,7 @@ class Update(Effect):
     `beside`: factors of a product B A that adds to ΔW, with a dropout of their own.
     """
 
-    delta: Callable[..., Any] | None
+    delta: Callable[..., Delta] | None
     branch: Callable[[Tensor], Tensor] | None = None  # x → ΔW x, where that is cheaper
     beside: Callable[[], Factors] | None = None
     bias: Callable[[], Tensor] | None = None  # Δb, (out,)
@@ -376,7 +384,7 @@ class Branch(Effect):
     """
 
     branch: Callable[[Tensor], Tensor]
-    input_of: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
+    input_of: Callable[[nn.Module, dict[str, object]], Tensor] | None = None
     fixed: str | None = field(default="a branch beside the layer has no merged form", kw_only=True)
 
     @property

@@ -201,7 +201,7 @@ def _add_around_fixed(A: Tensor, B: Tensor, f: Factors, x: Tensor, y: Tensor, p:
 
 
 def _outer(f: Factors) -> Tensor:
-    return f.outer if f.scale is None else f.outer * f.scale  # type: ignore[return-value]
+    return f.outer if f.scale is None else f.outer * f.scale  # type: ignore[return-value,operator]
 
 
 def updated(

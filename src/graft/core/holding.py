@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.core.carrier import MergeState
 from graft.core.containers import (
     FACTS,
     UPCAST,
     AnyDict,
     Attached,
+    BufferDict,
     Slot,
     Transient,
     container_for,
@@ -39,9 +41,9 @@ class Holding:
     attached: set[str]  # names of containers that belong to the model, not to this layer
     scaling: dict[str, float]  # by adapter, of methods that have one
     scaling_at_start: dict[str, float]
-    state: Any  # LayerState
+    state: MergeState
     methods: dict[str, Method]  # by adapter
-    kinds: list[Any]  # config classes of the methods, in the order in which they came
+    kinds: list[type]  # config classes of the methods, in the order in which they came
     inner_name: str
     store: Store
     site: Site
@@ -154,7 +156,7 @@ class Holding:
         else:
             self.__dict__[key] = container
 
-    def _widen(self, key: str, container: object) -> AnyDict:
+    def _widen(self, key: str, container: nn.ModuleDict | nn.ParameterDict | BufferDict) -> AnyDict:
         """Make a container hold anything: methods of two kinds call different things by its name."""
         wider = self._modules[key] = AnyDict(container)
         for name, slots in self.state.slots.items():

@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from graft.core import merging
 from graft.core.call import Call
-from graft.core.carrier import Carrier, State
+from graft.core.carrier import Carrier, MergeState
 from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.folding import unfolded
 from graft.core.gate import Lock, changes, everything
@@ -33,16 +33,13 @@ from graft.kernels.cuts import Cut
 from graft.kernels.eager import eager, has_no_hooks
 
 
-class LayerState(State):
-    """The state of a layer that changes as adapters are switched or merged."""
+class LayerState(MergeState):
+    """The same of a layer, with its plans."""
 
-    __slots__ = ("merged", "mix", "plan", "plans", "survived", "takebacks", "undo")
+    __slots__ = ("mix", "plan", "plans", "takebacks")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self.merged: list[str] = []
-        self.undo: list[tuple[str, object, object]] = []  # (kind, state of the weight, of the bias) of each merge
-        self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/finite.py`
         self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way
         self.plan: Plan | None = None  # what `forward` runs; None: the base layer
         self.plans: dict[tuple[object, ...], Plan | None] = {}  # by the names of the adapters that run, and weights
@@ -83,15 +80,15 @@ class Host(Holding, Carrier, nn.Module):
         self._modules[self.inner_name] = site.module
 
     @property
-    def base_module(self) -> Any:
-        return self._modules[self.inner_name]
+    def base_module(self) -> nn.Module:  # type: ignore[override]
+        return self._modules[self.inner_name]  # type: ignore[no-any-return]
 
     @cached_property
     def argument_names(self) -> tuple[str, ...]:
         """Names of the base module's positional arguments."""
         return tuple(inspect.signature(self.base_module.forward).parameters)
 
-    kept = base_module  # the module that unloading leaves
+    kept = base_module
 
     @property
     def held(self) -> Weight:
@@ -166,7 +163,7 @@ class Host(Holding, Carrier, nn.Module):
             plans[key] = plan_of(self, names, weights)  # a head has what its plan asks for
         return plans[key]
 
-    def forward(self, *args: Any, **kwargs: Any) -> object:
+    def forward(self, *args: object, **kwargs: object) -> object:
         base, plan, back = self.base_module, self.state.plan, None
         if HOOK in base.__dict__:
             args, kwargs, back = brought_in(base, args, kwargs)
@@ -222,9 +219,9 @@ class AdapterLayer(PeftNames, Host):
             return getattr(held["_modules"]["base_layer"], name)  # modules around it may read the module's own
 
     @property
-    def base_layer(self) -> Any:
+    def base_layer(self) -> nn.Module:
         """The base layer; `nn.Module.__getattr__` would find it, too, but slower."""
-        return self._modules["base_layer"]
+        return self._modules["base_layer"]  # type: ignore[no-any-return]
 
     @property
     def adapter_layer(self) -> AdapterLayer:
@@ -446,7 +443,7 @@ class ParamWrapper(AdapterLayer):
     While the module runs, another tensor stands in the parameter's place, so that threads run such modules in turn.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> object:
+    def forward(self, *args: object, **kwargs: object) -> object:
         if is_dynamo_compiling():
             return super()._own_forward(*args, **kwargs)
         with SWAPS.lock:

@@ -7,7 +7,7 @@ eleven dictionaries for hooks, and hardly any of these modules gets a hook.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
@@ -26,7 +26,7 @@ class _Later:
     def __init__(self, name: str, kind: type):
         self.name, self.kind = name, kind
 
-    def __get__(self, module: nn.Module | None, owner: object = None) -> Any:
+    def __get__(self, module: nn.Module | None, owner: object = None) -> object:
         if module is None:
             return self
         if is_dynamo_compiling():  # before torch 2.7 it cannot write there; hooks that come later it ignores anyway

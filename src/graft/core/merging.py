@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from graft.core import stacked
 from graft.core.averaging import averaged
-from graft.core.containers import slots_of
+from graft.core.containers import Slot, slots_of
 from graft.core.each import Making, pieces_of
 from graft.core.effect import HALF, Effect, LowRank, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
@@ -33,9 +33,11 @@ from graft.core.finite import largest, survival
 from graft.core.folding import evaluating, fold_step
 from graft.core.method import Method
 from graft.core.names import several
+from graft.core.ops import Op
 from graft.core.plan import Step, ordered
 from graft.core.protocols import Layer
 
+L = TypeVar("L", bound=Layer)
 FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weights back to the last digits
 ENOUGH = 0.9  # of an update; less is worth a warning
 
@@ -206,20 +208,20 @@ def _broken(layer: Layer, names: Sequence[str]) -> str:
     )
 
 
-def _tensors(layer: Layer, names: Sequence[str]) -> Iterator[tuple[str, Any, Tensor]]:
+def _tensors(layer: Layer, names: Sequence[str]) -> Iterator[tuple[str, Slot, Tensor]]:
     for name in names:
         if name in layer.methods:
             for slot, t in layer.tensors(name, transient=True):
                 yield name, slot, t
 
 
-def check_finite(chosen: Mapping[Any, Sequence[str]]) -> None:
+def check_finite(chosen: Mapping[L, Sequence[str]]) -> None:
     """Raise ValueError if adapters chosen for layers would write values that are not finite, which no unmerging undoes.
 
     Look at the adapters' own tensors, all in one go; compute weights only where one of these is not finite, since a
     method may make something finite of it, as VB-LoRA does of its logits.
     """
-    held: dict[int, tuple[Tensor, list[Any]]] = {}  # by identity: each tensor, and the layers that use it
+    held: dict[int, tuple[Tensor, list[L]]] = {}  # by identity: each tensor, and the layers that use it
     for layer, names in chosen.items():
         for name in names:
             if name in layer.methods:
@@ -383,7 +385,7 @@ def _by_matrix(layer: Layer, steps: Sequence[Step]) -> stacked.Fold | None:
     return lambda expert, W: making.folded(expert, [t[expert] for t in tensors], W, W)
 
 
-def _added(op: Any, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
+def _added(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
     """Return W plus products, or minus them: W itself, or a copy in float32 if W is in half precision."""
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     for both in products:
@@ -556,9 +558,9 @@ def unmerged(layer: Layer) -> Tensor:
 def unmerged_bias(layer: Layer) -> Tensor | None:
     """Return the bias without merged adapters."""
     first: Tensor | None = next((old for _, _, old in layer.state.undo if old is not None), None)
-    bias: Any = getattr(layer.base_layer, "bias", None)
     if first is None:
         return layer.bias_now
+    bias = layer.base_layer.bias
     return first if bias.is_meta else first.to(bias.device)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.base_config import model_type
-from graft.core.effect import Effect, Factors, LowRank, Update
+from graft.core.effect import Delta, Effect, Factors, LowRank, Update
 from graft.core.errors import CalibrationError, ConfigError
 from graft.core.ops import META, OPS
 from graft.core.published import Published
@@ -47,7 +47,7 @@ Tensors = dict[tuple[str, str], Tensor]
 def _reader(name: str) -> property:
     """Return a property that reads a declared value from the layer. `__getattr__` would find it, too, but slower."""
 
-    def read(self: Any) -> Any:
+    def read(self: Method) -> object:
         own = self.layer.__dict__
         try:
             return (own[name] if name in own else own["_modules"][name])[self.name]  # facts stand in plain dicts
@@ -137,8 +137,9 @@ class Method(Generic[C]):
     config: ClassVar[Any]  # its PeftConfig class: C, unless it says another
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
     keeps_base_dtype: ClassVar[frozenset[str]] = frozenset()  # containers in half precision: others train in float32
-    targets: ClassVar[dict[str, Any]] = {}  # default target_modules by model_type
-    tuner_methods: ClassVar[dict[str, Any]] = {}  # functions of (tuner, …) that its model class gets as methods
+    targets: ClassVar[Mapping[str, list[str] | str]] = {}  # default target_modules by model_type
+    # functions of (tuner, …) that its model class gets as methods
+    tuner_methods: ClassVar[Mapping[str, Callable[..., object]]] = {}
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
     # containers → their names in files: {0} the container, {1} what is below; "": older files have it, nobody needs it
     files: ClassVar[dict[str, str]] = {}
@@ -156,7 +157,8 @@ class Method(Generic[C]):
 
     # derived from the declarations of a subclass
     layer_names: ClassVar[tuple[str, ...]] = ()  # containers of tensors that train
-    empty: ClassVar[dict[str, Any]] = {}  # these containers, as a layer shows those that it does not need
+    # these containers, as a layer shows those that it does not need
+    empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {}
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
     surrounds: ClassVar[bool] = False  # `around` does something
     has_loss: ClassVar[bool] = False  # `auxiliary` does something
@@ -312,7 +314,7 @@ class Method(Generic[C]):
         """Return `Factors` with ΔW = scale · B A."""
         raise NotImplementedError
 
-    def delta(self) -> Any:
+    def delta(self) -> Delta:
         """Return ΔW, canonical: (out, in, *kernel)."""
         raise NotImplementedError
 

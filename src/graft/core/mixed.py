@@ -79,12 +79,12 @@ class Mixed:
                 self.taps += plan.taps
                 self.plans[n], self.tapped = plan.plan, True
         plans = [plan for plan in self.plans.values() if plan is not None]
-        self.whole = any(isinstance(plan, Whole) for plan in plans)
-        self.block = any(isinstance(plan, Block) for plan in plans)
+        self.whole = next((plan for plan in plans if isinstance(plan, Whole)), None)
+        self.blocks = {n: plan for n, plan in self.plans.items() if isinstance(plan, Block)}
         self.adds = all(plan.above for plan in plans)
         self.products = all(isinstance(p, Sum) and p.single and type(p.steps[0][1]) is LowRank for p in plans)
         self.folded = any(isinstance(plan, Folded) for plan in plans)
-        self.carrying: list[Any] = [(i, self.plans[n]) for i, n in enumerate(keys) if self.plans[n] is not None]
+        self.stacks = [(i, plan) for i, n in enumerate(keys) if isinstance(plan := self.plans[n], Folded)]
         self.routes = all(isinstance(plan, Folded) and plan.routes for plan in plans)  # experts, which graft can run
         self.aside = any(isinstance(plan, Instead) and plan.aside for plan in plans)
         self.idle = not plans
@@ -92,7 +92,7 @@ class Mixed:
         self.kept: Kept | None = None
         self.joins: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
 
-    def run(self, rows: Rows, *args: object, **kwargs: object) -> Any:
+    def run(self, rows: Rows, *args: object, **kwargs: object) -> object:
         if not self.tapped:
             return self.run_plans(rows, *args, **kwargs)
         if self.taps:
@@ -103,24 +103,23 @@ class Mixed:
         finally:
             drop_inputs(self.layer)
 
-    def run_plans(self, rows: Rows, *args: Any, **kwargs: Any) -> Any:
+    def run_plans(self, rows: Rows, *args: Any, **kwargs: Any) -> object:
         layer = self.layer
         if self.idle:
             return layer.base_module(*args, **kwargs)
         if self.folded:
             if self.routes and (len(rows.segments) > 1 or layer.call.now().draws is not None):
-                if not all(plan.adds for _, plan in self.carrying):
+                if not all(plan.adds for _, plan in self.stacks):
                     refuse_gates(layer)
-                own = [part for i, plan in self.carrying for part in plan.parts(i)]
-                return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, own, Groups(rows))
+                own = [part for i, plan in self.stacks for part in plan.parts(i)]
+                return route(layer, layer.get_base_layer(), args, kwargs, own, Groups(rows))
             one = self.only(rows)
             return layer.base_module(*args, **kwargs) if one is None else one.run(*args, **kwargs)
-        if self.whole:
-            plan: Any = next(plan for plan in self.plans.values() if plan is not None)
+        if self.whole is not None:
             output = layer.base_module(*args, **kwargs)
-            x = rows.take(plan.input(args, kwargs), layer.site.key)
+            x = rows.take(self.whole.input(args, kwargs), layer.site.key)
             return with_first(output, lambda y: self.add(rows.on(x.device), x, y))
-        if self.block:
+        if self.blocks:
             return self.around(rows, args, kwargs)
         if args:
             x, args = args[0], args[1:]
@@ -138,7 +137,7 @@ class Mixed:
             refuse_gates(layer)
         return self.apart(rows, x, given, args, kwargs)
 
-    def apart(self, rows: Rows, x: Tensor, given: Given, args: Any, kwargs: Any) -> Tensor:
+    def apart(self, rows: Rows, x: Tensor, given: Given, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Run each adapter on its rows as it runs alone: to the same bits, in the backward pass as well.
 
         Side by side, adapters that alone would add to the base's output share its call.
@@ -179,7 +178,9 @@ class Mixed:
             return False
         return autocast_dtype(x.device) is None and at_line(x)
 
-    def segments(self, rows: Rows, x: Tensor, drawing: Any) -> list[Segment | None]:
+    def segments(
+        self, rows: Rows, x: Tensor, drawing: Callable[[Key], AbstractContextManager[None]]
+    ) -> list[Segment | None]:
         """Return what the adapters add to their rows of x, which they `may_share`; None for those that cannot."""
         layer = self.layer
         W, tokens, found = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
@@ -262,17 +263,15 @@ class Mixed:
             )
         return self.plans[rows.segments[0][0]]
 
-    def one(self, name: Key, x: Tensor, args: Any, kwargs: Any) -> Any:
+    def one(self, name: Key, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         plan = self.plans[name]
         return self.layer.base_module(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
 
-    def around(self, rows: Rows, args: Any, kwargs: Any) -> Any:
+    def around(self, rows: Rows, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Run a module with several inputs once; before and after it, the adapters of each row."""
-        first: Any = next(plan for plan in self.plans.values() if plan is not None)
-        x, call = first.input(args, kwargs)
+        x, call = next(iter(self.blocks.values())).input(args, kwargs)
         x = rows.take(x, self.layer.site.key)
-        plans: dict[Key, Any] = self.plans
-        some = [(plans[name], index) for name, index in rows.on(x.device).segments if plans[name] is not None]
+        some = [(self.blocks[n], index) for n, index in rows.on(x.device).segments if self.plans[n] is not None]
         inner, given = x, []
         for plan, index in some:
             with self.seeing(index):

@@ -25,7 +25,9 @@ from graft.core.table import TypeTable
 META = torch.device("meta")
 
 
-def linear(in_features: int, out_features: int, bias: bool, fill: bool = True, device: Any = None) -> nn.Linear:
+def linear(
+    in_features: int, out_features: int, bias: bool, fill: bool = True, device: torch.device | None = None
+) -> nn.Linear:
     """Make an `nn.Linear` with the values that its constructor would draw, in a quarter of the time; none on meta.
 
     Without `fill` the generator advances as if to draw them, and the values are undefined.
@@ -359,15 +361,17 @@ class Opaque(Op):
         r *= self.stack(m)
         return linear(in_features, r, False, fill, device), linear(r, out_features, bias, fill, device)
 
-    def apply(self, layer: Any, args: tuple[object, ...], kwargs: dict[str, object], W: Tensor) -> object:
+    def apply(self, base: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], W: Tensor) -> object:
         """Return the output of a layer's base with W in place of the parameter."""
-        base, name, path = layer.base_layer, self.parameter, self.parameter
+        name = path = self.parameter
         owner = base
         while (inner := carrier_of(owner)) is not None:  # a layer of another parameter stands between
             owner, path = inner.base_module, f"{inner.inner_name}.{path}"
         if compiling():
             return functional_call(base, {path: W}, args, kwargs)
-        places = [held for held in (owner._parameters, owner.__dict__) if name in held]  # FSDP1 has its views in both
+        places: list[dict[str, Any]] = [
+            held for held in (owner._parameters, owner.__dict__) if name in held
+        ]  # FSDP1 has its views in both
         real = [held[name] for held in places]
         try:
             for held in places:
@@ -397,7 +401,7 @@ UNKNOWN = Unknown()
 
 def is_stock(module: nn.Module) -> bool:
     """Return True if a module runs the forward of its row in the table, and nothing of its own."""
-    kind: Any = type(module)
+    kind = type(module)
     known: Any = OPS.origin(kind)
     return known is not None and kind.forward is known.forward
 

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.core.containers import Exact, moved
 from graft.core.effect import LowRank, Update
@@ -28,7 +28,7 @@ class Variant:
     def __init__(self, method: Method):
         self.method = method
 
-    def forward(self, module: Layer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, module: Layer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
         """Return `result`, the output of a layer for x, with the adapter."""
         y: Tensor = module.plan_for((active_adapter,)).over(x, result)
         return y
@@ -36,7 +36,7 @@ class Variant:
     def supports_lora_conversion(self) -> bool:
         return why_none(self.method) is None
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"A variant has no '{name}' in graft, whose layers merge() and unmerge() adapters.")
 
 
@@ -47,13 +47,13 @@ class Shown(list[str]):
         super().__init__(names)
         self.shown_as, self.remedy = shown_as, remedy
 
-    def _refuse(self, *args: object, **kwargs: object) -> Any:
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         raise AttributeError(f"{self.shown_as} cannot be changed: {self.remedy}.")
 
     __setitem__ = __delitem__ = __iadd__ = __imul__ = append = clear = extend = insert = pop = _refuse
     remove = reverse = sort = _refuse
 
-    def __reduce_ex__(self, protocol: object) -> Any:  # a copy is the caller's
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:  # a copy is the caller's
         return list, (list(self),)
 
 
@@ -93,7 +93,7 @@ class PeftNames:
     def quantization_backend(self: Layer) -> str | None:
         return None if self.store.name == "dense" else self.store.name
 
-    def get_base_layer(self: Layer) -> Any:
+    def get_base_layer(self: Layer) -> nn.Module:
         base = self.base_layer
         while (inner := base._modules.get("base_layer")) is not None:
             base = inner
@@ -170,7 +170,7 @@ class PeftNames:
         return tuple(n for n in names if n in self._modules or n in self.__dict__)
 
     @property
-    def other_param_names(self: Any) -> tuple[str, ...]:
+    def other_param_names(self: Layer) -> tuple[str, ...]:
         return tuple(k for k in self.containers if k not in self.adapter_layer_names)
 
     # what a forward written for PEFT's layers uses
@@ -187,8 +187,13 @@ class PeftNames:
         return x if x is None or not self.cast_input_dtype_enabled else x.to(dtype)
 
     def _mixed_batch_forward(
-        self: Any, x: Tensor, *args: Any, adapter_names: Any = None, alora_offsets: object = None, **kwargs: Any
-    ) -> Any:
+        self: Any,
+        x: Tensor,
+        *args: object,
+        adapter_names: object = None,
+        alora_offsets: object = None,
+        **kwargs: object,
+    ) -> object:
         """Run the layer as graft does, in a mixed batch or not: which adapters act on which rows, the call knows.
 
         Raises:
@@ -199,7 +204,7 @@ class PeftNames:
         return self._own_forward(x, *args, **kwargs)
 
     @changes(everything)
-    def reset_lora_parameters(self: Any, adapter_name: str, init_lora_weights: bool | str) -> None:
+    def reset_lora_parameters(self: Layer, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Give A and B of a LoRA adapter the values of a start again; a merge holds the new ones then.
 
         Args:
@@ -220,7 +225,9 @@ class PeftNames:
         with lifted(self):
             method.restart(init_lora_weights)
 
-    def _move_adapter_to_device_of_base_layer(self: Any, adapter_name: str, device: Any = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self: Layer, adapter_name: str, device: torch.device | str | int | None = None
+    ) -> None:
         """Put an adapter where the base weight is, or on another device; its floats get the base's dtype."""
         if adapter_name not in self.methods:
             return
@@ -234,32 +241,21 @@ class PeftNames:
 
     # scaling
 
-    def set_scale(self: Any, adapter: str, scale: float) -> None:
+    def set_scale(self: Layer, adapter: str, scale: float) -> None:
         """Multiply the configured scaling of `adapter` by `scale`."""
         if adapter in self.scaling_at_start:
             self.scaling[adapter] = scale * self.scaling_at_start[adapter]
         elif adapter in self.methods:
-            self._no_scaling(adapter)
+            no_scaling(self, adapter)
 
-    def scale_layer(self: Any, scale: float) -> None:
+    def scale_layer(self: Layer, scale: float) -> None:
         """Multiply the current scaling of the active adapters by `scale`."""
-        self._rescale(lambda adapter: self.scaling[adapter] * scale, changes=scale != 1)
+        rescale(self, lambda adapter: self.scaling[adapter] * scale, changes=scale != 1)
 
-    def unscale_layer(self: Any, scale: float | None = None) -> None:
+    def unscale_layer(self: Layer, scale: float | None = None) -> None:
         """Divide the current scaling of the active adapters by `scale`; reset it if None."""
         start = self.scaling_at_start
-        self._rescale(lambda a: start[a] if scale is None else self.scaling[a] / scale, changes=scale not in (None, 1))
-
-    def _rescale(self: Any, new: Any, changes: bool) -> None:
-        for adapter in self.state.active:
-            if adapter in self.scaling_at_start:
-                self.scaling[adapter] = new(adapter)
-            elif adapter in self.methods and changes:
-                self._no_scaling(adapter)
-
-    def _no_scaling(self: Any, adapter: str) -> None:
-        name = type(self.methods[adapter]).__name__
-        warn(f"Scaling has no meaning for {name} adapters (layer '{self.site.key}'): ignored.", PeftWarning)
+        rescale(self, lambda a: start[a] if scale is None else self.scaling[a] / scale, changes=scale not in (None, 1))
 
     # how it shows
 
@@ -277,10 +273,24 @@ class PeftNames:
             raise AttributeError("parameter_name")  # as in PEFT, where clients tell such layers by it
         return self.site.parameter
 
-    def _get_name(self: Any) -> str:
+    def _get_name(self: Layer) -> str:
         modules = {type(m).__module__.removeprefix("graft.methods.").split(".")[0]: None for m in self.methods.values()}
         return SHOWN.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{self.type_name}")
 
     def extra_repr(self: Layer) -> str:
         parameter = f"parameter_name='{self.site.parameter}', " if self.site.path != self.site.key else ""
         return f"{parameter}adapters={list(self.methods)}, active={self.state.active}"
+
+
+def rescale(layer: Layer, new: Callable[[str], float], changes: bool) -> None:
+    """Give the active adapters of a layer another scaling. changes: it may be another than now."""
+    for adapter in layer.state.active:
+        if adapter in layer.scaling_at_start:
+            layer.scaling[adapter] = new(adapter)
+        elif adapter in layer.methods and changes:
+            no_scaling(layer, adapter)
+
+
+def no_scaling(layer: Layer, adapter: str) -> None:
+    name = type(layer.methods[adapter]).__name__
+    warn(f"Scaling has no meaning for {name} adapters (layer '{layer.site.key}'): ignored.", PeftWarning)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from graft.core.method import Method
 from graft.core.plan import Chain, Step, Sum, applied, part_of, seen
 from graft.core.protocols import Layer
 from graft.core.random import states
+from graft.core.site import Site
 from graft.kernels.cuts import Cut, cut_up, given, joined, summed
 from graft.kernels.low_rank import dropout
 
@@ -47,10 +47,10 @@ class Piece:
     """
 
     style: str
-    group: Any
+    group: dist.ProcessGroup
     inputs: Cut | None = None
     outputs: Cut | None = None
-    left_out: Callable[[nn.Module], tuple[Any, ...]] | None = None
+    left_out: Callable[[nn.Module], tuple[object, ...]] | None = None
 
     def leaves_bias(self, module: nn.Module) -> bool:
         """Return True if the output comes without the layer's bias, which the caller adds."""
@@ -89,8 +89,8 @@ class Piece:
             )
 
 
-def refuse_pieces(sites: Iterable[tuple[str, Any]], what: str) -> None:
-    """Raise UnsupportedLayerError if a process has only a piece of one of these sites (path, Site)."""
+def refuse_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
+    """Raise UnsupportedLayerError if a process has only a piece of one of these sites (path, site)."""
     cut = [(key, p.style) for key, s in sites if (p := s.piece) is not None and (p.inputs or p.outputs or p.left_out)]
     if cut:
         raise UnsupportedLayerError(
@@ -188,7 +188,7 @@ class OfPieces:
                 layer.site.piece.check_draws(layer.site.key)
         return y
 
-    def given_out(self, y: Tensor) -> Any:
+    def given_out(self, y: object) -> object:
         """Return an output in the form in which the module returns it."""
         left_out, base = self.layer.site.piece.left_out, self.layer.base_layer
         return y if left_out is None else (y, *left_out(base))
@@ -202,7 +202,7 @@ def draws(m: Method) -> bool:
 
 
 class SumOfPieces(OfPieces, Sum):
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         y = self.base(x, args, kwargs)
         if self.layer.call.open and self.layer.call.weights() is not None:
             return self.given_out(self.gated(x, y))
@@ -223,7 +223,7 @@ class ChainOfPieces(OfPieces, Chain):
         super().__init__(layer, steps)
         self.above = False
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         return self.given_out(super().run(x, *args, **kwargs))
 
     def bias(self, n: int | None = None) -> Tensor | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from graft.core import fused
 from graft.core.averaging import averaged
 from graft.core.dropout import share_dropped
 from graft.core.each import Making, pieces_of
-from graft.core.effect import Branch, Effect, Factors, LowRank, Pieces, Rewrite, Tap, Unformed, Update, dense
+from graft.core.effect import Branch, Effect, Factors, LowRank, Pieces, Replace, Rewrite, Tap, Unformed, Update, dense
 from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.folding import fold_step, lazy_delta, same_inputs
 from graft.core.method import Method
@@ -30,7 +30,7 @@ from graft.kernels.low_rank import dropout
 from graft.kernels.summed import summed
 
 
-def again(layer: Layer, run: Callable[..., Tensor], *args: Any) -> Tensor:
+def again(layer: Layer, run: Callable[..., Tensor], *args: object) -> Tensor:
     """Return run(*args); compute it again in the backward pass."""
     if not (torch.is_grad_enabled() and eager()):
         return run(*args)
@@ -185,7 +185,7 @@ class Plan:
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         self.layer, self.steps = layer, list(steps)
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> object:  # of the module's arguments
         raise NotImplementedError
 
     def over(self, x: Tensor, y: Tensor) -> Tensor:
@@ -204,6 +204,7 @@ class Plan:
         if not all([effect.weighable for _, effect in self.steps]):
             refuse_gates(self.layer)
         out, gates = y, self.layer.call.weights()
+        assert gates is not None
         for m, effect in self.steps:
             out = out + gates.apply(self.layer, m.name, self.part(m, effect, x, y))
         return out.to(y.dtype)
@@ -257,7 +258,7 @@ class Sum(Plan):
         self.join = JOIN[type(self.steps[0][1])]
         self.single = len(self.steps) == 1
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         layer = self.layer
         if layer.call.open and layer.call.weights() is not None:
             x = once(x)
@@ -291,7 +292,7 @@ class Chain(Plan):
         self.overs = [_over_rewrite if isinstance(effect, Rewrite) else _over_add for _, effect in self.steps]
         self.above = all([effect.above for _, effect in self.steps])
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         if self.layer.call.open and self.layer.call.weights() is not None:
             return self.gated(x, self.through(0, x, args, kwargs))
         return self.through(len(self.steps), x, args, kwargs)
@@ -476,17 +477,17 @@ class Folded(Plan):
         self.adds = all(effect.additive for _, effect in self.steps)
         self.forms = len(self.products) < len(self.steps)
 
-    def run(self, *args: object, **kwargs: object) -> Any:
+    def run(self, *args: object, **kwargs: object) -> object:
         layer = self.layer
         gated = layer.call.open and layer.call.weights() is not None
         if gated and not (self.routes and self.adds):
             refuse_gates(layer)
         if self.routes and (gated or self.op.packed is not None or (self.forms and self.may_route)):
-            return route(layer.site.experts, layer, layer.get_base_layer(), args, kwargs, self.parts(), None)
+            return route(layer, layer.get_base_layer(), args, kwargs, self.parts(), None)
         if self.op.packed is not None:
             self.refuse_packed()
         W = self.stand_in()
-        return self.op.apply(layer, args, kwargs, self.op.uncanon(self.folded_now()[0]) if W is None else W)
+        return self.op.apply(layer.base_layer, args, kwargs, self.op.uncanon(self.folded_now()[0]) if W is None else W)
 
     def refuse_packed(self) -> None:
         """Raise, as nobody can put a folded weight in the place of codes."""
@@ -546,7 +547,7 @@ class Whole(Plan):
         super().__init__(layer, steps)
         self.names = layer.argument_names  # before a compiler asks
 
-    def run(self, *args: object, **kwargs: object) -> Any:
+    def run(self, *args: object, **kwargs: object) -> object:
         output = self.layer.base_layer(*args, **kwargs)
         x, gates = self.input(args, kwargs), self.layer.call.open and self.layer.call.weights() is not None
         return with_first(output, lambda y: self.gated(x, y) if gates else self.add(x, y))
@@ -570,12 +571,12 @@ class Block(Plan):
         super().__init__(layer, steps)
         self.names = layer.argument_names  # before a compiler asks
 
-    def run(self, *args: object, **kwargs: object) -> Any:
+    def run(self, *args: object, **kwargs: object) -> object:
         x, call = self.input(args, kwargs)
         inner, given = self.before(x)
         return with_first(call(inner), lambda y: self.after(given, y))
 
-    def input(self, args: Any, kwargs: Any) -> tuple[Tensor, Callable[[Tensor], object]]:
+    def input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Return the first input, and the module as a function of it."""
         layer, x = self.layer, first_of(self.names, args, kwargs)
         if args:
@@ -607,7 +608,7 @@ class Level(Chain):
 
     above = True
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Any:
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         y = self.through(0, x, args, kwargs)
         return self.gated(x, y) if self.layer.call.open and self.layer.call.weights() is not None else self.over(x, y)
 
@@ -638,7 +639,7 @@ def level(plan: Plan, x: Tensor, y: Tensor) -> Tensor:
 class Apart(Plan):
     """Adapters each of which acts on its own rows, in a call that does not say which."""
 
-    def run(self, *args: object, **kwargs: object) -> Any:
+    def run(self, *args: object, **kwargs: object) -> NoReturn:
         raise self.no_rows()
 
     def no_rows(self) -> RoutingError:
@@ -647,11 +648,11 @@ class Apart(Plan):
             "call that gives them no rows: call the PeftModel itself, or set_adapter() to one of them."
         )
 
-    def fold(self, W: Tensor, b: Tensor | None, n: int | None = None) -> tuple[Tensor, Tensor | None]:
-        return self.run()  # type: ignore[no-any-return]
+    def fold(self, W: Tensor, b: Tensor | None, n: int | None = None) -> NoReturn:
+        self.run()
 
-    def folded_now(self) -> tuple[Tensor, Tensor | None]:
-        return self.run()  # type: ignore[no-any-return]
+    def folded_now(self) -> NoReturn:
+        self.run()
 
 
 class Tapped(Plan):
@@ -667,7 +668,7 @@ class Tapped(Plan):
         self.plan = made(layer, self.steps, one_output) if self.steps else None
         self.names = layer.argument_names  # before a compiler asks
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: object, **kwargs: object) -> object:
         if self.taps:
             keep_input(self.layer, self.taps, first_of(self.names, args, kwargs))
         try:
@@ -704,10 +705,11 @@ class Instead(Plan):
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
-        effect: Any = self.steps[0][1]
+        effect = self.steps[0][1]
+        assert isinstance(effect, Replace)
         self.effect, self.aside = effect, effect.aside
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: object, **kwargs: object) -> object:
         if self.layer.call.open and not self.aside:
             refuse_gates(self.layer)
         return self.module(*args, **kwargs)

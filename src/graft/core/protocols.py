@@ -6,8 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from graft.core.call import Call
+from graft.core.carrier import MergeState
 from graft.core.containers import Slot
 from graft.core.method import Method
 from graft.core.ops import Op
@@ -20,19 +23,23 @@ class Layer(Protocol):
     site: Site
     op: Op
     store: Store
-    call: Any  # Call
-    state: Any  # LayerState
+    call: Call
     methods: dict[str, Method]  # by adapter
-    kinds: list[Any]
+    kinds: list[type]
+    containers: list[str]
+    scaling: dict[str, float]
+    scaling_at_start: dict[str, float]
     attached: set[str]
     training: bool
     cast_input_dtype_enabled: bool
     _modules: dict[str, nn.Module | None]
 
     @property
+    def state(self) -> MergeState: ...
+    @property
     def base_layer(self) -> nn.Module: ...
     @property
-    def base_module(self) -> Any: ...
+    def base_module(self) -> nn.Module: ...
     @property
     def held(self) -> Weight: ...
     @property
@@ -47,6 +54,10 @@ class Layer(Protocol):
     def may_fuse(self) -> bool: ...
     @property
     def type_name(self) -> str: ...
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]: ...
+    @property
+    def where(self) -> tuple[torch.device | None, torch.dtype | None]: ...
     @property
     def argument_names(self) -> tuple[str, ...]: ...
     def get_base_layer(self) -> nn.Module: ...

@@ -82,8 +82,8 @@ class DrawnOnCPU(TorchFunctionMode):
     """Random values come from the CPU's generator, whatever device their tensor is on."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func in _MADE or func in _LIKE:
             like = args[0] if func in _LIKE else None

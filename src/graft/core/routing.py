@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,14 +73,15 @@ class Handed:
 
 
 def route(
-    experts: Any, layer: Layer, owner: nn.Module, args: Any, kwargs: Any, parts: Sequence[Own], groups: Groups | None
-) -> Any:
-    """Return the output of a layer's base with these parts on its stack.
-
-    Args:
-        experts: runs the innermost module, `owner`.
-    """
-    name = layer.site.parameter
+    layer: Layer,
+    owner: nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    parts: Sequence[Own],
+    groups: Groups | None,
+) -> object:
+    """Return the output of a layer's base, of which `owner` is the innermost module, with these parts on its stack."""
+    name, experts = layer.site.parameter, layer.site.experts
     handed = owner.__dict__.get(HANDED)
     if handed is not None:  # a layer around this one has begun
         handed.parts[name] = parts

@@ -152,8 +152,8 @@ class Gates(Protocol):
 class PerRow(Protocol):
     """A fact about each row of a batch: a tensor, or what can be indexed and repeated like one."""
 
-    def __getitem__(self, index: Any, /) -> Any: ...
-    def repeat_interleave(self, repeats: int, dim: int) -> Any: ...
+    def __getitem__(self, index: Tensor, /) -> PerRow: ...
+    def repeat_interleave(self, repeats: int, dim: int) -> PerRow: ...
 
 
 class Same:
@@ -169,7 +169,8 @@ class Same:
         return self
 
 
-NO_FACTS: Mapping[Any, Any] = {}  # one object: identity tells calls without facts
+Facts = Mapping[Any, PerRow]  # by whatever a method calls them
+NO_FACTS: Facts = {}  # one object: identity tells calls without facts
 
 
 class Given(NamedTuple):
@@ -177,7 +178,7 @@ class Given(NamedTuple):
 
     rows: Rows | None = None
     gates: Gates | None = None
-    facts: Mapping[Any, PerRow] = NO_FACTS
+    facts: Facts = NO_FACTS
     draws: Draws | None = None
     some: Tensor | None = None  # indices of those rows that a layer sees now; None: all
     stacks: Stacks | None = None  # tensors of adapters that can share products
@@ -236,14 +237,14 @@ def tensors_in(output: object) -> Iterator[Tensor]:
         found += getattr(part, "__dict__", {}).values()
 
 
-Finish = Callable[[Any], Any]  # of the output of a run of the model
+Finish = Callable[[object], object]  # of the output of a run of the model
 
 
 @dataclass
 class Run:
     """A run of the model that is about to begin, for `Method.around`, which may change `kwargs`."""
 
-    inputs: tuple[Any, ...]
+    inputs: tuple[object, ...]
     kwargs: dict[str, Any]
     own: dict[str, Any]  # arguments that are graft's and not the model's
     rows: Rows | None = None

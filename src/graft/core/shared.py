@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 
+from graft.core.call import Call
 from graft.core.carrier import Carrier, State
 from graft.core.containers import Attached, Slot, Transient, container_for, place, slots_of
 
@@ -27,7 +29,7 @@ class Shared(Carrier):
         self.files: dict[str, str] = {}  # see `Method.files`
 
     @property
-    def call(self) -> Any:
+    def call(self) -> Call | None:
         return self.state.call
 
     @property
@@ -38,7 +40,7 @@ class Shared(Carrier):
         self,
         adapter: str,
         values: dict[str, object],
-        where: tuple[Any, Any],
+        where: tuple[torch.device | None, torch.dtype | None],
         upcast: bool,
         files: Mapping[str, str] = MappingProxyType({}),
         narrow: frozenset[str] = frozenset(),
@@ -71,7 +73,7 @@ class Shared(Carrier):
                 del container[adapter]
         self.never.pop(adapter, None)
 
-    def attached(self) -> dict[str, Attached]:
+    def attached(self) -> dict[str, object]:
         """Return the containers in the form in which `Method.build` puts them on each layer."""
         return {name: Attached(container) for name, container in self.containers.items()}
 

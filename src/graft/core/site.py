@@ -49,7 +49,7 @@ class Weight:
     def fixed(self) -> str | None:
         return self.store.fixed(self.module, self.name)
 
-    def at_hand(self, layer: Any, writes: bool = False) -> AbstractContextManager[None]:
+    def at_hand(self, layer: object, writes: bool = False) -> AbstractContextManager[None]:
         return self.store.at_hand(layer, self.module if writes else None)
 
     def read(self) -> Tensor:
@@ -63,13 +63,13 @@ class Weight:
         """Write a canonical weight; return a module that has to take the place of this one, if so."""
         return self.store.write(self.module, self.name, self.op.uncanon(W), self.shared)
 
-    def snapshot_values(self, state: Any) -> Tensor:
+    def snapshot_values(self, state: object) -> Tensor:
         return self.store.snapshot_values(self.module, self.name, state)
 
     def snapshot(self) -> Any:
         return self.store.snapshot(self.module, self.name, self.shared)
 
-    def restore(self, state: Any) -> None:
+    def restore(self, state: object) -> None:
         self.store.restore(self.module, self.name, state)
 
     def where(self) -> tuple[torch.device | None, torch.dtype | None]:

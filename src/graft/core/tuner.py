@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from torch import nn
+
 from graft.core.call import Call
 from graft.core.rows import Finish, Run
 from graft.core.shared import Shared
@@ -16,7 +18,7 @@ class Tuner(Protocol):
     """A model with adapters. Each attribute is described where `LayerRegistry` defines it."""
 
     @property
-    def model(self) -> Any: ...  # the user's, of any class
+    def model(self) -> nn.Module: ...  # the user's, of any class
     @property
     def training(self) -> bool: ...
     @property

@@ -12,6 +12,7 @@ from torch import nn
 from graft.core.dropout import share_dropped
 from graft.core.effect import Factors
 from graft.core.fused import LINEARS, weight_of
+from graft.core.method import Method
 from graft.kernels.eager import has_no_hooks
 
 
@@ -19,8 +20,8 @@ class Unchanged:
     """Entries of dictionaries, and how many some have: modules, their tensors and numbers, and that nobody hooks in."""
 
     def __init__(self) -> None:
-        self._dicts: list[dict[Any, Any]] = []
-        self._keys: list[Any] = []
+        self._dicts: list[dict[str, object]] = []
+        self._keys: list[str] = []
         self._values: list[object] = []
         self._sized: list[Sized] = []
         self._sizes: list[int] = []
@@ -31,7 +32,7 @@ class Unchanged:
             map(is_, map(dict.get, self._dicts, self._keys), self._values)
         )
 
-    def note(self, method: Any, f: Factors) -> bool:
+    def note(self, method: Method, f: Factors) -> bool:
         """Note what the factors of a method consist of: two linear modules, a number, a dropout that does nothing.
         Return False, having noted nothing, if they are something else, or computed."""
         parts = [part for part in (f.A, f.B, f.scale, f.dropout) if part is not None]
@@ -49,7 +50,7 @@ class Unchanged:
                 self._module(m)
         return True
 
-    def _entry(self, d: dict[Any, Any], key: Any) -> None:
+    def _entry(self, d: dict[str, object], key: str) -> None:
         self._dicts.append(d)
         self._keys.append(key)
         self._values.append(d.get(key))
@@ -66,9 +67,9 @@ class Unchanged:
             self._sizes.append(len(d))
 
 
-def places_of(method: Any, part: object) -> list[tuple[dict[Any, Any], Any]]:
+def places_of(method: Method, part: object) -> list[tuple[dict[str, object], str]]:
     """Return where the layer holds a part of a method's: (dictionary, key), the container itself among them."""
-    own: dict[str, Any] = method.layer.__dict__
+    own = method.layer.__dict__
     found = []
     for name in method.computes_with:
         above = own if name in own else own["_modules"]

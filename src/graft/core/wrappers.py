@@ -41,7 +41,7 @@ def place_inside(module: nn.Module) -> str | None:
     return name if name in INNER or (name == "module" and type(module).__name__ in AROUND) else None
 
 
-def inside(module: nn.Module) -> Any:
+def inside(module: nn.Module) -> nn.Module | None:
     """Return the module within a wrapper; None for any other module."""
     name = place_inside(module)
     return None if name is None else module._modules[name]
@@ -71,7 +71,7 @@ HOOK = "_hf_hook"  # accelerate's mark on a module
 
 def brought_in(
     module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[Any, Any, Callable[[Any], Any] | None]:
+) -> tuple[tuple[object, ...], dict[str, object], Callable[[object], object] | None]:
     """Return the arguments of a call on the device to which the module's hook would move them, and the function for the
     output that moves it to where the hook would; None if it stays."""
     hook = module.__dict__[HOOK]

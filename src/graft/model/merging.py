@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
@@ -175,8 +174,8 @@ class MergingRegistry(Registry):
         except BaseException:
             if self.merged_adapters:
                 self.unmerge_adapter()
-            for layer, *held in before:
-                layer.move(*held)
+            for layer, module, op, store in before:
+                layer.move(module, op, store)
             if done:
                 self._merge(done, False, undoable=True)
             raise
@@ -248,7 +247,7 @@ def restore(parent: nn.Module, name: str, child: nn.Module) -> None:
         parent._modules[name] = innermost(child) if nest_of(child) else carrier.kept
 
 
-def survey_places(model: nn.Module, act: Any) -> None:
+def survey_places(model: nn.Module, act: Callable[[nn.Module, str, nn.Module], object]) -> None:
     """Call `act(parent, name, child)` once for every module that is not inside a layer or wrapper.
 
     Modules inside a block, or one whose parameters are adapted, are not inside a layer.
@@ -270,7 +269,7 @@ def survey_places(model: nn.Module, act: Any) -> None:
     visit(model)
 
 
-def declared_tied(model: nn.Module) -> Iterator[Any]:
+def declared_tied(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules whose weights a transformers model says are tied to others."""
     for part in model.modules():
         for key in getattr(part, "_tied_weights_keys", None) or ():
@@ -285,12 +284,12 @@ def declared_tied(model: nn.Module) -> Iterator[Any]:
 
 def retie(model: nn.Module) -> None:
     """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     for module in declared_tied(model):  # those of an encoder and a decoder
-        own = module._parameters["weight"]
+        own = module.weight
         if inputs is not None and own is not inputs.weight and not own.is_meta and torch.equal(own, inputs.weight):
             module.weight = inputs.weight
     if outputs is None or inputs is None or inputs.weight is outputs.weight or inputs.weight.is_meta:
@@ -299,4 +298,4 @@ def retie(model: nn.Module) -> None:
         outputs.weight = inputs.weight
         return
     warn("Setting `config.tie_word_embeddings` to False: merging gave the tied embeddings different weights.")
-    config.tie_word_embeddings = False
+    model.config.tie_word_embeddings = False

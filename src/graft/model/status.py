@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from graft.inject.parts import Nests, unwrapped
 from graft.inject.survey import survey
 from graft.io.save import registry_of
 
+T = TypeVar("T")
 Irregular = Literal["irregular"]
 
 
@@ -51,7 +52,7 @@ class TunerModelStatus:
     quantization_backend: str | None = None
 
 
-def same(values: list) -> Any:
+def same(values: list[T]) -> T | Irregular:
     """Return the one value that all have, or "irregular"."""
     return values[0] if all(v == values[0] for v in values) else "irregular"
 
@@ -64,7 +65,7 @@ def _layers(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     paths = Nests(tree.layers.values())
     found: dict[str, AdapterLayer | ModulesToSaveWrapper] = {}
     for key, module in tree.modules.items():
-        carrier = carrier_of(module)
+        carrier: Any = carrier_of(module)
         for layer in reversed(tree.nests.get(key, ())):
             found[f"{prefix}{paths.path(key, layer)}"] = layer
         if carrier is not None and key not in tree.nests:
@@ -103,7 +104,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     out = []
     for key, layer in _layers(model).items():
         adapters = sorted(layer.adapters)
-        grads: dict[str, Any] = {}
+        grads: dict[str, bool | Irregular] = {}
         devices = {}
         for adapter in adapters:
             found = list(layer.parameters_of(adapter)) or shared_parameters(layer, adapter)

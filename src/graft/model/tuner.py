@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
 from importlib import import_module
 from operator import attrgetter
@@ -32,7 +32,7 @@ def of_registry(name: str) -> Any:
     """Return the method of that name of a tuner's registry, which may be of any class, as one of the tuner."""
 
     @wraps(getattr(LayerRegistry, name))
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self: nn.Module, *args: object, **kwargs: object) -> object:
         return getattr(self.__dict__[HOLDER], name)(*args, **kwargs)
 
     return run
@@ -93,7 +93,7 @@ class Tuner(nn.Module, metaclass=TunerType):
                 raise AttributeError(not_here(name, type(self).__name__)) from None
             return getattr(self.model, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         registry = registry_of(self)
         own = {name: kwargs.pop(name) for name in registry.arguments if name in kwargs}
         with registry.calling("forward"), registry.acting(Run(args, kwargs, own)) as finish:
@@ -167,7 +167,7 @@ class Tuner(nn.Module, metaclass=TunerType):
     # facts
 
     @property
-    def target_module_mapping(self) -> dict[str, Any]:
+    def target_module_mapping(self) -> Mapping[str, list[str] | str]:
         """The method's default target_modules by model_type."""
         return {} if self._method is None else self._method.targets
 
@@ -239,7 +239,7 @@ def for_tuner(function: Any) -> Any:
         return property(lambda self: read(registry_of(self)))
 
     @wraps(function)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self: nn.Module, *args: object, **kwargs: object) -> object:
         return function(registry_of(self), *args, **kwargs)
 
     return run
@@ -251,7 +251,7 @@ def _tuner_class(name: str) -> type[Tuner]:
 
     method, (module, base) = method_of(name), METHODS[name].base.split(":")
     members = {"_method": method, "uses_shared_state": method.shares, "__module__": __name__, "__doc__": Tuner.__doc__}
-    own = method.tuner_methods | {"add_weighted_adapter": weighted.function_for(name)}
+    own = {**method.tuner_methods, "add_weighted_adapter": weighted.function_for(name)}
     members |= {key: for_tuner(value) for key, value in own.items()}
     members["_create_and_replace"] = Tuner._create_and_replace  # each has its own, to be replaced for its method alone
     return type(METHODS[name].tuner, (getattr(import_module(f"graft.{module}"), base),), members)

@@ -158,8 +158,8 @@ class Encoders(Carrier, nn.ModuleDict):
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
 
     @property
-    def call(self) -> Call:
-        return self.state.call  # type: ignore[no-any-return]
+    def call(self) -> Call | None:
+        return self.state.call
 
     @property
     def adapters(self) -> list[str]:

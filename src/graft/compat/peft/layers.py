@@ -129,7 +129,7 @@ class _LayerType(ABCMeta):
 def elsewhere(name: str) -> Callable[..., None]:
     """Return a method in the place of one that makes PEFT's layers: it is there to be asked for."""
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
         raise NotImplementedError(f"{name}() is done by graft's injection, of what a config says: {INSTEAD}.")
 
     return refuse
@@ -162,14 +162,16 @@ def asking(name: str) -> Callable[..., object]:
     return run
 
 
-def find(name: str, layer: AdapterLayer) -> Any:
+def find(name: str, layer: AdapterLayer) -> Callable[..., object] | None:
     """Return the function that has replaced a method of layers of this kind; None if none has."""
     if name == "forward" and layer.call.open and layer.call.weights() is not None:  # PEFT's mixtures do not call it
         return None
     return next((f for cls, f in REPLACED[name] if cls.__instancecheck__(layer)), None)
 
 
-def run_as_told(layer: AdapterLayer, plan: Plan, *args: object, adapter_names: object = None, **kwargs: object) -> Any:
+def run_as_told(
+    layer: AdapterLayer, plan: Plan, *args: object, adapter_names: object = None, **kwargs: object
+) -> object:
     """Run a layer of a parameter with the updates that a replaced `get_delta_weight` gives."""
     if (why := why_not_told(layer, [m for m, _ in plan.steps])) is not None:
         raise UnsupportedLayerError(f"Layer '{layer.site.key}' cannot run: {why}. Put the original back.")
@@ -214,7 +216,7 @@ def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, *
     else:
         own["target_modules"] = ["base"]
     trained = [p for p in base_layer.parameters() if p.requires_grad]
-    around: Any = nn.Module()
+    around = nn.Module()
     around.base = base_layer
     inject_adapter_in_model(
         replace(config, **{k: v for k, v in own.items() if hasattr(config, k)}), around, adapter_name
@@ -271,7 +273,7 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
 
     # the originals, for those who replace them
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Any:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:  # type: ignore[override]
         if REPLACED[DELTA] and self.op.opaque and find(DELTA, self) is not None:
             plan = self.plan_of_reader()
             if plan is not None and (len(plan.steps) > 1 or self.num_experts == 1):  # else PEFT's runs by the factors
@@ -290,7 +292,8 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
 
 OWN = {name: vars(BaseTunerLayer)[name] for name in REPLACEABLE}
 GRAFTS = {name: {kind: getattr(kind, name) for kind in (AdapterLayer, ParamWrapper)} for name in REPLACEABLE}
-REPLACED: dict[str, list[tuple[Any, Any]]] = {name: [] for name in REPLACEABLE}  # the last first, in lists: compiles
+# the last first, in lists: compiles
+REPLACED: dict[str, list[tuple[type, Any]]] = {name: [] for name in REPLACEABLE}
 
 
 @cache
@@ -307,7 +310,7 @@ def layer_class(peft_type: str, name: str) -> type | None:
             return None
         bases = (layer_class(peft_type, f"{own}Layer"),)  # type: ignore[assignment]
     method = method_of(peft_type)
-    facts: dict[str, Any] = {"method": method, "kind": kind, "adapter_layer_names": method.layer_names}
+    facts: dict[str, object] = {"method": method, "kind": kind, "adapter_layer_names": method.layer_names}
     facts |= OWN | {"__module__": __name__}  # clients look for the originals in a class's own namespace
     if kind is None:
         facts |= {asked: elsewhere(asked) for asked in ASKED.get(peft_type, ())}

@@ -223,5 +223,5 @@ class TrainableTokensWrapper(Shell):
             of_host = name in vars(Carrier) or name in Carrier.__annotations__
             return getattr(self.shown if of_host else self.shown.base_layer, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> object:
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self.token_adapter(*args, **kwargs)

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from graft.core.ops import META
 from graft.core.random import made_on
 from graft.core.site import Site
 from graft.inject.beside import Head, ModulesToSaveWrapper, RowsLayer
-from graft.inject.job import Job
+from graft.inject.job import Job, Receiver
 from graft.inject.parts import Parts
 from graft.inject.report import Matched
 from graft.inject.stage import agree, check_alone, draw
@@ -118,7 +118,7 @@ def build(job: Job) -> None:
         raise
 
 
-def put(parts: Parts, adapter: str, values: Any) -> None:
+def put(parts: Parts, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
     """Assign values to an adapter's entries; make initial ones for tensors that the checkpoint does not hold.
 
     An adapter that is merged stays so, with the new values.
@@ -189,7 +189,7 @@ def trainable_from_others(layer: AdapterLayer, adapter: str) -> int:
 def add_adapter(
     layer: Host,
     method: Method,
-    shared: dict[str, Any],
+    shared: dict[str, object],
     *,
     on_meta: bool,
     upcast: bool,

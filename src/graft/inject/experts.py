@@ -11,10 +11,11 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from torch import nn
 
+from graft.config.base import PeftConfig
 from graft.core.base_config import model_type
 from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError
@@ -23,6 +24,9 @@ from graft.inject.match import Matcher, minimal_names
 from graft.inject.survey import Tree
 from graft.inject.targets import ALL_LINEAR, all_linear
 from graft.storage import DENSE, find_store, innermost, packed_names, packed_shape
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
 
 OF_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.lora_[AB]\.weight")
 PREFIX = "base_model.model."  # of a file's keys
@@ -42,8 +46,8 @@ class Conversions:
     """What transformers does to names and weights of older checkpoints of a model."""
 
     def __init__(self, model: Any):
-        self.renamings: list[Any] = []
-        self.converters: list[Any] = []
+        self.renamings: list[WeightRenaming] = []
+        self.converters: list[WeightConverter] = []
         self.by_peft = False  # PEFT rewrites configs by them
         self.names: set[str] = set()  # old names of what they put together, and of what stands beside it
         if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
@@ -103,7 +107,7 @@ def is_by_peft(model: object) -> bool:
     return theirs is not None and (kind == BY_PEFT[0] or families.get(kind) in BY_PEFT)
 
 
-def merges(conversion: Any) -> bool:
+def merges(conversion: WeightTransform) -> TypeGuard[WeightConverter]:
     """Return True if a conversion puts the weights of many modules together into one tensor."""
     operations = getattr(conversion, "operations", ())
     return len(conversion.target_patterns) == 1 and any(type(o).__name__ == "MergeModulelist" for o in operations)
@@ -326,12 +330,12 @@ def shortest(paths: list[str], every: list[str]) -> set[str]:
     return minimal_names(paths, set(every) - set(paths)) if paths else set()
 
 
-def rename_patterns(cfg: Any, held: dict[Stack, list[str]], weights: list[str], tree: Tree) -> None:
+def rename_patterns(cfg: PeftConfig, held: dict[Stack, list[str]], weights: list[str], tree: Tree) -> None:
     """Have `rank_pattern` and `alpha_pattern` give stacks the sum over their parts, weights what their layers have."""
-    sums: dict[str, dict[str, Any]] = {}
+    sums: dict[str, dict[str, float]] = {}
     for name, of in cfg.patterns.items():
         given, default = dict(getattr(cfg, name) or {}), getattr(cfg, of)
-        exact: dict[str, Any] = {}
+        exact: dict[str, float] = {}
         old: list[str] = []
         for stack in held if given else ():
             if any(cfg.reaches(pattern, stack.path, name) for pattern in given):

@@ -98,11 +98,10 @@ def find(job: Job) -> None:
     check_rows(job.beside, job.methods, saved, tree)
     targeted = [tree.modules[key] for key in job.methods if key in tree.modules]
     job.biases = biases_of(cfg, model, targeted, saved)
-    held: list[Any] = [getattr(b, "bias", b) for b in job.biases]
-    job.report.other_trainable = sum(b.numel() for b in held)
+    job.report.other_trainable = sum(getattr(b, "bias", b).numel() for b in job.biases)
 
 
-def made_for(site: Site, kind: Any, cfg: Any, adapter: str) -> Method:
+def made_for(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
     """Make the method of a site: of a stack of matrices, on each of them."""
     stack = site.op.opaque and len(site.shape) > 2 and not kind.lays_out_stacks
     made: Method = (on_each(kind) if stack else kind)(site, cfg, adapter)

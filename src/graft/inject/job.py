@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from graft.config.base import PeftConfig
 from graft.core.call import Call
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
@@ -20,6 +21,12 @@ from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import Tree, Wrapper
 from graft.methods.trainable_tokens import TrainableTokens
 from graft.prompts.base import Prompt
+
+
+class Receiver(Protocol):
+    """The place of a tensor, which takes another one's values."""
+
+    def assign(self, value: Tensor) -> None: ...
 
 
 class Values(Protocol):
@@ -38,7 +45,7 @@ class Values(Protocol):
         """Raise if that many numbers, to be made before the values are known, are out of proportion."""
         ...
 
-    def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
+    def of(self, parts: Parts, adapter: str) -> list[tuple[Receiver, Tensor]]:
         """Return every entry of the adapter with its value, all checked. An entry's `assign` puts it in place."""
         ...
 
@@ -86,12 +93,12 @@ class Job:
     """
 
     model: nn.Module
-    config: Any
+    config: PeftConfig
     method: type[Method]
     adapter: str
     call: Call | None = None
     shared: Shared = field(default_factory=Shared)
-    others: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, PeftConfig] = field(default_factory=dict)
     options: Options = Options()
     keys: Iterable[str] | None = None
     tree: Tree = None  # type: ignore[assignment]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,7 +118,7 @@ def in_blocks(parent: str, job: Job, matcher: Matcher) -> Iterator[tuple[str, Si
                 yield key, replace(site, key=key, path=key if site.path == site.key else path + site.path[len(old) :])
 
 
-def draw(method: Method, shared: dict[str, Any], call: Call) -> None:
+def draw(method: Method, shared: dict[str, object], call: Call) -> None:
     """Draw a layer's initial values, and drop them: an absent layer's, or one that gets other values."""
     spare = layer_for(method.site, call)
     method.layer = spare
@@ -153,7 +152,7 @@ def check_alone(job: Job) -> None:
         )
 
 
-def group_in(modules: Iterable[nn.Module]) -> Any:
+def group_in(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
     """Return the group of processes that compute a model in pieces; None if no other process has a part in it."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
@@ -181,7 +180,9 @@ def agree(job: Job) -> None:
         CheckpointError: the processes have loaded different values.
     """
     group = group_in(job.tree.modules.values())
-    tensors = [] if group is None else [t for t in tensors_of(job) if not t.is_meta and t.numel()]
+    if group is None:
+        return
+    tensors = [t for t in tensors_of(job) if not t.is_meta and t.numel()]
     for device in dict.fromkeys(t.device for t in tensors):
         here = [t for t in tensors if t.device == device]
         data = torch.cat([t.detach().reshape(-1).contiguous().view(torch.uint8) for t in here])
@@ -207,9 +208,9 @@ def tensors_of(job: Job) -> Iterator[Tensor]:
             yield t
 
 
-def check_equal(data: Tensor, adapter: str, group: Any) -> None:
+def check_equal(data: Tensor, adapter: str, group: dist.ProcessGroup) -> None:
     own: int = zlib.crc32(data.cpu().numpy())  # type: ignore[arg-type]  # an array is a buffer
-    found: list[Any] = [None] * dist.get_world_size(group)
+    found: list[object] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, own, group=group)
     other = [rank for rank, digest in enumerate(found) if digest != found[0]]
     if other:

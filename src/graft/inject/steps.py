@@ -21,7 +21,7 @@ from graft.inject.job import Job
 from graft.inject.match import Verdict, unmatched
 from graft.inject.parts import registry_of
 from graft.inject.report import Skipped
-from graft.inject.survey import kind_of, site_of
+from graft.inject.survey import Tree, kind_of, site_of
 from graft.inject.targets import Idle, parameter_target, search_parameters
 from graft.storage import innermost
 
@@ -39,7 +39,7 @@ CHECK, CREATE, PARAMETERS, CAST = (
 
 class Noted(NamedTuple):
     target: str  # path by which the config's patterns name it
-    cfg: Any  # the config as handed on; None: the adapter's, as it was
+    cfg: PeftConfig | None  # the config as handed on; None: the adapter's, as it was
 
 
 class Steps:
@@ -241,11 +241,11 @@ class Steps:
         return own if noted.cfg is None else noted.cfg, noted.target
 
 
-def paths_of(tree: Any) -> dict[nn.Module, str]:
+def paths_of(tree: Tree) -> dict[nn.Module, str]:
     """Return the path of each module that a survey shows; of those around and within layers of parameters, too."""
     paths = dict(tree.paths)
     for (parent, name), base in tree.vacant:
-        paths[parent._modules[name]] = paths[base]
+        paths[parent._modules[name]] = paths[base]  # type: ignore[index]
     for path, nest in tree.nests.items():
         paths |= dict.fromkeys((*nest, innermost(tree.modules[path])), path)
     return paths

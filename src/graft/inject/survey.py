@@ -128,11 +128,11 @@ class Source(ast.NodeVisitor):
             self.visit(part)
 
 
-def plain(value: Any) -> FunctionType | None:
+def plain(value: object) -> FunctionType | None:
     """Return the function that a class has written, from what stands in its dictionary."""
     written: Any = value.fget if isinstance(value, property) else value
-    value = inspect.unwrap(written)
-    return value if isinstance(value, FunctionType) and value.__code__.co_argcount else None
+    found = inspect.unwrap(written)
+    return found if isinstance(found, FunctionType) and found.__code__.co_argcount else None
 
 
 def names(code: CodeType) -> Iterator[str]:
@@ -365,7 +365,7 @@ class Composed(NamedTuple):
 
     parameter: str
     children: tuple[str, ...]
-    why_not: Callable[[Any], str | None]  # for some modules of the type
+    why_not: Callable[[nn.Module], str | None]  # for some modules of the type
 
 
 def why_not_attention(m: nn.Module) -> str | None:

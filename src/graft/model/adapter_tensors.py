@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.config.base import FORMAT_VERSION
+from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.reading import Json
 from graft.core.effect import LowRank
 from graft.core.errors import ConfigError, some
@@ -56,7 +56,7 @@ class AdapterTensors:
     config: Json
     needs: Json
     digest: str
-    made: Any = field(repr=False, compare=False)  # the config itself
+    made: PeftConfig = field(repr=False, compare=False)  # the config itself
     base: Json = field(repr=False, compare=False)  # the fingerprint of the base model
 
     def save(self, folder: str | os.PathLike[str]) -> None:

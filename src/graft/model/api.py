@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ def _plan(made: Injection, method: type[Method], adapter_name: str) -> InjectRep
     return report
 
 
-def matched(method: Method, shared: dict[str, Any]) -> Matched:
+def matched(method: Method, shared: dict[str, object]) -> Matched:
     site, values = method.site, placeholders(method, shared)
     sized = [(name, p) for name, v in values.items() for p in _parameters(v)]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
@@ -181,16 +181,19 @@ def _parameters(value: object) -> list[Tensor]:
 # by peft_type, as in PEFT; reading a value imports the method's file
 
 
-class _View(Mapping[Any, Any]):
-    def __init__(self, of: Callable[[str], Any]):
+T = TypeVar("T")
+
+
+class _View(Mapping[str, T]):
+    def __init__(self, of: Callable[[str], T]):
         self._of = of
 
-    def __getitem__(self, peft_type: Any) -> Any:
+    def __getitem__(self, peft_type: str) -> T:
         if getattr(peft_type, "value", peft_type) not in ROWS:
             raise KeyError(peft_type)
         return self._of(peft_type)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[str]:
         return iter(PeftType)
 
     def __len__(self) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from graft.config.base import PeftConfig
 from graft.core.errors import RoutingError
 from graft.core.rows import BASE, Together, tensors_in
 
+T = TypeVar("T")
 SHARED = ("cache_position",)  # arguments of models that no row has for itself
 
 
@@ -119,7 +121,7 @@ def keys_of(value: str | Composition) -> list[str | Together]:
     return names_in(value)  # type: ignore[return-value]
 
 
-def check_known(names: Sequence[str], configs: Mapping[str, Any], value: Composition) -> None:
+def check_known(names: Sequence[str], configs: Mapping[str, PeftConfig], value: Composition) -> None:
     """Raise RoutingError unless there are such adapters, on layers."""
     unknown = sorted({name for name in names if name not in configs})
     if unknown:
@@ -139,7 +141,7 @@ def batch_of(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
 
 def copied(
     inputs: tuple[object, ...], kwargs: Mapping[str, object], copies: int, own: Collection[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return arguments for a batch of `copies` batches, one after the other.
 
     own: arguments of graft, whose lists have an item for each row.
@@ -174,7 +176,7 @@ def copied(
     )
 
 
-def split(output: object, n: int) -> list[Any]:
+def split(output: T, n: int) -> list[T]:
     """Cut the output of a call with `Parallel` into those of its n children.
 
     A loss and other tensors without rows are in each part as they are. Caches are in none: None stands there.

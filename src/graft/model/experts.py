@@ -204,13 +204,13 @@ class XLoraRegistry(LayerRegistry):
         self.gate, self.owner, self.experts = None, "", ()
         del self.holder._modules[CLASSIFIER]
 
-    def _merge(self, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> None:
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
         if self.owner in self.active_adapters:
             raise NotImplementedError(
                 "X-LoRA weighs its experts anew at every token, which no weight does: it cannot be merged. To merge "
                 "some experts as they are, call set_adapter() with their names before."
             )
-        super()._merge(adapter_names, *args, **kwargs)
+        super()._merge(adapter_names, safe_merge, undoable, progress)
 
 
 class XLoraTuner(Tuner):

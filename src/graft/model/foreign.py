@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from graft.config.base import PeftConfig
@@ -104,6 +105,6 @@ def names_in(model: nn.Module) -> Skeleton:
     return out
 
 
-def values_of(read: Callable[[], Any], name: str) -> bytes:
+def values_of(read: Callable[[], torch.Tensor], name: str) -> bytes:
     """Return the bytes of a weight, from its device: only a format that needs values asks."""
     return bytes(from_torch(read().detach(), name).load())

@@ -7,7 +7,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -229,7 +228,7 @@ def takes_anything(function: Callable[..., object]) -> bool:
     return kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 
 
-def like(function: Callable[..., object], example: Any) -> Any:
+def like(function: Callable[..., object], example: Callable[..., object]) -> Callable[..., object]:
     """Return `function` with the signature and help of `example`."""
 
     @functools.wraps(example)

@@ -89,7 +89,7 @@ class LayerRegistry(MergingRegistry):
             UnsupportedLayerError: it does not call the original. Whatever it raises: nothing has changed.
         """
         holder: Any = self.holder
-        told: dict[str, Any] = dict(low_cpu_mem_usage=options.on_meta)  # what PEFT hands on
+        told: dict[str, object] = dict(low_cpu_mem_usage=options.on_meta)  # what PEFT hands on
         told |= {} if self.peft_config else dict(state_dict=options.state_dict)
         self.peft_config[adapter_name], self.pending = config, options
         try:

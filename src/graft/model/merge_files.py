@@ -59,7 +59,7 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
         if layer is None or NAME not in layer.methods:
             raise job.misfit(path, "there is no such layer in the model")
         m = layer.methods[NAME]
-        effect: Any = m.effect
+        effect = m.effect
         why = fixed(layer, [m]) or ("it acts on a module without a weight" if getattr(effect, "block", False) else None)
         if why is not None:
             raise LossError(f"{adapter.method} of {job.name} cannot be merged at '{path}': {why}.")

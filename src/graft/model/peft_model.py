@@ -34,7 +34,7 @@ from graft.storage import numel
 if TYPE_CHECKING:
     from graft.model.reference import Reference
 
-OF_TASKS: dict[Any, type[PeftModel]] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
+OF_TASKS: dict[object, type[PeftModel]] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
 OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # attributes that only a PeftModel with prompts has
 
 
@@ -95,9 +95,8 @@ class PeftModel(nn.Module):
         self.peft_type = peft_config.peft_type
         if registry.checkpointing or not is_checkpointable(model):
             self.prepare_model_for_gradient_checkpointing(model)
-        config: Any = getattr(model, "config", None)
-        if hasattr(config, "pretraining_tp"):
-            config.pretraining_tp = 1  # its split matrix products would bypass the adapters
+        if hasattr(getattr(model, "config", None), "pretraining_tp"):
+            model.config.pretraining_tp = 1  # its split matrix products would bypass the adapters
         self.training = self.base_model.training = model.training
         if not peft_config.inference_mode:
             warn_trainer_unaware(type(self))
@@ -195,7 +194,7 @@ class PeftModel(nn.Module):
         return type(self.get_base_model())
 
     @property
-    def base_model_prepare_inputs_for_generation(self) -> Any:
+    def base_model_prepare_inputs_for_generation(self) -> object:
         """The base model's own method, which graft does not replace."""
         return self.get_base_model().prepare_inputs_for_generation
 

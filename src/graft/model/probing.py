@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import kl_div
 
 from graft.config.atomic import replace, write_text
@@ -67,7 +67,7 @@ def probed(
     return found
 
 
-def model_of(path: str | os.PathLike[str], names: Sequence[str]) -> Any:
+def model_of(path: str | os.PathLike[str], names: Sequence[str]) -> nn.Module:
     import transformers
 
     kind = next((k for n in names if (k := getattr(transformers, n, None)) is not None), transformers.AutoModel)

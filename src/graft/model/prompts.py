@@ -9,7 +9,7 @@ keys and values can begin as those of a text, or of a cache that a model has fil
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -234,14 +234,12 @@ class Prompts(Registry):
             for stack, call in zip(self.stacks.values(), outer):
                 stack.end(call)
 
-    def _ready(
-        self, kwargs: dict[str, object], arguments: dict[str, object]
-    ) -> tuple[Callable[[Any], Any], Tensor | None]:
+    def _ready(self, kwargs: dict[str, object], arguments: dict[str, object]) -> tuple[Finish, Tensor | None]:
         """Return a function for the output of a call, and the prompt that enters. Change `kwargs`."""
         if self.active is None:
             return as_it_is, None
         cfg, prompt = self.active
-        finish: Callable[[Any], Any] = as_it_is
+        finish: Finish = as_it_is
         if not cfg.holds_keys:
             if kwargs.get("labels") is not None:
                 main, both = self.stacks["main"], cfg.task_type == "SEQ_2_SEQ_LM" and self._in_decoder(cfg)
@@ -417,7 +415,7 @@ def initialize_kv_prefix_from_text(
     return initialize_kv_prefix_from_past_key_values(model, adapter_name=name, past_key_values=cache)
 
 
-def prefix_of(model: nn.Module, adapter_name: str | None, num_virtual_tokens: int | None) -> tuple[str, Any, Any]:
+def prefix_of(model: nn.Module, adapter_name: str | None, num_virtual_tokens: int | None) -> tuple[str, Any, Prompt]:
     """Return name, config and encoder of an adapter whose keys and values a caller can set; raise for any other."""
     registry = registry_of(unwrapped(model))
     if registry is None:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any
 
 from torch import Generator, Tensor, nn
 
@@ -88,7 +87,7 @@ def composition_for(registry: Registry, value: Composition | None, names: object
 
 def composed(
     value: Composition, inputs: tuple, kwargs: dict[str, object], own: set[str]
-) -> tuple[tuple, dict[str, Any], list[str | Composition]]:
+) -> tuple[tuple, dict[str, object], list[str | Composition]]:
     """Return the arguments of a call, with copies of its rows for a Parallel, and what acts on each row."""
     batch, children = batch_of(inputs, kwargs), value.children if isinstance(value, Parallel) else (value,)
     inputs, kwargs = copied(inputs, kwargs, len(children), own)

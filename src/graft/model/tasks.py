@@ -116,7 +116,7 @@ class _Classification(_WithHead):
                 model.num_labels = n  # type: ignore[assignment]
 
 
-def _labels(model: nn.Module) -> tuple[int, Any, Any] | None:
+def _labels(model: nn.Module) -> tuple[int, object, object] | None:
     config = getattr(model, "config", None)
     n = getattr(config, "num_labels", None)
     return None if n is None else (n, getattr(config, "id2label", None), getattr(config, "label2id", None))
@@ -133,7 +133,7 @@ def _forward(names: str) -> Callable[..., object]:
     own = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in arguments]
     signature = inspect.Signature([kind("self", kind.POSITIONAL_OR_KEYWORD), *own, kind("kwargs", kind.VAR_KEYWORD)])
 
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> object:
+    def forward(self: PeftModel, *args: object, **kwargs: object) -> object:
         """Run the base model's forward with the arguments that the caller passed: it need not know the others."""
         if args:
             given = dict(zip(arguments, args))
@@ -218,7 +218,7 @@ class AutoPeftModel:
     task: ClassVar[str | None] = None
     auto_class: ClassVar[str | None] = None  # transformers' class of the base model
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         name = type(self).__name__
         raise OSError(
             f"{name} is designed to be instantiated using the "

@@ -9,8 +9,10 @@ override is no error, as packages do so on import.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
+
+from torch import nn
 
 NAMES = (  # methods of PEFT's tuners that make layers, which graft's do not have
     "_check_new_adapter_config _create_and_replace_parameter _create_new_module _get_adapter_state_dict "
@@ -18,8 +20,9 @@ NAMES = (  # methods of PEFT's tuners that make layers, which graft's do not hav
     "_replace_module _unload_and_optionally_merge"
 )
 INTERNALS = frozenset(NAMES.split())
-STEPS: dict[str, list[Any]] = {}  # steps of an injection: graft's own functions, by name
-OF_METHODS: dict[Any, type] = {}  # tuner classes by method; None: that of any
+F = TypeVar("F", bound=Callable[..., object])
+STEPS: dict[str, list[Callable[..., object]]] = {}  # steps of an injection: graft's own functions, by name
+OF_METHODS: dict[object, type] = {}  # tuner classes by method; None: that of any
 OVERRIDES: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()  # in the bodies of classes of others
 INSTEAD = (
     "graft.plan() shows what an adapter is put on; for new mathematics write a graft.Method, for a new layer type an "
@@ -27,7 +30,7 @@ INSTEAD = (
 )
 
 
-def step(function: Callable[..., object]) -> Any:
+def step(function: F) -> F:
     """Mark a function of a tuner as graft's own form of a step that other packages may replace."""
     STEPS.setdefault(function.__name__, []).append(function)
     return function
@@ -36,13 +39,13 @@ def step(function: Callable[..., object]) -> Any:
 INJECT = "inject_adapter"  # the injection as a whole, around the steps of it
 
 
-def is_replaced(tuner: Any, method: object, name: str) -> bool:
+def is_replaced(tuner: nn.Module, method: object, name: str) -> bool:
     """Return True if a step was replaced on a tuner, its class, or the class for a method."""
     classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
     return name in tuner.__dict__ or any(getattr(c, name) not in STEPS[name] for c in classes)
 
 
-def replaced(tuner: Any, method: object) -> list[str]:
+def replaced(tuner: nn.Module, method: object) -> list[str]:
     """Return the names of the replaced steps that an injection asks for what to adapt."""
     return [name for name in STEPS if name != INJECT and is_replaced(tuner, method, name)]
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,34 @@ from graft.config.base import PeftConfig
 from graft.core.carrier import Carrier, carried
 from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
+from graft.core.layer import AdapterLayer
 from graft.core.rows import tensors_in
 from graft.core.wrappers import MANAGED
 from graft.inject.beside import ModulesToSaveWrapper
+from graft.inject.parts import Parts
 from graft.io.rendezvous import Note, processes
 from graft.kernels.eager import autocast_dtype
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved
 from graft.storage.flat import is_flat, trains
 from graft.storage.parallel import is_sharded, layout_of, mastered
+
+
+class Watched(Protocol):
+    """What a watch asks of a `Registry`, which says what each is."""
+
+    model: nn.Module
+    peft_config: dict[str, PeftConfig]
+    watch: Watch | None
+    trained: set[str]
+    in_ddp: bool
+    starts: dict[str, Note]
+
+    @property
+    def active_adapters(self) -> list[str]: ...
+    @property
+    def layers(self) -> Mapping[str, AdapterLayer]: ...
+    def carriers(self) -> Iterable[Carrier]: ...
+    def parts_of(self, adapter: str) -> Parts: ...
 
 
 def dropouts(config: PeftConfig) -> list[str]:
@@ -87,7 +107,7 @@ class Watch:
     """Waits for the first backward passes of a model and looks at the gradients. A plain object, without hooks on
     modules or parameters: only the outputs of the calls that it follows tell it that a backward pass begins."""
 
-    def __init__(self, registry: Any) -> None:
+    def __init__(self, registry: Watched) -> None:
         self.registry = registry
         self.passes = self.looks = 0
         self.task: int | None = None  # the backward pass under way
@@ -243,7 +263,7 @@ REMEDY = (
 )
 
 
-def note_start(registry: Any, adapter: str) -> None:
+def note_start(registry: Watched, adapter: str) -> None:
     """Note for the other processes with which values an adapter begins."""
     if processes() > 1:
         held = tensors_of(registry, adapter)
@@ -251,7 +271,7 @@ def note_start(registry: Any, adapter: str) -> None:
         registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in held]), str(norms))
 
 
-def check_averaged(registry: Any) -> None:
+def check_averaged(registry: Watched) -> None:
     """Check that the gradients of what trains will be averaged. Called at the first step after a change.
 
     Raises:
@@ -278,7 +298,7 @@ def check_averaged(registry: Any) -> None:
         compare_starts(registry)
 
 
-def has_copies(registry: Any) -> bool:
+def has_copies(registry: Watched) -> bool:
     """Return True if each process is known to hold all of one adapter, which they train together."""
     if processes() < 2:
         return False
@@ -294,7 +314,7 @@ def refuse(names: list[str], who: str, remedy: str) -> None:
         )
 
 
-def compare_starts(registry: Any) -> None:
+def compare_starts(registry: Watched) -> None:
     """Warn if the processes drew other initial values for an active adapter, which a layout in parts mixes."""
     for adapter in registry.active_adapters:
         note = registry.starts.pop(adapter, None)
@@ -308,7 +328,7 @@ def compare_starts(registry: Any) -> None:
             )
 
 
-def slots_of_active(registry: Any) -> Iterable[tuple[str, Slot, bool]]:
+def slots_of_active(registry: Watched) -> Iterable[tuple[str, Slot, bool]]:
     """Yield the slots of active adapters that can train: name for errors, slot, whether the adapter is to train."""
     for carrier, name in carried(registry.carriers(), registry.active_adapters):
         for slot in carrier.slots(name):
@@ -316,7 +336,7 @@ def slots_of_active(registry: Any) -> Iterable[tuple[str, Slot, bool]]:
                 yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
 
 
-def tensors_of(registry: Any, adapter: str) -> list[Tensor]:
+def tensors_of(registry: Watched, adapter: str) -> list[Tensor]:
     """Return the floating tensors of an adapter that have values."""
     slots = (s for carrier, name in carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
     held = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]

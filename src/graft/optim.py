@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from graft.core.carrier import layer_in
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.inject.parts import registry_of
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
+
+Group = dict[str, Any]  # of parameters, or the state of one, as an optimizer holds it
 
 __all__ = [
     "LoraFAOptimizer",
@@ -133,7 +138,7 @@ class LoraFAOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -174,7 +179,7 @@ class LoraFAOptimizer(Optimizer):
                     self._update(p, group)
         return loss
 
-    def _update(self, p: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, p: nn.Parameter, group: Group) -> None:
         g: Any = p.grad
         if p in self.factors:
             A, scaling = self.factors[p]
@@ -184,7 +189,7 @@ class LoraFAOptimizer(Optimizer):
             p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def adam(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any], correct_bias: bool) -> None:
+def adam(p: Tensor, g: Tensor, state: Group, group: Group, correct_bias: bool) -> None:
     """Take one step of Adam, without decay."""
     b1, b2 = group["betas"]
     if not state:
@@ -381,7 +386,7 @@ class LoraMuonOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -413,7 +418,7 @@ class LoraMuonOptimizer(Optimizer):
                     adam(p, p.grad, self.state[p], group, True)
         return loss
 
-    def _muon(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _muon(self, p: Tensor, group: Group) -> None:
         state, g, momentum = self.state[p], p.grad, group["momentum"]
         assert g is not None
         if not state:

@@ -211,7 +211,7 @@ class PeftConfig:
         return cls if kind is None else PeftConfig.resolve(kind)
 
     @classmethod
-    def check_kwargs(cls, **kwargs: object) -> dict[str, Any]:
+    def check_kwargs(cls, **kwargs: object) -> Json:
         """Check or change the values of a file before they become a config: a hook for subclasses."""
         return kwargs
 
@@ -317,7 +317,7 @@ def plain(value: object) -> object:
 
 
 @cache
-def hints(cls) -> dict[str, Any]:
+def hints(cls: type) -> dict[str, object]:
     return typing.get_type_hints(cls)
 
 
@@ -365,7 +365,7 @@ def described(value: object) -> str:
         return "a number of thousands of digits"
 
 
-def fits(value: Any, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
     """Return True if `value`, and all that it contains, is of the type that an annotation names."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:

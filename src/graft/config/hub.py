@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from graft.core.errors import HubError, PeftWarning, warn
@@ -83,15 +84,15 @@ def unreached(
     filename: str,
     subfolder: str | None,
     revision: str | None = None,
-    token: Any = None,
+    token: str | bool | None = None,
     repo_type: str | None = None,
-    cache_dir: Any = None,
+    cache_dir: str | Path | None = None,
     **_: object,
 ) -> Exception | None:
     """Return why the hub does not answer, of a file that its cache lacks: a download would try again for 30 seconds."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    options: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
+    options = {"revision": revision, "repo_type": repo_type}
     path = f"{subfolder}/{filename}" if subfolder else filename
     try:
         if isinstance(try_to_load_from_cache(where, path, cache_dir, **options), str):
@@ -110,10 +111,10 @@ def offline(local_files_only: bool = False, **_: object) -> bool:
     return bool(local_files_only or constants.HF_HUB_OFFLINE)
 
 
-def not_asked(where: str | os.PathLike, **hub: Any) -> str:
+def not_asked(where: str | os.PathLike, **hub: object) -> str:
     """Return a note for errors about a missing file: the hub was not asked, if it was not; else ''."""
     where = os.fspath(where)
-    if os.path.isdir(where) or not looks_like_repository(where) or not offline(**hub):
+    if os.path.isdir(where) or not looks_like_repository(where) or not offline(bool(hub.get("local_files_only"))):
         return ""
     return (
         ": there is no such folder, the hub's cache does not have it, and the hub was not asked, since HF_HUB_OFFLINE "

@@ -13,8 +13,8 @@ number of processes may save into one folder: the last to finish sees to it that
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
 
 from graft.config import notes
 from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, sync, write_bytes, write_text
@@ -99,7 +99,9 @@ def stamp_in(folder: str) -> notes.Stamp | None:
     return next((stamp for stamp in stamps if stamp is not None), None)
 
 
-def put_back(weights: str, stale: str, made: Any, old: dict[str, Any], kept: dict[str, str | None]) -> None:
+def put_back(
+    weights: str, stale: str, made: notes.Stamp | None, old: dict[str, notes.Stamp | None], kept: dict[str, str | None]
+) -> None:
     """Undo what a save has done to the weights, unless another process has put its own there since.
 
     Raises:
@@ -116,7 +118,7 @@ def put_back(weights: str, stale: str, made: Any, old: dict[str, Any], kept: dic
             os.remove(weights)
 
 
-def clear(paths: Any) -> None:
+def clear(paths: Iterable[str]) -> None:
     for path in paths:
         with suppress(OSError):
             os.remove(path)

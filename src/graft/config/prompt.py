@@ -83,7 +83,7 @@ class PromptLearningConfig(PeftConfig):
         if getattr(self, "encoder_hidden_size", 0) is None:
             self.encoder_hidden_size = self.token_dim
 
-    def _fit_keys(self, facts: dict[str, Any]) -> None:
+    def _fit_keys(self, facts: Json) -> None:
         """Set the size of one layer's keys: of the largest layer's, where layers differ."""
         heads = facts.get("num_key_value_heads")
         if heads is None and facts.get("multi_query") and not facts.get("new_decoder_architecture"):  # Falcon

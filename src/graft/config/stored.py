@@ -11,7 +11,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 from graft.config import notes
 from graft.config.hub import fetch, not_asked
@@ -46,7 +45,7 @@ class Stored:
         if self.beside is None and getattr(found_in(self.folder), "config", None) is None:
             self._needed(None)
 
-    def _now(self) -> Any:
+    def _now(self) -> Json | None:
         return self._read(self.path) if os.path.isfile(self.path) else None
 
     def of(self, weights: notes.Noted | None) -> Json:
@@ -62,7 +61,8 @@ class Stored:
             if stamp_in(os.path.dirname(weights.path)) != weights.stamp:
                 return inside  # another save came: its config may be beside already
             if not saving and beside == before:
-                self._say_edited(self._needed(beside), inside)
+                beside = self._needed(beside)
+                self._say_edited(beside, inside)
                 return beside
             if time.monotonic() > end:
                 self._say_cut_short(weights.path)
@@ -80,7 +80,7 @@ class Stored:
         with open(self.path, "rb") as f:
             return token(f.read()) in marks
 
-    def _needed(self, fields: object) -> Any:
+    def _needed(self, fields: Json | None) -> Json:
         if fields is None:
             why = whole_model(self.folder) or adapters_in(self.folder) or not_asked(self.where, **self.hub)
             raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'{why}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def join_stages(
     save_adapter(os.fspath(folder), tensors, config, safe_serialization, joined(notes))
 
 
-def join_config(config: PeftConfig, other: Any, part: str) -> None:
+def join_config(config: PeftConfig, other: PeftConfig, part: str) -> None:
     """Take over what another stage's config says of its own layers."""
     ours, theirs = config.saved_dict(), other.saved_dict()
     if type(config) is not type(other):
@@ -105,7 +105,7 @@ def compose_cartridge_adapters(
     save_adapter(os.fspath(output_path), {STORED: values}, composed, safe_serialization, base)
 
 
-def cartridge(path: str) -> tuple[Any, Loaded]:
+def cartridge(path: str) -> tuple[PromptLearningConfig, Loaded]:
     """Return config and tensors of a saved cartridge."""
     config, loaded = load_pair(path)
     if config.peft_type != "CARTRIDGE":
@@ -113,7 +113,7 @@ def cartridge(path: str) -> tuple[Any, Loaded]:
     return config, loaded
 
 
-def check_alike(first_path: str, first: Any, path: str, other: Any) -> None:
+def check_alike(first_path: str, first: PeftConfig, path: str, other: PeftConfig) -> None:
     for name in SAME:
         a, b = getattr(first, name), getattr(other, name)
         if a != b:

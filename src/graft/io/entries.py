@@ -22,6 +22,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.wrappers import clean
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.parts import Nests, Parts
+from graft.prompts.base import Prompt
 from graft.storage.offload import hooks_of, put
 from graft.storage.parallel import fill, layout_of, shape_of, spread, tensors_below, whole_copy
 
@@ -54,7 +55,7 @@ class Entry:
         return self.attribute not in self.owner._non_persistent_buffers_set
 
     @property
-    def where(self) -> Any:
+    def where(self) -> dict[str, Any]:
         buffers = self.owner._buffers
         return buffers if self.attribute in buffers else held_in(self.owner, self.attribute)
 
@@ -137,7 +138,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             yield Entry(memory, file, aliases(parts, slot, prefix, below), slot.owner, slot.attribute, slot.tensor)
 
 
-def stored_of(prompt: Any) -> dict[str, Tensor]:
+def stored_of(prompt: Prompt) -> dict[str, Tensor]:
     """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
     held = tensors_below(prompt)
     if all([layout_of(t) is None for t in held.values()]):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +176,7 @@ def lists_of(*kinds: type) -> Callable[[object], bool]:
     return is_right
 
 
-NOTE: dict[str, Callable[[Any], bool]] = {
+NOTE: dict[str, Callable[[object], bool]] = {
     "n": lambda value: type(value) is int,
     "shapes": lambda value: type(value) is str,
     "weights": lists_of(int),

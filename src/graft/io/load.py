@@ -17,6 +17,7 @@ from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarni
 from graft.core.names import is_bias
 from graft.core.wrappers import clean
 from graft.inject.build import put
+from graft.inject.job import Receiver
 from graft.inject.parts import Parts, gate_of, registry_of, unwrapped
 from graft.inject.stage import absent_from, below
 from graft.io.base import names_in_file
@@ -133,7 +134,7 @@ class Values:
             AdapterKeyError: a weight and its bias would have different numbers of labels.
         """
         prefix = PROMPT_WRAPPED if self.config.is_prompt_learning else WRAPPED
-        original: Any = getattr(module, "original_module", module)
+        original = getattr(module, "original_module", module)
         shapes = {n: shape_of(p) for n, p in original.named_parameters()}
         stored = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
         other = {n: s for n, s in stored.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
@@ -149,7 +150,7 @@ class Values:
         """Raise CheckpointError if the config asks for far more numbers than the file holds."""
         check_room(numbers, self.tensors, self.adapter, self.path)
 
-    def of(self, parts: Parts, adapter: str) -> list[tuple[Any, Tensor]]:
+    def of(self, parts: Parts, adapter: str) -> list[tuple[Receiver, Tensor]]:
         """Return every entry of the adapter (and tensor of the base in the same file) with its value, all checked.
 
         Raises:
@@ -204,7 +205,7 @@ class Values:
         self._complain(mismatched, unexpected)
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
-        own: list[tuple[object, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
+        own: list[tuple[Receiver, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
         away = offloaded_in(self.model) if any(t.is_meta for t in base.values()) else {}
         tied = [name for name, t in base.items() if id(t) in away and is_tied(*away[id(t)])]
         if tied:

@@ -116,7 +116,7 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def store() -> Any:
+def store() -> dist.Store:
     """Return the store of the process group, in which processes leave each other texts by key."""
     return dist.distributed_c10d._get_default_store()
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from graft.config.base import PeftConfig
 
 
-def parts_of(model: nn.Module, adapter: str) -> tuple[Parts, str, Any]:
+def parts_of(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module]:
     """Return the carriers of an adapter, the prefix of its keys, and the base model."""
     model = unwrapped(model)
     registry = registry_of(model)
@@ -257,7 +257,7 @@ def resized_vocabulary(base: nn.Module, config: object) -> bool:
 
     origin = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
     own: Any = getattr(base, "config", None)
-    text: Any = own.get_text_config() if hasattr(own, "get_text_config") else own
+    text = own.get_text_config() if hasattr(own, "get_text_config") else own
     size = getattr(text, "vocab_size", None)
     path = local_config(origin, getattr(own, "_commit_hash", None)) if origin and size is not None else None
     if path is None:

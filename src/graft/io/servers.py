@@ -359,7 +359,7 @@ def configure(config: Any, keys: list[str], read: Mapping[str, Mapping[str, Read
     config.rank_pattern, config.alpha_pattern = ranks, alphas
 
 
-def kept(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, Any]:
+def kept(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, float]:
     """Return the patterns that reach one of these modules."""
     given = getattr(config, name) or {}
     return {p: value for p, value in given.items() if any(config.reaches(p, path, name) for path in modules)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import json
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +64,10 @@ def name_of(dtype: torch.dtype) -> str:
     return str(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["x"]["dtype"])
 
 
-def torn_apart(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any, Any] | None:
+Shapes = dict[str, torch.Size]  # of parameters, by name
+
+
+def torn_apart(before: Shapes, after: Shapes) -> tuple[str, torch.Size, torch.Size] | None:
     """Return name and shape of a weight, and the shape of its bias, which counted the same and no longer do."""
     for name, shape in before.items():
         bias = f"{name.removesuffix('weight')}bias"
@@ -74,7 +76,7 @@ def torn_apart(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, Any,
     return None
 
 
-def resized(module: nn.Module, shapes: dict[str, Any]) -> nn.Module:
+def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
     """Return a copy of `module` with parameters of other `shapes` (by name), uninitialised."""
     made = standalone(module)
     for name, shape in shapes.items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def get_bnb_param_type(param: Tensor) -> str | bool:
     return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(param).__name__, False)
 
 
-def get_quantization_config(model: nn.Module, method: str) -> Any:
+def get_quantization_config(model: nn.Module, method: str) -> object:
     """Return the quantization config of a model that transformers quantized by `method`; None for any other."""
     if getattr(model, "quantization_method", None) != method:
         return None
@@ -85,7 +85,7 @@ def llama_apply_rotary_pos_emb(q: Tensor, cos: Tensor, sin: Tensor, position_ids
 class _Unused(type):
     """The metaclass of classes of PEFT's that nothing in graft makes or asks."""
 
-    def __call__(cls, *args: object, **kwargs: object) -> Any:
+    def __call__(cls, *args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError(f"{cls.__name__}: {cls.__doc__}")
 
     def __setattr__(cls, name: str, value: object) -> None:
@@ -112,7 +112,7 @@ class MiCALinearVariant(metaclass=_Unused):
 
 
 @cache
-def dispatcher(name: str) -> Callable[..., Any]:
+def dispatcher(name: str) -> Callable[..., object]:
     """Return a function in the place of one that chooses PEFT's layer class for a module."""
 
     def dispatch(*args: object, **kwargs: object) -> object:

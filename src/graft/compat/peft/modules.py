@@ -181,7 +181,7 @@ class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
             yield _Distribution(self.version)
 
 
-FINDER: Any = Finder()
+FINDER = Finder()
 
 
 def ours(modules: Iterable[str]) -> list[str]:

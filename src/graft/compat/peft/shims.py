@@ -7,7 +7,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -33,14 +33,19 @@ from graft.methods.trainable_tokens import input_embedding
 from graft.storage import find_store
 
 if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
     from graft.config.base import PeftConfig
+    from graft.methods.lora.config import LoraConfig
+
+    Conversion = WeightConverter | WeightRenaming
 
 OUTER = "down_proj"  # the stack of experts whose layer stands around those of the others
 
 
 def build_peft_weight_mapping(
-    weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None
-) -> list[Any]:
+    weight_conversions: list[Conversion] | None, adapter_name: str, peft_config: LoraConfig | None = None
+) -> list[Conversion]:
     """Return what becomes of an adapter's file on a model: drop the prefix, add the adapter's name to the container.
 
     Where the model holds experts as stacks, LoRA's A and B of each expert are put together for them. Other conversions
@@ -50,7 +55,7 @@ def build_peft_weight_mapping(
 
     types = METHODS if peft_config is None else [peft_config.peft_type]
     prefixes = dict.fromkeys(method_of(t).prefix for t in types)
-    changes = [WeightRenaming(r"^base_model\.model\.", "")]
+    changes: list[Conversion] = [WeightRenaming(r"^base_model\.model\.", "")]
     for prefix in prefixes:
         changes.append(WeightRenaming(rf"({re.escape(prefix)}[^\.]*)", rf"\1.{adapter_name}"))
     # DoRA's magnitude is a module, of which files leave out ".weight"
@@ -67,7 +72,7 @@ def build_peft_weight_mapping(
     return changes
 
 
-def of_experts(conversion: Any, adapter_name: str, config: object, nested: bool) -> list[Any]:
+def of_experts(conversion: WeightConverter, adapter_name: str, config: object, nested: bool) -> list[WeightConverter]:
     """Return what puts A and B of each expert together, where a conversion does so with the experts' weights.
 
     Args:
@@ -83,18 +88,18 @@ def of_experts(conversion: Any, adapter_name: str, config: object, nested: bool)
         type(conversion)(
             source_patterns=[f"{part}.lora_{side}.*" for part in parts],
             target_patterns=[f"{path}.lora_{side}.{adapter_name}.weight"],
-            operations=[Stacking(side, parts, config, adapter_name)],
+            operations=[Stacking(side, parts, config, adapter_name)],  # type: ignore[list-item]
         )
         for side in "AB"
     ]
 
 
-def of_stacks(adapter_name: str, config: Any) -> list[Any]:
+def of_stacks(adapter_name: str, config: LoraConfig) -> list[WeightConverter]:
     """Return what gives the factors of stacks the layout that they have here."""
     from transformers.core_model_loading import WeightConverter
 
     operation: Any = Arranging(adapter_name, Layout.of(vars(config)))
-    names = {name.split(".")[-2] for name in config.target_parameters if "." in name}
+    names = {name.split(".")[-2] for name in config.target_parameters or () if "." in name}
     both = [
         [f"{name}{within}.lora_{side}.{adapter_name}.weight" for side in "AB"]
         for name in sorted(names)
@@ -103,7 +108,7 @@ def of_stacks(adapter_name: str, config: Any) -> list[Any]:
     return [WeightConverter([pair[0], pair[1]], pair, [operation]) for pair in both]
 
 
-def targets_outer(config: Any, converters: list[Any]) -> bool:
+def targets_outer(config: LoraConfig, converters: list[WeightConverter]) -> bool:
     """Whether an adapter is on the outer stack, too, under its name or that of its part in each expert."""
     modules = config.target_modules or ()
     if isinstance(modules, str):
@@ -265,7 +270,9 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
 
 
 @contextmanager
-def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Iterator[None]:
+def gather_params_ctx(
+    param: Tensor | Iterable[Tensor], modifier_rank: int | None = 0, fwd_module: nn.Module | None = None
+) -> Iterator[None]:
     """Make parameters that DeepSpeed's ZeRO-3 has partitioned whole within the block; leave others alone."""
     params = [param] if isinstance(param, Tensor) else list(param)
     if any(hasattr(p, "ds_id") for p in params):

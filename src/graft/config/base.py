@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from graft.config.atomic import replace, write_text
 from graft.config.hub import hub_keywords
@@ -20,6 +20,9 @@ from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, found_in
 from graft.config.reading import Json, check_numbers, ending, read_object
 from graft.config.stored import Stored
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MACHINE = ("runtime_config",)  # no adapter's; files of some old releases have it
 C = TypeVar("C", bound="PeftConfig")
@@ -321,7 +324,7 @@ def hints(cls: type) -> dict[str, object]:
     return typing.get_type_hints(cls)
 
 
-def validate(config: Any) -> None:
+def validate(config: DataclassInstance) -> None:
     """Raise ConfigTypeError or ConfigError for the first field of a dataclass that has a value it cannot have.
 
     None stands for the default where it is no value of the field, as files are full of `null`. Paths become text, as
@@ -335,7 +338,7 @@ def validate(config: Any) -> None:
     check_numbers(config, hints(type(config)))  # type: ignore[arg-type]
 
 
-def fill_nulls(config: PeftConfig) -> None:
+def fill_nulls(config: DataclassInstance) -> None:
     """Put the defaults into fields of a dataclass that are None and cannot be."""
     wanted = hints(type(config))  # type: ignore[arg-type]
     for f in fields(config):
@@ -345,7 +348,7 @@ def fill_nulls(config: PeftConfig) -> None:
                 setattr(config, f.name, default)
 
 
-def check_types(config: PeftConfig) -> None:
+def check_types(config: DataclassInstance) -> None:
     """Raise ConfigTypeError for the first field of a dataclass whose value its annotation does not allow."""
     wanted = hints(type(config))  # type: ignore[arg-type]
     for f in fields(config):

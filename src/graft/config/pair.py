@@ -6,8 +6,8 @@ get their name. adapter_config.json, which other libraries read and people edit,
 in the folder: an empty file whose name says of which weights and of which config. By it a reader tells a config that a
 save has yet to replace, or that another save put beside these weights, from one that somebody edited.
 
-No lock is taken, since network file systems may not have them, and a process that is stopped would stop all others. Any
-number of processes may save into one folder: the last to finish sees to it that the two files agree.
+No lock is taken, since network file systems may not have them, and a process that is stopped would stop all others.
+Several processes may save into one folder: the last to finish sees to it that the two files agree.
 """
 
 from __future__ import annotations

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import lru_cache, partial
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graft.core.errors import CheckpointError, ConfigError, shortened
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Json = dict[str, Any]  # an object of a JSON file: who reads a field of it says what that is
 
@@ -92,7 +95,7 @@ MOST_NAMES = 100_000  # entries of a list
 MOST_PATTERNS = 10_000  # entries of a dict; each is tried on every layer
 
 
-def check_numbers(config: Any, hints: dict[str, object]) -> None:
+def check_numbers(config: DataclassInstance, hints: dict[str, object]) -> None:
     """Raise ConfigError for the first dropout outside [0, 1], number that is too large or not finite, or long list.
 
     Args:

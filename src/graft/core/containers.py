@@ -98,11 +98,11 @@ class AnyDict(nn.Module):
     def _held(self, name: object) -> dict[str, Any] | None:
         return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), None)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> nn.Module | Tensor:
         held = self._held(name)
         if held is None:
             raise KeyError(name)
-        return held[name]
+        return held[name]  # type: ignore[no-any-return]
 
     def __setitem__(self, name: str, value: nn.Module | Tensor | Transient) -> None:
         kind, value = value, value.tensor if isinstance(value, Transient) else value
@@ -141,7 +141,7 @@ class AnyDict(nn.Module):
     def keys(self) -> list[str]:
         return list(self)
 
-    def pop(self, name: str) -> Any:
+    def pop(self, name: str) -> nn.Module | Tensor:
         value = self[name]
         del self[name]
         return value
@@ -236,7 +236,7 @@ class Slot:
 
 
 def slots_of(
-    key: str, container: Any, adapter: str, never: Collection[tuple[str, str]] | None = None
+    key: str, container: nn.Module, adapter: str, never: Collection[tuple[str, str]] | None = None
 ) -> Iterator[Slot]:
     """Yield the slots that `container`, called `key`, has for an adapter.
 
@@ -322,7 +322,7 @@ def tensors_of(
             yield "", container, adapter, container[adapter]
     elif isinstance(container, AnyDict):
         if adapter in container and (transient or adapter not in container.transient):
-            yield "", container, adapter, container[adapter]
+            yield "", container, adapter, container[adapter]  # type: ignore[misc]
     elif isinstance(container, BufferDict) and adapter in container and (transient or container.holds_filed(adapter)):
         yield "", container, adapter, container[adapter]
 

@@ -336,12 +336,12 @@ def why_not(m: Method) -> str | None:
 @cache
 def on_each(kind: type[Method]) -> type[OnEach]:
     """Return the method that does to each matrix of a stack what `kind` does to a linear layer."""
-    made: Any = type(kind.__name__, (OnEach,), {"kind": kind, "__module__": kind.__module__})
+    made: type[OnEach] = type(kind.__name__, (OnEach,), {"kind": kind, "__module__": kind.__module__})
     for name, annotation in get_annotations(Method).items():
         if str(annotation).startswith("ClassVar") and name != "takes_device":
             setattr(made, name, getattr(kind, name, None))
     made.takes_device = True
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def blank(kind: Any) -> OnEach:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +51,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def spread_dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the product of tensors that are spread over processes."""
-    total: Any = (a * b).sum()
-    whole: Tensor = total.full_tensor()
-    return whole
+    return (a * b).sum().full_tensor()  # type: ignore[attr-defined,no-any-return]
 
 
 @torch.no_grad()

@@ -225,7 +225,7 @@ def check_finite(chosen: Mapping[L, Sequence[str]]) -> None:
     for layer, names in chosen.items():
         for name in names:
             if name in layer.methods:
-                shared = (slot for key in layer.attached for slot in slots_of(key, layer._modules[key], name))
+                shared = (slot for key in layer.attached for slot in slots_of(key, getattr(layer, key), name))
                 for slot in (*layer.slots(name), *shared):
                     held.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(layer)
     sizes = largest([tensor for tensor, _ in held.values()])

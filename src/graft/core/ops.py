@@ -402,17 +402,17 @@ UNKNOWN = Unknown()
 def is_stock(module: nn.Module) -> bool:
     """Return True if a module runs the forward of its row in the table, and nothing of its own."""
     kind = type(module)
-    known: Any = OPS.origin(kind)
+    known = OPS.origin(kind)
     return known is not None and kind.forward is known.forward
 
 
 def replaced_forward(module: nn.Module) -> type | None:
     """Return the class of the table whose forward a module's class has replaced; None if its Op knows the new one."""
     kind = type(module)
-    known: Any = OPS.origin(kind)
+    known = OPS.origin(kind)
     if known is None or kind.forward is known.forward or find_op(module) is not OPS.find(kind):
         return None
-    return known  # type: ignore[no-any-return]
+    return known
 
 
 def find_op(module: nn.Module) -> Op:

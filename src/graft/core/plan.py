@@ -546,6 +546,7 @@ class Whole(Plan):
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
         self.names = layer.argument_names  # before a compiler asks
+        self.input_of = next(e.input_of for _, e in self.steps if isinstance(e, Branch) and e.input_of is not None)
 
     def run(self, *args: object, **kwargs: object) -> object:
         output = self.layer.base_layer(*args, **kwargs)
@@ -553,10 +554,7 @@ class Whole(Plan):
         return with_first(output, lambda y: self.gated(x, y) if gates else self.add(x, y))
 
     def input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        names = self.names
-        effect: Any = self.steps[0][1]
-        x: Tensor = effect.input_of(self.layer.base_layer, {**dict(zip(names, args)), **kwargs})
-        return x
+        return self.input_of(self.layer.base_layer, {**dict(zip(self.names, args)), **kwargs})
 
     def add(self, x: Tensor, y: Tensor, fuse: bool = False) -> Tensor:
         for m, effect in self.steps:

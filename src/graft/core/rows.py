@@ -246,7 +246,7 @@ class Run:
 
     inputs: tuple[object, ...]
     kwargs: dict[str, Any]
-    own: dict[str, Any]  # arguments that are graft's and not the model's
+    own: dict[str, object]  # arguments that are graft's and not the model's
     rows: Rows | None = None
     generates: bool = False  # the model's `generate` runs, and it its forward several times
     copies: int = 1  # of each row, which `generate` makes

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 from weakref import ref
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 class TypeTable(Generic[T]):
@@ -31,7 +32,7 @@ class TypeTable(Generic[T]):
     def find(self, cls: type) -> T | None:
         return self._search(cls)[2]
 
-    def origin(self, cls: type) -> type | None:
+    def origin(self, cls: type[C]) -> type[C] | None:
         """Return the first class of the MRO that has an entry; None if none has."""
         place = self._search(cls)[1]
         return cls.__mro__[place] if place >= 0 else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from operator import is_
-from typing import Any
 
 from torch import nn
 
@@ -56,7 +55,7 @@ class Unchanged:
         self._values.append(d.get(key))
 
     def _module(self, m: nn.Module) -> None:
-        held: dict[str, Any] = m.__dict__
+        held = m.__dict__
         for key in ("training", "p"):
             if key in held:
                 self._entry(held, key)

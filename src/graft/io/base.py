@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,7 +19,9 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {original(k): v for k, v in _base(model).state_dict().items() if not is_added(_base(model), k)}
 
 
-def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True
+) -> tuple[list[str], list[str]]:
     """Load tensors under their original names into the base model.
 
     Raises:

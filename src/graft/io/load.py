@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, some, warn
@@ -74,7 +75,7 @@ class LoadReport:
         return iter((self.missing_keys, self.unexpected_keys))
 
 
-Mismatch = tuple[str, Any, Any]  # name in the model, shape in the file, shape in the model
+Mismatch = tuple[str, torch.Size, torch.Size]  # name in the model, shape in the file, shape in the model
 
 
 class BaseEntry(NamedTuple):
@@ -195,7 +196,7 @@ class Values:
                     found.append((entry, name))
         used |= names & {n for layer, held in groups if layer is None for entry, _ in held for n in entry.also}
         base, others = self.base_tensors(names - used, prefix, parts)
-        mismatched += [(in_memory(name), *shapes) for name, *shapes in others]
+        mismatched += [(in_memory(name), stored, here) for name, stored, here in others]
         left = names - used - set(base) - {name for name, _, _ in others}
         self.report.absent_keys = sorted(n for n in left if self.is_absent(n.removeprefix(prefix)))
         unexpected = sorted(left - set(self.report.absent_keys))

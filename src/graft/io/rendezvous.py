@@ -200,7 +200,7 @@ def exchanged(thing: T) -> list[T]:
     """Return what each process has, by rank. Every process must call this."""
     if processes() == 1:
         return [thing]
-    found: list[Any] = [None] * processes()
+    found = [thing] * processes()
     dist.all_gather_object(found, thing)
     return found
 

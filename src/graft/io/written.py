@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
 from graft.config.base import FORMAT_VERSION
 from graft.config.reading import Json
@@ -31,7 +30,7 @@ class Layout:
     left_to: str | None = None  # who has replaced PeftModel.load_adapter, and may see to the columns of B itself
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Layout:
+    def of(cls, fields: Json) -> Layout:
         """Return what the fields of a file's config tell."""
         version, mark = fields.get("peft_version"), fields.get(MARK)
         unsloth = (fields.get("auto_mapping") or {}).get("unsloth_fixed", False)

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -159,7 +158,7 @@ def is_stack(layer: AdapterLayer) -> bool:
 # what no server does
 
 
-def reasons(view: View, config: Any, model: nn.Module, gather: bool) -> Iterator[str]:
+def reasons(view: View, config: PeftConfig | None, model: nn.Module, gather: bool) -> Iterator[str]:
     """Yield why an adapter cannot be given to a server in a layout."""
     if config is not None and config.peft_type != "LORA":
         yield f"it is {config.peft_type.value}, and servers load LoRA: convert it (graft.convert_to_lora)"
@@ -172,8 +171,8 @@ def reasons(view: View, config: Any, model: nn.Module, gather: bool) -> Iterator
         yield f"{why} ({some(layers, 2)})"
     if view.parts.wrappers:
         yield f"it trains {some([*view.parts.wrappers], 2)} whole, or rows of it: merge it, and serve the model"
-    if getattr(config, "bias", "none") != "none":
-        yield f"it trains biases of the base (bias={config.bias!r}): merge it, and serve the model"
+    if (bias := getattr(config, "bias", "none")) != "none":
+        yield f"it trains biases of the base (bias={bias!r}): merge it, and serve the model"
     if getattr(config, "layer_replication", None):
         yield "it repeats layers of the base: serve the model with these"
     if group_in(model.modules()) is not None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def with_loss(output: Any, more: Any) -> object:
     if type(output) is tuple:
         found = bool(output) and is_loss(output[0])
         return (output[0] + more.to(output[0].device), *output[1:]) if found else None
-    loss: Any = output.get("loss") if type(output) is dict else getattr(output, "loss", None)
+    loss = output.get("loss") if type(output) is dict else getattr(output, "loss", None)
     if not is_loss(loss):
         return None
     loss = loss + more.to(loss.device)
@@ -48,7 +48,7 @@ def with_loss(output: Any, more: Any) -> object:
     return output
 
 
-def is_loss(value: object) -> bool:
+def is_loss(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and not value.dim() and value.requires_grad
 
 

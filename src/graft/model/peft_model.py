@@ -32,6 +32,7 @@ from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
 from graft.storage import numel
 
 if TYPE_CHECKING:
+    from graft.model.prompts import Prompts
     from graft.model.reference import Reference
 
 OF_TASKS: dict[object, type[PeftModel]] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
@@ -355,13 +356,13 @@ class PeftModel(nn.Module):
         """
         return self._prompts("get_prompt_embedding_to_save").stored(adapter_name)
 
-    def _prompts(self, asked: str) -> Any:
+    def _prompts(self, asked: str) -> Prompts:
         if not self._registry.method.config.is_prompt_learning:
             raise TypeError(
                 f"{asked}() is of prompt methods, such as PROMPT_TUNING, and the adapters of this model are "
                 f"{self.peft_type.value}."
             )
-        return self._registry
+        return self._registry  # type: ignore[return-value]
 
     # forward
 
@@ -469,8 +470,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapter_config.json and the adapter's tensors; "default" into the folder, others into sub-folders.
 
-        A failed save leaves the old files in place; one that is cut short leaves the old adapter or the new one. Any
-        number of processes may save into one folder at once: it ends with the whole adapter of one of them.
+        A failed save leaves the old files in place; one that is cut short leaves the old adapter or the new one. If
+        several processes save into one folder at once, it ends with the whole adapter of one of them.
 
         Args:
             safe_serialization: safetensors; else a torch file, adapter_model.bin.

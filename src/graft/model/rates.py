@@ -9,15 +9,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from torch import nn
 
 from graft.config.base import PeftConfig
 from graft.config.reading import Json
 from graft.core.base_config import model_type
+from graft.core.method import Method
 from graft.core.published import Published
 from graft.methods import method_of
+from graft.prompts.base import Prompt
 
 FILE = Path(__file__).with_name("rates.json")  # a row for each search, of `make rates`
 # fields that do not tell what an adapter is
@@ -148,7 +150,7 @@ def rows() -> tuple[Row, ...]:
     return tuple(json.loads(FILE.read_text()))
 
 
-def class_of(config: PeftConfig) -> Any:
+def class_of(config: PeftConfig) -> type[Method] | type[Prompt]:
     method = method_of(config.peft_type)
     return method.variant(config) if hasattr(method, "variant") else method
 

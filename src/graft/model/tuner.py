@@ -28,7 +28,7 @@ from graft.model.tuner_type import INTERNALS, TunerType, not_here, replaced, ste
 from graft.model.watch import tell_once
 
 
-def of_registry(name: str) -> Any:
+def of_registry(name: str) -> Callable[..., object]:
     """Return the method of that name of a tuner's registry, which may be of any class, as one of the tuner."""
 
     @wraps(getattr(LayerRegistry, name))

@@ -65,7 +65,7 @@ class TunerType(type):
             OF_METHODS[namespace["_method"]] = cls
         return cls
 
-    def __getattr__(cls, name: str) -> Any:
+    def __getattr__(cls, name: str) -> object:
         if name in INTERNALS:
             raise AttributeError(not_here(name, cls.__name__))
         raise AttributeError(f"type object '{cls.__name__}' has no attribute '{name}'")

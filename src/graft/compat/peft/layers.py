@@ -266,7 +266,7 @@ def kind_names(peft_type: str, kinds: tuple[str, ...]) -> list[str]:
 
 
 class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
-    """Any layer with adapters, or one that had some."""
+    """A layer with adapters, or one that had some."""
 
     method = None
     kind = None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,9 @@ def build_peft_weight_mapping(
     return changes
 
 
-def of_experts(conversion: WeightConverter, adapter_name: str, config: object, nested: bool) -> list[WeightConverter]:
+def of_experts(
+    conversion: WeightConverter, adapter_name: str, config: LoraConfig, nested: bool
+) -> list[WeightConverter]:
     """Return what puts A and B of each expert together, where a conversion does so with the experts' weights.
 
     Args:
@@ -98,14 +100,14 @@ def of_stacks(adapter_name: str, config: LoraConfig) -> list[WeightConverter]:
     """Return what gives the factors of stacks the layout that they have here."""
     from transformers.core_model_loading import WeightConverter
 
-    operation: Any = Arranging(adapter_name, Layout.of(vars(config)))
+    operation = Arranging(adapter_name, Layout.of(vars(config)))
     names = {name.split(".")[-2] for name in config.target_parameters or () if "." in name}
     both = [
         [f"{name}{within}.lora_{side}.{adapter_name}.weight" for side in "AB"]
         for name in sorted(names)
         for within in (".base_layer", "")
     ]
-    return [WeightConverter([pair[0], pair[1]], pair, [operation]) for pair in both]
+    return [WeightConverter([pair[0], pair[1]], pair, [operation]) for pair in both]  # type: ignore[list-item]
 
 
 def targets_outer(config: LoraConfig, converters: list[WeightConverter]) -> bool:
@@ -123,7 +125,7 @@ class Stacking:
 
     supports_many_to_many = False
 
-    def __init__(self, side: str, parts: list[str], config: object, adapter: str):
+    def __init__(self, side: str, parts: list[str], config: LoraConfig, adapter: str):
         self.side, self.parts, self.config, self.adapter = side, parts, config, adapter
 
     def convert(

@@ -16,6 +16,17 @@ from graft.kernels.one_product import Call, InputGradient
 HALF = (torch.float16, torch.bfloat16)
 
 
+class Map(Protocol):
+    """A product with a matrix, computed in its own way."""
+
+    @property
+    def weight(self) -> Tensor: ...  # the matrix
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+Factor = Tensor | nn.Module | Map
+
+
 class Factors(NamedTuple):
     """The parts of a low-rank effect, made for one call: W' = gain ⊙ (W + scale · outer ⊙ B (inner ⊙ A)).
 
@@ -23,8 +34,8 @@ class Factors(NamedTuple):
     `Product`. A bias of B shifts the layer's.
     """
 
-    A: Any  # (r, fan_in)
-    B: Any  # (out, r)
+    A: Factor  # (r, fan_in)
+    B: Factor  # (out, r)
     scale: Tensor | float | None = None  # None: 1
     dropout: nn.Module | None = None  # acts on the input of A; with a gain, on W's, too
     inner: Tensor | None = None  # (r,)
@@ -105,7 +116,7 @@ class Unformed(Deferred, Protocol):
 Delta = Tensor | Deferred  # ΔW
 
 
-def matrix(factor: Any) -> Tensor:
+def matrix(factor: Factor) -> Tensor:
     """Return the tensor of a factor: itself, or its `weight`."""
     return factor if isinstance(factor, Tensor) else factor.weight
 

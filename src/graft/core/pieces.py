@@ -134,14 +134,14 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
         x = dropped(layer, f.dropout, x)
     A, B = tensor_of(f.A), tensor_of(f.B)
     if A is None:
-        z = f.A(joined(x, piece.inputs))
+        z = f.A(joined(x, piece.inputs))  # type: ignore[operator]
     elif piece.inputs is None:
         z = op.down(base, x, A)
     else:
         z = summed(op.down(base, x, cut_up(A, piece.inputs, 1)), piece.inputs)
     z = z if f.inner is None else z * f.inner
     if B is None:
-        y = f.B(z)
+        y = f.B(z)  # type: ignore[operator]
         for factor in (f.outer, f.scale):
             y = y if factor is None else y * factor
         return cut_up(y, piece.outputs)

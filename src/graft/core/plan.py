@@ -44,10 +44,12 @@ def low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     x = m.cast(x)
     if f.dropout is not None and not op.takes_ids:
         x = f.dropout(x)
-    by_tensors = isinstance(A, Tensor)
-    if by_tensors and not op.factorable(base):
+    if not isinstance(A, Tensor):
+        z = A(x)
+    elif op.factorable(base):
+        z = op.down(base, x, A)
+    else:
         return op.call(base, x, op.product(*f.matrices(), layer.site.shape), f.shift())
-    z = op.down(base, x, A) if by_tensors else A(x)
     if f.inner is not None:
         z = z * op.channels(f.inner)
     z = op.up(base, z, B) if isinstance(B, Tensor) else B(z)

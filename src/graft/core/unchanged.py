@@ -40,13 +40,13 @@ class Unchanged:
             return False
         if f.dropout is not None and share_dropped(f.dropout) != 0:
             return False
-        if not all(type(m) in LINEARS and has_no_hooks(m) and weight_of(m) is not None for m in (f.A, f.B)):
+        modules = [m for m in (f.A, f.B) if isinstance(m, nn.Linear) and type(m) in LINEARS]
+        if len(modules) < 2 or not all(has_no_hooks(m) and weight_of(m) is not None for m in modules):
             return False
         for d, key in places:
             self._entry(d, key)
-        for m in (f.A, f.B, f.dropout):
-            if m is not None:
-                self._module(m)
+        for m in modules if f.dropout is None else (*modules, f.dropout):
+            self._module(m)
         return True
 
     def _entry(self, d: dict[str, object], key: str) -> None:

@@ -95,5 +95,5 @@ class BdLoRA(LoRA):
     def factors(self) -> Factors:
         f = super().factors()
         if self.side == "A":
-            return f._replace(A=Compact(f.A, f.A.matrix))
-        return f._replace(B=Compact(f.B, f.B.matrix)) if self.side else f
+            return f._replace(A=Compact(self.lora_A, self.lora_A.matrix))
+        return f._replace(B=Compact(self.lora_B, self.lora_B.matrix)) if self.side else f

@@ -75,5 +75,4 @@ class QALoRA(LoRA):
             nn.init.kaiming_uniform_(self.pair[0], a=math.sqrt(5))
 
     def factors(self) -> Factors:
-        f = super().factors()
-        return f._replace(A=Compact(f.A, f.A.matrix))
+        return super().factors()._replace(A=Compact(self.lora_A, self.lora_A.matrix))

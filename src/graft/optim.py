@@ -176,11 +176,10 @@ class LoraFAOptimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(p, p.grad, group)
         return loss
 
-    def _update(self, p: nn.Parameter, group: Group) -> None:
-        g: Any = p.grad
+    def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
         if p in self.factors:
             A, scaling = self.factors[p]
             g = (g.flatten(1).float() @ gram(A.flatten(1), 1e-8) / scaling**2).view_as(p).to(p.dtype)

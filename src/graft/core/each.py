@@ -89,7 +89,7 @@ class OnEach(Method):
         return self.own
 
     @property
-    def cfg(self) -> Any:
+    def cfg(self) -> object:
         return self.alone.cfg
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:

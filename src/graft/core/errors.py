@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any
 
 
 class PeftError(Exception):
@@ -103,11 +102,11 @@ def some(items: list[str], most: int = 8) -> str:
 
 def who(function: object) -> str:
     """Return a client's function as texts show it: where it was written, whatever it says that it wraps."""
-    written: Any = getattr(function, "__func__", function)
+    written = getattr(function, "__func__", function)
     code = getattr(written, "__code__", None)
     if code is None:
         return repr(function)
-    return f"{written.__globals__.get('__name__', '')}.{getattr(code, 'co_qualname', code.co_name)}"
+    return f"{getattr(written, '__globals__', {}).get('__name__', '')}.{getattr(code, 'co_qualname', code.co_name)}"
 
 
 INSIDE = (  # modules that stand between a caller and a warning

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -401,6 +401,10 @@ def _snapshot(layer: Layer) -> object:
     return layer.held.snapshot()
 
 
+def copied(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().clone()
+
+
 @torch.no_grad()
 def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
     state = layer.state
@@ -427,20 +431,20 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
         state.merged += names
         return
     before = layer.weight_now
-    old: Any = layer.bias_now
+    old = layer.bias_now
     wide, bias = _folded(layer, steps, before, old)
     shifted = None if bias is old else bias
     if shifted is not None and old is None:
         raise NotImplementedError(_no_bias(layer, names))
     if all([effect.keeps_weight for _, effect in steps]):
         if undoable:
-            state.undo.append(("bias", None, old.detach().clone()))
+            state.undo.append(("bias", None, copied(old)))
         if shifted is not None:
             layer.write_bias(shifted)
         state.merged += names
         return
     if undoable:
-        state.undo.append(("restore", _snapshot(layer), None if shifted is None else old.detach().clone()))
+        state.undo.append(("restore", _snapshot(layer), None if shifted is None else copied(old)))
     rounded = wide.to(before.dtype)
     if layer.store.exact and rounded is not wide:
         state.survived.append(survival(before, wide))  # now, as writing may change what was read

@@ -107,7 +107,7 @@ def _part_of(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
     return effect.branch(m.cast(x))
 
 
-Add = Callable[[Any, Any, Any, Tensor, Tensor, bool], Tensor]  # (layer, method, effect, x, y, may it write to y?)
+Add = Callable[[Layer, Method, Any, Tensor, Tensor, bool], Tensor]  # (…, its effect, x, y, may it write to y?)
 
 
 def add_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
@@ -169,7 +169,7 @@ def join_branch(layer: Layer, m: Method, effect: Branch, x: Tensor) -> Tensor:
     return (y + effect.branch(m.cast(x))).to(y.dtype)
 
 
-JOIN: dict[type, Callable[[Any, Any, Any, Tensor], Tensor]] = {
+JOIN: dict[type, Callable[[Layer, Method, Any, Tensor], Tensor]] = {
     LowRank: join_low_rank,
     Update: join_update,
     Branch: join_branch,

@@ -53,9 +53,9 @@ class Shared(Carrier):
         self.files |= files
         slots = []
         for name, value in values.items():
-            container = self.containers.get(name)
-            if container is None:
-                container = self._open(name, value)
+            if name not in self.containers:
+                self._open(name, value)
+            container = self.containers[name]
             container[adapter] = value.tensor if isinstance(value, Transient) else value
             slots += list(slots_of(name, container, adapter))
             place(container, adapter, *where, upcast and name.partition(".")[0] not in narrow)
@@ -77,13 +77,12 @@ class Shared(Carrier):
         """Return the containers in the form in which `Method.build` puts them on each layer."""
         return {name: Attached(container) for name, container in self.containers.items()}
 
-    def _open(self, name: str, value: object) -> Any:
+    def _open(self, name: str, value: object) -> None:
         """Make a container for values like this one."""
         container = self.containers[name] = container_for(value)
         group, dot, inner = name.rpartition(".")
         if dot:
             self.groups.setdefault(group, nn.Module()).add_module(inner, container)
-        return container
 
     def take_out(self, names: Iterable[str]) -> None:
         """Drop the containers that a failed injection made."""

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -86,7 +87,7 @@ def is_odd(tensor: Tensor, value: Tensor) -> bool:
     return value.shape != tensor.shape or not is_whole(tensor)
 
 
-def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: Any = None) -> None:
+def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: torch.Size | None = None) -> None:
     """Check a value for `tensor`, whose shape is `shape` if that is known; else its own, unless it is a part itself."""
     if shape is None and (layout_of(tensor) is not None or is_whole(tensor)):
         shape = shape_of(tensor)
@@ -99,7 +100,7 @@ def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: An
     )
 
 
-def shapes_of(layer: AdapterLayer, adapter: str, parts: Parts) -> dict[tuple[str, str], object]:
+def shapes_of(layer: AdapterLayer, adapter: str, parts: Parts) -> dict[tuple[str, str], torch.Size]:
     """Return the shapes that an adapter's tensors have on a layer by the config, whatever stands there now."""
     method, spare = layer.methods[adapter], AdapterLayer(layer.site, layer.call)
     shared = {} if parts.shared is None else parts.shared.attached()

@@ -24,7 +24,7 @@ ROOT = "peft"
 VERSION = "0.22.0"  # the least that transformers 5.24 accepts; graft's interface is that of 0.21.2
 
 
-def face() -> Any:
+def face() -> ModuleType:
     """Return the package `graft`, imported at run time, since its public names stand above this package."""
     return import_module("graft")
 
@@ -148,7 +148,7 @@ class _Distribution(importlib.metadata.Distribution):
         return self._texts.get(filename)
 
     def locate_file(self, path: str | os.PathLike[str]) -> Any:
-        return os.path.join(os.path.dirname(face().__file__), path)
+        return os.path.join(os.path.dirname(face().__file__ or ""), path)
 
 
 class Finder(importlib.metadata.DistributionFinder, importlib.abc.Loader):

@@ -8,7 +8,7 @@ What computes only with whole tensors needs nothing else, and its parameters get
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from graft.kernels.eager import Context, Function
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class Cut(NamedTuple):
     """One dimension of a tensor, cut into a piece for each process: torch's chunks, the last perhaps shorter."""
 
-    group: Any  # its process group
+    group: ProcessGroup | None  # its process group
     rank: int  # of this process, in the group
     world: int
     size: int  # of the whole dimension

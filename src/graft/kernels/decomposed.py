@@ -10,7 +10,6 @@ Its ratio needs the norm of W + scale · B A, which is had without forming that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,9 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, rows: Cut | None = None, columns:
 SPARSE_TO = 0.15  # share of dropped inputs up to which W x' is W x less the product of the few dropped ones
 
 
-def plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor, scale: float, mask: Any = 1):
+def plain(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor, scale: float, mask: Tensor | int = 1
+):
     """The reference. x (…, in), W (out, in), A (r, in), B (out, r), b and ratio (out,); mask: dropout's factors."""
     y, xd = x @ W.T, x * mask
     out = y + (xd @ W.T) * (ratio - 1) + (xd @ A.T @ B.T) * (scale * ratio)
@@ -75,8 +76,8 @@ class _Linear(Function):
 
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, W: Tensor, b: Any, A: Tensor, B: Tensor, ratio: Tensor, base: nn.Module,
-        input_gradient: Any, scale: float, p: float, seed: int,
+        ctx: Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor, base: nn.Module,
+        input_gradient: object, scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
         y = base(x)
         flat = x.reshape(-1, x.shape[-1])
@@ -138,7 +139,7 @@ def _again(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
     given = (x, W, b, A, B, ratio)
     found = torch.autograd.grad(out, [given[i] for i in wanted], g.to(out.dtype), create_graph=True)
-    grads: list[Any] = [None] * 11
+    grads: list[Tensor | None] = [None] * 11
     for i, grad in zip(wanted, found):
         grads[i] = grad
     return tuple(grads)

@@ -106,7 +106,7 @@ class Function(torch.autograd.Function):
         cls.backward = staticmethod(_without_autocast(cls.backward))  # type: ignore[assignment]
 
 
-def _without_autocast(backward: Callable[[object, Tensor], object]) -> Callable[[Any, Tensor], Any]:
+def _without_autocast(backward: Callable[[object, Tensor], object]) -> Callable[[Context, Tensor], object]:
     @wraps(backward)
     def run(ctx: Context, g: Tensor) -> object:
         if autocast_dtype(g.device) is None:

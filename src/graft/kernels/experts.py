@@ -249,7 +249,7 @@ class Job(NamedTuple):
                 use(W, *span)
             del W  # before the next chunk is made
 
-    def apart(self, tensors: Sequence[Any]) -> list[tuple[Maker, int, Any, Sequence[Any]]]:
+    def apart(self, tensors: Sequence[Any]) -> list[tuple[Maker, int, Tensor | None, Sequence[Tensor]]]:
         """Return of each part its maker, where its tensors begin among all, its gate, and its tensors."""
         out, i = [], 0
         for maker in self.makers:
@@ -268,7 +268,7 @@ def product(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
 
 class _Project(Function):
     @staticmethod
-    def forward(ctx: Context, x: Tensor, at: Tensor | None, job: Job, *tensors: Any) -> Tensor:
+    def forward(ctx: Context, x: Tensor, at: Tensor | None, job: Job, *tensors: Tensor | None) -> Tensor:
         def rows(a: int, b: int) -> Tensor:
             return x[a:b] if at is None else x[at[a:b]]
 

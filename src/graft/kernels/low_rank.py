@@ -142,7 +142,7 @@ def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0
     return plus(y, x @ A.T @ B.T, scale).to(y.dtype)
 
 
-def plus(y: Tensor, z: Tensor, scale: Any) -> Tensor:
+def plus(y: Tensor, z: Tensor, scale: Tensor | float) -> Tensor:
     """Return y + scale · z, by one operation unless the scale is a tensor."""
     return y + z * scale if isinstance(scale, Tensor) else torch.add(y, z, alpha=scale)
 
@@ -263,7 +263,7 @@ class _AddProduct(Function):
         return add_up(y.data, h.reshape(-1, h.shape[-1]), B, scale)
 
     @staticmethod
-    def backward(ctx: Context, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         (h, B), (shape, scale) = ctx.saved_tensors, ctx.options
         rows, dB = g.reshape(-1, g.shape[-1]), None
         if h is None:  # B is fixed
@@ -400,11 +400,11 @@ class _OneProduct(Function):
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, h: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
-        call: Any, input_gradient: object,
+        call: Callable[[Tensor, Tensor, Tensor], Tensor], input_gradient: object,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(h, W, A, B, d, b)
         ctx.input_gradient = input_gradient
-        return call(x, _sum(W, A, B, d, b), bias)  # type: ignore[no-any-return]
+        return call(x, _sum(W, A, B, d, b), bias)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -108,7 +106,7 @@ class _Projected(Function):
         return p.view_as(p)
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, object], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.within = inputs[2]
 

@@ -62,7 +62,7 @@ class _OneProduct(Function):
         return call(x.to(total.dtype), total, bias).to(x.dtype)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Context, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
         x, W, *tensors = ctx.saved_tensors
         kind, input_gradient, dtype, bias_dtype = ctx.options
         delta = kind(*[fact if t is None else t for t, fact in zip(tensors, ctx.facts)])

@@ -148,7 +148,13 @@ def _joins(a: Segment, b: Segment, stacks: Stacks) -> bool:
 class _Linear(Function):
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, W: Tensor, base: nn.Module, input_gradient: Any, groups: Sequence[Group], *factors: Any
+        ctx: Context,
+        x: Tensor,
+        W: Tensor,
+        base: nn.Module,
+        input_gradient: object,
+        groups: Sequence[Group],
+        *factors: Tensor,
     ) -> Tensor:
         y, narrow = base(x), []
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
@@ -240,7 +246,7 @@ def _again(ctx: Context, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor
     inputs = (x, None, None, None, None, *factors)
     wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
     found = torch.autograd.grad(y, [inputs[i] for i in wanted], g.view_as(y), create_graph=True)
-    grads: list[Any] = [None] * len(inputs)
+    grads: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(wanted, found):
         grads[i] = grad
     return tuple(grads)

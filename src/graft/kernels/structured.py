@@ -7,7 +7,7 @@ numbers, of which chunk j goes to part j of the output; there B_j (r, out / k) t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
     """x ↦ the chunks (j, n) of A_n x_n, then `general` of all of x: (…, in) → (…, k r + s)."""
 
     A: Tensor  # (k, in / k, r)
-    general: Any = None  # a linear layer to s numbers
+    general: nn.Linear | None = None  # a linear layer to s numbers
 
     def __call__(self, x: Tensor) -> Tensor:
         k, width, r = self.A.shape
@@ -52,7 +52,7 @@ class Outputs(NamedTuple):
     """z ↦ B_j of the chunks (j, n), and `general` of the last s numbers: (…, k r + s) → (…, out)."""
 
     B: Tensor  # (k, r, out / k)
-    general: Any = None  # a linear layer of s numbers
+    general: nn.Linear | None = None  # a linear layer of s numbers
 
     def __call__(self, z: Tensor) -> Tensor:
         k, r, _ = self.B.shape

@@ -19,6 +19,7 @@ from graft.kernels.low_rank import autocast
 from graft.kernels.waits import differences
 
 Part = tuple[Tensor, Tensor, float]  # A (…, r, in), B (…, out, r), s
+Given = dict[str, object] | None  # keyword arguments
 
 
 class Summed(Tensor):
@@ -53,7 +54,9 @@ class Summed(Tensor):
         return y
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Given = None
+    ) -> object:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if function in FACTS:
@@ -66,7 +69,9 @@ class Summed(Tensor):
             return function(*form(args), **form(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Given = None
+    ) -> object:
         return function(*form(args), **form(kwargs or {}))
 
 
@@ -99,22 +104,22 @@ def _select(function: object, W: Summed, index: Any) -> object:
     return Summed(W.W[index], [(A[index], B[index], s) for A, B, s in W.parts], W.flipped)
 
 
-def _transpose(function: object, W: Summed, a: int, b: int) -> Any:
+def _transpose(function: object, W: Summed, a: int, b: int) -> object:
     last = {W.dim() - 1, W.dim() - 2}
     if {a % W.dim(), b % W.dim()} != last:
         return NotImplemented
     return Summed(W.W, W.parts, not W.flipped)
 
 
-def _t(function: object, W: Summed) -> Any:
+def _t(function: object, W: Summed) -> object:
     return Summed(W.W, W.parts, not W.flipped) if W.dim() == 2 or function == MT else NotImplemented
 
 
-def _same(function: object, W: Summed, *args: object, **kwargs: object) -> Any:
+def _same(function: object, W: Summed, *args: object, **kwargs: object) -> object:
     return W
 
 
-def _linear(function: object, x: Tensor, weight: object, bias: Tensor | None = None) -> Any:
+def _linear(function: object, x: Tensor, weight: object, bias: Tensor | None = None) -> object:
     if not isinstance(weight, Summed) or weight.dim() != 2 or isinstance(x, Summed):
         return NotImplemented
     y = _right(torch.matmul, x, Summed(weight.W, weight.parts, not weight.flipped))
@@ -160,7 +165,7 @@ def _grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any
     return y
 
 
-def _got(name: str) -> Any:
+def _got(name: str) -> object:
     return getattr(Tensor, name).__get__
 
 
@@ -173,7 +178,7 @@ FACTS = {
     Tensor.get_device, Tensor.is_contiguous, Tensor.element_size, Tensor.ndimension, torch.is_floating_point,
     torch.numel,
 }  # fmt: skip
-APART: dict[Any, Callable[..., Any]] = {
+APART: dict[object, Callable[..., object]] = {
     Tensor.__getitem__: _select,
     Tensor.transpose: _transpose,
     torch.transpose: _transpose,
@@ -192,4 +197,8 @@ APART: dict[Any, Callable[..., Any]] = {
     torch.mm: _matmul,
     Tensor.mm: _matmul,
 }
-BY_NAME = {"grouped_mm": _grouped, "_grouped_mm": _grouped, "grouped_mm_fallback": _grouped}
+BY_NAME: dict[str, Callable[..., object]] = {
+    "grouped_mm": _grouped,
+    "_grouped_mm": _grouped,
+    "grouped_mm_fallback": _grouped,
+}

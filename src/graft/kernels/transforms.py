@@ -330,7 +330,7 @@ class _Product(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Any, T: Any) -> Tensor:
+    def forward(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Basis, T: Basis) -> Tensor:
         return plain_transformed(x, values, rows, cols, S, T)
 
     @staticmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 from weakref import ref
 
 import torch
@@ -70,7 +69,8 @@ def demand(condition: Tensor, error: Callable[[], Exception], text: str) -> None
 
 def carried(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
     """Return each tensor on its device, by one copy for all that go to one device with one dtype."""
-    out, groups = list(tensors), dict[tuple[Any, ...], list[int]]()
+    out = list(tensors)
+    groups: dict[tuple[torch.device, torch.dtype, torch.device], list[int]] = {}
     for i, (t, device) in enumerate(zip(tensors, devices)):
         if t.device != device:
             groups.setdefault((t.device, t.dtype, device), []).append(i)

@@ -46,7 +46,7 @@ class Four(Quantized):
     def values(self, m: nn.Module) -> Tensor:
         return functional().dequantize_4bit(*plain(m.weight.data, state_of(m)))  # type: ignore[no-any-return]
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         old, state = m.weight, state_of(m)
         data, _ = plain(old.data, state)
         made = import_module("bitsandbytes.nn").Params4bit(
@@ -61,7 +61,7 @@ class Four(Quantized):
         made.module = getattr(old, "module", None)
         return {"weight": made, "quant_state": made.quant_state}
 
-    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
         return {"weight": m.weight, "quant_state": state_of(m)}
 
     def restore(self, m: nn.Module, name: str, state: dict[str, object]) -> None:
@@ -150,14 +150,14 @@ class Eight(Quantized):
     def values(self, m: nn.Module) -> Tensor:
         return dense(m.weight.data, scales_of(m))
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         codes, scales = (W, None) if m.weight.has_fp16_weights else quantized(W)
         return {"codes": codes, "scales": scales}
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         return super().fixed(m, name) or (lacking("int8_vectorwise_quant") if name == "weight" else None)
 
-    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
         return {"codes": m.weight.data, "scales": scales_of(m)}
 
     def snapshot_values(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:

@@ -23,7 +23,7 @@ FIXED = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # quantization formats that 
 PACKED = ("Params4bit",)  # types of parameters whose dtype is only that of their storage
 
 
-def is_packed(p: nn.Parameter) -> bool:
+def is_packed(p: Tensor) -> bool:
     return type(p).__name__ in PACKED
 
 
@@ -117,7 +117,7 @@ def hold_bias(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
     return bias, undo
 
 
-def numel(p: Any) -> int:
+def numel(p: Tensor) -> int:
     """Return how many numbers a parameter holds: two in a byte if packed to 4 bits, all shards with DeepSpeed."""
     n = p.numel() or getattr(p, "ds_numel", 0)
     if is_packed(p):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ LIKE_PLAIN: TypeTable[bool] = TypeTable(  # types of tensors that can be read an
 
 def strange_tensor(m: nn.Module, name: str) -> str | None:
     """Return why a tensor of a module is not a plain one of floating-point numbers; None if it is, or is computed."""
-    t: Any = m._parameters.get(name)
+    t: Tensor | None = m._parameters.get(name)
     t = m._buffers.get(name) if t is None else t
     if t is None:
         return None

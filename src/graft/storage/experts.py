@@ -193,7 +193,7 @@ def mend(m: nn.Module) -> None:
     before = m.__dict__.get(place)
     hooked = stacks.MODULES.find(type(m)) is stacks.MXFP4 and not hasattr(m, HOOKED)
 
-    def forward(m: nn.Module, *args: Any, **kwargs: Any) -> object:
+    def forward(m: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
         x, index, weights = (*args, *kwargs.values())
         trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
         own = [h for name in stacks.names_in(m) if (h := stacks.held(m, name)) is not None]

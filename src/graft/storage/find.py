@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ from graft.storage.parallel import is_sharded
 from graft.storage.quantized import Quantized
 from graft.storage.tensor_parallel import TensorParallel, style_of
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
 
 def innermost(module: nn.Module) -> nn.Module:
     """Return the base model's module beneath all layers on it."""
@@ -51,7 +54,7 @@ STORES: TypeTable[Store] = TypeTable(dict.fromkeys(megatron.KINDS.names(), MEGAT
 TENSORS: TypeTable[Store] = TypeTable(
     {"transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor": Engine()}
 )  # by a tensor's type, for modules that STORES does not know
-FILES: tuple[Any, ...] = (  # of packed weights
+FILES: tuple[ModuleType, ...] = (  # of packed weights
     bnb,
     torchao,
     hqq,

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _PLACES: dict[int, tuple[Any, int]] = {}  # id of an original parameter → (weak reference to its flat one, its number)
 
@@ -110,7 +113,7 @@ def known(p: Tensor) -> tuple[object, int] | None:
     return (flat, number) if flat is not None and flat._params[number] is p else None
 
 
-def sendable(t: Tensor, group: Any = None) -> torch.device:
+def sendable(t: Tensor, group: ProcessGroup | None = None) -> torch.device:
     """Return the device from which the processes of a group can send this tensor."""
     if "gloo" in dist.get_backend(group) or t.device.type != "cpu":
         return t.device

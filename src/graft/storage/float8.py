@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class Float8(OwnModule):
         one = getattr(m, self.scale).numel() == 1
         return (shape[0], shape[1]) if one else (1, shape[1])
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         if m.weight.element_size() > 1:
             return {"weight": nn.Parameter(W.to(m.weight.dtype), requires_grad=m.weight.requires_grad)}
         old, rows, columns = getattr(m, self.scale), *self.sizes(m, W.shape)
@@ -57,7 +56,7 @@ class Float8(OwnModule):
             self.scale: nn.Parameter(made, requires_grad=old.requires_grad),
         }
 
-    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
         return {part: getattr(m, part) for part in self.parts if part == "weight" or m.weight.element_size() == 1}  # type: ignore[operator]
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
@@ -67,7 +66,7 @@ class Float8(OwnModule):
 class Blocks(Float8):
     """FP8Linear: a scale for each block, or one for all; 4-bit floats with a scale for each 32 of a row."""
 
-    def scales(self, m: nn.Module, shape: Any) -> Tensor:
+    def scales(self, m: nn.Module, shape: Sequence[int]) -> Tensor:
         scale = getattr(m, self.scale)
         if scale.dtype == torch.uint8:  # exponents
             scale = (scale.float() - 127).exp2()
@@ -77,7 +76,7 @@ class Blocks(Float8):
         spread = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         return spread[: shape[0], : shape[1]]  # type: ignore[no-any-return]
 
-    def sizes(self, m: nn.Module, shape: Any) -> tuple[int, int]:
+    def sizes(self, m: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
         scale = getattr(m, self.scale)
         if scale.numel() == 1:
             return shape[0], shape[1]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +23,7 @@ TOLERANCE = 0.03  # relative: activations may be rounded to 8 bits
 SIZES = (1.0, 1.0, 8.0, 0.125)  # of random rows, so that what bends or clips is seen
 
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def uncompiled(f: F) -> F:
@@ -187,7 +187,7 @@ class ByIdentity(OwnModule):
         reason, remedy = self.reason(m)
         return f"{reason}, and graft does not know how to write it{remedy}"
 
-    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
         return {part: t for held in (m._parameters, m._buffers) for part, t in held.items() if t is not None}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ class HQQ(Quantized):
     def values(self, m: nn.Module) -> Tensor:
         return m.dequantize()  # type: ignore[no-any-return]
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         config = {**m.quant_config, "offload_meta": m.offload_meta}
         made = type(m)(None, config, compute_dtype=m.compute_dtype, device=str(m.W_q.device))
         made.quantize(W, **made.quant_config)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +35,7 @@ class Gemma(OwnModule):
             codes = unpacked(codes, m.num_bits)[:, : m.in_features] - 2 ** (m.num_bits - 1)
         return codes * m.weight_scale  # type: ignore[no-any-return]
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         half = 2 ** (m.num_bits - 1)
         scale = W.abs().amax(1, keepdim=True).clamp_min(1e-12) / max(half - 1, 1)
         codes = (W / scale).round().clamp(-half, half - 1)

@@ -8,7 +8,7 @@ is left for the caller to add where `skip_bias_add` says so.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,14 @@ from graft.core.table import TypeTable
 from graft.kernels.cuts import Cut, joined, piece_of, whole_of
 from graft.storage.dense import Dense
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 LAYERS = "megatron.core.tensor_parallel.layers"
 KINDS: TypeTable[str] = TypeTable({f"{LAYERS}.{k}": k for k in ("ColumnParallelLinear", "RowParallelLinear")})
 
 
-def group_of(m: nn.Module) -> Any:
+def group_of(m: nn.Module) -> ProcessGroup | None:
     """Return the process group of a module; None where a process is alone."""
     group = getattr(m, "tp_group", None)
     state = sys.modules.get("megatron.core.parallel_state")
@@ -50,7 +53,7 @@ def cut_of(m: nn.Module) -> Cut | None:
     return Cut(group, dist.get_rank(group), dist.get_world_size(group), size)
 
 
-def left_out(m: nn.Module) -> tuple[Any]:
+def left_out(m: nn.Module) -> tuple[Tensor | None]:
     """Return what follows the output in the tuple that a module returns: the bias, if it leaves that to the caller."""
     return ((m.bias if m.skip_bias_add else None),)
 
@@ -91,9 +94,9 @@ class Megatron(Dense):
         place = self.place(m, name)
         return super().write(m, name, W if place is None else piece_of(W, *place), shared)
 
-    def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
         place = self.place(m, name)
-        return state if place is None else whole_of(state, *place)  # type: ignore[no-any-return]
+        return state if place is None else whole_of(state, *place)
 
     def protect(self, y: Tensor) -> Tensor:
         raise UnsupportedLayerError(

@@ -4,17 +4,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-def hooks_of(m: nn.Module) -> list[Any]:
+class Hook(Protocol):
+    """What accelerate's AlignDevicesHook holds."""
+
+    execution_device: torch.device | str | int
+    offload_buffers: bool
+    weights_map: Mapping[str, Tensor]
+    tied_params_names: set[str]
+
+    def pre_forward(self, module: nn.Module) -> object: ...
+    def post_forward(self, module: nn.Module, output: object) -> object: ...
+
+
+def hooks_of(m: nn.Module) -> list[Hook]:
     """Return accelerate's hooks that bring the module's own tensors in for a call and offload them again."""
-    hook = m.__dict__.get("_hf_hook")
+    hook: Any = m.__dict__.get("_hf_hook")
     return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
 
 
@@ -86,7 +98,7 @@ def offloaded_in(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
     return {id(t): (m, name) for m, tensors in held for name, t in tensors if t is not None and t.is_meta}
 
 
-def _stored(m: nn.Module, hook: Any) -> list[str]:
+def _stored(m: nn.Module, hook: Hook) -> list[str]:
     """Return the names of the buffers that the hook offloads as well."""
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
 
@@ -125,5 +137,5 @@ def brought(m: nn.Module, name: str) -> Tensor:
     return _brought(hooks_of(m)[0], name)
 
 
-def _brought(hook: Any, name: str) -> Tensor:
-    return hook.weights_map[name].to(hook.execution_device, copy=True)  # type: ignore[no-any-return]
+def _brought(hook: Hook, name: str) -> Tensor:
+    return hook.weights_map[name].to(hook.execution_device, copy=True)

@@ -7,17 +7,21 @@ A layout is a class with the functions of `Layout`. Everything that reads or wri
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.core.containers import held_in
+from graft.core.containers import Slot, held_in
 from graft.core.wrappers import inside, parameters_in, walk
 from graft.storage.flat import Piece, piece_of, place_of, sendable
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
 
 class Layout(Protocol):
@@ -115,7 +119,7 @@ def layout_of(t: Tensor) -> Layout | None:
     return FLAT if piece_of(t) is not None else None
 
 
-def is_sharded(t: Tensor) -> bool:
+def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
     return type(t).__name__ == "DTensor"
 
 
@@ -196,7 +200,7 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     return parts_of(value, mesh, placements)
 
 
-def parts_of(value: Tensor, mesh: Any, placements: Any) -> Tensor:
+def parts_of(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     """Return a DTensor of `value`, which every process has whole: each cuts out what is its own, and waits for none."""
     from torch.distributed import tensor  # rarely needed
 
@@ -207,7 +211,7 @@ def parts_of(value: Tensor, mesh: Any, placements: Any) -> Tensor:
 
 
 @contextmanager
-def whole_at(slots: Iterable[Any]) -> Iterator[None]:
+def whole_at(slots: Iterable[Slot]) -> Iterator[None]:
     """Have whole tensors stand in these slots within the block, for reading. Every process must call this."""
     before = []
     try:
@@ -259,7 +263,7 @@ def here_of_piece(piece: Piece, places: list[int]) -> list[float | None]:
     return [float(here[p - begin]) if begin <= p < begin + len(here) else None for p in places]
 
 
-def here_of_shard(t: Any, places: list[int]) -> list[float | None]:
+def here_of_shard(t: DTensor, places: list[int]) -> list[float | None]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     size, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)

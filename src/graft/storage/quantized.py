@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Quantized(Dense):
         """Return the dense weight, as new memory in the dtype in which the module computes. No gradient flows."""
         raise NotImplementedError
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         """Return new values of `parts` that hold W, with the settings of the old ones, which stay as they are."""
         raise NotImplementedError
 
@@ -87,7 +88,7 @@ class Quantized(Dense):
             self.put(m, self.packed(m, W.to(self.compute_dtype(m) or W.dtype)))
         return None
 
-    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, Any]:
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
         """Return the packed weight itself: `write` makes a new one."""
         return {part: getattr(m, part) for part in self.parts}
 
@@ -135,7 +136,7 @@ class Quantized(Dense):
         return y
 
 
-def put(m: nn.Module, values: dict[str, Any]) -> None:
+def put(m: nn.Module, values: Mapping[str, Any]) -> None:
     for part, value in values.items():
         if part in m._parameters:
             m._parameters[part] = value
@@ -143,7 +144,7 @@ def put(m: nn.Module, values: dict[str, Any]) -> None:
             setattr(m, part, value)
 
 
-def shadow(m: nn.Module, values: dict[str, Any]) -> nn.Module:
+def shadow(m: nn.Module, values: Mapping[str, object]) -> nn.Module:
     """Return a copy of m with these values, and m's own otherwise: another thread may run m."""
     made = copy.copy(m)
     made.__dict__.update({key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")})
@@ -161,7 +162,7 @@ class OwnModule(Quantized):
         return super().ready(m)
 
 
-def moved(value: object, device: torch.device | None) -> Any:
+def moved(value: object, device: torch.device | None) -> object:
     """Return a value of a snapshot where the model is now."""
     if isinstance(value, dict):
         return {key: moved(inner, device) for key, inner in value.items()}

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +15,7 @@ class Quanto(Quantized):
     def values(self, m: nn.Module) -> Tensor:
         return m.qweight.dequantize()  # type: ignore[no-any-return]
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         if not m.frozen:
             return {"weight": nn.Parameter(W, m.weight.requires_grad)}
         new = shadow(m, {"weight": nn.Parameter(W, requires_grad=False)})

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,13 +11,16 @@ from graft.core.ops import Op
 from graft.core.pieces import Piece
 from graft.storage import engine, megatron, tensor_parallel
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def piece_of(module: nn.Module, op: Op) -> Piece | None:
     """Return the piece of a layer's work that this process does, where it does not do all."""
     return tensor_parallel.piece_of(module, op) or megatron.piece_in(module, op)
 
 
-def group_of(module: nn.Module) -> Any:
+def group_of(module: nn.Module) -> ProcessGroup | None:
     """Return the group of processes that compute a module in pieces; None for another module."""
     if megatron.KINDS.find(type(module)) is not None:
         return None if megatron.cut_of(module) is None else megatron.group_of(module)

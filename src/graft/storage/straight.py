@@ -16,12 +16,12 @@ from graft.kernels.eager import Function
 from graft.storage.offload import at_hand
 
 MENDED: set[type] = set()
-MENDED_FORWARDS: WeakSet[Any] = WeakSet()
+MENDED_FORWARDS: WeakSet[Callable[..., object]] = WeakSet()
 OF_KIND: WeakKeyDictionary[type, Any] = WeakKeyDictionary()  # stores, by type of module
 
 
 def go_straight(
-    kind: type[Tensor], linear: object, wanted: Callable[[object], bool], dense: Callable[[object], Tensor]
+    kind: type[Tensor], linear: object, wanted: Callable[[Tensor], bool], dense: Callable[[Tensor], Tensor]
 ) -> None:
     """Let gradients through linear layers whose weight is of a tensor class, as if they did not round.
 
@@ -37,7 +37,9 @@ def go_straight(
     MENDED.add(kind)
     before = kind.__torch_function__.__func__  # type: ignore[attr-defined]
 
-    def through(cls: object, func: object, types: object, args: Any = (), kwargs: Any = None) -> object:
+    def through(
+        cls: object, func: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is linear and torch.is_grad_enabled():
             x, weight, bias = given(*args, **kwargs)
@@ -71,11 +73,11 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
         owner.forward = _through(owner.forward, lambda m: OF_KIND.get(type(m)))
 
 
-def _through(before: Any, store_of: Callable[[Any], Any]) -> Any:
+def _through(before: Callable[..., object], store_of: Callable[[nn.Module], Any]) -> Callable[..., object]:
     """Return a forward that does as `before`, and lets gradients through."""
 
     @wraps(before)
-    def through(m: nn.Module, x: object, *args: Any, **kwargs: Any) -> object:
+    def through(m: nn.Module, x: object, *args: object, **kwargs: object) -> object:
         store = store_of(m)
         if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
             return before(m, x, *args, **kwargs)
@@ -99,7 +101,7 @@ def _through(before: Any, store_of: Callable[[Any], Any]) -> Any:
     return through
 
 
-def given(input: object, weight: Tensor, bias: Tensor | None = None) -> tuple[object, object, object]:
+def given(input: object, weight: object, bias: object = None) -> tuple[object, object, object]:
     return input, weight, bias
 
 

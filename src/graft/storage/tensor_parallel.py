@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from graft.kernels.cuts import Cut
 from graft.storage import megatron, offload
 from graft.storage.dense import Dense
 from graft.storage.parallel import is_sharded, parts_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 STYLES = "transformers.distributed.tensor_parallel"  # where transformers has them, from 5.17 on
 WHOLE = ("EmbeddingParallel", "TensorParallelLayer")  # take and return what the module alone would
@@ -78,7 +81,7 @@ def piece_of(module: nn.Module, op: Op) -> Piece | None:
     return Piece(style.name, group, inputs, outputs)
 
 
-def group_of(module: nn.Module) -> Any:
+def group_of(module: nn.Module) -> ProcessGroup | None:
     """Return the group of processes that compute a parallel module together; None for another module."""
     style = style_of(module)
     return None if style is None or style.mesh is None else style.mesh.get_group()
@@ -191,11 +194,11 @@ class TensorParallel(Dense):
             local(p).copy_(local(piece))
         return None
 
-    def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
         return whole(state)
 
     @torch.no_grad()
-    def restore(self, m: nn.Module, name: str, state: Any) -> None:
+    def restore(self, m: nn.Module, name: str, state: Tensor) -> None:
         if isinstance(state, nn.Parameter):  # tie again
             setattr(m, name, state)
         else:
@@ -205,17 +208,17 @@ class TensorParallel(Dense):
         return y.clone()  # it may be a view of a DTensor's, which takes no writing in place
 
 
-def whole(t: Any) -> Tensor:
+def whole(t: Tensor) -> Tensor:
     if not is_sharded(t):
-        return t  # type: ignore[no-any-return]
-    return (t if t.requires_grad and torch.is_grad_enabled() else t.detach()).full_tensor()  # type: ignore[no-any-return]
+        return t
+    return (t if t.requires_grad and torch.is_grad_enabled() else t.detach()).full_tensor()  # type: ignore[attr-defined]
 
 
-def local(t: Any) -> Tensor:
-    return t.to_local() if is_sharded(t) else t  # type: ignore[no-any-return]
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if is_sharded(t) else t
 
 
-def like(t: Any, W: Tensor) -> Tensor:
+def like(t: Tensor, W: Tensor) -> Tensor:
     """Return W, which is whole on each process, in pieces as t is."""
     if not is_sharded(t):
         return W.contiguous()

@@ -32,7 +32,7 @@ class TorchAO(Quantized):
     def values(self, m: nn.Module) -> Tensor:
         return dequantized(m.weight)
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, Any]:
+    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         old = m.weight
         if (scale := pre_scale(old)) is not None:
             W = W / scale
@@ -76,7 +76,7 @@ def rounds_inputs(weight: object) -> bool:
     return any(getattr(weight, name, None) is not None for name in of)
 
 
-def dequantized(weight: Any) -> Tensor:
+def dequantized(weight: Tensor) -> Tensor:
     """Return what a weight does: values, times the scales of its inputs."""
     W: Tensor = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
     scale = pre_scale(weight)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -87,7 +87,7 @@ class AdamssConfig(Targets, LayerRange):
             )
 
 
-KMEANS: dict[str, Any] = dict(init="random", n_init=1, max_iter=10, random_state=123456789)  # PEFT's
+KMEANS: dict[str, object] = dict(init="random", n_init=1, max_iter=10, random_state=123456789)  # PEFT's
 
 
 class Clusters(NamedTuple):
@@ -159,7 +159,7 @@ class Allocator(Importance):
         mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
 
     @torch.no_grad()
-    def of(self, methods: dict[str, object], spaces: list[tuple[str, int]]) -> list[float]:
+    def of(self, methods: Mapping[str, object], spaces: list[tuple[str, int]]) -> list[float]:
         """Return the scores of subspaces, by one wait for the device."""
         means = [
             self.score(f"{key}.{part}.{j}", getattr(methods[key], part)[j]).mean()
@@ -217,7 +217,7 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
         tuner.states[name] = Allocator(cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
 
 
-def choose(methods: dict[str, Any], state: Allocator, step: int, cfg: AdamssConfig) -> None:
+def choose(methods: dict[str, Method], state: Allocator, step: int, cfg: AdamssConfig) -> None:
     """Let the most important subspaces train; of equals, those that do by now."""
     spaces = [(key, j) for key, m in methods.items() for j in range(len(m.adamss_A))]
     scores = zip(spaces, state.of(methods, spaces))
@@ -251,7 +251,7 @@ class AdaMSS(Method[AdamssConfig]):
     prefix = "adamss_"
     published_lr = Published(1e-4, 1e-4, COMPARISON)
     targets = ADAMSS
-    tuner_methods: ClassVar[dict[str, Any]] = {"update_and_allocate": update_and_allocate}
+    tuner_methods: ClassVar[dict[str, object]] = {"update_and_allocate": update_and_allocate}
 
     adamss_A: nn.ParameterList  # (rank, R) of each cluster
     adamss_B: nn.ParameterList  # (rows, rank) of each cluster
@@ -288,7 +288,7 @@ class AdaMSS(Method[AdamssConfig]):
         values["adamss_places"] = Transient(values["adamss_places"].tensor.to(device))
         return {name: v if isinstance(v, Transient) else v.to(device) for name, v in values.items()}
 
-    def at_most(self) -> dict[str, Any]:
+    def at_most(self) -> dict[str, object]:
         """Return tensors as large as those of any weight of this shape, and as many as those of most."""
         cfg, out = self.cfg, self.site.out_features
         columns = self.site.fan_in + (getattr(self.site.module, "bias", None) is not None)

@@ -88,7 +88,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, cfg = self.site, self.cfg
-        projection: Any = site.module._modules["c_attn" if fused(site.module) else "q_proj"]
+        projection = site.module.get_submodule("c_attn" if fused(site.module) else "q_proj")
         hidden, dtype = find_op(projection).dims(projection)[1], site.weight.where()[1]
         return dict(
             adaption_prompt=nn.Parameter(torch.empty(1, cfg.adapter_len or 0, hidden, dtype=dtype)),

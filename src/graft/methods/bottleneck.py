@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
+from graft.config.reading import Json
 from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
@@ -119,10 +120,10 @@ class BottleneckConfig(Targeted, Chosen):
         return cls(**{**PRESETS[name], **changes})
 
 
-PFEIFFER: dict[str, Any] = dict(init_weights="bert")
-HOULSBY: dict[str, Any] = dict(mh_adapter=True, original_ln_before=False, non_linearity="swish", init_weights="bert")
-COMPACTER: dict[str, Any] = dict(phm_layer=True, reduction_factor=32, non_linearity="gelu", init_weights="bert")
-PRESETS: dict[str, dict[str, Any]] = {
+PFEIFFER: Json = dict(init_weights="bert")
+HOULSBY: Json = dict(mh_adapter=True, original_ln_before=False, non_linearity="swish", init_weights="bert")
+COMPACTER: Json = dict(phm_layer=True, reduction_factor=32, non_linearity="gelu", init_weights="bert")
+PRESETS: dict[str, Json] = {
     "seq_bn": PFEIFFER,
     "double_seq_bn": HOULSBY,
     "par_bn": dict(
@@ -296,7 +297,7 @@ class Bottleneck(Method[BottleneckConfig]):
     bottleneck_inv: nn.Module  # Coupling
     scaling: float
 
-    common: ClassVar[dict[str, Any]] = {"bottleneck_inv": lambda methods: [m.place.role in ENDS or m for m in methods]}
+    common = {"bottleneck_inv": lambda methods: [m.place.role in ENDS or m for m in methods]}
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class EworaConfig(Targeted, LayerRange, RankPattern):
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, ewora_only
     use_dora: bool = False  # only False
-    megatron_config: dict[str, Any] | None = None  # only None
+    megatron_config: dict[str, object] | None = None  # only None
     layer_replication: list[tuple[int, int]] | None = None  # only None
 
     def __post_init__(self) -> None:
@@ -65,7 +64,7 @@ class Ewora(Method[EworaConfig]):
             return "EWoRA adapts linear layers only"
         return super().check()
 
-    def build(self, shared: dict[str, object]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site
         E, r = cfg.num_experts, cfg.r
         A, B = torch.empty(E, site.in_features, r), torch.empty(E, r, site.out_features)

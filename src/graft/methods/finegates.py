@@ -87,7 +87,7 @@ class FineGates(Method[FineGatesConfig]):
     prefix = "finegates_"
     published_lr = Published(5e-4, 1e-3, "arXiv 2602.09169, with gate_noise_std 0.1")
     targets = LORA
-    tuner_methods: ClassVar[dict[str, Any]] = {
+    tuner_methods: ClassVar[dict[str, object]] = {
         "_get_finegates_loss": sparsity_loss,
         "get_finegates_compression_stats": compression,
     }

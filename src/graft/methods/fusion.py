@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +134,13 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         beside = place.role == "beside"
         return Rewrite(part=self.beside if beside else self.after, tapped=beside, block=block)
 
-    def build(self, shared: dict[str, object]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         place = self.place
         assert place is not None
         if place.role == "tap":
             return dict(fusion_tap=Transient(torch.empty(0)))
         H = place.width or 0
-        made: dict[str, Any] = dict(fusion_query=nn.Linear(H, H), fusion_key=nn.Linear(H, H))
+        made: dict[str, object] = dict(fusion_query=nn.Linear(H, H), fusion_key=nn.Linear(H, H))
         if self.cfg.value:
             made["fusion_value"] = nn.Linear(H, H, bias=False)
         return made | dict(fusion_dropout=dropout_for(self.cfg.dropout))

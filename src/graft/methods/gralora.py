@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class GraLoRA(Method[GraloraConfig]):
     prefix = "gralora_"
     published_lr = Published(2e-4, 2e-4, COMPARISON)
     targets = LORA
-    empty: ClassVar[dict[str, Any]] = {f"gralora_{x}_general": nn.ModuleDict() for x in "AB"}
+    empty: ClassVar[dict[str, nn.Module]] = {f"gralora_{x}_general": nn.ModuleDict() for x in "AB"}
 
     gralora_A: nn.Parameter  # (k, in / k, r)
     gralora_B: nn.Parameter  # (k, r, out / k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class HiRA(Method[HiraConfig]):
     prefix = "hira_"
     published_lr = Published(4.5e-3, 4.5e-3, COMPARISON)
     targets = LORA
-    empty: ClassVar[dict[str, Any]] = {
+    empty: ClassVar[dict[str, nn.Module]] = {
         f"hira_{x}": nn.ParameterDict() for x in ("A", "B", "embedding_A", "embedding_B")
     }
 

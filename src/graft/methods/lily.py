@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -42,22 +41,22 @@ class LilyConfig(Targeted, LayerRange):
             raise ConfigError(f"`num_B` should be at least 2, for there to be a mixture, but it is {self.num_B}")
 
 
-def entry_of(targets: Any, key: str) -> str:
+def entry_of(targets: str | Iterable[str] | None, key: str) -> str:
     """Return the entry of `target_modules` that names a layer, the longest if there are several; a regex itself."""
     if isinstance(targets, str):
         return targets
     return max((entry for entry in targets or () if key.endswith(entry)), key=len, default=key)
 
 
-def kinds(methods: Sequence[Method]) -> list[object]:
+def kinds(methods: Sequence[Method]) -> list[Hashable]:
     """Return the kind of each layer: layers of one kind have one B."""
     return [(entry_of(m.cfg.target_modules, m.site.key), m.site.shape) for m in methods]
 
 
-def strides(methods: Sequence[Method]) -> list[Any]:
+def strides(methods: Sequence[Method]) -> list[Hashable]:
     """Return the stretch of each layer: `stride_A` layers of a kind, one after another, have one A."""
-    before = Counter[Any]()
-    stretches = []
+    before = Counter[Hashable]()
+    stretches: list[Hashable] = []
     for m, kind in zip(methods, kinds(methods)):
         stretches.append((kind, before[kind] // m.cfg.stride_A))
         before[kind] += 1
@@ -72,7 +71,7 @@ class Lily(Method[LilyConfig]):
 
     prefix = "lily_"
     targets = LORA
-    common: ClassVar[dict[str, Any]] = {"lily_A": strides, "lily_B": kinds}
+    common = {"lily_A": strides, "lily_B": kinds}
 
     lily_A: nn.Linear  # (r, in · kernel)
     lily_B: nn.Linear  # weight (num_B · r, out): the B_e, transposed, one after another

@@ -132,7 +132,7 @@ class MixLoRA(Method[MixLoraConfig]):
             return "MixLoRA takes it for an MLP, and it is a layer: set mlp_modules"
         return super().check()
 
-    def build(self, shared: dict[str, object]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site, E = self.cfg, self.site, self.cfg.num_experts
         if self.routes:
             return dict(mixlora_router=nn.Linear(cfg.routers[site.key], E, bias=False))

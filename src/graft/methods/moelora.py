@@ -124,7 +124,7 @@ class MoeLoRA(Method[MoeLoraConfig]):
             return "MoE-LoRA adapts linear layers only"
         return super().check()
 
-    def build(self, shared: dict[str, object]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site
         E, r = cfg.num_experts, cfg.r
         A, B = torch.empty(1 if cfg.shared_A else E, r, site.in_features), torch.empty(E, site.out_features, r)

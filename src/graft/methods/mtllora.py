@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +62,11 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
             return "MTL-LoRA adapts linear layers only"
         return super().check()
 
-    def build(self, shared: dict[str, object]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site
         tasks, n, r = cfg.n_tasks, cfg.n_up_projection, cfg.r
         shapes = dict(A=(r, site.in_features), B=(n, site.out_features, r)) | {"lambda": (tasks, r)}
-        made = {f"mtllora_{name}": nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+        made: dict[str, object] = {f"mtllora_{name}": nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
         return made | dict(mtllora_w=nn.Parameter(torch.ones(tasks, n), requires_grad=n > 1))  # else nothing to mix
 
     def init(self) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,10 +84,10 @@ class OSF(Method[OSFConfig]):
         out, n, _, r = self.sizes
         return LowRank(self.factors) if 4 * r * (out + n) < out * n else Update(self.delta)
 
-    def build(self, shared: dict[str, object]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         out, n, _, r = self.sizes
         fixed = ("U_init", "S_init", "V_init", *["U_high"] * (out > n), *["V_high"] * (out < n))
-        values = {f"osf_{name}": Transient(torch.empty(0)) for name in fixed}  # `init` makes them
+        values: dict[str, object] = {f"osf_{name}": Transient(torch.empty(0)) for name in fixed}  # `init` makes them
         make = torch.randn if self.cfg.init_weights is False else torch.zeros
         own = dict(U_low=make(out, r), S_low=make(r), V_low=make(r, n))
         return dict(osf_svd_params=nn.ParameterDict(own)) | values

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.fields import require_positive_rank
+from graft.config.reading import Json
 from graft.core.dropout import dropout_for
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.published import Published
@@ -59,7 +59,7 @@ class ReftConfig(StatesConfig):
         return cls(**{**PRESETS[name], **changes})
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Json] = {
     "loreft": {},
     "noreft": dict(orthogonality=False),
     "direft": dict(orthogonality=False, subtract_projection=False),

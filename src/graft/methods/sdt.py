@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class SDT(Method[SdtConfig]):
             return "SDT has no factors for a convolution with groups"
         return super().check()
 
-    def build(self, shared: dict[str, object]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site
         if self.mixer is not None:
             indices = Filed(torch.zeros(2, self.size, dtype=torch.int32))

@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.method import Method
-from graft.core.rows import Run
+from graft.core.rows import Finish, PerRow, Run
 from graft.methods.bottleneck import PLACES
 from graft.methods.places import chosen_blocks, hidden_size
 
@@ -45,14 +45,14 @@ class Positions:
     acts: bool = True  # False: the prompt has passed
 
     @classmethod
-    def of(cls, mask: Any) -> Positions:
+    def of(cls, mask: object) -> Positions:
         """Return those of an attention mask, (batch, tokens)."""
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return cls(None, None)
         real = mask != 0
         return cls(real.int().argmax(1), real.sum(1))
 
-    def __getitem__(self, index: Any) -> Positions:
+    def __getitem__(self, index: Tensor) -> Positions:
         if self.start is None or self.length is None:
             return self
         index = index.to(self.start.device)
@@ -123,19 +123,19 @@ class OnStates(Method[S]):
         return found
 
     @classmethod
-    def facts(cls, run: Run) -> dict[Any, Any]:
+    def facts(cls, run: Run) -> dict[str, PerRow]:
         """Return further facts about each row of a run."""
         return {}
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[Any], Any]]:
+    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Tell the layers where the prompt of each row stands: padding does not count, nor what `generate` adds."""
         with super().around(tuner, call, run) as finish:
             if tuner.disabled:
                 yield finish
                 return
-            facts = {**facts_of(run.kwargs, tuner.model), **cls.facts(run)}
+            facts: dict[str, PerRow] = {**facts_of(run.kwargs, tuner.model), **cls.facts(run)}
             with call.giving(facts=facts), following(tuner.model, call, run):
                 yield finish
 
@@ -147,7 +147,7 @@ def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         yield
         return
     thread = get_ident()
-    first: dict[Any, Any] = {}
+    first: dict[str, Positions] = {}
 
     def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if get_ident() != thread:  # others may run the model as well

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.rows import Run
+from graft.core.rows import PerRow, Run
 from graft.methods.states import OnStates, StatesConfig
 
 COEFFICIENT = "steering_coefficient"
@@ -52,7 +51,7 @@ class Steering(OnStates[SteeringConfig]):
 
     steering_vector: nn.Parameter  # (H,)
 
-    def build(self, shared: dict[str, object]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         return dict(steering_vector=nn.Parameter(torch.zeros(self.width or 0)))
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ class Steering(OnStates[SteeringConfig]):
         return delta * acts[..., None]
 
     @classmethod
-    def facts(cls, run: Run) -> dict[Any, Any]:
+    def facts(cls, run: Run) -> dict[str, PerRow]:
         """Return the coefficient of each row, if the call says any.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from graft.kernels.waits import demand
 TASKS = "task_ids"
 
 
-def generate(tuner: Tuner, *args: Any, task_ids: object = None, **kwargs: Any) -> object:
+def generate(tuner: Tuner, *args: object, task_ids: object = None, **kwargs: object) -> object:
     """Run the base model's generate for these tasks, one for each row."""
     run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
     with tuner.calling("generate"), tuner.call.using(None), tuner.acting(run) as finish:
@@ -60,7 +60,7 @@ class ByTask(Method[K]):
     """A method whose config has `n_tasks`."""
 
     arguments = (TASKS,)
-    tuner_methods: ClassVar[dict[str, Any]] = {"generate": generate}
+    tuner_methods: ClassVar[dict[str, object]] = {"generate": generate}
 
     def tasks_of(self, x: Tensor) -> Tensor:
         """Return the task of each row of a layer's input, (batch,)."""

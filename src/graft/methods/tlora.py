@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class TLoRA(Method[TLoraConfig]):
     targets = LORA
     arguments = (TIMESTEP,)
     depends_on = TIMESTEP
-    tuner_methods: ClassVar[dict[str, Any]] = {TIMESTEP: timestep}
+    tuner_methods: ClassVar[dict[str, object]] = {TIMESTEP: timestep}
 
     tlora_P: nn.Parameter  # (out, r)
     tlora_lambda: nn.Parameter  # (r,)
@@ -139,7 +139,7 @@ class TLoRA(Method[TLoraConfig]):
     def describe(self) -> Effect:
         return Branch(self.branch, fixed="T-LoRA's rank follows the timestep, and no weight is that of all of them")
 
-    def at(self, value: Any) -> Effect:
+    def at(self, value: object) -> Effect:
         most = self.cfg.max_timestep
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
             raise ConfigError(f"timestep must be a number between 0 and max_timestep={most:g}, got {value!r}.")

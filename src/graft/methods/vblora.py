@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class VBLoRA(Method[VBLoRAConfig]):
     prefix = "vblora_"
     published_lr = Published(5e-4, 5e-4, COMPARISON)
     targets = VBLORA
-    tuner_methods: ClassVar[dict[str, Any]] = {
+    tuner_methods: ClassVar[dict[str, object]] = {
         "get_nb_savable_parameters": savable_parameters,
         "print_savable_parameters": print_savable_parameters,
     }

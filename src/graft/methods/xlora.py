@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,8 @@ class XLoraClassifier(nn.Module):
         log_scalings: the weights of the calls since logging was turned on, (batch, tokens, layers, experts) each.
     """
 
+    config: XLoraConfig
+
     def __init__(self, config: Any, n_classes: int, n_layers: int, where: dict[str, Any]):
         super().__init__()
         self.config, self.n_classes, self.n_layers = config, n_classes, n_layers
@@ -196,7 +198,18 @@ class XLoraClassifier(nn.Module):
         return torch.full(shape, value, device=like.device, dtype=self.layers[0].weight.dtype)
 
 
-def set_topk_lora(tuner: Any, value: int | None) -> None:
+class Classified(Protocol):
+    """The tuner of an X-LoRA adapter and its experts."""
+
+    model: nn.Module
+    places: dict[str, int]  # of `Scalings`
+    expert_places: dict[str, int]
+
+    @property
+    def classifier(self) -> XLoraClassifier: ...
+
+
+def set_topk_lora(tuner: Classified, value: int | None) -> None:
     """Let only so many experts act on each token; None: all of them.
 
     Raises:
@@ -206,46 +219,44 @@ def set_topk_lora(tuner: Any, value: int | None) -> None:
     tuner.classifier.config.top_k_lora = value
 
 
-def set_global_scaling_weight(tuner: Any, weight: float) -> None:
+def set_global_scaling_weight(tuner: Classified, weight: float) -> None:
     """Multiply what all experts add by `weight`."""
     tuner.classifier.config.global_scaling_weight = weight
 
 
-def get_global_scaling_weight(tuner: Any) -> float:
-    weight: float = tuner.classifier.config.global_scaling_weight
-    return weight
+def get_global_scaling_weight(tuner: Classified) -> float:
+    return tuner.classifier.config.global_scaling_weight
 
 
-def set_scaling_pass_value(tuner: Any, value: float | None) -> None:
+def set_scaling_pass_value(tuner: Classified, value: float | None) -> None:
     """Set the weight of every expert in the first pass; None: 1 / number of experts."""
     tuner.classifier.config.scaling_pass_value = 1 / tuner.classifier.n_classes if value is None else value
 
 
-def get_latest_scalings(tuner: Any) -> Tensor | None:
+def get_latest_scalings(tuner: Classified) -> Tensor | None:
     """Return the weights of the last call, (batch, tokens, layers, experts); None before the first."""
-    latest: Tensor | None = tuner.classifier.latest
-    return latest
+    return tuner.classifier.latest
 
 
-def get_scalings_log(tuner: Any) -> list[Tensor]:
+def get_scalings_log(tuner: Classified) -> list[Tensor]:
     """Return the weights of the calls since logging was turned on, in a new list."""
     return list(tuner.classifier.log_scalings)
 
 
-def enable_scalings_logging(tuner: Any) -> None:
+def enable_scalings_logging(tuner: Classified) -> None:
     tuner.classifier.scalings_logging = True
 
 
-def disable_scalings_logging(tuner: Any) -> None:
+def disable_scalings_logging(tuner: Classified) -> None:
     """Turn logging off, and keep the log."""
     tuner.classifier.scalings_logging = False
 
 
-def clear_scalings_log(tuner: Any) -> None:
+def clear_scalings_log(tuner: Classified) -> None:
     tuner.classifier.log_scalings.clear()
 
 
-def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
+def get_bucketed_scalings_log(tuner: Classified) -> dict[int, tuple[list[int], list[Tensor]]]:
     """Return the log by number of tokens: {tokens: (places in the log, weights)}."""
     buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
     for i, scalings in enumerate(tuner.classifier.log_scalings):
@@ -316,7 +327,7 @@ class XLora(Method[XLoraConfig]):
 
             thread = get_ident()
 
-            def step(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def step(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
                 if get_ident() == thread:  # others may run the model as well
                     call.put(call.given._replace(gates=weigh(tuner, call, args, kwargs)))
 
@@ -328,7 +339,7 @@ class XLora(Method[XLoraConfig]):
                 handle.remove()
 
 
-def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
+def weigh(tuner: Classified, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
     """Return the gates for a forward pass with these arguments."""
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from graft.config.reading import Json
 from graft.config.targets import ADALORA
 from graft.core.call import Call
 from graft.core.containers import Transient
@@ -96,7 +97,7 @@ class AdaLoraConfig(LoraConfig):
     def _check_patterns(self) -> None:
         """Check nothing: the rank pattern holds masks here."""
 
-    def saved_dict(self) -> dict[str, Any]:
+    def saved_dict(self) -> Json:
         values = super().saved_dict()
         if self.rank_pattern:  # keys without the adapter's name
             values["rank_pattern"] = {re.sub(r"(\.lora_E)\..*$", r"\1", k): v for k, v in self.rank_pattern.items()}
@@ -150,7 +151,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     published_lr = Published(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
     targets = ADALORA
     over_layers = "divides a budget of ranks among all layers"
-    tuner_methods: ClassVar[dict[str, Any]] = {
+    tuner_methods: ClassVar[dict[str, object]] = {
         "update_and_allocate": update_and_allocate,
         "resize_modules_by_rank_pattern": resize_modules_by_rank_pattern,
         "trainable_adapter_name": property(lambda tuner: (trainable(tuner) or (None,))[0]),
@@ -163,7 +164,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     lora_dropout: nn.Module
     scaling: float
 
-    def build(self, shared: dict[str, object]) -> dict[str, Any]:
+    def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, cfg = self.site, self.cfg
         if site.op.opaque and len(site.shape) > 2:
             raise ConfigError(

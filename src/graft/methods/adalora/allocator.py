@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,20 @@ class Importance:
         return self.mean[name] * self.spread[name] if name in self.mean else p.new_zeros(shape_of(p))
 
 
-def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
+class Schedule(Protocol):
+    """What the allocator asks of a config."""
+
+    tinit: int
+    tfinal: int
+    deltaT: int
+    total_step: int
+    beta1: float
+    beta2: float
+
+    def rank_mask(self, key: str) -> list[bool] | None: ...
+
+
+def budget(step: int, start: int, target: int, cfg: Schedule) -> tuple[int, bool]:
     """Return how many singular values may stay at a step, cubic from `start` to `target`, and whether to prune now."""
     first, last = cfg.tinit, cfg.total_step - cfg.tfinal
     if step <= first:
@@ -56,13 +69,13 @@ def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
 class Allocator:
     """The state of the allocation between two steps."""
 
-    def __init__(self, cfg: Any):
+    def __init__(self, cfg: Schedule):
         self.importance = Importance(cfg.beta1, cfg.beta2)
         self.called = self.warned = False
         self.version: int | None = None  # of a parameter, at first sight
 
     @torch.no_grad()
-    def allocate(self, methods: dict[str, Any], keep: int) -> dict[str, list[bool]]:
+    def allocate(self, methods: dict[str, Method], keep: int) -> dict[str, list[bool]]:
         """Set all but the `keep` most important singular values to 0. Return masks of those that stay, by layer."""
         scores = {key: self.triplet_scores(key, m) for key, m in methods.items()}
         values = torch.cat(list(scores.values()))
@@ -87,7 +100,7 @@ def all_trainable(tuner: Tuner) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
 
 
-def trainable(tuner: Tuner) -> tuple[str, dict[str, Any]] | None:
+def trainable(tuner: Tuner) -> tuple[str, dict[str, Method]] | None:
     """Return the first AdaLoRA adapter that trains, and its methods by layer; None if none does."""
     return next(all_trainable(tuner), None)
 
@@ -138,7 +151,7 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
         state.importance = Importance(cfg.beta1, cfg.beta2)
 
 
-def check_gradients(name: str, methods: dict[str, Any]) -> None:
+def check_gradients(name: str, methods: dict[str, Method]) -> None:
     """Raise NotImplementedError if gradients are in parts that cannot be put together."""
     for m in methods.values():
         layout = layout_of(m.lora_E)
@@ -150,7 +163,7 @@ def check_gradients(name: str, methods: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def reapply(methods: dict[str, Any], cfg: Any) -> None:
+def reapply(methods: dict[str, Method], cfg: Schedule) -> None:
     """Set singular values to 0 again that the optimizer has moved away from it."""
     for key, m in methods.items():
         mask = cfg.rank_mask(key)

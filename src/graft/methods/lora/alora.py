@@ -7,7 +7,7 @@ keys and values of what stands before them are the base model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
@@ -69,7 +69,7 @@ def ids_of(run: Run) -> Tensor | None:
 
 
 @contextmanager
-def following(model: nn.Module, run: Run, offsets: dict[Any, Any]) -> Iterator[None]:
+def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> Iterator[None]:
     """Keep the offsets, which count from the end of the prompt, right in every step of `generate`, with a cache or
     without."""
     if not (run.generates and offsets):
@@ -217,7 +217,7 @@ class ALoRA(LoRA):
             if tuner.disabled:
                 yield finish
                 return
-            offsets: dict[Any, Any] = {(ARGUMENT, name): o for name, o in find(tuner, run).items()}
+            offsets: dict[object, Offsets] = {(ARGUMENT, name): o for name, o in find(tuner, run).items()}
             if offsets and beams(tuner.model, run) > 1:
                 raise RoutingError("Beam search not yet supported for aLoRA. Generate with num_beams=1.")
             with call.giving(facts=offsets), following(tuner.model, run, offsets):

@@ -9,7 +9,6 @@ experts, by how much the token points in the direction that an expert acts on mo
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,19 +40,19 @@ class Router(nn.Module):
             a is b and version == b._version for (a, version), b in zip(self.of, tensors)
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "of": []}  # a copy has other tensors
 
 
 class Arrow(LoRA):
-    lora_arrow: nn.Module  # the Router, without parameters
+    lora_arrow: Router  # without parameters
 
     def check(self) -> str | None:
         if self.site.op.known and not self.site.op.linear:
             return "Arrow compares features of tokens, and so it routes on linear layers only"
         return super().check()
 
-    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
+    def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         return super().build(shared, device) | dict(lora_arrow=Router())
 
     def describe(self) -> Effect:
@@ -76,7 +75,7 @@ class Arrow(LoRA):
         out: Tensor = self.lora_dropout(z.flatten(-2) @ B.movedim(0, 1).flatten(1).T)
         return out
 
-    def others(self) -> tuple[list[Any], list[Any]]:
+    def others(self) -> tuple[list[Method], list[Method]]:
         """Return the adapters of general knowledge on this layer, and the experts: all others but routers."""
         named = settings(self.cfg.arrow_config).gks_adapter_names or ()
         general, experts = [], []
@@ -87,7 +86,7 @@ class Arrow(LoRA):
                 experts.append(m)
         return general, experts
 
-    def matrices(self, general: list[Any], experts: list[Any]) -> tuple[Tensor, Tensor]:
+    def matrices(self, general: list[Method], experts: list[Method]) -> tuple[Tensor, Tensor]:
         """Return A (experts, r, in) and B (experts, out, r), without general knowledge."""
         try:
             A, B = (torch.stack([m.pair[i] for m in experts]) for i in (0, 1))
@@ -97,14 +96,14 @@ class Arrow(LoRA):
             raise RoutingError(why_not(self, general, experts)) from e
         return A, B
 
-    def directions(self, general: list[Any], experts: list[Any], A: Tensor, B: Tensor) -> Tensor:
+    def directions(self, general: list[Method], experts: list[Method], A: Tensor, B: Tensor) -> Tensor:
         """Return the top right singular vector of each expert, (experts, in); find it anew if an expert has changed."""
-        router: Any = self.lora_arrow
+        router = self.lora_arrow
         if is_dynamo_compiling() and router.prototypes is not None and len(router.prototypes) == len(experts):
-            return router.prototypes  # type: ignore[no-any-return]
+            return router.prototypes
         tensors = [t for m in (*experts, *general) for t in m.pair]
         if router.current(tensors):
-            return router.prototypes  # type: ignore[no-any-return]
+            return router.prototypes  # type: ignore[return-value]
         if settings(self.cfg.arrow_config).top_k > len(experts) or not all(is_plain(m) for m in experts):
             raise RoutingError(why_not(self, general, experts))
         with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
@@ -130,7 +129,7 @@ def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
     return v
 
 
-def why_not(router: Arrow, general: list[Any], experts: list[Any]) -> str:
+def why_not(router: Arrow, general: list[Method], experts: list[Method]) -> str:
     """Return why a router cannot run on its layer."""
     start = f"Arrow router '{router.name}' on layer '{router.site.key}': "
     cfg, names = settings(router.cfg.arrow_config), [m.name for m in experts]

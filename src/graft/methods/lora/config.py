@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -29,7 +29,7 @@ from graft.methods.lora.sub_configs import (
 )
 
 
-def ops_of(mapping: dict[type[nn.Module], Any]) -> dict[type[nn.Module], Op]:
+def ops_of(mapping: dict[type[nn.Module], type | Op]) -> dict[type[nn.Module], Op]:
     """Return the ops for types of modules; raise TypeError where a value tells of none."""
     found: dict[type[nn.Module], Op] = {}
     for kind, how in mapping.items():
@@ -129,30 +129,36 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     use_rslora: bool = False
     init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq, mica,
     # eva, corda, lora_ga; the last three begin with data
-    megatron_config: dict[str, Any] | None = None  # Megatron's layers need none: they say themselves what they are
+    megatron_config: dict[str, object] | None = None  # Megatron's layers need none: they say themselves what they are
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # embedding rows to train as well
-    loftq_config: dict[str, Any] | LoftQConfig = field(default_factory=dict)  # becomes a dict, as in files
-    eva_config: EvaConfig | dict[str, Any] | None = None
-    corda_config: CordaConfig | dict[str, Any] | None = None
-    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
+    loftq_config: dict[str, object] | LoftQConfig = field(default_factory=dict)  # becomes a dict, as in files
+    eva_config: EvaConfig | dict[str, object] | None = None
+    corda_config: CordaConfig | dict[str, object] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, object] | None = None
     use_dora: bool = False  # DoRA (arXiv 2402.09353): magnitudes and directions apart
-    velora_config: VeloraConfig | dict[str, Any] | None = None  # VeLoRA (arXiv 2405.17991): keeps projections of inputs
+    velora_config: VeloraConfig | dict[str, object] | None = (
+        None  # VeLoRA (arXiv 2405.17991): keeps projections of inputs
+    )
     alora_invocation_tokens: list[int] | None = None  # aLoRA (arXiv 2504.12397): acts from their last occurrence on
     use_qalora: bool = False  # QA-LoRA (arXiv 2309.14717): A sees sums over groups of inputs
     qalora_group_size: int = 16  # inputs in a group
-    monteclora_config: MontecloraConfig | dict[str, Any] | None = None  # MonteCLoRA (arXiv 2411.04358): a random A
+    monteclora_config: MontecloraConfig | dict[str, object] | None = None  # MonteCLoRA (arXiv 2411.04358): a random A
     layer_replication: list[tuple[int, int]] | None = None  # stack these ranges of layers, sharing weights
-    runtime_config: LoraRuntimeConfig | dict[str, Any] = field(default_factory=LoraRuntimeConfig)
+    runtime_config: LoraRuntimeConfig | dict[str, object] = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False  # B has a bias
     target_parameters: list[str] | None = None  # parameters by their own names: matrices, and stacks (experts)
-    use_bdlora: BdLoraConfig | dict[str, Any] | None = None  # BD-LoRA (arXiv 2510.23346): A or B is block-diagonal
-    arrow_config: ArrowConfig | dict[str, Any] | None = None  # a router over other adapters: see `create_arrow_model`
-    kasa_config: KasaConfig | dict[str, Any] | None = None  # KaSA (arXiv 2412.06071): singular values, a truncated base
+    use_bdlora: BdLoraConfig | dict[str, object] | None = None  # BD-LoRA (arXiv 2510.23346): A or B is block-diagonal
+    arrow_config: ArrowConfig | dict[str, object] | None = (
+        None  # a router over other adapters: see `create_arrow_model`
+    )
+    kasa_config: KasaConfig | dict[str, object] | None = (
+        None  # KaSA (arXiv 2412.06071): singular values, a truncated base
+    )
     ensure_weight_tying: bool = False  # adapt tied embeddings together
     use_dylora: bool = False  # DyLoRA (arXiv 2210.07558): steps train the first ranks; no file holds this choice
 
-    _custom_modules: ClassVar[Any] = None  # an instance may have its own
+    _custom_modules: ClassVar[dict[type[nn.Module], Op] | None] = None  # an instance may have its own
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     beyond: ClassVar[frozenset[str]] = frozenset()
     runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config", "use_dylora")
@@ -182,7 +188,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         vars(config).update({mark: values[mark]} if mark in values else {})  # no field: no file of graft's has it
         return config
 
-    def _register_custom_module(self, mapping: dict[type[nn.Module], object]) -> None:
+    def _register_custom_module(self, mapping: dict[type[nn.Module], type | Op]) -> None:
         """Let an injection adapt modules of further types. No file holds this: say it again before a load.
 
         Args:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from graft.methods.lora.shift import NAME
 from graft.methods.lora.sub_configs import CONVERTED
 
 if TYPE_CHECKING:
+    from graft.core.protocols import Layer
     from graft.methods.lora.config import LoraConfig
 
 MARK = f".{NAME}."
@@ -23,7 +25,7 @@ MARK = f".{NAME}."
 
 def subtract_initial(
     initial: dict[str, Tensor], tensors: dict[str, Tensor], config: LoraConfig
-) -> tuple[dict[str, Tensor], Any]:
+) -> tuple[dict[str, Tensor], LoraConfig]:
     """Return tensors and config of the converted adapter, which has twice the rank.
 
     Args:
@@ -80,7 +82,7 @@ def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> Non
             )
 
 
-def warn_rounded(adapter: str, layers: dict[str, Any]) -> None:
+def warn_rounded(adapter: str, layers: Mapping[str, Layer]) -> None:
     """Warn where the initialisation has rounded a weight anew, which no ΔW undoes."""
     rounded = [key for key, layer in layers.items() if adapter in layer.methods and not layer.store.exact]
     if rounded:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,13 +18,14 @@ class Components:
     values, and the shift of the mean.
     """
 
+    mean: Tensor  # (in,), float64; this and the next three from the first rows on
+    squares: Tensor  # (in,): sums of squared deviations, float64
+    V: Tensor  # (n, in)
+    S: Tensor  # (n,)
+
     def __init__(self, n: int, tau: float):
         self.n, self.tau = n, tau
         self.rows = 0
-        self.mean: Any = None  # (in,), float64
-        self.squares: Any = None  # (in,): sums of squared deviations, float64
-        self.V: Any = None  # (n, in)
-        self.S: Any = None  # (n,)
         self.converged = torch.zeros(n, dtype=torch.bool)
 
     def add(self, X: Tensor) -> None:

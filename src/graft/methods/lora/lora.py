@@ -43,7 +43,7 @@ def monteclora_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) 
     return sum((m.loss() for m in found), 0.0) / max(1, len(found))
 
 
-def adapters_of(tuner: Tuner, adapter_names: str | list[str] | None, variant: str) -> list[Any]:
+def adapters_of(tuner: Tuner, adapter_names: str | list[str] | None, variant: str) -> list[Method]:
     """Return the adapters of a variant, the active ones if `adapter_names` is None, on all layers."""
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
@@ -66,7 +66,7 @@ class LoRA(Started):
     published_lr = Published(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
     targets = LORA
     files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}
-    tuner_methods: ClassVar[dict[str, Any]] = {
+    tuner_methods: ClassVar[dict[str, object]] = {
         "_get_kasa_loss": kasa_loss,
         "_get_monteclora_loss": monteclora_loss,
     }
@@ -99,7 +99,7 @@ class LoRA(Started):
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
         site, cfg, r = self.site, self.cfg, self.cfg.r
-        values: dict[str, Any] = dict(
+        values: dict[str, object] = dict(
             r=r,
             lora_alpha=cfg.lora_alpha,
             scaling=cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r),

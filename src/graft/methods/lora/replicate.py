@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
 
 from torch import nn
 
@@ -46,13 +45,12 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
             layer = copy.deepcopy(layer, shared)
         used.add(index)
         new.append(layer)
-    config: Any = getattr(model, "config", None)
-    depth = getattr(config, "num_hidden_layers", None)
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
 
     def put(stack: nn.ModuleList, depth: int | None) -> None:
         owner._modules[name] = stack
         if depth is not None:
-            config.num_hidden_layers = depth
+            model.config.num_hidden_layers = depth
         for i, layer in enumerate(stack):
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):

@@ -8,7 +8,8 @@ and so that a base that has been changed so already is known.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,13 +36,13 @@ class Shift(Exact):
     B: Tensor  # (out, k), times the scaling
     sample: Tensor  # (2, n): evenly spaced values of the base weight before, and after
 
-    def __init__(self, k: int, shape: tuple[int, ...], device: Any = None):
+    def __init__(self, k: int, shape: tuple[int, ...], device: torch.device | None = None):
         super().__init__()
         out, fan_in = shape
-        kind: Any = dict(device=device, dtype=torch.float32)
-        self.register_buffer("A", torch.zeros(k, fan_in, **kind))
-        self.register_buffer("B", torch.zeros(out, k, **kind))
-        self.register_buffer("sample", torch.zeros(2, min(SAMPLES, out * fan_in), **kind))
+        zeros = partial(torch.zeros, device=device, dtype=torch.float32)
+        self.register_buffer("A", zeros(k, fan_in))
+        self.register_buffer("B", zeros(out, k))
+        self.register_buffer("sample", zeros(2, min(SAMPLES, out * fan_in)))
         self.done = False  # the base has been changed
         self.before: tuple[Tensor, Tensor] | None = None  # A and B while a file's others are taking their place
 

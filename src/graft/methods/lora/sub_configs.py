@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from graft.config.base import validate
 from graft.core.errors import ConfigError
@@ -223,7 +222,8 @@ VARIANTS = {  # field, or value of init_lora_weights, that selects it → "modul
 
 CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # inits that take B A out of the base weight
 TITLES = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ", "eva": "EVA"}
-SETTINGS: dict[str, tuple[str, Any]] = {  # field with the settings of one init → (that init, class of the settings)
+# field with the settings of one init → (that init, class of the settings)
+SETTINGS: dict[str, tuple[str, type[EvaConfig | CordaConfig | LoraGAConfig]]] = {
     "eva_config": ("eva", EvaConfig),
     "corda_config": ("corda", CordaConfig),
     "lora_ga_config": ("lora_ga", LoraGAConfig),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from graft.core.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedConfig as Config
 
     from graft.config.base import PeftConfig
     from graft.core.tuner import Tuner
@@ -35,7 +36,7 @@ def packed_class() -> type:
 
         __module__, __qualname__ = __name__, "ShadowCache"  # where `pickle` finds it
 
-        def __init__(self, base: Cache, shadows: dict[str, Any]):
+        def __init__(self, base: Cache, shadows: dict[str, Cache]):
             self.base, self.shadows = base, shadows
 
         def __getattr__(self, name: str) -> Any:
@@ -44,7 +45,7 @@ def packed_class() -> type:
             return getattr(self.base, name)
 
         @property
-        def layers(self) -> list[Any]:  # type: ignore[override]
+        def layers(self) -> list[object]:  # type: ignore[override]
             return [layer for cache in (self.base, *self.shadows.values()) for layer in cache.layers]
 
         def __len__(self) -> int:
@@ -53,12 +54,13 @@ def packed_class() -> type:
     return ShadowCache
 
 
-def pack(base: Cache, shadows: dict[str, object]) -> Any:
+def pack(base: Cache, shadows: dict[str, Cache]) -> Cache:
     """Return a cache that packs the base model's with those of shadow networks."""
-    return packed_class()(base, shadows)
+    made: Cache = packed_class()(base, shadows)
+    return made
 
 
-def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) -> dict[str, object] | None:
+def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) -> dict[str, Cache] | None:
     """Return the shadow networks' caches from a call's arguments, and leave the base model's there; None: no cache.
 
     Raises:
@@ -82,13 +84,12 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
     return {}
 
 
-def with_cache(output: Any, shadows: dict[str, object]) -> Any:
+def with_cache(output: Any, shadows: dict[str, Cache]) -> object:
     """Return a model's output with its cache packed."""
     from transformers import Cache
 
-    def packed(value: Any) -> object:
-        plain = isinstance(value, Cache) and not isinstance(value, packed_class())
-        return pack(value, shadows) if plain else value
+    def packed(value: object) -> object:
+        return pack(value, shadows) if isinstance(value, Cache) and not isinstance(value, packed_class()) else value
 
     if isinstance(output, tuple):
         return tuple(packed(value) for value in output)
@@ -98,7 +99,7 @@ def with_cache(output: Any, shadows: dict[str, object]) -> Any:
     return output
 
 
-def empty(network: nn.Module) -> Any:
+def empty(network: nn.Module) -> Cache:
     """Return a cache for a shadow network."""
     from transformers import DynamicCache
 
@@ -116,9 +117,8 @@ def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, given: dict
     return None if head is None else next_token(head(s.to(dtype_of(head))), labels)
 
 
-def dtype_of(head: Any) -> torch.dtype:
-    dtype: torch.dtype = next(head.parameters()).dtype
-    return dtype
+def dtype_of(head: nn.Module) -> torch.dtype:
+    return next(head.parameters()).dtype
 
 
 def next_token(logits: Tensor, labels: Tensor) -> Tensor:
@@ -137,9 +137,10 @@ def pooled(logits: Tensor, ids: Tensor | None, padding: int | None) -> Tensor:
     return logits[torch.arange(rows, device=logits.device), last]
 
 
-def classification(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
+def classification(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of logits (rows, labels) by the config's problem type, or what the labels say of it."""
-    logits, labels, kind = logits.float(), labels.to(logits.device), config.problem_type
+    kind: str | None = config.problem_type
+    logits, labels = logits.float(), labels.to(logits.device)
     if kind is None:
         kind = "regression" if logits.shape[-1] == 1 else ""
     if kind == "regression":
@@ -153,7 +154,7 @@ NAME = "DetachedShadowModel"
 
 
 @cache
-def detached_class() -> Any:
+def detached_class() -> type[PreTrainedModel]:
     """Return the class of such a model, which derives from transformers' own."""
     from transformers import GenerationMixin, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
@@ -174,7 +175,9 @@ def detached_class() -> Any:
         supports_gradient_checkpointing = True
         _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-        def __init__(self, config: Any, backbone: nn.Module, projection: nn.Module, head: nn.Module, classifies: bool):
+        def __init__(
+            self, config: Config, backbone: nn.Module, projection: nn.Module, head: nn.Module, classifies: bool
+        ):
             super().__init__(config)
             self.backbone, self.shadow_hidden_projection, self.head = backbone, projection, head
             self.classifies = classifies
@@ -205,7 +208,7 @@ def detached_class() -> Any:
     return DetachedShadowModel
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type:
     makes = {"ShadowCache": packed_class, NAME: detached_class}.get(name)
     if makes is None:
         raise AttributeError(name)
@@ -228,7 +231,7 @@ def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) ->
     return detach(tuner, name, copy)
 
 
-def detach(tuner: Tuner, name: str, separate: bool) -> Any:
+def detach(tuner: Tuner, name: str, separate: bool) -> object:
     model, held = tuner.model, tuner.shared.containers
     network, projection = held["shadow_backbone"][name], held["shadow_projection"][name]
     classifies = "shadow_head" in held and name in held["shadow_head"]

@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.core.errors import ConfigError
@@ -64,7 +65,7 @@ PROJECTED, DETACHED = "causal_lm_with_hidden_projection", "DetachedShadowModel"
 PROJECTION = "shadow_hidden_projection.weight"
 
 
-def network_from(where: str, width: int) -> tuple[Any, nn.Module | None]:
+def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
     """Return the network, whose embeddings do not train, and its projection to `width`; None if it has none.
 
     Raises:
@@ -91,7 +92,7 @@ def network_from(where: str, width: int) -> tuple[Any, nn.Module | None]:
     return network, projection
 
 
-def _filled(config: object, where: str, prefix: str) -> tuple[Any, nn.Linear | None]:
+def _filled(config: object, where: str, prefix: str) -> tuple[nn.Module, nn.Linear | None]:
     """Return a network with the values of a file, and the projection beside it."""
     from safetensors.torch import load_file
     from transformers import AutoModel
@@ -107,9 +108,7 @@ def _filled(config: object, where: str, prefix: str) -> tuple[Any, nn.Linear | N
     return network, projection
 
 
-def _file(where: str, name: str) -> Any:
-    from pathlib import Path
-
+def _file(where: str, name: str) -> Path:
     from transformers.utils import cached_file
 
     return Path(str(cached_file(where, name)))
@@ -120,7 +119,7 @@ HEADS = ("score", "classifier")
 EMBEDDINGS = "embed_tokens"  # where networks share word embeddings, PEFT's lack their own only if these are called so
 
 
-def containers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def containers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) of the model, and of the backbones within it, the outermost first."""
     path, module = "", model
     while True:
@@ -134,7 +133,7 @@ def containers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
         path, module = f"{path}{name}.", child
 
 
-def stack_of(model: nn.Module) -> tuple[Any, str, int] | None:
+def stack_of(model: nn.Module) -> tuple[nn.Module, str, int] | None:
     """Return the module that holds the stack of blocks, the path of that stack, and how many there are."""
     for path, container in containers_of(model):
         for name in LISTS:
@@ -158,8 +157,8 @@ def blocks_of(model: nn.Module) -> list[str]:
     )
 
 
-def text_config(model: object) -> Any:
-    config: Any = getattr(model, "config", None)
+def text_config(model: object) -> object:
+    config: object = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -171,7 +170,7 @@ def hidden_size(model: nn.Module) -> int:
     return int(size)
 
 
-def backbone_of(model: nn.Module) -> Any:
+def backbone_of(model: nn.Module) -> nn.Module:
     """Return the part of a model that makes hidden states of its input: what holds the stack of blocks."""
     found = stack_of(model)
     return model if found is None else found[0]
@@ -206,7 +205,7 @@ def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
             setattr(config, name, value)
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-    network = type(base)(config)
+    network: Any = type(base)(config)
     takes_embeddings = "inputs_embeds" in signature(network.forward).parameters
     shares = cfg.share_embeddings and takes_embeddings and config.hidden_size == base.config.hidden_size
     if shares:
@@ -216,6 +215,6 @@ def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
     return network
 
 
-def last_loss(tuner: Tuner) -> Any:
+def last_loss(tuner: Tuner) -> Tensor | None:
     """The shadow network's own loss in the last call with labels, detached; None if there was none."""
     return next((tuner.states[name] for name in tuner.active_adapters if name in tuner.states), None)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from threading import get_ident
@@ -17,6 +17,7 @@ from graft.storage import place_of
 
 if TYPE_CHECKING:
     from graft.core.call import Call
+    from graft.core.rows import Run
     from graft.core.tuner import Tuner
 
 FACT = "shadow"  # its name among the facts of a call
@@ -46,7 +47,7 @@ TAKEN = ("attention_mask", "position_ids", "cache_position", "token_type_ids")  
 
 
 @contextmanager
-def surround(tuner: Tuner, call: Call, run: Any) -> Iterator[Callable[[object], object]]:
+def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], object]]:
     """Run shadow networks before a forward pass, or before each that `generate` makes; yield what follows it."""
     if tuner.disabled:
         yield as_it_is
@@ -60,9 +61,7 @@ def surround(tuner: Tuner, call: Call, run: Any) -> Iterator[Callable[[object], 
     thread = get_ident()
     passes: list[Pass] = []
 
-    def before(
-        _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> object:
         if get_ident() != thread:  # others may run the model as well
             return None
         one = Pass(tuner, call, names, args, kwargs)
@@ -88,7 +87,9 @@ def surround(tuner: Tuner, call: Call, run: Any) -> Iterator[Callable[[object], 
 class Pass:
     """One forward pass: its arguments, the states of its blocks, and what its output is completed by."""
 
-    def __init__(self, tuner: Tuner, call: Call, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(
+        self, tuner: Tuner, call: Call, names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, Any]
+    ):
         self.tuner, self.call, self.names = tuner, call, names
         self.given = {**dict(zip(signature(tuner.model.forward).parameters, args)), **kwargs}
         self.shadows = unpack(tuner.model, kwargs, self.given.get("use_cache"))

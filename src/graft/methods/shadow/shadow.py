@@ -20,7 +20,7 @@ from graft.core.tuner import Tuner
 from graft.methods.shadow import network
 from graft.methods.shadow.detached import unload
 from graft.methods.shadow.network import ShadowConfig
-from graft.methods.shadow.run import FACT, surround
+from graft.methods.shadow.run import FACT, States, surround
 
 if TYPE_CHECKING:
     from graft.core.rows import Run
@@ -37,7 +37,7 @@ class Shadow(Method[ShadowConfig]):
     compresses_targets = False
     keeps_base_dtype = frozenset(BESIDE)
     files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), "{0}.default{1}")  # whatever the adapter's name
-    tuner_methods: ClassVar[dict[str, Any]] = {
+    tuner_methods: ClassVar[dict[str, object]] = {
         "last_shadow_loss": property(network.last_loss),
         "unload_shadow": unload,
     }
@@ -66,7 +66,7 @@ class Shadow(Method[ShadowConfig]):
         return network.beside(layers.model, layers.cfg)
 
     @classmethod
-    def split_budget(cls, methods: Sequence[Any]) -> None:
+    def split_budget(cls, methods: Sequence[Shadow]) -> None:
         for method in methods[-1:]:
             method.last = True
 
@@ -95,9 +95,9 @@ class Shadow(Method[ShadowConfig]):
         if self.cfg.init_weights:
             nn.init.zeros_(self.shadow_up.weight)
 
-    def state(self) -> Any:
+    def state(self) -> States:
         """Return the states of the call."""
-        states = self.layer.call.fact(FACT)
+        states: States | None = self.layer.call.fact(FACT)
         if states is None:
             raise RoutingError(
                 f"layer '{self.site.key}' of SHADOW adapter '{self.name}' has no state to read: call the PeftModel (or "

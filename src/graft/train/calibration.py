@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.atomic import replace
+from graft.config.fields import settings
 from graft.core.errors import CalibrationError, CheckpointError, ConfigError, some
 from graft.core.method import Method
 from graft.core.pieces import refuse_pieces
@@ -19,6 +19,7 @@ from graft.inject.inject import Injection
 from graft.methods import method_of
 from graft.methods.lora import LoraConfig
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
+from graft.methods.lora.sub_configs import CordaConfig
 from graft.methods.loraxs import STEP, LoraXsConfig
 
 
@@ -126,7 +127,7 @@ def preprocess_corda(
         CheckpointError: a file is damaged, or of another model.
     """
     methods = linear_methods(model, lora_config, "corda")
-    cfg: Any = lora_config.corda_config
+    cfg = settings(lora_config.corda_config)
     for key, m in methods.items():
         if m.cfg.r > min(m.site.shape):
             raise ConfigError(
@@ -157,7 +158,7 @@ def preprocess_corda(
 def covariances_of(
     model: nn.Module,
     methods: dict[str, Method],
-    cfg: Any,
+    cfg: CordaConfig,
     run_model: Callable[[], object] | None,
     hooked_model: nn.Module | None,
 ) -> dict[str, Tensor]:
@@ -171,7 +172,7 @@ def covariances_of(
     calls: dict[str, int] = {}
 
     def watch(key: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
             x = args[0].detach().flatten(0, -2)
             x = x if cfg.use_float16_for_covariance else x.float()
             x = x / x.max().abs()

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from graft.inject.parts import registry_of, unwrapped
@@ -17,13 +18,16 @@ from graft.model.audit import SECTIONS, AuditReport, audit, parts_of_active
 from graft.model.tuner import tuner_of
 from graft.model.watch import gradients_elsewhere
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainerState
 
-def adalora_callback(model: nn.Module) -> Any:
+
+def adalora_callback(model: nn.Module) -> TrainerCallback:
     """Return a callback for transformers' Trainer: `Trainer(…, callbacks=[graft.train.adalora_callback(model)])`."""
     from transformers import TrainerCallback
 
     class AdaLoraCallback(TrainerCallback):
-        def on_optimizer_step(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
             model.base_model.update_and_allocate(state.global_step)
 
     return AdaLoraCallback()
@@ -42,7 +46,7 @@ def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: 
 
 
 @cache
-def callback_class() -> Any:
+def callback_class() -> type[TrainerCallback]:
     """Make the class of `AdamssAsaCallback`, for which transformers is needed."""
     from transformers import TrainerCallback
 
@@ -50,9 +54,9 @@ def callback_class() -> Any:
         """Chooses the subspaces of AdaMSS adapters that train: `Trainer(…, callbacks=[AdamssAsaCallback()])`."""
 
         def on_optimizer_step(
-            self, args: object, state: Any, control: object, model: object = None, **kwargs: object
+            self, args: object, state: TrainerState, control: object, model: object = None, **kwargs: object
         ) -> None:
-            tuner: Any = getattr(getattr(model, "module", model), "base_model", None)
+            tuner: object = getattr(getattr(model, "module", model), "base_model", None)
             if hasattr(tuner, "update_and_allocate"):
                 tuner.update_and_allocate(state.global_step)
 
@@ -60,7 +64,7 @@ def callback_class() -> Any:
     return AdamssAsaCallback
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[TrainerCallback]:
     if name == "AdamssAsaCallback":
         return callback_class()
     raise AttributeError(f"module 'graft.train.callbacks' has no attribute '{name}'")
@@ -71,7 +75,7 @@ class MontecloraTrainerMixin:
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, object]:
         """Return the Trainer's loss with MonteCLoRA's added, which is 0 in evaluation; or (loss, outputs)."""
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         losses = [monteclora_loss(registry_of(m)) for m in model.modules() if isinstance(m, tuner_of("LORA"))]
@@ -84,7 +88,7 @@ class FineGatesTrainerMixin:
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, object]:
         """Return the Trainer's loss, in training with that of FineGates added; or (loss, outputs)."""
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
@@ -139,7 +143,7 @@ def ignore(*_: object, **__: object) -> None:
 class Listener:
     """A callback of Trainer's, without its base class, which would need transformers: other events do nothing."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("on_"):
             return ignore
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
@@ -163,17 +167,18 @@ class Watch(Listener):
     def on_train_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
         self.steps = 0
 
-    def on_optimizer_step(self, args: Any, state: Any, control: object, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         self.steps += 1
         if self.steps == self.first:
             self._look(args, state, f"after {self.steps} steps", early=True, **kwargs)
 
-    def on_train_end(self, args: Any, state: Any, control: object, **kwargs: Any) -> None:
+    def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         self._look(args, state, f"at the end, after {self.steps} steps", early=False, **kwargs)
 
     def _look(
-        self, args: Any, state: Any, when: str, early: bool, model: Any = None, optimizer: Any = None, **_: Any
-    ) -> None:
+        self, args: object, state: TrainerState, when: str, early: bool, model: Any = None, optimizer: Any = None,
+        **_: object,
+    ) -> None:  # fmt: skip
         self.report = look(model, optimizer, bool(getattr(args, "fp16", False)), early)
         if state.is_world_process_zero:
             print(line(self.report, when), flush=True)

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,11 @@ from graft.model.layer_registry import LayerRegistry
 from graft.storage import place_of
 from graft.train.calibration import in_mode, linear_methods, require_all
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
-def forward_fn_dict(model: nn.Module, inputs: Any) -> Any:
+
+def forward_fn_dict(model: nn.Module, inputs: Any) -> object:
     return model(**inputs)
 
 
@@ -81,14 +84,14 @@ class Measure:
     layers: dict[str, nn.Module]  # by name in the model
     ranks: dict[str, int]  # by layer, as the config has them
     cfg: Any  # LoraConfig
-    dataloader: Iterable[Any]
-    forward_fn: Callable[[nn.Module, Any], Any]
-    prepare_model: Callable[[Any, Any], Any] | None
+    dataloader: Iterable[object]
+    forward_fn: Callable[[nn.Module, object], object]
+    prepare_model: Callable[[object, object], object] | None
     prepare_layer: Any  # function, {layer name: function}, or None
     gather: bool
     progress: bool
 
-    def batches(self) -> Iterator[tuple[Any, Any]]:
+    def batches(self) -> Iterator[tuple[object, object]]:
         """Yield (batch, what `prepare_model` makes of it) of one pass through the data."""
         device = place_of(self.model)[0]
         device = None if device is None or device.type == "meta" else device
@@ -97,7 +100,7 @@ class Measure:
             prepared = copy.deepcopy(inputs) if self.prepare_model is None else self.prepare_model(inputs, self.cfg)
             yield inputs, prepared
 
-    def run(self, batch: tuple[object, object], names: Iterable[str], see: Callable[[str, Tensor], None]) -> None:
+    def run(self, batch: tuple[object, object], names: Iterable[str], see: Callable[[str, Tensor], object]) -> None:
         """Run the model on a batch; let `see` have the rows of the named layers' inputs."""
         inputs, prepared = batch
 
@@ -127,11 +130,11 @@ class Measure:
         first = next(self.batches(), None)
         if first is None:
             raise CalibrationError("dataloader is empty: EVA begins with the inputs of layers on some batches.")
-        seen: dict[str, Any] = {}
+        seen: dict[str, tuple[tuple[object, ...], int]] = {}
         self.run(first, self.layers, lambda name, rows: seen.setdefault(name, (digest(rows), rows.shape[1])))
         require_all(self.layers, seen, "input")
         most = self.most({name: width for name, (_, width) in seen.items()})
-        groups: dict[Any, list[str]] = {}
+        groups: dict[tuple[object, ...], list[str]] = {}
         for name in self.layers:
             groups.setdefault(seen[name][0], []).append(name)
         owner = {}
@@ -207,7 +210,7 @@ class Measure:
             f"{some(left())}. Use more data, or a smaller tau than {self.cfg.eva_config.tau}."
         )
 
-    def bar(self) -> Any:
+    def bar(self) -> tqdm | None:
         if not self.progress or (dist.is_initialized() and dist.get_rank()):
             return None
         from tqdm import tqdm
@@ -215,7 +218,7 @@ class Measure:
         return tqdm(leave=False)
 
 
-def to_device(inputs: object, device: torch.device | None) -> Any:
+def to_device(inputs: object, device: torch.device | None) -> object:
     if hasattr(inputs, "to"):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
@@ -237,7 +240,7 @@ def gathered(rows: Tensor) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, numbers)])
 
 
-def digest(rows: Tensor) -> tuple[Any, ...]:
+def digest(rows: Tensor) -> tuple[object, ...]:
     """Return what tells different tensors apart, from all their bits."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     words = rows.detach().contiguous().view(whole).flatten().long()

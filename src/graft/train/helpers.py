@@ -8,7 +8,6 @@ import inspect
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 # FSDP
 
 
-def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return an auto_wrap_policy for FSDP1: trainable leaves by themselves, transformer layers and prompts whole.
 
     A leaf of an adapter is a unit only if its method calls it: FSDP gathers a unit for a call. Other tensors of

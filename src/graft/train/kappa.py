@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from graft.storage import find_store
 
 EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")  # ends of names of the fused weights of experts
 FLOOR = 1e-8  # added to the smallest singular value
+
+T = TypeVar("T")
 
 
 class KappaTuneSelector:
@@ -114,7 +116,7 @@ def condition(W: Tensor) -> Tensor:
     return S[0] / (S[-1] + FLOOR)
 
 
-def shown(items: Iterable[object], progressbar: bool) -> Iterator[Any]:
+def shown(items: Iterable[T], progressbar: bool) -> Iterator[T]:
     if progressbar:
         from tqdm import tqdm
 

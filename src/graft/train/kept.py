@@ -145,7 +145,7 @@ def check_spread(values: Mapping[str, Tensor], kept: Kept) -> None:
             )
 
 
-def is_like(value: Any, flat: Tensor, numbers: int | None = None) -> bool:
+def is_like(value: object, flat: Tensor, numbers: int | None = None) -> bool:
     """Return True if a value of a state has a number for each of a tensor's."""
     return (
         isinstance(value, Tensor)
@@ -166,14 +166,14 @@ def put_part(p: Any, key: str, value: Tensor) -> None:
     safe_set_local_optimizer_state(p, part.to(p.ds_tensor.device), key)
 
 
-def parted(value: Any, p: nn.Parameter) -> Any:
+def parted(value: object, p: nn.Parameter) -> object:
     """Return a value of a state, spread over processes as its parameter is."""
     if layout_of(p) is DISTRIBUTED and isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
         return spread(value, p)
     return value
 
 
-def beside(value: Any, p: Tensor, group: Mapping[str, Any]) -> Any:
+def beside(value: object, p: Tensor, group: Mapping[str, object]) -> object:
     """Return a value of a parameter's state, its tensors where the optimizer wants them; dtypes stay."""
     if isinstance(value, Tensor):
         waits = not value.dim() and not (group.get("capturable") or group.get("fused"))  # a counter stays on the CPU

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +12,9 @@ from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.storage.parallel import layout_of
 from graft.train.callbacks import Listener
 from graft.train.resuming import Resume, adapters_of, load, state_of, write_state
+
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
 
 
 class Resumable(Listener):
@@ -60,16 +63,16 @@ class Resumable(Listener):
             check_told(args, model)
 
     def on_save(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
-        **kwargs: object,
+        self, args: Any, state: TrainerState, control: object, model: Any = None, optimizer: Any = None,
+        lr_scheduler: object = None, **kwargs: object,
     ) -> None:  # fmt: skip
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        extra = {"epoch": state.epoch}
+        extra: dict[str, object] = {"epoch": state.epoch}
         write_state(folder, *state_of(model, optimizer, lr_scheduler, None, state.global_step, extra))
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
-        **kwargs: object,
+        self, args: Any, state: TrainerState, control: object, model: Any = None, optimizer: Any = None,
+        lr_scheduler: object = None, **kwargs: object,
     ) -> None:  # fmt: skip
         if args.fp16:
             warn("graft.train.Resumable does not keep the scale of float16's gradients: prefer bf16=True.")
@@ -97,14 +100,14 @@ class Resumable(Listener):
             self._job.put_generators()
             self._job = None
 
-    def _folder(self, args: Any, state: Any) -> str:
+    def _folder(self, args: Any, state: TrainerState) -> str:
         told = self.folder or args.resume_from_checkpoint
         if told and os.path.isdir(told):
             return os.fspath(told)
         return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
 
-def check_told(args: Any, model: nn.Module) -> None:
+def check_told(args: TrainingArguments, model: nn.Module) -> None:
     """Raise ConfigError if processes hold parts of a model and Trainer has not been told, so that one alone saves."""
     known = args.fsdp or getattr(model, "is_distributed_loading_by_transformers", False)
     if known or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":

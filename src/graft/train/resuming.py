@@ -205,7 +205,7 @@ class Taken:
     """The state of a training as this process has it, which is checked; `whole` puts it together with the others'."""
 
     def __init__(
-        self, model: nn.Module, optimizer: object, scheduler: Any, loader: Any, step: int, extra: Json
+        self, model: nn.Module, optimizer: object, scheduler: object, loader: object, step: int, extra: Json
     ) -> None:  # fmt: skip
         self.model, self.loader = model, loader
         check_scheduler(inside(scheduler))
@@ -248,7 +248,7 @@ class Taken:
         masters = mastered(v.tensor for v in self.values.values())
         values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
         self.tensors |= {key: master(t) if id(t) in masters else t for key, t in values.items()}
-        states: dict[str, Any] = {}
+        states: dict[str, dict[str, object]] = {}
         for p, state in self.kept.states():
             name = self.names[id(p)]
             where = {k: (f"{self.what}, '{k}' of '{name}'", f"{k}/{name}") for k in state}
@@ -346,14 +346,14 @@ def called(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def with_rules(scheduler: Any) -> str:
+def with_rules(scheduler: object) -> str:
     """Return the name of a scheduler's class, and of the functions that it is told; their values are in no state."""
     rules = [f.func if isinstance(f, partial) else f for f in getattr(scheduler, "lr_lambdas", ())]
     names = dict.fromkeys(f.__qualname__ if hasattr(f, "__qualname__") else type(f).__qualname__ for f in rules)
     return f"{called(scheduler)}({', '.join(names)})" if names else called(scheduler)
 
 
-def loader_state(loader: object) -> Any:
+def loader_state(loader: object) -> object:
     if loader is None:
         return None
     if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
@@ -364,7 +364,7 @@ def loader_state(loader: object) -> Any:
     return loader.state_dict()
 
 
-def numpy_state() -> tuple[Any, ...]:
+def numpy_state() -> tuple[object, ...]:
     kind, keys, *rest = np.random.get_state()
     return (kind, np.asarray(keys).tolist(), *rest)
 
@@ -584,7 +584,7 @@ class Resume:
                 module.set_rng_state(held) if device.type == "mps" else module.set_rng_state(held, device)
 
 
-def placed(value: object, now: object) -> Any:
+def placed(value: object, now: object) -> object:
     """Return a group's option; a tensor that is there already takes the value, as a compiled step holds it."""
     if not isinstance(value, Tensor):
         return value

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.atomic import replace
+from graft.config.reading import Json
 from graft.core.containers import Slot
 from graft.core.errors import CheckpointError, ConfigError
 from graft.inject.parts import registry_of
@@ -30,7 +31,7 @@ def write(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -
     replace(path, lambda to: write_safetensors(to, held, {"format": "pt", KEY: digest_of(held)}))
 
 
-def read(path: str, note_name: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]:
     """Return the note of a file, unpacked, and its tensors.
 
     Args:
@@ -42,7 +43,7 @@ def read(path: str, note_name: str, what: str) -> tuple[dict[str, Any], dict[str
     tensors = read_safetensors(path, may_differ=False).tensors
     if note_name not in tensors:
         raise CheckpointError(f"{path} is not {what}.")
-    note: dict[str, Any] = unpack(json.loads(tensors.pop(note_name).numpy().tobytes()), tensors)
+    note: Json = unpack(json.loads(tensors.pop(note_name).numpy().tobytes()), tensors)
     return note, tensors
 
 
@@ -53,7 +54,7 @@ def slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Slot]]:
             yield f"{carrier.key}.{slot.container}.{slot.path}", slot
 
 
-def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None = None, stem: str = "t") -> Any:
+def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None = None, stem: str = "t") -> object:
     """Return a value as JSON takes it; tensors go to `tensors`.
 
     Args:

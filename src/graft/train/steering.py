@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from graft.inject.parts import registry_of
 from graft.methods.states import Positions
 from graft.methods.steering import Steering
 
-Inputs = Mapping[str, Any]  # arguments of the model's forward
+if TYPE_CHECKING:
+    from graft.core.protocols import Layer
+
+Inputs = Mapping[str, object]  # arguments of the model's forward
 
 
 def direction(differences: Tensor, how: Literal["mean", "pca"] = "mean") -> Tensor:
@@ -72,12 +75,12 @@ def steering_from(
         layer.steering_vector[adapter_name].copy_(vectors[key])
 
 
-def last_states(model: nn.Module, layers: Mapping[str, Any], inputs: Inputs) -> dict[str, Tensor]:
+def last_states(model: nn.Module, layers: Mapping[str, Layer], inputs: Inputs) -> dict[str, Tensor]:
     """Return what the layers give out at the last token of each row, (rows, H) in float32."""
     out: dict[str, Tensor] = {}
     positions = Positions.of(inputs.get("attention_mask"))
 
-    def note(key: str) -> Any:
+    def note(key: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_module: nn.Module, _args: object, y: Tensor) -> None:
             y = (y if isinstance(y, Tensor) else y[0]).float()
             if y.dim() > 2:

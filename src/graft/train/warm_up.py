@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +36,7 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
     mixers = {path: model.get_submodule(path) for path in dict.fromkeys(key.rpartition(".")[0] for key in ends)}
     if not mixers:
         raise ConfigError(f"The config targets no {A_LOG} or {X_PROJ} of a Mamba's mixer: there is nothing to find.")
-    parameters: dict[str, Any] = {path: mixer._parameters[A_LOG] for path, mixer in mixers.items()}
+    parameters = {path: mixer.get_parameter(A_LOG) for path, mixer in mixers.items()}
     before = {path: p.detach().clone() for path, p in parameters.items()}
     trained = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:

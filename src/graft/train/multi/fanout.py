@@ -26,7 +26,9 @@ class Fan:
         """Have these blocks, in this thread and in backward passes, get `copies` of what has so many rows."""
         thread = get_ident()
 
-        def repeat(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        def repeat(
+            _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        ) -> tuple[object, dict[str, object]] | None:
             if get_ident() != thread and torch._C._current_graph_task_id() == -1:
                 return None
             return repeated(args, rows, copies), repeated(kwargs, rows, copies)
@@ -71,13 +73,13 @@ def fan_of(base: nn.Module, hosts: Sequence[Host]) -> Fan | None:
     return Fan(list(blocks)[first:]) if first else None
 
 
-def alike(batches: Sequence[Mapping[str, Any]]) -> bool:
+def alike(batches: Sequence[Mapping[str, object]]) -> bool:
     """Return True if all batches are the same; on a device, for which nothing here waits, if their tensors are."""
     first, *others = batches
     return all(own.keys() == first.keys() and all(same(v, first[k]) for k, v in own.items()) for own in others)
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.is_cpu and b.is_cpu and a.dtype == b.dtype and torch.equal(a, b))
     return type(a) is type(b) and bool(a == b)

@@ -59,7 +59,7 @@ class Flat:
         assert row.value is not None
         self.vectors = [nn.Parameter(row.value.new_empty(0)) for _ in self.parameters]
         self.attach(row)
-        state: dict[Any, State] = {}
+        state: dict[nn.Parameter, State] = {}
         for own, vector in zip(self.parameters, self.vectors):
             state[vector] = joined([optimizer.state.get(p, {}) for p in own], own, vector)
         self._put(defaultdict(dict, {v: s for v, s in state.items() if s}), [[v] for v in self.vectors])
@@ -72,7 +72,7 @@ class Flat:
         except Unlike:
             return None
 
-    def _put(self, state: Any, groups: Sequence[list[Any]]) -> None:
+    def _put(self, state: defaultdict[Tensor, State], groups: Sequence[list[nn.Parameter]]) -> None:
         self.optimizer.state = state
         for group, own in zip(self.optimizer.param_groups, groups):
             group["params"] = own
@@ -90,9 +90,9 @@ class Flat:
         for vector in self.vectors:
             vector.grad, vector.data = None, vector.data.new_empty(0)
 
-    def state(self) -> Any:
+    def state(self) -> defaultdict[Tensor, State]:
         """Return the state by tensor, as views."""
-        found: Any = defaultdict(dict)
+        found: defaultdict[Tensor, State] = defaultdict(dict)
         for own, vector, size in zip(self.parameters, self.vectors, self.sizes):
             if vector in self.optimizer.state:
                 found.update(zip(own, split(self.optimizer.state[vector], own, size)))

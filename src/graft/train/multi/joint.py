@@ -6,12 +6,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
+from graft.train.multi.loader import Batch
 
 MASK = "attention_mask"
 TARGETS = ("start_positions", "end_positions")  # and all that has "label" in its name: no arguments of the pass
@@ -22,7 +23,7 @@ class Part(NamedTuple):
     """The batch of one adapter."""
 
     name: str
-    batch: dict[str, Any]
+    batch: Batch
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Arguments:
         named = frozenset(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
         return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in found), exact)
 
-    def among(self, batch: Mapping[str, object]) -> dict[str, Any]:
+    def among(self, batch: Mapping[str, object]) -> Batch:
         """Return what of a batch goes to the model: all that it names, but targets."""
         return {k: v for k, v in batch.items() if (self.others or k in self.names) and not is_target(k)}
 
@@ -57,7 +58,7 @@ class Shape(NamedTuple):
 
     rows: int
     tokens: int  # of a row; 1 if rows have none
-    alike: tuple[Any, ...]  # must be equal
+    alike: tuple[object, ...]  # must be equal
 
 
 def shape_of(part: Part, arguments: Arguments) -> Shape:
@@ -77,7 +78,7 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
         )
     lengths = [v.shape[1] for v in tensors.values() if v.dim() > 1]
     masked = arguments.exact and is_masked(given.get(MASK))
-    alike: list[tuple[Any, ...]] = [("masked", masked)]
+    alike: list[tuple[object, ...]] = [("masked", masked)]
     for key, value in sorted(given.items()):
         if key not in tensors:
             alike.append((key, number_of(value) if isinstance(value, Tensor) else repr(value)))
@@ -105,7 +106,7 @@ def number_of(value: Tensor) -> int | float:
 
 def groups(parts: Sequence[Part], arguments: Arguments, at_once: int) -> list[list[Part]]:
     """Divide parts into passes of batches that can share one, of up to `at_once` tokens with their padding."""
-    found: dict[tuple[Any, ...], list[list[Part]]] = {}
+    found: dict[tuple[object, ...], list[list[Part]]] = {}
     sizes: dict[int, tuple[int, int]] = {}  # rows and longest row, by group
     for part in parts:
         rows, tokens, alike = shape_of(part, arguments)
@@ -119,7 +120,7 @@ def groups(parts: Sequence[Part], arguments: Arguments, at_once: int) -> list[li
     return [group for passes in found.values() for group in passes]
 
 
-def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[dict[str, Any], Cut]:
+def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[Batch, Cut]:
     """Return the arguments of one pass for all parts, padded on the right with zeros, and the way back."""
     given = [arguments.among(part.batch) for part in parts]
     mains = [main_of(g) for g in given]
@@ -144,7 +145,7 @@ def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[dict[str, Any],
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds")  # whose tokens the output has, if they are there
 
 
-def main_of(given: Mapping[str, Any]) -> Tensor:
+def main_of(given: Batch) -> Tensor:
     """Return the argument that has the tokens: the first tensor that is no mask."""
     tensors = [v for k, v in given.items() if isinstance(v, Tensor) and v.dim() and k != MASK]
     return max(tensors, key=lambda t: t.dim() > 1) if tensors else given[MASK]
@@ -163,7 +164,7 @@ class Cut:
     rows: list[int]
     lengths: list[int]  # tokens of each part's rows
 
-    def of(self, output: Any) -> list[Any]:
+    def of(self, output: object) -> Sequence[object]:
         """Return for each part an output of the same kind, with its rows and without their padding.
 
         One split for all parts: its backward pass is one concatenation.
@@ -178,7 +179,7 @@ class Cut:
             return [type(output)([c[i] for c in several]) for i in range(len(self.rows))]
         return [output] * len(self.rows)
 
-    def _column(self, name: str, value: object) -> list[Any]:
+    def _column(self, name: str, value: object) -> Sequence[object]:
         return self._tensor(name, value) if isinstance(value, Tensor) else self.of(value)
 
     def _tensor(self, name: str, t: Tensor) -> list[Tensor]:
@@ -190,6 +191,6 @@ class Cut:
         return [p if n == longest else p[:, :n].contiguous() for p, n in zip(parts, self.lengths)]
 
 
-def make(like: Mapping[str, object], values: dict[str, object]) -> Any:
+def make(like: Mapping[str, object], values: dict[str, object]) -> object:
     """Return values as an output of the same class."""
     return type(like)(**values) if hasattr(like, "to_tuple") else dict(values)

@@ -29,7 +29,7 @@ class Loader:
         self.once = once or isinstance(data, Iterator)
         self.epoch, self.taken = 0, 0  # epochs begun before this one; batches of it
         self.began: States = draws.states  # when this epoch began
-        self._batches: Iterator[Any] | None = None
+        self._batches: Iterator[object] | None = None
 
     def next(self) -> Batch | None:
         """Return the next batch; None if the data has ended.
@@ -55,7 +55,7 @@ class Loader:
         self.taken += 1
         return dict(found)
 
-    def _here(self) -> Iterator[Any]:
+    def _here(self) -> Iterator[object]:
         """Return the iterator of this epoch, which draws at its first batch: that follows at once."""
         if self._batches is None:
             holder: Any

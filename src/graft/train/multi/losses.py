@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -15,6 +14,7 @@ from graft.core.errors import ConfigError
 from graft.inject.parts import Parts
 
 Loss = Callable[..., Tensor]  # of (the output of a run's rows, its batch): their mean, ()
+Outputs = Mapping[str, Tensor]
 HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 
 
@@ -27,8 +27,7 @@ def own_loss(model: nn.Module, parts: Parts, name: str) -> Loss:
     Raises:
         ConfigError: the model has none, or one that needs more than its output.
     """
-    config: Any = getattr(model, "config", None)
-    if hasattr(model, "prepare_decoder_input_ids_from_labels") and config.is_encoder_decoder:
+    if hasattr(model, "prepare_decoder_input_ids_from_labels") and model.config.is_encoder_decoder:
         return of_decoder
     kind = getattr(model, "loss_type", None) or ("ForCausalLM" if "LMHead" in type(model).__name__ else None)
     made = LOSSES.get(str(kind))
@@ -49,13 +48,13 @@ def labels_of(parts: Parts, adapter: str) -> int | None:
     return None
 
 
-def of_decoder(output: Any, batch: dict[str, Any], **_: object) -> Tensor:
+def of_decoder(output: Outputs, batch: Outputs, **_: object) -> Tensor:
     logits = output["logits"]
     return cross_entropy(logits.view(-1, logits.shape[-1]), batch["labels"].view(-1))
 
 
 def of_tokens(model: nn.Module, _: int | None) -> Loss:
-    def loss(output: Any, batch: dict[str, object], **items: object) -> Tensor:
+    def loss(output: Outputs, batch: Outputs, **items: object) -> Tensor:
         logits = output["logits"]
         return model.loss_function(logits=logits, labels=batch["labels"], vocab_size=logits.shape[-1], **items)
 
@@ -66,7 +65,7 @@ def of_labels(model: nn.Module, labels: int | None) -> Loss:
     """Return the loss of a classifier of samples or of tokens. Logits of labels that other heads have are left out."""
     tokens = model.loss_type == "ForTokenClassification"
 
-    def loss(output: Any, batch: dict[str, object], **_: object) -> Tensor:
+    def loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
         logits = output["logits"]
         if labels is not None and logits.shape[-1] > labels:
             logits = logits[..., :labels].contiguous()
@@ -79,14 +78,14 @@ def of_labels(model: nn.Module, labels: int | None) -> Loss:
 
 
 def of_spans(model: nn.Module, _: int | None) -> Loss:
-    def loss(output: Any, batch: dict[str, object], **_: object) -> Tensor:
+    def loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
         logits, places = (output["start_logits"], output["end_logits"]), ("start_positions", "end_positions")
         return model.loss_function(*logits, *(batch[p] for p in places))
 
     return loss
 
 
-LOSSES: dict[str, Callable[[Any, int | None], Loss]] = {
+LOSSES: dict[str, Callable[[nn.Module, int | None], Loss]] = {
     "ForCausalLM": of_tokens,
     "ForConditionalGeneration": of_tokens,
     "ForMaskedLM": of_tokens,

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,13 @@ from graft.train.multi.bank import Row
 from graft.train.multi.draws import Draws
 from graft.train.multi.flat import Flat, in_order, may_flatten
 from graft.train.multi.joint import Part
-from graft.train.multi.loader import Loader
+from graft.train.multi.loader import Batch, Loader
 from graft.train.multi.losses import Loss
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from graft.config.base import PeftConfig
 
 RUNNING, ENDED, STOPPED, FAILED = "running", "ended", "stopped", "failed"
 
@@ -66,12 +71,12 @@ class Run:
     def __init__(
         self,
         name: str,
-        config: Any,
+        config: PeftConfig,
         parameters: list[nn.Parameter],
         draws: Draws,
         loader: Loader,
         optimizer: Optimizer,
-        schedule: Any,
+        schedule: LRScheduler | None,
         loss: Loss,
         *,
         judge: Loss,
@@ -83,7 +88,7 @@ class Run:
         steps: int | None,
         accumulate: int,
         stop: Callable[[Run], bool] | None,
-        validation: Iterable[Any] | None,
+        validation: Iterable[object] | None,
         every: int | None,
     ):
         self.name, self.config, self.parameters = name, config, parameters
@@ -153,7 +158,7 @@ class Run:
         self._window = batch.get(WINDOW, self.accumulate)
         return Part(self.name, batch)
 
-    def loss_of(self, output: Any, batch: dict[str, Any], auxiliary: Tensor | float = 0.0) -> Tensor:
+    def loss_of(self, output: object, batch: Batch, auxiliary: Tensor | float = 0.0) -> Tensor:
         """Return what is to be differentiated: the loss of a batch, over the number of batches of a step.
 
         auxiliary: what the adapter itself adds.
@@ -252,7 +257,7 @@ class Run:
             held = {id(p): None if g is None else g.to(p.device) for p, g in zip(self.parameters, gradients)}
             self._sums = [held[id(p)] for p in self.order]
 
-    def optimizer_state(self) -> dict[str, Any]:
+    def optimizer_state(self) -> dict[str, object]:
         """Return the `state_dict` of the optimizer, by parameter."""
         with nullcontext() if self._flat is None else self._flat.apart():
             return self.optimizer.state_dict()
@@ -284,7 +289,7 @@ class Run:
         return self.tokens / seconds if seconds else 0.0
 
 
-def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+def settings_of(optimizer: Optimizer) -> list[dict[str, object]]:
     """Return the settings of an optimizer's groups of parameters, and how many each has."""
     return [
         {"parameters": len(group["params"]), **{k: v for k, v in group.items() if k != "params"}}

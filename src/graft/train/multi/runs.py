@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ from graft.train.multi.loader import Loader
 from graft.train.multi.losses import Loss, own_loss
 from graft.train.multi.run import ENDED, RUNNING, STOPPED, Run, Valid
 from graft.train.multi.trainer import Description
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import Trainer
 
 AT_ONCE = 4096  # tokens of a pass: more at once are no faster on a CPU
 
@@ -145,7 +149,7 @@ class MultiTrain:
         *,
         data: Iterable[object] | None = None,
         optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.AdamW,
-        schedule: Callable[[Optimizer], object] | None = None,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
         loss: Loss | None = None,
         clip: float | None = None,
         steps: int | None = None,
@@ -155,7 +159,7 @@ class MultiTrain:
         valid: Iterable[object] | None = None,
         every: int | None = None,
         heads: dict[str, nn.Module] | Callable[[], dict[str, nn.Module]] | None = None,
-        trainer: object = None,
+        trainer: Trainer | None = None,
     ) -> Run:
         """Add a run. It gets what a program of its own would that began with `torch.manual_seed(seed)`, made the
         adapter and then the optimizer, and went through `data`.
@@ -268,7 +272,7 @@ class MultiTrain:
                 raise
             return None
 
-    def _inject(self, name: str, config: PeftConfig | None, heads: Any) -> bool:
+    def _inject(self, name: str, config: PeftConfig | None, heads: dict[str, nn.Module] | None) -> bool:
         """Put the adapter of a run on the model, if it is not there; return True if it was not."""
         here = self.model is not None and name in self.model.peft_config
         if config is None:
@@ -453,7 +457,7 @@ class MultiTrain:
         self._pass(group[:half])
         self._pass(group[half:])
 
-    def _outputs(self, group: Sequence[Part], fan: Fan | None) -> tuple[list[Any], list[int]]:
+    def _outputs(self, group: Sequence[Part], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
         """Return the output for each part, and how many tokens it has. fan: as `_fanned` gives it."""
         arguments, cut = joined(group if fan is None else group[:1], self.arguments)
         copies = 1 if fan is None else len(group)
@@ -531,7 +535,7 @@ class MultiTrain:
             progress: show a table of the runs.
             save: a folder to `save` to, every `every` rounds and at the end.
         """
-        shown: AbstractContextManager[Any] = nullcontext()
+        shown: AbstractContextManager[Progress | None] = nullcontext()
         if progress:
             from graft.train.multi.table import Progress
 
@@ -612,7 +616,7 @@ def mixing_in(base: nn.Module, without: set[int], base_in_eval: bool) -> list[st
     return found
 
 
-def check_settings(name: str, **settings: Any) -> None:
+def check_settings(name: str, **settings: float | None) -> None:
     """Raise ConfigError for a setting that is not a positive number; counts are integers."""
     for key, value in settings.items():
         kinds = (int, float) if key == "clip" else (int,)

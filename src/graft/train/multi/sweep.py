@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from graft.train.multi.run import FAILED, Run, Valid
 from graft.train.multi.runs import AT_ONCE, MultiTrain
 from graft.train.multi.search import Asha, Setting, best_of, budgets, kept_of, settings_in
 from graft.train.multi.table import Progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TABLE = "sweep.json"
 Rows = list[Json]
@@ -79,7 +82,7 @@ class Sweep:
         """The table: name, setting, steps, validation loss and state, best first."""
         return [{"name": t.name, **t.setting, "steps": t.steps, "loss": t.loss, "state": t.state} for t in self.ranked]
 
-    def table(self) -> Any:
+    def table(self) -> Table:
         """Return `rows` as a table of rich, to print."""
         from rich.table import Table
 
@@ -102,7 +105,7 @@ def sweep(
     config: PeftConfig,
     space: Mapping[str, object],
     *,
-    data: Any,
+    data: Iterable[object] | Callable[[Setting], Iterable[object]],
     valid: Iterable[object],
     steps: int,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
@@ -120,7 +123,7 @@ def sweep(
     at_once: int = AT_ONCE,
     exact: bool = True,
     base_in_eval: bool = False,
-    **options: Any,
+    **options: object,
 ) -> Sweep:
     """Train many settings of an adapter together, and drop the worse ones on the way (successive halving, arXiv
     1502.07943): each rung has 1 / `keep` times the steps of the one before and `keep` of its settings.
@@ -186,8 +189,8 @@ def begin(
     trial: Trial,
     *,
     config: PeftConfig,
-    data: Any,
-    optimizer: Any,
+    data: Iterable[object] | Callable[[Setting], Iterable[object]],
+    optimizer: Callable[..., torch.optim.Optimizer],
     steps: int,
     options: Json,
 ) -> Run:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graft.train.multi.run import Run
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 COLUMNS = ("run", "step", "loss", "validation", "lr", "gradient", "tokens/s", "state")
@@ -52,7 +53,10 @@ class Progress:
     """
 
     def __init__(
-        self, runs: Callable[[], Iterable[Run]], console: Any = None, clock: Callable[[], float] = time.monotonic
+        self,
+        runs: Callable[[], Iterable[Run]],
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         from rich.console import Console
         from rich.live import Live

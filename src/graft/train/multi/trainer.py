@@ -9,14 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
 from graft.train.multi.draws import Draws
+from graft.train.multi.loader import Batch
 from graft.train.multi.losses import Loss
 from graft.train.multi.run import WINDOW
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import DataLoader
+    from transformers import Trainer
 
 ITEMS = "num_items_in_batch"  # of all batches of a step, which Trainer counts
 
@@ -31,7 +38,7 @@ class Description:
         ConfigError: it has an optimizer already, which holds the parameters of its own model.
     """
 
-    def __init__(self, name: str, trainer: Any):
+    def __init__(self, name: str, trainer: Trainer):
         if trainer.optimizer is not None or trainer.lr_scheduler is not None:
             raise ConfigError(
                 f"Run '{name}': the Trainer has an optimizer already, of its own model's parameters. Make another "
@@ -53,13 +60,13 @@ class Description:
             return int(self.args.max_steps)
         return math.ceil(self.args.num_train_epochs * max(1, math.ceil(len(data.loader) / self.accumulate)))
 
-    def optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> Any:
+    def optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> Optimizer:
         """Make the optimizer of these parameters of a model."""
         trainer = self.trainer
         with only(model, parameters), standing_for(trainer, model):
             return trainer.create_optimizer()
 
-    def schedule(self, optimizer: Any, steps: int) -> Any:
+    def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         return self.trainer.create_scheduler(steps, optimizer)
 
     def loss(self, model: nn.Module, own: Loss | None) -> Loss:
@@ -67,9 +74,9 @@ class Description:
 
         own: the model's own loss, of the rows of one run; None: it has none.
         """
-        trainer = self.trainer
+        trainer: Any = self.trainer
 
-        def loss(output: Any, batch: dict[str, Any]) -> Tensor:
+        def loss(output: object, batch: Batch) -> Tensor:
             given = {k: v for k, v in batch.items() if k not in (ITEMS, WINDOW)}
             items = batch[ITEMS]
             stands = StandIn(model, self.name, type(trainer).__name__, output, given, own)
@@ -86,10 +93,10 @@ class Description:
 class Windows:
     """The batches of a Trainer's loader, each with the number of those of its step and of their items."""
 
-    def __init__(self, trainer: Any, loader: Any, accumulate: int):
+    def __init__(self, trainer: Trainer, loader: DataLoader, accumulate: int):
         self.trainer, self.loader, self.accumulate = trainer, loader, accumulate
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         while True:
             window, items = self.trainer.get_batch_samples(batches, self.accumulate, self.trainer.args.device)
@@ -106,11 +113,11 @@ class Windows:
 class StandIn:
     """Stands for the model in `compute_loss`: gives what a joint pass has computed for the run's batch, once."""
 
-    def __init__(self, model: nn.Module, run: str, trainer: str, output: Any, batch: dict[str, Any], own: Loss | None):
+    def __init__(self, model: nn.Module, run: str, trainer: str, output: Any, batch: Batch, own: Loss | None):
         self._model, self._who, self._output, self._batch, self._own = model, (run, trainer), output, batch, own
         self.called = False
 
-    def __call__(self, **inputs: Any) -> Any:
+    def __call__(self, **inputs: object) -> object:
         run, trainer = self._who
         other = [k for k, v in inputs.items() if k not in (ITEMS, "return_dict") and v is not self._batch.get(k)]
         if self.called or other:
@@ -145,7 +152,7 @@ def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def standing_for(trainer: Any, model: nn.Module) -> Iterator[None]:
+def standing_for(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     """Have a Trainer's model be this one within the block."""
     before, trainer.model = trainer.model, model
     try:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from graft.config.reading import read_object
+from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.base import BaseFiles, base_files
 from graft.files.tensors import Tensor
@@ -22,7 +22,7 @@ COMPONENTS = ("unet", "transformer", "text_encoder")  # of a pipeline, that adap
 PACKED = {"mxfp4": "mxfp4", "fp8": "fp8", "bitsandbytes": "nf4"}  # quant_method of a config → format
 
 
-def packing(config: Mapping[str, Any]) -> str | None:
+def packing(config: Json) -> str | None:
     """Return the format of weights, as of `budget`, that a model's config.json says; None for none, or another."""
     said = config.get("quantization_config") or {}
     return None if said.get("load_in_8bit") else PACKED.get(str(said.get("quant_method")))
@@ -68,11 +68,11 @@ class Skeleton:
     """A model of which names and shapes are known, and values only of some tensors."""
 
     path: str
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Json = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
-    adapters: Mapping[str, Any] = field(default_factory=dict)  # configs of those that it carries, by name
+    adapters: Mapping[str, object] = field(default_factory=dict)  # configs of those that it carries, by name
     model: nn.Module | None = None  # itself, if it is there
 
 
@@ -106,7 +106,7 @@ def wider(base: object) -> Skeleton | None:
     return Skeleton(base.path, base.config, made.shapes | base.shapes, modules, base.tensors)
 
 
-def from_config(path: str, config: Mapping[str, Any]) -> Skeleton:
+def from_config(path: str, config: Json) -> Skeleton:
     """Return the model that a config describes, built on the meta device by its library.
 
     Raises:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files import names
 from graft.files.bases import base_of, wider
-from graft.files.formats import Base, is_model, module_of, read, recognise
+from graft.files.formats import Base, Format, is_model, module_of, read, recognise
 from graft.files.holding import PEFT, fit, one_scale
 from graft.files.lycoris import as_peft
 from graft.files.neutral import AdapterFile
@@ -120,7 +119,9 @@ def read_for(source: str, base: Base | None, to: str) -> AdapterFile:
     return as_peft(adapter, base) if to == "peft" else adapter
 
 
-def written(adapter: AdapterFile, form: Any, target: str, base: Base | None, lossy: bool, dry_run: bool) -> list[str]:
+def written(
+    adapter: AdapterFile, form: Format, target: str, base: Base | None, lossy: bool, dry_run: bool
+) -> list[str]:
     """Write an adapter, whole or not at all; return what was lost."""
     with appearing(target, not dry_run) as made:
         lost: list[str] = form.write(adapter, made, base, lossy)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
 from graft.files import algebra
 from graft.files.algebra import Svd
@@ -121,7 +122,7 @@ def extract(
     return made
 
 
-def tie(adapter: AdapterFile, config: Mapping[str, Any]) -> None:
+def tie(adapter: AdapterFile, config: Json) -> None:
     """Give the head of a model for generation the change of its embedding: files hold both."""
     if not any(kind.endswith(("LMHeadModel", "ForCausalLM")) for kind in config.get("architectures") or ()):
         return
@@ -262,7 +263,7 @@ def is_conv1d(config: Mapping[str, object]) -> bool:
     return config.get("model_type") in CONV1D
 
 
-def shaped(kind: Any, delta: np.ndarray, turned: bool) -> LowRank:
+def shaped(kind: Kind, delta: np.ndarray, turned: bool) -> LowRank:
     """Return empty factors whose shapes say how those of `delta` shall stand."""
     shape = delta.shape[::-1] if turned else delta.shape
 

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from graft.files.neutral import AdapterFile, Other
+from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import tensor
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def as_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFile:
 
 
 def ia3(adapter: AdapterFile, base: Base | None) -> AdapterFile:
-    modules: dict[str, Any] = {}
+    modules: dict[str, LowRank | Other] = {}
     of_inputs = []
     for path, m in adapter.modules.items():
         on_input = bool(m.tensors["on_input"].read().reshape(-1)[0])  # type: ignore[union-attr]
@@ -77,7 +77,7 @@ def lokr(adapter: AdapterFile, base: Base | None) -> AdapterFile:
         None,
     )  # fmt: skip
     if factor is None:
-        modules: dict[str, Any] = {
+        modules: dict[str, LowRank | Other] = {
             path: Other("LoKr of several factors", m.tensors, m.scale)
             for path, m in adapter.modules.items()
             if isinstance(m, Other)

@@ -7,16 +7,19 @@ import errno
 import os
 import pickle
 import zipfile
-from typing import Any
+from typing import TYPE_CHECKING
 
 from graft.config.atomic import replace
 from graft.core.errors import CheckpointError
 from graft.files.tensors import NUMPY, Tensor
 
+if TYPE_CHECKING:
+    import torch
+
 LOOKED_AT = 2**22  # bytes of a pickle, in which names are looked for
 
 
-def read_torch(path: str | os.PathLike[str]) -> Any:
+def read_torch(path: str | os.PathLike[str]) -> object:
     """Return what a file of torch.save holds: torch's own tensors, in dicts and lists.
 
     Raises:
@@ -34,7 +37,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path} is damaged, or no file of torch.save: {e}") from None
 
 
-def write_torch(path: str, held: Any) -> None:
+def write_torch(path: str, held: object) -> None:
     """Write a file of torch.save, which appears whole.
 
     Raises:
@@ -51,7 +54,7 @@ def write_torch(path: str, held: Any) -> None:
     replace(path, save)
 
 
-def tensors_of(held: Any, path: str) -> dict[str, Tensor]:
+def tensors_of(held: object, path: str) -> dict[str, Tensor]:
     """Return a dict of torch's tensors as those of files.
 
     Raises:
@@ -66,7 +69,7 @@ def tensors_of(held: Any, path: str) -> dict[str, Tensor]:
     return {key: from_torch(t, f"'{key}' in {path}") for key, t in held.items()}
 
 
-def from_torch(t: Any, what: str) -> Tensor:
+def from_torch(t: torch.Tensor, what: str) -> Tensor:
     import torch
 
     t = t.detach().cpu().contiguous()
@@ -81,7 +84,7 @@ def from_torch(t: Any, what: str) -> Tensor:
     return Tensor(tuple(t.shape), name, values.tobytes)
 
 
-def to_torch(t: Tensor) -> Any:
+def to_torch(t: Tensor) -> torch.Tensor:
     """Return a tensor of a file as torch's own, of the same dtype."""
     import torch
 

@@ -42,7 +42,7 @@ def is_served(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def as_trained(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: Base | None, what: str
+    tensors: Mapping[str, Tensor], config: Json, base: Base | None, what: str
 ) -> tuple[dict[str, Tensor], Json]:
     """Return tensors and config of a file as PEFT has them.
 

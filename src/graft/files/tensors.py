@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graft.config.atomic import Write
 from graft.config.atomic import replace as put_in_place
@@ -27,6 +27,7 @@ NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
+Bytes = bytes | memoryview
 LARGEST = 100_000_000  # bytes: safetensors reads no longer header
 
 
@@ -42,7 +43,7 @@ class Tensor:
 
     shape: tuple[int, ...]
     dtype: str
-    load: Callable[[], Any]
+    load: Callable[[], Bytes]
 
     @property
     def nbytes(self) -> int:

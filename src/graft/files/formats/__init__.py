@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 from graft.config.pair import CONFIG_NAME
+from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
@@ -39,7 +40,7 @@ class Base(Protocol):
     @property
     def path(self) -> str: ...
     @property
-    def config(self) -> Mapping[str, Any]: ...  # config.json
+    def config(self) -> Json: ...  # config.json
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # "model.layers.0.mlp.up_proj.weight" → its shape
     @property

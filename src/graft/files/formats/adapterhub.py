@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -134,7 +133,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     lost = held.lost
     fields: Json = {"selfattn_lora": False, "intermediate_lora": False, "output_lora": False}
     letters: set[str] = set()
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, object] = {}
     strange = []
     for module, m in modules.items():
         place = place_of(module)

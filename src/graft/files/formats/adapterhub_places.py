@@ -28,12 +28,12 @@ FUSED = re.compile(r"(?P<place>.+?)\.adapter_fusion_layer\.[^.]+\.(?P<leaf>(quer
 RULE = re.compile(r"(?:.+\.)?shared_parameters\.(?P<name>[^.]+)\.phm_rule")
 SUBLAYER = re.compile(r"\.block\.\d+\.layer\.(\d)$")  # T5's
 # their fields that graft's config lacks, and the values that it stands for
-ONLY: dict[str, tuple[Any, ...]] = {
+ONLY: dict[str, tuple[object, ...]] = {
     "ln_after": (False,), "adapter_residual_before_ln": (False,), "factorized_phm_W": (True, None),
     "shared_W_phm": (False, None), "shared_phm_rule": (True, None), "factorized_phm_rule": (False, None),
     "phm_rank": (1, None), "phm_bias": (True, None),
 }  # fmt: skip
-FUSION: dict[str, tuple[Any, ...]] = {
+FUSION: dict[str, tuple[object, ...]] = {
     "query": (True,), "key": (True,), "query_before_ln": (False,), "residual_before": (False,), "temperature": (False,),
 }  # fmt: skip
 NORMS = {"original_ln_before": False, "original_ln_after": True, "residual_before_ln": True}  # and their defaults

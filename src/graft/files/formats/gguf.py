@@ -251,7 +251,7 @@ def add(gguf: ModuleType, writer: Any, name: str, t: Tensor) -> None:
     if t.dtype not in DTYPES:
         t = tensor(t.read().astype("f4"), "F32")
     if t.dtype == "BF16":
-        values: Any = np.frombuffer(t.load(), "u1").reshape(*t.shape[:-1], 2 * t.shape[-1])
+        values = np.frombuffer(t.load(), "u1").reshape(*t.shape[:-1], 2 * t.shape[-1])
         writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.BF16)
         return
     values = np.frombuffer(t.load(), "<f4" if t.dtype == "F32" else "<f2").reshape(t.shape)

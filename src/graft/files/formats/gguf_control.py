@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base
 from graft.files.neutral import AdapterFile, Other
 from graft.files.tensors import Tensor, tensor
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 ARCHITECTURE = "controlvector"
 DIRECTION = re.compile(r"direction\.(\d+)")
@@ -52,7 +55,7 @@ def read(path: str, fields: dict[str, object], tensors: Mapping[str, Tensor], ba
 
 
 def write(
-    adapter: AdapterFile, path: str, base: Base | None, lossy: bool, gguf: Any, add: Callable[..., None]
+    adapter: AdapterFile, path: str, base: Base | None, lossy: bool, gguf: ModuleType, add: Callable[..., None]
 ) -> list[str]:
     """Write steering vectors times their coefficient, each under the number of its block.
 

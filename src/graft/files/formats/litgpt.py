@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -115,7 +114,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def parts(
-    path: str, name: str, A: Tensor, B: Tensor, r: int, run: Mapping[str, Any], model: Mapping[str, Any]
+    path: str, name: str, A: Tensor, B: Tensor, r: int, run: Json, model: Json
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the factors of q, k and v, as far as the run adapted them."""
     rows = rows_of(model)
@@ -161,7 +160,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     held = fit(adapter, HOLDS, NAME, lossy)
     rows, lost = rows_of(model), held.lost
     blocks: dict[str, dict[str, LowRank]] = {}
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, object] = {}
     flags = dict.fromkeys((*QKV.values(), "lora_projection", "lora_mlp", "lora_head"), False)
     strange = []
     for module, m in held.adapter.low_rank.items():

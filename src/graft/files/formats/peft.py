@@ -273,12 +273,12 @@ def take_lora(
     out.modules[path] = made
 
 
-def blocks_of(config: Mapping[str, Any]) -> list[str]:
+def blocks_of(config: Json) -> list[str]:
     held = config["use_bdlora"]
     return [*(held.get("target_modules_bd_a") or ()), *(held.get("target_modules_bd_b") or ())]
 
 
-def numbers_at(config: Mapping[str, Any], path: str, name: str) -> tuple[int, float]:
+def numbers_at(config: Json, path: str, name: str) -> tuple[int, float]:
     """Return rank and alpha of a module."""
     held: list[Any] = []
     for field, patterns in (("r", "rank_pattern"), (name, "alpha_pattern")):
@@ -297,9 +297,7 @@ def numbers_at(config: Mapping[str, Any], path: str, name: str) -> tuple[int, fl
 # experts: factors of parameters, of which a module may have several
 
 
-def parameter_at(
-    config: Mapping[str, Any], raw: str, every: Iterable[str], A: Tensor, B: Tensor, base: Base | None
-) -> str | None:
+def parameter_at(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Tensor, base: Base | None) -> str | None:
     """Return the name of the parameter that a pair of factors belongs to; None if they belong to a module.
 
     Raises:
@@ -330,7 +328,7 @@ def as_held(names: list[str]) -> list[str]:
     return sorted(names, key=FIRST.index) if known else names
 
 
-def is_target(config: Mapping[str, Any], path: str) -> bool:
+def is_target(config: Json, path: str) -> bool:
     """Return True if `target_modules` selects a module."""
     targets = config.get("target_modules")
     if isinstance(targets, str):

@@ -11,10 +11,10 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from graft.config.atomic import replace, write_text
-from graft.config.reading import read_object
+from graft.config.reading import Json, read_object
 from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base
@@ -22,6 +22,9 @@ from graft.files.holding import Holds, fit
 from graft.files.neutral import AdapterFile, Other
 from graft.files.pickles import from_torch, read_torch, tensors_of, to_torch, write_torch
 from graft.files.tensors import Tensor
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "pyreft"
 CONFIG = "config.json"
@@ -90,7 +93,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def places_of(path: str, fields: Mapping[str, Any]) -> list[Place]:
+def places_of(path: str, fields: Json) -> list[Place]:
     """Return where the interventions of a config stand, in its order."""
     representations, types = fields["representations"], fields["intervention_types"]
     keys = fields.get("sorted_keys")
@@ -137,7 +140,7 @@ def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
     return found
 
 
-def turned(held: Mapping[str, Tensor]) -> Any:
+def turned(held: Mapping[str, Tensor]) -> torch.Tensor:
     """Return R.T (H, r) of torch's parametrization."""
     parts = {name: to_torch(held[f"{TURNED}.{name}"]) for name in ("original", "0.base")}
     layer = parametrized(*parts["original"].shape)
@@ -145,7 +148,7 @@ def turned(held: Mapping[str, Tensor]) -> Any:
     return layer.weight.detach()
 
 
-def parametrized(*shape: int) -> Any:
+def parametrized(*shape: int) -> torch.nn.Module:
     """Return a module whose weight, of this shape, torch keeps orthonormal."""
     import torch
 
@@ -154,7 +157,7 @@ def parametrized(*shape: int) -> Any:
     return torch.nn.utils.parametrizations.orthogonal(made)
 
 
-def kept(kind: str, A: Mapping[str, Any], R: Any) -> dict[str, Any]:
+def kept(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what a class of pyreft keeps in its file, of A's weight and bias, and R (r, H)."""
     import torch
 
@@ -169,7 +172,7 @@ def kept(kind: str, A: Mapping[str, Any], R: Any) -> dict[str, Any]:
     return held | {f"rotate_layer.{name}": t for name, t in layer.state_dict().items()}
 
 
-def positions(path: str, fields: Mapping[str, Any], units: int) -> dict[str, Any]:
+def positions(path: str, fields: Json, units: int) -> Json:
     """Return the fields of ReftConfig that pyreft's files lack: those that graft wrote there, or defaults."""
     ours = fields.get(OURS)
     if isinstance(ours, dict):

@@ -11,7 +11,6 @@ import json
 import os
 import re
 from dataclasses import replace as with_
-from typing import Any
 
 from graft.config.atomic import replace, write_text
 from graft.config.reading import read_object
@@ -146,7 +145,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         lost += [f"no name in torchtune: {module}" for module in strange]
         if not lossy or len(strange) == len(names):
             raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, object] = {}
     modules = {module: m for module, m in held.adapter.low_rank.items() if names[module]}
     for module, m in modules.items():
         heads = heads_of(module, adapter, base)

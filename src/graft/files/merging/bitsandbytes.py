@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.base import BaseFiles
 from graft.files.merging.held import Held
@@ -28,7 +28,7 @@ class Form(Held):
 
     def __init__(self, base: BaseFiles, config: Mapping[str, object]):
         super().__init__(base)
-        self.states: dict[str, dict[str, Any]] = {}
+        self.states: dict[str, Json] = {}
         for key in base.tensors:
             name, found, _ = key.partition(STATE)
             if found:

@@ -6,11 +6,11 @@ The quantized tensor `x.weight` stands beside `x.weight_scale_inv`, by which its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from graft.config.reading import Json
 from graft.core.errors import UnsupportedLayerError
 from graft.files.base import BaseFiles
 from graft.files.merging.held import Held
@@ -25,7 +25,7 @@ CODES = ("F8_E4M3", "F8_E5M2")
 class Form(Held):
     form = "fp8"
 
-    def __init__(self, base: BaseFiles, config: Mapping[str, Any]):
+    def __init__(self, base: BaseFiles, config: Json):
         super().__init__(base)
         block = config.get("weight_block_size")
         self.block = (int(block[0]), int(block[1])) if block else None
@@ -52,14 +52,14 @@ class Form(Held):
         W, scale = of_file(parts[name]).float(), factors(of_file(parts[f"{name}{SCALE}"]))
         return W.mul_(self._spread(scale, W.shape))
 
-    def _sizes(self, scale: torch.Tensor, shape: Any) -> tuple[int, int]:
+    def _sizes(self, scale: torch.Tensor, shape: Sequence[int]) -> tuple[int, int]:
         """Return the rows and columns of a block."""
         if self.block is not None and scale.shape == tuple(-(-n // b) for n, b in zip(shape, self.block)):
             return self.block
         rows, columns = scale.shape if scale.dim() == 2 else (1, 1)
         return -(-shape[0] // rows), -(-shape[1] // columns)
 
-    def _spread(self, scale: torch.Tensor, shape: Any) -> torch.Tensor:
+    def _spread(self, scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         if scale.numel() == 1:
             return scale.reshape(1, 1)
         rows, columns = self._sizes(scale, shape)

@@ -7,7 +7,7 @@ no code 0, `x.weight_zero_point`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ ENDS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_
 class Form(Held):
     form = "compressed-tensors"
 
-    def __init__(self, base: BaseFiles, config: Mapping[str, Any]):
+    def __init__(self, base: BaseFiles, config: Json):
         super().__init__(base)
         kinds = {g.get("format") or config.get("format") for g in (config.get("config_groups") or {}).values()}
         strange = kinds - {"pack-quantized", "int-quantized", "naive-quantized", "float-quantized", None}
@@ -52,7 +52,7 @@ class Form(Held):
             shape = f"{stem}.weight_shape"
             self.shapes[name] = tuple(int(n) for n in of_file(base.tensors[shape])) if shape in parts else codes.shape
 
-    def _check(self, name: str, parts: list[str], config: Mapping[str, Any]) -> None:
+    def _check(self, name: str, parts: list[str], config: Json) -> None:
         if f"{name}_g_idx" in parts:
             raise UnsupportedLayerError(
                 f"'{name}' has groups in an order of its own (g_idx), which merging cannot read."
@@ -129,7 +129,7 @@ def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
-def spread(scale: torch.Tensor, shape: Any) -> torch.Tensor:
+def spread(scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Return scales (1), (rows, 1), (rows, groups) or of blocks over a weight."""
     if scale.numel() == 1:
         return scale.reshape(1, 1)

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files.errors import LossError, OptionError
 from graft.files.merging.numbers import wide
@@ -41,7 +41,7 @@ class Change:
     param: str
     fold: Callable[[torch.Tensor, Read], torch.Tensor]
     shape: tuple[int, ...]
-    of: tuple[Any, ...] = ()
+    of: tuple[object, ...] = ()
     new: bool = False
 
 
@@ -52,7 +52,7 @@ class Job:
     adapter: AdapterFile
     weight: float
     places: Places
-    config: Mapping[str, Any]  # the base's
+    config: Json  # the base's
     stacked: Callable[[str], bool]  # path of a parameter → its matrices are stored (in, out)
     kinds: Mapping[str, torch.dtype]  # of the checkpoint's floating tensors
     read: Callable[[str], torch.Tensor]  # the checkpoint's own value, in new memory
@@ -136,7 +136,7 @@ class Shift:
         kind: dtype of the base's weight, to which training had it rounded.
     """
 
-    def __init__(self, held: LowRank, config: Mapping[str, Any], kind: torch.dtype | None):
+    def __init__(self, held: LowRank, config: Json, kind: torch.dtype | None):
         assert held.shift is not None
         self.A, self.B = held.shift
         self.sample = held.extra.get("lora_shift.sample")
@@ -203,7 +203,9 @@ def flat(shape: tuple[int, ...]) -> int:
     return n
 
 
-def parts(held: LowRank, spot: Spot, view: Any, W: torch.Tensor, own: Read) -> Any:
+def parts(
+    held: LowRank, spot: Spot, view: Callable[[torch.Tensor], torch.Tensor], W: torch.Tensor, own: Read
+) -> Iterator[tuple[torch.Tensor, Callable[..., torch.Tensor], torch.Tensor, torch.Tensor]]:
     """Yield each matrix (out, fan_in) of a weight, what returns the checkpoint's own, and the factors A and B."""
     A, B = wide(held.A), wide(held.B)
     if held.kind != "experts":

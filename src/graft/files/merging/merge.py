@@ -31,6 +31,7 @@ from graft.files.merging.skeleton import skeleton
 from graft.files.merging.stream import Out, Workplace
 from graft.files.merging.ties import Tied, tied_groups
 from graft.files.neutral import AdapterFile, LowRank
+from graft.files.tensors import Bytes
 
 CERTIFICATE = "merge.json"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -123,7 +124,7 @@ def merge(
     return account
 
 
-def locals_of(*options: object) -> list[Any]:
+def locals_of(*options: object) -> list[object]:
     return [list(o) if isinstance(o, Sequence) and not isinstance(o, str) else o for o in options]
 
 
@@ -139,7 +140,7 @@ def check_apart(base: str, output: str, adapters: Sequence[str]) -> None:
 
 def key_of(base: BaseFiles, adapters: Iterable[str | os.PathLike[str]], options: list[object]) -> str:
     """Return a digest of all that an output depends on: the inputs by size and time, and the options."""
-    seen: list[Any] = [options]
+    seen: list[object] = [options]
     for path in (base.path, *[os.fspath(a) for a in adapters]):
         for name in sorted(inputs(path)):
             stat = os.stat(name)
@@ -272,7 +273,7 @@ class Work:
             return Out(key, self.dtype, held.shape, partial(self._cast, key, self.dtype))
         return Out(key, held.dtype, held.shape, lambda: (held.load(), None))
 
-    def _cast(self, key: str, dtype: str) -> tuple[Any, None]:
+    def _cast(self, key: str, dtype: str) -> tuple[Bytes, None]:
         return to_bytes(self._stored(key, self.held.read(key), dtype)), None
 
     def _edited(self, key: str) -> Out:
@@ -308,7 +309,7 @@ class Work:
                 raise NonFiniteError(f"Merged, '{change.param}' holds NaN or infinite numbers: an adapter is broken.")
         return W
 
-    def _fold(self, key: str, dtype: str) -> tuple[Any, Json | None]:
+    def _fold(self, key: str, dtype: str) -> tuple[Bytes, Json | None]:
         exact = self._exact(key)
         stored = self._stored(key, exact, dtype)
         return to_bytes(stored), self._row(key, exact, stored)
@@ -330,7 +331,7 @@ class Work:
         return measured(before, exact, stored)
 
     @torch.no_grad()
-    def _repack(self, name: str, key: str) -> tuple[Any, Json | None]:
+    def _repack(self, name: str, key: str) -> tuple[Bytes, Json | None]:
         exact = self._exact(name)
         made = self.held.pack(name, exact)
         row = None

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from graft.config.atomic import exchange, replace, sync, write_text
 from graft.config.reading import Json
 from graft.files.errors import OutputExistsError
 from graft.files.output import is_adapter
-from graft.files.tensors import BITS
+from graft.files.tensors import BITS, Bytes
 
 STATE = ".graft-merge"
 METADATA = {"format": "pt"}
@@ -36,7 +35,7 @@ class Out:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    make: Callable[[], tuple[Any, Json | None]]
+    make: Callable[[], tuple[Bytes, Json | None]]
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +55,9 @@ def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
     digest, rows = hashlib.sha256(), list[Json]()
     part = f"{path}.part"
     with open(part, "wb") as f:
-        for held in (len(text).to_bytes(8, "little"), text):
-            f.write(held)
-            digest.update(held)
+        for head in (len(text).to_bytes(8, "little"), text):
+            f.write(head)
+            digest.update(head)
         for out in order:
             held, row = out.make()
             assert len(held) == out.nbytes, out.name

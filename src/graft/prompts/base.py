@@ -39,7 +39,7 @@ class Prompt(nn.Module):
         words: the base model's word embeddings, if it has any.
     """
 
-    config: ClassVar[Any]  # its PeftConfig class
+    config: ClassVar[type[PromptLearningConfig]]  # its PeftConfig class
     arguments: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward for `forward` (or `own_loss`) here
     in_decoder: ClassVar[bool] = False  # an encoder-decoder gets tokens in its decoder as well
     has_own_loss: ClassVar[bool] = False

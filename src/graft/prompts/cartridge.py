@@ -54,7 +54,7 @@ class CartridgeEncoder(Prompt):
     def embedding(self) -> CartridgeEncoder:  # for `encoder.embedding.weight`, which other encoders have
         return self
 
-    def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
+    def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
         return pick(self.weight, indices)
 
     def restore(self, name: str, value: Tensor) -> None:

@@ -96,7 +96,7 @@ class CPTEmbedding(Prompt):
         norm, radius = delta.norm(dim=1), self.radius()
         delta.mul_(torch.where(norm > 0, radius / torch.maximum(norm, radius), 1)[:, None])
 
-    def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
+    def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
         self.project()
         return pick(self.embedding.weight, indices) + pick(self.delta_embedding.weight, indices)
 

@@ -62,7 +62,7 @@ def _given(stack: Stack, names: list[str], args: tuple, kwargs: dict[str, object
     return given
 
 
-def leave(stack: Stack, module: nn.Module, args: tuple, output: Any) -> Any:
+def leave(stack: Stack, module: nn.Module, args: tuple, output: Any) -> object:
     """Cut the prompt, or a cache that holds nothing else, from the output: the hook after `module`."""
     if stack.now.strips and stack.now.entered:
         if isinstance(output, tuple):

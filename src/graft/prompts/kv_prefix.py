@@ -148,7 +148,7 @@ def new_cache(config: Any, with_encoder: bool) -> object:
     return EncoderDecoderCache(own, DynamicCache(**options)) if with_encoder else own
 
 
-def fill(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> Any:
+def fill(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> object:
     """Put the pairs into an empty cache, one row per sample, and return it."""
     own = getattr(cache, "self_attention_cache", cache)
     for i, pair in enumerate(pairs):

@@ -71,7 +71,7 @@ class PromptEncoder(Prompt):
             )
         self.mlp_head = nn.Sequential(nn.Linear(dim, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, dim))
 
-    def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
+    def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
         rows = pick(self.embedding.weight, indices)
         if not hasattr(self, "mlp_head"):
             return rows

@@ -47,7 +47,7 @@ class PrefixEncoder(Prompt):
             for p in last:
                 nn.init.zeros_(p)
 
-    def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
+    def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
         rows = pick(self.embedding.weight, indices)
         return self.transform(rows) if self.prefix_projection else rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from graft.core.gate import Lock
 from graft.kernels.eager import Context
 from graft.prompts import kv_prefix
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 NAMES = ("cache", "layer_past", "past_key_values", "past_key_value")  # names that layers have for their cache argument
 RUN = "_gradient_checkpointing_func"
@@ -25,7 +28,7 @@ class Replays:
     def __init__(self, stack: Any):
         self.stack, self._in_turn = stack, False
         self._before: list[tuple[nn.Module, str, object]] = []
-        self._handle: Any = None
+        self._handle: RemovableHandle | None = None
 
     def layers(self) -> list[nn.Module]:
         modules = self.stack.module.modules()

@@ -70,14 +70,14 @@ class Visit:
     tokens: int = 0
     embeddings: Tensor | None = None
     keys: Tensor | None = None
-    as_pairs: Callable[[Tensor], Any] | None = None
+    as_pairs: Callable[[Tensor], list[tuple[Tensor, Tensor]]] | None = None
     encoded: int = 0  # tokens of a prompt at the front of the encoder's output
     covered: bool = False  # the attention mask has columns for the prompt already
     strips: bool = False  # the output comes back without the prompt's tokens
     visited: bool = False
     entered: bool = False
     widened_outside: bool = False
-    lent: Any = None  # a cache for the prompt only, which the output leaves out
+    lent: object = None  # a cache for the prompt only, which the output leaves out
 
 
 class Visits(local):
@@ -135,7 +135,7 @@ class Stack:
         """Put embeddings before the input. `value`: (1 or batch, tokens, dim)."""
         self.now.embeddings, self.now.tokens = value, value.shape[1]
 
-    def put_keys(self, value: Tensor, as_pairs: Callable[[Tensor], object]) -> None:
+    def put_keys(self, value: Tensor, as_pairs: Callable[[Tensor], list[tuple[Tensor, Tensor]]]) -> None:
         """Put keys and values before each layer's own: those that `as_pairs` makes of `value` (tokens, …)."""
         self.now.keys, self.now.as_pairs, self.now.tokens = value, as_pairs, value.shape[-2]
 
@@ -169,10 +169,10 @@ class Stack:
                 "methods cannot be used with a model that is built like this one."
             )
 
-    def key_shapes(self) -> Any:
+    def key_shapes(self) -> list[kv_prefix.Shape | None] | None:
         return self.shapes
 
-    def filled(self, cache: Any, pairs: Any, batch: int) -> Any:
+    def filled(self, cache: object, pairs: kv_prefix.Pairs, batch: int) -> object:
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)
         pairs = pairs[: len(self.layers) or None]  # the config counts the encoder's layers, which may be more

@@ -88,7 +88,7 @@ def server_of(connection: Connection) -> str:
     return next((name for name in ("vllm", "sglang", "llama.cpp") if name.replace(".", "") in owners), "openai")
 
 
-def garbage(connection: Connection, path: str, held: Any) -> ServerError:
+def garbage(connection: Connection, path: str, held: object) -> ServerError:
     return ServerError(f"{connection.url}{path} answers something else than expected: {shown(str(held).encode())}")
 
 
@@ -164,7 +164,7 @@ def sglang(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
     return numbers(connection, path, ids, values)
 
 
-def numbers(connection: Connection, path: str, ids: Sequence[int], values: Sequence[Any]) -> Seen:
+def numbers(connection: Connection, path: str, ids: Sequence[int], values: Sequence[float]) -> Seen:
     """Return the log-probabilities of a prompt's tokens but the first, which has none."""
     if not all(isinstance(v, (int, float)) and isfinite(v) for v in values[1:]):
         raise garbage(connection, path, values)

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ from graft.io.save import config_of, parts_of
 from graft.methods.lora import LoRA, LoraConfig
 from graft.storage.parallel import fill_all, layout_of, shape_of
 
+if TYPE_CHECKING:
+    from graft.core.method import Method
+
+T = TypeVar("T")
 MUST_AGREE = (
     "use_rslora",
     "lora_dropout",
@@ -241,7 +245,7 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
             plan.missing += [entry.file for entry in absent]
             _take(plan, [(entry, value) for entry, value in held if value is not None])
             continue
-        method: Any = layer.methods[load.adapter]
+        method: Method = layer.methods[load.adapter]
         found = {(entry.container, entry.path): value for entry, value in held if value is not None}
         values = method.restored(found, load.config)  # a file may hold others than the model
         held = [(entry, None if value is None else values[entry.container, entry.path]) for entry, value in held]
@@ -341,7 +345,7 @@ def described(config: LoraConfig, changes: list[Change]) -> LoraConfig:
     return made
 
 
-def usual(values: dict[str, object]) -> tuple[Any, dict[str, Any]]:
+def usual(values: dict[str, T]) -> tuple[T, dict[str, T]]:
     """Return the most frequent value, and a pattern for every layer that has another one."""
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {f"^{re.escape(key)}": value for key, value in values.items() if value != most}

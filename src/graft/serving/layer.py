@@ -77,12 +77,12 @@ class SlotLayer(nn.Module):
     and outputs: gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift.
     """
 
-    base_layer: Any
+    base_layer: nn.Module
     site: Site
     choice: Choice
     keep: bool  # keep a mix's gathered factors for its next forward
     output_is_new: bool  # the base layer's output may be overwritten
-    methods: ClassVar[dict[str, Any]] = {}
+    methods: ClassVar[dict[str, object]] = {}
     merged_adapters = ()
     A: Tensor  # (slots + 1, rank, in) of the first group; A1, A2, …: of the others; place 0 of each holds zeros
     B: Tensor  # (slots + 1, rank, out): a row of B is contiguous, which makes `bmm` three times as fast
@@ -142,7 +142,7 @@ class SlotLayer(nn.Module):
         a, b = self.names[group]
         return getattr(self, a)[place], getattr(self, b)[place]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: Any) -> Tensor:
         compiling = torch.compiler.is_compiling()
         slot = None if compiling else self.choice.slot  # one path for compiled code
         if slot == NONE:
@@ -191,8 +191,8 @@ class SlotLayer(nn.Module):
         gain: Tensor,
         shift: Tensor,
         inner: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> Tensor:
         """Return gain ⊙ (W (inner ⊙ x) + b + x Aᵀ B) + shift, with all of one adapter, or of each row."""
         rows = () if gain.dim() == 1 else (x.shape[0],)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,17 +16,18 @@ from graft.core.containers import Slot
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError, warn
 from graft.core.folding import wide
 from graft.core.layer import AdapterLayer
+from graft.core.method import Method
 from graft.inject.job import Options
 from graft.methods import config_of, method_of
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.config.fields import Targets
-    from graft.core.method import Method
     from graft.core.tuner import Tuner
+    from graft.methods.lora.config import LoraConfig
 
 Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)
-Rows = dict[str, list[tuple[Any, float]]]  # (TrainableTokens, weight) of each adapter, by path of the module
+Rows = dict[str, list[tuple[Method, float]]]  # (TrainableTokens, weight) of each adapter, by path of the module
 
 MIXED = (
     "all adapter configs should follow the same target modules type. Combining adapters with `target_modules` type "
@@ -57,7 +58,7 @@ def union_of_names(lists: Iterable[Iterable[str] | None]) -> list[str] | None:
     return list(dict.fromkeys(name for names in lists for name in names or ())) or None
 
 
-def plain_lora(configs: Sequence[Any]) -> Any:
+def plain_lora(configs: Sequence[PeftConfig]) -> LoraConfig:
     """Return a config of plain LoRA that targets all that any of these configs of any methods does."""
     first = configs[0]
     like = config_of("LORA")(
@@ -70,7 +71,7 @@ def plain_lora(configs: Sequence[Any]) -> Any:
     return union_of(configs, like=like)
 
 
-def either(targets: Sequence[Any], mixed: str) -> Any:
+def either(targets: Sequence[str | Collection[str] | None], mixed: str) -> str | set[str]:
     """Return one value of `target_modules` that selects all that any of them does."""
     if len({isinstance(t, str) for t in targets}) > 1:
         raise ConfigError(mixed)
@@ -183,7 +184,7 @@ class Combined:
     def check_room(self, numbers: float) -> None:
         """Do nothing: the config was made for the values."""
 
-    def of(self, parts: Any, name: str) -> list[tuple[Any, Tensor]]:
+    def of(self, parts: Any, name: str) -> list[tuple[Target, Tensor]]:
         if set(parts.layers) != set(self.values):
             raise OtherLayers
         out = []
@@ -203,7 +204,7 @@ class Combined:
         return out
 
 
-def moved(method: Method, others: list[tuple[Any, float]]) -> Tensor:
+def moved(method: Method, others: list[tuple[Method, float]]) -> Tensor:
     """Return W + Σ wᵢ (rowᵢ - W) for the rows of a new adapter, which are W's yet."""
     base = wide(method.trainable_tokens_delta)
     out, left = torch.zeros_like(base), torch.ones_like(base[:, :1])
@@ -230,7 +231,7 @@ class Target(NamedTuple):
 def put(
     tuner: Any,
     name: str,
-    cfg: Any,
+    cfg: Targets,
     values: dict[str, Tensors],
     owner: dict[str, str],
     rows: Rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SMALLEST = 1e-30
 TELL_FROM = 0.1  # of ‖ΔW‖
 
+T = TypeVar("T")
 Layers = dict[str, AdapterLayer]  # by path
 Spectrum = tuple[Tensor, Tensor, Tensor]  # Vh (groups, k, n), U S (groups, m, k), S (groups, k)
 
@@ -43,7 +44,7 @@ def convert(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
     at: Mapping[str, object] | None = None,
-) -> tuple[Any, dict[str, Tensors]]:
+) -> tuple[LoraConfig, dict[str, Tensors]]:
     """Return a config of plain LoRA, and the values of its tensors by layer: see `graft.convert_to_lora`."""
     effects = effects_at(layers, adapter, at or {})
     check(layers, adapter, cfg, rank, effects)
@@ -183,7 +184,7 @@ def report(adapter: str, rank: int | float, lost: dict[str, float]) -> None:
         )
 
 
-def shown(items: Iterable[object], total: int) -> Iterable[Any]:
+def shown(items: Iterable[T], total: int) -> Iterable[T]:
     """Show a progress bar."""
     from tqdm import tqdm
 
@@ -194,7 +195,7 @@ def shown(items: Iterable[object], total: int) -> Iterable[Any]:
 
 
 def configure(
-    cfg: Any, base: nn.Module, ranks: dict[str, int], rank: int | float, parameters: Sequence[str] = ()
+    cfg: LoraConfig, base: nn.Module, ranks: dict[str, int], rank: int | float, parameters: Sequence[str] = ()
 ) -> None:
     """Make `cfg` give these layers of `base` these ranks, with scaling 1, and leave all others alone.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from graft.methods import method_of
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.core.method import Method
+    from graft.core.site import Site
+    from graft.methods.lora.config import LoraConfig
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Form:
 
     apart: ClassVar[bool] = False  # True: rules may act on A and B apart
 
-    def begin(self, configs: Sequence[object]) -> Any:
+    def begin(self, configs: Sequence[object]) -> LoraConfig:
         """Return a config for the layers that any of these selects."""
         return union_of(configs)
 
@@ -75,7 +77,7 @@ class Form:
     def read(self, m: Method, weight: float) -> Term:
         return factors_of(m, weight)
 
-    def write(self, A: Tensor, B: Tensor, parts: list[tuple[object, float]], cfg: PeftConfig) -> Tensors:
+    def write(self, A: Tensor, B: Tensor, parts: list[tuple[Method, float]], cfg: PeftConfig) -> Tensors:
         """Return the tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
         raise NotImplementedError
 
@@ -127,7 +129,7 @@ class LoraForm(Form):
         check_base_stays(cfg, ranks, configs)
 
 
-def check_base_stays(cfg: PeftConfig, ranks: dict[str, int], configs: Sequence[Any]) -> None:
+def check_base_stays(cfg: PeftConfig, ranks: dict[str, int], configs: Sequence[LoraConfig]) -> None:
     """Raise if the new adapter's variant would take more out of the base weights than those of the others did."""
     setting = method_of(cfg.peft_type).variant(cfg).changes_base(cfg)
     for key, r in ranks.items() if setting else ():
@@ -169,7 +171,7 @@ class UpdateForm(LoraForm):
         cfg.lora_bias = self.shifted
 
 
-def of_all_groups(A: Tensor, site: Any) -> Tensor:
+def of_all_groups(A: Tensor, site: Site) -> Tensor:
     """Return A (groups, r, n) as LoRA's A sees inputs, those of all groups: with zeros for those of other groups."""
     groups, r, n = A.shape
     if groups == 1 or n > site.fan_in:

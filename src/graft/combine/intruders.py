@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from graft.methods.lora.config import LoraConfig
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
+    from graft.core.layer import AdapterLayer
     from graft.core.method import Method
 
 
@@ -78,7 +79,7 @@ def reduce_intruder_dimension(
     registry.set_adapter(new_adapter_name)
 
 
-def check(layers: dict[str, Any], adapter: str, cfg: PeftConfig) -> None:
+def check(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConfig) -> None:
     """Raise ConfigError unless B A is all that the adapter does, and its tensors can hold any other."""
     if cfg.peft_type != "LORA":
         raise ConfigError(f"The provided model is not using LoRA for '{adapter}' and is therefore not supported.")

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -25,6 +25,7 @@ from graft.storage.parallel import whole_at
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
+    from graft.core.method import Method
     from graft.core.tuner import Tuner
 
 
@@ -193,7 +194,7 @@ def add_weighted_of_any(
     return combine(tuner, adapters, weights, adapter_name, *args, **kwargs)
 
 
-def refuse(tuner: Any, *args: object, **kwargs: object) -> None:
+def refuse(tuner: Any, *args: object, **kwargs: object) -> NoReturn:
     """Raise: the parameters of this method cannot hold a sum of updates."""
     method = tuner.method
     why = "their parameters cannot hold a sum of what they do"
@@ -205,13 +206,13 @@ def refuse(tuner: Any, *args: object, **kwargs: object) -> None:
     raise NotImplementedError(f"{method.__name__} adapters cannot be combined into one: {why}. {remedy}.")
 
 
-TUNER_METHODS: dict[str, Callable[..., Any]] = {
+TUNER_METHODS: dict[str, Callable[..., WeightedReport]] = {
     **dict.fromkeys(FORMS, add_weighted_adapter),
     "IA3": add_weighted_vectors,
 }
 
 
-def function_for(peft_type: str) -> Callable[..., Any]:
+def function_for(peft_type: str) -> Callable[..., WeightedReport]:
     """Return the `add_weighted_adapter` of a method's model class."""
     return TUNER_METHODS.get(peft_type, refuse)
 
@@ -254,13 +255,13 @@ def checked(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[li
     return names, numbers
 
 
-def parts_of(tuner: Tuner, names: list[str], weights: list[float], form: Form) -> dict[str, list[tuple[Any, float]]]:
+def parts_of(tuner: Tuner, names: list[str], weights: list[float], form: Form) -> dict[str, list[tuple[Method, float]]]:
     """Return (method, weight) of each adapter on each layer that has any of them.
 
     Raises:
         NotImplementedError: one has nothing that `form` can read, such as DoRA, which does more than add.
     """
-    found: dict[str, list[tuple[Any, float]]] = {}
+    found: dict[str, list[tuple[Method, float]]] = {}
     for key, layer in tuner.layers.items():
         parts = [(layer.methods[n], w) for n, w in zip(names, weights) if n in layer.methods]
         for m, _ in parts:

@@ -12,7 +12,7 @@ import math
 import sys
 from importlib import import_module
 from io import TextIOWrapper
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -98,12 +98,12 @@ def main() -> None:
     sys.exit(left if isinstance(left, int) else 0)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print one document for programs, on standard output."""
     print(json.dumps(as_json(value), indent=1, sort_keys=True, allow_nan=False))
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: object) -> object:
     """Return a value as JSON has it, which knows no NaN and nothing infinite: null stands for them."""
     if isinstance(value, dict):
         return {str(k): as_json(v) for k, v in value.items()}

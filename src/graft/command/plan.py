@@ -9,7 +9,7 @@ from bisect import bisect_right
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -107,7 +107,7 @@ def format_of(config: Json, told: str | None) -> str | None:
     return packing(config)
 
 
-def adapter_config(path: Path | None, method: str, rank: int, targets: str, parameters: str = "") -> Any:
+def adapter_config(path: Path | None, method: str, rank: int, targets: str, parameters: str = "") -> PeftConfig:
     """Return the config of the adapter: of a file, or of the options."""
     from graft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
@@ -116,7 +116,7 @@ def adapter_config(path: Path | None, method: str, rank: int, targets: str, para
     kinds = {str(getattr(kind, "value", kind)): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if method.upper() not in kinds:
         raise OptionError(f"--method is one of {', '.join(sorted(kinds))}, not {method!r}.")
-    kind: Any = kinds[method.upper()]
+    kind = kinds[method.upper()]
     names: Json = {"target_modules": targets if targets == "all-linear" else targets.split(",")}
     if parameters:
         names["target_parameters"] = parameters.split(",")
@@ -190,7 +190,7 @@ def largest_rank(
         return None
 
     def total(rank: int) -> float:
-        size: Any = {"r": rank}  # which not every config has
+        size: Json = {"r": rank}  # which not every config has
         other = replace(training, config=replace(training.config, **size), steps={})
         return budget(other, batch, checkpointing, optimizer, packed).total
 

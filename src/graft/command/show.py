@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,7 +25,7 @@ THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")  # of n
 UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table, unless it has no rows; the first column is text, the others are numbers.
 
     By hand: importing rich would take a fifth of the time of `graft inspect`.
@@ -44,14 +44,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     print("\n".join([*head, "", line(columns), rule, *map(line, cells), ""]))
 
 
-def facts(pairs: Iterable[tuple[str, Any]]) -> None:
+def facts(pairs: Iterable[tuple[str, object]]) -> None:
     """Print facts, a line for each that is one."""
     for name, value in pairs:
         if value not in (None, "", [], {}):
             print(f"{name:<12} {text(value)}")
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):

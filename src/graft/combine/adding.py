@@ -17,13 +17,15 @@ from graft.core.errors import ConfigError, NoMatchingPeftModuleError, PeftWarnin
 from graft.core.folding import wide
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.inject.job import Options
+from graft.inject.job import Options, Receiver
+from graft.inject.parts import Parts
 from graft.methods import config_of, method_of
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.config.fields import Targets
     from graft.core.tuner import Tuner
+    from graft.inject.survey import Wrapper
     from graft.methods.lora.config import LoraConfig
 
 Tensors = dict[tuple[str, str], Tensor]  # by (container, path below the adapter's name)
@@ -184,23 +186,23 @@ class Combined:
     def check_room(self, numbers: float) -> None:
         """Do nothing: the config was made for the values."""
 
-    def of(self, parts: Any, name: str) -> list[tuple[Target, Tensor]]:
+    def of(self, parts: Parts, adapter: str) -> list[tuple[Receiver, Tensor]]:
         if set(parts.layers) != set(self.values):
             raise OtherLayers
-        out = []
+        out: list[tuple[Receiver, Tensor]] = []
         for key, layer in parts.layers.items():
-            out += [(Target(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(name)]
-        for key, layer in parts.wrappers.items():
-            if layer.takes_rows:
+            out += [(Target(layer, slot), self.values[key][slot.container, slot.path]) for slot in layer.slots(adapter)]
+        for key, host in parts.wrappers.items():
+            if host.takes_rows:
                 others = self.rows[key]
-                if layer.methods[name].lenders and not all(m.lenders for m, _ in others):
+                if host.methods[adapter].lenders and not all(m.lenders for m, _ in others):
                     raise ConfigError(
                         f"'{key}' shares its weight with the embedding, and its rows are its own in some of the "
-                        f"adapters {[m.name for m, _ in others]}: adapter '{name}', which trains the same tokens in "
+                        f"adapters {[m.name for m, _ in others]}: adapter '{adapter}', which trains the same tokens in "
                         "both, cannot hold their sum. Combine the others."
                     )
-                rows = moved(layer.methods[name], others)
-                out += [(Target(layer, slot), rows) for slot in layer.slots(name) if slot.saved]
+                rows = moved(host.methods[adapter], others)
+                out += [(Target(host, slot), rows) for slot in host.slots(adapter) if slot.saved]
         return out
 
 
@@ -219,7 +221,7 @@ def moved(method: Method, others: list[tuple[Method, float]]) -> Tensor:
 class Target(NamedTuple):
     """The slot of a layer that a value goes to."""
 
-    layer: AdapterLayer
+    layer: AdapterLayer | Wrapper
     slot: Slot
 
     def assign(self, value: Tensor) -> None:

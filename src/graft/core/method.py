@@ -139,7 +139,7 @@ class Method(Generic[C]):
     keeps_base_dtype: ClassVar[frozenset[str]] = frozenset()  # containers in half precision: others train in float32
     targets: ClassVar[Mapping[str, list[str] | str]] = {}  # default target_modules by model_type
     # functions of (tuner, …) that its model class gets as methods
-    tuner_methods: ClassVar[Mapping[str, Callable[..., object]]] = {}
+    tuner_methods: ClassVar[Mapping[str, Callable[..., object] | property]] = {}
     always_tied: ClassVar[bool] = False  # modules tied to an adapted embedding always use the embedding's parameters
     # containers → their names in files: {0} the container, {1} what is below; "": older files have it, nobody needs it
     files: ClassVar[dict[str, str]] = {}

@@ -47,7 +47,7 @@ class Piece:
     """
 
     style: str
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None  # None: the default one
     inputs: Cut | None = None
     outputs: Cut | None = None
     left_out: Callable[[nn.Module], tuple[object, ...]] | None = None

@@ -251,7 +251,7 @@ class AdaMSS(Method[AdamssConfig]):
     prefix = "adamss_"
     published_lr = Published(1e-4, 1e-4, COMPARISON)
     targets = ADAMSS
-    tuner_methods: ClassVar[dict[str, object]] = {"update_and_allocate": update_and_allocate}
+    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {"update_and_allocate": update_and_allocate}
 
     adamss_A: nn.ParameterList  # (rank, R) of each cluster
     adamss_B: nn.ParameterList  # (rows, rank) of each cluster

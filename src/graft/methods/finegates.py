@@ -5,6 +5,7 @@ leaves its row or column of the weight out, and a loss asks for such gates."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -87,7 +88,7 @@ class FineGates(Method[FineGatesConfig]):
     prefix = "finegates_"
     published_lr = Published(5e-4, 1e-3, "arXiv 2602.09169, with gate_noise_std 0.1")
     targets = LORA
-    tuner_methods: ClassVar[dict[str, object]] = {
+    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
         "_get_finegates_loss": sparsity_loss,
         "get_finegates_compression_stats": compression,
     }

@@ -58,7 +58,9 @@ class GraLoRA(Method[GraloraConfig]):
     prefix = "gralora_"
     published_lr = Published(2e-4, 2e-4, COMPARISON)
     targets = LORA
-    empty: ClassVar[dict[str, nn.Module]] = {f"gralora_{x}_general": nn.ModuleDict() for x in "AB"}
+    empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {
+        f"gralora_{x}_general": nn.ModuleDict() for x in "AB"
+    }
 
     gralora_A: nn.Parameter  # (k, in / k, r)
     gralora_B: nn.Parameter  # (k, r, out / k)

@@ -40,7 +40,7 @@ class HiRA(Method[HiraConfig]):
     prefix = "hira_"
     published_lr = Published(4.5e-3, 4.5e-3, COMPARISON)
     targets = LORA
-    empty: ClassVar[dict[str, nn.Module]] = {
+    empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {
         f"hira_{x}": nn.ParameterDict() for x in ("A", "B", "embedding_A", "embedding_B")
     }
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Protocol, TypeVar
 
@@ -60,7 +60,7 @@ class ByTask(Method[K]):
     """A method whose config has `n_tasks`."""
 
     arguments = (TASKS,)
-    tuner_methods: ClassVar[dict[str, object]] = {"generate": generate}
+    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {"generate": generate}
 
     def tasks_of(self, x: Tensor) -> Tensor:
         """Return the task of each row of a layer's input, (batch,)."""

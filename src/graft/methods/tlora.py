@@ -7,7 +7,7 @@ fresh adapter changes nothing at any timestep.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -77,7 +77,7 @@ class TLoRA(Method[TLoraConfig]):
     targets = LORA
     arguments = (TIMESTEP,)
     depends_on = TIMESTEP
-    tuner_methods: ClassVar[dict[str, object]] = {TIMESTEP: timestep}
+    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {TIMESTEP: timestep}
 
     tlora_P: nn.Parameter  # (out, r)
     tlora_lambda: nn.Parameter  # (r,)

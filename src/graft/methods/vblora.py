@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -119,7 +119,7 @@ class VBLoRA(Method[VBLoRAConfig]):
     prefix = "vblora_"
     published_lr = Published(5e-4, 5e-4, COMPARISON)
     targets = VBLORA
-    tuner_methods: ClassVar[dict[str, object]] = {
+    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
         "get_nb_savable_parameters": savable_parameters,
         "print_savable_parameters": print_savable_parameters,
     }

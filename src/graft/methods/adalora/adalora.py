@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -151,7 +151,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     published_lr = Published(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
     targets = ADALORA
     over_layers = "divides a budget of ranks among all layers"
-    tuner_methods: ClassVar[dict[str, object]] = {
+    tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {
         "update_and_allocate": update_and_allocate,
         "resize_modules_by_rank_pattern": resize_modules_by_rank_pattern,
         "trainable_adapter_name": property(lambda tuner: (trainable(tuner) or (None,))[0]),

@@ -66,7 +66,7 @@ class LoRA(Started):
     published_lr = Published(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
     targets = LORA
     files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}
-    tuner_methods: ClassVar[dict[str, object]] = {
+    tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
         "_get_kasa_loss": kasa_loss,
         "_get_monteclora_loss": monteclora_loss,
     }

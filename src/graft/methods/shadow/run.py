@@ -61,7 +61,9 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     thread = get_ident()
     passes: list[Pass] = []
 
-    def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> object:
+    def before(
+        _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if get_ident() != thread:  # others may run the model as well
             return None
         one = Pass(tuner, call, names, args, kwargs)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,7 +37,7 @@ class Shadow(Method[ShadowConfig]):
     compresses_targets = False
     keeps_base_dtype = frozenset(BESIDE)
     files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), "{0}.default{1}")  # whatever the adapter's name
-    tuner_methods: ClassVar[dict[str, object]] = {
+    tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {
         "last_shadow_loss": property(network.last_loss),
         "unload_shadow": unload,
     }

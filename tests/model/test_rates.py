@@ -39,6 +39,22 @@ def test_rates_by_size_and_the_closest_size(found):
     assert told.lr == 1e-3 and told.by_size == {"r 4": 1e-2}
 
 
+def test_what_is_not_said_is_the_default(found):
+    """Rank 8 and alpha 8, from which rank 64 is further than from 32, and 9 nearer than to 32."""
+    found(row(config={"seed": 0}), row(config={"r": 32, "lora_alpha": 8}, means=(0.1, 0.2, 0.3, 0.4)))
+    assert graft.suggest_lr(graft.LoraConfig(r=64)).lr == 1e-4
+    assert graft.suggest_lr(graft.LoraConfig(r=9)).lr == 1e-2
+    assert graft.suggest_lr(graft.LoraConfig(r=32, lora_dropout=0.1)).lr == 1e-4
+
+
+@pytest.mark.parametrize("options", [{"target_modules": "all-linear"}, {"init_lora_weights": "pissa"}])
+def test_words_that_nobody_has_measured(found, options):
+    """Not the rates of adapters with other flags, which the size would be nearer to."""
+    found(row(), row(config={"r": 64, "use_rslora": True}, means=(0.1, 0.2, 0.3, 0.4)))
+    assert graft.suggest_lr(graft.LoraConfig(r=64, **options)).lr == 1e-2
+    assert graft.suggest_lr(graft.LoraConfig(r=64, use_rslora=True, **options)).lr == 1e-4
+
+
 def test_tasks_are_weighed_by_their_own_losses(found):
     found(row(means=(9, 8, 10, 12)), row(task="topics", means=(0.4, 0.2, 0.1, 0.9)))
     assert graft.suggest_lr(graft.LoraConfig(r=4)).lr == 1e-2  # 1.25 + 1 against 1 + 2

@@ -31,6 +31,9 @@ COMMON = {
     "base_model_name_or_path",
     "revision",
     "progressbar",
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
 }
 
 
@@ -114,7 +117,7 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
         return Suggestion(adapter, low if low == high else None, low, high, published=published)
     kind = None if model is None else model_type(model)
     near = [row for row in like if row["model_type"] == kind] or like
-    own = closest(near, told(config))
+    own = closest(near, config)
     if model is not None and published is not None and own[0]["model_type"] != kind:
         low, high, _ = published
         found_on = tuple(map(about, own))
@@ -175,10 +178,16 @@ def told(config: PeftConfig) -> Json:
 
 
 def alike(config: PeftConfig) -> list[Row]:
-    """Return the rows of adapters of the same class, those with the same words and flags if there are any."""
+    """Return the rows of adapters of the same class, those that share the most words and flags with a config."""
     same = [row for row in rows() if row["adapter"] == adapter_of(config) and best([row])]
     own = marks(told(config))
-    return [row for row in same if marks(row["config"]) == own] or same
+    apart = [differences(marks(row["config"]), own) for row in same]
+    return [row for row, n in zip(same, apart) if n == min(apart)]
+
+
+def differences(one: Json, other: Json) -> int:
+    """Return how many entries two mappings differ in."""
+    return sum(one.get(key) != other.get(key) for key in one.keys() | other)
 
 
 def marks(values: dict[str, object]) -> Json:
@@ -190,12 +199,14 @@ def numbers(values: Json) -> dict[str, float]:
     return {k: v for k, v in values.items() if not isinstance(v, (bool, str))}
 
 
-def closest(found: Sequence[Row], values: dict[str, object]) -> list[Row]:
-    """Return the rows of the size that is closest to that of a config."""
-    own = numbers(values)
+def closest(found: Sequence[Row], config: PeftConfig) -> list[Row]:
+    """Return the rows of the size that is closest to that of a config. What neither says is the default."""
+    fields = type(config).__dataclass_fields__.items()
+    defaults = {k: float(f.default) for k, f in fields if type(f.default) in (int, float)}  # type: ignore[arg-type]
+    own = defaults | numbers(told(config))
 
     def distance(row: Row) -> float:
-        theirs = numbers(row["config"])
+        theirs = defaults | numbers(row["config"])
         return sum(abs(math.log(own[k] / theirs[k])) for k in own.keys() & theirs if own[k] > 0 and theirs[k] > 0)
 
     size = size_of(min(found, key=distance))

@@ -186,6 +186,83 @@ def test_asha_on_a_model():
     assert {t.name: t.losses[0] for t in found.trials} == alike
 
 
+def test_an_asha_sweep_that_ended_is_not_made_again(tmp_path):
+    first = swept(tmp_path, asha=2)
+    again = swept(tmp_path, asha=2)
+    assert again.rows == first.rows and [asdict(t) for t in again.trials] == [asdict(t) for t in first.trials]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_asha_takes_one_to_the_end_where_rungs_see_too_few(n):
+    found = swept(space={"r": [2, 4, 8][:n]}, asha=2, keep=1 / 4, steps=16)
+    assert [t.state for t in found.ranked] == ["kept", *["dropped"] * (n - 1)] and len(found.best.losses) == 3
+    assert found.runs.names == [found.best.name]
+    with pytest.warns(graft.PeftWarning), pytest.raises(ConfigError, match=r"has failed\..*Run 's0' failed"):
+        swept(space={"lr": [math.nan, math.inf]}, optimizer=torch.optim.SGD, asha=2)
+
+
+@pytest.mark.parametrize("asha", [None, 2])
+def test_what_an_ended_sweep_kept_is_there_again(tmp_path, asha, monkeypatch):
+    """Also if the process ended before it had written the adapters."""
+    with monkeypatch.context() as m:
+        m.setattr(MultiTrain, "save_adapter", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            swept(tmp_path, asha=asha)
+    assert not [*tmp_path.glob("*/adapter_config.json")]
+    found, whole = swept(tmp_path, asha=asha), swept(asha=asha)
+    kept = {t.name for t in whole.trials if t.state == "kept"}
+    assert {*found.runs.names} == kept == {path.parent.name for path in tmp_path.glob("*/adapter_config.json")}
+    for name in kept:
+        assert all(map(torch.equal, found.runs[name].parameters, whole.runs[name].parameters))
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"seed": 4}, "seed"), ({"optimizer": torch.optim.SGD}, "optimizer"), ({"asha": 2}, "asha"),
+    ({"optimizer": partial(torch.optim.AdamW, weight_decay=0.5)}, "optimizer"), ({"clip": 0.1}, "options"),
+])  # fmt: skip
+def test_another_sweep_in_the_folder(tmp_path, change, text, monkeypatch):
+    """Also if that one was killed before its first rung."""
+    with monkeypatch.context() as m:
+        m.setattr(MultiTrain, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            swept(tmp_path)
+    with pytest.raises(ConfigError, match=f"is of another sweep, with other {text}:"):
+        swept(tmp_path, **change)
+
+
+def test_settings_that_are_no_json(tmp_path, monkeypatch):
+    """Classes, functions and tuples, of a sweep that goes on in another process."""
+    from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
+
+    space = {"schedule": [ConstantLR, partial(CosineAnnealingLR, T_max=8)], "betas": [(0.9, 0.99), (0.5, 0.9)]}
+    whole = swept(space=space, rungs=2)
+    step, calls = MultiTrain.step, []
+
+    def dying(self):
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(MultiTrain, "step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        swept(tmp_path, space=space, rungs=2, save_every=1)
+    found = swept(tmp_path, space=space, rungs=2)
+    assert found.rows == whole.rows and found.best.setting in search.settings_in(space, "grid", None, 0)
+
+
+def test_a_loss_that_is_infinite_at_the_end_keeps_nothing(monkeypatch):
+    evaluate = MultiTrain.evaluate
+
+    def infinite(self, names, data):
+        found = evaluate(self, names, data)
+        return found | {"s0": math.inf} if "s0" in found and self["s0"].step == 8 else found
+
+    monkeypatch.setattr(MultiTrain, "evaluate", infinite)
+    found = swept(space={"r": [2, 4]}, rungs=1)
+    assert [t.state for t in found.trials] == ["dropped", "kept"] and found.runs.names == ["s1"]
+
+
 def test_settings_that_fail():
     with pytest.warns(graft.PeftWarning, match="not finite"):
         found = swept(space={"lr": [1e-3, math.nan, 1e-2]}, optimizer=torch.optim.SGD, rungs=2)

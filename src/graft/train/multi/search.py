@@ -90,10 +90,18 @@ class Asha:
         self.keep, self.top = keep, rungs - 1
         self.losses: list[dict[int, float]] = [{} for _ in range(rungs)]
         self.promoted: list[set[int]] = [set() for _ in range(rungs)]
-        self.fresh = list(range(n))
+        self.fresh, self.busy = list(range(n)), 0  # busy: of which nobody has told yet
 
     def next(self) -> tuple[int, int] | None:
-        """Return (setting, rung) of what to train next: the highest promotion, else a new setting; None if none is."""
+        """Return (setting, rung) of what to train next: the highest promotion, else a new setting; None if none is.
+
+        Where a rung has seen too few for one to go on, and nothing else is to come, its best goes on nevertheless.
+        """
+        job = self._promotion() or ((self.fresh.pop(0), 0) if self.fresh else None) or self._last()
+        self.busy += job is not None
+        return job
+
+    def _promotion(self) -> tuple[int, int] | None:
         for rung in range(self.top - 1, -1, -1):
             losses = self.losses[rung]
             ready = best_of(losses, math.floor(len(losses) * self.keep + 1e-9))
@@ -101,7 +109,19 @@ class Asha:
                 if i not in self.promoted[rung] and math.isfinite(losses[i]):
                     self.promoted[rung].add(i)
                     return i, rung + 1
-        return (self.fresh.pop(0), 0) if self.fresh else None
+        return None
+
+    def _last(self) -> tuple[int, int] | None:
+        if self.busy or any(map(math.isfinite, self.losses[self.top].values())):
+            return None
+        for rung in range(self.top - 1, -1, -1):
+            held = self.losses[rung].items()
+            left = {i: loss for i, loss in held if i not in self.promoted[rung] and math.isfinite(loss)}
+            for i in best_of(left, 1):
+                self.promoted[rung].add(i)
+                return i, rung + 1
+        return None
 
     def tell(self, i: int, rung: int, loss: float) -> None:
         self.losses[rung][i] = loss
+        self.busy -= 1

@@ -53,6 +53,15 @@ class Trial:
         """The last validation loss."""
         return self.losses[-1] if self.losses else math.nan
 
+    @property
+    def known(self) -> Json:
+        """What became of it, for other processes, which have the settings themselves."""
+        return {key: value for key, value in vars(self).items() if key != "setting"}
+
+    def learn(self, row: Json) -> None:
+        """Take over what became of it elsewhere."""
+        self.__dict__.update({key: value for key, value in row.items() if key != "setting"})
+
 
 class Sweep:
     """What a sweep has found.
@@ -174,13 +183,14 @@ def sweep(
         first=rank == 0,
         progress=progress,
     )
-    job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep})
+    told = {"optimizer": optimizer, "seed": seed, "asha": asha, "options": options}
+    job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep, **told})
     mine = range(rank, len(trials), world)
     if asha is None:
         job.halve(mine, ladder, keep)
     else:
         job.climb(mine, ladder, keep, asha)
-    job.finish(len(ladder))
+    job.finish(mine, len(ladder))
     return Sweep(trials, job.runs, job.folder)
 
 
@@ -204,6 +214,15 @@ def begin(
     return runs.add(trial.name, config, data=loader, optimizer=partial(optimizer, **rest), steps=steps, **options)
 
 
+def said(value: object) -> object:
+    """Return what JSON has not as lists and text that are the same in any process."""
+    if isinstance(value, partial):
+        return [value.func, *value.args, value.keywords]
+    text = str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__ if " at 0x" in text else text)
+
+
+OVER = ("kept", "dropped", "failed")  # states of trials
 OPTIONS = {*signature(MultiTrain.add).parameters} - {"self", "name", "config", "data", "optimizer", "steps"}
 
 
@@ -268,7 +287,7 @@ class Job:
         """Train `slots` settings at a time; which next, Asha says."""
         own = list(mine)
         asha, busy = Asha(len(own), len(ladder), keep), dict[int, int]()
-        while True:
+        while any(self.trials[i].state not in OVER for i in own):
             while len(busy) < slots and (job := asha.next()) is not None:
                 busy[job[0]] = job[1]
                 self.let_go_on(self.trials[own[job[0]]], ladder[job[1]])
@@ -279,10 +298,11 @@ class Job:
             self.measure([own[i] for i in there], [ladder[busy[i]] for i in there])
             for i in there:
                 asha.tell(i, busy.pop(i), self.trials[own[i]].loss)
-        for i in own:
-            if len(self.trials[i].losses) < len(ladder) or math.isnan(self.trials[i].loss):
-                self.drop(self.trials[i])
         self.share()
+        self.best({i: trial.loss for i, trial in enumerate(self.trials)}, 1)
+        for trial in self.trials:
+            if len(trial.losses) < len(ladder) or not math.isfinite(trial.loss):
+                self.drop(trial)
 
     def best(self, losses: dict[int, float], n: int) -> list[int]:
         finite = {i: loss for i, loss in losses.items() if math.isfinite(loss)}
@@ -335,11 +355,10 @@ class Job:
 
     def share(self) -> None:
         """Learn from the other processes what became of their trials."""
-        known = [asdict(trial) for trial in self.trials]
-        for rows in self.exchange(known):
+        for rows in self.exchange([trial.known for trial in self.trials]):
             for trial, row in zip(self.trials, rows):
                 if len(row["losses"]) > len(trial.losses) or row["state"] == "dropped":
-                    trial.__dict__.update(row)
+                    trial.learn(row)
 
     # files
 
@@ -349,9 +368,10 @@ class Job:
         Raises:
             ConfigError: it has another sweep.
         """
-        self.note = json.loads(json.dumps(note | {"settings": [t.setting for t in self.trials]}, default=str))
+        self.note = json.loads(json.dumps(note | {"settings": [t.setting for t in self.trials]}, default=said))
         path = None if self.folder is None else os.path.join(self.folder, TABLE)
         if path is None or not os.path.exists(path):
+            self.write()  # another sweep is to see whose the folder is
             return
         with open(path) as f:
             held = json.load(f)
@@ -359,7 +379,7 @@ class Job:
         if differ:
             raise ConfigError(f"{path} is of another sweep, with other {', '.join(differ)}: give another folder.")
         for trial, row in zip(self.trials, held["trials"]):
-            trial.__dict__.update(row)
+            trial.learn(row)
 
     def save(self) -> None:
         if self.folder is not None and self.runs.names:
@@ -370,17 +390,24 @@ class Job:
         if self.folder is None or not self.first:
             return
         os.makedirs(self.folder, exist_ok=True)
-        text = json.dumps({"sweep": self.note, "trials": [asdict(t) for t in self.trials]}, indent=1)
+        held = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
+        text = json.dumps(held, indent=1, default=said)
         replace(os.path.join(self.folder, TABLE), write_text(text + "\n"))
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):
                 stored.delete(trial.name, self.folder)
 
-    def finish(self, rungs: int) -> None:
+    def finish(self, mine: Iterable[int], rungs: int) -> None:
         """Write the adapters that were kept, and the table."""
-        for trial in self.trials:
-            if len(trial.losses) == rungs and trial.state != "failed":
-                trial.state = "kept"
-                if self.folder is not None and trial.name in self.runs:
-                    self.runs.save_adapter(trial.name, os.path.join(self.folder, trial.name))
+        own = set(mine)
+        for i, trial in enumerate(self.trials):
+            if len(trial.losses) < rungs or trial.state in ("failed", "dropped"):
+                continue
+            trial.state = "kept"
+            if self.folder is None or i not in own:
+                continue
+            if trial.name not in self.runs and stored.load(trial.name, self.folder) is not None:
+                self.begin(self.runs, trial)  # trained before this process
+            if trial.name in self.runs:
+                self.runs.save_adapter(trial.name, os.path.join(self.folder, trial.name))
         self.write()

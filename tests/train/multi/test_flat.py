@@ -111,6 +111,27 @@ def test_steps_that_somebody_watches_stay_apart():
     assert not may_flatten(optimizer, parameters)
 
 
+def test_a_hook_that_comes_later_sees_the_gradients_of_tensors():
+    """It clips by value, which nobody else does."""
+    spec, found = SPECS["plain"], []
+
+    def clip(optimizer, args, kwargs):
+        nn.utils.clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], 1e-3)
+        seen.append([p.grad is not None for p in run.parameters])
+
+    for hooked_at in (0, 2):
+        runs, seen = MultiTrain(tiny()), []
+        run = runs.add("x", spec.config, **spec.options(6))
+        if hooked_at:
+            runs.step()
+            runs.step()
+        run.optimizer.register_step_pre_hook(clip)
+        runs.run()
+        assert seen == [[True] * len(run.parameters)] * (6 - hooked_at)
+        found.append(run.curve)
+    assert found[0][0] == found[1][0] and found[0] != found[1]
+
+
 @pytest.mark.parametrize("at_once", [4096, 60])
 def test_runs_of_one_shape_are_each_as_alone(at_once):
     """They share products, in one pass or several; one ends early, one accumulates, one clips."""

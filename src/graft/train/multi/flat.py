@@ -35,11 +35,7 @@ def in_order(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[n
 
 def may_flatten(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
     """Return True if an optimizer of these parameters computes number by number, and nobody watches its steps."""
-    if (
-        type(optimizer) not in ELEMENTWISE
-        or optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-    ):
+    if type(optimizer) not in ELEMENTWISE or watched(optimizer):
         return False
     own = {id(p) for p in parameters}
     for group in optimizer.param_groups:
@@ -47,6 +43,11 @@ def may_flatten(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> boo
         if not all(id(p) in own and p.dim() and (whole or ends_at_line(p)) for p in group["params"]):
             return False
     return True
+
+
+def watched(optimizer: Optimizer) -> bool:
+    """Return True if somebody has hooks on an optimizer's steps."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 class Flat:

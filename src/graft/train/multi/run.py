@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from graft.core.errors import ConfigError
 from graft.train.multi.bank import Row
 from graft.train.multi.draws import Draws
-from graft.train.multi.flat import Flat, in_order, may_flatten
+from graft.train.multi.flat import Flat, in_order, may_flatten, watched
 from graft.train.multi.joint import Part
 from graft.train.multi.loader import Batch, Loader
 from graft.train.multi.losses import Loss
@@ -218,7 +218,7 @@ class Run:
     def take(self, loss: float, norm: float, length: Tensor) -> None:
         """Make the step, with numbers that are finite. length: the norm of the gradient, (), where it was computed."""
         lr, row = self.lr, self.row
-        if not row.whole:  # an optimizer leaves those parameters alone that have no gradient
+        if not row.whole or watched(self.optimizer):  # an optimizer leaves those alone that have no gradient
             self._unflatten()
         if self._flat is None:
             for p, grad, got in zip(row.parameters, row.gradients, row.got):

@@ -128,6 +128,7 @@ def saved(tmp_path):
     ({"accumulate": 2}, "accumulate = 1, now 2"),
     ({"seed": 7}, "seed = 1, now 7"),
     ({"config": lora(r=5)}, "r = 4, now 5"),
+    ({"schedule": partial(torch.optim.lr_scheduler.StepLR, step_size=2)}, r"schedule = None, now \['StepLR'"),
 ])  # fmt: skip
 def test_other_settings(saved, change, text):
     spec = SPECS["plain"]._replace(**change)
@@ -136,6 +137,83 @@ def test_other_settings(saved, change, text):
         runs.add("plain", spec.config, **spec.options(4))
     assert runs.model is None and runs.names == []
     runs.add("other", spec.config, **spec.options(4))  # a new one
+
+
+def test_another_schedule(tmp_path):
+    """A file holds all of a schedule, which would go before what is given now, without a word."""
+    runs, spec = MultiTrain(tiny()), SPECS["timed"]
+    runs.add("x", spec.config, **spec.options(4))
+    runs.step()
+    runs.save(tmp_path)
+    for schedule in (None, partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=40)):
+        again = MultiTrain.resume(tiny(), tmp_path)
+        with pytest.raises(ConfigError, match=r"was begun with .*schedule = \['CosineAnnealingLR', .*'T_max': 12"):
+            again.add("x", spec.config, **spec.options(4) | {"schedule": schedule})
+    assert again.model is None
+
+
+def test_a_rate_that_is_a_tensor(tmp_path):
+    """Its schedule changes it in place."""
+    options = SPECS["timed"].options(6)
+    options |= {"optimizer": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2))}
+    found = []
+    for until in (None, 3):
+        runs = MultiTrain(tiny())
+        run = runs.add("x", lora(), **options)
+        run.until = until
+        runs.run(save=tmp_path / str(until))
+        if until is not None:
+            runs = MultiTrain.resume(tiny(), tmp_path / "3")
+            run = runs.add("x", lora(), **options | {"data": SPECS["timed"].data()})
+            assert run.step == 3
+            runs.run()
+        found.append(run)
+    assert found[0].curve == found[1].curve and same(found[0].parameters, found[1].parameters)
+
+
+def test_fewer_steps_than_were_made(saved):
+    runs = MultiTrain.resume(tiny(), saved)
+    run = runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    run.until = 3
+    runs.run(save=saved)
+    with pytest.raises(ConfigError, match="has made 3 steps, and is to make 2"):
+        MultiTrain.resume(tiny(), saved).add("plain", SPECS["plain"].config, **SPECS["plain"].options(2))
+
+
+def test_an_adapter_that_was_there_keeps_its_values_if_its_run_cannot_go_on(tmp_path):
+    def model():
+        with models.seeded(1):
+            return graft.get_peft_model(tiny(), lora(r=4))
+
+    runs = MultiTrain(model())
+    runs.add("default", data=batches(4))
+    runs.step()
+    runs.save(tmp_path)
+    again = MultiTrain.resume(model(), tmp_path)
+    with pytest.raises(ConfigError, match="saved after 1 batches"):
+        again.add("default", data=[])
+    own = [p for _, p in again.model.adapter_parameters("default")]
+    assert same(own, [p for _, p in model().adapter_parameters("default")])
+
+
+def test_a_disk_that_is_full_leaves_the_old_files(saved):
+    """Each file whole, and no other file."""
+    import resource
+
+    runs = MultiTrain.resume(tiny(), saved)
+    run = runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    runs.step()
+    path, limits = saved / "plain" / stored.FILE, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            runs.save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [stored.FILE]
+    runs.save(saved)
+    assert stored.load("plain", str(saved))["step"] == run.step == 2
 
 
 def test_another_base(saved):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -100,7 +101,7 @@ class Run:
         self.stop, self.validation, self.every = stop, validation, every
         self.draws_in_steps = not type(optimizer).__module__.startswith("torch.optim.")
         self.told = {k: v for k, v in config.saved_dict().items() if k not in ELSEWHERE}
-        self.begun = settings_of(optimizer)
+        self.begun, self.begun_schedule = settings_of(optimizer), kind_of(schedule)
         self.step, self.state = 0, RUNNING
         self.why: str | None = None
         self.until: int | None = None
@@ -292,6 +293,22 @@ class Run:
 def settings_of(optimizer: Optimizer) -> list[dict[str, object]]:
     """Return the settings of an optimizer's groups of parameters, and how many each has."""
     return [
-        {"parameters": len(group["params"]), **{k: v for k, v in group.items() if k != "params"}}
+        {
+            "parameters": len(group["params"]),
+            **{k: v.item() if is_number(v) else v for k, v in group.items() if k != "params"},
+        }
         for group in optimizer.param_groups
     ]
+
+
+def is_number(value: object) -> bool:
+    """Return True for a tensor (), as a rate may be, which schedules change in place."""
+    return isinstance(value, Tensor) and not value.dim()
+
+
+def kind_of(schedule: Any) -> Any:
+    """Return a schedule's class and state, before its first step; None if there is none."""
+    if schedule is None:
+        return None
+    state = getattr(schedule, "state_dict", dict)()
+    return [type(schedule).__name__, copy.deepcopy(state)]

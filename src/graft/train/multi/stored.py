@@ -78,7 +78,13 @@ def state_of(run: Run, model: nn.Module) -> Json:
 
 def settings(run: Run) -> Json:
     """Return what a run was told that its values depend on."""
-    return {"optimizer": run.begun, "clip": run.clip, "accumulate": run.accumulate, "seed": run.seed}
+    return {
+        "optimizer": run.begun,
+        "schedule": run.begun_schedule,
+        "clip": run.clip,
+        "accumulate": run.accumulate,
+        "seed": run.seed,
+    }
 
 
 def restore(run: Run, model: nn.Module, held: Json, where: str) -> None:
@@ -91,15 +97,16 @@ def restore(run: Run, model: nn.Module, held: Json, where: str) -> None:
     check_base(held["base"], base_fingerprint(model, run.name), run.name, where)
     own = {"config": run.told, "settings": settings(run)}
     for what, now in own.items():
-        now = unpack(json.loads(json.dumps(pack(now, {}, ""))), {})  # as a file holds it
-        differ = [f"{k} = {held[what].get(k)!r}, now {v!r}" for k, v in now.items() if held[what].get(k) != v]
+        tensors = dict[str, Tensor]()
+        now = unpack(json.loads(json.dumps(pack(now, tensors, ""))), tensors)  # as a file holds it
+        differ = [f"{k} = {held[what][k]!r}, now {v!r}" for k, v in now.items() if held[what].get(k, v) != v]
         if differ:
             raise ConfigError(
                 f"Run '{run.name}' in {where} was begun with {'; '.join(differ)}: add it as it was, or under another "
                 "name."
             )
-    for key, slot in slots(model, run.name):
-        slot.assign(held["values"][key])
+    if run.steps is not None and held["step"] > run.steps:
+        raise ConfigError(f"Run '{run.name}' in {where} has made {held['step']} steps, and is to make {run.steps}.")
     run.optimizer.load_state_dict(held["optimizer"])
     if run.schedule is not None:
         run.schedule.load_state_dict(held["schedule"])
@@ -110,6 +117,8 @@ def restore(run: Run, model: nn.Module, held: Json, where: str) -> None:
         run.state, run.why = "running", None
     if run.goes_on:
         run.loader.move(**held["position"], now=held["draws"])
+    for key, slot in slots(model, run.name):
+        slot.assign(held["values"][key])
 
 
 def check_base(then: Json, now: Json, name: str, where: str) -> None:

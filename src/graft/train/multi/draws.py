@@ -10,11 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from graft.core.draws import LOCK
+
 States = list[Tensor]
 
 
 class Draws:
-    """Within the block, the global generator and those of the loader are in this run's states.
+    """Within the block, the global generator and those of the loader are in this run's states. Other threads wait.
 
     Attributes:
         own: the run's generator, in the global one's place.
@@ -36,6 +38,7 @@ class Draws:
         self.kept = states[1:]
 
     def __enter__(self) -> None:
+        LOCK.acquire()
         self._others.append([torch.get_rng_state(), *(g.get_state() for g in self.lent)])
         torch.set_rng_state(self.own.get_state())
         for generator, state in zip(self.lent, self.kept):
@@ -47,6 +50,7 @@ class Draws:
         torch.set_rng_state(before[0])
         for generator, state in zip(self.lent, before[1:]):
             generator.set_state(state)
+        LOCK.release()
 
 
 def generators_in(data: object) -> list[Generator]:

@@ -65,7 +65,7 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
     """Return the shape of a part's arguments.
 
     Raises:
-        ConfigError: they have other numbers of rows, or are none.
+        ConfigError: they have other numbers of rows, or none.
     """
     given = arguments.among(part.batch)
     tensors = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.dim()}
@@ -76,6 +76,8 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
             f"Run '{part.name}': the model takes {sorted(arguments.names)}, and a batch has {found}: its arguments "
             "must be tensors with one row per sample."
         )
+    if rows == {0}:
+        raise ConfigError(f"Run '{part.name}': a batch has no rows: leave it out.")
     lengths = [v.shape[1] for v in tensors.values() if v.dim() > 1]
     masked = arguments.exact and is_masked(given.get(MASK))
     alike: list[tuple[object, ...]] = [("masked", masked)]

@@ -16,44 +16,70 @@ class Loader:
     """Yields batches of `data`, which begins anew when it ends; an iterator ends for good.
 
     Args:
-        name: of the run, for errors.
+        whose: data it is, for errors, as "Run 'x'".
         data: an iterable of batches, which are mappings of names to tensors.
         draws: the run's, which it draws from.
         once: end with the data.
     """
 
-    def __init__(self, name: str, data: Iterable[object] | None, draws: Draws, once: bool):
+    def __init__(self, whose: str, data: Iterable[object] | None, draws: Draws, once: bool):
         if data is None or not hasattr(data, "__iter__"):
-            raise TypeError(f"Run '{name}': data must be an iterable of batches, such as a DataLoader, got {data!r}.")
-        self.name, self.data, self.draws = name, data, draws
+            raise TypeError(f"{whose}: data must be an iterable of batches, such as a DataLoader, got {data!r}.")
+        self.whose, self.data, self.draws = whose, data, draws
         self.once = once or isinstance(data, Iterator)
         self.epoch, self.taken = 0, 0  # epochs begun before this one; batches of it
         self.began: States = draws.states  # when this epoch began
         self._batches: Iterator[object] | None = None
+        self._torn = False  # an error has stopped the iterator, which may have lost a batch
+        self._last: tuple[Batch, States, States] | None = None  # with the draws before and after it
+        self._again: tuple[Batch, States, States] | None = None  # the last, if it was given back
 
     def next(self) -> Batch | None:
-        """Return the next batch; None if the data has ended.
+        """Return the next batch; None if the data has ended. After an error, go on where it was.
 
         Raises:
             ConfigError: there is no batch in it, or a batch is no mapping.
         """
-        with self.draws:
-            found = next(self._here(), None)
+        if self._again is None:
+            return self._new()
+        self._last, self._again = self._again, None
+        batch, _, self.draws.states = self._last
+        self.taken += 1
+        return dict(batch)
+
+    def _new(self) -> Batch | None:
+        if self._torn:
+            self.move(self.epoch, self.taken, self.began, now=self.draws.states)
+        before = self.draws.states
+        try:
+            with self.draws:
+                found = next(self._here(), None)
+            if found is not None and not isinstance(found, Mapping):
+                raise ConfigError(
+                    f"{self.whose}: a batch must be a mapping of the model's arguments to tensors, got a "
+                    f"{type(found).__name__}: give the DataLoader a collate_fn that makes one."
+                )
+        except BaseException:
+            self.draws.states = before
+            self._torn = not isinstance(self.data, Iterator)
+            raise
         if found is None and not self.taken:
-            raise ConfigError(f"Run '{self.name}': its data holds no batch (epoch {self.epoch + 1}).")
+            raise ConfigError(f"{self.whose}: its data holds no batch (epoch {self.epoch + 1}).")
         if found is None and not self.once:
             self._batches, self.epoch, self.taken = None, self.epoch + 1, 0
             self.began = self.draws.states
-            return self.next()
+            return self._new()
         if found is None:
             return None
-        if not isinstance(found, Mapping):
-            raise ConfigError(
-                f"Run '{self.name}': a batch must be a mapping of the model's arguments to tensors, got a "
-                f"{type(found).__name__}: give the DataLoader a collate_fn that makes one."
-            )
         self.taken += 1
+        self._last = dict(found), before, self.draws.states
         return dict(found)
+
+    def give_back(self) -> None:
+        """Have `next` return the last batch again."""
+        assert self._last is not None
+        self._again, self.draws.states = self._last, self._last[1]
+        self.taken -= 1
 
     def _here(self) -> Iterator[object]:
         """Return the iterator of this epoch, which draws at its first batch: that follows at once."""
@@ -71,14 +97,23 @@ class Loader:
         Raises:
             ConfigError: the data holds fewer batches.
         """
-        self.epoch, self.taken, self.began, self._batches = epoch, taken, began, None
-        self.draws.states = began
-        for i in range(taken):
-            with self.draws:
-                missing = next(self._here(), None) is None
-            if missing:
-                raise ConfigError(
-                    f"Run '{self.name}' was saved after {taken} batches of an epoch, and its data holds {i}: continue "
-                    "it with the data that it had."
-                )
-        self.draws.states = now
+        self.epoch, self.taken, self.began, self._batches, self._again = epoch, taken, began, None, None
+        self._torn = True  # until it is there
+        try:
+            self.draws.states = began
+            for i in range(taken):
+                with self.draws:
+                    missing = next(self._here(), None) is None
+                if missing:
+                    raise ConfigError(
+                        f"{self.whose} was saved after {taken} batches of an epoch, and its data holds {i}: continue "
+                        "it with the data that it had."
+                    )
+        finally:
+            self.draws.states = now
+        self._torn = False
+
+
+def one_position(data: object) -> bool:
+    """Return True if all who iterate over data share one position in it."""
+    return isinstance(data, Iterator) or bool(getattr(data, "persistent_workers", False))

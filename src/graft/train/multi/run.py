@@ -114,6 +114,9 @@ class Run:
         self._flat: Flat | None = None  # stands in the optimizer for the parameters
         self._may_flatten = may_flatten(optimizer, parameters)
         self._sums: list[Tensor | None] | None = None  # of gradients of the step under way, but for the last batch
+        self._was: tuple[list[Tensor], list[Tensor | None] | None] | None = None  # losses and sums before this round
+        self.left = 0  # batches of a step that its data had no more for
+        self.unseen = False  # a step, or the end, at which nobody has looked, nor asked `stop`
         self._since = time.perf_counter()
 
     @property
@@ -128,8 +131,8 @@ class Run:
 
     @property
     def ended_early(self) -> bool:
-        """Return True if its data ended before its steps."""
-        return self.state == ENDED and self.steps is not None and self.step < self.steps
+        """Return True if its data ended before its steps, or within one."""
+        return self.state == ENDED and (self.left > 0 or (self.steps is not None and self.step < self.steps))
 
     @property
     def looks_now(self) -> bool:
@@ -153,11 +156,25 @@ class Run:
         """Return the next batch; None, and the run has ended, if there is none."""
         batch = self.loader.next()
         if batch is None:
+            self.left = len(self.losses)
             early = f", before {self.steps} steps" if self.steps is not None else ""
-            self.end(ENDED, f"its data ended at step {self.step}{early}")
+            rest = f"; {self.left} of the {self._window} batches of a step were left over, and unused"
+            self.end(ENDED, f"its data ended at step {self.step}{early}{rest if self.left else ''}")
+            self.unseen = True
             return None
+        self._was = [*self.losses], self._sums
         self._window = batch.get(WINDOW, self.accumulate)
         return Part(self.name, batch)
+
+    def undo(self) -> None:
+        """Give the batch of a round back that an error has stopped, if it has not become a step."""
+        if self._was is not None:
+            (self.losses, self._sums), self._was = self._was, None
+            self.loader.give_back()
+
+    def done(self) -> None:
+        """Note that the round is over."""
+        self._was = None
 
     def loss_of(self, output: object, batch: Batch, auxiliary: Tensor | float = 0.0) -> Tensor:
         """Return what is to be differentiated: the loss of a batch, over the number of batches of a step.
@@ -188,6 +205,9 @@ class Run:
             self._unflatten()
         else:
             flat.attach(row)
+
+    def sits_on(self, row: Row) -> bool:
+        return self._row is row
 
     def _unflatten(self) -> None:
         if self._flat is not None:
@@ -226,21 +246,23 @@ class Run:
                 p.grad = grad if got else None
         if self.clip is not None:
             clip_grads_with_norm_(self.parameters if self._flat is None else self._flat.vectors, self.clip, length)
-        if self.draws_in_steps:
-            with self.draws:
+        try:
+            with self.draws if self.draws_in_steps else nullcontext():
                 self.optimizer.step()
-        else:
-            self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
-        if self._flat is None:
-            for p in self.parameters:
-                p.grad = None
-        else:
-            increment_version(self.parameters)  # who keeps what follows from them sees that they have changed
+            if self.schedule is not None:
+                self.schedule.step()
+            if self._flat is None:
+                for p in self.parameters:
+                    p.grad = None
+            else:
+                increment_version(self.parameters)  # who keeps what follows from them sees that they have changed
+            self.step += 1
+            self.curve.append(Point(self.step, loss, lr, norm))
+        except BaseException as error:
+            self.fail(f"an error stopped its optimizer or schedule in the middle ({error!r})", loss)
+            raise
         self.let_go()
-        self.step += 1
-        self.curve.append(Point(self.step, loss, lr, norm))
+        self.unseen = True
         if self.steps is not None and self.step >= self.steps:
             self.end(ENDED, f"{self.step} steps")
 
@@ -265,7 +287,7 @@ class Run:
 
     def let_go(self) -> None:
         """Drop gradients and losses of the step under way."""
-        self.losses, self._sums = [], None
+        self.losses, self._sums, self._was = [], None, None
 
     def end(self, state: str, why: str) -> None:
         self.let_go()
@@ -306,9 +328,9 @@ def is_number(value: object) -> bool:
     return isinstance(value, Tensor) and not value.dim()
 
 
-def kind_of(schedule: Any) -> Any:
+def kind_of(schedule: object) -> list[object] | None:
     """Return a schedule's class and state, before its first step; None if there is none."""
     if schedule is None:
         return None
-    state = getattr(schedule, "state_dict", dict)()
+    state: object = getattr(schedule, "state_dict", dict)()
     return [type(schedule).__name__, copy.deepcopy(state)]

@@ -33,9 +33,9 @@ from graft.train.multi.bank import Banks
 from graft.train.multi.draws import Draws
 from graft.train.multi.fanout import Fan, alike, fan_of
 from graft.train.multi.joint import Arguments, Cut, Part, groups, joined, main_of
-from graft.train.multi.loader import Loader
+from graft.train.multi.loader import Loader, one_position
 from graft.train.multi.losses import Loss, own_loss
-from graft.train.multi.run import ENDED, RUNNING, STOPPED, Run, Valid
+from graft.train.multi.run import RUNNING, STOPPED, Run, Valid
 from graft.train.multi.trainer import Description
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class MultiTrain:
         self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
         self._number = 0
         self._alone = threading.Lock()  # held in a step
+        self._within = False  # some runs have taken their batch of a round, and others have not
         self._modes = [(m, m.training) for m in self.base.modules()]
         if not base_in_eval and (drops := dropout_in(self.base, self._carried())):
             raise ConfigError(
@@ -188,6 +189,7 @@ class MultiTrain:
             BaseModelMismatchError: the run was saved with another base.
             And what `add_adapter` raises. The model is then as it was.
         """
+        self._between_steps()
         if name in self._runs:
             raise AdapterNameError(f"There is a run '{name}' already: give this one another name.")
         told = None
@@ -204,7 +206,13 @@ class MultiTrain:
         if type(seed) is not int:
             raise ConfigError(f"Run '{name}': seed must be an int, got {seed!r}.")
         if not callable(optimizer):
-            check_made(name, optimizer, None)
+            check_made(name, optimizer, None, [])
+        taker = next((run.name for run in self._runs.values() if run.goes_on and run.loader.data is data), None)
+        if taker is not None and one_position(data):
+            raise ConfigError(
+                f"Run '{name}' would take batches from run '{taker}': their data is one iterator, or one loader with "
+                "persistent_workers. Give each run its own."
+            )
         if config is not None and config.is_prompt_learning:
             raise ConfigError(
                 f"Run '{name}': {config.peft_type.value} puts a prompt before the input, and no adapter on layers, of "
@@ -231,8 +239,8 @@ class MultiTrain:
             with draws:
                 made = optimizer(parameters)
                 timed = None if schedule is None else schedule(made)
-            check_made(name, made, timed)
-            loader = Loader(name, data, draws, once=steps is None)
+            check_made(name, made, timed, parameters)
+            loader = Loader(f"Run '{name}'", data, draws, once=steps is None)
             run = Run(
                 name,
                 own_config,
@@ -307,6 +315,7 @@ class MultiTrain:
 
     def remove(self, name: str) -> Run:
         """Take a run and its adapter out, and return the run, with its curve."""
+        self._between_steps()
         run = self[name]
         self._take_out(name)
         del self._runs[name]
@@ -314,6 +323,7 @@ class MultiTrain:
 
     def unload(self) -> nn.Module:
         """Return the base without adapters, as it was."""
+        self._between_steps()
         if self.model is not None:
             self.model.unload()
         self.model, self._runs = None, {}
@@ -337,11 +347,14 @@ class MultiTrain:
     # steps
 
     def __iter__(self) -> Iterator[Step]:
-        while any(run.goes_on for run in self._runs.values()):
+        while any(run.goes_on or run.unseen for run in self._runs.values()):
             yield self.step()
 
     def step(self) -> Step:
         """Take a batch of each run that goes on, and make the optimizer steps that are due.
+
+        After an error, of a loss or a loader, all runs are where they were, but those that made their step before it.
+        The next call goes on there.
 
         Raises:
             RuntimeError: another thread is in a step.
@@ -354,35 +367,67 @@ class MultiTrain:
             self._alone.release()
 
     def _step(self) -> Step:
-        self._number += 1
-        step = Step(self._number)
+        step = Step(self._number + 1)
+        self._look(step)  # where an error has kept it from doing so
         going = [run for run in self._runs.values() if run.goes_on]
+        self._within = True
+        try:
+            self._train(step, going)
+        except BaseException:
+            for run in going:
+                run.undo()
+            raise
+        finally:
+            self._within = False
+        for run in going:
+            run.done()
+        self._number += 1
+        self._look(step)
+        step.ended |= {run.name: run.why or "" for run in going if run.state != RUNNING}
+        for run in going:
+            if run.ended_early:
+                warn(f"Run '{run.name}': {run.why}.", PeftWarning)
+        return step
+
+    def _between_steps(self) -> None:
+        if self._within:
+            raise RuntimeError("A step is under way: call this between steps, not from a loss or in another thread.")
+
+    def _train(self, step: Step, going: Sequence[Run]) -> None:
+        """Take a batch of each of these runs, and make the steps that are due."""
         self._mode(True)
         parts = [part for run in going if (part := run.batch()) is not None]
         self._seat([run for run in going if run.state == RUNNING])
         for group in groups([self._complete(part) for part in parts], self.arguments, self.at_once):
             self._pass(group)
         due = [run for run in going if run.state == RUNNING and run.due]
-        if due:
-            lengths = self._banks.norms([run.name for run in due])
-            losses = [run.loss_now for run in due]
-            numbers = torch.stack([t.float().to(losses[0].device) for t in (*losses, *lengths)]).tolist()
-            for run, loss, norm, length in zip(due, numbers, numbers[len(due) :], lengths):
-                bad = run.refused(loss, norm)
-                if bad is not None:
-                    warn(bad, PeftWarning)
-                    continue
-                run.take(loss, norm, length)
-                step.losses[run.name] = loss
-        self._look(step, [run for run in due if run.state in (RUNNING, ENDED)])
-        step.ended = {run.name: run.why or "" for run in going if run.state != RUNNING}
-        for run in going:
-            if run.state == ENDED and run.ended_early:
-                warn(f"Run '{run.name}': {run.why}.", PeftWarning)
-        return step
+        if not due:
+            return
+        lengths = self._banks.norms([run.name for run in due])
+        losses = [run.loss_now for run in due]
+        numbers = torch.stack([t.float().to(losses[0].device) for t in (*losses, *lengths)]).tolist()
+        for run, loss, norm, length in zip(due, numbers, numbers[len(due) :], lengths):
+            bad = run.refused(loss, norm)
+            if bad is not None:
+                warn(bad, PeftWarning)
+                continue
+            run.take(loss, norm, length)
+            step.losses[run.name] = loss
 
-    def _look(self, step: Step, runs: Sequence[Run]) -> None:
+    def _look(self, step: Step) -> None:
         """Look at validation data where it is time, and ask who wants to stop."""
+        runs = [run for run in self._runs.values() if run.unseen]
+        self._see(step, runs)
+        for run in runs:
+            if run.state == RUNNING and run.stop is not None and run.stop(run):
+                run.end(STOPPED, f"its stop said so at step {run.step}")
+            if run.state != RUNNING:
+                step.ended[run.name] = run.why or ""
+        self._see(step, runs)
+        for run in runs:
+            run.unseen = False
+
+    def _see(self, step: Step, runs: Sequence[Run]) -> None:
         by_data: dict[int, list[Run]] = {}
         for run in runs:
             if run.looks_now:
@@ -392,13 +437,12 @@ class MultiTrain:
             for run in some:
                 run.valid.append(Valid(run.step, found[run.name]))
                 step.valid[run.name] = found[run.name]
-        for run in runs:
-            if run.state == RUNNING and run.stop is not None and run.stop(run):
-                run.end(STOPPED, f"its stop said so at step {run.step}")
 
     def _seat(self, runs: list[Run]) -> None:
         """Have these runs, which train now, share banks."""
-        if self._banks.names == [run.name for run in runs] and self._banks.stand():
+        rows = self._banks.rows
+        here = [*rows] == [run.name for run in runs] and all(run.sits_on(rows[run.name]) for run in runs)
+        if here and self._banks.stand():
             return
         model = self._adapted
         self._banks.release()
@@ -495,22 +539,28 @@ class MultiTrain:
     def evaluate(self, names: Sequence[str], data: Iterable[Any]) -> dict[str, float]:
         """Return the mean loss of several runs on data, weighted by rows, in eval mode.
 
+        What the data draw they draw anew each time, whoever looks, whenever.
+
         Raises:
-            ConfigError: the data hold no batch.
+            ConfigError: the data hold no batch, or no rows, or a batch is no mapping.
         """
         self._mode(False)
         sums: dict[str, list[Tensor]] = {name: [] for name in names}
         rows: list[int] = []
-        for batch in data:
-            parts = [self._complete(Part(name, dict(batch))) for name in names]
+        loader = Loader(f"The validation data of runs {list(names)}", data, Draws(0, data), once=True)
+        while (batch := loader.next()) is not None:
+            n = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
+            if not n:
+                continue
+            rows.append(n)
+            parts = [self._complete(Part(name, {**batch})) for name in names]
             for group in groups(parts, self.arguments, self.at_once):
                 with self._fanned(group) as fan:
                     outputs, _ = self._outputs(group, fan)
                 for part, output in zip(group, outputs):
                     sums[part.name].append(self._runs[part.name].judge(output, part.batch))
-            rows.append(next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()))
         if not rows:
-            raise ConfigError(f"The validation data of runs {list(names)} holds no batch.")
+            raise ConfigError(f"The validation data of runs {list(names)} has no rows.")
         weights = torch.tensor(rows, dtype=torch.float64)
         found = torch.stack([torch.stack(sums[name]) for name in names]).double().cpu() @ weights / weights.sum()
         return dict(zip(names, found.tolist()))
@@ -560,6 +610,7 @@ class MultiTrain:
         Raises:
             ConfigError: the state of an optimizer or schedule is more than numbers, texts and tensors.
         """
+        self._between_steps()
         for run in self._runs.values():
             stored.save(run, self._adapted, os.fspath(folder))
 
@@ -632,8 +683,8 @@ def refuse_beside_trainer(name: str, given: dict[str, object]) -> None:
         raise ConfigError(f"Run '{name}': its trainer says what {', '.join(both)} is: leave that out.")
 
 
-def check_made(name: str, optimizer: Optimizer, schedule: object) -> None:
-    """Raise ConfigError unless optimizer and schedule are such that step without arguments."""
+def check_made(name: str, optimizer: Optimizer, schedule: object, parameters: Sequence[nn.Parameter]) -> None:
+    """Raise ConfigError unless optimizer and schedule are such that step without arguments, and of these parameters."""
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"Run '{name}': optimizer must make one of its parameters, as partial(torch.optim.AdamW, lr=1e-3) does; "
@@ -642,3 +693,14 @@ def check_made(name: str, optimizer: Optimizer, schedule: object) -> None:
     if isinstance(optimizer, torch.optim.LBFGS) or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         wrong = optimizer if schedule is None else schedule
         raise ConfigError(f"Run '{name}': {type(wrong).__name__} steps by more than gradients; choose another.")
+    own = {id(p) for p in parameters}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError(
+            f"Run '{name}': its {type(optimizer).__name__} holds parameters that are not the run's: let optimizer make "
+            "one of those that it gets."
+        )
+    if getattr(schedule, "optimizer", optimizer) is not optimizer:
+        raise ConfigError(
+            f"Run '{name}': its {type(schedule).__name__} is of another optimizer: let schedule make one of the "
+            "optimizer that it gets."
+        )

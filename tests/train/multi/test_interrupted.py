@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors in the middle of a step, of a loss, a loader, an optimizer, a look; runs that come and go; threads: who goes
+on has the bits of runs that nobody disturbed."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import graft
+from graft.train.multi import MultiTrain
+from tests import models
+from tests.train.multi.alone import SPECS, batches, lora, rows, same, tiny
+
+NAMES = ("plain", "gathers", "timed", "long", "drops")  # of which "long" has passes of its own, and some draw
+STEPS = 6
+
+
+class Broken(Exception):
+    pass
+
+
+class Once:
+    """Raises at the call of a number, and then never again."""
+
+    def __init__(self, at, error=Broken):
+        self.left, self.error = at, error
+
+    def __call__(self):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+
+
+def added(runs, name, **more):
+    options = SPECS[name].options(STEPS) | more
+    return runs.add(name, options.pop("config", SPECS[name].config), **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    runs = MultiTrain(tiny())
+    for name in NAMES:
+        added(runs, name)
+    return runs.run()
+
+
+def go_on(runs, error=Broken):
+    """Run to the end; return how often an error has stopped it."""
+    stopped = 0
+    while any(run.goes_on for run in runs.all()):
+        try:
+            runs.run()
+        except error:
+            stopped += 1
+    return stopped
+
+
+def assert_as(undisturbed, runs, *names):
+    for name in names:
+        assert runs[name].curve == undisturbed[name].curve, name
+        assert same(runs[name].parameters, undisturbed[name].parameters), name
+
+
+def own(base, check):
+    """The model's own loss, which may raise."""
+
+    def loss(output, batch):
+        check()
+        logits = output["logits"]
+        return base.loss_function(logits=logits, labels=batch["labels"], vocab_size=logits.shape[-1])
+
+    return loss
+
+
+@pytest.mark.parametrize("at", [1, 5])
+@pytest.mark.parametrize("who", ["plain", "gathers", "long"])
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+def test_a_loss_that_raises(undisturbed, who, at, error):
+    """In the first pass of a round or the last, within a step or at its end."""
+    base, check = tiny(), Once(at, error)
+    runs = MultiTrain(base)
+    for name in NAMES:
+        added(runs, name, **({"loss": own(base, check)} if name == who else {}))
+    assert go_on(runs, error) == 1
+    assert_as(undisturbed, runs, *NAMES)
+
+
+def test_who_raises_always_is_removed_and_the_others_go_on(undisturbed):
+    runs = MultiTrain(tiny())
+    for name in NAMES:
+        added(runs, name)
+    added(runs, "wide", loss=own(runs.base, Once(1)), seed=3)
+    with pytest.raises(Broken):
+        runs.step()
+    runs.remove("wide")
+    runs.run()
+    assert_as(undisturbed, runs, *NAMES)
+
+
+def test_saved_after_an_error(undisturbed, tmp_path):
+    """The file has the state before the round that an error has stopped."""
+    base = tiny()
+    runs = MultiTrain(base)
+    for name in NAMES:
+        added(runs, name, **({"loss": own(base, Once(3))} if name == "long" else {}))
+    with pytest.raises(Broken):
+        runs.run()
+    runs.save(tmp_path)
+    for company in (NAMES[:2], NAMES[2:]):
+        again = MultiTrain.resume(tiny(), tmp_path)
+        for name in company:
+            added(again, name)
+        assert_as(undisturbed, again.run(), *company)
+
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, check):
+        self.rows, self.check = rows(1), check
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        self.check()
+        return self.rows[i]
+
+
+@pytest.mark.parametrize("at", [2, 11])
+def test_a_loader_that_raises(undisturbed, at):
+    runs = MultiTrain(tiny())
+    for name in NAMES:
+        check = {"data": DataLoader(Samples(Once(at)), 4, shuffle=True)}
+        added(runs, name, **(check if name == "plain" else {}))
+    assert go_on(runs) == 1
+    assert_as(undisturbed, runs, *NAMES)
+
+
+class Stumbles(torch.optim.AdamW):
+    def __init__(self, parameters, check, **options):
+        super().__init__(parameters, **options)
+        self.check = check
+
+    def step(self, closure=None):
+        self.check()
+        return super().step(closure)
+
+
+def test_an_optimizer_that_raises_ends_its_run(undisturbed):
+    """Nobody knows which of its tensors it has stepped."""
+    runs = MultiTrain(tiny())
+    for name in NAMES:
+        optimizer = {"optimizer": partial(Stumbles, check=Once(3), lr=1e-2)}
+        added(runs, name, **(optimizer if name == "gathers" else {}))
+    with pytest.raises(Broken):
+        runs.run()
+    runs.run()
+    assert runs["gathers"].state == "failed" and runs["gathers"].step == 2
+    assert "Run 'gathers' failed at step 3: an error stopped its optimizer" in runs["gathers"].why
+    assert_as(undisturbed, runs, *(name for name in NAMES if name != "gathers"))
+
+
+class Valid(list):
+    """Batches to look at, whose iteration may raise."""
+
+    def __init__(self, check):
+        super().__init__(batches(2))
+        self.check = check
+
+    def __iter__(self):
+        self.check()
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_look_that_raises_is_made_later(undisturbed, at):
+    found = []
+    for valid in (batches(2), Valid(Once(at))):
+        runs = MultiTrain(tiny())
+        asked = list[int]()
+        for name in NAMES:
+            look = {"valid": valid, "every": 2, "stop": lambda run, asked=asked: asked.append(run.step)}
+            added(runs, name, **(look if name == "plain" else {}))
+        go_on(runs)
+        runs.run()
+        assert_as(undisturbed, runs, *NAMES)
+        found.append((runs["plain"].valid, asked))
+    assert found[0] == found[1] and [look.step for look in found[0][0]] == [2, 4, 6]
+
+
+def test_a_stop_that_raises(undisturbed):
+    runs = MultiTrain(tiny())
+    check = Once(2)
+    for name in NAMES:
+        added(runs, name, **({"stop": lambda run: check()} if name == "plain" else {}))
+    assert go_on(runs) == 1
+    assert_as(undisturbed, runs, *NAMES)
+
+
+def test_warnings_that_are_errors():
+    """What evicts a run does not disturb the others, also where its warning is an exception."""
+    spec = SPECS["plain"]
+    runs = MultiTrain(tiny())
+    runs.add("wild", lora(), **spec.options(STEPS) | {"optimizer": partial(torch.optim.SGD, lr=float("inf"))})
+    runs.add("plain", spec.config, **spec.options(STEPS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", graft.PeftWarning)
+        assert go_on(runs, graft.PeftWarning) == 1
+    alone = MultiTrain(tiny())
+    alone.add("plain", spec.config, **spec.options(STEPS))
+    assert_as(alone.run(), runs, "plain")
+
+
+@pytest.mark.parametrize("call", [
+    lambda runs, folder: runs.save(folder), lambda runs, _: runs.remove("x"), lambda runs, _: runs.unload(),
+    lambda runs, _: runs.add("y", lora(), data=batches(1)),
+])  # fmt: skip
+def test_within_a_step_nothing_is_saved_or_changed(call, tmp_path):
+    runs = MultiTrain(tiny())
+
+    def loss(output, batch):
+        with pytest.raises(RuntimeError, match="A step is under way"):
+            call(runs, tmp_path)
+        return output.logits.square().mean()
+
+    runs.add("x", lora(), data=batches(1), loss=loss)
+    runs.run()
+    assert runs["x"].step == 1
+
+
+# who comes and goes
+
+
+def test_a_name_that_is_used_again_begins_anew():
+    """At once, without a step between."""
+    spec = SPECS["drops"]
+    runs = MultiTrain(tiny())
+    runs.add("x", lora(r=4), **SPECS["plain"].options(STEPS))
+    runs.add("y", lora(r=4), **SPECS["timed"].options(9))
+    for step in runs:
+        if step.number == 3:
+            break
+    runs.remove("x")
+    runs.add("x", spec.config, **spec.options(STEPS))
+    runs.run()
+    alone = MultiTrain(tiny())
+    alone.add("x", spec.config, **spec.options(STEPS))
+    assert_as(alone.run(), runs, "x")
+    runs.remove("y")
+    for out in (lambda: runs.remove("x"), runs.unload):
+        out()
+        runs.add("x", spec.config, **spec.options(STEPS))
+        assert_as(alone, runs.run(), "x")
+
+
+def test_runs_come_and_go_while_others_gather(undisturbed):
+    runs = MultiTrain(tiny())
+    added(runs, "gathers")
+    for step in runs:
+        match step.number:
+            case 1:
+                added(runs, "plain")
+            case 4:
+                runs.add("same", lora(r=4), data=batches(30), accumulate=3, steps=9)
+            case 5:
+                added(runs, "drops")
+            case 8:
+                runs.remove("same")
+            case 10:
+                runs.remove("plain")
+    assert_as(undisturbed, runs, "gathers", "drops")
+
+
+def test_one_iterator_for_two_runs():
+    """Each would get every other batch."""
+    runs, data = MultiTrain(tiny()), iter(batches(6))
+    runs.add("x", lora(), data=data)
+    with pytest.raises(graft.ConfigError, match="Run 'y' would take batches from run 'x'"):
+        runs.add("y", lora(), data=data)
+    kept = DataLoader(rows(0), 4, num_workers=1, persistent_workers=True)
+    runs.add("z", lora(), data=kept)
+    with pytest.raises(graft.ConfigError, match="persistent_workers"):
+        runs.add("y", lora(), data=kept)
+    assert runs.names == ["x", "z"]
+
+
+def test_optimizers_and_schedules_of_others():
+    runs = MultiTrain(tiny())
+    first, weight = runs.add("x", lora(), data=batches(2)), runs.base.lm_head.weight
+    for optimizer in (lambda p: first.optimizer, lambda p: torch.optim.SGD([*p, weight], lr=0.1)):
+        with pytest.raises(graft.ConfigError, match="holds parameters that are not the run's"):
+            runs.add("y", lora(), data=batches(2), optimizer=optimizer)
+    shared = torch.optim.lr_scheduler.ConstantLR(first.optimizer)
+    with pytest.raises(graft.ConfigError, match="its ConstantLR is of another optimizer"):
+        runs.add("y", lora(), data=batches(2), schedule=lambda optimizer: shared)
+    assert runs.names == ["x"] == list(runs.model.peft_config)
+
+
+# looks
+
+
+def test_the_last_look_is_at_the_end():
+    """However a run ends."""
+    runs, valid = MultiTrain(tiny()), batches(1)
+    runs.add("data", lora(), data=batches(3), valid=valid)
+    runs.add("stop", lora(), data=batches(3), valid=valid, every=2, stop=lambda run: run.step == 3, steps=9)
+    runs.add("both", lora(), data=batches(4), valid=valid, every=2)
+    runs.run()
+    assert {run.name: [look.step for look in run.valid] for run in runs.all()} == {
+        "data": [3], "stop": [2, 3], "both": [2, 4],
+    }  # fmt: skip
+
+
+def test_what_validation_draws_depends_on_nobody():
+    """A shuffled loader that leaves out some rows looks at the same each time, in any company."""
+    data = DataLoader(rows(5), 4, shuffle=True, drop_last=True)
+    found = []
+    for company in (0, 2):
+        runs = MultiTrain(tiny())
+        for i in range(company):
+            runs.add(f"x{i}", lora(), **SPECS["plain"].options(4), valid=[*batches(1)], every=1)
+        torch.manual_seed(company)
+        runs.add("y", lora(), **SPECS["plain"].options(4) | {"optimizer": partial(torch.optim.SGD, lr=0.0)}, valid=data,
+                 every=1)  # fmt: skip
+        runs.run()
+        found.append([look.loss for look in runs["y"].valid])
+    assert len({*found[0]}) == 1 and found[0] == found[1] and len(found[0]) == 4
+
+
+def test_batches_of_a_step_that_are_left_over():
+    runs = MultiTrain(tiny())
+    runs.add("x", lora(), data=batches(5), accumulate=2)
+    with pytest.warns(graft.PeftWarning, match="ended at step 2; 1 of the 2 batches of a step were left over"):
+        runs.run()
+    assert runs["x"].step == 2
+
+
+def test_batches_without_rows():
+    empty = {k: v[:0] for k, v in batches(1)[0].items()}
+    runs = MultiTrain(tiny())
+    runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(2))
+    runs.add("x", lora(), data=[*batches(1), empty], valid=[empty, *batches(1)], every=1)
+    runs.step()
+    assert runs["x"].valid[0].loss > 0
+    with pytest.raises(graft.ConfigError, match="Run 'x': a batch has no rows"):
+        runs.step()
+    runs.remove("x")
+    assert len(runs.run()["plain"].curve) == 2
+    with pytest.raises(graft.ConfigError, match="has no rows"):
+        runs.evaluate(["plain"], [empty])
+
+
+# threads
+
+
+def test_two_trainings_in_two_threads():
+    """One loader draws, while that of the other thread would."""
+    from threading import Event, Thread
+
+    drawn, there = Event(), Event()
+
+    class Slow:
+        def __init__(self, wait, tell):
+            self.wait, self.tell = wait, tell
+
+        def __iter__(self):
+            for _ in range(3):
+                first = torch.randint(3, models.VOCAB, (4, 3))
+                self.tell.set()
+                self.wait.wait(0.2)
+                ids = torch.cat([first, torch.randint(3, models.VOCAB, (4, 4))], 1)
+                yield {"input_ids": ids, "labels": ids}
+
+    def train(seed, base, wait, tell):
+        runs = MultiTrain(base)
+        runs.add("x", lora(lora_dropout=0.2), data=Slow(wait, tell), seed=seed)
+        found[seed] = runs.run()["x"].curve
+
+    found = {}
+    for seed in (1, 2):
+        train(seed, tiny(), Event(), Event())
+    alone, found = found, {}
+    each = [(1, tiny(), drawn, there), (2, tiny(), there, drawn)]
+    threads = [Thread(target=train, args=own) for own in each]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == alone

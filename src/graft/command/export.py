@@ -46,19 +46,19 @@ def export(
     from graft.files.sources import local
 
     files.server_named(server)
-    given = None if rank is None else number(rank)
+    rank_or_share = None if rank is None else number(rank)
     source = local(adapter)
     check_output(output, [source, base], force)
     model = base_files(base)
-    held = read(source, model)
+    file = read(source, model)
     with appearing(output, not dry_run) as out:
-        if given is None and (held.method == "LORA" and held.changed_base is None):
-            report = files.export(held, server, model, out)
+        if rank_or_share is None and (file.method == "LORA" and file.changed_base is None):
+            report = files.export(file, server, model, out)
         else:
             from graft.command.models import load_base, on
             from graft.model.export import export as of_model
 
-            report = of_model(on(load_base(base), source), "default", server, out, given)
+            report = of_model(on(load_base(base), source), "default", server, out, rank_or_share)
     if as_json:
         print_json({"output": None if dry_run else output, **vars(report)})
     elif not quiet:

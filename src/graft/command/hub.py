@@ -37,8 +37,8 @@ def push(
     from graft.config import hub
     from graft.files import formats
 
-    held = formats.read(adapter)
-    found: Json = {"repo": repo, "format": held.format, "method": held.method, "files": names_in(adapter)}
+    file = formats.read(adapter)
+    found: Json = {"repo": repo, "format": file.format, "method": file.method, "files": names_in(adapter)}
     if not dry_run:
         found["url"] = str(
             hub.push(lambda folder: copied(adapter, Path(folder)), repo, private=private, commit_message=message)
@@ -72,14 +72,14 @@ def pull(
     except Exception as e:  # of the network or the hub, of types that differ between versions
         login = hub.login(e.__cause__ or e)
         raise HubError(f"'{repo}' cannot be fetched from the hub: {type(e).__name__}: {e}{login}") from e
-    held = formats.read(there)  # whatever is no adapter never gets to the output
+    file = formats.read(there)  # whatever is no adapter never gets to the output
     with appearing(str(output)) as part:
         copied(there, Path(part), pickles=not any(there.glob("*.safetensors")))
     found = {
         "repo": repo,
         "output": str(output),
-        "format": held.format,
-        "method": held.method,
+        "format": file.format,
+        "method": file.method,
         "files": names_in(output),
     }
     report(found, f"Pulled {len(found['files'])} files of {repo} to {output}.", quiet, as_json)
@@ -108,23 +108,23 @@ def card(
     report({"output": str(path), "card": text}, text if dry_run else f"Wrote {path}.", quiet, as_json)
 
 
-def card_of(held: AdapterFile, path: Path, base: str | None, licence: str | None) -> str:
+def card_of(adapter: AdapterFile, path: Path, base: str | None, licence: str | None) -> str:
     """Return the text of a model card for an adapter that was read."""
     from huggingface_hub import ModelCard
 
     from graft.files.neutral import LowRank
 
-    base = base or held.base
+    base = base or adapter.base
     local = base is not None and (base.startswith(("/", ".", "~")) or base.count("/") > 1)
     if path.exists():
         made = ModelCard(path.read_text(encoding="utf-8"))
     else:
-        ranks = sorted({m.rank for m in held.modules.values() if isinstance(m, LowRank)})
-        parts = [f"- method: {held.method}", f"- adapted modules: {len(held.modules)}"]
+        ranks = sorted({m.rank for m in adapter.modules.values() if isinstance(m, LowRank)})
+        parts = [f"- method: {adapter.method}", f"- adapted modules: {len(adapter.modules)}"]
         parts += [f"- rank: {', '.join(map(str, ranks))}"] * bool(ranks)
-        parts += [f"- trained whole: {len(held.full)} tensors"] * bool(held.full)
+        parts += [f"- trained whole: {len(adapter.full)} tensors"] * bool(adapter.full)
         made = ModelCard("---\n{}\n---\n# Adapter for " + f"{base or 'an unknown base'}\n\n" + "\n".join(parts) + "\n")
-    tags = {*(made.data.get("tags") or []), *(["lora"] if held.method == "LORA" else [])}
+    tags = {*(made.data.get("tags") or []), *(["lora"] if adapter.method == "LORA" else [])}
     made.data["library_name"] = "peft"
     made.data["tags"] = sorted(tags)
     if base and not local:  # a path of this machine means nothing to others

@@ -34,8 +34,8 @@ def inspect(
     from graft.files.inspect import plot as draw
     from graft.files.sources import adapter_at
 
-    held = None if base is None else base_of(base)
-    report = report_of(adapter_at(adapter, held), held, spectrum or plot is not None)
+    model = None if base is None else base_of(base)
+    report = report_of(adapter_at(adapter, model), model, spectrum or plot is not None)
     if plot is not None:
         draw(report, plot)
     if as_json:

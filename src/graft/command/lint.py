@@ -28,8 +28,8 @@ def lint(
     from graft.files.lint import lint as findings_of
     from graft.files.sources import adapter_at
 
-    held = None if base is None else base_of(base)
-    found = findings_of(adapter_at(adapter, held), held)
+    model = None if base is None else base_of(base)
+    found = findings_of(adapter_at(adapter, model), model)
     bad = [f for f in found if f.severity == "error" or (strict and f.severity == "warning")]
     if as_json:
         print_json({"adapter": adapter, "findings": [asdict(f) for f in found], "problems": len(bad)})

@@ -23,14 +23,14 @@ def load_base(path: str | os.PathLike[str], dtype: str = "float32", device: str 
         CheckpointError: the folder holds no model, or a damaged one.
         ConfigError: transformers is not there, or has no such class.
     """
-    held = base_files(path)
+    files = base_files(path)
     try:
         import torch
         import transformers
     except ImportError:
         text = "A model can be run with transformers only: pip install 'graft-adapters[transformers]'."
         raise ConfigError(text) from None
-    name = (held.config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    name = (files.config.get("architectures") or ["AutoModelForCausalLM"])[0]
     cls: Any = getattr(transformers, name, None)
     if cls is None:
         raise ConfigError(

@@ -78,9 +78,9 @@ def plan(
     report = planned(whole, adapter)
     found = account(whole, report)
     training = of_model(whole, adapter, length, dtype, gpu is not None)
-    held = budget(training, batch, checkpointing, optimizer, packed)
+    memory = budget(training, batch, checkpointing, optimizer, packed)
     how = {"batch": batch, "seq": length, "dtype": dtype, "checkpointing": checkpointing, "base": packed}
-    found["memory"] = held.as_dict() | how
+    found["memory"] = memory.as_dict() | how
     if gpu is not None:
         found["gpu"] = {
             "bytes": size(gpu), "fits": fits(training, optimizer, size(gpu), packed),
@@ -94,16 +94,16 @@ def plan(
         show(report, found)
 
 
-def format_of(config: Json, told: str | None) -> str | None:
+def format_of(config: Json, option: str | None) -> str | None:
     """Return how a base is packed, a key of FORMATS: as one says, else as its config.json does; None if it is not."""
     from graft.files.bases import packing
     from graft.model.budget import FORMATS
 
-    if told is not None:
+    if option is not None:
         known = [name for name in FORMATS if isinstance(name, str)] + ["none"]
-        if told not in known:
-            raise OptionError(f"--base is one of {', '.join(known)}, not {told!r}.")
-        return None if told == "none" else told
+        if option not in known:
+            raise OptionError(f"--base is one of {', '.join(known)}, not {option!r}.")
+        return None if option == "none" else option
     return packing(config)
 
 
@@ -208,10 +208,10 @@ def show(report: InjectReport, found: Json) -> None:
         without = of["all"] - of["adapted"]
         if without:
             console.print(f"{without} of {of['all']} blocks ({kind}) have no adapter.")
-    held = found["memory"]
-    how = ", checkpointing" if held["checkpointing"] else ""
-    base = f", base in {held['base']}" if held["base"] else ""
-    console.print(f"A step of {held['batch']} × {held['seq']} tokens, {held['dtype']}{base}{how}:")
+    memory = found["memory"]
+    how = ", checkpointing" if memory["checkpointing"] else ""
+    base = f", base in {memory['base']}" if memory["base"] else ""
+    console.print(f"A step of {memory['batch']} × {memory['seq']} tokens, {memory['dtype']}{base}{how}:")
     table = Table()
     table.add_column("part")
     table.add_column("GB", justify="right")
@@ -219,14 +219,14 @@ def show(report: InjectReport, found: Json) -> None:
              "kept": "activations", "working": "backward pass",
              "context": "CUDA context", "total": "all"}  # fmt: skip
     for name, title in names.items():
-        if held[name]:
-            table.add_row(title, f"{held[name] / 1e9:.3f}", style="bold" if name == "total" else "")
+        if memory[name]:
+            table.add_row(title, f"{memory[name] / 1e9:.3f}", style="bold" if name == "total" else "")
     console.print(table)
     if "gpu" in found:
         console.print(f"In {found['gpu']['bytes'] / 1e9:g} GB:")
         for way in found["gpu"]["fits"]:
             how = f"{'with' if way['checkpointing'] else 'without'} checkpointing, base in " + (
-                f"{way['bits']} bits" if isinstance(way["bits"], int) else way["bits"] or held["dtype"]
+                f"{way['bits']} bits" if isinstance(way["bits"], int) else way["bits"] or memory["dtype"]
             )
             most = way["largest_batch"]
             console.print(f"  {how}: " + (f"batches up to {most}" if most else "does not fit"))

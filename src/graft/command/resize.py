@@ -53,11 +53,11 @@ def resize(
     with appearing(output, not dry_run) as out:
         peft.write(made, out, known)
     whole = sum(r.size**2 for r in rows)
-    kept = sum(r.energy * r.size**2 for r in rows) / whole if whole else 1.0
+    share = sum(r.energy * r.size**2 for r in rows) / whole if whole else 1.0
     if as_json:
         print_json({
             "adapter": adapter, "output": None if dry_run else output, "modules": [asdict(r) for r in rows],
-            "energy": kept,
+            "energy": share,
         })  # fmt: skip
     elif not quiet:
         show.table(
@@ -66,5 +66,5 @@ def resize(
         )  # fmt: skip
         before, after = (sum(getattr(r, name) for r in rows) for name in ("before", "after"))
         print(
-            f"{before} → {after} ranks in all, {kept:.2%} of the energy" + (" (dry run)" if dry_run else f": {output}")
+            f"{before} → {after} ranks in all, {share:.2%} of the energy" + (" (dry run)" if dry_run else f": {output}")
         )

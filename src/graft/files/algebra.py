@@ -42,30 +42,30 @@ class Svd:
 # from and to the factors of files
 
 
-def products(held: LowRank) -> list[Product]:
+def products(lora: LowRank) -> list[Product]:
     """Return what LoRA adds to the weight of a module, as the module stores it: one matrix, or one for each expert.
 
     Of a convolution (out, in · kernel), of an embedding (vocabulary, dim). What an initialisation took out of the base
     counts, DoRA's magnitude does not: see `with_magnitude`.
     """
-    A, B = wide(held.A), wide(held.B) * held.scale
-    if held.kind == "experts":
+    A, B = wide(lora.A), wide(lora.B) * lora.scale
+    if lora.kind == "experts":
         return [Product(b, a) for b, a in zip(B, A, strict=True)]
-    if held.mid is not None:
-        A = np.einsum("rj...,ji->ri...", wide(held.mid), A.reshape(A.shape[:2]))
+    if lora.mid is not None:
+        A = np.einsum("rj...,ji->ri...", wide(lora.mid), A.reshape(A.shape[:2]))
     A, B = A.reshape(len(A), -1), B.reshape(len(B), -1)
     groups = len(A) // B.shape[1]
     if groups > 1:  # a second factor that has groups, as its convolution has
         B = block_diagonal(np.split(B, groups))
-    made = Product(A.T, B.T) if held.kind == "embedding" else Product(B, A)
-    if held.shift is not None:
-        taken_A, taken_B = held.shift
+    made = Product(A.T, B.T) if lora.kind == "embedding" else Product(B, A)
+    if lora.shift is not None:
+        taken_A, taken_B = lora.shift
         made = total([made, Product(-wide(taken_B), wide(taken_A))])
     return [made]
 
 
-def wide(held: Tensor) -> np.ndarray:
-    return held.read().astype("f8")
+def wide(t: Tensor) -> np.ndarray:
+    return t.read().astype("f8")
 
 
 def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
@@ -77,36 +77,36 @@ def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
-def as_low_rank(held: LowRank | Other) -> LowRank | None:
+def as_low_rank(module: LowRank | Other) -> LowRank | None:
     """Return LoRA as it is, and AdaLoRA's triplets as LoRA; None for other methods."""
-    if isinstance(held, LowRank):
-        return held
-    if held.method != "ADALORA" or held.scale is None:
+    if isinstance(module, LowRank):
+        return module
+    if module.method != "ADALORA" or module.scale is None:
         return None
-    A = held.tensors["lora_A"]
-    scaled = wide(A) * wide(held.tensors["lora_E"])
-    return LowRank(tensor(scaled, A.dtype), held.tensors["lora_B"], held.scale)
+    A = module.tensors["lora_A"]
+    scaled = wide(A) * wide(module.tensors["lora_E"])
+    return LowRank(tensor(scaled, A.dtype), module.tensors["lora_B"], module.scale)
 
 
-def with_factors(held: LowRank, made: Sequence[Svd], rank: int) -> LowRank:
-    """Return `held` with the largest `rank` triplets of an SVD in place of its factors, at scale 1.
+def with_factors(lora: LowRank, made: Sequence[Svd], rank: int) -> LowRank:
+    """Return `lora` with the largest `rank` triplets of an SVD in place of its factors, at scale 1.
 
     √σ stands on both sides. A module that has fewer triplets gets zeros.
     """
     pairs = [split(svd, rank) for svd in made]
-    dtype, bias = held.B.dtype, held.bias
-    if held.kind == "experts":
+    dtype, bias = lora.B.dtype, lora.bias
+    if lora.kind == "experts":
         A, B = np.stack([a for _, a in pairs]), np.stack([b for b, _ in pairs])
-    elif held.kind == "embedding":
+    elif lora.kind == "embedding":
         ((right, left),) = pairs
         A, B = right.T, left.T
     else:
         ((B, A),) = pairs
-        kernel = held.A.shape[2:] if held.mid is None else held.mid.shape[2:]
-        A, B = A.reshape(rank, held.A.shape[1], *kernel), B.reshape(len(B), rank, *(1 for _ in kernel))
-    if bias is not None and held.scale != 1:
-        bias = tensor(wide(bias) * held.scale, bias.dtype)
-    return LowRank(tensor(A, held.A.dtype), tensor(B, dtype), 1.0, held.kind, held.magnitude, bias)
+        kernel = lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:]
+        A, B = A.reshape(rank, lora.A.shape[1], *kernel), B.reshape(len(B), rank, *(1 for _ in kernel))
+    if bias is not None and lora.scale != 1:
+        bias = tensor(wide(bias) * lora.scale, bias.dtype)
+    return LowRank(tensor(A, lora.A.dtype), tensor(B, dtype), 1.0, lora.kind, lora.magnitude, bias)
 
 
 def split(svd: Svd, rank: int) -> Product:
@@ -117,17 +117,17 @@ def split(svd: Svd, rank: int) -> Product:
     return Product(B, A)
 
 
-def with_magnitude(held: LowRank, W: np.ndarray) -> np.ndarray:
+def with_magnitude(lora: LowRank, W: np.ndarray) -> np.ndarray:
     """Return all that DoRA changes of a weight W (out, …), as a matrix: m (W + ΔW) / ‖W + ΔW‖ - W by rows.
 
     Of an embedding (vocabulary, dim) by columns.
     """
     W = W.reshape(len(W), -1).astype("f8")
-    ((B, A),) = products(held)
+    ((B, A),) = products(lora)
     new = W + B @ A
-    assert held.magnitude is not None
-    axis = 0 if held.kind == "embedding" else 1
-    gain = wide(held.magnitude) / np.linalg.norm(new, axis=axis)
+    assert lora.magnitude is not None
+    axis = 0 if lora.kind == "embedding" else 1
+    gain = wide(lora.magnitude) / np.linalg.norm(new, axis=axis)
     return new * (gain if axis == 0 else gain[:, None]) - W
 
 
@@ -172,8 +172,8 @@ def effective_rank(s: np.ndarray) -> float:
 
 def rank_for_energy(s: np.ndarray, energy: float) -> int:
     """Return the smallest k with Σ_{i ≤ k} σ² ≥ energy · Σ σ²."""
-    kept = np.cumsum(s**2)
-    return int(np.searchsorted(kept, energy * kept[-1] * (1 - 1e-12)) + 1) if kept[-1] > 0 else 1
+    sums = np.cumsum(s**2)
+    return int(np.searchsorted(sums, energy * sums[-1] * (1 - 1e-12)) + 1) if sums[-1] > 0 else 1
 
 
 def rank_for_ratio(s: np.ndarray, ratio: float) -> int:
@@ -245,9 +245,9 @@ def between(P: np.ndarray, Q: np.ndarray) -> float:
     return float(np.degrees(np.arctan2(sine, cosine)))
 
 
-def sizes(held: LowRank) -> tuple[int, int]:
+def sizes(lora: LowRank) -> tuple[int, int]:
     """Return how many rows and columns the matrix has that a module's change is."""
-    if held.kind == "experts":
-        return held.B.shape[1], held.A.shape[2]
-    kernel = held.A.shape[2:] if held.mid is None else held.mid.shape[2:]
-    return held.B.shape[0], held.A.shape[1] * prod(kernel)
+    if lora.kind == "experts":
+        return lora.B.shape[1], lora.A.shape[2]
+    kernel = lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:]
+    return lora.B.shape[0], lora.A.shape[1] * prod(kernel)

@@ -33,7 +33,7 @@ class BaseFiles:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: held.shape for name, held in self.tensors.items()}
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     @property
     def modules(self) -> Iterable[str]:
@@ -50,16 +50,16 @@ def base_files(path: str | os.PathLike[str]) -> BaseFiles:
     if not os.path.isdir(path):
         raise CheckpointError(f"{path} is no folder with a model.")
     config = os.path.join(path, "config.json")
-    held = BaseFiles(path, read_object(config) if os.path.exists(config) else {})
+    base = BaseFiles(path, read_object(config) if os.path.exists(config) else {})
     for name in shards(path):
         where = os.path.join(path, name)
         if not os.path.exists(where):
             raise CheckpointError(f"{where} is not there, though {INDEX} names it.")
         for key, tensor in read_header(where)[0].items():
-            if key in held.tensors:
-                raise CheckpointError(f"'{key}' stands in two files of {path}: {held.files[key]} and {name}.")
-            held.tensors[key], held.files[key] = tensor, name
-    return held
+            if key in base.tensors:
+                raise CheckpointError(f"'{key}' stands in two files of {path}: {base.files[key]} and {name}.")
+            base.tensors[key], base.files[key] = tensor, name
+    return base
 
 
 def shards(path: str) -> list[str]:

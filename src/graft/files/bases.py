@@ -54,10 +54,10 @@ def pipeline(path: str) -> Skeleton:
     for part in sorted(os.listdir(path)):
         folder = os.path.join(path, part)
         if os.path.exists(os.path.join(folder, CONFIG)) and part.startswith(COMPONENTS):
-            held = base_of(folder)
-            out.shapes |= {f"{part}.{name}": shape for name, shape in held.shapes.items()}
-            out.tensors |= {f"{part}.{name}": tensor for name, tensor in held.tensors.items()}
-            out.modules += [f"{part}.{name}" for name in held.modules]
+            model = base_of(folder)
+            out.shapes |= {f"{part}.{name}": shape for name, shape in model.shapes.items()}
+            out.tensors |= {f"{part}.{name}": tensor for name, tensor in model.tensors.items()}
+            out.modules += [f"{part}.{name}" for name in model.modules]
     if not out.modules:
         raise CheckpointError(f"{path} holds no models of a pipeline.")
     return out

@@ -33,8 +33,8 @@ def split(adapter: AdapterFile) -> dict[str, AdapterFile]:
     for part in sorted(parts_of(paths)):
         start = f"{part}."
 
-        def own(held: dict, start: str = start) -> dict:
-            return {path.removeprefix(start): value for path, value in held.items() if path.startswith(start)}
+        def own(by_path: dict, start: str = start) -> dict:
+            return {path.removeprefix(start): value for path, value in by_path.items() if path.startswith(start)}
 
         out[part] = replace(
             adapter, modules=own(adapter.modules), full=own(adapter.full), rows=own(adapter.rows),
@@ -46,7 +46,7 @@ def split(adapter: AdapterFile) -> dict[str, AdapterFile]:
 
 def method_of(adapter: AdapterFile, otherwise: str) -> str:
     """Return the method of all modules, if it is one."""
-    methods = {held.method if isinstance(held, Other) else "LORA" for held in adapter.modules.values()}
+    methods = {module.method if isinstance(module, Other) else "LORA" for module in adapter.modules.values()}
     return methods.pop() if len(methods) == 1 else otherwise
 
 

@@ -36,8 +36,8 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
     for name in a.rows.keys() & b.rows.keys():
         (at, ours), (bt, theirs) = a.rows[name], b.rows[name]
         tensors.append({"tensor": name, "relative": apart(ours, theirs) if at.load() == bt.load() else 1.0})
-    held = [{*m.modules, *m.full, *m.shared, *m.rows} for m in (a, b)]
-    only = [sorted(held[0] - held[1]), sorted(held[1] - held[0])]
+    names = [{*m.modules, *m.full, *m.shared, *m.rows} for m in (a, b)]
+    only = [sorted(names[0] - names[1]), sorted(names[1] - names[0])]
     largest = max((x["relative"] for x in (*modules, *tensors)), default=0.0)
     return {
         "a": a.path, "b": b.path, "config": config, "only_a": only[0], "only_b": only[1], "modules": modules,

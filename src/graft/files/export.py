@@ -75,11 +75,11 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
     """Return an adapter in that form, and what changed."""
     check(adapter, server)
     check_beside(adapter, base)
-    held = {path: factors(path, of, adapter.config) for path, of in adapter.modules.items()}
-    names = {path: named(path, base) for path in held}
+    loras = {path: factors(path, of, adapter.config) for path, of in adapter.modules.items()}
+    names = {path: named(path, base) for path in loras}
     if len({*names.values()}) < len(names):
         raise BaseModelMismatchError(f"Two modules of {adapter.path} are one of the base's: {some(sorted(names))}.")
-    by_name = {names[path]: of for path, of in held.items()}
+    by_name = {names[path]: of for path, of in loras.items()}
     check_shapes(by_name, adapter, base)
     rank = max(of.A.shape[0] for of in by_name.values())
     targets, added = covered(by_name, base, server)
@@ -142,9 +142,9 @@ def check_beside(adapter: AdapterFile, base: Base) -> None:
             )
 
 
-def check_shapes(held: dict[str, LowRank], adapter: AdapterFile, base: Base) -> None:
+def check_shapes(loras: dict[str, LowRank], adapter: AdapterFile, base: Base) -> None:
     """Raise BaseModelMismatchError for factors that make no update of the base's weight."""
-    if wrong := shapes_that_differ(held, base):
+    if wrong := shapes_that_differ(loras, base):
         raise BaseModelMismatchError(
             f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
         )
@@ -155,32 +155,32 @@ def known_extra(name: str) -> bool:
     return name.startswith(("lora_shift.", "lora_velora_", "lora_monteclora_"))
 
 
-def factors(path: str, held: LowRank | Other, config: dict[str, object]) -> LowRank:
+def factors(path: str, module: LowRank | Other, config: dict[str, object]) -> LowRank:
     """Return the factors A (r, …) and B (out, r, …) of a module in float32, of scale 1."""
     import numpy as np
 
-    if isinstance(held, Other):
-        A, B = whole(path, held, config)
-        return LowRank(tensor(A, "F32"), tensor(B.astype("f4") * np.float32(held.scale or 1.0)), 1.0)
-    A, B = (t.read().astype("f4") for t in (held.A, held.B))
-    if held.mid is not None:
+    if isinstance(module, Other):
+        A, B = whole(path, module, config)
+        return LowRank(tensor(A, "F32"), tensor(B.astype("f4") * np.float32(module.scale or 1.0)), 1.0)
+    A, B = (t.read().astype("f4") for t in (module.A, module.B))
+    if module.mid is not None:
         raise LossError(f"'{path}' has a core between its factors: convert it to PEFT's format first (graft convert).")
-    B = B * np.float32(held.scale)
-    if held.shift is not None:
-        gone_A, gone_B = (t.read().astype("f4") for t in held.shift)
+    B = B * np.float32(module.scale)
+    if module.shift is not None:
+        gone_A, gone_B = (t.read().astype("f4") for t in module.shift)
         A = np.concatenate([A, gone_A.reshape(len(gone_A), *A.shape[1:])])
         B = np.concatenate([B, -gone_B.reshape(*gone_B.shape, *B.shape[2:])], 1)
-    return LowRank(tensor(A), tensor(B), 1.0, held.kind)
+    return LowRank(tensor(A), tensor(B), 1.0, module.kind)
 
 
-def whole(path: str, held: Other, config: Json) -> tuple[np.ndarray, np.ndarray]:
+def whole(path: str, module: Other, config: Json) -> tuple[np.ndarray, np.ndarray]:
     """Return the dense factors of QA-LoRA and BD-LoRA."""
-    A, B = (held.tensors[f"lora_{name}.weight"].read() for name in "AB")
-    if held.method == "QALORA":  # A sees means of `size` inputs, times their number
+    A, B = (module.tensors[f"lora_{name}.weight"].read() for name in "AB")
+    if module.method == "QALORA":  # A sees means of `size` inputs, times their number
         size = config["qalora_group_size"]
         return A.repeat(size, 1) * (A.shape[1] * size / size**2), B
-    if held.method != "BDLORA":
-        raise LossError(f"'{path}' has a {held.method}, which is no LoRA: export it with its base model at hand.")
+    if module.method != "BDLORA":
+        raise LossError(f"'{path}' has a {module.method}, which is no LoRA: export it with its base model at hand.")
     blocks = config["use_bdlora"]
     n = blocks["nblocks"]
     if any(part in path for part in blocks.get("target_modules_bd_a") or ()):
@@ -199,14 +199,14 @@ def diagonal(blocks: np.ndarray, n: int) -> np.ndarray:
     return out
 
 
-def padded(held: LowRank, rank: int, dtype: str) -> LowRank:
+def padded(lora: LowRank, rank: int, dtype: str) -> LowRank:
     import numpy as np
 
-    A, B = held.A.read(), held.B.read()
+    A, B = lora.A.read(), lora.B.read()
     more = rank - len(A)
     A = np.pad(A, [(0, more), *[(0, 0)] * (A.ndim - 1)])
     B = np.pad(B, [(0, 0), (0, more), *[(0, 0)] * (B.ndim - 2)])
-    return LowRank(tensor(A, dtype), tensor(B, dtype), 1.0, held.kind)
+    return LowRank(tensor(A, dtype), tensor(B, dtype), 1.0, lora.kind)
 
 
 def zeros(path: str, like: LowRank | None, base: Base, rank: int, dtype: str, transposed: bool) -> LowRank:
@@ -226,16 +226,16 @@ def zeros(path: str, like: LowRank | None, base: Base, rank: int, dtype: str, tr
 
 def dtype_of(adapter: AdapterFile) -> str:
     """Return the dtype of an adapter's B; float32 if there are several."""
-    held = adapter.modules.values()
-    dtypes = {(of.B if isinstance(of, LowRank) else of.tensors["lora_B.weight"]).dtype for of in held}
+    modules = adapter.modules.values()
+    dtypes = {(of.B if isinstance(of, LowRank) else of.tensors["lora_B.weight"]).dtype for of in modules}
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
-def rounding(held: LowRank, dtype: str) -> float:
+def rounding(lora: LowRank, dtype: str) -> float:
     """Return the relative error that a dtype brings to a B."""
     import numpy as np
 
-    exact = held.B.read()
+    exact = lora.B.read()
     return float(np.linalg.norm(exact - tensor(exact, dtype).read()) / max(float(np.linalg.norm(exact)), 1e-30))
 
 
@@ -269,9 +269,9 @@ def kind_of(path: str) -> str:
     return numbered[0] if numbered else path
 
 
-def covered(held: Iterable[str], base: Base, server: Server) -> tuple[list[str], list[str]]:
+def covered(modules: Iterable[str], base: Base, server: Server) -> tuple[list[str], list[str]]:
     """Return suffixes that select all these modules, and which others of the base they select."""
-    paths, known = {*held}, [*base.modules]
+    paths, known = {*modules}, [*base.modules]
     kinds = {kind_of(path) for path in paths}
     if server.name == "sglang":  # which wants v beside q
         kinds |= {k.replace(".q_proj", ".v_proj") for k in kinds} & {kind_of(m) for m in known}
@@ -294,14 +294,14 @@ def ends(path: str, suffix: str) -> bool:
 # what changed
 
 
-def notes(adapter: AdapterFile, report: Exported, held: dict[str, LowRank]) -> Iterable[str]:
+def notes(adapter: AdapterFile, report: Exported, loras: dict[str, LowRank]) -> Iterable[str]:
     """Yield what changed in a sentence each."""
     low_rank = adapter.low_rank.values()
     if any(of.scale != 1.0 for of in low_rank):
         yield "the scale stands in B, and lora_alpha is r"
     if any(of.shift is not None for of in low_rank):
         yield "what the initialisation took out of the base is subtracted: twice the rank, for the base as it was"
-    if len({of.A.shape[0] for of in held.values()}) > 1:
+    if len({of.A.shape[0] for of in loras.values()}) > 1:
         yield f"all modules have rank {report.rank}, with zeros"
     if extra := sorted({name for of in low_rank for name in of.extra if not name.startswith("lora_shift")}):
         yield f"{some(extra)} are left out, which count in training only"

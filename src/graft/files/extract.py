@@ -126,10 +126,10 @@ def tie(adapter: AdapterFile, config: Json) -> None:
     """Give the head of a model for generation the change of its embedding: files hold both."""
     if not any(kind.endswith(("LMHeadModel", "ForCausalLM")) for kind in config.get("architectures") or ()):
         return
-    for path, held in adapter.low_rank.items():
-        if held.kind == "embedding" and path.rpartition(".")[2] in TOKENS:
-            A, B = (rearranged(t, lambda v: v.T, *t.shape[::-1]) for t in (held.B, held.A))
-            adapter.modules["lm_head"] = LowRank(A, B, held.scale)
+    for path, lora in adapter.low_rank.items():
+        if lora.kind == "embedding" and path.rpartition(".")[2] in TOKENS:
+            A, B = (rearranged(t, lambda v: v.T, *t.shape[::-1]) for t in (lora.B, lora.A))
+            adapter.modules["lm_head"] = LowRank(A, B, lora.scale)
     for name, value in [*adapter.full.items()]:
         if module_of(name).rpartition(".")[2] in TOKENS:
             adapter.full["lm_head.weight"] = value
@@ -163,12 +163,12 @@ def twins(tuned: BaseFiles, base: BaseFiles) -> set[str]:
     return {n for n in ("lm_head.weight",) if n in tuned.tensors and is_embedding(tuned, n)}
 
 
-def is_embedding(held: BaseFiles, head: str) -> bool:
+def is_embedding(base: BaseFiles, head: str) -> bool:
     """Return True if a checkpoint's head is its input embedding, value by value."""
-    own = held.tensors[head]
+    own = base.tensors[head]
     return any(
         t.shape == own.shape and t.dtype == own.dtype and t.load() == own.load()
-        for name, t in held.tensors.items()
+        for name, t in base.tensors.items()
         if name != head and module_of(name).rpartition(".")[2] in TOKENS
     )
 
@@ -239,10 +239,10 @@ def take(
     matrices = list(delta) if kind == "experts" else [delta.T if turned else delta.reshape(len(delta), -1)]
     found = [largest(matrix, rank, energy) for matrix in matrices]
     k = max(len(svd.s) for svd in found)
-    held = algebra.with_factors(shaped(kind, delta, turned), found, k)
-    kept = sum(float((svd.s.astype("f8") ** 2).sum()) for svd in found) / size**2
-    made.adapter.modules[path] = held
-    made.rows.append(Extracted(name, "lora", size, relative, k, min(kept, 1.0)))
+    lora = algebra.with_factors(shaped(kind, delta, turned), found, k)
+    share = sum(float((svd.s.astype("f8") ** 2).sum()) for svd in found) / size**2
+    made.adapter.modules[path] = lora
+    made.rows.append(Extracted(name, "lora", size, relative, k, min(share, 1.0)))
 
 
 def kind_of(name: str, delta: np.ndarray, embed: str) -> Kind | None:

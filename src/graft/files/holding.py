@@ -80,9 +80,9 @@ def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> Fit
         raise named_as_there(adapter)
     lost = [f"the key '{key}', which no reader knows" for key in adapter.unread]
     out = replace(adapter, modules={}, unread=[])
-    for name, held in (("full", adapter.full), ("rows", adapter.rows), ("shared", adapter.shared)):
-        if held and name not in holds.parts:
-            lost += [f"{PARTS[name]}: {key}" for key in held]
+    for name, items in (("full", adapter.full), ("rows", adapter.rows), ("shared", adapter.shared)):
+        if items and name not in holds.parts:
+            lost += [f"{PARTS[name]}: {key}" for key in items]
             setattr(out, name, {})
     for path, module in adapter.modules.items():
         if isinstance(module, Other):

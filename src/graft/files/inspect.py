@@ -35,9 +35,9 @@ def inspect(adapter: AdapterFile, base: Known | None = None, spectrum: bool = Fa
         BaseModelMismatchError: the base lacks a module, or has it in another shape.
         BaseNeededError: of the base only names are known.
     """
-    tensors = [t for held in adapter.modules.values() for t in tensors_of(held)]
+    tensors = [t for module in adapter.modules.values() for t in tensors_of(module)]
     beside = [*adapter.full.values(), *adapter.shared.values(), *(values for _, values in adapter.rows.values())]
-    modules = [of_module(path, held, spectrum) for path, held in adapter.modules.items()]
+    modules = [of_module(path, module, spectrum) for path, module in adapter.modules.items()]
     if base is not None:
         compared(modules, adapter, base)
     return {
@@ -52,10 +52,10 @@ def inspect(adapter: AdapterFile, base: Known | None = None, spectrum: bool = Fa
     }  # fmt: skip
 
 
-def tensors_of(held: LowRank | Other) -> Iterable[Tensor]:
-    if isinstance(held, Other):
-        return held.tensors.values()
-    return [t for t in (held.A, held.B, held.mid, held.magnitude, held.bias, *held.extra.values()) if t is not None]
+def tensors_of(m: LowRank | Other) -> Iterable[Tensor]:
+    if isinstance(m, Other):
+        return m.tensors.values()
+    return [t for t in (m.A, m.B, m.mid, m.magnitude, m.bias, *m.extra.values()) if t is not None]
 
 
 def method_of(adapter: AdapterFile) -> str:
@@ -74,11 +74,11 @@ def writer_of(adapter: AdapterFile) -> str | None:
     return f"PEFT {version}" if version else None
 
 
-def of_module(path: str, held: LowRank | Other, spectrum: bool) -> Json:
-    low = algebra.as_low_rank(held)
+def of_module(path: str, module: LowRank | Other, spectrum: bool) -> Json:
+    low = algebra.as_low_rank(module)
     out: Json = {
-        "module": path, "method": held.method if isinstance(held, Other) else "LORA", "scale": held.scale,
-        "parameters": sum(prod(t.shape) for t in tensors_of(held)), "kind": low.kind if low else None,
+        "module": path, "method": module.method if isinstance(module, Other) else "LORA", "scale": module.scale,
+        "parameters": sum(prod(t.shape) for t in tensors_of(module)), "kind": low.kind if low else None,
     }  # fmt: skip
     if low is None:
         return out

@@ -56,17 +56,17 @@ class Look:
     @cached_property
     def low(self) -> dict[str, LowRank]:
         """The modules of low rank whose numbers are finite."""
-        made = {path: algebra.as_low_rank(held) for path, held in self.adapter.modules.items()}
+        made = {path: algebra.as_low_rank(lora) for path, lora in self.adapter.modules.items()}
         bad = {path for path, values in self.values if not np.isfinite(values.read()).all()}
-        return {path: held for path, held in made.items() if held is not None and path not in bad}
+        return {path: lora for path, lora in made.items() if lora is not None and path not in bad}
 
     @cached_property
     def values(self) -> list[tuple[str, Tensor]]:
         """All floating tensors, by the module or name that they belong to."""
         adapter = self.adapter
-        held = [(path, t) for path, h in adapter.modules.items() for t in tensors_of(h)]
-        held += [*adapter.full.items(), *adapter.shared.items(), *((n, v) for n, (_, v) in adapter.rows.items())]
-        return [(name, t) for name, t in held if t.dtype in ("F64", "F32", "F16", "BF16")]
+        tensors = [(path, t) for path, h in adapter.modules.items() for t in tensors_of(h)]
+        tensors += [*adapter.full.items(), *adapter.shared.items(), *((n, v) for n, (_, v) in adapter.rows.items())]
+        return [(name, t) for name, t in tensors if t.dtype in ("F64", "F32", "F16", "BF16")]
 
     @cached_property
     def norms(self) -> dict[str, float]:
@@ -153,10 +153,10 @@ def scale(look: Look) -> Found:
 
 def rank_waste(look: Look) -> Found:
     found = []
-    for path, held in look.low.items():
-        parts = [algebra.spectrum(p) for p in algebra.products(held)]
-        used = np.mean([algebra.effective_rank(s) for s in parts]) / min(held.rank, *algebra.sizes(held))
-        if held.rank > 1 and 0 < used < WASTE:
+    for path, lora in look.low.items():
+        parts = [algebra.spectrum(p) for p in algebra.products(lora)]
+        used = np.mean([algebra.effective_rank(s) for s in parts]) / min(lora.rank, *algebra.sizes(lora))
+        if lora.rank > 1 and 0 < used < WASTE:
             found.append(path)
     if found:
         yield (
@@ -205,14 +205,14 @@ def orphan_key(look: Look) -> Found:
     if adapter.unread:
         yield f"keys without a meaning: {some(adapter.unread, 3)}", adapter.unread
     saved = [*(config.get("modules_to_save") or ()), "embed_tokens", "lm_head"]
-    told = "peft_type" in config and adapter.method not in PROMPTS
+    has_config = "peft_type" in config and adapter.method not in PROMPTS
     lone = [
         name for name in adapter.full
         if not any(f".{name}".find(f".{s}.") >= 0 for s in saved)
         and not (name.endswith(".bias") and config.get("bias", "none") != "none")
         and name.rpartition(".")[0] not in adapter.modules
     ]  # fmt: skip
-    if told and lone:
+    if has_config and lone:
         yield f"whole tensors that modules_to_save does not name: {some(lone, 3)}", lone
 
 
@@ -229,11 +229,11 @@ def pattern_unused(look: Look) -> Found:
 def base_mismatch(look: Look) -> Found:
     assert look.base is not None
     wrong, texts = [], []
-    for path, held in look.low.items():
-        if one_by_one(path, held, look.names, look.base):
+    for path, lora in look.low.items():
+        if one_by_one(path, lora, look.names, look.base):
             continue
         try:
-            weight(path, look.names, look.base, held)
+            weight(path, look.names, look.base, lora)
         except BaseNeededError:
             continue
         except BaseModelMismatchError as e:
@@ -244,8 +244,8 @@ def base_mismatch(look: Look) -> Found:
     note = look.adapter.metadata.get("graft_base")
     shapes = (parsed(note, "the fingerprint") or {}).get("weights", {}) if note else {}
     other = [p for p, s in shapes.items() if p in look.names and tuple(s) != look.base.shapes[look.names[p]]]
-    stored = {p: look.base.shapes[look.names[p]] for p in other}
-    other = [p for p, s in stored.items() if tuple(shapes[p]) != (*s[:-2], *s[:-3:-1])]  # stored (in, out)
+    shapes_of_base = {p: look.base.shapes[look.names[p]] for p in other}
+    other = [p for p, s in shapes_of_base.items() if tuple(shapes[p]) != (*s[:-2], *s[:-3:-1])]  # stored (in, out)
     if other and not wrong:
         yield f"the file's fingerprint is of other shapes: {some(other, 3)}", other
 
@@ -300,12 +300,12 @@ def split_alpha(look: Look) -> Found:
         yield f"B is block-diagonal, and alpha is that of one block: {some(found, 3)}", found
 
 
-def has_blocks(held: LowRank) -> bool:
+def has_blocks(lora: LowRank) -> bool:
     """Return True if B (out, n · r) has n blocks of rows, each of which uses its own columns."""
-    B = held.B.read()
+    B = lora.B.read()
     used = np.abs(B) > 0
     n = 3 if B.shape[1] % 3 == 0 else 4
-    if held.kind != "linear" or B.shape[1] % n:
+    if lora.kind != "linear" or B.shape[1] % n:
         return False
     columns = np.stack([part.any(1) for part in np.split(used, n, 1)])  # (n, out): which rows use the part
     return bool((columns.sum(0) <= 1).all() and columns.any(1).all())
@@ -313,14 +313,14 @@ def has_blocks(held: LowRank) -> bool:
 
 def intruder(look: Look) -> Found:
     found, texts = [], []
-    for path, held in look.low.items():
-        if held.kind == "experts" or look.norms[path] == 0:
+    for path, lora in look.low.items():
+        if lora.kind == "experts" or look.norms[path] == 0:
             continue
         try:
-            W = weight(path, look.names, look.base, held).astype("f8")  # type: ignore[arg-type]
+            W = weight(path, look.names, look.base, lora).astype("f8")  # type: ignore[arg-type]
         except (BaseModelMismatchError, BaseNeededError):
             continue
-        new = with_change(held, W)
+        new = with_change(lora, W)
         U = np.linalg.svd(new, full_matrices=False)[0][:, :TOP]
         like = np.abs(U.T @ np.linalg.svd(W, full_matrices=False)[0]).max(1)
         if n := int((like < INTRUDER).sum()):
@@ -330,10 +330,10 @@ def intruder(look: Look) -> Found:
         yield f"singular vectors of W + ΔW that are like none of W's: {some(texts, 3)}", found
 
 
-def with_change(held: LowRank, W: np.ndarray) -> np.ndarray:
-    if held.magnitude is not None:
-        return W + algebra.with_magnitude(held, W)
-    ((B, A),) = algebra.products(held)
+def with_change(lora: LowRank, W: np.ndarray) -> np.ndarray:
+    if lora.magnitude is not None:
+        return W + algebra.with_magnitude(lora, W)
+    ((B, A),) = algebra.products(lora)
     return W + B @ A
 
 

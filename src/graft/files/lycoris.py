@@ -97,9 +97,9 @@ def lokr(adapter: AdapterFile, base: Base | None) -> AdapterFile:
 
 def sides(m: Other, name: str) -> tuple[int, int]:
     """Return the rows and columns of a factor, whole or in two."""
-    held = m.tensors
-    if name in held:
-        return held[name].shape[0], held[name].shape[1]
-    if "lokr_t2" in held and name == "lokr_w2":
-        return held[f"{name}_a"].shape[1], held[f"{name}_b"].shape[1]
-    return held[f"{name}_a"].shape[0], held[f"{name}_b"].shape[1]
+    tensors = m.tensors
+    if name in tensors:
+        return tensors[name].shape[0], tensors[name].shape[1]
+    if "lokr_t2" in tensors and name == "lokr_w2":
+        return tensors[f"{name}_a"].shape[1], tensors[f"{name}_b"].shape[1]
+    return tensors[f"{name}_a"].shape[0], tensors[f"{name}_b"].shape[1]

@@ -76,15 +76,15 @@ def check(adapter: AdapterFile, base: Base) -> None:
     modules = set(base.modules)
     tails: dict[str, str | None] = {}
     absent, wrong = [], []
-    for path, held in adapter.modules.items():
-        if getattr(held, "kind", None) == "experts":  # parameters, or modules that files have one by one
+    for path, module in adapter.modules.items():
+        if getattr(module, "kind", None) == "experts":  # parameters, or modules that files have one by one
             continue
         found = path if path in modules else inside(path, modules, tails)
         if found is None:
             absent.append(path)
             continue
-        if isinstance(held, LowRank):
-            wrong += shapes_that_differ({found: held}, base)
+        if isinstance(module, LowRank):
+            wrong += shapes_that_differ({found: module}, base)
     if absent:
         raise missing(adapter, absent, base)
     if wrong:
@@ -93,16 +93,16 @@ def check(adapter: AdapterFile, base: Base) -> None:
         )
 
 
-def shapes_that_differ(held: Mapping[str, LowRank], base: Base) -> list[str]:
+def shapes_that_differ(loras: Mapping[str, LowRank], base: Base) -> list[str]:
     """Return which modules, by the base's paths, have factors that make no update of the base's weight."""
     if "quantization_config" in base.config:
         return []
     turned = base.config.get("model_type") in CONV1D
-    shapes = {path: base.shapes.get(f"{path}.weight") for path, module in held.items() if module.kind != "experts"}
+    shapes = {path: base.shapes.get(f"{path}.weight") for path, module in loras.items() if module.kind != "experts"}
     return [
-        f"{path}: A {held[path].A.shape} and B {held[path].B.shape} for a weight {shape}"
+        f"{path}: A {loras[path].A.shape} and B {loras[path].B.shape} for a weight {shape}"
         for path, shape in shapes.items()
-        if shape is not None and not fits(held[path], shape, turned)
+        if shape is not None and not fits(loras[path], shape, turned)
     ]
 
 
@@ -122,15 +122,15 @@ def inside(path: str, modules: set[str], tails: dict[str, str | None]) -> str | 
     return tails.get(path)
 
 
-def fits(held: LowRank, shape: tuple[int, ...], transposed: bool = False) -> bool:
+def fits(lora: LowRank, shape: tuple[int, ...], transposed: bool = False) -> bool:
     """Return True if the factors of a module make an update of a weight of this shape."""
-    A, B = held.A.shape, held.B.shape
-    if held.kind == "experts":
+    A, B = lora.A.shape, lora.B.shape
+    if lora.kind == "experts":
         return len(shape) < 3 or (len(A) == len(B) == 3 and shape == (B[0], B[1], A[2]))
-    if len(A) < 2 or len(B) < 2 or A[0] != B[1] or (held.kind == "linear" and len(A) + len(B) != 4):
+    if len(A) < 2 or len(B) < 2 or A[0] != B[1] or (lora.kind == "linear" and len(A) + len(B) != 4):
         return False
-    if held.kind == "embedding":
+    if lora.kind == "embedding":
         return shape == (A[1], B[0])
-    of_update = (B[0], *(held.mid.shape[2:] if held.mid else A[2:]))
+    of_update = (B[0], *(lora.mid.shape[2:] if lora.mid else A[2:]))
     made = (of_update[0], A[1], *of_update[1:])
     return shape == made or (transposed and shape == made[::-1]) or (shape[:2] == made[:2] and set(shape[2:]) == {1})

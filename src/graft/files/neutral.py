@@ -100,4 +100,4 @@ class AdapterFile:
 
     @property
     def low_rank(self) -> dict[str, LowRank]:
-        return {path: held for path, held in self.modules.items() if isinstance(held, LowRank)}
+        return {path: module for path, module in self.modules.items() if isinstance(module, LowRank)}

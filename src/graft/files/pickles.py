@@ -37,7 +37,7 @@ def read_torch(path: str | os.PathLike[str]) -> object:
         raise CheckpointError(f"{path} is damaged, or no file of torch.save: {e}") from None
 
 
-def write_torch(path: str, held: object) -> None:
+def write_torch(path: str, content: object) -> None:
     """Write a file of torch.save, which appears whole.
 
     Raises:
@@ -47,14 +47,14 @@ def write_torch(path: str, held: object) -> None:
 
     def save(temporary: str) -> None:
         try:
-            torch.save(held, temporary)
+            torch.save(content, temporary)
         except RuntimeError as e:  # its writer of archives knows no other
             raise OSError(errno.EIO, f"it could not be written, perhaps because the disk is full ({e})", path) from None
 
     replace(path, save)
 
 
-def tensors_of(held: object, path: str) -> dict[str, Tensor]:
+def tensors_of(state: object, path: str) -> dict[str, Tensor]:
     """Return a dict of torch's tensors as those of files.
 
     Raises:
@@ -62,11 +62,11 @@ def tensors_of(held: object, path: str) -> dict[str, Tensor]:
     """
     import torch
 
-    if not isinstance(held, dict) or not all(
-        isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in held.items()
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()
     ):
         raise CheckpointError(f"{path} does not hold a dict of tensors by name.")
-    return {key: from_torch(t, f"'{key}' in {path}") for key, t in held.items()}
+    return {key: from_torch(t, f"'{key}' in {path}") for key, t in state.items()}
 
 
 def from_torch(t: torch.Tensor, what: str) -> Tensor:

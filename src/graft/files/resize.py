@@ -62,11 +62,11 @@ def resize(
             how; or not even rank 1 fits `max_mb`.
     """
     check(dict(rank=rank, energy=energy, ratio=ratio, max_mb=max_mb), max_rank)
-    held = factors_in(adapter)
-    profiles = {path: profile(h) for path, h in held.items()}
+    loras = factors_in(adapter)
+    profiles = {path: profile(h) for path, h in loras.items()}
     most = {path: min(len(s), max_rank or len(s)) for path, s in profiles.items()}
     if max_mb is not None:
-        ranks = ranks_within(adapter, held, profiles, most, max_mb, uniform)
+        ranks = ranks_within(adapter, loras, profiles, most, max_mb, uniform)
     else:
         ranks = {
             path: min(
@@ -80,7 +80,7 @@ def resize(
             ranks = dict.fromkeys(ranks, min(one, max_rank or one))
     modules = dict(adapter.modules)
     rows = []
-    for path, h in held.items():
+    for path, h in loras.items():
         modules[path] = algebra.with_factors(h, [algebra.svd(p) for p in algebra.products(h)], ranks[path])
         s = profiles[path]
         rows.append(Resized(path, h.rank, ranks[path], algebra.energy_of(s, ranks[path]), float(np.linalg.norm(s))))
@@ -89,10 +89,10 @@ def resize(
 
 
 def check(ways: Mapping[str, float | None], max_rank: int | None) -> None:
-    given = [name for name, value in ways.items() if value is not None]
-    if len(given) != 1:
-        raise OptionError(f"Give one of rank, energy, ratio and max_mb: {some(given) if given else 'none'} given.")
-    name = given[0]
+    names = [name for name, value in ways.items() if value is not None]
+    if len(names) != 1:
+        raise OptionError(f"Give one of rank, energy, ratio and max_mb: {some(names) if names else 'none'} given.")
+    name = names[0]
     value = ways[name]
     assert value is not None
     wrong = (
@@ -117,7 +117,7 @@ def factors_in(adapter: AdapterFile) -> dict[str, LowRank]:
             f"{adapter.path} was initialised by {adapter.changed_base}, which changed the base by A and B of the same "
             "rank, and does not say how. Load it with graft and save it again, and it will."
         )
-    made = {path: algebra.as_low_rank(held) for path, held in adapter.modules.items()}
+    made = {path: algebra.as_low_rank(module) for path, module in adapter.modules.items()}
     if other := [f"{path} ({adapter.modules[path].method})" for path, h in made.items() if h is None]:  # type: ignore[union-attr]
         raise LossError(f"{adapter.path} has modules without a rank of LoRA: {some(other)}. See graft.convert_to_lora.")
     if grouped := [path for path, h in made.items() if has_groups(h)]:  # type: ignore[arg-type]
@@ -129,31 +129,31 @@ def factors_in(adapter: AdapterFile) -> dict[str, LowRank]:
     return made  # type: ignore[return-value]
 
 
-def has_groups(held: LowRank) -> bool:
-    return held.kind == "conv" and held.B.shape[1] != held.rank
+def has_groups(lora: LowRank) -> bool:
+    return lora.kind == "conv" and lora.B.shape[1] != lora.rank
 
 
-def profile(held: LowRank) -> np.ndarray:
+def profile(lora: LowRank) -> np.ndarray:
     """Return singular values by which a module's rank is chosen; of experts, the norm over all of each in turn."""
-    found = np.stack([algebra.spectrum(p) for p in algebra.products(held)])
-    rows, columns = algebra.sizes(held)
+    found = np.stack([algebra.spectrum(p) for p in algebra.products(lora)])
+    rows, columns = algebra.sizes(lora)
     return np.sqrt((found**2).sum(0))[: min(rows, columns)]
 
 
 def ranks_within(
-    adapter: AdapterFile, held: Mapping[str, LowRank], profiles: Mapping[str, np.ndarray], most: Mapping[str, int],
+    adapter: AdapterFile, loras: Mapping[str, LowRank], profiles: Mapping[str, np.ndarray], most: Mapping[str, int],
     max_mb: float, uniform: bool,
 ) -> dict[str, int]:  # fmt: skip
     """Return the ranks with which a file is no larger, at the least loss of Σ σ²: triplets by σ² per byte."""
-    costs = {path: bytes_of_rank(h) for path, h in held.items()}
-    left = int(max_mb * MB) - fixed_bytes(adapter, held) - sum(costs.values())
+    costs = {path: bytes_of_rank(h) for path, h in loras.items()}
+    left = int(max_mb * MB) - fixed_bytes(adapter, loras) - sum(costs.values())
     if left < 0:
         raise LossError(
             f"{adapter.path} needs {(int(max_mb * MB) - left) / MB:.3g} MB at rank 1: {max_mb} is too little."
         )
     if uniform:
-        return dict.fromkeys(held, min(max(most.values()), 1 + left // sum(costs.values())))
-    ranks = dict.fromkeys(held, 1)
+        return dict.fromkeys(loras, min(max(most.values()), 1 + left // sum(costs.values())))
+    ranks = dict.fromkeys(loras, 1)
     gains = [(s[i] ** 2 / costs[path], path) for path, s in profiles.items() for i in range(1, most[path]) if s[i] > 0]
     for _, path in sorted(gains, key=lambda gain: -gain[0]):  # those of a module come in order
         if costs[path] <= left:
@@ -161,22 +161,22 @@ def ranks_within(
     return ranks
 
 
-def bytes_of_rank(held: LowRank) -> int:
-    per = held.A.nbytes // held.rank + held.B.nbytes // held.rank
-    if held.mid is not None:  # which the new A contains
-        rows, columns = algebra.sizes(held)
-        per = (rows * BITS[held.B.dtype] + columns * BITS[held.A.dtype]) // 8
+def bytes_of_rank(lora: LowRank) -> int:
+    per = lora.A.nbytes // lora.rank + lora.B.nbytes // lora.rank
+    if lora.mid is not None:  # which the new A contains
+        rows, columns = algebra.sizes(lora)
+        per = (rows * BITS[lora.B.dtype] + columns * BITS[lora.A.dtype]) // 8
     return per
 
 
-def fixed_bytes(adapter: AdapterFile, held: Mapping[str, LowRank]) -> int:
+def fixed_bytes(adapter: AdapterFile, loras: Mapping[str, LowRank]) -> int:
     """Return at least how many bytes a file has beside the factors."""
     rest = [
         *adapter.full.items(),
         *adapter.shared.items(),
         *((name, values) for name, (_, values) in adapter.rows.items()),
     ]
-    rest += [(path, t) for path, h in held.items() for t in (h.magnitude, h.bias) if t is not None]
-    names = [name for name, _ in rest] + [path for path in held for _ in "AB"]
-    text = len(str(adapter.config)) + sum(len(v) for v in adapter.metadata.values()) + 4 * sum(map(len, held))
+    rest += [(path, t) for path, h in loras.items() for t in (h.magnitude, h.bias) if t is not None]
+    names = [name for name, _ in rest] + [path for path in loras for _ in "AB"]
+    text = len(str(adapter.config)) + sum(len(v) for v in adapter.metadata.values()) + 4 * sum(map(len, loras))
     return sum(prod(t.shape) * BITS[t.dtype] // 8 for _, t in rest) + sum(len(n) + OVERHEAD for n in names) + text

@@ -69,5 +69,5 @@ def as_trained(
             f"{what} has experts as servers hold them, and {base.path} is no model that is known here."
         )
     made: Any = PeftConfig.resolve("LORA")(**{k: v for k, v in config.items() if k != "peft_type"})
-    held = arranged({key: to_torch(t) for key, t in tensors.items()}, made, model)
-    return {key: from_torch(t, f"'{key}' in {what}") for key, t in held.items()}, made.saved_dict()
+    state = arranged({key: to_torch(t) for key, t in tensors.items()}, made, model)
+    return {key: from_torch(t, f"'{key}' in {what}") for key, t in state.items()}, made.saved_dict()

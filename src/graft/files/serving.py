@@ -121,8 +121,8 @@ def condition(function: Condition) -> Condition:
 @cache
 def data() -> Json:
     with open(DATA, encoding="utf-8") as f:
-        held: Json = json.load(f)
-    return held
+        document: Json = json.load(f)
+    return document
 
 
 def servers() -> dict[str, Server]:
@@ -215,7 +215,7 @@ def another_method(s: Subject) -> Iterable[str]:
 
 def variant(name: str) -> Condition:
     def of(s: Subject) -> Iterable[str]:
-        if any(isinstance(held, Other) and held.method == name for held in s.adapter.modules.values()):
+        if any(isinstance(module, Other) and module.method == name for module in s.adapter.modules.values()):
             yield name
 
     return of
@@ -226,7 +226,7 @@ CONDITIONS |= {"kasa": variant("KASA"), "blocks": variant("BDLORA"), "pooled": v
 
 @condition
 def dora(s: Subject) -> Iterable[str]:
-    return (f"magnitude of {path}" for path, held in s.low_rank.items() if held.magnitude is not None)
+    return (f"magnitude of {path}" for path, lora in s.low_rank.items() if lora.magnitude is not None)
 
 
 @condition
@@ -247,19 +247,19 @@ def stacks_of_sglang(s: Subject) -> Iterable[str]:
     """Experts in 3-D factors by names of their projections."""
     path = os.path.join(s.adapter.path, pair.SAFETENSORS)
     if s.adapter.served and os.path.exists(path):
-        held = read_header(path)[0]
-        yield from sorted(key for key, t in held.items() if len(t.shape) == 3 and OF_SGLANG.fullmatch(key))
+        header = read_header(path)[0]
+        yield from sorted(key for key, t in header.items() if len(t.shape) == 3 and OF_SGLANG.fullmatch(key))
 
 
 @condition
 def bias(s: Subject) -> Iterable[str]:
-    yield from (f"lora_bias of {path}" for path, held in s.low_rank.items() if held.bias is not None)
+    yield from (f"lora_bias of {path}" for path, lora in s.low_rank.items() if lora.bias is not None)
     yield from (name for name in s.adapter.full if of_bias(name, s.adapter))
 
 
 @condition
 def extra_tensors(s: Subject) -> Iterable[str]:
-    names = {name for held in s.low_rank.values() for name in held.extra if not name.startswith("lora_shift")}
+    names = {name for lora in s.low_rank.values() for name in lora.extra if not name.startswith("lora_shift")}
     return sorted(names)
 
 
@@ -277,7 +277,7 @@ def replicated(s: Subject) -> Iterable[str]:
 
 @condition
 def base_changed_and_kept(s: Subject) -> Iterable[str]:
-    return (f"lora_shift of {path}" for path, held in s.low_rank.items() if held.shift is not None)
+    return (f"lora_shift of {path}" for path, lora in s.low_rank.items() if lora.shift is not None)
 
 
 @condition
@@ -333,7 +333,7 @@ def token_rows(s: Subject) -> Iterable[str]:
 
 @condition
 def embeddings(s: Subject) -> Iterable[str]:
-    return (path for path, held in s.low_rank.items() if held.kind == "embedding")
+    return (path for path, lora in s.low_rank.items() if lora.kind == "embedding")
 
 
 @condition
@@ -343,14 +343,14 @@ def output_head(s: Subject) -> Iterable[str]:
 
 @condition
 def experts(s: Subject) -> Iterable[str]:
-    return (path for path, held in s.low_rank.items() if held.kind == "experts" and not s.adapter.served)
+    return (path for path, lora in s.low_rank.items() if lora.kind == "experts" and not s.adapter.served)
 
 
 @condition
 def kernels(s: Subject) -> Iterable[str]:
-    for path, held in s.low_rank.items():
-        if held.kind == "conv" and any(n > 1 for n in held.A.shape[2:]):
-            yield f"a kernel of {' × '.join(map(str, held.A.shape[2:]))} on {path}"
+    for path, lora in s.low_rank.items():
+        if lora.kind == "conv" and any(n > 1 for n in lora.A.shape[2:]):
+            yield f"a kernel of {' × '.join(map(str, lora.A.shape[2:]))} on {path}"
 
 
 # conditions: rank and scale
@@ -366,10 +366,10 @@ def said(s: Subject) -> tuple[float, float] | None:
 def off(s: Subject, expected: Callable[[LowRank, float, float], float]) -> Iterable[str]:
     """Yield the modules whose scale is not what a server makes of a rank and the config's r and lora_alpha."""
     if (numbers := said(s)) is not None:
-        for path, held in s.low_rank.items():
-            taken = expected(held, *numbers)
-            if not math.isclose(held.scale, taken, rel_tol=1e-6):
-                yield f"{path} has the scale {held.scale:.4g}, and would get {taken:.4g}"
+        for path, lora in s.low_rank.items():
+            taken = expected(lora, *numbers)
+            if not math.isclose(lora.scale, taken, rel_tol=1e-6):
+                yield f"{path} has the scale {lora.scale:.4g}, and would get {taken:.4g}"
 
 
 @condition
@@ -395,29 +395,29 @@ def several_ranks(s: Subject) -> Iterable[str]:
 
 @condition
 def scale_is_not_one(s: Subject) -> Iterable[str]:
-    return off(s, lambda held, r, alpha: 1.0)
+    return off(s, lambda lora, r, alpha: 1.0)
 
 
 @condition
 def scale_is_not_alpha_by_the_rank(s: Subject) -> Iterable[str]:
-    return off(s, lambda held, r, alpha: alpha / held.rank)
+    return off(s, lambda lora, r, alpha: alpha / lora.rank)
 
 
 @condition
 def scale_is_not_alpha_by_r(s: Subject) -> Iterable[str]:
-    return off(s, lambda held, r, alpha: alpha / r)
+    return off(s, lambda lora, r, alpha: alpha / r)
 
 
 @condition
 def scale_is_not_the_configs(s: Subject) -> Iterable[str]:
-    return off(s, lambda held, r, alpha: alpha / (math.sqrt(r) if s.config.get("use_rslora") else r))
+    return off(s, lambda lora, r, alpha: alpha / (math.sqrt(r) if s.config.get("use_rslora") else r))
 
 
 @condition
 def scale_is_not_told(s: Subject) -> Iterable[str]:
     """Of diffusers' files: neither metadata nor alphas say it, and the reader takes one."""
     if s.adapter.format == "diffusers" and "lora_adapter_metadata" not in s.adapter.metadata:
-        yield from (path for path, held in s.low_rank.items() if held.scale != 1.0)
+        yield from (path for path, lora in s.low_rank.items() if lora.scale != 1.0)
 
 
 # conditions: which modules
@@ -475,16 +475,16 @@ def strangers(s: Subject) -> list[str]:
     if s.base is None:
         return []
     known = {*s.base.modules}
-    paths = [module_of(path, held) for path, held in s.adapter.modules.items()]
+    paths = [module_of(path, module) for path, module in s.adapter.modules.items()]
     if all(path in known for path in paths):
         return []
     known |= names_of_class(s.base)
     return [path for path in paths if path not in known]
 
 
-def module_of(path: str, held: LowRank | Other) -> str:
+def module_of(path: str, module: LowRank | Other) -> str:
     """Return the path of the module that holds what is adapted."""
-    return path.rpartition(".")[0] if getattr(held, "kind", "") == "experts" else path
+    return path.rpartition(".")[0] if getattr(module, "kind", "") == "experts" else path
 
 
 @condition

@@ -57,13 +57,13 @@ class Tensor:
         """
         import numpy as np
 
-        held = self.load()
+        data = self.load()
         if self.dtype == "BF16":
-            wide = np.frombuffer(held, "<u2").astype("<u4") << 16
+            wide = np.frombuffer(data, "<u2").astype("<u4") << 16
             return wide.view("<f4").reshape(self.shape)
         if self.dtype not in NUMPY:
             raise CheckpointError(f"Values of dtype {self.dtype} cannot be read without torch.")
-        values = np.frombuffer(held, NUMPY[self.dtype]).reshape(self.shape)
+        values = np.frombuffer(data, NUMPY[self.dtype]).reshape(self.shape)
         return values.astype("<f4") if self.dtype == "F16" else values
 
 
@@ -77,21 +77,21 @@ def tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
     if dtype == "BF16":
         bits = values.astype("<f4").view("<u4")
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        held = np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2")
+        array = np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2")
     elif dtype in NUMPY:
         with np.errstate(over="ignore"):
-            held = values.astype(NUMPY[dtype])
+            array = values.astype(NUMPY[dtype])
     else:
         raise CheckpointError(f"Values cannot be written as {dtype or values.dtype}.")
-    return Tensor(tuple(values.shape), dtype, held.tobytes)
+    return Tensor(tuple(values.shape), dtype, array.tobytes)
 
 
-def reshaped(held: Tensor, *shape: int) -> Tensor:
+def reshaped(t: Tensor, *shape: int) -> Tensor:
     """Return a tensor of the same values, in order, with another shape."""
-    return replace(held, shape=shape)
+    return replace(t, shape=shape)
 
 
-def rearranged(held: Tensor, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> Tensor:
+def rearranged(t: Tensor, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> Tensor:
     """Return a tensor whose values `change` puts into another order when it is read; they stay the same bits.
 
     Args:
@@ -101,9 +101,9 @@ def rearranged(held: Tensor, change: Callable[[np.ndarray], np.ndarray], *shape:
     def load() -> bytes:
         import numpy as np
 
-        return change(np.frombuffer(held.load(), f"u{BITS[held.dtype] // 8}").reshape(held.shape)).tobytes()
+        return change(np.frombuffer(t.load(), f"u{BITS[t.dtype] // 8}").reshape(t.shape)).tobytes()
 
-    return Tensor(shape, held.dtype, load)
+    return Tensor(shape, t.dtype, load)
 
 
 def whole_numbers(values: Sequence[int]) -> Tensor:
@@ -157,10 +157,10 @@ def _reader(path: str, begin: int, size: int) -> Callable[[], bytes]:
     def load() -> bytes:
         with open(path, "rb") as f:
             f.seek(begin)
-            held = f.read(size)
-        if len(held) != size:
+            data = f.read(size)
+        if len(data) != size:
             raise CheckpointError(f"{path} is shorter than it was.")
-        return held
+        return data
 
     return load
 

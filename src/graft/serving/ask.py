@@ -41,7 +41,7 @@ class Connection:
     def _ask(self, path: str, body: bytes | None) -> Any:
         request = urllib.request.Request(self.url + path, body, self.headers)
         try:
-            held = self._read(request)
+            reply = self._read(request)
         except urllib.error.HTTPError as e:
             with e:  # it holds the connection
                 text = shown(e.read(1000))
@@ -56,20 +56,20 @@ class Connection:
                 raise ServerError(f"{self.url} cannot be reached within {self.timeout:g} s.") from None
             raise ServerError(f"{self.url}{path} cannot be reached: {getattr(e, 'reason', None) or e!r}") from None
         try:
-            return json.loads(held)
+            return json.loads(reply)
         except ValueError:
-            raise ServerError(f"{self.url}{path} does not answer JSON: {shown(held[:1000])}") from None
+            raise ServerError(f"{self.url}{path} does not answer JSON: {shown(reply[:1000])}") from None
 
     def _read(self, request: urllib.request.Request) -> bytes:
-        end, held = time.monotonic() + self.timeout, bytearray()
+        end, body = time.monotonic() + self.timeout, bytearray()
         with urllib.request.urlopen(request, timeout=self.timeout) as answer:
             while part := answer.read1(1 << 16):
-                held += part
+                body += part
                 if time.monotonic() > end:
                     raise TimeoutError
-                if len(held) > LARGEST:
+                if len(body) > LARGEST:
                     raise ServerError(f"{request.full_url} answers more than {LARGEST} bytes.")
-        return bytes(held)
+        return bytes(body)
 
 
 def shown(text: bytes) -> str:
@@ -80,16 +80,16 @@ def shown(text: bytes) -> str:
 
 def server_of(connection: Connection) -> str:
     """Return which program a server is, by what it says of its models: "vllm", "sglang", "llama.cpp", or "openai"."""
-    held = connection.get("/v1/models")
+    reply = connection.get("/v1/models")
     try:
-        owners = {str(entry.get("owned_by")) for entry in held["data"]}
+        owners = {str(entry.get("owned_by")) for entry in reply["data"]}
     except (TypeError, KeyError, AttributeError):
-        raise garbage(connection, "/v1/models", held) from None
+        raise garbage(connection, "/v1/models", reply) from None
     return next((name for name in ("vllm", "sglang", "llama.cpp") if name.replace(".", "") in owners), "openai")
 
 
-def garbage(connection: Connection, path: str, held: object) -> ServerError:
-    return ServerError(f"{connection.url}{path} answers something else than expected: {shown(str(held).encode())}")
+def garbage(connection: Connection, path: str, reply: object) -> ServerError:
+    return ServerError(f"{connection.url}{path} answers something else than expected: {shown(str(reply).encode())}")
 
 
 def ask(connection: Connection, server: str, name: str, prompts: Sequence[Sequence[int]], base: bool) -> list[Seen]:
@@ -129,13 +129,13 @@ def openai(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
     """Ask by OpenAI's completions, which echo the prompt with its log-probabilities."""
     path = "/v1/completions"
     body = dict(model=name, prompt=list(ids), max_tokens=1, temperature=0, logprobs=1, echo=True)
-    held = connection.post(path, body | dict(return_tokens_as_token_ids=True))
+    reply = connection.post(path, body | dict(return_tokens_as_token_ids=True))
     try:
-        said = held["choices"][0]["logprobs"]
+        said = reply["choices"][0]["logprobs"]
         values, tokens = said["token_logprobs"], said["tokens"]
         named = [int(t.removeprefix("token_id:")) for t in tokens if t.startswith("token_id:")]
     except (TypeError, KeyError, IndexError, ValueError, AttributeError):
-        raise garbage(connection, path, held) from None
+        raise garbage(connection, path, reply) from None
     if len(values) < len(ids) or (named and named[: len(ids)] != list(ids)):
         raise BaseModelMismatchError(
             f"{connection.url} makes {len(values) - 1} tokens {named[:8]}… of the {len(ids)} of a prompt, "
@@ -153,12 +153,12 @@ def sglang(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
     )  # fmt: skip
     if name not in known(connection)[:1]:
         body["lora_path"] = name
-    held = connection.post(path, body)
+    reply = connection.post(path, body)
     try:
-        said = held["meta_info"]["input_token_logprobs"]
+        said = reply["meta_info"]["input_token_logprobs"]
         values, tokens = [entry[0] for entry in said], [entry[1] for entry in said]
     except (TypeError, KeyError, IndexError):
-        raise garbage(connection, path, held) from None
+        raise garbage(connection, path, reply) from None
     if tokens != list(ids):
         raise BaseModelMismatchError(f"{connection.url} makes the tokens {tokens[:8]}… of the prompt {list(ids)[:8]}….")
     return numbers(connection, path, ids, values)
@@ -173,11 +173,11 @@ def numbers(connection: Connection, path: str, ids: Sequence[int], values: Seque
 
 def adapters_of_llama(connection: Connection, name: str | None) -> list[Json]:
     """Return the scales of all adapters of llama.cpp's server that let `name` act alone; None: none of them."""
-    held = connection.get("/lora-adapters")
+    reply = connection.get("/lora-adapters")
     try:
-        paths = {entry["id"]: str(entry["path"]) for entry in held}
+        paths = {entry["id"]: str(entry["path"]) for entry in reply}
     except (TypeError, KeyError):
-        raise garbage(connection, "/lora-adapters", held) from None
+        raise garbage(connection, "/lora-adapters", reply) from None
     fits = [i for i, path in paths.items() if name in (str(i), path, os.path.basename(path), stem(path))]
     if name is not None and len(fits) != 1:
         raise UnknownModelError(f"The server at {connection.url} has no adapter {name!r}, but {paths}.")
@@ -194,24 +194,24 @@ def llama(connection: Connection, lora: list[dict[str, object]], ids: Sequence[i
     body: Json = dict(
         prompt=list(ids), n_predict=1, n_probs=PROBABILITIES, temperature=0, cache_prompt=False, lora=lora
     )
-    held = connection.post(path, body)
-    if isinstance(held, dict) and not held.get("completion_probabilities"):  # of a token that is a part of a character
-        held = connection.post(path, body | dict(logit_bias=[[plain_token(connection), 100]]))
+    reply = connection.post(path, body)
+    if isinstance(reply, dict) and not reply.get("completion_probabilities"):  # of a token that is part of a character
+        reply = connection.post(path, body | dict(logit_bias=[[plain_token(connection), 100]]))
     try:
-        said = held["completion_probabilities"][0]["top_logprobs"]
+        said = reply["completion_probabilities"][0]["top_logprobs"]
         seen = {(len(ids), int(entry["id"])): float(entry["logprob"]) for entry in said}
     except (TypeError, KeyError, IndexError, ValueError):
-        raise garbage(connection, path, held) from None
+        raise garbage(connection, path, reply) from None
     if not seen or not all(map(isfinite, seen.values())):
-        raise garbage(connection, path, held)
+        raise garbage(connection, path, reply)
     return seen
 
 
 def plain_token(connection: Connection) -> int:
     """Return a token that is text by itself."""
     for token in range(3, 300):
-        held = connection.post("/detokenize", {"tokens": [token]})
-        text = held.get("content") if isinstance(held, dict) else None
+        reply = connection.post("/detokenize", {"tokens": [token]})
+        text = reply.get("content") if isinstance(reply, dict) else None
         if isinstance(text, str) and text.isascii() and text.strip().isalpha():
             return token
     raise ServerError(f"{connection.url} tells no log-probabilities: it knows no token that is plain text.")

@@ -164,8 +164,8 @@ def planned(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, 
             fill_all([*plan.copies, *zeros])
             for layer, rank, alpha, scaling in plan.changes:
                 layer.tell(adapter, r=rank, lora_alpha=alpha)
-                held: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
-                for scalings in held:
+                both: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
+                for scalings in both:
                     if isinstance(scalings[adapter], Tensor):
                         scalings[adapter].fill_(scaling)
                     else:
@@ -239,24 +239,24 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
     load.arrange(parts, prefix)
     left = {clean(k): v for k, v in load.tensors.items()}
     for layer, group in groupby(entries(parts, load.adapter, prefix), lambda entry: entry.layer):
-        held = [(entry, None if (name := name_in(left, entry)) is None else left.pop(name)) for entry in group]
-        absent = [entry for entry, value in held if value is None]
-        if layer is None or held[0][0].container not in RANK_DIM:  # modules to save, token rows
+        pairs = [(entry, None if (name := name_in(left, entry)) is None else left.pop(name)) for entry in group]
+        absent = [entry for entry, value in pairs if value is None]
+        if layer is None or pairs[0][0].container not in RANK_DIM:  # modules to save, token rows
             plan.missing += [entry.file for entry in absent]
-            _take(plan, [(entry, value) for entry, value in held if value is not None])
+            _take(plan, [(entry, value) for entry, value in pairs if value is not None])
             continue
         method: Method = layer.methods[load.adapter]
-        found = {(entry.container, entry.path): value for entry, value in held if value is not None}
+        found = {(entry.container, entry.path): value for entry, value in pairs if value is not None}
         values = method.restored(found, load.config)  # a file may hold others than the model
-        held = [(entry, None if value is None else values[entry.container, entry.path]) for entry, value in held]
+        pairs = [(entry, None if value is None else values[entry.container, entry.path]) for entry, value in pairs]
         key, room = layer.site.key, layer.r[load.adapter]  # type: ignore[attr-defined]
         cfg: Any = load.config.at(method.named or key)
-        if len(absent) < len(held):
+        if len(absent) < len(pairs):
             rank = max(room, cfg.r)
             plan.missing += [entry.file for entry in absent]
             plan.found[key] = layer
             plan.changes.append(Change.of(layer, cfg.r, cfg.lora_alpha, cfg.use_rslora, rank))
-            _take(plan, [(entry, value) for entry, value in held if value is not None], room, cfg.r)
+            _take(plan, [(entry, value) for entry, value in pairs if value is not None], room, cfg.r)
         elif targeted(key).outcome == "matched" or any(entry.container not in RANK_DIM for entry in absent):
             plan.missing += [entry.file for entry in absent]
         else:
@@ -284,9 +284,9 @@ def name_in(names: Collection[str], entry: Entry) -> str | None:
     return next((n for n in map(clean, (entry.memory, *entry.also)) if n in names), None)
 
 
-def _take(plan: Swap, held: list[tuple[Entry, Tensor]], room: int = 0, r: int = 0) -> None:
+def _take(plan: Swap, pairs: list[tuple[Entry, Tensor]], room: int = 0, r: int = 0) -> None:
     """Add values of rank r to the plan, for tensors of rank `room`."""
-    for entry, value in held:
+    for entry, value in pairs:
         here = shape_of(entry.tensor)
         shape = here if r == room else shape_at(entry, r)
         if value.shape != shape:
@@ -398,23 +398,23 @@ def prepare_model_for_compiled_hotswap(
             "No adapter layers found on the model, make sure to call `prepare_model_for_compiled_hotswap` after "
             "loading the first LoRA adapter and before loading the second."
         )
-    patterns = {name: list(given.rank_pattern or ()) for name, given in configs_in(config).items()}
+    patterns = {name: list(cfg.rank_pattern or ()) for name, cfg in configs_in(config).items()}
     for name, layers in on.items():
         check_base(next(iter(layers.values())).methods[name].cfg, f"'{name}'")
     with gate_of(model).change("prepare_model_for_compiled_hotswap()"), torch.inference_mode(False), torch.no_grad():
         if target_rank is not None:
             for name, layers in on.items():
                 check_room(name, layers, target_rank, config_of(model, name))
-            held = [entry for name, layers in on.items() for entry in entries(Parts(layers, {}), name, "")]
-            held = [entry for entry in held if shape_at(entry, target_rank) != entry.tensor.shape]
-            grow([(entry, padded(entry, entry.tensor, target_rank), target_rank) for entry in held])
+            to_grow = [entry for name, layers in on.items() for entry in entries(Parts(layers, {}), name, "")]
+            to_grow = [entry for entry in to_grow if shape_at(entry, target_rank) != entry.tensor.shape]
+            grow([(entry, padded(entry, entry.tensor, target_rank), target_rank) for entry in to_grow])
         for name, layers in on.items():
             changes = [prepare(layer, name, target_rank) for layer in layers.values()]
             if (known := config_of(model, name)) is not None:
                 model.peft_config[name] = described(known, changes)  # type: ignore[union-attr,index,operator,assignment]
     if target_rank is not None:
-        for name, given in configs_in(config).items():
-            given.r, given.rank_pattern = target_rank, dict.fromkeys(patterns[name], target_rank)
+        for name, cfg in configs_in(config).items():
+            cfg.r, cfg.rank_pattern = target_rank, dict.fromkeys(patterns[name], target_rank)
 
 
 def configs_in(config: LoraConfig | dict[str, LoraConfig] | None) -> dict[str, LoraConfig]:
@@ -449,7 +449,7 @@ def prepare(layer: AdapterLayer, adapter: str, rank: int | None) -> Change:
     change = Change.of(layer, r, alpha, rslora, rank or r)
     layer.tell(adapter, r=change.rank, lora_alpha=change.alpha)
     device = layer.methods[adapter].pair[0].device
-    held: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
-    for scalings in held:
+    both: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
+    for scalings in both:
         scalings[adapter] = torch.as_tensor(float(scalings[adapter]), device=device)
     return change

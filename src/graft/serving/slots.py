@@ -107,8 +107,8 @@ class AdapterSlots:
         by_rank = isinstance(max_adapters, Mapping)
         if by_rank != (max_rank is None):
             raise ConfigError("Give max_rank beside a number of slots, and none beside slots by rank, {rank: slots}.")
-        given: Any = max_adapters if by_rank else {max_rank: max_adapters}
-        self.sizes: dict[int, int] = dict(sorted(given.items()))  # slots by rank
+        counts: Any = max_adapters if by_rank else {max_rank: max_adapters}
+        self.sizes: dict[int, int] = dict(sorted(counts.items()))  # slots by rank
         for max_rank, max_adapters in self.sizes.items() or [(0, 0)]:
             for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank)):
                 if value < 1:
@@ -179,9 +179,9 @@ class AdapterSlots:
         if absent or not names:
             there = some(list(configs)) if configs else "none"
             raise AdapterNotFoundError(f"There is no adapter {some(absent) if absent else 'to serve'}. Known: {there}.")
-        held = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
+        adapters = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
         ranks, targets = [1], dict[str, None]()
-        for name, (config, tensors) in held.items():
+        for name, (config, tensors) in adapters.items():
             check_config(name, config, options.get("gains", False))
             found = by_layer(name, tensors, config)
             if wrong := [key for key, own in found.items() if any(t.dim() > 2 for t in own.values())]:
@@ -196,7 +196,7 @@ class AdapterSlots:
         if rank < max(ranks) or not (n if by_rank else n >= 1):
             raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
         made = cls(source.unload(), n, None if by_rank else rank, list(targets), **options)
-        for name, (config, tensors) in held.items():
+        for name, (config, tensors) in adapters.items():
             made.load(name, tensors, config=config)
         return made
 
@@ -359,8 +359,8 @@ class AdapterSlots:
         wanted = [n for n in dict.fromkeys(names) if n != BASE]
         own = self._in_use(get_ident())
         if not self._have_room({*wanted, *self._pinned, *own}):
-            kept = sorted((self._pinned | own) - set(wanted))
-            also = f" beside {some(kept)}, which are pinned or in use" if kept else ""
+            busy = sorted((self._pinned | own) - set(wanted))
+            also = f" beside {some(busy)}, which are pinned or in use" if busy else ""
             raise RoutingError(
                 f"{len(wanted)} adapters are needed at once{also}, but max_adapters is {self._room}: split the "
                 f"batch, or make more slots. Needed: {some(wanted)}."

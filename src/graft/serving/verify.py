@@ -243,7 +243,7 @@ def log_probabilities(
 def scaled(model: nn.Module, factor: Factor | None) -> Iterator[None]:
     """Multiply the scalings of a model's layers within the block."""
     found = {} if factor is None else layers_of(model)
-    held = {path: layer.scaling for path, layer in found.items()}
+    before = {path: layer.scaling for path, layer in found.items()}
     gate = next((layer.call.gate for layer in found.values()), None)
     if gate is None or factor is None:
         yield
@@ -256,7 +256,7 @@ def scaled(model: nn.Module, factor: Factor | None) -> Iterator[None]:
     finally:
         with gate.change("the end of verify()"):
             for path, layer in found.items():
-                layer.scaling = held[path]
+                layer.scaling = before[path]
 
 
 def layers_of(model: nn.Module) -> Json:

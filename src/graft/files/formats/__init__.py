@@ -113,13 +113,13 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
         base: the base model's names, where the format needs them.
     """
     path = os.fspath(path)
-    held: AdapterFile = module_of(recognise(path)).read(path, base)
-    return held
+    adapter: AdapterFile = module_of(recognise(path)).read(path, base)
+    return adapter
 
 
 def one_file(path: str, *suffixes: str) -> str | None:
     """Return a file, or the only one of a folder, whose name ends in one of `suffixes`; None: none, or several."""
     if os.path.isfile(path):
         return path if path.endswith(suffixes) else None
-    held = [name for name in sorted(os.listdir(path)) if name.endswith(suffixes) and not name.startswith(".")]
-    return os.path.join(path, held[0]) if len(held) == 1 else None
+    names = [name for name in sorted(os.listdir(path)) if name.endswith(suffixes) and not name.startswith(".")]
+    return os.path.join(path, names[0]) if len(names) == 1 else None

@@ -69,13 +69,13 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             f"{path} is an adapter of architecture {architecture!r}: graft reads LoRA, (IA)³, bottlenecks and ReFT of "
             "AdapterHub."
         )
-    held = held_in(path, FILES)
+    tensors = held_in(path, FILES)
     if at_places:
-        return adapterhub_places.read(path, fields, held, base)
+        return adapterhub_places.read(path, fields, tensors, base)
     scales = config.get("composition_mode") == "scale"
     out = AdapterFile(NAME, path, "IA3" if scales else "LORA", config=fields, base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in held.items():
+    for key, values in tensors.items():
         match = KEY.fullmatch(key)
         if (
             match is None
@@ -107,10 +107,10 @@ def held_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
     return read_header(file)[0] if file.endswith(".safetensors") else tensors_of(read_torch(file), file)
 
 
-def low_rank(path: str, module: str, held: dict[str, Tensor], r: int, alpha: float) -> LowRank:
-    if held.keys() != {"lora_A", "lora_B"}:
+def low_rank(path: str, module: str, factors: dict[str, Tensor], r: int, alpha: float) -> LowRank:
+    if factors.keys() != {"lora_A", "lora_B"}:
         raise CheckpointError(f"{path} has only one factor for '{module}': it is cut off, or was written wrong.")
-    A, B = held["lora_A"], held["lora_B"]
+    A, B = factors["lora_A"], factors["lora_B"]
     if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
         raise CheckpointError(f"{path}: the factors of '{module}' have shapes {A.shape} and {B.shape}, of rank {r}.")
     if A.shape[0] != r:
@@ -128,9 +128,9 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: its config cannot name the modules: it knows query, key and value, and the two layers of an MLP, in
             all blocks.
     """
-    held = fit(adapter, HOLDS, NAME, lossy)
-    modules = held.adapter.modules
-    lost = held.lost
+    outcome = fit(adapter, HOLDS, NAME, lossy)
+    modules = outcome.adapter.modules
+    lost = outcome.lost
     fields: Json = {"selfattn_lora": False, "intermediate_lora": False, "output_lora": False}
     letters: set[str] = set()
     tensors: dict[str, object] = {}

@@ -40,7 +40,7 @@ NORMS = {"original_ln_before": False, "original_ln_after": True, "residual_befor
 KNOWN = ((True, True, True), (False, True, True), (True, False, False))  # Pfeiffer, Houlsby, AdapterPlus
 
 
-def read(path: str, fields: Json, held: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
+def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read a bottleneck, or ReFT.
 
     Raises:
@@ -49,11 +49,11 @@ def read(path: str, fields: Json, held: Mapping[str, Tensor], base: Base | None)
     """
     blocks, base = blocks_of(path, base)
     if fields["config"].get("architecture") == "reft":
-        return read_reft(path, fields, held, blocks)
+        return read_reft(path, fields, by_name, blocks)
     cfg = config_of(path, fields["config"])
     out = AdapterFile("adapterhub", path, "BOTTLENECK", base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in held.items():
+    for key, values in by_name.items():
         where = placed(key, cfg, blocks, base)
         if where is None:
             out.unread.append(key)
@@ -84,14 +84,14 @@ def blocks_of(path: str, base: Base | None) -> tuple[list[Block], Base]:
     return blocks_in(linears, list(base.modules)), base
 
 
-def read_reft(path: str, fields: Json, held: Mapping[str, Tensor], blocks: list[Block]) -> AdapterFile:
+def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: list[Block]) -> AdapterFile:
     out = AdapterFile("adapterhub", path, "REFT", base=fields.get("model_name") or None)
     known = {f.name for f in fields_of(ReftConfig)} - {"peft_type", "task_type"}
-    given = {name: value for name, value in fields["config"].items() if name in known and value is not None}
-    cfg = ReftConfig(**given)
+    options = {name: value for name, value in fields["config"].items() if name in known and value is not None}
+    cfg = ReftConfig(**options)
     units: dict[tuple[str, str], dict[str, Tensor]] = {}
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in held.items():
+    for key, values in by_name.items():
         match = REFT.fullmatch(key)
         block = None if match is None else block_of(match["place"], blocks)
         if match is None or block is None:
@@ -109,11 +109,11 @@ def read_reft(path: str, fields: Json, held: Mapping[str, Tensor], blocks: list[
         modules.setdefault(module, {}).update(named)
     out.modules = {module: Other("REFT", tensors) for module, tensors in modules.items()}
     out.selected = frozenset(out.modules)
-    out.config = {"peft_type": "REFT", "target_modules": PLACES, "inference_mode": True, **given}
+    out.config = {"peft_type": "REFT", "target_modules": PLACES, "inference_mode": True, **options}
     return out
 
 
-def read_fusion(path: str, fields: Json, held: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
+def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read a fusion of bottlenecks that the model has.
 
     Raises:
@@ -134,7 +134,7 @@ def read_fusion(path: str, fields: Json, held: Mapping[str, Tensor], base: Base 
         )
     out = AdapterFile("adapterhub", path, "ADAPTER_FUSION", base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in held.items():
+    for key, values in by_name.items():
         match = FUSED.fullmatch(key)
         block = None if match is None else block_of(match["place"], blocks)
         if match is None or block is None:
@@ -176,8 +176,8 @@ def config_of(path: str, theirs: Json) -> BottleneckConfig:
     if strange:
         raise CheckpointError(f"{path} is a bottleneck of a kind that graft has not: {some(strange)}.")
     known = {f.name for f in fields_of(BottleneckConfig)} - {"peft_type", "task_type"}
-    given = {name: value for name, value in theirs.items() if name in known and value is not None}
-    return BottleneckConfig(**given)
+    options = {name: value for name, value in theirs.items() if name in known and value is not None}
+    return BottleneckConfig(**options)
 
 
 SAME = "same"  # a tensor that stands under another key, too

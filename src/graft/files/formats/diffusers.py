@@ -46,13 +46,13 @@ def recognises(path: str) -> bool:
         return False
     if not file.endswith(".safetensors"):
         return mentions(file, b"_lora.down.weight", b".lora.down.weight", b"lora_linear_layer")
-    held, metadata = read_header(file)
-    if METADATA in metadata or of_first_release(held):
+    header, metadata = read_header(file)
+    if METADATA in metadata or of_first_release(header):
         return True
     return (
-        bool(held)
-        and sum(PART.match(key) is not None or OLDEST.fullmatch(key) is not None for key in held) > len(held) / 2
-        and any(split(key) is not None for key in held)
+        bool(header)
+        and sum(PART.match(key) is not None or OLDEST.fullmatch(key) is not None for key in header) > len(header) / 2
+        and any(split(key) is not None for key in header)
     )
 
 
@@ -86,10 +86,10 @@ def renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     if not hasattr(kind, "lora_state_dict"):
         raise LossError(f"{name} of diffusers {diffusers.__version__} reads no LoRA files, such as {file}.")
     try:
-        held = kind.lora_state_dict(file, local_files_only=True)
+        state = kind.lora_state_dict(file, local_files_only=True)
     except (ValueError, KeyError, RuntimeError, IndexError) as e:
         raise CheckpointError(f"{name} of diffusers cannot read {file}: {e}") from e
-    return tensors_of(held[0] if isinstance(held, tuple) else held, file)
+    return tensors_of(state[0] if isinstance(state, tuple) else state, file)
 
 
 def class_of(base: Base) -> str:
@@ -121,20 +121,20 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     """
     file = file_in(path) or path
     if file.endswith(".safetensors"):
-        held, metadata = read_header(file)
+        tensors, metadata = read_header(file)
     else:
-        held, metadata = tensors_of(read_torch(file), file), {}
-    if METADATA not in metadata and of_first_release(held):
-        held = renamed(file, base)
-    return of_tensors(file, held, metadata)
+        tensors, metadata = tensors_of(read_torch(file), file), {}
+    if METADATA not in metadata and of_first_release(tensors):
+        tensors = renamed(file, base)
+    return of_tensors(file, tensors, metadata)
 
 
-def of_tensors(file: str, held: Mapping[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
+def of_tensors(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
     """Return the adapter of tensors by diffusers' names."""
     out = AdapterFile(NAME, file, metadata=metadata)
     configs = configs_in(metadata, file)
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in held.items():
+    for key, values in tensors.items():
         found = split(key)
         if found is None:
             out.unread.append(key)
@@ -164,25 +164,25 @@ def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
     return out
 
 
-def low_rank(file: str, module: str, held: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
-    if "A" not in held or "B" not in held:
+def low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
+    if "A" not in tensors or "B" not in tensors:
         raise CheckpointError(f"{file} has only one factor for '{module}': it is cut off, or was written wrong.")
-    A, B = held["A"], held["B"]
+    A, B = tensors["A"], tensors["B"]
     if len(A.shape) < 2 or len(A.shape) != len(B.shape) or B.shape[1] != A.shape[0]:
         raise CheckpointError(
             f"{file}: the factors of '{module}' have shapes {A.shape} and {B.shape}, which do not fit."
         )
     part, _, path = module.partition(".")
-    scale = scale_of(held.get("alpha"), A.shape[0])
-    if "alpha" not in held and part in configs:
+    scale = scale_of(tensors.get("alpha"), A.shape[0])
+    if "alpha" not in tensors and part in configs:
         r, alpha = numbers_at(configs[part], path, "lora_alpha")
         if r != A.shape[0]:
             raise CheckpointError(f"{file}: '{module}' has rank {A.shape[0]}, and its metadata say {r}.")
         scale = alpha / (r**0.5 if configs[part].get("use_rslora") else r)
-    magnitude = held.get("magnitude")
+    magnitude = tensors.get("magnitude")
     if magnitude is not None:
         magnitude = reshaped(magnitude, B.shape[0])
-    return LowRank(A, B, scale, "conv" if len(A.shape) > 2 else "linear", magnitude, held.get("bias"))
+    return LowRank(A, B, scale, "conv" if len(A.shape) > 2 else "linear", magnitude, tensors.get("bias"))
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
@@ -194,9 +194,9 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         BaseNeededError: nothing tells that.
     """
-    held = fit(adapter, HOLDS, NAME, lossy)
+    outcome = fit(adapter, HOLDS, NAME, lossy)
     parts: dict[str, dict[str, LowRank]] = {}
-    for module, of_module in placed(held.adapter, base).items():
+    for module, of_module in placed(outcome.adapter, base).items():
         part, _, inner = module.partition(".")
         parts.setdefault(part, {})[inner] = of_module
     tensors: dict[str, Tensor] = {}
@@ -217,7 +217,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         os.makedirs(path, exist_ok=True)
         path = os.path.join(path, FILE)
     write_safetensors(path, tensors, metadata)
-    return held.lost
+    return outcome.lost
 
 
 def placed(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:

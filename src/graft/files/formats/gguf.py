@@ -101,8 +101,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     paths = {name: name for name in modules} if base is None else paths_of(base, arch, path)
     if absent := [name for name in modules if name not in paths]:
         raise BaseModelMismatchError(f"{base.path if base else ''} has no modules for {some(absent, 4)} of {path}.")
-    for name, held in modules.items():
-        out.modules[paths[name]] = low_rank(path, name, held, alpha, base)
+    for name, factors in modules.items():
+        out.modules[paths[name]] = low_rank(path, name, factors, alpha, base)
     return out
 
 
@@ -130,8 +130,8 @@ def of_ggml(gguf: ModuleType, t: Any) -> Tensor:
     return Tensor(shape, "F32", lambda: gguf.quants.dequantize(t.data, t.tensor_type).astype("<f4").tobytes())
 
 
-def low_rank(path: str, name: str, held: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:
-    a, b = held.get("a"), held.get("b")
+def low_rank(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:
+    a, b = tensors.get("a"), tensors.get("b")
     if a is None or b is None:
         raise CheckpointError(f"{path} has only one factor for '{name}': it is cut off, or was written wrong.")
     if name.startswith("token_embd"):
@@ -210,13 +210,13 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     if base is None:
         raise BaseNeededError("A GGUF adapter says its base's architecture: give the base model (--base).")
     arch, _ = arch_of(base)
-    held = fit(adapter, HOLDS, NAME, lossy)
-    names, lost = names_of(base), held.lost
-    if strange := [module for module in held.adapter.modules if module not in names]:
+    outcome = fit(adapter, HOLDS, NAME, lossy)
+    names, lost = names_of(base), outcome.lost
+    if strange := [module for module in outcome.adapter.modules if module not in names]:
         lost += [f"no name in llama.cpp: {module}" for module in strange]
-        if not lossy or len(strange) == len(held.adapter.modules):
+        if not lossy or len(strange) == len(outcome.adapter.modules):
             raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
-    modules = {names[path]: module for path, module in held.adapter.low_rank.items() if path in names}
+    modules = {names[path]: module for path, module in outcome.adapter.low_rank.items() if path in names}
     first = next(iter(modules.values()))
 
     def save(temporary: str) -> None:

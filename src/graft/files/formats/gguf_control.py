@@ -43,8 +43,8 @@ def read(path: str, fields: dict[str, object], tensors: Mapping[str, Tensor], ba
             continue
         number = int(match[1])
         if number >= len(blocks) or values.shape != (blocks[number].width,):
-            held = f"{len(blocks)} blocks of width {blocks[0].width}" if blocks else "no blocks"
-            raise BaseModelMismatchError(f"{path} has {name} of shape {values.shape}, and {base.path} has {held}.")
+            size = f"{len(blocks)} blocks of width {blocks[0].width}" if blocks else "no blocks"
+            raise BaseModelMismatchError(f"{path} has {name} of shape {values.shape}, and {base.path} has {size}.")
         out.modules[blocks[number].path] = Other("STEERING", {VECTOR: values})
     if not out.modules:
         raise CheckpointError(f"{path} is a control vector without a direction.")
@@ -68,23 +68,23 @@ def write(
     if base is None:
         raise BaseNeededError("A control vector counts the blocks of its base: give the base model (--base).")
     numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}
-    cfg, held, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
+    cfg, vectors, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
     lost += [f"{name}={cfg[name]}" for name in ("normalize", "min_token_index") if cfg.get(name)]
     for module, m in adapter.modules.items():
         number = numbers.get(module, 0)
         vector = m.tensors[VECTOR] if isinstance(m, Other) else None
         if number and vector is not None:
-            held[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
+            vectors[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
         elif vector is None or vector.read().any():
             lost.append(f"{module}, which is {'the first block' if module in numbers else 'no block'}")
-    if (lost and not lossy) or not held:
+    if (lost and not lossy) or not vectors:
         raise LossError(f"A control vector of GGUF cannot hold all of {adapter.path}: {some(lost)}.")
 
     def save(temporary: str) -> None:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", str(base.config.get("model_type", "")))
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(held))
-        for number, values in sorted(held.items()):
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(vectors))
+        for number, values in sorted(vectors.items()):
             add(gguf, writer, f"direction.{number}", values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -62,13 +62,16 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     """
     file = one_file(path, ".safetensors", ".pt", ".ckpt") or path
     if file.endswith(".safetensors"):
-        held, metadata = read_header(file)
+        tensors, metadata = read_header(file)
     else:
         loaded = read_torch(file)
-        held, metadata = tensors_of(loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded, file), {}
+        tensors, metadata = (
+            tensors_of(loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded, file),
+            {},
+        )
     out = AdapterFile(NAME, file, metadata=metadata, flat=base is None, base=metadata.get("ss_sd_model_name"))
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in held.items():
+    for key, values in tensors.items():
         name, _, leaf = key.partition(".")
         modules.setdefault(name, {})[leaf] = values
     for name in [name for name in modules if not name.startswith((*PREFIXES,))]:
@@ -95,11 +98,11 @@ def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
     if base is None or not file.endswith(".safetensors"):
         return None
     try:
-        held = diffusers.of_tensors(file, diffusers.renamed(file, base), {})
-        names.check(held, base)
+        adapter = diffusers.of_tensors(file, diffusers.renamed(file, base), {})
+        names.check(adapter, base)
     except PeftError:  # then the base is another, as far as anybody knows
         return None
-    return replace(held, format=NAME)
+    return replace(adapter, format=NAME)
 
 
 def found(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> dict[str, str]:
@@ -123,81 +126,83 @@ def found(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> di
     return paths
 
 
-def read_module(out: AdapterFile, path: str, name: str, held: dict[str, Tensor], base: Base | None) -> None:
+def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tensor], base: Base | None) -> None:
     """Put what a file has for one module into `out`."""
-    rest = dict(held)
+    rest = dict(tensors)
 
     def take(*leaves: str) -> dict[str, Tensor]:
         return {leaf: rest.pop(leaf) for leaf in leaves if leaf in rest}
 
-    if DOWN in held or UP in held:
+    if DOWN in tensors or UP in tensors:
         of_module = take(*LOW_RANK)
         out.modules[path] = low_rank(out.path, name, of_module)
-    elif "hada_w1_a" in held:
+    elif "hada_w1_a" in tensors:
         of_module = take(*LOHA, "alpha")
         alpha = of_module.pop("alpha", None)
         rank = of_module["hada_w1_b"].shape[0] if "hada_w1_b" in of_module else 0
         out.modules[path] = Other("LOHA", of_module, scale_of(alpha, rank))
-    elif LOKR & held.keys():
+    elif LOKR & tensors.keys():
         of_module = take(*LOKR, "alpha")
         out.modules[path] = Other("LOKR", of_module, lokr_scale(of_module, of_module.pop("alpha", None)))
     else:
         for sign, (method, leaves) in OTHERS.items():
-            if sign in held:
+            if sign in tensors:
                 out.modules[path] = Other(method, take(*leaves))
                 break
     for leaf, values in take(*WHOLE).items():
         whole(out, f"{path}.{WHOLE[leaf]}", leaf, values, base)
     if "dora_scale" in rest and path in out.modules:  # of a method that is not LoRA
-        out.modules[path] = Other(DORA_OF_OTHERS, held)
+        out.modules[path] = Other(DORA_OF_OTHERS, tensors)
         rest.pop("dora_scale")
     out.unread += [f"{name}.{leaf}" for leaf in rest]
 
 
-def low_rank(file: str, name: str, held: dict[str, Tensor]) -> LowRank | Other:
-    if DOWN not in held or UP not in held:
+def low_rank(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | Other:
+    if DOWN not in tensors or UP not in tensors:
         raise CheckpointError(f"{file} has only one factor for '{name}': it is cut off, or was written wrong.")
-    A, B, mid = held[DOWN], held[UP], held.get(MID)
+    A, B, mid = tensors[DOWN], tensors[UP], tensors.get(MID)
     rank = A.shape[0] if A.shape else 0
     if len(A.shape) < 2 or len(B.shape) < 2 or B.shape[1] != rank or (mid and mid.shape[:2] != (rank, rank)):
         raise CheckpointError(f"{file}: the factors of '{name}' have shapes {A.shape} and {B.shape}, which do not fit.")
     if len(A.shape) > 2 and len(B.shape) == 2:
         B = reshaped(B, *B.shape, *[1] * (len(A.shape) - 2))
-    magnitude = held.get("dora_scale")
+    magnitude = tensors.get("dora_scale")
     if magnitude is not None:
         if magnitude.shape[0] != B.shape[0] and magnitude.shape[:2] == (1, A.shape[1]):
-            return Other(DORA_OF_INPUTS, held)
+            return Other(DORA_OF_INPUTS, tensors)
         if magnitude.nbytes == 0 or magnitude.shape[0] != B.shape[0] or set(magnitude.shape[1:]) - {1}:
             raise CheckpointError(
                 f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs."
             )
         magnitude = reshaped(magnitude, B.shape[0])
     kind = "conv" if len(A.shape) > 2 else "linear"
-    return LowRank(A, B, scale_of(held.get("alpha"), rank), kind, magnitude, mid=mid)  # type: ignore[arg-type]
+    return LowRank(A, B, scale_of(tensors.get("alpha"), rank), kind, magnitude, mid=mid)  # type: ignore[arg-type]
 
 
-def lokr_scale(held: Mapping[str, Tensor], alpha: Tensor | None) -> float:
+def lokr_scale(tensors: Mapping[str, Tensor], alpha: Tensor | None) -> float:
     """Return 1 if both factors are whole, else alpha by the rank of the second, or of the first."""
     for leaf in ("lokr_w2_b", "lokr_w1_b"):
-        if leaf in held:
-            return scale_of(alpha, held[leaf].shape[0])
+        if leaf in tensors:
+            return scale_of(alpha, tensors[leaf].shape[0])
     return 1.0
 
 
 def whole(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base | None) -> None:
     """Put a tensor that was trained whole into `full`, if the base has values; else keep the difference."""
-    held = getattr(base, "tensors", {}).get(key)
+    base_value = getattr(base, "tensors", {}).get(key)
     path = key.rpartition(".")[0]
-    if held is None:
+    if base_value is None:
         of_module = out.modules.setdefault(path, Other(FULL, {}))
         if isinstance(of_module, LowRank) or of_module.method != FULL:
             out.unread.append(f"{path}.{leaf}")
         else:
             of_module.tensors[leaf] = difference
         return
-    if held.shape != difference.shape:
-        raise CheckpointError(f"{out.path}: the difference of {key} has shape {difference.shape}, not {held.shape}.")
-    out.full[key] = tensor((held.read() + difference.read()).astype("f4"), "F32")
+    if base_value.shape != difference.shape:
+        raise CheckpointError(
+            f"{out.path}: the difference of {key} has shape {difference.shape}, not {base_value.shape}."
+        )
+    out.full[key] = tensor((base_value.read() + difference.read()).astype("f4"), "F32")
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
@@ -206,8 +211,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     made, lost = fitted.adapter, fitted.lost
     paths = {name: name for name in made.modules} if own_names else written(made)
     tensors: dict[str, Tensor] = {}
-    for module, held in made.modules.items():
-        tensors |= {f"{paths[module]}.{leaf}": values for leaf, values in leaves(held).items()}
+    for module, of_module in made.modules.items():
+        tensors |= {f"{paths[module]}.{leaf}": values for leaf, values in leaves(of_module).items()}
     write_safetensors(path, tensors, made.metadata if made.format == NAME else {"format": "pt"})
     return lost
 
@@ -224,24 +229,27 @@ def written(adapter: AdapterFile) -> dict[str, str]:
     return out
 
 
-def leaves(held: LowRank | Other) -> dict[str, Tensor]:
+def leaves(module: LowRank | Other) -> dict[str, Tensor]:
     """Return what a file has for a module, by what stands behind its name."""
     import numpy as np
 
-    if isinstance(held, Other):
-        out = dict(held.tensors)
-        rank = next((held.tensors[k].shape[0] for k in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if k in out), 0)
-        if held.scale is not None and "alpha" not in out:
-            out["alpha"] = tensor(np.array(held.scale * (rank or 1), "f4"))
-            if held.method == "LOKR" and not rank and held.scale != 1:  # whose alpha no reader looks at
-                out["lokr_w1"] = tensor((out["lokr_w1"].read() * held.scale).astype("f4"), out["lokr_w1"].dtype)
+    if isinstance(module, Other):
+        out = dict(module.tensors)
+        rank = next((module.tensors[k].shape[0] for k in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if k in out), 0)
+        if module.scale is not None and "alpha" not in out:
+            out["alpha"] = tensor(np.array(module.scale * (rank or 1), "f4"))
+            if module.method == "LOKR" and not rank and module.scale != 1:  # whose alpha no reader looks at
+                out["lokr_w1"] = tensor((out["lokr_w1"].read() * module.scale).astype("f4"), out["lokr_w1"].dtype)
         return out
-    alpha = held.scale * held.rank
-    out = {DOWN: held.A, UP: held.B, "alpha": tensor(np.array(alpha, "f4"))}
+    alpha = module.scale * module.rank
+    out = {DOWN: module.A, UP: module.B, "alpha": tensor(np.array(alpha, "f4"))}
     if not alpha:  # 0 means 1 to every reader
-        out |= {UP: tensor(np.zeros(held.B.shape, "f4"), held.B.dtype), "alpha": tensor(np.array(held.rank, "f4"))}
-    if held.mid is not None:
-        out[MID] = held.mid
-    if held.magnitude is not None:
-        out["dora_scale"] = reshaped(held.magnitude, held.magnitude.shape[0], *[1] * (len(held.A.shape) - 1))
+        out |= {
+            UP: tensor(np.zeros(module.B.shape, "f4"), module.B.dtype),
+            "alpha": tensor(np.array(module.rank, "f4")),
+        }
+    if module.mid is not None:
+        out[MID] = module.mid
+    if module.magnitude is not None:
+        out["dora_scale"] = reshaped(module.magnitude, module.magnitude.shape[0], *[1] * (len(module.A.shape) - 1))
     return out

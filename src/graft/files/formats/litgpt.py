@@ -57,12 +57,12 @@ def fields_of(path: str) -> Json:
         raise CheckpointError(f"{path} has {os.path.getsize(path):,} bytes: it is no config.")
     try:
         with open(path, encoding="utf-8") as f:
-            held = yaml.safe_load(f)
+            fields = yaml.safe_load(f)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} is damaged, or holds more than plain values: {e}") from None
-    if not isinstance(held, dict):
-        raise CheckpointError(f"{path} holds a {type(held).__name__}, not the fields of a config.")
-    return held
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} holds a {type(fields).__name__}, not the fields of a config.")
+    return fields
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
@@ -80,13 +80,13 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             f"with {' or '.join(MLPS)}."
         )
     loaded = read_torch(file)
-    held = tensors_of(loaded.get("model", loaded) if isinstance(loaded, dict) else loaded, file)
+    tensors = tensors_of(loaded.get("model", loaded) if isinstance(loaded, dict) else loaded, file)
     out = AdapterFile(NAME, path, config=run, base=model.get("name"))
     r, alpha = run.get("lora_r"), run.get("lora_alpha")
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{os.path.join(folder, OF_RUN)}: lora_r is {r!r} and lora_alpha {alpha!r}.")
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in held.items():
+    for key, values in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
             out.unread.append(key)
@@ -157,13 +157,13 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     if base is None:
         raise BaseNeededError("litgpt's files have the base's sizes: give the base model (--base).")
     model = model_config(base)
-    held = fit(adapter, HOLDS, NAME, lossy)
-    rows, lost = rows_of(model), held.lost
+    outcome = fit(adapter, HOLDS, NAME, lossy)
+    rows, lost = rows_of(model), outcome.lost
     blocks: dict[str, dict[str, LowRank]] = {}
     tensors: dict[str, object] = {}
     flags = dict.fromkeys((*QKV.values(), "lora_projection", "lora_mlp", "lora_head"), False)
     strange = []
-    for module, m in held.adapter.low_rank.items():
+    for module, m in outcome.adapter.low_rank.items():
         match = THEIRS.fullmatch(module)
         rest = match["rest"] if match is not None else None
         if match is not None and rest in QKV:
@@ -178,7 +178,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     lost += [f"no name in litgpt: {module}" for module in strange]
     if (strange and not lossy) or (not tensors and not blocks):
         raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
-    first = next(iter(held.adapter.low_rank.values()))
+    first = next(iter(outcome.adapter.low_rank.values()))
     on = [rest for rest, flag in QKV.items() if flags[flag]]
     for number, block in blocks.items():
         A, B = joined(block, on, rows, first.rank)

@@ -38,17 +38,17 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         CheckpointError: a file is not there or damaged, or factors are missing, or not transposed as MLX has them.
     """
     config = read_object(os.path.join(path, CONFIG))
-    held, metadata = read_header(os.path.join(path, WEIGHTS))
+    tensors, metadata = read_header(os.path.join(path, WEIGHTS))
     out = AdapterFile(NAME, path, config=config, metadata=metadata, base=config.get("model"))
     if config.get("fine_tune_type") == "full":
-        out.full = held
+        out.full = tensors
         return out
     parameters = config.get("lora_parameters") or {}
     scale = parameters.get("scale", DEFAULT)
     if not isinstance(scale, (int, float)):
         raise CheckpointError(f"{path}: the scale is {scale!r}, not a number.")
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in held.items():
+    for key, values in tensors.items():
         module, _, leaf = key.rpartition(".")
         if leaf in ("lora_a", "lora_b", "m"):
             modules.setdefault(module, {})[leaf] = values
@@ -59,19 +59,19 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def low_rank(path: str, module: str, held: dict[str, Tensor], scale: float, rank: object) -> LowRank:
-    a, b = held.get("lora_a"), held.get("lora_b")
+def low_rank(path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object) -> LowRank:
+    a, b = tensors.get("lora_a"), tensors.get("lora_b")
     if a is None or b is None:
         raise CheckpointError(f"{path} has only one factor for '{module}': it is cut off, or was written wrong.")
     if len(a.shape) == len(b.shape) == 3 and a.shape[:2] == (b.shape[0], b.shape[2]):
-        return LowRank(a, b, scale, "experts", held.get("m"))
+        return LowRank(a, b, scale, "experts", tensors.get("m"))
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or rank not in (None, a.shape[1]):
         raise CheckpointError(
             f"{path}: the factors of '{module}' have shapes {a.shape} and {b.shape}, where MLX has (in, {rank or 'r'}) "
             f"and ({rank or 'r'}, out)."
         )
     kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
-    return LowRank(transposed(a), transposed(b), scale, kind, held.get("m"))  # type: ignore[arg-type]
+    return LowRank(transposed(a), transposed(b), scale, kind, tensors.get("m"))  # type: ignore[arg-type]
 
 
 def transposed(t: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         LossError: some modules have a magnitude, and others not; or it is not of LoRA.
     """
-    held = fit(adapter, HOLDS, NAME, lossy)
-    modules = held.adapter.low_rank
+    outcome = fit(adapter, HOLDS, NAME, lossy)
+    modules = outcome.adapter.low_rank
     tensors: dict[str, Tensor] = {}
     if any(module.magnitude is not None for module in modules.values()):
-        modules = as_dora(held.adapter, base)
+        modules = as_dora(outcome.adapter, base)
     for name, module in modules.items():
         swap = (lambda t: t) if module.kind == "experts" else transposed
         tensors |= {f"{name}.lora_a": swap(module.A), f"{name}.lora_b": swap(module.B)}
@@ -106,7 +106,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     os.makedirs(path, exist_ok=True)
     write_safetensors(os.path.join(path, WEIGHTS), tensors, {"format": "mlx"})
     replace(os.path.join(path, CONFIG), write_text(json.dumps(config, indent=4, sort_keys=True) + "\n"))
-    return held.lost
+    return outcome.lost
 
 
 def keys(modules: dict[str, LowRank]) -> list[str]:

@@ -109,15 +109,15 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     if parts := parts_in(path):
         return joined({part: read(os.path.join(path, part)) for part in parts}, path)
     folder = folder_of(path) or path
-    stored = Stored(folder, None, read_object)
+    config_file = Stored(folder, None, read_object)
     tensors, metadata, noted = weights_in(folder)
-    config = dict(stored.of(noted))
+    config = dict(config_file.of(noted))
     layout = Layout.of(config)
     config.pop(MARK, None)  # B is held as PEFT has it
     method = config.get("peft_type")
     if method not in PREFIXES and method not in PROMPTS:
-        raise CheckpointError(f"{stored.path} has peft_type {method!r}, which graft does not know.")
-    told = set(tensors)
+        raise CheckpointError(f"{config_file.path} has peft_type {method!r}, which graft does not know.")
+    names = set(tensors)
     served = method == "LORA" and is_served(tensors)
     if method == "LORA":
         tensors = with_todays_names(tensors, base)
@@ -125,10 +125,10 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         tensors, config = as_trained(tensors, config, base, folder)
     out = AdapterFile(NAME, folder, method, config=config, metadata=metadata, served=served)
     out.base = config.get("base_model_name_or_path")
-    held = split(out, tensors)
-    for raw, of_module in held.items():
+    by_module = split(out, tensors)
+    for raw, of_module in by_module.items():
         if method == "LORA":
-            take_lora(out, raw, of_module, held, base, layout)
+            take_lora(out, raw, of_module, by_module, base, layout)
         else:
             take_other(out, clean(raw), method, of_module)
     if method in PREFIXES:
@@ -137,7 +137,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     as_today(out, layout, base)
     if not any(m.shift for m in out.low_rank.values()):
         out.changed_base = changes_base(config)
-    out.selected = frozenset(out.modules) if served or told == set(tensors) else None
+    out.selected = frozenset(out.modules) if served or names == set(tensors) else None
     return out
 
 
@@ -170,7 +170,7 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.No
 
 def split(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Put what is not a module's adapter into `out`; return the rest: module as the file names it → name → tensor."""
-    held: dict[str, dict[str, Tensor]] = {}
+    by_module: dict[str, dict[str, Tensor]] = {}
     of_prompt = out.method in PROMPTS
     own = PREFIXES.get(out.method, " ")
     for key, t in tensors.items():
@@ -190,12 +190,12 @@ def split(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str
         if leaf in (f"{TOKENS}.trainable_tokens_delta", "trainable_tokens_delta"):
             take_rows(out, clean(path), key, t)
         elif leaf is not None and path and parts[at] != TOKENS:  # type: ignore[index]
-            held.setdefault(path, {})[leaf] = t
+            by_module.setdefault(path, {})[leaf] = t
         elif leaf is not None or any(part.startswith(ANY) for part in parts) or clean(name) in out.full:
             out.unread.append(key)
         else:
             out.full[clean(name)] = t
-    return held
+    return by_module
 
 
 def around(names: Iterable[str]) -> Iterator[str]:
@@ -221,7 +221,7 @@ def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
         out.rows[f"{path}.weight"] = whole_numbers(which), values
 
 
-def take_other(out: AdapterFile, path: str, method: str, held: dict[str, Tensor]) -> None:
+def take_other(out: AdapterFile, path: str, method: str, tensors: dict[str, Tensor]) -> None:
     scale = None
     if method in SCALED:
         r, alpha = numbers_at(out.config, path, SCALED[method])
@@ -229,20 +229,20 @@ def take_other(out: AdapterFile, path: str, method: str, held: dict[str, Tensor]
     elif method == "ADALORA":
         r, alpha = out.config.get("init_r") or 12, out.config.get("lora_alpha", RANK)
         scale = (alpha if alpha > 0 else r) / (r + 1e-5)
-    out.modules[path] = Other(method, held, scale)
+    out.modules[path] = Other(method, tensors, scale)
 
 
 def take_lora(
-    out: AdapterFile, raw: str, held: dict[str, Tensor], every: Mapping[str, object], base: Base | None, layout: Layout
+    out: AdapterFile, raw: str, parts: dict[str, Tensor], every: Mapping[str, object], base: Base | None, layout: Layout
 ) -> None:
     config, path = out.config, clean(raw)
-    A, B = held.pop("lora_A.weight", None), held.pop("lora_B.weight", None)
+    A, B = parts.pop("lora_A.weight", None), parts.pop("lora_B.weight", None)
     embedded = A is None and B is None
     if embedded:
-        A, B = held.pop("lora_embedding_A", None), held.pop("lora_embedding_B", None)
+        A, B = parts.pop("lora_embedding_A", None), parts.pop("lora_embedding_B", None)
     if A is None or B is None or len(A.shape) < 2 or len(A.shape) != len(B.shape):
-        kept = {"lora_A.weight": A, "lora_B.weight": B} | held
-        out.unread += [f"{WRAPPED}{raw}.{name}" for name, t in kept.items() if t is not None]
+        unread = {"lora_A.weight": A, "lora_B.weight": B} | parts
+        out.unread += [f"{WRAPPED}{raw}.{name}" for name, t in unread.items() if t is not None]
         return
     stack = None if embedded else parameter_at(config, raw, every, A, B, base)
     if stack is not None:
@@ -254,7 +254,7 @@ def take_lora(
         variant = None
     if variant is not None:
         pair_of = {"lora_A.weight": A, "lora_B.weight": B}
-        out.modules[path] = Other(variant, pair_of | held, scale)
+        out.modules[path] = Other(variant, pair_of | parts, scale)
         return
     n = A.shape[0] // r if stack is not None else 1
     if A.shape[0] != n * r or B.shape[1] != (A.shape[0] if len(A.shape) == 2 else B.shape[1]):
@@ -266,21 +266,21 @@ def take_lora(
     if n > 1 or (stack is not None and stack != "weight"):
         kind, A, B = "experts", *by_expert(A, B, n, bool(layout.by_expert))
     made = LowRank(A, B, scale, kind)  # type: ignore[arg-type]
-    if (m := held.pop("lora_magnitude_vector", None)) is not None:
+    if (m := parts.pop("lora_magnitude_vector", None)) is not None:
         made.magnitude = reshaped(m, math.prod(m.shape))
-    made.bias = held.pop("lora_B.bias", None)
-    made.extra = held
+    made.bias = parts.pop("lora_B.bias", None)
+    made.extra = parts
     out.modules[path] = made
 
 
 def blocks_of(config: Json) -> list[str]:
-    held = config["use_bdlora"]
-    return [*(held.get("target_modules_bd_a") or ()), *(held.get("target_modules_bd_b") or ())]
+    options = config["use_bdlora"]
+    return [*(options.get("target_modules_bd_a") or ()), *(options.get("target_modules_bd_b") or ())]
 
 
 def numbers_at(config: Json, path: str, name: str) -> tuple[int, float]:
     """Return rank and alpha of a module."""
-    held: list[Any] = []
+    numbers: list[Any] = []
     for field, patterns in (("r", "rank_pattern"), (name, "alpha_pattern")):
         value = config.get(field)
         for key, there in (config.get(patterns) or {}).items():
@@ -290,8 +290,8 @@ def numbers_at(config: Json, path: str, name: str) -> tuple[int, float]:
         value = RANK if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (field == "r" and value < 1):
             raise CheckpointError(f"adapter_config.json: {field} of '{path}' is {value!r}, which is no number for it.")
-        held.append(value)
-    return held[0], held[1]
+        numbers.append(value)
+    return numbers[0], numbers[1]
 
 
 # experts: factors of parameters, of which a module may have several
@@ -357,15 +357,15 @@ def by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tens
 
 def as_today(out: AdapterFile, layout: Layout, base: Base | None) -> None:
     """Give A and B of stacks each other's place where a PEFT before 0.19.1 wrote them so."""
-    stacks = {path: held for path, held in out.low_rank.items() if held.kind == "experts"}
+    stacks = {path: lora for path, lora in out.low_rank.items() if lora.kind == "experts"}
     if not stacks:
         return
     doubts, guessed = set(), list[str]()
-    if layout.by_expert is None and any(min(held.A.shape[:2]) > 1 for held in stacks.values()):
+    if layout.by_expert is None and any(min(lora.A.shape[:2]) > 1 for lora in stacks.values()):
         doubts.add("by_expert")
     kind = "" if base is None else str(base.config.get("model_type"))
     others = {seen for path in stacks if (seen := exchanged_by_shape(path, stacks, base, kind)) is not None}
-    for path, held in stacks.items():
+    for path, lora in stacks.items():
         exchanged = exchanged_by_shape(path, stacks, base, kind)
         if exchanged is None and len(others) == 1:
             exchanged = next(iter(others))
@@ -376,10 +376,10 @@ def as_today(out: AdapterFile, layout: Layout, base: Base | None) -> None:
             elif exchanged and base is None:
                 guessed.append(path)
         if exchanged:
-            (n, r, fan_in), outs = held.A.shape, held.B.shape[1]
+            (n, r, fan_in), outs = lora.A.shape, lora.B.shape[1]
             out.modules[path] = replaced(
-                held, A=rearranged(held.B, lambda v: v.swapaxes(1, 2), n, r, outs),
-                B=rearranged(held.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
+                lora, A=rearranged(lora.B, lambda v: v.swapaxes(1, 2), n, r, outs),
+                B=rearranged(lora.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
             )  # fmt: skip
             out.config["peft_version"] = FORMAT_VERSION
     say(doubts, layout, out.path)
@@ -461,17 +461,17 @@ def tensors_of(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
     of_prompt = adapter.method in PROMPTS
     wrapped = PROMPT_WRAPPED if of_prompt else WRAPPED
     alike = {adapter.method, *(VARIANTS.values() if adapter.method == "LORA" else ())}
-    for path, held in adapter.modules.items():
+    for path, of_module in adapter.modules.items():
         stem = f"{wrapped}{place_of(path, adapter)}"
-        if isinstance(held, LowRank):
+        if isinstance(of_module, LowRank):
             if adapter.method != "LORA":
                 lost.append(f"{path} (LoRA beside {adapter.method})")
             else:
-                out |= {f"{stem}.{name}": t for name, t in tensors_of_lora(held).items()}
-        elif held.method not in alike or adapter.method not in PREFIXES:
-            lost.append(f"{path} ({held.method})")
+                out |= {f"{stem}.{name}": t for name, t in tensors_of_lora(of_module).items()}
+        elif of_module.method not in alike or adapter.method not in PREFIXES:
+            lost.append(f"{path} ({of_module.method})")
         else:
-            out |= {f"{stem}.{name}": t for name, t in held.tensors.items()}
+            out |= {f"{stem}.{name}": t for name, t in of_module.tensors.items()}
     for name, t in adapter.full.items():
         module, _, leaf = name.rpartition(".")
         own = f"{module}.base_layer" if module in adapter.modules else module
@@ -485,26 +485,26 @@ def tensors_of(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
     return out
 
 
-def tensors_of_lora(held: LowRank) -> dict[str, Tensor]:
-    A, B = held.A, held.B
-    if held.kind == "embedding":
+def tensors_of_lora(lora: LowRank) -> dict[str, Tensor]:
+    A, B = lora.A, lora.B
+    if lora.kind == "embedding":
         out = {"lora_embedding_A": A, "lora_embedding_B": B}
     else:
-        if held.mid is not None:
-            A = with_core(A, held.mid)
-        if held.kind == "experts":
+        if lora.mid is not None:
+            A = with_core(A, lora.mid)
+        if lora.kind == "experts":
             n, r, fan_in = A.shape
             out_features = B.shape[1]
             A = reshaped(A, n * r, fan_in)
             B = rearranged(B, lambda v: v.transpose(1, 2, 0), out_features, r * n)
         out = {"lora_A.weight": A, "lora_B.weight": B}
-    if held.bias is not None:
-        out["lora_B.bias"] = held.bias
-    if held.magnitude is not None:
+    if lora.bias is not None:
+        out["lora_B.bias"] = lora.bias
+    if lora.magnitude is not None:
         ones = (1,) * (len(A.shape) - 2)
-        m = held.magnitude
-        out["lora_magnitude_vector"] = reshaped(m, 1, *m.shape, *ones) if held.kind == "conv" else m
-    return out | held.extra
+        m = lora.magnitude
+        out["lora_magnitude_vector"] = reshaped(m, 1, *m.shape, *ones) if lora.kind == "conv" else m
+    return out | lora.extra
 
 
 def with_core(A: Tensor, mid: Tensor) -> Tensor:
@@ -528,8 +528,8 @@ def inside(path: str, adapter: AdapterFile) -> str:
 
 def place_of(path: str, adapter: AdapterFile) -> str:
     """Return the path of a module as PEFT names it; parameters of one module stand around each other."""
-    held = adapter.modules[path]
-    if not isinstance(held, LowRank) or held.kind != "experts":
+    of_module = adapter.modules[path]
+    if not isinstance(of_module, LowRank) or of_module.kind != "experts":
         return inside(path, adapter)
     module, _, name = path.rpartition(".")
     stacks = (p.rpartition(".") for p, h in adapter.modules.items() if getattr(h, "kind", "") == "experts")
@@ -556,7 +556,7 @@ def config_of(adapter: AdapterFile, base: Base | None) -> Json:
         set_numbers(config, adapter)
     if changes_base(config) and adapter.changed_base is None and not any(h.shift for h in adapter.low_rank.values()):
         config["init_lora_weights"] = True
-    if any(held.kind == "experts" for held in adapter.low_rank.values()):
+    if any(lora.kind == "experts" for lora in adapter.low_rank.values()):
         config["peft_version"] = FORMAT_VERSION  # by which readers know the order of A and B
     return config
 
@@ -607,7 +607,7 @@ def targets_of(paths: list[str], base: Base | None) -> list[str]:
 def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     """Let rank, alpha and their patterns say what each module has, unless they do."""
     name = SCALED[adapter.method]
-    wanted = {p: held for p, h in adapter.modules.items() if (held := rank_and_scale(h, adapter)) is not None}
+    wanted = {p: numbers for p, h in adapter.modules.items() if (numbers := rank_and_scale(h, adapter)) is not None}
     if not wanted:
         return
     root = bool(config.get("use_rslora"))
@@ -619,7 +619,7 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
         r, alpha = numbers_at(config, path, name)
         return r, scale_of(r, alpha)
 
-    if "r" in config and all(same(said(p), held) for p, held in wanted.items()):
+    if "r" in config and all(same(said(p), numbers) for p, numbers in wanted.items()):
         return
     r = Counter(r for r, _ in wanted.values()).most_common(1)[0][0]
     alphas = {p: plain(s * (math.sqrt(k) if root else k)) for p, (k, s) in wanted.items()}
@@ -631,14 +631,14 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     }  # fmt: skip
 
 
-def rank_and_scale(held: LowRank | Other, adapter: AdapterFile) -> tuple[int, float] | None:
-    if isinstance(held, LowRank):
-        return held.rank, held.scale
-    if held.scale is None or held.method != adapter.method:
+def rank_and_scale(module: LowRank | Other, adapter: AdapterFile) -> tuple[int, float] | None:
+    if isinstance(module, LowRank):
+        return module.rank, module.scale
+    if module.scale is None or module.method != adapter.method:
         return None
     for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if name in held.tensors:
-            return held.tensors[name].shape[0], held.scale
+        if name in module.tensors:
+            return module.tensors[name].shape[0], module.scale
     return None
 
 

@@ -76,9 +76,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             raise BaseModelMismatchError(f"{path} acts after block {place.block}, and {base.path} has {len(blocks)}.")
         end = "_suffix" if units.setdefault(place.block, 0) else ""
         units[place.block] += 1
-        held = out.modules.setdefault(blocks[place.block].path, Other("REFT", {}))
-        assert isinstance(held, Other)
-        held.tensors.update(unit(path, place, end))
+        module = out.modules.setdefault(blocks[place.block].path, Other("REFT", {}))
+        assert isinstance(module, Other)
+        module.tensors.update(unit(path, place, end))
     if not places or len(set(units.values())) > 1 or max(units.values()) > 2:
         raise CheckpointError(
             f"{path} has {units} interventions by block: graft reads one for each, or two, for first tokens and last."
@@ -100,8 +100,8 @@ def places_of(path: str, fields: Json) -> list[Place]:
     if not isinstance(keys, list) or not isinstance(types, list) or not len(keys) == len(types) == len(representations):
         raise CheckpointError(f"{path}: {CONFIG} does not say one key and one class for each intervention.")
     found = []
-    for given, key, kind in zip(representations, keys, types):
-        layer, component, unit_ = (*given, *[None] * 3)[:3] if isinstance(given, list) else (None, None, None)
+    for entry, key, kind in zip(representations, keys, types):
+        layer, component, unit_ = (*entry, *[None] * 3)[:3] if isinstance(entry, list) else (None, None, None)
         name = str(kind).rstrip("'>").rpartition(".")[2]
         match = BLOCK.fullmatch(str(component))
         number = layer if component == "block_output" else int(match[1]) if match else None
@@ -123,26 +123,26 @@ def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
     file = os.path.join(path, KEY.format(place.key))
     if not os.path.isfile(file):
         raise CheckpointError(f"{path} lacks {os.path.basename(file)}.")
-    held = tensors_of(read_torch(file), file)
-    found = {ours.format(end): held[t] for ours, theirs in SOURCE.items() for t in theirs if t in held}
-    if "rotate_layer" in held:  # (H, r)
-        found[f"reft_R{end}"] = from_torch(to_torch(held["rotate_layer"]).T, file)
-    elif f"{TURNED}.original" in held and f"{TURNED}.0.base" in held:
-        found[f"reft_R{end}"] = from_torch(turned(held).T, file)
-    elif "proj_layer.weight" in held:
-        found[f"reft_R{end}"] = held["proj_layer.weight"]
-        bias = held.get("proj_layer.bias")
+    state = tensors_of(read_torch(file), file)
+    found = {ours.format(end): state[t] for ours, theirs in SOURCE.items() for t in theirs if t in state}
+    if "rotate_layer" in state:  # (H, r)
+        found[f"reft_R{end}"] = from_torch(to_torch(state["rotate_layer"]).T, file)
+    elif f"{TURNED}.original" in state and f"{TURNED}.0.base" in state:
+        found[f"reft_R{end}"] = from_torch(turned(state).T, file)
+    elif "proj_layer.weight" in state:
+        found[f"reft_R{end}"] = state["proj_layer.weight"]
+        bias = state.get("proj_layer.bias")
         if bias is not None and KINDS[place.kind][1] and bias.read().any():
             raise CheckpointError(f"{file} has a bias of the projection, which graft's ReFT has not.")
     shapes = [found[name].shape for name in sorted(found)]
     if len(found) < 3 or len(shapes[2]) != 2 or shapes[1] != shapes[2] or shapes[0] != shapes[2][:1]:
-        raise CheckpointError(f"{file} does not hold A, b and R of one rank and width, but {sorted(held)}: {shapes}.")
+        raise CheckpointError(f"{file} does not hold A, b and R of one rank and width, but {sorted(state)}: {shapes}.")
     return found
 
 
-def turned(held: Mapping[str, Tensor]) -> torch.Tensor:
+def turned(state: Mapping[str, Tensor]) -> torch.Tensor:
     """Return R.T (H, r) of torch's parametrization."""
-    parts = {name: to_torch(held[f"{TURNED}.{name}"]) for name in ("original", "0.base")}
+    parts = {name: to_torch(state[f"{TURNED}.{name}"]) for name in ("original", "0.base")}
     layer = parametrized(*parts["original"].shape)
     layer.load_state_dict({f"parametrizations.weight.{name}": t for name, t in parts.items()})
     return layer.weight.detach()
@@ -164,12 +164,12 @@ def kept(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str,
     if kind == "LoreftIntervention":
         return {**A, "rotate_layer": R.T}
     width = torch.tensor(R.shape[1])
-    held = {f"learned_source.{name}": t for name, t in A.items()} | {"embed_dim": width, "interchange_dim": width}
+    state = {f"learned_source.{name}": t for name, t in A.items()} | {"embed_dim": width, "interchange_dim": width}
     if not KINDS[kind][0]:
-        return held | {"proj_layer.weight": R}
+        return state | {"proj_layer.weight": R}
     layer = parametrized(*R.T.shape)
     layer.weight = R.T
-    return held | {f"rotate_layer.{name}": t for name, t in layer.state_dict().items()}
+    return state | {f"rotate_layer.{name}": t for name, t in layer.state_dict().items()}
 
 
 def positions(path: str, fields: Json, units: int) -> Json:
@@ -220,10 +220,10 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
             A = {name: to_torch(m.tensors[f"reft_A{end}.{name}"]) for name in ("weight", "bias")}
             R = to_torch(m.tensors[f"reft_R{end}"])
             width = R.shape[1]
-            held = kept(kind, A, orthonormal(R) if cfg.orthogonality else R)
+            state = kept(kind, A, orthonormal(R) if cfg.orthogonality else R)
             key = f"layer_{number}_comp_block_output_unit_pos_nunit_1#{i}"
             keys.append((number, key))
-            files[KEY.format(key)] = {name: t.contiguous() for name, t in held.items()}
+            files[KEY.format(key)] = {name: t.contiguous() for name, t in state.items()}
     config = {
         "representations": [[number, "block_output", "pos", 1, cfg.r, *[None] * 9] for number, _ in keys],
         "intervention_types": [f"<class 'pyreft.interventions.{kind}'>" for _ in keys],

@@ -75,8 +75,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             out.unread.append(key)
         else:
             modules.setdefault(name, {})[LEAVES[match["leaf"]]] = values
-    for name, held in modules.items():
-        out.modules[name] = low_rank(out, name, held, config, base)
+    for name, tensors in modules.items():
+        out.modules[name] = low_rank(out, name, tensors, config, base)
     return out
 
 
@@ -90,14 +90,14 @@ def renamed(path: str) -> str | None:
     return f"model.layers.{match['number']}.{NAMES[match['rest']]}"
 
 
-def low_rank(out: AdapterFile, name: str, held: dict[str, Tensor], config: dict, base: Base | None) -> LowRank:
-    if "A" not in held or "B" not in held:
+def low_rank(out: AdapterFile, name: str, tensors: dict[str, Tensor], config: dict, base: Base | None) -> LowRank:
+    if "A" not in tensors or "B" not in tensors:
         raise CheckpointError(f"{out.path} has only one factor for '{name}': it is cut off, or was written wrong.")
-    A, B = held["A"], held["B"]
+    A, B = tensors["A"], tensors["B"]
     r, alpha = numbers_at(config, name, "lora_alpha")
     if len(A.shape) != 2 or len(B.shape) != 2 or (A.shape[0], B.shape[1]) != (r, r):
         raise CheckpointError(f"{out.path}: the factors of '{name}' have shapes {A.shape} and {B.shape}, of rank {r}.")
-    made = LowRank(A, B, alpha / r, "linear", held.get("magnitude"))
+    made = LowRank(A, B, alpha / r, "linear", tensors.get("magnitude"))
     heads = heads_of(name, out, base)
     if heads is None:
         return made
@@ -138,15 +138,15 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         LossError: torchtune has no name for a module.
     """
-    held = fit(adapter, HOLDS, NAME, lossy)
-    names = {module: named(module) for module in held.adapter.modules}
-    lost = held.lost
+    outcome = fit(adapter, HOLDS, NAME, lossy)
+    names = {module: named(module) for module in outcome.adapter.modules}
+    lost = outcome.lost
     if strange := [module for module, name in names.items() if name is None]:
         lost += [f"no name in torchtune: {module}" for module in strange]
         if not lossy or len(strange) == len(names):
             raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
     tensors: dict[str, object] = {}
-    modules = {module: m for module, m in held.adapter.low_rank.items() if names[module]}
+    modules = {module: m for module, m in outcome.adapter.low_rank.items() if names[module]}
     for module, m in modules.items():
         heads = heads_of(module, adapter, base)
         B, magnitude = m.B, m.magnitude

@@ -74,10 +74,10 @@ class Form(Held):
 
     def _scales(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
         """Return the scale of each block; they may be codes themselves."""
-        held, state = of_file(parts[f"{name}.absmax"]), self.states[name]
+        absmax, state = of_file(parts[f"{name}.absmax"]), self.states[name]
         if f"{name}.nested_absmax" not in parts:
-            return held.float()
-        values = of_file(parts[f"{name}.nested_quant_map"]).float()[held.long()]
+            return absmax.float()
+        values = of_file(parts[f"{name}.nested_quant_map"]).float()[absmax.long()]
         outer = of_file(parts[f"{name}.nested_absmax"]).float()
         return values * outer.repeat_interleave(state["nested_blocksize"])[: len(values)] + state["nested_offset"]
 

@@ -114,10 +114,10 @@ class Form(Held):
         return {n: v for n, v in super().plain_config(config).items() if n != "compression_config"}
 
 
-def unpacked(held: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+def unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Return the codes (rows, columns) that stand in words of 32 bits, the first in the lowest; 0 is the smallest."""
     at = torch.arange(0, 32, bits)
-    codes = (held[..., None] >> at) & (2**bits - 1)
+    codes = (words[..., None] >> at) & (2**bits - 1)
     return (codes.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
 
 

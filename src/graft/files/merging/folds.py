@@ -79,54 +79,54 @@ def changes(job: Job) -> list[Change]:
         )
     low = job.adapter.low_rank
     spots = job.places.settle(
-        [weight_name(path, held) for path, held in low.items()] + list(job.adapter.rows), job.name
+        [weight_name(path, lora) for path, lora in low.items()] + list(job.adapter.rows), job.name
     )
     for name, value in job.adapter.full.items():  # first, since some files bring along what their factors add to
         found += whole(job, name, value)
-    for path, held in low.items():
-        for spot in spots[weight_name(path, held)]:
-            found.append(low_rank(job, path, held, spot))
-        if held.bias is not None:
-            found.append(shift(job, path, held))
+    for path, lora in low.items():
+        for spot in spots[weight_name(path, lora)]:
+            found.append(low_rank(job, path, lora, spot))
+        if lora.bias is not None:
+            found.append(shift(job, path, lora))
     for name, (indices, values) in job.adapter.rows.items():
         found.append(rows(job, name, indices, values, spots[name]))
     return found
 
 
-def weight_name(path: str, held: LowRank) -> str:
-    return path if held.kind == "experts" else f"{path}.weight"
+def weight_name(path: str, lora: LowRank) -> str:
+    return path if lora.kind == "experts" else f"{path}.weight"
 
 
 # low rank
 
 
-def low_rank(job: Job, path: str, held: LowRank, spot: Spot) -> Change:
-    given = job.adapter.full.get(weight_name(path, held))
-    shape = job.places.shapes[spot.key] if given is None else given.shape
-    view = orientation(job, path, held, spot, shape)
-    adds = held.magnitude is None and held.shift is None
-    scale = held.scale * job.weight if adds else held.scale
-    shift = None if held.shift is None else Shift(held, job.adapter.config, job.kinds.get(spot.key))
+def low_rank(job: Job, path: str, lora: LowRank, spot: Spot) -> Change:
+    replacement = job.adapter.full.get(weight_name(path, lora))
+    shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
+    view = orientation(job, path, lora, spot, shape)
+    adds = lora.magnitude is None and lora.shift is None
+    scale = lora.scale * job.weight if adds else lora.scale
+    shift = None if lora.shift is None else Shift(lora, job.adapter.config, job.kinds.get(spot.key))
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
-        own = own if given is None else lambda: wide(given)
+        own = own if replacement is None else lambda: wide(replacement)
         made = W if adds or job.weight == 1 else W.clone()
-        for matrix, before, A, B in parts(held, spot, view, made, own):
+        for matrix, before, A, B in parts(lora, spot, view, made, own):
             A, B = A.to(matrix.dtype), B.to(matrix.dtype) * scale
             gain = None
             if shift is not None:
                 matrix.copy_(shift(matrix))
-            if held.magnitude is not None:
+            if lora.magnitude is not None:
                 start = matrix if made is not W else before()
                 start = start if shift is None or start is matrix else shift(start)
-                gain = wide(held.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
+                gain = wide(lora.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
             matrix.addmm_(B, A)
             if gain is not None:
                 matrix.mul_(gain[:, None])
         return made if made is W else W.lerp_(made, job.weight)
 
-    of = (scale, held.A, held.B, held.magnitude, held.mid, *(held.shift or ()))
-    return Change(spot.key, weight_name(path, held), fold, shape, of)
+    of = (scale, lora.A, lora.B, lora.magnitude, lora.mid, *(lora.shift or ()))
+    return Change(spot.key, weight_name(path, lora), fold, shape, of)
 
 
 class Shift:
@@ -136,10 +136,10 @@ class Shift:
         kind: dtype of the base's weight, to which training had it rounded.
     """
 
-    def __init__(self, held: LowRank, config: Json, kind: torch.dtype | None):
-        assert held.shift is not None
-        self.A, self.B = held.shift
-        self.sample = held.extra.get("lora_shift.sample")
+    def __init__(self, lora: LowRank, config: Json, kind: torch.dtype | None):
+        assert lora.shift is not None
+        self.A, self.B = lora.shift
+        self.sample = lora.extra.get("lora_shift.sample")
         self.bits = (config.get("loftq_config") or {}).get("loftq_bits", 4)
         self.bits = self.bits if config.get("init_lora_weights") == "loftq" else None
         self.kind = kind
@@ -156,44 +156,44 @@ class Shift:
 
 
 def orientation(
-    job: Job, path: str, held: LowRank, spot: Spot, shape: tuple[int, ...]
+    job: Job, path: str, lora: LowRank, spot: Spot, shape: tuple[int, ...]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what makes a stored weight, or a matrix of a stack, the matrix (out, fan_in) that B A adds to."""
-    out, fan_in = sizes(held, spot)
-    own = shape[1:] if held.kind == "experts" and spot.expert is None else shape
+    out, fan_in = sizes(lora, spot)
+    own = shape[1:] if lora.kind == "experts" and spot.expert is None else shape
     straight, turned = (*own[:1], flat(own[1:])) == (out, fan_in), own == (fan_in, out)
-    if held.kind == "embedding" or (straight and turned and square_is_turned(job, path, held, spot)):
+    if lora.kind == "embedding" or (straight and turned and square_is_turned(job, path, lora, spot)):
         straight = False
-    if held.kind == "experts" and spot.expert is None and shape[0] != held.A.shape[0]:
+    if lora.kind == "experts" and spot.expert is None and shape[0] != lora.A.shape[0]:
         straight = turned = False
     if straight:
         return lambda W: W.flatten(1)
     if turned:
         return lambda W: W.T
-    raise job.misfit(path, f"B A is {(out, fan_in)}, '{spot.key}' {shape}" + groups_hint(held, own, out, fan_in))
+    raise job.misfit(path, f"B A is {(out, fan_in)}, '{spot.key}' {shape}" + groups_hint(lora, own, out, fan_in))
 
 
-def groups_hint(held: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> str:
-    grouped = held.kind == "conv" and own and own[0] == out and len(own) > 2 and fan_in % max(1, flat(own[1:])) == 0
+def groups_hint(lora: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> str:
+    grouped = lora.kind == "conv" and own and own[0] == out and len(own) > 2 and fan_in % max(1, flat(own[1:])) == 0
     return " (a convolution with groups has no weight that says what the adapter does)" if grouped else ""
 
 
-def square_is_turned(job: Job, path: str, held: LowRank, spot: Spot) -> bool:
-    if held.kind == "experts":
+def square_is_turned(job: Job, path: str, lora: LowRank, spot: Spot) -> bool:
+    if lora.kind == "experts":
         return spot.expert is None and job.stacked(path)
-    if held.kind == "conv":
+    if lora.kind == "conv":
         return False
-    told = job.adapter.config.get("fan_in_fan_out")
-    return job.config.get("model_type") in CONV1D and told is not False if told is None else bool(told)
+    flag = job.adapter.config.get("fan_in_fan_out")
+    return job.config.get("model_type") in CONV1D and flag is not False if flag is None else bool(flag)
 
 
-def sizes(held: LowRank, spot: Spot) -> tuple[int, int]:
+def sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
     """Return (out, fan_in) of the matrix that B A adds to."""
-    if held.kind == "experts":
-        out, fan_in = held.B.shape[1], held.A.shape[2]
+    if lora.kind == "experts":
+        out, fan_in = lora.B.shape[1], lora.A.shape[2]
         return (out if spot.rows is None else spot.rows[1]), fan_in
-    kernel = held.A.shape[2:] if held.mid is None else held.mid.shape[2:]
-    return held.B.shape[0], flat((held.A.shape[1], *kernel))
+    kernel = lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:]
+    return lora.B.shape[0], flat((lora.A.shape[1], *kernel))
 
 
 def flat(shape: tuple[int, ...]) -> int:
@@ -204,13 +204,13 @@ def flat(shape: tuple[int, ...]) -> int:
 
 
 def parts(
-    held: LowRank, spot: Spot, view: Callable[[torch.Tensor], torch.Tensor], W: torch.Tensor, own: Read
+    lora: LowRank, spot: Spot, view: Callable[[torch.Tensor], torch.Tensor], W: torch.Tensor, own: Read
 ) -> Iterator[tuple[torch.Tensor, Callable[..., torch.Tensor], torch.Tensor, torch.Tensor]]:
     """Yield each matrix (out, fan_in) of a weight, what returns the checkpoint's own, and the factors A and B."""
-    A, B = wide(held.A), wide(held.B)
-    if held.kind != "experts":
-        if held.mid is not None:
-            core = wide(held.mid)
+    A, B = wide(lora.A), wide(lora.B)
+    if lora.kind != "experts":
+        if lora.mid is not None:
+            core = wide(lora.mid)
             A = torch.einsum("ij...,jn->in...", core, A.flatten(1))
         yield view(W), lambda: view(own()), A.flatten(1), B.flatten(1)
     elif spot.expert is not None:
@@ -221,20 +221,20 @@ def parts(
             yield view(W[e]), lambda e=e: view(own()[e]), A[e], B[e]
 
 
-def shift(job: Job, path: str, held: LowRank) -> Change:
+def shift(job: Job, path: str, lora: LowRank) -> Change:
     """Return the change of a bias, which the second factor's own bias adds to."""
-    assert held.bias is not None
+    assert lora.bias is not None
     found = job.places.find(f"{path}.bias")
     if not found:
         raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
-    shape, value = job.places.shapes[found[0].key], held.bias
+    shape, value = job.places.shapes[found[0].key], lora.bias
     if shape != tuple(value.shape):
         raise job.misfit(path, f"its bias is {tuple(value.shape)}, '{found[0].key}' {shape}")
 
     def fold(b: torch.Tensor, own: Read) -> torch.Tensor:
-        return b.add_(wide(value).to(b.dtype), alpha=held.scale * job.weight)
+        return b.add_(wide(value).to(b.dtype), alpha=lora.scale * job.weight)
 
-    return Change(found[0].key, f"{path}.bias", fold, shape, (value, held.scale))
+    return Change(found[0].key, f"{path}.bias", fold, shape, (value, lora.scale))
 
 
 # whole tensors and rows

@@ -30,8 +30,8 @@ class Held:
         self.base = base
         self.packed: dict[str, list[str]] = {}
         self.shapes = dict(base.shapes)
-        told = base.config.get("dtype") or base.config.get("torch_dtype")
-        self.dtype = {"float32": "F32", "float16": "F16"}.get(str(told), "BF16")
+        dtype = base.config.get("dtype") or base.config.get("torch_dtype")
+        self.dtype = {"float32": "F32", "float16": "F16"}.get(str(dtype), "BF16")
 
     def read(self, name: str) -> torch.Tensor:
         """Return a dense weight: a plain one in its own dtype, a packed one in float32."""

@@ -110,7 +110,7 @@ def merge(
         try:
             place.check_room(layout)
             place.write(layout, step)
-            for row in (row for held in place.done.values() for row in held["rows"]):
+            for row in (row for shard in place.done.values() for row in shard["rows"]):
                 account.tensors[row["tensor"]] = {name: value for name, value in row.items() if name != "tensor"}
             note_losses(account)
             work.small_files(place.folder, layout)
@@ -206,7 +206,7 @@ class Work:
         adapter = job.adapter
         self.tied.look_at(adapter)
         found = changes(job)
-        unusual = {path: held for path, held in adapter.modules.items() if not isinstance(held, LowRank)}
+        unusual = {path: module for path, module in adapter.modules.items() if not isinstance(module, LowRank)}
         if unusual or adapter.shared:
             if others is None:
                 raise LossError(f"{adapter.method} of {job.name} is not low rank: merge it with graft.merge_files.")
@@ -242,7 +242,7 @@ class Work:
 
     def layout(self, shard_size: int | None) -> dict[str, list[Out]]:
         """Return the tensors of each file of the output."""
-        parts = {part: name for name, held in self.held.packed.items() for part in held}
+        parts = {part: name for name, names in self.held.packed.items() for part in names}
         by_file: dict[str, list[Out]] = {name: [] for name in shards(self.base.path)}
         for key, file in self.base.files.items():
             if (name := parts.get(key)) is not None:
@@ -268,10 +268,10 @@ class Work:
         return [self._edited(name)] if key == self.held.packed[name][0] else []
 
     def _copied(self, key: str, cast: bool = True) -> Out:
-        held = self.base.tensors[key]
-        if cast and self.dtype is not None and held.dtype in FLOATS and held.dtype != self.dtype:
-            return Out(key, self.dtype, held.shape, partial(self._cast, key, self.dtype))
-        return Out(key, held.dtype, held.shape, lambda: (held.load(), None))
+        tensor = self.base.tensors[key]
+        if cast and self.dtype is not None and tensor.dtype in FLOATS and tensor.dtype != self.dtype:
+            return Out(key, self.dtype, tensor.shape, partial(self._cast, key, self.dtype))
+        return Out(key, tensor.dtype, tensor.shape, lambda: (tensor.load(), None))
 
     def _cast(self, key: str, dtype: str) -> tuple[Bytes, None]:
         return to_bytes(self._stored(key, self.held.read(key), dtype)), None
@@ -311,16 +311,16 @@ class Work:
 
     def _fold(self, key: str, dtype: str) -> tuple[Bytes, Json | None]:
         exact = self._exact(key)
-        stored = self._stored(key, exact, dtype)
-        return to_bytes(stored), self._row(key, exact, stored)
+        after = self._stored(key, exact, dtype)
+        return to_bytes(after), self._row(key, exact, after)
 
     def _stored(self, key: str, exact: torch.Tensor, dtype: str) -> torch.Tensor:
-        stored = exact.to(TORCH[dtype])
-        if dtype == "F16" and not stored.isfinite().all():
+        after = exact.to(TORCH[dtype])
+        if dtype == "F16" and not after.isfinite().all():
             raise NonFiniteError(f"'{key}' holds numbers beyond float16's 65504: use --dtype bfloat16 or float32.")
-        return stored
+        return after
 
-    def _row(self, key: str, exact: torch.Tensor, stored: torch.Tensor) -> Json | None:
+    def _row(self, key: str, exact: torch.Tensor, after: torch.Tensor) -> Json | None:
         if key not in self.changed:
             return None
         if self.changed[key] and self.changed[key][0].new:
@@ -328,7 +328,7 @@ class Work:
         before = self.held.read(self.tied.source(key))
         if before.shape != exact.shape:
             return {"resized": [list(before.shape), list(exact.shape)]}
-        return measured(before, exact, stored)
+        return measured(before, exact, after)
 
     @torch.no_grad()
     def _repack(self, name: str, key: str) -> tuple[Bytes, Json | None]:
@@ -409,7 +409,7 @@ def certificate_of(work: Work, place: Workplace, account: Merged) -> Json:
     from graft.config.base import FORMAT_VERSION
 
     sources = {"base": sorted(os.path.join(work.base.path, n) for n in {*work.base.files.values(), "config.json"})}
-    held = {
+    certificate = {
         "graft": "1", "peft_format": FORMAT_VERSION,
         "base": {"path": work.base.path, "files": digests(sources["base"]), "form": work.held.form},
         "adapters": [
@@ -420,7 +420,7 @@ def certificate_of(work: Work, place: Workplace, account: Merged) -> Json:
         "dtype": work.dtype, "quantized": work.keep,
         "tensors": account.tensors, "notes": account.notes,
     }  # fmt: skip
-    return held
+    return certificate
 
 
 def digests(paths: Iterable[str]) -> dict[str, str]:

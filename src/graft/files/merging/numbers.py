@@ -28,12 +28,12 @@ def of_file(t: Tensor) -> torch.Tensor:
     kind = TORCH.get(t.dtype)
     if kind is None:
         raise CheckpointError(f"This torch has no dtype for {t.dtype}.")
-    held = t.load()
-    if not len(held):
+    data = t.load()
+    if not len(data):
         return torch.empty(t.shape, dtype=kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that bytes cannot be written to
-        return torch.frombuffer(held, dtype=torch.uint8).view(kind).view(t.shape)
+        return torch.frombuffer(data, dtype=torch.uint8).view(kind).view(t.shape)
 
 
 def wide(t: Tensor) -> torch.Tensor:
@@ -44,8 +44,8 @@ def wide(t: Tensor) -> torch.Tensor:
 
 def to_bytes(values: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor, little-endian as torch's on every machine that it runs on."""
-    held: Any = values.detach().contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(held)
+    array: Any = values.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def to_file(values: torch.Tensor) -> Tensor:
@@ -56,40 +56,40 @@ AT_ONCE = 2**18  # numbers: copies of a few rows, not of a weight
 
 
 @torch.no_grad()
-def measured(before: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor) -> Json:
+def measured(before: torch.Tensor, exact: torch.Tensor, after: torch.Tensor) -> Json:
     """Compare a merged weight with the one that was asked for.
 
     Args:
         before: the weight without adapters.
         exact: W + ΔW in float32 or float64.
-        stored: what the output holds.
+        after: what the output holds.
 
     Returns:
         update: ‖ΔW‖; weight: ‖W‖; largest_difference, largest_relative_difference: of single numbers, stored against
         exact; unchanged: the share of the changed numbers that are stored as they were, since their change was below
         half a unit of the dtype; kept: the share of ΔW that is stored, <W' - W, ΔW> / ‖ΔW‖².
     """
-    update = weight = largest = relative = kept = 0.0
+    update = weight = largest = relative = share = 0.0
     changed = lost = 0
     rows = max(1, AT_ONCE // max(1, exact[:1].numel())) if exact.dim() else 1
     for at in range(0, len(exact) if exact.dim() else 1, rows):
         cut = slice(at, at + rows) if exact.dim() else ...
         wanted = exact[cut].double()
-        old, held = before[cut].double(), stored[cut].double()
-        delta, error = wanted - old, (held - wanted).abs()
+        old, new = before[cut].double(), after[cut].double()
+        delta, error = wanted - old, (new - wanted).abs()
         update += float(delta.square().sum())
         weight += float(old.square().sum())
-        kept += float(((held - old) * delta).sum())
+        share += float(((new - old) * delta).sum())
         largest = max(largest, float(error.max()))
         relative = max(relative, float((error / wanted.abs().clamp_min(torch.finfo(torch.float32).tiny)).max()))
         moves = delta != 0
         changed += int(moves.sum())
-        lost += int((moves & (held == old.to(stored.dtype).double())).sum())
+        lost += int((moves & (new == old.to(after.dtype).double())).sum())
     return {
         "update": math.sqrt(update),
         "weight": math.sqrt(weight),
         "largest_difference": largest,
         "largest_relative_difference": relative,
         "unchanged": lost / changed if changed else 0.0,
-        "kept": kept / update if update else 1.0,
+        "kept": share / update if update else 1.0,
     }

@@ -59,11 +59,11 @@ def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
             f.write(head)
             digest.update(head)
         for out in order:
-            held, row = out.make()
-            assert len(held) == out.nbytes, out.name
-            f.write(held)
-            digest.update(held)
-            del held
+            data, row = out.make()
+            assert len(data) == out.nbytes, out.name
+            f.write(data)
+            digest.update(data)
+            del data
             if row is not None:
                 rows.append({"tensor": out.name, **row})
         f.flush()
@@ -128,7 +128,7 @@ class Workplace:
         with suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as f:
             state = json.load(f)
             if state["key"] == self.key:
-                return {name: held for name, held in state["shards"].items() if os.path.exists(self.at(name))}
+                return {name: shard for name, shard in state["shards"].items() if os.path.exists(self.at(name))}
         for name in os.listdir(self.folder):
             if name != ".lock":
                 there = os.path.join(self.folder, name)

@@ -52,9 +52,9 @@ class Tied:
 
     def look_at(self, adapter: AdapterFile) -> None:
         """Find the ties, if an adapter changes what may be tied: embeddings, whole tensors, what seems not there."""
-        touched = [path for path, held in adapter.low_rank.items() if held.kind != "experts"]
+        touched = [path for path, lora in adapter.low_rank.items() if lora.kind != "experts"]
         may = adapter.rows or adapter.full or len(touched) < len(adapter.modules)
-        may = may or any(held.kind == "embedding" for held in adapter.low_rank.values())
+        may = may or any(lora.kind == "embedding" for lora in adapter.low_rank.values())
         may = may or any(f"{path}.weight" not in self.stored or path.rpartition(".")[2] in HEADS for path in touched)
         if self.groups is not None or not may:
             return

@@ -141,11 +141,11 @@ def rows_of(tuner: Tuner, names: Sequence[str], weights: Sequence[float], cfg: P
     """Return who trains rows of a module, by path. `cfg` names all of these rows."""
     wrappers = {key: w for key, w in tuner.wrappers.items() if w.takes_rows}
     rows = {key: [(w.methods[n], x) for n, x in zip(names, weights) if n in w.methods] for key, w in wrappers.items()}
-    given = [v for n in names if (v := getattr(tuner.peft_config[n], "trainable_token_indices", None))]
-    if any(v != given[0] for v in given):
+    indices = [v for n in names if (v := getattr(tuner.peft_config[n], "trainable_token_indices", None))]
+    if any(v != indices[0] for v in indices):
         tokens = {key: sorted({t for m, _ in found for t in m.token_indices}) for key, found in rows.items() if found}
-        lists = not any(isinstance(v, dict) for v in given)  # rows of the input embedding
-        cfg.trainable_token_indices = sorted(set().union(*given)) if lists else tokens
+        lists = not any(isinstance(v, dict) for v in indices)  # rows of the input embedding
+        cfg.trainable_token_indices = sorted(set().union(*indices)) if lists else tokens
     return rows
 
 

@@ -60,7 +60,7 @@ def convert(
             PeftWarning,
         )
     decompose = spectrum if compile_kwargs is None else torch.compile(spectrum, **compile_kwargs)
-    held: dict[str, Change] = {}
+    changes: dict[str, Change] = {}
     lost: dict[str, float] = {}
     for key, layer in shown(layers.items(), len(layers)) if progressbar else layers.items():
         change = change_of(layer.methods[adapter], effects.get(key))
@@ -68,15 +68,15 @@ def convert(
             rank * len(change.A) if isinstance(rank, int) and layer.op.opaque else rank
         )  # each matrix has `rank`
         A, B, lost[key] = of_rank(change, all_ranks, decompose)
-        held[key] = Change(A, B, change.shift)
+        changes[key] = Change(A, B, change.shift)
     report(adapter, rank, lost)
     made = adding.plain_lora([cfg])
-    stacks = [key for key in held if layers[key].op.opaque]
-    ranks = {key: A.shape[1] * (1 if key in stacks else len(A)) for key, (A, _, _) in held.items()}
+    stacks = [key for key in changes if layers[key].op.opaque]
+    ranks = {key: A.shape[1] * (1 if key in stacks else len(A)) for key, (A, _, _) in changes.items()}
     configure(made, base, ranks, rank, stacks)
     made.fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
-    made.lora_bias = any(shift is not None for _, _, shift in held.values())
-    return made, {key: values_on(layers[key].methods[adapter], change, made) for key, change in held.items()}
+    made.lora_bias = any(shift is not None for _, _, shift in changes.values())
+    return made, {key: values_on(layers[key].methods[adapter], change, made) for key, change in changes.items()}
 
 
 # checks

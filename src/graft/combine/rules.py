@@ -55,8 +55,8 @@ def keep_largest(t: Tensor, density: float) -> Tensor:
     if density >= 1:
         return t
     flat = t.flatten()
-    kept = flat.abs().topk(int(density * len(flat)), sorted=False).indices
-    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view(t.shape)
+    largest = flat.abs().topk(int(density * len(flat)), sorted=False).indices
+    return torch.zeros_like(flat).index_copy_(0, largest, flat[largest]).view(t.shape)
 
 
 def drop_and_rescale(t: Tensor, density: float) -> Tensor:
@@ -64,8 +64,8 @@ def drop_and_rescale(t: Tensor, density: float) -> Tensor:
     check_density(density)
     if density >= 1:
         return t
-    kept = t * torch.bernoulli(torch.full_like(t, density))
-    return kept / density if density else kept
+    out = t * torch.bernoulli(torch.full_like(t, density))
+    return out / density if density else out
 
 
 def majority_sign(tensors: Sequence[Tensor], method: str = "total") -> Tensor:
@@ -253,8 +253,8 @@ class Recipe:
             A, B, S = truncate_product(A, B, rank * stack // len(A), self.driver)
         else:
             updates = [(b @ a) * t.scaling for (a, b), t in zip(pairs, terms)]
-            stored = [W.mT.contiguous() if terms[0].transposed else W for W in updates]
-            W = self.rule(stored, [t.weight for t in terms])
+            matrices = [W.mT.contiguous() if terms[0].transposed else W for W in updates]
+            W = self.rule(matrices, [t.weight for t in terms])
             W = W.mT if terms[0].transposed else W
             A, B, S = truncate_matrix(W, rank * stack // len(W), self.driver)
         energy = retained_energy(S, A.shape[-2])

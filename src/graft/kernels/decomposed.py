@@ -137,8 +137,8 @@ def _again(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     mask = low_rank.dropout_mask(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
     out = plain(x, W, b, A, B, ratio, scale, mask)
     wanted = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
-    given = (x, W, b, A, B, ratio)
-    found = torch.autograd.grad(out, [given[i] for i in wanted], g.to(out.dtype), create_graph=True)
+    inputs = (x, W, b, A, B, ratio)
+    found = torch.autograd.grad(out, [inputs[i] for i in wanted], g.to(out.dtype), create_graph=True)
     grads: list[Tensor | None] = [None] * 11
     for i, grad in zip(wanted, found):
         grads[i] = grad

@@ -67,13 +67,13 @@ def watched() -> bool:
 def has_no_hooks(module: nn.Module) -> bool:
     """Return True if calling a module does nothing but its forward, so that code may go past the call. For hooks on all
     modules ask `eager`."""
-    held = module.__dict__  # a lean module may have no dictionaries for hooks
+    attributes = module.__dict__  # a lean module may have no dictionaries for hooks
     return not (
-        ("_forward_hooks" in held and held["_forward_hooks"])
-        or ("_forward_pre_hooks" in held and held["_forward_pre_hooks"])
-        or ("_backward_hooks" in held and held["_backward_hooks"])
-        or ("_backward_pre_hooks" in held and held["_backward_pre_hooks"])
-        or "forward" in held
+        ("_forward_hooks" in attributes and attributes["_forward_hooks"])
+        or ("_forward_pre_hooks" in attributes and attributes["_forward_pre_hooks"])
+        or ("_backward_hooks" in attributes and attributes["_backward_hooks"])
+        or ("_backward_pre_hooks" in attributes and attributes["_backward_pre_hooks"])
+        or "forward" in attributes
     )
 
 

@@ -329,9 +329,9 @@ class _Project(Function):
                 if any(wanted):
                     found = back([out.T @ v] if len(made) == 1 else [z.T @ v, out.T @ h])
                     for j, grad in enumerate(found):
-                        held = grads[first + 1 + j]
-                        if held is not None and grad is not None:
-                            (held[e] if j < maker.own else held).add_(grad)
+                        total = grads[first + 1 + j]
+                        if total is not None and grad is not None:
+                            (total[e] if j < maker.own else total).add_(grad)
                 if need_x:
                     add(a, b, z if len(made) == 1 else z @ made[0])
 

@@ -94,8 +94,8 @@ def plain(y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
     for start, stop, n, A, B, scale, p, seed in groups:
         own, part, (A, B) = y[start:stop], x[start:stop], (A, B) if n > 1 else (A[None], B[None])
         parts.append(y[end:start])
-        for into, given, a, b in zip(own.chunk(n), part.chunk(n), A, B):
-            parts.append((into + (dropped(given, p, seed).to(a.dtype) @ a.T @ b.T) * scale).to(y.dtype))
+        for into, piece, a, b in zip(own.chunk(n), part.chunk(n), A, B):
+            parts.append((into + (dropped(piece, p, seed).to(a.dtype) @ a.T @ b.T) * scale).to(y.dtype))
         end = stop
     return torch.cat([*parts, y[end:]])
 
@@ -239,8 +239,8 @@ def _stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, n
 
 def _again(ctx: Context, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor) -> tuple[Tensor | None, ...]:
     """Return gradients that have gradients: those of the plain products."""
-    given = iter(factors)
-    groups = [group._replace(A=next(given), B=next(given)) for group in ctx.groups]
+    it = iter(factors)
+    groups = [group._replace(A=next(it), B=next(it)) for group in ctx.groups]
     y = ctx.base(x)
     y = plain(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), groups)
     inputs = (x, None, None, None, None, *factors)

@@ -119,12 +119,12 @@ class Scattered(NamedTuple):
         values, places, _ = self
         if torch.is_grad_enabled():  # for a second derivative
             return W + values.new_zeros(W.numel()).index_add(0, places, values).view(W.shape)
-        n, stored = W.shape[1], W if W.is_contiguous() else W.T
-        if stored is not W:
+        n, in_memory = W.shape[1], W if W.is_contiguous() else W.T
+        if in_memory is not W:
             places = places % n * len(W) + places // n
-        made = stored.to(values.dtype, copy=True).contiguous()
+        made = in_memory.to(values.dtype, copy=True).contiguous()
         made.view(-1).index_add_(0, places, values)
-        return made if stored is W else made.T
+        return made if in_memory is W else made.T
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
         return scattered_entries(g, x, self.places), None, None

@@ -47,9 +47,9 @@ def differences(ends: Tensor, rows: int) -> list[int]:
     global _read
     if ends.is_meta:
         return [rows // len(ends) + (i < rows % len(ends)) for i in range(len(ends))]
-    held, version, sizes = _read
+    tensor_ref, version, sizes = _read
     now = None if ends.is_inference() else ends._version  # None: nobody would see that it has changed
-    if held() is not ends or version != now or now is None:
+    if tensor_ref() is not ends or version != now or now is None:
         sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         _read = (ref(ends), now, sizes)
     return sizes

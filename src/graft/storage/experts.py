@@ -73,11 +73,11 @@ def clamped(m: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def codes_of(m: nn.Module, name: str) -> Any:
     """Return a stack of a module."""
-    held = stacks.held(m, name)
-    if held is not None:
-        if (why := held.unread) is not None:
+    stack = stacks.held(m, name)
+    if stack is not None:
+        if (why := stack.unread) is not None:
             raise UnsupportedLayerError(f"The stack {name} of a {type(m).__name__} cannot be read: {why}.")
-        return held
+        return stack
     W: Any = m._parameters[name]
     if type(W) not in PLAIN or (W.requires_grad and torch.is_grad_enabled()):
         raise RoutingError(
@@ -126,9 +126,9 @@ class PackedStack(Dense):
         self.name, self.parameter = "stack", parameter
 
     def held(self, m: nn.Module) -> Held:
-        held = stacks.held(m, self.parameter)
-        assert held is not None
-        return held
+        stack = stacks.held(m, self.parameter)
+        assert stack is not None
+        return stack
 
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
         return why_unread(m, self.held(m))
@@ -155,12 +155,12 @@ class PackedStack(Dense):
         state.to(self.held(m).device).put(m, self.parameter)
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
-        held = self.held(m)
-        return computes_on(m, held.device), held.dtype
+        stack = self.held(m)
+        return computes_on(m, stack.device), stack.dtype
 
 
-def why_unread(m: nn.Module, held: Held) -> str | None:
-    return "it is offloaded: it is there only while the module itself is called" if is_away(m) else held.unread
+def why_unread(m: nn.Module, stack: Held) -> str | None:
+    return "it is offloaded: it is there only while the module itself is called" if is_away(m) else stack.unread
 
 
 def is_transposed(m: nn.Module) -> bool:
@@ -181,8 +181,8 @@ def parameter_names(m: nn.Module) -> list[str]:
 
 def packed_shape(m: nn.Module, name: str) -> tuple[int, ...] | None:
     """Return the canonical shape of a packed stack, (experts, out, in); None if this parameter is none."""
-    held = stacks.held(m, name)
-    return None if held is None else held.shape
+    stack = stacks.held(m, name)
+    return None if stack is None else stack.shape
 
 
 def mend(m: nn.Module) -> None:

@@ -87,9 +87,9 @@ def find_store(module: nn.Module) -> Store:
 
 def marked(module: nn.Module) -> Store | None:
     """Return the store of a module that a package has marked as its own, whatever its type; None for others."""
-    held = module.__dict__
+    attributes = module.__dict__
     for mark, store in compressed.MARKS.items():
-        if mark in held:
+        if mark in attributes:
             return store
     return None
 

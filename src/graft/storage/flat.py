@@ -32,9 +32,9 @@ class Piece(NamedTuple):
     def here(self) -> Tensor:
         """The numbers themselves, (n,); writing to them writes to the parameter."""
         info = self.flat._shard_param_infos[self.number]
-        held: Tensor = getattr(self.flat, "_local_shard", self.flat).data
+        shard: Tensor = getattr(self.flat, "_local_shard", self.flat).data
         begin = info.offset_in_shard if info.in_shard else 0
-        return held[begin : begin + (info.numel_in_shard if info.in_shard else 0)]
+        return shard[begin : begin + (info.numel_in_shard if info.in_shard else 0)]
 
     def whole(self) -> Tensor:
         """Return the tensor, whole. Every process must call this."""

@@ -81,8 +81,8 @@ def quiet(m: nn.Module, keep_bias: bool = False) -> nn.Module:
         made._modules[name] = None if child is None else quiet(child, keep_bias=True)
     bias = getattr(m, "bias", None)
     if isinstance(bias, Tensor) and not keep_bias:
-        held = next((made.__dict__[key] for key in _OWN if "bias" in made.__dict__[key]), made.__dict__)
-        held["bias"] = torch.zeros_like(bias.detach())
+        container = next((made.__dict__[key] for key in _OWN if "bias" in made.__dict__[key]), made.__dict__)
+        container["bias"] = torch.zeros_like(bias.detach())
     return made
 
 
@@ -91,8 +91,8 @@ _OWN = ("_parameters", "_buffers", "_modules")
 
 def tensors_of(m: nn.Module) -> Iterator[Tensor]:
     """Yield the tensors of a module, its weight first, and those that it holds as plain attributes last."""
-    held = {**m._parameters, **m._buffers}
-    for t in (held.pop("weight", None), *held.values(), *vars(m).values()):
+    tensors = {**m._parameters, **m._buffers}
+    for t in (tensors.pop("weight", None), *tensors.values(), *vars(m).values()):
         if isinstance(t, Tensor):
             yield t
     for child in m.children():
@@ -188,7 +188,7 @@ class ByIdentity(OwnModule):
         return f"{reason}, and graft does not know how to write it{remedy}"
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
-        return {part: t for held in (m._parameters, m._buffers) for part, t in held.items() if t is not None}
+        return {part: t for tensors in (m._parameters, m._buffers) for part, t in tensors.items() if t is not None}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
         return dtype_of(m)

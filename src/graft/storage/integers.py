@@ -39,10 +39,10 @@ class Gemma(OwnModule):
         half = 2 ** (m.num_bits - 1)
         scale = W.abs().amax(1, keepdim=True).clamp_min(1e-12) / max(half - 1, 1)
         codes = (W / scale).round().clamp(-half, half - 1)
-        held = codes.to(torch.int8) if m.num_bits == 8 else repacked(codes + half, m.num_bits)
+        weight = codes.to(torch.int8) if m.num_bits == 8 else repacked(codes + half, m.num_bits)
         old = m.weight_scale
         return {
-            "weight": nn.Parameter(held, requires_grad=False),
+            "weight": nn.Parameter(weight, requires_grad=False),
             "weight_scale": nn.Parameter(scale.to(old.dtype), requires_grad=old.requires_grad),
         }
 

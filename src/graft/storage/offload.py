@@ -38,8 +38,8 @@ def device_of(m: nn.Module) -> torch.device | None:
 
 def is_away(m: nn.Module) -> bool:
     """Return True if a tensor of the module is offloaded, and not there now."""
-    held = (*m._parameters.values(), *m._buffers.values())
-    return any(t is not None and t.is_meta for t in held) and bool(hooks_of(m))
+    tensors = (*m._parameters.values(), *m._buffers.values())
+    return any(t is not None and t.is_meta for t in tensors) and bool(hooks_of(m))
 
 
 def computes_on(m: nn.Module, device: torch.device | None) -> torch.device | None:
@@ -85,8 +85,8 @@ def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
 
 def put(m: nn.Module, name: str, value: Tensor) -> None:
     """Give an offloaded tensor of a module, which is on the meta device now, this value from the next call on."""
-    held: Any = m._parameters if name in m._parameters else m._buffers
-    value = value.detach().to("cpu", held[name].dtype, copy=True)
+    tensors: Any = m._parameters if name in m._parameters else m._buffers
+    value = value.detach().to("cpu", tensors[name].dtype, copy=True)
     for hook in hooks_of(m):
         names = [*(n for n, p in m._parameters.items() if p is not None), *_stored(m, hook)]
         hook.weights_map = {**{n: hook.weights_map[n] for n in names if n != name}, name: value}
@@ -94,8 +94,8 @@ def put(m: nn.Module, name: str, value: Tensor) -> None:
 
 def offloaded_in(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
     """Return module and name of each offloaded tensor, by the identity of what stands on the meta device for it."""
-    held = ((m, (*m._parameters.items(), *m._buffers.items())) for m in root.modules() if hooks_of(m))
-    return {id(t): (m, name) for m, tensors in held for name, t in tensors if t is not None and t.is_meta}
+    by_module = ((m, (*m._parameters.items(), *m._buffers.items())) for m in root.modules() if hooks_of(m))
+    return {id(t): (m, name) for m, tensors in by_module for name, t in tensors if t is not None and t.is_meta}
 
 
 def _stored(m: nn.Module, hook: Hook) -> list[str]:

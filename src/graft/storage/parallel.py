@@ -218,13 +218,13 @@ def whole_at(slots: Iterable[Slot]) -> Iterator[None]:
         for slot in slots:
             t = slot.tensor
             if layout_of(t) is not None:
-                held = held_in(slot.owner, slot.attribute)  # DeepSpeed has put another dictionary there
-                before.append((held, slot.attribute, t))
-                held[slot.attribute] = nn.Parameter(whole(t).detach(), t.requires_grad)
+                container = held_in(slot.owner, slot.attribute)  # DeepSpeed has put another dictionary there
+                before.append((container, slot.attribute, t))
+                container[slot.attribute] = nn.Parameter(whole(t).detach(), t.requires_grad)
         yield
     finally:
-        for held, attribute, t in before:
-            held[attribute] = t
+        for container, attribute, t in before:
+            container[attribute] = t
 
 
 def tensors_below(module: nn.Module) -> dict[str, Tensor]:
@@ -289,16 +289,16 @@ def whole_copy(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     kind: Any = next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
     made: nn.Module = kind.__new__(kind)
     own = parameters_in(module)
-    for name, held in module.__dict__.items():
+    for name, value in module.__dict__.items():
         if name not in own:
-            made.__dict__[name] = type(held)() if "hooks" in name and isinstance(held, dict) else held
+            made.__dict__[name] = type(value)() if "hooks" in name and isinstance(value, dict) else value
     made.__dict__.update(_parameters=dict.fromkeys(module._parameters), _buffers=dict(module._buffers), _modules={})
     for name, p in own.items():
         made._parameters[name] = nn.Parameter(values.get(name, p).detach(), p.requires_grad)
     copies = {id(p): made._parameters[name] for name, p in own.items()}
-    for name, held in made.__dict__.items():
-        if isinstance(held, list):  # a recurrent layer has its parameters in one as well
-            made.__dict__[name] = [copies.get(id(item), item) for item in held]
+    for name, value in made.__dict__.items():
+        if isinstance(value, list):  # a recurrent layer has its parameters in one as well
+            made.__dict__[name] = [copies.get(id(item), item) for item in value]
     for name, child in module._modules.items():
         below = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
         made._modules[name] = None if child is None else whole_copy(child, below)

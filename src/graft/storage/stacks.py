@@ -39,9 +39,9 @@ class Held:
 
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return some matrices (n, out, in)."""
-        held, out = self.in_rows(), torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
+        stack, out = self.in_rows(), torch.empty(len(experts), *self.shape[1:], dtype=dtype, device=self.device)
         for W, expert in zip(out, experts):
-            W.copy_(held.matrix(expert, dtype))
+            W.copy_(stack.matrix(expert, dtype))
         return out
 
     def in_rows(self) -> Held:
@@ -271,10 +271,10 @@ class Bnb4(Held):
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> Bnb4:
-        held = m.parametrizations[name]
-        state, flipped = held[0].quant_state, bool(getattr(m, "is_transposed", False))
+        parametrization = m.parametrizations[name]
+        state, flipped = parametrization[0].quant_state, bool(getattr(m, "is_transposed", False))
         n, rows, columns = state.shape
-        return cls((n, columns, rows) if flipped else (n, rows, columns), held.original.data, state, flipped)
+        return cls((n, columns, rows) if flipped else (n, rows, columns), parametrization.original.data, state, flipped)
 
     @property
     def device(self) -> torch.device:
@@ -330,9 +330,9 @@ class Bnb4(Held):
         return (W.T if self.flipped else W).to(self.dtype).contiguous()
 
     def put(self, m: nn.Module, name: str) -> None:
-        held = m.parametrizations[name]
-        held._parameters["original"] = nn.Parameter(self.codes, requires_grad=False)
-        held[0].quant_state = self.state
+        parametrization = m.parametrizations[name]
+        parametrization._parameters["original"] = nn.Parameter(self.codes, requires_grad=False)
+        parametrization[0].quant_state = self.state
 
     def to(self, device: torch.device) -> Bnb4:
         if self.codes.device != device:
@@ -387,8 +387,8 @@ class TorchAO(Held):
             tops = torch.stack([matrix(e).abs().amax() for e in experts])
             tops = tops.view_as(outer) if outer.dim() else tops.amax()
             outer = torch.maximum(outer, theirs.per_tensor_amax_to_scale(tops).to(outer))
-        kept = ("block_size", "act_per_tensor_scale", "is_swizzled_scales", "use_triton_kernel", "act_quant_kwargs")
-        settings = {name: getattr(old, name) for name in kept}
+        names = ("block_size", "act_per_tensor_scale", "is_swizzled_scales", "use_triton_kernel", "act_quant_kwargs")
+        settings = {name: getattr(old, name) for name in names}
         parts = []  # codes and scales of each
         for e in experts:
             W = matrix(e).to(old.orig_dtype)

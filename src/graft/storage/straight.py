@@ -58,12 +58,12 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
     and compressed-tensors make one. Layers of which the store says `loses_gradient` never use their own backward pass.
     Nothing changes for a layer that cannot be read.
     """
-    held = m.__dict__
-    name = next((name for name in ("_old_forward", "forward") if name in held), None)
+    attributes = m.__dict__
+    name = next((name for name in ("_old_forward", "forward") if name in attributes), None)
     if name is not None:
-        before = getattr(held[name], "__func__", None)
+        before = getattr(attributes[name], "__func__", None)
         if before is not None and before not in MENDED_FORWARDS:
-            held[name] = _through(before, lambda m: store).__get__(m)
+            attributes[name] = _through(before, lambda m: store).__get__(m)
         return
     OF_KIND[type(m)] = store
     owner: Any = next(

@@ -45,13 +45,13 @@ def style_of(module: nn.Module) -> Style | None:
     if type(forward) is FunctionType and forward.__module__ == STYLES:
         kind, _, made = forward.__qualname__.partition(".install_forward")
         if made:
-            held = dict(zip(forward.__code__.co_freevars, (c.cell_contents for c in forward.__closure__ or ())))
-            it = held.get("self")
+            closure = dict(zip(forward.__code__.co_freevars, (c.cell_contents for c in forward.__closure__ or ())))
+            it = closure.get("self")
             return Style(
                 _name(kind if it is None else type(it).__name__, it),
                 kind if it is None else type(it).__name__,
                 it,
-                held.get("mesh"),
+                closure.get("mesh"),
             )
     plan = module.__dict__.get("_hf_tp_plan")
     return None if plan is None else Style(str(plan), "", None, module.__dict__.get("_hf_device_mesh"))
@@ -120,10 +120,10 @@ def standalone(module: nn.Module) -> nn.Module:
         UnsupportedLayerError: a parallel module takes or returns pieces, and the copy would not.
     """
     styles = [(path, m, style) for path, m in module.named_modules() if (style := style_of(m)) is not None]
-    held = next((m for m in module.modules() if megatron.KINDS.find(type(m)) and megatron.cut_of(m)), None)
-    if held is not None:
+    child = next((m for m in module.modules() if megatron.KINDS.find(type(m)) and megatron.cut_of(m)), None)
+    if child is not None:
         raise UnsupportedLayerError(
-            f"A {type(held).__name__} has a piece of its weight, and a copy of it, which would train whole, has no "
+            f"A {type(child).__name__} has a piece of its weight, and a copy of it, which would train whole, has no "
             "place in the model. Take it out of modules_to_save, or name other target_modules."
         )
     if not styles:

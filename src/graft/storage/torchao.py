@@ -108,8 +108,8 @@ def mapping(old: Any) -> Any:
 
 
 def int8(old: Any, W: Tensor) -> Tensor:
-    kept = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
-    settings = {name: getattr(old, name) for name in kept}
+    names = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
+    settings = {name: getattr(old, name) for name in names}
     return type(old).from_hp(W, granularity(old), mapping(old), **settings)  # type: ignore[no-any-return]
 
 

@@ -71,9 +71,9 @@ class Call:
         """Leave calls under way out: a copy is in none."""
         return {"gate": self.gate}
 
-    def __setstate__(self, kept: dict[str, object]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         Call.__init__(self)
-        self.__dict__.update(kept)
+        self.__dict__.update(state)
 
     @property
     def rows(self) -> Rows | None:
@@ -89,12 +89,12 @@ class Call:
         """All that this thread's call says of its rows."""
         return self.here.given
 
-    def put(self, given: Given) -> Given:
+    def put(self, context: Given) -> Given:
         """Have all this stand here for this thread; return what did."""
-        before, self.here.given = self.here.given, given
-        if given and not before:
+        before, self.here.given = self.here.given, context
+        if context and not before:
             self.open.append(None)
-        elif before and not given:
+        elif before and not context:
             self.open.pop()
         return before
 
@@ -118,9 +118,9 @@ class Call:
     @contextmanager
     def giving(self, gates: Gates | None = None, facts: Facts = NO_FACTS) -> Iterator[None]:
         """Have `gates`, and `facts` beside those that are here, stand here within the block."""
-        given = self.here.given
-        gates, facts = given.gates if gates is None else gates, {**given.facts, **facts} or NO_FACTS
-        before = self.put(given._replace(gates=gates, facts=facts))
+        context = self.here.given
+        gates, facts = context.gates if gates is None else gates, {**context.facts, **facts} or NO_FACTS
+        before = self.put(context._replace(gates=gates, facts=facts))
         try:
             yield
         finally:
@@ -211,27 +211,27 @@ class Call:
         """True within a call for which all adapters are disabled."""
         return bool(self.open) and self.current() is OFF
 
-    def keep_for_backward(self, output: object, given: Given) -> None:
+    def keep_for_backward(self, output: object, context: Given) -> None:
         """Show all this again in the backward pass, in which gradient checkpointing runs layers again.
 
         If nothing in the output tells when that pass begins, layers refuse to run again.
         """
-        told, thread = False, self.here.thread
+        has_hook, thread = False, self.here.thread
         if self.here.off:
-            given = ALL_OFF
+            context = ALL_OFF
         for t in (*tensors_in(output), *self.here.losses.values()):
             if t.grad_fn is not None:
-                t.register_hook(lambda _grad: self._restore(given, thread))
-                told = True
-        if given and not (told or self.gate.inside):
-            self._tell(given)
+                t.register_hook(lambda _grad: self._restore(context, thread))
+                has_hook = True
+        if context and not (has_hook or self.gate.inside):
+            self._tell(context)
 
-    def _tell(self, untold: Given) -> None:
+    def _tell(self, context: Given) -> None:
         """Note what was given for this thread's last call, if nothing will put it back for its backward pass."""
-        if untold:
+        if context:
             if self.here.thread not in self._untold:
                 self.open.append(None)
-            self._untold[self.here.thread] = untold
+            self._untold[self.here.thread] = context
         elif self._untold:
             alive = threads_now()
             for thread in list(self._untold):
@@ -239,16 +239,16 @@ class Call:
                 if ended and self._untold.pop(thread, None) is not None:
                     self.open.pop()
 
-    def _restore(self, given: Given, thread: int) -> None:
+    def _restore(self, context: Given, thread: int) -> None:
         task = torch._C._current_graph_task_id()
         known = self._restored.get(task)
         if known is None:
-            self._restored[task] = Restored(given, (thread, get_ident()))
-            if given:
+            self._restored[task] = Restored(context, (thread, get_ident()))
+            if context:
                 self.open.append(None)
             end = partial(self._end, task)
             torch.autograd.Variable._execution_engine.queue_callback(end)
-        elif known.given.identity != given.identity:
+        elif known.given.identity != context.identity:
             if not known.given:
                 self.open.append(None)  # so that layers ask, and are told
             known.given = AMBIGUOUS
@@ -309,9 +309,9 @@ class Call:
             self._tell(NOTHING)  # another forward pass, past the model's own
         return ALL_OFF if here.off else here.given
 
-    def narrowed(self, given: Given | None) -> Given | None:
+    def narrowed(self, context: Given | None) -> Given | None:
         """Have a layer see only this while it runs some of the rows; return what stood here, to be put back."""
-        before, self.here.narrow = self.here.narrow, given
+        before, self.here.narrow = self.here.narrow, context
         return before
 
     def _in_backward(self) -> Given:
@@ -321,8 +321,8 @@ class Call:
             some = [r for r in some if get_ident() in r.threads] or some
             found = {r.given.identity: r for r in some}
             own = some[0] if len(found) == 1 else Restored(AMBIGUOUS, (0, 0))
-        untold = self._untold.get(self.here.thread)
-        if own is None and untold is not None and untold.rows is OFF and self.here.off:
+        last = self._untold.get(self.here.thread)
+        if own is None and last is not None and last.rows is OFF and self.here.off:
             return ALL_OFF
         if own is None:
             raise RoutingError(

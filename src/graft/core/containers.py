@@ -99,16 +99,16 @@ class AnyDict(nn.Module):
         return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), None)
 
     def __getitem__(self, name: str) -> nn.Module | Tensor:
-        held = self._held(name)
-        if held is None:
+        home = self._held(name)
+        if home is None:
             raise KeyError(name)
-        return held[name]  # type: ignore[no-any-return]
+        return home[name]  # type: ignore[no-any-return]
 
     def __setitem__(self, name: str, value: nn.Module | Tensor | Transient) -> None:
         kind, value = value, value.tensor if isinstance(value, Transient) else value
-        held = self._held(name)
-        if held is not None:
-            del held[name]
+        home = self._held(name)
+        if home is not None:
+            del home[name]
         if isinstance(kind, Transient):
             if not isinstance(kind, Filed):
                 self.transient.add(name)
@@ -122,10 +122,10 @@ class AnyDict(nn.Module):
             self._buffers[name] = value
 
     def __delitem__(self, name: str) -> None:
-        held = self._held(name)
-        if held is None:
+        home = self._held(name)
+        if home is None:
             raise KeyError(name)
-        del held[name]
+        del home[name]
         self.transient.discard(name)
         self._non_persistent_buffers_set.discard(name)
 
@@ -249,8 +249,8 @@ def slots_of(
         is_parameter, where = not is_buffer, owner._buffers if is_buffer else held_in(owner, name)
         trains = is_parameter and (tensor.requires_grad if never is None else (key, path) not in never)
         root = top if owner is top else None  # deeper, any module on the way may become another
-        held = container._modules if path else {adapter: None}
-        yield Slot(key, path, owner, name, where, is_parameter, trains, (id(owner), name) in saved, held, root)
+        modules = container._modules if path else {adapter: None}
+        yield Slot(key, path, owner, name, where, is_parameter, trains, (id(owner), name) in saved, modules, root)
 
 
 def held_in(owner: nn.Module, name: str) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class One:
 
 def matrix_of(layer: Layer, expert: int) -> Tensor:
     """Return a matrix of a packed stack, without any adapter."""
-    kept = [state for _, state, _ in layer.state.undo if state is not None]
-    stack = kept[0].to(layer.held.where()[0]) if kept else layer.held.snapshot()
+    undo_states = [state for _, state, _ in layer.state.undo if state is not None]
+    stack = undo_states[0].to(layer.held.where()[0]) if undo_states else layer.held.snapshot()
     W: Tensor = stack.in_rows().matrix(expert, stack.dtype or torch.float32)
     return W
 
@@ -116,8 +116,8 @@ class OnEach(Method):
     @property
     def slots(self) -> list[Slot]:
         """The slots of all its tensors, each of which has the stack's first dimension in front."""
-        held: list[Slot] = self.layer.slots(self.name)
-        return held
+        slots: list[Slot] = self.layer.slots(self.name)
+        return slots
 
     # declare
 
@@ -184,9 +184,9 @@ class OnEach(Method):
     def stores_as_held(self) -> bool:
         return self.alone.stores_as_held
 
-    def restored(self, stored: Tensors, cfg: object) -> Tensors:
+    def restored(self, tensors: Tensors, cfg: object) -> Tensors:
         same = self.kind.restored is Method.restored
-        return stored if same else self.each(stored, lambda m, own: m.restored(own, cfg))
+        return tensors if same else self.each(tensors, lambda m, own: m.restored(own, cfg))
 
     def each(self, values: Tensors, change: Callable[[Method, Tensors], Tensors]) -> Tensors:
         """Return what `change` makes of the tensors of each matrix."""
@@ -231,8 +231,8 @@ class OfStack(Pieces):
 
     def shared(self) -> list[Tensor]:
         layer = self.method.layer
-        held = (layer._modules[key] for key in layer.attached)
-        return [p for module in held for p in module.parameters() if p.requires_grad]
+        modules = (layer._modules[key] for key in layer.attached)
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def times(self, weight: float) -> OfStack:
         return replace(self, weight=self.weight * weight)
@@ -376,9 +376,9 @@ def together(values: Sequence[Any], name: str) -> Any:
     if isinstance(first, nn.Module):
         out = copy.copy(first)
         for kind in ("_parameters", "_buffers", "_modules"):
-            held = [getattr(v, kind) for v in values]
+            parts = [getattr(v, kind) for v in values]
             out.__dict__[kind] = {
-                k: None if t is None else together([h[k] for h in held], name) for k, t in held[0].items()
+                k: None if t is None else together([h[k] for h in parts], name) for k, t in parts[0].items()
             }
         return out
     return first
@@ -393,18 +393,18 @@ def held_in(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor], adapte
             inside.setdefault(slot.container, {})[slot.path] = t
         else:
             out[slot.container] = t
-    for container, held in inside.items():
-        out[container] = with_tensors(layer._modules[container][adapter], held)
+    for container, by_path in inside.items():
+        out[container] = with_tensors(layer._modules[container][adapter], by_path)
     return out
 
 
-def with_tensors(module: nn.Module, held: Mapping[str, Tensor], path: str = "") -> nn.Module:
+def with_tensors(module: nn.Module, by_path: Mapping[str, Tensor], path: str = "") -> nn.Module:
     """Return a module that computes with other tensors, by their paths."""
     out = copy.copy(module)
     for kind in ("_parameters", "_buffers"):
         own = getattr(module, kind)
-        out.__dict__[kind] = {k: held.get(f"{path}{k}", t) for k, t in own.items()}
+        out.__dict__[kind] = {k: by_path.get(f"{path}{k}", t) for k, t in own.items()}
     out.__dict__["_modules"] = {
-        k: None if m is None else with_tensors(m, held, f"{path}{k}.") for k, m in module._modules.items()
+        k: None if m is None else with_tensors(m, by_path, f"{path}{k}.") for k, m in module._modules.items()
     }
     return out

@@ -55,13 +55,13 @@ def spread_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def survival(W: Tensor, wide: Tensor, stored: Tensor | None = None) -> Tensor:
+def survival(W: Tensor, wide: Tensor, after: Tensor | None = None) -> Tensor:
     """Return <W' - W, ΔW> and <ΔW, ΔW> in float32, (2,), where ΔW = wide - W.
 
     Args:
         W: the weight as it was, and as it was stored.
         wide: the weight that was asked for, before rounding.
-        stored: W', what came of that; None: `wide`, rounded to W's dtype; W itself: write that into it, and use `wide`
+        after: W', what came of that; None: `wide`, rounded to W's dtype; W itself: write that into it, and use `wide`
             up on the way, as all is in the cache then.
     """
     at_once, spread = ON_CPU if W.device.type == "cpu" else AT_ONCE, hasattr(W, "full_tensor")
@@ -69,11 +69,11 @@ def survival(W: Tensor, wide: Tensor, stored: Tensor | None = None) -> Tensor:
     total: Tensor | None = None
     for i in range(0, len(W), rows):
         before, asked = W[i : i + rows].float(), wide[i : i + rows]
-        if stored is W:
-            kept, asked = stored[i : i + rows].copy_(asked).float(), asked.sub_(before)
+        if after is W:
+            new, asked = after[i : i + rows].copy_(asked).float(), asked.sub_(before)
         else:
-            kept = (asked.to(W.dtype) if stored is None else stored[i : i + rows]).float()
+            new = (asked.to(W.dtype) if after is None else after[i : i + rows]).float()
             asked = asked.float() - before
-        both = torch.stack([product(kept - before, asked), product(asked, asked)])
+        both = torch.stack([product(new - before, asked), product(asked, asked)])
         total = both if total is None else total + both
     return torch.zeros(2, device=W.device) if total is None else total

@@ -74,8 +74,8 @@ def same_inputs(f: Factors) -> Factors:
     if f.dropout is None or share_dropped(f.dropout) == 0:
         return f
     A = matrix(f.A)
-    kept = f.dropout(torch.ones_like(A[0]))
-    return f._replace(A=A * kept, dropout=None)
+    mask = f.dropout(torch.ones_like(A[0]))
+    return f._replace(A=A * mask, dropout=None)
 
 
 def fold_step(

@@ -63,8 +63,8 @@ def tensor_of(factor: Any) -> Tensor | None:
 
 def weight_of(linear: nn.Module) -> Tensor:
     """Return the weight of a linear layer. Only a parametrization needs the attribute, which is slower."""
-    held = linear._parameters.get("weight")
-    weight: Tensor = linear.weight if held is None else held
+    parameter = linear._parameters.get("weight")
+    weight: Tensor = linear.weight if parameter is None else parameter
     return weight
 
 

@@ -109,10 +109,12 @@ class Holding:
                 if not value._modules and not value._buffers:
                     trains = not (training or method.cfg.inference_mode) and isinstance(value, MODELESS)
                     value.__dict__["training"] = training or trains
-                    held, where = container._modules, value._parameters
+                    by_adapter, where = container._modules, value._parameters
                     for name, p in where.items():
                         if p is not None:
-                            slots.append(Slot(key, name, value, name, where, True, p.requires_grad, True, held, value))
+                            slots.append(
+                                Slot(key, name, value, name, where, True, p.requires_grad, True, by_adapter, value)
+                            )
                 else:
                     value.train(training)
                     slots += slots_of(key, container, adapter)

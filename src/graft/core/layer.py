@@ -212,11 +212,11 @@ class AdapterLayer(PeftNames, Host):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            held = self.__dict__
-            stands_in = "op" in held and (held["op"].opaque or not held["op"].known)
-            if name.startswith("__") or not stands_in or "base_layer" not in held["_modules"]:
+            attributes = self.__dict__
+            stands_in = "op" in attributes and (attributes["op"].opaque or not attributes["op"].known)
+            if name.startswith("__") or not stands_in or "base_layer" not in attributes["_modules"]:
                 raise
-            return getattr(held["_modules"]["base_layer"], name)  # modules around it may read the module's own
+            return getattr(attributes["_modules"]["base_layer"], name)  # modules around it may read the module's own
 
     @property
     def base_layer(self) -> nn.Module:
@@ -342,8 +342,8 @@ class AdapterLayer(PeftNames, Host):
                 PeftWarning,
             )
             return
-        held = replace(self.held, shared=False)
-        why = held.unread() or held.fixed()
+        weight = replace(self.held, shared=False)
+        why = weight.unread() or weight.fixed()
         if why is not None:
             raise UnsupportedLayerError(
                 f"An adapter cannot be initialised from the weight of layer '{self.site.key}', which it would change: "
@@ -351,14 +351,14 @@ class AdapterLayer(PeftNames, Host):
             )
 
         def restore() -> None:
-            with held.at_hand(self, writes=True):
-                held.restore(before)
+            with weight.at_hand(self, writes=True):
+                weight.restore(before)
 
         rewriting = self.call.gate.change(f"rewriting the weight of layer '{self.key}'")
-        with rewriting, merging.lifted(self), held.at_hand(self, writes=True):
-            before = held.snapshot()
+        with rewriting, merging.lifted(self), weight.at_hand(self, writes=True):
+            before = weight.snapshot()
             self.on_rollback(restore)
-            held.write(W)
+            weight.write(W)
 
     def move(self, module: nn.Module, op: Op, store: Store) -> None:
         """Have another module hold the base layer's values. Nothing may be merged."""

@@ -44,11 +44,11 @@ def lean(cls: type[M]) -> type[M]:
 def begin(module: nn.Module, **facts: object) -> None:
     """Do for an instance of a lean class as `nn.Module.__init__` does. Set facts, which are no modules or tensors, past
     `nn.Module.__setattr__`, which takes 1 µs for each."""
-    held = module.__dict__
-    held.update(_PLAIN)
-    held.update(facts)
+    attributes = module.__dict__
+    attributes.update(_PLAIN)
+    attributes.update(facts)
     for name, kind in _EMPTY:
-        held[name] = kind()
+        attributes[name] = kind()
 
 
 def bare(cls: type[M]) -> M:

@@ -146,11 +146,11 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
         return None
     if (why := why_not_told(layer, methods)) is not None:
         return why
-    held = layer.held
+    base = layer.held
     if not all([effect.inside for effect in effects]) and (why := layer.op.fixed(layer.get_base_layer())) is not None:
         return why
-    why = held.fixed()
-    bias = None if why is not None or getattr(held.module, "bias", None) is None else replace(held, name="bias").fixed()
+    why = base.fixed()
+    bias = None if why is not None or getattr(base.module, "bias", None) is None else replace(base, name="bias").fixed()
     if bias is not None:
         with evaluating(layer):
             shifted = any([effect.additive and effect.shift() is not None for effect in effects])
@@ -221,15 +221,15 @@ def check_finite(chosen: Mapping[L, Sequence[str]]) -> None:
     Look at the adapters' own tensors, all in one go; compute weights only where one of these is not finite, since a
     method may make something finite of it, as VB-LoRA does of its logits.
     """
-    held: dict[int, tuple[Tensor, list[L]]] = {}  # by identity: each tensor, and the layers that use it
+    tensors: dict[int, tuple[Tensor, list[L]]] = {}  # by identity: each tensor, and the layers that use it
     for layer, names in chosen.items():
         for name in names:
             if name in layer.methods:
                 shared = (slot for key in layer.attached for slot in slots_of(key, getattr(layer, key), name))
                 for slot in (*layer.slots(name), *shared):
-                    held.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(layer)
-    sizes = largest([tensor for tensor, _ in held.values()])
-    broken = [layer for (_, users), x in zip(held.values(), sizes) if not math.isfinite(x) for layer in users]
+                    tensors.setdefault(id(slot.tensor), (slot.tensor, []))[1].append(layer)
+    sizes = largest([tensor for tensor, _ in tensors.values()])
+    broken = [layer for (_, users), x in zip(tensors.values(), sizes) if not math.isfinite(x) for layer in users]
     for layer in dict.fromkeys(broken):
         check(layer, chosen[layer], safe=True, undoable=False)
 
@@ -249,20 +249,20 @@ DELTA = "get_delta_weight"
 
 def as_told(layer: Layer, steps: Sequence[Step]) -> list[Step]:
     """Return steps that add what a replaced `get_delta_weight` of the layer gives in the place of their own updates."""
-    told = theirs(layer, DELTA)
-    return [*steps] if told is None else [(m, _told(layer, m, effect, told)) for m, effect in steps]
+    function = theirs(layer, DELTA)
+    return [*steps] if function is None else [(m, _told(layer, m, effect, function)) for m, effect in steps]
 
 
-def _told(layer: Layer, m: Method, effect: Effect, told: Callable[..., object]) -> Update:
+def _told(layer: Layer, m: Method, effect: Effect, function: Callable[..., object]) -> Update:
     def delta() -> Tensor:
-        given, shape = told(m.name), layer.held.read().shape
-        if not isinstance(given, Tensor) or given.shape != shape:
-            what = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        update, shape = function(m.name), layer.held.read().shape
+        if not isinstance(update, Tensor) or update.shape != shape:
+            what = tuple(update.shape) if isinstance(update, Tensor) else f"a {type(update).__name__}"
             raise UnsupportedLayerError(
-                f"get_delta_weight of layer '{layer.site.key}', replaced by {who(told)}, is to return the update of "
-                f"adapter '{m.name}' in the weight's shape, {tuple(shape)}: it returned {what}."
+                f"get_delta_weight of layer '{layer.site.key}', replaced by {who(function)}, is to return the update "
+                f"of adapter '{m.name}' in the weight's shape, {tuple(shape)}: it returned {what}."
             )
-        return layer.op.canon(given)
+        return layer.op.canon(update)
 
     shift = effect.shift()
     return Update(delta, bias=None if shift is None else lambda: shift)
@@ -270,8 +270,8 @@ def _told(layer: Layer, m: Method, effect: Effect, told: Callable[..., object]) 
 
 def why_not_told(layer: Layer, methods: Sequence[Method]) -> str | None:
     """Return why a replaced `get_delta_weight` cannot give adapters' updates; None if it can, or there is none."""
-    told = theirs(layer, DELTA)
-    if told is None:
+    function = theirs(layer, DELTA)
+    if function is None:
         return None
     more = [m for m in methods if not (m.effect.additive and isinstance(m.effect, (LowRank, Update)))]
     if more:
@@ -280,7 +280,7 @@ def why_not_told(layer: Layer, methods: Sequence[Method]) -> str | None:
         why = "into a packed stack graft merges products alone"
     else:
         return None
-    return f"get_delta_weight was replaced by {who(told)}, and {why}"
+    return f"get_delta_weight was replaced by {who(function)}, and {why}"
 
 
 def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
@@ -321,8 +321,8 @@ def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
     with evaluating(layer):
         fold = _by_matrix(layer, steps)
         if fold is not None:
-            kept = [state for _, state, _ in layer.state.undo if state is not None] if from_w0 else []
-            stack = kept[0].to(layer.held.where()[0]) if kept else layer.held.snapshot()
+            states = [state for _, state, _ in layer.state.undo if state is not None] if from_w0 else []
+            stack = states[0].to(layer.held.where()[0]) if states else layer.held.snapshot()
             return stacked.stays_finite(stack, fold)
     W, b = folded(layer, steps, from_w0)
     return bool(W.isfinite().all() and (b is None or b.isfinite().all()))
@@ -478,11 +478,11 @@ def unmerge(layer: Layer) -> None:
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):
         _change_places(layer, state.merged[0])
     with layer.held.at_hand(layer, writes=True) if state.undo else nullcontext():
-        for kind, kept, bias in reversed(state.undo):
+        for kind, previous, bias in reversed(state.undo):
             if kind == "subtract":
-                _subtract(layer, kept)
-            elif kept is not None:
-                layer.held.restore(kept)
+                _subtract(layer, previous)
+            elif previous is not None:
+                layer.held.restore(previous)
             if bias is not None:
                 layer.write_bias(bias)
     state.undo.clear()
@@ -502,8 +502,8 @@ def shares_kept(layers: Sequence[Layer]) -> list[float]:
             both = torch.stack(layer.state.survived).sum(0)
             sums.setdefault(both.device, {})[i] = both
     for found in sums.values():
-        for i, (kept, asked) in zip(found, torch.stack(list(found.values())).tolist()):
-            shares[i] = kept / asked if asked > 0 else 1.0
+        for i, (dot, asked) in zip(found, torch.stack(list(found.values())).tolist()):
+            shares[i] = dot / asked if asked > 0 else 1.0
     return shares
 
 
@@ -587,5 +587,5 @@ def _subtract(layer: Layer, factors: list[tuple[Tensor, Tensor]]) -> None:
         if wide is not matrix:
             matrix.copy_(wide)
         return
-    held = replace(layer.held, shared=False)  # the model was sharded since, say
-    held.write(_without(layer, held.canon(), factors))
+    weight = replace(layer.held, shared=False)  # the model was sharded since, say
+    weight.write(_without(layer, weight.canon(), factors))

@@ -304,9 +304,9 @@ class Method(Generic[C]):
         """Return True if `stored` changes nothing."""
         return type(self).stored is Method.stored
 
-    def restored(self, stored: Tensors, cfg: C) -> Tensors:
+    def restored(self, tensors: Tensors, cfg: C) -> Tensors:
         """Return the tensors in memory from a file's. cfg: the config in the checkpoint."""
-        return stored
+        return tensors
 
     # act
 

@@ -128,28 +128,30 @@ class Mixed:
             x, kwargs = kwargs[name], {k: v for k, v in kwargs.items() if k != name}
         x = rows.take(x, layer.site.key, layer.op.takes_ids)
         rows = rows.on(x.device)
-        given = layer.call.now()
-        if len(rows.segments) == 1 and given.draws is None:
+        context = layer.call.now()
+        if len(rows.segments) == 1 and context.draws is None:
             return self.one(rows.segments[0][0], x, args, kwargs)
-        if self.adds and given.draws is None and not torch.is_grad_enabled():
+        if self.adds and context.draws is None and not torch.is_grad_enabled():
             return self.add(rows, x, layer.store.protect(layer.base_module(x, *args, **kwargs)))
         if not (self.adds or self.aside):
             refuse_gates(layer)
-        return self.apart(rows, x, given, args, kwargs)
+        return self.apart(rows, x, context, args, kwargs)
 
-    def apart(self, rows: Rows, x: Tensor, given: Given, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    def apart(
+        self, rows: Rows, x: Tensor, context: Given, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Tensor:
         """Run each adapter on its rows as it runs alone: to the same bits, in the backward pass as well.
 
         Side by side, adapters that alone would add to the base's output share its call.
         """
-        layer, draws = self.layer, given.draws if self.layer.training else None
+        layer, draws = self.layer, context.draws if self.layer.training else None
         ticket = 0 if draws is None else draws.ticket()
 
         def drawing(key: Key) -> AbstractContextManager[None]:
             return nullcontext() if draws is None or isinstance(key, Together) else draws.of(key, ticket, x.device)
 
-        x, stacks = rows.by_adapter(x), given.stacks
-        alone = given.gates is None and not (args or kwargs) and self.may_share(x)
+        x, stacks = rows.by_adapter(x), context.stacks
+        alone = context.gates is None and not (args or kwargs) and self.may_share(x)
         if alone and stacks is not None and (groups := self.kept_groups(stacks, rows, x)) is not None:
             return rows.as_they_came(self.shared(x, groups))
         alike = self.segments(rows, x, drawing) if alone else None
@@ -231,17 +233,17 @@ class Mixed:
 
     def kept_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
         """Return the groups of the last batch, if they are those of this one: nothing about an adapter has changed."""
-        kept = self.kept
-        if kept is None or kept.stacks is not stacks or kept.sizes != rows.sizes:
+        last = self.kept
+        if last is None or last.stacks is not stacks or last.sizes != rows.sizes:
             return None
-        if kept.shape != x.shape[1:] or kept.dtype != x.dtype:
+        if last.shape != x.shape[1:] or last.dtype != x.dtype:
             return None
-        if not kept.unchanged.still():
+        if not last.unchanged.still():
             return None
-        for factors, was, own in kept.computed:
+        for factors, was, own in last.computed:
             if not fused.is_still(factors(), was, own):
                 return None
-        return kept.groups
+        return last.groups
 
     def shared(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
         """Run the base once for adapters that add to its output."""
@@ -272,16 +274,16 @@ class Mixed:
         x, call = next(iter(self.blocks.values())).input(args, kwargs)
         x = rows.take(x, self.layer.site.key)
         some = [(self.blocks[n], index) for n, index in rows.on(x.device).segments if self.plans[n] is not None]
-        inner, given = x, []
+        inner, inputs = x, []
         for plan, index in some:
             with self.seeing(index):
                 own, seen = plan.before(x.index_select(0, index))
-            given.append(seen)
+            inputs.append(seen)
             if own is not seen[-1]:
                 inner = inner.index_copy(0, index, own)
 
         def after(y: Tensor) -> Tensor:
-            for (plan, index), seen in zip(some, given):
+            for (plan, index), seen in zip(some, inputs):
                 with self.seeing(index):
                     own = plan.after(seen, y.index_select(0, index))
                 y = y.index_copy(0, index, own)
@@ -312,8 +314,8 @@ class Mixed:
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""
-        layer, given = self.layer, self.layer.call.now()
-        gates, facts = given.gates, given.facts
+        layer, context = self.layer, self.layer.call.now()
+        gates, facts = context.gates, context.facts
         if y.is_leaf and y.requires_grad:
             y = y.clone()  # a hook made it a leaf, which takes no addition in place
         fuse = layer.may_fuse

@@ -370,16 +370,16 @@ class Opaque(Op):
         if compiling():
             return functional_call(base, {path: W}, args, kwargs)
         places: list[dict[str, Any]] = [
-            held for held in (owner._parameters, owner.__dict__) if name in held
+            home for home in (owner._parameters, owner.__dict__) if name in home
         ]  # FSDP1 has its views in both
-        real = [held[name] for held in places]
+        real = [home[name] for home in places]
         try:
-            for held in places:
-                held[name] = W
+            for home in places:
+                home[name] = W
             return base(*args, **kwargs)
         finally:
-            for held, before in zip(places, real):
-                held[name] = before
+            for home, before in zip(places, real):
+                home[name] = before
 
 
 OPS: TypeTable[Op] = TypeTable(

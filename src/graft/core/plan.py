@@ -424,10 +424,10 @@ def _gained(
     rest = None
     if p != 0:
         assert f.dropout is not None
-        kept = plan.dropped(f.dropout, x)
-        product = beneath(kept)
+        masked_x = plan.dropped(f.dropout, x)
+        product = beneath(masked_x)
         rest = y - product
-        z = product + plan.low_rank(m, f._replace(dropout=None), kept)
+        z = product + plan.low_rank(m, f._replace(dropout=None), masked_x)
     elif fuse and y.dtype == m.dtype:
         added = fused.added(f, x, y)
         z = y + plan.low_rank(m, f, x) if added is None else added
@@ -446,8 +446,8 @@ def seen(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
     """Return what a step gets as the input of its layer."""
     if not effect.tapped:
         return x
-    kept: Tensor = layer.call.tapped(m.name, layer.site.key)
-    return kept
+    tap: Tensor = layer.call.tapped(m.name, layer.site.key)
+    return tap
 
 
 def refuse_gates(layer: Layer) -> None:
@@ -573,8 +573,8 @@ class Block(Plan):
 
     def run(self, *args: object, **kwargs: object) -> object:
         x, call = self.input(args, kwargs)
-        inner, given = self.before(x)
-        return with_first(call(inner), lambda y: self.after(given, y))
+        inner, inputs = self.before(x)
+        return with_first(call(inner), lambda y: self.after(inputs, y))
 
     def input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Return the first input, and the module as a function of it."""
@@ -586,18 +586,18 @@ class Block(Plan):
 
     def before(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the input that the module gets, and what each step got."""
-        given = []
+        inputs = []
         for _, effect in reversed(self.steps):
-            given.append(x)
+            inputs.append(x)
             if effect.pre is not None:  # type: ignore[attr-defined]
                 x = effect.pre(x).to(x.dtype)  # type: ignore[attr-defined]
-        return x, given[::-1]
+        return x, inputs[::-1]
 
-    def after(self, given: list[Tensor], y: Tensor) -> Tensor:
+    def after(self, inputs: list[Tensor], y: Tensor) -> Tensor:
         """Return the output, from the module's."""
         if self.layer.call.open and self.layer.call.weights() is not None:
-            return self.gated(given[0], y)  # nothing has changed the input, or it is refused
-        for (m, effect), x in zip(self.steps, given):
+            return self.gated(inputs[0], y)  # nothing has changed the input, or it is refused
+        for (m, effect), x in zip(self.steps, inputs):
             if effect.post is not None:  # type: ignore[attr-defined]
                 y = effect.post(seen(self.layer, m, effect, x), y).to(y.dtype)  # type: ignore[attr-defined, arg-type]
         return y
@@ -622,10 +622,10 @@ class Level(Chain):
 class LevelBlock(Block):
     """The same, of a module with several inputs."""
 
-    def after(self, given: list[Tensor], y: Tensor) -> Tensor:
+    def after(self, inputs: list[Tensor], y: Tensor) -> Tensor:
         if self.layer.call.open and self.layer.call.weights() is not None:
-            return self.gated(given[0], y)
-        return level(self, given[0], y)
+            return self.gated(inputs[0], y)
+        return level(self, inputs[0], y)
 
 
 def level(plan: Plan, x: Tensor, y: Tensor) -> Tensor:
@@ -685,9 +685,9 @@ def keep_input(layer: Layer, taps: Iterable[tuple[str, str]], x: Tensor) -> None
 
 def drop_inputs(layer: Layer) -> None:
     """Drop the inputs that have been kept for this layer, which has run."""
-    kept, key = layer.call.here.tapped, layer.site.key
-    for tap in [tap for tap in kept if tap[1] == key]:
-        del kept[tap]
+    taps, key = layer.call.here.tapped, layer.site.key
+    for tap in [tap for tap in taps if tap[1] == key]:
+        del taps[tap]
 
 
 def first_of(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:

@@ -55,13 +55,13 @@ class Unchanged:
         self._values.append(d.get(key))
 
     def _module(self, m: nn.Module) -> None:
-        held = m.__dict__
+        attributes = m.__dict__
         for key in ("training", "p"):
-            if key in held:
-                self._entry(held, key)
-        for key in held["_parameters"]:
-            self._entry(held["_parameters"], key)
-        for d in (held, *(v for k, v in held.items() if k.endswith("_hooks") and v is not None)):
+            if key in attributes:
+                self._entry(attributes, key)
+        for key in attributes["_parameters"]:
+            self._entry(attributes["_parameters"], key)
+        for d in (attributes, *(v for k, v in attributes.items() if k.endswith("_hooks") and v is not None)):
             self._sized.append(d)
             self._sizes.append(len(d))
 

@@ -59,11 +59,13 @@ def walk(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 def parameters_in(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of one module by name; where FSDP has flattened them, the attributes in their place."""
-    held = module.__dict__
-    if MANAGED not in held:
+    attributes = module.__dict__
+    if MANAGED not in attributes:
         return {name: p for name, p in module._parameters.items() if p is not None}
     own = {name: p for name, p in module._parameters.items() if p is not None and not hasattr(p, "_is_flat_param")}
-    return own | {name: t for name, t in held.items() if isinstance(t, Tensor) and hasattr(t._base, "_is_flat_param")}
+    return own | {
+        name: t for name, t in attributes.items() if isinstance(t, Tensor) and hasattr(t._base, "_is_flat_param")
+    }
 
 
 HOOK = "_hf_hook"  # accelerate's mark on a module

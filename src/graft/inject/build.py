@@ -95,9 +95,9 @@ def build(job: Job) -> None:
     job.takebacks.append(lambda: job.shared.take_out(set(job.shared.containers) - before))
     orient(job.cfg, [method.site for method in job.here.values()])
     try:
-        for i, held in enumerate(job.biases):
-            if isinstance(held, nn.Module):
-                job.biases[i], release = hold_bias(held)
+        for i, bias in enumerate(job.biases):
+            if isinstance(bias, nn.Module):
+                job.biases[i], release = hold_bias(bias)
                 job.takebacks.append(release)
         share(job)
         check_alone(job)
@@ -163,7 +163,7 @@ def join(layers: Iterable[AdapterLayer], adapter: str, only_equal: bool = False)
     for layer in layers:
         for container, lender in layer.methods[adapter].lenders.items():
             own, others = (
-                [s for s in held.slots(adapter) if s.container == container] for held in (layer, lender.layer)
+                [s for s in side.slots(adapter) if s.container == container] for side in (layer, lender.layer)
             )
             for mine, theirs in zip(own, others):
                 a, b = mine.tensor, theirs.tensor

@@ -205,9 +205,9 @@ def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None
     every = [*stacks(tree, conversions)]
     chosen = Chosen(cfg, model, tree, conversions)
     if keys is None:
-        held = {stack: chosen.parts(stack) for stack in every}
+        parts_by_stack = {stack: chosen.parts(stack) for stack in every}
         moved = chosen.modules(conversions.names)
-        named = {part for parts in held.values() for part in parts}
+        named = {part for parts in parts_by_stack.values() for part in parts}
         alone = named.isdisjoint(path.rpartition(".")[2] for path in moved)  # so that the names mean experts
         alone = alone and bool(named) and chosen.linear is None
         if not (named or moved) or not (conversions.by_peft or alone):
@@ -215,12 +215,12 @@ def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None
             left.names = chosen.entries({name for stack in left.stacks for name in stack.names})
             return left
     else:
-        held = held_in(keys, every, conversions)
-        moved = chosen.modules(conversions.names) if held else []
-    held = {stack: parts for stack, parts in held.items() if parts}
-    if not held and not moved:
+        parts_by_stack = held_in(keys, every, conversions)
+        moved = chosen.modules(conversions.names) if parts_by_stack else []
+    parts_by_stack = {stack: parts for stack, parts in parts_by_stack.items() if parts}
+    if not parts_by_stack and not moved:
         return left
-    for stack, parts in held.items():
+    for stack, parts in parts_by_stack.items():
         if missing := [part for part in stack.parts if part not in parts]:
             raise ConfigError(
                 f"Cannot convert PEFT target(s) {', '.join(parts)} without also targeting {', '.join(missing)} because "
@@ -228,14 +228,14 @@ def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None
             )
     weights = [path for path in moved if has_plain_weight(tree.modules[path], path, tree)]
     left.layers = [path for path in moved if path not in weights]
-    rename_patterns(cfg, held, weights, tree)
+    rename_patterns(cfg, parts_by_stack, weights, tree)
     rest = chosen.rest(conversions.names, moved)
     if keys is not None:  # the file has them
         rest |= shortest(left.layers, [*tree.modules])
         left.layers = []
     cfg.target_parameters = {
         *(cfg.target_parameters or ()),
-        *shortest([stack.path for stack in held], [stack.path for stack in every]),
+        *shortest([stack.path for stack in parts_by_stack], [stack.path for stack in every]),
         *shortest([f"{path}.weight" for path in weights], [f"{path}.weight" for path in tree.modules]),
     }
     cfg.target_modules = rest
@@ -287,8 +287,8 @@ class Chosen:
         if not self.regex:
             return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] not in names}
         gone = set(moved)
-        kept = [path for path in self.tree.modules if self.finds(path) and path not in gone]
-        return shortest(kept, [*self.tree.modules])
+        paths = [path for path in self.tree.modules if self.finds(path) and path not in gone]
+        return shortest(paths, [*self.tree.modules])
 
     def _paths(self, stack: Stack, name: str) -> Iterator[str]:
         """Yield the paths that the experts' modules of a name had, or would have today."""
@@ -330,31 +330,31 @@ def shortest(paths: list[str], every: list[str]) -> set[str]:
     return minimal_names(paths, set(every) - set(paths)) if paths else set()
 
 
-def rename_patterns(cfg: PeftConfig, held: dict[Stack, list[str]], weights: list[str], tree: Tree) -> None:
+def rename_patterns(cfg: PeftConfig, parts_by_stack: dict[Stack, list[str]], weights: list[str], tree: Tree) -> None:
     """Have `rank_pattern` and `alpha_pattern` give stacks the sum over their parts, weights what their layers have."""
     sums: dict[str, dict[str, float]] = {}
     for name, of in cfg.patterns.items():
-        given, default = dict(getattr(cfg, name) or {}), getattr(cfg, of)
+        own, default = dict(getattr(cfg, name) or {}), getattr(cfg, of)
         exact: dict[str, float] = {}
         old: list[str] = []
-        for stack in held if given else ():
-            if any(cfg.reaches(pattern, stack.path, name) for pattern in given):
+        for stack in parts_by_stack if own else ():
+            if any(cfg.reaches(pattern, stack.path, name) for pattern in own):
                 continue
             paths = [f"{stack.module}.0.{part}" for part in stack.parts]
             old += paths
             total = sum(getattr(cfg.at(path), of) for path in paths)
             if total != default * len(paths):
                 exact[re.escape(stack.path)] = total
-        for path in weights if given else ():
+        for path in weights if own else ():
             old.append(path)
             value = getattr(cfg.at(path), of)
             if value != default:
                 exact[re.escape(f"{path}.weight")] = value
         gone = set(old)
-        still = [*(path for path in tree.modules if path not in gone), *(stack.path for stack in held)]
-        used = {p for p in given if any(cfg.reaches(p, path, name) for path in old)}
-        kept = {p: v for p, v in given.items() if p not in used or any(cfg.reaches(p, path, name) for path in still)}
-        whole = {rf".*\.{re.escape(s.parameter)}": default * len(s.parts) for s in held if len(s.parts) > 1}
-        sums[name] = exact | kept | {p: v for p, v in whole.items() if p not in kept}
+        still = [*(path for path in tree.modules if path not in gone), *(stack.path for stack in parts_by_stack)]
+        used = {p for p in own if any(cfg.reaches(p, path, name) for path in old)}
+        others = {p: v for p, v in own.items() if p not in used or any(cfg.reaches(p, path, name) for path in still)}
+        whole = {rf".*\.{re.escape(s.parameter)}": default * len(s.parts) for s in parts_by_stack if len(s.parts) > 1}
+        sums[name] = exact | others | {p: v for p, v in whole.items() if p not in others}
     for name, patterns in sums.items():
         setattr(cfg, name, patterns)

@@ -337,12 +337,12 @@ def biases_of(
         return []
     if bias == "all":
         inside = tuple(f"{key}." for key in whole)
-        held = [p for name, p in model.named_parameters() if is_bias(name) and not name.startswith(inside)]
+        parameters = [p for name, p in model.named_parameters() if is_bias(name) and not name.startswith(inside)]
         layers = [m for name, m in model.named_modules() if not f"{name}.".startswith(inside)]
     else:  # "<method>_only": those of the adapted layers
         layers = [getattr(module, "base_layer", module) for module in adapted]
-        held = [b for m in layers if isinstance(b := getattr(m, "bias", None), nn.Parameter)]
-    return [*held, *dict.fromkeys(m for m in layers if loose_bias(m))]
+        parameters = [b for m in layers if isinstance(b := getattr(m, "bias", None), nn.Parameter)]
+    return [*parameters, *dict.fromkeys(m for m in layers if loose_bias(m))]
 
 
 def check_rows(

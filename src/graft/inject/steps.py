@@ -59,7 +59,7 @@ class Steps:
     def asking(self, job: Job) -> Iterator[None]:
         """Let the block ask; put back modules that a replacement has changed if it raises."""
         self.job, self.paths = job, paths_of(job.tree)
-        held = [(parent, name, parent._modules[name]) for parent, name in job.tree.places.values()]
+        places = [(parent, name, parent._modules[name]) for parent, name in job.tree.places.values()]
         registry = registry_of(self.tuner)
         configs = dict(registry.peft_config)
         registry.peft_config[job.adapter], registry.steps = job.cfg, self
@@ -68,9 +68,9 @@ class Steps:
             if CAST in self.replaced:
                 self._ask(CAST, adapter_name=job.adapter, autocast_adapter_dtype=job.options.upcast)
                 job.options = replace(job.options, upcast=self.cast)
-            self._check_intact(held)
+            self._check_intact(places)
         except BaseException:
-            for parent, name, module in held:
+            for parent, name, module in places:
                 parent._modules[name] = module
             raise
         finally:
@@ -93,9 +93,9 @@ class Steps:
     def all_of(self) -> str:
         return " and ".join(map(self.of, self.replaced))
 
-    def _check_intact(self, held: Iterable[tuple[nn.Module, str, nn.Module | None]]) -> None:
+    def _check_intact(self, places: Iterable[tuple[nn.Module, str, nn.Module | None]]) -> None:
         """Raise UnsupportedLayerError if a place holds another module than it did."""
-        for parent, name, module in held:
+        for parent, name, module in places:
             if (now := parent._modules.get(name)) is not module:
                 where = name if module is None else self.paths.get(module, name)
                 raise UnsupportedLayerError(
@@ -153,9 +153,9 @@ class Steps:
         (parent, name), module, count = job.tree.places[path], job.tree.modules[path], len(self.noted)
         options = {} if parameter is None else {"parameter_name": parameter}
         self.asked.append(self.target)
-        held = parent._modules[name]
+        before = parent._modules[name]
         self._ask(CREATE, cfg or job.cfg, job.adapter, module, name, parent, current_key=self.target, **options)
-        self._check_intact([(parent, name, held)])
+        self._check_intact([(parent, name, before)])
         if len(self.noted) == count:
             kind = kind_of(module) if parameter is None else "Parameter"
             job.report.skipped.append(Skipped(self.target, kind, f"left out by {self.of(CREATE)}"))

@@ -98,13 +98,13 @@ class Source(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         path, name = self.path(node.func), getattr(node.func, "id", getattr(node.func, "attr", ""))
-        given = [*node.args, *(keyword.value for keyword in node.keywords)]
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
         if path is None:
             self.visit(node.func)
         elif not name.endswith("_") or name.startswith("_"):  # else it writes to the tensor
             self.use(path)
             self.calls.add(path[:-1])
-        for value in given:
+        for value in values:
             self.hands_on |= self.path(value) == () and name not in TAKES_FACTS
             if not (name in TAKES_FACTS and self.path(value)):
                 self.visit(value)

@@ -158,8 +158,8 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict
         )
         return {}
     if saved:
-        kept = [n for n in names if not any(k.endswith(n) for k in tied)]
-        cfg.modules_to_save = kept + [embedding] * (embedding not in kept)
+        others = [n for n in names if not any(k.endswith(n) for k in tied)]
+        cfg.modules_to_save = others + [embedding] * (embedding not in others)
     if targeted:
         if isinstance(cfg.target_modules, str):
             cfg.target_modules = (

@@ -127,11 +127,11 @@ def finite(t: Tensor) -> bool:
 
 def check_room(numbers: float, tensors: dict[str, Tensor], adapter: str, path: str) -> None:
     """Raise CheckpointError if a config asks for far more numbers than the file beside it holds."""
-    held = sum(t.numel() for t in tensors.values())
-    if numbers > ROOM + TIMES * held:
+    count = sum(t.numel() for t in tensors.values())
+    if numbers > ROOM + TIMES * count:
         size = f"{int(numbers):,} numbers" if numbers < float("inf") else "more numbers than can be counted"
         raise CheckpointError(
-            f"The config of adapter '{adapter}' describes {size}, and {path} holds {held:,}: the two do not belong "
+            f"The config of adapter '{adapter}' describes {size}, and {path} holds {count:,}: the two do not belong "
             "together, or one of them was tampered with."
         )
 
@@ -141,6 +141,6 @@ def check_archive(file: IO[bytes]) -> None:
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
-        held = sum(info.file_size for info in archive.infolist())
-    if held > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"it would become {held:,} bytes, more than it has")
+        size = sum(info.file_size for info in archive.infolist())
+    if size > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"it would become {size:,} bytes, more than it has")

@@ -140,10 +140,10 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
 
 def stored_of(prompt: Prompt) -> dict[str, Tensor]:
     """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
-    held = tensors_below(prompt)
-    if all([layout_of(t) is None for t in held.values()]):
+    tensors = tensors_below(prompt)
+    if all([layout_of(t) is None for t in tensors.values()]):
         return prompt.stored()  # type: ignore[no-any-return]
-    empty = {name: torch.empty(shape_of(t), dtype=t.dtype, device="meta") for name, t in held.items()}
+    empty = {name: torch.empty(shape_of(t), dtype=t.dtype, device="meta") for name, t in tensors.items()}
     return whole_copy(prompt, empty).stored()  # type: ignore[operator,no-any-return]
 
 

@@ -60,15 +60,15 @@ def save_adapter(
     beside = files_of(config)
     text = beside.pop(pair.CONFIG_NAME).decode()
     os.makedirs(folder, exist_ok=True)
-    held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_of(held)}
+    on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_of(on_cpu)}
 
     def write(path: str) -> None:
         if safetensors:
-            write_safetensors(path, held, {"format": "pt", **noted})
+            write_safetensors(path, on_cpu, {"format": "pt", **noted})
         else:
             with open(path, "w+b") as f:  # given a path, torch writes its name into the file
-                torch.save(held, f)
+                torch.save(on_cpu, f)
                 notes.add(f, noted)
 
     pair.save(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text, beside)
@@ -95,12 +95,12 @@ def load_pair(where: str, subfolder: str | None = None, check_digest: bool = Tru
         CheckpointError: one of them is not there, or damaged.
         ConfigError: the config is not valid.
     """
-    stored = Stored(where, subfolder, read_object, **hub)
+    config_file = Stored(where, subfolder, read_object, **hub)
     loaded = load_weights(where, subfolder, check_digest, **hub)
-    fields = stored.of(loaded.noted)
+    fields = config_file.of(loaded.noted)
     if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
         loaded.layout = Layout.of(fields)
-    return config_in(fields, stored.path, os.fspath(where), subfolder, **hub), loaded
+    return config_in(fields, config_file.path, os.fspath(where), subfolder, **hub), loaded
 
 
 def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> Loaded:

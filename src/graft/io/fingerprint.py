@@ -63,9 +63,9 @@ def tensor_digest(t: Tensor) -> str | None:
     return f"{str(t.dtype).removeprefix('torch.')}:{made.hexdigest()[:16]}"
 
 
-def changed(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def changed(of_file: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Name the tensors that differ. Those in another dtype cannot be told apart in this way."""
-    pairs = [(name, stored[name], now[name]) for name in stored if name in now]
+    pairs = [(name, of_file[name], now[name]) for name in of_file if name in now]
     return [name for name, a, b in pairs if a != b and a.partition(":")[0] == b.partition(":")[0]]
 
 
@@ -147,20 +147,20 @@ def joined(parts: Sequence[dict]) -> dict:
     return made | {"full": full} if full else made
 
 
-def called_otherwise(stored: dict, rename: Callable[[Json], Json]) -> dict | None:
+def called_otherwise(note: dict, rename: Callable[[Json], Json]) -> dict | None:
     """Return a fingerprint whose weights have other names; None if it does not name its weights."""
-    if not stored.get("weights"):
+    if not note.get("weights"):
         return None
-    made = {name: rename(stored[name]) for name in ("weights", "sample", "full") if name in stored}
-    return {**stored, **made, "shapes": note_of(made["weights"], None)["shapes"]}
+    made = {name: rename(note[name]) for name in ("weights", "sample", "full") if name in note}
+    return {**note, **made, "shapes": note_of(made["weights"], None)["shapes"]}
 
 
-def within(stored: dict, is_here: Callable[[str], bool]) -> dict | None:
+def within(note: dict, is_here: Callable[[str], bool]) -> dict | None:
     """Return a fingerprint with the weights that are here; None if it does not name its weights."""
-    if not stored.get("weights"):
+    if not note.get("weights"):
         return None
-    here = {key: shape for key, shape in stored["weights"].items() if is_here(key)}
-    return {**stored, **note_of(here, None, part=True)}
+    here = {key: shape for key, shape in note["weights"].items() if is_here(key)}
+    return {**note, **note_of(here, None, part=True)}
 
 
 def lists_of(*kinds: type) -> Callable[[object], bool]:
@@ -213,10 +213,10 @@ def sample(weight: Weight, together: bool = False) -> list[float] | None:
     site, base, name = weight.site, weight.module, weight.site.parameter
     if not site.store.exact or weight.merged or not site.op.known:
         return None
-    held = parameters_in(base).get(name)
-    if held is not None and not held.is_meta and layout_of(held) is not None:
-        n = shape_of(held).numel()
-        picked = numbers_at(held, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None
+    parameter = parameters_in(base).get(name)
+    if parameter is not None and not parameter.is_meta and layout_of(parameter) is not None:
+        n = shape_of(parameter).numel()
+        picked = numbers_at(parameter, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None
         return None if picked is None else rounded(picked)
     if site.store.unread(base, name):
         return None
@@ -231,9 +231,9 @@ def rounded(values: list[float]) -> list[float]:
     return [float(f"{v:.5g}") for v in values]
 
 
-def same_values(stored: dict, now: dict) -> bool:
+def same_values(of_file: dict, now: dict) -> bool:
     """Return True if two fingerprints could be of the same weights."""
-    old, new = stored.get("sample"), now.get("sample")
+    old, new = of_file.get("sample"), now.get("sample")
     if not isinstance(old, dict) or not isinstance(new, dict):
         return True
     pairs = [pair for key in old.keys() & new.keys() for pair in zip(old[key], new[key])]
@@ -244,31 +244,31 @@ def digest(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
-def in_common(stored: dict, now: dict) -> tuple[dict, dict] | None:
+def in_common(of_file: dict, now: dict) -> tuple[dict, dict] | None:
     """Return two fingerprints of a model's blocks with the weights that both have; None if one has no names.
 
     One may lack weights that are there: in modules of a type of which only the other can read the shape.
     """
-    old, new = stored.get("weights"), now.get("weights")
+    old, new = of_file.get("weights"), now.get("weights")
     if not old or not new:
         return None
     shared = old.keys() & new.keys()
     if not shared:  # another model
-        return stored, now
+        return of_file, now
     both = []
-    for made in (stored, now):
+    for made in (of_file, now):
         weights = {key: made["weights"][key] for key in sorted(shared)}
         both.append({**made, "weights": weights, "shapes": digest(json.dumps(weights, sort_keys=True))})
     return both[0], both[1]
 
 
-def difference(stored: dict, now: dict) -> str | None:
+def difference(of_file: dict, now: dict) -> str | None:
     """Return in words how the architectures differ; None if they do not."""
-    if stored.get("shapes") == now["shapes"]:
+    if of_file.get("shapes") == now["shapes"]:
         return None
-    old, new = stored.get("weights"), now.get("weights")
+    old, new = of_file.get("weights"), now.get("weights")
     if old is None or new is None:
-        return f"it adapts {stored.get('n')} weights, here {now['n']} match, with other names or shapes"
+        return f"it adapts {of_file.get('n')} weights, here {now['n']} match, with other names or shapes"
     for key in sorted(set(old) & set(new)):
         if old[key] != new[key]:
             return f"size mismatch for '{key}': {tuple(old[key])} in the checkpoint's base, {tuple(new[key])} here"

@@ -57,11 +57,11 @@ def fused(
         if any(set(names.get((i, side), ())) != set(every) for i in indices for side in "AB"):
             continue
         stem = f"{prefix}{nests.path(key, layer)}"
-        held = {side: [[out[names[i, side][e]] for e in every] for i in indices] for side in "AB"}
+        factors = {side: [[out[names[i, side][e]] for e in every] for i in indices] for side in "AB"}
         paths = [[names[i, "B"][e].removeprefix(prefix).removesuffix(".lora_B.weight") for e in every] for i in indices]
-        held["B"] = scaled(held["B"], paths, config, layer.methods[adapter].cfg)
+        factors["B"] = scaled(factors["B"], paths, config, layer.methods[adapter].cfg)
         for side in "AB":
-            out[f"{stem}.lora_{side}.weight"] = stacked(side, held[side])
+            out[f"{stem}.lora_{side}.weight"] = stacked(side, factors[side])
         for by_expert in names.values():
             for name in by_expert.values():
                 del out[name]

@@ -67,8 +67,8 @@ class LoadReport:
 
     def __repr__(self) -> str:
         """Return how many keys of each kind there are, and the first of those that need a look."""
-        held = vars(self)
-        shown = {n: str(len(keys)) if n in ("loaded", "base") else some(keys, 4) for n, keys in held.items() if keys}
+        fields = vars(self)
+        shown = {n: str(len(keys)) if n in ("loaded", "base") else some(keys, 4) for n, keys in fields.items() if keys}
         return f"LoadReport({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
     def __iter__(self):  # as torch's load_state_dict: missing, unexpected = report
@@ -110,14 +110,14 @@ class Values:
         check_tensors(loaded.tensors, loaded.path, allow_nonfinite or loaded.finite)
         own = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
-        stored = cleaned(loaded.tensors, loaded.path)
+        file_tensors = cleaned(loaded.tensors, loaded.path)
         mapping = own if key_mapping is None else key_mapping
-        self.tensors = renamed(stored, mapping, key_mapping is not None)
+        self.tensors = renamed(file_tensors, mapping, key_mapping is not None)
         served = arranged(self.tensors, config, model)
         self.layout = loaded.layout if served is self.tensors else TODAY
         self.tensors, self.path, self.strict = served, loaded.path, strict
         self.fingerprint, self.called_otherwise = loaded.fingerprint, None
-        if self.fingerprint and self.tensors.keys() != stored.keys():  # the base's modules may have new names as well
+        if self.fingerprint and self.tensors.keys() != file_tensors.keys():  # the base's modules may have new names too
             self.called_otherwise = called_otherwise(self.fingerprint, lambda names: renamed(names, mapping))
         self.told = copy.copy(config)  # which injection rewrites to today's names
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
@@ -137,8 +137,8 @@ class Values:
         prefix = PROMPT_WRAPPED if self.config.is_prompt_learning else WRAPPED
         original = getattr(module, "original_module", module)
         shapes = {n: shape_of(p) for n, p in original.named_parameters()}
-        stored = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
-        other = {n: s for n, s in stored.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
+        shapes_in_file = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
+        other = {n: s for n, s in shapes_in_file.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
         torn = torn_apart(shapes, shapes | other) if other else None
         if torn is None or self.ignore_mismatched_sizes:
             return resized(original, other) if other and torn is None else None
@@ -171,21 +171,21 @@ class Values:
             (layer, [(entry, find(entry, names)) for entry in group])
             for layer, group in groupby(entries(parts, self.adapter, prefix), lambda entry: entry.layer)
         ]
-        for layer, held in groups:
+        for layer, pairs in groups:
             if layer is None:  # layers may restore values that are as large as what they share
                 both = [
                     (in_memory(entry.label), self.tensors[name].shape, shape_of(entry.tensor))
-                    for entry, name in held
+                    for entry, name in pairs
                     if name
                 ]
                 self._refuse([shapes for shapes in both if shapes[1] != shapes[2]])
-        for layer, held in groups:
+        for layer, pairs in groups:
             if layer is not None:
-                stem = held[0][0].stem.removesuffix(held[0][0].container)
+                stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
                 files = layer.methods[self.adapter].files.items()
                 used |= names & {f"{stem}{name}" for name, file in files if not file}
-                held = self._restored(layer, held, names, used)
-            for entry, name in held:
+                pairs = self._restored(layer, pairs, names, used)
+            for entry, name in pairs:
                 if name is None:
                     self.report.missing_keys.append(in_memory(entry.label))
                     continue
@@ -194,9 +194,9 @@ class Values:
                     mismatched.append((in_memory(entry.label), self.tensors[name].shape, shape_of(entry.tensor)))
                 else:
                     found.append((entry, name))
-        used |= names & {n for layer, held in groups if layer is None for entry, _ in held for n in entry.also}
+        used |= names & {n for layer, pairs in groups if layer is None for entry, _ in pairs for n in entry.also}
         base, others = self.base_tensors(names - used, prefix, parts)
-        mismatched += [(in_memory(name), stored, here) for name, stored, here in others]
+        mismatched += [(in_memory(name), shape, here) for name, shape, here in others]
         left = names - used - set(base) - {name for name, _, _ in others}
         self.report.absent_keys = sorted(n for n in left if self.is_absent(n.removeprefix(prefix)))
         unexpected = sorted(left - set(self.report.absent_keys))
@@ -259,19 +259,19 @@ class Values:
         return [prefix + name for name in sorted(missing)]
 
     def _restored(
-        self, layer: AdapterLayer, held: list[tuple[Entry, str | None]], names: set[str], used: set[str]
+        self, layer: AdapterLayer, pairs: list[tuple[Entry, str | None]], names: set[str], used: set[str]
     ) -> list[tuple[Entry, str | None]]:
         """Put the values that a layer's method restores into `tensors`; return its entries and their names there."""
         method = layer.methods[self.adapter]
-        places = {(entry.container, entry.path): name for entry, name in held if name is not None}
-        if len(places) < len(held):  # the file may hold other tensors, from which the method restores missing ones
-            stem = held[0][0].stem.removesuffix(held[0][0].container)
+        places = {(entry.container, entry.path): name for entry, name in pairs if name is not None}
+        if len(places) < len(pairs):  # the file may hold other tensors, from which the method restores missing ones
+            stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
             for other in self._below(stem) - set(places.values()):
                 container, _, path = other.removeprefix(stem).partition(".")
                 places[container, path] = other
         values = method.restored({place: self.tensors[name] for place, name in places.items()}, self.config)
         out: list[tuple[Entry, str | None]] = []
-        for entry, name in held:
+        for entry, name in pairs:
             entry.look()  # `restored` may have made room for values of another shape
             place = entry.container, entry.path
             if name is None and place in values:
@@ -297,15 +297,15 @@ class Values:
         """Return the base model's parameters that `names` name, and which names are of tensors of another shape."""
         if not names:
             return {}, []
-        held: dict[str, Tensor] = {}
+        by_name: dict[str, Tensor] = {}
         in_file = names_in_file(parts)
         for path, p in self.model.named_parameters(remove_duplicate=False):
             path = clean(path)
-            held[prefix + in_file(path)] = held[prefix + path] = p
+            by_name[prefix + in_file(path)] = by_name[prefix + path] = p
             if ".base_layer." not in path:  # the injection may be about to wrap the layer
                 stem, _, leaf = path.rpartition(".")
-                held[f"{prefix}{stem}.base_layer.{leaf}"] = held[f"{prefix}{stem}.original_module.{leaf}"] = p
-        out = {n: held[n] for n in sorted(names) if n in held}  # spreading takes all processes, in one order
+                by_name[f"{prefix}{stem}.base_layer.{leaf}"] = by_name[f"{prefix}{stem}.original_module.{leaf}"] = p
+        out = {n: by_name[n] for n in sorted(names) if n in by_name}  # spreading takes all processes, in one order
         wrong = [n for n in out if shape_of(out[n]) != self.tensors[n].shape]
         return out, [(n, self.tensors[n].shape, shape_of(out.pop(n))) for n in wrong]
 
@@ -320,21 +320,21 @@ class Values:
     def check_base(self, parts: Parts) -> None:
         if not self.fingerprint:
             return
-        stored = self.fingerprint
+        of_file = self.fingerprint
         now = fingerprint(weights_of(parts, self.model), with_values=not changes_base(parts, self.adapter))
-        if self.called_otherwise is not None and difference(stored, now):
-            stored = self.called_otherwise
-        if difference(stored, now) and self.absent:
-            here = within(stored, lambda key: not self.is_absent(key))
+        if self.called_otherwise is not None and difference(of_file, now):
+            of_file = self.called_otherwise
+        if difference(of_file, now) and self.absent:
+            here = within(of_file, lambda key: not self.is_absent(key))
             if here is None:
                 return
-            stored = here
+            of_file = here
         if parts.prompt is not None:
-            both = in_common(stored, now)
+            both = in_common(of_file, now)
             if both is None:
                 return
-            stored, now = both
-        differs = difference(stored, now)
+            of_file, now = both
+        differs = difference(of_file, now)
         if differs:
             text = (
                 f"Adapter '{self.adapter}' from {self.path} was made for another base model: {differs}. Load the base "
@@ -344,9 +344,9 @@ class Values:
                 raise BaseModelMismatchError(text)
             warn(text, PeftWarning)
             return
-        full = stored.get("full") or {}
+        full = of_file.get("full") or {}
         others = changed(full, digests(self.model, names=full)) if full else []
-        if others or not same_values(stored, now):
+        if others or not same_values(of_file, now):
             which = f" ({len(others)} of {len(full)} tensors differ: {some(others)})" if others else ""
             warn(
                 f"Adapter '{self.adapter}' from {self.path} was trained on a base model of the same architecture but "

@@ -41,7 +41,7 @@ def all_here(tensors: Iterable[Tensor]) -> bool:
     return all([is_plain(t) and t.numel() for t in tensors])
 
 
-def gathered(held: dict[str, Tensor]) -> dict[str, Tensor]:
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return whole those of these tensors, by name, that are spread over processes. All processes must call this.
 
     They wait for each other only if there are some.
@@ -49,7 +49,7 @@ def gathered(held: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a process is alone, or others hold other tensors.
     """
-    spread = {name: t for name, t in held.items() if layout_of(t) is not None}
+    spread = {name: t for name, t in tensors.items() if layout_of(t) is not None}
     spread = {name: spread[name] for name in sorted(spread)}  # in one order everywhere
     ranks = ranks_of(spread.values())
     if len(ranks) > 1:
@@ -64,13 +64,13 @@ def ranks_of(tensors: Iterable[Tensor]) -> list[int]:
     return max(found, key=len, default=[])
 
 
-def check_entries(held: list[Entry], values: dict[str, Tensor], parts: Parts, adapter: str) -> None:
+def check_entries(entries: list[Entry], values: dict[str, Tensor], parts: Parts, adapter: str) -> None:
     """Check the values, by file key, that are to be saved of these entries.
 
     Raises:
         CheckpointError: one has not the shape that the adapter's tensor has, by what stands there or by the config.
     """
-    odd = [e for e in held if is_odd(e.tensor, values[e.file])]
+    odd = [e for e in entries if is_odd(e.tensor, values[e.file])]
     for layer, group in groupby(odd, attrgetter("layer")):
         shapes = {} if layer is None else shapes_of(layer, adapter, parts)
         for e in group:

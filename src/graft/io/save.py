@@ -76,25 +76,25 @@ def get_peft_model_state_dict(
         CheckpointError: a tensor is a part of one: it has to be gathered.
     """
     parts, prefix, base = parts_of(model, adapter_name)
-    given = None if state_dict is None else {bare(k): v for k, v in state_dict.items()}
+    state = None if state_dict is None else {bare(k): v for k, v in state_dict.items()}
     config = config_of(unwrapped(model), adapter_name)
     more = {f"{prefix}{name}": t for name, t in base_tensors(base, parts, config, save_embedding_layers).items()}
-    if parts.prompt is not None and given is not None:
-        parts, given = with_values(parts, given, adapter_name), None
+    if parts.prompt is not None and state is not None:
+        parts, state = with_values(parts, state, adapter_name), None
     elif parts.prompt is not None and (found := gathered(tensors_below(parts.prompt))):
         parts = replace(parts, prompt=whole_copy(parts.prompt, found))  # type: ignore[arg-type]
-    held = list(entries(parts, adapter_name, prefix))
-    values = {e.file: e.tensor if given is None else value_in(given, e, adapter_name) for e in held}
-    values |= {key: t if given is None else given.get(bare(key), t) for key, t in more.items()}
+    all_entries = list(entries(parts, adapter_name, prefix))
+    values = {e.file: e.tensor if state is None else value_in(state, e, adapter_name) for e in all_entries}
+    values |= {key: t if state is None else state.get(bare(key), t) for key, t in more.items()}
     if any([t.is_meta for t in values.values()]):
         away = offloaded_in(model)
         values |= {key: brought(*away[id(t)]) for key, t in values.items() if id(t) in away}
-    if given is not None or not all_here(values.values()):
+    if state is not None or not all_here(values.values()):
         values |= gathered(values)
-        check_entries(held, values, parts, adapter_name)
+        check_entries(all_entries, values, parts, adapter_name)
     if any([layer.methods[adapter_name].lenders for layer in parts.layers.values()]):
-        copy_twins(held, values, adapter_name)
-    out = stored(parts, held, values, adapter_name, config)
+        copy_twins(all_entries, values, adapter_name)
+    out = stored(parts, all_entries, values, adapter_name, config)
     for key, tensor in more.items():
         check_value(key, values[key], tensor, adapter_name)
         out[key.replace(f".modules_to_save.{adapter_name}.", ".modules_to_save.")] = values[key]  # a head's, as in PEFT
@@ -110,13 +110,13 @@ def describe_base(config: PeftConfig, base: nn.Module) -> None:
         config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
-def value_in(given: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
+def value_in(state: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
     if not entry.in_state_dict:
         return entry.tensor
     name = bare(entry.memory)
-    if name not in given:
+    if name not in state:
         raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter}'.")
-    return given[name]
+    return state[name]
 
 
 def ranks_of_adapters(model: nn.Module, adapters: list[str]) -> list[int]:
@@ -124,30 +124,30 @@ def ranks_of_adapters(model: nn.Module, adapters: list[str]) -> list[int]:
     group = group_in(model.modules())
     if group is not None:
         return dist.get_process_group_ranks(group)  # type: ignore[no-any-return]
-    held: list[Tensor] = []
+    tensors: list[Tensor] = []
     for adapter in adapters:
         parts, _, base = parts_of(model, adapter)
         if parts.prompt is not None:  # a file knows its base by weights that may be in parts, too
-            held += [*tensors_below(parts.prompt).values(), *tensors_below(base).values()]
-        held += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
-    return ranks_of(held)
+            tensors += [*tensors_below(parts.prompt).values(), *tensors_below(base).values()]
+        tensors += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
+    return ranks_of(tensors)
 
 
-def copy_twins(held: list[Entry], values: dict[str, Tensor], adapter: str) -> None:
+def copy_twins(all_entries: list[Entry], values: dict[str, Tensor], adapter: str) -> None:
     """Copy the values of tensors that are another layer's: a file has its own for each."""
     seen: set[int] = set()
-    for e in held:
+    for e in all_entries:
         if id(e.tensor) in seen and e.layer is not None and e.layer.methods[adapter].lenders:
             values[e.file] = values[e.file].detach().clone()
         seen.add(id(e.tensor))
 
 
 def stored(
-    parts: Parts, held: list[Entry], values: dict[str, Tensor], adapter: str, config: PeftConfig
+    parts: Parts, all_entries: list[Entry], values: dict[str, Tensor], adapter: str, config: PeftConfig
 ) -> dict[str, Tensor]:
     """Return the tensors that a file holds of an adapter, by file key."""
     out: dict[str, Tensor] = {}
-    for layer, group in groupby(held, attrgetter("layer")):
+    for layer, group in groupby(all_entries, attrgetter("layer")):
         method = None if layer is None else layer.methods[adapter]
         if method is None or method.stores_as_held:
             for e in group:
@@ -161,25 +161,25 @@ def stored(
     return out
 
 
-def with_values(parts: Parts, given: dict[str, Tensor], adapter: str) -> Parts:
+def with_values(parts: Parts, state: dict[str, Tensor], adapter: str) -> Parts:
     """Return a copy of `parts` whose prompt and modules to save have a state dict's values."""
     stem = f"{parts.prompt.prefix}.{adapter}"  # type: ignore[union-attr]
-    values = {n: taken(given, f"{stem}.{n}", t, adapter) for n, t in tensors_below(parts.prompt).items()}  # type: ignore[arg-type]
+    values = {n: taken(state, f"{stem}.{n}", t, adapter) for n, t in tensors_below(parts.prompt).items()}  # type: ignore[arg-type]
     here = replace(parts, wrappers=copy.deepcopy(parts.wrappers), prompt=whole_copy(parts.prompt, values))  # type: ignore[arg-type]
     for key, wrapper in here.wrappers.items():
         for name, tensor in wrapper.state_dict(keep_vars=True).items():
             if f".{adapter}." in f".{name}.":
-                tensor.data = taken(given, f"{here.prefix}{key}.{name}", tensor, adapter).detach()
+                tensor.data = taken(state, f"{here.prefix}{key}.{name}", tensor, adapter).detach()
     return here
 
 
-def taken(given: dict[str, Tensor], key: str, tensor: Tensor, adapter: str) -> Tensor:
+def taken(state: dict[str, Tensor], key: str, tensor: Tensor, adapter: str) -> Tensor:
     """Return a state dict's value for a tensor, checked."""
     name = bare(key)
-    if name not in given:
+    if name not in state:
         raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
-    check_value(key, given[name], tensor, adapter)
-    return given[name]
+    check_value(key, state[name], tensor, adapter)
+    return state[name]
 
 
 def base_tensors(
@@ -190,8 +190,8 @@ def base_tensors(
     bias = getattr(config, "bias", "none")
     if bias == "all":
         in_file, is_added = names_in_file(parts), added_by(parts)
-        held = {name: p for name, p in tensors_below(base).items() if is_bias(name) and not is_added(name)}
-        out |= {in_file(name): p for name, p in held.items()}
+        biases = {name: p for name, p in tensors_below(base).items() if is_bias(name) and not is_added(name)}
+        out |= {in_file(name): p for name, p in biases.items()}
         out |= {name: b for name, b in _biases(parts).items() if name in out}
     elif bias != "none":
         out |= _biases(parts)
@@ -263,8 +263,8 @@ def resized_vocabulary(base: nn.Module, config: object) -> bool:
     if path is None:
         return False
     with open(path) as f:
-        held = json.load(f)
-    before = held.get("vocab_size", (held.get("text_config") or {}).get("vocab_size"))
+        original_config = json.load(f)
+    before = original_config.get("vocab_size", (original_config.get("text_config") or {}).get("vocab_size"))
     if before is None or before == size:
         return False
     warn("Setting `save_embedding_layers` to `True`: the vocabulary has another size than the base model's had.")

@@ -109,18 +109,18 @@ class Blocks:
         by_module: dict[str, list[Stack]] = {}
         for stack in self.stacks:
             by_module.setdefault(stack.module, []).append(stack)
-        for path, held in by_module.items():
-            made = self.block(path, held)
+        for path, group in by_module.items():
+            made = self.block(path, group)
             if isinstance(made, Block):
                 self.found[path] = made
             else:
                 self.unknown[path] = made
 
-    def block(self, path: str, held: list[Stack]) -> Block | str:
+    def block(self, path: str, group: list[Stack]) -> Block | str:
         """Return a module of experts; the reason where its stacks cannot be told apart."""
-        named = {PARAMETERS[s.parameter]: s for s in held if s.parameter in PARAMETERS}
-        if len(named) < len(held) or len(named) < 2:
-            return f"{path} has the stacks {', '.join(s.parameter for s in held)}, which no server knows"
+        named = {PARAMETERS[s.parameter]: s for s in group if s.parameter in PARAMETERS}
+        if len(named) < len(group) or len(named) < 2:
+            return f"{path} has the stacks {', '.join(s.parameter for s in group)}, which no server knows"
         module = innermost(self.tree.modules[path])
         raw = {which: tuple(module._parameters[s.parameter].shape) for which, s in named.items()}  # type: ignore[union-attr]
         gated = named[IN].parameter == "gate_up_proj"
@@ -132,8 +132,8 @@ class Blocks:
         }
         if len(parts[IN]) != 1 + gated or len(parts[OUT]) != 1 or shapes[IN][1] != (1 + gated) * shapes[OUT][2]:
             return f"{path} has stacks of shapes {[*raw.values()]}, which are not gate, up and down"
-        told = hasattr(module, "is_concatenated") or named[IN].parts or type(module).__name__ in ONE_AFTER_THE_OTHER
-        if gated and not told:
+        in_order = hasattr(module, "is_concatenated") or named[IN].parts or type(module).__name__ in ONE_AFTER_THE_OTHER
+        if gated and not in_order:
             return f"{type(module).__name__} does not say in which order gate and up stand"
         parameters = {which: s.parameter for which, s in named.items()}
         interleaved = gated and not getattr(module, "is_concatenated", True)
@@ -239,17 +239,17 @@ def arranged(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -
         return tensors
     blocks = Blocks(model)
     by_name = {name: block for block in blocks.found.values() for name in (block.path, block.there)}
-    held: dict[str, Values] = {}
+    by_block: dict[str, Values] = {}
     used: dict[str, list[str]] = {}
     for key, match in matches.items():
         if (block := by_name.get(match["experts"])) is not None:
             number = None if match["number"] is None else int(match["number"])
-            of_part = held.setdefault(block.path, {}).setdefault(match["part"] or "", {})
+            of_part = by_block.setdefault(block.path, {}).setdefault(match["part"] or "", {})
             of_part.setdefault(match["side"], {})[number] = tensors[key]
             used.setdefault(block.path, []).append(key)
-    if all(as_peft(path, values, used[path], matches) for path, values in held.items()):
+    if all(as_peft(path, values, used[path], matches) for path, values in by_block.items()):
         return tensors
-    read = {path: read_block(blocks.found[path], values, config) for path, values in held.items()}
+    read = {path: read_block(blocks.found[path], values, config) for path, values in by_block.items()}
     read = {path: found for path, found in read.items() if found}
     if not read:
         return tensors
@@ -296,12 +296,12 @@ def read_block(block: Block, values: Values, config: PeftConfig) -> dict[str, Re
             A, B = parts[block.parameters[IN]]
             pair = Pair(A, block.joined([*B.chunk(2, 1)]))
         elif found is not None:
-            given, at = [parts[name] for name in found], f"{block.there}.0.{found[0]}"
-            if len(given) == 2 and not torch.equal(given[0].A, given[1].A):
+            pairs, at = [parts[name] for name in found], f"{block.there}.0.{found[0]}"
+            if len(pairs) == 2 and not torch.equal(pairs[0].A, pairs[1].A):
                 if block.numbered and None not in values[found[0]]["A"]:
                     return {}  # `fused` knows it, with the alpha of each part
-                given = apart(given)
-            pair = Pair(given[0].A, block.joined([p.B for p in given]) if block.gated and which == IN else given[0].B)
+                pairs = apart(pairs)
+            pair = Pair(pairs[0].A, block.joined([p.B for p in pairs]) if block.gated and which == IN else pairs[0].B)
         else:
             continue
         if not (pair.A.any() or pair.B.any()):
@@ -312,16 +312,16 @@ def read_block(block: Block, values: Values, config: PeftConfig) -> dict[str, Re
 
 def whole(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -> Pair | None:
     """Return the factors of all experts, (E or 1, …); None if some are missing, or of another shape."""
-    held = []
+    factors = []
     for side in "AB":
         values = sides.get(side, {})
         if set(values) == {None}:
-            held.append(values[None])
+            factors.append(values[None])
         elif set(values) == {*range(n)} and len({t.shape for t in values.values()}) == 1:
-            held.append(torch.stack([values[e] for e in range(n)]))
+            factors.append(torch.stack([values[e] for e in range(n)]))
         else:
             return None
-    A, B = held
+    A, B = factors
     if A.dim() == B.dim() == 2 and len(A) == B.shape[1] and len(A) % n == 0:
         return Pair(*Opaque.each(A, B.contiguous(), n))
     return Pair(A, B) if A.dim() == B.dim() == 3 and A.shape[1] == B.shape[2] and {len(A), len(B)} <= {1, n} else None
@@ -344,22 +344,22 @@ def scaling_at(config: Any, path: str) -> float:
 def configure(config: Any, keys: list[str], read: Mapping[str, Mapping[str, Read]], blocks: Blocks) -> None:
     """Have a config name the stacks, their ranks and scalings, and the other modules of a file by today's names."""
     every = [stack.path for stack in blocks.stacks]
-    held = {
+    reads = {
         f"{path}.{blocks.found[path].parameters[which]}": of
         for path, found in read.items()
         for which, of in found.items()
     }
     modules = {key.partition(".lora_")[0] for key in keys} & {*blocks.tree.modules} - {*read}
     ranks, alphas = (kept(config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
-    for path, (pair, scaling) in held.items():
+    for path, (pair, scaling) in reads.items():
         r = pair.A.shape[1]
         ranks[re.escape(path)], alphas[re.escape(path)] = r, scaling * (r**0.5 if config.use_rslora else r)
     config.target_modules = shortest(sorted(modules), [*blocks.tree.modules])
-    config.target_parameters = shortest(sorted(held), every)
+    config.target_parameters = shortest(sorted(reads), every)
     config.rank_pattern, config.alpha_pattern = ranks, alphas
 
 
 def kept(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, float]:
     """Return the patterns that reach one of these modules."""
-    given = getattr(config, name) or {}
-    return {p: value for p, value in given.items() if any(config.reaches(p, path, name) for path in modules)}
+    patterns = getattr(config, name) or {}
+    return {p: value for p, value in patterns.items() if any(config.reaches(p, path, name) for path in modules)}

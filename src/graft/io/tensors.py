@@ -23,25 +23,25 @@ BUFFER = 2**20  # bytes: many tensors are small
 
 def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors, the widest dtypes first so that all are aligned, and metadata in order."""
-    held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    held = dict(sorted(held.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    on_cpu = dict(sorted(on_cpu.items(), key=lambda item: (-item[1].element_size(), item[0])))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
-    for key, t in held.items():
+    for key, t in on_cpu.items():
         begin, end = end, end + t.nbytes
         header[key] = {"dtype": name_of(t.dtype), "shape": list(t.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb", BUFFER) as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for key, t in held.items():
+        for key, t in on_cpu.items():
             f.write(bytes_of(key, t))
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:
     """Return the digest of tensors that are plain ones."""
-    held = ((key, t.detach().cpu().contiguous()) for key, t in tensors.items())
-    return digest((key, name_of(t.dtype), list(t.shape), bytes_of(key, t)) for key, t in held)
+    on_cpu = ((key, t.detach().cpu().contiguous()) for key, t in tensors.items())
+    return digest((key, name_of(t.dtype), list(t.shape), bytes_of(key, t)) for key, t in on_cpu)
 
 
 def bytes_of(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:

@@ -199,10 +199,10 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
     if not cfg.init_warmup <= step <= cfg.final_warmup:
         return
     methods = {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
-    held = [
+    parameters = [
         (f"{key}.{part}.{j}", p) for key, m in methods.items() for part in PARTS for j, p in enumerate(getattr(m, part))
     ]
-    if held and all(p.grad is None for _, p in held):
+    if parameters and all(p.grad is None for _, p in parameters):
         raise ValueError(
             f"update_and_allocate({step}): AdaMSS adapter '{name}' has no gradients, from which the importance of its "
             "subspaces is measured. Call it after backward() and optimizer.step(), before zero_grad()."
@@ -210,7 +210,7 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
     if name not in tuner.states:
         tuner.states[name] = Allocator(cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
     state = tuner.states[name]
-    for path, p in held:
+    for path, p in parameters:
         state.update(path, p)
     if step % cfg.mask_interval == 0:
         choose(methods, state, step, cfg)
@@ -222,11 +222,11 @@ def choose(methods: dict[str, Method], state: Allocator, step: int, cfg: AdamssC
     spaces = [(key, j) for key, m in methods.items() for j in range(len(m.adamss_A))]
     scores = zip(spaces, state.of(methods, spaces))
     rank = {(key, j): (score, methods[key].adamss_A[j].requires_grad) for (key, j), score in scores}
-    kept = set(sorted(spaces, key=lambda space: rank[space], reverse=True)[: budget(step, len(spaces), cfg)])
+    best = set(sorted(spaces, key=lambda space: rank[space], reverse=True)[: budget(step, len(spaces), cfg)])
     for key, m in methods.items():
         for slot in m.layer.slots(m.name):
             if slot.container in PARTS:  # `set_adapter` lets those train that may
-                slot.trains = (key, int(slot.path)) in kept
+                slot.trains = (key, int(slot.path)) in best
                 slot.tensor.requires_grad = slot.trains
                 slot.tensor.grad = slot.tensor.grad if slot.trains else None
 
@@ -319,18 +319,18 @@ class AdaMSS(Method[AdamssConfig]):
         shift = up @ down[:, n]
         return Factors(A, Shifted(lambda z: op.up(base, z, up) + op.channels(shift), up, shift))
 
-    def restored(self, stored: Tensors, cfg: AdamssConfig) -> Tensors:
+    def restored(self, tensors: Tensors, cfg: AdamssConfig) -> Tensors:
         """Take the clusters of the file and their sizes, as another device may find others; PEFT's files lack them."""
         here = self.adamss_clusters
-        if ROWS not in stored:
-            return {**stored, ROWS: self.rows if here.is_meta else here}
+        if ROWS not in tensors:
+            return {**tensors, ROWS: self.rows if here.is_meta else here}
         shapes = {(part, j): p.shape for part in PARTS for j, p in getattr(self, part).named_parameters()}
-        given = {place: stored[place].shape for place in shapes.keys() & stored.keys()}
-        if here.is_meta and given.keys() == shapes.keys() and fit(stored[ROWS], given, here.shape, self.adamss_newB):
-            for (part, j), shape in given.items():
-                held = getattr(self, part)._parameters
-                held[j] = nn.Parameter(held[j].new_empty(shape))
-        return stored
+        sizes = {place: tensors[place].shape for place in shapes.keys() & tensors.keys()}
+        if here.is_meta and sizes.keys() == shapes.keys() and fit(tensors[ROWS], sizes, here.shape, self.adamss_newB):
+            for (part, j), shape in sizes.items():
+                parameters = getattr(self, part)._parameters
+                parameters[j] = nn.Parameter(parameters[j].new_empty(shape))
+        return tensors
 
 
 def fit(rows: Tensor, shapes: dict[tuple[str, str], torch.Size], like: torch.Size, space: Tensor) -> bool:

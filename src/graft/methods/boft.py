@@ -137,9 +137,9 @@ class BOFT(Method[BOFTConfig]):
 def unfit(n: int, cfg: BOFTConfig) -> str | None:
     """Return why n channels do not have these blocks and factors; None if they have."""
     size, blocks, F = cfg.boft_block_size, cfg.boft_block_num, cfg.boft_n_butterfly_factor
-    name, given = ("boft_block_num", blocks) if blocks else ("boft_block_size", size)
-    if n % given:
-        return f"in_features ({n}) must be divisible by {name} ({given})"
+    name, number = ("boft_block_num", blocks) if blocks else ("boft_block_size", size)
+    if n % number:
+        return f"in_features ({n}) must be divisible by {name} ({number})"
     blocks = blocks or n // size
     size = n // blocks
     if F > 1 and (size % 2 or blocks % 2):

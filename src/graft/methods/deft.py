@@ -93,16 +93,16 @@ class DEFT(Method[DeftConfig]):
 
     def factors(self) -> Factors:
         Q, Z = self.projections()
-        kept, B = -onto(Z, self.W0).to(self.dtype), Q.to(self.dtype)
+        A0, B = -onto(Z, self.W0).to(self.dtype), Q.to(self.dtype)
         if self.cfg.para:
-            return Factors(kept, B)
+            return Factors(A0, B)
         own, op = self.scaling * self.deft_R, self.site.op
         drops = self.cfg.deft_dropout > 0 and self.layer.training and not op.takes_ids
         if drops and op.factorable(self.site.module):
-            return Factors(Product(partial(self.down, own, kept), own + kept), B)
-        return Factors(own + kept, B, dropout=self.deft_dropout)  # acts on both where groups tear the two apart
+            return Factors(Product(partial(self.down, own, A0), own + A0), B)
+        return Factors(own + A0, B, dropout=self.deft_dropout)  # acts on both where groups tear the two apart
 
-    def down(self, own: Tensor, kept: Tensor, x: Tensor) -> Tensor:
+    def down(self, own: Tensor, A0: Tensor, x: Tensor) -> Tensor:
         """Return own dropout(x) + kept x: dropout acts on the input of R alone."""
         op, base, x = self.site.op, self.layer.base_layer, x.to(self.dtype)
-        return op.down(base, self.deft_dropout(x), own) + op.down(base, x, kept)
+        return op.down(base, self.deft_dropout(x), own) + op.down(base, x, A0)

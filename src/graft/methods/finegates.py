@@ -57,8 +57,8 @@ def found(tuner: Tuner, adapter_names: str | list[str] | None) -> list[FineGates
     unknown = [name for name in names if name not in tuner.peft_config]
     if unknown:
         raise AdapterNotFoundError(f"No adapter {unknown}; there are {list(tuner.peft_config)}.")
-    held = [layer.methods[n] for layer in tuner.layers.values() for n in names if n in layer.methods]
-    return [m for m in held if isinstance(m, FineGates)]
+    methods = [layer.methods[n] for layer in tuner.layers.values() for n in names if n in layer.methods]
+    return [m for m in methods if isinstance(m, FineGates)]
 
 
 def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:

@@ -140,8 +140,8 @@ class LoHa(Lycoris[LoHaConfig]):
         if self.cp:  # b and d take in the kernel's factors
             b, d = kernel_of(self.hada_t1, b), kernel_of(self.hada_t2, d)
             a, c = a.T, c.T
-        kept = self.row_mask(a, rescale=True)
-        return a if kept is None else a * kept[:, None], b, c, d
+        mask = self.row_mask(a, rescale=True)
+        return a if mask is None else a * mask[:, None], b, c, d
 
     def factors(self) -> Factors:
         """Return factors of rank r², for where they are cheaper than ΔW."""

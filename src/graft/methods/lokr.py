@@ -86,16 +86,16 @@ class LoKr(Lycoris[LoKrConfig]):
 
     def delta(self) -> Tensor | Kronecker:
         w1, w2 = self.pair()
-        kept = self.row_mask(w1, self.rank_dropout_scale)
+        mask = self.row_mask(w1, self.rank_dropout_scale)
         if w2.dim() == 3:  # of a Conv1d, PEFT's files mean this order
             W = torch.kron(w1, w2).reshape(self.site.shape)
-        elif kept is None:
+        elif mask is None:
             return Kronecker(w1, w2.flatten(1), self.site.shape)
         else:
             W = Kronecker(w1, w2.flatten(1), self.site.shape).dense()
-        return W if kept is None else W * kept.view(-1, *[1] * (W.dim() - 1))
+        return W if mask is None else W * mask.view(-1, *[1] * (W.dim() - 1))
 
     def branch(self, x: Tensor) -> Tensor:
         w1, w2 = self.pair()
-        y, kept = product(x, w1, w2), self.row_mask(w1, self.rank_dropout_scale)
-        return y if kept is None else y * kept
+        y, mask = product(x, w1, w2), self.row_mask(w1, self.rank_dropout_scale)
+        return y if mask is None else y * mask

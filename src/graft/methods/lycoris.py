@@ -78,14 +78,14 @@ class Lycoris(Method[L]):
         """
         if not (self.layer.training and (self.rank_dropout or self.module_dropout)):
             return None
-        kept = like.new_ones(self.site.out_features)
+        mask = like.new_ones(self.site.out_features)
         if self.rank_dropout:
-            kept = (torch.rand(len(kept), device=like.device) > self.rank_dropout).to(like.dtype)
+            mask = (torch.rand(len(mask), device=like.device) > self.rank_dropout).to(like.dtype)
             if rescale:
-                kept = kept / kept.mean().clamp(min=1e-6)
+                mask = mask / mask.mean().clamp(min=1e-6)
         if self.module_dropout:
-            kept = kept * (torch.rand(1, device=like.device) > self.module_dropout)
-        return kept
+            mask = mask * (torch.rand(1, device=like.device) > self.module_dropout)
+        return mask
 
 
 def kernel_of(t: Tensor, b: Tensor) -> Tensor:

@@ -82,12 +82,12 @@ class PEANuT(Method[PeanutConfig]):
     def factors(self) -> Factors:
         act = activation(self.cfg.act_fn)
         z = act(product(self.peanut_A.weight, self.layer.W0.flatten(1)))
-        given = []
+        skips = []
         for encoder in self.peanut_encoders:
-            given.append(z)
+            skips.append(z)
             z = act(encoder.weight @ z)
         for decoder in self.peanut_decoders:
-            z = act(decoder.weight @ z) + given.pop()
+            z = act(decoder.weight @ z) + skips.pop()
         return Factors(z, self.peanut_B.weight, self.scaling)
 
 

@@ -52,12 +52,12 @@ class PsoftConfig(Targeted, LayerRange):
         require_positive_rank(self.r)
         eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
         niter = self.psoft_svd_lowrank_niter
-        for name, given, condition, met in (
+        for name, value, condition, met in (
             ("cayley_neumann_eps", eps is not None, "use_cayley_neumann=True", self.use_cayley_neumann),
             ("num_cayley_neumann_terms", terms != 5, "use_cayley_neumann=True", self.use_cayley_neumann),
             ("psoft_svd_lowrank_niter", niter != 10, "psoft_svd='lowrank'", self.psoft_svd == "lowrank"),
         ):
-            if given and not met:
+            if value and not met:
                 warn(f"`{name}` is only used when `{condition}`. It has no effect here.")
         if eps is not None and not 0 < eps < 1:
             raise ConfigError(f"`cayley_neumann_eps` must be in (0, 1) when set; got {eps}.")
@@ -121,13 +121,13 @@ class PSOFT(Method[PsoftConfig]):
     def uses_weight(self) -> Use:
         return Use.STARTS  # a file holds the basis
 
-    def restored(self, stored: Tensors, cfg: PsoftConfig) -> Tensors:
+    def restored(self, tensors: Tensors, cfg: PsoftConfig) -> Tensors:
         """Complete a file of PEFT by the basis of the weight here."""
         basis = self.psoft_basis
-        if any(place[0] == BASIS for place in stored) or self.site.on_meta:
-            return stored
+        if any(place[0] == BASIS for place in tensors) or self.site.on_meta:
+            return tensors
         A, B = self.components() if basis.A.is_meta else (basis.A, basis.B)
-        return stored | {(BASIS, "A"): A, (BASIS, "B"): B}
+        return tensors | {(BASIS, "A"): A, (BASIS, "B"): B}
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, r = self.cfg, self.cfg.r

@@ -182,6 +182,6 @@ class SDT(Method[SdtConfig]):
         rows, columns = self.sdt_indices.long()
         return Scattered(self.sdt_weight, rows * self.site.fan_in + columns, self.site.shape)
 
-    def restored(self, stored: Tensors, cfg: SdtConfig) -> Tensors:
+    def restored(self, tensors: Tensors, cfg: SdtConfig) -> Tensors:
         """Return the places as int32, checked."""
-        return with_places(stored, "sdt_indices", self.site)
+        return with_places(tensors, "sdt_indices", self.site)

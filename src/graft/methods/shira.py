@@ -139,21 +139,21 @@ class SHiRA(Method[ShiraConfig]):
         rows, cols = self.shira_indices.long()
         return Scattered(self.shira_weight * self.scaling, rows * self.site.fan_in + cols, self.site.shape)
 
-    def restored(self, stored: Tensors, cfg: ShiraConfig) -> Tensors:
+    def restored(self, tensors: Tensors, cfg: ShiraConfig) -> Tensors:
         """Return the places as int32, which some files hold as floating-point numbers."""
-        return with_places(stored, "shira_indices", self.site)
+        return with_places(tensors, "shira_indices", self.site)
 
 
-def with_places(stored: Tensors, name: str, site: Site) -> Tensors:
+def with_places(tensors: Tensors, name: str, site: Site) -> Tensors:
     """Return a file's tensors, with the output and the input of each entry, (2, k), as int32.
 
     Raises:
         CheckpointError: places are outside of the weight.
     """
     at = name, ""
-    if at not in stored:
-        return stored
-    indices, most = stored[at].to(torch.int32), torch.tensor([site.out_features, site.fan_in])
+    if at not in tensors:
+        return tensors
+    indices, most = tensors[at].to(torch.int32), torch.tensor([site.out_features, site.fan_in])
     if indices.dim() == 2 and len(indices) == 2 and not ((indices >= 0) & (indices < most[:, None])).all():
         raise CheckpointError(f"{name} of layer '{site.key}' are outside of its weight.")
-    return stored | {at: indices}
+    return tensors | {at: indices}

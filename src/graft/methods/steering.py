@@ -89,16 +89,16 @@ class Steering(OnStates[SteeringConfig]):
         Raises:
             RoutingError: they are no numbers, or not one for each row.
         """
-        given = run.own.get(COEFFICIENT)
-        return {} if given is None else {COEFFICIENT: coefficients(given, run)}
+        value = run.own.get(COEFFICIENT)
+        return {} if value is None else {COEFFICIENT: coefficients(value, run)}
 
 
-def coefficients(given: object, run: Run) -> Tensor:
+def coefficients(value: object, run: Run) -> Tensor:
     """Return a number for each row, (batch,)."""
     try:
-        c = torch.as_tensor(given, dtype=torch.float32)
+        c = torch.as_tensor(value, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise RoutingError(f"{COEFFICIENT} takes a number, or one for each row, got {given!r}.") from e
+        raise RoutingError(f"{COEFFICIENT} takes a number, or one for each row, got {value!r}.") from e
     rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     batch = len(rows[0]) if rows else 1
     if c.dim() > 1 or (c.dim() == 1 and len(c) != batch):

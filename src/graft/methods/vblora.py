@@ -201,9 +201,9 @@ class VBLoRA(Method[VBLoRAConfig]):
             out[name + WEIGHTS, ""] = largest.softmax(-1)[..., :-1].contiguous()
         return out
 
-    def restored(self, stored: Tensors, cfg: VBLoRAConfig) -> Tensors:
+    def restored(self, tensors: Tensors, cfg: VBLoRAConfig) -> Tensors:
         """Return logits with the same largest ones; the others are -inf."""
-        out, self.looked_at = dict(stored), None
+        out, self.looked_at = dict(tensors), None
         for name in LOGITS:
             if (name + INDICES, "") in out and (name + WEIGHTS, "") in out:
                 index, first = out.pop((name + INDICES, "")), out.pop((name + WEIGHTS, ""))

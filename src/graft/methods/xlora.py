@@ -137,8 +137,8 @@ class Scalings:
 def chosen(scalings: Tensor, cfg: XLoraConfig) -> Tensor:
     """Return the weights that act: the `top_k_lora` largest, through a softmax if wanted, times the global weight."""
     if cfg.top_k_lora is not None:
-        kept = scalings.topk(cfg.top_k_lora, dim=-1).indices
-        scalings = scalings * torch.zeros_like(scalings).scatter(-1, kept, 1)
+        largest = scalings.topk(cfg.top_k_lora, dim=-1).indices
+        scalings = scalings * torch.zeros_like(scalings).scatter(-1, largest, 1)
     if cfg.enable_softmax_topk:
         out = scalings == 0
         scalings = scalings.masked_fill(out, -torch.inf).softmax(-1).masked_fill(out, 0)
@@ -350,11 +350,11 @@ def weigh(tuner: Classified, call: Call, args: tuple[Any, ...], kwargs: dict[str
     inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
     with torch.no_grad():
         if cfg.scaling_pass_value == 0:
-            given = call.given._replace(rows=Rows.of([BASE] * len(inputs), inputs.device), gates=None)
+            context = call.given._replace(rows=Rows.of([BASE] * len(inputs), inputs.device), gates=None)
         else:
             dummy = classifier.constant(inputs, cfg.scaling_pass_value)
-            given = call.given._replace(gates=Scalings(chosen(dummy, cfg), *places))
-        before = call.put(given)
+            context = call.given._replace(gates=Scalings(chosen(dummy, cfg), *places))
+        before = call.put(context)
         try:
             output = tuner.model.forward(*args, **kwargs)
         finally:

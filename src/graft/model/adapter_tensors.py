@@ -104,12 +104,12 @@ def adapter_tensors(
     tensors, ranks = laid_out(view, values, dtype)
     made = config_for(view, config, ranks, base)
     fields = made.saved_dict()
-    held = tensors if first else {}
-    digest = hashed(digest_of(held) + json.dumps(fields, sort_keys=True)) if held else ""
+    here = tensors if first else {}
+    digest = hashed(digest_of(here) + json.dumps(fields, sort_keys=True)) if here else ""
     note = save.base_fingerprint(model, adapter_name, False, together=bool(ranks_here))
     if view.hub and any(layer.op.opaque and not is_stack(layer) for _, layer in view.layers):
         note = {}  # what acts on a parameter is for the module that has it
-    return AdapterTensors(held, fields, needs(view, ranks), digest, made, note)
+    return AdapterTensors(here, fields, needs(view, ranks), digest, made, note)
 
 
 def save_in(model: nn.Module, directory: str, selected: list[str] | None, layout: str, writes: bool = True) -> None:
@@ -184,16 +184,16 @@ def reasons(view: View, config: PeftConfig | None, model: nn.Module, gather: boo
 
 def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
     m: Method = layer.methods[view.adapter]
-    held = {slot.container for slot in layer.slots(view.adapter) if slot.saved}
-    strange = sorted(name for name in held - FACTORS if not known_extra(f"{name}."))
+    containers = {slot.container for slot in layer.slots(view.adapter) if slot.saved}
+    strange = sorted(name for name in containers - FACTORS if not known_extra(f"{name}."))
     biased = any(slot.container == "lora_B" and slot.path == "bias" for slot in layer.slots(view.adapter))
     if not isinstance(m.effect, LowRank) or m.effect.gains:
         yield f"{type(m).__name__} does more than to add B A"
     elif strange or biased:
         yield f"servers know no {', '.join(strange or ['bias of B'])}"
-    elif "lora_A" in held and not fits(layer, m):
+    elif "lora_A" in containers and not fits(layer, m):
         yield f"the factors of {type(m).__name__} are no whole matrices: export it (graft export)"
-    if Use.CHANGES in m.uses_weight() and "lora_shift" not in held:
+    if Use.CHANGES in m.uses_weight() and "lora_shift" not in containers:
         yield f"the start of {type(m).__name__} changed the base, and nothing says how"
     if view.layout == "peft":
         return

@@ -199,9 +199,9 @@ def audit(
         if was_trained(registry):
             report.after = "training, whose gradients are gone"
     report.not_trained = frozen(carriers)
-    held = {name: parts_of(model, name) for name in names}
+    by_name = {name: parts_of(model, name) for name in names}
     report.not_saved = unsaved(
-        model, [(name, parts, base, config_of(model, name)) for name, (parts, _, base) in held.items()]
+        model, [(name, parts, base, config_of(model, name)) for name, (parts, _, base) in by_name.items()]
     )
     if optimizer is not None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -212,16 +212,16 @@ def audit(
 
 def parts_of_active(carriers: Iterable[Carrier]) -> list[Part]:
     """Return the parts that should get gradients."""
-    held = ((c, name, [p for p in c.parameters_of(name) if p.requires_grad]) for c, name in carried(carriers))
-    return [Part(*part) for part in held if part[2]]
+    parts = ((c, name, [p for p in c.parameters_of(name) if p.requires_grad]) for c, name in carried(carriers))
+    return [Part(*part) for part in parts if part[2]]
 
 
 def states(parts: Iterable[Part]) -> list[str]:
     """Return what became of the gradients of each part, all its parameters together: those of LoRA's A begin with 0."""
-    held = [[p.grad for p in part.parameters if p.grad is not None] for part in parts]
-    sizes = iter(largest([g for grads in held for g in grads]))
+    gradients = [[p.grad for p in part.parameters if p.grad is not None] for part in parts]
+    sizes = iter(largest([g for grads in gradients for g in grads]))
     out = []
-    for grads in held:
+    for grads in gradients:
         most = [next(sizes) for _ in grads]
         if not most:
             out.append(NONE)
@@ -384,10 +384,10 @@ def sizes(parts: Sequence[Part]) -> list[Size]:
     """Measure parts of an audit, with one wait for each device."""
     numbers: dict[torch.device, list[tuple[int, str, Tensor]]] = defaultdict(list)
     for i, part in enumerate(parts):
-        held: list[Tensor] = [p for p in part.parameters if is_plain(p) and p.numel() and layout_of(p) is None]
-        if len(held) < len(part.parameters):
+        tensors: list[Tensor] = [p for p in part.parameters if is_plain(p) and p.numel() and layout_of(p) is None]
+        if len(tensors) < len(part.parameters):
             continue  # in parts, or elsewhere
-        for p, norm in zip(held, torch._foreach_norm(held, math.inf)):
+        for p, norm in zip(tensors, torch._foreach_norm(tensors, math.inf)):
             numbers[p.device].append((i, "largest", norm))
         for name, norm in zip(("update", "weight"), norms(part.carrier, part.adapter)):
             numbers[norm.device].append((i, name, norm))

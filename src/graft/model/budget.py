@@ -194,13 +194,13 @@ def budget(
 
 def frozen(model: nn.Module, bits: int | str | None) -> tuple[float, float]:
     """Return the bytes of what does not train, buffers with it, and of the most that a step unpacks at a time."""
-    held = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
-    whole = float(sum(t.nbytes for t in held.values()))
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
+    whole = float(sum(t.nbytes for t in tensors.values()))
     if bits is None:
         return whole, 0.0
     blocks = [model.get_submodule(path) for path in block_kinds(model)]
     least = 3 if bits in ONLY_STACKS else 2
-    packed = {id(p): p for block in blocks for p in block.parameters() if p.ndim >= least and id(p) in held}.values()
+    packed = {id(p): p for block in blocks for p in block.parameters() if p.ndim >= least and id(p) in tensors}.values()
     saved = sum(p.numel() * FORMATS[bits] / 8 - p.nbytes for p in packed)
     return whole + saved, float(max((unpacked(p) for p in packed), default=0))
 
@@ -216,11 +216,11 @@ def measured(model: PeftModel, batch: int, length: int, on_gpu: bool) -> Step:
     try:
         with FusedAttention(on_gpu), live:
             loss = loss_of(model, torch.zeros(batch, length, dtype=torch.long, device="meta"))
-            kept = live.bytes
+            activations = live.bytes
             torch.autograd.backward(loss)  # unlike `loss.backward`, within both modes: blocks may run again
     except NotImplementedError as e:
         raise ConfigError(f"{type(model.get_base_model()).__name__} computes what depends on values: {e}") from None
-    return Step(kept, live.peak)
+    return Step(activations, live.peak)
 
 
 class Live(TorchDispatchMode):

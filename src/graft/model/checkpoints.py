@@ -189,7 +189,7 @@ def save_adapters(
     model: nn.Module,
     directory: str,
     selected: list[str] | None,
-    given: dict[str, Tensor] | None,
+    state_dict: dict[str, Tensor] | None,
     *,
     fingerprint: str,
     safetensors: bool,
@@ -200,20 +200,20 @@ def save_adapters(
     """Do what `PeftModel.save_pretrained` says.
 
     Args:
-        given: a state dict to take values from; None: the model's own.
+        state_dict: a state dict to take values from; None: the model's own.
         writes: this process writes, unless several save together.
         subtract: folder of the adapter as it was before training.
     """
     check(directory, fingerprint, safetensors)
     names = names_to_save(model, selected, directory)
-    ranks = save.ranks_of_adapters(model, names) if given is None else []
+    ranks = save.ranks_of_adapters(model, names) if state_dict is None else []
     if not (ranks or writes):
         return
     what = f"{sorted(names)}, fingerprint={fingerprint!r}"
     meeting = Meeting(CALL, what, ranks) if len(ranks) > 1 else None
     made = {}
     for name in names:
-        tensors, config = contents(model, name, given, embeddings, subtract)
+        tensors, config = contents(model, name, state_dict, embeddings, subtract)
         folder = folder_of(name, directory)
         files.check(folder, tensors)
         base = save.base_fingerprint(model, name, fingerprint == "full", together=bool(ranks))
@@ -231,7 +231,7 @@ def save_adapters(
 
     if meeting is not None:
         meeting.by_the_first(write)
-    elif given is None and has_copies(registry_of(model)):
+    elif state_dict is None and has_copies(registry_of(model)):
         values = [tensor_digest(t) for tensors, *_ in made.values() for t in tensors.values()]
         once(os.fspath(directory), hashed(str(values)), write)
     else:
@@ -265,10 +265,10 @@ def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) 
 
 
 def contents(
-    model: nn.Module, name: str, given: dict[str, Tensor] | None, embeddings: str | bool, subtract: str | None
+    model: nn.Module, name: str, state_dict: dict[str, Tensor] | None, embeddings: str | bool, subtract: str | None
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return the tensors and the config that a file holds of an adapter."""
-    tensors = save.get_peft_model_state_dict(model, given, name, save_embedding_layers=embeddings)
+    tensors = save.get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=embeddings)
     config = copy.copy(model.peft_config[name])
     if subtract is not None:
         from graft.methods.lora.convert import subtract_initial, warn_rounded

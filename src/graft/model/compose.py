@@ -76,13 +76,13 @@ class Average(Composition):
 
     def __init__(self, *children: str, weights: Sequence[float] | None = None):
         super().__init__(*children)
-        given = [1 / len(children)] * len(children) if weights is None else list(weights)
-        if len(given) != len(children):
-            raise RoutingError(f"Average of {len(children)} adapters got {len(given)} weights: give one for each.")
-        wrong = [w for w in given if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w)]
+        numbers = [1 / len(children)] * len(children) if weights is None else list(weights)
+        if len(numbers) != len(children):
+            raise RoutingError(f"Average of {len(children)} adapters got {len(numbers)} weights: give one for each.")
+        wrong = [w for w in numbers if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w)]
         if wrong:
             raise RoutingError(f"Average takes finite numbers as weights, got {wrong[0]!r}.")
-        self.weights = tuple(float(w) for w in given)
+        self.weights = tuple(float(w) for w in numbers)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, weights={list(self.weights)})"
@@ -202,8 +202,8 @@ def _part(value: object, n: int, i: int) -> Any:
         return value[i * size : (i + 1) * size]
     if isinstance(value, Mapping):
         items = {key: _part(item, n, i) for key, item in value.items()}
-        kept = items if type(value) is dict else {key: item for key, item in items.items() if item is not None}
-        return kept if type(value) is dict else type(value)(**kept)  # type: ignore[call-arg]
+        fields = items if type(value) is dict else {key: item for key, item in items.items() if item is not None}
+        return fields if type(value) is dict else type(value)(**fields)  # type: ignore[call-arg]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_part(item, n, i) for item in value))
     if isinstance(value, (tuple, list)):

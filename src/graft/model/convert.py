@@ -61,8 +61,8 @@ def convert_to_lora(
     nests = Nests(parts.layers.values())
     tensors = {
         f"{prefix}{clean(nests.path(key, parts.layers[key]))}.{container}" + (f".{path}" if path else ""): t
-        for key, held in values.items()
-        for (container, path), t in held.items()
+        for key, of_layer in values.items()
+        for (container, path), t in of_layer.items()
     }
     for entry in entries(Parts({}, parts.wrappers), adapter_name, prefix):
         tensors[entry.file] = entry.tensor.detach().clone()

@@ -85,9 +85,9 @@ def export(model: nn.Module, adapter: str, server: str, path: str, rank: int | f
     parts, _, base, _ = found(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
         files.save_adapter(folder, tensors, config, True, fingerprint(weights_of(parts, base)))
-        held = peft.read(folder)
-        held.path = f"adapter '{adapter}'"
-        report = export_file(held, server, BaseInMemory(model), os.fspath(path))
+        file = peft.read(folder)
+        file.path = f"adapter '{adapter}'"
+        report = export_file(file, server, BaseInMemory(model), os.fspath(path))
     report.error = error
     if error is not None:
         report.notes.insert(0, f"ΔW became a product of factors, with a relative error of {error:.2g}")

@@ -65,7 +65,7 @@ def load_adapter(
         parts = split(adapter)
         if parts:
             modules = set(known.modules)
-            fitting = [held for held in parts.values() if modules.issuperset(held.modules)]
+            fitting = [part for part in parts.values() if modules.issuperset(part.modules)]
             adapter = fitting[0] if len(fitting) == 1 else adapter
         check(adapter, known)
         adapter = as_peft(adapter, known)
@@ -76,10 +76,10 @@ def load_adapter(
         raise LossError(f"graft has no method for {some(lost)} of {adapter.path}.")
     fields = config_of(adapter, known)
     config = PeftConfig.resolve(fields["peft_type"])(**{k: v for k, v in fields.items() if k != "peft_type"})
-    held: Any = Held(config, Loaded(tensors, os.fspath(path)))
+    pair: Any = Held(config, Loaded(tensors, os.fspath(path)))
     if not isinstance(model, PeftModel):
-        return (PeftMixedModel if mixed else PeftModel).from_pretrained(model, held, adapter_name, **options)
-    model.load_adapter(held, adapter_name, **options)
+        return (PeftMixedModel if mixed else PeftModel).from_pretrained(model, pair, adapter_name, **options)
+    model.load_adapter(pair, adapter_name, **options)
     return model
 
 

@@ -89,12 +89,12 @@ class LayerRegistry(MergingRegistry):
             UnsupportedLayerError: it does not call the original. Whatever it raises: nothing has changed.
         """
         holder: Any = self.holder
-        told: dict[str, object] = dict(low_cpu_mem_usage=options.on_meta)  # what PEFT hands on
-        told |= {} if self.peft_config else dict(state_dict=options.state_dict)
+        arguments: dict[str, object] = dict(low_cpu_mem_usage=options.on_meta)  # what PEFT hands on
+        arguments |= {} if self.peft_config else dict(state_dict=options.state_dict)
         self.peft_config[adapter_name], self.pending = config, options
         try:
             with self.provisional(adapter_name, not options.held):
-                holder.inject_adapter(self.model, adapter_name, **told)
+                holder.inject_adapter(self.model, adapter_name, **arguments)
                 if adapter_name not in self.reports:
                     raise UnsupportedLayerError(
                         f"{type(holder).__name__}.inject_adapter was replaced by {who(holder.inject_adapter)}, which "

@@ -52,8 +52,8 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
     layers = loaded(job, base)
     found: list[Change] = []
     asked: dict[object, bool] = {}
-    for path, held in adapter.modules.items():
-        if isinstance(held, LowRank):
+    for path, module in adapter.modules.items():
+        if isinstance(module, LowRank):
             continue
         layer = layers.get(path)
         if layer is None or NAME not in layer.methods:
@@ -93,18 +93,18 @@ def loaded(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
 def of_layer(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> list[Change]:
     name = f"{path}.{layer.site.parameter}" if not path.endswith(f".{layer.site.parameter}") else path
     (spot, *more) = job.places.settle([name], job.name)[name]
-    stored = job.places.shapes[spot.key]
+    shape = job.places.shapes[spot.key]
     if (
         more
         or spot.expert is not None
-        or tuple(layer.op.uncanon(torch.empty(layer.site.shape, device="meta")).shape) != stored
+        or tuple(layer.op.uncanon(torch.empty(layer.site.shape, device="meta")).shape) != shape
     ):
-        raise job.misfit(path, f"'{spot.key}' {stored} is not the layer's weight as the model holds it")
+        raise job.misfit(path, f"'{spot.key}' {shape} is not the layer's weight as the model holds it")
     bias = job.places.find(f"{path}.bias")
     key = bias[0].key if bias and getattr(layer.base_layer, "bias", None) is not None else None
     found = []
     if not m.effect.keeps_weight:
-        found.append(Change(spot.key, name, partial(fold, job, layer, m, False, key), stored, (m,)))
+        found.append(Change(spot.key, name, partial(fold, job, layer, m, False, key), shape, (m,)))
     if shifts(layer, m, asked):
         if key is None:
             raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
@@ -139,17 +139,17 @@ def fold(
     W0, b0 = (beside, own()) if of_bias else (own(), beside)
     assert W is not None and W0 is not None
     base: nn.Module = layer.base_layer
-    held = base._parameters
+    parameters = base._parameters
     with torch.no_grad(), evaluating(layer):
-        held[layer.site.parameter] = nn.Parameter(W0, requires_grad=False)
+        parameters[layer.site.parameter] = nn.Parameter(W0, requires_grad=False)
         if b0 is not None:
-            held["bias"] = nn.Parameter(b0, requires_grad=False)
+            parameters["bias"] = nn.Parameter(b0, requires_grad=False)
         try:
             made = fold_step(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]
             assert made is not None
             made = made if of_bias else layer.op.uncanon(made)
             return made if job.weight == 1 else torch.lerp(value, made.to(value.dtype), job.weight)
         finally:
-            held[layer.site.parameter] = nn.Parameter(nothing(W0), requires_grad=False)
+            parameters[layer.site.parameter] = nn.Parameter(nothing(W0), requires_grad=False)
             if b0 is not None:
-                held["bias"] = nn.Parameter(nothing(b0), requires_grad=False)
+                parameters["bias"] = nn.Parameter(nothing(b0), requires_grad=False)

@@ -60,11 +60,11 @@ class MergingRegistry(Registry):
         self._merge(adapter_names, safe_merge, undoable=True)
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
-        given = None if adapter_names is None else several(adapter_names, "adapter_names")
-        self.check_known(given or ())
+        choice = None if adapter_names is None else several(adapter_names, "adapter_names")
+        self.check_known(choice or ())
         layers, done = self.mergeable_layers(), self.merged_adapters
         active = {layer: [n for n in layer.active_adapters if n in layer.methods] for layer in layers}
-        wanted = active if given is None else {layer: [n for n in given if n in layer.methods] for layer in layers}
+        wanted = active if choice is None else {layer: [n for n in choice if n in layer.methods] for layer in layers}
         chosen = {layer: [n for n in names if n not in layer.merged_adapters] for layer, names in wanted.items()}
         chosen = {layer: names for layer, names in chosen.items() if names}
         names = union(chosen.values())
@@ -87,12 +87,12 @@ class MergingRegistry(Registry):
             if undoable:
                 until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
             warn(f"Active adapters {silent} are not merged: {until}.")
-        told = {layer: own.pop(layer) for layer in [*own] if merging.theirs(layer, merging.DELTA) is not None}
-        before = {layer: list(layer.state.merged) for layer in (*replaced, *told)}
+        by_delta = {layer: own.pop(layer) for layer in [*own] if merging.theirs(layer, merging.DELTA) is not None}
+        before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta)}
         try:  # first, as what clients have put there may raise
             for layer, merge in replaced.items():
                 merge(safe_merge=safe_merge, adapter_names=chosen[layer])
-            for layer, here in told.items():
+            for layer, here in by_delta.items():
                 layer.merge_checked(here, True)
         except BaseException:
             for layer, merged in before.items():
@@ -144,11 +144,11 @@ class MergingRegistry(Registry):
     def _dequantized(self, adapter_names: list[str] | None) -> Iterator[None]:
         """Hold packed weights of the layers of these adapters as plain tensors; as before if the block raises."""
         done = self.merged_adapters
-        given = None if adapter_names is None else several(adapter_names, "adapter_names")
+        choice = None if adapter_names is None else several(adapter_names, "adapter_names")
         layers = [
             layer
             for layer in self.mergeable_layers()
-            if not layer.methods.keys().isdisjoint([*done, *(layer.active_adapters if given is None else given)])
+            if not layer.methods.keys().isdisjoint([*done, *(layer.active_adapters if choice is None else choice)])
         ]
         packed = [(layer, layer.store) for layer in layers if isinstance(layer.store, Quantized)]
         for layer, store in packed:

@@ -376,9 +376,9 @@ class PeftModel(nn.Module):
             inputs, kwargs, names = composed(value, inputs, kwargs, own)
         used = None if names is None else [n for name in names for n in names_in(name)]
         with self._calling("generate" if generates else "forward", used):
-            output, given = self._run(function, names, inputs, kwargs, generates)
+            output, context = self._run(function, names, inputs, kwargs, generates)
         if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
-            registry.call.keep_for_backward(output, given)
+            registry.call.keep_for_backward(output, context)
             if registry.watch is not None and names is None:
                 registry.watch.follow(output, (*inputs, *kwargs.values()))
         return output
@@ -602,15 +602,15 @@ class PeftModel(nn.Module):
             checkpoints.let_train(made, adapter_name, is_trainable)
             made._heads_changed()
             if theirs is not None:
-                told = dict(kwargs, is_trainable=is_trainable, key_mapping=key_mapping)
-                told["autocast_adapter_dtype"] = autocast_adapter_dtype
-                made._hand_over(theirs, values.report, (model_id, adapter_name, told), low_cpu_mem_usage)
+                arguments = dict(kwargs, is_trainable=is_trainable, key_mapping=key_mapping)
+                arguments["autocast_adapter_dtype"] = autocast_adapter_dtype
+                made._hand_over(theirs, values.report, (model_id, adapter_name, arguments), low_cpu_mem_usage)
         return made
 
-    def _hand_over(self, theirs: str, report: LoadReport, told: Told, low_cpu_mem_usage: bool) -> None:
+    def _hand_over(self, theirs: str, report: LoadReport, request: Told, low_cpu_mem_usage: bool) -> None:
         """Call a replaced `load_adapter`, whose call of the original returns the report of what is loaded already."""
-        model_id, adapter_name, options = told
-        self.__dict__["_done"] = told, report
+        model_id, adapter_name, options = request
+        self.__dict__["_done"] = request, report
         try:
             with self._registry.provisional(adapter_name):
                 self.load_adapter(model_id, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, **options)
@@ -653,10 +653,10 @@ class PeftModel(nn.Module):
         Raises:
             as `from_pretrained`; the model is then as it was.
         """
-        told = (model_id, adapter_name, dict(kwargs, is_trainable=is_trainable, key_mapping=key_mapping))
-        told[2]["autocast_adapter_dtype"] = autocast_adapter_dtype
+        request = (model_id, adapter_name, dict(kwargs, is_trainable=is_trainable, key_mapping=key_mapping))
+        request[2]["autocast_adapter_dtype"] = autocast_adapter_dtype
         done = self.__dict__.pop("_done", None)
-        if done is not None and done[0] == told:
+        if done is not None and done[0] == request:
             return done[1]  # type: ignore[no-any-return]
         if all(k in kwargs for k in ("offload_folder", "offload_dir")):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")

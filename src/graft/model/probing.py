@@ -62,8 +62,8 @@ def probed(
     path = os.path.join(merged, CERTIFICATE)
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
-            held = json.load(f)
-        replace(path, write_text(json.dumps(held | {"probe": found}, indent=1) + "\n"))
+            report = json.load(f)
+        replace(path, write_text(json.dumps(report | {"probe": found}, indent=1) + "\n"))
     return found
 
 

@@ -50,8 +50,8 @@ class Reference:
         self.model.delete_adapter(self.name)
 
 
-def tensors(given: Iterable[object]) -> Iterable[Tensor]:
-    return (t for t in given if isinstance(t, Tensor))
+def tensors(values: Iterable[object]) -> Iterable[Tensor]:
+    return (t for t in values if isinstance(t, Tensor))
 
 
 def refer(
@@ -67,11 +67,11 @@ def refer(
     name = f"{adapter_name}-reference" if name is None else name
     config = copy.deepcopy(registry.peft_config[adapter_name])
     config.inference_mode = True
-    held = get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
     if changes_base(config):  # and has done so: beside it a copy is plain
         config.init_lora_weights = True
-        held = {key: t for key, t in held.items() if ".lora_shift." not in key}
-    loaded = Loaded({key: t.detach().clone() for key, t in held.items()}, f"adapter '{adapter_name}'", finite=True)
+        state = {key: t for key, t in state.items() if ".lora_shift." not in key}
+    loaded = Loaded({key: t.detach().clone() for key, t in state.items()}, f"adapter '{adapter_name}'", finite=True)
     with registry.call.gate.preparing(f"reference({adapter_name!r})", ()):
         values = Values(model.get_base_model(), config, name, loaded)
         add(name, config, Options(values=values))

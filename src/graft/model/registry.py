@@ -44,9 +44,9 @@ _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict
 LONGEST_NAME = 255  # bytes
 
 
-def names_for(given: str | Sequence[str] | Composition) -> list[str]:
+def names_for(choice: str | Sequence[str] | Composition) -> list[str]:
     """Return the adapters that `set_adapter` is to make active."""
-    return given.names if isinstance(given, Composition) else one_or_several(given, "set_adapter")
+    return choice.names if isinstance(choice, Composition) else one_or_several(choice, "set_adapter")
 
 
 def how(value: Composition | None) -> tuple[tuple[float, ...] | None, bool]:
@@ -133,7 +133,7 @@ def parameters_of(module: nn.Module, registry: Registry, adapter: str) -> Iterat
     own = {id(slot.tensor) for slot in slots[adapter] if slot.trains and slot.is_parameter}
     adapted = [layer.base_module for layer in registry.parts_of(adapter).layers.values()]
     biases = biases_of(registry.peft_config[adapter], registry.model, adapted, list(registry.wrappers))
-    own |= {id(bias) for bias in biases} - {id(slot.tensor) for held in slots.values() for slot in held}
+    own |= {id(bias) for bias in biases} - {id(slot.tensor) for group in slots.values() for slot in group}
     return ((name, p) for name, p in module.named_parameters() if id(p) in own)
 
 
@@ -421,9 +421,9 @@ class Registry:
 
     def _freeze(self, names: Sequence[str]) -> None:
         """Take back what let frozen adapters train."""
-        held = [name for name in names if name in self.frozen]
-        for part in self.carriers() if held else ():
-            part.set_requires_grad(held, False)
+        frozen_names = [name for name in names if name in self.frozen]
+        for part in self.carriers() if frozen_names else ():
+            part.set_requires_grad(frozen_names, False)
 
     # on and off
 

@@ -153,9 +153,9 @@ def spread(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder, thread = model.get_encoder(), get_ident()
 
-        def put(given: Given) -> None:
+        def put(context: Given) -> None:
             if get_ident() == thread:  # others may run the model as well
-                call.put(given)
+                call.put(context)
 
         handles.append(encoder.register_forward_pre_hook(lambda *_: put(once)))
         handles.append(encoder.register_forward_hook(lambda *_: put(copied)))

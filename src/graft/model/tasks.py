@@ -136,10 +136,10 @@ def _forward(names: str) -> Callable[..., object]:
     def forward(self: PeftModel, *args: object, **kwargs: object) -> object:
         """Run the base model's forward with the arguments that the caller passed: it need not know the others."""
         if args:
-            given = dict(zip(arguments, args))
-            if len(args) > len(arguments) or any([name in kwargs for name in given]):
+            positional = dict(zip(arguments, args))
+            if len(args) > len(arguments) or any([name in kwargs for name in positional]):
                 signature.bind(self, *args, **kwargs)  # raises TypeError
-            kwargs = given | kwargs
+            kwargs = positional | kwargs
         if "task_ids" in kwargs and "task_ids" not in registry_of(self).arguments:
             del kwargs["task_ids"]
         passed = {name: value for name, value in kwargs.items() if value is not None or name not in known}
@@ -250,17 +250,17 @@ class AutoPeftModel:
         hub = hub_keywords(kwargs)
         if revision is not None:
             hub["revision"] = revision
-        stored = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        if stored.base_model_name_or_path is None:
+        cfg = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if cfg.base_model_name_or_path is None:
             raise ValueError(
                 f"The config at '{pretrained_model_name_or_path}' does not name its base model: load that yourself."
             )
-        base_class = cls._base_class(stored, import_allowlist)
+        base_class = cls._base_class(cfg, import_allowlist)
         trusted = kwargs.get("trust_remote_code", False)
         if base_class.__module__.partition(".")[0] == "transformers":  # which would ask the user otherwise
             kwargs["trust_remote_code"] = trusted
         own = {k: kwargs.pop(k) for k in ("allow_nonfinite", "check_digest", "expert_layout") if k in kwargs}
-        base = base_class.from_pretrained(stored.base_model_name_or_path, revision=stored.revision, **kwargs)
+        base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **kwargs)
         cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted, hub)
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task, PeftModel)
         return target.from_pretrained(

@@ -59,8 +59,8 @@ class TunerType(type):
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object):
         cls = super().__new__(mcs, name, bases, namespace, **options)
-        held = {n: getattr(value, "__func__", value) for n, value in namespace.items()}
-        OVERRIDES[cls] = frozenset(n for n, f in held.items() if n in INTERNALS or f not in STEPS.get(n, [f]))
+        functions = {n: getattr(value, "__func__", value) for n, value in namespace.items()}
+        OVERRIDES[cls] = frozenset(n for n, f in functions.items() if n in INTERNALS or f not in STEPS.get(n, [f]))
         if "_method" in namespace:
             OF_METHODS[namespace["_method"]] = cls
         return cls

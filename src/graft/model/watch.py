@@ -266,9 +266,9 @@ REMEDY = (
 def note_start(registry: Watched, adapter: str) -> None:
     """Note for the other processes with which values an adapter begins."""
     if processes() > 1:
-        held = tensors_of(registry, adapter)
-        norms = torch.stack(torch._foreach_norm(held)).tolist() if held else []
-        registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in held]), str(norms))
+        tensors = tensors_of(registry, adapter)
+        norms = torch.stack(torch._foreach_norm(tensors)).tolist() if tensors else []
+        registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
 
 
 def check_averaged(registry: Watched) -> None:
@@ -291,9 +291,9 @@ def check_averaged(registry: Watched) -> None:
     if any([is_managed(layer.base_layer) for layer in registry.layers.values()]):
         late = [name for name, slot, _ in found if trains(slot.tensor) and is_late(slot)]
         refuse(late, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
-    kept = mastered([*registry.model.parameters(), *trained.values()])
-    if kept:
-        refuse([n for n, p in trained.items() if id(p) not in kept], "DeepSpeed", "call deepspeed.initialize again")
+    ids = mastered([*registry.model.parameters(), *trained.values()])
+    if ids:
+        refuse([n for n, p in trained.items() if id(p) not in ids], "DeepSpeed", "call deepspeed.initialize again")
     if any([layout_of(slot.tensor) is not None or is_managed(slot.owner) for _, slot, _ in found]):
         compare_starts(registry)
 
@@ -339,8 +339,8 @@ def slots_of_active(registry: Watched) -> Iterable[tuple[str, Slot, bool]]:
 def tensors_of(registry: Watched, adapter: str) -> list[Tensor]:
     """Return the floating tensors of an adapter that have values."""
     slots = (s for carrier, name in carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
-    held = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
-    return [t for t in held if t.numel() and layout_of(t) is None]
+    tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
+    return [t for t in tensors if t.numel() and layout_of(t) is None]
 
 
 def is_late(slot: Slot) -> bool:

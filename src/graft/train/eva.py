@@ -259,7 +259,7 @@ def _apply(registry: LayerRegistry, adapter: str, values: dict[str, Tensor]) -> 
     check(adapter, layers, values)
     cfg: Any = registry.peft_config[adapter]
     tree = survey(registry.model)
-    kept, missing = {}, []
+    by_key, missing = {}, []
     for key, layer in layers.items():
         here = cfg.at(key)
         r, alpha = here.r, here.lora_alpha
@@ -273,11 +273,11 @@ def _apply(registry: LayerRegistry, adapter: str, values: dict[str, Tensor]) -> 
             alpha *= len(A) / r if cfg.eva_config.adjust_scaling_factors else 1
             r = len(A)
         begin_anew(layer, adapter, r, alpha, A)
-        kept[key] = (r, alpha)
-    others = [key for key in tree.modules if key not in kept]
-    cfg.target_modules = minimal_names(kept, others) if len(kept) >= COMPRESS_FROM else set(kept)
-    cfg.rank_pattern = {key: r for key, (r, _) in kept.items() if r != cfg.r}
-    cfg.alpha_pattern = {key: alpha for key, (_, alpha) in kept.items() if alpha != cfg.lora_alpha}
+        by_key[key] = (r, alpha)
+    others = [key for key in tree.modules if key not in by_key]
+    cfg.target_modules = minimal_names(by_key, others) if len(by_key) >= COMPRESS_FROM else set(by_key)
+    cfg.rank_pattern = {key: r for key, (r, _) in by_key.items() if r != cfg.r}
+    cfg.alpha_pattern = {key: alpha for key, (_, alpha) in by_key.items() if alpha != cfg.lora_alpha}
     if missing:
         warn(
             "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
@@ -369,10 +369,10 @@ def get_eva_state_dict(
         registry.check_known([adapter_name])
         peft_config = registry.peft_config[adapter_name] if peft_config is None else peft_config
         prefix = next(name for name, m in model.named_modules() if m is registry.model) + "."
-        held = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
-        refuse_pieces(((key, layer.site) for key, layer in held.items()), "EVA measures inputs")
-        layers: dict[str, nn.Module] = {f"{prefix}{key}": m for key, m in held.items() if m.op.linear}
-        ranks = {f"{prefix}{key}": peft_config.at(key).r for key, m in held.items() if m.op.linear}
+        with_adapter = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
+        refuse_pieces(((key, layer.site) for key, layer in with_adapter.items()), "EVA measures inputs")
+        layers: dict[str, nn.Module] = {f"{prefix}{key}": m for key, m in with_adapter.items() if m.op.linear}
+        ranks = {f"{prefix}{key}": peft_config.at(key).r for key, m in with_adapter.items() if m.op.linear}
     elif peft_config is None:
         raise ConfigError("peft_config is required if model is not a PeftModel")
     else:

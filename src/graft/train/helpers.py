@@ -158,9 +158,9 @@ def prepare_model_for_kbit_training(
 
 def kept_as_they_are(m: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a packed layer that keep their dtype: scales; a bias beside a tensor made of others."""
-    held = {name: p for name, p in m._parameters.items() if p is not None}
-    fixed = any(map(is_composed, held.values()))  # the layer computes in the dtype of that tensor
-    return [p for name, p in held.items() if fixed or name != "bias"]
+    parameters = {name: p for name, p in m._parameters.items() if p is not None}
+    fixed = any(map(is_composed, parameters.values()))  # the layer computes in the dtype of that tensor
+    return [p for name, p in parameters.items() if fixed or name != "bias"]
 
 
 def checkpoint(model: nn.Module, options: dict[str, object]) -> None:

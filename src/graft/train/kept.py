@@ -30,8 +30,8 @@ class Kept:
 
     def parameters(self, group: int) -> list[nn.Parameter]:
         """Return the parameters of a group."""
-        held: list[nn.Parameter] = self.groups[group]["params"]
-        return held
+        parameters: list[nn.Parameter] = self.groups[group]["params"]
+        return parameters
 
     def check(self) -> None:
         """Check that its state can be kept by name.
@@ -83,24 +83,24 @@ class OfZero3(Kept):
 
     def parameters(self, group: int) -> list[nn.Parameter]:
         of = self.outer.sub_group_to_group_id
-        return [p for sub, held in enumerate(self.outer.fp16_groups) if of[sub] == group for p in held]
+        return [p for sub, parameters in enumerate(self.outer.fp16_groups) if of[sub] == group for p in parameters]
 
     def states(self) -> Iterator[tuple[nn.Parameter, State]]:
         from deepspeed.utils import safe_get_full_optimizer_state as whole
 
-        for flat, held in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
+        for flat, parameters in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
             state = self.inner.state.get(flat, {})
-            for p in held if state else ():
+            for p in parameters if state else ():
                 yield p, {key: whole(p, key).clone() if is_like(v, flat) else v for key, v in state.items()}
 
     def put(self, states: list[tuple[nn.Parameter, int, State]], others: dict[Any, Any]) -> None:
-        given = {id(p): state for p, _, state in states}
+        state_of = {id(p): state for p, _, state in states}
         self.inner.state.clear()
         self.inner.state.update(others)
-        for flat, held in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
-            if not (here := [p for p in held if id(p) in given]):
+        for flat, parameters in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
+            if not (here := [p for p in parameters if id(p) in state_of]):
                 continue
-            first = given[id(here[0])]
+            first = state_of[id(here[0])]
             self.inner.state[flat] = {
                 key: torch.zeros_like(flat)
                 if is_like(value, here[0], numbers=here[0].ds_numel)
@@ -108,7 +108,7 @@ class OfZero3(Kept):
                 for key, value in first.items()
             }
             for p in here:
-                for key, value in given[id(p)].items():
+                for key, value in state_of[id(p)].items():
                     if is_like(value, p, numbers=p.ds_numel):
                         put_part(p, key, value)
 
@@ -128,7 +128,7 @@ def kept_by(optimizer: Any) -> Kept:
     return Kept(optimizer)
 
 
-def check_spread(values: Mapping[str, Tensor], kept: Kept) -> None:
+def check_spread(values: Mapping[str, Tensor], optimizer_states: Kept) -> None:
     """Raise DistributedError unless all values can be put together, and the optimizer is the one that trains them."""
     masters = mastered(values.values())
     for name, t in values.items():
@@ -138,7 +138,7 @@ def check_spread(values: Mapping[str, Tensor], kept: Kept) -> None:
                 f"'{name}' is a slice of a flat parameter of FSDP1, whose optimizer's state belongs to no parameter: "
                 "use FSDP2 (fully_shard), or the checkpoints of your trainer."
             )
-        if id(t) in masters and not isinstance(kept, OfZero3):
+        if id(t) in masters and not isinstance(optimizer_states, OfZero3):
             raise DistributedError(
                 f"DeepSpeed keeps the values of '{name}' that train. If this is ZeRO-3, pass engine.optimizer; ZeRO-1 "
                 "and ZeRO-2 cannot be resumed by name: use DeepSpeed's own checkpoints."

@@ -44,8 +44,8 @@ def replace_lora_weights_loftq(
     if registry is None:
         raise TypeError("The passed model does not appear to be a valid PeftModel")
     registry.check_known([adapter_name])
-    held = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
-    packed = {key: m for key, m in held.items() if not m.store.exact and m.op.linear and hasattr(m, "lora_A")}
+    with_adapter = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
+    packed = {key: m for key, m in with_adapter.items() if not m.store.exact and m.op.linear and hasattr(m, "lora_A")}
     reasons = {key: m.held.unread() for key, m in packed.items()}
     layers = {key: m for key, m in packed.items() if reasons[key] is None}
     if not layers:

@@ -103,8 +103,8 @@ def check(layer: AdapterLayer, name: str, optimizer: Optimizer) -> None:
 
 def moments(optimizer: Optimizer, p: nn.Parameter) -> list[Tensor]:
     """Return what an optimizer keeps for each entry of a parameter."""
-    held = optimizer.state.get(p, {}).values()
-    return [t for t in held if isinstance(t, Tensor) and t.numel() == p.numel() and t.dim()]
+    state = optimizer.state.get(p, {}).values()
+    return [t for t in state if isinstance(t, Tensor) and t.numel() == p.numel() and t.dim()]
 
 
 def begin(m: Method) -> None:

@@ -101,9 +101,9 @@ class Resumable(Listener):
             self._job = None
 
     def _folder(self, args: Any, state: TrainerState) -> str:
-        told = self.folder or args.resume_from_checkpoint
-        if told and os.path.isdir(told):
-            return os.fspath(told)
+        folder = self.folder or args.resume_from_checkpoint
+        if folder and os.path.isdir(folder):
+            return os.fspath(folder)
         return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
 

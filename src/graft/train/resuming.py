@@ -209,29 +209,29 @@ class Taken:
     ) -> None:  # fmt: skip
         self.model, self.loader = model, loader
         check_scheduler(inside(scheduler))
-        self.kept = kept = kept_by(inside(optimizer))
-        self.values = values_of(model, kept)
-        check_spread({name: v.tensor for name, v in self.values.items()}, kept)
-        kept.check()
+        self.kept = optimizer_states = kept_by(inside(optimizer))
+        self.values = values_of(model, optimizer_states)
+        check_spread({name: v.tensor for name, v in self.values.items()}, optimizer_states)
+        optimizer_states.check()
         names = {id(v.tensor): name for name, v in self.values.items()}
-        self.names, self.what = names, type(kept.inner).__name__
+        self.names, self.what = names, type(optimizer_states.inner).__name__
         self.tensors: dict[str, Tensor] = {}
         tensors = self.tensors
-        options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in kept.groups]
+        options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer_states.groups]
         self.note: Json = {
             "format": FORMAT,
             "step": number(step),
             "extra": pack(extra, tensors, "extra"),
             "processes": processes(),
-            "optimizer": called(kept.inner),
+            "optimizer": called(optimizer_states.inner),
             "groups": [
                 {
-                    "params": [names[id(p)] for p in kept.parameters(i)],
-                    **{k: pack(v, tensors, f"{self.what}, option '{k}'") for k, v in held.items()},
+                    "params": [names[id(p)] for p in optimizer_states.parameters(i)],
+                    **{k: pack(v, tensors, f"{self.what}, option '{k}'") for k, v in group.items()},
                 }
-                for i, held in enumerate(options)
+                for i, group in enumerate(options)
             ],
-            "others": pack(kept.others(), tensors, self.what),
+            "others": pack(optimizer_states.others(), tensors, self.what),
             "scheduler": None if scheduler is None else with_rules(inside(scheduler)),
             "schedule": None if scheduler is None else pack(inside(scheduler).state_dict(), tensors, called(scheduler)),
         }
@@ -278,7 +278,7 @@ def adapters_of(model: nn.Module) -> list[str]:
     return [name for name in registry.peft_config if name not in registry.frozen]
 
 
-def values_of(model: nn.Module, kept: Kept) -> dict[str, Value]:
+def values_of(model: nn.Module, optimizer_states: Kept) -> dict[str, Value]:
     """Return all tensors of the adapters, and all parameters in an optimizer, by name without wrappers.
 
     Raises:
@@ -299,8 +299,8 @@ def values_of(model: nn.Module, kept: Kept) -> dict[str, Value]:
         for place, slot in slots(inner, adapter):
             name = names.get(id(slot.tensor), f"{place}.{adapter}")
             found.setdefault(name, Value(slot.tensor, adapter, slot))
-    for i in range(len(kept.groups)):
-        for p in kept.parameters(i):
+    for i in range(len(optimizer_states.groups)):
+        for p in optimizer_states.parameters(i):
             if id(p) not in names:
                 raise ConfigError(
                     f"Group {i} of the optimizer has a parameter of shape {tuple(p.shape)} that is not the model's "
@@ -551,8 +551,8 @@ class Resume:
     def put_optimizer(self) -> None:
         if "optimizer" in self.report.fresh:
             return
-        kept, states, own = self.kept, self.note["states"], self.names_of_groups()
-        for group, names in zip(kept.groups, own):
+        optimizer_states, states, own = self.kept, self.note["states"], self.names_of_groups()
+        for group, names in zip(optimizer_states.groups, own):
             then = max(self.note["groups"], key=lambda g: len(names & set(g["params"])))
             if names & set(then["params"]):
                 for k, value in then.items():
@@ -560,11 +560,11 @@ class Resume:
                         group[k] = placed(value, group.get(k))
         taken = [
             (p, i, states[name])
-            for i in range(len(kept.groups))
-            for p in kept.parameters(i)
+            for i in range(len(optimizer_states.groups))
+            for p in optimizer_states.parameters(i)
             if (name := self.names[id(p)]) in states and name not in self.report.fresh
         ]
-        kept.put(taken, self.note["others"])
+        optimizer_states.put(taken, self.note["others"])
 
     def put_generators(self) -> None:
         if self.mine is None or "generators" in self.report.fresh:
@@ -577,11 +577,11 @@ class Resume:
         for i, g in enumerate(generators_in(self.loader)):
             if f"loader:{i}" in self.drawn:
                 g.set_state(self.drawn[f"loader:{i}"])
-        for name, held in self.drawn.items():
+        for name, rng_state in self.drawn.items():
             device = torch.device(name) if name != "cpu" and not name.startswith("loader:") else None
             if device is not None and name in here:
                 module = torch.get_device_module(device)
-                module.set_rng_state(held) if device.type == "mps" else module.set_rng_state(held, device)
+                module.set_rng_state(rng_state) if device.type == "mps" else module.set_rng_state(rng_state, device)
 
 
 def placed(value: object, now: object) -> object:

@@ -26,9 +26,9 @@ TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has n
 def write(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -> None:
     """Write tensors, and a note as `pack` makes it, with a digest of both."""
     text = json.dumps(note).encode()
-    held = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    held[note_name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    replace(path, lambda to: write_safetensors(to, held, {"format": "pt", KEY: digest_of(held)}))
+    on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    on_cpu[note_name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    replace(path, lambda to: write_safetensors(to, on_cpu, {"format": "pt", KEY: digest_of(on_cpu)}))
 
 
 def read(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]:

@@ -171,8 +171,8 @@ class AdaLoRA(Method[AdaLoraConfig]):
                 f"AdaLoRA does not adapt stacks of experts (layer '{site.key}'), whose matrices would share singular "
                 "values: take LoRA there, or leave it out of target_parameters."
             )
-        kept = cfg.rank_mask(site.key)
-        r = cfg.init_r if kept is None else sum(kept)
+        mask = cfg.rank_mask(site.key)
+        r = cfg.init_r if mask is None else sum(mask)
         A, E, B = torch.randn(r, site.fan_in), torch.randn(r, 1), torch.randn(site.out_features, r)
         return dict(
             r=r,
@@ -214,21 +214,21 @@ class AdaLoRA(Method[AdaLoraConfig]):
 
     def stored(self, values: Tensors, cfg: AdaLoraConfig) -> Tensors:
         """Return the singular triples that the layer kept."""
-        kept = cfg.rank_mask(self.site.key)
-        if kept is None:
+        mask = cfg.rank_mask(self.site.key)
+        if mask is None:
             return values
         return {
-            (name, path): t.index_select(triples(name), where(kept, t)) if len(kept) == t.shape[triples(name)] else t
+            (name, path): t.index_select(triples(name), where(mask, t)) if len(mask) == t.shape[triples(name)] else t
             for (name, path), t in values.items()  # an adapter from a file has no others
         }
 
-    def restored(self, stored: Tensors, cfg: AdaLoraConfig) -> Tensors:
+    def restored(self, tensors: Tensors, cfg: AdaLoraConfig) -> Tensors:
         """Put the triples of the file in their places; the others get the singular value 0."""
-        kept = cfg.rank_mask(self.site.key)
-        if kept is None:
-            return stored
+        mask = cfg.rank_mask(self.site.key)
+        if mask is None:
+            return tensors
         out = {}
-        for (name, path), t in stored.items():
+        for (name, path), t in tensors.items():
             if name not in TENSORS:
                 out[name, path] = t
                 continue
@@ -236,10 +236,10 @@ class AdaLoRA(Method[AdaLoraConfig]):
             if (
                 t.dim() == here.dim()
                 and t.shape != here.shape
-                and (len(kept), sum(kept)) == (here.shape[dim], t.shape[dim])
+                and (len(mask), sum(mask)) == (here.shape[dim], t.shape[dim])
             ):
                 all_ = torch.zeros_like(here) if name == "lora_E" else here.detach().clone()
-                t = all_.index_copy_(dim, where(kept, here), t.to(here))
+                t = all_.index_copy_(dim, where(mask, here), t.to(here))
             out[name, path] = t
         return out
 
@@ -271,5 +271,5 @@ def triples(container: str) -> int:
     return 1 if container == "lora_B" else 0
 
 
-def where(kept: list[bool], like: Tensor) -> Tensor:
-    return torch.tensor(kept, device=like.device).nonzero()[:, 0]
+def where(mask: list[bool], like: Tensor) -> Tensor:
+    return torch.tensor(mask, device=like.device).nonzero()[:, 0]

@@ -197,17 +197,17 @@ def resize_modules_by_rank_pattern(
         NotImplementedError: its tensors are spread over processes.
     """
     tuner.check_known([adapter_name])
-    kept: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
     for name, mask in rank_pattern.items():
         key = name.removesuffix(f".{adapter_name}").removesuffix(".lora_E")
         layer = tuner.layers.get(key)
         if layer is None or adapter_name not in layer.methods:
             raise ConfigError(f"rank_pattern names '{key}', where AdaLoRA adapter '{adapter_name}' has no layer.")
         E = layer.methods[adapter_name].lora_E
-        kept[key] = torch.as_tensor(mask, dtype=torch.bool, device=E.device).flatten()
-        if len(kept[key]) != len(E):
+        masks[key] = torch.as_tensor(mask, dtype=torch.bool, device=E.device).flatten()
+        if len(masks[key]) != len(E):
             raise ConfigError(
-                f"rank_pattern has {len(kept[key])} entries for '{key}', where AdaLoRA adapter '{adapter_name}' has "
+                f"rank_pattern has {len(masks[key])} entries for '{key}', where AdaLoRA adapter '{adapter_name}' has "
                 f"{len(E)} singular triples: give a mask of these."
             )
         if adapter_name in layer.merged_adapters:
@@ -216,7 +216,7 @@ def resize_modules_by_rank_pattern(
             raise NotImplementedError(
                 f"AdaLoRA adapter '{adapter_name}' has tensors spread over processes: resize it before that."
             )
-    for key, mask in kept.items():
+    for key, mask in masks.items():
         layer = tuner.layers[key]
         for name, of_columns in (("lora_E", False), ("lora_A", False), ("lora_B", True)):
             old = getattr(layer, name)[adapter_name]

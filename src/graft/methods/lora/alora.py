@@ -82,8 +82,8 @@ def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> 
     def follow(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if get_ident() != thread:  # others may run the model as well
             return
-        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
-        inputs = next((t for t in given if t is not None), None)
+        candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        inputs = next((t for t in candidates if t is not None), None)
         if inputs is None:
             return
         new = inputs.shape[1]
@@ -117,9 +117,9 @@ def find(tuner: Tuner, run: Run) -> dict[str, Offsets]:
     names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
     all_tokens = {name: getattr(tuner.peft_config[name], "alora_invocation_tokens", None) for name in names}
     tokens = {name: invocation for name, invocation in all_tokens.items() if invocation}
-    given, ids = run.own.get(ARGUMENT), ids_of(run)
-    if given is not None:
-        offsets = offsets_from(given, run)
+    value, ids = run.own.get(ARGUMENT), ids_of(run)
+    if value is not None:
+        offsets = offsets_from(value, run)
         return dict.fromkeys(tokens, offsets)
     if ids is None:
         where = "during generate as input_ids are not available" if run.generates else ONLY_EMBEDS
@@ -148,12 +148,12 @@ def last(ids: Tensor, invocation: Tensor) -> Tensor:
     return torch.where(start > 0, positions - start + 1, 0)
 
 
-def offsets_from(given: object, run: Run) -> Offsets:
+def offsets_from(value: object, run: Run) -> Offsets:
     """Return the caller's offsets: a number for each row, or None where the adapter is not to act."""
-    values = given.tolist() if isinstance(given, Tensor) else list(given) if isinstance(given, Sequence) else None
+    values = value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, Sequence) else None
     if values is None or not all(v is None or (isinstance(v, int) and v >= 0) for v in values):
         raise ConfigTypeError(
-            f"{ARGUMENT} takes one number of positions (from the invocation to the end) or None per row, got {given!r}."
+            f"{ARGUMENT} takes one number of positions (from the invocation to the end) or None per row, got {value!r}."
         )
     tensors = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     if tensors and len(values) not in {len(t) for t in tensors}:

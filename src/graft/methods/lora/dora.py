@@ -140,8 +140,8 @@ class DoRA(LoRA):
 
     def kept_norm(self) -> Tensor:
         """Return the norms, computed once for each state of the tensors that they depend on."""
-        of, kept = (self.layer.weight, *self.pair), self.kept
-        if kept is None or not kept.holds(of, self.scaling):
+        of, cache = (self.layer.weight, *self.pair), self.kept
+        if cache is None or not cache.holds(of, self.scaling):
             norm = self.norm_now()
-            kept = self.kept = Kept(norm, of, self.scaling)
-        return kept.norm
+            cache = self.kept = Kept(norm, of, self.scaling)
+        return cache.norm

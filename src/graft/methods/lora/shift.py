@@ -91,16 +91,16 @@ def near(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max()))
 
 
-def restored(lora: Method, stored: Tensors) -> Tensors:
+def restored(lora: Method, tensors: Tensors) -> Tensors:
     """Complete a file's tensors: one of PEFT holds no shift, which is then computed anew where that is possible."""
     shift = lora.lora_shift
-    stored_shift = {place[1]: t for place, t in stored.items() if place[0] == NAME}
+    stored_shift = {place[1]: t for place, t in tensors.items() if place[0] == NAME}
     complete = stored_shift.keys() >= {"A", "B", "sample"}
     shift.before = None
     if shift.done:
         here = {(NAME, n): getattr(shift, n) for n in ("A", "B", "sample")}
         if not complete:  # the base stays as this adapter has it
-            return stored | here
+            return tensors | here
         if not all(torch.equal(stored_shift[n].to(here[NAME, n]), here[NAME, n]) for n in "AB"):
             if lora.cfg.init_lora_weights == "loftq" or not lora.layer.store.exact:
                 raise ConfigError(
@@ -109,8 +109,8 @@ def restored(lora: Method, stored: Tensors) -> Tensors:
                     "model."
                 )
             shift.before = here[NAME, "A"].clone(), here[NAME, "B"].clone()
-        return stored
-    return stored if complete else stored | computed(lora)
+        return tensors
+    return tensors if complete else tensors | computed(lora)
 
 
 def computed(lora: Method) -> Tensors:

@@ -161,8 +161,8 @@ def eigens_of(W: Tensor, C: Tensor, r: int, method: str, key: str) -> CordaEigen
         damp *= 2
     U, S, Vh = torch.linalg.svd(W @ damped, full_matrices=False)
     V = (Vh @ inverse).T
-    kept = slice(r) if method == "ipm" else slice(len(S) - r, None)
-    return CordaEigens(S[kept].clone(), U[:, kept].clone(), V[:, kept].clone())
+    cut = slice(r) if method == "ipm" else slice(len(S) - r, None)
+    return CordaEigens(S[cut].clone(), U[:, cut].clone(), V[:, cut].clone())
 
 
 GRADIENT = "_peft_loraga_grad"  # attribute of a base layer, as in PEFT

@@ -108,8 +108,8 @@ def to_file(values: Tensors) -> Tensors:
     return {place: t / 2 if place == PLACE else t for place, t in values.items()}
 
 
-def from_file(stored: Tensors) -> Tensors:
-    return {place: t * 2 if place == PLACE else t for place, t in stored.items()}
+def from_file(tensors: Tensors) -> Tensors:
+    return {place: t * 2 if place == PLACE else t for place, t in tensors.items()}
 
 
 class Started(Method[LoraConfig]):
@@ -160,9 +160,9 @@ class Started(Method[LoraConfig]):
     def stores_as_held(self) -> bool:
         return type(self).stored is Started.stored and not self.keeps_shift and not self.along
 
-    def restored(self, stored: Tensors, cfg: PeftConfig) -> Tensors:
-        stored = shift.restored(self, stored) if self.keeps_shift else stored
-        return from_file(stored) if self.along else stored
+    def restored(self, tensors: Tensors, cfg: PeftConfig) -> Tensors:
+        tensors = shift.restored(self, tensors) if self.keeps_shift else tensors
+        return from_file(tensors) if self.along else tensors
 
     def loaded(self) -> None:
         if self.keeps_shift:

@@ -106,12 +106,12 @@ def empty(network: nn.Module) -> Cache:
     return DynamicCache(config=network.config)
 
 
-def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, given: dict[str, Any]) -> Tensor | None:
+def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, inputs: dict[str, Any]) -> Tensor | None:
     """Return the loss of what the model's head makes of s, (rows, tokens, hidden); None for tasks without one."""
-    labels, model = given["labels"], tuner.model
+    labels, model = inputs["labels"], tuner.model
     if cfg.task_type == "SEQ_CLS":
         head = tuner.shared.containers["shadow_head"][name]
-        logits = pooled(head(s.to(dtype_of(head))), given.get("input_ids"), model.config.pad_token_id)
+        logits = pooled(head(s.to(dtype_of(head))), inputs.get("input_ids"), model.config.pad_token_id)
         return classification(model.config, logits, labels)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return None if head is None else next_token(head(s.to(dtype_of(head))), labels)
@@ -193,14 +193,14 @@ def detached_class() -> type[PreTrainedModel]:
         ) -> object:
             """Return logits, and with labels the loss, as the base model's class does."""
             kwargs.pop("return_dict", None)
-            kept: Any = kwargs.pop("logits_to_keep", 0)
+            tail: Any = kwargs.pop("logits_to_keep", 0)
             out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
             hidden: Tensor = self.shadow_hidden_projection(out.last_hidden_state)
             if self.classifies:
                 logits = pooled(self.head(hidden), input_ids, self.config.pad_token_id)
                 loss = None if labels is None else classification(self.config, logits, labels)
                 return SequenceClassifierOutput(loss=loss, logits=logits)
-            logits = self.head(hidden[:, -kept:] if isinstance(kept, int) else hidden[:, kept])
+            logits = self.head(hidden[:, -tail:] if isinstance(tail, int) else hidden[:, tail])
             loss = None if labels is None else next_token(logits, labels)
             name = next((n for n in NAMES if n in out), None)
             return CausalLMOutputWithPast(loss=loss, logits=logits, **({name: out[name]} if name else {}))
@@ -232,10 +232,10 @@ def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) ->
 
 
 def detach(tuner: Tuner, name: str, separate: bool) -> object:
-    model, held = tuner.model, tuner.shared.containers
-    network, projection = held["shadow_backbone"][name], held["shadow_projection"][name]
-    classifies = "shadow_head" in held and name in held["shadow_head"]
-    head = held["shadow_head"][name] if classifies else model.get_output_embeddings()
+    model, containers = tuner.model, tuner.shared.containers
+    network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
+    classifies = "shadow_head" in containers and name in containers["shadow_head"]
+    head = containers["shadow_head"][name] if classifies else model.get_output_embeddings()
     lacks = hasattr(network, "needs_embeddings")
     embeddings = model.get_input_embeddings() if lacks else None
     if separate:

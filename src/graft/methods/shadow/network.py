@@ -53,10 +53,10 @@ class ShadowConfig(Targeted, LayerRange):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {value}")
-        given = [f"shadow_{size}" for size in SIZES if getattr(self, f"shadow_{size}") is not None]
-        if self.shadow_model != MIRROR and given:
+        names = [f"shadow_{size}" for size in SIZES if getattr(self, f"shadow_{size}") is not None]
+        if self.shadow_model != MIRROR and names:
             raise ConfigError(
-                f"{', '.join(given)} can only be set with shadow_model='{MIRROR}': '{self.shadow_model}' has sizes of "
+                f"{', '.join(names)} can only be set with shadow_model='{MIRROR}': '{self.shadow_model}' has sizes of "
                 "its own."
             )
 

@@ -107,8 +107,8 @@ class Pass:
 
     def start(self, name: str, inputs_embeds: Tensor | None = None) -> Tensor:
         """Return the state before the first block, (rows, tokens, hidden): the network's output, projected."""
-        held = self.tuner.shared.containers
-        network, projection = held["shadow_backbone"][name], held["shadow_projection"][name]
+        containers = self.tuner.shared.containers
+        network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
         takes = signature(network.forward).parameters
         device, dtype = place_of(network)
         own = {key: self.given[key] for key in TAKEN if key in takes and self.given.get(key) is not None}

@@ -48,8 +48,8 @@ class Row:
         """Return the gradients, in memory that the next pass leaves alone; None for those that are not there."""
         if self.gradient is None:
             return [g if got else None for g, got in zip(self.gradients, self.got)]
-        kept = self.gradient.clone()
-        views = (kept[a:b].view(p.shape) for (a, b), p in zip(self.places, self.parameters))
+        clone = self.gradient.clone()
+        views = (clone[a:b].view(p.shape) for (a, b), p in zip(self.places, self.parameters))
         return [view if got else None for view, got in zip(views, self.got)]
 
     def add(self, earlier: Sequence[Tensor | None]) -> None:
@@ -178,12 +178,12 @@ class Banks:
     @torch.no_grad()
     def gather(self, names: Iterable[str]) -> None:
         """Take the gradients of a pass for these adapters into their rows."""
-        into, given = list[Tensor](), list[Tensor]()
+        into, gradients = list[Tensor](), list[Tensor]()
         for bank in self.banks:
             for tensor, gradient, rows, place in bank.leaves.values():
                 if tensor.grad is not None:
                     into.append(gradient)
-                    given.append(tensor.grad)
+                    gradients.append(tensor.grad)
                     tensor.grad = None
                     for row in rows:
                         row.got[place] = True
@@ -201,10 +201,10 @@ class Banks:
                     later[1].append(grad)
                 else:
                     into.append(row.gradients[i])  # type: ignore[arg-type]
-                    given.append(grad)
+                    gradients.append(grad)
                 row.got[i] = True
         if into:
-            torch._foreach_copy_(into, given)
+            torch._foreach_copy_(into, gradients)
         if later[0]:
             torch._foreach_add_(*later)
 

@@ -29,8 +29,8 @@ State = dict[str, Any]
 def in_order(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Return parameters group by group, and then those that the optimizer does not have."""
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    own, held = {id(p) for p in parameters}, {id(p) for p in grouped}
-    return [*(p for p in grouped if id(p) in own), *(p for p in parameters if id(p) not in held)]
+    own, ids = {id(p) for p in parameters}, {id(p) for p in grouped}
+    return [*(p for p in grouped if id(p) in own), *(p for p in parameters if id(p) not in ids)]
 
 
 def may_flatten(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> bool:

@@ -67,8 +67,8 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
     Raises:
         ConfigError: they have other numbers of rows, or none.
     """
-    given = arguments.among(part.batch)
-    tensors = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.dim()}
+    kwargs = arguments.among(part.batch)
+    tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim()}
     rows = {len(v) for v in tensors.values()}
     if len(rows) != 1:
         found = {k: tuple(v.shape) for k, v in tensors.items()} or f"only {sorted(part.batch)}"
@@ -79,9 +79,9 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
     if rows == {0}:
         raise ConfigError(f"Run '{part.name}': a batch has no rows: leave it out.")
     lengths = [v.shape[1] for v in tensors.values() if v.dim() > 1]
-    masked = arguments.exact and is_masked(given.get(MASK))
+    masked = arguments.exact and is_masked(kwargs.get(MASK))
     alike: list[tuple[object, ...]] = [("masked", masked)]
-    for key, value in sorted(given.items()):
+    for key, value in sorted(kwargs.items()):
         if key not in tensors:
             alike.append((key, number_of(value) if isinstance(value, Tensor) else repr(value)))
         elif key == MASK and value.dim() == 2:
@@ -124,33 +124,33 @@ def groups(parts: Sequence[Part], arguments: Arguments, at_once: int) -> list[li
 
 def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[Batch, Cut]:
     """Return the arguments of one pass for all parts, padded on the right with zeros, and the way back."""
-    given = [arguments.among(part.batch) for part in parts]
-    mains = [main_of(g) for g in given]
+    batches = [arguments.among(part.batch) for part in parts]
+    mains = [main_of(g) for g in batches]
     lengths = [m.shape[1] if m.dim() > 1 else 1 for m in mains]
-    if arguments.masks and (len({*lengths}) > 1 or any(MASK in g for g in given)):
-        for g, main in zip(given, mains):
+    if arguments.masks and (len({*lengths}) > 1 or any(MASK in g for g in batches)):
+        for g, main in zip(batches, mains):
             if MASK not in g:
                 g[MASK] = torch.ones(main.shape[:2], dtype=torch.long, device=main.device)
     out = {}
-    for key, first in given[0].items():
-        values = [g[key] for g in given]
+    for key, first in batches[0].items():
+        values = [g[key] for g in batches]
         if not (isinstance(first, Tensor) and first.dim()):
             out[key] = first
             continue
         if first.dim() > 1 and len({v.shape[1] for v in values}) > 1:
             values = widened(values)
         out[key] = values[0] if len(values) == 1 else torch.cat(values)
-    follows = [next((g[k] for k in DECODER if k in g), main) for g, main in zip(given, mains)]
+    follows = [next((g[k] for k in DECODER if k in g), main) for g, main in zip(batches, mains)]
     return out, Cut([len(m) for m in mains], [f.shape[1] if f.dim() > 1 else 1 for f in follows])
 
 
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds")  # whose tokens the output has, if they are there
 
 
-def main_of(given: Batch) -> Tensor:
+def main_of(kwargs: Batch) -> Tensor:
     """Return the argument that has the tokens: the first tensor that is no mask."""
-    tensors = [v for k, v in given.items() if isinstance(v, Tensor) and v.dim() and k != MASK]
-    return max(tensors, key=lambda t: t.dim() > 1) if tensors else given[MASK]
+    tensors = [v for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim() and k != MASK]
+    return max(tensors, key=lambda t: t.dim() > 1) if tensors else kwargs[MASK]
 
 
 def widened(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -18,16 +18,16 @@ def draw(ranked: Sequence[Any], path: str) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    kept = [trial for trial in ranked if trial.state == "kept"][:COLOURED]
+    best = [trial for trial in ranked if trial.state == "kept"][:COLOURED]
     for trial in reversed(ranked):
         steps, losses = [point[0] for point in trial.curve], smooth([point[1] for point in trial.curve])
-        if trial in kept:
+        if trial in best:
             said = ", ".join(f"{k}={short(v)}" for k, v in trial.setting.items())
             axes.plot(steps, losses, lw=2, zorder=3, label=f"{said}: {trial.loss:.4f}")
         else:
             axes.plot(steps, losses, lw=0.8, color="0.7", zorder=2)
     axes.set(
-        xlabel="step", ylabel="training loss, smoothed", title=f"{len(ranked)} settings; {len(kept)} trained to the end"
+        xlabel="step", ylabel="training loss, smoothed", title=f"{len(ranked)} settings; {len(best)} trained to the end"
     )
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], title="setting: validation loss", fontsize=8)

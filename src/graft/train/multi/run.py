@@ -270,15 +270,15 @@ class Run:
         """Return the gradients of the batches of the step under way, by parameter; None if there is none."""
         if self._sums is None:
             return None
-        held = {id(p): grad for p, grad in zip(self.order, self._sums)}
-        return [held[id(p)] for p in self.parameters]
+        sums = {id(p): grad for p, grad in zip(self.order, self._sums)}
+        return [sums[id(p)] for p in self.parameters]
 
     def take_up(self, losses: list[Tensor], gradients: list[Tensor | None] | None) -> None:
         """Put back what `losses` and `gradients` were."""
         self.losses = [loss.to(self.parameters[0].device) for loss in losses]
         if gradients is not None:
-            held = {id(p): None if g is None else g.to(p.device) for p, g in zip(self.parameters, gradients)}
-            self._sums = [held[id(p)] for p in self.order]
+            sums = {id(p): None if g is None else g.to(p.device) for p, g in zip(self.parameters, gradients)}
+            self._sums = [sums[id(p)] for p in self.order]
 
     def optimizer_state(self) -> dict[str, object]:
         """Return the `state_dict` of the optimizer, by parameter."""

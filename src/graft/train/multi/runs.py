@@ -192,14 +192,14 @@ class MultiTrain:
         self._between_steps()
         if name in self._runs:
             raise AdapterNameError(f"There is a run '{name}' already: give this one another name.")
-        told = None
+        description = None
         if trainer is not None:
-            given = dict(
+            options = dict(
                 data=data, schedule=schedule, loss=loss, clip=clip, steps=steps, accumulate=accumulate, seed=seed
             )
-            refuse_beside_trainer(name, given | {"optimizer": optimizer})
-            told = Description(name, trainer)
-            seed, accumulate, clip = told.seed, told.accumulate, told.clip
+            refuse_beside_trainer(name, options | {"optimizer": optimizer})
+            description = Description(name, trainer)
+            seed, accumulate, clip = description.seed, description.accumulate, description.clip
         elif data is None:
             raise ConfigError(f"Run '{name}' needs data, an iterable of batches, or a trainer.")
         check_settings(name, clip=clip, steps=steps, accumulate=accumulate, every=every)
@@ -219,7 +219,7 @@ class MultiTrain:
                 "which MultiTrain trains several at once. Train it by itself."
             )
         draws = Draws(seed, data)
-        held = None if self.folder is None else stored.load(name, self.folder)
+        state = None if self.folder is None else stored.load(name, self.folder)
         with draws:
             new = self._inject(name, config, heads() if callable(heads) else heads)
         try:
@@ -227,13 +227,13 @@ class MultiTrain:
             registry, own_config = registry_of(model), model.peft_config[name]
             registry.set_requires_grad(name, True)
             parameters = parameters_of(model, name)
-            drawn = loss is not None or told is not None
-            if told is not None:
-                windows = data = told.data(draws)
-                steps = told.steps(windows)
-                optimizer, schedule = partial(told.optimizer, model), partial(told.schedule, steps=steps)
+            drawn = loss is not None or description is not None
+            if description is not None:
+                windows = data = description.data(draws)
+                steps = description.steps(windows)
+                optimizer, schedule = partial(description.optimizer, model), partial(description.schedule, steps=steps)
                 judge = self._own_loss(name, needed=valid is not None)
-                loss = told.loss(self.base, judge)
+                loss = description.loss(self.base, judge)
             else:
                 loss = judge = self._own_loss(name) if loss is None else loss
             with draws:
@@ -260,10 +260,10 @@ class MultiTrain:
                 every=every,
                 owner=self,
                 draws_in_loss=drawn,
-                scaled=told is not None,
+                scaled=description is not None,
             )
-            if held is not None:
-                stored.restore(run, model, held, self.folder or "")
+            if state is not None:
+                stored.restore(run, model, state, self.folder or "")
         except BaseException:
             if new:
                 self._take_out(name)
@@ -519,10 +519,10 @@ class MultiTrain:
     def _fanned(self, group: Sequence[Part]) -> Iterator[Fan | None]:
         """Have the base repeat the rows of a batch that all these have, within the block, before the first adapted
         layers; give where it does so; None: every part has to bring its own."""
-        given = [self.arguments.among(part.batch) for part in group]
-        main = main_of(given[0])
+        batches = [self.arguments.among(part.batch) for part in group]
+        main = main_of(batches[0])
         fan = None
-        if len(group) > 1 and len(main) != main.shape[-1] and alike(given):  # else rows could not be told from tokens
+        if len(group) > 1 and len(main) != main.shape[-1] and alike(batches):  # else rows could not be told from tokens
             fan = self._fan([part.name for part in group])
         with nullcontext() if fan is None else fan.out(len(main), len(group)):
             yield fan
@@ -675,10 +675,10 @@ def check_settings(name: str, **settings: float | None) -> None:
             raise ConfigError(f"Run '{name}': {key} must be a positive {kinds[-1].__name__}, got {value!r}.")
 
 
-def refuse_beside_trainer(name: str, given: dict[str, object]) -> None:
+def refuse_beside_trainer(name: str, options: dict[str, object]) -> None:
     """Raise ConfigError for settings that a Trainer makes."""
     defaults = inspect.signature(MultiTrain.add).parameters
-    both = [key for key, value in given.items() if value is not defaults[key].default]
+    both = [key for key, value in options.items() if value is not defaults[key].default]
     if both:
         raise ConfigError(f"Run '{name}': its trainer says what {', '.join(both)} is: leave that out.")
 

@@ -115,8 +115,8 @@ class Asha:
         if self.busy or any(map(math.isfinite, self.losses[self.top].values())):
             return None
         for rung in range(self.top - 1, -1, -1):
-            held = self.losses[rung].items()
-            left = {i: loss for i, loss in held if i not in self.promoted[rung] and math.isfinite(loss)}
+            losses = self.losses[rung].items()
+            left = {i: loss for i, loss in losses if i not in self.promoted[rung] and math.isfinite(loss)}
             for i in best_of(left, 1):
                 self.promoted[rung].add(i)
                 return i, rung + 1

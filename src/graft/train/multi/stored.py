@@ -87,38 +87,38 @@ def settings(run: Run) -> Json:
     }
 
 
-def restore(run: Run, model: nn.Module, held: Json, where: str) -> None:
+def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
     """Put a run into the state that its file holds. The run is new, with its adapter on the model.
 
     Raises:
         BaseModelMismatchError: it was made on another base.
         ConfigError: it has another config, or other settings. Nothing has changed then.
     """
-    check_base(held["base"], base_fingerprint(model, run.name), run.name, where)
+    check_base(state["base"], base_fingerprint(model, run.name), run.name, where)
     own = {"config": run.told, "settings": settings(run)}
     for what, now in own.items():
         tensors = dict[str, Tensor]()
         now = unpack(json.loads(json.dumps(pack(now, tensors, ""))), tensors)  # as a file holds it
-        differ = [f"{k} = {held[what][k]!r}, now {v!r}" for k, v in now.items() if held[what].get(k, v) != v]
+        differ = [f"{k} = {state[what][k]!r}, now {v!r}" for k, v in now.items() if state[what].get(k, v) != v]
         if differ:
             raise ConfigError(
                 f"Run '{run.name}' in {where} was begun with {'; '.join(differ)}: add it as it was, or under another "
                 "name."
             )
-    if run.steps is not None and held["step"] > run.steps:
-        raise ConfigError(f"Run '{run.name}' in {where} has made {held['step']} steps, and is to make {run.steps}.")
-    run.optimizer.load_state_dict(held["optimizer"])
+    if run.steps is not None and state["step"] > run.steps:
+        raise ConfigError(f"Run '{run.name}' in {where} has made {state['step']} steps, and is to make {run.steps}.")
+    run.optimizer.load_state_dict(state["optimizer"])
     if run.schedule is not None:
-        run.schedule.load_state_dict(held["schedule"])
-    run.take_up(**held["under_way"])
-    run.step, (run.state, run.why) = held["step"], held["state"]
-    run.curve, run.valid = [Point(*p) for p in held["curve"]], [Valid(*v) for v in held["valid"]]
+        run.schedule.load_state_dict(state["schedule"])
+    run.take_up(**state["under_way"])
+    run.step, (run.state, run.why) = state["step"], state["state"]
+    run.curve, run.valid = [Point(*p) for p in state["curve"]], [Valid(*v) for v in state["valid"]]
     if run.may_go_on:
         run.state, run.why = "running", None
     if run.goes_on:
-        run.loader.move(**held["position"], now=held["draws"])
+        run.loader.move(**state["position"], now=state["draws"])
     for key, slot in slots(model, run.name):
-        slot.assign(held["values"][key])
+        slot.assign(state["values"][key])
 
 
 def check_base(then: Json, now: Json, name: str, where: str) -> None:

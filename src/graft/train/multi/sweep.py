@@ -183,8 +183,8 @@ def sweep(
         first=rank == 0,
         progress=progress,
     )
-    told = {"optimizer": optimizer, "seed": seed, "asha": asha, "options": options}
-    job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep, **told})
+    arguments = {"optimizer": optimizer, "seed": seed, "asha": asha, "options": options}
+    job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep, **arguments})
     mine = range(rank, len(trials), world)
     if asha is None:
         job.halve(mine, ladder, keep)
@@ -374,11 +374,11 @@ class Job:
             self.write()  # another sweep is to see whose the folder is
             return
         with open(path) as f:
-            held = json.load(f)
-        differ = [key for key, value in self.note.items() if held.get("sweep", {}).get(key) != value]
+            document = json.load(f)
+        differ = [key for key, value in self.note.items() if document.get("sweep", {}).get(key) != value]
         if differ:
             raise ConfigError(f"{path} is of another sweep, with other {', '.join(differ)}: give another folder.")
-        for trial, row in zip(self.trials, held["trials"]):
+        for trial, row in zip(self.trials, document["trials"]):
             trial.learn(row)
 
     def save(self) -> None:
@@ -390,8 +390,8 @@ class Job:
         if self.folder is None or not self.first:
             return
         os.makedirs(self.folder, exist_ok=True)
-        held = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
-        text = json.dumps(held, indent=1, default=said)
+        document = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
+        text = json.dumps(document, indent=1, default=said)
         replace(os.path.join(self.folder, TABLE), write_text(text + "\n"))
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):

@@ -77,10 +77,10 @@ class Description:
         trainer: Any = self.trainer
 
         def loss(output: object, batch: Batch) -> Tensor:
-            given = {k: v for k, v in batch.items() if k not in (ITEMS, WINDOW)}
+            inputs = {k: v for k, v in batch.items() if k not in (ITEMS, WINDOW)}
             items = batch[ITEMS]
-            stands = StandIn(model, self.name, type(trainer).__name__, output, given, own)
-            found: Tensor = trainer.compute_loss(stands, dict(given), num_items_in_batch=items)
+            stands = StandIn(model, self.name, type(trainer).__name__, output, inputs, own)
+            found: Tensor = trainer.compute_loss(stands, dict(inputs), num_items_in_batch=items)
             if not stands.called:
                 raise ConfigError(f"Run '{self.name}': {type(trainer).__name__}.compute_loss did not call the model.")
             whole = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None

@@ -243,11 +243,11 @@ def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use
             )
         warn("`use_rslora` of create_lorafa_optimizer is deprecated: LoraConfig says it.", FutureWarning)
     for option, value in (("r", r), ("lora_alpha", lora_alpha)):
-        held = {name: getattr(cfg, option, value) for name, cfg in configs.items()}
-        if value is not None and held and value not in held.values():
+        values = {name: getattr(cfg, option, value) for name, cfg in configs.items()}
+        if value is not None and values and value not in values.values():
             warn(
                 f"{option}={value} was passed to create_lorafa_optimizer and has no effect: each layer has a scaling "
-                f"of its own, and the configs of the active adapters say {held}.",
+                f"of its own, and the configs of the active adapters say {values}.",
                 PeftWarning,
             )
 
@@ -422,9 +422,9 @@ class LoraMuonOptimizer(Optimizer):
         assert g is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(g)
-        kept = state["momentum_buffer"]
-        kept.lerp_(g, 1 - momentum)
-        update = g.lerp(kept, momentum).flatten(1)
+        buffer = state["momentum_buffer"]
+        buffer.lerp_(g, 1 - momentum)
+        update = g.lerp(buffer, momentum).flatten(1)
         step = orthogonalised(update).view_as(p).to(p.dtype)
         p.add_(step, alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
 

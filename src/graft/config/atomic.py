@@ -113,12 +113,12 @@ class Scratch:
 
     def keep(self, path: str) -> str | None:
         """Give a file a second name and return that; None if there is no such file, or there are no hard links."""
-        kept = self._name(os.path.basename(path))
+        link = self._name(os.path.basename(path))
         try:
-            os.link(path, kept, follow_symlinks=False)
+            os.link(path, link, follow_symlinks=False)
         except (OSError, NotImplementedError):
             return None
-        return kept
+        return link
 
     def leave(self, of: str) -> None:
         """Do not delete the files whose `of` begins so."""
@@ -175,10 +175,10 @@ def write_text(text: str) -> Write:
     return write_bytes(text.encode())
 
 
-def write_bytes(held: bytes) -> Write:
+def write_bytes(data: bytes) -> Write:
     def write(path: str) -> None:
         with open(path, "wb") as f:
-            f.write(held)
+            f.write(data)
 
     return write
 

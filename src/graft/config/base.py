@@ -165,8 +165,8 @@ class PeftConfig:
             ConfigError: its peft_type is unknown, or another field has a value that cannot be.
         """
         hub = hub_keywords(kwargs)
-        stored = Stored(pretrained_model_name_or_path, subfolder, read_object, **hub)
-        loaded = stored.of(found_in(stored.folder))
+        file = Stored(pretrained_model_name_or_path, subfolder, read_object, **hub)
+        loaded = file.of(found_in(file.folder))
         known = {f.name for f in fields(PeftConfig)}
         if (
             "peft_type" not in loaded
@@ -176,7 +176,7 @@ class PeftConfig:
             raise TypeError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
-        made = cls.from_file({k: v for k, v in kwargs.items() if k not in hub} | loaded, stored.path)
+        made = cls.from_file({k: v for k, v in kwargs.items() if k not in hub} | loaded, file.path)
         made.read_from(pretrained_model_name_or_path, subfolder, **hub)
         return made
 

@@ -44,8 +44,8 @@ def save(folder: str, name: str, write: Write, text: str, beside: dict[str, byte
     with Scratch(folder) as scratch:
         new = scratch.write(name, write)
         new_config = scratch.write(CONFIG_NAME, write_text(text))
-        more = {scratch.write(of, write_bytes(held)): of for of, held in (beside or {}).items()}
-        kept = {path: scratch.keep(path) for path in old}
+        more = {scratch.write(of, write_bytes(data)): of for of, data in (beside or {}).items()}
+        links = {path: scratch.keep(path) for path in old}
         made = notes.stamp(new)
         scratch.create(mark_of(made, text))
         try:
@@ -65,7 +65,7 @@ def save(folder: str, name: str, write: Write, text: str, beside: dict[str, byte
                 scratch.leave(MARK)
                 raise
             try:
-                put_back(weights, stale, made, old, kept)
+                put_back(weights, stale, made, old, links)
             except OSError:
                 scratch.leave(MARK)
                 raise CheckpointError(
@@ -100,20 +100,20 @@ def stamp_in(folder: str) -> notes.Stamp | None:
 
 
 def put_back(
-    weights: str, stale: str, made: notes.Stamp | None, old: dict[str, notes.Stamp | None], kept: dict[str, str | None]
+    weights: str, stale: str, made: notes.Stamp | None, old: dict[str, notes.Stamp | None], links: dict[str, str | None]
 ) -> None:
     """Undo what a save has done to the weights, unless another process has put its own there since.
 
     Raises:
         OSError: there are no hard links to the old ones, or they cannot be renamed.
     """
-    if any(old[path] is not None and kept[path] is None for path in old):
+    if any(old[path] is not None and links[path] is None for path in old):
         raise OSError("the old weights have no second name")
-    if kept[stale] and not os.path.lexists(stale):
-        os.replace(kept[stale], stale)  # type: ignore[arg-type]
+    if links[stale] and not os.path.lexists(stale):
+        os.replace(links[stale], stale)  # type: ignore[arg-type]
     if notes.stamp(weights) == made:
-        if kept[weights]:
-            os.replace(kept[weights], weights)  # type: ignore[arg-type]
+        if links[weights]:
+            os.replace(links[weights], weights)  # type: ignore[arg-type]
         else:
             os.remove(weights)
 

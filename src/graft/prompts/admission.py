@@ -85,10 +85,10 @@ def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
         raise ValueError(
             f"cache_implementation='{kind}' has no room for a prompt: leave it out, so that the cache can grow."
         )
-    held = next((length(kwargs[name]) for name in CACHES if kwargs.get(name) is not None), 0)
-    if held:  # generate would skip that many tokens of its input, the prompt's among them
+    count = next((length(kwargs[name]) for name in CACHES if kwargs.get(name) is not None), 0)
+    if count:  # generate would skip that many tokens of its input, the prompt's among them
         raise ValueError(
-            f"generate() got a cache that holds {held} tokens, and would take the prompt's for tokens of the input. A "
+            f"generate() got a cache that holds {count} tokens, and would take the prompt's for tokens of the input. A "
             "cache that holds a prompt is continued by forward(); or leave the cache out, to begin anew."
         )
 

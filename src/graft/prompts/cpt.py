@@ -119,11 +119,9 @@ class CPTEmbedding(Prompt):
         """
         types, batch = self._types(), len(logits)
         length = logits.shape[1] - len(types)
-        for name, given in (("labels", labels), ("input_type_mask", input_type_mask)):
-            if given is not None and given.shape != (batch, length):
-                raise ValueError(
-                    f"{name} must be {(batch, length)}, a number for each token, got {tuple(given.shape)}."
-                )
+        for name, t in (("labels", labels), ("input_type_mask", input_type_mask)):
+            if t is not None and t.shape != (batch, length):
+                raise ValueError(f"{name} must be {(batch, length)}, a number for each token, got {tuple(t.shape)}.")
         ids = constant(tuple(self.cfg.cpt_token_ids), torch.long, labels.device)
         own = torch.full_like(labels, 4) if input_type_mask is None else input_type_mask.to(labels.device)
         own = torch.where(own > 0, own + types.max(), own)  # types of the input count on from the examples
@@ -135,13 +133,13 @@ class CPTEmbedding(Prompt):
             f"is {max(self.cfg.cpt_tokens_type_mask)} and must be a multiple of 4."
         )
         demand(is_label.any(), lambda: ValueError(none), none)
-        kept = is_label & (targets != IGNORED_LABEL)
+        mask = is_label & (targets != IGNORED_LABEL)
         weights = self._decay(kinds, is_label) if self.cfg.opt_weighted_loss_type == "decay" else torch.ones_like(kinds)
         logits = logits[:, :-1]
-        count = kept.sum()
+        count = mask.sum()
         if logits.is_cpu:  # on a device the host would wait for how many there are
-            logits, targets, weights, kept = logits[kept], targets[kept], weights[kept], kept[kept]
-        targets = targets.masked_fill(~kept, IGNORED_LABEL)
+            logits, targets, weights, mask = logits[mask], targets[mask], weights[mask], mask[mask]
+        targets = targets.masked_fill(~mask, IGNORED_LABEL)
         losses = nn.functional.cross_entropy(
             logits.flatten(0, -2).float(), targets.flatten(), reduction="none", ignore_index=IGNORED_LABEL
         )

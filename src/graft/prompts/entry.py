@@ -33,33 +33,33 @@ def enter(
     if not stack.now.tokens and not stack.now.encoded:
         return None
     stack.now.visited = True
-    given = _given(stack, stack.names, args, kwargs)
+    arguments = _given(stack, stack.names, args, kwargs)
     if stack.now.encoded:
-        widen_encoded(stack, given)
+        widen_encoded(stack, arguments)
     if stack.now.tokens:
-        _enter(stack, given)
-    return (), given
+        _enter(stack, arguments)
+    return (), arguments
 
 
 def step(
     stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, object]
 ) -> tuple[tuple, dict[str, object]] | None:
     """Widen masks and positions before `outer` in later steps: the hook on it."""
-    given = _given(stack, stack.outer_names, args, kwargs)
-    first, seen = first_of(given), length(given.get(stack.cache_name or ""))
+    arguments = _given(stack, stack.outer_names, args, kwargs)
+    first, seen = first_of(arguments), length(arguments.get(stack.cache_name or ""))
     stack.now.widened_outside = bool(stack.now.tokens and seen and first is not None)
     if not stack.now.widened_outside:
         return None
-    widen(stack, given, first.shape[1] + seen, 0, len(first))
-    return (), given
+    widen(stack, arguments, first.shape[1] + seen, 0, len(first))
+    return (), arguments
 
 
 def _given(stack: Stack, names: list[str], args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
     """Return a call's arguments by name; a cache under the new name even if it came under the old one."""
-    given = {**dict(zip(names, args)), **kwargs}
-    if stack.cache_name == NEW_CACHE and given.get(NEW_CACHE) is None and given.get(OLD_CACHE) is not None:
-        given[NEW_CACHE] = given.pop(OLD_CACHE)
-    return given
+    arguments = {**dict(zip(names, args)), **kwargs}
+    if stack.cache_name == NEW_CACHE and arguments.get(NEW_CACHE) is None and arguments.get(OLD_CACHE) is not None:
+        arguments[NEW_CACHE] = arguments.pop(OLD_CACHE)
+    return arguments
 
 
 def leave(stack: Stack, module: nn.Module, args: tuple, output: Any) -> object:
@@ -76,22 +76,22 @@ def leave(stack: Stack, module: nn.Module, args: tuple, output: Any) -> object:
     return type(output)(**{name: part for name, part in output.items() if part is not lent})
 
 
-def _enter(stack: Stack, given: dict[str, object]) -> None:
-    first = first_of(given)
+def _enter(stack: Stack, arguments: dict[str, object]) -> None:
+    first = first_of(arguments)
     if first is None:
         return  # the module's own error names the missing argument
-    if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
+    if arguments.get("input_ids") is not None and arguments.get("inputs_embeds") is not None:
         raise ValueError("Pass either input_ids or inputs_embeds: they are the same input.")
     if first.dim() < 2:
         raise ValueError(f"The input must be (batch, tokens), got {tuple(first.shape)}: pass input_ids[None].")
-    order = next((name for name in ORDERS if given.get(name) is not None), None)
+    order = next((name for name in ORDERS if arguments.get(name) is not None), None)
     if order is not None:
         raise ValueError(
             f"{order} has no place for the prompt's tokens: {type(stack.module).__name__} cannot generate with a "
             "prompt, which forward() can be used with."
         )
     batch, new = first.shape[:2]
-    cache = given.get(stack.cache_name) if stack.cache_name else None
+    cache = arguments.get(stack.cache_name) if stack.cache_name else None
     seen = length(cache)
     stack.now.entered = not seen
     if not seen and is_static(cache):
@@ -108,9 +108,9 @@ def _enter(stack: Stack, given: dict[str, object]) -> None:
     before = 0
     if stack.now.entered and stack.now.embeddings is not None:
         before = stack.now.tokens
-        put_embeddings(stack, given, batch)
+        put_embeddings(stack, arguments, batch)
     elif stack.now.entered:
-        put_keys(stack, given, cache, batch)
+        put_keys(stack, arguments, cache, batch)
     if not stack.now.widened_outside:
-        widen(stack, given, total, before, batch)
+        widen(stack, arguments, total, before, batch)
     stack.now.widened_outside = False

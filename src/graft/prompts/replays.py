@@ -79,7 +79,7 @@ class Replays:
             TURNS.lock.release()
             self._in_turn = False
 
-    def apart(self, value: Tensor, given: dict[str, Any]) -> Tensor:
+    def apart(self, value: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return `value`, or under reentrant checkpointing a leaf tensor of the same values.
 
         Reentrant checkpointing runs one backward pass per layer, and the graph below `value` allows only one: the leaf
@@ -93,8 +93,8 @@ class Replays:
         def hand_over(_module: object, _args: object, output: Tensor) -> Tensor:
             return _HandOver.apply(output, value, [leaf])  # type: ignore[no-any-return]
 
-        if given.get("inputs_embeds") is not None:
-            given["inputs_embeds"] = hand_over(None, None, given["inputs_embeds"])
+        if arguments.get("inputs_embeds") is not None:
+            arguments["inputs_embeds"] = hand_over(None, None, arguments["inputs_embeds"])
         else:
             self._handle = self.stack.words.register_forward_hook(hand_over)
         return leaf

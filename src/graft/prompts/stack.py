@@ -17,9 +17,9 @@ from graft.prompts.replays import Replays
 from graft.storage import place_of
 
 
-def first_of(given: dict[str, object]) -> Any:
+def first_of(arguments: dict[str, object]) -> Any:
     """Return the input: (batch, tokens) or (batch, tokens, dim); None if there is none."""
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     return ids if embeds is None else embeds
 
 

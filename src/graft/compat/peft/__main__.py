@@ -16,9 +16,9 @@ USAGE = "usage: python -m graft.compat.peft [--peft-version X.Y.Z] ((script.py |
 
 
 def main(arguments: list[str]) -> None:
-    given, arguments = version_in(arguments)
+    choice, arguments = version_in(arguments)
     try:
-        version = version_to_say(given)
+        version = version_to_say(choice)
     except ConfigError as e:
         sys.exit(f"{e} {USAGE}")
     if arguments == ["--env"]:

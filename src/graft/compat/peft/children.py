@@ -27,15 +27,15 @@ OF_VERSIONS = ("graft", "as_peft")  # in the user's cache: a folder for each ver
 RELEASE = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?(\+[a-z0-9]+(\.[a-z0-9]+)*)?")
 
 
-def version_to_say(given: str | None) -> str:
+def version_to_say(choice: str | None) -> str:
     """Return the version to say: the one given, that of the variable, or the usual one.
 
     Raises:
         ConfigError: it is none.
     """
-    version = given if given is not None else os.environ.get(VERSION_VARIABLE) or usual()
+    version = choice if choice is not None else os.environ.get(VERSION_VARIABLE) or usual()
     if not (isinstance(version, str) and RELEASE.fullmatch(version)):
-        where = VERSION_VARIABLE if given is None else "the version for peft"
+        where = VERSION_VARIABLE if choice is None else "the version for peft"
         raise ConfigError(f"{where} is {version!r}, which is no version: give one like '{VERSION}'.")
     return version
 

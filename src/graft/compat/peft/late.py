@@ -52,21 +52,21 @@ class Asked:
 
     def _run(self, module: ModuleType, nodes: list[ast.stmt]) -> bool:
         """Run statements of a module, and give the copies of what they bind to modules beside it; say if all is new."""
-        held, package = vars(module), module.__name__.partition(".")[0]
+        namespace, package = vars(module), module.__name__.partition(".")[0]
         changed = False
         for node in nodes:
-            old = {name: held.get(name, _ABSENT) for name in bound(node)}
+            old = {name: namespace.get(name, _ABSENT) for name in bound(node)}
             try:
                 code = compile(ast.Module([node], []), module.__file__ or module.__name__, "exec", dont_inherit=True)
-                exec(code, held)
+                exec(code, namespace)
             except Exception as e:
                 raise ImportError(f"{module.__name__}, line {node.lineno}, cannot take graft for peft: {e}") from e
             for name, before in old.items():
-                now = held.get(name, _ABSENT)
+                now = namespace.get(name, _ABSENT)
                 if now is before or (isinstance(now, str) and now == before):
                     continue
                 changed = True
-                self.before.append((held, name, before))
+                self.before.append((namespace, name, before))
                 if isinstance(node, (ast.Assign, ast.AnnAssign)):  # others may have imported the constant
                     for other in loaded((package,)):
                         if vars(other).get(name, now) is not now:
@@ -77,11 +77,11 @@ class Asked:
     def back(self) -> None:
         """Put back the answers that `again` has changed."""
         while self.before:
-            held, name, value = self.before.pop()
+            namespace, name, value = self.before.pop()
             if value is _ABSENT:
-                held.pop(name, None)
+                namespace.pop(name, None)
             else:
-                held[name] = value
+                namespace[name] = value
         forget(loaded(CLIENTS))
 
 

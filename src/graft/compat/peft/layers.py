@@ -175,9 +175,9 @@ def run_as_told(
     """Run a layer of a parameter with the updates that a replaced `get_delta_weight` gives."""
     if (why := why_not_told(layer, [m for m, _ in plan.steps])) is not None:
         raise UnsupportedLayerError(f"Layer '{layer.site.key}' cannot run: {why}. Put the original back.")
-    told = Folded(layer, as_told(layer, plan.steps))
+    folded_plan = Folded(layer, as_told(layer, plan.steps))
     with nullcontext() if is_dynamo_compiling() else SWAPS.lock:
-        return told.run(*args, **kwargs)
+        return folded_plan.run(*args, **kwargs)
 
 
 def names_of_rows(call: Call) -> list[str] | None:
@@ -205,14 +205,14 @@ def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, *
     from graft.model.tuner import inject_adapter_in_model
 
     names = (*(("parameter_name",) if cls.kind == WRAPPER else ()), "config", "r", "lora_alpha")
-    given: dict[str, object] = dict(zip(names, args)) | kwargs
-    config: Any = given.get("config")
+    options: dict[str, object] = dict(zip(names, args)) | kwargs
+    config: Any = options.get("config")
     if getattr(config, "peft_type", None) != cls.method.config.peft_type:
         raise TypeError(f"{cls.__name__} is made with config=…, a {cls.method.config.__name__}; it is {config!r}.")
     own = dict.fromkeys(("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "exclude_modules"))
-    own |= {k: given[k] for k in ("r", "lora_alpha") if given.get(k) is not None}
+    own |= {k: options[k] for k in ("r", "lora_alpha") if options.get(k) is not None}
     if cls.kind == WRAPPER:
-        own["target_parameters"] = [f"base.{given['parameter_name']}"]
+        own["target_parameters"] = [f"base.{options['parameter_name']}"]
     else:
         own["target_modules"] = ["base"]
     trained = [p for p in base_layer.parameters() if p.requires_grad]

@@ -63,12 +63,12 @@ def build_peft_weight_mapping(
     conversions = [c for c in weight_conversions or () if not isinstance(c, WeightRenaming)]
     changes += [c for c in weight_conversions or () if isinstance(c, WeightRenaming)]
     if peft_config is not None and peft_config.peft_type == "LORA":
-        told = copy.copy(peft_config)  # injection rewrites it to today's names
+        config = copy.copy(peft_config)  # injection rewrites it to today's names
         converters = [c for c in conversions if merges(c)]
         for conversion in converters:
-            changes += of_experts(conversion, adapter_name, told, targets_outer(told, converters))
+            changes += of_experts(conversion, adapter_name, config, targets_outer(config, converters))
         if peft_config.target_parameters:
-            changes += of_stacks(adapter_name, told)
+            changes += of_stacks(adapter_name, config)
     return changes
 
 
@@ -132,13 +132,15 @@ class Stacking:
         self, input_dict: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str],
         full_layer_name: str, model: nn.Module, **_: object,
     ) -> dict[str, Tensor]:  # fmt: skip
-        held = [input_dict.pop(pattern) for pattern in source_patterns]  # each: a tensor for each expert
+        tensors = [input_dict.pop(pattern) for pattern in source_patterns]  # each: a tensor for each expert
         layer = layer_at(model, full_layer_name)
         if self.side == "B" and layer is not None:
             before = full_layer_name.partition(target_patterns[0])[0]
-            paths = [[before + part.replace("*", str(e)) for e in range(len(of))] for part, of in zip(self.parts, held)]
-            held = scaled(held, paths, self.config, layer.methods[self.adapter].cfg)
-        return {target_patterns[0]: stacked(self.side, held)}
+            paths = [
+                [before + part.replace("*", str(e)) for e in range(len(of))] for part, of in zip(self.parts, tensors)
+            ]
+            tensors = scaled(tensors, paths, self.config, layer.methods[self.adapter].cfg)
+        return {target_patterns[0]: stacked(self.side, tensors)}
 
 
 class Arranging:
@@ -154,9 +156,9 @@ class Arranging:
         full_layer_name: str, model: nn.Module, **_: object,
     ) -> dict[str, Tensor]:  # fmt: skip
         found = {
-            name: held[0] if isinstance(held, list) else held
+            name: tensors[0] if isinstance(tensors, list) else tensors
             for pattern, name in zip(source_patterns, target_patterns)
-            if (held := input_dict.pop(pattern, None)) is not None
+            if (tensors := input_dict.pop(pattern, None)) is not None
         }
         layer = layer_at(model, full_layer_name)
         if layer is None or len(found) < 2 or not fits(layer, *found.values()):

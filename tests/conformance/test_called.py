@@ -214,7 +214,7 @@ def test_a_router_saved_with_its_experts_copied_and_deleted(tmp_path):
     alone = model(x)
     loaded.set_adapter("x")
     close(alone, loaded(x))
-    assert not registry_of(model).call.given
+    assert not registry_of(model).call.context
 
 
 @pytest.mark.parametrize("layer", OTHERS, ids=str)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.call import Call
-from graft.core.rows import BASE, NO_FACTS, Given, Rows
+from graft.core.rows import BASE, NO_FACTS, CallContext, Rows
 from graft.methods.tasks import TASKS
 from tests.looks import layers, registry_of
 from tests.models import seeded
@@ -44,7 +44,7 @@ def test_facts_and_gates_stand_within_the_block():
             assert torch.equal(call.fact("b"), FACT + 1)
             raise KeyError
         assert call.fact("b") is None and call.weights() is None and call.fact("a") is FACT
-    assert not call.open and not call.given
+    assert not call.open and not call.context
 
 
 def test_rows_see_their_own():
@@ -58,12 +58,12 @@ def test_rows_see_their_own():
 
 def test_copies_of_rows_have_what_the_rows_have():
     rows = Rows.of(["b", BASE, "a", "b"])
-    once = Given(rows, None, {"a": FACT})
+    once = CallContext(rows, None, {"a": FACT})
     twice = once.repeated(2)
     assert twice.facts["a"].tolist() == [0, 0, 1, 1, 2, 2, 1, 1]
     named = {name: index.tolist() for name, index in twice.rows.segments}
     assert named == {"b": [0, 1, 6, 7], None: [2, 3], "a": [4, 5]}
-    assert Given(None, None, NO_FACTS).repeated(3) == Given()
+    assert CallContext(None, None, NO_FACTS).repeated(3) == CallContext()
 
 
 @pytest.mark.parametrize("method", ["LORA", "OFT"])
@@ -82,7 +82,7 @@ def test_rows_of_several_methods(method):
             model.set_adapter(name)
             expected = model(X[row : row + 1], **(one if name == "default" else {}))
         assert_close(mixed[row], expected[0], rtol=1e-5, atol=1e-5)
-    assert not registry_of(model).call.given
+    assert not registry_of(model).call.context
 
 
 def test_each_thread_has_its_own():

@@ -243,7 +243,7 @@ def test_generation_with_a_cache_is_that_without(how, left):
     out = generated(**cached)
     assert torch.equal(out, generated(use_cache=False))
     assert not torch.equal(out, lora_of(model).generate(**inputs, **options)[: len(out)])
-    assert not registry_of(model).call.given
+    assert not registry_of(model).call.context
     for row in out if how == "greedy" else ():  # decoding by hand: each token from the whole text before it
         text, prompt = row[None], inputs["input_ids"].shape[1]
         mask = torch.cat([inputs["attention_mask"][:1], torch.ones(1, 6, dtype=torch.long)], 1)
@@ -284,7 +284,7 @@ def test_beams_are_refused():
     for options in (dict(num_beams=2), dict(generation_config=GenerationConfig(num_beams=2))):
         with pytest.raises(ValueError, match="Beam search not yet supported for aLoRA"):
             model.generate(**inputs, max_new_tokens=2, **options)
-    assert not registry_of(model).call.given
+    assert not registry_of(model).call.context
     with model.disable_adapter():
         model.generate(**inputs, max_new_tokens=2, num_beams=2)
 
@@ -314,7 +314,7 @@ def test_gradient_checkpointing(names, reentrant):
         assert found.keys() == expected.keys()
         for name, g in expected.items():
             assert_close(found[name], g, rtol=1e-4, atol=1e-5 * max(1.0, g.abs().max().item()))
-        assert not registry_of(model).call.given
+        assert not registry_of(model).call.context
 
 
 def test_two_forwards_and_one_backward_with_checkpointing_are_refused():
@@ -381,7 +381,7 @@ def test_offsets_that_are_none(given, error, text):
     model, inputs = adapted(), batch()
     with pytest.raises(error, match=text):
         model(**inputs, alora_offsets=given)
-    assert not registry_of(model).call.given
+    assert not registry_of(model).call.context
     model(**inputs)
 
 

@@ -296,7 +296,7 @@ def test_what_a_router_cannot_do(folder):
     model.delete_adapter("task_0"), model.delete_adapter("task_1")
     with pytest.raises(graft.RoutingError, match=r"top_k=2 is more than its 1 experts \['task_2'\]"):
         output(model)
-    assert not registry_of(model).call.given
+    assert not registry_of(model).call.context
 
 
 def test_a_router_without_general_adapters(folder):

@@ -120,7 +120,7 @@ def test_a_whole_stack_is_read_as_its_dense_module_has_it(kind):
     packed, dense = (layers(graft.get_peft_model(m, config)) for m in both(kind))
     assert packed.keys() == dense.keys() and len(packed) == 4
     for key, layer in packed.items():
-        assert torch.equal(layer.held.read(), dense[key].held.read()), key
+        assert torch.equal(layer.base_weight.read(), dense[key].base_weight.read()), key
         assert torch.equal(layer.W0, dense[key].W0), key
 
 

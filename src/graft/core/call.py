@@ -21,7 +21,19 @@ from torch import Tensor
 from graft.core.draws import Draws
 from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.gate import Gate
-from graft.core.rows import ALL_OFF, AMBIGUOUS, NO_FACTS, NOTHING, OFF, UNCLEAR, Facts, Gates, Given, Rows, tensors_in
+from graft.core.rows import (
+    ALL_OFF,
+    AMBIGUOUS,
+    NO_FACTS,
+    NOTHING,
+    OFF,
+    UNCLEAR,
+    CallContext,
+    Facts,
+    Gates,
+    Rows,
+    tensors_in,
+)
 from graft.kernels.segments import Stacks
 
 
@@ -38,8 +50,8 @@ class Here(local):
 
     def __init__(self) -> None:  # runs in each thread
         self.thread = get_ident()  # a compiler can read it, and cannot trace the function
-        self.given = NOTHING  # of the thread's call
-        self.narrow: Given | None = None  # the part of it that a layer sees while it runs some of the rows
+        self.context = NOTHING  # of the thread's call
+        self.narrow: CallContext | None = None  # the part of it that a layer sees while it runs some of the rows
         self.off: list[None] = []  # blocks of `disabled` around it
         self.tapped: dict[tuple[str, str], Tensor] = {}  # inputs of all rows, by adapter and the layer that reads them
         self.handed: dict[str, Tensor] = {}  # by adapter: from a block that runs to its layers within
@@ -51,7 +63,7 @@ class Here(local):
 class Restored:
     """What is given for layers that a backward pass runs again."""
 
-    given: Given
+    context: CallContext
     threads: tuple[int, int]  # that of the call, and that of the backward pass
 
 
@@ -65,7 +77,7 @@ class Call:
         self.blocks: list[frozenset[int | None]] = []  # of `disabled`: the threads that there were when each began
         self.gate = Gate()
         self._restored: dict[int, Restored] = {}  # by backward pass
-        self._untold: dict[int, Given] = {}  # by thread: of its last call, if nothing will put it back
+        self._last: dict[int, CallContext] = {}  # by thread: of its last call, if nothing will put it back
 
     def __getstate__(self) -> dict[str, object]:
         """Leave calls under way out: a copy is in none."""
@@ -78,20 +90,20 @@ class Call:
     @property
     def rows(self) -> Rows | None:
         """The rows of this thread's call."""
-        return self.here.given.rows
+        return self.here.context.rows
 
     @rows.setter
     def rows(self, rows: Rows | None) -> None:
-        self.put(self.here.given._replace(rows=rows))
+        self.put(self.here.context._replace(rows=rows))
 
     @property
-    def given(self) -> Given:
+    def context(self) -> CallContext:
         """All that this thread's call says of its rows."""
-        return self.here.given
+        return self.here.context
 
-    def put(self, context: Given) -> Given:
+    def put(self, context: CallContext) -> CallContext:
         """Have all this stand here for this thread; return what did."""
-        before, self.here.given = self.here.given, context
+        before, self.here.context = self.here.context, context
         if context and not before:
             self.open.append(None)
         elif before and not context:
@@ -107,7 +119,7 @@ class Call:
             self.here.losses = {}
         if self.blocks and not self.here.off and not torch.compiler.is_compiling():
             self._warn_of_block()
-        before = self.put(self.here.given._replace(rows=rows, draws=draws))
+        before = self.put(self.here.context._replace(rows=rows, draws=draws))
         try:
             yield
         finally:
@@ -118,7 +130,7 @@ class Call:
     @contextmanager
     def giving(self, gates: Gates | None = None, facts: Facts = NO_FACTS) -> Iterator[None]:
         """Have `gates`, and `facts` beside those that are here, stand here within the block."""
-        context = self.here.given
+        context = self.here.context
         gates, facts = context.gates if gates is None else gates, {**context.facts, **facts} or NO_FACTS
         before = self.put(context._replace(gates=gates, facts=facts))
         try:
@@ -130,7 +142,7 @@ class Call:
     def joining(self, stacks: Stacks | None, copies: int = 1) -> Iterator[None]:
         """Have the layers know within the block which tensors of adapters are stacked, and that they get so many copies
         of each row that the base gets."""
-        before = self.put(self.here.given._replace(stacks=stacks, copies=copies))
+        before = self.put(self.here.context._replace(stacks=stacks, copies=copies))
         try:
             yield
         finally:
@@ -211,7 +223,7 @@ class Call:
         """True within a call for which all adapters are disabled."""
         return bool(self.open) and self.current() is OFF
 
-    def keep_for_backward(self, output: object, context: Given) -> None:
+    def keep_for_backward(self, output: object, context: CallContext) -> None:
         """Show all this again in the backward pass, in which gradient checkpointing runs layers again.
 
         If nothing in the output tells when that pass begins, layers refuse to run again.
@@ -226,20 +238,20 @@ class Call:
         if context and not (has_hook or self.gate.inside):
             self._tell(context)
 
-    def _tell(self, context: Given) -> None:
+    def _tell(self, context: CallContext) -> None:
         """Note what was given for this thread's last call, if nothing will put it back for its backward pass."""
         if context:
-            if self.here.thread not in self._untold:
+            if self.here.thread not in self._last:
                 self.open.append(None)
-            self._untold[self.here.thread] = context
-        elif self._untold:
+            self._last[self.here.thread] = context
+        elif self._last:
             alive = threads_now()
-            for thread in list(self._untold):
+            for thread in list(self._last):
                 ended = thread == self.here.thread or thread not in alive
-                if ended and self._untold.pop(thread, None) is not None:
+                if ended and self._last.pop(thread, None) is not None:
                     self.open.pop()
 
-    def _restore(self, context: Given, thread: int) -> None:
+    def _restore(self, context: CallContext, thread: int) -> None:
         task = torch._C._current_graph_task_id()
         known = self._restored.get(task)
         if known is None:
@@ -248,14 +260,14 @@ class Call:
                 self.open.append(None)
             end = partial(self._end, task)
             torch.autograd.Variable._execution_engine.queue_callback(end)
-        elif known.given.identity != context.identity:
-            if not known.given:
+        elif known.context.identity != context.identity:
+            if not known.context:
                 self.open.append(None)  # so that layers ask, and are told
-            known.given = AMBIGUOUS
+            known.context = AMBIGUOUS
 
     def _end(self, task: int) -> None:
         restored = self._restored.pop(task, None)
-        if restored is not None and restored.given:
+        if restored is not None and restored.context:
             self.open.pop()
 
     def _drop_stale(self) -> None:
@@ -293,7 +305,7 @@ class Call:
             )
         return x if index is None else x.index_select(0, index)
 
-    def now(self) -> Given:
+    def now(self) -> CallContext:
         """Return all that is given for the layer that asks.
 
         Raises:
@@ -302,26 +314,26 @@ class Call:
         here = self.here
         if here.narrow is not None:
             return here.narrow
-        if self._restored or self._untold:
+        if self._restored or self._last:
             if torch._C._current_graph_task_id() != -1:
                 return self._in_backward()
             self._drop_stale()
             self._tell(NOTHING)  # another forward pass, past the model's own
-        return ALL_OFF if here.off else here.given
+        return ALL_OFF if here.off else here.context
 
-    def narrowed(self, context: Given | None) -> Given | None:
+    def narrowed(self, context: CallContext | None) -> CallContext | None:
         """Have a layer see only this while it runs some of the rows; return what stood here, to be put back."""
         before, self.here.narrow = self.here.narrow, context
         return before
 
-    def _in_backward(self) -> Given:
+    def _in_backward(self) -> CallContext:
         own = self._restored.get(torch._C._current_graph_task_id())
         if own is None and self._restored:  # a pass within one
             some = list(self._restored.values())
             some = [r for r in some if get_ident() in r.threads] or some
-            found = {r.given.identity: r for r in some}
+            found = {r.context.identity: r for r in some}
             own = some[0] if len(found) == 1 else Restored(AMBIGUOUS, (0, 0))
-        last = self._untold.get(self.here.thread)
+        last = self._last.get(self.here.thread)
         if own is None and last is not None and last.rows is OFF and self.here.off:
             return ALL_OFF
         if own is None:
@@ -331,13 +343,13 @@ class Call:
                 "returned. Let it return tensors in tuples, dicts, dataclasses or attributes of objects, or turn "
                 "checkpointing off."
             )
-        if own.given.rows is UNCLEAR:
+        if own.context.rows is UNCLEAR:
             raise RoutingError(
                 "one backward pass covers two mixed-batch forward passes (or one with disabled adapters) under "
                 "gradient checkpointing, so the rows of a recomputed layer are ambiguous (or their task ids, "
                 "invocations, gates). Call backward() after each forward, or turn checkpointing off."
             )
-        return own.given
+        return own.context
 
 
 def threads_now() -> frozenset[int | None]:

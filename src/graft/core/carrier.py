@@ -35,7 +35,7 @@ class State:
         try:
             for slot in self.slots[adapter]:
                 if slot.trains:
-                    if slot.held[adapter] is not slot.root:
+                    if slot.by_adapter[adapter] is not slot.root:
                         return False
                     slot.where[slot.attribute].requires_grad = on
         except KeyError:
@@ -68,7 +68,7 @@ class Carrier:
     adapter_layer: Any = None  # the layer that does its work
     replaces = True  # it takes the place of a module of the base model
     base_module: nn.Module  # that module
-    kept: nn.Module  # what unloading leaves in its place
+    remainder: nn.Module  # what unloading leaves in its place
 
     @property
     def merged_adapters(self) -> list[str]:

@@ -171,7 +171,7 @@ class Attached(NamedTuple):
 FACTS = frozenset({float, int, bool, str, type(None)})  # types of facts, which stand in plain dicts
 
 
-class Told(dict[str, object]):
+class ReadOnlyFacts(dict[str, object]):
     """Facts by adapter which tell how it was made, and which nothing computes with: setting one is refused."""
 
     key: ClassVar[str]  # their name on the layer
@@ -185,17 +185,17 @@ class Told(dict[str, object]):
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[object, ...]:
-        return told, (self.key, dict(self))
+        return read_only_facts, (self.key, dict(self))
 
 
 @cache
-def told_by(key: str) -> type[Told]:
+def facts_class(key: str) -> type[ReadOnlyFacts]:
     """Return the class of the facts that a layer shows by this name."""
-    return type("Told", (Told,), {"key": key, "__slots__": ()})
+    return type("ReadOnlyFacts", (ReadOnlyFacts,), {"key": key, "__slots__": ()})
 
 
-def told(key: str, values: dict[str, object]) -> Told:
-    return told_by(key)(values)
+def read_only_facts(key: str, values: dict[str, object]) -> ReadOnlyFacts:
+    return facts_class(key)(values)
 
 
 @dataclass(slots=True, eq=False)  # made and read in less time than a tuple with names
@@ -210,8 +210,8 @@ class Slot:
     is_parameter: bool
     trains: bool  # False: frozen for ever
     saved: bool
-    held: dict[str, Any]  # the modules of the container, by adapter; None if the tensor itself stands in it
-    root: nn.Module | None  # the module in `held` when this slot was made; None: look the slot up again
+    by_adapter: dict[str, Any]  # the modules of the container, by adapter; None if the tensor itself stands in it
+    root: nn.Module | None  # the module in `by_adapter` when this slot was made; None: look the slot up again
 
     @property
     def tensor(self) -> Tensor:

@@ -70,7 +70,7 @@ class One:
 def matrix_of(layer: Layer, expert: int) -> Tensor:
     """Return a matrix of a packed stack, without any adapter."""
     undo_states = [state for _, state, _ in layer.state.undo if state is not None]
-    stack = undo_states[0].to(layer.held.where()[0]) if undo_states else layer.held.snapshot()
+    stack = undo_states[0].to(layer.base_weight.where()[0]) if undo_states else layer.base_weight.snapshot()
     W: Tensor = stack.in_rows().matrix(expert, stack.dtype or torch.float32)
     return W
 

@@ -336,7 +336,7 @@ def changes(touches: Callable[..., Names]) -> Callable[[F], F]:
         def run(self: Any, *args: object, **kwargs: object) -> Any:
             if self.call is None:  # a carrier that is in no model yet
                 return function(self, *args, **kwargs)
-            with self.call.gate.change(told(function, args, kwargs), touches(self, *args, **kwargs)):
+            with self.call.gate.change(description(function, args, kwargs), touches(self, *args, **kwargs)):
                 return function(self, *args, **kwargs)
 
         return run  # type: ignore[return-value]
@@ -349,13 +349,13 @@ def prepares(function: F) -> F:
 
     @wraps(function)
     def run(self: Any, *args: object, **kwargs: object) -> Any:
-        with self.call.gate.preparing(told(function, args, kwargs)):
+        with self.call.gate.preparing(description(function, args, kwargs)):
             return function(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
 
 
-def told(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> str:
+def description(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> str:
     """Return a call of a function for an error: with its first argument, if that is a name or names."""
     first = next(iter((*args, *kwargs.values())), None)
     return f"{function.__name__}({first!r})" if isinstance(first, (str, list)) else f"{function.__name__}()"

@@ -19,11 +19,11 @@ from graft.core.containers import (
     Slot,
     Transient,
     container_for,
+    facts_class,
     place_tensor,
     put,
     slots_of,
     takes,
-    told_by,
 )
 from graft.core.lean import ModuleDict
 from graft.core.method import Method
@@ -73,7 +73,7 @@ class Holding:
             kind = type(value)
             if kind in FACTS:
                 if key not in known:
-                    own[key] = {adapter: value} if key in computes_with else told_by(key)({adapter: value})
+                    own[key] = {adapter: value} if key in computes_with else facts_class(key)({adapter: value})
                     known.append(key)
                 elif key in modules:
                     raise self._unfit(method, key, kind)
@@ -209,7 +209,7 @@ class Holding:
         """Return the slots in which its tensors stand now; look them up again after a module is replaced or pruned."""
         slots: list[Slot] = self.state.slots.get(adapter, [])
         for slot in slots:
-            if slot.held.get(adapter) is not slot.root or slot.attribute not in slot.where:
+            if slot.by_adapter.get(adapter) is not slot.root or slot.attribute not in slot.where:
                 break
         else:
             return slots
@@ -235,7 +235,7 @@ class Holding:
     def first_tensor(self, adapter: str) -> Tensor:
         slot = self.state.slots[adapter][0]
         tensor: Tensor | None = slot.where.get(slot.attribute)
-        if tensor is None or slot.held.get(adapter) is not slot.root:
+        if tensor is None or slot.by_adapter.get(adapter) is not slot.root:
             tensor = self.slots(adapter)[0].tensor
         return tensor
 

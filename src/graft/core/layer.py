@@ -88,11 +88,11 @@ class Host(Holding, Carrier, nn.Module):
         """Names of the base module's positional arguments."""
         return tuple(inspect.signature(self.base_module.forward).parameters)
 
-    kept = base_module
+    remainder = base_module
 
     @property
-    def held(self) -> Weight:
-        """The base weight, as it is held now."""
+    def base_weight(self) -> Weight:
+        """The base weight, as its module holds it now."""
         module, site = self.base_module, self.site
         while isinstance(module, Host):  # of another parameter
             module = module.base_module
@@ -261,7 +261,7 @@ class AdapterLayer(PeftNames, Host):
     @property
     def weight_now(self) -> Tensor:
         """The canonical weight, with all that is merged into it."""
-        return self.held.canon()
+        return self.base_weight.canon()
 
     @property
     def bias_now(self) -> Tensor | None:
@@ -326,7 +326,7 @@ class AdapterLayer(PeftNames, Host):
         """Return the weight with the plan folded in, as the base layer stores it; gradients flow."""
         plan = None if self.call.off else self.state.plan
         if plan is None:
-            return self.held.read()
+            return self.base_weight.read()
         return self.op.uncanon(plan.fold(self.weight_now, self.bias_now)[0])
 
     def rewrite_base(self, W: Tensor) -> None:
@@ -342,7 +342,7 @@ class AdapterLayer(PeftNames, Host):
                 PeftWarning,
             )
             return
-        weight = replace(self.held, shared=False)
+        weight = replace(self.base_weight, shared=False)
         why = weight.unread() or weight.fixed()
         if why is not None:
             raise UnsupportedLayerError(
@@ -451,7 +451,7 @@ class ParamWrapper(AdapterLayer):
 
     _own_forward = forward
 
-    where = property(lambda self: self.held.where())  # the parameter's
+    where = property(lambda self: self.base_weight.where())  # the parameter's
 
     def get_param(self) -> nn.Parameter:
         """Return the parameter itself, without what adapters do."""

@@ -120,7 +120,7 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
     if replaces(layer, names):  # one stands in for another
         check_together(layer, methods)
         modules = [m.effect.module() for m in methods if isinstance(m.effect, Replace)]
-        with layer.held.at_hand(layer) if safe else nullcontext():
+        with layer.base_weight.at_hand(layer) if safe else nullcontext():
             if safe and not all(p.isfinite().all() for module in modules for p in module.parameters()):
                 raise ValueError(_broken(layer, names))
         return
@@ -129,7 +129,7 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
     if getattr(layer.base_layer, "bias", None) is None and any([shifts_bias(layer, m, asked) for m in methods]):
         raise NotImplementedError(_no_bias(layer, names))
     if safe:
-        with layer.held.at_hand(layer):
+        with layer.base_weight.at_hand(layer):
             everything, start = in_order(layer, names)
             finite = stays_finite(layer, everything if start is None else start, from_w0=start is None)
         if not finite:
@@ -146,7 +146,7 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
         return None
     if (why := why_not_told(layer, methods)) is not None:
         return why
-    base = layer.held
+    base = layer.base_weight
     if not all([effect.inside for effect in effects]) and (why := layer.op.fixed(layer.get_base_layer())) is not None:
         return why
     why = base.fixed()
@@ -171,7 +171,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
     if kind in asked or m.effect.pieces is not None or not isinstance(m.effect, (LowRank, Update, Rewrite)):
         return False
     asked.add(kind)
-    with layer.held.at_hand(layer), evaluating(layer), torch.no_grad():
+    with layer.base_weight.at_hand(layer), evaluating(layer), torch.no_grad():
         if not isinstance(m.effect, Rewrite):
             return m.effect.shift() is not None
         W = layer.weight_now
@@ -180,7 +180,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
 
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Return True if what stands against merging is that the weight is packed, and can be read."""
-    packed = not layer.store.exact and layer.held.unread() is None
+    packed = not layer.store.exact and layer.base_weight.unread() is None
     packed = packed and layer.op.fixed(layer.get_base_layer()) is None and not is_packed_stack(layer)
     return packed and all(m.effect.fixed is None for m in methods)
 
@@ -255,7 +255,7 @@ def as_told(layer: Layer, steps: Sequence[Step]) -> list[Step]:
 
 def _told(layer: Layer, m: Method, effect: Effect, function: Callable[..., object]) -> Update:
     def delta() -> Tensor:
-        update, shape = function(m.name), layer.held.read().shape
+        update, shape = function(m.name), layer.base_weight.read().shape
         if not isinstance(update, Tensor) or update.shape != shape:
             what = tuple(update.shape) if isinstance(update, Tensor) else f"a {type(update).__name__}"
             raise UnsupportedLayerError(
@@ -311,7 +311,7 @@ def merge(layer: Layer, names: list[str], undoable: bool) -> None:
         names = [*layer.state.merged, *names]
         unmerge(layer)
         new = steps
-    with layer.held.at_hand(layer, writes=True), evaluating(layer):
+    with layer.base_weight.at_hand(layer, writes=True), evaluating(layer):
         _write(layer, names, new, undoable)
 
 
@@ -322,7 +322,7 @@ def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
         fold = _by_matrix(layer, steps)
         if fold is not None:
             states = [state for _, state, _ in layer.state.undo if state is not None] if from_w0 else []
-            stack = states[0].to(layer.held.where()[0]) if states else layer.held.snapshot()
+            stack = states[0].to(layer.base_weight.where()[0]) if states else layer.base_weight.snapshot()
             return stacked.stays_finite(stack, fold)
     W, b = folded(layer, steps, from_w0)
     return bool(W.isfinite().all() and (b is None or b.isfinite().all()))
@@ -398,7 +398,7 @@ def _snapshot(layer: Layer) -> object:
     """Return the base weight as it is; None if the layer keeps a snapshot already, which undoes this merge as well."""
     if any(kind == "restore" for kind, _, _ in layer.state.undo):
         return None
-    return layer.held.snapshot()
+    return layer.base_weight.snapshot()
 
 
 def copied(bias: Tensor | None) -> Tensor | None:
@@ -423,10 +423,10 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
         return
     fold = _by_matrix(layer, steps)
     if fold is not None:
-        made, survived = stacked.merged(layer.held.snapshot(), fold)
+        made, survived = stacked.merged(layer.base_weight.snapshot(), fold)
         if undoable:
             state.undo.append(("restore", _snapshot(layer), None))
-        layer.held.restore(made)
+        layer.base_weight.restore(made)
         state.survived.append(survived)
         state.merged += names
         return
@@ -448,7 +448,7 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
     rounded = wide.to(before.dtype)
     if layer.store.exact and rounded is not wide:
         state.survived.append(survival(before, wide))  # now, as writing may change what was read
-    replaced = layer.held.write(rounded)
+    replaced = layer.base_weight.write(rounded)
     if replaced is not None:
         layer._modules["base_layer"] = replaced
     if not layer.store.exact:
@@ -477,12 +477,12 @@ def unmerge(layer: Layer) -> None:
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):
         _change_places(layer, state.merged[0])
-    with layer.held.at_hand(layer, writes=True) if state.undo else nullcontext():
+    with layer.base_weight.at_hand(layer, writes=True) if state.undo else nullcontext():
         for kind, previous, bias in reversed(state.undo):
             if kind == "subtract":
                 _subtract(layer, previous)
             elif previous is not None:
-                layer.held.restore(previous)
+                layer.base_weight.restore(previous)
             if bias is not None:
                 layer.write_bias(bias)
     state.undo.clear()
@@ -550,12 +550,12 @@ def lifted(layer: Layer) -> Iterator[None]:
 @torch.no_grad()
 def unmerged(layer: Layer) -> Tensor:
     """Return the weight, as stored, without merged adapters."""
-    W = layer.held.read()
+    W = layer.base_weight.read()
     for kind, state, _ in reversed(layer.state.undo):
         if kind == "subtract":
             W = layer.op.uncanon(_without(layer, layer.op.canon(W), state))
         elif state is not None:
-            W = layer.held.snapshot_values(state).to(W.device)  # the model may have moved
+            W = layer.base_weight.snapshot_values(state).to(W.device)  # the model may have moved
     return W
 
 
@@ -587,5 +587,5 @@ def _subtract(layer: Layer, factors: list[tuple[Tensor, Tensor]]) -> None:
         if wide is not matrix:
             matrix.copy_(wide)
         return
-    weight = replace(layer.held, shared=False)  # the model was sharded since, say
+    weight = replace(layer.base_weight, shared=False)  # the model was sharded since, say
     weight.write(_without(layer, weight.canon(), factors))

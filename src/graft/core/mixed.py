@@ -32,7 +32,7 @@ from graft.core.plan import (
 )
 from graft.core.protocols import Layer
 from graft.core.routing import Groups, route
-from graft.core.rows import Given, Key, Rows, Together, members
+from graft.core.rows import CallContext, Key, Rows, Together, members
 from graft.core.unchanged import Unchanged
 from graft.kernels.eager import autocast_dtype
 from graft.kernels.low_rank import new_seed
@@ -51,7 +51,7 @@ def runs_of(alike: Sequence[Segment | None]) -> list[slice]:
     return runs
 
 
-class Kept(NamedTuple):
+class BatchGroups(NamedTuple):
     """The groups of a batch, and all that they depend on."""
 
     stacks: Stacks
@@ -89,7 +89,7 @@ class Mixed:
         self.aside = any(isinstance(plan, Instead) and plan.aside for plan in plans)
         self.idle = not plans
         self.sums = any(type(p) is Sum and isinstance(p.steps[0][1], LowRank) for p in plans)
-        self.kept: Kept | None = None
+        self.last: BatchGroups | None = None
         self.joins: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
 
     def run(self, rows: Rows, *args: object, **kwargs: object) -> object:
@@ -138,7 +138,7 @@ class Mixed:
         return self.apart(rows, x, context, args, kwargs)
 
     def apart(
-        self, rows: Rows, x: Tensor, context: Given, args: tuple[object, ...], kwargs: dict[str, object]
+        self, rows: Rows, x: Tensor, context: CallContext, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor:
         """Run each adapter on its rows as it runs alone: to the same bits, in the backward pass as well.
 
@@ -152,7 +152,7 @@ class Mixed:
 
         x, stacks = rows.by_adapter(x), context.stacks
         alone = context.gates is None and not (args or kwargs) and self.may_share(x)
-        if alone and stacks is not None and (groups := self.kept_groups(stacks, rows, x)) is not None:
+        if alone and stacks is not None and (groups := self.last_groups(stacks, rows, x)) is not None:
             return rows.as_they_came(self.shared(x, groups))
         alike = self.segments(rows, x, drawing) if alone else None
         if alike is not None and None not in alike:
@@ -221,7 +221,7 @@ class Mixed:
 
     def keep(self, stacks: Stacks, rows: Rows, x: Tensor, segments: Sequence[Segment], groups: Sequence[Group]) -> None:
         """Keep groups for the next batch like this one."""
-        self.kept = None
+        self.last = None
         if not any(s.p for s in segments):
             plans: list[Any] = [self.plans[name] for name in rows.keys]
             unchanged, computed = Unchanged(), []
@@ -229,11 +229,11 @@ class Mixed:
                 f = effect.factors()
                 if not unchanged.note(method, f):
                     computed.append((effect.factors, f, own))
-            self.kept = Kept(stacks, rows.sizes, x.shape[1:], x.dtype, unchanged, computed, groups)
+            self.last = BatchGroups(stacks, rows.sizes, x.shape[1:], x.dtype, unchanged, computed, groups)
 
-    def kept_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
+    def last_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
         """Return the groups of the last batch, if they are those of this one: nothing about an adapter has changed."""
-        last = self.kept
+        last = self.last
         if last is None or last.stacks is not stacks or last.sizes != rows.sizes:
             return None
         if last.shape != x.shape[1:] or last.dtype != x.dtype:

@@ -101,7 +101,7 @@ class PeftNames:
 
     def get_base_weight(self: Layer) -> Tensor:
         """Return the weight as the base layer stores it, dense."""
-        return self.held.read()
+        return self.base_weight.read()
 
     def get_delta_weight(self: Layer, adapter: str) -> Tensor:
         """Return ΔW of `adapter` in the orientation that the base layer stores.

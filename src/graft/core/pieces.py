@@ -29,7 +29,7 @@ from graft.core.plan import Chain, Step, Sum, applied, part_of, seen
 from graft.core.protocols import Layer
 from graft.core.random import states
 from graft.core.site import Site
-from graft.kernels.cuts import Cut, cut_up, given, joined, summed
+from graft.kernels.cuts import Cut, cut_up, joined, summed, with_summed_grad
 from graft.kernels.low_rank import dropout
 
 
@@ -107,7 +107,7 @@ def run(layer: Layer, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Return the module's output with another (whole, canonical) weight and bias."""
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     if piece.outputs is not None:
-        x, W = given(x, piece.outputs), cut_up(W, piece.outputs, 0)
+        x, W = with_summed_grad(x, piece.outputs), cut_up(W, piece.outputs, 0)
         b = None if b is None else cut_up(b, piece.outputs, 0)
     if piece.inputs is None:
         return op.call(base, x, W, b)
@@ -149,7 +149,7 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     B = B if f.outer is None else f.outer[:, None] * B
     if piece.outputs is None:
         return op.up(base, z, B)
-    return op.up(base, given(z, piece.outputs), cut_up(B, piece.outputs, 0))
+    return op.up(base, with_summed_grad(z, piece.outputs), cut_up(B, piece.outputs, 0))
 
 
 def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class OfPieces:
                 layer.site.piece.check_draws(layer.site.key)
         return y
 
-    def given_out(self, y: object) -> object:
+    def module_output(self, y: object) -> object:
         """Return an output in the form in which the module returns it."""
         left_out, base = self.layer.site.piece.left_out, self.layer.base_layer
         return y if left_out is None else (y, *left_out(base))
@@ -205,8 +205,8 @@ class SumOfPieces(OfPieces, Sum):
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         y = self.base(x, args, kwargs)
         if self.layer.call.open and self.layer.call.weights() is not None:
-            return self.given_out(self.gated(x, y))
-        return self.given_out(self.add(x, y, False))
+            return self.module_output(self.gated(x, y))
+        return self.module_output(self.add(x, y, False))
 
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
         dtype = y.dtype
@@ -224,7 +224,7 @@ class ChainOfPieces(OfPieces, Chain):
         self.above = False
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        return self.given_out(super().run(x, *args, **kwargs))
+        return self.module_output(super().run(x, *args, **kwargs))
 
     def bias(self, n: int | None = None) -> Tensor | None:
         return None if self.layer.site.piece.leaves_bias(self.layer.base_layer) else super().bias(n)

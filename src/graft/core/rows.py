@@ -173,7 +173,7 @@ Facts = Mapping[Any, PerRow]  # by whatever a method calls them
 NO_FACTS: Facts = {}  # one object: identity tells calls without facts
 
 
-class Given(NamedTuple):
+class CallContext(NamedTuple):
     """All that a call says of its rows."""
 
     rows: Rows | None = None
@@ -192,14 +192,14 @@ class Given(NamedTuple):
         """Equal for what is of one call."""
         return id(self.rows), id(self.gates), id(self.facts)
 
-    def only(self, index: Tensor) -> Given:
+    def only(self, index: Tensor) -> CallContext:
         """Return gates and facts of some rows of the batch."""
         gates = None if self.gates is None else self.gates.rows(index)
         facts = {name: fact[index] for name, fact in self.facts.items()} or NO_FACTS
         some = index if self.some is None else self.some[index]
         return self._replace(gates=gates, facts=facts, some=some)
 
-    def repeated(self, copies: int) -> Given:
+    def repeated(self, copies: int) -> CallContext:
         """Return what a batch with `copies` of each row is given. Whoever makes gates makes them for that batch."""
         rows = self.rows
         if rows is not None:
@@ -212,7 +212,7 @@ class Given(NamedTuple):
         return self._replace(rows=rows, facts=facts)
 
 
-NOTHING, ALL_OFF, AMBIGUOUS = Given(), Given(OFF), Given(UNCLEAR)
+NOTHING, ALL_OFF, AMBIGUOUS = CallContext(), CallContext(OFF), CallContext(UNCLEAR)
 
 
 LIMIT = 100_000  # objects of an output that `tensors_in` visits

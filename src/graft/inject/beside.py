@@ -95,10 +95,10 @@ class ModulesToSaveWrapper(Host):
     @property
     def active(self) -> nn.Module:
         """The module that runs now."""
-        return self.base_module if self.disable_adapters else self.kept  # type: ignore[no-any-return]
+        return self.base_module if self.disable_adapters else self.remainder  # type: ignore[no-any-return]
 
     @property
-    def kept(self) -> nn.Module:  # type: ignore[override]
+    def remainder(self) -> nn.Module:  # type: ignore[override]
         """The module that unloading leaves, whether adapters are disabled or not."""
         return next((self.modules_to_save[name] for name in self.active_adapters), self.base_module)
 

@@ -86,7 +86,7 @@ class Injection(Job):
             attach(where, base)
         nests: dict[str, list[AdapterLayer]] = {path: list(layers) for path, layers in tree.nests.items()}
         for key, layer in self.layers.items():
-            if not self.options.held:
+            if not self.options.provisional:
                 layer.keep()
             if key in tree.layers:
                 continue

@@ -59,7 +59,7 @@ class Options:
     values: Values | None = None  # a checkpoint's, in place of initial ones
     heads: dict[str, nn.Module] | None = None  # modules for `modules_to_save`, by name, instead of copies of the base's
     state_dict: dict[str, Tensor] | None = None  # adapt exactly the layers that it has tensors for
-    held: bool = False  # the caller may still take it off: see `MergingRegistry.provisional`
+    provisional: bool = False  # the caller may still take it off: see `MergingRegistry.provisional`
 
 
 def nobody() -> None:

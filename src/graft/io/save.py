@@ -241,7 +241,7 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
         if layer_in(module) is module:
             if any(module is m or module.base_layer is m for m in layers):
                 out |= {f"{key}.base_layer.{n}": p for n, p in tensors_below(module.base_layer).items()}
-                if module.held.unread() is None:
+                if module.base_weight.unread() is None:
                     out[f"{key}.base_layer.weight"] = unmerged(module)
         elif not targeted and any(module is m for m in layers):
             out |= {f"{key}.{n}": p for n, p in tensors_below(module).items()}

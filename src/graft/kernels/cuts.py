@@ -97,7 +97,7 @@ class _Sum(Function):
         return g, None
 
 
-class _Given(Function):
+class _WithSummedGrad(Function):
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
         ctx.cut = cut
@@ -123,6 +123,6 @@ def summed(t: Tensor, cut: Cut) -> Tensor:
     return _Sum.apply(t, cut)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def given(t: Tensor, cut: Cut) -> Tensor:
+def with_summed_grad(t: Tensor, cut: Cut) -> Tensor:
     """Return a whole tensor for a product with a piece, whose gradient is the sum of those of all processes."""
-    return _Given.apply(t, cut)  # type: ignore[no-any-return, no-untyped-call]
+    return _WithSummedGrad.apply(t, cut)  # type: ignore[no-any-return, no-untyped-call]

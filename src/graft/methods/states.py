@@ -156,7 +156,7 @@ def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         if not first:
             first.update(now)
         steps = {name: fact if not fact.acts else first[name] for name, fact in now.items()}
-        call.put(call.given._replace(facts={**call.given.facts, **steps}))
+        call.put(call.context._replace(facts={**call.context.facts, **steps}))
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
     try:

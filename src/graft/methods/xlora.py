@@ -329,7 +329,7 @@ class XLora(Method[XLoraConfig]):
 
             def step(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
                 if get_ident() == thread:  # others may run the model as well
-                    call.put(call.given._replace(gates=weigh(tuner, call, args, kwargs)))
+                    call.put(call.context._replace(gates=weigh(tuner, call, args, kwargs)))
 
             handle = tuner.model.register_forward_pre_hook(step, with_kwargs=True)
             try:
@@ -350,10 +350,10 @@ def weigh(tuner: Classified, call: Call, args: tuple[Any, ...], kwargs: dict[str
     inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
     with torch.no_grad():
         if cfg.scaling_pass_value == 0:
-            context = call.given._replace(rows=Rows.of([BASE] * len(inputs), inputs.device), gates=None)
+            context = call.context._replace(rows=Rows.of([BASE] * len(inputs), inputs.device), gates=None)
         else:
             dummy = classifier.constant(inputs, cfg.scaling_pass_value)
-            context = call.given._replace(gates=Scalings(chosen(dummy, cfg), *places))
+            context = call.context._replace(gates=Scalings(chosen(dummy, cfg), *places))
         before = call.put(context)
         try:
             output = tuner.model.forward(*args, **kwargs)

@@ -414,7 +414,7 @@ def norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
     base = layer.base_layer
     if layer.site.piece is not None or any([layout_of(t) is not None for t in base.parameters()]):
         return ()  # processes would have to read it together
-    if layer.held.unread():
+    if layer.base_weight.unread():
         return ()
     with evaluating(layer):
         W = layer.W0

@@ -93,7 +93,7 @@ class LayerRegistry(MergingRegistry):
         arguments |= {} if self.peft_config else dict(state_dict=options.state_dict)
         self.peft_config[adapter_name], self.pending = config, options
         try:
-            with self.provisional(adapter_name, not options.held):
+            with self.provisional(adapter_name, not options.provisional):
                 holder.inject_adapter(self.model, adapter_name, **arguments)
                 if adapter_name not in self.reports:
                     raise UnsupportedLayerError(
@@ -170,7 +170,7 @@ class LayerRegistry(MergingRegistry):
         if asked is None:
             options = Options(autocast_adapter_dtype, low_cpu_mem_usage, state_dict=state_dict)
         else:
-            options = replace(asked, on_meta=low_cpu_mem_usage, state_dict=state_dict, held=True)
+            options = replace(asked, on_meta=low_cpu_mem_usage, state_dict=state_dict, provisional=True)
         try:
             self.check_new(adapter_name, config)
             self._inject(adapter_name, config, options)

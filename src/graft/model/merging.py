@@ -193,7 +193,7 @@ class MergingRegistry(Registry):
 
     @contextmanager
     def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
-        """Take an adapter that was injected with `Options.held` off again if the block raises.
+        """Take an adapter that was injected with `Options.provisional` off again if the block raises.
 
         then_keep: it may stay afterwards; else who asked for this may still take it off.
         """
@@ -244,7 +244,7 @@ def restore(parent: nn.Module, name: str, child: nn.Module) -> None:
     """Put what an adapter layer or wrapper holds in its place."""
     carrier = carrier_of(child)
     if carrier is not None:
-        parent._modules[name] = innermost(child) if nest_of(child) else carrier.kept
+        parent._modules[name] = innermost(child) if nest_of(child) else carrier.remainder
 
 
 def survey_places(model: nn.Module, act: Callable[[nn.Module, str, nn.Module], object]) -> None:

@@ -17,7 +17,7 @@ from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn, who
 from graft.core.gate import PATIENCE, Names
-from graft.core.rows import BASE, Given, Run, copies_of
+from graft.core.rows import BASE, CallContext, Run, copies_of
 from graft.inject.job import Options
 from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree
@@ -71,11 +71,11 @@ class PeftModel(nn.Module):
         heads: dict[str, nn.Module] | None = None,
         values: Values | None = None,
         tree: Tree | None = None,
-        held: bool = False,
+        provisional: bool = False,
     ):
         super().__init__()
         check_adapter_name(adapter_name)
-        options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads, held=held)
+        options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads, provisional=provisional)
         with unless_it_fails(peft_config):
             self._extend_config(peft_config)
             if isinstance(peft_config, PromptLearningConfig):
@@ -390,7 +390,7 @@ class PeftModel(nn.Module):
         inputs: tuple,
         kwargs: dict[str, object],
         generates: bool,
-    ) -> tuple[object, Given]:
+    ) -> tuple[object, CallContext]:
         """Do as `_call`, within a call; return the output, and what the call said of its rows."""
         registry = self._registry
         if generates:
@@ -409,10 +409,10 @@ class PeftModel(nn.Module):
         run = Run(inputs, kwargs, own, rows, generates)
         run.copies = copies_of(registry.model, kwargs) if generates else 1
         with untouched(draws), call.using(rows, draws), self._heads_of(used), registry.acting(run) as finish:
-            if run.copies > 1 and call.given:
+            if run.copies > 1 and call.context:
                 with spread(call, run.copies, self.get_base_model()):
-                    return finish(function(*inputs, **kwargs)), call.given
-            return finish(function(*inputs, **kwargs)), call.given
+                    return finish(function(*inputs, **kwargs)), call.context
+            return finish(function(*inputs, **kwargs)), call.context
 
     def _calling(self, what: str, names: Sequence[str] | None) -> AbstractContextManager:
         """Return a context: a call of the model."""
@@ -597,7 +597,7 @@ class PeftModel(nn.Module):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 values=values,
                 change_timeout=change_timeout,
-                held=theirs is not None,
+                provisional=theirs is not None,
             )
             checkpoints.let_train(made, adapter_name, is_trainable)
             made._heads_changed()

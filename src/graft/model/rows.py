@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from graft.core.call import Call
 from graft.core.draws import Draws, Untouched
 from graft.core.errors import RoutingError
-from graft.core.rows import BASE, Given, Rows, Together
+from graft.core.rows import BASE, CallContext, Rows, Together
 from graft.model.compose import Composition, Parallel, batch_of, copied, keys_of
 from graft.model.registry import Registry
 
@@ -57,7 +57,7 @@ def rows_of(registry: Registry, names: RowNames, inputs: tuple, kwargs: dict[str
             f"Merged: {merged}."
         )
     tensors = [t for t in (*inputs, *kwargs.values()) if isinstance(t, Tensor)]
-    rows = [len(t) * registry.call.given.copies for t in tensors if t.dim()]
+    rows = [len(t) * registry.call.context.copies for t in tensors if t.dim()]
     if rows and len(names) not in rows:  # samples may share a tensor, or have several rows in one: layers check
         raise RoutingError(
             "Length of `adapter_names` should be the same as the number of inputs, "
@@ -148,12 +148,12 @@ def untouched(draws: Draws | None) -> Iterator[None]:
 def spread(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
     """Have what is given of each row stand in `call` for its copies, which `generate` makes of it; an encoder sees the
     rows without copies."""
-    once, handles = call.given, []
+    once, handles = call.context, []
     copied = once.repeated(copies)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder, thread = model.get_encoder(), get_ident()
 
-        def put(context: Given) -> None:
+        def put(context: CallContext) -> None:
             if get_ident() == thread:  # others may run the model as well
                 call.put(context)
 

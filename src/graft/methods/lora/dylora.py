@@ -57,7 +57,7 @@ class DyLoRA(LoRA):
     def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Draw the ranks of this run, for each adapter."""
         with super().around(tuner, call, run) as finish:
-            draws, shares = call.given.draws, {}
+            draws, shares = call.context.draws, {}
             for name in run.adapters:
                 with nullcontext() if draws is None else draws.of(name, draws.ticket(), CPU):
                     shares[DRAWN, name] = Same(torch.rand((), dtype=torch.float64, device=CPU).item())

@@ -68,7 +68,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
             return None
         one = Pass(tuner, call, names, args, kwargs)
         passes[:] = [one]
-        call.put(call.given._replace(facts={**call.given.facts, FACT: one.states}))
+        call.put(call.context._replace(facts={**call.context.facts, FACT: one.states}))
         return args, kwargs
 
     def after(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:

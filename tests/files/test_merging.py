@@ -525,14 +525,14 @@ def test_an_output_that_comes_while_this_one_waits(tmp_path, monkeypatch):
     """Two at once, without force: the second one leaves what the first has written."""
     base = base_of("llama", tmp_path)
     _, adapter = adapted("llama", tmp_path, lora())
-    original = Workplace.held
+    original = Workplace.lock
 
     def later(place):
         monkeypatch.undo()
         merge(base, [adapter], tmp_path / "out", weights=[2.0])
         return original(place)
 
-    monkeypatch.setattr(Workplace, "held", later)
+    monkeypatch.setattr(Workplace, "lock", later)
     with pytest.raises(OutputExistsError, match="exists"):
         merge(base, [adapter], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]

@@ -48,7 +48,7 @@ def test_it_is_the_sum(how, flipped, monkeypatch):
     if flipped:  # W, A and B of the transposed matrices, shown transposed
         S = summed(W.mT.contiguous(), [(B.mT, A.mT, s) for A, B, s in PARTS], True)
     if how in APART:
-        monkeypatch.setattr(Summed, "formed", lambda self: pytest.fail("formed the sum"))
+        monkeypatch.setattr(Summed, "materialize", lambda self: pytest.fail("formed the sum"))
     result = (APART | FORMED)[how](S)
     assert type(result) is torch.Tensor
     assert_close(result, (APART | FORMED)[how](DENSE), rtol=1e-4, atol=1e-4)

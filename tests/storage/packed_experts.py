@@ -78,7 +78,7 @@ def fp8(model, block=(16, 24), expert_dtype="fp8", scale_fmt="float"):
         for name in ("gate_up_proj", "down_proj"):
             getattr(experts, f"{name}_scale_inv").data.fill_(0.03 if expert_dtype == "fp8" else 0.125)
             W = getattr(dense, name).detach()
-            held = stacks.held(experts, name).remade(W.__getitem__)
+            held = stacks.matrices_of(experts, name).remade(W.__getitem__)
             held.put(experts, name)
         model.set_submodule(path, experts)
     return model
@@ -92,7 +92,7 @@ def dense_twin(model, make):
     assert all("experts" in n for n in missing)
     for (_, dense), (_, packed) in zip(blocks(twin), blocks(model)):
         for name in ("gate_up_proj", "down_proj"):
-            held = stacks.held(packed, name)
+            held = stacks.matrices_of(packed, name)
             W = held.dense(range(held.shape[0]), torch.float32)
             getattr(dense, name).data = (W.mT if getattr(dense, "is_transposed", False) else W).contiguous()
             if hasattr(dense, f"{name}_bias"):

@@ -52,7 +52,7 @@ def test_single_matrices_have_the_bits_that_the_package_reads(kind, dtype):
 
     for _, m in blocks(both(kind)[0]):
         for name in ("gate_up_proj", "down_proj"):
-            held = stacks.held(m, name)
+            held = stacks.matrices_of(m, name)
             found = held.dense([3, 1], dtype)
             if kind == "mxfp4":
                 codes = held.weight.unflatten(2, (-1, 16))
@@ -144,14 +144,14 @@ def test_other_methods_merge_into_packed_stacks(monkeypatch):
     inner, twins = (blocks(m) for m in bases)
     packed, dense = (moved(m, "LOKR", target_modules=[]) for m in bases)
     before, unmerged = dense_of(inner), packed(IDS).logits
-    monkeypatch.setattr(stacks.Held, "dense", lambda *_: pytest.fail("a dense stack"))
+    monkeypatch.setattr(stacks.PackedMatrices, "dense", lambda *_: pytest.fail("a dense stack"))
     packed.merge_adapter()
     monkeypatch.undo()
     dense.merge_adapter()
     for (path, m), (_, twin) in zip(inner, twins):
         for name in NAMES:
             change = getattr(twin, name) - before[f"{path}.{name}"]
-            found = stacks.held(m, name).dense(range(len(change)), torch.float32) - before[f"{path}.{name}"]
+            found = stacks.matrices_of(m, name).dense(range(len(change)), torch.float32) - before[f"{path}.{name}"]
             assert (found - change).norm() < 0.5 * change.norm()
     assert min(graft.merge_report(packed).values()) > 0.9
     packed.unmerge_adapter()
@@ -179,13 +179,13 @@ def test_each_matrix_in_use_is_dequantized_once_in_either_direction(kind, monkey
     model = adapted(both(kind)[0])
     counts, largest = {}, []
 
-    def dense(self, experts, dtype, before=stacks.Held.dense):
+    def dense(self, experts, dtype, before=stacks.PackedMatrices.dense):
         for e in experts:
             counts[self.weight.data_ptr(), e] = counts.get((self.weight.data_ptr(), e), 0) + 1
         largest.append(len(experts))
         return before(self, experts, dtype)
 
-    monkeypatch.setattr(stacks.Held, "dense", dense)
+    monkeypatch.setattr(stacks.PackedMatrices, "dense", dense)
     with torch.no_grad():
         model(IDS)
     used = len(counts)
@@ -253,7 +253,7 @@ NAMES = ("gate_up_proj", "down_proj")
 
 def dense_of(inner):
     """Return the dense stacks, by the key of their layer."""
-    held = {f"{path}.{name}": stacks.held(m, name) for path, m in inner for name in NAMES}
+    held = {f"{path}.{name}": stacks.matrices_of(m, name) for path, m in inner for name in NAMES}
     return {key: h.dense(range(h.shape[0]), torch.float32) for key, h in held.items()}
 
 
@@ -347,7 +347,7 @@ def test_mxfp4_keeps_the_scales_of_the_base():
     """New ones would move numbers that the update does not touch."""
     packed, _ = both("mxfp4")
     (_, m), *_ = blocks(packed)
-    before = stacks.held(m, "down_proj")
+    before = stacks.matrices_of(m, "down_proj")
     W = before.dense(range(5), torch.float32)
     assert torch.equal(before.remade(W.__getitem__).dense(range(5), torch.float32), W)
     unit = 2.0 ** (float(before.scale[2, 3, 0]) - 127)

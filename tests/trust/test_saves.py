@@ -47,7 +47,7 @@ def edited(folder):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Wait less for a save that was cut short."""
-    monkeypatch.setattr("graft.config.stored.PATIENCE", 0.02, raising=False)
+    monkeypatch.setattr("graft.config.file.PATIENCE", 0.02, raising=False)
 
 
 FORMATS = {"safetensors": True, "bin": False}

@@ -21,7 +21,7 @@ ROUNDS = 25
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Wait less for a save that was cut short."""
-    monkeypatch.setattr("graft.config.stored.PATIENCE", 0.02, raising=False)
+    monkeypatch.setattr("graft.config.file.PATIENCE", 0.02, raising=False)
 
 
 def ended(pids: list[int]) -> list[int]:

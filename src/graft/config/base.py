@@ -15,10 +15,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from graft.config.atomic import replace, write_text
+from graft.config.file import ConfigFile
 from graft.config.hub import hub_keywords
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, found_in
 from graft.config.reading import Json, check_numbers, ending, read_object
-from graft.config.stored import Stored
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class PeftConfig:
             ConfigError: its peft_type is unknown, or another field has a value that cannot be.
         """
         hub = hub_keywords(kwargs)
-        file = Stored(pretrained_model_name_or_path, subfolder, read_object, **hub)
+        file = ConfigFile(pretrained_model_name_or_path, subfolder, read_object, **hub)
         loaded = file.of(found_in(file.folder))
         known = {f.name for f in fields(PeftConfig)}
         if (

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from graft.config.file import DESCRIBING, plain
 from graft.config.reading import Json
-from graft.config.stored import DESCRIBING, plain
 from graft.files import algebra
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile, LowRank, Other

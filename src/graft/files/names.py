@@ -20,9 +20,9 @@ class Flat:
 
     def __init__(self, base: Base):
         self.path = base.path
-        self.held: dict[str, list[str]] = {}
+        self.by_key: dict[str, list[str]] = {}
         for module in base.modules:
-            self.held.setdefault(module.replace(".", "_"), []).append(module)
+            self.by_key.setdefault(module.replace(".", "_"), []).append(module)
 
     def find(self, name: str, components: Iterable[str] = ("",)) -> str | None:
         """Return the path of a module, in the first of `components` of the base that has it; None: none has.
@@ -31,7 +31,7 @@ class Flat:
             CheckpointError: two modules have this name.
         """
         for component in components:
-            found = self.held.get(f"{component}_{name}" if component else name, [])
+            found = self.by_key.get(f"{component}_{name}" if component else name, [])
             found = [path for path in found if not component or path.startswith(f"{component}.")]
             if len(found) > 1:
                 raise CheckpointError(

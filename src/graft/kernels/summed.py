@@ -38,7 +38,7 @@ class Summed(Tensor):
         made.W, made.parts, made.flipped = W, parts, flipped
         return made
 
-    def formed(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """Return the sum as a plain tensor, in the dtype of W."""
         W = self.W
         for A, B, s in self.parts:
@@ -89,7 +89,7 @@ def summed(W: Tensor, parts: list[Part], flipped: bool = False) -> Tensor:
 def form(value: object) -> Any:
     """Put the sums themselves in the place of what stands for them."""
     if isinstance(value, Summed):
-        return value.formed()
+        return value.materialize()
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)(form(v) for v in value)
     if isinstance(value, dict):

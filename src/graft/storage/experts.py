@@ -22,7 +22,7 @@ from graft.kernels.experts import Block, Stack, routed
 from graft.storage import stacks
 from graft.storage.dense import PLAIN, Dense
 from graft.storage.offload import computes_on, is_away
-from graft.storage.stacks import Held
+from graft.storage.stacks import PackedMatrices
 
 GATE = "_apply_gate"
 FLAGS = ("has_gate", "has_bias", GATE, "num_experts")
@@ -73,7 +73,7 @@ def clamped(m: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def codes_of(m: nn.Module, name: str) -> Any:
     """Return a stack of a module."""
-    stack = stacks.held(m, name)
+    stack = stacks.matrices_of(m, name)
     if stack is not None:
         if (why := stack.unread) is not None:
             raise UnsupportedLayerError(f"The stack {name} of a {type(m).__name__} cannot be read: {why}.")
@@ -125,41 +125,41 @@ class PackedStack(Dense):
     def __init__(self, parameter: str):
         self.name, self.parameter = "stack", parameter
 
-    def held(self, m: nn.Module) -> Held:
-        stack = stacks.held(m, self.parameter)
+    def matrices(self, m: nn.Module) -> PackedMatrices:
+        stack = stacks.matrices_of(m, self.parameter)
         assert stack is not None
         return stack
 
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
-        return why_unread(m, self.held(m))
+        return why_unread(m, self.matrices(m))
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
-        return self.unread(m, name) or self.held(m).fixed
+        return self.unread(m, name) or self.matrices(m).fixed
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         return self.snapshot_values(m, name, codes_of(m, self.parameter))
 
-    def snapshot_values(self, m: nn.Module, name: str, state: Held) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state: PackedMatrices) -> Tensor:
         with torch.no_grad():
             W = state.dense(range(state.shape[0]), state.dtype or torch.float32)
             return W.mT if is_transposed(m) else W
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> None:
         with torch.no_grad():
-            self.held(m).remade((W.mT if is_transposed(m) else W).__getitem__).put(m, self.parameter)
+            self.matrices(m).remade((W.mT if is_transposed(m) else W).__getitem__).put(m, self.parameter)
 
-    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Held:
-        return self.held(m)
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> PackedMatrices:
+        return self.matrices(m)
 
-    def restore(self, m: nn.Module, name: str, state: Held) -> None:
-        state.to(self.held(m).device).put(m, self.parameter)
+    def restore(self, m: nn.Module, name: str, state: PackedMatrices) -> None:
+        state.to(self.matrices(m).device).put(m, self.parameter)
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
-        stack = self.held(m)
+        stack = self.matrices(m)
         return computes_on(m, stack.device), stack.dtype
 
 
-def why_unread(m: nn.Module, stack: Held) -> str | None:
+def why_unread(m: nn.Module, stack: PackedMatrices) -> str | None:
     return "it is offloaded: it is there only while the module itself is called" if is_away(m) else stack.unread
 
 
@@ -181,7 +181,7 @@ def parameter_names(m: nn.Module) -> list[str]:
 
 def packed_shape(m: nn.Module, name: str) -> tuple[int, ...] | None:
     """Return the canonical shape of a packed stack, (experts, out, in); None if this parameter is none."""
-    stack = stacks.held(m, name)
+    stack = stacks.matrices_of(m, name)
     return None if stack is None else stack.shape
 
 
@@ -196,7 +196,7 @@ def mend(m: nn.Module) -> None:
     def forward(m: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
         x, index, weights = (*args, *kwargs.values())
         trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
-        own = [h for name in stacks.names_in(m) if (h := stacks.held(m, name)) is not None]
+        own = [h for name in stacks.names_in(m) if (h := stacks.matrices_of(m, name)) is not None]
         if all(h.runs(m, x, trains) for h in own):
             return type(m).forward(m, *args, **kwargs) if before is None else before(*args, **kwargs)
         return EXPERTS.run(m, Handed(), x, index, weights)

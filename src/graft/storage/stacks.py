@@ -20,7 +20,7 @@ TOP = 7.0  # what rounds to the largest of them and is no nearer to a larger sca
 
 
 @dataclass(frozen=True)
-class Held:
+class PackedMatrices:
     """A packed stack, canonical: (experts, out, in)."""
 
     shape: tuple[int, int, int]
@@ -30,7 +30,7 @@ class Held:
     own_dtype: ClassVar[torch.dtype | None] = None  # packed stacks compute in the dtype of their inputs
 
     @classmethod
-    def of(cls, m: nn.Module, name: str) -> Held:
+    def of(cls, m: nn.Module, name: str) -> PackedMatrices:
         raise NotImplementedError
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
@@ -44,7 +44,7 @@ class Held:
             W.copy_(stack.matrix(expert, dtype))
         return out
 
-    def in_rows(self) -> Held:
+    def in_rows(self) -> PackedMatrices:
         """Return it in the order of the file, of which single matrices can be read."""
         return self
 
@@ -66,7 +66,7 @@ class Held:
     def on_meta(self) -> bool:
         return self.device.type == "meta"
 
-    def remade(self, matrix: Callable[[int], Tensor]) -> Held:
+    def remade(self, matrix: Callable[[int], Tensor]) -> PackedMatrices:
         """Return a new stack with the settings of this one, which stays as it is.
 
         Args:
@@ -78,7 +78,7 @@ class Held:
         """Make this the stack of a module."""
         raise NotImplementedError
 
-    def to(self, device: torch.device) -> Held:
+    def to(self, device: torch.device) -> PackedMatrices:
         raise NotImplementedError
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
@@ -123,7 +123,7 @@ def fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class MXFP4(Held):
+class MXFP4(PackedMatrices):
     """transformers' experts of gpt-oss: 4-bit floats, with a power of two for each 32 of a row.
 
     On a GPU the tensors are Triton's, in an order of its kernels.
@@ -196,7 +196,7 @@ def in_rows(t: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FineFP8(Held):
+class FineFP8(PackedMatrices):
     """transformers' FP8Experts: 8-bit floats with a scale for each block, or 4-bit ones with one for 32 of a row."""
 
     weight: Tensor  # (experts, out, in), or in bytes of two codes (experts, out, in/2)
@@ -260,7 +260,7 @@ class FineFP8(Held):
 
 
 @dataclass(frozen=True)
-class Bnb4(Held):
+class Bnb4(PackedMatrices):
     """bitsandbytes' parametrization: 4-bit codes, high half first, with a scale for each block of a stack."""
 
     codes: Tensor
@@ -354,7 +354,7 @@ def codes_of(state: Any) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class TorchAO(Held):
+class TorchAO(PackedMatrices):
     """torchao's 4-bit floats, of which a matrix can be selected."""
 
     weight: Any
@@ -410,18 +410,20 @@ class TorchAO(Held):
         return not trains and getattr(m.config, "_experts_implementation", None) == "eager"
 
 
-MODULES: TypeTable[type[Held]] = TypeTable(  # by the module's type
+MODULES: TypeTable[type[PackedMatrices]] = TypeTable(  # by the module's type
     {
         "transformers.integrations.mxfp4.Mxfp4GptOssExperts": MXFP4,
         "transformers.integrations.finegrained_fp8.FP8Experts": FineFP8,
     }
 )
-PARAMETRIZATIONS: TypeTable[type[Held]] = TypeTable({"bitsandbytes.nn.parametrize.Bnb4bitParametrization": Bnb4})
-TENSORS: TypeTable[type[Held]] = TypeTable({"torchao.prototype.mx_formats.nvfp4_tensor.NVFP4Tensor": TorchAO})
+PARAMETRIZATIONS: TypeTable[type[PackedMatrices]] = TypeTable(
+    {"bitsandbytes.nn.parametrize.Bnb4bitParametrization": Bnb4}
+)
+TENSORS: TypeTable[type[PackedMatrices]] = TypeTable({"torchao.prototype.mx_formats.nvfp4_tensor.NVFP4Tensor": TorchAO})
 NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
-def kind_of(m: nn.Module, name: str) -> type[Held] | None:
+def kind_of(m: nn.Module, name: str) -> type[PackedMatrices] | None:
     """Return how a module holds one of its packed stacks; None if it is none."""
     kind = MODULES.find(type(m))
     if kind is not None:
@@ -435,7 +437,7 @@ def kind_of(m: nn.Module, name: str) -> type[Held] | None:
     return None if t is None or t.dim() != 3 else TENSORS.find(type(t))
 
 
-def held(m: nn.Module, name: str) -> Held | None:
+def matrices_of(m: nn.Module, name: str) -> PackedMatrices | None:
     """Return a packed stack of a module; None if this parameter is none."""
     kind = kind_of(m, name)
     return None if kind is None else kind.of(m, name)

@@ -42,7 +42,7 @@ def go_straight(
     ) -> object:
         kwargs = kwargs or {}
         if func is linear and torch.is_grad_enabled():
-            x, weight, bias = given(*args, **kwargs)
+            x, weight, bias = linear_arguments(*args, **kwargs)
             if isinstance(weight, kind) and wanted(weight):
                 run = lambda x, bias: before(cls, func, types, (x, weight, bias))
                 return _Straight.apply(x, bias, lambda: dense(weight), run)
@@ -101,7 +101,7 @@ def _through(before: Callable[..., object], store_of: Callable[[nn.Module], Any]
     return through
 
 
-def given(input: object, weight: object, bias: object = None) -> tuple[object, object, object]:
+def linear_arguments(input: object, weight: object, bias: object = None) -> tuple[object, object, object]:
     return input, weight, bias
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from graft.config import notes, pair
 from graft.config.atomic import folder_for
 from graft.config.base import FORMAT_VERSION
+from graft.config.file import ConfigFile, whole_model
 from graft.config.reading import Json, ending, pattern, read_object
-from graft.config.stored import Stored, whole_model
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 from graft.files.components import joined, parts_of
 from graft.files.components import split as split_by_part
@@ -109,7 +109,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     if parts := parts_in(path):
         return joined({part: read(os.path.join(path, part)) for part in parts}, path)
     folder = folder_of(path) or path
-    config_file = Stored(folder, None, read_object)
+    config_file = ConfigFile(folder, None, read_object)
     tensors, metadata, noted = weights_in(folder)
     config = dict(config_file.of(noted))
     layout = Layout.of(config)

@@ -157,7 +157,7 @@ def parametrized(*shape: int) -> torch.nn.Module:
     return torch.nn.utils.parametrizations.orthogonal(made)
 
 
-def kept(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
+def state_of(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what a class of pyreft keeps in its file, of A's weight and bias, and R (r, H)."""
     import torch
 
@@ -220,7 +220,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
             A = {name: to_torch(m.tensors[f"reft_A{end}.{name}"]) for name in ("weight", "bias")}
             R = to_torch(m.tensors[f"reft_R{end}"])
             width = R.shape[1]
-            state = kept(kind, A, orthonormal(R) if cfg.orthogonality else R)
+            state = state_of(kind, A, orthonormal(R) if cfg.orthogonality else R)
             key = f"layer_{number}_comp_block_output_unit_pos_nunit_1#{i}"
             keys.append((number, key))
             files[KEY.format(key)] = {name: t.contiguous() for name, t in state.items()}

@@ -15,15 +15,15 @@ import torch
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.base import BaseFiles
-from graft.files.merging.held import Held
 from graft.files.merging.numbers import of_file, to_file
+from graft.files.merging.weights import BaseWeights
 from graft.files.tensors import Tensor
 
 STATE = ".quant_state.bitsandbytes__"
 INT8 = ("SCB", "weight_format")
 
 
-class Form(Held):
+class Form(BaseWeights):
     form = "bitsandbytes"
 
     def __init__(self, base: BaseFiles, config: Mapping[str, object]):

@@ -13,8 +13,8 @@ import torch
 from graft.config.reading import Json
 from graft.core.errors import UnsupportedLayerError
 from graft.files.base import BaseFiles
-from graft.files.merging.held import Held
 from graft.files.merging.numbers import of_file, to_file
+from graft.files.merging.weights import BaseWeights
 from graft.files.tensors import Tensor
 from graft.storage.float8 import LARGEST, largest, rounded_up
 
@@ -22,7 +22,7 @@ SCALE = "_scale_inv"
 CODES = ("F8_E4M3", "F8_E5M2")
 
 
-class Form(Held):
+class Form(BaseWeights):
     form = "fp8"
 
     def __init__(self, base: BaseFiles, config: Json):

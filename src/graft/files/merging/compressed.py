@@ -15,8 +15,8 @@ import torch
 from graft.config.reading import Json
 from graft.core.errors import UnsupportedLayerError
 from graft.files.base import BaseFiles
-from graft.files.merging.held import Held
 from graft.files.merging.numbers import of_file, to_file
+from graft.files.merging.weights import BaseWeights
 from graft.files.tensors import Tensor
 from graft.storage.float8 import largest
 
@@ -24,7 +24,7 @@ ENDS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_
         "input_scale", "input_zero_point", "output_scale", "output_zero_point")  # fmt: skip
 
 
-class Form(Held):
+class Form(BaseWeights):
     form = "compressed-tensors"
 
     def __init__(self, base: BaseFiles, config: Json):

@@ -24,12 +24,12 @@ from graft.files.errors import LossError, OptionError
 from graft.files.formats import read
 from graft.files.merging import heads
 from graft.files.merging.folds import Change, Job, changes
-from graft.files.merging.held import Held, held_in
 from graft.files.merging.numbers import FLOATS, TORCH, measured, to_bytes
 from graft.files.merging.places import Places
 from graft.files.merging.skeleton import skeleton
 from graft.files.merging.stream import Out, Workplace
 from graft.files.merging.ties import Tied, tied_groups
+from graft.files.merging.weights import BaseWeights, weights_of
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.tensors import Bytes
 
@@ -105,7 +105,7 @@ def merge(
     account = Merged(output, {key: {} for key in work.changed}, work.notes, {n: sum(o.nbytes for o in outs) for n, outs in layout.items()})  # fmt: skip # noqa: E501
     if dry_run:
         return account
-    with place.held():
+    with place.lock():
         account.resumed = len(place.done)
         try:
             place.check_room(layout)
@@ -178,12 +178,14 @@ class Work:
         self.base, self.notes = base, list[str]()
         self.paths, self.dtype = adapters, None if dtype is None else DTYPES[dtype]
         self.weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
-        self.held: Held = held_in(base)
-        self.keep = keep_quantized and bool(self.held.packed)
-        if keep_quantized and not self.held.packed:
+        self.base_weights: BaseWeights = weights_of(base)
+        self.keep = keep_quantized and bool(self.base_weights.packed)
+        if keep_quantized and not self.base_weights.packed:
             raise OptionError(f"{base.path} is not quantized: leave --keep-quantized out.")
         self.model = cache(partial(skeleton, base.path))
-        self.tied: Tied = Tied(self.held.shapes, partial(tied_groups, self.model, base.config, self.held.shapes))
+        self.tied: Tied = Tied(
+            self.base_weights.shapes, partial(tied_groups, self.model, base.config, self.base_weights.shapes)
+        )
         self.places = Places(self.tied.shapes, self.model)
         self.changed: dict[str, list[Change]] = {}
         self.adapters = [self._read(path) for path in adapters]
@@ -232,7 +234,7 @@ class Work:
     def _check_writable(self) -> None:
         for key in self.changed:
             kind = None if key not in self.base.tensors else self.base.tensors[key].dtype
-            if key not in self.held.packed and kind is not None and kind not in FLOATS:
+            if key not in self.base_weights.packed and kind is not None and kind not in FLOATS:
                 raise BaseModelMismatchError(
                     f"'{key}' of {self.base.path} is of dtype {kind}, and nothing says what its values mean: "
                     "graft cannot merge into it."
@@ -242,7 +244,7 @@ class Work:
 
     def layout(self, shard_size: int | None) -> dict[str, list[Out]]:
         """Return the tensors of each file of the output."""
-        parts = {part: name for name, names in self.held.packed.items() for part in names}
+        parts = {part: name for name, names in self.base_weights.packed.items() for part in names}
         by_file: dict[str, list[Out]] = {name: [] for name in shards(self.base.path)}
         for key, file in self.base.files.items():
             if (name := parts.get(key)) is not None:
@@ -253,7 +255,7 @@ class Work:
                 by_file[file].append(self._copied(key))
         last = next(reversed(by_file))
         for key in self.changed:
-            if key not in self.base.tensors and key not in self.held.packed:
+            if key not in self.base.tensors and key not in self.base_weights.packed:
                 by_file[self.base.files.get(self.tied.source(key), last)].append(self._edited(key))
         by_file = {name: outs for name, outs in by_file.items() if outs}
         return by_file if shard_size is None else resharded(by_file, shard_size)
@@ -265,7 +267,7 @@ class Work:
                 return [self._copied(key, cast=False)]
             old = self.base.tensors[key]
             return [Out(key, old.dtype, old.shape, partial(self._repack, name, key))]
-        return [self._edited(name)] if key == self.held.packed[name][0] else []
+        return [self._edited(name)] if key == self.base_weights.packed[name][0] else []
 
     def _copied(self, key: str, cast: bool = True) -> Out:
         tensor = self.base.tensors[key]
@@ -274,7 +276,7 @@ class Work:
         return Out(key, tensor.dtype, tensor.shape, lambda: (tensor.load(), None))
 
     def _cast(self, key: str, dtype: str) -> tuple[Bytes, None]:
-        return to_bytes(self._stored(key, self.held.read(key), dtype)), None
+        return to_bytes(self._stored(key, self.base_weights.read(key), dtype)), None
 
     def _edited(self, key: str) -> Out:
         folds = self.changed.get(key, [])
@@ -286,8 +288,8 @@ class Work:
         if self.dtype is not None:
             return self.dtype
         source = self.tied.source(key)
-        if source in self.held.packed:
-            return self.held.dtype
+        if source in self.base_weights.packed:
+            return self.base_weights.dtype
         if source in self.base.tensors:
             return self.base.tensors[source].dtype
         kinds = [t.dtype for t in self.base.tensors.values() if t.dtype in FLOATS]
@@ -296,7 +298,7 @@ class Work:
     # values
 
     def _own(self, key: str) -> torch.Tensor:
-        W = self.held.read(self.tied.source(key))
+        W = self.base_weights.read(self.tied.source(key))
         return W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
 
     @torch.no_grad()
@@ -325,7 +327,7 @@ class Work:
             return None
         if self.changed[key] and self.changed[key][0].new:
             return {"new": True}
-        before = self.held.read(self.tied.source(key))
+        before = self.base_weights.read(self.tied.source(key))
         if before.shape != exact.shape:
             return {"resized": [list(before.shape), list(exact.shape)]}
         return measured(before, exact, after)
@@ -333,10 +335,10 @@ class Work:
     @torch.no_grad()
     def _repack(self, name: str, key: str) -> tuple[Bytes, Json | None]:
         exact = self._exact(name)
-        made = self.held.pack(name, exact)
+        made = self.base_weights.pack(name, exact)
         row = None
-        if key == self.held.packed[name][0]:
-            row = measured(self.held.read(name), exact, self.held.unpack(name, made))
+        if key == self.base_weights.packed[name][0]:
+            row = measured(self.base_weights.read(name), exact, self.base_weights.unpack(name, made))
             row["tensor"] = name
         return made[key].load(), row
 
@@ -360,13 +362,13 @@ class Work:
     def config(self) -> Json:
         """Return config.json of the output."""
         config = dict(self.base.config)
-        if self.held.packed and not self.keep:
-            config = self.held.plain_config(config)
+        if self.base_weights.packed and not self.keep:
+            config = self.base_weights.plain_config(config)
         if self.dtype is not None:
             kind = next(name for name, code in DTYPES.items() if code == self.dtype)
             config |= {name: kind for name in ("dtype", "torch_dtype") if name in config} or {"dtype": kind}
         self.tied.mark(config)
-        heads.resize(config, self.changed, self.held.shapes)
+        heads.resize(config, self.changed, self.base_weights.shapes)
         return heads.architecture(config, self.changed, self.adapters)
 
 
@@ -411,7 +413,7 @@ def certificate_of(work: Work, place: Workplace, account: Merged) -> Json:
     sources = {"base": sorted(os.path.join(work.base.path, n) for n in {*work.base.files.values(), "config.json"})}
     certificate = {
         "graft": "1", "peft_format": FORMAT_VERSION,
-        "base": {"path": work.base.path, "files": digests(sources["base"]), "form": work.held.form},
+        "base": {"path": work.base.path, "files": digests(sources["base"]), "form": work.base_weights.form},
         "adapters": [
             {"path": p, "weight": w, "format": a.format, "method": a.method, "files": digests(inputs(p))}
             for p, w, a in zip(work.paths, work.weights, work.adapters)

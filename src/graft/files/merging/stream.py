@@ -99,7 +99,7 @@ class Workplace:
             )
 
     @contextmanager
-    def held(self) -> Iterator[Workplace]:
+    def lock(self) -> Iterator[Workplace]:
         """Have the folder alone; take up what a killed run of the same key has finished."""
         os.makedirs(self.folder, exist_ok=True)
         lock = os.open(os.path.join(self.folder, ".lock"), os.O_RDWR | os.O_CREAT)

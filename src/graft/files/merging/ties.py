@@ -44,7 +44,7 @@ class Tied:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], groups: Callable[[], Groups]):
         self.shapes = dict(shapes)
-        self.stored = set(shapes)
+        self.names = set(shapes)
         self.groups_of = groups
         self.groups: Groups | None = None
         self.sources: dict[str, str] = {}  # tensor that the checkpoint leaves out → the one that it is
@@ -55,14 +55,14 @@ class Tied:
         touched = [path for path, lora in adapter.low_rank.items() if lora.kind != "experts"]
         may = adapter.rows or adapter.full or len(touched) < len(adapter.modules)
         may = may or any(lora.kind == "embedding" for lora in adapter.low_rank.values())
-        may = may or any(f"{path}.weight" not in self.stored or path.rpartition(".")[2] in HEADS for path in touched)
+        may = may or any(f"{path}.weight" not in self.names or path.rpartition(".")[2] in HEADS for path in touched)
         if self.groups is not None or not may:
             return
         self.groups = self.groups_of()
         for group in self.groups:
-            there = [name for name in group if name in self.stored]
+            there = [name for name in group if name in self.names]
             for name in group if there else ():
-                if name not in self.stored:
+                if name not in self.names:
                     self.shapes[name], self.sources[name] = self.shapes[there[0]], there[0]
 
     def source(self, key: str) -> str:
@@ -97,7 +97,7 @@ class Tied:
                 continue
             if all(alike(changed.get(names[0], []), changed.get(name, [])) for name in names[1:]):
                 for name in names:
-                    if name not in self.stored:
+                    if name not in self.names:
                         changed.pop(name, None)
                 continue
             self.untied = True

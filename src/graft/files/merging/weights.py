@@ -15,7 +15,7 @@ from graft.files.merging.numbers import of_file
 from graft.files.tensors import Tensor
 
 
-class Held:
+class BaseWeights:
     """The weights of a checkpoint. A subclass knows a quantized form.
 
     Attributes:
@@ -57,7 +57,7 @@ class Held:
 FORMS = {"fp8": "block_fp8", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed"}  # → module
 
 
-def held_in(base: BaseFiles) -> Held:
+def weights_of(base: BaseFiles) -> BaseWeights:
     """Return how a checkpoint holds its weights.
 
     Raises:
@@ -65,12 +65,12 @@ def held_in(base: BaseFiles) -> Held:
     """
     config = base.config.get("quantization_config") or base.config.get("compression_config")
     if not config:
-        return Held(base)
+        return BaseWeights(base)
     method = config.get("quant_method")
     if method not in FORMS:
         raise UnsupportedLayerError(
             f"{base.path} is quantized by '{method}', which merging cannot read; it reads {', '.join(FORMS)}. Merge "
             "into the model as it was before quantization, and quantize the result."
         )
-    made: Held = import_module(f"graft.files.merging.{FORMS[method]}").Form(base, config)
+    made: BaseWeights = import_module(f"graft.files.merging.{FORMS[method]}").Form(base, config)
     return made

@@ -24,7 +24,7 @@ DESCRIBING = {  # fields that say nothing of what an adapter computes
 }  # fmt: skip
 
 
-class Stored:
+class ConfigFile:
     """The adapter_config.json of a folder or hub repository, read before the weights are.
 
     Args:

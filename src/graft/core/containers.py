@@ -95,18 +95,18 @@ class AnyDict(nn.Module):
             if name in other._non_persistent_buffers_set:
                 self._non_persistent_buffers_set.add(name)
 
-    def _held(self, name: object) -> dict[str, Any] | None:
+    def _home(self, name: object) -> dict[str, Any] | None:
         return next((d for d in (self._modules, self._parameters, self._buffers) if name in d), None)
 
     def __getitem__(self, name: str) -> nn.Module | Tensor:
-        home = self._held(name)
+        home = self._home(name)
         if home is None:
             raise KeyError(name)
         return home[name]  # type: ignore[no-any-return]
 
     def __setitem__(self, name: str, value: nn.Module | Tensor | Transient) -> None:
         kind, value = value, value.tensor if isinstance(value, Transient) else value
-        home = self._held(name)
+        home = self._home(name)
         if home is not None:
             del home[name]
         if isinstance(kind, Transient):
@@ -122,7 +122,7 @@ class AnyDict(nn.Module):
             self._buffers[name] = value
 
     def __delitem__(self, name: str) -> None:
-        home = self._held(name)
+        home = self._home(name)
         if home is None:
             raise KeyError(name)
         del home[name]
@@ -130,7 +130,7 @@ class AnyDict(nn.Module):
         self._non_persistent_buffers_set.discard(name)
 
     def __contains__(self, name: object) -> bool:
-        return self._held(name) is not None
+        return self._home(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._modules, *self._parameters, *self._buffers])
@@ -246,14 +246,14 @@ def slots_of(
     saved = {(id(owner), name) for _, owner, name, _ in tensors_of(container, adapter)}
     for path, owner, name, tensor in tensors_of(container, adapter, transient=True):
         is_buffer = name in owner._buffers
-        is_parameter, where = not is_buffer, owner._buffers if is_buffer else held_in(owner, name)
+        is_parameter, where = not is_buffer, owner._buffers if is_buffer else parameter_dict(owner, name)
         trains = is_parameter and (tensor.requires_grad if never is None else (key, path) not in never)
         root = top if owner is top else None  # deeper, any module on the way may become another
         modules = container._modules if path else {adapter: None}
         yield Slot(key, path, owner, name, where, is_parameter, trains, (id(owner), name) in saved, modules, root)
 
 
-def held_in(owner: nn.Module, name: str) -> dict[str, Any]:
+def parameter_dict(owner: nn.Module, name: str) -> dict[str, Any]:
     """Return the dictionary in which a module has a parameter: that of its attributes, if FSDP put it there."""
     return owner._parameters if name in owner._parameters else owner.__dict__
 

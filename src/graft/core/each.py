@@ -108,7 +108,7 @@ class OnEach(Method):
         m = self.kind(self.alone.site, self.cfg, self.name)
         slots = self.slots
         tensors = [slot.tensor[expert] for slot in slots] if tensors is None else tensors
-        m.layer = One(self.layer, m.site, self.name, expert, held_in(self.layer, slots, tensors, self.name), W)
+        m.layer = One(self.layer, m.site, self.name, expert, containers_with(self.layer, slots, tensors, self.name), W)
         if trains is not None:
             m.layer.__dict__["training"] = trains
         return m
@@ -384,7 +384,7 @@ def together(values: Sequence[Any], name: str) -> Any:
     return first
 
 
-def held_in(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor], adapter: str) -> dict[str, object]:
+def containers_with(layer: Any, slots: Sequence[Slot], tensors: Sequence[Tensor], adapter: str) -> dict[str, object]:
     """Return the containers of a method with these tensors: themselves, or modules that hold them."""
     out: dict[str, object] = {}
     inside: dict[str, dict[str, Tensor]] = {}

@@ -250,10 +250,10 @@ DELTA = "get_delta_weight"
 def as_told(layer: Layer, steps: Sequence[Step]) -> list[Step]:
     """Return steps that add what a replaced `get_delta_weight` of the layer gives in the place of their own updates."""
     function = theirs(layer, DELTA)
-    return [*steps] if function is None else [(m, _told(layer, m, effect, function)) for m, effect in steps]
+    return [*steps] if function is None else [(m, _update_by(layer, m, effect, function)) for m, effect in steps]
 
 
-def _told(layer: Layer, m: Method, effect: Effect, function: Callable[..., object]) -> Update:
+def _update_by(layer: Layer, m: Method, effect: Effect, function: Callable[..., object]) -> Update:
     def delta() -> Tensor:
         update, shape = function(m.name), layer.base_weight.read().shape
         if not isinstance(update, Tensor) or update.shape != shape:

@@ -215,7 +215,7 @@ def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None
             left.names = chosen.entries({name for stack in left.stacks for name in stack.names})
             return left
     else:
-        parts_by_stack = held_in(keys, every, conversions)
+        parts_by_stack = stacks_in(keys, every, conversions)
         moved = chosen.modules(conversions.names) if parts_by_stack else []
     parts_by_stack = {stack: parts for stack, parts in parts_by_stack.items() if parts}
     if not parts_by_stack and not moved:
@@ -302,7 +302,7 @@ class Chosen:
                 yield f"{block}.{number}.{name}"
 
 
-def held_in(keys: Iterable[str], every: list[Stack], conversions: Conversions) -> dict[Stack, list[str]]:
+def stacks_in(keys: Iterable[str], every: list[Stack], conversions: Conversions) -> dict[Stack, list[str]]:
     """Return the stacks of which a file has parts, by experts, and which."""
     by_path = {stack.path: stack for stack in every}
     out: dict[Stack, list[str]] = {}

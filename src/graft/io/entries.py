@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.reading import pattern
-from graft.core.containers import Slot, held_in
+from graft.core.containers import Slot, parameter_dict
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.wrappers import clean
@@ -57,7 +57,7 @@ class Entry:
     @property
     def where(self) -> dict[str, Any]:
         buffers = self.owner._buffers
-        return buffers if self.attribute in buffers else held_in(self.owner, self.attribute)
+        return buffers if self.attribute in buffers else parameter_dict(self.owner, self.attribute)
 
     def look(self) -> None:
         """See which tensor stands there now: it may have become another since this entry was made."""
@@ -96,7 +96,7 @@ class PromptEntry(Entry):
 def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     """Yield an entry for each tensor of `adapter` that a checkpoint holds. `prefix`: that of the model's keys."""
     if parts.prompt is not None:
-        for name, tensor in stored_of(parts.prompt).items():
+        for name, tensor in file_tensors(parts.prompt).items():
             yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
     in_model = Nests((parts.layers if parts.all_layers is None else parts.all_layers).values())
     in_file = Nests(parts.layers.values())
@@ -138,7 +138,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             yield Entry(memory, file, aliases(parts, slot, prefix, below), slot.owner, slot.attribute, slot.tensor)
 
 
-def stored_of(prompt: Prompt) -> dict[str, Tensor]:
+def file_tensors(prompt: Prompt) -> dict[str, Tensor]:
     """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
     tensors = tensors_below(prompt)
     if all([layout_of(t) is None for t in tensors.values()]):

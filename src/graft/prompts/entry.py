@@ -33,7 +33,7 @@ def enter(
     if not stack.now.tokens and not stack.now.encoded:
         return None
     stack.now.visited = True
-    arguments = _given(stack, stack.names, args, kwargs)
+    arguments = _by_name(stack, stack.names, args, kwargs)
     if stack.now.encoded:
         widen_encoded(stack, arguments)
     if stack.now.tokens:
@@ -45,7 +45,7 @@ def step(
     stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, object]
 ) -> tuple[tuple, dict[str, object]] | None:
     """Widen masks and positions before `outer` in later steps: the hook on it."""
-    arguments = _given(stack, stack.outer_names, args, kwargs)
+    arguments = _by_name(stack, stack.outer_names, args, kwargs)
     first, seen = first_of(arguments), length(arguments.get(stack.cache_name or ""))
     stack.now.widened_outside = bool(stack.now.tokens and seen and first is not None)
     if not stack.now.widened_outside:
@@ -54,7 +54,7 @@ def step(
     return (), arguments
 
 
-def _given(stack: Stack, names: list[str], args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
+def _by_name(stack: Stack, names: list[str], args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
     """Return a call's arguments by name; a cache under the new name even if it came under the old one."""
     arguments = {**dict(zip(names, args)), **kwargs}
     if stack.cache_name == NEW_CACHE and arguments.get(NEW_CACHE) is None and arguments.get(OLD_CACHE) is not None:

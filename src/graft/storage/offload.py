@@ -77,7 +77,7 @@ def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
         for m, hook in found:
             if m is written:
                 own = {name: p.detach().to("cpu") for name, p in m._parameters.items() if p is not None}
-                hook.weights_map = {**{name: hook.weights_map[name] for name in _stored(m, hook)}, **own}
+                hook.weights_map = {**{name: hook.weights_map[name] for name in _buffer_names(m, hook)}, **own}
     finally:
         for m, hook in away:
             hook.post_forward(m, None)
@@ -88,7 +88,7 @@ def put(m: nn.Module, name: str, value: Tensor) -> None:
     tensors: Any = m._parameters if name in m._parameters else m._buffers
     value = value.detach().to("cpu", tensors[name].dtype, copy=True)
     for hook in hooks_of(m):
-        names = [*(n for n, p in m._parameters.items() if p is not None), *_stored(m, hook)]
+        names = [*(n for n, p in m._parameters.items() if p is not None), *_buffer_names(m, hook)]
         hook.weights_map = {**{n: hook.weights_map[n] for n in names if n != name}, name: value}
 
 
@@ -98,7 +98,7 @@ def offloaded_in(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
     return {id(t): (m, name) for m, tensors in by_module for name, t in tensors if t is not None and t.is_meta}
 
 
-def _stored(m: nn.Module, hook: Hook) -> list[str]:
+def _buffer_names(m: nn.Module, hook: Hook) -> list[str]:
     """Return the names of the buffers that the hook offloads as well."""
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.core.containers import Slot, held_in
+from graft.core.containers import Slot, parameter_dict
 from graft.core.wrappers import inside, parameters_in, walk
 from graft.storage.flat import Piece, piece_of, place_of, sendable
 
@@ -218,7 +218,7 @@ def whole_at(slots: Iterable[Slot]) -> Iterator[None]:
         for slot in slots:
             t = slot.tensor
             if layout_of(t) is not None:
-                container = held_in(slot.owner, slot.attribute)  # DeepSpeed has put another dictionary there
+                container = parameter_dict(slot.owner, slot.attribute)  # DeepSpeed has put another dictionary there
                 before.append((container, slot.attribute, t))
                 container[slot.attribute] = nn.Parameter(whole(t).detach(), t.requires_grad)
         yield

@@ -316,7 +316,9 @@ class Bnb4(PackedMatrices):
     def remade(self, matrix: Callable[[int], Tensor]) -> Bnb4:
         old, theirs = self.state, import_module("bitsandbytes.functional")
         settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.codes.dtype)
-        codes, states = zip(*(theirs.quantize_4bit(self._stored(matrix(e)), **settings) for e in range(self.shape[0])))
+        codes, states = zip(
+            *(theirs.quantize_4bit(self._in_layout(matrix(e)), **settings) for e in range(self.shape[0]))
+        )
         scales, nested = torch.cat([state.absmax for state in states]), {}
         if old.nested:
             nested["offset"] = scales.mean()
@@ -326,7 +328,7 @@ class Bnb4(PackedMatrices):
         state = type(old)(scales, old.shape, states[0].code, old.blocksize, old.quant_type, old.dtype, **nested)
         return replace(self, codes=torch.cat(codes).view(self.codes.shape), state=state)
 
-    def _stored(self, W: Tensor) -> Tensor:
+    def _in_layout(self, W: Tensor) -> Tensor:
         return (W.T if self.flipped else W).to(self.dtype).contiguous()
 
     def put(self, m: nn.Module, name: str) -> None:

@@ -58,7 +58,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     """
     if os.path.isfile(os.path.join(path, FUSION)):
         return adapterhub_places.read_fusion(
-            path, read_object(os.path.join(path, FUSION)), held_in(path, FUSION_FILES), base
+            path, read_object(os.path.join(path, FUSION)), tensors_in(path, FUSION_FILES), base
         )
     fields = read_object(os.path.join(path, CONFIG))
     config = fields["config"]
@@ -69,7 +69,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             f"{path} is an adapter of architecture {architecture!r}: graft reads LoRA, (IA)³, bottlenecks and ReFT of "
             "AdapterHub."
         )
-    tensors = held_in(path, FILES)
+    tensors = tensors_in(path, FILES)
     if at_places:
         return adapterhub_places.read(path, fields, tensors, base)
     scales = config.get("composition_mode") == "scale"
@@ -99,7 +99,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def held_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
+def tensors_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
     """Return the tensors of the first of these files that a folder has."""
     file = next((where for name in files if os.path.exists(where := os.path.join(path, name))), None)
     if file is None:

@@ -276,7 +276,7 @@ class Work:
         return Out(key, tensor.dtype, tensor.shape, lambda: (tensor.load(), None))
 
     def _cast(self, key: str, dtype: str) -> tuple[Bytes, None]:
-        return to_bytes(self._stored(key, self.base_weights.read(key), dtype)), None
+        return to_bytes(self._in_dtype(key, self.base_weights.read(key), dtype)), None
 
     def _edited(self, key: str) -> Out:
         folds = self.changed.get(key, [])
@@ -313,10 +313,10 @@ class Work:
 
     def _fold(self, key: str, dtype: str) -> tuple[Bytes, Json | None]:
         exact = self._exact(key)
-        after = self._stored(key, exact, dtype)
+        after = self._in_dtype(key, exact, dtype)
         return to_bytes(after), self._row(key, exact, after)
 
-    def _stored(self, key: str, exact: torch.Tensor, dtype: str) -> torch.Tensor:
+    def _in_dtype(self, key: str, exact: torch.Tensor, dtype: str) -> torch.Tensor:
         after = exact.to(TORCH[dtype])
         if dtype == "F16" and not after.isfinite().all():
             raise NonFiniteError(f"'{key}' holds numbers beyond float16's 65504: use --dtype bfloat16 or float32.")

@@ -137,7 +137,7 @@ class Banks:
             for i, row in enumerate(bank.rows):
                 self.index.update((id(p), (bank, place, i)) for place, p in enumerate(row.parameters))
         # each, where it lies, and whether that is a bank
-        self._held = [(p, p.data_ptr(), r.value is not None) for r in self.rows.values() for p in r.parameters]
+        self._pointers = [(p, p.data_ptr(), r.value is not None) for r in self.rows.values() for p in r.parameters]
 
     @property
     def names(self) -> list[str]:
@@ -145,14 +145,14 @@ class Banks:
 
     def stand(self) -> bool:
         """Return True if nobody has given a parameter other memory since, or a hook, or has frozen it."""
-        for p, at, banked in self._held:
+        for p, at, banked in self._pointers:
             if p.data_ptr() != at or not p.requires_grad or (banked and has_hooks(p)):
                 return False
         return True
 
     def release(self) -> None:
         """Give each Parameter memory of its own again."""
-        for p, _, banked in self._held:
+        for p, _, banked in self._pointers:
             if banked:
                 p.data = p.data.clone()
 

@@ -73,7 +73,7 @@ def best_of(losses: Mapping[int, float], n: int) -> list[int]:
     return sorted(losses, key=lambda i: (math.isnan(losses[i]), losses[i], i))[:n]
 
 
-def kept_of(n: int, keep: float) -> int:
+def next_size(n: int, keep: float) -> int:
     """Return how many of `n` go on to the next rung."""
     return max(1, math.ceil(n * keep))
 

@@ -247,7 +247,7 @@ MUTATIONS = [
     Mutation(
         "a loader's generator is everyone's",
         "train/multi/draws.py",
-        "for generator, state in zip(self.lent, self.kept):",
+        "for generator, state in zip(self.lent, self.lent_states):",
         "for generator, state in ():",
         "tests/train/multi/test_resume.py",
     ),

@@ -15,7 +15,7 @@ from examples.demo_lm import methods as demo
 from examples.demo_lm.chat import training_batch
 from examples.demo_lm.data import Task
 from examples.demo_lm.training import BATCH, batches
-from graft.model.rates import best, rows, told
+from graft.model.rates import best, rows, settings_of
 
 CALIBRATION = 8  # batches, where an initialisation looks at data
 SB_STEP = 2e-3 / (0.1 * 1000)  # of AdamW at the authors' rate, in the warm-up of a thousand steps
@@ -220,7 +220,7 @@ OTHERS: dict[str, Choice] = {
 def searched(name: str, choice: Choice) -> Choice:
     """Return a choice with the rate that `make rates` found for it on the dates, if it has been there."""
     found = [row for row in rows() if (row["method"], row["task"]) == (name, "dates")]
-    own = [row for row in found if row["config"] == told(choice.config(row["steps"]))]
+    own = [row for row in found if row["config"] == settings_of(choice.config(row["steps"]))]
     return replace(choice, lr=best(own)) if own else choice
 
 

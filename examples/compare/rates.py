@@ -36,7 +36,7 @@ from examples.demo_lm.model import load as load_smollm
 from examples.demo_lm.model import model_source
 from graft.combine.adding import changes_base
 from graft.config.atomic import replace, write_text
-from graft.model.rates import FILE, Row, adapter_of, told
+from graft.model.rates import FILE, Row, adapter_of, settings_of
 from graft.train.multi.sweep import Trial
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -189,7 +189,7 @@ def blank(name: str, config: Any, task: str, field: Field, steps: int, rates: Se
     return Row(
         method=name,
         adapter=adapter_of(config),
-        config=told(config),
+        config=settings_of(config),
         task=task,
         model=field.model,
         model_type=field.model_type,

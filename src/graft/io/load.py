@@ -119,7 +119,7 @@ class Values:
         self.fingerprint, self.called_otherwise = loaded.fingerprint, None
         if self.fingerprint and self.tensors.keys() != file_tensors.keys():  # the base's modules may have new names too
             self.called_otherwise = called_otherwise(self.fingerprint, lambda names: renamed(names, mapping))
-        self.told = copy.copy(config)  # which injection rewrites to today's names
+        self.config_of_file = copy.copy(config)  # which injection rewrites to today's names
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
         self.report = LoadReport()
         self._by_layer: dict[str, set[str]] | None = None
@@ -220,7 +220,7 @@ class Values:
         """Give the factors of stacks of experts the names and the layout that they have here."""
         what = f"Adapter '{self.adapter}' from {self.path}"
         tensors = put_right(self.tensors, parts, prefix, self.layout, what)
-        self.tensors = fused(tensors, parts, prefix, self.model, self.told, self.adapter)
+        self.tensors = fused(tensors, parts, prefix, self.model, self.config_of_file, self.adapter)
 
     def _check_dtypes(self, found: list[tuple[str, Tensor]]) -> None:
         """Raise AdapterKeyError if whole numbers would be put into floating ones, or the reverse."""

@@ -94,7 +94,7 @@ def get_peft_model_state_dict(
         check_entries(all_entries, values, parts, adapter_name)
     if any([layer.methods[adapter_name].lenders for layer in parts.layers.values()]):
         copy_twins(all_entries, values, adapter_name)
-    out = stored(parts, all_entries, values, adapter_name, config)
+    out = tensors_for_file(parts, all_entries, values, adapter_name, config)
     for key, tensor in more.items():
         check_value(key, values[key], tensor, adapter_name)
         out[key.replace(f".modules_to_save.{adapter_name}.", ".modules_to_save.")] = values[key]  # a head's, as in PEFT
@@ -142,7 +142,7 @@ def copy_twins(all_entries: list[Entry], values: dict[str, Tensor], adapter: str
         seen.add(id(e.tensor))
 
 
-def stored(
+def tensors_for_file(
     parts: Parts, all_entries: list[Entry], values: dict[str, Tensor], adapter: str, config: PeftConfig
 ) -> dict[str, Tensor]:
     """Return the tensors that a file holds of an adapter, by file key."""

@@ -350,7 +350,7 @@ def configure(config: Any, keys: list[str], read: Mapping[str, Mapping[str, Read
         for which, of in found.items()
     }
     modules = {key.partition(".lora_")[0] for key in keys} & {*blocks.tree.modules} - {*read}
-    ranks, alphas = (kept(config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (patterns_reaching(config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
     for path, (pair, scaling) in reads.items():
         r = pair.A.shape[1]
         ranks[re.escape(path)], alphas[re.escape(path)] = r, scaling * (r**0.5 if config.use_rslora else r)
@@ -359,7 +359,7 @@ def configure(config: Any, keys: list[str], read: Mapping[str, Mapping[str, Read
     config.rank_pattern, config.alpha_pattern = ranks, alphas
 
 
-def kept(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, float]:
+def patterns_reaching(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, float]:
     """Return the patterns that reach one of these modules."""
     patterns = getattr(config, name) or {}
     return {p: value for p, value in patterns.items() if any(config.reaches(p, path, name) for path in modules)}

@@ -43,7 +43,7 @@ class Layout:
             return self
         return replace(self, left_to=replacement, by_expert=None if self.by_expert else self.by_expert)
 
-    def told(self, names: str | Collection[str] | None) -> Layout:
+    def with_names(self, names: str | Collection[str] | None) -> Layout:
         """Return this with what the caller says by `expert_layout`.
 
         Raises:

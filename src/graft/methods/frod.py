@@ -22,7 +22,7 @@ from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
 from graft.kernels.refactored import Refactored
 from graft.kernels.waits import near
-from graft.methods.projections import kept, warn_unsaved
+from graft.methods.projections import maybe_transient, warn_unsaved
 
 
 @dataclass(kw_only=True)
@@ -153,7 +153,7 @@ class FRoD(Method[FrodConfig]):
             else:
                 V = basis(groups[name], n, cfg.regularization_alpha)
             for part, t in (("V", V), ("s_indices", places), ("s_size", torch.tensor([n, n]))):
-                values[f"frod_{part}.{name}"] = kept(t, cfg.save_projection)
+                values[f"frod_{part}.{name}"] = maybe_transient(t, cfg.save_projection)
         return values
 
     def check(self) -> str | None:

@@ -21,7 +21,7 @@ from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Use
 from graft.core.published import Published
-from graft.methods.projections import kept
+from graft.methods.projections import maybe_transient
 
 STEP = "_graft_lorasb_step"  # attribute of a base layer: (out, in), by `graft.preprocess_lorasb`
 
@@ -75,8 +75,8 @@ class LoraXS(Method[LoraXsConfig]):
         cfg, site, r = self.cfg, self.site, self.cfg.r
         return dict(
             loraxs_R=nn.Parameter(torch.zeros(r, r)),
-            loraxs_A=kept(torch.zeros(r, site.fan_in), cfg.save_projection),
-            loraxs_B=kept(torch.zeros(site.out_features, r), cfg.save_projection),
+            loraxs_A=maybe_transient(torch.zeros(r, site.fan_in), cfg.save_projection),
+            loraxs_B=maybe_transient(torch.zeros(site.out_features, r), cfg.save_projection),
             loraxs_dropout=dropout_for(cfg.lora_dropout),
             scaling=cfg.lora_alpha / r,
             r=r,

@@ -44,7 +44,7 @@ def warn_unsaved(names: str) -> None:
     )
 
 
-def kept(tensor: Tensor, saved: bool) -> Tensor | Transient:
+def maybe_transient(tensor: Tensor, saved: bool) -> Tensor | Transient:
     """Return a tensor as `share` and `build` give it: in files, or not."""
     return tensor if saved else Transient(tensor)
 
@@ -72,4 +72,4 @@ def projections(layers: Layers, names: tuple[str, str], rows: int) -> dict[str, 
             bound = math.sqrt(6 / matrix.shape[1])
             if not matrix.is_meta:
                 matrix.uniform_(-bound, bound, generator=generator)
-    return {name: kept(matrix, cfg.save_projection) for name, matrix in zip(names, (A, B))}
+    return {name: maybe_transient(matrix, cfg.save_projection) for name, matrix in zip(names, (A, B))}

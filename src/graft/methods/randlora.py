@@ -17,7 +17,7 @@ from graft.core.published import Published
 from graft.core.random import kaiming_bound
 from graft.kernels.structured import between_diagonals
 from graft.kernels.waits import near
-from graft.methods.projections import DRAWN, ProjectionConfig, check_wide, kept
+from graft.methods.projections import DRAWN, ProjectionConfig, check_wide, maybe_transient
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,9 @@ class RandLoRA(Method[RandLoraConfig]):
         else:
             wide = sorted((layers.wide_out, layers.wide_in))  # as PEFT sizes them
             A, B = (ternary if cfg.sparse or cfg.very_sparse else uniform)(cfg, *wide)
-        return dict(randlora_A=kept(A, cfg.save_projection), randlora_B=kept(B, cfg.save_projection))
+        return dict(
+            randlora_A=maybe_transient(A, cfg.save_projection), randlora_B=maybe_transient(B, cfg.save_projection)
+        )
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method, Use
 from graft.core.published import Published
 from graft.methods.loraxs import largest
-from graft.methods.projections import kept
+from graft.methods.projections import maybe_transient
 
 
 @dataclass(kw_only=True)
@@ -87,8 +87,8 @@ class SVFT(Method[SvftConfig]):
             svft_M=nn.Parameter(torch.zeros(numbers)),
             svft_gate=nn.Parameter(torch.zeros(1)),
             svft_places=torch.zeros(numbers, dtype=torch.long),
-            svft_U=kept(torch.zeros(site.out_features, n), self.cfg.save_projection),
-            svft_V=kept(torch.zeros(n, site.fan_in), self.cfg.save_projection),
+            svft_U=maybe_transient(torch.zeros(site.out_features, n), self.cfg.save_projection),
+            svft_V=maybe_transient(torch.zeros(n, site.fan_in), self.cfg.save_projection),
         )
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Layers, Method, Use
 from graft.core.published import COMPARISON, Published
-from graft.methods.projections import kept
+from graft.methods.projections import maybe_transient
 
 
 @dataclass(kw_only=True)
@@ -92,7 +92,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
         return shared | dict(
             tinylora_A=torch.zeros(r, columns),
             tinylora_B=torch.zeros(rows, r),
-            tinylora_P=kept(P, cfg.save_projection),
+            tinylora_P=maybe_transient(P, cfg.save_projection),
             tinylora_group=min(place // max(1, layers // groups), groups - 1),
             tinylora_dropout=dropout_for(cfg.tinylora_dropout),
             r=r,

@@ -19,7 +19,7 @@ from graft.core.method import Layers, Method
 from graft.core.published import COMPARISON, Published
 from graft.core.random import skip
 from graft.core.site import Site
-from graft.methods.projections import kept
+from graft.methods.projections import maybe_transient
 
 
 @dataclass(kw_only=True)
@@ -107,7 +107,7 @@ class UniLoRA(Method[UniLoraConfig]):
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
         names = [f"unilora_{part}_{x}" for part in ("scales", "indices") for x in "AB"]  # a floating one first
         own = dict(r=cfg.r, unilora_dropout=dropout_for(cfg.unilora_dropout))
-        return shared | own | {name: kept(t, cfg.save_indices) for name, t in zip(names, places)}
+        return shared | own | {name: maybe_transient(t, cfg.save_indices) for name, t in zip(names, places)}
 
     def init(self) -> None:
         skip(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))  # as PEFT

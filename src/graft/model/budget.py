@@ -125,11 +125,11 @@ class Training:
         if batch > MANY:
             a, b = self.step(MANY // 2, checkpointing), self.step(MANY, checkpointing)
             more = (batch - MANY) / (MANY - MANY // 2)
-            return Step(b.kept + more * (b.kept - a.kept), b.peak + more * (b.peak - a.peak))
+            return Step(b.activations + more * (b.activations - a.activations), b.peak + more * (b.peak - a.peak))
         if (batch, checkpointing) not in self.steps:
             of = cache(lambda n: measured(self.model(n, "meta", checkpointing), batch, self.length, self.on_gpu))
             self.steps[batch, checkpointing] = Step(
-                self.extrapolated(lambda n: of(n).kept), self.extrapolated(lambda n: of(n).peak)
+                self.extrapolated(lambda n: of(n).activations), self.extrapolated(lambda n: of(n).peak)
             )
         return self.steps[batch, checkpointing]
 
@@ -147,7 +147,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass
 class Step:
-    kept: float  # bytes that live from the forward to the backward pass, without parameters and buffers
+    activations: float  # bytes that live from the forward to the backward pass, without parameters and buffers
     peak: float  # bytes of the fullest moment, gradients of parameters with them
 
 
@@ -180,14 +180,14 @@ def budget(
     trained = [p for p in training.whole.parameters() if p.requires_grad]
     adapter = float(sum(p.nbytes for p in trained))
     weights, dense = frozen(training.whole, bits)
-    gradients = min(adapter, step.peak - step.kept)
+    gradients = min(adapter, step.peak - step.activations)
     return Budget(
         weights=weights,
         adapter=adapter,
         optimizer=OPTIMIZERS[optimizer] * sum(p.numel() for p in trained),
-        kept=step.kept,
+        kept=step.activations,
         gradients=gradients,
-        working=step.peak - step.kept - gradients + dense,
+        working=step.peak - step.activations - gradients + dense,
         context=CONTEXT if training.on_gpu else 0.0,
     )
 

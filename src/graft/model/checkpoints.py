@@ -35,7 +35,7 @@ SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors se
 }  # fmt: skip
 
 
-class Held(NamedTuple):
+class AdapterInMemory(NamedTuple):
     """An adapter in memory, in place of the folder that it would be read from."""
 
     config: PeftConfig
@@ -48,7 +48,7 @@ def nobody(config: PeftConfig) -> str | None:
 
 
 def read(
-    where: str | os.PathLike | Held,
+    where: str | os.PathLike | AdapterInMemory,
     options: dict[str, Any],
     config: PeftConfig | None = None,
     replacement: Callable[[PeftConfig], str | None] = nobody,
@@ -65,7 +65,7 @@ def read(
     Raises:
         ConfigError: `expert_layout` is none.
     """
-    if isinstance(where, Held):
+    if isinstance(where, AdapterInMemory):
         return where
     source = hub_keywords(options) | {"where": os.fspath(where), "subfolder": options.get("subfolder")}
     source["check_digest"] = options.get("check_digest", True)
@@ -77,7 +77,7 @@ def read(
         loaded = files.load_weights(**source)
         if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
             loaded.layout = Layout(config.peft_version)
-    loaded.layout = loaded.layout.under(replacement(config)).told(options.get("expert_layout"))
+    loaded.layout = loaded.layout.under(replacement(config)).with_names(options.get("expert_layout"))
     return config, loaded
 
 

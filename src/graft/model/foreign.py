@@ -27,7 +27,7 @@ from graft.files.tensors import Tensor
 from graft.inject.survey import survey
 from graft.io.files import Loaded
 from graft.io.tensors import name_of
-from graft.model.checkpoints import Held
+from graft.model.checkpoints import AdapterInMemory
 from graft.model.mixed import PeftMixedModel
 from graft.model.peft_model import PeftModel
 
@@ -76,7 +76,7 @@ def load_adapter(
         raise LossError(f"graft has no method for {some(lost)} of {adapter.path}.")
     fields = config_of(adapter, known)
     config = PeftConfig.resolve(fields["peft_type"])(**{k: v for k, v in fields.items() if k != "peft_type"})
-    pair: Any = Held(config, Loaded(tensors, os.fspath(path)))
+    pair: Any = AdapterInMemory(config, Loaded(tensors, os.fspath(path)))
     if not isinstance(model, PeftModel):
         return (PeftMixedModel if mixed else PeftModel).from_pretrained(model, pair, adapter_name, **options)
     model.load_adapter(pair, adapter_name, **options)

@@ -582,7 +582,7 @@ class PeftModel(nn.Module):
         """
         config, loaded = checkpoints.read(model_id, kwargs, config, lambda read: replacement(cls._class_for(read)))
         kind = cls._class_for(config)
-        theirs = None if isinstance(model_id, checkpoints.Held) else replacement(kind)
+        theirs = None if isinstance(model_id, checkpoints.AdapterInMemory) else replacement(kind)
         if theirs is None:
             warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.taken_on_loading)
         with unless_it_fails(config):
@@ -607,7 +607,7 @@ class PeftModel(nn.Module):
                 made._hand_over(theirs, values.report, (model_id, adapter_name, arguments), low_cpu_mem_usage)
         return made
 
-    def _hand_over(self, theirs: str, report: LoadReport, request: Told, low_cpu_mem_usage: bool) -> None:
+    def _hand_over(self, theirs: str, report: LoadReport, request: LoadRequest, low_cpu_mem_usage: bool) -> None:
         """Call a replaced `load_adapter`, whose call of the original returns the report of what is loaded already."""
         model_id, adapter_name, options = request
         self.__dict__["_done"] = request, report
@@ -684,7 +684,7 @@ class PeftModel(nn.Module):
 
 
 LOAD_ADAPTER = PeftModel.load_adapter
-Told = tuple[Any, str, dict[str, Any]]  # what, as which adapter, how
+LoadRequest = tuple[Any, str, dict[str, Any]]  # what, as which adapter, how
 
 
 def replacement(kind: type[PeftModel]) -> str | None:

@@ -508,7 +508,7 @@ def pairs_in(cache: object) -> list[Pair]:
     """Return key and value of each layer, from a cache or from an iterable of pairs."""
     cache = getattr(cache, "self_attention_cache", cache)
     if hasattr(cache, "layers"):
-        return [held(i, layer) for i, layer in enumerate(cache.layers)]
+        return [pair_at(i, layer) for i, layer in enumerate(cache.layers)]
     if hasattr(cache, "to_legacy_cache"):
         cache = cache.to_legacy_cache()
     if isinstance(cache, Iterable) and not isinstance(cache, (Tensor, str)):
@@ -521,7 +521,7 @@ def pairs_in(cache: object) -> list[Pair]:
     )
 
 
-def held(index: int, layer: Any) -> Pair:
+def pair_at(index: int, layer: Any) -> Pair:
     """Return keys and values that one layer of a cache holds, in the order in which they came."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     seen = int(layer.get_seq_length()) if keys is not None else 0

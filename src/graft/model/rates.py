@@ -42,7 +42,7 @@ class Row(TypedDict):
 
     method: str
     adapter: str  # as of `adapter_of`
-    config: Json  # as of `told`
+    config: Json  # as of `settings_of`
     task: str
     model: str
     model_type: str
@@ -170,7 +170,7 @@ def published_lr(config: PeftConfig) -> Published | None:
     return found
 
 
-def told(config: PeftConfig) -> Json:
+def settings_of(config: PeftConfig) -> Json:
     """Return the numbers, words and flags of a config that are no defaults."""
     kinds, defaults = (bool, int, float, str), type(config).__dataclass_fields__
     values = config.saved_dict().items()
@@ -180,7 +180,7 @@ def told(config: PeftConfig) -> Json:
 def alike(config: PeftConfig) -> list[Row]:
     """Return the rows of adapters of the same class, those that share the most words and flags with a config."""
     same = [row for row in rows() if row["adapter"] == adapter_of(config) and best([row])]
-    own = marks(told(config))
+    own = marks(settings_of(config))
     apart = [differences(marks(row["config"]), own) for row in same]
     return [row for row, n in zip(same, apart) if n == min(apart)]
 
@@ -203,7 +203,7 @@ def closest(found: Sequence[Row], config: PeftConfig) -> list[Row]:
     """Return the rows of the size that is closest to that of a config. What neither says is the default."""
     fields = type(config).__dataclass_fields__.items()
     defaults = {k: float(f.default) for k, f in fields if type(f.default) in (int, float)}  # type: ignore[arg-type]
-    own = defaults | numbers(told(config))
+    own = defaults | numbers(settings_of(config))
 
     def distance(row: Row) -> float:
         theirs = defaults | numbers(row["config"])

@@ -79,7 +79,7 @@ def hotswap_adapter(
     warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | OPTIONS | READING | {"expert_layout"})
     reading = {k: kwargs[k] for k in HUB_KEYWORDS | READING if k in kwargs}
     config, loaded = files.load_pair(os.fspath(model_name_or_path), **reading)
-    loaded.layout = loaded.layout.told(kwargs.get("expert_layout"))
+    loaded.layout = loaded.layout.with_names(kwargs.get("expert_layout"))
     options = {k: kwargs[k] for k in OPTIONS if k in kwargs}
     swap(model, loaded, adapter_name, config, **options)
 

@@ -132,7 +132,7 @@ class SlotLayer(nn.Module):
         return (self.gain, self.shift, self.inner) if self.has_gains else ()
 
     @property
-    def held(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """All tensors of the slots."""
         return (*[getattr(self, name) for pair in self.names for name in pair], *self.vectors)
 
@@ -174,7 +174,7 @@ class SlotLayer(nn.Module):
     def select(self, index: Tensor) -> tuple[Tensor, ...]:
         index = index.to(self.A.device)
         if len(self.names) == 1:
-            return tuple([t.index_select(0, index) for t in self.held])
+            return tuple([t.index_select(0, index) for t in self.tensors])
         groups = range(len(self.names))
         if not torch.compiler.is_compiling():
             groups = sorted({self.place[slot][0] for slot in self.choice.used if slot != NONE})  # type: ignore[assignment]

@@ -537,7 +537,7 @@ class AdapterSlots:
     # facts
 
     def report(self) -> SlotReport:
-        buffers = [t for layer in self.layers.values() for t in layer.held]
+        buffers = [t for layer in self.layers.values() for t in layer.tensors]
         total = sum(t.nbytes for t in buffers)
         return SlotReport(
             max_adapters=self.max_adapters,

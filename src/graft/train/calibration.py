@@ -67,7 +67,7 @@ def require_all(keys: Collection[str], seen: Collection[str], what: str) -> None
         )
 
 
-def stored(path: str | None) -> dict[str, Tensor] | None:
+def cached_tensors(path: str | None) -> dict[str, Tensor] | None:
     """Return the tensors of a cache; None if there is no file, or an empty one.
 
     Raises:
@@ -134,7 +134,7 @@ def preprocess_corda(
                 f"The rank of layer '{key}' is {m.cfg.r}, and its weight has {min(m.site.shape)} singular triples: "
                 "choose a smaller r."
             )
-    found = stored(cfg.cache_file)
+    found = cached_tensors(cfg.cache_file)
     if found is not None:
         made = {
             key: CordaEigens(*(of_file(found, f"{key}.{EIGENS}.{n}", cfg.cache_file) for n in NAMES)) for key in methods
@@ -163,7 +163,7 @@ def covariances_of(
     hooked_model: nn.Module | None,
 ) -> dict[str, Tensor]:
     """Return C (in, in) of each layer: the mean over calls of xᵀ x, x (tokens, in) divided by its largest value."""
-    found = stored(cfg.covariance_file)
+    found = cached_tensors(cfg.covariance_file)
     if found is not None:
         return {key: of_file(found, key, cfg.covariance_file) for key in methods}
     if run_model is None:
@@ -229,7 +229,7 @@ def preprocess_loraga(
         )
     methods = linear_methods(model, lora_config, "lora_ga")
     refuse_quantized(methods, "LoRA-GA")
-    found = stored(cache_file)
+    found = cached_tensors(cache_file)
     if found is not None:
         made = {key: of_file(found, f"{key}.{GRADIENT}", cache_file) for key in methods}
     else:

@@ -39,8 +39,8 @@ from graft.io.fingerprint import difference, in_common, same_values
 from graft.io.rendezvous import Meeting, agreed, exchanged, gathered, processes, rank
 from graft.io.save import base_fingerprint
 from graft.storage.parallel import fill, master, mastered, shape_of
-from graft.train.kept import Kept, check_spread, kept_by
 from graft.train.multi.draws import generators_in
+from graft.train.optimizer_states import OptimizerStates, check_spread, states_of
 from graft.train.state_file import pack, read, slots, write
 
 FILE, NOTE = "training.safetensors", "training.json"
@@ -209,7 +209,7 @@ class Taken:
     ) -> None:  # fmt: skip
         self.model, self.loader = model, loader
         check_scheduler(inside(scheduler))
-        self.kept = optimizer_states = kept_by(inside(optimizer))
+        self.optimizer_states = optimizer_states = states_of(inside(optimizer))
         self.values = values_of(model, optimizer_states)
         check_spread({name: v.tensor for name, v in self.values.items()}, optimizer_states)
         optimizer_states.check()
@@ -249,7 +249,7 @@ class Taken:
         values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
         self.tensors |= {key: master(t) if id(t) in masters else t for key, t in values.items()}
         states: dict[str, dict[str, object]] = {}
-        for p, state in self.kept.states():
+        for p, state in self.optimizer_states.states():
             name = self.names[id(p)]
             where = {k: (f"{self.what}, '{k}' of '{name}'", f"{k}/{name}") for k in state}
             states[name] = {k: pack(v, self.tensors, *where[k]) for k, v in state.items()}
@@ -278,7 +278,7 @@ def adapters_of(model: nn.Module) -> list[str]:
     return [name for name in registry.peft_config if name not in registry.frozen]
 
 
-def values_of(model: nn.Module, optimizer_states: Kept) -> dict[str, Value]:
+def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, Value]:
     """Return all tensors of the adapters, and all parameters in an optimizer, by name without wrappers.
 
     Raises:
@@ -400,7 +400,7 @@ class Resume:
     ) -> None:
         self.note, self.folder, self.strict, self.model = note, folder, strict, model
         self.outer, self.scheduler, self.loader = inside(optimizer), inside(scheduler), loader
-        self.held = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{VALUE}/")}
+        self.tensors = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{VALUE}/")}
         everyone = [note, *note.get("of_ranks", ())]
         self.mine = everyone[rank()] if rank() < len(everyone) else None
         stem = f"{of_rank(rank())}{GENERATOR}/"
@@ -428,10 +428,10 @@ class Resume:
     def look(self) -> None:
         peft_model_in(self.model, "resume")
         check_scheduler(self.scheduler)
-        self.kept = kept_by(self.outer)
-        self.values = values_of(self.model, self.kept)
+        self.optimizer_states = states_of(self.outer)
+        self.values = values_of(self.model, self.optimizer_states)
         self.names = {id(v.tensor): name for name, v in self.values.items()}
-        check_spread({name: v.tensor for name, v in self.values.items()}, self.kept)
+        check_spread({name: v.tensor for name, v in self.values.items()}, self.optimizer_states)
 
     def check(self) -> None:
         self.check_values()
@@ -467,19 +467,19 @@ class Resume:
 
     def check_values(self) -> None:
         here = {name: v.tensor for name, v in self.values.items()}
-        both = [name for name in here if name in self.held]
+        both = [name for name in here if name in self.tensors]
         shape = {n: tuple(shape_of(here[n])) for n in both}
-        shapes = [n for n in both if shape[n] != self.held[n].shape]
+        shapes = [n for n in both if shape[n] != self.tensors[n].shape]
         if shapes:
-            text = [f"'{n}' has shape {tuple(self.held[n].shape)} there and {shape[n]} here" for n in shapes]
+            text = [f"'{n}' has shape {tuple(self.tensors[n].shape)} there and {shape[n]} here" for n in shapes]
             self.differs(AdapterKeyError, f"{some(text, 3)}, as of another rank", shapes, [])
         masters = mastered(here.values())
         dtype = {n: torch.float32 if id(here[n]) in masters else here[n].dtype for n in both}
-        dtypes = [n for n in both if n not in shapes and dtype[n] != self.held[n].dtype]
+        dtypes = [n for n in both if n not in shapes and dtype[n] != self.tensors[n].dtype]
         if dtypes:
-            text = [f"'{n}' is {self.held[n].dtype} there and {dtype[n]} here" for n in dtypes]
+            text = [f"'{n}' is {self.tensors[n].dtype} there and {dtype[n]} here" for n in dtypes]
             self.differs(AdapterKeyError, f"{some(text, 3)}", [], [])
-        fresh, missing = [n for n in here if n not in self.held], [n for n in self.held if n not in here]
+        fresh, missing = [n for n in here if n not in self.tensors], [n for n in self.tensors if n not in here]
         if fresh or missing:
             parts = [
                 f"{what} {some(sorted(names), 3)}"
@@ -489,7 +489,7 @@ class Resume:
             self.differs(AdapterKeyError, f"{'; '.join(parts)}: other targets, or another adapter", fresh, missing)
 
     def check_optimizer(self) -> None:
-        then, now = self.note["optimizer"], called(self.kept.inner)
+        then, now = self.note["optimizer"], called(self.optimizer_states.inner)
         if then != now:
             self.differs(ConfigError, f"its optimizer is a {then}, and here is a {now}", ["optimizer"], [])
             return
@@ -509,7 +509,10 @@ class Resume:
             )
 
     def names_of_groups(self) -> list[set[str]]:
-        return [{self.names[id(p)] for p in self.kept.parameters(i)} for i in range(len(self.kept.groups))]
+        return [
+            {self.names[id(p)] for p in self.optimizer_states.parameters(i)}
+            for i in range(len(self.optimizer_states.groups))
+        ]
 
     def check_processes(self) -> None:
         then, now = self.note.get("processes", 1), processes()
@@ -536,22 +539,24 @@ class Resume:
             self.differs(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
 
     def put_values(self) -> None:
-        fits = {n: v for n, v in self.values.items() if n in self.held and n not in self.report.fresh}
+        fits = {n: v for n, v in self.values.items() if n in self.tensors and n not in self.report.fresh}
         registry = registry_of(unwrapped(self.model))
         for adapter in registry.peft_config:
-            own = [(Filled(v.tensor, v.slot), self.held[n]) for n, v in fits.items() if v.adapter == adapter and v.slot]
+            own = [
+                (Filled(v.tensor, v.slot), self.tensors[n]) for n, v in fits.items() if v.adapter == adapter and v.slot
+            ]
             if own:
                 put(registry.parts_of(adapter), adapter, own)
                 registry.states.pop(adapter, None)
         with torch.no_grad():
             for n, v in fits.items():
                 if v.slot is None:
-                    fill(v.tensor, self.held[n])
+                    fill(v.tensor, self.tensors[n])
 
     def put_optimizer(self) -> None:
         if "optimizer" in self.report.fresh:
             return
-        optimizer_states, states, own = self.kept, self.note["states"], self.names_of_groups()
+        optimizer_states, states, own = self.optimizer_states, self.note["states"], self.names_of_groups()
         for group, names in zip(optimizer_states.groups, own):
             then = max(self.note["groups"], key=lambda g: len(names & set(g["params"])))
             if names & set(then["params"]):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.train import state_file
-from graft.train.multi import MultiTrain, stored
+from graft.train.multi import MultiTrain, run_file
 from tests import fresh, models
 from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same, tiny
 from tests.train.multi.killed import STEPS
@@ -37,7 +37,7 @@ def test_killed_and_resumed_in_other_company(tmp_path):
     """Killed in the middle of a save; then resumed by another process with others, and finished here alone."""
     folder = tmp_path / "runs"
     assert child(folder, 5, "plain", "gathers", "timed").returncode == -9
-    steps = {name: stored.load(name, str(folder))["step"] for name in ("plain", "gathers", "timed")}
+    steps = {name: run_file.load(name, str(folder))["step"] for name in ("plain", "gathers", "timed")}
     assert steps == {"plain": 5, "gathers": 1, "timed": 4}  # the last file was not renamed
     assert child(folder, 3, "gathers", "wide").returncode == -9
     for name in ("plain", "gathers", "timed", "wide"):
@@ -203,7 +203,7 @@ def test_a_disk_that_is_full_leaves_the_old_files(saved):
     runs = MultiTrain.resume(tiny(), saved)
     run = runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
     runs.step()
-    path, limits = saved / "plain" / stored.FILE, resource.getrlimit(resource.RLIMIT_FSIZE)
+    path, limits = saved / "plain" / run_file.FILE, resource.getrlimit(resource.RLIMIT_FSIZE)
     before = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -211,9 +211,9 @@ def test_a_disk_that_is_full_leaves_the_old_files(saved):
             runs.save(saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [stored.FILE]
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [run_file.FILE]
     runs.save(saved)
-    assert stored.load("plain", str(saved))["step"] == run.step == 2
+    assert run_file.load("plain", str(saved))["step"] == run.step == 2
 
 
 def test_another_base(saved):
@@ -230,7 +230,7 @@ def test_another_base(saved):
     lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
 ], ids=["cut", "note", "bit"])  # fmt: skip
 def test_damaged_files(saved, damage):
-    path = saved / "plain" / stored.FILE
+    path = saved / "plain" / run_file.FILE
     path.write_bytes(damage(path.read_bytes()))
     runs = MultiTrain.resume(tiny(), saved)
     with pytest.raises(CheckpointError, match=str(path)):
@@ -258,7 +258,7 @@ def test_state_that_is_no_data(tmp_path):
     runs.add("x", lora(), data=batches(2), optimizer=partial(Odd, lr=0.1))
     with pytest.raises(ConfigError, match="Run 'x', 'optimizer', 'odd': object cannot be written"):
         runs.save(tmp_path)
-    assert stored.folders_in(tmp_path) == []
+    assert run_file.folders_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("value", [

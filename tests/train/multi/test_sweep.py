@@ -18,7 +18,7 @@ import torch
 import graft
 from examples import sweep
 from graft.core.errors import ConfigError
-from graft.train.multi import MultiTrain, search, stored
+from graft.train.multi import MultiTrain, run_file, search
 from graft.train.multi.sweep import TABLE
 from tests.train.multi.alone import BITS, Spec, alone, as_alone, batches, lora, tiny
 
@@ -107,7 +107,7 @@ def test_halving_takes_the_best_to_the_end(tmp_path):
     assert {t.state for t in found.trials} == {"kept", "dropped"}
     assert json.loads((tmp_path / TABLE).read_text())["trials"][0]["curve"][0] == found.trials[0].curve[0]
     folders = {path.parent.name for path in tmp_path.glob("*/adapter_config.json")}
-    assert folders == {t.name for t in found.trials if t.state == "kept"} == {*stored.folders_in(tmp_path)}
+    assert folders == {t.name for t in found.trials if t.state == "kept"} == {*run_file.folders_in(tmp_path)}
 
 
 def test_the_winner_is_the_run_alone(tmp_path):

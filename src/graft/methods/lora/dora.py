@@ -55,7 +55,7 @@ class DoraCaching:
             DoraCaching.switched += 1
 
 
-class Kept:
+class CachedNorm:
     """A norm, and the state of the tensors from which it was computed."""
 
     def __init__(self, norm: Tensor, of: Sequence[Tensor], scaling: float):
@@ -90,7 +90,7 @@ class DoRA(LoRA):
 
     published_lr = Published(1e-4, 2e-4, "arXiv 2402.09353, its code, commonsense reasoning")
     lora_magnitude_vector: nn.Module  # weight (out,), for convolutions (1, out, 1, …)
-    kept: Kept | None = None
+    norm_cache: CachedNorm | None = None
 
     def check(self) -> str | None:
         if self.site.op.known and self.site.op.groups(self.site.module) > 1:
@@ -128,8 +128,8 @@ class DoRA(LoRA):
         """Return ‖W + ΔW‖ per output channel, (out,)."""
         if DoraCaching.on and eager():
             if not self.layer.training:
-                return self.kept_norm()
-            self.kept = None
+                return self.cached_norm()
+            self.norm_cache = None
         return self.norm_now()
 
     def norm_now(self) -> Tensor:
@@ -138,10 +138,10 @@ class DoRA(LoRA):
         # detached: under torch 2.6 autocast caches a copy of A and B made here, without gradient, and later uses it
         return row_norms(W.detach().flatten(1), A.detach(), B.detach(), *cuts)
 
-    def kept_norm(self) -> Tensor:
+    def cached_norm(self) -> Tensor:
         """Return the norms, computed once for each state of the tensors that they depend on."""
-        of, cache = (self.layer.weight, *self.pair), self.kept
+        of, cache = (self.layer.weight, *self.pair), self.norm_cache
         if cache is None or not cache.holds(of, self.scaling):
             norm = self.norm_now()
-            cache = self.kept = Kept(norm, of, self.scaling)
+            cache = self.norm_cache = CachedNorm(norm, of, self.scaling)
         return cache.norm

@@ -93,8 +93,8 @@ class Pass:
         self, tuner: Tuner, call: Call, names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, Any]
     ):
         self.tuner, self.call, self.names = tuner, call, names
-        self.given = {**dict(zip(signature(tuner.model.forward).parameters, args)), **kwargs}
-        self.shadows = unpack(tuner.model, kwargs, self.given.get("use_cache"))
+        self.arguments = {**dict(zip(signature(tuner.model.forward).parameters, args)), **kwargs}
+        self.shadows = unpack(tuner.model, kwargs, self.arguments.get("use_cache"))
         self.starts: dict[str, Tensor] = {}  # states before the first block, of all rows
         self.states = States(self.seed)
         if self.has_inputs:
@@ -103,7 +103,7 @@ class Pass:
 
     @property
     def has_inputs(self) -> bool:
-        return any(self.given.get(name) is not None for name in ("input_ids", "inputs_embeds"))
+        return any(self.arguments.get(name) is not None for name in ("input_ids", "inputs_embeds"))
 
     def start(self, name: str, inputs_embeds: Tensor | None = None) -> Tensor:
         """Return the state before the first block, (rows, tokens, hidden): the network's output, projected."""
@@ -111,10 +111,10 @@ class Pass:
         network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
         takes = signature(network.forward).parameters
         device, dtype = place_of(network)
-        own = {key: self.given[key] for key in TAKEN if key in takes and self.given.get(key) is not None}
-        ids = self.given.get("input_ids")
+        own = {key: self.arguments[key] for key in TAKEN if key in takes and self.arguments.get(key) is not None}
+        ids = self.arguments.get("input_ids")
         if inputs_embeds is None:
-            inputs_embeds = self.given.get("inputs_embeds")
+            inputs_embeds = self.arguments.get("inputs_embeds")
         if inputs_embeds is None and hasattr(network, "needs_embeddings"):
             inputs_embeds = self.tuner.model.get_input_embeddings()(ids)
         if inputs_embeds is not None:
@@ -145,7 +145,7 @@ class Pass:
         """Return the model's output with the shadow network's loss, and with its cache."""
         if self.shadows:
             output = with_cache(output, self.shadows)
-        labels = self.given.get("labels")
+        labels = self.arguments.get("labels")
         if labels is None:
             return output
         for name in self.names:
@@ -154,7 +154,7 @@ class Pass:
 
     def with_loss(self, output: Any, name: str, labels: Tensor) -> object:
         cfg = self.tuner.peft_config[name]
-        loss = shadow_loss(self.tuner, cfg, name, self.starts[name], self.given)
+        loss = shadow_loss(self.tuner, cfg, name, self.starts[name], self.arguments)
         if loss is None:
             return output
         self.tuner.states[name] = loss.detach()

@@ -25,23 +25,23 @@ class Draws:
     def __init__(self, seed: int, data: object = None):
         self.own = Generator(device="cpu").manual_seed(seed)
         self.lent = generators_in(data)
-        self.kept = [g.get_state() for g in self.lent]
+        self.lent_states = [g.get_state() for g in self.lent]
         self._others: list[States] = []
 
     @property
     def states(self) -> States:
-        return [self.own.get_state(), *self.kept]
+        return [self.own.get_state(), *self.lent_states]
 
     @states.setter
     def states(self, states: States) -> None:
         self.own.set_state(states[0])
-        self.kept = states[1:]
+        self.lent_states = states[1:]
 
     def __enter__(self) -> None:
         LOCK.acquire()
         self._others.append([torch.get_rng_state(), *(g.get_state() for g in self.lent)])
         torch.set_rng_state(self.own.get_state())
-        for generator, state in zip(self.lent, self.kept):
+        for generator, state in zip(self.lent, self.lent_states):
             generator.set_state(state)
 
     def __exit__(self, *_: object) -> None:

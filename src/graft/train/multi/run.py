@@ -100,7 +100,7 @@ class Run:
         self._window = accumulate  # batches of the step under way
         self.stop, self.validation, self.every = stop, validation, every
         self.draws_in_steps = not type(optimizer).__module__.startswith("torch.optim.")
-        self.told = {k: v for k, v in config.saved_dict().items() if k not in ELSEWHERE}
+        self.config_values = {k: v for k, v in config.saved_dict().items() if k not in ELSEWHERE}
         self.begun, self.begun_schedule = settings_of(optimizer), kind_of(schedule)
         self.step, self.state = 0, RUNNING
         self.why: str | None = None

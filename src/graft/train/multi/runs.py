@@ -28,7 +28,7 @@ from graft.model.api import get_peft_model
 from graft.model.checkpoints import contents
 from graft.model.peft_model import PeftModel
 from graft.model.registry import check_adapter_name
-from graft.train.multi import stored
+from graft.train.multi import run_file
 from graft.train.multi.bank import Banks
 from graft.train.multi.draws import Draws
 from graft.train.multi.fanout import Fan, alike, fan_of
@@ -118,7 +118,7 @@ class MultiTrain:
         """
         made = cls(model, **options)
         made.folder = os.fspath(folder)
-        if not stored.folders_in(made.folder):
+        if not run_file.folders_in(made.folder):
             raise CheckpointError(f"{made.folder} holds no run: MultiTrain.save() writes them.")
         return made
 
@@ -219,7 +219,7 @@ class MultiTrain:
                 "which MultiTrain trains several at once. Train it by itself."
             )
         draws = Draws(seed, data)
-        state = None if self.folder is None else stored.load(name, self.folder)
+        state = None if self.folder is None else run_file.load(name, self.folder)
         with draws:
             new = self._inject(name, config, heads() if callable(heads) else heads)
         try:
@@ -263,7 +263,7 @@ class MultiTrain:
                 scaled=description is not None,
             )
             if state is not None:
-                stored.restore(run, model, state, self.folder or "")
+                run_file.restore(run, model, state, self.folder or "")
         except BaseException:
             if new:
                 self._take_out(name)
@@ -612,7 +612,7 @@ class MultiTrain:
         """
         self._between_steps()
         for run in self._runs.values():
-            stored.save(run, self._adapted, os.fspath(folder))
+            run_file.save(run, self._adapted, os.fspath(folder))
 
     def save_adapter(self, name: str, folder: str | os.PathLike) -> None:
         """Write the adapter of a run to a folder, as `save_pretrained` writes "default"."""

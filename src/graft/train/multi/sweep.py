@@ -23,7 +23,7 @@ from graft.config.atomic import replace, write_text
 from graft.config.base import PeftConfig
 from graft.config.reading import Json
 from graft.core.errors import ConfigError
-from graft.train.multi import stored
+from graft.train.multi import run_file
 from graft.train.multi.run import FAILED, Run, Valid
 from graft.train.multi.runs import AT_ONCE, MultiTrain
 from graft.train.multi.search import Asha, Setting, best_of, budgets, next_size, settings_in
@@ -395,7 +395,7 @@ class Job:
         replace(os.path.join(self.folder, TABLE), write_text(text + "\n"))
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):
-                stored.delete(trial.name, self.folder)
+                run_file.delete(trial.name, self.folder)
 
     def finish(self, mine: Iterable[int], rungs: int) -> None:
         """Write the adapters that were kept, and the table."""
@@ -406,7 +406,7 @@ class Job:
             trial.state = "kept"
             if self.folder is None or i not in own:
                 continue
-            if trial.name not in self.runs and stored.load(trial.name, self.folder) is not None:
+            if trial.name not in self.runs and run_file.load(trial.name, self.folder) is not None:
                 self.begin(self.runs, trial)  # trained before this process
             if trial.name in self.runs:
                 self.runs.save_adapter(trial.name, os.path.join(self.folder, trial.name))

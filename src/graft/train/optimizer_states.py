@@ -17,7 +17,7 @@ from graft.storage.parallel import DISTRIBUTED, layout_of, mastered, spread
 State = dict[str, Any]
 
 
-class Kept:
+class OptimizerStates:
     """The groups and states of an optimizer. With DTensors, tensors of a state are as their parameter is.
 
     Attributes:
@@ -68,7 +68,7 @@ class Kept:
             self.inner.state[p] = {key: parted(value, p) for key, value in made.items()}
 
 
-class OfZero3(Kept):
+class OfZero3(OptimizerStates):
     """The optimizer of ZeRO-3: it trains flat float32 parts of parameters, a row of them for each subgroup."""
 
     def __init__(self, outer: Any):
@@ -113,7 +113,7 @@ class OfZero3(Kept):
                         put_part(p, key, value)
 
 
-def kept_by(optimizer: Any) -> Kept:
+def states_of(optimizer: Any) -> OptimizerStates:
     """Return the view of an optimizer: DeepSpeed's, or torch's."""
     if type(optimizer).__module__.startswith("deepspeed."):
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -125,10 +125,10 @@ def kept_by(optimizer: Any) -> Kept:
             )
     if not hasattr(optimizer, "param_groups"):
         raise ConfigError(f"A {type(optimizer).__name__} is no optimizer: that comes second, after the model.")
-    return Kept(optimizer)
+    return OptimizerStates(optimizer)
 
 
-def check_spread(values: Mapping[str, Tensor], optimizer_states: Kept) -> None:
+def check_spread(values: Mapping[str, Tensor], optimizer_states: OptimizerStates) -> None:
     """Raise DistributedError unless all values can be put together, and the optimizer is the one that trains them."""
     masters = mastered(values.values())
     for name, t in values.items():

@@ -60,7 +60,7 @@ def state_of(run: Run, model: nn.Module) -> Json:
     """Return all that the next step of a run depends on, and what it has made."""
     loader = run.loader
     return {
-        "config": run.told,
+        "config": run.config_values,
         "base": base_fingerprint(model, run.name),
         "settings": settings(run),
         "values": {key: slot.tensor for key, slot in slots(model, run.name)},
@@ -95,7 +95,7 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
         ConfigError: it has another config, or other settings. Nothing has changed then.
     """
     check_base(state["base"], base_fingerprint(model, run.name), run.name, where)
-    own = {"config": run.told, "settings": settings(run)}
+    own = {"config": run.config_values, "settings": settings(run)}
     for what, now in own.items():
         tensors = dict[str, Tensor]()
         now = unpack(json.loads(json.dumps(pack(now, tensors, ""))), tensors)  # as a file holds it

@@ -29,7 +29,7 @@ from graft.core.errors import InUseError
 
 PATIENCE = 300.0  # seconds that a change waits for calls, and a call for a change, unless the model says otherwise
 ACTIVE = ""  # among the names that calls use and changes touch: which adapters are active
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 Names = Collection[str] | None  # None: all, and the base
 
 

@@ -291,7 +291,8 @@ class Chain(Plan):
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
         self.ways = [WAYS[way(effect)] for _, effect in self.steps]
-        self.overs = [_over_rewrite if isinstance(effect, Rewrite) else _over_add for _, effect in self.steps]
+        overs = (_over_rewrite if isinstance(effect, Rewrite) else _over_add for _, effect in self.steps)
+        self.overs: list[Callable[..., Tensor]] = [*overs]
         self.above = all([effect.above for _, effect in self.steps])
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
@@ -360,7 +361,7 @@ def _rewrite(
     return _over_rewrite(plan, n, m, effect, x, y)
 
 
-def _over_rewrite(plan: Chain, n: int, m: Method, effect: Any, x: Tensor, y: Tensor) -> Tensor:
+def _over_rewrite(plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
     return plan.after(n, m, effect, seen(plan.layer, m, effect, x), y)
 
 

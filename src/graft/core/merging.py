@@ -144,7 +144,7 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
             return effect.fixed
     if any([effect.whole for effect in effects]):
         return None
-    if (why := why_not_told(layer, methods)) is not None:
+    if (why := why_no_delta_weight(layer, methods)) is not None:
         return why
     base = layer.base_weight
     if not all([effect.inside for effect in effects]) and (why := layer.op.fixed(layer.get_base_layer())) is not None:
@@ -247,7 +247,7 @@ def theirs(layer: Layer, name: str) -> Callable[..., object] | None:
 DELTA = "get_delta_weight"
 
 
-def as_told(layer: Layer, steps: Sequence[Step]) -> list[Step]:
+def with_delta_weight(layer: Layer, steps: Sequence[Step]) -> list[Step]:
     """Return steps that add what a replaced `get_delta_weight` of the layer gives in the place of their own updates."""
     function = theirs(layer, DELTA)
     return [*steps] if function is None else [(m, _update_by(layer, m, effect, function)) for m, effect in steps]
@@ -268,7 +268,7 @@ def _update_by(layer: Layer, m: Method, effect: Effect, function: Callable[..., 
     return Update(delta, bias=None if shift is None else lambda: shift)
 
 
-def why_not_told(layer: Layer, methods: Sequence[Method]) -> str | None:
+def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
     """Return why a replaced `get_delta_weight` cannot give adapters' updates; None if it can, or there is none."""
     function = theirs(layer, DELTA)
     if function is None:
@@ -291,7 +291,7 @@ def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step]
     """
     done, active = layer.state.merged, layer.state.active
     together = sorted([*done, *names], key=lambda n: active.index(n) if n in active else len(active))
-    steps = as_told(layer, ordered(layer, [layer.methods[n] for n in together if n in layer.methods]))
+    steps = with_delta_weight(layer, ordered(layer, [layer.methods[n] for n in together if n in layer.methods]))
     if layer.state.weights is not None:
         steps = averaged(layer, steps, dict(zip(active, layer.state.weights)))
     if not done:

@@ -166,8 +166,8 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict
                 f"(?:{cfg.target_modules}|^{embedding}$)" if targets.find(embedding) is None else cfg.target_modules
             )
         else:
-            kept_targets = {t for t in cfg.target_modules if not any(k == t or k.endswith(f".{t}") for k in tied)}
-            cfg.target_modules = kept_targets | {embedding}
+            other_targets = {t for t in cfg.target_modules if not any(k == t or k.endswith(f".{t}") for k in tied)}
+            cfg.target_modules = other_targets | {embedding}
     return {k: embedding for k in tied}
 
 

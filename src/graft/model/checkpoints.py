@@ -118,7 +118,7 @@ def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = Fa
         )
     if is_trainable:
         registry.check_trainable(adapter)
-    warn_kept(adapter, values.path, own, config)
+    warn_other_config(adapter, values.path, own, config)
     parts = registry.parts_of(adapter)
     prompt = parts.prompt or nn.Module()
     before = len([*prompt.modules()])
@@ -140,7 +140,7 @@ def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = Fa
         setattr(own, name, getattr(config, name))
 
 
-def warn_kept(adapter: str, path: str, here: PeftConfig, there: PeftConfig) -> None:
+def warn_other_config(adapter: str, path: str, here: PeftConfig, there: PeftConfig) -> None:
     """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
     ours, theirs = here.saved_dict(), there.saved_dict()
     left = SETTLED | set(here.results) | (set(ours) - set(theirs))  # these come from the file, or are a client's

@@ -354,7 +354,7 @@ class PeftModel(nn.Module):
             TypeError: the model has no prompts.
             AdapterNotFoundError: there is none of that name.
         """
-        return self._prompts("get_prompt_embedding_to_save").stored(adapter_name)
+        return self._prompts("get_prompt_embedding_to_save").file_prompt(adapter_name)
 
     def _prompts(self, asked: str) -> Prompts:
         if not self._registry.method.config.is_prompt_learning:

@@ -274,7 +274,7 @@ class Prompts(Registry):
     def word_embeddings(self) -> nn.Module | None:
         return self.stacks["main"].words
 
-    def stored(self, adapter_name: str) -> Tensor:
+    def file_prompt(self, adapter_name: str) -> Tensor:
         """Return a prompt as in a checkpoint, (tokens, width)."""
         self.check_known([adapter_name])
         return self.prompt_encoder[adapter_name].stored()[STORED].cpu()  # type: ignore[operator,no-any-return]

@@ -66,10 +66,10 @@ FILES: tuple[ModuleType, ...] = (  # of packed weights
 )
 
 for file in FILES:
-    for row, kept_so in getattr(file, "TENSORS", {}).items():
-        TENSORS.add(row, kept_so)
-    for row, kept_so in getattr(file, "MODULES", {}).items():
-        STORES.add(row, kept_so)
+    for row, store in getattr(file, "TENSORS", {}).items():
+        TENSORS.add(row, store)
+    for row, store in getattr(file, "MODULES", {}).items():
+        STORES.add(row, store)
         OPS.add(row, getattr(file, "OPS", {}).get(row) or Linear())
 
 

@@ -144,7 +144,7 @@ def prepare_model_for_kbit_training(
         auto_clear_cache: give the memory of the replaced weights back to the device.
     """
     widen, packed = not dtype_is_fixed(model), [m for m in model.modules() if holds_codes(m)]
-    narrow = {p for m in packed for p in kept_as_they_are(m)}
+    narrow = {p for m in packed for p in fixed_dtype_parameters(m)}
     for p in model.parameters():
         p.requires_grad_(False)
         if widen and p.dtype in HALF and p not in narrow and not is_packed(p):
@@ -156,7 +156,7 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def kept_as_they_are(m: nn.Module) -> list[nn.Parameter]:
+def fixed_dtype_parameters(m: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a packed layer that keep their dtype: scales; a bias beside a tensor made of others."""
     parameters = {name: p for name, p in m._parameters.items() if p is not None}
     fixed = any(map(is_composed, parameters.values()))  # the layer computes in the dtype of that tensor

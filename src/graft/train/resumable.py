@@ -60,7 +60,7 @@ class Resumable(Listener):
                 "as well, and loads it by index before anyone can look at names."
             )
         if model is not None:
-            check_told(args, model)
+            check_trainer_knows(args, model)
 
     def on_save(
         self, args: Any, state: TrainerState, control: object, model: Any = None, optimizer: Any = None,
@@ -107,7 +107,7 @@ class Resumable(Listener):
         return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
 
-def check_told(args: TrainingArguments, model: nn.Module) -> None:
+def check_trainer_knows(args: TrainingArguments, model: nn.Module) -> None:
     """Raise ConfigError if processes hold parts of a model and Trainer has not been told, so that one alone saves."""
     known = args.fsdp or getattr(model, "is_distributed_loading_by_transformers", False)
     if known or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":

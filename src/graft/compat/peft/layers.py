@@ -23,7 +23,7 @@ from graft.compat.peft.names import OF_STORES
 from graft.core.call import Call
 from graft.core.errors import PeftWarning, RoutingError, UnsupportedLayerError, warn
 from graft.core.layer import SWAPS, AdapterLayer, ParamWrapper
-from graft.core.merging import DELTA, as_told, why_not_told
+from graft.core.merging import DELTA, why_no_delta_weight, with_delta_weight
 from graft.core.method import Method
 from graft.core.ops import OPS
 from graft.core.plan import Folded, Plan
@@ -169,13 +169,13 @@ def find(name: str, layer: AdapterLayer) -> Callable[..., object] | None:
     return next((f for cls, f in REPLACED[name] if cls.__instancecheck__(layer)), None)
 
 
-def run_as_told(
+def run_with_delta_weight(
     layer: AdapterLayer, plan: Plan, *args: object, adapter_names: object = None, **kwargs: object
 ) -> object:
     """Run a layer of a parameter with the updates that a replaced `get_delta_weight` gives."""
-    if (why := why_not_told(layer, [m for m, _ in plan.steps])) is not None:
+    if (why := why_no_delta_weight(layer, [m for m, _ in plan.steps])) is not None:
         raise UnsupportedLayerError(f"Layer '{layer.site.key}' cannot run: {why}. Put the original back.")
-    folded_plan = Folded(layer, as_told(layer, plan.steps))
+    folded_plan = Folded(layer, with_delta_weight(layer, plan.steps))
     with nullcontext() if is_dynamo_compiling() else SWAPS.lock:
         return folded_plan.run(*args, **kwargs)
 
@@ -277,7 +277,7 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
         if REPLACED[DELTA] and self.op.opaque and find(DELTA, self) is not None:
             plan = self.plan_of_reader()
             if plan is not None and (len(plan.steps) > 1 or self.num_experts == 1):  # else PEFT's runs by the factors
-                return run_as_told(self, plan, x, *args, **kwargs)
+                return run_with_delta_weight(self, plan, x, *args, **kwargs)
         return self._mixed_batch_forward(x, *args, **kwargs)
 
     def merge(self, *args: object, **kwargs: object) -> None:

@@ -319,10 +319,10 @@ def parameter_at(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Ten
             f"'{raw}' holds factors of one of the parameters {some(names)}, and the file does not tell which: give the "
             "base model."
         )
-    return as_held(names)[nest.index(raw)] if len(nest) > 1 else names[0]
+    return in_module_order(names)[nest.index(raw)] if len(nest) > 1 else names[0]
 
 
-def as_held(names: list[str]) -> list[str]:
+def in_module_order(names: list[str]) -> list[str]:
     """Sort the parameters of a module as it holds them, where that is known."""
     known = set(names) <= set(FIRST)
     return sorted(names, key=FIRST.index) if known else names
@@ -533,7 +533,7 @@ def place_of(path: str, adapter: AdapterFile) -> str:
         return inside(path, adapter)
     module, _, name = path.rpartition(".")
     stacks = (p.rpartition(".") for p, h in adapter.modules.items() if getattr(h, "kind", "") == "experts")
-    names = as_held([other for around, _, other in stacks if around == module])
+    names = in_module_order([other for around, _, other in stacks if around == module])
     depth = len(names) - 1 - names.index(name)
     return inside(module, adapter) + ".base_layer" * depth
 

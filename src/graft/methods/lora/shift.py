@@ -94,14 +94,14 @@ def near(a: Tensor, b: Tensor) -> bool:
 def restored(lora: Method, tensors: Tensors) -> Tensors:
     """Complete a file's tensors: one of PEFT holds no shift, which is then computed anew where that is possible."""
     shift = lora.lora_shift
-    stored_shift = {place[1]: t for place, t in tensors.items() if place[0] == NAME}
-    complete = stored_shift.keys() >= {"A", "B", "sample"}
+    shift_in_file = {place[1]: t for place, t in tensors.items() if place[0] == NAME}
+    complete = shift_in_file.keys() >= {"A", "B", "sample"}
     shift.before = None
     if shift.done:
         here = {(NAME, n): getattr(shift, n) for n in ("A", "B", "sample")}
         if not complete:  # the base stays as this adapter has it
             return tensors | here
-        if not all(torch.equal(stored_shift[n].to(here[NAME, n]), here[NAME, n]) for n in "AB"):
+        if not all(torch.equal(shift_in_file[n].to(here[NAME, n]), here[NAME, n]) for n in "AB"):
             if lora.cfg.init_lora_weights == "loftq" or not lora.layer.store.exact:
                 raise ConfigError(
                     f"Adapter '{lora.name}' cannot take the values of this file: on layer '{lora.site.key}' "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny seeded base models by name: `make("llama")`, `inputs("llama")`, `output(model, batch)`.
+"""Tiny seeded base models by name: `make("llama")`, `inputs("llama")`, `output(model, batch)`; `adapted` with adapters.
 
 Widths are never powers of two and weights are of order one, so that a wrong transpose, a wrong block or a missing
 scale cannot hide behind symmetry or behind an absolute tolerance.
@@ -12,9 +12,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
+
+import graft
+from tests.looks import layers_of
 
 VOCAB, LENGTH, STD = 41, 7, 0.25
 
@@ -37,6 +41,49 @@ def seeded(number: int):
     seed(number)
     yield
     torch.set_rng_state(state)
+
+
+def adapted(
+    base: nn.Module | Callable[[], nn.Module],
+    configs: Any,
+    *,
+    lib: Any = graft,
+    seed: int = 1,
+    scale: float = 0.3,
+    **options,
+) -> Any:
+    """A model in eval mode with an adapter for each config by name, all of which do something; the first is active.
+
+    `configs` may be one config, of the adapter "default"; `base`, a function that builds the model under `seed`. With a
+    `scale` of 0 adapters stay as they start. `options` are those of `get_peft_model`.
+    """
+    configs = configs if isinstance(configs, dict) else {"default": configs}
+    with seeded(seed):
+        base = base if isinstance(base, nn.Module) else base()
+        (first, config), *others = configs.items()
+        model = lib.get_peft_model(base, copy.deepcopy(config), first, **options)
+        for name, config in others:
+            model.add_adapter(name, copy.deepcopy(config))
+    return (disturb(model, scale) if scale else model).eval()
+
+
+@torch.no_grad()
+def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
+    """Move every adapter parameter that can train away from where it is."""
+    with seeded(3):
+        for name in model.peft_config:
+            for layer in layers_of(model, name):
+                for p in trainable(layer, name):
+                    p.add_((torch.randn(p.shape) * scale).to(p))
+    return model
+
+
+def trainable(layer: graft.AdapterLayer, adapter: str) -> list[nn.Parameter]:
+    """The parameters of an adapter that are not frozen for good, those that it shares with other layers too."""
+    shared = [getattr(layer, key) for key in layer.attached]
+    own = [slot.tensor for slot in layer.slots(adapter) if slot.trains]
+    held = [c[adapter] for c in shared if isinstance(c, (nn.ParameterDict, nn.ModuleDict)) and adapter in c]
+    return own + [p for c in held for p in ([c] if isinstance(c, nn.Parameter) else c.parameters())]
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ A new layer type adds a line to `LAYERS`, a new store one to `STORES`; every law
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,8 +17,7 @@ from graft.core.errors import UnsupportedLayerError
 from tests import samples
 from tests.conformance import stores
 from tests.covering import Sometimes
-from tests.looks import layers_of
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.samples.laws import Sample
 
 ADAPTERS = ("default", "other")
@@ -188,35 +186,6 @@ class Cell:
     @property
     def unmergeable(self) -> tuple[type[Exception], str] | None:
         return find(UNMERGEABLE, self.sample, self.layer)
-
-
-def trainable(layer: graft.AdapterLayer, adapter: str) -> list[nn.Parameter]:
-    """The parameters of an adapter that are not frozen for good, those that it shares with other layers too."""
-    shared = [getattr(layer, key) for key in layer.attached]
-    own = [slot.tensor for slot in layer.slots(adapter) if slot.trains]
-    held = [c[adapter] for c in shared if isinstance(c, (nn.ParameterDict, nn.ModuleDict)) and adapter in c]
-    return own + [p for c in held for p in ([c] if isinstance(c, nn.Parameter) else c.parameters())]
-
-
-@torch.no_grad()
-def disturb(model: nn.Module, scale: float = 0.3) -> nn.Module:
-    """Move every adapter parameter that can train away from where it is."""
-    with seeded(3):
-        for name in model.peft_config:
-            for layer in layers_of(model, name):
-                for p in trainable(layer, name):
-                    p.add_((torch.randn(p.shape) * scale).to(p))
-    return model
-
-
-def adapted(base: nn.Module, configs: dict[str, graft.PeftConfig], scale: float = 0.3):
-    """A base with an adapter for each of these names, all of which do something; the first is active."""
-    with seeded(1):
-        (first, config), *others = configs.items()
-        model = graft.get_peft_model(base, copy.deepcopy(config), first)
-        for name, config in others:
-            model.add_adapter(name, copy.deepcopy(config))
-    return disturb(model, scale).eval()
 
 
 # methods or samples, a trait of the layer ("": any) → what is raised, and why

@@ -13,10 +13,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.conformance.samples import CALLED_CELLS, LAYERS, SAMPLES, STORES, Cell, disturb
+from tests.conformance.samples import CALLED_CELLS, LAYERS, SAMPLES, STORES, Cell
 from tests.looks import layers, merged, registry_of
 from tests.methods import test_xlora as xlora
-from tests.models import seeded
+from tests.models import disturb, seeded
 
 folder = xlora.folder  # of experts
 
@@ -233,7 +233,7 @@ def test_a_router_is_refused_where_no_token_has_a_direction(layer):
 
 @torch.no_grad()
 def test_xlora_in_half_precision_stays_close_to_double(folder):
-    model = xlora.adapted(graft, folder, on=xlora.base().bfloat16(), layerwise_scalings=True)
+    model = xlora.mixture(graft, folder, on=xlora.base().bfloat16(), layerwise_scalings=True)
     y, expected = xlora.output(model), xlora.output(copy.deepcopy(model).double())
     assert y.dtype == torch.bfloat16
     assert (y.double() - expected).abs().max() / expected.abs().max() < 0.05
@@ -242,7 +242,7 @@ def test_xlora_in_half_precision_stays_close_to_double(folder):
 @pytest.mark.parametrize("how", [{}, dict(layerwise_scalings=True), dict(scaling_pass_value=0.4)], ids=str)
 def test_gradients_of_xloras_classifier_are_derivatives(how, folder):
     """In one direction. The model's norms compute in float32, whatever its dtype."""
-    model = xlora.adapted(graft, folder, on=xlora.base().double(), **how).double()
+    model = xlora.mixture(graft, folder, on=xlora.base().double(), **how).double()
     held = [p for p in model.parameters() if p.requires_grad]
     with seeded(3):
         weight = torch.randn_like(xlora.output(model))
@@ -265,7 +265,7 @@ def test_gradients_of_xloras_classifier_are_derivatives(how, folder):
 
 @torch.no_grad()
 def test_an_expert_of_xlora_that_was_merged_counts_once(folder):
-    model = xlora.adapted(graft, folder)
+    model = xlora.mixture(graft, folder)
     expected = xlora.output(model)
     model.set_adapter("1")
     alone = xlora.output(model)

@@ -23,13 +23,11 @@ from tests.conformance.samples import (
     VARIANTS_ELSEWHERE,
     Cell,
     Net,
-    disturb,
     features,
-    trainable,
 )
 from tests.covering import EVERYTHING, Case, law
 from tests.looks import layers, merged
-from tests.models import seeded
+from tests.models import disturb, seeded, trainable
 
 NAMES = ["other", "__base__", "default", "other", "default"]  # a mixed batch
 

@@ -16,9 +16,9 @@ from graft.core.shared import Shared
 from graft.inject.build import add_adapter
 from graft.inject.survey import site_of, survey
 from graft.methods.lora.dylora import DRAWN
-from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, UNMERGEABLE, Layer, Sample, find, trainable
+from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, UNMERGEABLE, Layer, Sample, find
 from tests.covering import Case, Sometimes, law
-from tests.models import seeded
+from tests.models import seeded, trainable
 
 ON = {layer.name: layer for layer in LAYERS}
 WHOLE = {"LN_TUNING"}  # stands in for the layer, alone

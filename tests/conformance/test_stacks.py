@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import PeftError
-from tests.conformance.samples import ADAPTERS, CALLED, SAMPLES, disturb
+from tests.conformance.samples import ADAPTERS, CALLED, SAMPLES
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers, layers_of
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 
 pytestmark = FUSED_EXPERTS
 COUNT, WIDE, NARROW, TOKENS = 3, 10, 6, 9
@@ -107,19 +107,14 @@ def config(sample, adapter, **targets):
     return made
 
 
-def adapted(model, sample, adapters, **targets):
-    with seeded(1):
-        first, *others = adapters
-        model = graft.get_peft_model(model, config(sample, first, **targets), first)
-        for name in others:
-            model.add_adapter(name, config(sample, name, **targets))
-    return model.eval()
+def with_sample(model, sample, adapters, **targets):
+    return adapted(model, {name: config(sample, name, **targets) for name in adapters}, scale=0)
 
 
 def pair(sample, adapters=("default",)):
     """Return a model with adapters on a stack, and one with the same on linear layers."""
-    stack = disturb(adapted(base(), sample, adapters, target_parameters=["experts.up_proj"]))
-    twin = adapted(
+    stack = disturb(with_sample(base(), sample, adapters, target_parameters=["experts.up_proj"]))
+    twin = with_sample(
         Net(Modules(base().experts)).eval(), sample, adapters, target_modules={f"up.{e}" for e in range(COUNT)}
     )
     (whole,) = layers(stack).values()
@@ -160,7 +155,7 @@ def test_a_refusal_says_why_and_changes_nothing(sample):
     model = base()
     before = {n: (p, p.clone()) for n, p in model.named_parameters()}
     with pytest.raises(PeftError, match=why_not(sample)) as raised:
-        adapted(model, sample, ("default",), target_parameters=["experts.up_proj"])
+        with_sample(model, sample, ("default",), target_parameters=["experts.up_proj"])
     assert "experts.up_proj" in str(raised.value) and "default" in str(raised.value)
     assert type(model.experts) is Experts
     assert all(p is before[n][0] and torch.equal(p, before[n][1]) for n, p in model.named_parameters())
@@ -225,7 +220,7 @@ def test_merging_files_and_switching_off(sample, tmp_path):
 
 @pytest.mark.parametrize("sample", [s for s in FITS if s.together], ids=str)
 def test_rows_of_a_batch(sample):
-    model = disturb(adapted(base(), sample, ADAPTERS, target_parameters=["experts.up_proj"]))
+    model = disturb(with_sample(base(), sample, ADAPTERS, target_parameters=["experts.up_proj"]))
     names = ["other", "__base__", "default", "other"]
     found = results(model, adapter_names=names)
     with torch.no_grad():
@@ -239,7 +234,7 @@ def test_rows_of_a_batch(sample):
 @pytest.mark.parametrize("sample", FITS, ids=str)
 def test_conversion_to_lora(sample):
     """Each matrix gets factors of its own, of the highest rank here."""
-    model = disturb(adapted(base(), sample, ("default",), target_parameters=["experts.up_proj"]))
+    model = disturb(with_sample(base(), sample, ("default",), target_parameters=["experts.up_proj"]))
     with torch.no_grad():
         config, tensors = graft.convert_to_lora(model, rank=NARROW)
         made = graft.get_peft_model(base(), config).eval()

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 import graft
 from graft.core.effect import dense
 from graft.core.method import Method
-from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, disturb, find
+from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, find
 from tests.covering import law
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import disturb, seeded
 
 FACTOR = 1.37  # no power of two, of which products are exact
 

@@ -16,9 +16,8 @@ import graft
 from graft.core.call import Call
 from graft.core.rows import BASE, Rows
 from tests import models
-from tests.conformance.samples import disturb
 from tests.looks import layers, registry_of
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.threads import at_once
 
 FIRST, SECOND = ["default", "b", BASE, "b"], ["b", "b", "default", BASE]

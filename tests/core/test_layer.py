@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 import graft
 from graft.model import functional
-from tests.conformance.samples import SAMPLES, disturb
+from tests.conformance.samples import SAMPLES
 from tests.looks import layers, merged
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 from tests.samples import BY_THEMSELVES
 
 X = torch.linspace(-1, 1, 30).view(5, 6)
@@ -41,13 +41,9 @@ def config(method="LORA", targets=("one", "two"), **options):
     return graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=list(targets), **options)
 
 
-def adapted(*adapters, method="LORA", base=None, **options):
+def net_with(*adapters, method="LORA", base=None, **options):
     """A net with disturbed adapters of these names."""
-    with seeded(0):
-        model = graft.get_peft_model(Net().eval() if base is None else base, config(method, **options), adapters[0])
-        for name in adapters[1:]:
-            model.add_adapter(name, config(method, **options))
-    return disturb(model).eval()
+    return adapted(Net if base is None else base, dict.fromkeys(adapters, config(method, **options)), seed=0)
 
 
 def weights(model):
@@ -62,7 +58,7 @@ def same(a, b):
 
 
 def test_activating_decides_who_runs_and_who_trains():
-    model = adapted("a", "b")
+    model = net_with("a", "b")
     layer = layers(model)["one"]
     assert model.active_adapters == layer.active_adapters == layer.active_adapter == ["a"]
     model.set_adapter("b")
@@ -75,7 +71,7 @@ def test_activating_decides_who_runs_and_who_trains():
 
 
 def test_a_layer_without_the_active_adapter_is_the_base():
-    model = adapted("a")
+    model = net_with("a")
     with seeded(1):
         model.add_adapter("b", config(targets=["two"]))
     disturb(model)
@@ -87,7 +83,7 @@ def test_a_layer_without_the_active_adapter_is_the_base():
 
 
 def test_an_unknown_adapter_is_refused_and_nothing_changes():
-    model = adapted("a")
+    model = net_with("a")
     for call in (model.set_adapter, model.delete_adapter, model.set_requires_grad):
         with pytest.raises(graft.AdapterNotFoundError, match=r"zz.*Loaded adapters: a"):
             call("zz")
@@ -97,7 +93,7 @@ def test_an_unknown_adapter_is_refused_and_nothing_changes():
 @pytest.mark.parametrize("method", ["OFT", "HRA"])
 def test_the_order_of_activation_is_the_order_of_action(method):
     options = dict(oft_block_size=3) if method == "OFT" else {}  # plane rotations would commute
-    model = adapted("a", "b", method=method, targets=["one"], **options)
+    model = net_with("a", "b", method=method, targets=["one"], **options)
     model.base_model.set_adapter(["a", "b"])
     ab = model(X)
     model.base_model.set_adapter(["b", "a"])
@@ -112,7 +108,7 @@ def test_the_order_of_activation_is_the_order_of_action(method):
 
 @pytest.mark.parametrize("method", ["LORA", "LOHA"])
 def test_scaling(method):
-    model = adapted("a", "b", method=method)
+    model = net_with("a", "b", method=method)
     layer = layers(model)["one"]
     start = layer.scaling["a"]
     layer.set_scale("a", 2)
@@ -128,7 +124,7 @@ def test_scaling(method):
 
 
 def test_a_scaled_adapter_adds_as_much_more():
-    model = adapted("a", targets=["two"])
+    model = net_with("a", targets=["two"])
     layer = layers(model)["two"]
     x = torch.randn(2, 8)
     update = layer(x) - layer.base_layer(x)
@@ -142,18 +138,18 @@ def test_a_scaled_adapter_adds_as_much_more():
     layer.unmerge()
     layer.set_scale("a", 2)
     layer.merge()
-    assert_close(layer.base_layer.weight - W, W - layers(adapted("a", targets=["two"]))["two"].weight)
+    assert_close(layer.base_layer.weight - W, W - layers(net_with("a", targets=["two"]))["two"].weight)
 
 
 def test_scaling_of_an_unknown_adapter_does_nothing():
-    layer = layers(adapted("a"))["one"]
+    layer = layers(net_with("a"))["one"]
     layer.set_scale("zz", 2)
     assert set(layer.scaling) == {"a"}
 
 
 @pytest.mark.parametrize("method", ["IA3", "OFT", "HRA"])
 def test_what_has_no_scaling_says_so(method):
-    model = adapted("a", method=method)
+    model = net_with("a", method=method)
     layer, before = layers(model)["one"], model(X)
     for call in (lambda: layer.set_scale("a", 2), lambda: layer.scale_layer(2), lambda: layer.unscale_layer(2)):
         with pytest.warns(graft.PeftWarning, match=r"Scaling has no meaning.*one"):
@@ -171,7 +167,7 @@ def test_what_has_no_scaling_says_so(method):
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("steps", [[["a"], ["b"]], [["b"], ["a"]], [["a", "b"]], [["b"]], [[]]], ids=str)
 def test_merging_in_steps(method, steps):
-    model = adapted("a", "b", method=method)
+    model = net_with("a", "b", method=method)
     before = weights(model)
     names = [name for step in steps for name in step]
     model.base_model.set_adapter(names)
@@ -190,7 +186,7 @@ def test_merging_in_steps(method, steps):
 
 
 def test_merging_twice_says_so_and_does_nothing():
-    model = adapted("a", "b")
+    model = net_with("a", "b")
     model.merge_adapter()
     once = weights(model)
     with pytest.warns(UserWarning, match="All adapters are already merged"):
@@ -204,7 +200,7 @@ def test_merging_twice_says_so_and_does_nothing():
 
 
 def test_merging_takes_a_list_of_known_names():
-    model = adapted("a")
+    model = net_with("a")
     with pytest.raises(TypeError, match=r"list of strings.*\['a'\]"):
         model.merge_adapter("a")
     with pytest.raises(graft.AdapterNotFoundError, match="zz"):
@@ -218,7 +214,7 @@ def test_merging_takes_a_list_of_known_names():
     graft="subtracts what was merged",
 )
 def test_unmerging_takes_out_what_was_merged_though_it_has_been_trained_since():
-    model = adapted("a")
+    model = net_with("a")
     before = weights(model)
     model.merge_adapter()
     disturb(model)
@@ -235,7 +231,7 @@ def test_unmerging_takes_out_what_was_merged_though_it_has_been_trained_since():
     why="`forward` decides nothing",
 )
 def test_switching_or_disabling_while_merged_unmerges_at_once():
-    model = adapted("a", "b")
+    model = net_with("a", "b")
     before, a = weights(model), model(X)
     model.set_adapter("b")
     b = model(X)
@@ -255,7 +251,7 @@ def test_switching_or_disabling_while_merged_unmerges_at_once():
 
 
 def test_a_merged_adapter_cannot_be_deleted():
-    model = adapted("a", "b")
+    model = net_with("a", "b")
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"Cannot delete adapter.*'a'.*merged"):
         model.delete_adapter("a")
@@ -274,7 +270,7 @@ def spoil(model, adapter, layer="two"):
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_merge_that_fails_half_way_leaves_nothing_merged(method):
-    model = adapted("a", method=method)
+    model = net_with("a", method=method)
     spoil(model, "a")  # the second of two layers
     before = weights(model)
     with pytest.raises(ValueError, match=r"NaNs detected.*'two'"):
@@ -287,7 +283,7 @@ def test_a_merge_that_fails_half_way_leaves_nothing_merged(method):
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_second_merge_that_fails_leaves_the_first(method):
-    model = adapted("a", "b", method=method)
+    model = net_with("a", "b", method=method)
     spoil(model, "b")
     model.merge_adapter(["a"])
     expected = model(X)
@@ -307,7 +303,7 @@ def test_a_failed_merge_and_unload_leaves_the_model():
         def forward(self, x):
             return self.two(self.one(x)[..., None])
 
-    model = adapted("a", base=Grouped())
+    model = net_with("a", base=Grouped())
     expected = model(X)
     with pytest.raises(NotImplementedError, match=r"'two': Merging is not supported .* groups > 1"):
         model.merge_and_unload()
@@ -318,10 +314,10 @@ def test_a_failed_merge_and_unload_leaves_the_model():
 def test_unloading_gives_the_base_back():
     base = Net().eval()
     expected, names = base(X), base.state_dict().keys()
-    model = adapted("a", base=base)
+    model = net_with("a", base=base)
     assert model.unload() is base
     assert torch.equal(base(X), expected) and base.state_dict().keys() == names
-    again = adapted("a", base=base)
+    again = net_with("a", base=base)
     assert (again(X) - expected).abs().max() > 1e-3, "it can be adapted anew"
 
 
@@ -386,7 +382,7 @@ def test_a_merged_and_unloaded_replacement_is_the_layer():
 def test_a_merge_rounds_once():
     """In half precision the sum is made in float32."""
     for method in ("LORA", "LOHA"):
-        model = adapted("a", method=method, base=Net().bfloat16().eval())
+        model = net_with("a", method=method, base=Net().bfloat16().eval())
         layer = layers(model)["one"]
         expected = (layer.weight.float() + layer.get_delta_weight("a").float()).bfloat16()
         model.merge_adapter()
@@ -394,7 +390,7 @@ def test_a_merge_rounds_once():
 
 
 def test_adding_an_adapter_leaves_what_trains():
-    model = adapted("a")
+    model = net_with("a")
     model.get_base_model().two.base_layer.bias.requires_grad_(True)
     before = {name for name, p in model.named_parameters() if p.requires_grad}
     model.add_adapter("b", config())
@@ -404,14 +400,14 @@ def test_adding_an_adapter_leaves_what_trains():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_adapters_are_in_the_mode_of_the_model(training):
-    model = adapted("a", lora_dropout=0.5, base=Net().train(training)).train(training)
+    model = net_with("a", lora_dropout=0.5, base=Net().train(training)).train(training)
     model.add_adapter("b", config(lora_dropout=0.5))
     acts = [m for name, m in model.base_model.model.named_modules() if "lora_A." not in name and "lora_B." not in name]
     assert {m.training for m in acts} == {training}
 
 
 def test_a_model_can_be_adapted_in_inference_mode():
-    model = adapted("a")
+    model = net_with("a")
     expected = model(X)
     with torch.inference_mode():
         assert_close(model(X), expected)
@@ -469,7 +465,7 @@ def test_a_layer_whose_parent_reads_its_weight_in_eval_mode_is_called(training):
 
 
 def test_the_attributes_of_a_layer():
-    layer = layers(adapted("a", "b"))["one"]
+    layer = layers(net_with("a", "b"))["one"]
     assert layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
     assert (layer.in_features, layer.out_features) == (6, 8)
     assert layer.get_base_layer() is layer.base_layer and not layer.merged
@@ -558,7 +554,7 @@ def test_deleting_the_active_adapter_of_one_part_chooses_the_next(kind):
         base = nn.Sequential(nn.Embedding(5, 6), Net())
     options = dict(modules_to_save=["two"]) if kind == "saved" else {}
     options |= dict(trainable_token_indices={"0": [1]}) if kind == "tokens" else {}
-    model = adapted("x", "y", "z", base=base, targets=["one"], **options)
+    model = net_with("x", "y", "z", base=base, targets=["one"], **options)
     net = model.base_model.model[1]
     part = {"layer": net.one, "saved": net.two, "tokens": model.base_model.model[0]}[kind]
     model.set_adapter("z")
@@ -578,7 +574,7 @@ def test_deleting_the_active_adapter_of_one_part_chooses_the_next(kind):
 
 
 def test_deleting_from_one_layer_runs_what_is_chosen():
-    model = adapted("x", "y")
+    model = net_with("x", "y")
     layer = model.base_model.model.one
     model.set_adapter("x")
     y = layer(X)
@@ -592,7 +588,7 @@ def test_deleting_from_one_layer_runs_what_is_chosen():
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_deleting_from_a_model_says_once_who_is_next(wrapped):
-    model = adapted("x", "y", "z", targets=["one"], modules_to_save=["two"])
+    model = net_with("x", "y", "z", targets=["one"], modules_to_save=["two"])
     model.set_adapter("z")
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")

@@ -16,11 +16,10 @@ from graft.core.effect import Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.methods.lora.lora import LoRA
 from graft.model import functional
-from tests.conformance.samples import disturb
-from tests.core.test_layer import Net, X, adapted, config, same, weights
+from tests.core.test_layer import Net, X, config, net_with, same, weights
 from tests.leaves_out import FSDP2_ON_CPUS
 from tests.looks import merged
-from tests.models import seeded
+from tests.models import disturb, seeded
 
 
 def said(record):
@@ -31,7 +30,7 @@ def said(record):
 
 
 def test_switching_to_what_is_active_takes_out_others_that_are_merged():
-    model = adapted("x", "y")
+    model = net_with("x", "y")
     model.set_adapter("x")
     y = model(X)
     with pytest.warns(UserWarning, match="no effect"):
@@ -60,7 +59,7 @@ def test_switching_without_a_wrapper_takes_out_others_that_are_merged():
     graft="leaves them merged: outputs are the same",
 )
 def test_what_is_active_and_merged_may_stay_so():
-    model = adapted("x", "y")
+    model = net_with("x", "y")
     model.base_model.set_adapter(["x", "y"])
     model.merge_adapter()
     y, before = model(X), weights(model)
@@ -101,7 +100,7 @@ def test_merging_says_who_falls_silent_and_only_that():
 )
 @pytest.mark.parametrize("method", ["LORA", "IA3"])
 def test_what_is_disabled_cannot_be_merged(method):
-    model = adapted("x", method=method)
+    model = net_with("x", method=method)
     base = weights(model)
     with model.disable_adapter():
         y = model(X)
@@ -115,7 +114,7 @@ def test_what_is_disabled_cannot_be_merged(method):
 
 
 def test_merging_for_good_works_while_disabled_and_keeps_what_was_trained():
-    model = adapted("x", targets=["one"], modules_to_save=["two"])
+    model = net_with("x", targets=["one"], modules_to_save=["two"])
     model.base_model.model.two.modules_to_save["x"].weight.data.mul_(2)
     y = model(X)
     model.base_model.disable_adapter_layers()
@@ -124,7 +123,7 @@ def test_merging_for_good_works_while_disabled_and_keeps_what_was_trained():
 
 
 def test_unloading_while_disabled_keeps_what_was_trained():
-    model = adapted("x", targets=["one"], modules_to_save=["two"])
+    model = net_with("x", targets=["one"], modules_to_save=["two"])
     head = model.base_model.model.two.modules_to_save["x"]
     model.base_model.disable_adapter_layers()
     assert model.unload().two is head
@@ -136,7 +135,7 @@ def test_unloading_while_disabled_keeps_what_was_trained():
 @pytest.mark.parametrize("method", ["LORA", "IA3", "LOHA"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unmerging_follows_the_model_to_another_device(method, dtype):
-    model = adapted("x", method=method, base=Net().to(dtype).eval())
+    model = net_with("x", method=method, base=Net().to(dtype).eval())
     model.merge_adapter()
     model.to("meta")  # the one other device there is everywhere
     model.unmerge_adapter()
@@ -144,7 +143,7 @@ def test_unmerging_follows_the_model_to_another_device(method, dtype):
 
 
 def test_dora_under_a_merge_follows_the_model_to_another_device():
-    model = adapted("x", "y", base=Net().bfloat16().eval(), use_dora=True)
+    model = net_with("x", "y", base=Net().bfloat16().eval(), use_dora=True)
     model.merge_adapter(["x"])
     model.to("meta")
     assert model.base_model.model.one.methods["y"].norm().is_meta
@@ -206,7 +205,7 @@ def test_what_is_saved_of_a_base_in_half_precision_is_as_it_was(tmp_path):
 
 
 def test_a_later_merge_needs_no_copy_of_its_own():
-    model = adapted("x", "y", base=Net().bfloat16().eval())
+    model = net_with("x", "y", base=Net().bfloat16().eval())
     model.merge_adapter(["x"])
     model.merge_adapter(["y"])
     kept = [kept for _, kept, _ in model.base_model.model.one.state.undo]
@@ -234,7 +233,7 @@ COMPUTED = {
 def test_a_computed_weight_refuses_merging_before_anything_has_changed(how, method, safe):
     base = Net().eval()
     COMPUTED[how](base.two)
-    model = adapted("x", method=method, base=base)
+    model = net_with("x", method=method, base=base)
     y, before = model(X), {n: t.clone() for n, t in model.state_dict().items()}
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(NotImplementedError, match=r"\['x'\] into layer 'two': its weight is computed.*remove"):
@@ -246,7 +245,7 @@ def test_a_computed_bias_refuses_what_would_shift_it():
     for bias in (False, True):
         base = Net().eval()
         parametrizations.weight_norm(base.one, "bias", dim=None)
-        model = adapted("x", base=base, lora_bias=bias)
+        model = net_with("x", base=base, lora_bias=bias)
         if bias:
             with pytest.raises(NotImplementedError, match="layer 'one': its bias is computed"):
                 model.merge_adapter()
@@ -291,7 +290,7 @@ def mesh():
 def test_sharded_weights_merge(mesh, dora, dtype):
     from torch.distributed.fsdp import fully_shard
 
-    model = adapted("x", use_dora=dora, base=Net().to(dtype).eval())
+    model = net_with("x", use_dora=dora, base=Net().to(dtype).eval())
     x = X.to(dtype)
     close = partial(assert_close, **(dict(rtol=0.05, atol=0.05) if dtype is torch.bfloat16 else {}))
     y = model(x)
@@ -313,7 +312,7 @@ def test_sharded_weights_merge(mesh, dora, dtype):
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_merging_takes_what_is_active_on_each_layer(merge):
     """Callers may have set layers' adapters themselves; `two` goes on with what the model has active."""
-    model = adapted("x", "y")
+    model = net_with("x", "y")
     model.base_model.model.one.set_adapter(["x", "y"])
     y = model(X)
     with warnings.catch_warnings():
@@ -323,7 +322,7 @@ def test_merging_takes_what_is_active_on_each_layer(merge):
 
 
 def test_merging_goes_on_with_layers_that_are_not_merged_yet():
-    model = adapted("x")
+    model = net_with("x")
     y = model(X)
     model.base_model.model.one.merge()
     with pytest.warns(UserWarning, match="Already"):

@@ -72,14 +72,14 @@ class OfNumpy(HRA):
         return {**super().build(shared), "hra_table": np.ones(3)}
 
 
-def adapted(method, bias=True):
+def injected(method, bias=True):
     model = base(bias)
     inject(model, HRAConfig(r=2, target_modules=["0"]), method, "a")
     return model
 
 
 def test_a_fold_that_returns_a_bias_where_there_is_none():
-    layer = adapted(Shifting, bias=False)[0]
+    layer = injected(Shifting, bias=False)[0]
     before = layer.get_base_weight().clone()
     with pytest.raises(NotImplementedError, match=r"\['a'\] into layer '0'.*bias"):
         layer.merge(adapter_names=["a"])
@@ -88,7 +88,7 @@ def test_a_fold_that_returns_a_bias_where_there_is_none():
 
 def test_values_that_are_no_tensors():
     with pytest.raises(TypeError, match=r"'hra_table' of adapter 'a' on layer '0'.*torch\.from_numpy"):
-        adapted(OfNumpy)
+        injected(OfNumpy)
 
 
 STARTS = {

@@ -21,7 +21,7 @@ def model(dtype=torch.float32, hold=lambda m: m):
     return nn.Sequential(*layers).eval()
 
 
-def adapted(base, size, name="a", **options):
+def with_change(base, size, name="a", **options):
     made = graft.get_peft_model(base, graft.LoraConfig(r=4, target_modules=["0", "2"], **options), name)
     for i, layer in enumerate((made.base_model.model[0], made.base_model.model[2])):
         with torch.no_grad():
@@ -48,7 +48,7 @@ def by_hand(layer, before, delta):
 def test_a_merge_that_rounding_swallows_says_so(kind, options):
     hold = {"4 bits": four, "8 bits": eight}.get(kind, lambda m: m)
     base = model(getattr(torch, kind, torch.float32), hold)
-    made = adapted(base, 1e-5, **options)
+    made = with_change(base, 1e-5, **options)
     layers = [made.base_model.model[i] for i in (0, 2)]
     before = [layer.get_base_weight().float().clone() for layer in layers]
     remedy = r"dequantize=True" if "bits" in kind else r"float32"
@@ -67,7 +67,7 @@ def test_a_merge_that_rounding_swallows_says_so(kind, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_merge_that_does_not_round_says_nothing(dtype):
-    made = adapted(model(dtype), 1e-5)
+    made = with_change(model(dtype), 1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.merge_adapter()
@@ -75,26 +75,26 @@ def test_a_merge_that_does_not_round_says_nothing(dtype):
 
 
 def test_an_update_that_is_large_enough_survives_in_half_precision():
-    made = adapted(model(torch.bfloat16), 1.0)
+    made = with_change(model(torch.bfloat16), 1.0)
     made.merge_adapter()
     assert all(share == pytest.approx(1, abs=0.01) for share in graft.merge_report(made).values())
 
 
 def test_an_adapter_that_does_nothing_loses_nothing():
-    made = adapted(model(hold=four), 0.0)
+    made = with_change(model(hold=four), 0.0)
     made.merge_adapter()
     assert graft.merge_report(made) == {"0": 1.0, "2": 1.0}
 
 
 def test_what_was_merged_for_good_can_be_read_of_the_peft_model():
-    made = adapted(model(hold=four), 1e-5)
+    made = with_change(model(hold=four), 1e-5)
     with pytest.warns(PeftWarning, match="dequantize=True"):
         made.merge_and_unload()
     assert graft.merge_report(made)["2"] < 0.5
 
 
 def test_the_remedy_helps():
-    made = adapted(model(hold=four), 1e-3)
+    made = with_change(model(hold=four), 1e-3)
     x = torch.randn(5, WIDTH)
     y = made(x)
     plain = made.merge_and_unload(dequantize=True)
@@ -103,7 +103,7 @@ def test_the_remedy_helps():
 
 
 def test_the_share_of_several_merges_is_that_of_all_they_asked_for():
-    made = adapted(model(torch.bfloat16), 1.0)
+    made = with_change(model(torch.bfloat16), 1.0)
     made.add_adapter("b", graft.LoraConfig(r=4, target_modules=["0", "2"]))
     with torch.no_grad():
         made.base_model.model[0].lora_B["b"].weight.normal_(std=1e-6)

@@ -10,9 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import adapted
 
 X = torch.linspace(-1, 1, 12).view(2, 6)
 
@@ -32,12 +31,8 @@ def config(**options):
     return graft.VeraConfig(**{"target_modules": ["narrow", "wide", "last"], "r": 3, **options})
 
 
-def adapted(*names, **options):
-    with seeded(0):
-        model = graft.get_peft_model(Net(), config(**options), names[0])
-        for name in names[1:]:
-            model.add_adapter(name, config(**options))
-    return disturb(model).eval()
+def net_with(*names, **options):
+    return adapted(Net, dict.fromkeys(names, config(**options)), seed=0)
 
 
 def projections(model):
@@ -45,7 +40,7 @@ def projections(model):
 
 
 def test_they_are_as_large_as_the_widest_layer_and_held_once():
-    model = adapted("a", "b")
+    model = net_with("a", "b")
     A, B = projections(model)
     assert A["a"].shape == (3, 9) and B["a"].shape == (9, 3)
     assert A["a"].data_ptr() == A["b"].data_ptr()
@@ -56,7 +51,7 @@ def test_they_are_as_large_as_the_widest_layer_and_held_once():
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_shares_its_own(how):
-    model = adapted("a", "b")
+    model = net_with("a", "b")
     other = how(model)
     A, _ = projections(other)
     assert all(layer.vera_A is A for layer in layers(other).values())
@@ -65,14 +60,14 @@ def test_a_copy_shares_its_own(how):
 
 
 def test_they_move_together():
-    model = adapted("a").double()
+    model = net_with("a").double()
     A, B = projections(model)
     assert A["a"].dtype == B["a"].dtype == torch.float64
     assert model(X.double()).dtype == torch.float64
 
 
 def test_an_adapter_outlives_the_one_that_came_before():
-    model = adapted("a", "b")
+    model = net_with("a", "b")
     model.set_adapter("b")
     expected = model(X)
     model.delete_adapter("a")
@@ -82,11 +77,11 @@ def test_an_adapter_outlives_the_one_that_came_before():
 
 
 def test_they_are_saved_once_and_loaded(tmp_path):
-    model = adapted("a", "b")
+    model = net_with("a", "b")
     model.save_pretrained(tmp_path)
     keys = set(graft.load_peft_weights(tmp_path / "b"))
     assert {"base_model.vera_A", "base_model.vera_B"} <= keys and len(keys) == 2 + 3 * 2
-    loaded = graft.PeftModel.from_pretrained(copy.deepcopy(adapted("a").unload()), tmp_path / "b", "b")
+    loaded = graft.PeftModel.from_pretrained(copy.deepcopy(net_with("a").unload()), tmp_path / "b", "b")
     model.set_adapter("b")
     assert torch.equal(loaded(X), model(X))
     loaded.load_adapter(tmp_path / "a", "a")
@@ -96,10 +91,10 @@ def test_they_are_saved_once_and_loaded(tmp_path):
 
 
 def test_unsaved_they_are_drawn_again(tmp_path):
-    model = adapted("a", save_projection=False)
+    model = net_with("a", save_projection=False)
     model.save_pretrained(tmp_path, selected_adapters=["a"])
     assert not any("vera_A" in key for key in graft.load_peft_weights(tmp_path / "a"))
-    loaded = graft.PeftModel.from_pretrained(adapted("a").unload(), tmp_path / "a")
+    loaded = graft.PeftModel.from_pretrained(net_with("a").unload(), tmp_path / "a")
     assert torch.equal(loaded(X), model(X))
 
 
@@ -110,7 +105,7 @@ def test_unsaved_they_are_drawn_again(tmp_path):
     why="they share A and B",
 )
 def test_a_second_adapter_must_fit_them():
-    model = adapted("a", target_modules=["narrow"])
+    model = net_with("a", target_modules=["narrow"])
     before = set(model.state_dict())
     with pytest.raises(graft.ConfigError, match=r"vera_A has a size of 6 but 9 or greater is required"):
         model.add_adapter("wide", config())
@@ -135,7 +130,7 @@ def test_without_a_wrapper_there_is_no_place_for_them():
 
 
 def test_merging_and_unloading_leaves_none_behind():
-    model = adapted("a")
+    model = net_with("a")
     expected = model(X)
     plain = model.merge_and_unload()
     assert set(plain.state_dict()) == set(Net().state_dict())

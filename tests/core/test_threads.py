@@ -15,10 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import graft
 from graft.core.call import Call
 from tests import models
-from tests.conformance.samples import disturb
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, merged, registry_of
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 from tests.threads import at_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:This thread was started while another one:graft.PeftWarning")
@@ -56,16 +55,12 @@ def base(**options):
         return Net(**options)
 
 
-def adapted(method="LORA", **options):
-    with seeded(1):
-        model = graft.get_peft_model(base(**options), copy.deepcopy(CONFIGS[method]), "a")
-        if method != "LN_TUNING":
-            model.add_adapter("b", copy.deepcopy(CONFIGS[method]))
-    disturb(model)
-    head = model.base_model.model.head
+def two_adapters(method="LORA", **options):
+    names = "a" if method == "LN_TUNING" else "ab"
+    model = adapted(base(**options), dict.fromkeys(names, CONFIGS[method]))
     if method == "LORA":
-        head.modules_to_save["a"].weight.data.add_(1)
-    return model.eval()
+        model.base_model.model.head.modules_to_save["a"].weight.data.add_(1)
+    return model
 
 
 def in_thread(function):
@@ -86,7 +81,7 @@ def in_thread(function):
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_other_threads_keep_their_adapters(method):
-    model = adapted(method)
+    model = two_adapters(method)
     on, off = model(X), base()(X)
     assert (on - off).abs().max() > 1e-3
     with model.disable_adapter():
@@ -113,7 +108,7 @@ def test_other_threads_keep_their_adapters(method):
     why="state of a call belongs to the call",
 )
 def test_a_thread_that_may_have_been_started_for_the_block_is_told():
-    model = adapted()
+    model = two_adapters()
     asked, entered = threading.Event(), threading.Event()
     early = threading.Thread(target=lambda: (asked.wait(10), model(X), entered.set()))
     early.start()
@@ -128,7 +123,7 @@ def test_a_thread_that_may_have_been_started_for_the_block_is_told():
 
 
 def test_the_block_and_the_switch_are_apart():
-    model = adapted()
+    model = two_adapters()
     on, off = model(X), base()(X)
     model.base_model.disable_adapter_layers()
     assert torch.equal(in_thread(lambda: model(X)), off), "a switch is of the model"
@@ -139,7 +134,7 @@ def test_the_block_and_the_switch_are_apart():
 
 
 def test_a_block_that_another_thread_leaves():
-    model = adapted()
+    model = two_adapters()
     on, block = model(X), model.disable_adapter()
     block.__enter__()
     in_thread(lambda: block.__exit__(None, None, None))
@@ -147,7 +142,7 @@ def test_a_block_that_another_thread_leaves():
 
 
 def test_many_threads_at_once():
-    model = adapted()
+    model = two_adapters()
     on, off = model(X), base()(X)
     wrong = []
 
@@ -201,7 +196,7 @@ def test_prompts_follow_the_thread():
 
 
 def test_a_mixed_batch_in_a_block_runs_the_base_and_one_beside_it_its_adapters():
-    model, names = adapted(), ["a", "b", "a", "b", "__base__", "a"]
+    model, names = two_adapters(), ["a", "b", "a", "b", "__base__", "a"]
     mixed, off = model(X, adapter_names=names), base()(X)
     with model.disable_adapter():
         assert torch.equal(model(X, adapter_names=names), off)
@@ -210,7 +205,7 @@ def test_a_mixed_batch_in_a_block_runs_the_base_and_one_beside_it_its_adapters()
 
 
 def test_an_adapter_that_comes_within_a_block_is_enabled_after_it():
-    model = adapted()
+    model = two_adapters()
     with model.disable_adapter():
         model.add_adapter("c", copy.deepcopy(CONFIGS["LORA"]))
         assert torch.equal(model(X), base()(X))
@@ -219,7 +214,7 @@ def test_an_adapter_that_comes_within_a_block_is_enabled_after_it():
 
 
 def test_a_copy_is_in_no_block():
-    model = adapted()
+    model = two_adapters()
     on = model(X)
     with model.disable_adapter():
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
@@ -233,7 +228,7 @@ def test_a_copy_is_in_no_block():
 
 
 def test_a_block_takes_out_what_is_merged_if_nobody_else_runs():
-    model = adapted()
+    model = two_adapters()
     on, off = model(X), base()(X)
     model.merge_adapter(["a"])
     with model.disable_adapter():
@@ -246,7 +241,7 @@ def test_a_block_takes_out_what_is_merged_if_nobody_else_runs():
 
 
 def test_a_block_waits_for_others_that_run_what_is_merged():
-    model = adapted()
+    model = two_adapters()
     model.merge_adapter(["a"])
     on, off, entered, leave = model(X), base()(X), threading.Event(), threading.Event()
 
@@ -305,16 +300,16 @@ def gradients(model, before, within):
 @pytest.mark.parametrize("within", [False, True], ids=["backward after the block", "backward in the block"])
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["one thread", "backward in another"])
 def test_layers_that_run_again_are_those_of_their_call(reentrant, before, within, elsewhere, monkeypatch):
-    expected = gradients(adapted(), before, within)
+    expected = gradients(two_adapters(), before, within)
     if elsewhere:  # as on a GPU
         backward = torch.Tensor.backward
         monkeypatch.setattr(torch.Tensor, "backward", lambda t: in_thread(lambda: backward(t)))
-    assert_close(gradients(adapted(reentrant=reentrant), before, within), expected)
+    assert_close(gradients(two_adapters(reentrant=reentrant), before, within), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_one_backward_pass_of_a_disabled_call_and_another_is_refused_where_layers_run_again(reentrant):
-    model = adapted(reentrant=reentrant)
+    model = two_adapters(reentrant=reentrant)
     x = X.clone().requires_grad_()
     with model.disable_adapter():
         loss = model(x).sum()
@@ -322,14 +317,14 @@ def test_one_backward_pass_of_a_disabled_call_and_another_is_refused_where_layer
         (loss + model(x).square().sum()).backward()
     x.grad = None
     model(x).square().sum().backward()
-    assert_close(x.grad, gradients(adapted(), True, False))
+    assert_close(x.grad, gradients(two_adapters(), True, False))
 
 
 def test_a_backward_pass_and_the_calls_of_another_thread():
     """A thread that runs the model meanwhile neither gets the rows of a backward pass nor takes them away."""
-    model, names = adapted(reentrant=False), ["a", "b", "a", "b", "__base__", "a"]
+    model, names = two_adapters(reentrant=False), ["a", "b", "a", "b", "__base__", "a"]
     plain, expected, seen = model(X), [], []
-    for made, watch in ((adapted(), False), (model, True)):
+    for made, watch in ((two_adapters(), False), (model, True)):
         x = X.clone().requires_grad_()
         y = made(x, adapter_names=names)
         if watch:
@@ -346,7 +341,7 @@ def test_a_backward_pass_and_the_calls_of_another_thread():
 @WHOLE_GRAPHS
 def test_compiled_code_is_of_its_thread_as_well():
     torch._dynamo.reset()
-    model = adapted()
+    model = two_adapters()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     on, off = model(X), base()(X)
     assert_close(compiled(X), on)

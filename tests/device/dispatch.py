@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import graft
 from tests import models
 from tests.conformance.samples import CALLED, LAYERS, REFUSED, SAMPLES, find
-from tests.models import seeded
+from tests.models import adapted, seeded
 from tests.samples.laws import Sample
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
@@ -93,11 +93,6 @@ def places(embedding: Any = FIRST, second: Any = SECOND, head: Any = SECOND) -> 
     }
 
 
-def adapted(config: Any, base: nn.Module) -> Any:
-    with seeded(1):
-        return graft.get_peft_model(base, config).eval()
-
-
 def logits(model: nn.Module, **more: Any) -> Tensor:
     """The logits of a llama for a batch that stands where users put it."""
     device = "cpu" if all(p.device.type == "cpu" for p in model.parameters()) else FIRST
@@ -168,7 +163,7 @@ def check_llama(
     merges: bool = False,
 ) -> None:
     """Do as `check_sample` with a llama."""
-    one, other = (moved_away(adapted(config(), base)) for base in (llama(tied), spread(llama(tied))))
+    one, other = (moved_away(adapted(base, config(), scale=0)) for base in (llama(tied), spread(llama(tied))))
     one.save_pretrained(folder)
     trains = not one.peft_config["default"].is_prompt_learning
     loaded = graft.PeftModel.from_pretrained(spread(llama(tied)), folder, is_trainable=trains).eval()

@@ -15,7 +15,6 @@ from tests.device.dispatch import (
     FIRST,
     METHODS,
     SECOND,
-    adapted,
     check_llama,
     check_sample,
     dispatched,
@@ -28,7 +27,7 @@ from tests.device.dispatch import (
     parts,
     places,
 )
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:(aLoRA is currently only supported|.* trains without its)")
 
@@ -106,7 +105,7 @@ def test_a_shadow_network_gives_its_loss_on_the_models_device(tmp_path):
 
     values = []
     for spread in (lambda model: model, halves, crossed):
-        model = moved_away(adapted(CONFIGS["SHADOW"](), spread(llama())))
+        model = moved_away(adapted(spread(llama()), CONFIGS["SHADOW"](), scale=0))
         device = "cpu" if spread not in (halves, crossed) else FIRST
         batch = {k: v.to(device) for k, v in models.inputs("llama").items()}
         out = model(**batch, labels=batch["input_ids"])
@@ -178,7 +177,7 @@ def test_copies_are_kept_as_long_as_they_hold():
 def test_rows_of_several_adapters():
     outputs = []
     for spread in (lambda model: model, halves, crossed):
-        model = adapted(graft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"]), spread(llama()))
+        model = adapted(spread(llama()), graft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"]), scale=0)
         with seeded(2):
             model.add_adapter("b", graft.LoraConfig(r=2, target_modules=["v_proj", "lm_head"]))
         for name in ("default", "b"):

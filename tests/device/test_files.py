@@ -11,9 +11,10 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.random import made_on, seeded, set_states, states
-from tests.conformance.samples import ADAPTERS, CALLED_CELLS, CELLS, disturb
+from tests.conformance.samples import ADAPTERS, CALLED_CELLS, CELLS
 from tests.device.simulated import WHY_NOT
 from tests.device.test_methods import DEVICE
+from tests.models import disturb
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from tests.conformance.samples import ADAPTERS, CALLED_CELLS, CELLS, Cell, Net, disturb
+from tests.conformance.samples import ADAPTERS, CALLED_CELLS, CELLS, Cell, Net
 from tests.covering import Case, Sometimes, law
+from tests.models import disturb
 
 DEVICE = torch.device(os.environ.get("GRAFT_TESTS_DEVICE") or "cuda", 0)
 pytestmark = pytest.mark.filterwarnings("ignore")  # what is warned of is tested elsewhere, on the CPU

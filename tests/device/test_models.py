@@ -413,7 +413,7 @@ def test_heads_with_a_default_device():
 
 def test_shadow():
     def scenario(device):
-        model = shadow.adapted(base=base(device))
+        model = shadow.with_shadow(base=base(device))
         model.add_adapter("b", graft.ShadowConfig(task_type="CAUSAL_LM"))
         shadow.moved(model)
         yield from run(model, device)
@@ -446,7 +446,7 @@ def test_xlora(mixtures):
     def scenario(device):
         there = base(device)
         there.config.use_cache = False
-        model = xlora.adapted(graft, mixtures, on=there)
+        model = xlora.mixture(graft, mixtures, on=there)
         yield from run(model.train(), device)
 
     equal(scenario)
@@ -476,7 +476,7 @@ def test_alora():
 @pytest.mark.parametrize("targets", [attention.WHOLE, attention.OUT])
 def test_attention_of_torch(targets):
     def scenario(device):
-        model = attention.adapted(targets=targets, model=attention.base().to(device))
+        model = attention.net_with(targets=targets, model=attention.base().to(device))
         x = attention.X.to(device)
         yield model(x)
         yield from step(model, lambda: model(x))
@@ -488,7 +488,7 @@ def test_attention_of_torch(targets):
 @pytest.mark.parametrize("name", experts.MODELS)
 def test_experts(name):
     def scenario(device):
-        model = experts.adapted(graft, name, model=experts.base(name).to(device))
+        model = experts.on_stacks(graft, name, model=experts.base(name).to(device))
         call = lambda: model(experts.IDS.to(device)).logits
         yield call()
         yield from step(model, call)

@@ -8,7 +8,6 @@ import graft
 from tests.device.dispatch import (
     FIRST,
     METHODS,
-    adapted,
     check_llama,
     check_sample,
     dispatched,
@@ -22,6 +21,7 @@ from tests.device.dispatch import (
     places,
     seeded,
 )
+from tests.models import adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore:(aLoRA is currently only supported|.* trains without its)")
 
@@ -100,16 +100,16 @@ def test_biases_from_a_file_are_those_of_the_next_call(method, kind, tmp_path):
 @torch.no_grad()
 def test_all_biases_of_a_model_are_saved(tmp_path):
     config = graft.LoraConfig(r=3, target_modules=["one.layer"], bias="all")
-    here = adapted(config, parts())
+    here = adapted(parts(), config, scale=0)
     with pytest.warns(graft.PeftWarning, match="1 of them are offloaded"):
-        there = adapted(config, offloaded(parts()))
+        there = adapted(offloaded(parts()), config, scale=0)
     equal(file_of(there, tmp_path / "there"), file_of(here, tmp_path / "here"))
 
 
 @torch.no_grad()
 def test_an_adapter_that_was_offloaded_with_its_model_takes_other_values(tmp_path):
     config = graft.LoraConfig(r=3, target_modules=["layer"])
-    here, there = (adapted(config, parts()) for _ in range(2))
+    here, there = (adapted(parts(), config, scale=0) for _ in range(2))
     dispatched(there, {"base_model.model.one": FIRST, "base_model.model.two": "cpu"})
     moved_away(here)
     graft.set_peft_model_state_dict(there, graft.get_peft_model_state_dict(here))
@@ -121,7 +121,7 @@ def test_an_adapter_that_was_offloaded_with_its_model_takes_other_values(tmp_pat
 
 def test_a_tied_tensor_of_the_base_in_a_file_is_refused_while_it_is_offloaded(tmp_path):
     config = graft.LoraConfig(r=3, target_modules=["q_proj"])
-    model = adapted(config, llama(tied=True))
+    model = adapted(llama(tied=True), config, scale=0)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     there = away(llama(tied=True))
     before = logits(there).detach()

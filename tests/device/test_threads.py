@@ -7,14 +7,14 @@ from functools import partial
 import torch
 
 from tests.looks import registry_of
-from tests.model.test_requests import NAMES, X, adapted
+from tests.model.test_requests import NAMES, X, two_adapters
 from tests.threads import at_once
 
 ORDERS = [NAMES, NAMES[::-1], ["bob"] * 6, None]
 
 
 def trained():
-    return adapted(checkpoints=True).train().to("cuda")
+    return two_adapters(checkpoints=True).train().to("cuda")
 
 
 def gradient(model, names):

@@ -173,7 +173,7 @@ def test_arrow():
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_xlora(folder, layerwise):
-    model = xlora.adapted(graft, folder, layerwise_scalings=layerwise, top_k_lora=2).to(CUDA)
+    model = xlora.mixture(graft, folder, layerwise_scalings=layerwise, top_k_lora=2).to(CUDA)
     check_all(model, there(models.inputs("llama")))
 
 
@@ -198,7 +198,7 @@ def test_adapters_of_different_scalings_and_heads():
 @pytest.mark.parametrize("name", experts.MODELS)
 def test_experts(name):
     """A product of few rows for each expert in use: how many, the router has decided on the device."""
-    model = experts.adapted(graft, name, model=experts.base(name).to(CUDA))
+    model = experts.on_stacks(graft, name, model=experts.base(name).to(CUDA))
     layers = sum(m.endswith("experts") for m, _ in model.named_modules())
     ids = experts.IDS.to(CUDA)
     act = lambda: model(ids)

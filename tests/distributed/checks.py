@@ -24,7 +24,7 @@ from graft.train import resuming
 from graft.train.state_file import write
 from tests.distributed import recipes
 from tests.distributed.layouts import LAYOUTS, Wrapped, mean
-from tests.distributed.methods import CONFIGS, STEPS, adapted, base, batch
+from tests.distributed.methods import CONFIGS, STEPS, base, batch, with_method
 
 FILE = "adapter_model.safetensors"
 Check = Callable[[str], None]
@@ -38,7 +38,7 @@ def bytes_in(folder: str) -> bytes:
 def alone(method: str, folder: str) -> tuple[list[float], str, str]:
     """Losses of one process with the whole batch, and its files before and after training. Each process has its own."""
     place = os.path.join(folder, "alone", str(dist.get_rank()), method)
-    peft = adapted(method)
+    peft = with_method(method)
     peft.train()
     peft.save_pretrained(f"{place}/start")
     wrapped = Wrapped(peft, peft)
@@ -88,7 +88,7 @@ def trains(layout: str, method: str, folder: str) -> None:
     """Before training, the file of one process, byte for byte; losses and the file afterwards as those of one."""
     losses, start, end = alone(method, folder)
     rank, world = dist.get_rank(), dist.get_world_size()
-    peft = adapted(method)
+    peft = with_method(method)
     peft.train()
     wrapped = LAYOUTS[layout](peft)
     path = fresh(folder, f"{layout}-{method}")
@@ -122,7 +122,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def trained(method: str, folder: str) -> Any:
     """A model of one process with the adapter that `alone` has trained."""
-    peft = adapted(method, seed=3)
+    peft = with_method(method, seed=3)
     peft.load_adapter(alone(method, folder)[2], "default", is_trainable=True)
     return peft
 
@@ -132,7 +132,7 @@ def loads(layout: str, method: str, folder: str) -> None:
     end, rank, world = alone(method, folder)[2], dist.get_rank(), dist.get_world_size()
     one = trained(method, folder).eval()
     expected, reference = logits(one), logits(base().eval())
-    wrapped = LAYOUTS[layout](adapted(method, seed=5))
+    wrapped = LAYOUTS[layout](with_method(method, seed=5))
     wrapped.step(batch(rank, world))
     wrapped.peft.load_adapter(end, "default", is_trainable=True)
     wrapped.outer.eval()
@@ -196,7 +196,7 @@ def allocates(layout: str, folder: str) -> None:
 )
 def stays_alone(layout: str, folder: str) -> None:
     """A save that one process calls ends with an error, and the next one of all processes is right."""
-    wrapped = LAYOUTS[layout](adapted("LORA"))
+    wrapped = LAYOUTS[layout](with_method("LORA"))
     path = fresh(folder, f"{layout}-alone")
     if dist.get_rank() == 0:
         refused(graft.CheckpointError, "this one is alone", lambda: wrapped.peft.save_pretrained(path))
@@ -209,7 +209,7 @@ def stays_alone(layout: str, folder: str) -> None:
 
 def fails_alike(layout: str, folder: str) -> None:
     """What the first process cannot write is an error on all, and old files stay."""
-    wrapped = LAYOUTS[layout](adapted("LORA"))
+    wrapped = LAYOUTS[layout](with_method("LORA"))
     path = fresh(folder, f"{layout}-fails")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if dist.get_rank() == 0:
@@ -226,7 +226,7 @@ def fails_alike(layout: str, folder: str) -> None:
 )
 def differs(layout: str, folder: str) -> None:
     """Processes with different adapters do not save."""
-    wrapped = LAYOUTS[layout](adapted("LORA"))
+    wrapped = LAYOUTS[layout](with_method("LORA"))
     path = fresh(folder, f"{layout}-differs")
     wrapped.peft.add_adapter("b", graft.LoraConfig(target_modules=["o_proj"], inference_mode=True))
     names = ["default"] if dist.get_rank() else ["default", "b"]
@@ -236,7 +236,7 @@ def differs(layout: str, folder: str) -> None:
 
 
 def two(seed: int = 1) -> Any:
-    peft = adapted("LORA", seed)
+    peft = with_method("LORA", seed)
     peft.add_adapter("b", CONFIGS["LORA"]())
     return peft.train()
 
@@ -319,7 +319,7 @@ def merges(layout: str, folder: str) -> None:
 )
 def comes_late(layout: str, folder: str) -> None:
     """An adapter that comes after wrapping acts, and does not train."""
-    wrapped = LAYOUTS[layout](adapted("LORA"))
+    wrapped = LAYOUTS[layout](with_method("LORA"))
     if layout.startswith("fsdp"):
         refused(graft.DistributedError, "before fully_shard", lambda: wrapped.peft.add_adapter("b", CONFIGS["LORA"]()))
         assert list(wrapped.peft.peft_config) == ["default"]
@@ -334,7 +334,7 @@ def comes_late(layout: str, folder: str) -> None:
 def swaps(layout: str, folder: str) -> None:
     """Hot-swapping puts a file's values into the parts; a combination of adapters is made of whole ones."""
     end = alone("LORA", folder)[2]
-    wrapped = LAYOUTS[layout](adapted("LORA", seed=5))
+    wrapped = LAYOUTS[layout](with_method("LORA", seed=5))
     graft.hotswap_adapter(wrapped.peft, end, "default")
     path = fresh(folder, f"{layout}-swapped")
     wrapped.peft.save_pretrained(path)
@@ -350,7 +350,7 @@ def swaps(layout: str, folder: str) -> None:
 
 def draws(layout: str, folder: str) -> None:
     """Processes that drew other initial values hear of it where the layout would mix them."""
-    peft = copy.deepcopy(adapted("LORA", seed=dist.get_rank())).train()
+    peft = copy.deepcopy(with_method("LORA", seed=dist.get_rank())).train()
     wrapped = LAYOUTS[layout](peft)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -363,7 +363,7 @@ def writes_once(layout: str, folder: str) -> None:
     """One process writes for all of them; and what it cannot write is an error on all."""
     from graft.io import files
 
-    wrapped = LAYOUTS[layout](adapted("LORA"))
+    wrapped = LAYOUTS[layout](with_method("LORA"))
     wrapped.step(batch(dist.get_rank(), dist.get_world_size()))
     path, original, written = fresh(folder, f"{layout}-once"), files.save_adapter, []
 
@@ -389,7 +389,7 @@ def is_apart(layout: str, folder: str) -> None:
 
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=("apart", "together"))["together"]
-    wrapped = LAYOUTS[layout](adapted("LORA"), mesh=mesh)
+    wrapped = LAYOUTS[layout](with_method("LORA"), mesh=mesh)
     path = os.path.join(folder, "alone", str(rank), "apart")
     if rank == 0:
         wrapped.peft.save_pretrained(path)
@@ -401,7 +401,7 @@ def gathers(layout: str, folder: str) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     for method in ("LORA", "PROMPT_TUNING"):
-        wrapped = LAYOUTS[layout](adapted(method))
+        wrapped = LAYOUTS[layout](with_method(method))
         options = StateDictOptions(full_state_dict=True)  # cpu_offload=True on CPUs kills the process in FSDP1
         whole = get_model_state_dict(wrapped.outer, options=options)
         path = fresh(folder, f"{layout}-{method}-given")
@@ -428,7 +428,7 @@ def is_refused(layout: str, method: str, folder: str) -> None:
     """The policy says what FSDP needs for methods that read tensors themselves."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        refused(ValueError, "requires_grad", lambda: LAYOUTS[layout](adapted(method)))
+        refused(ValueError, "requires_grad", lambda: LAYOUTS[layout](with_method(method)))
     assert any("use_orig_params=True" in str(w.message) for w in seen)
 
 
@@ -505,7 +505,7 @@ def goes_on(layout: str, folder: str) -> None:
 
 def cannot_go_on(layout: str, folder: str) -> None:
     """What cannot be put together by name is told, and nothing is written."""
-    peft = adapted("LORA")
+    peft = with_method("LORA")
     wrapped = LAYOUTS[layout](peft)
     optimizer = wrapped.outer.optimizer if layout.startswith("zero") else wrapped.optimizer
     with pytest.raises(DistributedError, match=r"FSDP2|ZeRO-3's"):

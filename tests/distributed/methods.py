@@ -34,7 +34,7 @@ def base() -> Any:
     return LlamaForCausalLM(config)
 
 
-def adapted(method: str, seed: int = 1) -> Any:
+def with_method(method: str, seed: int = 1) -> Any:
     """A fresh model with one adapter."""
     model = base()
     torch.manual_seed(seed)

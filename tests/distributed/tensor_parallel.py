@@ -77,7 +77,7 @@ def cut(net: Any, plan: dict[str, str]) -> nn.Module:
     return net  # type: ignore[no-any-return]
 
 
-def adapted(net: nn.Module, sample: Any, target: str) -> Any:
+def with_sample(net: nn.Module, sample: Any, target: str) -> Any:
     config = sample.make()
     config.target_modules = [target]
     with seeded(1):
@@ -163,8 +163,8 @@ def compare(sample: Any, target: str, parallel: Callable[[Any], nn.Module], with
             nets.append(Net())
     if without_bias:
         nets[0].layer.bias = None
-    one = history(adapted(nets[0], sample, target), x)
-    here = history(adapted(parallel(nets[1]), sample, target), x)
+    one = history(with_sample(nets[0], sample, target), x)
+    here = history(with_sample(parallel(nets[1]), sample, target), x)
     assert here.keys() == one.keys()
     assert here["start"].keys() == one["start"].keys()
     assert all(torch.equal(t, one["start"][key]) for key, t in here["start"].items()), "initial values"
@@ -201,7 +201,7 @@ def takes(sample: Any, style: str) -> bool:
     """Return True if a sample's sizes fit the layer."""
     try:
         with seeded(0):
-            adapted(Net(), sample, STYLES[style][0])
+            with_sample(Net(), sample, STYLES[style][0])
     except (ConfigError, UnsupportedLayerError):
         return False
     return True

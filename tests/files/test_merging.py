@@ -67,7 +67,7 @@ def base_of(kind, folder):
     return folder / "base"
 
 
-def adapted(kind, folder, config, lib=graft, name="adapter", seed=0):
+def saved_adapter(kind, folder, config, lib=graft, name="adapter", seed=0):
     """Save an adapter with values on the base in `folder`; return the model with it, and the adapter's folder."""
     cls = type(MODELS[kind]())
     model = lib.get_peft_model(cls.from_pretrained(folder / "base"), config).eval()
@@ -116,7 +116,7 @@ LORAS = [
 )
 def test_lora_merges_to_the_same_bits_as_in_memory(kind, fields, dora, tmp_path):
     base = base_of(kind, tmp_path)
-    model, adapter = adapted(kind, tmp_path, lora(kind=kind, use_dora=dora, **fields))
+    model, adapter = saved_adapter(kind, tmp_path, lora(kind=kind, use_dora=dora, **fields))
     merge(base, [adapter], tmp_path / "out")
     merged, whole = loaded(kind, tmp_path / "out"), model.merge_and_unload()
     assert_same(merged, whole, loaded(kind, base), ulps=dora)  # which adds B A in place, to hold one matrix fewer
@@ -128,7 +128,7 @@ def test_an_adapter_of_peft_gives_the_outputs_that_it_has_in_peft(kind, tmp_path
     extra = {"target_modules": ["q_proj"], "target_parameters": EXPERTS} if kind == "mixtral" else {}
     if kind == "tied":
         extra = {"target_modules": ["q_proj", "embed_tokens"]}
-    model, adapter = adapted(kind, tmp_path, lora(peft, kind, **extra), peft)
+    model, adapter = saved_adapter(kind, tmp_path, lora(peft, kind, **extra), peft)
     merge(base, [adapter], tmp_path / "out")
     with torch.no_grad():
         there, here = model(input_ids=IDS).logits, loaded(kind, tmp_path / "out")(input_ids=IDS).logits
@@ -159,7 +159,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_merge_to_the_same_bits_as_in_memory(method, tmp_path):
     base = base_of("llama", tmp_path)
-    model, adapter = adapted("llama", tmp_path, METHODS[method]())
+    model, adapter = saved_adapter("llama", tmp_path, METHODS[method]())
     merge_files(base, adapter, tmp_path / "out")
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
 
@@ -170,15 +170,15 @@ def test_other_methods_merge_into_weights_that_are_stored_transposed(config, tmp
     config.target_modules = ["c_attn", "c_fc"]
     if hasattr(config, "feedforward_modules"):
         config.feedforward_modules = ["c_fc"]
-    model, adapter = adapted("gpt2", tmp_path, config)
+    model, adapter = saved_adapter("gpt2", tmp_path, config)
     merge_files(base, adapter, tmp_path / "out")
     assert_same(loaded("gpt2", tmp_path / "out"), model.merge_and_unload(), loaded("gpt2", base))
 
 
 def test_weights_scale_updates_and_several_adapters_add_up(tmp_path):
     base = base_of("llama", tmp_path)
-    _, a = adapted("llama", tmp_path, lora(), name="a", seed=1)
-    _, b = adapted("llama", tmp_path, lora(r=2, use_rslora=True), name="b", seed=2)
+    _, a = saved_adapter("llama", tmp_path, lora(), name="a", seed=1)
+    _, b = saved_adapter("llama", tmp_path, lora(r=2, use_rslora=True), name="b", seed=2)
     merge(base, [a, b], tmp_path / "out", weights=[0.5, -2.0])
     W0 = loaded("llama", base).state_dict()
     expected = {name: W.double() for name, W in W0.items()}
@@ -192,7 +192,7 @@ def test_weights_scale_updates_and_several_adapters_add_up(tmp_path):
 
 def test_a_weight_puts_dora_part_of_the_way(tmp_path):
     base = base_of("llama", tmp_path)
-    model, a = adapted("llama", tmp_path, lora(use_dora=True))
+    model, a = saved_adapter("llama", tmp_path, lora(use_dora=True))
     merge(base, [a], tmp_path / "out", weights=[0.25])
     W0, W1 = loaded("llama", base).state_dict(), model.merge_and_unload().state_dict()
     for name, W in loaded("llama", tmp_path / "out").state_dict().items():
@@ -236,7 +236,7 @@ def test_a_larger_vocabulary_is_written_with_its_size(tmp_path):
 def test_names_that_lack_a_prefix_are_found(tmp_path):
     """A checkpoint of the model inside, and an adapter trained on the one with a head."""
     base = base_of("bert", tmp_path)
-    model, adapter = adapted("bert", tmp_path, lora(kind="bert"))
+    model, adapter = saved_adapter("bert", tmp_path, lora(kind="bert"))
     inner = loaded("bert", base).bert
     shutil.rmtree(base)
     inner.save_pretrained(base)
@@ -251,7 +251,7 @@ def test_names_that_lack_a_prefix_are_found(tmp_path):
 
 def test_untied_embeddings_are_told_and_all_of_them_written(tmp_path):
     base = base_of("tied", tmp_path)
-    _, adapter = adapted("tied", tmp_path, lora(target_modules=["embed_tokens"]))
+    _, adapter = saved_adapter("tied", tmp_path, lora(target_modules=["embed_tokens"]))
     account = merge(base, [adapter], tmp_path / "out")
     assert "tie_word_embeddings" in account.notes[0]
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
@@ -262,7 +262,7 @@ def test_untied_embeddings_are_told_and_all_of_them_written(tmp_path):
 
 def test_the_same_rows_on_both_sides_leave_them_tied(tmp_path):
     base = base_of("tied", tmp_path)
-    _, adapter = adapted("tied", tmp_path, lora(trainable_token_indices=[1, 7]))
+    _, adapter = saved_adapter("tied", tmp_path, lora(trainable_token_indices=[1, 7]))
     assert merge(base, [adapter], tmp_path / "out").notes == []
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
 
@@ -282,7 +282,7 @@ def test_untouched_tensors_are_the_same_bytes_and_changed_ones_rounded_once(tmp_
     (base / "pytorch_model.bin").write_bytes(b"the same weights, unmerged")
     (base / "sub").mkdir()
     (base / "sub/vocab.txt").write_text("a")
-    _, adapter = adapted("llama", tmp_path, lora())
+    _, adapter = saved_adapter("llama", tmp_path, lora())
     merge(base, [adapter], tmp_path / "out")
     wide = loaded("llama", base).float().state_dict()
     factors = load_file(adapter / "adapter_model.safetensors")
@@ -305,7 +305,7 @@ def test_untouched_tensors_are_the_same_bytes_and_changed_ones_rounded_once(tmp_
 
 def test_the_certificate_says_what_rounding_left(tmp_path):
     base = bf16_base(tmp_path)
-    _, adapter = adapted("llama", tmp_path, lora())
+    _, adapter = saved_adapter("llama", tmp_path, lora())
     merge(base, [adapter], tmp_path / "out", certificate=True)
     held = json.loads((tmp_path / "out/merge.json").read_text())
     wide, factors = loaded("llama", base).float().state_dict(), load_file(adapter / "adapter_model.safetensors")
@@ -329,7 +329,7 @@ def test_the_certificate_says_what_rounding_left(tmp_path):
 
 def test_an_update_that_rounding_loses_is_told(tmp_path):
     base = bf16_base(tmp_path)
-    _, adapter = adapted("llama", tmp_path, lora())
+    _, adapter = saved_adapter("llama", tmp_path, lora())
     account = merge(base, [adapter], tmp_path / "out", weights=[1e-3])
     assert "Rounding lost" in account.notes[0]
     assert merge(base, [adapter], tmp_path / "wide", weights=[1e-3], dtype="float32").notes == []
@@ -338,7 +338,7 @@ def test_an_update_that_rounding_loses_is_told(tmp_path):
 
 def test_shards_of_another_size_hold_the_same(tmp_path):
     base = base_of("llama", tmp_path)
-    model, adapter = adapted("llama", tmp_path, lora())
+    model, adapter = saved_adapter("llama", tmp_path, lora())
     merge(base, [adapter], tmp_path / "one", shard_size=10**9)
     merge(base, [adapter], tmp_path / "many", shard_size=20_000)
     assert [f.name for f in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
@@ -353,7 +353,7 @@ def test_shards_of_another_size_hold_the_same(tmp_path):
 
 def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
     base = base_of("llama", tmp_path)
-    _, adapter = adapted("llama", tmp_path, lora())
+    _, adapter = saved_adapter("llama", tmp_path, lora())
     other = SimpleNamespace(base=tmp_path / "gpt2" / "base")
     (tmp_path / "gpt2").mkdir()
     base_of("gpt2", tmp_path / "gpt2")
@@ -372,15 +372,15 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
         merge(tmp_path / "nowhere", [adapter], out)
     with pytest.raises(OptionError, match="not quantized"):
         merge(base, [adapter], out, keep_quantized=True)
-    _, hra = adapted("llama", tmp_path, graft.HRAConfig(r=4, target_modules=T), name="hra")
+    _, hra = saved_adapter("llama", tmp_path, graft.HRAConfig(r=4, target_modules=T), name="hra")
     with pytest.raises(LossError, match="not low rank"):
         merge(base, [hra], out)
-    _, prompt = adapted(
+    _, prompt = saved_adapter(
         "llama", tmp_path, graft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), name="p"
     )
     with pytest.raises(LossError, match="an input of the model"):
         merge_files(base, prompt, out)
-    _, biased = adapted("llama", tmp_path, lora(lora_bias=True), name="biased")
+    _, biased = saved_adapter("llama", tmp_path, lora(lora_bias=True), name="biased")
     with pytest.raises(BaseModelMismatchError, match="shifts the bias"):
         merge(base, [biased], out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "biased", "gpt2", "hra", "p"]
@@ -388,7 +388,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
 
 def test_an_output_that_exists_stays_without_force(tmp_path):
     base = base_of("llama", tmp_path)
-    model, adapter = adapted("llama", tmp_path, lora())
+    model, adapter = saved_adapter("llama", tmp_path, lora())
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("precious")
     with pytest.raises(OutputExistsError, match="--force"):
@@ -405,7 +405,7 @@ def test_an_output_that_exists_stays_without_force(tmp_path):
 
 def test_a_broken_adapter_is_named_and_leaves_nothing(tmp_path):
     base = base_of("llama", tmp_path)
-    model, _ = adapted("llama", tmp_path, lora())
+    model, _ = saved_adapter("llama", tmp_path, lora())
     next(p for n, p in model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in n).data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
@@ -415,7 +415,7 @@ def test_a_broken_adapter_is_named_and_leaves_nothing(tmp_path):
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     base = base_of("llama", tmp_path)
-    _, adapter = adapted("llama", tmp_path, lora())
+    _, adapter = saved_adapter("llama", tmp_path, lora())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="are free") as e:
         merge(base, [adapter], tmp_path / "out")
@@ -425,7 +425,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 
 def test_a_dry_run_writes_nothing(tmp_path):
     base = base_of("llama", tmp_path)
-    _, adapter = adapted("llama", tmp_path, lora())
+    _, adapter = saved_adapter("llama", tmp_path, lora())
     account = merge(base, [adapter], tmp_path / "out", dry_run=True)
     assert len(account.tensors) == 4 and sum(account.shards.values()) > 80_000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
@@ -453,7 +453,7 @@ print("resumed", account.resumed, flush=True)
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_run_that_was_killed_goes_on(after, tmp_path):
     base = base_of("llama", tmp_path)
-    model, adapter = adapted("llama", tmp_path, lora())
+    model, adapter = saved_adapter("llama", tmp_path, lora())
     command = [sys.executable, "-c", SLOW, str(base), str(adapter), str(tmp_path / "out")]
     first = subprocess.Popen([*command, "60"], stdout=subprocess.PIPE, text=True)
     for _ in range(after):
@@ -474,7 +474,7 @@ def test_a_run_that_was_killed_goes_on(after, tmp_path):
 def test_what_another_call_left_is_not_taken_up(tmp_path):
     """A state of the same output with other options, and one with its first shard finished."""
     base = base_of("llama", tmp_path)
-    model, adapter = adapted("llama", tmp_path, lora())
+    model, adapter = saved_adapter("llama", tmp_path, lora())
 
     def stop(name):
         raise KeyboardInterrupt
@@ -494,7 +494,7 @@ def test_what_another_call_left_is_not_taken_up(tmp_path):
 def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
     """What stood there comes back, or the new one is there, and nothing of the other; None: the two are swapped."""
     base = base_of("llama", tmp_path)
-    model, adapter = adapted("llama", tmp_path, lora())
+    model, adapter = saved_adapter("llama", tmp_path, lora())
     merge(base, [adapter], tmp_path / "out", weights=[2.0])
     weights = lambda: {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")}
     before = weights()
@@ -524,7 +524,7 @@ def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
 def test_an_output_that_comes_while_this_one_waits(tmp_path, monkeypatch):
     """Two at once, without force: the second one leaves what the first has written."""
     base = base_of("llama", tmp_path)
-    _, adapter = adapted("llama", tmp_path, lora())
+    _, adapter = saved_adapter("llama", tmp_path, lora())
     original = Workplace.lock
 
     def later(place):

@@ -19,7 +19,7 @@ from graft.files.lint import lint
 from graft.files.serving import check
 from tests.families import base
 from tests.leaves_out import FUSED_EXPERTS
-from tests.model.test_adapter_tensors import adapted, logits, shared
+from tests.model.test_adapter_tensors import logits, shared, with_experts
 
 pytestmark = FUSED_EXPERTS
 SHARED = "sglang-shared", "vllm-shared"
@@ -33,7 +33,7 @@ SHARED = "sglang-shared", "vllm-shared"
 )  # fmt: skip
 def test_it_is_merged_converted_and_loaded(family, layout, tmp_path):
     base(family).save_pretrained(tmp_path / "base")
-    model = adapted(family)
+    model = with_experts(family)
     model = shared(model) if layout in SHARED else model
     expected = logits(model)
     graft.adapter_tensors(model, layout=layout).save(tmp_path / "a")
@@ -45,7 +45,7 @@ def test_it_is_merged_converted_and_loaded(family, layout, tmp_path):
 
 
 def test_a_file_of_sglang_needs_its_base(tmp_path):
-    model = adapted("qwen3_moe")
+    model = with_experts("qwen3_moe")
     graft.adapter_tensors(model, layout="sglang").save(tmp_path)
     with pytest.raises(BaseNeededError, match="--base"):
         read(tmp_path)
@@ -114,7 +114,7 @@ def test_verbs_that_compare_with_the_base_take_its_stacks(family, tmp_path):
     """Mixtral's files have a matrix for each expert, gpt-oss's have stacks (in, out)."""
     model = base(family)
     model.save_pretrained(tmp_path / "base")
-    adapted(family).save_pretrained(tmp_path / "a")
+    with_experts(family).save_pretrained(tmp_path / "a")
     known = base_of(tmp_path / "base")
     adapter = read(tmp_path / "a", known)
     assert [f for f in lint(adapter, known) if f.severity == "error"] == []
@@ -125,7 +125,7 @@ def test_verbs_that_compare_with_the_base_take_its_stacks(family, tmp_path):
 @pytest.mark.parametrize("layout, refused", [("sglang", True), ("sglang-shared", True), ("vllm-2d", False)])
 def test_vllm_does_not_take_sglangs_layouts(layout, refused, tmp_path):
     base("qwen3_moe").save_pretrained(tmp_path / "base")
-    model = adapted("qwen3_moe")
+    model = with_experts("qwen3_moe")
     graft.adapter_tensors(shared(model) if layout in SHARED else model, layout=layout).save(tmp_path / "a")
     known = base_of(tmp_path / "base")
     found = {f.condition: f for f in check(read(tmp_path / "a", known), ["vllm", "sglang"], known)}

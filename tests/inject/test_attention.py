@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import RoutingError, UnsupportedLayerError
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 WHOLE, OUT = ["attn", "lin"], ["out_proj", "lin"]
 
@@ -36,11 +36,10 @@ def base(**options):
 X = torch.linspace(-2, 2, 180).sin().view(3, 5, 12)
 
 
-def adapted(lib=graft, targets=WHOLE, model=None, method="LORA", **config):
+def net_with(lib=graft, targets=WHOLE, model=None, method="LORA", **config):
     values = dict(r=2, lora_alpha=3, init_lora_weights=False) if method == "LORA" else {}
     cls = lib.PEFT_TYPE_TO_CONFIG_MAPPING[method]
-    with seeded(1):
-        return lib.get_peft_model(model or base(), cls(target_modules=targets, **values | config)).eval()
+    return adapted(model or base(), cls(target_modules=targets, **values | config), lib=lib, scale=0)
 
 
 def by_hand(model):
@@ -57,7 +56,7 @@ def by_hand(model):
 
 @pytest.mark.parametrize("targets", [WHOLE, OUT], ids=["attention", "out_proj"])
 def test_outputs_gradients_and_merging(targets):
-    model = adapted(targets=targets)
+    model = net_with(targets=targets)
     expected = by_hand(model)(X)
     assert_close(model(X), expected)
     model(X).square().sum().backward()
@@ -77,7 +76,7 @@ def test_outputs_gradients_and_merging(targets):
 
 def test_names_are_pefts():
     for targets in (WHOLE, OUT, "all-linear"):
-        ours, theirs = ({k for k in adapted(lib, targets).state_dict() if "lora" in k} for lib in (graft, peft))
+        ours, theirs = ({k for k in net_with(lib, targets).state_dict() if "lora" in k} for lib in (graft, peft))
         assert ours == theirs
 
 
@@ -89,7 +88,7 @@ def test_names_are_pefts():
 )
 def test_files_go_both_ways_though_peft_adds_an_update_twice(tmp_path):
     """In PEFT's files B of the output projection stands for twice its values."""
-    ours, theirs = adapted(), adapted(peft)
+    ours, theirs = net_with(), net_with(peft)
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     assert_close(peft.PeftModel.from_pretrained(base(), tmp_path / "ours")(X), ours(X))
@@ -98,7 +97,7 @@ def test_files_go_both_ways_though_peft_adds_an_update_twice(tmp_path):
     for key, t in ours.state_dict().items():
         assert torch.equal(again.state_dict()[key], t)
     state = graft.get_peft_model_state_dict(ours)
-    twin = adapted()
+    twin = net_with()
     graft.set_peft_model_state_dict(twin, state)
     assert_close(twin(X), ours(X))
 
@@ -109,7 +108,7 @@ def test_biases_below_it_go_both_ways(bias, tmp_path):
     """PEFT's files have the output projection's below `base_layer`; `in_proj_bias` is none that PEFT trains."""
     trained = {}
     for lib in (graft, peft):
-        model = adapted(lib, bias=bias)
+        model = net_with(lib, bias=bias)
         held = {n: p for n, p in model.named_parameters() if p.requires_grad and "bias" in n}
         for p in held.values():
             p += torch.linspace(-1, 1, len(p))
@@ -130,9 +129,9 @@ def test_biases_below_it_go_both_ways(bias, tmp_path):
 )
 def test_an_output_projection_by_itself_is_adapted(tmp_path):
     """PEFT's forward ignores the adapter, and merging adds it."""
-    theirs = adapted(peft, ["out_proj"])
+    theirs = net_with(peft, ["out_proj"])
     assert_close(theirs(X), base()(X))
-    model = adapted(targets=["out_proj"])
+    model = net_with(targets=["out_proj"])
     assert not torch.allclose(model(X), base()(X), atol=1e-3)
     model.save_pretrained(tmp_path)
     merged = peft.PeftModel.from_pretrained(base(), tmp_path).merge_and_unload()
@@ -160,7 +159,7 @@ def test_a_model_without_a_wrapper_and_its_state_dict():
                                             ("IA3", dict(feedforward_modules=[]))], ids=str)  # fmt: skip
 @torch.no_grad()
 def test_other_methods_adapt_it(method, config, tmp_path):
-    model = adapted(method=method, **config)
+    model = net_with(method=method, **config)
     for p in model.parameters():
         if p.requires_grad:
             p += torch.linspace(-0.3, 0.3, p.numel()).view(p.shape)
@@ -176,7 +175,7 @@ def test_other_methods_adapt_it(method, config, tmp_path):
 
 @torch.no_grad()
 def test_dora_and_two_adapters_at_once():
-    model = adapted(use_dora=True)
+    model = net_with(use_dora=True)
     with seeded(2):
         model.add_adapter("b", graft.LoraConfig(r=3, target_modules=["out_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "b"])
@@ -186,7 +185,7 @@ def test_dora_and_two_adapters_at_once():
 
 
 def test_dropout_and_a_trained_bias():
-    model = adapted(lora_dropout=0.5, bias="lora_only").train()
+    model = net_with(lora_dropout=0.5, bias="lora_only").train()
     with seeded(3):
         a = model(X)
     with seeded(4):
@@ -204,7 +203,7 @@ def test_an_encoder_layer_calls_it():
     with seeded(0):
         encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 20, batch_first=True), 2).eval()
     plain = encoder(X)
-    model = adapted(targets=["self_attn"], model=encoder)
+    model = net_with(targets=["self_attn"], model=encoder)
     trained = model(X)
     with torch.no_grad():
         assert_close(model(X), trained)
@@ -261,7 +260,7 @@ PATTERNS = [
 @pytest.mark.filterwarnings("ignore:The following")
 @torch.no_grad()
 def test_patterns_name_the_attention_for_its_projections_too(patterns, tmp_path):
-    ours, theirs = adapted(**patterns), adapted(peft, **patterns)
+    ours, theirs = net_with(**patterns), net_with(peft, **patterns)
     assert {k: t.shape for k, t in ours.state_dict().items()} == {k: t.shape for k, t in theirs.state_dict().items()}
     for key, layer in layers(ours).items():
         twin = theirs.get_submodule(f"base_model.model.{key.replace('attn.out', 'attn.base_layer.out')}")
@@ -270,7 +269,7 @@ def test_patterns_name_the_attention_for_its_projections_too(patterns, tmp_path)
         model.save_pretrained(tmp_path / lib.__name__)
         for reader in (graft, peft):
             assert_close(reader.PeftModel.from_pretrained(base(), tmp_path / lib.__name__)(X), model(X))
-    other = adapted(r=3, use_rslora=patterns.get("use_rslora", False))
+    other = net_with(r=3, use_rslora=patterns.get("use_rslora", False))
     other_before = other(X)
     graft.hotswap_adapter(other, tmp_path / "graft", "default")
     assert_close(other(X), ours(X))
@@ -279,7 +278,7 @@ def test_patterns_name_the_attention_for_its_projections_too(patterns, tmp_path)
 
 def test_the_gaussian_start():
     for lib in (graft, peft):
-        model = adapted(lib, init_lora_weights="gaussian", r=12)
+        model = net_with(lib, init_lora_weights="gaussian", r=12)
         A = model.state_dict()["base_model.model.attn.lora_A.default.weight"]
         assert 0.8 < A.std() * 12 < 1.2
         assert_close(model(X), base()(X))
@@ -288,15 +287,15 @@ def test_the_gaussian_start():
 @pytest.mark.filterwarnings("ignore")
 def test_refusals():
     with pytest.raises(UnsupportedLayerError, match="Only same embed for query/key/value is supported"):
-        adapted(targets=["attn"], model=base(kdim=8))
+        net_with(targets=["attn"], model=base(kdim=8))
     with pytest.raises(ValueError, match="MultiheadAttention does not work with lora_bias"):
-        adapted(lora_bias=True, init_lora_weights=True)
+        net_with(lora_bias=True, init_lora_weights=True)
     with pytest.raises(UnsupportedLayerError, match="without a call of the layer, so that ALoRA would have no effect"):
-        adapted(targets=["out_proj"], alora_invocation_tokens=[1])
-    model = adapted()
+        net_with(targets=["out_proj"], alora_invocation_tokens=[1])
+    model = net_with()
     with pytest.raises(RoutingError, match="does not support mixed adapter batches"):
         model(X, adapter_names=["default", "__base__", "default"])
     assert_close(model(X, adapter_names=["default"] * 3), by_hand(model)(X))
-    only = adapted(targets=["out_proj"])
+    only = net_with(targets=["out_proj"])
     with pytest.raises(RoutingError, match=r"'attn\.out_proj'.* does not support mixed adapter batches"):
         only(X, adapter_names=["default", "__base__", "default"])

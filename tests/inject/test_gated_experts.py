@@ -21,7 +21,7 @@ BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 MAKE = {"dense": lambda: base("mixtral"), "packed": lambda: both("fp8")[0]}
 
 
-def adapted(kind, folder):
+def xlora_of_stacks(kind, folder):
     """X-LoRA with two adapters: of both stacks, and of one."""
     configs = dict(zip(ADAPTERS, (dict(r=2, target_parameters=BOTH), dict(r=3, target_parameters=BOTH[1:]))))
     for i, (name, values) in enumerate(configs.items()):
@@ -72,7 +72,7 @@ def by_hand(module, own, gates, x, index, weights):
 )
 @pytest.mark.parametrize("kind", MAKE)
 def test_outputs_and_gradients_are_those_of_the_formula(kind, tmp_path):
-    model = adapted(kind, tmp_path)
+    model = xlora_of_stacks(kind, tmp_path)
     found, seen = layers(model), {}
     inner = {key.rpartition(".")[0]: layer.get_base_layer() for key, layer in found.items()}
     for path, m in inner.items():

@@ -56,7 +56,7 @@ MAKE = {
 }  # fmt: skip
 
 
-def adapted(model):
+def three_adapters(model):
     """Three adapters: of both stacks, of other ranks, of one stack."""
     stacked = [path for path in BOTH if any(n.endswith(path) for n, _ in model.named_parameters())]
     targets = stacked if len(stacked) == 2 else ["experts.up_proj", "experts.down_proj"]
@@ -92,7 +92,7 @@ def alone(model, row):
 )
 @pytest.mark.parametrize("kind", MAKE)
 def test_each_row_is_as_with_its_adapter_alone(kind):
-    model = adapted(MAKE[kind]())
+    model = three_adapters(MAKE[kind]())
     with torch.no_grad():
         found = model(IDS, adapter_names=ROWS).logits
         expected = torch.cat([alone(model, row) for row in range(len(ROWS))])
@@ -111,7 +111,7 @@ def gradients(model, run):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron", "mxfp4", "fp8"])
 def test_gradients_are_those_of_each_row_alone(kind, checkpointing):
-    model = adapted(MAKE[kind]())
+    model = three_adapters(MAKE[kind]())
 
     def one_by_one():
         for row in range(len(ROWS)):
@@ -133,7 +133,7 @@ def test_gradients_are_those_of_each_row_alone(kind, checkpointing):
 
 
 def test_generate_and_all_rows_alike():
-    model = adapted(MAKE["mixtral"]())
+    model = three_adapters(MAKE["mixtral"]())
     options = dict(max_new_tokens=4, do_sample=False)
     found = model.generate(input_ids=IDS, adapter_names=ROWS, **options)
     for row, name in enumerate(ROWS):
@@ -145,7 +145,7 @@ def test_generate_and_all_rows_alike():
 
 
 def test_what_graft_cannot_run_is_refused_and_nothing_is_left_behind():
-    model = adapted(MAKE["mixtral"]())
+    model = three_adapters(MAKE["mixtral"]())
     expected = model(IDS).logits
     inner = layers(model)["model.layers.0.mlp.experts.down_proj"].get_base_layer()
     inner.down_proj.requires_grad = True

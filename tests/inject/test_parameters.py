@@ -17,7 +17,7 @@ import graft
 from graft.core.errors import ConfigError, RoutingError, UnsupportedLayerError
 from tests.leaves_out import FUSED_EXPERTS, WHOLE_GRAPHS
 from tests.looks import layers
-from tests.models import checkpoint, seeded
+from tests.models import adapted, checkpoint, seeded
 from tests.threads import at_once
 
 SIZES = dict(
@@ -68,10 +68,10 @@ def base(name):
     return model.eval()
 
 
-def adapted(lib, name, adapter="default", model=None, **config):
+def on_stacks(lib, name, adapter="default", model=None, **config):
     values = dict(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=BOTH, init_lora_weights=False)
-    with seeded(1):
-        return lib.get_peft_model(base(name) if model is None else model, lib.LoraConfig(**values | config), adapter)
+    model = base(name) if model is None else model
+    return adapted(model, {adapter: lib.LoraConfig(**values | config)}, lib=lib, scale=0)
 
 
 def logits(model):
@@ -90,7 +90,7 @@ def name(request):
 
 
 def test_names_values_outputs_and_gradients_are_pefts(name):
-    ours, theirs = adapted(graft, name), adapted(peft, name)
+    ours, theirs = on_stacks(graft, name), on_stacks(peft, name)
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert ours.base_model.targeted_parameter_names == theirs.base_model.targeted_parameter_names
@@ -106,9 +106,9 @@ def test_names_values_outputs_and_gradients_are_pefts(name):
 
 
 def test_files_go_both_ways(name, tmp_path):
-    ours = adapted(graft, name)
+    ours = on_stacks(graft, name)
     ours.save_pretrained(tmp_path / "ours")
-    adapted(peft, name).save_pretrained(tmp_path / "theirs")
+    on_stacks(peft, name).save_pretrained(tmp_path / "theirs")
     a, b = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     expected = logits(ours)
@@ -119,7 +119,7 @@ def test_files_go_both_ways(name, tmp_path):
 
 @torch.no_grad()
 def test_merging_disabling_and_unloading(name):
-    model, plain = adapted(graft, name), base(name)
+    model, plain = on_stacks(graft, name), base(name)
     expected, before = logits(model), {n: p.clone() for n, p in plain.named_parameters()}
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(plain))
@@ -137,7 +137,7 @@ def test_merging_disabling_and_unloading(name):
 @FUSED_EXPERTS
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
 def test_every_implementation_of_experts_sees_the_sum(how):
-    model = adapted(graft, "mixtral")
+    model = on_stacks(graft, "mixtral")
     model.get_base_model().set_experts_implementation(how)
     expected = logits(copy.deepcopy(model).merge_and_unload())
     assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
@@ -157,14 +157,14 @@ def test_only_experts_in_use_cost_anything(monkeypatch):
 
     monkeypatch.setattr(Summed, "materialize", lambda self: pytest.fail("formed the whole stack"))
     for name, how in (("mixtral", "eager"), ("mixtral", "grouped_mm"), ("gpt_oss", "eager"), ("llama4", "eager")):
-        model = adapted(graft, name)
+        model = on_stacks(graft, name)
         if name != "llama4":
             model.get_base_model().set_experts_implementation(how)
         model(IDS, labels=IDS).loss.backward()
 
 
 def test_half_precision_comes_back_bit_for_bit(name):
-    model = adapted(graft, name, model=base(name).bfloat16())
+    model = on_stacks(graft, name, model=base(name).bfloat16())
     before = {n: p.clone() for n, p in model.named_parameters()}
     assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
     expected = logits(model)
@@ -182,7 +182,7 @@ def test_half_precision_comes_back_bit_for_bit(name):
 )
 @FUSED_EXPERTS
 def test_adapters_on_different_parameters_stand_beside_each_other(tmp_path):
-    model = adapted(graft, "mixtral", target_parameters=BOTH[:1], target_modules=None)
+    model = on_stacks(graft, "mixtral", target_parameters=BOTH[:1], target_modules=None)
     alone = {"default": logits(model)}
     with seeded(2):
         model.add_adapter("b", graft.LoraConfig(r=3, target_parameters=BOTH[1:], init_lora_weights=False))
@@ -217,7 +217,7 @@ def test_adapters_on_different_parameters_stand_beside_each_other(tmp_path):
 @FUSED_EXPERTS
 def test_rank_pattern_names_parameters():
     config = dict(rank_pattern={"experts.down_proj": 5}, alpha_pattern={"experts.down_proj": 10})
-    ours, theirs = (adapted(lib, "mixtral", **config).state_dict() for lib in (graft, peft))
+    ours, theirs = (on_stacks(lib, "mixtral", **config).state_dict() for lib in (graft, peft))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
@@ -229,7 +229,7 @@ def test_rank_pattern_names_parameters():
 @FUSED_EXPERTS
 def test_dropout_takes_the_same_inputs_out_of_all_rows():
     """PEFT refuses dropout here. The module reads a weight, so that rows cannot drop inputs of their own."""
-    model = adapted(graft, "mixtral", lora_dropout=0.5, target_modules=None)
+    model = on_stacks(graft, "mixtral", lora_dropout=0.5, target_modules=None)
     expected = logits(model)
     model.train()
     draws = []
@@ -250,7 +250,7 @@ def test_dropout_takes_the_same_inputs_out_of_all_rows():
 
 
 def test_gradient_checkpointing_and_compiling():
-    model = adapted(graft, "gpt_oss")
+    model = on_stacks(graft, "gpt_oss")
     model.train()
 
     def gradients():
@@ -339,7 +339,7 @@ def test_biases_below_a_module_whose_parameters_are_targets(bias, tmp_path):
 def test_biases_of_experts_are_pefts():
     """`gate_up_proj_bias` and its like are parameters of another name."""
     ours, theirs = (
-        {n for n, p in adapted(lib, "gpt_oss", bias="all").named_parameters() if p.requires_grad}
+        {n for n, p in on_stacks(lib, "gpt_oss", bias="all").named_parameters() if p.requires_grad}
         for lib in (graft, peft)
     )
     assert ours == theirs and any(n.endswith("router.bias") for n in ours)
@@ -480,13 +480,13 @@ def test_other_options_are_pefts(config):
 @FUSED_EXPERTS
 def test_exclusions_and_layers_apply_to_parameters():
     """PEFT ignores both for parameters."""
-    model = adapted(graft, "mixtral", exclude_modules=[BOTH[1]], layers_to_transform=[1])
+    model = on_stacks(graft, "mixtral", exclude_modules=[BOTH[1]], layers_to_transform=[1])
     assert model.base_model.targeted_parameter_names == ["model.layers.1.mlp.experts.gate_up_proj"]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_rows_with_different_adapters_are_refused_where_the_module_does_not_say_whose_tokens_it_gets():
-    model = adapted(graft, "llama4")
+    model = on_stacks(graft, "llama4")
     expected = logits(model)
     with pytest.raises(RoutingError, match="does not support mixed adapter batches"):
         model(IDS, adapter_names=["default", "__base__"])
@@ -598,7 +598,7 @@ def test_peft_refuses_combinations():
 @FUSED_EXPERTS
 def test_what_matches_nothing_is_said():
     with pytest.warns(graft.PeftWarning, match="target_parameters entry 'gate_up' matched nothing"):
-        adapted(graft, "mixtral", target_parameters=["gate_up", BOTH[1]])
+        on_stacks(graft, "mixtral", target_parameters=["gate_up", BOTH[1]])
 
 
 # experts of old names

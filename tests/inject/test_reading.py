@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, FalconMambaConfig, JambaConfig, MambaCo
 import graft
 from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.inject.survey import SETS_UP, Source, Use, uses_of
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 MODELS = Path(transformers.__file__).parent / "models"
 READ = re.compile(r"self\.[\w.\[\]]+\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size)\b)")
@@ -87,11 +87,9 @@ def output(model, name):
     return model(IDS).logits
 
 
-def adapted(name, target, **options):
-    model = base(name)
-    with seeded(1):
-        config = graft.LoraConfig(r=2, lora_alpha=8, target_modules=[target], init_lora_weights=False, **options)
-        return graft.get_peft_model(model, config).eval()
+def with_target(name, target, **options):
+    config = graft.LoraConfig(r=2, lora_alpha=8, target_modules=[target], init_lora_weights=False, **options)
+    return adapted(base(name), config, scale=0)
 
 
 @pytest.mark.differs(
@@ -107,7 +105,7 @@ def adapted(name, target, **options):
 )
 @pytest.mark.parametrize("name, target", MIXERS + OTHERS)
 def test_forward_is_merged_and_all_gets_gradients(name, target):
-    model = adapted(name, target)
+    model = with_target(name, target)
     plain, out = output(base(name), name), output(model, name)
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
@@ -128,7 +126,7 @@ def kernel(x, conv, conv_bias, x_proj, dt_proj, out_proj, out_bias, *args, **kwa
 def test_a_kernel_gets_the_adapted_weights(name, target, monkeypatch):
     modeling = getattr(transformers.models, name)
     monkeypatch.setattr(getattr(modeling, f"modeling_{name}"), "mamba_inner_fn", kernel)
-    model = adapted(name, target, use_dora=True)
+    model = with_target(name, target, use_dora=True)
     model.config.use_cache = False
     model.train()
     plain, out = output(base(name).train(), name), output(model, name)
@@ -180,14 +178,14 @@ def test_the_kernel_of_mamba_2_gets_the_adapted_weight(name, monkeypatch):
 def test_what_has_no_weight_to_give_out_is_refused():
     invoked = dict(task_type="CAUSAL_LM", alora_invocation_tokens=[3])
     with pytest.raises(UnsupportedLayerError, match=r"dt_proj.*default"):
-        adapted("mamba", "dt_proj", **invoked)
-    model = adapted("jamba", "dt_proj", **invoked)  # is called where the model is quantized
+        with_target("mamba", "dt_proj", **invoked)
+    model = with_target("jamba", "dt_proj", **invoked)  # is called where the model is quantized
     with pytest.raises(UnsupportedLayerError, match=r"dt_proj.*default"):
         model(IDS % 6)
 
 
 def test_rows_of_a_mixed_batch_are_refused_where_the_weight_is_read():
-    model = adapted("mamba", "dt_proj")
+    model = with_target("mamba", "dt_proj")
     assert_close(model(IDS, adapter_names=["default"] * 2).logits, model(IDS).logits)
     with pytest.raises(RoutingError, match="dt_proj"):
         model(IDS, adapter_names=["default", "__base__"])

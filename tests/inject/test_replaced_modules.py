@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 import graft
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 X = torch.linspace(-1, 1, 420).view(70, 6)  # enough rows for every short cut
 
@@ -24,15 +24,8 @@ def config(**options):
     return graft.LoraConfig(r=2, target_modules=["0", "2"], **options)
 
 
-def adapted(*names, **options):
-    with seeded(0):
-        model = graft.get_peft_model(net(), config(**options), names[0])
-        for name in names[1:]:
-            model.add_adapter(name, config(**options))
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.data.normal_()
-    return model
+def net_with(*names, **options):
+    return adapted(net(), dict.fromkeys(names, config(**options)), seed=0, scale=1)
 
 
 class Other(nn.Linear):
@@ -55,7 +48,7 @@ def keys(model, name="X"):
 
 
 def test_replaced_modules_are_saved(tmp_path):
-    model = adapted("X")
+    model = net_with("X")
     swap(model)
     y = model(X)
     layer = model.base_model.model[0]
@@ -65,7 +58,7 @@ def test_replaced_modules_are_saved(tmp_path):
 
 
 def test_replaced_modules_are_loaded_into():
-    model = adapted("X")
+    model = net_with("X")
     state = {k: v.clone() for k, v in keys(model).items()}
     y = model(X)
     swap(model)
@@ -77,7 +70,7 @@ def test_replaced_modules_are_loaded_into():
 
 @pytest.mark.parametrize("before", [True, False])
 def test_replaced_modules_train_and_freeze(before):
-    model = adapted("X", "Y")
+    model = net_with("X", "Y")
     if before:  # where the parameters stand has been looked up by then
         model.set_adapter("Y"), model.set_adapter("X")
     swap(model)
@@ -91,7 +84,7 @@ def test_replaced_modules_train_and_freeze(before):
 
 
 def test_replaced_modules_merge():
-    model = adapted("X")
+    model = net_with("X")
     swap(model)
     y = model(X)
     model.merge_adapter()
@@ -118,7 +111,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_changed_module_computes_saves_and_trains(change, dora):
-    model = adapted("X", "Y", use_dora=dora)
+    model = net_with("X", "Y", use_dora=dora)
     model.set_adapter("Y"), model.set_adapter("X")
     part = model.base_model.model[0].lora_A["X"]
     before = {n: p for n, p in part.named_parameters()}

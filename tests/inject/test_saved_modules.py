@@ -11,8 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from tests import models
-from tests.conformance.samples import disturb
-from tests.models import seeded
+from tests.models import disturb, seeded
 
 BASE, FEW, MANY = 3, 2, 5  # labels of the base, of "default", of "many"
 
@@ -26,7 +25,7 @@ def head(n):
         return nn.Linear(24, n)
 
 
-def adapted(**options):
+def two_heads(**options):
     """BERT with an adapter of 2 labels and one of 5."""
     with seeded(1):
         model = graft.get_peft_model(models.make("bert-seq"), config(), heads={"classifier": head(FEW)}, **options)
@@ -44,14 +43,14 @@ def number_of_labels(model):
 
 
 def test_it_is_the_class_of_its_task():
-    assert type(adapted()) is graft.PeftModelForSequenceClassification
+    assert type(two_heads()) is graft.PeftModelForSequenceClassification
 
 
 # switching
 
 
 def test_the_head_switches_with_the_adapter():
-    model = adapted()
+    model = two_heads()
     for name, n in (("default", FEW), ("many", MANY), ("default", FEW)):
         model.set_adapter(name)
         assert number_of_labels(model) == (n, n)
@@ -75,14 +74,14 @@ def test_the_head_switches_with_the_adapter():
     ids=["set", "set list", "disable", "disable on the model", "enable", "delete"],
 )
 def test_the_head_switches_through_the_tuner_as_well(switch, labels):
-    model = adapted()
+    model = two_heads()
     switch(model)
     assert number_of_labels(model) == (labels, labels)
     assert model(**batch(labels=[0, 1, 1, 0])).loss.isfinite()
 
 
 def test_the_loss_is_that_of_the_active_head():
-    model = adapted()
+    model = two_heads()
     for name, labels in (("default", [1, 0, 1, 1]), ("many", [4, 0, 3, 2])):
         model.set_adapter(name)
         out = model(**batch(labels=labels))
@@ -95,7 +94,7 @@ def test_the_loss_is_that_of_the_active_head():
 
 
 def test_a_regression_beside_a_classification():
-    model = adapted()
+    model = two_heads()
     model(**batch(labels=[1, 0, 1, 1]))  # transformers decides on the kind of loss in the first call
     model.add_adapter("degree", config(), heads={"classifier": head(1)})
     model.set_adapter("degree")
@@ -120,7 +119,7 @@ def test_names_of_labels_follow_the_head():
 
 
 def test_only_the_active_copy_trains():
-    model = adapted().train()
+    model = two_heads().train()
     classifier = model.get_base_model().classifier
     for name, other in (("default", "many"), ("many", "default")):
         model.set_adapter(name)
@@ -133,7 +132,7 @@ def test_only_the_active_copy_trains():
 
 
 def test_only_one_copy_can_be_active():
-    model = adapted()
+    model = two_heads()
     with pytest.raises(ValueError, match=r"Only one adapter can be set at a time for ModulesToSaveWrapper.*classifier"):
         model.base_model.set_adapter(["default", "many"])
     assert model.active_adapters == ["default"] and number_of_labels(model) == (FEW, FEW)
@@ -189,7 +188,7 @@ def test_heads_that_fit_nothing_are_refused_and_nothing_changes(heads, text):
     with pytest.raises(graft.ConfigError, match=text):
         graft.get_peft_model(base, config(), heads=heads)
     assert base.state_dict().keys() == names and all(p.requires_grad for p in base.parameters())
-    model = adapted()
+    model = two_heads()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(graft.ConfigError, match=text):
         model.add_adapter("third", config(), heads=heads)
@@ -199,7 +198,7 @@ def test_heads_that_fit_nothing_are_refused_and_nothing_changes(heads, text):
 
 def test_a_head_is_of_one_adapter():
     """Else it would train with another, or with the base."""
-    model = adapted()
+    model = two_heads()
     wrapper = model.get_base_model().classifier
     for held in (wrapper.original_module, wrapper.modules_to_save["many"], nn.Sequential(wrapper.original_module)):
         with pytest.raises(graft.ConfigError, match=r"heads\['classifier'\] is in the model already.*give a copy"):
@@ -225,7 +224,7 @@ NAMES = ["many", "default", "__base__", "many"]
 
 
 def test_rows_of_narrower_heads_are_padded():
-    model = adapted()
+    model = two_heads()
     logits = model(**batch(), adapter_names=NAMES).logits
     assert logits.shape == (4, MANY)
     for i, (name, n) in enumerate(zip(NAMES, (MANY, FEW, BASE, MANY))):
@@ -241,7 +240,7 @@ def test_rows_of_narrower_heads_are_padded():
 
 
 def test_a_mixed_batch_leaves_the_number_of_labels():
-    model = adapted()
+    model = two_heads()
     model(**batch(), adapter_names=NAMES)
     assert number_of_labels(model) == (FEW, FEW)
     with pytest.raises(graft.RoutingError):
@@ -252,7 +251,7 @@ def test_a_mixed_batch_leaves_the_number_of_labels():
 
 
 def test_training_both_heads_in_one_batch():
-    model = adapted().train()
+    model = two_heads().train()
     model.set_requires_grad(["default", "many"])
     labels = [4, 1, 0, 2]
     names = ["many", "default", "default", "many"]
@@ -276,7 +275,7 @@ def test_training_both_heads_in_one_batch():
 
 
 def test_heads_are_saved_and_loaded_with_their_adapters(tmp_path):
-    model = adapted()
+    model = two_heads()
     model.save_pretrained(tmp_path)
     loaded = graft.PeftModel.from_pretrained(models.make("bert-seq"), tmp_path)
     report = loaded.load_adapter(tmp_path / "many", "many")
@@ -294,7 +293,7 @@ def test_heads_are_saved_and_loaded_with_their_adapters(tmp_path):
 
 
 def test_the_larger_head_first(tmp_path):
-    model = adapted()
+    model = two_heads()
     model.save_pretrained(tmp_path)
     loaded = graft.PeftModel.from_pretrained(models.make("bert-seq"), tmp_path / "many", "many")
     loaded.load_adapter(tmp_path, "default")
@@ -304,7 +303,7 @@ def test_the_larger_head_first(tmp_path):
 
 
 def test_loading_on_a_base_whose_labels_already_fit(tmp_path):
-    adapted().save_pretrained(tmp_path, selected_adapters=["many"])
+    two_heads().save_pretrained(tmp_path, selected_adapters=["many"])
     base = models.make("bert-seq")
     base.classifier, base.num_labels, base.config.num_labels = head(MANY), MANY, MANY
     loaded = graft.PeftModel.from_pretrained(base, tmp_path / "many")
@@ -312,8 +311,8 @@ def test_loading_on_a_base_whose_labels_already_fit(tmp_path):
 
 
 def test_loading_other_labels_into_an_existing_adapter_is_refused(tmp_path):
-    adapted().save_pretrained(tmp_path)
-    model = adapted()
+    two_heads().save_pretrained(tmp_path)
+    model = two_heads()
     before = model(**batch()).logits
     with pytest.raises(graft.AdapterKeyError, match=r"size mismatch for .*classifier"):
         model.load_adapter(tmp_path / "many", "default")
@@ -324,7 +323,7 @@ def test_loading_other_labels_into_an_existing_adapter_is_refused(tmp_path):
 
 
 def test_deleting_takes_the_head_along():
-    model = adapted()
+    model = two_heads()
     model.delete_adapter("default")
     wrapper = model.get_base_model().classifier
     assert list(wrapper.modules_to_save) == ["many"] and model.active_adapters == ["many"]
@@ -337,7 +336,7 @@ def test_deleting_takes_the_head_along():
 @pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
 @pytest.mark.parametrize("name, n", [("default", FEW), ("many", MANY)])
 def test_unloading_takes_the_active_copy(how, name, n):
-    model = adapted()
+    model = two_heads()
     model.set_adapter(name)
     expected, own = model(**batch()).logits, model.get_base_model().classifier.modules_to_save[name]
     plain = getattr(model, how)()
@@ -349,7 +348,7 @@ def test_unloading_takes_the_active_copy(how, name, n):
 
 
 def test_a_copy_keeps_its_heads():
-    model = adapted()
+    model = two_heads()
     other = copy.deepcopy(model)
     other.set_adapter("many")
     assert number_of_labels(other) == (MANY, MANY) and number_of_labels(model) == (FEW, FEW)

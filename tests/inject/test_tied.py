@@ -14,9 +14,8 @@ from torch.testing import assert_close
 import graft
 from graft.inject.targets import weight_of
 from tests import models
-from tests.conformance.samples import adapted, disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 
 IDS = torch.tensor([[1, 2, 5], [4, 4, 0]])
 

@@ -20,9 +20,8 @@ import graft
 import graft.io.files
 from graft.io.fingerprint import KEY
 from tests import models
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 
 CONFIG, TENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 X = models.inputs("mlp")["x"]
@@ -32,15 +31,11 @@ def config(**options):
     return graft.LoraConfig(**{"target_modules": ["lin0", "fc1"], "r": 2, "lora_alpha": 6, **options})
 
 
-def adapted(*names, base=None, number=1, **options):
+def mlp_with(*names, base=None, number=1, **options):
     """A model with disturbed adapters of these names."""
-    with seeded(number):
-        model = models.make("mlp") if base is None else base
-        model = graft.get_peft_model(model, config(**options), (names or ("default",))[0])
-        for name in names[1:]:
-            model.add_adapter(name, config(**options))
-    disturb(model, 0.3 * number)
-    return model.eval()
+    base = models.make("mlp") if base is None else base
+    configs = dict.fromkeys(names or ["default"], config(**options))
+    return adapted(base, configs, seed=number, scale=0.3 * number)
 
 
 def load(folder, name="default", base=None, **options):
@@ -73,7 +68,7 @@ def write(folder, tensors, metadata=None):
 
 @pytest.fixture
 def saved(tmp_path):
-    adapted().save_pretrained(tmp_path)
+    mlp_with().save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -89,7 +84,7 @@ def quiet():
 
 
 def test_what_is_written(tmp_path):
-    model = adapted("default", "other")
+    model = mlp_with("default", "other")
     model.save_pretrained(tmp_path)
     names = {CONFIG, TENSORS, "README.md"}
     assert set(files(tmp_path)) == names | {f"other/{name}" for name in names - {"README.md"}}
@@ -104,7 +99,7 @@ def test_what_is_written(tmp_path):
 
 
 def test_selected_adapters_and_sub_folders(tmp_path):
-    model = adapted("first", "second")
+    model = mlp_with("first", "second")
     model.save_pretrained(tmp_path, selected_adapters=["second"])
     assert set(files(tmp_path)) == {"README.md", f"second/{CONFIG}", f"second/{TENSORS}"}
     model.set_adapter("second")
@@ -117,7 +112,7 @@ def test_selected_adapters_and_sub_folders(tmp_path):
 
 
 def test_only_the_main_process_writes(tmp_path):
-    adapted().save_pretrained(tmp_path / "none", is_main_process=False)
+    mlp_with().save_pretrained(tmp_path / "none", is_main_process=False)
     assert not (tmp_path / "none").exists()
 
 
@@ -142,7 +137,7 @@ def fail_at(monkeypatch, number):
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_save_that_fails_at_a_rename_leaves_the_old_files(saved, monkeypatch, number):
     before, expected = files(saved), load(saved)(X)
-    other = adapted(number=2, r=3)
+    other = mlp_with(number=2, r=3)
     with monkeypatch.context() as patch:
         fail_at(patch, number)
         with pytest.raises(Failure):
@@ -153,7 +148,7 @@ def test_a_save_that_fails_at_a_rename_leaves_the_old_files(saved, monkeypatch, 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_a_save_that_fails_while_writing_tensors_leaves_the_old_files(tmp_path, monkeypatch, safe):
-    adapted().save_pretrained(tmp_path, safe_serialization=safe)
+    mlp_with().save_pretrained(tmp_path, safe_serialization=safe)
     before = files(tmp_path)
 
     def half(first, second, *_):
@@ -164,7 +159,7 @@ def test_a_save_that_fails_while_writing_tensors_leaves_the_old_files(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(*((graft.io.files, "write_safetensors") if safe else (torch, "save")), half)
         with pytest.raises(Failure):
-            adapted(number=2, r=3).save_pretrained(tmp_path, safe_serialization=safe)
+            mlp_with(number=2, r=3).save_pretrained(tmp_path, safe_serialization=safe)
     assert files(tmp_path) == before
 
 
@@ -177,12 +172,12 @@ def test_a_save_that_fails_while_writing_the_config_leaves_the_old_files(saved, 
     with monkeypatch.context() as patch:
         patch.setattr(json, "dumps", fail)
         with pytest.raises(Failure):
-            adapted(number=2, r=3).save_pretrained(saved)
+            mlp_with(number=2, r=3).save_pretrained(saved)
     assert files(saved) == before
 
 
 def test_a_model_card_that_fails_does_not_fail_the_save(saved, monkeypatch):
-    model = adapted(number=2, r=3)
+    model = mlp_with(number=2, r=3)
     (saved / "README.md").write_text("# Mine\n")  # which gets more text
     with monkeypatch.context() as patch:
         done = fail_at(patch, 3)
@@ -207,7 +202,7 @@ def test_a_model_card_that_stays_the_same_is_not_written(saved, monkeypatch):
     why="a loader prefers one of the two",
 )
 def test_the_files_of_the_other_format_go(tmp_path):
-    first, second = adapted(), adapted(number=2)
+    first, second = mlp_with(), mlp_with(number=2)
     first.save_pretrained(tmp_path, safe_serialization=False)
     assert BIN in files(tmp_path) and TENSORS not in files(tmp_path)
     assert torch.equal(load(tmp_path)(X), first(X))
@@ -253,12 +248,12 @@ def test_saving_never_asks_the_network(tmp_path, monkeypatch):
 def test_a_model_card_keeps_its_text(saved):
     card = saved / "README.md"
     card.write_text(card.read_text() + "\nMy own words.\n")
-    adapted().save_pretrained(saved)
+    mlp_with().save_pretrained(saved)
     assert card.read_text().count("My own words.") == 1 and card.read_text().count("### Framework versions") == 1
 
 
 def test_tensors_that_share_memory_are_written_apart(tmp_path):
-    model = adapted()
+    model = mlp_with()
     one, two = (layers(model)[f"layers.{i}.fc1"].lora_A["default"] for i in (0, 1))
     one.weight = two.weight
     model.save_pretrained(tmp_path)
@@ -267,7 +262,7 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path):
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_saving_while_merged_saves_the_adapter_once(tmp_path, bias):
-    model = adapted(bias=bias, lora_bias=True, target_modules=["fc1"])
+    model = mlp_with(bias=bias, lora_bias=True, target_modules=["fc1"])
     expected = model(X)
     model.merge_adapter()
     model.save_pretrained(tmp_path)
@@ -296,7 +291,7 @@ def test_saving_while_an_embedding_is_merged_saves_the_adapter_once(tmp_path):
 
 @pytest.mark.parametrize("name", ["0", "1", "mlp", "layers", "fc1", "lora_A", "weight", "default_0", "a b", "ß"])
 def test_an_adapter_may_be_called_as_a_part_of_the_model(name, tmp_path):
-    model = adapted("default", name)
+    model = mlp_with("default", name)
     model.save_pretrained(tmp_path)
     for adapter, folder in (("default", tmp_path), (name, tmp_path / name)):
         with safe_open(folder / TENSORS, "pt") as f:
@@ -334,10 +329,10 @@ def test_a_folder_that_is_not_there(tmp_path):
         with pytest.raises(graft.CheckpointError, match=r"Can't find 'adapter_config.json'"):
             load(missing)
     for name in "ab":
-        adapted().save_pretrained(tmp_path / name)
+        mlp_with().save_pretrained(tmp_path / name)
     with pytest.raises(graft.CheckpointError, match=r"adapters in the folders \['a', 'b'\], give one of them"):
         load(tmp_path)
-    adapted().peft_config["default"].save_pretrained(tmp_path)
+    mlp_with().peft_config["default"].save_pretrained(tmp_path)
     with pytest.raises(graft.CheckpointError, match=r"Can't find weights for.*adapter_model.safetensors"):
         load(tmp_path)
 
@@ -408,7 +403,7 @@ def test_config_keys_of_newer_versions_are_named_and_left_out(saved):
     (saved / CONFIG).write_text(json.dumps({**values, "foo": 1, "bar": [2]}))
     with pytest.warns(UserWarning, match=r"\['bar', 'foo'\] for class LoraConfig.*newer version"):
         loaded = load(saved)
-    assert torch.equal(loaded(X), adapted()(X)) and not hasattr(loaded.peft_config["default"], "foo")
+    assert torch.equal(loaded(X), mlp_with()(X)) and not hasattr(loaded.peft_config["default"], "foo")
 
 
 @pytest.mark.parametrize(
@@ -426,7 +421,7 @@ def test_config_keys_of_newer_versions_are_named_and_left_out(saved):
 def test_a_config_that_does_not_fit(saved, changes, error, text):
     values = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**values, **changes}))
-    base, model = models.make("mlp"), adapted("mine")
+    base, model = models.make("mlp"), mlp_with("mine")
     before = snapshot(base), snapshot(model)
     with pytest.raises(error, match=text):
         load(saved, base=base)
@@ -470,7 +465,7 @@ SPOILT = {
 def test_keys_that_do_not_fit_are_named_and_nothing_changes(saved, kind):
     change, text = SPOILT[kind]
     spoil(saved, change)
-    base, model = models.make("mlp"), adapted("mine", number=2)
+    base, model = models.make("mlp"), mlp_with("mine", number=2)
     before = snapshot(base), snapshot(model)
     with pytest.raises(graft.AdapterKeyError, match=text):
         load(saved, base=base)
@@ -484,14 +479,14 @@ def test_keys_that_do_not_fit_are_named_and_nothing_changes(saved, kind):
 def test_without_strict_what_fits_is_loaded_and_the_rest_reported(saved):
     spoil(saved, SPOILT["missing"][0])
     spoil(saved, SPOILT["unexpected"][0])
-    model = adapted("mine", number=2)
+    model = mlp_with("mine", number=2)
     with pytest.warns(UserWarning, match=r"missing adapter keys.*lin0.*fit nothing.*lin7"):
         report = model.load_adapter(saved, "new", strict=False)
     assert report.missing_keys == [in_memory("new")] and report.unexpected_keys == [
         "base_model.model.lin7.lora_A.weight"
     ]
     assert len(report.loaded) == 7 and (report.missing_keys, report.unexpected_keys) == tuple(report)
-    layer, source = layers(model)["lin0"], layers(adapted())["lin0"]
+    layer, source = layers(model)["lin0"], layers(mlp_with())["lin0"]
     assert torch.equal(layer.lora_A["new"].weight, source.lora_A["default"].weight)
     assert not layer.lora_B["new"].weight.any(), "as initialised"
     assert not any(t.is_meta for t in model.state_dict().values())
@@ -499,7 +494,7 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_reported(saved):
 
 def test_without_strict_an_existing_adapter_keeps_what_is_missing(saved):
     spoil(saved, SPOILT["missing"][0])
-    model = adapted("mine", number=2)
+    model = mlp_with("mine", number=2)
     kept = layers(model)["lin0"].lora_B["mine"].weight.clone()
     with pytest.warns(UserWarning, match="missing adapter keys"):
         model.load_adapter(saved, "mine", strict=False)
@@ -508,7 +503,7 @@ def test_without_strict_an_existing_adapter_keeps_what_is_missing(saved):
 
 def test_mismatched_sizes_are_left_out_on_demand(saved):
     spoil(saved, SPOILT["shape"][0])
-    model = adapted("mine")
+    model = mlp_with("mine")
     with pytest.raises(graft.AdapterKeyError, match="size mismatch"):
         model.load_adapter(saved, "new", strict=False)
     with pytest.warns(UserWarning, match=r"ignore_mismatched_sizes=True.*lin0"):
@@ -524,13 +519,13 @@ def test_renaming_keys(saved):
     spoil(saved, rename)
     with pytest.raises(graft.AdapterKeyError, match="old_name"):
         load(saved)
-    assert torch.equal(load(saved, key_mapping={"^old_name": "lin0"})(X), adapted()(X))
+    assert torch.equal(load(saved, key_mapping={"^old_name": "lin0"})(X), mlp_with()(X))
     base = models.make("mlp")
     base._checkpoint_conversion_mapping = {"^old_name": "lin0"}
-    assert torch.equal(load(saved, base=base)(X), adapted()(X)), "by default the model's own"
-    model = adapted("mine", number=2)
+    assert torch.equal(load(saved, base=base)(X), mlp_with()(X)), "by default the model's own"
+    model = mlp_with("mine", number=2)
     model.load_adapter(saved, "mine", key_mapping={"^old_n[a-z]*": "lin0", "lin0": "lin1"})
-    assert torch.equal(model(X), adapted()(X)), "the first that fits, once"
+    assert torch.equal(model(X), mlp_with()(X)), "the first that fits, once"
     renamed = graft.load_peft_weights(saved, key_mapping={"^old_name": "lin0"})
     assert LEFT in renamed and len(renamed) == 8
 
@@ -541,23 +536,23 @@ def test_keys_without_the_prefix_of_a_wrapper(saved):
             tensors[key.removeprefix("base_model.model.")] = tensors.pop(key)
 
     spoil(saved, bare)
-    assert torch.equal(load(saved)(X), adapted()(X))
+    assert torch.equal(load(saved)(X), mlp_with()(X))
 
 
 # loading into what is there
 
 
 def test_loading_into_an_existing_adapter_copies_in_place(saved):
-    model = adapted("mine", number=2).train()
+    model = mlp_with("mine", number=2).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
     model.load_adapter(saved, "mine", is_trainable=True)
     assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
     model.eval()
-    assert torch.equal(model(X), adapted()(X))
+    assert torch.equal(model(X), mlp_with()(X))
     model(X).sum().backward()
     optimizer.step()
-    assert (model(X) - adapted()(X)).abs().max() > 1e-3, "the optimizer still holds them"
+    assert (model(X) - mlp_with()(X)).abs().max() > 1e-3, "the optimizer still holds them"
 
 
 def test_a_loaded_adapter_trains_if_asked_to(saved):
@@ -566,12 +561,12 @@ def test_a_loaded_adapter_trains_if_asked_to(saved):
     assert {n for n, p in training.named_parameters() if p.requires_grad} == {
         n for n, _ in training.named_parameters() if "lora_" in n
     }
-    model = adapted("mine")
+    model = mlp_with("mine")
     model.load_adapter(saved, "new", is_trainable=True)
     assert model.active_adapters == ["mine"]
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n), "it trains, active or not"
     model.set_adapter("new")
-    assert torch.equal(model(X), adapted()(X))
+    assert torch.equal(model(X), mlp_with()(X))
 
 
 def test_a_checkpoint_of_another_method(saved):
@@ -596,7 +591,7 @@ def test_a_config_of_ones_own(saved):
 def test_nothing_stays_on_meta(saved, light):
     loaded = load(saved, low_cpu_mem_usage=light)
     assert not any(t.is_meta for t in loaded.state_dict().values())
-    assert torch.equal(loaded(X), adapted()(X))
+    assert torch.equal(loaded(X), mlp_with()(X))
 
 
 @pytest.mark.parametrize("dtype, upcast", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float64, True)])
@@ -608,7 +603,7 @@ def test_dtypes_of_a_loaded_adapter(saved, dtype, upcast):
 
 
 def test_a_cancelled_load_leaves_the_model(saved, monkeypatch):
-    model = adapted("mine")
+    model = mlp_with("mine")
     before = snapshot(model)
 
     def interrupt(*_, **__):
@@ -637,7 +632,7 @@ def test_a_cancelled_load_leaves_the_model(saved, monkeypatch):
 def test_the_base_it_was_trained_on(saved, quiet):
     for base in (models.make("mlp"), models.make("mlp").bfloat16(), models.make("mlp").double()):
         load(saved, base=base)
-    adapted("mine").load_adapter(saved, "new")
+    mlp_with("mine").load_adapter(saved, "new")
 
 
 def test_the_base_in_half_precision_is_the_same_base(saved, quiet):
@@ -646,11 +641,11 @@ def test_the_base_in_half_precision_is_the_same_base(saved, quiet):
 
 @pytest.mark.parametrize("when", ["saving", "loading"])
 def test_a_merged_adapter_does_not_make_it_another_base(tmp_path, quiet, when):
-    model = adapted("default", "other")
+    model = mlp_with("default", "other")
     if when == "saving":
         model.merge_adapter(["other"])
     model.save_pretrained(tmp_path, selected_adapters=["default"])
-    target = adapted("mine")
+    target = mlp_with("mine")
     if when == "loading":
         target.merge_adapter()
     target.load_adapter(tmp_path, "new")
@@ -714,7 +709,7 @@ def test_a_base_of_another_architecture_without_strict(saved, kind):
     assert any("another base model" in str(w.message) and w.category is graft.PeftWarning for w in seen)
     assert torch.equal(
         layers(loaded)["lin0"].lora_A["default"].weight,
-        layers(adapted())["lin0"].lora_A["default"].weight,
+        layers(mlp_with())["lin0"].lora_A["default"].weight,
     )
     assert loaded(X).isfinite().all()
 
@@ -722,12 +717,12 @@ def test_a_base_of_another_architecture_without_strict(saved, kind):
 def test_a_checkpoint_without_a_fingerprint_loads(saved, quiet):
     write(saved, safetensors.torch.load_file(saved / TENSORS))
     loaded = load(saved, base=other_weights())
-    held = [layers(model)["lin0"].lora_A["default"].weight for model in (loaded, adapted())]
+    held = [layers(model)["lin0"].lora_A["default"].weight for model in (loaded, mlp_with())]
     assert torch.equal(*held)
 
 
 def test_initialisations_that_change_the_base_do_not_compare_its_values(tmp_path, quiet):
-    model = adapted(init_lora_weights="pissa", target_modules=["fc1"])
+    model = mlp_with(init_lora_weights="pissa", target_modules=["fc1"])
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path)
     assert loaded(X).isfinite().all()
@@ -735,7 +730,7 @@ def test_initialisations_that_change_the_base_do_not_compare_its_values(tmp_path
 
 def test_a_large_model_keeps_a_digest_only(tmp_path, monkeypatch):
     monkeypatch.setattr("graft.io.fingerprint.MAX_NAMED", 2)
-    adapted().save_pretrained(tmp_path)
+    mlp_with().save_pretrained(tmp_path)
     with safe_open(tmp_path / TENSORS, "pt") as f:
         assert "weights" not in json.loads(f.metadata()[KEY])
     load(tmp_path)
@@ -773,7 +768,7 @@ def test_a_key_that_is_there_with_and_without_the_name_of_a_wrapper(saved):
 @pytest.mark.parametrize("read", ["model", "LoraConfig", "PeftConfig"])
 @pytest.mark.parametrize("field, hint", [("lora_dropuot", "Did you mean 'lora_dropout' for"), ("zzz", "newer version")])
 def test_an_unknown_field_of_a_config_gives_one_warning_with_what_it_may_mean(tmp_path, read, field, hint):
-    adapted().save_pretrained(tmp_path)
+    mlp_with().save_pretrained(tmp_path)
     fields = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(fields | {field: 0.3}))
     with warnings.catch_warnings(record=True) as record:

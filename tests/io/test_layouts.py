@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import graft
 from tests.covering import Case, law
-from tests.inject.test_parameters import SIZES, adapted, gpt_oss, llama4, logits, mixtral, qwen
+from tests.inject.test_parameters import SIZES, gpt_oss, llama4, logits, mixtral, on_stacks, qwen
 from tests.io import old_peft
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
@@ -58,7 +58,7 @@ def written(folder, make, targets, width, version, grouped=False, **fields):
     """Write the file that another release would have; return the logits that it had."""
     with seeded(0):
         base = resized(make, width)
-    model = adapted(graft, None, model=base, target_modules=[], target_parameters=targets)
+    model = on_stacks(graft, None, model=base, target_modules=[], target_parameters=targets)
     expected = logits(model)
     kept = {layer.site.key: layer for layer in layers(model).values()}
     model.save_pretrained(folder)

@@ -46,13 +46,13 @@ def base():
     return Net()
 
 
-def adapted(lib, **changes):
+def with_adalora(lib, **changes):
     torch.manual_seed(1)
     return lib.get_peft_model(base(), lib.AdaLoraConfig(**{**CONFIG, **changes}))
 
 
 def trained(lib, **changes):
-    model = adapted(lib, **changes)
+    model = with_adalora(lib, **changes)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     call = model.base_model if lib is peft else model  # PEFT adds its loss one level below
     losses = []
@@ -143,7 +143,7 @@ def step(model, optimizer, i=0):
     graft="a warning in any loop; `graft.train.adalora_callback` and `allocate_on_step` do it",
 )
 def test_a_forgotten_allocator_is_noticed_at_the_second_step():
-    model = adapted(graft)
+    model = with_adalora(graft)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     step(model, optimizer)
     with pytest.warns(graft.PeftWarning, match=r"update_and_allocate\(\)"):
@@ -151,7 +151,7 @@ def test_a_forgotten_allocator_is_noticed_at_the_second_step():
 
 
 def test_the_optimizer_hook_allocates_at_every_step(recwarn):
-    model = adapted(graft)
+    model = with_adalora(graft)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     handle = allocate_on_step(optimizer, model)
     for i in range(STEPS):
@@ -237,7 +237,7 @@ def test_trainer_resumes_and_loads_the_best_once_pruning_has_begun(tmp_path):
 
 
 def test_only_one_adapter_trains():
-    model = adapted(graft)
+    model = with_adalora(graft)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="supports only 1 trainable adapter"):
         model.add_adapter("b", graft.AdaLoraConfig(**CONFIG))
@@ -283,7 +283,7 @@ def test_a_target_above_the_start_is_said():
     graft="ValueError with the order of the calls",
 )
 def test_allocating_without_gradients_is_refused():
-    model = adapted(graft)
+    model = with_adalora(graft)
     with pytest.raises(ValueError, match=r"AdaLoRA adapter 'default' has no gradients.*before zero_grad\(\)"):
         model.base_model.update_and_allocate(0)
 
@@ -294,7 +294,7 @@ def test_allocating_without_gradients_is_refused():
     graft="prunes it first",
 )
 def test_a_layer_that_never_got_a_gradient_is_pruned_first():
-    model = adapted(graft, target_modules=["a", "b", "c"])
+    model = with_adalora(graft, target_modules=["a", "b", "c"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for i in range(STEPS):
         x, y = (d[i] for d in data())
@@ -351,11 +351,11 @@ def test_a_pruned_adapter_trains_on_after_loading(tmp_path):
 def test_a_pruned_checkpoint_goes_into_an_adapter_that_is_not_pruned_and_back(tmp_path):
     pruned, _ = trained(graft)
     pruned.save_pretrained(tmp_path / "pruned")
-    fresh = adapted(graft)
+    fresh = with_adalora(graft)
     fresh.save_pretrained(tmp_path / "fresh")
     parameters = dict(fresh.named_parameters())
     x = data()[0][0]
-    for where, source in (("pruned", pruned), ("fresh", adapted(graft)), ("pruned", pruned)):
+    for where, source in (("pruned", pruned), ("fresh", with_adalora(graft)), ("pruned", pruned)):
         fresh.load_adapter(tmp_path / where, "default", is_trainable=True)
         assert all(parameters[n] is p for n, p in fresh.named_parameters())  # an optimizer may hold them
         torch.testing.assert_close(fresh(x).logits, source(x).logits, atol=1e-5, rtol=1e-5)
@@ -391,7 +391,7 @@ def test_pruned_triples_leave_memory(tmp_path):
 
 
 def test_a_deleted_adapter_leaves_no_allocator():
-    model = adapted(graft)
+    model = with_adalora(graft)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     allocate_on_step(optimizer, model)
     step(model, optimizer)

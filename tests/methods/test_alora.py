@@ -13,10 +13,9 @@ import graft
 from graft.compat.peft.shims import calculate_alora_offsets
 from graft.methods.lora.alora import last
 from tests import models
-from tests.conformance.samples import disturb
 from tests.leaves_out import CHUNKS_OF_PADDED, WHOLE_GRAPHS
 from tests.looks import layers, registry_of
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 TOKENS = [11, 10]  # in the rows 0 and 1 of the batch
 CONFIG = dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -24,13 +23,10 @@ ALORA = {**CONFIG, "alora_invocation_tokens": TOKENS}
 QUIET = pytest.mark.filterwarnings("ignore:The invocation tokens")
 
 
-def adapted(checkpointing=None, **others):
+def with_alora(checkpointing=None, **others):
     """One aLoRA adapter, and beside it others by name."""
-    with seeded(1):
-        model = graft.get_peft_model(models.make("llama"), graft.LoraConfig(**ALORA))
-        for name, values in others.items():
-            model.add_adapter(name, graft.LoraConfig(**{**CONFIG, **values}))
-    disturb(model).eval()
+    configs = {"default": ALORA, **{name: {**CONFIG, **values} for name, values in others.items()}}
+    model = adapted(models.make("llama"), {name: graft.LoraConfig(**values) for name, values in configs.items()})
     if checkpointing is not None:
         models.checkpoint(model.train(), checkpointing)
         model.enable_input_require_grads()
@@ -88,7 +84,7 @@ def test_pefts_function_for_offsets():
 
 
 def test_what_stands_before_the_invocation_is_the_base_models():
-    model, inputs = adapted(), batch()
+    model, inputs = with_alora(), batch()
     with model.disable_adapter():
         base = logits(model, inputs)
     out = logits(model, inputs)
@@ -98,7 +94,7 @@ def test_what_stands_before_the_invocation_is_the_base_models():
 
 
 def test_the_part_is_that_of_lora_at_these_positions():
-    model, inputs = adapted(), batch()
+    model, inputs = with_alora(), batch()
     layer = layers(model)["model.layers.0.self_attn.q_proj"]
     x, seen = torch.randn(2, 8, layer.in_features), []
     hook = model.get_base_model().register_forward_pre_hook(lambda *_: seen.append(layer(x)))
@@ -113,7 +109,7 @@ def test_the_part_is_that_of_lora_at_these_positions():
 
 @pytest.mark.parametrize("left", [True, False])
 def test_padding(left):
-    model, inputs = adapted(), batch()
+    model, inputs = with_alora(), batch()
     expected, out = logits(model, inputs), logits(model, padded(inputs, 3, left))
     assert_close(out[:, 3:] if left else out[:, :8], expected, rtol=1e-4, atol=1e-4)
 
@@ -125,7 +121,7 @@ def test_padding(left):
     why="they are the base model's",
 )
 def test_rows_without_the_tokens_are_the_base_models_and_named():
-    model, inputs = adapted(), batch(3)
+    model, inputs = with_alora(), batch(3)
     inputs["input_ids"][1] = 20
     with pytest.warns(graft.PeftWarning, match=r"not in rows \[1\] of the input"):
         out = logits(model, inputs)
@@ -144,7 +140,7 @@ def logits_without(model, inputs):
 
 
 def test_offsets_that_the_caller_gives():
-    model, inputs = adapted(), batch()
+    model, inputs = with_alora(), batch()
     expected = logits(model, inputs)
     for given in ([7, 6], torch.tensor([7, 6])):
         assert torch.equal(logits(model, inputs, alora_offsets=given), expected)
@@ -167,7 +163,7 @@ def lora_of(model):
 
 
 def test_an_input_that_is_the_invocation_is_plain_lora():
-    model = adapted()
+    model = with_alora()
     ids = torch.tensor([[*TOKENS, 3, 4], [*TOKENS, 20, 9]])
     assert_close(logits(model, {"input_ids": ids}), logits(lora_of(model), {"input_ids": ids}))
 
@@ -177,7 +173,7 @@ def test_an_input_that_is_the_invocation_is_plain_lora():
 
 @QUIET
 def test_rows_with_adapters_of_their_own():
-    model = adapted(other={"alora_invocation_tokens": [15]}, plain={}, dora={"use_dora": True})
+    model = with_alora(other={"alora_invocation_tokens": [15]}, plain={}, dora={"use_dora": True})
     names = ["other", "plain", "default", "__base__", "dora", "default"]
     for used in (names, [n if n != "dora" else "other" for n in names]):
         inputs = batch(6)
@@ -204,7 +200,7 @@ def test_rows_with_adapters_of_their_own():
     graft="each its own",
 )
 def test_two_active_at_once_each_from_its_own_tokens():
-    model, inputs = adapted(other={"alora_invocation_tokens": [15]}), batch()
+    model, inputs = with_alora(other={"alora_invocation_tokens": [15]}), batch()
     inputs["input_ids"][:, 6] = 15
     model.base_model.set_adapter(["default", "other"])
     both = logits(model, inputs)
@@ -230,7 +226,7 @@ CASES = [
 )
 @pytest.mark.parametrize("how, left", CASES)
 def test_generation_with_a_cache_is_that_without(how, left):
-    model, inputs = adapted(), padded(batch(), left, True)
+    model, inputs = with_alora(), padded(batch(), left, True)
     options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
     if how == "samples":
         options |= dict(do_sample=True, num_return_sequences=2)
@@ -253,7 +249,7 @@ def test_generation_with_a_cache_is_that_without(how, left):
 
 
 def test_steps_of_the_callers_own_with_a_cache():
-    model, inputs = adapted(), batch()
+    model, inputs = with_alora(), batch()
     ids = inputs["input_ids"]
     expected = logits(model, {"input_ids": ids})
     first = model(input_ids=ids[:, :5], use_cache=True)
@@ -262,7 +258,7 @@ def test_steps_of_the_callers_own_with_a_cache():
 
 
 def test_generation_from_embeddings():
-    model, inputs = adapted(), batch()
+    model, inputs = with_alora(), batch()
     expected = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     options = dict(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=3, min_new_tokens=3)
@@ -280,7 +276,7 @@ def test_generation_from_embeddings():
 def test_beams_are_refused():
     from transformers import GenerationConfig
 
-    model, inputs = adapted(), batch()
+    model, inputs = with_alora(), batch()
     for options in (dict(num_beams=2), dict(generation_config=GenerationConfig(num_beams=2))):
         with pytest.raises(ValueError, match="Beam search not yet supported for aLoRA"):
             model.generate(**inputs, max_new_tokens=2, **options)
@@ -303,8 +299,8 @@ def gradients(model, inputs, **options):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("names", [None, ["default", "plain"]])
 def test_gradient_checkpointing(names, reentrant):
-    plain, inputs = adapted(plain={}).train(), batch()
-    model = adapted(reentrant, plain={})
+    plain, inputs = with_alora(plain={}).train(), batch()
+    model = with_alora(reentrant, plain={})
     for m in (plain, model):
         m.set_requires_grad(["default", "plain"])
     options = {} if names is None else {"adapter_names": names}
@@ -318,7 +314,7 @@ def test_gradient_checkpointing(names, reentrant):
 
 
 def test_two_forwards_and_one_backward_with_checkpointing_are_refused():
-    model, inputs = adapted(False), batch()
+    model, inputs = with_alora(False), batch()
     total = sum(model(**inputs).logits.sum() for _ in range(2))
     with pytest.raises(graft.RoutingError, match=r"invocations, gates.*backward\(\) after each"):
         total.backward()
@@ -328,7 +324,7 @@ def test_two_forwards_and_one_backward_with_checkpointing_are_refused():
 
 @QUIET
 def test_without_invocation_gradients_are_zero_and_there():
-    model = adapted().train()
+    model = with_alora().train()
     found = gradients(model, batch(invoked=False))
     assert found and all(not g.any() for g in found.values())
 
@@ -336,7 +332,7 @@ def test_without_invocation_gradients_are_zero_and_there():
 @WHOLE_GRAPHS
 def test_compiled():
     torch._dynamo.reset()
-    model, inputs = adapted(), batch()
+    model, inputs = with_alora(), batch()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for ids in (inputs, batch(2, invoked=False)):
         with warnings.catch_warnings():
@@ -378,7 +374,7 @@ def test_configs():
     ],
 )
 def test_offsets_that_are_none(given, error, text):
-    model, inputs = adapted(), batch()
+    model, inputs = with_alora(), batch()
     with pytest.raises(error, match=text):
         model(**inputs, alora_offsets=given)
     assert not registry_of(model).call.context
@@ -386,7 +382,7 @@ def test_offsets_that_are_none(given, error, text):
 
 
 def test_merging_is_refused():
-    model, inputs = adapted(plain={}), batch()
+    model, inputs = with_alora(plain={}), batch()
     expected = logits(model, inputs)
     with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
         model.merge_adapter()

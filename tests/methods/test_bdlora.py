@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 import graft
-from tests.models import nudged, seeded
+from tests.models import adapted, nudged, seeded
 
 LIBS = (graft, peft)
 A, B = dict(target_modules_bd_a=["down"], nblocks=2), dict(target_modules_bd_b=["down"], nblocks=2)
@@ -22,15 +22,11 @@ def net(layer=None) -> nn.Module:
         return nn.ModuleDict({"down": layer or nn.Linear(10, 12)})
 
 
-def adapted(blocks, lib=graft, base=None, adapters=("default",), **options):
-    with seeded(1):
-        config = lambda: lib.LoraConfig(
-            r=4, lora_alpha=6, target_modules=["down"], use_bdlora=lib.BdLoraConfig(**blocks), **options
-        )
-        model = lib.get_peft_model(base or net(), config(), adapters[0])
-        for name in adapters[1:]:
-            model.add_adapter(name, config())
-    return nudged(model)
+def with_blocks(blocks, lib=graft, base=None, adapters=("default",), **options):
+    config = lib.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["down"], use_bdlora=lib.BdLoraConfig(**blocks), **options
+    )
+    return nudged(adapted(base or net(), dict.fromkeys(adapters, config), lib=lib, scale=0))
 
 
 def inputs(rows=70):
@@ -49,7 +45,7 @@ def inputs(rows=70):
 @pytest.mark.parametrize("blocks, zero", [(A, "A"), (B, "B")])
 def test_the_update_is_that_of_block_diagonal_matrices(blocks, zero):
     """PEFT's `get_delta_weight` fails: it multiplies what is kept of the factors."""
-    layer = adapted(blocks).base_model.model["down"]
+    layer = with_blocks(blocks).base_model.model["down"]
     parts = {side: getattr(layer, f"lora_{side}")["default"].weight for side in "AB"}
     whole = torch.zeros(4, 10) if zero == "A" else torch.zeros(12, 4)
     rows, columns = whole.shape[0] // 2, whole.shape[1] // 2
@@ -62,7 +58,7 @@ def test_the_update_is_that_of_block_diagonal_matrices(blocks, zero):
 
 @pytest.mark.parametrize("blocks", [A, B], ids="AB")
 def test_hooks_on_the_factors_run(blocks):
-    model, x, seen = adapted(blocks), inputs(), []
+    model, x, seen = with_blocks(blocks), inputs(), []
     plain = model.base_model.model["down"](x)
     for side in "AB":
         factor = getattr(model.base_model.model["down"], f"lora_{side}")["default"]
@@ -79,7 +75,7 @@ def test_hooks_on_the_factors_run(blocks):
 def test_it_adapts_what_stores_its_weight_transposed():
     """PEFT: AttributeError."""
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
-        model = adapted(A, base=net(Conv1D(12, 10)))
+        model = with_blocks(A, base=net(Conv1D(12, 10)))
     layer, x = model.base_model.model["down"], inputs()
     y = layer(x)
     layer.merge()
@@ -87,14 +83,14 @@ def test_it_adapts_what_stores_its_weight_transposed():
 
 
 def test_without_a_pattern_that_fits_and_not_strict_it_is_lora():
-    model = adapted(dict(target_modules_bd_a=["up"], nblocks=3, match_strict=False))
+    model = with_blocks(dict(target_modules_bd_a=["up"], nblocks=3, match_strict=False))
     layer = model.base_model.model["down"]
     assert layer.lora_A["default"].weight.shape == (4, 10) and layer.lora_B["default"].weight.shape == (12, 4)
 
 
 @pytest.mark.parametrize("kind", ["svd", "cat", "linear"])
 def test_a_combination_is_plain_lora(kind, tmp_path):
-    model = adapted(A, adapters=("default", "b"))
+    model = with_blocks(A, adapters=("default", "b"))
     layer = model.base_model.model["down"]
     wanted = 0.6 * layer.get_delta_weight("default") + 0.8 * layer.get_delta_weight("b")
     model.add_weighted_adapter(["default", "b"], [0.6, 0.8], "sum", kind)
@@ -108,7 +104,7 @@ def test_a_combination_is_plain_lora(kind, tmp_path):
 
 
 def test_blocks_are_not_swapped_in(tmp_path):
-    model = adapted(A)
+    model = with_blocks(A)
     model.save_pretrained(tmp_path)
     plain = graft.get_peft_model(net(), graft.LoraConfig(r=4, target_modules=["down"]))
     for carrier in (model, plain):
@@ -132,7 +128,7 @@ REFUSED = {
 def test_refused(case, lib):
     blocks, options, text = REFUSED[case]
     with pytest.raises(ValueError, match=text):
-        adapted(blocks, lib, **options)
+        with_blocks(blocks, lib, **options)
 
 
 @pytest.mark.differs(
@@ -159,6 +155,6 @@ def test_refused_where_peft_goes_wrong(blocks, options, text):
     base = net()
     before = {name: t.clone() for name, t in base.state_dict().items()}
     with pytest.raises(graft.ConfigError, match=text):
-        adapted(blocks, base=base, **options)
+        with_blocks(blocks, base=base, **options)
     assert type(base["down"]) is nn.Linear
     assert all(torch.equal(t, before[name]) for name, t in base.state_dict().items())

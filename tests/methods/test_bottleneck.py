@@ -9,9 +9,8 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError
-from tests.conformance.samples import adapted, disturb
 from tests.looks import layers, registry_of
-from tests.models import checkpoint, inputs, make, output, seeded
+from tests.models import adapted, checkpoint, disturb, inputs, make, output, seeded
 
 SMALL = dict(reduction_factor=3)
 PRESETS = ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "seq_bn_inv"]

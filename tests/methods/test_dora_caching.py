@@ -40,12 +40,12 @@ def norms(monkeypatch):
     return count
 
 
-def adapted(base="mlp", **values):
+def with_dora(base="mlp", **values):
     return made(graft, ("LoraConfig", VALUES | values), base)
 
 
 def test_norms_are_kept_in_the_block(norms):
-    model = adapted()
+    model = with_dora()
     expected, _ = model(**X), norms()
     with DoraCaching():
         outputs = [model(**X) for _ in range(3)]
@@ -56,7 +56,7 @@ def test_norms_are_kept_in_the_block(norms):
 
 
 def test_as_a_switch(norms):
-    model = adapted()
+    model = with_dora()
     caching = DoraCaching()
     norms(), model(**X), model(**X)
     assert norms() == 14, "made, and not switched on"
@@ -117,7 +117,7 @@ CHANGES = [optimizer_step, other_values, base_weight, scaling, merged_and_back, 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_what_changes_is_seen(change):
-    model = adapted()
+    model = with_dora()
     DoraCaching()(enabled=True)
     before = model(**X)
     change(model)
@@ -129,7 +129,7 @@ def test_what_changes_is_seen(change):
 
 def test_switching_forgets_norms():
     """Which code that writes to `data` needs."""
-    model = adapted()
+    model = with_dora()
     with DoraCaching():
         model(**X)
     model.base_model.model.lin0.lora_A["default"].weight.data.mul_(3)
@@ -155,7 +155,7 @@ def test_pefts_norms_go_stale():
 
 
 def test_training_computes_norms_in_every_call(norms):
-    model, _ = adapted().train(), norms()
+    model, _ = with_dora().train(), norms()
     with DoraCaching():
         model(**X), model(**X)
         assert norms() == 14
@@ -167,13 +167,13 @@ def test_training_computes_norms_in_every_call(norms):
 @pytest.mark.parametrize("base", ["conv1D", "embedding", "conv2d"])
 def test_on_other_layers(base):
     targets = {"conv1D": ["c_fc"], "embedding": ["emb"], "conv2d": ["conv", "point"]}[base]
-    model, x = adapted(base, target_modules=targets), models.inputs(base)
+    model, x = with_dora(base, target_modules=targets), models.inputs(base)
     with DoraCaching():
         assert torch.equal(model(**x), model(**x))
 
 
 def test_two_adapters_and_a_mixed_batch():
-    model = adapted()
+    model = with_dora()
     model.add_adapter("other", graft.LoraConfig(r=3, use_dora=True, target_modules=["lin0", "fc1"]))
     model.base_model.set_adapter("other")
     moved(model)
@@ -185,7 +185,7 @@ def test_two_adapters_and_a_mixed_batch():
 
 
 def test_gradients_of_the_magnitudes_stay():
-    model = adapted()
+    model = with_dora()
     with DoraCaching():
         for _ in range(2):
             model.zero_grad()
@@ -199,7 +199,7 @@ def test_gradients_of_the_magnitudes_stay():
 
 @WHOLE_GRAPHS
 def test_copies_and_compiled_models():
-    model = adapted()
+    model = with_dora()
     with DoraCaching(), torch.no_grad():
         expected = model(**X)
         assert torch.allclose(copy.deepcopy(model)(**X), expected, atol=1e-6)
@@ -214,7 +214,7 @@ def test_outputs_are_pefts():
     with Theirs():
         model(**X)
         theirs = model(**X)
-    ours = adapted()
+    ours = with_dora()
     with DoraCaching():
         ours(**X)
         assert torch.allclose(ours(**X), theirs, atol=1e-5)

@@ -8,6 +8,7 @@ from torch import nn
 
 import graft
 from tests import models
+from tests.models import adapted
 from tests.pair import LIBS, close, output, randomize
 from tests.samples import Sample, first
 
@@ -25,11 +26,9 @@ def net() -> nn.Sequential:
         return nn.Sequential(nn.Linear(8, 6))
 
 
-def adapted(kind: str, *names: str):
-    model = graft.get_peft_model(net(), graft.GloraConfig(target_modules=["0"], r=2, **KINDS[kind]), names[0])
-    for name in names[1:]:
-        model.add_adapter(name, graft.GloraConfig(target_modules=["0"], r=2, **KINDS[kind]))
-    return randomize(model, Sample("GLORA", "", "mlp", {})).eval()
+def with_kind(kind: str, *names: str):
+    config = graft.GloraConfig(target_modules=["0"], r=2, **KINDS[kind])
+    return randomize(adapted(net(), dict.fromkeys(names, config), scale=0), Sample("GLORA", "", "mlp", {}))
 
 
 def whole(support, shape):
@@ -41,7 +40,7 @@ def whole(support, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_formula(kind):
-    model = adapted(kind, "default")
+    model = with_kind(kind, "default")
     layer, base = model.base_model.model[0], net()[0]
     shapes = dict(A=(6, 8), B=(6, 8), C=(8, 1), D=(6,), E=(6,))
     A, B, C, D, E = (whole(getattr(layer, f"glora_{n}")["default"], shape) for n, shape in shapes.items())
@@ -53,7 +52,7 @@ def test_its_formula(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_act_on_the_weight_as_it_was(kind):
     """In any order, merged or not: W + W ⊙ (A₁ + A₂) + B₁ + B₂, and the same of the bias."""
-    model, base = adapted(kind, "default", "b"), net()
+    model, base = with_kind(kind, "default", "b"), net()
     alone = []
     for name in ("default", "b"):
         model.set_adapter(name)
@@ -95,7 +94,7 @@ def test_unmerging_where_a_weight_became_zero():
 )
 def test_a_mixed_batch_trains():
     """PEFT refuses it in training."""
-    model = adapted("lora", "default", "b").train()
+    model = with_kind("lora", "default", "b").train()
     model.set_requires_grad(["default", "b"])
     model(X, adapter_names=["default", "b", "__base__"]).square().sum().backward()
     layer = model.base_model.model[0]

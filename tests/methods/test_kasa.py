@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import graft
 from graft.serving import AdapterSlots
-from tests.models import nudged, seeded
+from tests.models import adapted, nudged, seeded
 
 LIBS = (graft, peft)
 R = 3
@@ -31,12 +31,9 @@ def config(lib=graft, r=R, **options):
     )
 
 
-def adapted(lib=graft, base=None, adapters=("default",), ranks=(R, R), **options):
-    with seeded(1):
-        model = lib.get_peft_model(net() if base is None else base, config(lib, ranks[0]), adapters[0], **options)
-        for name, r in zip(adapters[1:], ranks[1:]):
-            model.add_adapter(name, config(lib, r))
-    return nudged(model)
+def with_kasa(lib=graft, base=None, adapters=("default",), ranks=(R, R), **options):
+    configs = {name: config(lib, r) for name, r in zip(adapters, ranks)}
+    return nudged(adapted(net() if base is None else base, configs, lib=lib, scale=0, **options))
 
 
 def inputs(dtype=torch.float32):
@@ -55,7 +52,7 @@ def truncated(W: torch.Tensor, r: int) -> torch.Tensor:
 def test_the_base_loses_its_smallest_components_and_keeps_the_others():
     base = net()
     before = [base[i].weight.clone() for i in (0, 2)]
-    model = adapted(base=base)
+    model = with_kasa(base=base)
     for W, layer in zip(before, (model.base_model.model[0], model.base_model.model[2])):
         assert_close(layer.base_layer.weight.double(), truncated(W, R), rtol=1e-5, atol=1e-6)
     plain = model.unload()
@@ -69,7 +66,7 @@ def test_the_base_loses_its_smallest_components_and_keeps_the_others():
 )
 def test_a_second_adapter_of_the_rank_leaves_the_base_as_the_first_has_it():
     """Rounding makes small components anew, which must not be taken out again."""
-    model = adapted(base=net(torch.bfloat16))
+    model = with_kasa(base=net(torch.bfloat16))
     weight = model.base_model.model[0].base_layer.weight.clone()
     y = model(inputs(torch.bfloat16))
     with seeded(4):
@@ -82,7 +79,7 @@ def test_a_second_adapter_of_the_rank_leaves_the_base_as_the_first_has_it():
 def test_a_second_adapter_of_higher_rank_takes_out_more(merged):
     base = net()
     W = base[0].weight.clone()
-    model = adapted(base=base)
+    model = with_kasa(base=base)
     if merged:
         model.merge_adapter()
     with seeded(4):
@@ -98,7 +95,7 @@ def test_a_failure_gives_the_base_back(tmp_path):
     before = {name: p.clone() for name, p in base.state_dict().items()}
     with pytest.raises(graft.ConfigError, match=r"`r` \(8\) to be smaller than min\(in_features, out_features\) \(8\)"):
         graft.get_peft_model(base, config(r=8))
-    adapted().save_pretrained(tmp_path)
+    with_kasa().save_pretrained(tmp_path)
     weights = graft.load_peft_weights(tmp_path)
     torch.save({k: v for k, v in weights.items() if "lora_diag" not in k}, tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
@@ -113,7 +110,7 @@ def test_a_failure_gives_the_base_back(tmp_path):
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_loaded_adapter_has_the_truncated_base(writer, light, merge, tmp_path):
     """PEFT defers it with low_cpu_mem_usage, to the first forward pass or merge."""
-    model = adapted(writer)
+    model = with_kasa(writer)
     model.save_pretrained(tmp_path)
     for lib in LIBS:
         loaded = lib.PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=light)
@@ -141,7 +138,7 @@ def test_a_base_without_values_says_that_something_is_missing():
     with pytest.warns(graft.PeftWarning, match="changes base weights that are on the meta device"):
         model = graft.get_peft_model(base, config())
     assert all(p.is_meta for p in model.parameters())
-    whole = adapted()
+    whole = with_kasa()
     model.load_state_dict(whole.state_dict(), assign=True)
     assert_close(model.eval()(inputs()), whole(inputs()))
 
@@ -171,7 +168,7 @@ def test_a_transposed_weight():
 def test_training_with_its_loss_gives_pefts_parameters(optimizer):
     trained = []
     for lib in LIBS:
-        model = adapted(lib).train()
+        model = with_kasa(lib).train()
         steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.02)
         for i in range(5):
             with seeded(i):
@@ -188,7 +185,7 @@ def test_training_with_its_loss_gives_pefts_parameters(optimizer):
 
 
 def test_the_loss_is_of_the_adapters_that_are_asked_for():
-    model = adapted(adapters=("default", "b"))
+    model = with_kasa(adapters=("default", "b"))
     one, other = model._get_kasa_loss(), model._get_kasa_loss("b")
     assert one != other
     assert_close(model._get_kasa_loss(["default", "b"]), one + other)
@@ -231,7 +228,7 @@ def deltas(model, *names):
 )
 def test_a_combination_counts_the_singular_values_in(tmp_path):
     """PEFT adds up B A without them."""
-    model = adapted(adapters=("default", "b"))
+    model = with_kasa(adapters=("default", "b"))
     weights = model.base_model.model[0].base_layer.weight.clone()
     model.add_weighted_adapter(["default"], [-0.7], "scaled")
     a, b, scaled = deltas(model, "default", "b", "scaled")
@@ -249,7 +246,7 @@ def test_a_combination_counts_the_singular_values_in(tmp_path):
 
 
 def test_factors_apart_are_combined_with_the_values_in_a():
-    model = adapted(adapters=("default", "b"))
+    model = with_kasa(adapters=("default", "b"))
     layer = model.base_model.model[0]
     model.add_weighted_adapter(["default", "b"], [0.6, 0.8], "sum", "linear")
     A, B = (
@@ -264,7 +261,7 @@ def test_factors_apart_are_combined_with_the_values_in_a():
 @pytest.mark.parametrize("kind", ["cat", "exact"])
 def test_a_combination_of_higher_rank_is_refused(kind):
     """Its config would take more out of the base, now and when it is loaded."""
-    model = adapted(adapters=("default", "b"))
+    model = with_kasa(adapters=("default", "b"))
     weights = model.base_model.model[0].base_layer.weight.clone()
     with pytest.raises(graft.ConfigError, match=r"On layer '0' it would be 6 in place of 3"):
         model.add_weighted_adapter(["default", "b"], [0.6, -0.8], "sum", kind)
@@ -276,7 +273,7 @@ def test_a_combination_of_higher_rank_is_refused(kind):
 
 
 def test_what_belongs_to_a_truncated_base_is_not_put_on_another(tmp_path):
-    model = adapted()
+    model = with_kasa()
     model.save_pretrained(tmp_path)
     plain = graft.get_peft_model(net(), graft.LoraConfig(r=R, target_modules=["0", "2"]))
     for carrier in (plain, model):

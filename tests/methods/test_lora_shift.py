@@ -17,6 +17,7 @@ import graft
 from tests import models
 from tests.conformance.stores import Rounded, held
 from tests.looks import layers
+from tests.models import adapted
 
 TARGETS = ["lin0", "fc1"]
 X = models.inputs("mlp")
@@ -53,10 +54,9 @@ def prepared(model, cfg):
     return model
 
 
-def adapted(how, dtype=torch.float32, kind=None, **options):
+def started(how, dtype=torch.float32, kind=None, **options):
     cfg = config(how)
-    model = graft.get_peft_model(prepared(base(dtype, kind), cfg), cfg, **options).eval()
-    return nudged(model)
+    return nudged(adapted(prepared(base(dtype, kind), cfg), cfg, scale=0, **options))
 
 
 def nudged(model, seed=3):
@@ -94,7 +94,7 @@ def quiet(call):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", HOW)
 def test_saved_and_loaded_on_the_original_base_it_is_the_same(how, dtype, tmp_path):
-    model = adapted(how, dtype)
+    model = started(how, dtype)
     weight = layers(model)["lin0"].base_layer.weight
     assert not torch.equal(weight, base(dtype).lin0.weight)
     model.save_pretrained(tmp_path)
@@ -116,7 +116,7 @@ def test_saved_and_loaded_on_the_original_base_it_is_the_same(how, dtype, tmp_pa
 )
 @pytest.mark.parametrize("how", ["pissa", "pissa_niter_2", "olora", "corda"])
 def test_over_a_quantized_base_as_well(how, tmp_path):
-    model = adapted(how, kind=Rounded)
+    model = started(how, kind=Rounded)
     model.save_pretrained(tmp_path)
     loaded = graft.PeftModel.from_pretrained(base(kind=Rounded), tmp_path)
     assert torch.equal(output(loaded), output(model))
@@ -130,10 +130,10 @@ def test_over_a_quantized_base_as_well(how, tmp_path):
 @pytest.mark.parametrize("how", HOW)
 def test_a_base_that_has_been_changed_already_is_left_alone(how, tmp_path):
     models.seed(1)
-    model = adapted(how)
+    model = started(how)
     model.save_pretrained(tmp_path)
     models.seed(1)  # a random start is the same again
-    changed = adapted(how).unload()  # stays as the initialisation made it
+    changed = started(how).unload()  # stays as the initialisation made it
     with pytest.warns(graft.PeftWarning, match="changed already as the .* initialisation of adapter 'default' does it"):
         loaded = graft.PeftModel.from_pretrained(changed, tmp_path)
     assert torch.equal(output(loaded), output(model))
@@ -144,7 +144,7 @@ def test_a_base_that_has_been_changed_already_is_left_alone(how, tmp_path):
 
 
 def test_another_base_is_said(tmp_path):
-    adapted("pissa").save_pretrained(tmp_path)
+    started("pissa").save_pretrained(tmp_path)
     other = base()
     with torch.no_grad():
         other.lin0.weight.add_(torch.randn_like(other.lin0.weight))
@@ -155,7 +155,7 @@ def test_another_base_is_said(tmp_path):
 def test_values_of_another_start_replace_it(tmp_path):
     """As when Trainer resumes in a new process, where a random start is another one."""
     models.seed(1)
-    model = adapted("pissa_niter_2")
+    model = started("pissa_niter_2")
     model.save_pretrained(tmp_path)
     models.seed(2)
     resumed = graft.get_peft_model(base(), config("pissa_niter_2")).eval()
@@ -169,7 +169,7 @@ def test_values_of_another_start_replace_it(tmp_path):
 
 
 def test_loftq_of_another_weight_cannot_be_undone(tmp_path):
-    adapted("loftq").save_pretrained(tmp_path)
+    started("loftq").save_pretrained(tmp_path)
     other = base()
     with torch.no_grad():
         other.lin0.weight.mul_(1.1)
@@ -182,7 +182,7 @@ def test_loftq_of_another_weight_cannot_be_undone(tmp_path):
 
 @pytest.mark.parametrize("how", ["pissa", "olora"])
 def test_peft_reads_our_files_and_we_read_its(how, tmp_path):
-    model = adapted(how)
+    model = started(how)
     model.save_pretrained(tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "ours")
     assert_close(theirs(**X), output(model), atol=1e-5, rtol=1e-5)
@@ -202,7 +202,7 @@ def test_peft_reads_our_files_and_we_read_its(how, tmp_path):
 )
 @pytest.mark.parametrize("how", ["corda", "lora_ga"])
 def test_a_file_of_peft_without_what_data_took_out(how, tmp_path):
-    model = adapted(how)
+    model = started(how)
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if "lora_shift" not in k}, path)
@@ -222,7 +222,7 @@ def test_a_file_of_peft_without_what_data_took_out(how, tmp_path):
 
 def test_without_the_init_in_the_config_a_file_is_for_the_base_as_it_is(tmp_path):
     """PEFT's way of sharing a changed base with its adapter."""
-    model = adapted("pissa")
+    model = started("pissa")
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path)
     assert not any("lora_shift" in k for k in load_file(tmp_path / "adapter_model.safetensors"))
@@ -242,7 +242,7 @@ def test_a_conversion_from_another_start_is_refused(tmp_path):
     other.peft_config["default"].init_lora_weights = True
     other.save_pretrained(tmp_path / "start")
     models.seed(2)
-    model = adapted("pissa_niter_2")
+    model = started("pissa_niter_2")
     with pytest.raises(graft.ConfigError, match=r"not what this one began with, by A of 'base_model.model.lin0'"):
         model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert not (tmp_path / "end").exists()

@@ -21,7 +21,7 @@ def config(**options):
     return graft.MixLoraConfig(**{"r": 2, "lora_alpha": 4, "num_experts": 3, **options})
 
 
-def adapted(*names, base=None, mixed=False, **options):
+def with_mixlora(*names, base=None, mixed=False, **options):
     model = None
     for name in names or ("one",):
         with seeded(len(name) + ord(name[0])):
@@ -65,7 +65,7 @@ def mlp_by_hand(layer, name, h):
 
 @torch.no_grad()
 def test_each_token_runs_the_mlp_of_its_experts():
-    model = adapted()
+    model = with_mixlora()
     mlps = {key: layer for key, layer in layers(model).items() if key.endswith(".mlp")}
     assert len(mlps) == model.config.num_hidden_layers
     for layer in mlps.values():
@@ -98,7 +98,7 @@ def test_plan_counts_what_trains():
 
 
 def test_rows_of_a_batch_are_those_of_each_adapter():
-    model = adapted("one", "two")
+    model = with_mixlora("one", "two")
     mixed = logits(model, adapter_names=ROWS)
     assert_close(mixed[1], logits(make("llama").eval())[1], rtol=1e-4, atol=1e-5)
     for name, row in (("one", 2), ("two", 0)):
@@ -118,7 +118,7 @@ def gradients(model):
 def test_checkpointed_it_trains_as_without(rows):
     found = []
     for again in (False, True):
-        model = adapted("one", "two").train()
+        model = with_mixlora("one", "two").train()
         model.set_requires_grad(["one", "two"])
         if again:
             checkpoint(model, False)
@@ -133,7 +133,7 @@ def test_checkpointed_it_trains_as_without(rows):
 
 
 def test_a_mixed_batch_has_the_gradients_of_its_rows():
-    model = adapted("one", "two", router_loss=False).train()
+    model = with_mixlora("one", "two", router_loss=False).train()
     model.set_requires_grad(["one", "two"])
     logits = model(IDS, adapter_names=ROWS).logits
     with seeded(5):
@@ -147,7 +147,7 @@ def test_a_mixed_batch_has_the_gradients_of_its_rows():
 
 
 def test_routers_add_their_balance():
-    model = adapted().train()
+    model = with_mixlora().train()
     mask = torch.ones_like(IDS)
     mask[0, :3] = 0
     probabilities = []
@@ -175,7 +175,7 @@ def test_routers_add_their_balance():
 
 
 def test_files(tmp_path):
-    model = adapted(num_experts=4, rank_pattern={"up_proj": 3})
+    model = with_mixlora(num_experts=4, rank_pattern={"up_proj": 3})
     model.save_pretrained(tmp_path, selected_adapters=["one"])
     loaded = graft.PeftModel.from_pretrained(make("llama"), tmp_path / "one", "one").eval()
     assert torch.equal(logits(loaded), logits(model))
@@ -189,7 +189,7 @@ def test_files(tmp_path):
 
 
 def test_injected_from_a_state_dict():
-    model = adapted()
+    model = with_mixlora()
     state = graft.get_peft_model_state_dict(model, adapter_name="one")
     state = {key.removeprefix("base_model.model."): t for key, t in state.items()}
     base = graft.inject_adapter_in_model(config(), make("llama"), "one", state_dict=state)
@@ -205,7 +205,7 @@ def test_some_layers_alone():
 
 
 def test_generate():
-    model = adapted("one", "two")
+    model = with_mixlora("one", "two")
     kwargs = dict(max_new_tokens=4, do_sample=False)
     mixed = model.generate(input_ids=IDS, adapter_names=ROWS, **kwargs)
     for name, row in (("one", 2), ("two", 0)):
@@ -214,7 +214,7 @@ def test_generate():
 
 
 def test_beside_a_lora_adapter():
-    model = adapted(mixed=True)
+    model = with_mixlora(mixed=True)
     with seeded(7):
         beside = graft.LoraConfig(r=2, target_modules=["gate_proj", "q_proj"], init_lora_weights=False)
         model.add_adapter("plain", beside)
@@ -234,13 +234,13 @@ def test_beside_a_lora_adapter():
 
 def test_it_compiles():
     torch._dynamo.reset()
-    mlp = layers(adapted().train())["model.layers.0.mlp"]
+    mlp = layers(with_mixlora().train())["model.layers.0.mlp"]
     h = torch.randn(2, 3, mlp.base_layer.hidden_size)
     assert_close(torch.compile(mlp, fullgraph=True, backend="aot_eager")(h), mlp(h))
 
 
 def test_what_it_refuses():
-    model = adapted("one", "two")
+    model = with_mixlora("one", "two")
     with pytest.raises(NotImplementedError, match=r"layer 'model.layers.0.*router chooses experts for each token"):
         model.merge_adapter()
     with pytest.raises(ValueError, match=r"\['one', 'two'\] at once on layer .*activate one"):

@@ -28,7 +28,7 @@ def net() -> nn.Sequential:
         return nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8))
 
 
-def adapted(lib=graft, adapters=("default",), seed=1, lora=None, **settings):
+def with_monteclora(lib=graft, adapters=("default",), seed=1, lora=None, **settings):
     """PEFT draws ahead; its buffers of one draw are used up, so that it draws when a layer runs, as graft does."""
     config = lambda: lib.LoraConfig(
         r=4,
@@ -68,7 +68,7 @@ def trained_step(model, seed=5):
 
 @pytest.mark.parametrize("settings", [{}, dict(num_samples=1), dict(use_entropy=False)], ids=str)
 def test_draws_loss_and_gradients_are_pefts(settings):
-    ours, theirs = (trained_step(adapted(lib, **settings)) for lib in LIBS)
+    ours, theirs = (trained_step(with_monteclora(lib, **settings)) for lib in LIBS)
     assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
     assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-5)
     assert ours[2].keys() == theirs[2].keys() and any("std_prior" in name for name in ours[2])
@@ -77,7 +77,7 @@ def test_draws_loss_and_gradients_are_pefts(settings):
 
 
 def test_the_state_after_a_step_is_pefts():
-    models = [adapted(lib) for lib in LIBS]
+    models = [with_monteclora(lib) for lib in LIBS]
     for model in models:
         trained_step(model)
     ours, theirs = (m.state_dict() for m in models)
@@ -110,7 +110,7 @@ def test_the_diagonal_of_a_wishart_matrix():
 
 
 def test_the_loss_is_of_the_adapters_that_are_asked_for_and_train():
-    model = adapted(adapters=("default", "b")).train()
+    model = with_monteclora(adapters=("default", "b")).train()
     one, other = model._get_monteclora_loss(), model._get_monteclora_loss("b")
     assert one != other
     assert_close(model._get_monteclora_loss(["default", "b"]), (one + other) / 2)
@@ -130,7 +130,7 @@ def test_the_trainer_adds_it():
 
     losses = []
     for lib, mixin in ((graft, MontecloraTrainerMixin), (peft, peft.helpers.MontecloraTrainerMixin)):
-        trainer, model = type("T", (mixin, Trainer), {})(), adapted(lib).train()
+        trainer, model = type("T", (mixin, Trainer), {})(), with_monteclora(lib).train()
         torch.manual_seed(5)
         loss, y = trainer.compute_loss(model, {"x": inputs()}, return_outputs=True, num_items_in_batch=2)
         assert_close(loss, y.square().mean() * 2 + model._get_monteclora_loss())
@@ -148,7 +148,7 @@ def test_the_trainer_adds_it():
 
 
 def test_merging_in_training_mode_merges_the_mean():
-    model = adapted()
+    model = with_monteclora()
     expected = model.eval()(inputs())
     model.train().merge_adapter()
     assert_close(model(inputs()), expected, rtol=1e-5, atol=1e-5)
@@ -158,7 +158,7 @@ def test_merging_in_training_mode_merges_the_mean():
 
 
 def test_training_is_random_and_evaluation_is_not():
-    model, x = adapted().train(), inputs()
+    model, x = with_monteclora().train(), inputs()
     assert (model(x) - model(x)).abs().max() > 1e-3
     model.eval()
     assert torch.equal(model(x), model(x))
@@ -168,7 +168,7 @@ def test_checkpointing_draws_the_same_again():
     """PEFT takes the next of its draws, so that the backward pass is that of another forward pass."""
     found = []
     for through in (False, True):
-        model, x = adapted().train(), inputs().requires_grad_()
+        model, x = with_monteclora().train(), inputs().requires_grad_()
         torch.manual_seed(5)
         y = checkpoint(model, x, use_reentrant=False) if through else model(x)
         y.square().mean().backward()
@@ -184,7 +184,7 @@ def test_checkpointing_draws_the_same_again():
 )
 def test_a_copy_after_a_step():
     """PEFT's buffers hold a graph, which cannot be copied."""
-    model = adapted()
+    model = with_monteclora()
     trained_step(model)
     other = copy.deepcopy(model)
     assert_close(other._get_monteclora_loss(), model._get_monteclora_loss())
@@ -201,7 +201,7 @@ def test_a_copy_after_a_step():
 )
 def test_nothing_is_drawn_ahead():
     """PEFT keeps 150 draws of each layer, for inference too."""
-    model = adapted()
+    model = with_monteclora()
     held = sum(t.numel() for t in model.state_dict().values())
     config = graft.LoraConfig(r=4, target_modules=["0", "2"])
     plain = sum(t.numel() for t in graft.get_peft_model(net(), config).state_dict().values())
@@ -216,7 +216,7 @@ def test_nothing_is_drawn_ahead():
 @pytest.mark.parametrize("light", [False, True])
 def test_files_go_both_ways(light, tmp_path):
     for writer, reader in (LIBS, LIBS[::-1]):
-        model = adapted(writer)
+        model = with_monteclora(writer)
         trained_step(model)
         folder = tmp_path / writer.__name__
         model.save_pretrained(folder)

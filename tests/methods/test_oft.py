@@ -39,7 +39,7 @@ class Net(nn.Module):
         return self.out(torch.tanh(self.lin(self.emb(ids))))
 
 
-def adapted(lib, **options):
+def with_blocks(lib, **options):
     config = lib.OFTConfig(target_modules=["emb", "lin"], coft=True, eps=EPS, **options)
     with seeded(0):
         model = lib.get_peft_model(Net(), config)
@@ -91,7 +91,7 @@ def same(ours, theirs, tolerance=2e-5):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_training_gives_pefts_parameters(shape, optimizer, parts, mode):
-    models = [adapted(lib, **SHAPES[shape]) for lib in LIBS]
+    models = [with_blocks(lib, **SHAPES[shape]) for lib in LIBS]
     assert outside(models[0])
     ours, theirs = (train(model, optimizer, parts=parts, mode=mode) for model in models)
     same(ours, theirs)
@@ -113,7 +113,7 @@ def test_training_with_checkpoints(reentrant):
         return run
 
     options = SHAPES["blocks"]
-    same(train(adapted(graft, **options), run=recomputed), train(adapted(peft, **options)))
+    same(train(with_blocks(graft, **options), run=recomputed), train(with_blocks(peft, **options)))
 
 
 @WHOLE_GRAPHS
@@ -121,12 +121,12 @@ def test_training_compiled():
     torch._dynamo.reset()
     compiled = lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")
     options = SHAPES["blocks"]
-    same(train(adapted(graft, **options), run=compiled), train(adapted(peft, **options)))
+    same(train(with_blocks(graft, **options), run=compiled), train(with_blocks(peft, **options)))
 
 
 def test_a_step_starts_from_the_projected_point():
     """v ← P(v) - lr · gradient at P(v), arXiv 2306.07280."""
-    model = adapted(graft, **SHAPES["blocks"])
+    model = with_blocks(graft, **SHAPES["blocks"])
     inside = copy.deepcopy(model)
     with torch.no_grad():
         for p in trainable(inside).values():
@@ -146,7 +146,7 @@ def test_a_step_starts_from_the_projected_point():
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_a_forward_pass_writes_nothing(mode):
     """PEFT's moves the parameters, in evaluation as well. What is computed and saved is the same in both."""
-    model = adapted(graft, **SHAPES["blocks"]).train(mode)
+    model = with_blocks(graft, **SHAPES["blocks"]).train(mode)
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
     ids, _ = batch(0)
     y = model(ids)
@@ -165,7 +165,7 @@ def test_a_forward_pass_writes_nothing(mode):
 
 
 def test_a_frozen_adapter_is_left_alone():
-    model = adapted(graft, **SHAPES["blocks"])
+    model = with_blocks(graft, **SHAPES["blocks"])
     before = {name: p.detach().clone() for name, p in trainable(model).items()}
     model.requires_grad_(False)
     x = torch.randn(4, 12, requires_grad=True)
@@ -175,7 +175,7 @@ def test_a_frozen_adapter_is_left_alone():
 
 
 def test_functional_transforms_write_nothing():
-    model = adapted(graft, **SHAPES["blocks"])
+    model = with_blocks(graft, **SHAPES["blocks"])
     values = {name: p.detach().clone() for name, p in trainable(model).items()}
     ids, target = batch(0)
     loss(model, 0).backward()

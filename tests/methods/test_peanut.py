@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import graft
-from tests.models import seeded
+from tests.models import adapted, seeded
 from tests.pair import LIBS, close
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
@@ -29,13 +29,13 @@ def disturbed(model):
     return model.eval()
 
 
-def adapted(lib=graft, dtype=torch.float32, **options):
+def with_peanut(lib=graft, dtype=torch.float32, **options):
     config = lib.PeanutConfig(**{"target_modules": ["0"], "r": 3, "act_fn": "tanh", "scaling": 1.37} | options)
-    return disturbed(lib.get_peft_model(net(dtype), config))
+    return disturbed(adapted(net(dtype), config, lib=lib, scale=0))
 
 
 def test_its_formula():
-    model = adapted(depth=2)
+    model = with_peanut(depth=2)
     layer, W = model.base_model.model[0], net()[0].weight
     E, D = ([m.weight for m in getattr(layer, f"peanut_{which}coders")["default"]] for which in ("en", "de"))
     z0 = torch.tanh(W.T @ layer.peanut_A["default"].weight.T)  # (in, r)
@@ -48,13 +48,13 @@ def test_its_formula():
 
 @pytest.mark.parametrize("name", ["relu", "gelu", "silu", "tanh", "sigmoid", "mish", "leaky_relu", "gelu_new", "relu2"])
 def test_activations_are_those_of_transformers(name):
-    ours, theirs = (adapted(lib, depth=1, act_fn=name) for lib in LIBS)
+    ours, theirs = (with_peanut(lib, depth=1, act_fn=name) for lib in LIBS)
     theirs.load_state_dict(ours.state_dict())
     close(ours(X), theirs(X))
 
 
 def test_names_in_files(tmp_path):
-    model = adapted(depth=2)
+    model = with_peanut(depth=2)
     model.add_adapter("b", model.peft_config["default"])
     model.save_pretrained(tmp_path)
     for folder in (tmp_path, tmp_path / "b"):
@@ -69,7 +69,7 @@ def test_a_base_in_half_precision_is_widened_in_parts(monkeypatch):
     """The network sees the weight as it is, and no copy of it stays for the backward pass."""
     from graft.kernels import narrow
 
-    model = adapted(dtype=torch.bfloat16, depth=1).train()
+    model = with_peanut(dtype=torch.bfloat16, depth=1).train()
     exact = copy.deepcopy(model).double()
     monkeypatch.setattr(narrow, "PART", 6)
     kept = []
@@ -92,7 +92,7 @@ def test_a_base_in_half_precision_is_widened_in_parts(monkeypatch):
 def test_its_update_is_of_the_weight_as_it_was():
     """PEFT computes it of the merged weight."""
     for lib in LIBS:
-        model = adapted(lib)
+        model = with_peanut(lib)
         layer = model.base_model.model[0]
         before = layer.get_delta_weight("default")
         model.merge_adapter()

@@ -15,7 +15,7 @@ import graft
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 LIBS = (graft, peft)
 TASKS = torch.tensor([2, 0, 1, 2])
@@ -31,15 +31,14 @@ VARIETY = {
 KINDS = {"PeftModelForSeq2SeqLM": "t5", "PeftModelForSequenceClassification": "bert-seq"}
 
 
-def adapted(lib, name="plain", change=True, **options):
+def with_poly(lib, name="plain", change=True, **options):
     base, values = VARIETY[name]
-    with seeded(1):
-        model = lib.get_peft_model(models.make(base), lib.PolyConfig(**{**values, **options}))
+    model = adapted(models.make(base), lib.PolyConfig(**{**values, **options}), lib=lib, scale=0)
     with torch.no_grad(), seeded(2):
         for key, p in sorted(model.named_parameters()) if change else ():
             if ".poly_" in key:
                 p.copy_(torch.randn(p.shape) * 0.4)
-    return model.eval()
+    return model
 
 
 def batch(model):
@@ -69,14 +68,14 @@ def equal(found, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("name", VARIETY)
 def test_names_values_outputs_and_gradients_are_pefts(name):
-    fresh = [adapted(lib, name, change=False) for lib in LIBS]
+    fresh = [with_poly(lib, name, change=False) for lib in LIBS]
     states = [{k: v for k, v in m.state_dict().items() if "poly_" in k} for m in fresh]
     equal(*states, 0)
     assert {n for n, p in fresh[0].named_parameters() if p.requires_grad} == {
         n for n, p in fresh[1].named_parameters() if p.requires_grad
     }
     assert_close(output(fresh[0]), output(fresh[1]), rtol=1e-5, atol=1e-5)
-    ours, theirs = (adapted(lib, name) for lib in LIBS)
+    ours, theirs = (with_poly(lib, name) for lib in LIBS)
     assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
     assert name == "one" or (output(ours) - output(ours, TASKS.flip(0))).abs().max() > 1e-3
     equal(gradients(ours), gradients(theirs))
@@ -89,7 +88,7 @@ def test_names_values_outputs_and_gradients_are_pefts(name):
 
 @pytest.mark.parametrize("name", ["splits", "t5"])
 def test_files(name, tmp_path):
-    ours, theirs = (adapted(lib, name) for lib in LIBS)
+    ours, theirs = (with_poly(lib, name) for lib in LIBS)
     for model, folder in ((ours, "ours"), (theirs, "theirs")):
         model.save_pretrained(tmp_path / folder)
     held = [load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "theirs")]
@@ -104,7 +103,7 @@ def test_files(name, tmp_path):
 
 
 def test_generation():
-    ours, theirs = (adapted(lib, "t5") for lib in LIBS)
+    ours, theirs = (with_poly(lib, "t5") for lib in LIBS)
     with torch.no_grad():
         for model in (ours, theirs):
             for key, p in model.named_parameters():
@@ -128,7 +127,7 @@ def test_generation():
 
 
 def test_what_is_added():
-    model = adapted(graft, "splits")
+    model = with_poly(graft, "splits")
     layer = layers(model)["model.layers.0.self_attn.q_proj"]
     x, seen = torch.randn(4, 7, layer.in_features), []
     hook = model.get_base_model().lm_head.register_forward_pre_hook(lambda *_: seen.append((layer(x), layer(x[:, 0]))))
@@ -146,7 +145,7 @@ def test_what_is_added():
 
 
 def test_rows_with_adapters_of_their_own():
-    model = adapted(graft)
+    model = with_poly(graft)
     with seeded(8):
         model.add_adapter("other", graft.PolyConfig(**{**LLAMA, "n_skills": 2, "n_splits": 3, "init_weights": False}))
     names, parts = ["default", "other", "__base__", "other"], {}
@@ -180,7 +179,7 @@ def test_any_model_and_the_tuner_itself():
     assert torch.equal(y, model(x, task_ids=TASKS.tolist()))
     assert torch.equal(y, model.base_model(x, task_ids=TASKS))
     assert_close(y, torch.cat([model(x[i : i + 1], task_ids=TASKS[i : i + 1]) for i in range(4)]))
-    llama = adapted(graft)
+    llama = with_poly(graft)
     inputs = models.inputs("llama", 4)
     options = dict(task_ids=TASKS, max_new_tokens=2, do_sample=False)
     assert torch.equal(llama.base_model.generate(**inputs, **options), llama.generate(**inputs, **options))
@@ -201,7 +200,7 @@ def test_conv1D_too():
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing(reentrant):
-    model = adapted(graft).train()
+    model = with_poly(graft).train()
     models.seed(3)
     expected = gradients(model)
     models.checkpoint(model, reentrant)
@@ -214,7 +213,7 @@ def test_gradient_checkpointing(reentrant):
 @WHOLE_GRAPHS
 def test_compiled():
     torch._dynamo.reset()
-    model = adapted(graft)
+    model = with_poly(graft)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for tasks in (TASKS, TASKS.flip(0)):
         assert_close(output(compiled, tasks), output(model, tasks))
@@ -240,7 +239,7 @@ def test_compiled():
     ],
 )
 def test_tasks_that_are_none(tasks, text):
-    model = adapted(graft)
+    model = with_poly(graft)
     expected = output(model)
     with pytest.raises(ValueError, match=text):
         output(model, tasks)
@@ -250,7 +249,7 @@ def test_tasks_that_are_none(tasks, text):
         return
     if tasks is None or tasks.dim() == 1:
         with pytest.raises(ValueError, match=text):
-            output(adapted(peft), tasks)
+            output(with_poly(peft), tasks)
 
 
 def test_a_layer_without_one_row_per_sample():
@@ -269,7 +268,7 @@ def test_a_layer_without_one_row_per_sample():
 
 def test_modules_that_are_left_out_or_trained_whole(tmp_path):
     options = dict(exclude_modules=["layers.0.self_attn.q_proj"], modules_to_save=["lm_head"])
-    ours, theirs = (adapted(lib, **options) for lib in LIBS)
+    ours, theirs = (with_poly(lib, **options) for lib in LIBS)
     trains = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
     assert trains[0] == trains[1] and any("lm_head" in n for n in trains[0])
     assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
@@ -300,7 +299,7 @@ def test_configs_and_layers():
 
 
 def test_merging_is_refused():
-    model = adapted(graft)
+    model = with_poly(graft)
     expected = output(model)
     for call in (model.merge_adapter, copy.deepcopy(model).merge_and_unload):
         with pytest.raises(NotImplementedError, match="no weight is that of all tasks"):

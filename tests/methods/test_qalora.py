@@ -39,10 +39,6 @@ def fresh(lib=graft, **options):
     return model
 
 
-def adapted(lib=graft):
-    return nudged(fresh(lib))
-
-
 def inputs(rows=70):
     with seeded(2):
         return torch.randn(2, rows, IN, requires_grad=True)
@@ -59,7 +55,7 @@ def test_initial_values_are_pefts(init):
 @pytest.mark.parametrize("rows", [3, 70])
 def test_outputs_and_gradients_are_pefts(rows):
     results = []
-    for model in (adapted(), adapted(peft)):
+    for model in (nudged(fresh()), nudged(fresh(peft))):
         x = inputs(rows)
         y = model(x)
         y.square().sum().backward()
@@ -75,7 +71,7 @@ def test_outputs_and_gradients_are_pefts(rows):
 )
 def test_the_update_is_constant_within_a_group():
     """ΔW = s B A E, where E (in / g, in) has the means times in / g. PEFT: NotImplementedError."""
-    model = adapted()
+    model = nudged(fresh())
     layer = model.base_model.model[0]
     E = torch.zeros(IN // G, IN)
     for k in range(IN // G):
@@ -87,7 +83,7 @@ def test_the_update_is_constant_within_a_group():
 
 
 def test_hooks_on_the_factors_run():
-    model, x, seen = adapted(), inputs(), []
+    model, x, seen = nudged(fresh()), inputs(), []
     plain = model(x)
     model.base_model.model[0].lora_A["default"].register_forward_hook(lambda m, args, y: seen.append(y.shape))
     assert_close(model(x), plain)

@@ -12,10 +12,9 @@ from transformers import AutoModel
 import graft
 from graft.core.errors import ConfigError
 from graft.methods.reft import orthonormal
-from tests.conformance.samples import adapted
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS
-from tests.models import checkpoint, inputs, make, output, seeded
+from tests.models import adapted, checkpoint, inputs, make, output, seeded
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ENDS = dict(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0)

@@ -12,7 +12,7 @@ from graft.core.errors import CalibrationError, CheckpointError, ConfigError, No
 from graft.methods.sdt import strongest
 from tests.inject.test_reading import IDS, SSM, base
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 OPTIONS = dict(channels=0.1, states=0.5, r=2)
 D, N, R = SSM["intermediate_size"], SSM["state_size"], SSM["time_step_rank"]
@@ -31,12 +31,11 @@ def warmed(model, config, steps=2):
     return model
 
 
-def adapted(name, **options):
+def with_sdt(name, **options):
     model, config = base(name), graft.SdtConfig(**{**OPTIONS, **options})
     if config.init_weights:
         warmed(model, config)
-    with seeded(1):
-        return graft.get_peft_model(model, config).eval()
+    return adapted(model, config, scale=0)
 
 
 def changed(model):
@@ -74,7 +73,7 @@ def test_a_warm_up_chooses_and_leaves_the_base_as_it_was():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_one_is_the_identity_and_forward_is_merged(name, tmp_path):
-    model = adapted(name)
+    model = with_sdt(name)
     assert_close(model(IDS).logits, base(name)(IDS).logits)
     out = changed(model)(IDS).logits
     assert (out - base(name)(IDS).logits).abs().max() > 1e-4
@@ -93,7 +92,7 @@ def test_a_fresh_one_is_the_identity_and_forward_is_merged(name, tmp_path):
 
 
 def test_only_the_chosen_entries_move():
-    model = changed(adapted("mamba"))
+    model = changed(with_sdt("mamba"))
     before, after = base("mamba").backbone.layers[0].mixer, model.merge_and_unload().backbone.layers[0].mixer
     of_A = (after.A_log - before.A_log) != 0
     of_x = (after.x_proj.weight - before.x_proj.weight) != 0
@@ -115,7 +114,7 @@ def test_bad_input(tmp_path):
         graft.preprocess_sdt(base("mamba"), graft.SdtConfig(target_modules=["out_proj"], target_parameters=[]), print)
     with pytest.raises(NoMatchingPeftModuleError):
         graft.get_peft_model(base("mamba"), graft.SdtConfig(target_modules=["q_proj"], target_parameters=[]))
-    model = adapted("mamba", init_weights=False)
+    model = with_sdt("mamba", init_weights=False)
     model.save_pretrained(tmp_path)
     state = graft.load_peft_weights(tmp_path)
     key = next(k for k in state if k.endswith("sdt_indices"))

@@ -31,7 +31,7 @@ CELLS = [(config, "llama") for config in CONFIGS if config != "range"]
 CELLS += [("plain", name) for name in ("gpt2", "opt", "neox", "gemma3")]
 
 
-def adapted(lib=graft, name="llama", adapter="default", base=None, **options):
+def with_shadow(lib=graft, name="llama", adapter="default", base=None, **options):
     base = models.make(name) if base is None else base
     models.seed(1)
     return lib.get_peft_model(base, lib.ShadowConfig(**{"task_type": "CAUSAL_LM"} | options), adapter)
@@ -46,7 +46,7 @@ def moved(model, name="llama"):
 
 
 def two(**options):
-    model = adapted(**options)
+    model = with_shadow(**options)
     model.add_adapter("b", graft.ShadowConfig(task_type="CAUSAL_LM"))
     return moved(model)
 
@@ -71,7 +71,7 @@ def classifier(labels=3, kind=None):
 @pytest.mark.parametrize("config, name", CELLS, ids=str)
 def test_it_is_that_of_peft(config, name):
     """Names, initial values, outputs, losses and gradients."""
-    made = [adapted(lib, name, **CONFIGS[config]) for lib in LIBS]
+    made = [with_shadow(lib, name, **CONFIGS[config]) for lib in LIBS]
     ours, theirs = made
     close_dicts(dict(ours.state_dict()), dict(theirs.state_dict()), 0)
     assert shapes(ours) == shapes(theirs) and trainable(ours) == trainable(theirs)
@@ -100,7 +100,7 @@ def test_classification_is_that_of_peft(labels, kind, tmp_path):
     y = wanted.get((labels, kind), torch.eye(3))
     found = []
     for lib in LIBS:
-        model = moved(adapted(lib, base=classifier(labels, kind), task_type="SEQ_CLS"))
+        model = moved(with_shadow(lib, base=classifier(labels, kind), task_type="SEQ_CLS"))
         output = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=y)
         output.loss.backward()
         found.append((output, {n: p.grad for n, p in model.named_parameters()}, lib.get_peft_model_state_dict(model)))
@@ -118,7 +118,7 @@ def test_classification_is_that_of_peft(labels, kind, tmp_path):
 
 @pytest.mark.parametrize("source, target", [LIBS, LIBS[::-1], (graft, graft)], ids=lambda lib: lib.__name__)
 def test_files(source, target, tmp_path):
-    model = moved(adapted(source))
+    model = moved(with_shadow(source))
     model.save_pretrained(tmp_path)
     for name in ("default", "other"):
         loaded = target.PeftModel.from_pretrained(models.make("llama"), tmp_path, adapter_name=name).eval()
@@ -144,7 +144,7 @@ def test_loading_beside_another_and_without_memory(tmp_path):
 
 
 def test_a_fresh_adapter_and_a_disabled_one_change_nothing():
-    base, model = models.make("llama"), adapted()
+    base, model = models.make("llama"), with_shadow()
     assert torch.equal(model(**X).logits, base(**X).logits)
     moved(model)
     assert not torch.allclose(model(**X).logits, base(**X).logits, atol=1e-2)
@@ -153,7 +153,7 @@ def test_a_fresh_adapter_and_a_disabled_one_change_nothing():
 
 
 def test_hidden_states_are_pefts():
-    ours, theirs = (moved(adapted(lib))(**X, output_hidden_states=True) for lib in LIBS)
+    ours, theirs = (moved(with_shadow(lib))(**X, output_hidden_states=True) for lib in LIBS)
     for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         close(a, b)
 
@@ -203,7 +203,7 @@ def test_a_mixed_batch_trains():
 def test_generation_with_a_cache_is_that_without(beams):
     """PEFT's differs, under transformers 5.24."""
     whole = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, do_sample=False, num_beams=beams)
-    ours, theirs = (moved(adapted(lib)) for lib in LIBS)
+    ours, theirs = (moved(with_shadow(lib)) for lib in LIBS)
     plain = ours.generate(**whole, use_cache=False)
     assert torch.equal(ours.generate(**whole), plain)
     assert torch.equal(theirs.generate(**whole, use_cache=False), plain)
@@ -228,7 +228,7 @@ def test_generation_of_a_mixed_batch(beams):
 )
 @torch.no_grad()
 def test_a_cache_goes_on_by_hand():
-    model = moved(adapted())
+    model = moved(with_shadow())
     whole = model(input_ids=IDS).logits
     first = model(input_ids=IDS[:, :4])
     kept = pickle.loads(pickle.dumps(copy.deepcopy(first.past_key_values)))
@@ -251,7 +251,7 @@ def test_a_cache_goes_on_by_hand():
     why="graft hooks nothing onto the base model",
 )
 def test_other_ways_to_call():
-    model = moved(adapted())
+    model = moved(with_shadow())
     expected = model(**X, labels=IDS)
     embeds = model.get_input_embeddings()(IDS)
     close(model(inputs_embeds=embeds, attention_mask=X["attention_mask"]).logits, expected.logits)
@@ -269,7 +269,7 @@ def test_other_ways_to_call():
 def test_gradient_checkpointing(reentrant):
     grads = []
     for on in (False, True):
-        model = moved(adapted()).train()
+        model = moved(with_shadow()).train()
         if on:
             models.checkpoint(model.get_base_model(), reentrant)
         model(**X, labels=IDS).loss.backward()
@@ -279,16 +279,16 @@ def test_gradient_checkpointing(reentrant):
 
 def test_dtypes_in_half_precision_are_pefts():
     """Blocks train in float32, the network has the base's dtype."""
-    ours, theirs = (adapted(lib, base=models.make("llama").bfloat16()) for lib in LIBS)
+    ours, theirs = (with_shadow(lib, base=models.make("llama").bfloat16()) for lib in LIBS)
     assert shapes(ours) == shapes(theirs)
-    exact = moved(adapted())(**X).logits
+    exact = moved(with_shadow())(**X).logits
     assert (moved(ours)(**X).logits - exact).norm() < 0.02 * exact.norm()
 
 
 @WHOLE_GRAPHS
 def test_it_compiles_without_a_break():
     torch._dynamo.reset()
-    model = moved(adapted())
+    model = moved(with_shadow())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         close(compiled(**X, use_cache=False).logits, model(**X).logits)
@@ -307,7 +307,7 @@ def test_one_is_active_and_none_is_merged():
     model = two()
     for lib in LIBS:
         with pytest.raises(NotImplementedError):
-            adapted(lib).merge_adapter()
+            with_shadow(lib).merge_adapter()
     with pytest.raises(ValueError, match="exactly one active adapter at a time"):
         model.base_model.set_adapter(["default", "b"])
     with pytest.raises(ValueError, match="`inject_adapter_in_model` does not support"):
@@ -320,7 +320,7 @@ def test_one_is_active_and_none_is_merged():
 
 
 def test_a_copy_is_equal():
-    model = moved(adapted())
+    model = moved(with_shadow())
     assert torch.equal(copy.deepcopy(model)(**X).logits, model(**X).logits)
 
 
@@ -332,7 +332,7 @@ def test_a_copy_is_equal():
 @pytest.mark.parametrize("sizes", ["plain", "narrow"])
 def test_the_network_by_itself(sizes, tmp_path):
     """PEFT writes such a model, too, and reads random values from the file."""
-    pair = [moved(adapted(lib, **CONFIGS[sizes])) for lib in LIBS]
+    pair = [moved(with_shadow(lib, **CONFIGS[sizes])) for lib in LIBS]
     ours, theirs = (m.base_model.unload_shadow() for m in pair)
     close(ours(**X).logits, theirs(**X).logits)
     assert ours.state_dict().keys() - theirs.state_dict().keys() <= {"backbone.embed_tokens.weight"}
@@ -346,7 +346,7 @@ def test_the_network_by_itself(sizes, tmp_path):
     for number, model in enumerate((apart, pair[1].base_model.unload_shadow(copy=True))):
         folder = tmp_path / str(number)
         model.save_pretrained(folder)
-        again = adapted(shadow_model=str(folder)).eval()
+        again = with_shadow(shadow_model=str(folder)).eval()
         close(again.base_model.unload_shadow()(**X).logits, ours(**X).logits)
         assert not any(p.requires_grad for p in again.base_model.shadow_backbone["default"].embed_tokens.parameters())
 
@@ -354,7 +354,7 @@ def test_the_network_by_itself(sizes, tmp_path):
 def test_a_network_from_a_folder(tmp_path):
     """Any backbone, with a projection that is new."""
     models.make("gpt2").transformer.save_pretrained(tmp_path)
-    pair = [adapted(lib, shadow_model=str(tmp_path)) for lib in LIBS]
+    pair = [with_shadow(lib, shadow_model=str(tmp_path)) for lib in LIBS]
     close_dicts(dict(pair[0].state_dict()), dict(pair[1].state_dict()), 0)
     assert trainable(pair[0]) == trainable(pair[1])
     close(*(moved(m)(**X).logits for m in pair))

@@ -13,17 +13,13 @@ import graft
 from graft.core.errors import CalibrationError, ConfigError, RoutingError
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS, PAIRS, Letters
-from tests.models import inputs, make, output, seeded
+from tests.models import adapted, inputs, make, output, seeded
 
 HERE = Path(__file__).parent / "fixtures"
 
 
-def adapted(layers_of=(1,), **changes):
-    model = graft.get_peft_model(make("llama"), graft.SteeringConfig(layers=list(layers_of), **changes))
-    with seeded(1), torch.no_grad():
-        for layer in layers(model).values():
-            layer.steering_vector["default"].normal_()
-    return model.eval()
+def with_vectors(layers_of=(1,), **changes):
+    return adapted(make("llama"), graft.SteeringConfig(layers=list(layers_of), **changes), scale=1)
 
 
 def states(model, **options):
@@ -38,7 +34,7 @@ def states(model, **options):
 
 
 def test_the_formula():
-    model = adapted(coefficient=2.0)
+    model = with_vectors(coefficient=2.0)
     v = layers(model)["model.layers.1"].steering_vector["default"].detach()
     with model.disable_adapter():
         h = states(model)
@@ -47,8 +43,8 @@ def test_the_formula():
     assert_close(states(model, steering_coefficient=each), h + each[:, None, None] * v)
     moved = h + 2 * v
     expected = moved / moved.norm(dim=-1, keepdim=True) * h.norm(dim=-1, keepdim=True)
-    assert_close(states(adapted(coefficient=2.0, normalize=True)), expected)
-    late = states(adapted(coefficient=2.0, min_token_index=3))
+    assert_close(states(with_vectors(coefficient=2.0, normalize=True)), expected)
+    late = states(with_vectors(coefficient=2.0, min_token_index=3))
     assert_close(late, torch.cat([h[:, :3], moved[:, 3:]], 1))
     mixed = states(model, adapter_names=["default", "__base__", "default"], steering_coefficient=[1, 5, 3])
     assert_close(mixed, h + torch.tensor([1.0, 0, 3])[:, None, None] * v)
@@ -58,7 +54,7 @@ def test_the_formula():
 
 @torch.no_grad()
 def test_generate_with_a_cache_is_that_without():
-    model, ids = adapted(min_token_index=2), inputs("llama")["input_ids"]
+    model, ids = with_vectors(min_token_index=2), inputs("llama")["input_ids"]
     options = dict(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import graft
 from graft.kernels.low_rank import mean_direction, reconstructed, sketched_product
 from tests.leaves_out import WHOLE_GRAPHS
-from tests.models import nudged, seeded
+from tests.models import adapted, nudged, seeded
 
 LIBS = (graft, peft)
 
@@ -23,13 +23,10 @@ def net(n=10) -> nn.Sequential:
         return nn.Sequential(nn.Linear(n, 12), nn.Tanh(), nn.Linear(12, 8))
 
 
-def adapted(lib=graft, n=10, targets=("0", "2"), **options):
-    velora = dict(num_groups=4, scale=0.8) | options
-    with seeded(1):
-        config = lib.LoraConfig(
-            r=3, lora_alpha=5, target_modules=list(targets), velora_config=lib.VeloraConfig(**velora)
-        )
-        return nudged(lib.get_peft_model(net(n), config)).train()
+def with_velora(lib=graft, n=10, targets=("0", "2"), **options):
+    velora = lib.VeloraConfig(**dict(num_groups=4, scale=0.8) | options)
+    config = lib.LoraConfig(r=3, lora_alpha=5, target_modules=list(targets), velora_config=velora)
+    return nudged(adapted(net(n), config, lib=lib, scale=0)).train()
 
 
 def inputs(n=10, seed=2):
@@ -81,7 +78,7 @@ def test_training_goes_as_pefts(how):
     """Three steps, each on another batch: the direction, and with it the gradient, changes or stays as there."""
     trained = []
     for lib in LIBS:
-        model = adapted(lib, init_type=how)
+        model = with_velora(lib, init_type=how)
         steps = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         for i in range(3):
             steps.zero_grad()
@@ -94,7 +91,7 @@ def test_training_goes_as_pefts(how):
 
 
 def test_in_eval_mode_gradients_are_loras():
-    model = adapted()
+    model = with_velora()
     before = embeds(model)
     exact = gradients(model.eval(), inputs())
     assert all(torch.equal(t, before[name]) for name, t in embeds(model).items()), "and the direction stays"
@@ -119,14 +116,14 @@ def kept(model, x) -> int:
 def test_it_keeps_projections_in_place_of_inputs():
     plain = graft.get_peft_model(net(512), graft.LoraConfig(r=3, target_modules=["0"])).train()
     x = inputs(512)
-    velora = adapted(n=512, targets=["0"])
+    velora = with_velora(n=512, targets=["0"])
     assert kept(plain, x) - kept(velora, x) > 0.9 * x.nbytes
 
 
 def test_checkpointing_gives_the_same_gradients():
     found = []
     for through in (False, True):
-        model = adapted()
+        model = with_velora()
         x = inputs().requires_grad_()
         (checkpoint(model, x, use_reentrant=False) if through else model(x)).square().mean().backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -135,7 +132,7 @@ def test_checkpointing_gives_the_same_gradients():
 
 
 def test_two_forward_passes_before_a_backward_pass_keep_their_own_directions():
-    model = adapted()
+    model = with_velora()
     apart = [gradients(model, inputs(seed=i)) for i in range(2)]
     model.zero_grad()
     losses = [model(inputs(seed=i)).square().mean() for i in range(2)]
@@ -156,7 +153,7 @@ def test_two_forward_passes_before_a_backward_pass_keep_their_own_directions():
 )
 def test_once_stays_once_after_loading(tmp_path):
     """PEFT does not save that there is a direction, and takes another from the first batch after loading."""
-    model = adapted(init_type="batch_average_once")
+    model = with_velora(init_type="batch_average_once")
     model(inputs()).sum().backward()
     before = embeds(model)
     assert all(t.any() for t in before.values())
@@ -173,7 +170,7 @@ def test_a_batch_of_mean_zero_has_a_direction():
 
 @WHOLE_GRAPHS
 def test_it_trains_under_autocast_and_compiled():
-    model, x = adapted(), inputs()
+    model, x = with_velora(), inputs()
     expected = gradients(model, x)
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)

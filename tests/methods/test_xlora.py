@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import graft
 from tests import models
 from tests.looks import layers, registry_of
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 EXPERT = dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 PEFT_NAMES, OTHER_NAMES = ("0", "1", "2"), ("math", "0", "layers")
@@ -54,14 +54,14 @@ def config(lib, folder, names=PEFT_NAMES, **values):
     return lib.XLoraConfig(**{"hidden_size": 24, "adapters": adapters, "task_type": "CAUSAL_LM", **values})
 
 
-def adapted(lib, folder, names=PEFT_NAMES, on=None, **values):
-    with seeded(5):
-        model = lib.get_peft_model(base() if on is None else on, config(lib, folder, names, **values))
+def mixture(lib, folder, names=PEFT_NAMES, on=None, **values):
+    base_model = base() if on is None else on
+    model = adapted(base_model, config(lib, folder, names, **values), lib=lib, seed=5, scale=0)
     with torch.no_grad(), seeded(6):
         for name, p in sorted(model.named_parameters()):
             if CLASSIFIER in name:
                 p.copy_(torch.randn(p.shape) * 0.4)
-    return model.eval()
+    return model
 
 
 def output(model, **options):
@@ -92,7 +92,7 @@ VARIETY = {
 
 @pytest.mark.parametrize("how", VARIETY)
 def test_outputs_gradients_and_weights_are_pefts(how, folder):
-    ours, theirs = (adapted(lib, folder, **VARIETY[how]) for lib in LIBS)
+    ours, theirs = (mixture(lib, folder, **VARIETY[how]) for lib in LIBS)
     assert_close(output(ours), output(theirs), rtol=1e-5, atol=1e-5)
     assert_close(ours.get_latest_scalings(), theirs.get_latest_scalings(), rtol=1e-5, atol=1e-6)
     assert ours.get_latest_scalings().shape == (3, 7, len(layers(ours)), 3)
@@ -110,7 +110,7 @@ def test_outputs_gradients_and_weights_are_pefts(how, folder):
     why="a weight of 0 turns an expert off",
 )
 def test_the_mixture_is_the_sum_of_weighed_parts(folder):
-    model = adapted(graft, folder, names=OTHER_NAMES, layerwise_scalings=True)
+    model = mixture(graft, folder, names=OTHER_NAMES, layerwise_scalings=True)
     layer = layers(model)["model.layers.1.self_attn.q_proj"]
     x, seen = torch.randn(3, 7, layer.in_features), []
     handle = model.get_base_model().lm_head.register_forward_pre_hook(lambda *_: seen.append(layer(x)))
@@ -129,13 +129,13 @@ def test_the_mixture_is_the_sum_of_weighed_parts(folder):
 
 
 def test_what_is_there_and_what_trains(folder):
-    ours, theirs = (adapted(lib, folder) for lib in LIBS)
+    ours, theirs = (mixture(lib, folder) for lib in LIBS)
     assert list(ours.peft_config) == list(theirs.peft_config) == ["default", *PEFT_NAMES]
     names = {n for n, p in ours.named_parameters() if p.requires_grad}
     assert names == {n for n, p in theirs.named_parameters() if p.requires_grad}
     assert names == {f"base_model.{CLASSIFIER}.layers.0.{n}" for n in ("weight", "bias")}
     assert type(ours).__name__ == "PeftModelForCausalLM" and isinstance(ours.base_model, graft.XLoraModel)
-    trains = adapted(graft, folder, use_trainable_adapters=True)
+    trains = mixture(graft, folder, use_trainable_adapters=True)
     assert any("lora_A.1." in n for n, p in trains.named_parameters() if p.requires_grad)
     ours.set_adapter("default")
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == names
@@ -147,7 +147,7 @@ def test_what_is_there_and_what_trains(folder):
     graft="values only",
 )
 def test_the_api_of_weights(folder):
-    ours, theirs = (adapted(lib, folder) for lib in LIBS)
+    ours, theirs = (mixture(lib, folder) for lib in LIBS)
     for model in (ours, theirs):
         output(model)
         assert model.get_scalings_log() == []
@@ -168,7 +168,7 @@ def test_the_api_of_weights(folder):
 
 
 def test_experts_by_themselves_and_none(folder):
-    model, plain = adapted(graft, folder, names=OTHER_NAMES), models.make("llama")
+    model, plain = mixture(graft, folder, names=OTHER_NAMES), models.make("llama")
     mixed = output(model)
     with model.disable_adapter():
         assert torch.equal(output(model), output(plain))
@@ -188,7 +188,7 @@ def test_experts_by_themselves_and_none(folder):
 
 
 def test_generation(folder):
-    ours, theirs = (adapted(lib, folder) for lib in LIBS)
+    ours, theirs = (mixture(lib, folder) for lib in LIBS)
     batch = {k: v[:1] for k, v in models.inputs("llama").items()}
     options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
     out = ours.generate(**batch, **options)
@@ -214,7 +214,7 @@ def test_generation(folder):
     ),
 )
 def test_gradient_checkpointing(folder):
-    model = adapted(graft, folder, layerwise_scalings=True)
+    model = mixture(graft, folder, layerwise_scalings=True)
     expected = gradients(model.train())
     models.checkpoint(model)
     model.enable_input_require_grads()
@@ -226,7 +226,7 @@ def test_gradient_checkpointing(folder):
 
 
 def test_an_error_leaves_nothing_behind(folder):
-    model = adapted(graft, folder)
+    model = mixture(graft, folder)
     expected = output(model)
 
     def fail(*_):
@@ -261,7 +261,7 @@ def test_an_error_leaves_nothing_behind(folder):
 @pytest.mark.parametrize("names", [PEFT_NAMES, OTHER_NAMES])
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_checkpoint_is_complete(names, trains, folder, tmp_path):
-    model = adapted(graft, folder, names, use_trainable_adapters=trains, xlora_depth=2, xlora_size=5)
+    model = mixture(graft, folder, names, use_trainable_adapters=trains, xlora_depth=2, xlora_size=5)
     with torch.no_grad():
         for layer in layers(model).values():
             for p in layer.parameters_of(names[0]):
@@ -288,7 +288,7 @@ def test_a_checkpoint_is_complete(names, trains, folder, tmp_path):
     graft="any adapter names, which are those of the keys of `adapters`",
 )
 def test_experts_from_other_places(folder, tmp_path):
-    model = adapted(graft, folder)
+    model = mixture(graft, folder)
     model.save_pretrained(tmp_path)
     moved = {name: str(folder / str(2 - i)) for i, name in enumerate(PEFT_NAMES)}
     loaded = graft.PeftModel.from_pretrained(base(), tmp_path, adapters=moved)
@@ -305,7 +305,7 @@ def test_experts_from_other_places(folder, tmp_path):
     why="files are the same",
 )
 def test_files_between_the_libraries(folder, tmp_path):
-    ours, theirs = (adapted(lib, folder, xlora_depth=2, xlora_size=5) for lib in LIBS)
+    ours, theirs = (mixture(lib, folder, xlora_depth=2, xlora_size=5) for lib in LIBS)
     expected = output(theirs)
     theirs.save_pretrained(tmp_path / "theirs"), ours.save_pretrained(tmp_path / "ours")
     with pytest.raises(graft.AdapterKeyError, match=r"missing adapter keys.*layers\.0\.weight.*strict=False"):
@@ -385,7 +385,7 @@ def test_configs():
 def test_dropout_of_the_classifier_is_pefts(p, folder):
     outputs = []
     for lib in LIBS:
-        model = adapted(lib, folder, xlora_depth=3, xlora_size=5, xlora_dropout_p=p)
+        model = mixture(lib, folder, xlora_depth=3, xlora_size=5, xlora_dropout_p=p)
         dropping = [m for n, m in model.named_modules() if CLASSIFIER in n and isinstance(m, torch.nn.Dropout)]
         assert len(dropping) == (2 if p else 0)
         for m in dropping:
@@ -417,7 +417,7 @@ def test_the_order_of_experts_is_kept(tmp_path):
     graft="`NotImplementedError`; experts by themselves merge",
 )
 def test_what_it_does_not_do(folder):
-    model = adapted(graft, folder)
+    model = mixture(graft, folder)
     expected = output(model)
     for call in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(NotImplementedError, match="cannot be merged"):
@@ -432,7 +432,7 @@ def test_what_it_does_not_do(folder):
     assert torch.equal(output(copy.deepcopy(model)), expected)
     with pytest.raises(graft.ConfigError, match="XLORA adapts no layers itself"):
         graft.plan(base(), config(graft, folder))
-    narrow = adapted(graft, folder, hidden_size=20)
+    narrow = mixture(graft, folder, hidden_size=20)
     with pytest.raises(graft.RoutingError, match="width 20, and the base model's have 24"):
         output(narrow)
     model.set_adapter("0")

@@ -15,7 +15,7 @@ from graft.files.errors import LossError
 from tests.families import FAMILIES, IDS, base
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
-from tests.models import make, seeded
+from tests.models import adapted, make, seeded
 
 pytestmark = FUSED_EXPERTS
 LAYOUTS = ["peft", "vllm", "vllm-2d", "vllm-3d", "sglang"]
@@ -23,14 +23,13 @@ KINDS = ["qwen3_moe", "mixtral", "gpt_oss", "llama4", "nemotron_h", "granitemoe"
 BOTH, UP, DOWN = ("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)
 
 
-def adapted(family, stacks=BOTH, lib=graft, **options):
+def with_experts(family, stacks=BOTH, lib=graft, **options):
     ungated, output = family == "nemotron_h", "out_proj" if family == "lfm2_moe" else "o_proj"
     given = dict(
         r=2, lora_alpha=3, init_lora_weights=False, target_modules=[output], rank_pattern={output: 3},
         target_parameters=[f"experts.{s.replace('gate_up', 'up') if ungated else s}" for s in stacks],
     )  # fmt: skip
-    with seeded(1):
-        return lib.get_peft_model(base(family), lib.LoraConfig(**given | options)).eval()
+    return adapted(base(family), lib.LoraConfig(**given | options), lib=lib, scale=0)
 
 
 def logits(model):
@@ -50,7 +49,7 @@ def shared(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_layout_comes_back(family, tmp_path):
-    model = adapted(family)
+    model = with_experts(family)
     expected = logits(model)
     assert not torch.allclose(logits(base(family)), expected, atol=1e-2)
     for layout in LAYOUTS if family in KINDS else ["vllm", "sglang"]:
@@ -68,7 +67,7 @@ def test_each_layout_comes_back(family, tmp_path):
 @pytest.mark.parametrize("family", KINDS)
 def test_one_stack_of_two(family, stacks, tmp_path):
     """Servers want both: the other one is zeros there, and is gone when it comes back."""
-    model = adapted(family, stacks)
+    model = with_experts(family, stacks)
     for layout in LAYOUTS:
         if (family, layout) == ("llama4", "vllm-3d"):
             continue
@@ -83,7 +82,7 @@ def test_one_stack_of_two(family, stacks, tmp_path):
 @pytest.mark.parametrize("layout", ["vllm-shared", "sglang-shared"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "llama4", "nemotron_h"])
 def test_factors_that_all_experts_share(family, layout, tmp_path):
-    model = adapted(family)
+    model = with_experts(family)
     if family != "llama4":  # whose A and B stand for each other here
         made = graft.adapter_tensors(shared(model), layout=layout)
         outs = ("w2", "down_proj")
@@ -94,7 +93,7 @@ def test_factors_that_all_experts_share(family, layout, tmp_path):
         made.save(tmp_path)
         assert_close(logits(graft.PeftModel.from_pretrained(base(family), tmp_path)), logits(model))
     with pytest.raises(LossError, match="the experts' A of the input differ"):
-        graft.adapter_tensors(adapted(family), layout=layout)
+        graft.adapter_tensors(with_experts(family), layout=layout)
 
 
 # plain LoRA
@@ -155,9 +154,9 @@ def test_needs_digest_and_dtype():
     assert made.digest == graft.adapter_tensors(model, layout="vllm").digest != graft.adapter_tensors(plain()).digest
     half = graft.adapter_tensors(model, dtype=torch.bfloat16).tensors
     assert {t.dtype for t in half.values()} == {torch.bfloat16}
-    of = graft.adapter_tensors(adapted("mixtral"), layout="vllm-3d").needs
+    of = graft.adapter_tensors(with_experts("mixtral"), layout="vllm-3d").needs
     assert of["is_3d_lora_weight"] and "--enable-mixed-moe-lora-format" in of["flags"]
-    of = graft.adapter_tensors(adapted("gpt_oss"), layout="vllm").needs
+    of = graft.adapter_tensors(with_experts("gpt_oss"), layout="vllm").needs
     assert of["is_3d_lora_weight"] and "--enable-mixed-moe-lora-format" not in of["flags"]
 
 
@@ -184,13 +183,13 @@ def test_all_reasons_at_once(monkeypatch):
     with pytest.raises(LossError, match="it is LOHA, and servers load LoRA: convert it"):
         graft.adapter_tensors(graft.get_peft_model(make("llama"), graft.LoHaConfig(target_modules=["q_proj"])))
     with pytest.raises(LossError, match="holds its stacks the other way round: take 'vllm-2d'"):
-        graft.adapter_tensors(adapted("llama4"), layout="vllm-3d")
+        graft.adapter_tensors(with_experts("llama4"), layout="vllm-3d")
     with pytest.raises(graft.ConfigError, match=r"layout='tgi': one of peft, vllm"):
         graft.adapter_tensors(model, layout="tgi")
 
 
 def test_save_pretrained_in_a_layout(tmp_path):
-    model = adapted("mixtral")
+    model = with_experts("mixtral")
     model.save_pretrained(tmp_path, layout="vllm")
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert "base_model.model.model.layers.1.block_sparse_moe.experts.3.w3.lora_B.weight" in keys
@@ -202,7 +201,7 @@ def test_save_pretrained_in_a_layout(tmp_path):
 
 def test_experts_by_sglang_of_others(tmp_path):
     """A file with a scaling of its own, half precision and without a version."""
-    model = adapted("gpt_oss", lora_alpha=3)
+    model = with_experts("gpt_oss", lora_alpha=3)
     made = graft.adapter_tensors(model, layout="sglang", dtype=torch.bfloat16)
     config = made.made
     config.lora_alpha *= 2  # B is half of what it was
@@ -216,8 +215,8 @@ def test_experts_by_sglang_of_others(tmp_path):
 
 def test_what_a_stack_is():
     """The servers' own reshapes of the flat layout give each expert its factors."""
-    made = graft.adapter_tensors(adapted("qwen3_moe"), layout="vllm-3d").tensors
-    two = graft.adapter_tensors(adapted("qwen3_moe"), layout="vllm-2d").tensors
+    made = graft.adapter_tensors(with_experts("qwen3_moe"), layout="vllm-3d").tensors
+    two = graft.adapter_tensors(with_experts("qwen3_moe"), layout="vllm-2d").tensors
     stem = "base_model.model.model.layers.0.mlp.experts"
     A, B = made[f"{stem}.lora_A.weight"], made[f"{stem}.lora_B.weight"]
     of_each = A.reshape(4, -1, A.shape[-1]), B.reshape(B.shape[0], -1, 4).permute(2, 0, 1)  # vLLM's lines

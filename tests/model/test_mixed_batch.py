@@ -13,9 +13,8 @@ from torch.testing import assert_close
 
 import graft
 from tests import models
-from tests.conformance.samples import disturb
 from tests.looks import registry_of
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 
 NAMES = ["b", "__base__", "default", "b"]
 LLAMA = dict(target_modules=["embed_tokens", "q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -23,13 +22,10 @@ T5 = dict(target_modules=["q", "wo"], task_type="SEQ_2_SEQ_LM")
 METHODS = {"LORA": dict(r=2), "HRA": dict(r=2), "IA3": dict(feedforward_modules=["down_proj"])}
 
 
-def adapted(name="llama", method="LORA", **options):
-    with seeded(1):
-        values = {**(T5 if name == "t5" else LLAMA), **METHODS[method], **options}
-        config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](**values)
-        model = graft.get_peft_model(models.make(name), config)
-        model.add_adapter("b", copy.deepcopy(config))
-    return disturb(model, 2.0 if name == "t5" else 0.3).eval()
+def two_adapters(name="llama", method="LORA", **options):
+    values = {**(T5 if name == "t5" else LLAMA), **METHODS[method], **options}
+    config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](**values)
+    return adapted(models.make(name), dict.fromkeys(["default", "b"], config), scale=2.0 if name == "t5" else 0.3)
 
 
 def use(model, name):
@@ -60,7 +56,7 @@ def alone(model, batch, names, run):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_forward(method):
-    model, batch = adapted(method=method), models.inputs("llama", 4)
+    model, batch = two_adapters(method=method), models.inputs("llama", 4)
     expected = torch.cat(alone(model, batch, NAMES, lambda one: models.output(model, one)))
     mixed = models.output(model, {**batch, "adapter_names": NAMES})
     assert_close(mixed, expected, rtol=1e-4, atol=1e-4)
@@ -68,14 +64,14 @@ def test_forward(method):
 
 
 def test_input_embeddings_instead_of_ids():
-    model, batch = adapted(target_modules=["q_proj"]), models.inputs("llama", 4)
+    model, batch = two_adapters(target_modules=["q_proj"]), models.inputs("llama", 4)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     mixed = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"], adapter_names=NAMES).logits
     assert_close(mixed, models.output(model, {**batch, "adapter_names": NAMES}))
 
 
 def test_the_active_adapter_and_the_next_call_are_not_touched():
-    model, batch = adapted(), models.inputs("llama", 4)
+    model, batch = two_adapters(), models.inputs("llama", 4)
     before = models.output(model, batch)
     models.output(model, {**batch, "adapter_names": NAMES})
     assert model.active_adapters == ["default"]
@@ -83,7 +79,7 @@ def test_the_active_adapter_and_the_next_call_are_not_touched():
 
 
 def test_disabled_adapters_stay_disabled():
-    model, batch = adapted(), models.inputs("llama", 4)
+    model, batch = two_adapters(), models.inputs("llama", 4)
     with model.disable_adapter():
         expected = models.output(model, batch)
         assert torch.equal(models.output(model, {**batch, "adapter_names": NAMES}), expected)
@@ -100,7 +96,7 @@ def test_every_adapter_may_cover_other_layers():
 
 
 def test_dropout_is_drawn_for_the_rows_of_each_adapter():
-    model, batch = adapted(lora_dropout=0.5).train(), models.inputs("llama", 4)
+    model, batch = two_adapters(lora_dropout=0.5).train(), models.inputs("llama", 4)
     with seeded(3):
         one = models.output(model, {**batch, "adapter_names": NAMES})
     with seeded(4):
@@ -143,7 +139,7 @@ OPTIONS = {
 @pytest.mark.parametrize("how", OPTIONS)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_generation(name, how):
-    model, batch = adapted(name), full(name)
+    model, batch = two_adapters(name), full(name)
     options = dict(max_new_tokens=4, min_new_tokens=4, **OPTIONS[how])
     expected = torch.cat(alone(model, batch, NAMES, lambda one: model.generate(**one, **options)))
     mixed = model.generate(**batch, adapter_names=NAMES, **options)
@@ -153,7 +149,7 @@ def test_generation(name, how):
 
 
 def test_generation_with_samples_of_each_row():
-    model, batch = adapted(), full()
+    model, batch = two_adapters(), full()
     out = model.generate(**batch, adapter_names=NAMES, do_sample=True, num_return_sequences=2, max_new_tokens=2)
     assert out.shape == (8, 6)
     assert torch.equal(out[:, :4], batch["input_ids"].repeat_interleave(2, 0))
@@ -162,7 +158,7 @@ def test_generation_with_samples_of_each_row():
 def test_generation_options_in_a_generation_config():
     from transformers import GenerationConfig
 
-    model, batch = adapted(), full()
+    model, batch = two_adapters(), full()
     config = GenerationConfig(do_sample=False, num_beams=2, max_new_tokens=3, pad_token_id=0, eos_token_id=2)
     expected = model.generate(**batch, adapter_names=NAMES, do_sample=False, num_beams=2, max_new_tokens=3)
     assert torch.equal(model.generate(**batch, adapter_names=NAMES, generation_config=config), expected)
@@ -174,7 +170,7 @@ def test_generation_options_in_a_generation_config():
     graft="works",
 )
 def test_positional_inputs_of_generate():
-    model, batch = adapted(), full()
+    model, batch = two_adapters(), full()
     expected = model.generate(**batch, adapter_names=NAMES, max_new_tokens=2, do_sample=False)
     out = model.generate(batch["input_ids"], adapter_names=NAMES, max_new_tokens=2, do_sample=False)
     assert torch.equal(out, expected)
@@ -182,7 +178,7 @@ def test_positional_inputs_of_generate():
 
 @pytest.mark.parametrize("how", OPTIONS)
 def test_a_generation_that_fails_leaves_nothing_behind(how):
-    model, batch = adapted(), full()
+    model, batch = two_adapters(), full()
     expected = models.output(model, batch)
 
     def fail(*_):
@@ -231,8 +227,11 @@ def test_two_adapters_trained_at_once_are_two_trained_apart(method):
             summed(models.output(model, rows(batch, index)), index).div(20).backward()
         model.set_requires_grad(["default", "b"])
 
-    start = {n: p.detach().clone() for n, p in adapted(method=method).named_parameters()}
-    together, separate = steps(adapted(method=method).train(), mixed), steps(adapted(method=method).train(), apart)
+    start = {n: p.detach().clone() for n, p in two_adapters(method=method).named_parameters()}
+    together, separate = (
+        steps(two_adapters(method=method).train(), mixed),
+        steps(two_adapters(method=method).train(), apart),
+    )
     assert together.keys() == separate.keys()
     for name, p in separate.items():
         assert_close(together[name], p, rtol=1e-4, atol=1e-5)
@@ -240,7 +239,7 @@ def test_two_adapters_trained_at_once_are_two_trained_apart(method):
 
 
 def test_labels_give_the_loss_of_the_rows():
-    model, batch = adapted(), full()
+    model, batch = two_adapters(), full()
     losses = alone(model, batch, NAMES, lambda one: model(**one, labels=one["input_ids"]).loss)
     mixed = model(**batch, labels=batch["input_ids"], adapter_names=NAMES).loss
     assert_close(mixed, torch.stack(losses).mean())

@@ -55,10 +55,10 @@ def test_it_says_what_the_adapter_said(options):
 
 @FUSED_EXPERTS
 def test_of_experts():
-    from tests.model.test_adapter_tensors import adapted
     from tests.model.test_adapter_tensors import logits as of_experts
+    from tests.model.test_adapter_tensors import with_experts
 
-    model = adapted("qwen3_moe")
+    model = with_experts("qwen3_moe")
     before, reference = of_experts(model), model.reference()
     for p in model.parameters():
         if p.requires_grad:

@@ -11,9 +11,8 @@ from torch import nn
 
 import graft
 from graft.model.functional import delete_adapter
-from tests.conformance.samples import adapted, disturb
 from tests.looks import layers, registry_of
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
 
@@ -140,7 +139,7 @@ def test_all_linear_leaves_a_head_out_that_lost_its_adapters():
     graft="`UnsupportedLayerError`",
 )
 def test_a_module_cannot_be_trained_whole_around_other_adapters():
-    model = adapted(net(), {"default": lora()})
+    model = adapted(net(), lora())
     before = kinds(model)
     with pytest.raises(graft.UnsupportedLayerError, match=r"'inner': 'inner.0' inside it carries other.*'b'"):
         model.add_adapter("b", lora("head", modules_to_save=["inner"]))
@@ -165,7 +164,7 @@ def test_a_module_cannot_be_trained_whole_around_other_adapters():
 @pytest.mark.parametrize("how", ["from_pretrained", "get_peft_model", "PeftModel", "LoraModel"])
 def test_a_base_with_adapters_of_another_peft_model(how, name, tmp_path):
     """Each would keep its own registry of which adapters are active."""
-    adapted(net(), {"default": lora()}).save_pretrained(tmp_path)
+    adapted(net(), lora()).save_pretrained(tmp_path)
     base = net()
     model = graft.PeftModel.from_pretrained(base, tmp_path, "one")
     expected, before = model(X), kinds(base)
@@ -185,7 +184,7 @@ def test_a_base_with_adapters_of_another_peft_model(how, name, tmp_path):
 
 
 def test_adapters_of_a_model_without_a_wrapper_are_taken_over(tmp_path):
-    adapted(net(), {"default": lora()}).save_pretrained(tmp_path)
+    adapted(net(), lora()).save_pretrained(tmp_path)
     base = graft.inject_adapter_in_model(lora(), net(), "one")
     model = graft.PeftModel.from_pretrained(base, tmp_path, "two")
     assert sorted(model.peft_config) == ["one", "two"] and model.active_adapters == ["two"]
@@ -204,7 +203,7 @@ def test_adapters_of_a_model_without_a_wrapper_are_taken_over(tmp_path):
 @pytest.mark.parametrize("within", [True, False], ids=["block", "until enabled"])
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["head"]}, {"trainable_token_indices": {"head": [1]}}])
 def test_an_adapter_that_comes_while_all_are_off_is_off(options, within):
-    model = adapted(net(), {"default": lora()})
+    model = adapted(net(), lora())
     with model.disable_adapter():
         if not within:
             model.base_model.disable_adapter_layers()
@@ -220,7 +219,7 @@ def test_an_adapter_that_comes_while_all_are_off_is_off(options, within):
 
 
 def test_without_an_active_adapter_there_is_no_active_config():
-    model = adapted(net(), {"default": lora()})
+    model = adapted(net(), lora())
     assert model.active_peft_config is model.peft_config["default"]
     model.delete_adapter("default")
     with pytest.raises(graft.AdapterNotFoundError, match=r"No adapter is active.*none"):
@@ -231,8 +230,8 @@ def test_without_an_active_adapter_there_is_no_active_config():
 
 
 def changed(tmp_path, **options):
-    adapted(net(), {"default": lora()}).save_pretrained(tmp_path)
-    return adapted(net(), {"default": lora(**options)})
+    adapted(net(), lora()).save_pretrained(tmp_path)
+    return adapted(net(), lora(**options))
 
 
 @pytest.mark.differs(
@@ -261,7 +260,7 @@ def test_values_of_another_config_are_said(options, text, tmp_path):
         model.delete_adapter("default")
         model.load_adapter(tmp_path, "default")
     model.set_adapter("default")
-    assert torch.equal(model(X), adapted(net(), {"default": lora()})(X))
+    assert torch.equal(model(X), adapted(net(), lora())(X))
 
 
 @pytest.mark.parametrize("options", [{}, {"init_lora_weights": "gaussian"}, {"target_modules": ["inner.0"]}], ids=str)
@@ -271,7 +270,7 @@ def test_values_of_the_same_config_are_loaded_without_a_word(options, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.load_adapter(tmp_path, "default")
-    assert torch.equal(model(X), adapted(net(), {"default": lora()})(X))
+    assert torch.equal(model(X), adapted(net(), lora())(X))
 
 
 # names of rows
@@ -328,7 +327,7 @@ def test_the_layer_of_the_first_index_alone():
 
 
 def test_errors_name_the_adapter():
-    model = adapted(net(), {"default": lora()})
+    model = adapted(net(), lora())
     for options in (
         dict(target_modules=["zz"]),
         dict(exclude_modules=["0"]),

@@ -21,10 +21,9 @@ from graft.io.load import Values
 from graft.model import functional
 from graft.serving import AdapterSlots
 from tests import models
-from tests.conformance.samples import disturb
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 from tests.threads import at_once, in_child
 
 X = torch.linspace(-1, 1, 18).view(6, 3)
@@ -56,25 +55,22 @@ CONFIGS = {
 }
 
 
-def adapted(method="LORA", seed=1, **options):
+def two_adapters(method="LORA", seed=1, **options):
     with seeded(0):
         base = Net(**options)
-    with seeded(seed):
-        model = graft.get_peft_model(base, copy.deepcopy(CONFIGS[method]), "ann", change_timeout=30)
-        model.add_adapter("bob", copy.deepcopy(CONFIGS[method]))
-        disturb(model, 0.3 * seed)
-    head = base.head
+    configs = dict.fromkeys(["ann", "bob"], CONFIGS[method])
+    model = adapted(base, configs, seed=seed, scale=0.3 * seed, change_timeout=30)
     if method == "LORA":
-        for i, own in enumerate(head.modules_to_save.values()):
+        for i, own in enumerate(base.head.modules_to_save.values()):
             own.weight.data.add_(i + seed)
-    return model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """A folder with adapters "ann" and "bob" of other values."""
     folder = tmp_path_factory.mktemp("other")
-    adapted(seed=2).save_pretrained(folder)
+    two_adapters(seed=2).save_pretrained(folder)
     return folder
 
 
@@ -249,7 +245,7 @@ def same(a, b):
 @pytest.mark.parametrize(("change", "kind"), CASES, ids=[f"{c}-{k}" for c, k in CASES])
 def test_a_change_waits_for_a_request_and_later_ones_for_the_change(change, kind, other):
     act, request = CHANGES[change].act, KINDS[kind]
-    model, twin = adapted(), adapted()
+    model, twin = two_adapters(), two_adapters()
     for each in (model, twin):
         CHANGES[change].before(each)
     before, gate = request(model), registry_of(model).call.gate
@@ -271,7 +267,7 @@ def test_a_change_waits_for_a_request_and_later_ones_for_the_change(change, kind
 @pytest.mark.parametrize("second", KINDS)
 @pytest.mark.parametrize("first", KINDS)
 def test_requests_of_any_kind_run_side_by_side(first, second):
-    model = adapted()
+    model = two_adapters()
     expected = [KINDS[kind](model) for kind in (first, second)]
     with stopped(model, KINDS[first]) as thread:
         assert torch.equal(KINDS[second](model), expected[1])
@@ -304,7 +300,7 @@ TEARS = [(change, kind) for change, kind in CASES if change not in ACTS]
 @quiet
 @pytest.mark.parametrize(("change", "kind"), TEARS, ids=[f"{c}-{k}" for c, k in TEARS])
 def test_a_change_within_a_request_is_refused_where_it_would_tear_it(change, kind, other):
-    model = adapted()
+    model = two_adapters()
     CHANGES[change].before(model)
     before, request = KINDS[kind](model), KINDS[kind]
     error, output = within(model, request, lambda m: CHANGES[change].act(m, other))
@@ -330,16 +326,16 @@ def acts_on_b(folder):
 
 @pytest.mark.parametrize("act", acts_on_b(None))
 def test_a_change_within_a_request_acts_on_what_the_request_does_not_use(act, other):
-    model = adapted()
+    model = two_adapters()
     before = model(X)
     error, output = within(model, KINDS["plain"], acts_on_b(other)[act])
     assert error is None and torch.equal(output, before)
     if act in ("delete", "load", "hotswap", "values", "train"):
-        assert within(adapted(), KINDS["mixed"], acts_on_b(other)[act])[0] is graft.InUseError
+        assert within(two_adapters(), KINDS["mixed"], acts_on_b(other)[act])[0] is graft.InUseError
 
 
 def test_the_reason_names_the_call_and_the_remedy():
-    model, errors = adapted(), []
+    model, errors = two_adapters(), []
 
     def change(*_):
         with pytest.raises(graft.InUseError) as e:
@@ -354,7 +350,7 @@ def test_the_reason_names_the_call_and_the_remedy():
 
 
 def test_blocks_and_further_calls_within_a_request():
-    model = adapted()
+    model = two_adapters()
     on, mixed = model(X), model(X, adapter_names=NAMES)
     with model.disable_adapter():
         off = model(X)
@@ -372,7 +368,7 @@ def test_blocks_and_further_calls_within_a_request():
 
 
 def test_a_callback_between_calls_and_a_backward_pass_to_come_are_no_requests():
-    model = adapted().train()
+    model = two_adapters().train()
     loss = model(X).square().sum()
     model.add_adapter("new", copy.deepcopy(CONFIGS["LORA"]))  # as a callback of a Trainer may do
     model.base_model.set_adapter(["ann"])
@@ -384,7 +380,7 @@ def test_a_callback_between_calls_and_a_backward_pass_to_come_are_no_requests():
 
 
 def test_a_timeout_names_the_calls_and_changes_nothing(other):
-    model = adapted()
+    model = two_adapters()
     model.change_timeout, on = 0.05, model(X)
     with stopped(model, KINDS["mixed"]):
         with pytest.raises(
@@ -403,7 +399,7 @@ def test_a_timeout_names_the_calls_and_changes_nothing(other):
 
 
 def test_a_call_that_waits_too_long_for_a_change_says_for_which():
-    model = adapted()
+    model = two_adapters()
     gate = registry_of(model).call.gate
     entered, leave = threading.Event(), threading.Event()
 
@@ -466,7 +462,7 @@ def test_neither_calls_nor_changes_starve():
 
 
 def test_reading_and_building_go_on_beside_requests(other, monkeypatch):
-    model, of = adapted(), Values.of
+    model, of = two_adapters(), Values.of
     expected, building, leave = model(X, adapter_names=NAMES), threading.Event(), threading.Event()
 
     def slow(self, *args):
@@ -502,7 +498,7 @@ def test_two_loads_at_once_bring_both(other):
 
 
 def test_what_a_backward_pass_runs_again_is_no_request():
-    model = adapted(checkpoints=True).train()
+    model = two_adapters(checkpoints=True).train()
     x = X.clone().requires_grad_()
     loss = model(x, adapter_names=NAMES).square().sum()
     with registry_of(model).call.gate.change("a change"):
@@ -512,7 +508,7 @@ def test_what_a_backward_pass_runs_again_is_no_request():
 
 def test_each_thread_trains_with_the_rows_of_its_own_request():
     orders, expected = [NAMES, NAMES[::-1], ["bob"] * 6, None], []
-    model = adapted(checkpoints=True).train()
+    model = two_adapters(checkpoints=True).train()
 
     def gradient(names):
         x = X.clone().requires_grad_()
@@ -529,7 +525,7 @@ def test_each_thread_trains_with_the_rows_of_its_own_request():
 
 
 def test_copies_and_child_processes_begin_with_an_open_gate():
-    model = adapted()
+    model = two_adapters()
     expected = model(X)
     with stopped(model, KINDS["plain"]):
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -547,7 +543,7 @@ def test_copies_and_child_processes_begin_with_an_open_gate():
 @WHOLE_GRAPHS
 def test_a_compiler_sees_nothing_of_it_and_a_block_guards_compiled_calls():
     torch._dynamo.reset()
-    model = adapted()
+    model = two_adapters()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     before, gate = compiled(X), registry_of(model).call.gate
     with graft.calling(model):
@@ -660,9 +656,9 @@ REQUESTS = [
 @quiet
 @pytest.mark.parametrize("method", CONFIGS)
 def test_eight_threads_beside_swapping_loading_and_deleting(method, tmp_path):
-    model, allowed = adapted(method), []
+    model, allowed = two_adapters(method), []
     for seed in (1, 2):
-        twin = adapted(method, seed)
+        twin = two_adapters(method, seed)
         twin.save_pretrained(tmp_path / str(seed), selected_adapters=["bob"])
         state = graft.load_peft_weights(str(tmp_path / str(seed) / "bob"))
         graft.set_peft_model_state_dict(model, state, "bob")

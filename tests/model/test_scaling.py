@@ -19,6 +19,7 @@ from torch import nn
 
 import graft
 from graft import plan  # here, so that no call is counted that imports it
+from tests.models import adapted
 
 FEW, MANY = 40, 80
 MODULES_ALLOWED = 2.1  # twice as many modules, and what is done once per call
@@ -68,17 +69,15 @@ def config(method: str = "LORA", **options: Any) -> Any:
     return cls(**{"target_modules": [f"l{i}" for i in range(10)], **options})
 
 
-def adapted(n: int, adapters: int = 1) -> Any:
-    model = graft.get_peft_model(Stack(n), config())
-    for i in range(1, adapters):
-        model.add_adapter(f"a{i}", config())
-    return model
+def stack_with(n: int, adapters: int = 1) -> Any:
+    names = ["default", *(f"a{i}" for i in range(1, adapters))]
+    return adapted(Stack(n), dict.fromkeys(names, config()), scale=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
     """What happens once per process is no part of a count."""
-    exercise(adapted(20, 2))
+    exercise(stack_with(20, 2))
     gc.collect()
 
 
@@ -144,7 +143,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_are_linear_in_the_modules(name):
-    few, many = (adapted(n, 2) for n in (FEW, MANY))
+    few, many = (stack_with(n, 2) for n in (FEW, MANY))
     assert calls(lambda: OPERATIONS[name](many)) <= MODULES_ALLOWED * calls(lambda: OPERATIONS[name](few))
 
 
@@ -155,7 +154,7 @@ def test_files_are_linear_in_the_modules(name, tmp_path):
 
 
 def file_operation(name: str, n: int, adapters: int, folder: Path) -> Callable[[], Any]:
-    model, path = adapted(n, adapters), str(folder / f"{n}-{adapters}")
+    model, path = stack_with(n, adapters), str(folder / f"{n}-{adapters}")
     if name == "save":
         return lambda: model.save_pretrained(path, selected_adapters=["default"])
     model.save_pretrained(path, selected_adapters=["default"])
@@ -172,7 +171,7 @@ REPORTING = ("layer status", "unload")  # their result is about all adapters
 
 @pytest.mark.parametrize("name", [n for n in OPERATIONS if n not in REPORTING])
 def test_operations_do_not_depend_on_other_adapters(name):
-    few, many = (adapted(40, adapters) for adapters in (2, 10))
+    few, many = (stack_with(40, adapters) for adapters in (2, 10))
     assert calls(lambda: OPERATIONS[name](many)) <= ADAPTERS_ALLOWED * calls(lambda: OPERATIONS[name](few))
 
 

@@ -48,7 +48,7 @@ def base() -> Any:
     return model
 
 
-def adapted(name: str, sharded: bool) -> Any:
+def with_method(name: str, sharded: bool) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     with seeded(1):
@@ -76,7 +76,7 @@ def trained(model: Any) -> torch.Tensor:
 
 def law(folder: Path, name: str) -> None:
     """The same losses, the same files; and the codes are in parts."""
-    one, here = adapted(name, False), adapted(name, True)
+    one, here = with_method(name, False), with_method(name, True)
     mine, ours = folder / f"{name}-{dist.get_rank()}", folder / name
     one.save_pretrained(mine / "start")
     here.save_pretrained(ours / "start")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
 from graft.storage import Quantized, find_store
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=120)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
@@ -69,12 +67,8 @@ def straight_twin(model: nn.Module, folder: Any) -> Any:
     return made
 
 
-def adapted(model: nn.Module, config: Any, *others: Any) -> Any:
-    with seeded(1):
-        made = graft.get_peft_model(model, copy.deepcopy(config), "a")
-        for name, other in zip("bcd", others):
-            made.add_adapter(name, copy.deepcopy(other))
-    return disturb(made.eval(), 0.1) if others else disturb(made.eval())
+def with_configs(model: nn.Module, *configs: Any) -> Any:
+    return adapted(model, dict(zip("abcd", configs)), scale=0.3 if len(configs) == 1 else 0.1)
 
 
 def logits(model: Any, **kwargs: Any) -> torch.Tensor:
@@ -112,9 +106,9 @@ def model_tests(bases: dict[str, Callable[[Any], Any]], rounding: tuple[str, ...
 
     def test_all_linear_layers_train_as_over_the_dense_weights(base, folder):
         config = lora(target_modules="all-linear")
-        model = adapted(base(), config)
+        model = with_configs(base(), config)
         assert len(layers(model)) == 14 and all(not layer.store.exact for layer in layers(model).values())
-        twin = adapted(straight_twin(base(), folder), config)
+        twin = with_configs(straight_twin(base(), folder), config)
         graft.set_peft_model_state_dict(
             twin, graft.get_peft_model_state_dict(model, adapter_name="a"), "a"
         )  # rounded as the base is
@@ -128,20 +122,20 @@ def model_tests(bases: dict[str, Callable[[Any], Any]], rounding: tuple[str, ...
     def test_what_stands_beside_the_packed_layers_trains(base, folder, method):
         tokens = {} if method == "LN_TUNING" else dict(num_virtual_tokens=3)
         config = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM", **tokens)
-        ours = gradients(adapted(base(), config))
-        for name, theirs in gradients(adapted(straight_twin(base(), folder), config)).items():
+        ours = gradients(with_configs(base(), config))
+        for name, theirs in gradients(with_configs(straight_twin(base(), folder), config)).items():
             assert_close(ours[name], theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
 
     @pytest.mark.parametrize("fingerprint", ["sampled", "full"])
     def test_saving_and_loading(base, fingerprint, tmp_path):
-        model = adapted(base(), lora())
+        model = with_configs(base(), lora())
         model.save_pretrained(tmp_path, fingerprint=fingerprint)
         for options in ({}, {"low_cpu_mem_usage": True}):
             loaded = graft.PeftModel.from_pretrained(base(), tmp_path / "a", **options).eval()
             assert torch.equal(logits(loaded), logits(model))
 
     def test_a_file_loads_over_the_dense_base(kind, base, folder, tmp_path):
-        model = adapted(base(), lora())
+        model = with_configs(base(), lora())
         model.save_pretrained(tmp_path)
         loaded = graft.PeftModel.from_pretrained(dense_twin(base(), folder), tmp_path / "a").eval()
         close(kind, logits(loaded), logits(model))
@@ -150,7 +144,7 @@ def model_tests(bases: dict[str, Callable[[Any], Any]], rounding: tuple[str, ...
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
     def test_mixed_batches(base):
-        model = adapted(base(), lora(), lora(use_dora=True))
+        model = with_configs(base(), lora(), lora(use_dora=True))
         expected = []
         for row, name in enumerate(("a", "b")):
             model.set_adapter(name)
@@ -167,7 +161,7 @@ def model_tests(bases: dict[str, Callable[[Any], Any]], rounding: tuple[str, ...
         why="`disable_adapter()` gives the base again",
     )
     def test_unmerging_gives_the_base_back(base):
-        model = adapted(base(), lora(), lora(use_dora=True))
+        model = with_configs(base(), lora(), lora(use_dora=True))
         model.base_model.set_adapter(["a", "b"])
         before = logits(model)
         with model.disable_adapter():
@@ -194,27 +188,27 @@ def model_tests(bases: dict[str, Callable[[Any], Any]], rounding: tuple[str, ...
         assert torch.equal(logits(model), before)
 
     def test_ways_out_of_the_adapter(kind, base):
-        model = adapted(base(), lora())
+        model = with_configs(base(), lora())
         before = logits(model)
         with model.disable_adapter():
             plain = logits(model)
         dense = model.merge_and_unload(dequantize=True)
         assert type(dense.model.layers[0].mlp.down_proj) is nn.Linear
         close(kind, logits(dense), before)
-        model = adapted(base(), lora())
+        model = with_configs(base(), lora())
         kinds = {name: type(m) for name, m in base().named_modules()}
         model.merge_adapter()
         left = model.unload()
         assert {name: type(m) for name, m in left.named_modules()} == kinds
         assert not torch.equal(logits(left), plain)  # merged for good, as unloading says
-        left = adapted(base(), lora()).unload()
+        left = with_configs(base(), lora()).unload()
         assert torch.equal(logits(left), plain)
 
     @pytest.mark.parametrize("method", BESIDE)
     def test_outputs_are_those_of_peft(kind, base, method, tmp_path):
         import peft
 
-        model = adapted(base(), graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](**BESIDE[method]))
+        model = with_configs(base(), graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](**BESIDE[method]))
         model.save_pretrained(tmp_path)
         theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "a").eval()
         close(kind, logits(model), logits(theirs))

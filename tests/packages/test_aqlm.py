@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.storage import find_store
-from tests.conformance.samples import disturb
+from tests.models import disturb
 from tests.storage.cells import IN, OUT, Kind, Net, cells, identity, linear
 
 os.environ["NUMBA_NUM_THREADS"] = "1"  # threads of aqlm's kernel for 8 bits add to the same numbers at once

@@ -14,9 +14,8 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import find_store
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 from tests.packages.bnb_layers import eight, embedding, four, pair, rearranged
 from tests.storage.cells import FEW, Kind, cells, flat, identity, linear, near, same
 
@@ -41,10 +40,9 @@ with seeded(5):
     X = torch.randn(6, 64)
 
 
-def adapted(base, name="default", **options):
+def with_lora(base, name="default", **options):
     options = dict(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False) | options
-    with seeded(3):
-        return graft.get_peft_model(base, graft.LoraConfig(**options), name).eval()
+    return adapted(base, {name: graft.LoraConfig(**options)}, seed=3, scale=0)
 
 
 def state(model):
@@ -70,7 +68,7 @@ def test_other_settings(hold):
     held = hold(linear())
     W = find_store(held).read(held, "weight")
     near(W, identity(held.train()), 1e-5)
-    model = adapted(pair(hold))
+    model = with_lora(pair(hold))
     before, y = state(model), model(X)
     settings = {k: v for k, v in vars(layers(model)["0"].base_layer.weight).items() if isinstance(v, (int, str))}
     model.merge_adapter()
@@ -87,7 +85,7 @@ def test_other_settings(hold):
 )
 def test_a_written_weight_keeps_the_dtype_of_its_values():
     base = pair(lambda m: four(m.to(torch.bfloat16)))
-    model = adapted(base)
+    model = with_lora(base)
     held = layers(model)["0"].base_layer
     assert layers(model)["0"].W0.dtype == torch.bfloat16 == held.weight.quant_state.dtype
     model.merge_adapter()
@@ -99,7 +97,7 @@ def test_a_dense_layer_has_the_dtype_of_the_model():
     for hold in (four, eight):
         base = nn.Sequential(nn.Linear(64, 64), hold(nn.Linear(64, 64, bias=False).to(torch.bfloat16)))
         base[0].to(torch.bfloat16)
-        model = adapted(base, target_modules=["1"])
+        model = with_lora(base, target_modules=["1"])
         y = model(X.to(torch.bfloat16))
         plain = model.merge_and_unload(dequantize=True)
         assert plain[1].weight.dtype == torch.bfloat16
@@ -121,7 +119,7 @@ def test_a_rearranged_weight_is_put_back(nested, storage, saved):
         near(find_store(held).read(held, "weight"), W[i // 2], 4e-3)  # without changing it; bfloat16
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model = adapted(base)
+        model = with_lora(base)
     assert [str(w.message)[:40] for w in said].count("bitsandbytes has rearranged weights of 4") == 1 - (
         saved and nested
     )
@@ -130,7 +128,7 @@ def test_a_rearranged_weight_is_put_back(nested, storage, saved):
         theirs[i].weight.data = find_store(base[i].base_layer).read(base[i].base_layer, "weight")
         theirs[i].bias.data = base[i].base_layer.bias.data
         assert torch.equal(bits(base[i].base_layer.weight), bits(fresh[i].weight)), "the codes"
-    theirs = adapted(theirs)
+    theirs = with_lora(theirs)
     for m in (model, theirs):
         m(X).square().sum().backward()
     for ours, dense in zip(model.parameters(), theirs.parameters()):
@@ -154,7 +152,7 @@ def bits(t):
 def test_an_adapter_keeps_weights_from_being_rearranged():
     base = pair(four, (96, 40))  # which bitsandbytes could not rearrange: rows of blocks and a half, no groups of 32
     x = X.repeat(1, 2)[:, :96]
-    model = adapted(base)
+    model = with_lora(base)
     with torch.no_grad():
         y = model(x)
     assert model(x).requires_grad and torch.equal(model(x), y)
@@ -166,7 +164,7 @@ def test_an_adapter_keeps_weights_from_being_rearranged():
 
 @pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
 def test_two_adapters_merged_one_by_one_and_at_once(hold):
-    model = adapted(pair(hold), "a")
+    model = with_lora(pair(hold), "a")
     with seeded(4):
         model.add_adapter("b", graft.LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False, use_dora=True))
     disturb(model.eval())
@@ -192,10 +190,10 @@ def test_two_adapters_merged_one_by_one_and_at_once(hold):
 )
 def test_an_adapter_made_while_another_is_merged(hold, options):
     config = lambda: graft.LoraConfig(r=4, target_modules=TARGETS, **options)
-    alone = adapted(pair(hold))
+    alone = with_lora(pair(hold))
     with seeded(9):
         alone.add_adapter("second", config())
-    model = adapted(pair(hold))
+    model = with_lora(pair(hold))
     model.merge_adapter()
     with seeded(9):
         model.add_adapter("second", config())
@@ -207,7 +205,7 @@ def test_an_adapter_made_while_another_is_merged(hold, options):
 
 @pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
 def test_copies_and_casts(hold):
-    model = adapted(pair(hold))
+    model = with_lora(pair(hold))
     y, before = model(X), state(model)
     model.merge_adapter()
     merged = model(X)
@@ -225,7 +223,7 @@ def test_copies_and_casts(hold):
 
 @pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
 def test_mixed_batches(hold):
-    model = adapted(pair(hold), "a")
+    model = with_lora(pair(hold), "a")
     with seeded(4):
         model.add_adapter("b", graft.LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False, use_dora=True))
     model.eval()
@@ -326,7 +324,7 @@ def test_a_subclass_with_a_forward_of_its_own():
 
 
 def test_a_merge_that_would_write_what_is_not_finite():
-    model = adapted(pair(four))
+    model = with_lora(pair(four))
     before = state(model)
     layers(model)["2"].lora_A["default"].weight.data[0, 0] = float("nan")
     for safe in (True, False):

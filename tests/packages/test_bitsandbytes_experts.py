@@ -12,7 +12,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.kernels import experts as kernel
 from graft.storage import stacks
 from tests.storage.packed_experts import BOTH, IDS, blocks, gpt_oss, made, mixtral
-from tests.storage.test_packed_experts import adapted, holds_one_matrix, merges_and_unmerges, results, same
+from tests.storage.test_packed_experts import holds_one_matrix, merges_and_unmerges, results, same, with_lora
 
 NAMES = ("gate_up_proj", "down_proj")
 WIDTH = 128  # on a CPU, the package reads stacks wrong of which a row is no multiple of a block
@@ -45,9 +45,9 @@ def test_values_and_gradients_are_those_of_the_dequantized_base(kind, make, monk
             held = stacks.matrices_of(m, name)
             W = held.dense([0, 2], torch.float32)
             assert torch.equal(W, (getattr(m, name).mT if held.flipped else getattr(m, name))[[0, 2]])
-    dense = adapted(twin(base, make))
+    dense = with_lora(twin(base, make))
     expected = results(dense)
-    model = adapted(base)
+    model = with_lora(base)
     monkeypatch.setattr(Bnb4bitParametrization, "forward", lambda *_: pytest.fail("dequantized a whole stack"))
     same(results(model), expected)
     monkeypatch.setattr(kernel, "BUDGET", 1)
@@ -63,7 +63,7 @@ def test_values_and_gradients_are_those_of_the_dequantized_base(kind, make, monk
 def test_without_adapters_the_package_runs():
     base = packed(mixtral)
     expected = base(IDS).logits
-    model = adapted(base)
+    model = with_lora(base)
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(IDS).logits, expected)
     assert torch.equal(model.unload()(IDS).logits, expected)
@@ -75,7 +75,7 @@ def test_blocks_that_reach_over_matrices_are_refused():
         m.down_proj.data = m.down_proj.data[:, :31, :31].contiguous()
         replace_parameter_4bit(m, "down_proj")
     with pytest.raises(UnsupportedLayerError, match=r"blocks reach from one matrix to the next.*another blocksize"):
-        adapted(base, target_parameters=BOTH[1:])
+        with_lora(base, target_parameters=BOTH[1:])
     assert not any(p.requires_grad for n, p in base.named_parameters() if "original" in n)
     assert all("forward" not in m.__dict__ for _, m in blocks(base))
 

@@ -15,9 +15,8 @@ import graft
 from graft.core.layer import AdapterLayer
 from graft.storage import find_store
 from tests import samples
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.packages.bnb_layers import eight, four, pair
 from tests.storage.cells import flat, same
 

@@ -19,9 +19,8 @@ from graft.compat.peft import names as compat
 from graft.compat.peft.layers import BNB, PREFIXES, layer_class
 from graft.compat.peft.modules import resolve
 from graft.storage import Quantized, find_store
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 
 FOUR = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 QUANTIZED = {"4": FOUR, "8": dict(load_in_8bit=True)}
@@ -167,14 +166,13 @@ def trained(model, steps=3, **kwargs):
 LORA = dict(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def adapted(base, **options):
-    with seeded(2):
-        return graft.get_peft_model(base, graft.LoraConfig(**{**LORA, **options}))
+def with_lora(base, **options):
+    return adapted(base, graft.LoraConfig(**{**LORA, **options}), seed=2, scale=0)
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_train_save_and_load(bits, dora, folder, tmp_path):
-    model = trained(adapted(load(folder, bits), use_dora=dora).train()).eval()
+    model = trained(with_lora(load(folder, bits), use_dora=dora).train()).eval()
     assert len(layers(model)) == 14 and all(m.quantization_backend == f"bnb {bits}bit" for m in layers(model).values())
     exact(model)
     expected = logits(model)
@@ -197,7 +195,7 @@ def test_train_save_and_load(bits, dora, folder, tmp_path):
 
 
 def test_merged_models_are_saved_and_loaded(bits, folder, tmp_path):
-    model = exact(disturb(adapted(load(folder, bits)).eval()))
+    model = exact(disturb(with_lora(load(folder, bits)).eval()))
     before = logits(model)
     dense = copy.deepcopy(model).merge_and_unload(dequantize=True)
     assert_close(logits(dense), before, rtol=1e-4, atol=1e-4)
@@ -220,7 +218,7 @@ def test_k_bit_preparation_and_checkpointing(bits, reentrant, folder):
         else:
             prepare(base, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             assert base.is_gradient_checkpointing
-        model = adapted(base)
+        model = with_lora(base)
         facts = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
         model = disturb(model).train()
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -237,7 +235,7 @@ def test_half_precision(bits, prepared, folder):
     base = load(folder, bits, torch.bfloat16)
     if prepared:
         graft.prepare_model_for_kbit_training(base)
-    model = disturb(adapted(base).eval())
+    model = disturb(with_lora(base).eval())
     hidden = torch.float32 if prepared else torch.bfloat16
     exact(model)
     before = logits(model)
@@ -275,7 +273,7 @@ def test_a_prompt_gets_gradients_after_the_model_has_run(bits, folder):
 
 
 def test_rows_of_a_batch_and_generate(bits, folder):
-    model = exact(disturb(adapted(load(folder, bits)).eval()))
+    model = exact(disturb(with_lora(load(folder, bits)).eval()))
     with seeded(8):
         model.add_adapter("other", graft.LoraConfig(**{**LORA, "use_dora": True, "init_lora_weights": False}))
     exact(model.eval())
@@ -294,7 +292,7 @@ def test_rows_of_a_batch_and_generate(bits, folder):
 
 def test_what_quantization_lost_comes_back(bits, folder):
     dense = logits(load(folder))
-    model = exact(adapted(load(folder, bits), r=12, lora_alpha=18))
+    model = exact(with_lora(load(folder, bits), r=12, lora_alpha=18))
     before = far(logits(model), dense)
     graft.replace_lora_weights_loftq(model, str(folder))
     assert 0 < far(logits(model), dense) < 0.8 * before

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaCon
 
 import graft
 from graft.core.errors import UnsupportedLayerError
-from tests.conformance.samples import disturb
+from tests.models import disturb
 
 INT4 = dict(num_bits=4, type="int", strategy="group", group_size=32)
 INT8 = dict(num_bits=8, type="int", strategy="channel")

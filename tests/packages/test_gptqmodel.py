@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.conformance.samples import disturb
+from tests.models import disturb
 from tests.packages.llama import model_tests, plain
 from tests.storage.cells import IN, Kind, Net, cells, linear
 from tests.storage.standins import BITS, GROUP, AwqBits, GptqBits

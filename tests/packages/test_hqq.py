@@ -13,9 +13,8 @@ from torch.testing import assert_close
 
 import graft
 from graft.storage import find_store
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.packages.llama import model_tests, plain
 from tests.storage.cells import IN, Kind, cells, identity, linear
 

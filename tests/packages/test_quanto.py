@@ -12,9 +12,8 @@ from transformers import LlamaForCausalLM, QuantoConfig
 
 import graft
 from graft.storage import find_store
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.packages.llama import model_tests
 from tests.storage.cells import IN, Kind, cells, identity, linear
 

@@ -31,8 +31,7 @@ from transformers import LlamaForCausalLM, TorchAoConfig
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import find_store, straight
-from tests.conformance.samples import disturb
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.packages.llama import model_tests
 from tests.storage.cells import IN, Kind, cells, identity, linear
 

@@ -12,7 +12,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_am
 from graft.kernels import experts as kernel
 from graft.storage import stacks
 from tests.storage.packed_experts import IDS, blocks, gpt_oss, made, mixtral
-from tests.storage.test_packed_experts import adapted, holds_one_matrix, merges_and_unmerges, results, same
+from tests.storage.test_packed_experts import holds_one_matrix, merges_and_unmerges, results, same, with_lora
 
 NAMES = ("gate_up_proj", "down_proj")
 
@@ -34,7 +34,7 @@ def pair(make, outer):
 @pytest.mark.parametrize("outer", [False, True])
 def test_values_and_gradients_are_those_of_the_dequantized_base(make, outer, monkeypatch):
     packed, dense = pair(make, outer)
-    expected, model = results(adapted(dense)), adapted(packed)
+    expected, model = results(with_lora(dense)), with_lora(packed)
     whole = NVFP4Tensor.dequantize
     monkeypatch.setattr(NVFP4Tensor, "dequantize", lambda t, *a: pytest.fail() if t.dim() > 2 else whole(t, *a))
     same(results(model), expected)

@@ -92,7 +92,7 @@ def logits(model):
         return model(IDS, use_cache=False).logits
 
 
-def adapted(lib, kind, targets, **config):
+def with_lora(lib, kind, targets, **config):
     config = lib.LoraConfig(**dict(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False) | config)
     with seeded(1):
         return lib.get_peft_model(base(kind), config), config
@@ -136,7 +136,7 @@ def test_experts_are_targets_by_their_old_names(kind):
     model, targets = base(kind), targets_of(kind)
     if not [*stacks(survey(model))]:
         pytest.skip("no layer of so small a model has experts")
-    (theirs, _), (ours, said) = (outcome(lambda lib=lib: adapted(lib, kind, targets)) for lib in (peft, graft))
+    (theirs, _), (ours, said) = (outcome(lambda lib=lib: with_lora(lib, kind, targets)) for lib in (peft, graft))
     if isinstance(theirs, ValueError):
         if isinstance(ours, ValueError):
             assert "target_parameters" in str(ours)
@@ -162,7 +162,7 @@ def test_files_go_both_ways(kind, tmp_path):
     """The same tensors and the same output, whichever library wrote the file and whichever reads it."""
     targets = targets_of(kind)
     for lib, other in ((graft, peft), (peft, graft)):
-        (made, _), folder = outcome(lambda lib=lib: adapted(lib, kind, targets))[0:2], tmp_path / lib.__name__
+        (made, _), folder = outcome(lambda lib=lib: with_lora(lib, kind, targets))[0:2], tmp_path / lib.__name__
         if isinstance(made, ValueError):
             continue
         model = made[0].eval()
@@ -301,7 +301,7 @@ def test_plans_name_the_experts_that_are_left_out():
 ], ids=("all-linear", "pattern", "shared", "names", "layer"))  # fmt: skip
 def test_targets_mean_what_they_meant(targets, stacked, dense, tmp_path):
     """Whether as a list of paths, as a regex or as "all-linear"; and PEFT finds the same in the file."""
-    made, _ = adapted(graft, "deepseek_v3", targets)
+    made, _ = with_lora(graft, "deepseek_v3", targets)
     names = {n.removeprefix("base_model.model.model.layers.").partition(".lora_")[0] for n in trained(made)}
     assert {n for n in names if ".experts" in n} == {
         f"{i}.mlp.experts{s}" for i in [1] * stacked for s in ("", ".base_layer")
@@ -318,7 +318,7 @@ def test_targets_mean_what_they_meant(targets, stacked, dense, tmp_path):
 def test_ranks_by_old_names():
     """A stack has the sum over its parts, a weight what its layer has."""
     patterns = dict(rank_pattern={r"experts\.\d+\.gate_proj": 3, "mlp.up_proj": 5}, alpha_pattern={"down_proj": 7})
-    made, _ = adapted(graft, "deepseek_v3", LLAMA, **patterns)
+    made, _ = with_lora(graft, "deepseek_v3", LLAMA, **patterns)
     layers = {
         n.removeprefix("base_model.model.model.layers."): m for n, m in made.named_modules() if hasattr(m, "lora_A")
     }

@@ -225,7 +225,7 @@ def test_what_vllm_makes_of_experts(tmp_path):
     """Each expert's products are what merging adds to its weights."""
     jobs, wanted = [], {}
     for n, (family, layout) in enumerate(CASES):
-        policy = experts.adapted(family)
+        policy = experts.with_experts(family)
         if layout == "vllm-shared":
             experts.shared(policy)
         made = graft.adapter_tensors(policy, layout=layout)

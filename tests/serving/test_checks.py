@@ -9,7 +9,7 @@ from torch import nn
 import graft
 from graft.core.errors import CheckpointError, PeftWarning
 from graft.serving import AdapterSlots
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 TENSORS = "adapter_model.safetensors"
 
@@ -19,16 +19,16 @@ def net(number=0):
         return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
 
 
-def adapted(base):
-    return graft.get_peft_model(base, graft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False)).eval()
+def with_lora(base):
+    return adapted(base, graft.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False), scale=0)
 
 
 def load(base, folder):
-    adapted(base).load_adapter(folder, "other")
+    with_lora(base).load_adapter(folder, "other")
 
 
 def swap(base, folder):
-    graft.hotswap_adapter(adapted(base), folder, "default")
+    graft.hotswap_adapter(with_lora(base), folder, "default")
 
 
 def fill(base, folder):
@@ -41,7 +41,7 @@ WAYS = pytest.mark.parametrize("way", [load, swap, fill])
 @pytest.fixture
 def folder(tmp_path):
     with seeded(1):
-        adapted(net()).save_pretrained(tmp_path)
+        with_lora(net()).save_pretrained(tmp_path)
     return str(tmp_path)
 
 

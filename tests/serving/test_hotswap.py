@@ -25,7 +25,7 @@ from graft.core.layer import AdapterLayer
 from graft.io.files import load_weights
 from graft.model.functional import rescale_adapter_scale
 from tests import models
-from tests.conformance.samples import disturb
+from tests.models import disturb
 
 LORA = dict(r=3, lora_alpha=4.11)  # scaling 1.37
 MLP = dict(target_modules=["lin0", "fc1", "fc2"])
@@ -125,7 +125,7 @@ CASES = {
 
 
 @torch.no_grad()
-def adapted(lib, name, seed, **config):
+def random_lora(lib, name, seed, **config):
     """A model with an adapter that has random values all over."""
     model = lib.get_peft_model(models.make(name), lib.LoraConfig(**copy.deepcopy(config)))
     g = torch.Generator().manual_seed(seed)
@@ -137,7 +137,7 @@ def adapted(lib, name, seed, **config):
 
 def save(folder, name, seed, **config):
     """By PEFT: its files are what there is to swap in."""
-    adapted(peft, name, seed, **config).save_pretrained(folder)
+    random_lora(peft, name, seed, **config).save_pretrained(folder)
     return str(folder)
 
 
@@ -273,7 +273,7 @@ def test_names_that_end_alike_keep_their_own_ranks(tmp_path):
 
 
 def test_other_adapters_stay(tmp_path):
-    model = adapted(graft, "mlp", 1, **LORA, **MLP)
+    model = random_lora(graft, "mlp", 1, **LORA, **MLP)
     model.load_adapter(save(tmp_path / "b", "mlp", 3, **LORA, **MLP), "b")
     model.set_adapter("b")
     before = output(model, "mlp")
@@ -284,7 +284,7 @@ def test_other_adapters_stay(tmp_path):
 
 
 def test_training_goes_on_after_a_swap(tmp_path):
-    model = adapted(graft, "mlp", 1, **LORA, **MLP).train()
+    model = random_lora(graft, "mlp", 1, **LORA, **MLP).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     graft.hotswap_adapter(model, save(tmp_path, "mlp", 2, **LORA | MLP | {"r": 7}), "default")
@@ -297,7 +297,7 @@ def test_training_goes_on_after_a_swap(tmp_path):
 
 def test_values_take_the_dtype_that_the_adapter_has(tmp_path):
     folder = save(tmp_path, "mlp", 2, **LORA | MLP | {"r": 5})
-    model = adapted(graft, "mlp", 1, **LORA, **MLP).to(torch.bfloat16)
+    model = random_lora(graft, "mlp", 1, **LORA, **MLP).to(torch.bfloat16)
     graft.hotswap_adapter(model, folder, "default")
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
     stored = load_weights(folder).tensors["base_model.model.lin0.lora_A.weight"]
@@ -306,14 +306,14 @@ def test_values_take_the_dtype_that_the_adapter_has(tmp_path):
 
 def test_files_in_several_dtypes_and_torch_files(tmp_path):
     config = LORA | MLP
-    model = adapted(peft, "mlp", 2, **config)
+    model = random_lora(peft, "mlp", 2, **config)
     model.base_model.model.lin0.lora_A.default.half()
     model.save_pretrained(tmp_path / "mixed")
     model.save_pretrained(tmp_path / "bin", safe_serialization=False)
     tensors = load_weights(str(tmp_path / "mixed")).tensors
     assert {t.dtype for t in tensors.values()} == {torch.float16, torch.float32}
     for name in ("mixed", "bin"):
-        ours = adapted(graft, "mlp", 1, **config)
+        ours = random_lora(graft, "mlp", 1, **config)
         graft.hotswap_adapter(ours, str(tmp_path / name), "default")
         for key, t in graft.get_peft_model_state_dict(ours).items():
             assert torch.equal(t, tensors[key].float()), key
@@ -322,13 +322,13 @@ def test_files_in_several_dtypes_and_torch_files(tmp_path):
 def test_subfolder_and_key_mapping(tmp_path):
     first, second = LORA | MLP, LORA | MLP | {"r": 2}
     save(tmp_path / "deep", "mlp", 2, **second)
-    model = adapted(graft, "mlp", 1, **first)
+    model = random_lora(graft, "mlp", 1, **first)
     graft.hotswap_adapter(model, str(tmp_path), "default", subfolder="deep")
     expected = output(model, "mlp")
     tensors = load_weights(str(tmp_path / "deep")).tensors
     renamed = {k.replace("layers.", "blocks."): t for k, t in tensors.items()}
     save_file(renamed, tmp_path / "deep" / "adapter_model.safetensors", {"format": "pt"})
-    model = adapted(graft, "mlp", 1, **first)
+    model = random_lora(graft, "mlp", 1, **first)
     with pytest.raises(AdapterKeyError, match="blocks"):
         graft.hotswap_adapter(model, str(tmp_path / "deep"), "default")
     graft.hotswap_adapter(model, str(tmp_path / "deep"), "default", key_mapping={"^blocks": "layers"})
@@ -341,15 +341,15 @@ def test_subfolder_and_key_mapping(tmp_path):
 @pytest.mark.parametrize("names", ["file", "memory"])
 def test_from_a_state_dict(names, tmp_path):
     config = LORA | MLP | {"r": 2, "lora_alpha": 3.1}
-    source = adapted(peft, "mlp", 2, **config)
+    source = random_lora(peft, "mlp", 2, **config)
     if names == "file":
         tensors = peft.get_peft_model_state_dict(source)
     else:
         tensors = {k: v for k, v in source.state_dict().items() if "lora_" in k}
-        theirs = adapted(peft, "mlp", 1, **LORA, **MLP)
+        theirs = random_lora(peft, "mlp", 1, **LORA, **MLP)
         peft_hotswap.hotswap_adapter_from_state_dict(theirs, tensors, "default", source.peft_config["default"])
         assert_close(output(theirs, "mlp"), output(source, "mlp"))
-    model = adapted(graft, "mlp", 1, **LORA, **MLP)
+    model = random_lora(graft, "mlp", 1, **LORA, **MLP)
     given = dict(tensors)
     graft.hotswap_adapter_from_state_dict(model, given, "default", graft.LoraConfig(**config))
     assert given.keys() == tensors.keys()
@@ -377,8 +377,8 @@ def test_into_a_model_without_a_wrapper(tmp_path):
 
 def refused(tmp_path, error, match, name="mlp", first=LORA | MLP, config=None, edit=None, **second):
     """A swap that raises and changes nothing. `edit` changes the tensors that come."""
-    model = adapted(graft, name, 1, **first)
-    source = adapted(graft, name, 2, **(first | second))
+    model = random_lora(graft, name, 1, **first)
+    source = random_lora(graft, name, 2, **(first | second))
     tensors = {k: v.detach().clone() for k, v in graft.get_peft_model_state_dict(source).items()}
     if edit is not None:
         edit(tensors)
@@ -424,7 +424,7 @@ def test_other_methods_are_refused(tmp_path):
     ia3.save_pretrained(tmp_path / "ia3")
     folder = save(tmp_path / "lora", "mlp", 1, **LORA, **MLP)
     for model, source, text in (
-        (adapted(graft, "mlp", 1, **LORA, **MLP), "ia3", "Incompatible PEFT types found: LORA and IA3"),
+        (random_lora(graft, "mlp", 1, **LORA, **MLP), "ia3", "Incompatible PEFT types found: LORA and IA3"),
         (ia3, "lora", "Incompatible PEFT types found: IA3 and LORA"),
         (ia3, "ia3", "Hotswapping only supports LORA but IA3 was passed"),
     ):
@@ -514,7 +514,7 @@ def test_base_weights_that_differ_are_refused(tmp_path):
 
 def test_a_merged_adapter_must_be_unmerged(tmp_path):
     folder = save(tmp_path, "mlp", 2, **LORA, **MLP)
-    model = adapted(graft, "mlp", 1, **LORA, **MLP)
+    model = random_lora(graft, "mlp", 1, **LORA, **MLP)
     model.merge_adapter()
     before = state(model)
     with pytest.raises(ConfigError, match=r"'default' because it is currently merged .*unmerge_adapter\(\)"):
@@ -534,7 +534,7 @@ def test_a_merged_adapter_must_be_unmerged(tmp_path):
     graft="`BaseModelMismatchError`, by the fingerprint",
 )
 def test_another_architecture_and_damaged_files(tmp_path):
-    model = adapted(graft, "mlp", 1, **LORA, **MLP)
+    model = random_lora(graft, "mlp", 1, **LORA, **MLP)
     before = state(model)
     with pytest.raises(CheckpointError, match="adapter_config"):
         graft.hotswap_adapter(model, str(tmp_path), "default")
@@ -624,7 +624,7 @@ def test_a_tied_head_has_the_rank_and_alpha_of_its_embedding(tmp_path):
 def test_preparing_pads_as_peft_does(name):
     targets = {"mlp": MLP, "conv2d": CONV, "conv1D": dict(target_modules=["c_fc"])}[name]
     config = LORA | targets | {"r": 4}
-    ours, theirs = adapted(graft, name, 1, **config), adapted(peft, name, 1, **config)
+    ours, theirs = random_lora(graft, name, 1, **config), random_lora(peft, name, 1, **config)
     before = output(ours, name)
     configs = graft.LoraConfig(**config), peft.LoraConfig(**config)
     graft.prepare_model_for_compiled_hotswap(ours, target_rank=6, config=configs[0])
@@ -639,7 +639,7 @@ def test_preparing_pads_as_peft_does(name):
 
 def test_preparing_embeddings_patterns_and_several_adapters(tmp_path):
     config = LORA | dict(target_modules=["emb", "lin"], rank_pattern={"lin": 5}, use_rslora=True)
-    model = adapted(graft, "embedding", 1, **config)
+    model = random_lora(graft, "embedding", 1, **config)
     model.add_adapter("b", graft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False))
     before = output(model, "embedding")
     graft.prepare_model_for_compiled_hotswap(model, target_rank=6, config=model.peft_config)
@@ -653,7 +653,7 @@ def test_preparing_embeddings_patterns_and_several_adapters(tmp_path):
 
 
 def test_a_prepared_model_does_all_that_it_did(tmp_path):
-    plain, model = (adapted(graft, "mlp", 1, **LORA, **MLP) for _ in range(2))
+    plain, model = (random_lora(graft, "mlp", 1, **LORA, **MLP) for _ in range(2))
     graft.prepare_model_for_compiled_hotswap(model)  # ranks stay, scalings are tensors
     assert model.base_model.model.lin0.lora_A.default.weight.shape == (3, 10)
     for m in (plain, model):
@@ -679,7 +679,7 @@ def test_a_prepared_model_does_all_that_it_did(tmp_path):
 
 
 def test_preparing_refuses_what_it_cannot_do():
-    model = adapted(graft, "conv2d", 1, **LORA | CONV | {"r": 4})
+    model = random_lora(graft, "conv2d", 1, **LORA | CONV | {"r": 4})
     before = state(model)
     with pytest.raises(ConfigError, match=r"target rank 3, but the original rank is larger \(4\).*'default'.*conv'"):
         graft.prepare_model_for_compiled_hotswap(model, target_rank=3)
@@ -713,7 +713,7 @@ SWAPS = [  # rank, alpha, targets
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("what", ["model", "in place", "unwrapped"])
 def test_a_prepared_model_is_compiled_once(tmp_path, backend, what):
-    model = adapted(graft, "mlp", 9, **LORA, **MLP)
+    model = random_lora(graft, "mlp", 9, **LORA, **MLP)
     graft.prepare_model_for_compiled_hotswap(model, target_rank=6)
     torch._dynamo.reset()
     run = model
@@ -738,7 +738,7 @@ def test_a_prepared_model_is_compiled_once(tmp_path, backend, what):
 
 def test_a_model_that_is_not_prepared_is_compiled_again(tmp_path):
     """What the test above would see if it failed."""
-    model = adapted(graft, "mlp", 9, **LORA, **MLP)
+    model = random_lora(graft, "mlp", 9, **LORA, **MLP)
     torch._dynamo.reset()
     run = torch.compile(model, backend="eager")
     output(run, "mlp")
@@ -755,7 +755,7 @@ def test_a_model_that_is_not_prepared_is_compiled_again(tmp_path):
     why="compiled code is compiled again",
 )
 def test_growing_beyond_the_room_warns(tmp_path):
-    model = adapted(graft, "mlp", 1, **LORA, **MLP)
+    model = random_lora(graft, "mlp", 1, **LORA, **MLP)
     graft.prepare_model_for_compiled_hotswap(model, target_rank=5)
     folder = save(tmp_path, "mlp", 2, **LORA | MLP | {"r": 7})
     with pytest.warns(graft.PeftWarning, match="'default' grows to rank 7.*compiled again"):

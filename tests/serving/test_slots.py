@@ -46,7 +46,7 @@ ADAPTERS = {
 
 
 @torch.no_grad()
-def adapted(name="llama", seed=1, **config):
+def random_lora(name="llama", seed=1, **config):
     """A PeftModel with one adapter of random values."""
     model = graft.get_peft_model(models.make(name), graft.LoraConfig(**copy.deepcopy(config)))
     g = torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ def folders(tmp_path_factory):
     """Saved adapters by name."""
     top = tmp_path_factory.mktemp("adapters")
     for seed, (name, config) in enumerate(ADAPTERS.items()):
-        adapted(seed=seed, **config).save_pretrained(top / name)
+        random_lora(seed=seed, **config).save_pretrained(top / name)
     return {name: str(top / name) for name in ADAPTERS}
 
 
@@ -155,7 +155,7 @@ def test_slots_in_half_precision(folders):
 
 @pytest.mark.parametrize("name, targets", [("gpt2", ["c_attn", "mlp.c_proj"]), ("t5", ["q", "wo"]), ("mlp", ["fc1"])])
 def test_other_models(name, targets):
-    source = adapted(name, 3, r=3, lora_alpha=4.11, target_modules=targets)
+    source = random_lora(name, 3, r=3, lora_alpha=4.11, target_modules=targets)
     slots = AdapterSlots(models.make(name), 2, 4, targets)
     slots.load("a", source)
     batch = models.inputs(name)
@@ -296,7 +296,7 @@ def test_unload_frees_slot_and_memory(folders):
 
 
 def test_a_thousand_adapters_in_memory_a_hundred_in_slots():
-    source = adapted("mlp", r=2, lora_alpha=2.74, target_modules=["fc1", "fc2"])
+    source = random_lora("mlp", r=2, lora_alpha=2.74, target_modules=["fc1", "fc2"])
     tensors = {k: v.detach().clone() for k, v in graft.get_peft_model_state_dict(source).items()}
     config = source.peft_config["default"]
     slots = AdapterSlots(models.make("mlp"), 100, 3, ["fc1", "fc2"])
@@ -332,7 +332,7 @@ def test_a_thousand_adapters_in_memory_a_hundred_in_slots():
 
 def test_from_folders_tensors_and_models(folders):
     slots = slotted(n=8)
-    source = adapted(seed=0, **ADAPTERS["a"])
+    source = random_lora(seed=0, **ADAPTERS["a"])
     slots.load("folder", folders["a"])
     slots.load("tensors", load_weights(folders["a"]).tensors, config=graft.LoraConfig(**ADAPTERS["a"]))
     slots.load("model", source)
@@ -368,7 +368,7 @@ def test_from_an_injected_model(folders):
 
 
 def test_from_a_subfolder_and_a_torch_file(folders, tmp_path):
-    adapted(seed=0, **ADAPTERS["a"]).save_pretrained(tmp_path / "deep", safe_serialization=False)
+    random_lora(seed=0, **ADAPTERS["a"]).save_pretrained(tmp_path / "deep", safe_serialization=False)
     slots = slotted(folders)
     slots.load("x", tmp_path, subfolder="deep")
     assert torch.equal(out(slots, "x"), out(slots, "a"))
@@ -427,7 +427,7 @@ def refused(slots, error, match, *args, **options):
 def test_loras_that_do_not_fit_are_refused_by_name(folders, config, match, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = adapted(**ADAPTERS["a"] | config)
+        model = random_lora(**ADAPTERS["a"] | config)
         model.save_pretrained(tmp_path / "x")
     refused(slotted(folders), ConfigError, match, "x", tmp_path / "x")
 
@@ -436,7 +436,7 @@ def test_biases_are_refused(tmp_path):
     config = dict(r=2, target_modules=["fc1"], bias="lora_only")
     slots = AdapterSlots(models.make("mlp"), 2, 5, ["fc1"])
     with pytest.raises(ConfigError, match="bias='lora_only'"):
-        slots.load("x", adapted("mlp", **config))
+        slots.load("x", random_lora("mlp", **config))
     assert slots.names == []
 
 
@@ -467,7 +467,7 @@ def test_what_graft_does_not_know_is_refused_by_name(folders, tmp_path):
 
 def test_other_targets_are_refused_by_name(folders):
     for targets, key in ((["q_proj", "o_proj"], "o_proj"), (["embed_tokens", "q_proj"], "embed_tokens")):
-        source = adapted(r=2, target_modules=targets)
+        source = random_lora(r=2, target_modules=targets)
         refused(slotted(folders), AdapterKeyError, f"'x' does not fit: no slots for .*{key}.*`targets`", "x", source)
 
 
@@ -719,7 +719,7 @@ def test_slots_refill_between_the_tokens_of_a_running_generate(folders):
 
 
 def test_an_encoder_decoder():
-    sources = {n: adapted("t5", s, r=2, lora_alpha=2.74, target_modules=["q", "wo"]) for s, n in enumerate("ab")}
+    sources = {n: random_lora("t5", s, r=2, lora_alpha=2.74, target_modules=["q", "wo"]) for s, n in enumerate("ab")}
     slots = AdapterSlots(models.make("t5"), 2, 2, ["q", "wo"])
     for name, source in sources.items():
         slots.load(name, source)

@@ -23,7 +23,7 @@ from tests.serving.server import answers, serving
 TARGETS = ["q_proj", "v_proj", "up_proj", "lm_head"]
 
 
-def adapted(seed=1, **options):
+def strong_lora(seed=1, **options):
     """A model with an adapter of order-one effect, LoRA of these options."""
     with seeded(seed):
         config = graft.LoraConfig(**dict(target_modules=TARGETS, r=4, lora_alpha=6, task_type="CAUSAL_LM") | options)
@@ -68,7 +68,7 @@ def verdict(folder, served, kind="vllm", dtype="float32", **options):
 
 @pytest.fixture(scope="module")
 def model():
-    return adapted()
+    return strong_lora()
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +101,15 @@ def test_a_scale_of_one(folder, model):
 
 
 def test_a_server_without_rslora(tmp_path):
-    model = adapted(use_rslora=True, r=9)
+    model = strong_lora(use_rslora=True, r=9)
     found = verdict(saved(model, tmp_path), scaled(model, 1 / 3))
     assert found.scale == pytest.approx(1 / 3, rel=1e-3)
     assert "use_rslora" in found.text
 
 
 def test_a_server_without_rslora_where_ranks_differ(tmp_path):
-    model = adapted(use_rslora=True, r=9, rank_pattern={"up_proj": 4}, alpha_pattern={"lm_head": 3})
-    other = adapted(r=9, rank_pattern={"up_proj": 4}, alpha_pattern={"lm_head": 3})
+    model = strong_lora(use_rslora=True, r=9, rank_pattern={"up_proj": 4}, alpha_pattern={"lm_head": 3})
+    other = strong_lora(r=9, rank_pattern={"up_proj": 4}, alpha_pattern={"lm_head": 3})
     other.load_state_dict(model.state_dict())
     assert verdict(saved(model, tmp_path), other).verdict == "use_rslora not read"
 
@@ -123,8 +123,8 @@ def test_a_part_that_is_missing(part, folder, model):
 
 def test_patterns_that_are_not_read(tmp_path):
     options = dict(alpha_pattern={"layers.0.self_attn.q_proj": 24, "up_proj": 1})
-    model = adapted(**options)
-    other = adapted()
+    model = strong_lora(**options)
+    other = strong_lora()
     other.load_state_dict(model.state_dict())
     assert verdict(saved(model, tmp_path), other).verdict == "patterns not read"
 
@@ -142,7 +142,7 @@ def test_a_base_that_answers_with_the_adapter(part, folder, model):
 
 
 def test_another_adapter(folder):
-    found = verdict(folder, adapted(seed=2))
+    found = verdict(folder, strong_lora(seed=2))
     assert found.verdict == "another adapter"
     assert min(found.deviations.values()) > 10 * found.tolerance
 
@@ -185,7 +185,7 @@ def test_methods_without_a_scaling(tmp_path):
     folder = saved(model.eval(), tmp_path)
     assert verdict(folder, model).ok
     assert verdict(folder, make("llama")).verdict == "not applied"
-    assert verdict(folder, adapted()).verdict == "another adapter"
+    assert verdict(folder, strong_lora()).verdict == "another adapter"
 
 
 # servers that are not right

@@ -20,10 +20,9 @@ from torch.testing import assert_close
 import graft
 from graft.storage import find_store
 from tests import samples
-from tests.conformance.samples import adapted
 from tests.covering import Case, Sometimes, law
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import adapted, seeded
 from tests.samples.laws import Sample
 
 IN, OUT = 320, 96  # what all samples and all block sizes divide

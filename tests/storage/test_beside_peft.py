@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers.integrations import finegrained_fp8
 
 import graft
-from tests.conformance.samples import disturb
+from tests.models import disturb
 from tests.storage.cells import IN, Net, linear
 from tests.storage.test_float8 import fp8, fp8_linear
 from tests.storage.test_integers import gemma

@@ -10,9 +10,8 @@ import graft
 from graft.compat.peft.modules import names_in, resolve
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from graft.storage import find_store
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.storage.cells import IN, Kind, Net, cells, identity, linear
 from tests.storage.standins import Aqlm, AwqModel, Eetq, Gptq, OldAwq, OldGptq
 

@@ -12,8 +12,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import find_store
-from tests.conformance.samples import disturb
-from tests.models import seeded
+from tests.models import disturb, seeded
 
 
 def rounded_forward(self, x):

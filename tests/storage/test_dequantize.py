@@ -7,9 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.conformance.samples import adapted, disturb
 from tests.looks import layers, merged
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 from tests.storage.cells import same, state
 from tests.storage.test_cells import Calibrated, Eight
 
@@ -44,7 +43,7 @@ def lora(**options):
 @pytest.mark.parametrize("kind", [Eight, Calibrated])
 @pytest.mark.parametrize("safe", [True, False])
 def test_adapted_layers_become_plain(kind, safe):
-    model = adapted(Net(kind), {"default": lora()})
+    model = adapted(Net(kind), lora())
     expected = model(x())
     plain = model.merge_and_unload(dequantize=True, safe_merge=safe)
     assert type(plain.layer) is type(plain.plain) is nn.Linear and type(plain.left) is kind
@@ -65,7 +64,7 @@ def test_what_is_merged_already_comes_along_exactly():
 
 
 def test_a_model_can_be_trained_afterwards():
-    plain = adapted(Net(Calibrated), {"default": lora()}).merge_and_unload(dequantize=True)
+    plain = adapted(Net(Calibrated), lora()).merge_and_unload(dequantize=True)
     again = graft.get_peft_model(plain, lora())
     again(x()).sum().backward()
     assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
@@ -93,7 +92,7 @@ def test_a_failure_leaves_the_packed_weights(already):
 
 
 def test_what_has_no_merged_form_stays():
-    model = adapted(Net(Calibrated), {"default": graft.LilyConfig(r=2, target_modules=["layer"])})
+    model = adapted(Net(Calibrated), graft.LilyConfig(r=2, target_modules=["layer"]))
     expected = model(x())
     with pytest.raises(NotImplementedError, match=r"unload\(\)"):
         model.merge_and_unload(dequantize=True)
@@ -102,7 +101,7 @@ def test_what_has_no_merged_form_stays():
 
 def test_the_way_out_is_in_the_message():
     with pytest.raises(NotImplementedError, match=r"or merge_and_unload\(dequantize=True\)"):
-        adapted(Net(Calibrated), {"default": lora()}).merge_adapter()
+        adapted(Net(Calibrated), lora()).merge_adapter()
 
 
 def test_on_a_dense_model_it_does_what_merging_does():

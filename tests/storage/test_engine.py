@@ -15,8 +15,7 @@ import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import find_op
 from graft.storage import refusal
-from tests.conformance.samples import disturb
-from tests.models import seeded
+from tests.models import disturb, seeded
 
 PYTORCH = "transformer_engine.pytorch"
 

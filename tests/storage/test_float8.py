@@ -11,7 +11,7 @@ from transformers.integrations import compressed_tensors, fbgemm_fp8, finegraine
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import find_store
-from tests.conformance.samples import disturb
+from tests.models import disturb
 from tests.storage.cells import IN, Kind, Net, cells, linear
 
 E4M3 = torch.float8_e4m3fn

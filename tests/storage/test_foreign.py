@@ -13,9 +13,8 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import DENSE, FOREIGN, PACKED, find_store, find_tensor_store
-from tests.conformance.samples import adapted, disturb
 from tests.conformance.stores import Coded, held
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 
 X = torch.linspace(-1, 1, 30).view(5, 6)
 

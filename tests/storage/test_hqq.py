@@ -13,9 +13,8 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import find_store
-from tests.conformance.samples import disturb
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.storage.cells import FEW, IN, OUT, Kind, cells, linear
 
 CONFIG = dict(weight_quant_params=dict(nbits=4, group_size=64), scale_quant_params=None, zero_quant_params=None)

@@ -10,8 +10,7 @@ from transformers.integrations import bitnet, gemma_quant
 import graft
 from graft.core.errors import PeftWarning, UnsupportedLayerError
 from graft.storage import find_store
-from tests.conformance.samples import disturb
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.storage.cells import IN, Kind, Net, cells, linear
 from tests.storage.standins import Eetq
 

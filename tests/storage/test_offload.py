@@ -8,9 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.conformance.samples import adapted, disturb
 from tests.core.test_layer import CONFIGS, Net, X, config
-from tests.models import seeded
+from tests.models import adapted, disturb, seeded
 
 CPU = torch.device("cpu")
 
@@ -32,13 +31,13 @@ def net():
 @torch.no_grad()
 def test_an_offloaded_base_runs_merges_and_unmerges(method, wrapped_first, offload):
     base = net()
-    plain, expected = base(X), adapted(net(), {"default": config(method)})(X)
+    plain, expected = base(X), adapted(net(), config(method))(X)
     if wrapped_first:
-        model = adapted(base, {"default": config(method)})
+        model = adapted(base, config(method))
         offload(model)
     else:
         offload(base)
-        model = adapted(base, {"default": config(method)})
+        model = adapted(base, config(method))
     assert base.one.base_layer.weight.is_meta
     assert_close(model(X), expected)
     for safe in (False, True):
@@ -59,7 +58,7 @@ def test_an_offloaded_weight_in_half_precision_comes_back_bit_for_bit(offload):
     base = net().bfloat16()
     before = {name: t.clone() for name, t in base.state_dict().items()}
     offload(base)
-    model = adapted(base, {"default": config("LORA")})
+    model = adapted(base, config("LORA"))
     model.merge_adapter()
     kept = base.one.state.undo[0][1]
     assert kept.device == CPU and kept.dtype == torch.bfloat16
@@ -75,7 +74,7 @@ def test_merging_leaves_what_others_offloaded(offload):
     base, twin = net(), net()
     twin.one.weight = base.one.weight
     before = twin.one.weight.clone()
-    model = adapted(base, {"default": config("LORA")})
+    model = adapted(base, config("LORA"))
     offload(model)
     model.merge_adapter()
     assert torch.equal(twin.one.weight, before)

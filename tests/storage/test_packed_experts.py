@@ -16,16 +16,15 @@ from graft.kernels import experts as kernel
 from graft.storage import stacks
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
-from tests.models import checkpoint, seeded
+from tests.models import adapted, checkpoint, seeded
 from tests.storage.packed_experts import BOTH, IDS, KINDS, blocks, both
 
 pytestmark = FUSED_EXPERTS
 
 
-def adapted(model, adapter="default", **config):
+def with_lora(model, adapter="default", **config):
     values = dict(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=BOTH, init_lora_weights=False)
-    with seeded(1):
-        return graft.get_peft_model(model, graft.LoraConfig(**values | config), adapter)
+    return adapted(model, {adapter: graft.LoraConfig(**values | config)}, scale=0)
 
 
 def results(model, **inputs):
@@ -76,8 +75,8 @@ def test_single_matrices_have_the_bits_that_the_package_reads(kind, dtype):
 def test_values_and_gradients_are_those_of_the_dequantized_base(kind, targets):
     """With none, too: the layers below get gradients."""
     packed, dense = both(kind)
-    expected = results(adapted(dense, target_parameters=targets or None))
-    model = adapted(packed, target_parameters=targets or None)
+    expected = results(with_lora(dense, target_parameters=targets or None))
+    model = with_lora(packed, target_parameters=targets or None)
     found = results(model)
     same(found, expected)
     model.train()
@@ -176,7 +175,7 @@ def test_mixtures_of_methods_on_packed_stacks():
 
 @pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
 def test_each_matrix_in_use_is_dequantized_once_in_either_direction(kind, monkeypatch):
-    model = adapted(both(kind)[0])
+    model = with_lora(both(kind)[0])
     counts, largest = {}, []
 
     def dense(self, experts, dtype, before=stacks.PackedMatrices.dense):
@@ -205,7 +204,7 @@ def test_each_matrix_in_use_is_dequantized_once_in_either_direction(kind, monkey
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_adapters_switching_saving_and_loading(kind, tmp_path):
     packed, dense = both(kind)
-    models = [adapted(m) for m in (packed, dense)]
+    models = [with_lora(m) for m in (packed, dense)]
     for model in models:
         with seeded(2):
             model.add_adapter("b", graft.LoraConfig(r=3, target_parameters=BOTH[:1], init_lora_weights=False))
@@ -230,7 +229,7 @@ def test_several_adapters_switching_saving_and_loading(kind, tmp_path):
 def test_unloading_leaves_the_module_as_it_was():
     packed, _ = both("mxfp4")
     before = [dict(m.__dict__) for _, m in blocks(packed)]
-    model = adapted(packed)
+    model = with_lora(packed)
     results(model)
     other = copy.deepcopy(model)
     same(results(other), results(model))
@@ -261,7 +260,7 @@ def dense_of(inner):
 def merges_and_unmerges(packed):
     """Merge a small and a large update: see what is kept and said, and that unmerging gives the bits back."""
     inner = blocks(packed)
-    model = adapted(packed, target_modules=[])
+    model = with_lora(packed, target_modules=[])
     before, shares = dense_of(inner), []
     for factor in (0.01, 400):
         for n, p in model.named_parameters():
@@ -312,7 +311,7 @@ def holds_one_matrix(packed):
     But for the blocks of scales that reach over its edge.
     """
     sizes = {key: W.numel() // len(W) for key, W in dense_of(blocks(packed)).items()}
-    model = adapted(packed, target_modules=[])
+    model = with_lora(packed, target_modules=[])
     with seeded(2):
         model.add_adapter("b", graft.LoraConfig(r=1, target_parameters=BOTH, init_lora_weights=False))
     with Largest() as seen, warnings.catch_warnings():
@@ -332,7 +331,7 @@ def test_merging_has_one_matrix_dense_at_a_time(kind):
 def test_a_merge_that_is_not_finite_is_refused_and_nothing_changes():
     packed, _ = both("fp8")
     inner = blocks(packed)
-    model, before = adapted(packed, target_modules=[]), dense_of(inner)
+    model, before = with_lora(packed, target_modules=[]), dense_of(inner)
     for n, p in model.named_parameters():
         if n.endswith("lora_B.default.weight"):
             p.fill_(3e38)  # finite, and its product is not

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import find_store
-from tests.conformance.samples import disturb
+from tests.models import disturb
 from tests.storage.cells import FEW, IN, OUT, Kind, cells, linear
 
 

@@ -11,10 +11,9 @@ from torch.testing import assert_close
 import graft
 from graft.core.effect import NO_WEIGHT, Rewrite
 from graft.core.errors import UnsupportedLayerError
-from tests.conformance.samples import disturb
 from tests.conformance.stores import Coded, Opaque, ReadOnly, Rounded, RoundedStore, held
 from tests.looks import layers
-from tests.models import seeded
+from tests.models import disturb, seeded
 from tests.samples import BY_THEMSELVES
 
 X = torch.linspace(-1, 1, 700).view(70, 10)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.storage import FOREIGN, find_store
-from tests.conformance.samples import disturb
+from tests.models import disturb
 from tests.storage.cells import FEW, IN, OUT, Kind, cells, identity, linear
 
 NF4 = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626]

@@ -15,7 +15,7 @@ from graft.model.watch import PASSES
 from tests import models
 from tests.conformance.samples import LAYERS, SAMPLES, STORES, Cell
 from tests.looks import registry_of
-from tests.models import seeded
+from tests.models import adapted, seeded
 from tests.prompts import samples as prompts
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
@@ -39,9 +39,8 @@ def lora(*targets, **options):
     return graft.LoraConfig(**{"r": 2, "target_modules": list(targets or ["inner"]), **options})
 
 
-def adapted(*targets, **options):
-    with seeded(0):
-        return graft.get_peft_model(Net(), lora(*targets, **options))
+def net_with(*targets, **options):
+    return adapted(Net, lora(*targets, **options), seed=0, scale=0).train()
 
 
 def said(*calls):
@@ -60,7 +59,7 @@ def step(model, **kwargs):
 
 
 def test_a_model_that_trains_as_set_up_hears_nothing():
-    model = adapted("inner", "head")
+    model = net_with("inner", "head")
     assert said(*[step(model)] * 3) == []
     assert registry_of(model).watch is None  # and is not looked at any longer
 
@@ -74,7 +73,7 @@ def test_a_model_that_trains_as_set_up_hears_nothing():
     ),
 )
 def test_a_layer_that_no_gradient_reaches_is_said_after_some_passes():
-    model = adapted("inner", "lost", "spare")
+    model = net_with("inner", "lost", "spare")
     assert said(*[step(model)] * (PASSES - 1)) == []
     (text,) = said(*[step(model)] * 20)
     assert f"After {PASSES} backward passes" in text and "no gradient came there (2)" in text
@@ -85,13 +84,13 @@ def test_a_layer_that_no_gradient_reaches_is_said_after_some_passes():
 
 def test_a_layer_that_comes_late_is_no_finding():
     """An expert that got no token, a head of another task, a layer that was dropped."""
-    model = adapted("inner", "spare")
+    model = net_with("inner", "spare")
     calls = [step(model)] * (PASSES - 1) + [step(model, spare=True)] + [step(model)] * PASSES
     assert said(*calls) == []
 
 
 def test_a_new_adapter_is_looked_at_as_well():
-    model = adapted("inner")
+    model = net_with("inner")
     assert said(step(model)) == []
     model.add_adapter("b", lora("inner", "lost"))
     model.set_adapter("b")
@@ -99,7 +98,7 @@ def test_a_new_adapter_is_looked_at_as_well():
 
 
 def test_no_gradient_on_any_layer_is_said_at_once():
-    model = adapted("inner", modules_to_save=["head"])
+    model = net_with("inner", modules_to_save=["head"])
     inner = model.base_model.model.inner
     inner.register_forward_hook(lambda module, args, y: y.detach())
     with pytest.warns(
@@ -112,14 +111,14 @@ def test_no_gradient_on_any_layer_is_said_at_once():
 
 def test_training_while_merged_or_disabled_is_said_at_once():
     for change, word in (("merge_adapter", "merged"), ("disable_adapter_layers", "disabled")):
-        model = adapted("inner")
+        model = net_with("inner")
         getattr(model.base_model, change)()
         model.base_model.model.head.weight.requires_grad_(True)
         assert f"inner ('default', {word})" in said(step(model))[0]
 
 
 def test_zeros_are_said_after_some_passes():
-    model = adapted("inner", "head")
+    model = net_with("inner", "head")
     for p in model.base_model.model.inner.parameters_of("default"):
         p.data.zero_()  # of two factors that are zero neither gets a gradient
     (text,) = said(*[step(model)] * PASSES)
@@ -127,19 +126,19 @@ def test_zeros_are_said_after_some_passes():
 
 
 def test_gradients_that_are_not_finite_are_said_at_once():
-    model = adapted("inner", "head")
+    model = net_with("inner", "head")
     (text,) = said(lambda: (model(X) * float("inf")).sum().backward())
     assert "not finite (2)" in text and "head ('default')" in text
 
 
 def test_an_overflow_in_float16_is_a_scalers_business():
-    model = adapted("inner")
+    model = net_with("inner")
     with torch.autocast("cpu", torch.float16):
         assert said(lambda: (model(X).float() * float("inf")).sum().backward()) == []
 
 
 def test_base_parameters_that_train_and_are_not_saved():
-    model = adapted("inner", bias="lora_only")
+    model = net_with("inner", bias="lora_only")
     model.base_model.model.head.weight.requires_grad_(True)
     (text,) = said(step(model))
     assert "train, but save_pretrained() writes no file with them (1): [head.weight]" in text
@@ -157,7 +156,7 @@ def test_nothing_trains_at_all(tmp_path):
         model.get_base_model().emb.register_forward_hook(lambda module, args, y: y.requires_grad_(True))
         return model.train()
 
-    adapted("inner").save_pretrained(tmp_path)
+    net_with("inner").save_pretrained(tmp_path)
     ids = torch.arange(4)
     model = loaded()
     (text,) = said(lambda: model(ids).sum().backward())
@@ -167,20 +166,20 @@ def test_nothing_trains_at_all(tmp_path):
 
 
 def test_a_frozen_model_behind_one_that_trains_is_in_order(tmp_path):
-    adapted("inner").save_pretrained(tmp_path)
+    net_with("inner").save_pretrained(tmp_path)
     model, front = graft.PeftModel.from_pretrained(Net(), tmp_path).train(), nn.Linear(6, 6)
     assert said(lambda: model(front(X)).sum().backward()) == []
 
 
 def test_a_flat_loss_or_gradients_taken_elsewhere_say_nothing():
-    model = adapted("inner", "head")
+    model = net_with("inner", "head")
     assert said(*[lambda: (model(X) * 0).sum().backward()] * 99) == []
-    model = adapted("inner", "lost")
+    model = net_with("inner", "lost")
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     assert said(*[step(model)] * 99) == [] and registry_of(model).watch is None
-    model = adapted("inner")
+    model = net_with("inner")
     trained = [p for p in model.parameters() if p.requires_grad]
     assert said(lambda: torch.autograd.grad(model(X).sum(), trained)) == []
 
@@ -205,7 +204,7 @@ def test_gradient_checkpointing(reentrant):
 
 
 def test_copies_and_files_of_a_model_under_watch():
-    model = adapted("inner", "lost")
+    model = net_with("inner", "lost")
     step(model)()
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert registry_of(again).watch.registry is registry_of(again)
@@ -213,7 +212,7 @@ def test_copies_and_files_of_a_model_under_watch():
 
 
 def test_a_compiled_model_is_left_alone():
-    model = adapted("inner")
+    model = net_with("inner")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert said(step(compiled), step(compiled)) == []
 
@@ -241,7 +240,7 @@ def test_no_prompt_gives_a_false_alarm(sample):
 
 
 def test_a_report_of_all_that_an_audit_can_see():
-    model = adapted("inner", "lost", "spare", modules_to_save=["head"])
+    model = net_with("inner", "lost", "spare", modules_to_save=["head"])
     base = model.base_model.model
     base.emb.weight.requires_grad_(True)
     base.inner.lora_A["default"].weight.requires_grad_(False)
@@ -263,7 +262,7 @@ def test_a_report_on_a_model_without_a_wrapper_and_on_wrapped_ones():
     model = graft.inject_adapter_in_model(lora("inner", "lost"), Net())
     step(model)()
     assert graft.audit(model).no_gradient == ["lost ('default')"]
-    model = adapted("inner", "lost")
+    model = net_with("inner", "lost")
     step(model)()
     assert graft.audit(nn.DataParallel(model)).no_gradient == ["lost ('default')"]
     assert graft.audit(torch.compile(model)).no_gradient == ["lost ('default')"]
@@ -281,7 +280,7 @@ def test_long_lists_are_shortened():
 
 
 def test_all_is_well():
-    model = adapted("inner", "head", bias="all", modules_to_save=["emb"])
+    model = net_with("inner", "head", bias="all", modules_to_save=["emb"])
     step(model)()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     report = graft.audit(model, optimizer)
@@ -293,7 +292,7 @@ def test_all_is_well():
 
 
 def stepped(lr, steps=3, **options):
-    model = adapted("inner", "head", **options)
+    model = net_with("inner", "head", **options)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(steps):
         step(model)()
@@ -349,7 +348,7 @@ def test_an_adapter_that_is_in_no_optimizer_does_not_move():
 
 
 def test_a_head_that_trains_whole_is_measured_beside_its_original():
-    model = adapted("inner", modules_to_save=["head"])
+    model = net_with("inner", modules_to_save=["head"])
     head = model.base_model.model.head
     with torch.no_grad():
         for p in head.modules_to_save["default"].parameters():
@@ -358,7 +357,7 @@ def test_a_head_that_trains_whole_is_measured_beside_its_original():
 
 
 def test_before_an_optimizer_steps_a_zero_update_is_no_finding():
-    model = adapted("inner")
+    model = net_with("inner")
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     assert graft.audit(model, optimizer).ok
     step(model)()
@@ -366,7 +365,7 @@ def test_before_an_optimizer_steps_a_zero_update_is_no_finding():
 
 
 def test_a_start_that_leaves_little_of_the_weight_has_not_exploded():
-    model = adapted("inner", r=6, init_lora_weights="pissa")
+    model = net_with("inner", r=6, init_lora_weights="pissa")
     report = graft.audit(model)
     assert report.updates["inner ('default')"] > 10 and report.ok
 

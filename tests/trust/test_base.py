@@ -11,6 +11,7 @@ from safetensors import safe_open
 import graft
 from graft.io.fingerprint import KEY
 from tests import models
+from tests.models import adapted
 from tests.prompts import samples as prompts
 
 
@@ -79,8 +80,8 @@ def lora(**options):
     return graft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
 
 
-def adapted(**options):
-    return graft.get_peft_model(models.make("llama"), lora(**options))
+def with_lora(**options):
+    return adapted(models.make("llama"), lora(**options), scale=0)
 
 
 UNSEEN = "model.layers.1.mlp.down_proj.weight"
@@ -89,7 +90,7 @@ UNSEEN = "model.layers.1.mlp.down_proj.weight"
 @pytest.mark.parametrize("how", ["sampled", "full"])
 @pytest.mark.parametrize("kind", ["lora", "prompt"])
 def test_a_full_fingerprint_sees_what_a_sampled_one_cannot(kind, how, tmp_path):
-    (adapted() if kind == "lora" else prompt()).save_pretrained(tmp_path, fingerprint=how)
+    (with_lora() if kind == "lora" else prompt()).save_pretrained(tmp_path, fingerprint=how)
     changed = models.make("llama")
     changed.get_parameter(UNSEEN).data[1, 2] += 1e-3
     for same in (models.make("llama"), models.make("llama").bfloat16()):
@@ -123,5 +124,5 @@ def test_a_full_fingerprint_leaves_out_what_the_adapter_changes(options, tmp_pat
 )
 def test_other_fingerprints_are_refused(options, text, tmp_path):
     with pytest.raises(ValueError, match=text):
-        adapted().save_pretrained(tmp_path, **options)
+        with_lora().save_pretrained(tmp_path, **options)
     assert not list(tmp_path.iterdir())

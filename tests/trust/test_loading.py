@@ -23,7 +23,7 @@ from graft.io.entries import renamed
 from graft.io.fingerprint import KEY
 from graft.serving import AdapterSlots
 from tests import models
-from tests.io.test_checkpoint_files import BIN, CONFIG, TENSORS, X, adapted, config, load, snapshot, unchanged, write
+from tests.io.test_checkpoint_files import BIN, CONFIG, TENSORS, X, config, load, mlp_with, snapshot, unchanged, write
 from tests.models import seeded
 from tests.prompts import samples as prompts
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.graft_only
 
 @pytest.fixture
 def saved(tmp_path):
-    adapted().save_pretrained(tmp_path)
+    mlp_with().save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -256,7 +256,7 @@ def test_a_tensor_of_another_kind_leaves_all_as_it_was(saved, case):
     tensors[name] = change(tensors[name])
     (saved / TENSORS).unlink()
     torch.save(tensors, saved / BIN)
-    model = adapted("default", "other")
+    model = mlp_with("default", "other")
     calls = {
         "over": lambda: model.load_adapter(saved, "default"),
         "new": lambda: model.load_adapter(saved, "third"),
@@ -383,7 +383,7 @@ def test_a_note_that_contradicts_itself(saved):
 )
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_of_the_base_that_a_file_lacks(tmp_path, bias):
-    adapted(bias=bias).save_pretrained(tmp_path)
+    mlp_with(bias=bias).save_pretrained(tmp_path)
     whole = tensors_of(tmp_path)
     load(tmp_path)
     name = "base_model.model.layers.1.fc1.base_layer.bias"
@@ -400,7 +400,7 @@ def test_biases_of_the_base_that_a_file_lacks(tmp_path, bias):
 
 
 def test_a_head_whose_weight_and_bias_disagree(tmp_path):
-    adapted(modules_to_save=["head"]).save_pretrained(tmp_path)
+    mlp_with(modules_to_save=["head"]).save_pretrained(tmp_path)
     tensors = tensors_of(tmp_path)
     key = "base_model.model.head"
     larger = {f"{key}.weight": torch.randn(7, 12), f"{key}.bias": torch.randn(7)}
@@ -416,7 +416,7 @@ def test_a_head_whose_weight_and_bias_disagree(tmp_path):
 
 
 def test_an_empty_key_is_no_tensor(saved):
-    model = adapted(number=2, lora_bias=False)
+    model = mlp_with(number=2, lora_bias=False)
     tensors = tensors_of(saved)
     name = next(iter(tensors))
     tensors[""] = tensors.pop(name)
@@ -446,7 +446,7 @@ BAD_NAMES = ["", ".", "..", "a.b", "a/b", "a\\b", "a\0b", "\ud800", "é" * 128, 
 )
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_no_file_system_takes(name):
-    model = adapted()
+    model = mlp_with()
     for call in (
         lambda: graft.get_peft_model(models.make("mlp"), config(), name),
         lambda: model.add_adapter(name, config()),
@@ -459,7 +459,7 @@ def test_a_name_that_no_file_system_takes(name):
 
 @pytest.mark.parametrize("name", ["a" * 255, "é" * 127, "a b", "-x", "a:b", "你好", "con", " "])
 def test_names_that_file_systems_take(tmp_path, name):
-    adapted(name).save_pretrained(tmp_path)
+    mlp_with(name).save_pretrained(tmp_path)
     assert load(tmp_path / name, name).active_adapter == name
 
 

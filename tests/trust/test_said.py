@@ -11,9 +11,8 @@ from torch import nn
 
 import graft
 from graft.model import functional
-from tests.conformance.samples import disturb
 from tests.looks import layers, registry_of
-from tests.models import seeded
+from tests.models import adapted, seeded
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
 
@@ -36,12 +35,8 @@ def lora(**options):
     return graft.LoraConfig(**{"r": 2, "target_modules": ["inner", "head"], **options})
 
 
-def adapted(*names, config=lora, **options):
-    with seeded(1):
-        model = graft.get_peft_model(net(), config(**options), names[0])
-        for name in names[1:]:
-            model.add_adapter(name, config(**options))
-    return disturb(model).eval()
+def net_with(*names, config=lora, **options):
+    return adapted(net(), dict.fromkeys(names, config(**options)))
 
 
 def said(call):
@@ -70,12 +65,12 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_for_an_adapter_that_is_merged(kind, how, tmp_path):
     """They act at once, and unmerging gives the base back."""
-    other = adapted("default", config=KINDS[kind])
+    other = net_with("default", config=KINDS[kind])
     for layer in layers(other).values():
         for p in layer.parameters_of("default"):
             p.data.mul_(0.5)
     other.save_pretrained(tmp_path)
-    model, base = adapted("default", config=KINDS[kind]), net()
+    model, base = net_with("default", config=KINDS[kind]), net()
     model.base_model.merge_adapter()
     if how == "load_adapter":
         model.load_adapter(tmp_path, "default")
@@ -99,18 +94,18 @@ def training(model):
     graft="it trains",
 )
 def test_loading_to_train_lets_an_adapter_train_that_was_frozen(tmp_path):
-    adapted("default").save_pretrained(tmp_path)
+    net_with("default").save_pretrained(tmp_path)
     model = graft.PeftModel.from_pretrained(net(), tmp_path)
     assert not training(model)
     model.load_adapter(tmp_path, "default", is_trainable=True)
-    assert training(model) == training(adapted("default"))
+    assert training(model) == training(net_with("default"))
     assert not model.peft_config["default"].inference_mode
 
 
 def test_loading_to_train_beside_an_adapter_that_trains_alone(tmp_path):
     config = lambda **o: graft.AdaLoraConfig(total_step=9, target_modules=["inner"], **o)
-    adapted("default", config=config).save_pretrained(tmp_path)
-    model = adapted("default", config=config)
+    net_with("default", config=config).save_pretrained(tmp_path)
+    model = net_with("default", config=config)
     model.load_adapter(tmp_path, "b")
     before = model.peft_config["b"].inference_mode
     with pytest.raises(graft.ConfigError, match=r"supports only 1 trainable adapter.*\['default'\]"):
@@ -124,12 +119,12 @@ def test_loading_to_train_beside_an_adapter_that_trains_alone(tmp_path):
     graft="the same, and a `PeftWarning`",
 )
 def test_loading_for_inference_into_a_model_in_training_says_that_training_stops(tmp_path):
-    adapted("default").save_pretrained(tmp_path)
-    model = adapted("default").train()
+    net_with("default").save_pretrained(tmp_path)
+    model = net_with("default").train()
     (warned,) = said(lambda: model.load_adapter(tmp_path, "b"))
     assert "eval mode" in str(warned.message) and "model.train()" in str(warned.message)
     assert warned.filename == __file__ and not model.training
-    model = adapted("default")
+    model = net_with("default")
     for load in (
         lambda: model.load_adapter(tmp_path, "b"),
         lambda: model.load_adapter(tmp_path, "c", is_trainable=True),
@@ -175,7 +170,7 @@ def test_unloading_lets_the_base_train_as_it_did_before(how):
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "layer"])
 def test_merging_values_that_are_not_finite(how, kind, value):
     """Subtracting them again would leave the base without its weights."""
-    model, base = adapted("default", config=KINDS[kind]), net()
+    model, base = net_with("default", config=KINDS[kind]), net()
     last = list(layers(model).values())[-1]
     slot = list(last.slots("default"))[-1]
     slot.tensor.data.flatten()[-1] = value
@@ -219,7 +214,7 @@ def test_an_alpha_of_0_is_said_when_the_adapter_is_made(config):
     (warned,) = said(lambda: graft.get_peft_model(net(), config))
     assert re.search(r"'default' has a scaling of 0 on \d of 2 layers, such as '(inner|head)'", str(warned.message))
     assert warned.filename == __file__
-    assert said(lambda: adapted("default")) == []
+    assert said(lambda: net_with("default")) == []
 
 
 # names
@@ -243,7 +238,7 @@ TWICE = {
 )
 @pytest.mark.parametrize("call", TWICE)
 def test_a_name_twice(call, tmp_path):
-    model = adapted("a", "b")
+    model = net_with("a", "b")
     before = model(X)
     with pytest.raises(ValueError, match=r"holds \['b'\] twice"):
         TWICE[call](model, ["b", "a", "b"], tmp_path)
@@ -255,7 +250,7 @@ def test_a_name_twice(call, tmp_path):
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "layer.merge", "selected_adapters"])
 def test_a_string_where_a_list_is_meant(call, tmp_path):
     with pytest.raises(TypeError, match=r"should be a list of strings, got 'a': write \['a'\]"):
-        TWICE[call](adapted("a", "b"), "a", tmp_path)
+        TWICE[call](net_with("a", "b"), "a", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

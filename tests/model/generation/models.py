@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import graft
-from tests.models import VOCAB, seeded, transformer
+from tests.models import VOCAB, adapted, seeded, transformer
 
 LENGTH, TOKENS, STEPS, WINDOW = (
     6,
@@ -138,10 +138,9 @@ def spread(encoder: nn.Module, number: int = 1) -> None:
                 p.normal_(std=1.5)
 
 
-def adapted(name: str, method: str, **more):
+def with_prompt(name: str, method: str, **more):
     """A tiny model with a prompt, in eval mode."""
-    with seeded(1):  # not all of a prompt trains and is spread
-        model = graft.get_peft_model(base(name), config(name, method, **more)).eval()
+    model = adapted(base(name), config(name, method, **more), scale=0)  # not all of a prompt trains and is spread
     spread(model.prompt_encoder["default"])
     return model
 

@@ -8,7 +8,7 @@ import graft
 from graft.prompts.replays import RUN
 from tests.covering import Case, law
 from tests.model.generation.models import MODELS as GENERATING
-from tests.model.generation.models import SEQ2SEQ, TOKENS, adapted, close, generate, inputs, spread
+from tests.model.generation.models import SEQ2SEQ, TOKENS, close, generate, inputs, spread, with_prompt
 from tests.models import _bert, checkpoint, seeded, transformer
 
 MODELS = ["llama", "gpt2", "opt", "gemma3", "t5", "bart", "bert"]
@@ -20,7 +20,7 @@ bert = transformer("BertConfig", "BertForSequenceClassification", num_labels=3, 
 def trained(name, method):
     """A model in training mode, all of whose dropout rates are 0."""
     if name != "bert":
-        return adapted(name, method).train()
+        return with_prompt(name, method).train()
     kind, more = {
         "lstm": ("P_TUNING", dict(encoder_reparameterization_type="LSTM", encoder_hidden_size=9)),
         "multitask": ("MULTITASK_PROMPT_TUNING", dict(num_tasks=3)),
@@ -195,7 +195,7 @@ def test_layers_that_a_prompt_cannot_reach(name, method, monkeypatch):
 @pytest.mark.parametrize("method", ["lstm", "prefix"])
 def test_gradients_of_trained_word_embeddings(method, reentrant):
     """An adapter's own embeddings run in place of the base's, and train beside its prompt."""
-    model = adapted("llama", method, modules_to_save=["embed_tokens"]).train()
+    model = with_prompt("llama", method, modules_to_save=["embed_tokens"]).train()
     given = batch("llama", method)
     want = backward(model, given)
     assert any("embed_tokens.modules_to_save.default" in key for key in want)

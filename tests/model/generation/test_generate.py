@@ -22,7 +22,6 @@ from tests.model.generation.models import (
     STEPS,
     TOKENS,
     WINDOW,
-    adapted,
     base,
     close,
     config,
@@ -34,6 +33,7 @@ from tests.model.generation.models import (
     inputs,
     positions,
     spread,
+    with_prompt,
 )
 from tests.models import VOCAB, seeded
 
@@ -72,7 +72,7 @@ def without(given, *names):
 
 @law("name, method", [Case(c) for c in CASES], lambda c: [c[0], c[1], Sometimes(c, 2)])
 def test_generate_equals_decoding_without_a_cache(name, method):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     out = generate(model, given)
     assert torch.equal(out, greedy(model, given))
     assert not torch.equal(out, plain(name))
@@ -81,7 +81,7 @@ def test_generate_equals_decoding_without_a_cache(name, method):
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("method", ["lstm", "multitask"])
 def test_soft_prompt_is_embeddings_in_front(name, method):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     out = model(**given).logits
     assert out.shape[1] == TOKENS + LENGTH
     close(out, model.get_base_model()(**embedded(model, given)).logits)
@@ -89,14 +89,14 @@ def test_soft_prompt_is_embeddings_in_front(name, method):
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_soft_prompt_is_embeddings_in_front_of_the_encoder(name):
-    model, given = adapted(name, "lstm"), {**inputs(name), "decoder_input_ids": inputs(name)["input_ids"][:, 2:]}
+    model, given = with_prompt(name, "lstm"), {**inputs(name), "decoder_input_ids": inputs(name)["input_ids"][:, 2:]}
     want = model.get_base_model()(**embedded(model, given), decoder_input_ids=given["decoder_input_ids"])
     close(model(**given).logits, want.logits)
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in PER_LAYER])
 def test_prefix_is_a_cache_that_is_not_empty(name):
-    model, given = adapted(name, "prefix"), inputs(name)
+    model, given = with_prompt(name, "prefix"), inputs(name)
     mask, start = given["attention_mask"], positions(given["attention_mask"])
     longer = torch.cat([mask.new_ones(3, TOKENS), mask], dim=1)
     if name in SEQ2SEQ:
@@ -116,7 +116,7 @@ def test_prefix_is_a_cache_that_is_not_empty(name):
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in (*PER_LAYER, "gemma3-vision")])
 def test_beams_of_a_soft_prompt(name):
     method = "lstm" if name in SEQ2SEQ else "multitask"
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     out = generate(model, given, num_beams=3, num_return_sequences=2)
     want = generate(model.get_base_model(), embedded(model, given), num_beams=3, num_return_sequences=2)
     assert torch.equal(out if name in SEQ2SEQ else out[:, LENGTH:], want)
@@ -124,7 +124,7 @@ def test_beams_of_a_soft_prompt(name):
 
 @pytest.mark.parametrize("name", [n for n in DECODERS if n not in PER_LAYER])
 def test_beams_of_a_prefix(name):
-    model, given = adapted(name, "prefix"), inputs(name)
+    model, given = with_prompt(name, "prefix"), inputs(name)
     ids, mask = given["input_ids"], given["attention_mask"]
     seen = {"input_ids": torch.nn.functional.pad(ids, (TOKENS, 0)), "past_key_values": filled(model, 9)}
     seen["attention_mask"] = torch.cat([mask.new_ones(3, TOKENS), mask], dim=1)
@@ -135,7 +135,7 @@ def test_beams_of_a_prefix(name):
 @pytest.mark.parametrize("name", ["llama", "bloom", *SEQ2SEQ])
 @pytest.mark.parametrize("method", ["mlp", "multitask", "projection"])
 def test_beams_without_a_cache(name, method):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     out = generate(model, given, num_beams=3, num_return_sequences=2)
     assert torch.equal(out, generate(model, given, num_beams=3, num_return_sequences=2, use_cache=False))
     assert not torch.equal(out[::2], out[1::2])
@@ -143,7 +143,7 @@ def test_beams_without_a_cache(name, method):
 
 @pytest.mark.parametrize("name, method", FEW)
 def test_samples(name, method):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     options = dict(do_sample=True, num_return_sequences=3, temperature=2.0)
     with seeded(3):
         out = generate(model, given, **options)
@@ -159,7 +159,7 @@ def test_samples(name, method):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "t5", "bart"])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_inputs_embeds(name, method):
-    model, given = adapted(name, method), inputs(name)
+    model, given = with_prompt(name, method), inputs(name)
     words = (model.get_encoder() if name in SEQ2SEQ else model).get_input_embeddings()
     embeds = {"inputs_embeds": words(given["input_ids"]), "attention_mask": given["attention_mask"]}
     more = {"decoder_input_ids": given["input_ids"][:, :2]} if name in SEQ2SEQ else {}
@@ -176,7 +176,7 @@ def test_inputs_embeds(name, method):
 @pytest.mark.parametrize("name", [n for n in PLACED if n not in SLIDING])
 @pytest.mark.parametrize("method", ["lstm", "prefix"])
 def test_padding_changes_nothing_under_position_ids(name, method):
-    model, given = adapted(name, method), inputs(name)
+    model, given = with_prompt(name, method), inputs(name)
     padded = model(**given, position_ids=positions(given["attention_mask"])).logits
     for row, ids in enumerate(given["input_ids"]):
         pad = row % 3
@@ -200,7 +200,7 @@ def four_dims(mask, kind, window=None):
 @pytest.mark.parametrize("method", ["mlp", "prefix"])
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_mask_of_four_dimensions(name, method, kind):
-    model, given = adapted(name, method), inputs(name)
+    model, given = with_prompt(name, method), inputs(name)
     mask = given["attention_mask"]
     place = {"position_ids": positions(mask)}
     whole = four_dims(mask, kind, WINDOW if name == "mistral" else None)
@@ -212,7 +212,7 @@ def test_mask_of_four_dimensions(name, method, kind):
 @pytest.mark.parametrize("method", ["mlp", "prefix", "long"])
 def test_masks_by_kind_of_layer(name, method):
     more = {} if method != "long" else {"num_virtual_tokens": WINDOW + 2}
-    model, given = adapted(name, "prefix" if more else method, **more), inputs(name)
+    model, given = with_prompt(name, "prefix" if more else method, **more), inputs(name)
     mask = given["attention_mask"]
     place = {"position_ids": positions(mask)}
     kind = torch.float32  # which every kind of attention takes
@@ -225,7 +225,7 @@ def test_masks_by_kind_of_layer(name, method):
 @pytest.mark.parametrize("method", ["mlp", "prefix"])
 def test_masks_by_kind_of_layer_with_a_cache_that_keeps_all(name, method):
     """A cache made without the model's config does not slide: masks cover what it holds."""
-    model, given = adapted(name, method, num_virtual_tokens=WINDOW + 2), inputs(name)
+    model, given = with_prompt(name, method, num_virtual_tokens=WINDOW + 2), inputs(name)
     mask, kind = given["attention_mask"], torch.float32
     place = {"position_ids": positions(mask)}
     cache = transformers.DynamicCache()
@@ -245,7 +245,7 @@ def test_masks_by_kind_of_layer_with_a_cache_that_keeps_all(name, method):
 
 @pytest.mark.parametrize("method", [*SOFT, *KEYS])
 def test_logits_to_keep(method):
-    model, given = adapted("llama", method), inputs("llama", method)
+    model, given = with_prompt("llama", method), inputs("llama", method)
     close(model(**given, logits_to_keep=2).logits, model(**given).logits[:, -2:])
 
 
@@ -265,7 +265,7 @@ def kept(output):
 @pytest.mark.parametrize("method", ["lstm", "multitask", "cpt", "prefix", "cartridge"])
 @pytest.mark.parametrize("argument", ARGUMENTS)
 def test_decoding_by_hand(name, method, argument):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     ids, mask, rest = given["input_ids"], given["attention_mask"], without(given, "input_ids", "attention_mask")
     cache, out, new = {argument: empty_cache(model.config)}, ids, ids
     for _ in range(STEPS):
@@ -280,7 +280,7 @@ def test_decoding_by_hand(name, method, argument):
 
 @pytest.mark.parametrize("method", ["mlp", "prefix"])
 def test_decoding_by_hand_with_masks_of_four_dimensions(method):
-    model, given = adapted("llama", method), inputs("llama")
+    model, given = with_prompt("llama", method), inputs("llama")
     mask = given["attention_mask"]
     first = model(
         input_ids=given["input_ids"], attention_mask=four_dims(mask, torch.bool), position_ids=positions(mask)
@@ -297,7 +297,7 @@ def test_decoding_by_hand_with_masks_of_four_dimensions(method):
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("method", ["mlp", "multitask", "prefix"])
 def test_decoding_by_hand_after_an_encoder(name, method):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     new = out = torch.full((3, 1), model.config.decoder_start_token_id)
     cache = {}
     for _ in range(STEPS):
@@ -309,7 +309,7 @@ def test_decoding_by_hand_after_an_encoder(name, method):
 
 @pytest.mark.parametrize("name, method", FEW)
 def test_without_a_mask(name, method):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     given["input_ids"] = given["input_ids"].clamp(min=3)
     whole = {**given, "attention_mask": torch.ones_like(given["attention_mask"])}
     assert torch.equal(generate(model, without(given, "attention_mask")), generate(model, whole))
@@ -321,7 +321,7 @@ def test_without_a_mask(name, method):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("method", ["multitask", "prefix"])
 def test_switching_adapters(name, method):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     more = {} if method == "multitask" else {"num_virtual_tokens": 2}
     model.add_adapter("other", config(name, method, **more))
     spread(model.prompt_encoder["other"].requires_grad_(True), 5)
@@ -352,7 +352,7 @@ class Failing(transformers.LogitsProcessor):
 
 @pytest.mark.parametrize("name, method", [(n, m) for n, m in CASES if n in ("llama", "bart")])
 def test_an_exception_leaves_nothing_behind(name, method):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     with pytest.raises(RuntimeError, match="enough"):
         generate(model, given, logits_processor=transformers.LogitsProcessorList([Failing()]))
     assert torch.equal(generate(model.get_base_model(), without(given, "task_ids")), plain(name))
@@ -363,7 +363,7 @@ def test_an_exception_leaves_nothing_behind(name, method):
 @pytest.mark.parametrize("method", ["mlp", "prefix"])
 def test_compiled_forward(method):
     torch._dynamo.reset()
-    model, given = adapted("gpt2", method), inputs("gpt2")
+    model, given = with_prompt("gpt2", method), inputs("gpt2")
     close(torch.compile(model, backend="eager", fullgraph=True)(**given).logits, model(**given).logits)
 
 
@@ -375,7 +375,7 @@ def test_compiled_forward(method):
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("method", ["mlp", "multitask"])
 def test_encoder_outputs_are_computed_again(name, method):
-    model, given = adapted(name, method), inputs(name, method)
+    model, given = with_prompt(name, method), inputs(name, method)
     given["decoder_input_ids"] = given["input_ids"][:, :2]
     encoded = model.get_base_model().get_encoder()(given["input_ids"], attention_mask=given["attention_mask"])
     with pytest.warns(UserWarning, match="`encoder_outputs` should not be passed when using prompts in the encoder"):
@@ -390,7 +390,7 @@ def test_encoder_outputs_are_computed_again(name, method):
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_encoder_outputs_are_kept_where_the_prompt_is_in_the_decoder(name, recwarn):
-    model, given = adapted(name, "prefix"), inputs(name)
+    model, given = with_prompt(name, "prefix"), inputs(name)
     encoded = model.get_base_model().get_encoder()(given["input_ids"], attention_mask=given["attention_mask"])
     out = generate(model, {"attention_mask": given["attention_mask"], "encoder_outputs": encoded})
     assert torch.equal(out, generate(model, given))
@@ -405,7 +405,7 @@ def test_encoder_outputs_are_kept_where_the_prompt_is_in_the_decoder(name, recwa
 )
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_static_cache_is_refused(method):
-    model, given = adapted("llama", method), inputs("llama")
+    model, given = with_prompt("llama", method), inputs("llama")
     with pytest.raises(ValueError, match="cache_implementation='static' has no room for a prompt"):
         generate(model, given, cache_implementation="static")
     settings = transformers.GenerationConfig(cache_implementation="static", max_new_tokens=2)
@@ -426,7 +426,7 @@ def test_static_cache_is_refused(method):
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_cache_of_an_earlier_generate_is_refused(method):
     """`generate` would skip as many tokens as the cache holds, the prompt's included."""
-    model, given = adapted("llama", method), {"input_ids": inputs("llama")["input_ids"][:1]}
+    model, given = with_prompt("llama", method), {"input_ids": inputs("llama")["input_ids"][:1]}
     first = generate(model, given, return_dict_in_generate=True)
     longer = torch.cat([first.sequences, first.sequences], dim=1)
     with pytest.raises(ValueError, match="A cache that holds a prompt is continued by forward"):
@@ -436,7 +436,7 @@ def test_cache_of_an_earlier_generate_is_refused(method):
 @pytest.mark.parametrize("method", [*SOFT, *KEYS])
 def test_a_cache_of_the_base_is_refused(method):
     """It holds tokens but no prompt, which enters before them or not at all."""
-    model, given = adapted("llama", method), inputs("llama", method, 1)
+    model, given = with_prompt("llama", method), inputs("llama", method, 1)
     with model.disable_adapter():
         held = kept(model(input_ids=given["input_ids"][:, :3], use_cache=True))
         want = generate(model, {**without(given, "task_ids"), "past_key_values": copy.deepcopy(held)})
@@ -453,7 +453,7 @@ def test_a_cache_of_the_base_is_refused(method):
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_an_object_without_room_is_refused(name, method):
     """A static cache that was made by hand, in a forward pass."""
-    model, given = adapted(name, method), inputs(name)
+    model, given = with_prompt(name, method), inputs(name)
     made = inspect.signature(transformers.StaticCache.__init__).parameters
     sizes = {} if "max_batch_size" not in made and "batch_size" not in made else {"max_batch_size": 3}
     cache = transformers.StaticCache(config=model.config, max_cache_len=16, **sizes)
@@ -481,7 +481,7 @@ def test_an_object_without_room_is_refused(name, method):
 def test_assisted_decoding(name, method, how):
     """Rejected tokens are taken from the cache again, which older versions count from its front."""
     method = "lstm" if name in SEQ2SEQ and method == "multitask" else method
-    model, given = adapted(name, method), inputs(name, method, 1)
+    model, given = with_prompt(name, method), inputs(name, method, 1)
     help_ = {"assistant": {"assistant_model": base(name)}, "lookup": {"prompt_lookup_num_tokens": 3}}[how]
     want = generate(model, given, max_new_tokens=12)
     if "cache" in takes:
@@ -495,7 +495,10 @@ def test_assisted_decoding(name, method, how):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_input_in_chunks(name, method):
-    model, given = adapted(name, method), inputs(name, batch=1)  # before transformers 5, padding moves the positions
+    model, given = (
+        with_prompt(name, method),
+        inputs(name, batch=1),
+    )  # before transformers 5, padding moves the positions
     assert torch.equal(generate(model, given, prefill_chunk_size=4), generate(model, given))
 
 
@@ -504,7 +507,7 @@ def test_input_in_chunks(name, method):
 @pytest.mark.parametrize("columns", [LENGTH - 1, LENGTH + TOKENS])
 def test_masks_of_another_length_are_refused(name, method, columns):
     """A mask covers the input's tokens, not the prompt's."""
-    model, given = adapted(name, method), inputs(name)
+    model, given = with_prompt(name, method), inputs(name)
     if name in SEQ2SEQ:
         given = {**given, "decoder_input_ids": given["input_ids"]}
     mask = "decoder_attention_mask" if (name, method) == ("t5", "prefix") else "attention_mask"
@@ -515,7 +518,7 @@ def test_masks_of_another_length_are_refused(name, method, columns):
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_more_tokens_than_positions(name, method):
-    model = adapted(name, method)
+    model = with_prompt(name, method)
     ids = torch.randint(3, VOCAB, (1, 32 - TOKENS))
     model(input_ids=ids)
     with pytest.raises(ValueError, match=rf"31 tokens and a prompt of {TOKENS} need 35 positions.* 32: 3 too many"):
@@ -555,7 +558,7 @@ class Within(transformers.LogitsProcessor):
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 @pytest.mark.parametrize("kind", ["active", "disabled", "other"])
 def test_a_call_within_generate(name, method, kind):
-    model, given = adapted(name, method), inputs(name)
+    model, given = with_prompt(name, method), inputs(name)
     model.add_adapter("other", config(name, method, **{"num_virtual_tokens": 2}))
     want = generate(model, given)
 
@@ -584,7 +587,7 @@ def test_a_call_within_generate(name, method, kind):
 
 @pytest.mark.parametrize("method", [*SOFT, *KEYS])
 def test_task_ids_are_left_out_where_a_method_has_no_tasks(method):
-    model, given = adapted("llama", method), inputs("llama", method)
+    model, given = with_prompt("llama", method), inputs("llama", method)
     want = generate(model, given)
     assert torch.equal(generate(model, {**given, "task_ids": inputs("llama", "multitask")["task_ids"]}), want)
 

@@ -263,7 +263,7 @@ MUTATIONS = [
         "storage/experts.py",
         "return W.mT if is_transposed(m) else W\n",
         "return W\n",
-        "tests/storage/test_packed_experts.py",
+        "tests/storage/test_experts.py",
     ),
     Mutation(
         "experts: parts of another group of tokens",

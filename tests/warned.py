@@ -70,7 +70,7 @@ WARNED = [
     Warned(
         r"The following \w+_pattern keys did not match",
         "patterns name layers that are no targets",
-        MATRICES + "inject/test_matching.py::test_rank_patterns methods/test_corda.py",
+        MATRICES + "inject/test_match.py::test_rank_patterns methods/test_corda.py",
     ),
     Warned(
         "Adapter '.*' trains without its",
@@ -92,16 +92,16 @@ WARNED = [
     Warned(
         "Adapter name '.*' should not be contained in the prefix",
         "'a' is a short name for an adapter",
-        "combine/ compat/ core/ methods/test_c3a.py model/test_life_cycle.py model/test_mixed_model.py "
+        "combine/ compat/ core/ methods/test_c3a.py model/test_life_cycle.py model/test_mixed.py "
         "model/test_registry.py packages/ storage/ trust/test_said.py trust/test_sequences.py",
     ),
     Warned(
         "Already following adapters were merged",
         "one is merged after the other",
-        "conformance/test_pairs.py core/test_layer.py core/test_merging_states.py inject/test_tied.py "
+        "conformance/test_pairs.py core/test_layer.py core/test_merging.py inject/test_tied.py "
         "methods/test_beft.py::test_merged_between_others "
         "methods/test_glora.py::test_adapters_act_on_the_weight_as_it_was "
-        "model/test_mixed_model.py::test_three_methods_and_two_adapters_of_one packages/ "
+        "model/test_mixed.py::test_three_methods_and_two_adapters_of_one packages/ "
         "storage/test_bnb.py storage/test_dequantize.py::test_a_failure_leaves_the_packed_weights "
         "trust/test_sequences.py",
     ),
@@ -122,11 +122,11 @@ WARNED = [
     Warned(
         "Active adapters .* are not merged",
         "of several adapters one is merged",
-        "core/test_layer.py core/test_merging_states.py "
+        "core/test_layer.py core/test_merging.py "
         "io/test_checkpoint_files.py::test_a_merged_adapter_does_not_make_it_another_base "
         "methods/test_alora.py::test_merging_is_refused methods/test_beft.py::test_merged_between_others "
         "methods/test_glora.py::test_adapters_act_on_the_weight_as_it_was "
-        "model/test_mixed_model.py::test_three_methods_and_two_adapters_of_one "
+        "model/test_mixed.py::test_three_methods_and_two_adapters_of_one "
         "packages/ parity/test_adapters.py::test_while_merged parity/test_merge.py::test_merge_one_of_two "
         "trust/test_sequences.py",
     ),
@@ -136,12 +136,12 @@ WARNED = [
         "compat/test_callers.py inject/test_saved_modules.py "
         "methods/test_adaption_prompt.py::test_switching_deleting_disabling "
         "methods/test_vblora.py::test_it_trains_with_its_adapter "
-        "model/test_mixed_model.py::test_methods_that_call_different_things_by_one_name "
+        "model/test_mixed.py::test_methods_that_call_different_things_by_one_name "
         "model/test_nothing_silent.py::test_configs_of_a_model_without_a_wrapper_follow_deletion "
         "model/test_scaling.py::test_injection_is_linear "
         "parity/test_adapters.py parity/test_status.py prompts/test_adapters.py::test_scripts "
         "storage/test_dequantize.py::test_a_failure_leaves_the_packed_weights "
-        "train/test_train_helpers.py trust/test_sequences.py",
+        "train/test_helpers.py trust/test_sequences.py",
     ),
     Warned(
         "As LoRA of rank",
@@ -172,7 +172,7 @@ WARNED = [
     Warned(
         "Model has `tie_word_embeddings=True`",
         "a tied head is adapted without its embedding",
-        "core/test_merging_states.py inject/test_tied.py "
+        "core/test_merging.py inject/test_tied.py "
         "model/test_registry.py::test_all_linear_leaves_a_head_out_that_lost_its_adapters",
     ),
     Warned(
@@ -296,7 +296,7 @@ WARNED = [
     Warned(
         "`gradient_checkpointing_enable` is deprecated",
         "PEFT calls transformers by the old name",
-        "train/test_train_helpers.py",
+        "train/test_helpers.py",
     ),
     Warned(
         "Detected pickle protocol",

@@ -12,7 +12,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.kernels import experts as kernel
 from graft.storage import stacks
 from tests.storage.packed_experts import BOTH, IDS, blocks, gpt_oss, made, mixtral
-from tests.storage.test_packed_experts import holds_one_matrix, merges_and_unmerges, results, same, with_lora
+from tests.storage.test_experts import holds_one_matrix, merges_and_unmerges, results, same, with_lora
 
 NAMES = ("gate_up_proj", "down_proj")
 WIDTH = 128  # on a CPU, the package reads stacks wrong of which a row is no multiple of a block

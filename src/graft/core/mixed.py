@@ -273,18 +273,18 @@ class Mixed:
         """Run a module with several inputs once; before and after it, the adapters of each row."""
         x, call = next(iter(self.blocks.values())).input(args, kwargs)
         x = rows.take(x, self.layer.site.key)
-        some = [(self.blocks[n], index) for n, index in rows.on(x.device).segments if self.plans[n] is not None]
+        some = [(n, self.blocks[n], index) for n, index in rows.on(x.device).segments if self.plans[n] is not None]
         inner, inputs = x, []
-        for plan, index in some:
-            with self.seeing(index):
+        for name, plan, index in some:
+            with self.seeing(index), self.drawing(name, x.device):
                 own, seen = plan.before(x.index_select(0, index))
             inputs.append(seen)
             if own is not seen[-1]:
                 inner = inner.index_copy(0, index, own)
 
         def after(y: Tensor) -> Tensor:
-            for (plan, index), seen in zip(some, inputs):
-                with self.seeing(index):
+            for (name, plan, index), seen in zip(some, inputs):
+                with self.seeing(index), self.drawing(name, x.device):
                     own = plan.after(seen, y.index_select(0, index))
                 y = y.index_copy(0, index, own)
             return y
@@ -300,6 +300,13 @@ class Mixed:
             yield
         finally:
             call.narrowed(before)
+
+    def drawing(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
+        """Have an adapter draw from its own generator, if the call gives one, what it draws beside a call of the base:
+        calls of other layers may not be within."""
+        draws = self.layer.call.now().draws if self.layer.training else None
+        apart = draws is None or isinstance(key, Together)
+        return nullcontext() if apart else draws.of(key, draws.ticket(), device)  # type: ignore[union-attr]
 
     @contextmanager
     def alone(self, index: Tensor, key: Key) -> Iterator[None]:
@@ -328,11 +335,12 @@ class Mixed:
             if plan is None:
                 continue
             own, part = x.index_select(0, index), y.index_select(0, index)
-            if gates is None and not facts and not self.tapped:
-                part = plan.add(own, part, fuse)
-            else:
-                with self.seeing(index):
-                    part = plan.add(own, part, fuse) if gates is None else plan.gated(own, part)
+            with self.drawing(name, x.device):
+                if gates is None and not facts and not self.tapped:
+                    part = plan.add(own, part, fuse)
+                else:
+                    with self.seeing(index):
+                        part = plan.add(own, part, fuse) if gates is None else plan.gated(own, part)
             y.index_copy_(0, index, part.to(y.dtype))
         return y
 

@@ -447,8 +447,7 @@ def seen(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
     """Return what a step gets as the input of its layer."""
     if not effect.tapped:
         return x
-    tap: Tensor = layer.call.tapped(m.name, layer.site.key)
-    return tap
+    return once(layer.call.tapped(m.name, layer.site.key))
 
 
 def refuse_gates(layer: Layer) -> None:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.methods import METHODS
-from graft.methods.adalora.allocator import orthogonal_loss
+from graft.methods.adalora.allocator import orthogonal_losses
 from tests.covering import Sometimes, law
 from tests.looks import layers, merged, registry_of
 from tests.models import seeded
@@ -208,13 +208,12 @@ def test_two_adapters_of_adalora_train():
     model.set_adapter(["a", "b"])
     trains = {n.split(".")[-2 if n.endswith("weight") else -1] for n, p in model.named_parameters() if p.requires_grad}
     assert trains == {"a", "b"}
-    both = orthogonal_loss(registry_of(model))
-    single = []
+    both = orthogonal_losses(registry_of(model), "ab")
     for name in "ab":
         model.set_adapter(name)
-        single.append(orthogonal_loss(registry_of(model)))
-    assert_close(both, single[0] + single[1])
-    assert both > 0
+        single = orthogonal_losses(registry_of(model), model.active_adapters)
+        assert single.keys() == {name} and both[name] > 0
+        assert_close(both[name], single[name])
 
 
 def test_deleting_several():

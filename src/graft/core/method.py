@@ -145,6 +145,7 @@ class Method(Generic[C]):
     files: ClassVar[dict[str, str]] = {}
     moves: ClassVar[bool] = True  # its tensors go to the device of the base weight, in a dtype to compute in
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
+    has_labelled_loss: ClassVar[bool] = False  # `around` adds one of the labels in the call
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that it takes; the base model only gets its own
     depends_on: ClassVar[str | None] = None  # the argument of a call that its update follows, and which `at` fixes
     over_layers: ClassVar[str | None] = None  # what it does with all layers at once: then one adapter trains at a time

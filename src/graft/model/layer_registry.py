@@ -215,7 +215,7 @@ class LayerRegistry(MergingRegistry):
         losses = losses_of(noted, self.losing, self.peft_config, run, self.model)
         both = with_loss(output, sum(losses.values())) if losses else output
         if both is None:
-            self.call.here.losses = losses
+            self.call.here.losses.update(losses)
         return output if both is None else both
 
     def auxiliary_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:

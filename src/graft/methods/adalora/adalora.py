@@ -28,7 +28,7 @@ from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.allocator import (
     all_trainable,
     allocator_of,
-    orthogonal_loss,
+    orthogonal_losses,
     resize_modules_by_rank_pattern,
     trainable,
     update_and_allocate,
@@ -246,10 +246,11 @@ class AdaLoRA(Method[AdaLoraConfig]):
     @classmethod
     @contextmanager
     def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Add the orthogonal regularisation to the loss of a training step; say if nobody allocates."""
+        """Add the orthogonal regularisation to the loss of a training step, or keep it; say if nobody allocates."""
 
+        names = list(run.adapters)
         trains = tuner.training and torch.is_grad_enabled() and not is_dynamo_compiling()
-        for _, methods in all_trainable(tuner) if trains else ():
+        for _, methods in all_trainable(tuner, names) if trains else ():
             for m in methods.values():
                 m.sees = layout_of(m.lora_A) is not None
 
@@ -259,8 +260,10 @@ class AdaLoRA(Method[AdaLoraConfig]):
             if not torch.compiler.is_compiling():  # a version is no number that can be traced
                 warn_if_forgotten(tuner)
             loss = getattr(output, "loss", None)
-            if isinstance(loss, Tensor) and tuner.training:
-                output.loss = loss + orthogonal_loss(tuner)
+            if tuner.training and isinstance(loss, Tensor):
+                output.loss = loss + sum(orthogonal_losses(tuner, names).values())
+            elif tuner.training and not run.generates:
+                call.here.losses.update(orthogonal_losses(tuner, names))
             return output
 
         yield with_loss

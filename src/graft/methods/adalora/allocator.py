@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -92,9 +92,10 @@ class Allocator:
         return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)
 
 
-def all_trainable(tuner: Tuner) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each active AdaLoRA adapter that trains, and its methods by layer: several only in a PeftMixedModel."""
-    for name in tuner.active_adapters:
+def all_trainable(tuner: Tuner, names: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each AdaLoRA adapter of these (None: the active ones) that trains, and its methods by layer: several only
+    in a PeftMixedModel."""
+    for name in tuner.active_adapters if names is None else names:
         config = tuner.peft_config[name]
         if config.peft_type == "ADALORA" and not config.inference_mode:
             yield name, {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
@@ -172,14 +173,13 @@ def reapply(methods: dict[str, Method], cfg: Schedule) -> None:
             fill(m.lora_E, whole(m.lora_E).masked_fill(gone[:, None], 0.0))
 
 
-def orthogonal_loss(tuner: Tuner) -> Tensor | float:
-    """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of the adapter that trains; the sum, of several."""
-    loss: Tensor | float = 0.0
-    for name, methods in all_trainable(tuner):
-        weight = tuner.peft_config[name].orth_reg_weight
-        if weight > 0:
-            loss = loss + weight * torch.stack([d for m in methods.values() for d in m.distances()]).mean()
-    return loss
+def orthogonal_losses(tuner: Tuner, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of each of these adapters that trains."""
+    return {
+        name: weight * torch.stack([d for m in methods.values() for d in m.distances()]).mean()
+        for name, methods in all_trainable(tuner, names)
+        if (weight := tuner.peft_config[name].orth_reg_weight) > 0
+    }
 
 
 def resize_modules_by_rank_pattern(

@@ -35,6 +35,7 @@ class Shadow(Method[ShadowConfig]):
     prefix = "shadow_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
     compresses_targets = False
+    has_labelled_loss = True
     keeps_base_dtype = frozenset(BESIDE)
     files: ClassVar[dict[str, str]] = dict.fromkeys((*OWN, *BESIDE), "{0}.default{1}")  # whatever the adapter's name
     tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from graft.inject.beside import add_task_heads
 from graft.inject.parts import registry_of
 from graft.io import files
 from graft.io.save import base_fingerprint
+from graft.methods import method_of
 from graft.model.api import get_peft_model
 from graft.model.checkpoints import contents
 from graft.model.peft_model import PeftModel
@@ -218,6 +219,13 @@ class MultiTrain:
                 f"Run '{name}': {config.peft_type.value} puts a prompt before the input, and no adapter on layers, of "
                 "which MultiTrain trains several at once. Train it by itself."
             )
+        here = {} if self.model is None else self.model.peft_config
+        own = here.get(name) if config is None else config
+        if own is not None and getattr(method_of(own.peft_type), "has_labelled_loss", False):
+            raise ConfigError(
+                f"Run '{name}': {own.peft_type.value} adds a loss of the call's labels to the model's, and calls "
+                "of MultiTrain have none. Train it by itself."
+            )
         draws = Draws(seed, data)
         state = None if self.folder is None else run_file.load(name, self.folder)
         with draws:
@@ -227,6 +235,7 @@ class MultiTrain:
             registry, own_config = registry_of(model), model.peft_config[name]
             registry.set_requires_grad(name, True)
             parameters = parameters_of(model, name)
+            self.arguments = replace(self.arguments, names=self.arguments.names | registry.arguments)
             drawn = loss is not None or description is not None
             if description is not None:
                 windows = data = description.data(draws)
@@ -520,9 +529,10 @@ class MultiTrain:
         """Have the base repeat the rows of a batch that all these have, within the block, before the first adapted
         layers; give where it does so; None: every part has to bring its own."""
         batches = [self.arguments.among(part.batch) for part in group]
-        main = main_of(batches[0])
-        fan = None
-        if len(group) > 1 and len(main) != main.shape[-1] and alike(batches):  # else rows could not be told from tokens
+        main, fan = main_of(batches[0]), None
+        told = len(main) != main.shape[-1]  # else rows could not be told from tokens
+        told = told and registry_of(self.model).arguments.isdisjoint(batches[0])  # whose rows methods look up
+        if len(group) > 1 and told and alike(batches):
             fan = self._fan([part.name for part in group])
         with nullcontext() if fan is None else fan.out(len(main), len(group)):
             yield fan

@@ -305,8 +305,9 @@ class Mixed:
         """Have an adapter draw from its own generator, if the call gives one, what it draws beside a call of the base:
         calls of other layers may not be within."""
         draws = self.layer.call.now().draws if self.layer.training else None
-        apart = draws is None or isinstance(key, Together)
-        return nullcontext() if apart else draws.of(key, draws.ticket(), device)  # type: ignore[union-attr]
+        if draws is None or isinstance(key, Together):
+            return nullcontext()
+        return draws.of(key, draws.ticket(), device)
 
     @contextmanager
     def alone(self, index: Tensor, key: Key) -> Iterator[None]:

@@ -17,7 +17,7 @@ PRESETS = ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "seq_bn_inv"]
 
 
 def with_two(base, preset):
-    return adapted(base, dict.fromkeys(["default", "other"], graft.BottleneckConfig.preset(preset, **SMALL)), 0.2)
+    return adapted(base, dict.fromkeys(["default", "other"], graft.BottleneckConfig.preset(preset, **SMALL)), scale=0.2)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

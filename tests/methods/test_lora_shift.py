@@ -17,7 +17,6 @@ import graft
 from tests import models
 from tests.conformance.stores import Rounded, held
 from tests.looks import layers
-from tests.models import adapted
 
 TARGETS = ["lin0", "fc1"]
 X = models.inputs("mlp")
@@ -55,8 +54,9 @@ def prepared(model, cfg):
 
 
 def started(how, dtype=torch.float32, kind=None, **options):
+    """A model whose start is drawn as the caller's seed says."""
     cfg = config(how)
-    return nudged(adapted(prepared(base(dtype, kind), cfg), cfg, scale=0, **options))
+    return nudged(graft.get_peft_model(prepared(base(dtype, kind), cfg), cfg, **options).eval())
 
 
 def nudged(model, seed=3):

@@ -70,7 +70,7 @@ def own(cls: griffe.Class) -> dict[str, str]:
 def comment(lines: list[str], node: ast.AnnAssign) -> str:
     """What stands behind `#` in the lines of a field, and in lines below it that are nothing else."""
     first, last = node.lineno - 1, node.end_lineno or node.lineno
-    parts = [line.partition("  # ")[2] for line in lines[first:last] if "  # " in line]
+    parts = [line.rpartition("  # ")[2] for line in lines[first:last] if "  # " in line]
     if parts:
         for line in lines[last:]:
             if not line.strip().startswith("# "):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.core.method import Method
     from graft.core.site import Site
+    from graft.methods.adalora import AdaLoraConfig
+    from graft.methods.loha import LoHaConfig
     from graft.methods.lora.config import LoraConfig
+
+C = TypeVar("C", bound="PeftConfig")
+Parts = list[tuple["Method", float]]  # (method, weight)
+Ranks = dict[str, int]  # by layer, or by pattern of its path
 
 
 @dataclass
@@ -59,12 +65,12 @@ class Term:
         return A.reshape(groups, r, prod(A.shape[1:])), B.reshape(groups, len(B) // groups, prod(B.shape[1:]))
 
 
-class Form:
+class Form(Generic[C]):
     """The way in which adapters of a combination are read, and the new one is written."""
 
     apart: ClassVar[bool] = False  # True: rules may act on A and B apart
 
-    def begin(self, configs: Sequence[object]) -> LoraConfig:
+    def begin(self, configs: Sequence[C]) -> C:
         """Return a config for the layers that any of these selects."""
         return union_of(configs)
 
@@ -77,13 +83,11 @@ class Form:
     def read(self, m: Method, weight: float) -> Term:
         return factors_of(m, weight)
 
-    def write(self, A: Tensor, B: Tensor, parts: list[tuple[Method, float]], cfg: PeftConfig) -> Tensors:
+    def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: C) -> Tensors:
         """Return the tensors of a new adapter with ΔW = B A, made from `parts`: (method, weight)."""
         raise NotImplementedError
 
-    def configure(
-        self, cfg: PeftConfig, ranks: dict[str, int], patterns: dict[str, int], configs: Sequence[object]
-    ) -> None:
+    def configure(self, cfg: C, ranks: Ranks, patterns: Ranks, configs: Sequence[C]) -> None:
         """Change `cfg` so that it describes the tensors that `write` returns."""
         raise NotImplementedError
 
@@ -98,12 +102,12 @@ def factors_of(m: Method, weight: float) -> Term:
     return Term(wide(A), wide(B), scale_of(f), weight, op.groups(module), stack, op.transposed)
 
 
-class LoraForm(Form):
+class LoraForm(Form["LoraConfig"]):
     """The form of LoRA: factors and a scaling."""
 
     apart: ClassVar[bool] = True
 
-    def write(self, A, B, parts, cfg):
+    def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoraConfig) -> Tensors:
         m = parts[0][0]
         if m.site.op.opaque and len(B) == m.site.op.stack(m.site.module) > 1 and B.dim() > 2:
             A, B = Opaque.joined(A, B)
@@ -117,7 +121,7 @@ class LoraForm(Form):
         """Return what an adapter adds to the layer's bias."""
         return wide(m.lora_B.bias) * m.scaling if m.lora_bias else None
 
-    def configure(self, cfg, ranks, patterns, configs):
+    def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
         cfg.r = cfg.lora_alpha = max(ranks.values())  # scaling 1
         cfg.rank_pattern, cfg.alpha_pattern = patterns, dict(patterns)
         cfg.use_rslora = False
@@ -149,13 +153,13 @@ class UpdateForm(LoraForm):
     def __init__(self) -> None:
         self.shifted = False  # one of them changes a bias
 
-    def begin(self, configs):
+    def begin(self, configs: Sequence[PeftConfig]) -> LoraConfig:
         return plain_lora(configs)
 
-    def why_not(self, m):
+    def why_not(self, m: Method) -> str | None:
         return why_none(m)
 
-    def read(self, m, weight):
+    def read(self, m: Method, weight: float) -> Term:
         A, B, shift = change_of(m)
         self.shifted |= shift is not None
         if B is None:  # ΔW itself: the product with an identity of its shorter side
@@ -163,10 +167,10 @@ class UpdateForm(LoraForm):
             A, B = (A, one) if A.shape[1] <= A.shape[2] else (one, A)
         return Term(of_all_groups(A, m.site).flatten(0, 1), B.flatten(0, 1), 1.0, weight, len(A))
 
-    def shift(self, m):
+    def shift(self, m: Method) -> Tensor | None:
         return change_of(m).shift
 
-    def configure(self, cfg, ranks, patterns, configs):
+    def configure(self, cfg: LoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoraConfig]) -> None:
         super().configure(cfg, ranks, patterns, ())
         cfg.lora_bias = self.shifted
 
@@ -182,10 +186,10 @@ def of_all_groups(A: Tensor, site: Site) -> Tensor:
     return out.flatten(2)
 
 
-class AdaLoraForm(Form):
+class AdaLoraForm(Form["AdaLoraConfig"]):
     """The form of AdaLoRA: B diag(E) A, where singular values E include the scaling."""
 
-    def write(self, A, B, parts, cfg):
+    def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: AdaLoraConfig) -> Tensors:
         B = B.flatten(0, 1)
         E = B.norm(dim=0)  # (r,)
         start = torch.tensor([float(cfg.init_r)])
@@ -196,31 +200,31 @@ class AdaLoraForm(Form):
             ("ranknum", ""): start,
         }
 
-    def configure(self, cfg, ranks, patterns, configs):
+    def configure(self, cfg: AdaLoraConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[AdaLoraConfig]) -> None:
         cfg.init_r = cfg.target_r = cfg.lora_alpha = max(1, *ranks.values())
         uneven = any(r != cfg.init_r for r in ranks.values())
         cfg.rank_pattern = {f"{key}.lora_E": [True] * r for key, r in ranks.items()} if uneven else None
         cfg.inference_mode = True  # a model trains one AdaLoRA adapter at a time
 
 
-class LohaForm(Form):
+class LohaForm(Form["LoHaConfig"]):
     """The form of LoHa: the elementwise product of two low-rank matrices, one of them all ones when written."""
 
-    def read(self, m, weight):
+    def read(self, m: Method, weight: float) -> Term:
         with evaluating(m.layer):
             a, b, c, d = (wide(p) for p in m.parts())
         return Term(*narrow(a, b, c, d), m.scaling, weight)
 
-    def write(self, A, B, parts, cfg):
+    def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoHaConfig) -> Tensors:
         A, B = A.flatten(0, 1), B.flatten(0, 1)
         left, right = torch.zeros_like(B), torch.zeros_like(A)
         left[:, 0] = right[0] = 1.0
         return {("hada_w1_a", ""): B, ("hada_w1_b", ""): A, ("hada_w2_a", ""): left, ("hada_w2_b", ""): right}
 
-    def configure(self, cfg, ranks, patterns, configs):
+    def configure(self, cfg: LoHaConfig, ranks: Ranks, patterns: Ranks, configs: Sequence[LoHaConfig]) -> None:
         cfg.r = cfg.alpha = max(ranks.values())  # scaling 1
         cfg.rank_pattern, cfg.alpha_pattern = patterns, dict(patterns)
         cfg.use_effective_conv2d = False
 
 
-FORMS: dict[str, Form] = {"LORA": LoraForm(), "ADALORA": AdaLoraForm(), "LOHA": LohaForm()}
+FORMS: dict[str, Form[Any]] = {"LORA": LoraForm(), "ADALORA": AdaLoraForm(), "LOHA": LohaForm()}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,7 +183,7 @@ class Recipe:
         """Return True if pruning is random."""
         return self.kind.startswith("dare")
 
-    def check(self, form: Form, peft_type: str) -> None:
+    def check(self, form: Form[Any], peft_type: str) -> None:
         if self.kind not in TYPES:
             raise ConfigError(f"Invalid combination_type: {self.kind}. Known ones: {', '.join(TYPES)}.")
         if self.kind in ELEMENTWISE and not form.apart:

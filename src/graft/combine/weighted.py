@@ -255,7 +255,9 @@ def checked(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[li
     return names, numbers
 
 
-def parts_of(tuner: Tuner, names: list[str], weights: list[float], form: Form) -> dict[str, list[tuple[Method, float]]]:
+def parts_of(
+    tuner: Tuner, names: list[str], weights: list[float], form: Form[Any]
+) -> dict[str, list[tuple[Method, float]]]:
     """Return (method, weight) of each adapter on each layer that has any of them.
 
     Raises:

@@ -44,7 +44,7 @@ def diff(
                 for m in found["modules"]
             ],
         )  # fmt: skip
-        show.table("Tensors", ["tensor", "relative difference"], [t.values() for t in found["tensors"]])  # type: ignore[misc]
+        show.table("Tensors", ["tensor", "relative difference"], [t.values() for t in found["tensors"]])
         print("equal" if found["equal"] else f"not equal: largest relative difference {found['largest']:.4g}")
     if not found["equal"]:
         raise typer.Exit(FOUND)

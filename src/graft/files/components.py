@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from graft.files.bases import COMPONENTS
 from graft.files.neutral import AdapterFile, Other
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
+
+T = TypeVar("T")
 
 
 def parts_of(paths: Iterable[str]) -> set[str]:
@@ -33,7 +35,7 @@ def split(adapter: AdapterFile) -> dict[str, AdapterFile]:
     for part in sorted(parts_of(paths)):
         start = f"{part}."
 
-        def own(by_path: dict, start: str = start) -> dict:
+        def own(by_path: dict[str, T], start: str = start) -> dict[str, T]:
             return {path.removeprefix(start): value for path, value in by_path.items() if path.startswith(start)}
 
         out[part] = replace(

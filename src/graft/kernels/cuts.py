@@ -110,19 +110,19 @@ class _WithSummedGrad(Function):
 
 def cut_up(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
     """Return this process's piece of a whole tensor; the tensor itself where nothing is cut."""
-    return t if cut is None else _Piece.apply(t, cut, dim)  # type: ignore[no-any-return, no-untyped-call]
+    return t if cut is None else _Piece.apply(t, cut, dim)
 
 
 def joined(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
     """Return the whole tensor from the processes' pieces."""
-    return t if cut is None else _Whole.apply(t, cut, dim)  # type: ignore[no-any-return, no-untyped-call]
+    return t if cut is None else _Whole.apply(t, cut, dim)
 
 
 def summed(t: Tensor, cut: Cut) -> Tensor:
     """Return the whole tensor that is the sum of what the processes computed from their pieces."""
-    return _Sum.apply(t, cut)  # type: ignore[no-any-return, no-untyped-call]
+    return _Sum.apply(t, cut)
 
 
 def with_summed_grad(t: Tensor, cut: Cut) -> Tensor:
     """Return a whole tensor for a product with a piece, whose gradient is the sum of those of all processes."""
-    return _WithSummedGrad.apply(t, cut)  # type: ignore[no-any-return, no-untyped-call]
+    return _WithSummedGrad.apply(t, cut)

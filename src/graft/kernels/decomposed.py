@@ -48,7 +48,7 @@ SPARSE_TO = 0.15  # share of dropped inputs up to which W x' is W x less the pro
 
 def plain(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor, scale: float, mask: Tensor | int = 1
-):
+) -> Tensor:
     """The reference. x (…, in), W (out, in), A (r, in), B (out, r), b and ratio (out,); mask: dropout's factors."""
     y, xd = x @ W.T, x * mask
     out = y + (xd @ W.T) * (ratio - 1) + (xd @ A.T @ B.T) * (scale * ratio)
@@ -68,7 +68,7 @@ def linear(
     p: float,
 ) -> Tensor:
     """Compute `plain` in the dtype of base(x) = W x + b. base, input_gradient, W: as in `low_rank_linear`."""
-    return _Linear.apply(x, W, b, A, B, ratio, base, input_gradient, scale, p, seed_for(p))  # type: ignore[no-any-return]
+    return _Linear.apply(x, W, b, A, B, ratio, base, input_gradient, scale, p, seed_for(p))
 
 
 class _Linear(Function):

@@ -177,7 +177,7 @@ def project(x: Tensor, routes: Routes, stack: Stack, gather: bool = False) -> Te
             makers.append(Maker(spans, wide, part.form, part.reads, len(part.tensors), part.shared))
         tensors += [None if gate is None else gate.to(makers[-1].dtype), *own]
     job = Job(stack.codes, dtype, [*routes.spans()], makers, len(routes.order))
-    return _Project.apply(x, routes.tokens if gather else None, job, *tensors)  # type: ignore[no-any-return]
+    return _Project.apply(x, routes.tokens if gather else None, job, *tensors)
 
 
 class Maker(NamedTuple):

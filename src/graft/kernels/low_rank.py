@@ -157,7 +157,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
         return add_up(y, down(x.reshape(-1, x.shape[-1]), A), B, scale)
     if fuses(x, p):
         A, B = autocast(x, A, B)
-        return _AddLowRank.apply(y, x, A, B, scale, p, seed_for(p))  # type: ignore[no-any-return]
+        return _AddLowRank.apply(y, x, A, B, scale, p, seed_for(p))
     return plain(y, x, A, B, scale, p)
 
 
@@ -170,7 +170,7 @@ def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     h = h.to(B.dtype)
     if not fuses(h, 0.0):
         return plus(y, h @ B.T, scale).to(y.dtype)
-    return _AddProduct.apply(y, h, B, scale)  # type: ignore[no-any-return]
+    return _AddProduct.apply(y, h, B, scale)
 
 
 def low_rank_linear(
@@ -194,7 +194,7 @@ def low_rank_linear(
         x = once(x)
         return add_low_rank(base(x), x, A, B, scale, p)
     A, B = autocast(x, A, B)
-    return _LowRankLinear.apply(x, W, A, B, base, input_gradient, scale, p, seed_for(p))  # type: ignore[no-any-return]
+    return _LowRankLinear.apply(x, W, A, B, base, input_gradient, scale, p, seed_for(p))
 
 
 def fuses(x: Tensor, p: float) -> bool:
@@ -224,7 +224,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Do torch's dropout; for many rows keep a seed for the backward pass instead of a mask."""
     if not eager() or x.numel() < FUSED_FROM * x.shape[-1]:
         return nn.functional.dropout(x, p)
-    return _Dropout.apply(x, p, new_seed())  # type: ignore[no-any-return]
+    return _Dropout.apply(x, p, new_seed())
 
 
 class _Dropout(Function):
@@ -344,7 +344,7 @@ def plain_scaled_low_rank(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor)
 
 def add_scaled(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     """Compute `plain`. y's memory may hold the result, so nothing else may need its values. B gets no gradient."""
-    return _AddScaled.apply(y, h, B, d, b) if worth_it(h) else plain_scaled_low_rank(y, h, B, d, b)  # type: ignore[no-any-return]
+    return _AddScaled.apply(y, h, B, d, b) if worth_it(h) else plain_scaled_low_rank(y, h, B, d, b)
 
 
 def one_product_pays(rows: int, out: int, n: int) -> bool:
@@ -364,7 +364,7 @@ def linear_with(
     Only d, b and x get gradients. All have one dtype.
     """
     h = x.reshape(-1, x.shape[-1]) @ A.T
-    return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, input_gradient)  # type: ignore[no-any-return]
+    return _OneProduct.apply(x, h, W, bias, A, B, d, b, call, input_gradient)
 
 
 def vector_gradients(
@@ -455,7 +455,7 @@ def reconstructed(x: Tensor, v: Tensor, groups: int) -> Tensor:
 def sketched_product(x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float = 1.0) -> Tensor:
     """Return x Aᵀ in the dtype of A. The gradient of A is scale · gᵀ `reconstructed`(x). x (…, n), A (r, n), v (D,)."""
     A, v = autocast(x, A, v)
-    return _Sketched.apply(x.to(A.dtype), A, v.to(A.dtype), groups, scale)  # type: ignore[no-any-return]
+    return _Sketched.apply(x.to(A.dtype), A, v.to(A.dtype), groups, scale)
 
 
 class _Sketched(Function):

@@ -20,7 +20,7 @@ def product(A: Tensor, W: Tensor) -> Tensor:
     """Compute `plain`. W gets no gradient."""
     if W.dtype == A.dtype or not only_backward():
         return plain(A, W)
-    return _Product.apply(A, W)  # type: ignore[no-any-return]
+    return _Product.apply(A, W)
 
 
 class _Product(Function):
@@ -55,7 +55,7 @@ def onto(Z: Tensor, W: Tensor) -> Tensor:
     """Return Zᵀ W in the dtype of Z, (r, n); keep W as it is, and no copy of it. Z (out, r), W (out, n), frozen."""
     if W.dtype == Z.dtype or not only_backward():
         return plain_onto(Z, W)
-    return _Onto.apply(Z, W)  # type: ignore[no-any-return]
+    return _Onto.apply(Z, W)
 
 
 class _Onto(Function):
@@ -77,12 +77,12 @@ class _Onto(Function):
 
 def outside(p: Tensor, Q: Tensor) -> Tensor:
     """Return p, whose gradient g becomes g - Q Qᵀ g. p (n, k); the columns of Q (n, j) are orthonormal."""
-    return _Projected.apply(p, Q, False) if only_backward() else _by_sum(p, Q, False)  # type: ignore[no-any-return]
+    return _Projected.apply(p, Q, False) if only_backward() else _by_sum(p, Q, False)
 
 
 def inside(p: Tensor, Q: Tensor) -> Tensor:
     """Return p, whose gradient g becomes Q Qᵀ g."""
-    return _Projected.apply(p, Q, True) if only_backward() else _by_sum(p, Q, True)  # type: ignore[no-any-return]
+    return _Projected.apply(p, Q, True) if only_backward() else _by_sum(p, Q, True)
 
 
 def projected(g: Tensor, Q: Tensor, within: bool) -> Tensor:

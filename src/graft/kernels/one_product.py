@@ -41,7 +41,7 @@ def linear_with(
         bias: (out,).
         x: (…, n).
     """
-    return _OneProduct.apply(x, W, bias, type(delta), call, input_gradient, *delta)  # type: ignore[no-any-return]
+    return _OneProduct.apply(x, W, bias, type(delta), call, input_gradient, *delta)
 
 
 def holds(numbers: Tensor, W: Tensor) -> bool:
@@ -59,7 +59,7 @@ class _OneProduct(Function):
         total = kind(*fields).added(W)
         ctx.options = kind, input_gradient, total.dtype, None if bias is None else bias.dtype
         bias = None if bias is None else bias.to(total.dtype)
-        return call(x.to(total.dtype), total, bias).to(x.dtype)  # type: ignore[no-any-return]
+        return call(x.to(total.dtype), total, bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
@@ -174,7 +174,7 @@ class Hadamard(NamedTuple):
 
 def product(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """Compute `plain`; keep only the factors for the backward pass, as the products are as large as the weight."""
-    return _Product.apply(a, b, c, d) if only_backward() else plain_hadamard(a, b, c, d)  # type: ignore[no-any-return]
+    return _Product.apply(a, b, c, d) if only_backward() else plain_hadamard(a, b, c, d)
 
 
 class _Product(Function):

@@ -61,7 +61,7 @@ def cayley(Q: Tensor, terms: int | None) -> Tensor:
 def orthogonal(Q: Tensor, terms: int | None) -> Tensor:
     """Compute `cayley`; keep no powers of Q for the backward pass."""
     fused = terms not in (1, 2) and torch.is_grad_enabled() and eager() and autocast_dtype(Q.device) is None
-    return _Orthogonal.apply(Q, terms) if fused else cayley(Q, terms)  # type: ignore[no-any-return]
+    return _Orthogonal.apply(Q, terms) if fused else cayley(Q, terms)
 
 
 class _Orthogonal(Function):
@@ -109,7 +109,7 @@ def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
     """Compute `plain_rotate` by one batched product; keep x as it came."""
-    return _Rotate.apply(x, R) if worth_it(x) else _rotated(x, R)  # type: ignore[no-any-return]
+    return _Rotate.apply(x, R) if worth_it(x) else _rotated(x, R)
 
 
 def _rotated(x: Tensor, R: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def plain_householder(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
 
 def reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
     """Compute `plain` without a temporary of full width; keep x as it came and r numbers per row."""
-    return _Reflect.apply(x, U, T) if worth_it(x) else plain_householder(x, U, T)  # type: ignore[no-any-return]
+    return _Reflect.apply(x, U, T) if worth_it(x) else plain_householder(x, U, T)
 
 
 class _Reflect(Function):
@@ -228,7 +228,7 @@ def plain_planar(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
 def turn(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
     """Compute `plain`, for many rows without a copy of the halves; keep z as it came."""
     if torch.is_grad_enabled():
-        return _Turn.apply(z, c, s) if worth_it(z) else plain_planar(z, c, s)  # type: ignore[no-any-return]
+        return _Turn.apply(z, c, s) if worth_it(z) else plain_planar(z, c, s)
     return _turned(z, c, s) if z.numel() >= FUSED_FROM * z.shape[-1] and eager() else plain_planar(z, c, s)
 
 

@@ -25,7 +25,7 @@ def at_line(x: Tensor) -> bool:
 
 def aligned(x: Tensor) -> Tensor:
     """Return x as it would be alone, in memory that begins at a line; its gradient, too."""
-    return _Aligned.apply(x) if x.requires_grad and torch.is_grad_enabled() else _aligned(x)  # type: ignore[no-any-return]
+    return _Aligned.apply(x) if x.requires_grad and torch.is_grad_enabled() else _aligned(x)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def linear(
         x: (…, in), whose rows, counted over all dimensions but the last, are those that `groups_of` has counted.
     """
     factors = [t for g in groups for t in (g.A, g.B)]
-    return _Linear.apply(x, W, base, input_gradient, groups, *factors)  # type: ignore[no-any-return]
+    return _Linear.apply(x, W, base, input_gradient, groups, *factors)
 
 
 def groups_of(segments: Sequence[Segment], stacks: Stacks | None, dtype: torch.dtype) -> list[Group]:

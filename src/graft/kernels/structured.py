@@ -132,7 +132,7 @@ def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Compute `plain`, in the dtype of autocast if it is on; keep x, a and b for the backward pass."""
     dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, torch.promote_types(a.dtype, b.dtype))
     function = _Product.apply if only_backward() else multiplied
-    return function(x.to(dtype), a.to(dtype), b.to(dtype))  # type: ignore[no-any-return]
+    return function(x.to(dtype), a.to(dtype), b.to(dtype))
 
 
 def last_first(a: Tensor, b: Tensor) -> bool:
@@ -210,7 +210,7 @@ def between_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
     """Compute `plain`; keep nothing but what it gets for the backward pass. A gets no gradient."""
     if not (torch.is_grad_enabled() and eager()):
         return plain_diagonals(left, A, right)
-    return _Between.apply(left, A, right)  # type: ignore[no-any-return]
+    return _Between.apply(left, A, right)
 
 
 class _Between(Function):

@@ -32,7 +32,7 @@ class Summed(Tensor):
     @staticmethod
     def __new__(cls, W: Tensor, parts: list[Part], flipped: bool) -> Summed:
         shown = W.mT if flipped else W
-        made: Summed = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Summed = Tensor._make_wrapper_subclass(
             cls, shown.shape, strides=shown.stride(), dtype=W.dtype, device=W.device, requires_grad=False
         )
         made.W, made.parts, made.flipped = W, parts, flipped

@@ -50,7 +50,7 @@ def product(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
     if not x.numel():  # transforms take no empty batch
         return scale * plain_circular(x.to(dtype), w.to(dtype))
     function = _Circular.apply if only_backward() else correlate
-    return function(x.to(dtype), w.to(dtype), scale)  # type: ignore[no-any-return]
+    return function(x.to(dtype), w.to(dtype), scale)
 
 
 def spectrum(x: Tensor, parts: int) -> Tensor:
@@ -285,7 +285,7 @@ class Sparse(NamedTuple):
         if not x.numel():  # transforms take no empty batch
             return x.to(dtype).new_zeros(*x.shape[:-1], self.S.n) + 0 * (x.sum() + self.values.sum())
         function = _Product.apply if only_backward() else plain_transformed
-        return function(x.to(dtype), self.values.to(dtype), self.rows, self.cols, self.S, self.T)  # type: ignore[no-any-return]
+        return function(x.to(dtype), self.values.to(dtype), self.rows, self.cols, self.S, self.T)
 
 
 def plain_transformed(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Basis, T: Basis) -> Tensor:

@@ -27,8 +27,8 @@ def attach(stack: Stack) -> None:
 
 
 def enter(
-    stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, object]
-) -> tuple[tuple, dict[str, object]] | None:
+    stack: Stack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """Put the prompt into the arguments: the hook before `module`."""
     if not stack.now.tokens and not stack.now.encoded:
         return None
@@ -42,8 +42,8 @@ def enter(
 
 
 def step(
-    stack: Stack, module: nn.Module, args: tuple, kwargs: dict[str, object]
-) -> tuple[tuple, dict[str, object]] | None:
+    stack: Stack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """Widen masks and positions before `outer` in later steps: the hook on it."""
     arguments = _by_name(stack, stack.outer_names, args, kwargs)
     first, seen = first_of(arguments), length(arguments.get(stack.cache_name or ""))
@@ -54,7 +54,7 @@ def step(
     return (), arguments
 
 
-def _by_name(stack: Stack, names: list[str], args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
+def _by_name(stack: Stack, names: list[str], args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object]:
     """Return a call's arguments by name; a cache under the new name even if it came under the old one."""
     arguments = {**dict(zip(names, args)), **kwargs}
     if stack.cache_name == NEW_CACHE and arguments.get(NEW_CACHE) is None and arguments.get(OLD_CACHE) is not None:
@@ -62,7 +62,7 @@ def _by_name(stack: Stack, names: list[str], args: tuple, kwargs: dict[str, obje
     return arguments
 
 
-def leave(stack: Stack, module: nn.Module, args: tuple, output: Any) -> object:
+def leave(stack: Stack, module: nn.Module, args: tuple[object, ...], output: Any) -> object:
     """Cut the prompt, or a cache that holds nothing else, from the output: the hook after `module`."""
     if stack.now.strips and stack.now.entered:
         if isinstance(output, tuple):

@@ -33,7 +33,7 @@ class PromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init: Any = PromptTuningInit.RANDOM  # a PromptTuningInit
     prompt_tuning_init_text: str | None = None  # for TEXT
     tokenizer_name_or_path: str | None = None  # for TEXT: the base model's tokenizer
-    tokenizer_kwargs: dict | None = None  # for TEXT: passed to AutoTokenizer.from_pretrained
+    tokenizer_kwargs: dict | None = None  # type: ignore[type-arg]  # for TEXT: passed to AutoTokenizer.from_pretrained
     inits: ClassVar[type[Enum]] = PromptTuningInit
 
     def __post_init__(self) -> None:

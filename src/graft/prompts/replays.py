@@ -91,7 +91,7 @@ class Replays:
         leaf = value.detach().requires_grad_()
 
         def hand_over(_module: object, _args: object, output: Tensor) -> Tensor:
-            return _HandOver.apply(output, value, [leaf])  # type: ignore[no-any-return]
+            return _HandOver.apply(output, value, [leaf])
 
         if arguments.get("inputs_embeds") is not None:
             arguments["inputs_embeds"] = hand_over(None, None, arguments["inputs_embeds"])
@@ -107,10 +107,10 @@ def cache_place(layer: nn.Module) -> tuple[str, int] | None:
     return None if found is None else (found, names.index(found))
 
 
-def with_cache(run: Callable, cache: object, name: str, index: int) -> Callable:
+def with_cache(run: Callable[..., object], cache: object, name: str, index: int) -> Callable[..., object]:
     """Return a checkpointing function that passes `cache` to the layer it runs, also in the backward pass."""
 
-    def checkpointed(function: Callable, *args: object, **options: object) -> object:
+    def checkpointed(function: Callable[..., object], *args: object, **options: object) -> object:
         def with_prompt(*inputs: object) -> object:
             prompt = kv_prefix.again(cache)
             if len(inputs) > index:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from graft.config.base import PeftConfig
 
 # fields of a LoraConfig that add something to A and B or run them in another way, and the value that leaves them off
-PLAIN: dict[str, tuple] = {
+PLAIN: dict[str, tuple[object, ...]] = {
     "lora_bias": (False,),
     "bias": ("none",),
     "modules_to_save": (None, []),

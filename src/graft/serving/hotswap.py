@@ -249,7 +249,7 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
         found = {(entry.container, entry.path): value for entry, value in pairs if value is not None}
         values = method.restored(found, load.config)  # a file may hold others than the model
         pairs = [(entry, None if value is None else values[entry.container, entry.path]) for entry, value in pairs]
-        key, room = layer.site.key, layer.r[load.adapter]  # type: ignore[attr-defined]
+        key, room = layer.site.key, layer.r[load.adapter]
         cfg: Any = load.config.at(method.named or key)
         if len(absent) < len(pairs):
             rank = max(room, cfg.r)
@@ -411,7 +411,7 @@ def prepare_model_for_compiled_hotswap(
         for name, layers in on.items():
             changes = [prepare(layer, name, target_rank) for layer in layers.values()]
             if (known := config_of(model, name)) is not None:
-                model.peft_config[name] = described(known, changes)  # type: ignore[union-attr,index,operator,assignment]
+                model.peft_config[name] = described(known, changes)
     if target_rank is not None:
         for name, cfg in configs_in(config).items():
             cfg.r, cfg.rank_pattern = target_rank, dict.fromkeys(patterns[name], target_rank)

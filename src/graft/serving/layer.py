@@ -146,7 +146,7 @@ class SlotLayer(nn.Module):
         compiling = torch.compiler.is_compiling()
         slot = None if compiling else self.choice.slot  # one path for compiled code
         if slot == NONE:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         found = self.gather(x.shape[0]) if slot is None else (*self.of(slot), *[t[slot] for t in self.vectors])
         n = len(found) - len(self.vectors)
         pairs, vectors = [(found[i], found[i + 1]) for i in range(0, n, 2)], found[n:]

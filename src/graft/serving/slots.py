@@ -519,7 +519,9 @@ class AdapterSlots:
         with self.using(names if isinstance(names, str) else [n for n in names for _ in range(copies)]):
             return model.generate(*args, **kwargs)
 
-    def _rows(self, names: str | Sequence[str] | None, args: tuple, kwargs: dict[str, object]) -> list[str] | str:
+    def _rows(
+        self, names: str | Sequence[str] | None, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> list[str] | str:
         """Return one name per row of the batch, if the inputs tell the number of rows, so that compiled code sees no
         change between one adapter, several, and none."""
         if names is None:

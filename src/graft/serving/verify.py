@@ -111,7 +111,7 @@ def verify(
     """
     if dtype not in TOLERANCES:
         raise OptionError(f"dtype={dtype!r}: one of {', '.join(TOLERANCES)}, in which the server computes.")
-    vocabulary = base.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    vocabulary = base.get_input_embeddings().weight.shape[0]
     asked = prompts(vocabulary)
     server = server or server_of(connection)
     of_base = ask(connection, server, base_name, asked, base=True)
@@ -269,7 +269,7 @@ def scalings(model: nn.Module) -> dict[str, Scale]:
     found = {}
     for path, layer in layers_of(model).items():
         (name, own), *_ = layer.scaling.items()
-        cfg = model.peft_config[name]  # type: ignore[index]
+        cfg = model.peft_config[name]
         here = layer.methods[name].cfg
         known = hasattr(cfg, "lora_alpha") and hasattr(cfg, "r")
         rates = (cfg.lora_alpha / cfg.r, cfg.lora_alpha / here.r, here.lora_alpha / here.r) if known else (own,) * 3

@@ -27,7 +27,7 @@ class Aqlm(OwnModule):
         return (W * m.scales).transpose(1, 2).reshape(m.out_features, m.in_features)
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        return m.codebooks.dtype  # type: ignore[no-any-return]
+        return m.codebooks.dtype
 
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for codes that its kernel for CPUs has permuted, which its backward pass does not know."""

@@ -44,7 +44,7 @@ class Four(Quantized):
     parts = ("weight", "quant_state")
 
     def values(self, m: nn.Module) -> Tensor:
-        return functional().dequantize_4bit(*plain(m.weight.data, state_of(m)))  # type: ignore[no-any-return]
+        return functional().dequantize_4bit(*plain(m.weight.data, state_of(m)))
 
     def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         old, state = m.weight, state_of(m)

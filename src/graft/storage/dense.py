@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def plain_tensors(t: Tensor) -> list[Tensor] | None:
         if not is_traceable_wrapper_subclass(t):
             return None
         parts = [plain_tensors(getattr(t, name)) for name in t.__tensor_flatten__()[0]]
-        return None if None in parts else [p for part in parts for p in part]  # type: ignore[union-attr]
+        return None if None in parts else [p for part in parts for p in part]
     if type(t) in PLAIN or LIKE_PLAIN.find(type(t)):
         return [t]
     with torch._C.DisableTorchFunctionSubclass():  # notes on plain memory
@@ -140,17 +141,17 @@ class Dense:
             p.data.copy_(W)
         return None
 
-    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False):
+    def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Any:
         """Return the weight's values, where the weight itself is kept between calls; if it is tied, the weight."""
         p = getattr(m, name)
         if shared:
             return p
         return p.detach().to("cpu", copy=True) if hooks_of(m) else p.detach().clone()
 
-    def snapshot_values(self, m: nn.Module, name: str, state) -> Tensor:
+    def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor:
         return state
 
-    def restore(self, m: nn.Module, name: str, state) -> None:
+    def restore(self, m: nn.Module, name: str, state: Any) -> None:
         if isinstance(state, nn.Parameter):  # tie again
             setattr(m, name, state)
         else:

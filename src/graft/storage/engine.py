@@ -17,7 +17,7 @@ class Engine(Dense):
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         t = getattr(m, name)
-        return t.dequantize() if hasattr(t, "dequantize") and name == "weight" else t  # type: ignore[no-any-return]
+        return t.dequantize() if hasattr(t, "dequantize") and name == "weight" else t
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         if name != "weight":

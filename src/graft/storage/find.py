@@ -42,7 +42,7 @@ def innermost(module: nn.Module) -> nn.Module:
     """Return the base model's module beneath all layers on it."""
     while (carrier := carrier_of(module)) is not None:
         module = carrier.base_module
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 DENSE: Store = Dense()

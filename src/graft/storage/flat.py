@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        return self.flat._shapes[self.number]  # type: ignore[no-any-return]
+        return self.flat._shapes[self.number]
 
     @property
     def here(self) -> Tensor:

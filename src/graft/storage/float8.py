@@ -28,15 +28,15 @@ class Float8(OwnModule):
     def values(self, m: nn.Module) -> Tensor:
         W = m.weight
         if W.element_size() > 1:  # it has not been quantized
-            return W.detach().clone()  # type: ignore[no-any-return]
+            return W.detach().clone()
         if W.dtype == torch.int8:
             W = torch.tensor(FP4, device=W.device)[fp4_codes(W)]
-        return W.float() * self.scales(m, W.shape)  # type: ignore[no-any-return]
+        return W.float() * self.scales(m, W.shape)
 
     def scales(self, m: nn.Module, shape: Sequence[int]) -> Tensor:
         """Return the scales, so that they broadcast over the weight."""
         scale = getattr(m, self.scale)
-        return scale.float().reshape(-1, 1)  # type: ignore[no-any-return]
+        return scale.float().reshape(-1, 1)
 
     def sizes(self, m: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
         """Return the rows and columns that share a scale."""
@@ -57,7 +57,7 @@ class Float8(OwnModule):
         }
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
-        return {part: getattr(m, part) for part in self.parts if part == "weight" or m.weight.element_size() == 1}  # type: ignore[operator]
+        return {part: getattr(m, part) for part in self.parts if part == "weight" or m.weight.element_size() == 1}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
         return m.weight.dtype if m.weight.element_size() > 1 else None
@@ -72,9 +72,9 @@ class Blocks(Float8):
             scale = (scale.float() - 127).exp2()
         rows, columns = self.sizes(m, shape)
         if scale.numel() == 1:
-            return scale.float().reshape(1, 1)  # type: ignore[no-any-return]
+            return scale.float().reshape(1, 1)
         spread = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-        return spread[: shape[0], : shape[1]]  # type: ignore[no-any-return]
+        return spread[: shape[0], : shape[1]]
 
     def sizes(self, m: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
         scale = getattr(m, self.scale)
@@ -82,7 +82,7 @@ class Blocks(Float8):
             return shape[0], shape[1]
         if m.weight.dtype == torch.int8 or m.block_size is None:
             return -(-shape[0] // scale.shape[0]), -(-shape[1] // scale.shape[1])
-        return tuple(m.block_size)  # type: ignore[return-value]
+        return tuple(m.block_size)
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         if name == "weight" and m.weight.dtype == torch.int8:
@@ -91,7 +91,7 @@ class Blocks(Float8):
 
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for 4-bit floats, through which transformers has no backward pass."""
-        return m.weight.dtype == torch.int8  # type: ignore[no-any-return]
+        return m.weight.dtype == torch.int8
 
 
 def fp4_codes(packed: Tensor) -> Tensor:

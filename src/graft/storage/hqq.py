@@ -14,7 +14,7 @@ class HQQ(Quantized):
     parts = ("W_q", "meta")
 
     def values(self, m: nn.Module) -> Tensor:
-        return m.dequantize()  # type: ignore[no-any-return]
+        return m.dequantize()
 
     def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         config = {**m.quant_config, "offload_meta": m.offload_meta}
@@ -23,7 +23,7 @@ class HQQ(Quantized):
         return {"W_q": made.W_q, "meta": made.meta}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        return m.compute_dtype  # type: ignore[no-any-return]
+        return m.compute_dtype
 
     def unreadable(self, m: nn.Module) -> str | None:
         return None if m.ready else "it is not quantized yet"

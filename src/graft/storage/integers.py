@@ -33,7 +33,7 @@ class Gemma(OwnModule):
         codes = m.weight
         if m.num_bits < 8:
             codes = unpacked(codes, m.num_bits)[:, : m.in_features] - 2 ** (m.num_bits - 1)
-        return codes * m.weight_scale  # type: ignore[no-any-return]
+        return codes * m.weight_scale
 
     def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         half = 2 ** (m.num_bits - 1)
@@ -70,10 +70,10 @@ class Bits(OwnModule):
     def values(self, m: nn.Module) -> Tensor:
         codes = unpacked(m.weight.T, 2).unflatten(-1, (-1, 4))  # a byte has rows n, n + N/4, n + N/2 and n + 3 N/4
         W = codes.permute(2, 1, 0).reshape(m.out_features, m.in_features)
-        return ((W - 1) / m.weight_scale.float()).to(self.compute_dtype(m))  # type: ignore[no-any-return]
+        return ((W - 1) / m.weight_scale.float()).to(self.compute_dtype(m))
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        return m.weight_scale.dtype  # type: ignore[no-any-return]
+        return m.weight_scale.dtype
 
     def loses_gradient(self, m: nn.Module) -> bool:
         return True
@@ -92,13 +92,13 @@ class AutoBits(Bits):
 
     def values(self, m: nn.Module) -> Tensor:
         if not m.online_quant:
-            return m.weight.detach() * m.weight_scale  # type: ignore[no-any-return]
+            return m.weight.detach() * m.weight_scale
         W = m.weight.detach().float()
         scale = W.abs().mean().clamp_min(1e-5)
-        return ((W / scale).round().clamp(-1, 1) * scale).to(m.weight.dtype)  # type: ignore[no-any-return]
+        return ((W / scale).round().clamp(-1, 1) * scale).to(m.weight.dtype)
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        return m.weight.dtype  # type: ignore[no-any-return]
+        return m.weight.dtype
 
     def loses_gradient(self, m: nn.Module) -> bool:
         return False

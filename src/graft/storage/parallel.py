@@ -43,7 +43,7 @@ class Distributed:
     name, has_gradients, writable = "DTensor", True, True
 
     def ranks(self, t: Any) -> list[int]:
-        return t.device_mesh.mesh.flatten().tolist()  # type: ignore[no-any-return]
+        return t.device_mesh.mesh.flatten().tolist()
 
     def shape(self, t: Tensor) -> torch.Size:
         return t.shape
@@ -195,7 +195,7 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     """Return `value`, which every process has whole, in parts as `like` is. No process waits for another."""
     if not is_sharded(like) or is_sharded(value):
         return value
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    mesh, placements = like.device_mesh, like.placements
     value = value.detach().to(like.device if not like.is_meta else mesh.device_type)
     return parts_of(value, mesh, placements)
 

@@ -13,7 +13,7 @@ class Quanto(Quantized):
     name = "quanto"
 
     def values(self, m: nn.Module) -> Tensor:
-        return m.qweight.dequantize()  # type: ignore[no-any-return]
+        return m.qweight.dequantize()
 
     def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         if not m.frozen:
@@ -22,7 +22,7 @@ class Quanto(Quantized):
         return {"weight": nn.Parameter(new.qweight, requires_grad=m.weight.requires_grad)}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        return m.weight.dtype  # type: ignore[no-any-return]
+        return m.weight.dtype
 
     def unreadable(self, m: nn.Module) -> str | None:
         return "it has no quantized weight" if m.weight_qtype is None else None

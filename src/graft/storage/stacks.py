@@ -192,7 +192,7 @@ class MXFP4(PackedMatrices):
 
 def in_rows(t: Tensor) -> Tensor:
     """Return Triton's tensor in the order of the file; a tensor as it is."""
-    return t if isinstance(t, Tensor) else t.storage.layout.unswizzle_data(t.storage.data).mT  # type: ignore[no-any-return]
+    return t if isinstance(t, Tensor) else t.storage.layout.unswizzle_data(t.storage.data).mT
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class Bnb4(PackedMatrices):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.state.dtype  # type: ignore[no-any-return]
+        return self.state.dtype
 
     @property
     def unread(self) -> str | None:
@@ -308,10 +308,10 @@ class Bnb4(PackedMatrices):
         """Return some of the scales, which may be codes themselves."""
         state, scales = self.state, self.state.absmax[first:last]
         if not state.nested:
-            return scales.float()  # type: ignore[no-any-return]
+            return scales.float()
         outer = state.state2
         places = torch.arange(first, last, device=scales.device) // outer.blocksize
-        return outer.code[scales.int()] * outer.absmax[places] + state.offset  # type: ignore[no-any-return]
+        return outer.code[scales.int()] * outer.absmax[places] + state.offset
 
     def remade(self, matrix: Callable[[int], Tensor]) -> Bnb4:
         old, theirs = self.state, import_module("bitsandbytes.functional")
@@ -372,11 +372,11 @@ class TorchAO(PackedMatrices):
 
     @property
     def device(self) -> torch.device:
-        return self.weight.qdata.device  # type: ignore[no-any-return]
+        return self.weight.qdata.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weight.dtype  # type: ignore[no-any-return]
+        return self.weight.dtype
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         W: Tensor = self.weight[expert].dequantize(dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.ops import find_op
-from graft.kernels.eager import Function
+from graft.kernels.eager import Context, Function
 from graft.storage.offload import at_hand
 
 MENDED: set[type] = set()
@@ -111,17 +111,17 @@ class _Straight(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, bias, dense, run):
+    def forward(x: Tensor, bias: Tensor | None, dense: object, run: Callable[..., Tensor]) -> Tensor:
         y = run(x, bias)
         return y.clone() if y._is_view() else y
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor | None, object, object], output: Tensor) -> None:
         x, bias, ctx.dense, _ = inputs
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         dx = db = None
         if ctx.needs_input_grad[0]:
             dx = (g @ ctx.dense().to(g.dtype)).to(ctx.dtypes[0])

@@ -39,7 +39,7 @@ class TorchAO(Quantized):
         return {"weight": nn.Parameter(self.again(old, W), requires_grad=False)}  # type: ignore[misc]
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
-        return m.weight.dtype  # type: ignore[return-value]
+        return m.weight.dtype
 
     def unreadable(self, m: nn.Module) -> str | None:
         kind = type(m.weight)
@@ -110,12 +110,12 @@ def mapping(old: Any) -> Any:
 def int8(old: Any, W: Tensor) -> Tensor:
     names = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
     settings = {name: getattr(old, name) for name in names}
-    return type(old).from_hp(W, granularity(old), mapping(old), **settings)  # type: ignore[no-any-return]
+    return type(old).from_hp(W, granularity(old), mapping(old), **settings)
 
 
 def float8(old: Any, W: Tensor) -> Tensor:
     settings = {name: getattr(old, name) for name in ("mm_config", "kernel_preference", "act_quant_kwargs")}
-    return type(old).from_hp(W, old.qdata.dtype, granularity(old), **settings)  # type: ignore[no-any-return]
+    return type(old).from_hp(W, old.qdata.dtype, granularity(old), **settings)
 
 
 def intx(old: Any, W: Tensor) -> Tensor:
@@ -125,11 +125,11 @@ def intx(old: Any, W: Tensor) -> Tensor:
     if made.scale.dtype != old.scale.dtype:  # then the codes follow from the rounded scales
         scale = made.scale.to(old.scale.dtype)
         made = make(intx_choose_qparams_algorithm=None, custom_scale=scale, custom_zero_point=made.zero_point)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def nf4(old: Any, W: Tensor) -> Tensor:
-    return type(old).from_tensor(W.contiguous(), old.block_size, old.scaler_block_size)  # type: ignore[no-any-return]
+    return type(old).from_tensor(W.contiguous(), old.block_size, old.scaler_block_size)
 
 
 TENSORS = {

@@ -401,7 +401,7 @@ def get_eva_state_dict(
         gather_distributed_inputs,
         show_progress_bar,
     )
-    with model.disable_adapter() if registry is not None else nullcontext(), in_mode(model, False):  # type: ignore[operator]
+    with model.disable_adapter() if registry is not None else nullcontext(), in_mode(model, False):
         return measure.state_dict()
 
 

@@ -99,7 +99,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def is_trainable_leaf(module: nn.Module) -> bool:
-    return is_leaf(module) and module.weight.requires_grad  # type: ignore[union-attr,return-value]
+    return is_leaf(module) and module.weight.requires_grad
 
 
 def transformer_layers(model: nn.Module) -> set[type[nn.Module]]:
@@ -189,5 +189,5 @@ def switch(model: nn.Module) -> Callable[..., None]:
 def clear_cache() -> None:
     gc.collect()
     for backend in (torch.cuda, torch.xpu, torch.mps):
-        if backend.is_available():  # type: ignore[attr-defined]
-            backend.empty_cache()  # type: ignore[attr-defined]
+        if backend.is_available():
+            backend.empty_cache()

@@ -127,4 +127,4 @@ class Weights:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as f:
-            return op.canon(f.get_tensor(name))  # type: ignore[no-any-return]
+            return op.canon(f.get_tensor(name))

@@ -13,7 +13,7 @@ import re
 from dataclasses import replace as with_
 
 from graft.config.atomic import replace, write_text
-from graft.config.reading import read_object
+from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base, one_file
@@ -90,7 +90,7 @@ def renamed(path: str) -> str | None:
     return f"model.layers.{match['number']}.{NAMES[match['rest']]}"
 
 
-def low_rank(out: AdapterFile, name: str, tensors: dict[str, Tensor], config: dict, base: Base | None) -> LowRank:
+def low_rank(out: AdapterFile, name: str, tensors: dict[str, Tensor], config: Json, base: Base | None) -> LowRank:
     if "A" not in tensors or "B" not in tensors:
         raise CheckpointError(f"{out.path} has only one factor for '{name}': it is cut off, or was written wrong.")
     A, B = tensors["A"], tensors["B"]

@@ -38,7 +38,7 @@ ELSEWHERE = ("base_model_name_or_path", "revision", "peft_version", "auto_mappin
 
 
 class Owner(Protocol):
-    def save_adapter(self, name: str, folder: str | os.PathLike) -> None: ...
+    def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
 class Point(NamedTuple):
@@ -141,7 +141,7 @@ class Run:
             return False
         return self.state != RUNNING or (self.every is not None and self.step % self.every == 0)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the adapter to a folder, as it is now."""
         self.owner.save_adapter(self.name, folder)
 

@@ -80,7 +80,7 @@ class MultiTrain:
     def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
         is_peft = isinstance(model, PeftModel)
         self.model: PeftModel | None = model if is_peft else None  # type: ignore[assignment]
-        self.base: nn.Module = model.get_base_model() if is_peft else model  # type: ignore[operator]
+        self.base: nn.Module = model.get_base_model() if is_peft else model
         self.at_once, self.base_in_eval = at_once, base_in_eval
         self.arguments = Arguments.of(self.base, exact)
         self.folder: str | None = None  # of runs to go on with
@@ -106,7 +106,7 @@ class MultiTrain:
             )
 
     @classmethod
-    def resume(cls, model: nn.Module, folder: str | os.PathLike, **options: Any) -> MultiTrain:
+    def resume(cls, model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> MultiTrain:
         """Return a MultiTrain whose `add` goes on with the runs that `save` has written to a folder.
 
         Add each run as it was added first; those that are not added stay in the folder as they are.
@@ -588,7 +588,7 @@ class MultiTrain:
                 for module in own_modules(carrier):
                     module.training = True
 
-    def run(self, progress: bool = False, save: str | os.PathLike | None = None, every: int = 100) -> MultiTrain:
+    def run(self, progress: bool = False, save: str | os.PathLike[str] | None = None, every: int = 100) -> MultiTrain:
         """Go on until no run does. Return self.
 
         Args:
@@ -612,7 +612,7 @@ class MultiTrain:
 
     # files
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write each run to a file, `folder`/<name>/run.safetensors, with all that `resume` needs.
 
         A file holds the state before or after the call, whole, whatever happens meanwhile.
@@ -624,11 +624,11 @@ class MultiTrain:
         for run in self._runs.values():
             run_file.save(run, self._adapted, os.fspath(folder))
 
-    def save_adapter(self, name: str, folder: str | os.PathLike) -> None:
+    def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Write the adapter of a run to a folder, as `save_pretrained` writes "default"."""
         model = self._adapted
         tensors, config = contents(model, name, None, "auto", None)
-        files.save_adapter(os.fspath(folder), tensors, config, True, base_fingerprint(model, name))  # type: ignore[arg-type]
+        files.save_adapter(os.fspath(folder), tensors, config, True, base_fingerprint(model, name))
 
 
 def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:

@@ -102,7 +102,7 @@ class Sweep:
             table.add_row(*cells, style="bold" if row is rows[0] else None)
         return table
 
-    def picture(self, path: str | os.PathLike) -> None:
+    def picture(self, path: str | os.PathLike[str]) -> None:
         """Draw all curves into one picture. This needs matplotlib."""
         from graft.train.multi.picture import draw
 
@@ -124,7 +124,7 @@ def sweep(
     rungs: int = 3,
     asha: int | None = None,
     seed: int = 0,
-    folder: str | os.PathLike | None = None,
+    folder: str | os.PathLike[str] | None = None,
     save_every: int = 100,
     share: tuple[int, int] | None = None,
     exchange: Exchange | None = None,
@@ -205,11 +205,11 @@ def begin(
     options: Json,
 ) -> Run:
     """Add the run of a setting."""
-    setting, known = trial.setting, {f.name for f in fields(config)}  # type: ignore[arg-type]
+    setting, known = trial.setting, {f.name for f in fields(config)}
     own = {k: v for k, v in setting.items() if k in known}
     options = options | {k: v for k, v in setting.items() if k in OPTIONS - known}
     rest = {k: v for k, v in setting.items() if k not in OPTIONS | known}
-    config = dataclasses.replace(copy.deepcopy(config), **own)  # type: ignore[type-var]
+    config = dataclasses.replace(copy.deepcopy(config), **own)
     loader = data(trial.setting) if callable(data) else data
     return runs.add(trial.name, config, data=loader, optimizer=partial(optimizer, **rest), steps=steps, **options)
 

@@ -93,7 +93,7 @@ class Description:
 class Windows:
     """The batches of a Trainer's loader, each with the number of those of its step and of their items."""
 
-    def __init__(self, trainer: Trainer, loader: DataLoader, accumulate: int):
+    def __init__(self, trainer: Trainer, loader: DataLoader[object], accumulate: int):
         self.trainer, self.loader, self.accumulate = trainer, loader, accumulate
 
     def __iter__(self) -> Iterator[Batch]:

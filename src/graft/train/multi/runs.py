@@ -530,9 +530,9 @@ class MultiTrain:
         layers; give where it does so; None: every part has to bring its own."""
         batches = [self.arguments.among(part.batch) for part in group]
         main, fan = main_of(batches[0]), None
-        told = len(main) != main.shape[-1]  # else rows could not be told from tokens
-        told = told and registry_of(self.model).arguments.isdisjoint(batches[0])  # whose rows methods look up
-        if len(group) > 1 and told and alike(batches):
+        apart = len(main) != main.shape[-1]  # else rows could not be told from tokens
+        apart = apart and registry_of(self.model).arguments.isdisjoint(batches[0])  # whose rows methods look up
+        if len(group) > 1 and apart and alike(batches):
             fan = self._fan([part.name for part in group])
         with nullcontext() if fan is None else fan.out(len(main), len(group)):
             yield fan

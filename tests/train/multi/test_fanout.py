@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
 from graft.train.multi import MultiTrain
 from tests import models
@@ -111,3 +112,23 @@ def test_a_neighbour_that_diverges():
         together.run()
     assert together["wild"].state == "failed"
     assert_equal(together, "one", "three")
+
+
+def bloom():
+    sizes = dict(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0)
+    with models.seeded(0):
+        return BloomForCausalLM(BloomConfig(vocab_size=models.VOCAB, **sizes)).eval()
+
+
+def mpt():
+    """A model whose blocks get a tensor of four heads, as many as a batch has rows."""
+    with models.seeded(0):
+        config = MptConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=32, vocab_size=models.VOCAB)
+        return MptForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("base, target", [(bloom, "query_key_value"), (mpt, "Wqkv")])
+def test_blocks_whose_input_cannot_be_repeated(base, target):
+    runs = {name: (lora(r=4, target_modules=[target], lora_dropout=0.1, **TOP), 1e-2) for name in RUNS}
+    together = made(*RUNS, base=base, runs=runs).run()
+    assert_equal(together, *RUNS, base=base, runs=runs)

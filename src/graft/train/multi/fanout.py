@@ -20,6 +20,7 @@ class Fan:
 
     def __init__(self, blocks: Sequence[nn.Module]):
         self.blocks = blocks
+        self.on = True  # False: blocks get what they are given
 
     @contextmanager
     def out(self, rows: int, copies: int) -> Iterator[None]:
@@ -29,6 +30,8 @@ class Fan:
         def repeat(
             _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
         ) -> tuple[object, dict[str, object]] | None:
+            if not self.on:
+                return None
             if get_ident() != thread and torch._C._current_graph_task_id() == -1:
                 return None
             return repeated(args, rows, copies), repeated(kwargs, rows, copies)

@@ -479,7 +479,7 @@ class MultiTrain:
         before = [run.draws.states for run in runs]
         try:
             with self._fanned(group) as fan:
-                outputs, tokens = self._outputs(group, fan)
+                outputs, tokens = self._given(group, fan)
                 own = registry_of(self.model).call.here.losses
                 added = [own.get(part.name, 0.0) for part in group]
                 losses = [run.loss_of(y, part.batch, more) for run, y, part, more in zip(runs, outputs, group, added)]
@@ -509,6 +509,19 @@ class MultiTrain:
         self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
         self._pass(group[:half])
         self._pass(group[half:])
+
+    def _given(self, group: Sequence[Part], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
+        """Return what `_outputs` does; without the fan, from now on, where the blocks cannot have repeated rows: what
+        some models give them has rows times heads (ALiBi of Bloom), or heads, as many as rows."""
+        try:
+            return self._outputs(group, fan)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if fan is None:
+                raise
+        fan.on, self._fans[tuple(part.name for part in group)] = False, None
+        return self._outputs(group, None)
 
     def _outputs(self, group: Sequence[Part], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
         """Return the output for each part, and how many tokens it has. fan: as `_fanned` gives it."""
@@ -566,7 +579,7 @@ class MultiTrain:
             parts = [self._complete(Part(name, {**batch})) for name in names]
             for group in groups(parts, self.arguments, self.at_once):
                 with self._fanned(group) as fan:
-                    outputs, _ = self._outputs(group, fan)
+                    outputs, _ = self._given(group, fan)
                 for part, output in zip(group, outputs):
                     sums[part.name].append(self._runs[part.name].judge(output, part.batch))
         if not rows:

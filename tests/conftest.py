@@ -6,8 +6,10 @@ luck.
 """
 
 import gc
+import itertools
 import os
 import random
+import warnings
 from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +28,7 @@ os.fsync = lambda fd: None  # what outlives a power cut, no test can see; a disk
 
 SEED = int(os.environ.get("GRAFT_TESTS_SEED", "0"))
 
+ran = itertools.count()
 SUBJECT = os.environ.get("GRAFT_TESTS_SUBJECT", "graft")
 if SUBJECT != "graft":
     sys.modules["graft"] = __import__(SUBJECT)
@@ -37,9 +40,13 @@ else:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    if next(ran) % 100 == 99:
+        keep()
     random.seed(SEED)
     numpy.random.seed(SEED)
     torch.default_generator.manual_seed(SEED)  # torch.manual_seed visits every accelerator, 2 ms a call
+    if guards := sys.modules.get("torch._dynamo.guards"):  # it empties the caches to time them, 0.1 s for each graph
+        guards.profile_guard_manager = lambda *args: 0.0
 
 
 def pytest_configure(config):
@@ -70,10 +77,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """Keep what stands for the whole run (thousands of tests, the imports) out of every garbage collection.
-
-    Collections are fewer than by default, since a model is a thousand objects: 7 % less time.
-    """
-    gc.collect()
-    gc.freeze()
+    """Collect garbage less often than by default, since a model is a thousand objects: 7 % less time."""
+    keep()
     gc.set_threshold(10_000)
+
+
+def keep():
+    """Keep what stands for good out of garbage collections: tests, imports, what torch's compiler remembers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what earlier tests left
+        gc.collect()
+    gc.freeze()

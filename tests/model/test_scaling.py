@@ -6,10 +6,12 @@ Counted in function calls, which do not depend on the machine: a look at all mod
 
 from __future__ import annotations
 
+import copy
 import cProfile
 import gc
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +71,14 @@ def config(method: str = "LORA", **options: Any) -> Any:
     return cls(**{"target_modules": [f"l{i}" for i in range(10)], **options})
 
 
-def stack_with(n: int, adapters: int = 1) -> Any:
+@cache
+def _original(n: int, adapters: int) -> Any:
     names = ["default", *(f"a{i}" for i in range(1, adapters))]
     return adapted(Stack(n), dict.fromkeys(names, config()), scale=0)
+
+
+def stack_with(n: int, adapters: int = 1) -> Any:
+    return copy.deepcopy(_original(n, adapters))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -289,8 +289,8 @@ MUTATIONS = [
     Mutation(
         "versions: one that could not be loaded stays",
         "serving/versions.py",
-        "self.unload(name)\n                raise",
-        "pass\n                raise",
+        'self._within(undo, f"undo to {what}")',
+        "pass",
         "tests/serving/test_versions.py",
     ),
     Mutation(
@@ -345,7 +345,7 @@ MUTATIONS = [
     Mutation(
         "a verb that failed leaves its folder",
         "files/output.py",
-        "shutil.rmtree(room, ignore_errors=True)",
+        "clear(room)",
         "pass",
         "tests/files/test_hostile.py tests/command/test_app.py",
     ),

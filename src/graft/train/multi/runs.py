@@ -479,7 +479,7 @@ class MultiTrain:
         before = [run.draws.states for run in runs]
         try:
             with self._fanned(group) as fan:
-                outputs, tokens = self._given(group, fan)
+                outputs, tokens = self._fanned_outputs(group, fan)
                 own = registry_of(self.model).call.here.losses
                 added = [own.get(part.name, 0.0) for part in group]
                 losses = [run.loss_of(y, part.batch, more) for run, y, part, more in zip(runs, outputs, group, added)]
@@ -510,16 +510,20 @@ class MultiTrain:
         self._pass(group[:half])
         self._pass(group[half:])
 
-    def _given(self, group: Sequence[Part], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
+    def _fanned_outputs(self, group: Sequence[Part], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
         """Return what `_outputs` does; without the fan, from now on, where the blocks cannot have repeated rows: what
         some models give them has rows times heads (ALiBi of Bloom), or heads, as many as rows."""
+        if fan is None:
+            return self._outputs(group, None)
+        draws = [self._runs[part.name].draws for part in group]
+        before = [own.states for own in draws]
         try:
             return self._outputs(group, fan)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            if fan is None:
-                raise
+            for own, states in zip(draws, before):
+                own.states = states
         fan.on, self._fans[tuple(part.name for part in group)] = False, None
         return self._outputs(group, None)
 
@@ -579,7 +583,7 @@ class MultiTrain:
             parts = [self._complete(Part(name, {**batch})) for name in names]
             for group in groups(parts, self.arguments, self.at_once):
                 with self._fanned(group) as fan:
-                    outputs, _ = self._given(group, fan)
+                    outputs, _ = self._fanned_outputs(group, fan)
                 for part, output in zip(group, outputs):
                     sums[part.name].append(self._runs[part.name].judge(output, part.batch))
         if not rows:

@@ -443,6 +443,17 @@ def test_other_methods_are_refused(name):
         setattr(layer_of(GRAFT, "Linear"), name, lambda self: None)
 
 
+def test_a_client_keeps_the_original_on_the_class(monkeypatch):
+    """SimpleTuner's mark of its work, by which it also puts things back."""
+    kind, (_, model) = layer_of(GRAFT, "Linear"), pair(ALL)
+    expected, original = model(X), kind.forward
+    monkeypatch.setattr(kind, "_their_original_forward", original, raising=False)
+    monkeypatch.setattr(kind, "forward", lambda self, x, *args, **kwargs: original(self, x, *args, **kwargs) + 1)
+    assert not torch.equal(model(X), expected)
+    kind.forward = kind._their_original_forward
+    assert kind.forward is original and torch.equal(model(X), expected)
+
+
 def test_classes_without_layers_say_so(monkeypatch):
     with pytest.warns(graft.PeftWarning, match="_LoraParameterProxy.forward was replaced: graft has no such layers"):
         monkeypatch.setattr(layer_of(GRAFT, "_LoraParameterProxy"), "forward", lambda self, W: W)

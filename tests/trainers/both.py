@@ -26,7 +26,8 @@ LIBRARIES = ("peft", "graft")
 LOSSES, TENSORS = 1e-5, 2e-6  # relative or absolute
 SAID = "said.jsonl"  # where a command writes what a model answers
 MORE = ".lora_shift."  # what graft's files hold beside PEFT's: docs/differences.md
-TIMED = ("runtime", "per_sec", "_time", "(s)", "memory", "speed", "tokens_per")  # in names of what is no result
+# in names of what is no result
+TIMED = ("runtime", "per_sec", "_time", "(s)", "memory", "speed", "tokens_per", "per_minute", "seconds")
 VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
 QUIET = {
     **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1"),
@@ -62,8 +63,10 @@ class Side:
                 env = {**self.env, "PEFT_WAS": f"{log}.peft"}
                 return subprocess.run([*self.shell, *words], cwd=folder, env=env, stdout=out, stderr=out).returncode
         if self.forks is None:
-            out, pipe = self.log.open("w"), subprocess.PIPE
-            self.forks = subprocess.Popen(self.start, stdin=pipe, stdout=pipe, stderr=out, text=True, env=self.env)
+            out, pipe, place = self.log.open("w"), subprocess.PIPE, self.log.parent  # where some write logs
+            self.forks = subprocess.Popen(
+                self.start, stdin=pipe, stdout=pipe, stderr=out, text=True, env=self.env, cwd=place
+            )
         assert self.forks.stdin and self.forks.stdout
         if (self.bin / words[0]).exists():
             words = [str(self.bin / words[0]), *words[1:]]
@@ -110,7 +113,8 @@ class Trainer:
 
     def sides(self, folder: Path) -> list[Side]:
         """Write a model, a tokenizer and data, and empty modules for what the environment cannot import."""
-        subprocess.run([self.bin / "python", INSIDE / "tiny.py", folder / "made"], check=True, stderr=subprocess.PIPE)
+        maker = INSIDE / getattr(self.cases, "MAKER", "tiny.py")
+        subprocess.run([self.bin / "python", maker, folder / "made"], check=True, stderr=subprocess.PIPE)
         for name in getattr(self.cases, "MISSING", ()):
             (folder / "made" / f"{name}.py").touch()
         for name, text in getattr(self.cases, "FILES", {}).items():
@@ -123,9 +127,13 @@ def files(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in paths}
 
 
-def losses(state: Path) -> list[dict[str, Any]]:
+def losses(log: Path) -> list[dict[str, Any]]:
     """Return what the trainer logged, without times."""
-    logged = json.loads(state.read_text())["log_history"]
+    text = log.read_text()
+    if log.suffix == ".jsonl":  # SimpleTuner's, which tells of the machine in lines of their own
+        logged = [said["metrics"] for said in map(json.loads, text.splitlines()) if "train_loss" in said["metrics"]]
+    else:
+        logged = json.loads(text)["log_history"]
     return [{k: v for k, v in line.items() if not any(part in k for part in TIMED)} for line in logged]
 
 
@@ -147,7 +155,7 @@ def differences(theirs: Path, ours: Path) -> Iterator[str]:
         if name.endswith(".safetensors"):
             held = {k: v for k, v in load_file(a).items() if MORE not in k}
             yield from compare(held, load_file(b), TENSORS, where)
-        elif name.endswith("trainer_state.json"):
+        elif name.endswith(("trainer_state.json", "training_metrics.jsonl")):
             yield from compare(losses(a), losses(b), LOSSES, where)
         elif name.endswith("adapter_config.json"):
             keys = set(json.loads(b.read_text()))  # graft's are those of a newer PEFT

@@ -57,6 +57,16 @@ def test_another_answer(tmp_path):
     assert list(differences(theirs, ours)) == ["said.jsonl: graft '3', PEFT '4'"]
 
 
+def test_losses_that_are_a_line_each(tmp_path):
+    ours, theirs = side(tmp_path / "graft"), side(tmp_path / "peft")
+    for folder, loss, seconds in ((ours, 1.25, 3.0), (theirs, 1.5, 4.0)):
+        said = [{"train_loss": loss, "step_speed_seconds": seconds}, {"system/cpu_percent": seconds}]
+        lines = "".join(json.dumps({"step": 1, "metrics": metrics}) + "\n" for metrics in said)
+        (folder / "out/training_metrics.jsonl").write_text(lines)
+    (line,) = differences(theirs, ours)
+    assert line.startswith("out/training_metrics.jsonl: ") and "train_loss" in line
+
+
 def test_commands_that_wrote_nothing(tmp_path):
     assert list(differences(tmp_path, tmp_path)) == ["PEFT's commands wrote no tensors"]
 

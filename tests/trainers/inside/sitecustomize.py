@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say, where a process of a trainer ends, whose modules it had under PEFT's name: a line in the file $PEFT_WAS."""
+"""Say, where a process of a trainer ends, whose modules it had under PEFT's name: a line in the file $PEFT_WAS.
+
+$IMPORT_FIRST names a module that each process imports before all others.
+"""
 
 import atexit
+import importlib
 import os
 import sys
 
@@ -13,3 +17,5 @@ def say() -> None:
 
 
 atexit.register(say)
+if "IMPORT_FIRST" in os.environ:
+    importlib.import_module(os.environ["IMPORT_FIRST"])

@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM, MptConfig, MptForCausalLM
 
 from graft.train.multi import MultiTrain, runs
+from tests import models
 from tests.train.multi.alone import batches, lora, tiny
 
 CONFIGS = {"few": lora(r=4), "wide": lora(r=8, lora_alpha=20, target_modules=["q_proj", "down_proj"])}
@@ -83,3 +85,35 @@ def test_adapters_in_float32_over_a_base_in_bfloat16(rows):
     both, alone = trained("one", "other"), trained("other")
     assert {p.dtype for p in both["one"].parameters} == {torch.float32}
     assert distance(flat(both, "other"), flat(alone, "other")) < ROUNDING
+
+
+def mixtral() -> nn.Module:
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return MixtralForCausalLM(MixtralConfig(vocab_size=models.VOCAB, num_local_experts=4, **sizes))
+
+
+def mpt() -> nn.Module:
+    return MptForCausalLM(MptConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=32, vocab_size=models.VOCAB))
+
+
+@pytest.mark.parametrize("make, target", [(mixtral, "q_proj"), (mpt, "Wqkv")])
+def test_bases_whose_products_of_one_row_are_others(make, target):
+    """Close in float32: experts of the base get a token or two of an adapter; attention of one row has kernels of its
+    own."""
+    data = {name: [{k: v[:1] for k, v in b.items()} for b in batches(8, seed=i)] for i, name in enumerate("uv")}
+
+    def trained(*names: str) -> dict[str, Tensor]:
+        with models.seeded(0):
+            together = MultiTrain(make().eval())
+        for name in names:
+            optimizer = partial(torch.optim.SGD, lr=0.1)
+            together.add(name, lora(r=4, target_modules=[target]), data=data[name], optimizer=optimizer)
+        begun = {name: flat(together, name) for name in names}
+        together.run()
+        return {name: flat(together, name) - begun[name] for name in names}
+
+    both = trained("u", "v")
+    for name in "uv":
+        assert distance(both[name], trained(name)[name]) < 1e-4

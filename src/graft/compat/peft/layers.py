@@ -111,8 +111,8 @@ class _LayerType(ABCMeta):
             return
         if name == "__init__" and not cls.derived:
             warn(f"{cls.__name__}.__init__ was replaced: graft makes layers without it, as before.", PeftWarning)
-        kept = any(value is getattr(cls, own, None) for own in REPLACEABLE)  # the original, to be called or put back
-        marks = name.startswith("_") and (kept or isinstance(value, (bool, int, str, type(None))))
+        original = any(value is getattr(cls, own, None) for own in REPLACEABLE)  # to be called or put back
+        marks = name.startswith("_") and (original or isinstance(value, (bool, int, str, type(None))))
         if not (name.startswith(("__", "_abc")) or cls.derived or marks):
             own = "AdapterLayer" if cls.method is None else cls.method.__name__
             raise AttributeError(

@@ -41,7 +41,7 @@ from graft.train.multi.sweep import Trial
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SEEDS = (0, 1, 2)
-STEPS = {"spam": 64, "topics": 64, "dates": 24}
+STEPS = {"spam": 32, "topics": 32, "dates": 12}
 HEAD_LR = 2e-3  # of the classifier, which is no part of the method
 MINILM, SMOLLM = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"
 TARGETS = {  # of a Llama → of a BERT

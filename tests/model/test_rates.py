@@ -7,6 +7,7 @@ from torch import nn
 
 import graft
 from graft.methods import ROWS, method_of
+from graft.methods.lora import lora
 from graft.model import rates
 from tests.models import adapted
 
@@ -109,7 +110,7 @@ def test_ranges_of_sources(name):
 
 
 def test_the_packages_rows():
-    known = {cls.__name__ for cls in map(method_of, ROWS)} | {"DoRA"}
+    known = {cls.__name__ for cls in (*map(method_of, ROWS), *map(lora.beside, lora.VARIANTS.values()))}
     for one in rates.rows():
         assert one["adapter"] in known and one["rates"] == sorted(one["rates"])
         assert len(one["rates"]) == len(one["means"]) == len(one["spreads"])

@@ -3,6 +3,7 @@
 
 import threading
 import time
+from itertools import count
 
 import pytest
 import torch
@@ -201,10 +202,12 @@ def test_threads_never_see_a_name_that_is_gone():
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for n in range(1, 200):
+    for n in count(1):
         versions.publish(tensors(n))
+        if n >= 200 and len(seen) > 1:  # a busy machine may not have run the threads yet
+            break
     stop.set()
     for thread in threads:
         thread.join()
-    assert not wrong and len(seen) > 1 and len(server.held) == 2
+    assert not wrong and len(server.held) == 2
     assert graft.serving.Versions is Versions

@@ -9,7 +9,7 @@ import graft
 from graft.core.effect import dense
 from graft.core.method import Method
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, find
-from tests.covering import law
+from tests.covering import Sometimes, law
 from tests.looks import layers
 from tests.models import disturb, seeded
 
@@ -147,7 +147,7 @@ def test_a_subclass_that_overrides_only_the_maths_agrees_everywhere(cell, swappe
     model.unmerge_adapter()
 
 
-@law("cell", CELLS, lambda cell: [cell.sample.method, cell.sample.hooks, cell.layer.name])
+@law("cell", CELLS, lambda cell: [Sometimes(cell.sample.method, 3), cell.sample.hooks, cell.layer.name])
 def test_a_subclass_that_overrides_only_the_maths_compiles(cell, swapped):
     torch._dynamo.reset()
     swapped(cell)

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 import graft
+from tests.covering import EVERYTHING
 from tests.threads import in_child
 from tests.trust.folders import (
     BIN,
@@ -109,9 +110,11 @@ def now(folder):
 )
 def test_a_kill_at_any_call_leaves_one_adapter_whole(case):
     fresh, old, save = case
-    ended = []
-    for at, step in enumerate(steps(fresh, save)):
+    ended, made = [], steps(fresh, save)
+    for at, step in enumerate(made):
         if step.split()[0] in ("stat", "lstat", "scandir"):  # which change nothing
+            continue
+        if not EVERYTHING and (at + len(made)) % 2:  # the other half in another case
             continue
         folder = fresh()
 

@@ -12,10 +12,11 @@ import pytest
 import graft
 from graft.config import atomic
 from graft.io import files as adapter_files
+from tests.covering import EVERYTHING
 from tests.threads import in_child, start
 from tests.trust.folders import BIN, CARD, CONFIG, TENSORS, adapter, files, held, killed, net
 
-ROUNDS = 25
+ROUNDS = 25 if EVERYTHING else 12
 
 
 @pytest.fixture(autouse=True)

@@ -90,6 +90,10 @@ class Mixed:
         self.idle = not plans
         self.sums = any(type(p) is Sum and isinstance(p.steps[0][1], LowRank) for p in plans)
         self.last: BatchGroups | None = None
+        # A norm uses its input several times. Gradients of rows that no adapter changes are summed with those of other
+        # uses one by one, as where no adapter acts; a part of the input would sum its own first.
+        leaf = not layer.op.known and not [*layer.base_module.children()]
+        self.whole_base = leaf and not self.aside and len(plans) < len(keys)
         self.joins: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
 
     def run(self, rows: Rows, *args: object, **kwargs: object) -> object:
@@ -162,8 +166,12 @@ class Mixed:
             return rows.as_they_came(self.shared(x, groups))
         runs = runs_of(alike or [None] * len(rows.sizes))
         parts = x.split([sum(rows.sizes[run]) for run in runs])
+        bases = layer.base_module(x, *args, **kwargs).split(rows.sizes) if self.whole_base else ()
         outputs = []
         for run, part in zip(runs, parts):
+            if bases and self.plans[rows.keys[run.start]] is None:
+                outputs.append(bases[run.start])
+                continue
             if alike is not None and alike[run.start] is not None:
                 outputs.append(self.shared(part, groups_of(alike[run], stacks, x.dtype)))  # type: ignore[arg-type]
                 continue

@@ -712,6 +712,9 @@ class Instead(Plan):
     def run(self, *args: object, **kwargs: object) -> object:
         if self.layer.call.open and not self.aside:
             refuse_gates(self.layer)
+        first, *rest = args or (None,)
+        if isinstance(first, Tensor):
+            args = once(first), *rest
         return self.module(*args, **kwargs)
 
     @property

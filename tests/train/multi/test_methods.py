@@ -27,13 +27,14 @@ CONFIGS = {
     "experts": graft.MixLoraConfig(r=2, num_experts=3, top_k=2, lora_dropout=0.2),
     "budget": graft.AdaLoraConfig(target_modules=QV, total_step=100, init_r=4, target_r=2, lora_dropout=0.1),
     "ranks": lora(r=4, use_dylora=True),
+    "norms": graft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
     "square": graft.LoraXsConfig(target_modules=QV, r=4, lora_dropout=0.1),
 }
 
 
 @pytest.mark.filterwarnings("ignore:AdaLoRA adapter")
 @pytest.mark.parametrize("names", [
-    ["few tokens", "narrow", "budget"], ["depth", "ranks", "experts"], ["beside", "square"],
+    ["few tokens", "narrow", "budget"], ["depth", "ranks", "experts"], ["beside", "square", "norms"],
     ["after attention", "inverse"],
 ], ids=" ".join)  # fmt: skip
 def test_each_is_as_alone(names):

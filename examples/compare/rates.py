@@ -108,6 +108,8 @@ def for_bert(config: Any) -> Any:
     names = getattr(config, "target_modules", None)
     if names is not None:
         own["target_modules"] = [TARGETS[name] for name in names]
+    elif isinstance(config, graft.LNTuningConfig):
+        own["target_modules"] = ["LayerNorm"]
     return dataclasses.replace(config, **own)
 
 

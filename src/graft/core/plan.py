@@ -450,6 +450,13 @@ def seen(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
     return once(layer.call.tapped(m.name, layer.site.key))
 
 
+def once_first(args: tuple[object, ...]) -> tuple[object, ...]:
+    """Return positional arguments, of which the first, if it is a tensor, gets the sum of its gradients at once."""
+    if args and isinstance(args[0], Tensor):
+        return once(args[0]), *args[1:]
+    return args
+
+
 def refuse_gates(layer: Layer) -> None:
     """Raise if the call has gates."""
     if layer.call.weights() is None:
@@ -712,10 +719,7 @@ class Instead(Plan):
     def run(self, *args: object, **kwargs: object) -> object:
         if self.layer.call.open and not self.aside:
             refuse_gates(self.layer)
-        first, *rest = args or (None,)
-        if isinstance(first, Tensor):
-            args = once(first), *rest
-        return self.module(*args, **kwargs)
+        return self.module(*once_first(args), **kwargs)
 
     @property
     def module(self) -> Any:

@@ -175,11 +175,13 @@ def reapply(methods: dict[str, Method], cfg: Schedule) -> None:
 
 def orthogonal_losses(tuner: Tuner, names: Iterable[str]) -> dict[str, Tensor]:
     """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of each of these adapters that trains."""
-    return {
-        name: weight * torch.stack([d for m in methods.values() for d in m.distances()]).mean()
-        for name, methods in all_trainable(tuner, names)
-        if (weight := tuner.peft_config[name].orth_reg_weight) > 0
-    }
+    losses = {}
+    for name, methods in all_trainable(tuner, names):
+        weight = tuner.peft_config[name].orth_reg_weight
+        if weight > 0:
+            first, *others = (d for m in methods.values() for d in m.distances())
+            losses[name] = weight * torch.stack([first, *(d.to(first.device) for d in others)]).mean()  # on several
+    return losses
 
 
 def resize_modules_by_rank_pattern(

@@ -246,8 +246,8 @@ def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use
         values = {name: getattr(cfg, option, value) for name, cfg in configs.items()}
         if value is not None and values and value not in values.values():
             warn(
-                f"{option}={value} was passed to create_lorafa_optimizer and has no effect: each layer has a scaling "
-                f"of its own, and the configs of the active adapters say {values}.",
+                f"{option}={value} was passed to create_lorafa_optimizer and has no effect: each layer takes its "
+                f"scaling from its adapter's config, and the configs of the active adapters have {values}.",
                 PeftWarning,
             )
 

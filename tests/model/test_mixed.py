@@ -131,7 +131,7 @@ def test_every_ordered_pair_acts_and_merges(a, b):
 @pytest.mark.differs(
     "`PeftMixedModel`: layers, files, rows",
     peft="wrappers nest, so that names hold `base_layer.base_layer`; no files, no `adapter_names`",
-    graft="adapters stand side by side on one layer; each is saved as an adapter of its own; rows work",
+    graft="adapters stand side by side on one layer; a save writes a folder for each; `adapter_names` works",
     why="PEFT has no files of mixed models",
 )
 @law("a, b", [(a, b) for a, b in PAIRS if a < b], lambda pair: [(1, pair[0]), (2, pair[1])])

@@ -152,7 +152,7 @@ def test_lorafa_takes_rslora_from_the_config(lib):
 def test_lorafa_says_which_options_do_not_count():
     """PEFT takes the scaling of each layer as well, without a word."""
     model = adapt(graft, first("LORA"))
-    with pytest.warns(graft.PeftWarning, match=r"r=7 was passed .* has no effect: .* say \{'default': 3\}"):
+    with pytest.warns(graft.PeftWarning, match=r"r=7 was passed .* has no effect: .* have \{'default': 3\}"):
         optimizers.create_lorafa_optimizer(model, 7, 5, lr=0.1)
     with pytest.warns(graft.PeftWarning, match="lora_alpha=9 was passed"):
         optimizers.create_lorafa_optimizer(model, 3, 9, lr=0.1)

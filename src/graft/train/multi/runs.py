@@ -511,8 +511,11 @@ class MultiTrain:
         self._pass(group[half:])
 
     def _fanned_outputs(self, group: Sequence[Part], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
-        """Return what `_outputs` does; without the fan, from now on, where the blocks cannot have repeated rows: what
-        some models give them has rows times heads (ALiBi of Bloom), or heads, as many as rows."""
+        """Run these parts with the fan; if the model raises, run each part's own rows, now and in later passes.
+
+        The fan repeats what blocks get by rows. It cannot where a model gives them a tensor of rows times heads (ALiBi
+        in Bloom), or of as many heads as there are rows (MPT).
+        """
         if fan is None:
             return self._outputs(group, None)
         draws = [self._runs[part.name].draws for part in group]

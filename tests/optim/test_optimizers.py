@@ -2,6 +2,7 @@
 """Optimizers for LoRA: the same steps as PEFT's, and the formulas."""
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import peft.optimizers
@@ -92,6 +93,7 @@ class Manager:
 @pytest.fixture
 def manager(monkeypatch):
     made, bnb, optim = Manager(), ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
+    bnb.__spec__ = ModuleSpec("bitsandbytes", None)  # others look for it, if they load now
     optim.GlobalOptimManager = type("GlobalOptimManager", (), {"get_instance": staticmethod(lambda: made)})
     bnb.optim = optim
     monkeypatch.setitem(sys.modules, "bitsandbytes", bnb)

@@ -11,7 +11,7 @@ PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft and its tests again
 
-.PHONY: test test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed test-clients test-peft \
+.PHONY: test test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed test-clients test-peft \
 	test-formats test-oracles test-trainers test-serving mutations fuzz check dist release bench demo demo-sweep demo-lm demo-4bit compare \
 	rates examples guide-serving docs docs-look clean
 
@@ -43,7 +43,12 @@ bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
 
 test: $(VENV)/.test $(if $(TESTS),,test-device)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/distributed --ignore=tests/device $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/distributed --ignore=tests/device $(TESTS)
+
+# the tests that take seconds: other processes, a compiler, many threads; pytest ends with 5 where TESTS has none
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --ignore=tests/distributed --ignore=tests/device $(TESTS) \
+		|| test $$? = 5
 
 # on a CUDA device, simulated where torch is a CPU build; GRAFT_TESTS_DEVICE=cuda: on the real one
 test-device: $(VENV)/.test
@@ -64,7 +69,7 @@ OLDEST ?= oldest
 OLDEST_TESTS ?= $(addprefix tests/,core inject io methods model prompts compat parity)
 
 test-oldest:
-	$(MAKE) test VENV=$(VENV)/$(OLDEST) PYTHON=$(OLDEST_PYTHON) VERSIONS=tests/versions/$(OLDEST).txt \
+	$(MAKE) test test-slow VENV=$(VENV)/$(OLDEST) PYTHON=$(OLDEST_PYTHON) VERSIONS=tests/versions/$(OLDEST).txt \
 		TESTS="$(OLDEST_TESTS)"
 
 # the newest release of everything, on the newest Python: 3.13.1 or later, since tests of torch.compile fail under 3.13.0
@@ -72,7 +77,8 @@ NEWEST_PYTHON ?= python3.13
 NEWEST_TESTS ?=
 
 test-newest:
-	$(MAKE) test VENV=$(VENV)/newest PYTHON=$(NEWEST_PYTHON) VERSIONS=tests/versions/newest.txt TESTS="$(NEWEST_TESTS)"
+	$(MAKE) test test-slow VENV=$(VENV)/newest PYTHON=$(NEWEST_PYTHON) VERSIONS=tests/versions/newest.txt \
+		TESTS="$(NEWEST_TESTS)"
 
 test-all: $(VENV)/.test
 	GRAFT_TESTS=all $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/device
@@ -222,7 +228,7 @@ dist: $(VENV)/dist/.tools
 # checks, tests, builds and tags; uploads nothing (see CONTRIBUTING.md)
 release: $(VENV)/.test
 	$(BIN)/python -m tools.release
-	$(MAKE) check test test-storages test-distributed test-oldest dist
+	$(MAKE) check test test-slow test-storages test-distributed test-oldest dist
 	$(BIN)/python -m tools.release --tag
 
 demo: $(VENV)/.demo

@@ -54,8 +54,18 @@ def pytest_configure(config):
         "markers", "graft_only: what graft does and PEFT does not; left out when PEFT is the subject"
     )
     config.addinivalue_line(
+        "markers", "slow: takes seconds: other processes, a compiler, many threads; `make test-slow` runs these"
+    )
+    config.addinivalue_line(
         "markers", "differs(case, peft, graft, why): a row of docs/peft_defects.md, which this test shows"
     )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out the files without slow tests where only those are asked for: collecting all takes half a minute."""
+    if config.option.markexpr == "slow" and collection_path.match("test_*.py"):
+        return "mark.slow" not in collection_path.read_text() or None
+    return None
 
 
 @cache

@@ -74,7 +74,7 @@ def test_hosted_ci_covers_what_pyproject_promises():
     assert {cell["python"] for cell in cells} == promised
     assert {cell["versions"] for cell in cells} == {path.stem for path in (ROOT / "tests" / "versions").glob("*.txt")}
     local = set(re.findall(r"^make ([a-z-]+)", text_of(".ci/run"), re.MULTILINE))
-    assert local - {"test"} <= set(jobs["make"]["strategy"]["matrix"]["target"])
+    assert local - {"test", "test-slow"} <= set(jobs["make"]["strategy"]["matrix"]["target"])
 
 
 def test_hooks_are_those_of_make_check():

@@ -9,6 +9,8 @@ import pytest
 
 from tests.compat import test_compat
 
+pytestmark = pytest.mark.slow
+
 run = partial(test_compat.run, forked=False)  # what is loaded already is the matter of these tests
 
 HIDDEN = "from tests.compat.hiding import hide; hide()"

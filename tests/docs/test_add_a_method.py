@@ -72,6 +72,7 @@ def test_a_file_and_a_line_make_a_method(repository):
     assert run(repository, "-c", names) == "ToyModel TOY graft.methods.toy\n"
 
 
+@pytest.mark.slow
 def test_what_the_page_asks_for_passes_the_tests_of_all_methods(repository):
     """The laws of single layers, and what tests of pages, of PEFT's names and of whole models ask of each method."""
     assert "pytest tests/conformance -k TOY" in PAGE.read_text() and f"`{TABLES}`" in PAGE.read_text()

@@ -119,7 +119,7 @@ def frozen(model: nn.Module, tree: Tree) -> set[str] | None:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
-MANY = 10_000  # objects, of which the collector's search as young takes a few ms
+MANY = 10_000  # objects that an injection made, of which the collector's search as young takes a few ms
 
 
 @contextmanager
@@ -129,13 +129,13 @@ def collector_paused() -> Iterator[None]:
     Count what was made as old afterwards. Python would search it at once otherwise, as young: 0.4 s of 1.1 s for 10,000
     modules.
     """
-    enabled = gc.isenabled()
+    enabled, before = gc.isenabled(), gc.get_count()[0]
     gc.disable()
     try:
         yield
     finally:
         # what a caller has frozen stays so; to count that takes long where it is much
-        if enabled and gc.get_count()[0] > MANY and not gc.get_freeze_count():
+        if enabled and gc.get_count()[0] - before > MANY and not gc.get_freeze_count():
             gc.freeze()
             gc.unfreeze()
         if enabled:

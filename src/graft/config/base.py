@@ -342,7 +342,9 @@ def fill_nulls(config: DataclassInstance) -> None:
     """Put the defaults into fields of a dataclass that are None and cannot be."""
     wanted = hints(type(config))  # type: ignore[arg-type]
     for f in fields(config):
-        if getattr(config, f.name) is None and (wanted[f.name] is Any or not fits(None, wanted[f.name])):
+        if f.default is None or getattr(config, f.name) is not None:
+            continue
+        if wanted[f.name] is Any or not fits(None, wanted[f.name]):
             default = f.default if f.default_factory is MISSING else f.default_factory()
             if default is not MISSING:
                 setattr(config, f.name, default)
@@ -353,7 +355,7 @@ def check_types(config: DataclassInstance) -> None:
     wanted = hints(type(config))  # type: ignore[arg-type]
     for f in fields(config):
         value = getattr(config, f.name)
-        if not fits(value, wanted[f.name]):
+        if value is not f.default and not fits(value, wanted[f.name]):
             allowed = str(f.type).replace("NoneType", "None")
             raise ConfigTypeError(
                 f"{type(config).__name__}.{f.name} must be {allowed}, got {described(value)} of type "

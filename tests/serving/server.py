@@ -77,7 +77,8 @@ def serving(models: dict[str, Callable[[list[int]], Tensor]], kind: str = "vllm"
             self.wfile.write(held)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # it looks for its end each 10 ms, and not each half second
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import textwrap
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import peft
@@ -17,6 +18,7 @@ from torch import nn
 
 import graft
 from graft.core.errors import ConfigError
+from graft.methods.adalora.adalora import AdaLoRA
 from graft.methods.adalora.allocator import Allocator, budget
 from graft.train import adalora_callback, allocate_on_step
 from tests.compat.test_compat import run
@@ -26,6 +28,12 @@ STEPS = 12
 CONFIG = dict(target_modules=["a", "b", "c"], init_r=5, target_r=2, total_step=STEPS, tinit=2, tfinal=3, lora_alpha=3)
 
 
+@dataclass
+class Output:
+    logits: torch.Tensor
+    loss: torch.Tensor | None
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -33,7 +41,7 @@ class Net(nn.Module):
 
     def forward(self, x, labels=None):
         y = self.c(self.b(self.a(x).relu()).tanh())
-        return SimpleNamespace(logits=y, loss=None if labels is None else (y - labels).square().mean())
+        return Output(y, None if labels is None else (y - labels).square().mean())
 
 
 def data():
@@ -135,6 +143,27 @@ def step(model, optimizer, i=0):
     model(x, labels=y).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:AdaLoRA adapter")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_who_computes_the_loss_asks_for_its_part(compiled, monkeypatch):
+    """With the values and gradients that the model's own loss has; who does not ask pays nothing."""
+    model, computed, real = with_adalora(graft).train(), [], AdaLoRA.distances
+    monkeypatch.setattr(AdaLoRA, "distances", lambda self: computed.append(self.site.key) or real(self))
+    call = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    x, y = (t[0] for t in data())
+    call(x)
+    assert computed == []
+    call(x)
+    assert model.auxiliary_loss() > 0 and model.auxiliary_loss("default") > 0 and computed == ["a", "b", "c"]
+    with torch.no_grad():
+        call(x)
+        assert model.auxiliary_loss() == 0.0
+    losses = call(x, labels=y).loss, (call(x).logits - y).square().mean() + model.auxiliary_loss()
+    assert torch.equal(*losses)
+    gradients = [torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]) for loss in losses]
+    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.differs(

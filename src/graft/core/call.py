@@ -7,7 +7,7 @@ The model writes it once per call, every layer reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +45,9 @@ class Noted(NamedTuple):
     rows: Tensor | None  # which of the batch; None: all
 
 
+Loss = Tensor | Callable[[], Tensor]  # (), or what computes it for those who ask: of parameters, not of the run
+
+
 class Here(local):
     """The part of a Call that is of one thread."""
 
@@ -56,7 +59,7 @@ class Here(local):
         self.tapped: dict[tuple[str, str], Tensor] = {}  # inputs of all rows, by adapter and the layer that reads them
         self.handed: dict[str, Tensor] = {}  # by adapter: from a block that runs to its layers within
         self.noted: dict[str, list[Noted]] | None = None  # by adapter; None: nobody asks
-        self.losses: dict[str, Tensor] = {}  # by adapter: of the last run, that no loss of its output has taken in
+        self.losses: dict[str, Loss] = {}  # by adapter: of the last run, that no loss of its output has taken in
 
 
 @dataclass
@@ -116,7 +119,7 @@ class Call:
         self._drop_stale()
         self._tell(NOTHING)
         if self.here.losses:
-            self.here.losses = {}
+            self.here.losses.clear()
         if self.blocks and not self.here.off and not torch.compiler.is_compiling():
             self._warn_of_block()
         before = self.put(self.here.context._replace(rows=rows, draws=draws))
@@ -195,6 +198,14 @@ class Call:
             )
         noted.setdefault(adapter, []).append(Noted(layer, value, self.now().some))
 
+    def loss_of(self, adapter: str) -> Tensor | float:
+        """Return what an adapter adds to the loss of this thread's last run, (): 0.0 if its output's loss has it."""
+        loss = self.here.losses.get(adapter, 0.0)
+        if callable(loss):
+            with torch.enable_grad():
+                loss = self.here.losses[adapter] = loss()
+        return loss
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Disable all adapters within the block, for this thread alone."""
@@ -231,7 +242,8 @@ class Call:
         has_hook, thread = False, self.here.thread
         if self.here.off:
             context = ALL_OFF
-        for t in (*tensors_in(output), *self.here.losses.values()):
+        losses = (loss for loss in self.here.losses.values() if isinstance(loss, Tensor))
+        for t in (*tensors_in(output), *losses):
             if t.grad_fn is not None:
                 t.register_hook(lambda _grad: self._restore(context, thread))
                 has_hook = True

@@ -233,7 +233,7 @@ class LayerRegistry(MergingRegistry):
         losses = self.call.here.losses
         names = list(losses) if adapter_names is None else one_or_several(adapter_names, "auxiliary_loss")
         self.check_known(names)
-        return sum((losses[name] for name in names if name in losses), 0.0)
+        return sum((self.call.loss_of(name) for name in names if name in losses), 0.0)
 
     def check_method(self, adapter_name: str, config: PeftConfig) -> None:
         if not self.mixed:

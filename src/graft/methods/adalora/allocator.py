@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -173,15 +174,16 @@ def reapply(methods: dict[str, Method], cfg: Schedule) -> None:
             fill(m.lora_E, whole(m.lora_E).masked_fill(gone[:, None], 0.0))
 
 
-def orthogonal_losses(tuner: Tuner, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of each of these adapters that trains."""
-    losses = {}
-    for name, methods in all_trainable(tuner, names):
-        weight = tuner.peft_config[name].orth_reg_weight
-        if weight > 0:
-            first, *others = (d for m in methods.values() for d in m.distances())
-            losses[name] = weight * torch.stack([first, *(d.to(first.device) for d in others)]).mean()  # on several
-    return losses
+def orthogonal_losses(tuner: Tuner, names: Iterable[str]) -> dict[str, Callable[[], Tensor]]:
+    """Return what computes the loss of each of these adapters that trains and has one."""
+    found = {name: (methods, tuner.peft_config[name].orth_reg_weight) for name, methods in all_trainable(tuner, names)}
+    return {name: partial(orthogonal_loss, *own) for name, own in found.items() if own[1] > 0}
+
+
+def orthogonal_loss(methods: dict[str, Any], weight: float) -> Tensor:
+    """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of an adapter."""
+    first, *others = (d for m in methods.values() for d in m.distances())
+    return weight * torch.stack([first, *(d.to(first.device) for d in others)]).mean()  # on several devices
 
 
 def resize_modules_by_rank_pattern(

@@ -480,8 +480,7 @@ class MultiTrain:
         try:
             with self._fanned(group) as fan:
                 outputs, tokens = self._fanned_outputs(group, fan)
-                own = registry_of(self.model).call.here.losses
-                added = [own.get(part.name, 0.0) for part in group]
+                added = [registry_of(self.model).call.loss_of(part.name) for part in group]
                 losses = [run.loss_of(y, part.batch, more) for run, y, part, more in zip(runs, outputs, group, added)]
                 torch.autograd.backward(losses)
         except torch.OutOfMemoryError as error:

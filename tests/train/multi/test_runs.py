@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from io import StringIO
 
@@ -141,14 +142,32 @@ def test_how_runs_end():
     assert same(once.parameters, early.parameters)
 
 
-def test_memory_that_ends_halves_the_batch_and_changes_nothing():
-    base, passes = tiny(), []
+def no_room_on_a_device():
+    raise torch.OutOfMemoryError("there is none")
+
+
+def no_room_on_a_cpu():
+    torch.empty(1 << 50)  # torch raises what it raises
+
+
+def no_room_in_python():
+    bytearray(1 << 60)
+
+
+ROOMS = pytest.mark.parametrize("ends", [no_room_on_a_device, no_room_on_a_cpu, no_room_in_python])
+
+
+@ROOMS
+def test_memory_that_ends_halves_the_batch_and_changes_nothing(ends):
+    base, passes, kept = tiny(), [], []
     real = base.model.layers[1].forward
 
     def forward(x, *args, **kwargs):
+        assert not any(ref() is not None for ref in kept), "of passes that had no room"
         passes.append(len(x))
         if len(x) > 9:
-            raise torch.OutOfMemoryError("there is none")
+            kept.append(weakref.ref(x))
+            ends()
         return real(x, *args, **kwargs)
 
     base.model.layers[1].forward = forward
@@ -161,13 +180,38 @@ def test_memory_that_ends_halves_the_batch_and_changes_nothing():
     assert max(passes[:8]) > 9 >= max(passes[8:])  # it has learnt
 
 
-def test_a_batch_that_alone_takes_too_much_ends_its_run():
+def test_memory_that_ends_in_the_backward_pass():
+    """What the pass has kept is gone when a half of it runs."""
+    base, passes, kept = tiny(), [], []
+    real = base.model.layers[1].forward
+
+    def forward(x, *args, **kwargs):
+        assert not any(ref() is not None for ref in kept), "of passes that had no room"
+        passes.append(len(x))
+        if len(x) > 9:
+            kept.append(weakref.ref(x))
+            x.register_hook(lambda _: no_room_on_a_cpu())
+        return real(x, *args, **kwargs)
+
+    base.model.layers[1].forward = forward
+    names = ["plain", "wide", "drops", "gathers"]
+    runs = MultiTrain(base)
+    for name in names:
+        runs.add(name, SPECS[name].config, **SPECS[name].options(4))
+    runs.run()
+    for name in names:
+        assert as_alone(runs[name].parameters, alone(SPECS[name], 4)[0]), name
+    assert passes[0] == 16 and kept and max(passes[3:]) <= 9
+
+
+@ROOMS
+def test_a_batch_that_alone_takes_too_much_ends_its_run(ends):
     base = tiny()
     real = base.model.layers[0].forward
 
     def forward(x, *args, **kwargs):
         if x.shape[1] > 10:
-            raise torch.OutOfMemoryError("there is none")
+            ends()
         return real(x, *args, **kwargs)
 
     base.model.layers[0].forward = forward

@@ -478,12 +478,10 @@ class MultiTrain:
         self._banks.begin(names)
         before = [run.draws.states for run in runs]
         try:
-            with self._fanned(group) as fan:
-                outputs, tokens = self._fanned_outputs(group, fan)
-                added = [registry_of(self.model).call.loss_of(part.name) for part in group]
-                losses = [run.loss_of(y, part.batch, more) for run, y, part, more in zip(runs, outputs, group, added)]
-                torch.autograd.backward(losses)
-        except torch.OutOfMemoryError as error:
+            losses, tokens = self._gradients(group)
+        except (RuntimeError, MemoryError) as error:
+            if not no_memory(error):
+                raise
             full = str(error)
         else:
             self._banks.gather(names)
@@ -495,6 +493,19 @@ class MultiTrain:
             run.draws.states = states
         self._banks.begin(names)
         self._halve(group, full)
+
+    def _gradients(self, group: list[Part]) -> tuple[list[Tensor], list[int]]:
+        """Have the parameters get the gradients of these batches; return for each its loss, and how many tokens it has.
+
+        What an error leaves of the pass goes with it.
+        """
+        with self._fanned(group) as fan:
+            outputs, tokens = self._fanned_outputs(group, fan)
+            added = [registry_of(self.model).call.loss_of(part.name) for part in group]
+            runs = [self._runs[part.name] for part in group]
+            losses = [run.loss_of(y, part.batch, more) for run, y, part, more in zip(runs, outputs, group, added)]
+            torch.autograd.backward(losses)
+        return losses, tokens
 
     def _halve(self, group: list[Part], why: str) -> None:
         """Run two halves of a group whose pass had no memory; end the run whose batch alone has none."""
@@ -521,9 +532,9 @@ class MultiTrain:
         before = [own.states for own in draws]
         try:
             return self._outputs(group, fan)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
+        except RuntimeError as error:
+            if no_memory(error):
+                raise
             for own, states in zip(draws, before):
                 own.states = states
         fan.on, self._fans[tuple(part.name for part in group)] = False, None
@@ -648,6 +659,11 @@ class MultiTrain:
         model = self._adapted
         tensors, config = contents(model, name, None, "auto", None)
         files.save_adapter(os.fspath(folder), tensors, config, True, base_fingerprint(model, name))
+
+
+def no_memory(error: Exception) -> bool:
+    """Return True if an error says that there is no memory for a tensor. On a CPU torch has no class for that."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
 def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:

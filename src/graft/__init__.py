@@ -19,7 +19,8 @@ _NAMES: dict[str, str] = {
     for module, names in {
         "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError AlreadyInjectedError "
         "BaseModelMismatchError CalibrationError CheckpointError ConfigError ConfigTypeError DistributedError "
-        "InUseError NoMatchingPeftModuleError PeftError PeftWarning RoutingError UnsupportedLayerError",
+        "FolderInUseError InUseError NoMatchingPeftModuleError PeftError PeftWarning RoutingError "
+        "UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
         "graft.core.method": "Method",
         "graft.config.base": "PeftConfig TaskType",

@@ -61,6 +61,10 @@ class InUseError(PeftError, RuntimeError):
     """A model cannot change now, or be called, because of a call or a change that is under way."""
 
 
+class FolderInUseError(InUseError):
+    """Another process is writing a run or a sweep into this folder."""
+
+
 class AdapterKeyError(PeftError, RuntimeError, ValueError):
     """A checkpoint and an adapter do not hold the same tensors."""
 

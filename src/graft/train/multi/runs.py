@@ -31,6 +31,7 @@ from graft.model.peft_model import PeftModel
 from graft.model.registry import check_adapter_name
 from graft.train.multi import run_file
 from graft.train.multi.bank import Banks
+from graft.train.multi.claims import Claims
 from graft.train.multi.draws import Draws
 from graft.train.multi.fanout import Fan, alike, fan_of
 from graft.train.multi.joint import Arguments, Cut, Part, groups, joined, main_of
@@ -84,6 +85,7 @@ class MultiTrain:
         self.at_once, self.base_in_eval = at_once, base_in_eval
         self.arguments = Arguments.of(self.base, exact)
         self.folder: str | None = None  # of runs to go on with
+        self.claims = Claims()  # on the files that `save` writes
         self._runs: dict[str, Run] = {}
         self._banks = Banks({}, ())
         self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
@@ -328,6 +330,7 @@ class MultiTrain:
         run = self[name]
         self._take_out(name)
         del self._runs[name]
+        self.claims.release(name)
         return run
 
     def unload(self) -> nn.Module:
@@ -336,6 +339,7 @@ class MultiTrain:
         if self.model is not None:
             self.model.unload()
         self.model, self._runs = None, {}
+        self.claims.release()
         for module, training in self._modes:
             module.training = training
         base: nn.Module = self.base
@@ -624,7 +628,12 @@ class MultiTrain:
         Args:
             progress: show a table of the runs.
             save: a folder to `save` to, every `every` rounds and at the end.
+
+        Raises:
+            FolderInUseError: as `save`, before the first round.
         """
+        if save is not None:
+            self.claims.take(os.fspath(save), self._runs)
         shown: AbstractContextManager[Progress | None] = nullcontext()
         if progress:
             from graft.train.multi.table import Progress
@@ -645,12 +654,15 @@ class MultiTrain:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write each run to a file, `folder`/<name>/run.safetensors, with all that `resume` needs.
 
-        A file holds the state before or after the call, whole, whatever happens meanwhile.
+        A file holds the state before or after the call, whole, whatever happens meanwhile. Other processes can save
+        runs of these names there once this one has ended, or has removed or unloaded them.
 
         Raises:
             ConfigError: the state of an optimizer or schedule is more than numbers, texts and tensors.
+            FolderInUseError: another process saves a run of such a name there.
         """
         self._between_steps()
+        self.claims.take(os.fspath(folder), self._runs)
         for run in self._runs.values():
             run_file.save(run, self._adapted, os.fspath(folder))
 

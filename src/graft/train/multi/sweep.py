@@ -8,8 +8,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from inspect import signature
@@ -163,6 +163,7 @@ def sweep(
 
     Raises:
         ConfigError: space, search or rungs are none, the folder has another sweep, or every setting has failed.
+        FolderInUseError: another process, or thread, is at a sweep in the folder. Nothing has changed.
     """
     ladder = budgets(steps, keep, rungs)
     settings = settings_in(space, search, n, seed)
@@ -184,13 +185,14 @@ def sweep(
         progress=progress,
     )
     arguments = {"optimizer": optimizer, "seed": seed, "asha": asha, "options": options}
-    job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep, **arguments})
     mine = range(rank, len(trials), world)
-    if asha is None:
-        job.halve(mine, ladder, keep)
-    else:
-        job.climb(mine, ladder, keep, asha)
-    job.finish(mine, len(ladder))
+    with job.alone(mine):
+        job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep, **arguments})
+        if asha is None:
+            job.halve(mine, ladder, keep)
+        else:
+            job.climb(mine, ladder, keep, asha)
+        job.finish(mine, len(ladder))
     return Sweep(trials, job.runs, job.folder)
 
 
@@ -361,6 +363,18 @@ class Job:
                     trial.learn(row)
 
     # files
+
+    @contextmanager
+    def alone(self, mine: Iterable[int]) -> Iterator[None]:
+        """Keep others from these trials within the block, and from the table, if this process writes it."""
+        claims = self.runs.claims
+        try:
+            if self.folder is not None:
+                claims.take(self.folder, [TABLE] if self.first else [], alone=True)
+                claims.take(self.folder, [self.trials[i].name for i in mine])
+            yield
+        finally:
+            claims.release()
 
     def go_on(self, note: dict[str, object]) -> None:
         """Take up what the folder has of this sweep.

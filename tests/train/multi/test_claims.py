@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes that would write one folder: the second is refused, until the first has ended, however that ends."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import graft
+from graft.core.errors import FolderInUseError
+from graft.train.multi import MultiTrain
+from graft.train.multi.claims import FILE, Claims
+from graft.train.multi.sweep import TABLE
+from tests.threads import in_child
+from tests.train.multi.alone import SPECS, batches, tiny
+from tests.train.multi.test_sweep import swept
+
+ROOT = Path(__file__).parents[3]
+OTHER = """
+import sys
+from tests.train.multi.test_claims import MultiTrain, begun, swept
+runs = begun("plain")
+runs.step()
+runs.save(sys.argv[1] + "/runs")
+step, calls = MultiTrain.step, []
+
+def standing(self):
+    calls.append(None)
+    if len(calls) == 4:  # in the second rung
+        print("there", flush=True)
+        sys.stdin.read()
+    return step(self)
+
+MultiTrain.step = standing
+swept(sys.argv[1] + "/sweep", save_every=1)
+"""
+
+
+def begun(*names):
+    runs = MultiTrain(tiny())
+    for name in names:
+        runs.add(name, SPECS[name].config, **SPECS[name].options(4))
+    return runs
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != FILE}
+
+
+def test_another_process_is_refused_until_the_first_is_killed(tmp_path):
+    command = [sys.executable, "-c", OTHER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "there\n"
+            before, model, runs = files(tmp_path), tiny(), begun("wide", "plain")
+            with pytest.raises(FolderInUseError, match=rf"Another process is writing '{TABLE}' in .*sweep: let it end"):
+                swept(tmp_path / "sweep", model=model)
+            with pytest.raises(FolderInUseError, match="Another process is writing 's1'"):
+                swept(tmp_path / "sweep", model=model, share=(1, 3))
+            assert not any("lora" in name for name, _ in model.named_modules())
+            for save in (runs.save, lambda folder: runs.run(save=folder)):
+                with pytest.raises(FolderInUseError, match="'plain'"):
+                    save(tmp_path / "runs")
+            assert files(tmp_path) == before and runs["wide"].step == 0
+            begun("wide").run(save=tmp_path / "runs")  # others may be in there
+            resumed = MultiTrain.resume(tiny(), tmp_path / "runs")  # and who reads
+            assert resumed.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4)).step == 1
+        finally:
+            other.send_signal(signal.SIGKILL)
+    runs.save(tmp_path / "runs")
+    found, whole = swept(tmp_path / "sweep"), swept()
+    assert found.rows == whole.rows and [t.curve for t in found.trials] == [t.curve for t in whole.trials]
+
+
+def held(folder, *names):
+    """Return which of these another process cannot have."""
+
+    def taken(name):
+        return in_child(lambda: Claims().take(str(folder), [name])) != 0
+
+    return [name for name in names if taken(name)]
+
+
+def test_shares_of_a_sweep_stand_beside_each_other(tmp_path):
+    """Two of three, from the view of another process."""
+    seen = []
+
+    def exchange(rows):
+        seen.append(held(tmp_path, TABLE, *(f"s{i}" for i in range(6))))
+        return [rows]
+
+    with pytest.raises(IndexError):  # nobody plays the other share
+        swept(tmp_path, share=(1, 3), exchange=exchange)
+    with pytest.raises(IndexError):
+        swept(tmp_path, share=(0, 2), exchange=exchange)
+    assert seen == [["s1", "s4"], [TABLE, "s0", "s2", "s4"]] and not held(tmp_path, TABLE, "s1", "s4")
+
+
+def test_within_a_process(tmp_path):
+    """A sweep in a sweep is refused; runs may go on in another MultiTrain, as where a notebook begins anew."""
+    with pytest.raises(FolderInUseError, match=f"This process is writing '{TABLE}' in {tmp_path}"):
+        swept(tmp_path, data=lambda setting: swept(tmp_path) and batches(8))
+    found = swept(tmp_path)
+    assert swept(tmp_path).rows == found.rows
+    runs = [begun("plain"), begun("plain")]
+    for one in runs:
+        one.save(tmp_path)
+    assert held(tmp_path, "plain") == ["plain"]
+    del runs[0], one
+    gc.collect()
+    assert held(tmp_path, "plain") == ["plain"]
+    del runs
+    gc.collect()
+    assert held(tmp_path, "plain") == []
+
+
+def test_who_lets_go(tmp_path):
+    runs = begun("plain", "wide")
+    runs.save(tmp_path)
+    assert held(tmp_path, "plain", "wide", "other") == ["plain", "wide"]
+    runs.remove("plain")
+    assert held(tmp_path, "plain", "wide") == ["wide"]
+    runs.unload()
+    assert held(tmp_path, "plain", "wide") == []
+
+
+def test_all_names_or_none(tmp_path):
+    one, other = Claims(), Claims()
+    one.take(str(tmp_path), ["b"])
+    with pytest.raises(FolderInUseError, match="'b'"):
+        other.take(str(tmp_path), ["a", "b"], alone=True)
+    assert held(tmp_path, "a", "b") == ["b"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_files_have_no_locks_it_says_so(tmp_path, monkeypatch, number):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(graft.PeftWarning, match=f"{tmp_path} is on a system whose files have no locks"):
+        assert swept(tmp_path, rungs=1).best.state == "kept"

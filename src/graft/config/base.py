@@ -51,7 +51,7 @@ class PeftConfig:
 
     task_type: str | TaskType | None = None
     peft_type: Any = None  # a PeftType
-    auto_mapping: dict | None = None  # class and library of the base model, where there is no task type
+    auto_mapping: dict[str, object] | None = None  # class and library of the base model, where there is no task type
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None  # revision of the base model
@@ -126,7 +126,7 @@ class PeftConfig:
         return {k: plain(v) for k, v in self.to_dict().items() if k not in self.beyond or v != own[k].default}
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **_: object
+        self, save_directory: str | os.PathLike[str], auto_mapping_dict: dict[str, object] | None = None, **_: object
     ) -> None:
         """Write adapter_config.json into a folder; make the folder if there is none.
 
@@ -138,7 +138,7 @@ class PeftConfig:
         os.makedirs(save_directory, exist_ok=True)
         replace(os.path.join(save_directory, CONFIG_NAME), write_text(self.to_json(auto_mapping_dict)))
 
-    def to_json(self, auto_mapping_dict: dict | None = None) -> str:
+    def to_json(self, auto_mapping_dict: dict[str, object] | None = None) -> str:
         """Return the text of adapter_config.json."""
         values = self.saved_dict()
         if auto_mapping_dict is not None:
@@ -335,12 +335,12 @@ def validate(config: DataclassInstance) -> None:
         if isinstance(path := getattr(config, f.name), os.PathLike):
             setattr(config, f.name, os.fspath(path))
     check_types(config)
-    check_numbers(config, hints(type(config)))  # type: ignore[arg-type]
+    check_numbers(config, hints(type(config)))
 
 
 def fill_nulls(config: DataclassInstance) -> None:
     """Put the defaults into fields of a dataclass that are None and cannot be."""
-    wanted = hints(type(config))  # type: ignore[arg-type]
+    wanted = hints(type(config))
     for f in fields(config):
         if f.default is None or getattr(config, f.name) is not None:
             continue
@@ -352,7 +352,7 @@ def fill_nulls(config: DataclassInstance) -> None:
 
 def check_types(config: DataclassInstance) -> None:
     """Raise ConfigTypeError for the first field of a dataclass whose value its annotation does not allow."""
-    wanted = hints(type(config))  # type: ignore[arg-type]
+    wanted = hints(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
         if value is not f.default and not fits(value, wanted[f.name]):

@@ -35,7 +35,11 @@ class ConfigFile:
     """
 
     def __init__(
-        self, where: str | os.PathLike, subfolder: str | None, read: Callable[[str], dict[str, object]], **hub: object
+        self,
+        where: str | os.PathLike[str],
+        subfolder: str | None,
+        read: Callable[[str], dict[str, object]],
+        **hub: object,
     ):
         self.where, self.hub, self._read = where, hub, read
         path = fetch(where, CONFIG_NAME, subfolder=subfolder, **hub)
@@ -124,7 +128,7 @@ NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 WRAPPED = "base_model."  # how the names of a PeftModel's tensors begin
 
 
-def whole_model(folder: str | os.PathLike) -> str:
+def whole_model(folder: str | os.PathLike[str]) -> str:
     """Return a note for errors about a missing adapter: what of a whole model is there; '' if nothing."""
     found = next((name for name in NAMES if os.path.isfile(os.path.join(folder, name))), None)
     if found is None:
@@ -139,7 +143,7 @@ def whole_model(folder: str | os.PathLike) -> str:
     )
 
 
-def adapters_in(folder: str | os.PathLike) -> str:
+def adapters_in(folder: str | os.PathLike[str]) -> str:
     """Return a note for errors about a missing adapter: which folders in this one hold one; '' if none does."""
     inner = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     found = [repr(name) for name in inner if os.path.isfile(os.path.join(folder, name, CONFIG_NAME))]

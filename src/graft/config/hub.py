@@ -35,7 +35,7 @@ def warn_unknown(function: Callable[..., object], kwargs: Iterable[str], known: 
             warn(f"{function.__name__}() knows no argument '{name}': it has no effect.{hint}", PeftWarning)
 
 
-def fetch(where: str | os.PathLike, filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
+def fetch(where: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
     """Return the local path of one file of an adapter; None if there is none.
 
     Without the hub (HF_HUB_OFFLINE, `local_files_only`) its cache is all there is: see `not_asked`.
@@ -53,10 +53,10 @@ def fetch(where: str | os.PathLike, filename: str, subfolder: str | None = None,
     from huggingface_hub import errors, hf_hub_download
 
     failure = None if offline(**hub) else unreached(where, filename, subfolder, **hub)
+    known = hub if failure is None else {**hub, "local_files_only": True}
     try:
-        return hf_hub_download(
-            where, filename, subfolder=subfolder, **(hub if failure is None else {**hub, "local_files_only": True})
-        )
+        fetched: str = hf_hub_download(where, filename, subfolder=subfolder, **known)
+        return fetched
     except errors.LocalEntryNotFoundError as e:
         if offline(**hub):
             return None
@@ -111,7 +111,7 @@ def offline(local_files_only: bool = False, **_: object) -> bool:
     return bool(local_files_only or constants.HF_HUB_OFFLINE)
 
 
-def not_asked(where: str | os.PathLike, **hub: object) -> str:
+def not_asked(where: str | os.PathLike[str], **hub: object) -> str:
     """Return a note for errors about a missing file: the hub was not asked, if it was not; else ''."""
     where = os.fspath(where)
     if os.path.isdir(where) or not looks_like_repository(where) or not offline(bool(hub.get("local_files_only"))):

@@ -29,7 +29,7 @@ DIGITS = 300  # of a whole number: more do not fit a float
 LONG = re.compile(rf"[0-9]{{{DIGITS + 1}}}")
 
 
-def read_object(path: str | os.PathLike) -> Json:
+def read_object(path: str | os.PathLike[str]) -> Json:
     """Return the object that a JSON file holds.
 
     Raises:

@@ -38,7 +38,8 @@ def set_base_model_state_dict(
     gate = gate_in(model)
     with nullcontext() if gate is None else gate.change("set_base_model_state_dict()"):
         result = base.load_state_dict({names[k]: v for k, v in state_dict.items() if k in names}, strict=False)
-    return type(result)(missing, unexpected)
+    kind: Callable[..., tuple[list[str], list[str]]] = type(result)
+    return kind(missing, unexpected)
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.io.check import check_tensors
 from graft.io.files import Loaded, load_pair, save_adapter
-from graft.io.fingerprint import fingerprint, joined
+from graft.io.fingerprint import Note, fingerprint, joined
 from graft.prompts.base import STORED
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def join_stages(
-    folders: Sequence[str | os.PathLike], folder: str | os.PathLike, safe_serialization: bool = True
+    folders: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], safe_serialization: bool = True
 ) -> None:
     """Write into `folder` the adapter that the stages of a pipeline saved in `folders`, in their order.
 
@@ -47,7 +47,7 @@ def join_stages(
     config = pairs[0][0]
     for part, (other, _) in zip(folders[1:], pairs[1:]):
         join_config(config, other, os.fspath(part))
-    notes = [loaded.fingerprint or {} for _, loaded in pairs]
+    notes: list[Note] = [loaded.fingerprint or {} for _, loaded in pairs]
     save_adapter(os.fspath(folder), tensors, config, safe_serialization, joined(notes))
 
 
@@ -72,7 +72,10 @@ SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_tran
 
 
 def compose_cartridge_adapters(
-    adapter_paths: Iterable[str | os.PathLike], *, output_path: str | os.PathLike, safe_serialization: bool = True
+    adapter_paths: Iterable[str | os.PathLike[str]],
+    *,
+    output_path: str | os.PathLike[str],
+    safe_serialization: bool = True,
 ) -> None:
     """Write a CARTRIDGE adapter that holds the tokens of several saved ones, in that order.
 

@@ -90,7 +90,7 @@ class PromptEntry(Entry):
         return f"{self.memory}.{self.attribute}"
 
     def assign(self, value: Tensor) -> None:
-        self.owner.restore(self.attribute, value)  # type: ignore[operator]
+        self.owner.restore(self.attribute, value)
 
 
 def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
@@ -130,11 +130,13 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
                 also = (f"{stem}.{slot.container}.{slot.path}",)  # files with embeddings hold a head of one twice
                 yield Entry(memory, f"{stem}.{slot.path}", also, slot.owner, slot.attribute, slot.tensor)
     shared = parts.shared
-    for slot in () if shared is None else shared.slots(adapter):
+    if shared is None:
+        return
+    for slot in shared.slots(adapter):
         if slot.saved:
             below = f".{slot.path}" if slot.path else ""
-            file = shared.files.get(slot.container, "{0}{1}").format(f"base_model.{slot.container}", below)  # type: ignore[union-attr]
-            memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file  # type: ignore[union-attr]
+            file = shared.files.get(slot.container, "{0}{1}").format(f"base_model.{slot.container}", below)
+            memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file
             yield Entry(memory, file, aliases(parts, slot, prefix, below), slot.owner, slot.attribute, slot.tensor)
 
 
@@ -142,9 +144,9 @@ def file_tensors(prompt: Prompt) -> dict[str, Tensor]:
     """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
     tensors = tensors_below(prompt)
     if all([layout_of(t) is None for t in tensors.values()]):
-        return prompt.stored()  # type: ignore[no-any-return]
+        return prompt.stored()
     empty = {name: torch.empty(shape_of(t), dtype=t.dtype, device="meta") for name, t in tensors.items()}
-    return whole_copy(prompt, empty).stored()  # type: ignore[operator,no-any-return]
+    return whole_copy(prompt, empty).stored()
 
 
 def aliases(parts: Parts, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:

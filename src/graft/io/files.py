@@ -28,7 +28,7 @@ from graft.core.errors import CheckpointError
 from graft.io import seal
 from graft.io.check import check_archive, fault, has_finite_sum
 from graft.io.entries import renamed
-from graft.io.fingerprint import KEY, read_note
+from graft.io.fingerprint import KEY, Note, read_note
 from graft.io.rendezvous import GATHER
 from graft.io.tensors import digest_of, write_safetensors
 from graft.io.written import TODAY, Layout
@@ -46,14 +46,14 @@ class Loaded:
 
     tensors: dict[str, Tensor]
     path: str
-    fingerprint: dict | None = None  # the base model's, if graft wrote the file
+    fingerprint: Note | None = None  # the base model's, if graft wrote the file
     noted: notes.Noted | None = None  # what the file says of itself
     layout: Layout = TODAY  # of the factors of stacks
     finite: bool = False  # the reader saw that all its numbers are; False: nobody has looked
 
 
 def save_adapter(
-    folder: str, tensors: dict[str, Tensor], config: PeftConfig, safetensors: bool, fingerprint: dict
+    folder: str, tensors: dict[str, Tensor], config: PeftConfig, safetensors: bool, fingerprint: Note
 ) -> None:
     """Write weights and config; on an error both stay as they were."""
     check(folder, tensors)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,19 @@ SAMPLED_LAYERS, SAMPLES = 16, 4
 TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
 
+class Note(TypedDict, total=False):
+    """What a file notes of the base model. A field that it lacks is not known."""
+
+    n: int  # weights
+    shapes: str  # a digest of names and shapes
+    weights: dict[str, list[int]]  # the shapes themselves
+    sample: dict[str, list[float]]  # a few values of some weights
+    full: dict[str, str]  # digests of all tensors
+
+
+NAMED: tuple[Literal["weights", "sample", "full"], ...] = ("weights", "sample", "full")  # fields by names of weights
+
+
 class Weight(NamedTuple):
     """A weight of the base model."""
 
@@ -110,7 +123,7 @@ def blocks(base: nn.Module) -> dict[str, Weight]:
 
 def fingerprint(
     weights: dict[str, Weight], with_values: bool = True, together: bool = False, part: bool = False
-) -> dict:
+) -> Note:
     """Return names and shapes of weights and, where they are the base's own, a few of their values.
 
     together: all processes call this, so that sharded weights can be read.
@@ -128,8 +141,8 @@ def sampled(names: Iterable[str]) -> list[str]:
     return names[:: max(1, len(names) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
 
 
-def note_of(shapes: dict[str, list[int]], values: dict[str, list[float]] | None, part: bool = False) -> dict:
-    made: dict = {"n": len(shapes), "shapes": digest(json.dumps(shapes, sort_keys=True))}
+def note_of(shapes: dict[str, list[int]], values: dict[str, list[float]] | None, part: bool = False) -> Note:
+    made: Note = {"n": len(shapes), "shapes": digest(json.dumps(shapes, sort_keys=True))}
     if part or len(shapes) <= MAX_NAMED:
         made["weights"] = shapes
     if values is not None:
@@ -137,25 +150,28 @@ def note_of(shapes: dict[str, list[int]], values: dict[str, list[float]] | None,
     return made
 
 
-def joined(parts: Sequence[dict]) -> dict:
+def joined(parts: Sequence[Note]) -> Note:
     """Return the fingerprint of a model from those of its stages, in order."""
-    shapes, values, full = (
-        {k: v for p in parts for k, v in (p.get(f) or {}).items()} for f in ("weights", "sample", "full")
-    )
+    shapes = {k: v for p in parts for k, v in p.get("weights", {}).items()}
+    values = {k: v for p in parts for k, v in p.get("sample", {}).items()}
+    full = {k: v for p in parts for k, v in p.get("full", {}).items()}
     chosen = {key: values[key] for key in sampled(shapes) if key in values} if values else None
     made = note_of(shapes, chosen)
     return made | {"full": full} if full else made
 
 
-def called_otherwise(note: dict, rename: Callable[[Json], Json]) -> dict | None:
+def called_otherwise(note: Note, rename: Callable[[Json], Json]) -> Note | None:
     """Return a fingerprint whose weights have other names; None if it does not name its weights."""
     if not note.get("weights"):
         return None
-    made = {name: rename(note[name]) for name in ("weights", "sample", "full") if name in note}
-    return {**note, **made, "shapes": note_of(made["weights"], None)["shapes"]}
+    made = note.copy()
+    for name in NAMED:
+        if name in note:
+            made[name] = rename(note[name])
+    return made | {"shapes": note_of(made["weights"], None)["shapes"]}
 
 
-def within(note: dict, is_here: Callable[[str], bool]) -> dict | None:
+def within(note: Note, is_here: Callable[[str], bool]) -> Note | None:
     """Return a fingerprint with the weights that are here; None if it does not name its weights."""
     if not note.get("weights"):
         return None
@@ -185,7 +201,7 @@ NOTE: dict[str, Callable[[object], bool]] = {
 }
 
 
-def read_note(text: str | None, path: str) -> dict | None:
+def read_note(text: str | None, path: str) -> Note | None:
     """Return the fingerprint that a file holds, if it holds one.
 
     Raises:
@@ -194,15 +210,19 @@ def read_note(text: str | None, path: str) -> dict | None:
     if not text:
         return None
     where = f"{path}: the note '{KEY}' on its base model"
-    note = parsed(text, where)
-    if note is None:
-        return None
+    note: Note | None = parsed(text, where)
+    if note is not None:
+        check_note(note, where)
+    return note
+
+
+def check_note(note: object, where: str) -> None:
+    """Raise CheckpointError if a note is no fingerprint."""
     if not isinstance(note, dict):
         raise CheckpointError(f"{where} is a {type(note).__name__}, not an object: save or download the file again.")
     for name, is_right in NOTE.items():
         if name in note and not is_right(note[name]):
             raise CheckpointError(f"{where} has a field '{name}' of another type: save or download the file again.")
-    return note
 
 
 def sample(weight: Weight, together: bool = False) -> list[float] | None:
@@ -231,7 +251,7 @@ def rounded(values: list[float]) -> list[float]:
     return [float(f"{v:.5g}") for v in values]
 
 
-def same_values(of_file: dict, now: dict) -> bool:
+def same_values(of_file: Note, now: Note) -> bool:
     """Return True if two fingerprints could be of the same weights."""
     old, new = of_file.get("sample"), now.get("sample")
     if not isinstance(old, dict) or not isinstance(new, dict):
@@ -244,7 +264,7 @@ def digest(data: str | bytes) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
-def in_common(of_file: dict, now: dict) -> tuple[dict, dict] | None:
+def in_common(of_file: Note, now: Note) -> tuple[Note, Note] | None:
     """Return two fingerprints of a model's blocks with the weights that both have; None if one has no names.
 
     One may lack weights that are there: in modules of a type of which only the other can read the shape.
@@ -255,14 +275,14 @@ def in_common(of_file: dict, now: dict) -> tuple[dict, dict] | None:
     shared = old.keys() & new.keys()
     if not shared:  # another model
         return of_file, now
-    both = []
+    both: list[Note] = []
     for made in (of_file, now):
         weights = {key: made["weights"][key] for key in sorted(shared)}
         both.append({**made, "weights": weights, "shapes": digest(json.dumps(weights, sort_keys=True))})
     return both[0], both[1]
 
 
-def difference(of_file: dict, now: dict) -> str | None:
+def difference(of_file: Note, now: Note) -> str | None:
     """Return in words how the architectures differ; None if they do not."""
     if of_file.get("shapes") == now["shapes"]:
         return None

@@ -71,7 +71,7 @@ class LoadReport:
         shown = {n: str(len(keys)) if n in ("loaded", "base") else some(keys, 4) for n, keys in fields.items() if keys}
         return f"LoadReport({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
-    def __iter__(self):  # as torch's load_state_dict: missing, unexpected = report
+    def __iter__(self) -> Iterator[list[str]]:  # as torch's load_state_dict: missing, unexpected = report
         return iter((self.missing_keys, self.unexpected_keys))
 
 

@@ -188,9 +188,9 @@ class Meeting:
         try:
             act()
         except BaseException as e:
-            self.store.set(done, packed(e))  # type: ignore[arg-type]  # bytes do, too
+            leave(self.store, done, e)
             raise
-        self.store.set(done, packed(None))  # type: ignore[arg-type]
+        leave(self.store, done, None)
 
 
 def rank() -> int:
@@ -264,14 +264,18 @@ def once(folder: str, values: str, act: Callable[[], object]) -> None:
     try:
         act()
     except BaseException as e:
-        shelf.set(key, packed(e))  # type: ignore[arg-type]
+        leave(shelf, key, e)
         raise
     shelf.set(place, values)
-    shelf.set(key, packed(None))  # type: ignore[arg-type]
+    leave(shelf, key, None)
 
 
 def hashed(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def leave(shelf: dist.Store, key: str, error: BaseException | None) -> None:
+    shelf.set(key, packed(error))  # type: ignore[arg-type]  # bytes do, too
 
 
 def packed(error: BaseException | None) -> bytes:

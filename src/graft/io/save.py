@@ -27,13 +27,14 @@ from graft.inject.stage import absent_from, group_in
 from graft.inject.survey import survey
 from graft.io.base import names_in_file, original
 from graft.io.entries import Entry, entries
-from graft.io.fingerprint import digests, fingerprint, weights_of
+from graft.io.fingerprint import Note, digests, fingerprint, weights_of
 from graft.io.rendezvous import all_here, check_entries, check_value, gathered, ranks_of
 from graft.storage.offload import brought, offloaded_in
 from graft.storage.parallel import tensors_below, whole_copy
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
+    from graft.prompts.base import Prompt
 
 
 def parts_of(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module]:
@@ -80,9 +81,9 @@ def get_peft_model_state_dict(
     config = config_of(unwrapped(model), adapter_name)
     more = {f"{prefix}{name}": t for name, t in base_tensors(base, parts, config, save_embedding_layers).items()}
     if parts.prompt is not None and state is not None:
-        parts, state = with_values(parts, state, adapter_name), None
+        parts, state = with_values(parts, parts.prompt, state, adapter_name), None
     elif parts.prompt is not None and (found := gathered(tensors_below(parts.prompt))):
-        parts = replace(parts, prompt=whole_copy(parts.prompt, found))  # type: ignore[arg-type]
+        parts = replace(parts, prompt=whole_copy(parts.prompt, found))
     all_entries = list(entries(parts, adapter_name, prefix))
     values = {e.file: e.tensor if state is None else value_in(state, e, adapter_name) for e in all_entries}
     values |= {key: t if state is None else state.get(bare(key), t) for key, t in more.items()}
@@ -123,7 +124,7 @@ def ranks_of_adapters(model: nn.Module, adapters: list[str]) -> list[int]:
     """Return the ranks of the processes that hold parts of these adapters or of the base, and save together; or []."""
     group = group_in(model.modules())
     if group is not None:
-        return dist.get_process_group_ranks(group)  # type: ignore[no-any-return]
+        return dist.get_process_group_ranks(group)
     tensors: list[Tensor] = []
     for adapter in adapters:
         parts, _, base = parts_of(model, adapter)
@@ -161,11 +162,11 @@ def tensors_for_file(
     return out
 
 
-def with_values(parts: Parts, state: dict[str, Tensor], adapter: str) -> Parts:
+def with_values(parts: Parts, prompt: Prompt, state: dict[str, Tensor], adapter: str) -> Parts:
     """Return a copy of `parts` whose prompt and modules to save have a state dict's values."""
-    stem = f"{parts.prompt.prefix}.{adapter}"  # type: ignore[union-attr]
-    values = {n: taken(state, f"{stem}.{n}", t, adapter) for n, t in tensors_below(parts.prompt).items()}  # type: ignore[arg-type]
-    here = replace(parts, wrappers=copy.deepcopy(parts.wrappers), prompt=whole_copy(parts.prompt, values))  # type: ignore[arg-type]
+    stem = f"{prompt.prefix}.{adapter}"
+    values = {n: taken(state, f"{stem}.{n}", t, adapter) for n, t in tensors_below(prompt).items()}
+    here = replace(parts, wrappers=copy.deepcopy(parts.wrappers), prompt=whole_copy(prompt, values))
     for key, wrapper in here.wrappers.items():
         for name, tensor in wrapper.state_dict(keep_vars=True).items():
             if f".{adapter}." in f".{name}.":
@@ -286,7 +287,7 @@ def local_config(origin: str, revision: str | None) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def base_fingerprint(model: nn.Module, adapter: str, full: bool = False, together: bool = False) -> dict:
+def base_fingerprint(model: nn.Module, adapter: str, full: bool = False, together: bool = False) -> Note:
     """Return the fingerprint of an adapter's base.
 
     Args:

@@ -26,6 +26,7 @@ from graft.files.export import known_extra
 from graft.inject.parts import Nests, Parts, unwrapped
 from graft.inject.stage import group_in
 from graft.io import files, save
+from graft.io.fingerprint import Note
 from graft.io.rendezvous import hashed
 from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, Block, Blocks, Pair, differs
 from graft.io.tensors import digest_of
@@ -56,7 +57,7 @@ class AdapterTensors:
     needs: Json
     digest: str
     made: PeftConfig = field(repr=False, compare=False)  # the config itself
-    base: Json = field(repr=False, compare=False)  # the fingerprint of the base model
+    base: Note = field(repr=False, compare=False)  # the fingerprint of the base model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write adapter_model.safetensors and adapter_config.json into a folder; nothing where there are no tensors."""

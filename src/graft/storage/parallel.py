@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from graft.storage.flat import Piece, piece_of, place_of, sendable
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Layout(Protocol):
@@ -279,27 +281,28 @@ def here_of_shard(t: DTensor, places: list[int]) -> list[float | None]:
     return out
 
 
-def whole_copy(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+def whole_copy(module: M, values: dict[str, Tensor]) -> M:
     """Return a copy of a module that runs by itself, with these tensors by name in place of its own.
 
     It is without the hooks, wrappers and classes that layouts put on modules.
     """
-    while (inner := inside(module)) is not None:
-        module = inner
-    kind: Any = next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
-    made: nn.Module = kind.__new__(kind)
-    own = parameters_in(module)
-    for name, value in module.__dict__.items():
+    held: nn.Module = module
+    while (inner := inside(held)) is not None:
+        held = inner
+    kind: Any = next(c for c in type(held).__mro__ if not c.__name__.startswith("FSDP"))
+    made: M = kind.__new__(kind)
+    own = parameters_in(held)
+    for name, value in held.__dict__.items():
         if name not in own:
             made.__dict__[name] = type(value)() if "hooks" in name and isinstance(value, dict) else value
-    made.__dict__.update(_parameters=dict.fromkeys(module._parameters), _buffers=dict(module._buffers), _modules={})
+    made.__dict__.update(_parameters=dict.fromkeys(held._parameters), _buffers=dict(held._buffers), _modules={})
     for name, p in own.items():
         made._parameters[name] = nn.Parameter(values.get(name, p).detach(), p.requires_grad)
     copies = {id(p): made._parameters[name] for name, p in own.items()}
     for name, value in made.__dict__.items():
         if isinstance(value, list):  # a recurrent layer has its parameters in one as well
             made.__dict__[name] = [copies.get(id(item), item) for item in value]
-    for name, child in module._modules.items():
+    for name, child in held._modules.items():
         below = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
         made._modules[name] = None if child is None else whole_copy(child, below)
     return made

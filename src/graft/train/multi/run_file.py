@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, ConfigError
-from graft.io.fingerprint import difference, same_values
+from graft.io.fingerprint import Note, difference, same_values
 from graft.io.save import base_fingerprint
 from graft.train.multi.run import Point, Run, Valid
 from graft.train.state_file import pack, read, slots, unpack, write
@@ -121,7 +121,7 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
         slot.assign(state["values"][key])
 
 
-def check_base(then: Json, now: Json, name: str, where: str) -> None:
+def check_base(then: Note, now: Note, name: str, where: str) -> None:
     """Raise BaseModelMismatchError unless two fingerprints are of one base."""
     why = difference(then, now)
     if why is None and not same_values(then, now):

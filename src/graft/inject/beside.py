@@ -95,7 +95,7 @@ class ModulesToSaveWrapper(Host):
     @property
     def active(self) -> nn.Module:
         """The module that runs now."""
-        return self.base_module if self.disable_adapters else self.remainder  # type: ignore[no-any-return]
+        return self.base_module if self.disable_adapters else self.remainder
 
     @property
     def remainder(self) -> nn.Module:  # type: ignore[override]
@@ -194,7 +194,7 @@ class TrainableTokensWrapper(Shell):
 
     @property
     def original_module(self) -> nn.Module:
-        return self.shown.base_layer  # type: ignore[no-any-return]
+        return self.shown.base_layer
 
     @property
     def weight(self) -> Tensor:

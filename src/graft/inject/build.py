@@ -50,7 +50,9 @@ def made_early(job: Job) -> float:
 class Largest(TorchDispatchMode):
     """Notes the size of the largest tensor that code makes, also of those that it drops."""
 
-    numbers = 0
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.numbers = 0
 
     def __torch_dispatch__(
         self,

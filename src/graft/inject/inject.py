@@ -101,7 +101,7 @@ class Injection(Job):
                 module = TrainableTokensWrapper(wrapper) if isinstance(wrapper, RowsLayer) else wrapper
                 attach(tree.places[key], module.train(tree.modules[key].training))
         for bias in self.biases:
-            bias.requires_grad = True  # type: ignore[union-attr]  # `build` has made Parameters of them
+            bias.requires_grad = True  # `build` has made Parameters of them
 
 
 def inject(model: nn.Module, config: PeftConfig, method: type[Method], adapter: str, **options: Any) -> Injection:

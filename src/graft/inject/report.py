@@ -6,9 +6,12 @@ from __future__ import annotations
 import io
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from graft.inject.match import hint
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class Matched(NamedTuple):
@@ -45,7 +48,7 @@ class InjectReport:
     def trainable_parameters(self) -> int:
         return sum(m.parameters for m in (*self.matched, *self.modules_to_save)) + self.other_trainable
 
-    def table(self):
+    def table(self) -> Table:
         """Return the report as a rich Table."""
         from rich.table import Table
 
@@ -55,14 +58,8 @@ class InjectReport:
             f"{self.trainable_parameters:,} trainable parameters ({percent:.2f} %)"
         )
         table = Table(title=title, title_justify="left")
-        for name, justify in (
-            ("module", "left"),
-            ("type", "left"),
-            ("n", "right"),
-            ("trainable", "right"),
-            ("", "left"),
-        ):
-            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for name in ("module", "type", "n", "trainable", ""):
+            table.add_column(name, justify="right" if name in ("n", "trainable") else "left", overflow="fold")
         groups: dict[tuple[str, str, str], list[int]] = {}
         for m in self.matched:
             groups.setdefault((generic(m.name), m.type, "adapted"), []).append(m.parameters)
@@ -78,7 +75,7 @@ class InjectReport:
             table.add_row("…", kind, str(n), "", "not targeted")
         return table
 
-    def __rich__(self):
+    def __rich__(self) -> Table:
         return self.table()
 
     def __str__(self) -> str:

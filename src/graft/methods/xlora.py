@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from graft.config.base import CONFIG_NAME, PeftConfig
+from graft.config.base import PeftConfig
 from graft.config.hub import fetch
+from graft.config.pair import CONFIG_NAME
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Layers, Method
 from graft.core.rows import BASE, Finish, Rows, Run

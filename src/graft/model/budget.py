@@ -231,7 +231,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module):
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.own = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
         self.known = set(map(number, self.own))
         self.watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}

@@ -48,7 +48,7 @@ def nobody(config: PeftConfig) -> str | None:
 
 
 def read(
-    where: str | os.PathLike | AdapterInMemory,
+    where: str | os.PathLike[str] | AdapterInMemory,
     options: dict[str, Any],
     config: PeftConfig | None = None,
     replacement: Callable[[PeftConfig], str | None] = nobody,

@@ -203,7 +203,7 @@ def _part(value: object, n: int, i: int) -> Any:
     if isinstance(value, Mapping):
         items = {key: _part(item, n, i) for key, item in value.items()}
         fields = items if type(value) is dict else {key: item for key, item in items.items() if item is not None}
-        return fields if type(value) is dict else type(value)(**fields)  # type: ignore[call-arg]
+        return fields if type(value) is dict else type(value)(**fields)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_part(item, n, i) for item in value))
     if isinstance(value, (tuple, list)):

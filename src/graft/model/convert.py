@@ -107,7 +107,7 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
 
 
 def save_as_lora(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     model: nn.Module,
     rank: int | float,
     adapter_name: str = "default",

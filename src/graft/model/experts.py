@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from graft.config.base import CONFIG_NAME, PeftConfig
+from graft.config.base import PeftConfig
+from graft.config.pair import CONFIG_NAME
 from graft.core.carrier import Carrier
 from graft.core.errors import CheckpointError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.core.gate import changes, everything, prepares

@@ -29,7 +29,7 @@ class BaseInMemory:
     """The names and shapes of a live base model."""
 
     def __init__(self, model: nn.Module):
-        base = model.get_base_model()  # type: ignore[operator]
+        base = model.get_base_model()
         config, tensors = getattr(base, "config", None), get_base_model_state_dict(model)
         self.path = str(base.__dict__.get("name_or_path") or type(base).__name__)
         self.config: dict[str, object] = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}

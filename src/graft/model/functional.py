@@ -16,9 +16,8 @@ from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
 from graft.core.gate import deletion
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
-from graft.inject.parts import gate_of
+from graft.inject.parts import gate_of, registry_of
 from graft.inject.survey import Wrapper, survey
-from graft.io.save import registry_of
 from graft.model.checkpoints import cast_adapter_dtype as cast_adapter_dtype
 from graft.model.peft_model import PeftModel
 from graft.model.registry import Registry

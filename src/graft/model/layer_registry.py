@@ -60,7 +60,7 @@ class LayerRegistry(MergingRegistry):
             self._note(name, config)
 
     def method_for(self, config: PeftConfig) -> type[Method]:
-        return method_of(config.peft_type) if self.mixed else self.method  # type: ignore[no-any-return]
+        return method_of(config.peft_type) if self.mixed else self.method
 
     def alike(self, config: PeftConfig) -> dict[str, PeftConfig]:
         """Return the configs of the adapters of the same method, by name."""

@@ -76,9 +76,7 @@ class PeftMixedModel(PeftModel):
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         return cls
 
-    def set_adapter(  # type: ignore[override]
-        self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False
-    ) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
         """Make these adapters active, in this order, and trainable unless for inference.
 
         Raises:
@@ -87,7 +85,7 @@ class PeftMixedModel(PeftModel):
         """
         self._registry.set_adapter(adapter_name, inference_mode)
 
-    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:  # type: ignore[override]
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove one adapter or several.
 
         Raises:

@@ -161,7 +161,7 @@ class PeftModel(nn.Module):
     @property
     def change_timeout(self) -> float | None:
         """Seconds that changes wait for calls, and calls for a change. It may be set at any time."""
-        return self._registry.call.gate.timeout  # type: ignore[no-any-return]
+        return self._registry.call.gate.timeout
 
     @change_timeout.setter
     def change_timeout(self, seconds: float | None) -> None:
@@ -210,7 +210,7 @@ class PeftModel(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True if plain LoRA can hold what an adapter does to all of its layers: see `graft.convert_to_lora`."""
-        return self._registry.supports_lora_conversion(adapter_name)  # type: ignore[no-any-return]
+        return self._registry.supports_lora_conversion(adapter_name)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
@@ -366,7 +366,9 @@ class PeftModel(nn.Module):
 
     # forward
 
-    def _call(self, function: Any, inputs: tuple, kwargs: dict[str, Any], generates: bool = False) -> object:
+    def _call(
+        self, function: Any, inputs: tuple[object, ...], kwargs: dict[str, Any], generates: bool = False
+    ) -> object:
         """Run a function of the base model; take graft's own arguments out and act on them."""
         names = names_of_rows(kwargs.pop("adapter_names", None))
         registry = self._registry
@@ -387,7 +389,7 @@ class PeftModel(nn.Module):
         self,
         function: Callable[..., object],
         names: RowNames,
-        inputs: tuple,
+        inputs: tuple[object, ...],
         kwargs: dict[str, object],
         generates: bool,
     ) -> tuple[object, CallContext]:
@@ -414,11 +416,11 @@ class PeftModel(nn.Module):
                     return finish(function(*inputs, **kwargs)), call.context
             return finish(function(*inputs, **kwargs)), call.context
 
-    def _calling(self, what: str, names: Sequence[str] | None) -> AbstractContextManager:
+    def _calling(self, what: str, names: Sequence[str] | None) -> AbstractContextManager[object]:
         """Return a context: a call of the model."""
-        return self._registry.calling(what, names)  # type: ignore[no-any-return]
+        return self._registry.calling(what, names)
 
-    def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager:
+    def _heads_of(self, names: Sequence[str] | None) -> AbstractContextManager[object]:
         """Prepare for the heads of a mixed batch: a hook for task classes."""
         return nullcontext()
 
@@ -545,7 +547,7 @@ class PeftModel(nn.Module):
     def from_pretrained(
         cls,
         model: nn.Module,
-        model_id: str | os.PathLike,
+        model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
@@ -625,7 +627,7 @@ class PeftModel(nn.Module):
 
     def load_adapter(
         self,
-        model_id: str | os.PathLike,
+        model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
         torch_device: str | None = None,

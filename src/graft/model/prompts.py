@@ -71,7 +71,7 @@ class Prompts(Registry):
 
     def _begin(self, model: nn.Module, config: PromptLearningConfig, tree: Tree | None = None) -> None:
         self.checkpointing = self.begin(model, tree).checkpointing
-        self.method: type[Prompt] = method_of(config.peft_type)  # type: ignore[assignment]
+        self.method: type[Prompt] = method_of(config.peft_type)
         self.arguments = set(self.method.arguments)
         self.prompt_encoder = Encoders(self.call)
         self.stacks = stacks_of(model)
@@ -277,7 +277,7 @@ class Prompts(Registry):
     def file_prompt(self, adapter_name: str) -> Tensor:
         """Return a prompt as in a checkpoint, (tokens, width)."""
         self.check_known([adapter_name])
-        return self.prompt_encoder[adapter_name].stored()[STORED].cpu()  # type: ignore[operator,no-any-return]
+        return self.prompt_encoder[adapter_name].stored()[STORED].cpu()  # type: ignore[no-any-return]
 
     def prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
         """Return the active prompt, (batch, tokens, dim), or a cache of keys and values."""
@@ -514,7 +514,7 @@ def pairs_in(cache: object) -> list[Pair]:
     if isinstance(cache, Iterable) and not isinstance(cache, (Tensor, str)):
         layers = [tuple(layer[:2]) if isinstance(layer, (tuple, list)) else () for layer in cache]
         if all(len(layer) == 2 and all(isinstance(t, Tensor) for t in layer) for layer in layers):
-            return layers  # type: ignore[return-value]
+            return layers
     raise TypeError(
         f"Unsupported `past_key_values` type {type(cache).__name__}: expected a cache of transformers, or an iterable "
         "with a pair of tensors (key, value) for each layer."

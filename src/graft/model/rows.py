@@ -40,7 +40,7 @@ def names_of_rows(names: Iterable[str | Composition] | None) -> RowNames:
     return names
 
 
-def rows_of(registry: Registry, names: RowNames, inputs: tuple, kwargs: dict[str, object]) -> Rows | None:
+def rows_of(registry: Registry, names: RowNames, inputs: tuple[object, ...], kwargs: dict[str, object]) -> Rows | None:
     """Return the rows of a mixed batch, checked; None without names."""
     if names is None:
         return None
@@ -86,8 +86,8 @@ def composition_for(registry: Registry, value: Composition | None, names: object
 
 
 def composed(
-    value: Composition, inputs: tuple, kwargs: dict[str, object], own: set[str]
-) -> tuple[tuple, dict[str, object], list[str | Composition]]:
+    value: Composition, inputs: tuple[object, ...], kwargs: dict[str, object], own: set[str]
+) -> tuple[tuple[object, ...], dict[str, object], list[str | Composition]]:
     """Return the arguments of a call, with copies of its rows for a Parallel, and what acts on each row."""
     batch, children = batch_of(inputs, kwargs), value.children if isinstance(value, Parallel) else (value,)
     inputs, kwargs = copied(inputs, kwargs, len(children), own)

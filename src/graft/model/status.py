@@ -12,9 +12,8 @@ from graft.core.carrier import carrier_of
 from graft.core.containers import slots_of
 from graft.core.layer import AdapterLayer
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.inject.parts import Nests, unwrapped
+from graft.inject.parts import Nests, registry_of, unwrapped
 from graft.inject.survey import survey
-from graft.io.save import registry_of
 
 T = TypeVar("T")
 Irregular = Literal["irregular"]

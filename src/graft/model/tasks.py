@@ -169,7 +169,7 @@ class PeftModelForCausalLM(PeftModel):
     forward = PeftModelForSequenceClassification.forward
 
     def prepare_inputs_for_generation(self, *args: object, **kwargs: object) -> object:
-        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+        return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)
 
 
 class PeftModelForSeq2SeqLM(PeftModel):

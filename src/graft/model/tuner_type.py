@@ -57,7 +57,7 @@ def not_here(name: str, holder: str) -> str:
 class TunerType(type):
     """The metaclass of tuners."""
 
-    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object):
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object) -> TunerType:
         cls = super().__new__(mcs, name, bases, namespace, **options)
         functions = {n: getattr(value, "__func__", value) for n, value in namespace.items()}
         OVERRIDES[cls] = frozenset(n for n, f in functions.items() if n in INTERNALS or f not in STEPS.get(n, [f]))

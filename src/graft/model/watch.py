@@ -131,7 +131,7 @@ class Watch:
         task = torch._C._current_graph_task_id()
         if task != self.task:
             self.task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._ends)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._ends)
 
     def _ends(self) -> None:
         self.task = None

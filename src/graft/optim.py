@@ -39,7 +39,7 @@ def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]
             Bs = layer.lora_B
             for name, A in layer.lora_A.items():
                 check_whole(layer, name)
-                yield A.weight, Bs[name].weight, layer.scaling[name]  # type: ignore[misc]
+                yield A.weight, Bs[name].weight, layer.scaling[name]
 
 
 def check_whole(layer: AdapterLayer, adapter: str) -> None:
@@ -343,10 +343,10 @@ def preconditioned(
     both = [(A, B, s) for A, B, s in pairs(model) if A.requires_grad and B.requires_grad and A.ndim == 2]
     if not both:
         raise ConfigError(f"{names[0]} did not find any trainable lora_A/lora_B parameter pairs.")
-    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **kwargs)  # type: ignore[call-arg]
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **kwargs)
 
     @torch.no_grad()
-    def precondition(_: object, inputs: tuple, options: dict[str, object]) -> None:
+    def precondition(_: object, inputs: tuple[object, ...], options: dict[str, object]) -> None:
         if len(inputs) > 1 or options.get("closure") is not None:  # a closure would compute other gradients
             raise ConfigError(f"An optimizer with {names[1]} does not support closures.")
         for A, B, s in both:

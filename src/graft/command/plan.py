@@ -9,7 +9,7 @@ from bisect import bisect_right
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,10 +69,9 @@ def plan(
 
     if dtype not in DTYPES:
         raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
-    made = skeleton(str(model))
-    if made is None:
+    whole = skeleton(str(model))
+    if whole is None:
         raise CheckpointError(f"{model} has no config.json of a model that the installed transformers knows.")
-    whole = cast("PreTrainedModel", made)
     packed = format_of(json.loads((model / "config.json").read_text("utf-8")), base)
     adapter = adapter_config(config, method, rank, targets, parameters)
     report = planned(whole, adapter)

@@ -58,7 +58,7 @@ class _LayerType(ABCMeta):
     kind: str | None  # type of the base layer, or name of its store; None: any; "": graft has no such layers
     derived: bool  # by a client
 
-    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object):
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, object], **options: object) -> _LayerType:
         if "method" in namespace:
             return super().__new__(mcs, name, bases, namespace | {"derived": False}, **options)
         bases = tuple(b for b in bases if b is not nn.Module)  # PEFT's are no modules, so that clients add it in front

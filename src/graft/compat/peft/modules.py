@@ -144,7 +144,7 @@ class _Distribution(importlib.metadata.Distribution):
     def __init__(self, version: str):
         self._texts = {"METADATA": metadata(version), "top_level.txt": ROOT}
 
-    def read_text(self, filename: str) -> str | None:  # type: ignore[override]
+    def read_text(self, filename: str) -> str | None:
         return self._texts.get(filename)
 
     def locate_file(self, path: str | os.PathLike[str]) -> Any:

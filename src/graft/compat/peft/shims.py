@@ -288,7 +288,7 @@ def gather_params_ctx(
         yield
 
 
-def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager:
+def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager[object]:
     """Build modules on the meta device in this block."""
     return torch.device("meta")
 

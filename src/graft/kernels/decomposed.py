@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.kernels import low_rank, sparse
 from graft.kernels.cuts import Cut, piece_of, total, whole_of
@@ -76,8 +76,8 @@ class _Linear(Function):
 
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor, base: nn.Module,
-        input_gradient: object, scale: float, p: float, seed: int,
+        ctx: Context, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor,
+        base: Callable[[Tensor], Tensor], input_gradient: object, scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
         y = base(x)
         flat = x.reshape(-1, x.shape[-1])

@@ -278,8 +278,8 @@ class _LowRankLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: nn.Module, input_gradient: object, scale: float,
-        p: float, seed: int,
+        ctx: Context, x: Tensor, W: Tensor, A: Tensor, B: Tensor, base: Call, input_gradient: InputGradient,
+        scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
         y = base(x)
         h = down(x.reshape(-1, x.shape[-1]), A, 1.0, p, seed)
@@ -399,8 +399,8 @@ class _OneProduct(Function):
 
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, h: Tensor, W: Tensor, bias: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor,
-        call: Callable[[Tensor, Tensor, Tensor], Tensor], input_gradient: object,
+        ctx: Context, x: Tensor, h: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor,
+        b: Tensor, call: Call, input_gradient: InputGradient,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(h, W, A, B, d, b)
         ctx.input_gradient = input_gradient

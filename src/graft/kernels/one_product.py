@@ -52,8 +52,9 @@ def holds(numbers: Tensor, W: Tensor) -> bool:
 class _OneProduct(Function):
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, W: Tensor, bias: Tensor, kind: Any, call: Any, input_gradient: object, *fields: Any
-    ) -> Tensor:
+        ctx: Context, x: Tensor, W: Tensor | None, bias: Tensor | None, kind: Callable[..., Any], call: Call,
+        input_gradient: InputGradient, *fields: object,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, W, *[f if isinstance(f, Tensor) else None for f in fields])
         ctx.facts = [None if isinstance(f, Tensor) else f for f in fields]
         total = kind(*fields).added(W)

@@ -151,7 +151,7 @@ class _Linear(Function):
         ctx: Context,
         x: Tensor,
         W: Tensor,
-        base: nn.Module,
+        base: Callable[[Tensor], Tensor],
         input_gradient: object,
         groups: Sequence[Group],
         *factors: Tensor,

@@ -38,7 +38,7 @@ def go_straight(
     before = kind.__torch_function__.__func__  # type: ignore[attr-defined]
 
     def through(
-        cls: object, func: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+        cls: object, func: object, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func is linear and torch.is_grad_enabled():
@@ -73,11 +73,11 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
         owner.forward = _through(owner.forward, lambda m: OF_KIND.get(type(m)))
 
 
-def _through(before: Callable[..., object], store_of: Callable[[nn.Module], Any]) -> Callable[..., object]:
+def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]) -> Callable[..., Tensor]:
     """Return a forward that does as `before`, and lets gradients through."""
 
     @wraps(before)
-    def through(m: nn.Module, x: object, *args: object, **kwargs: object) -> object:
+    def through(m: nn.Module, x: object, *args: object, **kwargs: object) -> Tensor:
         store = store_of(m)
         if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
             return before(m, x, *args, **kwargs)
@@ -101,7 +101,7 @@ def _through(before: Callable[..., object], store_of: Callable[[nn.Module], Any]
     return through
 
 
-def linear_arguments(input: object, weight: object, bias: object = None) -> tuple[object, object, object]:
+def linear_arguments(input: Tensor, weight: object, bias: Tensor | None = None) -> tuple[Tensor, object, Tensor | None]:
     return input, weight, bias
 
 
@@ -111,7 +111,7 @@ class _Straight(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, dense: object, run: Callable[..., Tensor]) -> Tensor:
+    def forward(x: Tensor, bias: Tensor | None, dense: Callable[[], Tensor], run: Callable[..., Tensor]) -> Tensor:
         y = run(x, bias)
         return y.clone() if y._is_view() else y
 

@@ -9,6 +9,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from functools import cache
@@ -89,8 +90,9 @@ class PeftConfig:
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set a field; `peft_type` by its name is the member of the enum, whoever sets it."""
-        if name == "peft_type" and isinstance(value, str) and value in [t.value for t in self.peft_types]:
-            value = self.peft_types(value)
+        if name == "peft_type" and isinstance(value, str):
+            with suppress(ValueError):  # an unknown one is refused elsewhere
+                value = self.peft_types(value)
         super().__setattr__(name, value)
 
     # one layer's view

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which cells of a matrix of laws run by default: a covering array. `make test-all` runs the full product.
 
-Every law meets every sample of every method, every layer type, every storage, and every method on every kind of layer
-that it can adapt. Which cell serves which of these depends on the law's name, so that together the laws meet far more.
+Every law meets every method, every layer type and every storage; a sample of a method, and a method on a kind of layer
+that it can adapt, some of the laws. Which, depends on the law's name, so that together the laws meet far more.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 import zlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,17 @@ class Case(tuple):
     """A cell that is no more than its parts."""
 
     def __str__(self) -> str:
-        return "-".join(map(str, self))
+        return "-".join(part.__name__ if isinstance(part, type) else str(part) for part in self)
+
+
+def product(*axes: Iterable[Any]) -> list[Case]:
+    """Return the cells of a matrix of these axes."""
+    return [Case(cell) for cell in itertools.product(*axes)]
+
+
+def pairs(case: Case) -> list[Hashable]:
+    """What a test of several parameters meets: each value of each beside each value of every other."""
+    return list(itertools.combinations(enumerate(case), 2))
 
 
 def cover(law: str, cells: Sequence[Any], features: Callable[[Any], Sequence[Hashable]]) -> list[Any]:
@@ -62,10 +73,23 @@ def cover(law: str, cells: Sequence[Any], features: Callable[[Any], Sequence[Has
     return [cells[i] for i in sorted(chosen)]
 
 
-def law(names: str, cells: Sequence[Any], features: Callable[[Any], Sequence[Hashable]]) -> Callable[[Any], Any]:
-    """Decorate a test with the cells that its law meets."""
+Features = Callable[[Any], Sequence[Hashable]]
+
+
+def law(
+    names: str, cells: Sequence[Any], features: Features, more: tuple[Features, pytest.MarkDecorator] | None = None
+) -> Callable[[Any], Any]:
+    """Decorate a test with the cells that its law meets; those with `more` features, too, under a mark."""
 
     def decorate(test: Any) -> Any:
-        return pytest.mark.parametrize(names, cover(test.__name__, cells, features), ids=str)(test)
+        met = cover(test.__name__, cells, features)
+        if more is None:
+            return pytest.mark.parametrize(names, met, ids=str)(test)
+        added = [cell for cell in cover(test.__name__, cells, more[0]) if cell not in met]
+        alone = "," not in names
+        marked = [pytest.param(*([c] if alone else c), marks=more[1], id=str(c)) for c in added]
+        return pytest.mark.parametrize(
+            names, [*(pytest.param(*([c] if alone else c), id=str(c)) for c in met), *marked]
+        )(test)
 
     return decorate

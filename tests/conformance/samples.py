@@ -225,14 +225,16 @@ CELLS, CALLED_CELLS = cells(SAMPLES), cells(CALLED)
 
 
 def features(cell: Cell) -> list[tuple]:
-    """What a law should meet: the sample, the layer, the storage, the method on this kind of layer."""
+    """What a law should meet: the method, layer and storage; some of its samples, and it on some kinds of layer."""
     kind = cell.layer.traits.replace("no-bias", "").strip() or cell.layer.name.removesuffix("-no-bias")
     return [
-        ("sample", str(cell.sample)),
+        ("method", cell.sample.method),
         ("layer", cell.layer.name),
-        ("store", cell.store.name, cell.sample.method),
+        ("store", cell.store.name),
         ("kind", kind),
-        Sometimes(("kind", kind, cell.sample.method), 3),
+        Sometimes(("sample", str(cell.sample)), 3),
+        Sometimes(("store", cell.store.name, cell.sample.method), 3),
+        Sometimes(("kind", kind, cell.sample.method), 6),
     ]
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.conformance.samples import CALLED_CELLS, LAYERS, SAMPLES, STORES, Cell
+from tests.conformance.samples import CALLED_CELLS, LAYERS, SAMPLES, STORES, Cell, features
+from tests.covering import law
 from tests.looks import layers, merged, registry_of
 from tests.methods import test_xlora as xlora
 from tests.models import disturb, seeded
@@ -50,7 +51,7 @@ def beside(cell, merge):
     return cell.sample.called(disturb(model).eval())
 
 
-@pytest.mark.parametrize("cell", DENSE, ids=str)
+@law("cell", DENSE, features)
 @torch.no_grad()
 def test_beside_an_adapter_that_is_merged(cell):
     model, x = beside(cell, False), cell.inputs()
@@ -76,7 +77,7 @@ def test_beside_an_adapter_that_is_merged(cell):
     close(model(x), cell.base()(x))
 
 
-@pytest.mark.parametrize("cell", DENSE, ids=str)
+@law("cell", DENSE, features)
 @torch.no_grad()
 def test_made_while_another_is_merged_it_is_the_same(cell):
     made = []
@@ -90,7 +91,7 @@ def test_made_while_another_is_merged_it_is_the_same(cell):
     close(*made)
 
 
-@pytest.mark.parametrize("cell", [cell for cell in DENSE if not cell.layer.ids], ids=str)
+@law("cell", [cell for cell in DENSE if not cell.layer.ids], features)
 def test_gradients_are_derivatives(cell):
     model = disturb(cell.fresh(base=cell.base().double())).double()
     held = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import PeftError
 from tests.conformance.samples import ADAPTERS, CALLED, SAMPLES
+from tests.covering import Sometimes, law
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers, layers_of
 from tests.models import adapted, disturb, seeded
@@ -148,6 +149,7 @@ def why_not(sample):
 
 ALL = [s for s in (*SAMPLES, *CALLED) if s.method not in ("LORA", "ADALORA", "SDT")]  # which have tests of their own
 FITS = [s for s in ALL if why_not(s) is None]
+some = law("sample", FITS, lambda s: [s.method, Sometimes(str(s), 2)])
 
 
 @pytest.mark.parametrize("sample", [s for s in ALL if why_not(s)], ids=str)
@@ -161,7 +163,7 @@ def test_a_refusal_says_why_and_changes_nothing(sample):
     assert all(p is before[n][0] and torch.equal(p, before[n][1]) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("sample", FITS, ids=str)
+@some
 def test_each_matrix_is_adapted_as_a_linear_layer(sample):
     stack, twin = pair(sample)
     found, expected = results(stack), results(twin)
@@ -192,7 +194,7 @@ def test_a_single_square_matrix_in_bfloat16(sample, monkeypatch):
             assert_close(ours.tensor.grad[0], theirs.tensor.grad, rtol=0.1, atol=0.1 * largest)
 
 
-@pytest.mark.parametrize("sample", FITS, ids=str)
+@some
 def test_merging_files_and_switching_off(sample, tmp_path):
     stack, twin = pair(sample)
     with torch.no_grad():
@@ -218,7 +220,7 @@ def test_merging_files_and_switching_off(sample, tmp_path):
         assert torch.equal(copied(X), expected)
 
 
-@pytest.mark.parametrize("sample", [s for s in FITS if s.together], ids=str)
+@law("sample", [s for s in FITS if s.together], lambda s: [s.method, Sometimes(str(s), 2)])
 def test_rows_of_a_batch(sample):
     model = disturb(with_sample(base(), sample, ADAPTERS, target_parameters=["experts.up_proj"]))
     names = ["other", "__base__", "default", "other"]
@@ -231,7 +233,7 @@ def test_rows_of_a_batch(sample):
                 assert_close(found[row], model(X[row : row + 1])[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sample", FITS, ids=str)
+@some
 def test_conversion_to_lora(sample):
     """Each matrix gets factors of its own, of the highest rank here."""
     model = disturb(with_sample(base(), sample, ("default",), target_parameters=["experts.up_proj"]))

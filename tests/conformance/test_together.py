@@ -12,7 +12,7 @@ from tests.conformance.samples import ADAPTERS, CALLED_CELLS, CELLS, Net, featur
 from tests.covering import EVERYTHING, law
 from tests.models import seeded
 
-STEPS = 20 if EVERYTHING else 5
+STEPS = 20 if EVERYTHING else 3
 ROWS = {"default": 5, "other": 20}  # with the second, kernels take over that do not pay for the first
 RATES = {"default": 1e-2, "other": 3e-2}
 

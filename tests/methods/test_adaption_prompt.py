@@ -356,6 +356,24 @@ def test_a_mixed_batch_is_each_row_alone(name):
             assert_close(got[key], p.grad, rtol=1e-4, atol=1e-5)
 
 
+@every
+@torch.no_grad()
+def test_rows_of_others_may_adapt_the_layers_of_the_attention(name):
+    """Which the prompt goes through as well, with rows of its own."""
+    with seeded(1):
+        model = graft.get_peft_model(make(name), config(), mixed=True).eval()
+        targets = ["c_attn", "attn.c_proj"] if name == "gpt2" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+        low = graft.LoraConfig(target_modules=targets, init_lora_weights=False, fan_in_fan_out=name == "gpt2")
+        model.add_adapter("low", low)
+    opened(model)
+    names, batch = ["low", "default", "__base__", "default", "low"], models.inputs("llama", 5)
+    mixed = model(**batch, adapter_names=names).logits
+    for row, adapter in enumerate(names):
+        model.set_adapter([a for a in [adapter] if a != "__base__"])
+        alone = model(**{k: v[row : row + 1] for k, v in batch.items()}).logits
+        assert_close(mixed[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_copied_models_do_the_same(dtype):
     model = opened(adapt(base=make(dtype=dtype)))

@@ -121,7 +121,8 @@ class Mixed:
             return layer.base_module(*args, **kwargs) if one is None else one.run(*args, **kwargs)
         if self.whole is not None:
             output = layer.base_module(*args, **kwargs)
-            x = rows.take(self.whole.input(args, kwargs), layer.site.key)
+            with self.without_others(rows):
+                x = rows.take(self.whole.input(args, kwargs), layer.site.key)
             return with_first(output, lambda y: self.add(rows.on(x.device), x, y))
         if self.blocks:
             return self.around(rows, args, kwargs)
@@ -328,6 +329,24 @@ class Mixed:
         finally:
             call.narrowed(before)
 
+    @contextmanager
+    def without_others(self, rows: Rows) -> Iterator[None]:
+        """Have layers within the module see rows of adapters that do nothing here as rows of the base: what runs once
+        more for the adapters here draws nothing for others."""
+        if None not in self.plans.values():
+            yield
+            return
+        groups: dict[Key, list[int]] = {}
+        for key, own in rows.groups.items():
+            groups.setdefault(None if self.plans[key] is None else key, []).extend(own)
+        call = self.layer.call
+        own_rows = Rows.placed(rows.batch, groups, rows.order.device)
+        before = call.narrowed(call.now()._replace(rows=own_rows))
+        try:
+            yield
+        finally:
+            call.narrowed(before)
+
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""
         layer, context = self.layer, self.layer.call.now()
@@ -345,10 +364,10 @@ class Mixed:
                 continue
             own, part = x.index_select(0, index), y.index_select(0, index)
             with self.drawing(name, x.device):
-                if gates is None and not facts and not self.tapped:
+                if gates is None and not facts and not self.tapped and self.whole is None:
                     part = plan.add(own, part, fuse)
                 else:
-                    with self.seeing(index):
+                    with self.seeing(index) if self.whole is None else self.alone(index, name):
                         part = plan.add(own, part, fuse) if gates is None else plan.gated(own, part)
             y.index_copy_(0, index, part.to(y.dtype))
         return y

@@ -225,10 +225,10 @@ CELLS, CALLED_CELLS = cells(SAMPLES), cells(CALLED)
 
 
 def features(cell: Cell) -> list[tuple]:
-    """What a law should meet: the method, layer and storage; some of its samples, and it on some kinds of layer."""
+    """What a law should meet: the adapter, layer and storage; some of its samples, and it on some kinds of layer."""
     kind = cell.layer.traits.replace("no-bias", "").strip() or cell.layer.name.removesuffix("-no-bias")
     return [
-        ("method", cell.sample.method),
+        ("adapter", cell.sample.adapter),
         ("layer", cell.layer.name),
         ("store", cell.store.name),
         ("kind", kind),

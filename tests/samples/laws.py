@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,9 +46,14 @@ class Sample:
         return f"{self.method}-{self.label}" if self.label else self.method
 
     @property
+    def adapter(self) -> type[Method]:
+        """The class that its config selects."""
+        return class_of(self)
+
+    @property
     def hooks(self) -> frozenset[str]:
         """By which hooks of a method it says what it does."""
-        found = graft.method_of(self.method).variant(self.make())
+        found = self.adapter
         return frozenset(h for h in HOOKS if getattr(found, h, None) is not getattr(Method, h, None))
 
     def make(self, adapter: str = "default"):
@@ -58,6 +65,13 @@ class Sample:
         if self.needs is not None:
             model.register_forward_pre_hook(Needs(self.needs), with_kwargs=True)
         return model
+
+
+@cache
+def class_of(sample: Sample) -> type[Method]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a test that makes the config sees them
+        return graft.method_of(sample.method).variant(sample.make())
 
 
 @dataclass(frozen=True)

@@ -286,23 +286,23 @@ def whole_copy(module: M, values: dict[str, Tensor]) -> M:
 
     It is without the hooks, wrappers and classes that layouts put on modules.
     """
-    held: nn.Module = module
-    while (inner := inside(held)) is not None:
-        held = inner
-    kind: Any = next(c for c in type(held).__mro__ if not c.__name__.startswith("FSDP"))
+    bare: nn.Module = module
+    while (inner := inside(bare)) is not None:
+        bare = inner
+    kind: Any = next(c for c in type(bare).__mro__ if not c.__name__.startswith("FSDP"))
     made: M = kind.__new__(kind)
-    own = parameters_in(held)
-    for name, value in held.__dict__.items():
+    own = parameters_in(bare)
+    for name, value in bare.__dict__.items():
         if name not in own:
             made.__dict__[name] = type(value)() if "hooks" in name and isinstance(value, dict) else value
-    made.__dict__.update(_parameters=dict.fromkeys(held._parameters), _buffers=dict(held._buffers), _modules={})
+    made.__dict__.update(_parameters=dict.fromkeys(bare._parameters), _buffers=dict(bare._buffers), _modules={})
     for name, p in own.items():
         made._parameters[name] = nn.Parameter(values.get(name, p).detach(), p.requires_grad)
     copies = {id(p): made._parameters[name] for name, p in own.items()}
     for name, value in made.__dict__.items():
         if isinstance(value, list):  # a recurrent layer has its parameters in one as well
             made.__dict__[name] = [copies.get(id(item), item) for item in value]
-    for name, child in held._modules.items():
+    for name, child in bare._modules.items():
         below = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
         made._modules[name] = None if child is None else whole_copy(child, below)
     return made

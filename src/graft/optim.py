@@ -58,7 +58,8 @@ def gram(factor: Tensor, damping: float) -> Tensor:
     if not factor.is_cpu:
         return by_cholesky(factor, damping)
     factor = factor.float()
-    return torch.linalg.pinv(factor @ factor.T + damping * torch.eye(len(factor), device=factor.device))
+    inverted: Tensor = torch.linalg.pinv(factor @ factor.T + damping * torch.eye(len(factor), device=factor.device))
+    return inverted
 
 
 def by_cholesky(factor: Tensor, damping: float) -> Tensor:
@@ -366,7 +367,7 @@ NEWTON_SCHULZ_STEPS = 5
 def orthogonalised(M: Tensor) -> Tensor:
     """Return U V of M = U diag(S) V (m, n), about: all singular values become some number between 0.7 and 1.2."""
     a, b, c = NEWTON_SCHULZ
-    X = M.float() if len(M) <= M.shape[1] else M.float().T
+    X: Tensor = M.float() if len(M) <= M.shape[1] else M.float().T
     X = X / X.norm().clamp_min(1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         G = X @ X.T

@@ -108,7 +108,8 @@ def format_of(config: Json, option: str | None) -> str | None:
 
 def adapter_config(path: Path | None, method: str, rank: int, targets: str, parameters: str = "") -> PeftConfig:
     """Return the config of the adapter: of a file, or of the options."""
-    from graft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+    from graft.config.base import PeftConfig
+    from graft.model.api import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if path is not None:
         return PeftConfig.from_pretrained(str(path.parent if path.is_file() else path))

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,10 +42,10 @@ def made_early(job: Job) -> float:
     total, here = 0.0, job.here.values()
     if job.method.shares and here:
         layers = Layers(job.model, [m.alone.site for m in here], job.cfg, job.shared.containers, job.others)
-        total += size(lambda: job.method.share(layers).values())
+        total += size(lambda: job.method.share(layers))
     rows = [m for m in job.beside.values() if isinstance(m, TrainableTokens)]
     early = [*(m for m in here if Use.READS in m.uses_weight()), *rows]
-    return total + sum(size(lambda m=method: placeholders(m, {}).values()) for method in early)  # type: ignore[misc]
+    return total + sum(size(partial(placeholders, method, {})) for method in early)
 
 
 class Largest(TorchDispatchMode):
@@ -67,12 +68,13 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def size(make: Callable[[], Iterable[object]]) -> float:
+def size(make: Callable[[], Mapping[str, object]]) -> float:
     """Count the numbers that `make` needs room for: in what it returns, or in its largest tensor. Run it on meta."""
+    largest = Largest()
     try:
-        with META, Largest() as largest, warnings.catch_warnings():
+        with META, largest, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when it is made for good
-            return max(sum(numbers(value) for value in make()), largest.numbers)
+            return max(sum(numbers(value) for value in make().values()), largest.numbers)
     except (RuntimeError, OverflowError):  # shapes that no tensor can have
         return math.inf
 

@@ -63,7 +63,8 @@ class Budget:
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        total: float = sum(vars(self).values())
+        return total
 
     def as_dict(self) -> dict[str, float]:
         return {**vars(self), "total": self.total}

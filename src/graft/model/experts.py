@@ -48,7 +48,8 @@ class XLoraRegistry(LayerRegistry):
     expert_places: dict[str, int]
 
     def method_for(self, config: PeftConfig) -> type[Method]:
-        return method_of(config.peft_type)
+        method: type[Method] = method_of(config.peft_type)
+        return method
 
     @property
     def classifier(self) -> XLoraClassifier:

@@ -26,8 +26,8 @@ from graft.model.tuner import Tuner, targets_of
 
 def registry_in(model: nn.Module) -> Registry | None:
     """Return the registry of a model's adapters; None without a PeftModel or registry."""
-    model = getattr(model, "_orig_mod", model)
-    return registry_of(model)
+    registry: Registry | None = registry_of(getattr(model, "_orig_mod", model))
+    return registry
 
 
 def parts_in(model: nn.Module) -> list[AdapterLayer | Wrapper]:

@@ -113,7 +113,8 @@ class PeftModel(nn.Module):
 
     @property
     def _registry(self) -> Registry:
-        return registry_of(self)
+        registry: Registry = registry_of(self)
+        return registry
 
     def _extend_config(self, config: PeftConfig) -> None:
         """Add heads that must train to the config: a hook for task classes."""

@@ -71,4 +71,5 @@ def model_of(path: str | os.PathLike[str], names: Sequence[str]) -> nn.Module:
     import transformers
 
     kind = next((k for n in names if (k := getattr(transformers, n, None)) is not None), transformers.AutoModel)
-    return kind.from_pretrained(path, local_files_only=True, dtype=torch.float32).eval()
+    model: nn.Module = kind.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+    return model.eval()

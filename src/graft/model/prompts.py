@@ -107,7 +107,7 @@ class Prompts(Registry):
         cfg = copy.copy(config)
         self._fit(cfg)
         if options.values is not None:
-            options.values.check_room(size(lambda: [self._made(cfg)]))
+            options.values.check_room(size(lambda: {"": self._made(cfg)}))
         draw_alike(self.model.modules())
         prompt, disabled = self._made(cfg), self.switched_off
         prompt.to(self.stacks["main"].device)

@@ -154,8 +154,8 @@ def rows() -> tuple[Row, ...]:
 
 
 def class_of(config: PeftConfig) -> type[Method] | type[Prompt]:
-    method = method_of(config.peft_type)
-    return method.variant(config) if hasattr(method, "variant") else method
+    method: type[Method] | type[Prompt] = method_of(config.peft_type)
+    return method.variant(config) if issubclass(method, Method) else method
 
 
 def adapter_of(config: PeftConfig) -> str:

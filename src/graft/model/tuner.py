@@ -217,7 +217,7 @@ def targets_of(tuner: Tuner, config: PeftConfig) -> Callable[[str], bool]:
 
 def steps_under_way(tuner: Tuner, step: str) -> Steps:
     """Return the Steps of the injection under way."""
-    steps = registry_of(tuner).steps
+    steps: Steps | None = registry_of(tuner).steps
     if steps is None:
         raise RuntimeError(
             f"{type(tuner).__name__}.{step} makes no layer by itself: called by a replacement of a step, it tells the "

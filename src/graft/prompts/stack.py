@@ -142,7 +142,7 @@ class Stack:
     # facts
 
     @property
-    def words(self) -> Any:
+    def words(self) -> nn.Module | None:
         """The word embeddings that the model has now: an adapter may have its own."""
         return words_in(self.module) or words_in(self.model)
 

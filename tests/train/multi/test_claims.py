@@ -16,9 +16,9 @@ import pytest
 import graft
 from graft.core.errors import FolderInUseError
 from graft.train.multi import MultiTrain
-from graft.train.multi.claims import FILE, Claims
+from graft.train.multi.claims import LOCKS, Claims
 from graft.train.multi.sweep import TABLE
-from tests.threads import in_child
+from tests.threads import in_child, start
 from tests.train.multi.alone import SPECS, batches, tiny
 from tests.train.multi.test_sweep import swept
 
@@ -51,7 +51,7 @@ def begun(*names):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != FILE}
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and LOCKS not in path.parts}
 
 
 def test_another_process_is_refused_until_the_first_is_killed(tmp_path):
@@ -139,13 +139,41 @@ def test_all_names_or_none(tmp_path):
     assert held(tmp_path, "a", "b") == ["b"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_copy_of_the_process_holds_nothing(tmp_path):
+    """As the workers of a loader, which may end before their parent or after it."""
+    claims = Claims()
+    claims.take(str(tmp_path), ["a"])
+    assert in_child(claims.release) == 0 and held(tmp_path, "a") == ["a"]
+    assert in_child(lambda: claims.take(str(tmp_path), ["a"])) != 0
+    child = start(signal.pause)
+    try:
+        claims.release()
+        assert held(tmp_path, "a") == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_where_nobody_can_write_there_is_nothing_to_claim(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    one, other = Claims(), Claims()
+    with monkeypatch.context() as context:
+        context.setattr(os, "mkdir", refuse)
+        one.take(str(tmp_path), ["a"])
+    other.take(str(tmp_path), ["a"], alone=True)
+    assert held(tmp_path, "a") == ["a"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_where_files_have_no_locks_it_says_so(tmp_path, monkeypatch, number):
     import fcntl
 
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.warns(graft.PeftWarning, match=f"{tmp_path} is on a system whose files have no locks"):
         assert swept(tmp_path, rungs=1).best.state == "kept"

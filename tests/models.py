@@ -8,6 +8,7 @@ scale cannot hide behind symmetry or behind an absolute tolerance.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,23 @@ def _original(name: str) -> nn.Module:
 
 def make(name: str) -> nn.Module:
     """A fresh model in eval mode, with the same weights every time."""
-    return copy.deepcopy(_original(name))  # half the time of building one
+    return clone(_original(name), {})
+
+
+def clone(module: nn.Module, memo: dict) -> nn.Module:
+    """`copy.deepcopy` of a module in a third of the time: most of what a module has are empty dictionaries."""
+    if id(module) in memo:
+        return memo[id(module)]
+    memo[id(module)] = new = object.__new__(type(module))
+    for key, value in vars(module).items():
+        if key == "_modules":
+            value = {name: None if child is None else clone(child, memo) for name, child in value.items()}
+        elif type(value) in (dict, OrderedDict) and not value:
+            value = type(value)()
+        else:
+            value = copy.deepcopy(value, memo)
+        new.__dict__[key] = value
+    return new
 
 
 @cache

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Python programs in processes of their own that need not import torch and transformers first.
 
-`run` is `subprocess.run` of this Python for programs that may begin with both loaded: a process that has them, one for
-each of pytest's, forks for every program. graft is in none of them, nor transformers' Trainer. What is about starts,
-imports or settings that torch reads at its own takes `subprocess`.
+`run` is `subprocess.run` of this Python for programs that may begin with both loaded, and graft too: a process that
+has them, one for each of pytest's, forks for every program. transformers' Trainer is in none of them. What is about
+starts, imports or settings that torch reads at its own takes `subprocess`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-PRELOADED = ("torch._dynamo", "numpy", "safetensors.torch", "transformers.models.llama.modeling_llama")
+PRELOADED = (
+    "torch._dynamo", "numpy", "safetensors.torch", "transformers.models.llama.modeling_llama", "graft.model.api",
+    "graft.methods.lora", "graft.command.app",
+)  # fmt: skip
 
 
 def run(

@@ -45,30 +45,43 @@ def hub(status, code):
         server.server_close()
 
 
-def run(endpoint, home, *words):
-    code = "from graft.command import main; main()"
+VERBS = """
+import contextlib, io, json, sys
+from graft.command import main
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            print(json.dumps([end.code, out.getvalue(), err.getvalue()]), file=sys.__stdout__)
+"""
+
+
+def run(endpoint, home, *commands):
+    """Run commands in one process; return the code, the output and the errors of each."""
     own = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_TOKEN": "hf_of_another"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)],
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        timeout=120,
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", VERBS, words], env=os.environ | own, capture_output=True, text=True, timeout=120
     )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("status, code, says", [
     (None, "", "refused"), (401, "", "Log in"), (403, "", "Log in"), (404, "RepoNotFound", "RepositoryNotFoundError"),
 ])  # fmt: skip
-@pytest.mark.parametrize("verb", ["push", "pull"])
-def test_one_line_says_why(verb, status, code, says, tmp_path):
-    words = ("push", ADAPTER, "me/it") if verb == "push" else ("pull", "me/it", "-o", tmp_path / "got")
+def test_one_line_says_why(status, code, says, tmp_path):
+    commands = ("push", ADAPTER, "me/it"), ("pull", "me/it", "-o", tmp_path / "got")
     if status is None:
-        done = run("http://127.0.0.1:9", tmp_path / "home", *words)  # where nobody listens
+        results = run("http://127.0.0.1:9", tmp_path / "home", *commands)  # where nobody listens
     else:
         with hub(status, code) as endpoint:
-            done = run(endpoint, tmp_path / "home", *words)
-    assert done.returncode == 3 and done.stdout == "", done.stderr
-    assert done.stderr.startswith("graft: ") and "me/it" in done.stderr and "Traceback" not in done.stderr
-    assert says in done.stderr
+            results = run(endpoint, tmp_path / "home", *commands)
+    for command, (returned, out, err) in zip(commands, results, strict=True):
+        assert returned == 3 and out == "", (command, err)
+        assert err.startswith("graft: ") and "me/it" in err and "Traceback" not in err
+        assert says in err
     assert not (tmp_path / "got").exists()

@@ -181,20 +181,31 @@ def test_bad_input(run, folder, tmp_path):
 
 def test_no_verb_waits_for_torch(folder, tmp_path):
     """Files are read, compared and written by numpy alone: a start takes a fraction of torch's."""
-    code = (
-        "import sys\nfrom graft.command import main\nsys.argv = ['graft', *sys.argv[1:]]\n"
-        "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
-        "heavy = {'torch', 'transformers', 'huggingface_hub', 'matplotlib', 'safetensors', 'peft'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    for args in (
+    commands = (
         ["inspect", folder / "a", "--spectrum"], ["inspect", folder / "a", "--json"],
         ["diff", folder / "a", folder / "a"], ["lint", folder / "a", "--base", folder / "base"],
         ["resize", folder / "a", "-o", tmp_path / "r", "--rank", "2"],
         ["extract", folder / "tuned", folder / "base", "-o", tmp_path / "e"], ["--help"],
-    ):  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
-        assert done.returncode == 0, (args, done.stderr)
+    )  # fmt: skip
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", LIGHT, words], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("7 are light\n"), done.stderr
+
+
+LIGHT = """
+import json, sys
+from graft.command import main
+heavy, light = {"torch", "transformers", "huggingface_hub", "matplotlib", "safetensors", "peft"}, 0
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (words, end.code)
+    assert not heavy & set(sys.modules), (words, heavy & set(sys.modules))
+    light += 1
+print(light, "are light")
+"""
 
 
 def test_help_names_every_verb(run):

@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +33,7 @@ from graft.files.errors import LossError, OptionError, OutputExistsError
 from graft.files.merging import merge
 from graft.files.merging.stream import Workplace
 from graft.model.merge_files import merge_files
+from tests import fresh
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of ties and of PiSSA, which other tests have
@@ -434,39 +432,32 @@ def test_a_dry_run_writes_nothing(tmp_path):
 # killed
 
 
-SLOW = """
-import sys, time
+KILLED = """
+import os, signal, sys
 from graft.files.merging import merge, stream
-whole = stream.write_shard
-def slow(path, outs):
-    made = whole(path, outs)
-    print("shard", flush=True)
-    time.sleep(float(sys.argv[4]))
+whole, left = stream.write_shard, int(sys.argv[4])
+def killed(path, outs):
+    global left
+    made = whole(path, outs) if left else None
+    left -= 1
+    if left < 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     return made
-stream.write_shard = slow
-account = merge(sys.argv[1], [sys.argv[2]], sys.argv[3])
-print("resumed", account.resumed, flush=True)
+stream.write_shard = killed
+merge(sys.argv[1], [sys.argv[2]], sys.argv[3])
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no kill -9")
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_run_that_was_killed_goes_on(after, tmp_path):
+    """After so many shards, of which the last had not been noted as finished."""
     base = base_of("llama", tmp_path)
     model, adapter = saved_adapter("llama", tmp_path, lora())
-    command = [sys.executable, "-c", SLOW, str(base), str(adapter), str(tmp_path / "out")]
-    first = subprocess.Popen([*command, "60"], stdout=subprocess.PIPE, text=True)
-    for _ in range(after):
-        assert first.stdout.readline() == "shard\n"
-        if after > 1:
-            break
-    time.sleep(0.5 if after == 0 else 0)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    first.stdout.close()
+    done = fresh.run("-c", KILLED, base, adapter, tmp_path / "out", after)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists()
-    done = subprocess.run([*command, "0"], capture_output=True, text=True, check=True).stdout
-    assert "resumed" in done
+    assert merge(base, [adapter], tmp_path / "out").resumed == max(after - 1, 0)
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
 

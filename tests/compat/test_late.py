@@ -3,17 +3,15 @@
 
 import importlib.util
 import textwrap
-from functools import partial
 
 import pytest
 
-from tests.compat import test_compat
+from tests.compat.test_compat import run
 
-pytestmark = pytest.mark.slow
-
-run = partial(test_compat.run, forked=False)  # what is loaded already is the matter of these tests
-
-HIDDEN = "from tests.compat.hiding import hide; hide()"
+HIDDEN = "from tests.compat.hiding import hide; hide()"  # before anything is loaded
+WITH_AND_WITHOUT = pytest.mark.parametrize(
+    "hidden", [pytest.param(True, id="without PEFT", marks=pytest.mark.slow), pytest.param(False, id="with PEFT")]
+)
 CLIENTS = [
     pytest.param(
         name,
@@ -24,7 +22,7 @@ CLIENTS = [
 
 
 def process(code: str, hidden: bool) -> str:
-    return run((HIDDEN + "\n" if hidden else "") + textwrap.dedent(code))
+    return run((HIDDEN + "\n" if hidden else "") + textwrap.dedent(code), forked=not hidden)
 
 
 TRAINS = """
@@ -54,12 +52,12 @@ assert is_peft_available() is before[0] and (not before[0] or trainer.PeftModel 
 """
 
 
-@pytest.mark.parametrize("hidden", [True, False], ids=["without PEFT", "with PEFT"])
+@WITH_AND_WITHOUT
 def test_a_trainer_that_was_there_before(hidden):
     process(TRAINS, hidden)
 
 
-@pytest.mark.parametrize("hidden", [True, False], ids=["without PEFT", "with PEFT"])
+@WITH_AND_WITHOUT
 @pytest.mark.parametrize("client", CLIENTS)
 def test_clients_that_were_there_before(client, hidden):
     process(OF_CLIENTS[client], hidden)
@@ -126,10 +124,10 @@ def test_who_goes_on_using_peft_is_named():
     )
 
 
+@pytest.mark.slow
 def test_a_module_that_cannot_look_again_is_named_and_all_is_as_before():
-    run(
-        HIDDEN
-        + """
+    process(
+        """
 import sys, transformers.trainer as trainer, types
 from transformers.utils import is_peft_available
 assert not is_peft_available()
@@ -149,7 +147,8 @@ else:
     raise AssertionError
 assert not alias.installed() and not is_peft_available() and not hasattr(trainer, "PeftModel")
 assert "peft" not in sys.modules
-"""
+""",
+        hidden=True,
     )
 
 

@@ -14,7 +14,7 @@ from graft.files.neutral import LowRank
 from graft.files.tensors import tensor
 from tests import models
 from tests.pair import adapt, close, randomize
-from tests.samples import SAMPLES, over
+from tests.samples import SAMPLES, over_all
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and graft about the samples themselves
 LORA = [s for s in SAMPLES if s.method == "LORA" and not {"forward", "merge"} & s.unlike]
@@ -31,7 +31,7 @@ def some(seed, out=12, fan_in=9, r=4):
     return Product(rng.standard_normal((out, r)), rng.standard_normal((r, fan_in)))
 
 
-@over([s for s in LORA if not any(o in s.name for o in OTHERS)])
+@over_all([s for s in LORA if not any(o in s.name for o in OTHERS)])
 def test_products_are_what_pefts_layers_add(sample, tmp_path):
     model = randomize(adapt(peft, sample), sample)
     model.save_pretrained(tmp_path)
@@ -131,7 +131,7 @@ def test_new_factors_of_the_largest_triplets(kind):
         close(ours, U[:, :2] * S[:2] @ Vh[:2], 1e-11)
 
 
-@over([s for s in SAMPLES if s.method == "LORA" and "dora" in s.name and "pissa" not in s.name])
+@over_all([s for s in SAMPLES if s.method == "LORA" and "dora" in s.name and "pissa" not in s.name])
 def test_all_that_dora_changes(sample, tmp_path):
     model = randomize(adapt(peft, sample), sample)
     model.save_pretrained(tmp_path)
@@ -148,7 +148,7 @@ def test_all_that_dora_changes(sample, tmp_path):
         close(torch.from_numpy(algebra.with_magnitude(held, W.numpy())), theirs.double(), 2e-5)
 
 
-@over([s for s in SAMPLES if s.method == "LORA" and ("pissa" in s.name or "olora" in s.name)])
+@over_all([s for s in SAMPLES if s.method == "LORA" and ("pissa" in s.name or "olora" in s.name)])
 def test_what_was_taken_out_of_the_base_counts(sample, tmp_path):
     base = models.make(sample.model).state_dict()
     model = randomize(adapt(graft, sample), sample)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import graft
 from tests import models
+from tests.covering import EVERYTHING
 from tests.pair import adapt, close, close_dicts, output, randomize
-from tests.samples import Sample, each, first
+from tests.samples import Sample, each, first, over
 
 pytestmark = pytest.mark.graft_only
 
@@ -43,7 +44,9 @@ SAMPLES = [
 @example(SAMPLES[0], ["lora_A", "self_attn"])
 @example(SAMPLES[1], ["default", "head"])
 @example(SAMPLES[8], ["ln_tuning_layers", "1"])
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=40 if EVERYTHING else 10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 def test_any_names(sample, adapters):
     model = adapt(graft, sample, adapters[0])
     for name in adapters[1:]:
@@ -65,7 +68,7 @@ def test_any_names(sample, adapters):
             close(output(loaded, sample), outputs[name])
 
 
-@pytest.mark.parametrize("sample", each("plain head", "mlp llama conv2d"), ids=str)
+@over(each("plain head", "mlp llama conv2d"))
 def test_file_keys_do_not_depend_on_the_name(sample):
     one, other = (
         graft.get_peft_model_state_dict(adapt(graft, sample, name), adapter_name=name) for name in ("default", "weight")
@@ -73,7 +76,7 @@ def test_file_keys_do_not_depend_on_the_name(sample):
     close_dicts(one, other, 0)
 
 
-@pytest.mark.parametrize("sample", each("plain head", "mlp llama"), ids=str)
+@over(each("plain head", "mlp llama"))
 def test_every_tensor_of_an_adapter_is_saved(sample):
     """What is trainable is in the file, once."""
     model = randomize(adapt(graft, sample), sample)

@@ -93,7 +93,7 @@ SCRIPTS = {
 
 
 def scripts(table, samples):
-    """Cells of scripts and samples: each of both, and each script with a third of the methods."""
+    """Cells of scripts and samples: each of both, and each script with a sixth of the methods."""
     return law(
         "script, sample",
         [Case((script, sample)) for script in table for sample in samples],
@@ -101,7 +101,7 @@ def scripts(table, samples):
             case[0],
             case[1].method,
             (case[1].name, case[1].model),
-            Sometimes((case[0], case[1].method), 3),
+            Sometimes((case[0], case[1].method), 6),
         ],
     )
 

@@ -482,7 +482,7 @@ def test_default_targets_that_are_a_pattern():
 @law(
     "sample, meta",
     [Case((sample, meta)) for sample in SAMPLES for meta in (False, True)],
-    lambda case: [(case[0].method, case[1]), (case[0].model, case[1]), Sometimes((case[0].method, case[0].name), 3)],
+    lambda case: [(case[0].method, case[1]), (case[0].model, case[1]), Sometimes((case[0].method, case[0].name), 8)],
 )
 def test_plan_tells_what_injection_does(sample, meta):
     base = models.make(sample.model)

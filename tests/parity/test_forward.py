@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs and gradients are PEFT's, fresh and with arbitrary adapter values."""
+"""Initial values under a seed, outputs and gradients are PEFT's, fresh and with arbitrary adapter values."""
 
 import torch
 
 from tests import models
-from tests.pair import both, close, close_dicts, gradients, output, randomize
+from tests.pair import LIBS, adapt, both, close, close_dicts, gradients, output, randomize
+from tests.parity.test_init import assert_same_start
 from tests.samples import SAMPLES, alike, over_all
 
 DROPOUT = [s for s in SAMPLES if any("dropout" in key for key in s.kwargs)]
@@ -15,7 +16,10 @@ SAME_MASKS = [s for s in DROPOUT if s.method in SEEDED]
 
 @over_all(alike("forward"))
 def test_outputs_and_gradients(sample):
-    ours, theirs = (m.eval() for m in both(sample))
+    made = [(adapt(lib, sample), torch.get_rng_state()) for lib in LIBS]
+    if "init" not in sample.unlike:
+        assert_same_start(sample, *made)
+    ours, theirs = (m.eval() for m, _ in made)
     fresh, tolerance = output(theirs, sample), 5e-5 if "kasa" in sample.name else 1e-5  # a decomposed base
     if fresh.isfinite().all():  # PEFT's Gram-Schmidt of HRA's doubled initial columns divides by zero
         close(output(ours, sample), fresh, tolerance)

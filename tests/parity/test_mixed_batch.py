@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from tests import models
+from tests.covering import Case, Sometimes, law
 from tests.pair import LIBS, adapt, close, close_dicts, outcome, output, randomize
 from tests.samples import DRAWS, SAMPLES, by_row, each, first, over
 
 NAMES = ["b", "__base__", "default"]
+ROWS = {"all": NAMES, "one": ["default"] * 4, "repeated": ["b", "b", "__base__", "default", "b"]}
 # PEFT implements mixed batches for LoRA and RoAd; on the other methods it runs the wrong adapter in silence
 LORA = [
     s
@@ -58,10 +60,13 @@ EVERY = [
 
 
 @pytest.mark.graft_only
-@pytest.mark.parametrize("names", [NAMES, ["default"] * 4, ["b", "b", "__base__", "default", "b"]], ids="-".join)
-@over(EVERY + HEADS)
-def test_equals_row_by_row(sample, names):
-    model = two_adapters(LIBS[0], sample)
+@law(
+    "sample, rows",
+    [Case((s, rows)) for s in EVERY + HEADS for rows in ROWS],
+    lambda case: [case[0].method, (case[0].model, case[0].name), Sometimes((case[0].method, case[1]), 3), case[1]],
+)
+def test_equals_row_by_row(sample, rows):
+    model, names = two_adapters(LIBS[0], sample), ROWS[rows]
     expected = row_by_row(model, sample, names)
     mixed = models.output(model, {**models.inputs(sample.model, len(names)), "adapter_names": names})
     close(mixed, expected)

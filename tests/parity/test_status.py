@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from tests import models
-from tests.covering import Case, law
+from tests.covering import Case, Sometimes, law
 from tests.pair import LIBS, adapt, both, trainable
 from tests.samples import METHODS, SAMPLES, each, first, mergeable, over
 
@@ -53,7 +53,11 @@ STATUS_OF = [
         for state in STATES
         if state != "merged" or (s.method != "LN_TUNING" and mergeable([s]))
     ],
-    lambda case: [(case[1], case[0].method), (case[1], case[0].model), (case[0].method, case[0].model, case[0].name)],
+    lambda case: [
+        (case[1], case[0].model),
+        (case[0].method, case[0].model, case[0].name),
+        Sometimes((case[1], case[0].method), 3),
+    ],
 )
 def test_status(sample, state):
     found = []

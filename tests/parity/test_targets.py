@@ -9,7 +9,7 @@ from torch import nn
 
 import graft
 from tests import models
-from tests.covering import Case, Sometimes, law
+from tests.covering import EVERYTHING, Case, Sometimes, law
 from tests.pair import LIBS, outcome
 from tests.trees import Config, tree
 
@@ -179,7 +179,7 @@ def shared_cases():
                 yield cls, case
 
 
-@law("cls, case", [Case(c) for c in shared_cases()], lambda c: [c[0], c[1], Sometimes(c, 3)])
+@law("cls, case", [Case(c) for c in shared_cases()], lambda c: [c[0], c[1], Sometimes(c, 8)])
 def test_other_methods(cls, case):
     model, config = CASES[case]
     ours, theirs = (targeted(lib, model, cls, **OTHERS[cls], **config) for lib in LIBS)
@@ -240,9 +240,13 @@ def words() -> list[str]:
 
 
 def alike(types: list[str], name: str, cls: str, config: dict) -> list[str]:
-    """One of the types to which both libraries give the same targets. Only the tables know types."""
+    """One of the types to which both libraries give the same targets: only the tables know types.
+
+    LoRA meets all of these; the others, whose tables say the same of most types, a quarter.
+    """
     ours = graft.method_of(getattr(graft, cls)(**config).peft_type).targets
-    return list({(str(sorted(default_map(name)[t])), str(ours.get(t))): t for t in types}.values())
+    found = {(str(sorted(default_map(name)[t])), str(ours.get(t))): t for t in types}
+    return [t for t in found.values() if EVERYTHING or name == "LORA" or Sometimes(t, 4).by(cls)]
 
 
 @pytest.mark.parametrize("cls", MAPS)

@@ -154,6 +154,7 @@ def test_a_class_names_the_containers(peft_type):
 # the alias
 
 
+@pytest.mark.slow
 def test_install_and_uninstall():
     run(
         """
@@ -236,6 +237,7 @@ def test_command_line(tmp_path):
     assert printed.startswith("graft.compat.peft __main__ ['-x']")
 
 
+@pytest.mark.slow
 def test_transformers_own_integration():
     """model.add_adapter, set_adapter, load_adapter, … for every method, from a saved PeftModel as well."""
     run(

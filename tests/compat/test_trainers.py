@@ -7,6 +7,8 @@ import pytest
 
 from tests.compat import trainers
 
+pytestmark = pytest.mark.slow
+
 SOURCE = """
 import torch, peft
 from peft import LoraConfig, PeftModel, tuners

@@ -66,6 +66,7 @@ def test_the_second_example_is_a_part_of_its_file():
     ] == []
 
 
+@pytest.mark.slow
 def test_a_file_and_a_line_make_a_method(repository):
     assert lines(run(repository, "-c", USE.text)) == lines(USE.printed or "")
     names = "import graft; print(graft.ToyModel.__name__, graft.PeftType.TOY.value, graft.method_of('TOY').__module__)"

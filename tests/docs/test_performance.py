@@ -45,6 +45,7 @@ def run(folder, **changes):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_new_run_changes_page_picture_and_readme(copies):
     performance.main(run(copies, run="a later day"))
     assert "The run: a later day" in performance.PAGE.read_text()

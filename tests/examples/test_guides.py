@@ -94,6 +94,7 @@ def test_no_notebook_is_left_over():
     assert {path.stem for path in notebooks.NOTEBOOKS.iterdir()} == set(SAYS)
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_where_it_lies(tmp_path):
     """Its cells, one after the other, in a folder two below one with the examples."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,7 +57,16 @@ TEXT = {"Qwen3_5Moe", "Gemma4", "Llama4"}  # whose text model has a config of it
 
 
 def base(family: str, **sizes: Any) -> Any:
-    """Return a model in eval mode whose experts count."""
+    """Return a fresh model in eval mode whose experts count."""
+    return copy.deepcopy(_original(family)) if not sizes else _built(family, sizes)
+
+
+@cache
+def _original(family: str) -> Any:
+    return _built(family, {})
+
+
+def _built(family: str, sizes: dict[str, Any]) -> Any:
     import transformers as t
 
     name, own = FAMILIES[family]

@@ -7,6 +7,8 @@ step's choice depends on every part of the prompt and is decided by a wide margi
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 
 import torch
@@ -114,6 +116,11 @@ KEYS = ("prefix", "projection", "cartridge")
 
 def base(name: str) -> nn.Module:
     """A fresh model in eval mode, with the same weights every time, whose generation only ends with its length."""
+    return copy.deepcopy(_original(name))  # half the time of building one
+
+
+@functools.cache
+def _original(name: str) -> nn.Module:
     with seeded(0), torch.no_grad():
         model = MODELS[name]().eval()
         for p in model.parameters():

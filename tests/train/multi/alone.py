@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -25,6 +25,11 @@ llama = models.transformer(  # widths of whole vectors of the CPU: the last numb
 
 def tiny():
     """The same tiny language model each time."""
+    return copy.deepcopy(_tiny())
+
+
+@cache
+def _tiny():
     with models.seeded(0):
         return llama().eval()
 

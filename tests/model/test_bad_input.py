@@ -11,6 +11,7 @@ from torch import nn
 
 import graft
 from tests import models
+from tests.covering import law, product
 from tests.pair import adapt, output, randomize
 from tests.samples import each, first, mergeable
 
@@ -327,8 +328,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("case", ROWS)
-@pytest.mark.parametrize("sample", [*MLP, HEAD], ids=str)
+@law("sample, case", product([*MLP, HEAD], ROWS), lambda c: [str(c[0]), c[1]])
 def test_mixed_batches(sample, case):
     names, error, words = ROWS[case]
     model = adapt(graft, sample)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters that train together on a language model end with the bits of training alone: the same model, data, seeds."""
 
+import copy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -10,14 +11,20 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
+from tests.covering import EVERYTHING
 from tests.models import checkpoint, seeded
 
-STEPS, VOCAB = 20, 64
+STEPS, VOCAB = 20 if EVERYTHING else 6, 64
 QV = ["q_proj", "v_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def llama() -> nn.Module:
+    return copy.deepcopy(_llama())
+
+
+@cache
+def _llama() -> nn.Module:
     with seeded(0):
         return LlamaForCausalLM(
             LlamaConfig(

@@ -105,7 +105,7 @@ def test_dropout_is_drawn_for_the_rows_of_each_adapter():
     assert all(not torch.equal(one[i], two[i]) for i in (0, 2, 3))
 
 
-@pytest.mark.parametrize("method", ["LORA", "HRA"])
+@pytest.mark.parametrize("method", ["LORA", pytest.param("HRA", marks=pytest.mark.slow)])
 def test_compiled(method):
     torch._dynamo.reset()
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))

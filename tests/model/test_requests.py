@@ -21,6 +21,7 @@ from graft.io.load import Values
 from graft.model import functional
 from graft.serving import AdapterSlots
 from tests import models
+from tests.covering import EVERYTHING
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of
 from tests.models import adapted, disturb, seeded
@@ -644,6 +645,7 @@ def serve(model, requests, allowed, n, *work):
     return wrong
 
 
+ROUNDS = 200 if EVERYTHING else 60
 REQUESTS = [
     lambda m: m(X),
     lambda m: m(X, adapter_names=NAMES),
@@ -675,7 +677,7 @@ def test_eight_threads_beside_swapping_loading_and_deleting(method, tmp_path):
         model.load_adapter(where, "new")
         model.delete_adapter("new")
 
-    assert not serve(model, REQUESTS, allowed, 200, swap, load)
+    assert not serve(model, REQUESTS, allowed, ROUNDS, swap, load)
     assert not registry_of(model).call.open
 
 
@@ -705,7 +707,9 @@ def test_eight_threads_beside_swapping_loading_and_deleting_of_prompts(kind, tmp
         model.load_adapter(tmp_path / "bob", "new")
         model.delete_adapter("new")
 
-    assert not serve(model, requests, allowed, 12, lambda i: model.set_adapter(("bob", "ann")[i % 2]), load)
+    assert not serve(
+        model, requests, allowed, 12 if EVERYTHING else 6, lambda i: model.set_adapter(("bob", "ann")[i % 2]), load
+    )
 
 
 # slots
@@ -796,5 +800,5 @@ def test_eight_threads_share_slots_beside_loading_and_unloading(keep_gathered):
         slots(X, adapter_names="new")
         slots.unload("new")
 
-    assert not serve(slots, requests, [expected], 200, come_and_go)
+    assert not serve(slots, requests, [expected], ROUNDS, come_and_go)
     assert not (slots._using or slots._line or slots.gate.calls)

@@ -178,11 +178,11 @@ REPORTING = ("layer status", "unload")  # their result is about all adapters
 
 @pytest.mark.parametrize("name", [n for n in OPERATIONS if n not in REPORTING])
 def test_operations_do_not_depend_on_other_adapters(name):
-    few, many = (stack_with(40, adapters) for adapters in (2, 10))
+    few, many = (stack_with(20, adapters) for adapters in (2, 10))
     assert calls(lambda: OPERATIONS[name](many)) <= ADAPTERS_ALLOWED * calls(lambda: OPERATIONS[name](few))
 
 
 @pytest.mark.parametrize("name", ["save", "load another"])
 def test_files_do_not_depend_on_other_adapters(name, tmp_path):
-    few, many = (calls(file_operation(name, 40, adapters, tmp_path)) for adapters in (2, 10))
+    few, many = (calls(file_operation(name, 20, adapters, tmp_path)) for adapters in (2, 10))
     assert many <= ADAPTERS_ALLOWED * few

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import graft
-from tests.covering import Case, Sometimes, law
+from tests.covering import Case, Sometimes, law, product
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.model.generation.models import (
     KEYS,
@@ -70,7 +70,7 @@ def without(given, *names):
 # greedy decoding
 
 
-@law("name, method", [Case(c) for c in CASES], lambda c: [c[0], c[1], Sometimes(c, 2)])
+@law("name, method", [Case(c) for c in CASES], lambda c: [c[0], c[1], Sometimes(c, 4)])
 def test_generate_equals_decoding_without_a_cache(name, method):
     model, given = with_prompt(name, method), inputs(name, method)
     out = generate(model, given)
@@ -261,9 +261,15 @@ def kept(output):
     return output["cache"] if "cache" in output else output["past_key_values"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3", "mistral", "bloom"])
-@pytest.mark.parametrize("method", ["lstm", "multitask", "cpt", "prefix", "cartridge"])
-@pytest.mark.parametrize("argument", ARGUMENTS)
+@law(
+    "name, method, argument",
+    product(
+        ("llama", "gpt2", "opt", "gemma3", "mistral", "bloom"),
+        ("lstm", "multitask", "cpt", "prefix", "cartridge"),
+        ARGUMENTS,
+    ),
+    lambda c: [c[0], c[1], c[2], Sometimes(c[:2], 2)],
+)
 def test_decoding_by_hand(name, method, argument):
     model, given = with_prompt(name, method), inputs(name, method)
     ids, mask, rest = given["input_ids"], given["attention_mask"], without(given, "input_ids", "attention_mask")
@@ -360,7 +366,7 @@ def test_an_exception_leaves_nothing_behind(name, method):
 
 
 @WHOLE_GRAPHS
-@pytest.mark.parametrize("method", ["mlp", "prefix"])
+@pytest.mark.parametrize("method", [pytest.param("mlp", marks=pytest.mark.slow), "prefix"])
 def test_compiled_forward(method):
     torch._dynamo.reset()
     model, given = with_prompt("gpt2", method), inputs("gpt2")

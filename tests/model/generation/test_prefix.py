@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 import graft
 from graft.prompts.prefix_tuning import from_pairs
+from tests.covering import law, pairs, product
 from tests.leaves_out import DEEP_DECODERS
 from tests.model.generation.models import (
     MODELS,
@@ -85,9 +86,7 @@ def compare(name, method, tokens, fit=lambda pairs: pairs):
     assert torch.equal(generate(peft, given), out[:, tokens:])
 
 
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("method", ["prefix", "cartridge"])
-@pytest.mark.parametrize("tokens", [3, WINDOW + 3])
+@law("name, method, tokens", product(PLAIN, ("prefix", "cartridge"), (3, WINDOW + 3)), pairs)
 def test_prefix_is_the_text_it_was_made_of(name, method, tokens):
     compare(name, method, tokens)
 

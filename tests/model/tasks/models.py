@@ -277,8 +277,8 @@ class Cell:
 
     @property
     def features(self) -> list[Any]:
-        """What a law meets in the default run: every method, every model, a quarter of the methods in each task."""
-        return [self.method, self.model, Sometimes((self.task, self.method), 4)]
+        """What a law meets in the default run: every method, every model, an eighth of the methods in each task."""
+        return [self.method, self.model, Sometimes((self.task, self.method), 8)]
 
     def among(self, methods: str, where: str) -> bool:
         """Whether a row of a table is about this cell. `where`: models or tasks."""

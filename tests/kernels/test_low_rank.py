@@ -373,8 +373,10 @@ def test_a_hook_on_a_factor_is_called():
     assert calls == [1]
 
 
-@pytest.mark.parametrize("dora", [True, False])
-@pytest.mark.parametrize("rows", [4, ROWS])
+@pytest.mark.parametrize(
+    ("dora", "rows"),
+    [(True, ROWS), (False, 4), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((True, 4), (False, ROWS)))],
+)
 def test_compiles_as_one_graph(dora, rows):
     made = model(dora=dora)
     expected = gradients(made, inputs(rows))

@@ -18,7 +18,7 @@ from graft.kernels import low_rank, narrow, one_product, orthogonal
 from graft.kernels.low_rank import FUSED_FROM, worth_it
 from graft.kernels.one_product import Difference, Factored, linear_with
 from graft.kernels.sparse import Scattered
-from tests.covering import law
+from tests.covering import Case, law
 from tests.models import seeded
 
 SCALE = 1.37
@@ -445,6 +445,8 @@ CONFIGS = {
 ALL = list(CONFIGS)
 # gradients of few numbers, in which either form may be luckier
 FEW = ("GLORA", "GLORA-vector", "GLORA-constant", "PEANUT", "DELORA")
+# one of each kind of product; of the others, `make test-slow` compiles each
+GRAPHS = ("VERA", "LOHA-narrow", "OFT", "HIRA", "MISS", "C3A", "LOKR", "GLORA")
 every = pytest.mark.parametrize("name", ALL)
 
 
@@ -592,7 +594,12 @@ def test_two_active_adapters(name):
     close(outcome(made, inputs()), exact, 1e-5)
 
 
-@law("name, rows", [(name, rows) for name in ALL for rows in (4, ROWS)], lambda case: [(case[0],), (case[1],)])
+@law(
+    "name, rows",
+    [Case((name, rows)) for name in ALL for rows in (4, ROWS)],
+    lambda case: [*{case[0]}.intersection(GRAPHS), case[1]],
+    (lambda case: [case[0]], pytest.mark.slow),
+)
 def test_compiles_as_one_graph(name, rows):
     torch._dynamo.reset()
     made = model(name)

@@ -29,7 +29,7 @@ def test_a_check_of_values_does_not_break_a_graph():
 
 @WHOLE_GRAPHS
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", ["MULTITASK_PROMPT_TUNING", "CPT"])
+@pytest.mark.parametrize("method", [pytest.param("MULTITASK_PROMPT_TUNING", marks=pytest.mark.slow), "CPT"])
 def test_prompts_that_check_values_compile_as_one_graph(method):
     sample = prompts.first(method)
     model, given = prompts.adapt(prompts.LIBS[0], sample).eval(), prompts.batch(sample)

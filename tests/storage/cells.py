@@ -159,13 +159,17 @@ def bits(t: Tensor) -> Tensor:
 def cells(kinds: list[Kind], chosen: list[Sample] = SAMPLES) -> tuple[Callable[..., None], ...]:
     """Return the tests: reading, forward and gradients, merging, dequantizing, files.
 
-    By default each storage meets each method in every law, and each sample in one of two.
+    By default each storage and each method meets every law, and a storage with a method, or a sample, one of three.
     """
     each_kind = pytest.mark.parametrize("kind", kinds, ids=str)
     each = law(
         "kind, sample",
         [Case((kind, sample)) for kind in kinds for sample in chosen if takes(kind, sample)],
-        lambda pair: [(pair[0].name, pair[1].method), Sometimes((pair[0].name, str(pair[1])), 2)],
+        lambda pair: [
+            pair[0].name,
+            pair[1].method,
+            *(Sometimes((pair[0].name, p), 3) for p in (pair[1].method, str(pair[1]))),
+        ],
     )
 
     @each_kind

@@ -14,6 +14,7 @@ import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.kernels import experts as kernel
 from graft.storage import stacks
+from tests.covering import law, product
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import adapted, checkpoint, seeded
@@ -123,8 +124,7 @@ def test_a_whole_stack_is_read_as_its_dense_module_has_it(kind):
         assert torch.equal(layer.W0, dense[key].W0), key
 
 
-@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
-@pytest.mark.parametrize("method", METHODS)
+@law("method, kind", product(METHODS, ("mxfp4", "fp8")), lambda c: c)
 def test_other_methods_on_packed_stacks(method, kind, tmp_path):
     packed, dense = (moved(m, method) for m in both(kind))
     expected = results(dense)

@@ -330,6 +330,7 @@ def test_without_invocation_gradients_are_zero_and_there():
 
 
 @WHOLE_GRAPHS
+@pytest.mark.slow
 def test_compiled():
     torch._dynamo.reset()
     model, inputs = with_alora(), batch()

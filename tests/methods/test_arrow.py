@@ -223,6 +223,7 @@ def test_rows_experts_and_none(folder):
 
 
 @WHOLE_GRAPHS
+@pytest.mark.slow
 def test_compiled(folder):
     torch._dynamo.reset()
     model = made(graft, folder, use_gks=True)

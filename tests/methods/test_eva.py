@@ -307,6 +307,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     with models.seeded(0):
         model = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 5))

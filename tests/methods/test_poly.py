@@ -211,6 +211,7 @@ def test_gradient_checkpointing(reentrant):
 
 
 @WHOLE_GRAPHS
+@pytest.mark.slow
 def test_compiled():
     torch._dynamo.reset()
     model = with_poly(graft)

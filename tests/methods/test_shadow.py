@@ -286,6 +286,7 @@ def test_dtypes_in_half_precision_are_pefts():
 
 
 @WHOLE_GRAPHS
+@pytest.mark.slow
 def test_it_compiles_without_a_break():
     torch._dynamo.reset()
     model = moved(with_shadow())

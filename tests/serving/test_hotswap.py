@@ -710,8 +710,10 @@ SWAPS = [  # rank, alpha, targets
 ]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("what", ["model", "in place", "unwrapped"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "what", ["model", *(pytest.param(w, marks=pytest.mark.slow) for w in ("in place", "unwrapped"))]
+)
 def test_a_prepared_model_is_compiled_once(tmp_path, backend, what):
     model = random_lora(graft, "mlp", 9, **LORA, **MLP)
     graft.prepare_model_for_compiled_hotswap(model, target_rank=6)

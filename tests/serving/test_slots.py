@@ -738,7 +738,7 @@ def test_an_encoder_decoder():
 # compiled
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_a_compiled_model_is_compiled_once(folders, backend):
     """0 graph breaks, 0 recompiles: whatever is added, removed, switched and mixed."""
     torch._dynamo.reset()

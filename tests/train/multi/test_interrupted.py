@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import graft
 from graft.train.multi import MultiTrain
 from tests import models
+from tests.covering import law, pairs, product
 from tests.train.multi.alone import SPECS, batches, lora, rows, same, tiny
 
 NAMES = ("plain", "gathers", "timed", "long", "drops")  # of which "long" has passes of its own, and some draw
@@ -22,6 +23,9 @@ STEPS = 6
 
 class Broken(Exception):
     pass
+
+
+ERRORS = (Broken, KeyboardInterrupt)
 
 
 class Once:
@@ -77,9 +81,7 @@ def own(base, check):
     return loss
 
 
-@pytest.mark.parametrize("at", [1, 5])
-@pytest.mark.parametrize("who", ["plain", "gathers", "long"])
-@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+@law("at, who, error", product((1, 5), ("plain", "gathers", "long"), ERRORS), pairs)
 def test_a_loss_that_raises(undisturbed, who, at, error):
     """In the first pass of a round or the last, within a step or at its end."""
     base, check = tiny(), Once(at, error)

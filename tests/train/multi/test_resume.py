@@ -33,6 +33,7 @@ def child(folder, at, *names):
     return fresh.run("-m", "tests.train.multi.killed", folder, at, *names, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_in_other_company(tmp_path):
     """Killed in the middle of a save; then resumed by another process with others, and finished here alone."""
     folder = tmp_path / "runs"

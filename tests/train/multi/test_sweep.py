@@ -146,6 +146,7 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path, monkeypatch):
         swept(tmp_path, space={"r": [2], "lr": [1e-3]})
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_table_of_one(tmp_path, capsys):
     """By torch's launcher, as the example says."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import graft
+from tests.covering import EVERYTHING
 from tests.pair import outcome
 from tests.trees import tree
 
@@ -57,7 +58,8 @@ def check(names, cls, config):
         assert isinstance(ours.error, theirs.kind), (ours.error, theirs.error)
 
 
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+MANY = 5 if EVERYTHING else 1
+quick = settings(max_examples=60 * MANY, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
 @given(problems())
@@ -67,7 +69,7 @@ def test_targets(problem):
 
 
 @given(problems())
-@settings(quick, max_examples=80)
+@settings(quick, max_examples=30 * MANY)
 def test_targets_of_ia3(problem):
     names, config = problem
     config = {k: v for k, v in config.items() if not k.startswith("layers")}
@@ -75,7 +77,7 @@ def test_targets_of_ia3(problem):
 
 
 @given(trees, st.data())
-@settings(quick, max_examples=120)
+@settings(quick, max_examples=40 * MANY)
 def test_rank_patterns(names, data):
     keys = data.draw(st.lists(suffixes(names) | patterns(names), min_size=1, max_size=3, unique=True))
     ranks = {key: 2 + i for i, key in enumerate(keys)}

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
+from tests.covering import law, pairs, product
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.models import seeded
 
@@ -86,10 +87,7 @@ def same(ours, theirs, tolerance=2e-5):
         assert_close(ours[name], p, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("shape", SHAPES)
+@law("shape, optimizer, parts, mode", product(SHAPES, OPTIMIZERS, (1, 3), (True, False)), pairs)
 def test_training_gives_pefts_parameters(shape, optimizer, parts, mode):
     models = [with_blocks(lib, **SHAPES[shape]) for lib in LIBS]
     assert outside(models[0])

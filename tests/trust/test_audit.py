@@ -14,6 +14,7 @@ import graft
 from graft.model.watch import PASSES
 from tests import models
 from tests.conformance.samples import LAYERS, SAMPLES, STORES, Cell
+from tests.covering import Sometimes, law
 from tests.looks import registry_of
 from tests.models import adapted, seeded
 from tests.prompts import samples as prompts
@@ -220,7 +221,7 @@ def test_a_compiled_model_is_left_alone():
 SITES = {"LN_TUNING": "norm", "TRAINABLE_TOKENS": "embedding"}
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+@law("sample", SAMPLES, lambda s: [s.method, Sometimes(str(s), 3)])
 def test_no_method_gives_a_false_alarm(sample):
     layer = next(layer for layer in LAYERS if layer.name == SITES.get(sample.method, "linear"))
     cell = Cell(sample, layer, STORES[0])

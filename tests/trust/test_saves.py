@@ -32,6 +32,7 @@ from tests.trust.folders import (
 )
 
 OLD, NEW, EDITED = 1, 2, 7
+READS = ("stat", "lstat", "scandir")  # calls that change nothing
 
 
 def by_peft(folder):
@@ -112,9 +113,9 @@ def test_a_kill_at_any_call_leaves_one_adapter_whole(case):
     fresh, old, save = case
     ended, made = [], steps(fresh, save)
     for at, step in enumerate(made):
-        if step.split()[0] in ("stat", "lstat", "scandir"):  # which change nothing
+        if step.split()[0] in READS:
             continue
-        if not EVERYTHING and (at + len(made)) % 2:  # the other half in another case
+        if not EVERYTHING and (at + len(made)) % 3:  # the others in other cases
             continue
         folder = fresh()
 
@@ -136,7 +137,9 @@ def test_an_error_at_any_call_leaves_one_adapter_whole(case, kinds):
     fresh, old, save = case
     made = steps(fresh, save)
     for at, step in enumerate(made):
-        how = kinds[(at + len(made)) % len(kinds)]  # another one in another case
+        if not EVERYTHING and (at + len(made)) % 2:  # the other half in another case
+            continue
+        how = kinds[(at + len(made)) // 2 % len(kinds)]  # another one in another case
         folder = fresh()
         before = files(folder) if folder.exists() else {}
         failed = False
@@ -190,6 +193,8 @@ def test_several_adapters_are_each_whole(tmp_path):
         new.save_pretrained(tmp_path / "new")
     ended = set()
     for at, step in enumerate(seen):
+        if step.split()[0] in READS or not (EVERYTHING or at % 4 == 0):
+            continue
         shutil.rmtree(tmp_path / "new")
         shutil.copytree(tmp_path / "old", tmp_path / "new")
 

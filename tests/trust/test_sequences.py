@@ -24,7 +24,7 @@ from tests.models import seeded
 from tests.trust.dense import CONTAINERS, LAYERS, Adapter, Reference
 
 LONG = os.environ.get("GRAFT_TESTS") == "all"
-SEQUENCES = int(os.environ.get("GRAFT_SEQUENCES", 300 if LONG else 50))
+SEQUENCES = int(os.environ.get("GRAFT_SEQUENCES", 300 if LONG else 30))
 NAMES = ("a", "0", "first", "weight_b")
 KINDS = tuple(CONTAINERS)
 X = torch.linspace(-1, 1, 20, dtype=torch.float64).view(4, 5).sin()

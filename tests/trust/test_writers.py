@@ -16,7 +16,7 @@ from tests.covering import EVERYTHING
 from tests.threads import in_child, start
 from tests.trust.folders import BIN, CARD, CONFIG, TENSORS, adapter, files, held, killed, net
 
-ROUNDS = 25 if EVERYTHING else 12
+ROUNDS = 25 if EVERYTHING else 6
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def problems(draw):
         config["modules_to_save"] = draw(st.lists(suffixes(names), min_size=1, max_size=1))
     if isinstance(config["target_modules"], list) and draw(st.booleans()):
         config["layers_to_transform"] = draw(st.sampled_from([0, 1, 10, [0], [1, 10], []]))
-        if draw(st.booleans()):
+        if config["layers_to_transform"] != [] and draw(st.booleans()):  # graft refuses no layer of a pattern
             config["layers_pattern"] = draw(st.sampled_from(["layers", "h", ["h", "layers"], "a", "0", []]))
     return names, config
 

@@ -9,7 +9,7 @@ from tests.trust.fuzz import GOOD, outcomes
 
 pytestmark = pytest.mark.graft_only
 
-START, CASES = (0, 200) if EVERYTHING else (70, 60)  # the fewest that have all damages
+START, CASES = (0, 200) if EVERYTHING else (204, 44)  # the fewest that have all damages
 
 
 def test_damaged_foreign_and_malicious_folders():

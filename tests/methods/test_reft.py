@@ -75,6 +75,19 @@ def test_generate_changes_the_prompt_alone(cached, rows):
 
 
 @torch.no_grad()
+def test_a_decoders_prompt_ends_where_generate_goes_on():
+    """With a cache or without, and with a prompt of several tokens."""
+    model, base = with_two("t5"), make("t5")
+    batch = {k: v for k, v in inputs("t5").items() if k != "decoder_input_ids"}
+    start = torch.tensor([[0, 7, 5]] * 3)
+    options = dict(batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    for more in ({}, {"decoder_input_ids": start}):
+        cached, anew = (model.generate(**options, **more, use_cache=cache).logits for cache in (True, False))
+        assert_close(cached, anew, rtol=1e-4, atol=1e-4)
+        assert (cached[0] - base.generate(**options, **more).logits[0]).abs().max() > 1e-2
+
+
+@torch.no_grad()
 def test_rows_of_a_mixed_batch_and_files(tmp_path):
     model, batch, alone = with_two(), inputs("llama"), {}
     for name in ("default", "other"):

@@ -23,6 +23,9 @@ class ReftConfig(StatesConfig):
 
     `target_modules` in place of `layers`: the adapter acts on the outputs of these modules.
 
+    A decoder that follows an encoder generates from a prompt of one token, while it trains on whole targets: there
+    `prefix_positions=1` or the numbers of the encoder's `layers` have both act on the same tokens.
+
     Raises:
         ConfigError: a number out of range.
     """

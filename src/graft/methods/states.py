@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
@@ -67,6 +68,7 @@ class Positions:
 
 FACT, OF_DECODER = "reft", "reft of a decoder"
 CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
+TOKENS = {FACT: ("input_ids", "inputs_embeds"), OF_DECODER: ("decoder_input_ids", "decoder_inputs_embeds")}
 MASKS = {False: {FACT: "attention_mask"}, True: {FACT: "attention_mask", OF_DECODER: "decoder_attention_mask"}}
 
 
@@ -140,6 +142,15 @@ class OnStates(Method[S]):
                 yield finish
 
 
+def ended(fact: Positions, name: str, arguments: Mapping[str, object]) -> Positions:
+    """Return the positions of a prompt without a mask with its end, after which `generate` goes on."""
+    tokens = next((t for t in map(arguments.get, TOKENS[name]) if isinstance(t, Tensor)), None)
+    if fact.start is not None or tokens is None:
+        return fact
+    length = tokens.new_full((len(tokens),), tokens.shape[1], dtype=torch.long)
+    return replace(fact, start=torch.zeros_like(length), length=length)
+
+
 @contextmanager
 def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     """Give the facts of each step of `generate`: the first sees the prompt, further ones with a cache do nothing."""
@@ -154,7 +165,7 @@ def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
             return
         now = facts_of(kwargs, model)
         if not first:
-            first.update(now)
+            first.update({name: ended(fact, name, kwargs) for name, fact in now.items()})
         steps = {name: fact if not fact.acts else first[name] for name, fact in now.items()}
         call.put(call.context._replace(facts={**call.context.facts, **steps}))
 

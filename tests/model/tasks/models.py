@@ -290,6 +290,8 @@ class Cell:
         kind = _original(self.model).config.model_type
         elsewhere = {} if self.method in IN_PEFT or kind in (graft.method_of(self.method).targets or {}) else LORA
         explicit = EXPLICIT.get(self.method, elsewhere).get(kind)
+        if (self.method, self.task) == ("REFT", "SEQ_2_SEQ_LM"):
+            values["prefix_positions"] = 1  # the decoder's prompt; of a whole target, more tokens would change
         if self.method == "REFT" and _original(self.model).config.model_type == "deberta-v2":
             explicit = ["intermediate.dense"]  # its projections also run on relative positions, which are no tokens
         if explicit is not None:

@@ -130,9 +130,7 @@ def continues(model: nn.Module, cell: Cell, row: int) -> Tensor:
 GENERATE = [
     c
     for c in CELLS
-    if c.task in GENERATING
-    and c.method != "LILY"  # which mixes what a whole call needs
-    and (c.method, c.task) != ("REFT", "SEQ_2_SEQ_LM")  # a decoder's prompt is one token; whole, three would change
+    if c.task in GENERATING and c.method != "LILY"  # which mixes what a whole call needs
 ]
 
 

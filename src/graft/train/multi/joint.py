@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graft.core.errors import ConfigError
 from graft.train.multi.loader import Batch
 
-MASK = "attention_mask"
+MASK, POSITIONS = "attention_mask", "position_ids"
 TARGETS = ("start_positions", "end_positions")  # and all that has "label" in its name: no arguments of the pass
 BY_TOKEN = ("start_logits", "end_logits")  # outputs (rows, tokens)
 
@@ -80,14 +80,16 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
         raise ConfigError(f"Run '{part.name}': a batch has no rows: leave it out.")
     lengths = [v.shape[1] for v in tensors.values() if v.dim() > 1]
     masked = arguments.exact and is_masked(kwargs.get(MASK))
-    alike: list[tuple[object, ...]] = [("masked", masked)]
+    packed = MASK not in kwargs and is_packed(kwargs.get(POSITIONS))
+    fixed = arguments.exact or packed is not False  # padding needs a mask, with which models read no positions
+    alike: list[tuple[object, ...]] = [("masked", masked), ("packed", packed)]
     for key, value in sorted(kwargs.items()):
         if key not in tensors:
             alike.append((key, number_of(value) if isinstance(value, Tensor) else repr(value)))
         elif key == MASK and value.dim() == 2:
             continue  # who has none gets ones
         elif value.dim() > 1 and arguments.masks and key != MASK:
-            alike.append((key, value.dtype, value.shape[2:], value.shape[1] if arguments.exact else None))
+            alike.append((key, value.dtype, value.shape[2:], value.shape[1] if fixed else None))
         else:
             alike.append((key, value.dtype, value.shape[1:]))
     return Shape(rows.pop(), max(lengths, default=1), tuple(alike))
@@ -99,6 +101,14 @@ def is_masked(mask: Tensor | None) -> bool | None:
     if mask is None:
         return False
     return not bool(mask.all()) if mask.is_cpu else None
+
+
+def is_packed(positions: Tensor | None) -> bool | None:
+    """Return True if rows hold several texts, which only positions keep apart: models make a mask of them. None as for
+    `is_masked`."""
+    if positions is None or positions.dim() != 2:
+        return False
+    return bool((positions.diff(dim=1) != 1).any()) if positions.is_cpu else None
 
 
 def number_of(value: Tensor) -> int | float:

@@ -95,7 +95,7 @@ class Prompts(Registry):
 
     def parts_of(self, adapter_name: str) -> Parts:
         parts = super().parts_of(adapter_name)
-        parts.prompt = self.prompt_encoder[adapter_name]  # type: ignore[assignment]
+        parts.prompt = self.prompt_encoder[adapter_name]
         return parts
 
     # adapters
@@ -212,7 +212,7 @@ class Prompts(Registry):
         if self.prompt_encoder.disable_adapters or not self.active_adapters:
             return None
         name = self.active_adapters[0]
-        return self.peft_config[name], self.prompt_encoder[name]  # type: ignore[return-value]
+        return self.peft_config[name], self.prompt_encoder[name]
 
     @contextmanager
     def acting(self, run: Run) -> Iterator[Finish]:
@@ -277,7 +277,7 @@ class Prompts(Registry):
     def file_prompt(self, adapter_name: str) -> Tensor:
         """Return a prompt as in a checkpoint, (tokens, width)."""
         self.check_known([adapter_name])
-        return self.prompt_encoder[adapter_name].stored()[STORED].cpu()  # type: ignore[no-any-return]
+        return self.prompt_encoder[adapter_name].stored()[STORED].cpu()
 
     def prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
         """Return the active prompt, (batch, tokens, dim), or a cache of keys and values."""

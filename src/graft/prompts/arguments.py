@@ -130,8 +130,9 @@ def put_embeddings(stack: Stack, arguments: dict[str, Any], batch: int) -> None:
     if getattr(stack.config, "hidden_size_per_layer_input", None):
         _put_per_layer(stack, arguments, batch)
     if embeds is None:
-        assert stack.words is not None
-        embeds = stack.words(arguments["input_ids"])
+        words = stack.words
+        assert words is not None
+        embeds = words(arguments["input_ids"])
     assert stack.now.embeddings is not None
     prompt = per_row(stack.now.embeddings, batch).to(device=embeds.device, dtype=embeds.dtype)
     arguments["inputs_embeds"], arguments["input_ids"] = torch.cat([prompt, embeds], dim=1), None

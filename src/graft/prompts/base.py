@@ -152,6 +152,10 @@ class Encoders(Carrier, nn.ModuleDict):
     key = PLACE
     replaces = False
 
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Prompt: ...
+
     def __init__(self, call: Call) -> None:
         super().__init__()
         self.state = State(call)

@@ -14,7 +14,7 @@ from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files import algebra
 from graft.files.errors import LossError, OptionError
-from graft.files.neutral import AdapterFile, LowRank
+from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import BITS
 
 MB = 10**6
@@ -117,16 +117,18 @@ def factors_in(adapter: AdapterFile) -> dict[str, LowRank]:
             f"{adapter.path} was initialised by {adapter.changed_base}, which changed the base by A and B of the same "
             "rank, and does not say how. Load it with graft and save it again, and it will."
         )
-    made = {path: algebra.as_low_rank(module) for path, module in adapter.modules.items()}
-    if other := [f"{path} ({adapter.modules[path].method})" for path, h in made.items() if h is None]:  # type: ignore[union-attr]
+    loras = {path: algebra.as_low_rank(module) for path, module in adapter.modules.items()}
+    made = {path: lora for path, lora in loras.items() if lora is not None}
+    others = {path: m for path, m in adapter.modules.items() if isinstance(m, Other) and path not in made}
+    if other := [f"{path} ({m.method})" for path, m in others.items()]:
         raise LossError(f"{adapter.path} has modules without a rank of LoRA: {some(other)}. See graft.convert_to_lora.")
-    if grouped := [path for path, h in made.items() if has_groups(h)]:  # type: ignore[arg-type]
+    if grouped := [path for path, h in made.items() if has_groups(h)]:
         raise LossError(
             f"{adapter.path} adapts convolutions in groups, whose factors have no singular values: {some(grouped)}."
         )
     if not made:
         raise LossError(f"{adapter.path} ({adapter.method}) has no LoRA on any module.")
-    return made  # type: ignore[return-value]
+    return made
 
 
 def has_groups(lora: LowRank) -> bool:

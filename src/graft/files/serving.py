@@ -359,8 +359,9 @@ def kernels(s: Subject) -> Iterable[str]:
 def said(s: Subject) -> tuple[float, float] | None:
     """Return r and lora_alpha of a config of PEFT."""
     r, alpha = s.config.get("r"), s.config.get("lora_alpha")
-    numbers = isinstance(r, (int, float)) and isinstance(alpha, (int, float)) and r > 0
-    return (float(r), float(alpha)) if numbers else None  # type: ignore[arg-type]
+    if isinstance(r, (int, float)) and isinstance(alpha, (int, float)) and r > 0:
+        return float(r), float(alpha)
+    return None
 
 
 def off(s: Subject, expected: Callable[[LowRank, float, float], float]) -> Iterable[str]:

@@ -138,7 +138,7 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
 
 def usual(config: PeftConfig) -> tuple[float, float] | None:
     """Return the range of all rates that a search has found good or the method's source has; None: none is known."""
-    ends = [*published_lr(config)[:2]] if published_lr(config) else []  # type: ignore[index]
+    ends = [*found[:2]] if (found := published_lr(config)) else []
     for row in alike(config):
         ends += good([row])
     return (min(ends), max(ends)) if ends else None

@@ -193,7 +193,7 @@ def check_compatible(now: LoraConfig, new: LoraConfig) -> None:
 
 def check_base(config: LoraConfig, which: str) -> None:
     """Raise if an adapter's initialisation changes the base, which others have as it was, or its rank cannot change."""
-    setting = LoRA.variant(config).changes_base(config)  # type: ignore[attr-defined]
+    setting = LoRA.variant(config).changes_base(config)
     if setting is not None:
         raise ConfigError(
             f"The adapter {which} belongs to base weights that {setting} changed, and others to the base as it was. "

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import IO
 
 from graft.files.errors import OptionError, PackageNeededError, ServerError
 from graft.serving.ask import Connection
@@ -64,7 +65,7 @@ def started(
                 process.wait()
 
 
-def wait(process: subprocess.Popen[bytes], url: str, log: object) -> None:
+def wait(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
     """Wait until the server answers."""
     end = time.monotonic() + LONGEST
     while process.poll() is None and time.monotonic() < end:
@@ -73,6 +74,6 @@ def wait(process: subprocess.Popen[bytes], url: str, log: object) -> None:
             return
         except ServerError:
             time.sleep(0.5)
-    log.seek(0)  # type: ignore[attr-defined]
-    said = log.read().decode(errors="replace").strip().splitlines()[-15:]  # type: ignore[attr-defined]
+    log.seek(0)
+    said = log.read().decode(errors="replace").strip().splitlines()[-15:]
     raise ServerError("vllm ended before it was ready, or took too long:\n" + "\n".join(said))

@@ -71,7 +71,7 @@ def adapter_of(registry: LayerRegistry) -> str:
     cfg = registry.peft_config[names[0]]
     if not isinstance(cfg, LoraConfig) or set(cfg.variants) - {"use_dylora"} or cfg.lora_bias:
         raise ConfigError(f"Adapter '{names[0]}' is not plain LoRA: a restart could not let it begin again.")
-    if LoRA.variant(cfg).changes_base(cfg):  # type: ignore[attr-defined]
+    if LoRA.variant(cfg).changes_base(cfg):
         raise ConfigError(
             f"init_lora_weights={cfg.init_lora_weights!r} of adapter '{names[0]}' changed the base: begin with True."
         )

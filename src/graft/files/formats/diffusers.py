@@ -225,7 +225,7 @@ def placed(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
     modules = adapter.low_rank
     if all(PART.match(module) for module in modules):
         return modules
-    parts = {} if base is None else {PART.match(path)[0]: None for path in base.modules if PART.match(path)}  # type: ignore[index]
+    parts = {} if base is None else {m[0]: None for path in base.modules if (m := PART.match(path))}
     known = set() if base is None else set(base.modules)
     fitting = [part for part in parts if all(part + module in known for module in modules)]
     if base is not None and not parts:

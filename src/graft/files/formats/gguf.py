@@ -20,7 +20,7 @@ from graft.core.errors import BaseModelMismatchError, CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, gguf_control, one_file
 from graft.files.holding import Holds, fit
-from graft.files.neutral import AdapterFile, LowRank
+from graft.files.neutral import AdapterFile, Kind, LowRank
 from graft.files.rope import interleaved, two_halves
 from graft.files.tensors import Tensor, tensor
 
@@ -134,15 +134,16 @@ def low_rank(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, 
     a, b = tensors.get("a"), tensors.get("b")
     if a is None or b is None:
         raise CheckpointError(f"{path} has only one factor for '{name}': it is cut off, or was written wrong.")
+    kind: Kind = "embedding"
     if name.startswith("token_embd"):
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
             raise CheckpointError(f"{path}: the factors of '{name}' have shapes {a.shape} and {b.shape}.")
-        A, rank, kind = tensor(np.ascontiguousarray(a.read().T), a.dtype), a.shape[1], "embedding"
+        A, rank = tensor(np.ascontiguousarray(a.read().T), a.dtype), a.shape[1]
     else:
         if len(a.shape) != len(b.shape) or len(a.shape) not in (2, 3) or a.shape[-2] != b.shape[-1]:
             raise CheckpointError(f"{path}: the factors of '{name}' have shapes {a.shape} and {b.shape}.")
         A, rank, kind = a, a.shape[-2], "linear" if len(a.shape) == 2 else "experts"
-    out = LowRank(A, b, alpha / rank if alpha else 1.0, kind)  # type: ignore[arg-type]
+    out = LowRank(A, b, alpha / rank if alpha else 1.0, kind)
     heads = None if base is None else heads_of(name, base)
     return out if heads is None else with_(out, B=two_halves(out.B, heads))
 

@@ -12,7 +12,7 @@ from graft.files import names
 from graft.files.components import is_pipeline, method_of
 from graft.files.formats import Base, one_file
 from graft.files.holding import Holds, fit, scale_of
-from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.neutral import AdapterFile, Kind, LowRank, Other
 from graft.files.pickles import mentions, read_torch, tensors_of
 from graft.files.tensors import Tensor, read_header, reshaped, tensor, write_safetensors
 
@@ -175,8 +175,8 @@ def low_rank(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | Othe
                 f"{file}: dora_scale of '{name}' has shape {magnitude.shape}, for {B.shape[0]} outputs."
             )
         magnitude = reshaped(magnitude, B.shape[0])
-    kind = "conv" if len(A.shape) > 2 else "linear"
-    return LowRank(A, B, scale_of(tensors.get("alpha"), rank), kind, magnitude, mid=mid)  # type: ignore[arg-type]
+    kind: Kind = "conv" if len(A.shape) > 2 else "linear"
+    return LowRank(A, B, scale_of(tensors.get("alpha"), rank), kind, magnitude, mid=mid)
 
 
 def lokr_scale(tensors: Mapping[str, Tensor], alpha: Tensor | None) -> float:

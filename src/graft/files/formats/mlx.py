@@ -14,7 +14,7 @@ from graft.config.reading import read_object
 from graft.core.errors import CheckpointError
 from graft.files.formats import Base
 from graft.files.holding import Holds, fit
-from graft.files.neutral import AdapterFile, LowRank
+from graft.files.neutral import AdapterFile, Kind, LowRank
 from graft.files.tensors import Tensor, read_header, rearranged, tensor, write_safetensors
 
 NAME = "mlx"
@@ -70,8 +70,8 @@ def low_rank(path: str, module: str, tensors: dict[str, Tensor], scale: float, r
             f"{path}: the factors of '{module}' have shapes {a.shape} and {b.shape}, where MLX has (in, {rank or 'r'}) "
             f"and ({rank or 'r'}, out)."
         )
-    kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
-    return LowRank(transposed(a), transposed(b), scale, kind, tensors.get("m"))  # type: ignore[arg-type]
+    kind: Kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
+    return LowRank(transposed(a), transposed(b), scale, kind, tensors.get("m"))
 
 
 def transposed(t: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from graft.core.errors import CheckpointError, PeftWarning, some, warn
 from graft.files.components import joined, parts_of
 from graft.files.components import split as split_by_part
 from graft.files.errors import BaseNeededError, LossError
-from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.neutral import AdapterFile, Kind, LowRank, Other
 from graft.files.served import as_trained, is_served, with_todays_names
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
 from graft.io import seal
@@ -262,10 +262,10 @@ def take_lora(
             f"{out.path}: '{raw}' has factors of shapes {A.shape} and {B.shape}, but adapter_config.json says rank {r} "
             "there: the two files belong to different adapters, or one was edited."
         )
-    kind = "embedding" if embedded else "conv" if len(A.shape) > 2 else "linear"
+    kind: Kind = "embedding" if embedded else "conv" if len(A.shape) > 2 else "linear"
     if n > 1 or (stack is not None and stack != "weight"):
         kind, A, B = "experts", *by_expert(A, B, n, bool(layout.by_expert))
-    made = LowRank(A, B, scale, kind)  # type: ignore[arg-type]
+    made = LowRank(A, B, scale, kind)
     if (m := parts.pop("lora_magnitude_vector", None)) is not None:
         made.magnitude = reshaped(m, math.prod(m.shape))
     made.bias = parts.pop("lora_B.bias", None)

@@ -62,7 +62,7 @@ def subtract_initial(
     made.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     made.rank_pattern = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
     made.alpha_pattern = {k: 2 * v for k, v in (config.alpha_pattern or {}).items()}
-    setting = LoRA.variant(made).changes_base(made)  # type: ignore[attr-defined]
+    setting = LoRA.variant(made).changes_base(made)
     if setting is not None:
         raise ConfigError(f"An adapter with {setting} has no form for the base weights as they were: save it as it is.")
     return out, made

@@ -82,7 +82,7 @@ class LoRA(Started):
     lora_bias: bool
 
     @classmethod
-    def variant(cls, cfg: LoraConfig) -> type[Method]:
+    def variant(cls, cfg: LoraConfig) -> type[LoRA]:
         return next((beside(VARIANTS[name]) for name in cfg.variants), cls)
 
     @classmethod

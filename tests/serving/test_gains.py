@@ -2,6 +2,7 @@
 """DoRA and IA3 in slots, beside LoRA, and adapters that go from a model or a training to slots without a file."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 import graft
-from graft.core.errors import AdapterKeyError, AdapterNotFoundError, ConfigError
+from graft.core.errors import AdapterKeyError, AdapterNotFoundError, ConfigError, RoutingError
 from graft.serving import AdapterSlots
 from tests import models
+from tests.threads import at_once
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 BASE = "__base__"
@@ -146,7 +148,34 @@ def test_winners_of_a_training_move_into_slots():
     y = out(runs.model.eval(), rows)
     slots = AdapterSlots.of(runs, gains=True)
     assert_close(out(slots, rows), y)
-    assert len(runs) == 0 and slots.model is runs.base
+    assert len(runs) == 0 and slots.model is runs.base and runs.step().losses == {}
+
+
+def test_answers_while_adapters_come_and_go(model):
+    """Mixed batches in two threads, with the logits of each alone, while a third loads and unloads what they use."""
+    single = {name: out(model, [name] * len(NAMES)) for name in {*NAMES}}
+    held = {name: (model.peft_config[name], graft.get_peft_model_state_dict(model, None, name)) for name in CONFIGS}
+    slots, answers, going = AdapterSlots.of(carrying(), max_adapters={1: 1, 4: 2}, gains=True), [], [None, None]
+
+    def serve():
+        for i in range(30):
+            here = [*slots.names, BASE]
+            pair = here[i % len(here)], here[7 * i % len(here)]
+            names = [pair[row % 2] for row in range(len(NAMES))]
+            with suppress(RoutingError):  # it went meanwhile
+                y = out(slots, names)
+                far = [(y[row] - single[name][row]).abs().max().item() for row, name in enumerate(names)]
+                answers.append((pair[0], max(far)))
+        going.pop()
+
+    def refill():
+        while going:
+            for name, (config, tensors) in held.items():
+                slots.unload(name)
+                slots.load(name, tensors, config=config)
+
+    at_once(serve, serve, refill)
+    assert {name for name, _ in answers} > {"dora", "scales"} and max(far for _, far in answers) < 1e-5
 
 
 def test_what_slots_cannot_hold_stays_where_it_was():
@@ -160,8 +189,15 @@ def test_what_slots_cannot_hold_stays_where_it_was():
     ):
         with pytest.raises(error, match=text):
             AdapterSlots.of(model, names)
-    with pytest.raises(ConfigError, match="need max_rank=2"):
-        AdapterSlots.of(model, ["default"], max_rank=1)
+    for options, error, text in (
+        (dict(max_rank=1), ConfigError, "need max_rank=2"),
+        (dict(max_adapters={2: 1, 8: 0}), ConfigError, "max_adapters must be at least 1, got 0"),
+        (dict(max_adapters={2: 1}, max_rank=2), ConfigError, "none beside slots by rank"),
+        (dict(gain=True), TypeError, "gain"),
+        (dict(targets=["q_proj"]), TypeError, "targets"),
+    ):
+        with pytest.raises(error, match=text):
+            AdapterSlots.of(model, "default", **options)
     assert torch.equal(out(model, ["default", "heads", BASE, BASE, "heads"]), y)
     embedding = graft.get_peft_model(models.make("llama"), graft.LoraConfig(r=2, target_modules=["embed_tokens"]))
     with pytest.raises(AdapterKeyError, match=r"no slots for .*embed_tokens"):

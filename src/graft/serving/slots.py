@@ -104,15 +104,7 @@ class AdapterSlots:
         keep_gathered: bool = True,
         change_timeout: float | None = PATIENCE,
     ):
-        by_rank = isinstance(max_adapters, Mapping)
-        if by_rank != (max_rank is None):
-            raise ConfigError("Give max_rank beside a number of slots, and none beside slots by rank, {rank: slots}.")
-        counts: Any = max_adapters if by_rank else {max_rank: max_adapters}
-        self.sizes: dict[int, int] = dict(sorted(counts.items()))  # slots by rank
-        for max_rank, max_adapters in self.sizes.items() or [(0, 0)]:
-            for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank)):
-                if value < 1:
-                    raise ConfigError(f"{name} must be at least 1, got {value}.")
+        self.sizes = sizes_of(max_adapters, max_rank)
         max_adapters, max_rank = sum(self.sizes.values()), max(self.sizes)
         config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max_rank)
         found = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
@@ -154,11 +146,14 @@ class AdapterSlots:
     def of(
         cls,
         source: Any,
-        names: Sequence[str] | None = None,
+        names: str | Sequence[str] | None = None,
         *,
         max_adapters: int | Mapping[int, int] | None = None,
         max_rank: int | None = None,
-        **options: Any,
+        dtype: torch.dtype | None = None,
+        gains: bool = False,
+        keep_gathered: bool = True,
+        change_timeout: float | None = PATIENCE,
     ) -> AdapterSlots:
         """Serve adapters that are on a model: its base gets slots in their place, without a file or a second base.
 
@@ -166,7 +161,7 @@ class AdapterSlots:
             source: a PeftModel, or a MultiTrain, as `found.runs` of a sweep; its adapters are taken off, all of them.
             names: which to load; None: all.
             max_adapters, max_rank: None: what these need.
-            options: as of AdapterSlots, but `targets`.
+            dtype, gains, keep_gathered, change_timeout: as of AdapterSlots.
 
         Raises:
             AdapterNotFoundError: there is no such adapter.
@@ -174,7 +169,7 @@ class AdapterSlots:
         """
         model: nn.Module = source if isinstance(source, nn.Module) else source.model
         configs = {} if model is None else model.peft_config
-        names = list(configs) if names is None else list(names)
+        names = list(configs) if names is None else [names] if isinstance(names, str) else list(names)
         absent = [name for name in names if name not in configs]
         if absent or not names:
             there = some(list(configs)) if configs else "none"
@@ -182,7 +177,7 @@ class AdapterSlots:
         adapters = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
         ranks, targets = [1], dict[str, None]()
         for name, (config, tensors) in adapters.items():
-            check_config(name, config, options.get("gains", False))
+            check_config(name, config, gains)
             found = by_layer(name, tensors, config)
             if wrong := [key for key, own in found.items() if any(t.dim() > 2 for t in own.values())]:
                 raise ConfigError(f"Adapter '{name}' does not fit: {some(wrong)} are not linear: no slots for them.")
@@ -195,7 +190,16 @@ class AdapterSlots:
         rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
         if rank < max(ranks) or not (n if by_rank else n >= 1):
             raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
-        made = cls(source.unload(), n, None if by_rank else rank, list(targets), **options)
+        room = sizes_of(n, max_rank if by_rank else rank)
+        made = cls(
+            source.unload(),
+            room,
+            targets=list(targets),
+            dtype=dtype,
+            gains=gains,
+            keep_gathered=keep_gathered,
+            change_timeout=change_timeout,
+        )
         for name, (config, tensors) in adapters.items():
             made.load(name, tensors, config=config)
         return made
@@ -570,3 +574,21 @@ class AdapterSlots:
             self.layers, self._slots, self._pinned = {}, {}, set()
             self._choice.gathered.clear()
         return self.model
+
+
+def sizes_of(max_adapters: int | Mapping[int, int], max_rank: int | None) -> dict[int, int]:
+    """Return how many slots there are to be of each rank, the lowest first.
+
+    Raises:
+        ConfigError: there is none, or no rank, or two.
+    """
+    by_rank = isinstance(max_adapters, Mapping)
+    if by_rank != (max_rank is None):
+        raise ConfigError("Give max_rank beside a number of slots, and none beside slots by rank, {rank: slots}.")
+    counts: Any = max_adapters if by_rank else {max_rank: max_adapters}
+    sizes: dict[int, int] = dict(sorted(counts.items()))
+    for rank, n in sizes.items() or [(0, 0)]:
+        for name, value in (("max_adapters", n), ("max_rank", rank)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+    return sizes

@@ -408,6 +408,8 @@ class MultiTrain:
 
     def _train(self, step: Step, going: Sequence[Run]) -> None:
         """Take a batch of each of these runs, and make the steps that are due."""
+        if not going:
+            return
         self._mode(True)
         parts = [part for run in going if (part := run.batch()) is not None]
         self._seat([run for run in going if run.state == RUNNING])

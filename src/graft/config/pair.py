@@ -109,11 +109,11 @@ def put_back(
     """
     if any(old[path] is not None and links[path] is None for path in old):
         raise OSError("the old weights have no second name")
-    if links[stale] and not os.path.lexists(stale):
-        os.replace(links[stale], stale)  # type: ignore[arg-type]
+    if (link := links[stale]) and not os.path.lexists(stale):
+        os.replace(link, stale)
     if notes.stamp(weights) == made:
-        if links[weights]:
-            os.replace(links[weights], weights)  # type: ignore[arg-type]
+        if link := links[weights]:
+            os.replace(link, weights)
         else:
             os.remove(weights)
 

@@ -111,8 +111,7 @@ def made_for(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
 def match(job: Job, left: LeftOut) -> None:
     """Find the sites; note in the report modules left out and entries without a match."""
     cfg, report, tree, targets = job.cfg, job.report, job.tree, job.targets
-    chosen = set(job.keys) if job.keys is not None else None
-    matcher = Matcher(cfg) if chosen is None else None
+    chosen, matcher = set(job.keys or ()), Matcher(cfg) if job.keys is None else None
     outcomes: dict[str, Verdict] = {}
     for key, module in tree.modules.items():
         if key in tree.absent:
@@ -120,7 +119,7 @@ def match(job: Job, left: LeftOut) -> None:
         if matcher is not None:
             verdict = matcher(key)
         else:
-            verdict = Verdict("matched" if key in chosen else "untargeted", key)  # type: ignore[operator]
+            verdict = Verdict("matched" if key in chosen else "untargeted", key)
         if job.steps is not None and matcher is not None:
             verdict = job.steps.verdict(key, verdict)
         if key in targets.tied and verdict.outcome == "matched":  # by a regex; `follow` adapts it later
@@ -146,7 +145,7 @@ def match(job: Job, left: LeftOut) -> None:
         warn_unmatched("target_parameters", idle, report, of=None if parameters else cfg.target_parameters)
         targets.sites |= parameters
     if tree.absent:
-        if not (targets.sites or job.prompt) and chosen is None:
+        if not (targets.sites or job.prompt) and job.keys is None:
             warn(
                 f"Adapter '{job.adapter}' adapts nothing on this stage of the pipeline: none of the modules that it "
                 "targets is here.",

@@ -118,7 +118,7 @@ def keys_of(value: str | Composition) -> list[str | Together]:
         return [Together(value.children, value.weights)]
     if isinstance(value, Stack) and len(value.children) > 1:
         return [Together(value.children)]
-    return names_in(value)  # type: ignore[return-value]
+    return [*names_in(value)]
 
 
 def check_known(names: Sequence[str], configs: Mapping[str, PeftConfig], value: Composition) -> None:

@@ -244,16 +244,16 @@ def numbers_at(t: Any, places: list[int]) -> list[float] | None:
     has no way to them but to gather the tensor. Every process must call this."""
     piece, layout = piece_of(t), layout_of(t)
     if piece is not None:
-        found = here_of_piece(piece, places)
+        found, sent = here_of_piece(piece, places), piece.flat
     elif layout is DISTRIBUTED:
         if t.device_mesh.size() != dist.get_world_size():
             return None
-        found = here_of_shard(t, places)
+        found, sent = here_of_shard(t, places), t
     else:
         flat = whole(t).reshape(-1)
         return [float(flat[place]) for place in places]
     counts = torch.tensor([[0.0, 0.0] if v is None else [v, 1.0] for v in found], dtype=torch.float64)
-    counts = counts.to(sendable(t if layout is DISTRIBUTED else piece.flat))  # type: ignore[union-attr]
+    counts = counts.to(sendable(sent))
     dist.all_reduce(counts)
     return (counts[:, 0] / counts[:, 1]).tolist()
 

@@ -79,9 +79,8 @@ class MultiTrain:
     """
 
     def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
-        is_peft = isinstance(model, PeftModel)
-        self.model: PeftModel | None = model if is_peft else None  # type: ignore[assignment]
-        self.base: nn.Module = model.get_base_model() if is_peft else model
+        self.model: PeftModel | None = model if isinstance(model, PeftModel) else None
+        self.base: nn.Module = model if self.model is None else self.model.get_base_model()
         self.at_once, self.base_in_eval = at_once, base_in_eval
         self.arguments = Arguments.of(self.base, exact)
         self.folder: str | None = None  # of runs to go on with

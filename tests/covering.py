@@ -48,7 +48,10 @@ def pairs(case: Case) -> list[Hashable]:
     return list(itertools.combinations(enumerate(case), 2))
 
 
-def cover(law: str, cells: Sequence[Any], features: Callable[[Any], Sequence[Hashable]]) -> list[Any]:
+Features = Callable[[Any], Sequence[Hashable]]
+
+
+def cover(law: str, cells: Sequence[Any], features: Features) -> list[Any]:
     """A few cells that have all the features that any cell has, in their order.
 
     Greedy: again and again the cell with the most features that are not covered yet. What a cell adds only shrinks, so
@@ -73,9 +76,6 @@ def cover(law: str, cells: Sequence[Any], features: Callable[[Any], Sequence[Has
     return [cells[i] for i in sorted(chosen)]
 
 
-Features = Callable[[Any], Sequence[Hashable]]
-
-
 def law(
     names: str, cells: Sequence[Any], features: Features, more: tuple[Features, pytest.MarkDecorator] | None = None
 ) -> Callable[[Any], Any]:
@@ -83,13 +83,8 @@ def law(
 
     def decorate(test: Any) -> Any:
         met = cover(test.__name__, cells, features)
-        if more is None:
-            return pytest.mark.parametrize(names, met, ids=str)(test)
-        added = [cell for cell in cover(test.__name__, cells, more[0]) if cell not in met]
-        alone = "," not in names
-        marked = [pytest.param(*([c] if alone else c), marks=more[1], id=str(c)) for c in added]
-        return pytest.mark.parametrize(
-            names, [*(pytest.param(*([c] if alone else c), id=str(c)) for c in met), *marked]
-        )(test)
+        added = [c for c in cover(test.__name__, cells, more[0]) if c not in met] if more else []
+        marked = [pytest.param(*(c if "," in names else [c]), marks=more[1], id=str(c)) for c in added]
+        return pytest.mark.parametrize(names, [*met, *marked], ids=str)(test)
 
     return decorate

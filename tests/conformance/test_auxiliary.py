@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.core.effect import Branch
+from graft.core.effect import Update
 from graft.core.errors import AdapterNotFoundError
 from graft.core.method import Method
 from graft.methods.ln_tuning import LNTuning
@@ -77,7 +77,7 @@ class Noting(LNTuning):
         return dict(ln_tuning_layers=nn.Parameter(torch.randn(WIDTH, WIDTH)))
 
     def describe(self):
-        return Branch(self.branch)
+        return Update(branch=self.branch)
 
     def branch(self, x):
         z = x @ self.ln_tuning_layers

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import graft
-from graft.core.effect import Branch, Rewrite, Tap
+from graft.core.effect import Rewrite, Tap, Update
 from graft.core.errors import RoutingError
 from graft.core.method import Method
 from graft.core.rows import Rows
@@ -98,7 +98,7 @@ class Part(Toy):
 
 class Beside(Toy):
     def describe(self):
-        return Branch(lambda x: self.u(x, x), input_of=lambda module, call: call["hidden"] * call["scale"])
+        return Update(branch=lambda x: self.u(x, x), input_of=lambda module, call: call["hidden"] * call["scale"])
 
 
 class Reader(Toy):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.core.effect import Branch, Factors, LowRank, Replace, Rewrite, Update
+from graft.core.effect import Factors, Replace, Rewrite, Update
 from graft.core.method import Method
 from graft.inject.survey import site_of, survey
 from graft.methods import METHODS, method_of
@@ -27,11 +27,11 @@ def effect(peft_type: str, layer: nn.Module, **options):
 
 LINEAR, CONV, EMBEDDING = nn.Linear(64, 48), nn.Conv2d(4, 8, 3), nn.Embedding(9, 6)
 KINDS = [  # (method, options, layer, kind of effect, facts)
-    ("LORA", {}, LINEAR, LowRank, dict(additive=True, of_weight=False, fixed=None)),
-    ("LORA", dict(use_dora=True), LINEAR, LowRank, dict(additive=False, of_weight=True, gains=True)),
-    ("VERA", {}, LINEAR, LowRank, dict(additive=True)),
-    ("LOHA", dict(r=2), LINEAR, LowRank, dict(additive=True)),  # of rank r²
-    ("LOHA", dict(r=40), LINEAR, Update, dict(additive=True, draws=False)),
+    ("LORA", {}, LINEAR, Update, dict(additive=True, of_weight=False, fixed=None, delta=None)),
+    ("LORA", dict(use_dora=True), LINEAR, Update, dict(additive=False, of_weight=True, gains=True, product=None)),
+    ("VERA", {}, LINEAR, Update, dict(additive=True, delta=None)),
+    ("LOHA", dict(r=2), LINEAR, Update, dict(additive=True, delta=None)),  # of rank r²
+    ("LOHA", dict(r=40), LINEAR, Update, dict(additive=True, draws=False, product=None)),
     ("LOHA", dict(r=40, module_dropout=0.5), LINEAR, Update, dict(draws=True)),
     ("IA3", dict(feedforward_modules=[]), LINEAR, Rewrite, dict(additive=False, pre=None, folds=False)),
     ("IA3", dict(feedforward_modules=["0"]), LINEAR, Rewrite, dict(post=None, folds=False)),
@@ -64,13 +64,13 @@ def test_the_hook_that_was_overridden_last_describes():
 
     class Beside(Method):
         def describe(self):
-            return Branch(self.branch)
+            return Update(branch=self.branch)
 
         def branch(self, x):
             return x
 
     made = [cls(site(LINEAR), None, "a").effect for cls in (Products, Dense, Beside)]
-    assert [type(e) for e in made] == [LowRank, Update, Branch] and made[2].fixed
+    assert [e.product is not None for e in made] == [True, False, False] and made[1].delta and made[2].fixed
     assert made[0] is not Products(site(LINEAR), None, "a").effect
     m = Products(site(LINEAR), None, "a")
     assert m.effect is m.effect

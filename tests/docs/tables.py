@@ -58,7 +58,7 @@ def converts(sample: Sample) -> str:
     m: Any = layers(model)["layer"].methods["default"]
     if why_none(m) is not None:
         return ""
-    return "exact" if type(m.effect).__name__ == "LowRank" and not m.effect.gains else "by SVD"
+    return "by SVD" if m.effect.product is None else "exact"
 
 
 def row(name: str) -> list[str]:

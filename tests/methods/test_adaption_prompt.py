@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 import graft
-from graft.core.effect import Branch
+from graft.core.effect import Update
 from graft.core.errors import ConfigError, ConfigTypeError, UnsupportedLayerError
 from graft.core.layer import AdapterLayer
 from tests import models
@@ -574,4 +574,11 @@ def test_a_second_adapter_that_does_not_fit():
 def test_what_follows_from_its_hooks():
     layer = next(iter(layers(adapt()).values()))
     effect = layer.methods["default"].effect
-    assert type(effect) is Branch and effect.additive and effect.input_of and effect.fixed and not effect.whole
+    assert (
+        type(effect) is Update
+        and effect.weightless
+        and effect.additive
+        and effect.input_of
+        and effect.fixed
+        and not effect.whole
+    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.containers import Slot, Transient
-from graft.core.effect import Effect, LowRank, Pieces, Rewrite, Update
+from graft.core.effect import Effect, Pieces, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import delta_of, fold_step, same_inputs, unfolded
 from graft.core.method import Method, Tensors, Use, placeholders
@@ -204,7 +204,7 @@ class OnEach(Method):
         if why_not(self.alone) is not None:
             return own
         pieces = OfStack(self, own.of_weight or not own.additive)
-        if isinstance(own, Rewrite) or (isinstance(own, LowRank) and own.gains):
+        if not own.additive:
             return Rewrite(self.fold, inward=own.inward, of_weight=own.of_weight, pieces=pieces)
         return Update(self.delta, of_weight=own.of_weight, draws=getattr(own, "draws", False), pieces=pieces)
 
@@ -242,10 +242,10 @@ class OfStack(Pieces):
     ) -> tuple[Tensor, ...]:
         m = self.method.one(expert, tensors, W0, trains)
         effect = m.effect
-        if isinstance(effect, LowRank) and not effect.gains:
-            A, B = same_inputs(effect.factors()).matrices()
+        if effect.product is not None:
+            A, B = same_inputs(effect.product()).matrices()
             return A, B if self.weight == 1 else B * self.weight
-        if isinstance(effect, Update):
+        if effect.additive:
             delta = delta_of(m.layer, effect, drops=True)
             return (delta if self.weight == 1 else delta * self.weight,)
         W = (m.layer.W0 if W is None else W).to(m.dtype)
@@ -269,9 +269,9 @@ class Products(Pieces):
 
 def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:
     """Return what makes the changes of single matrices of a stack; None if an effect has no such."""
-    if effect.pieces is not None or not (isinstance(effect, LowRank) and effect.additive):
+    if effect.product is None:
         return effect.pieces
-    return Products(*Opaque.each(*same_inputs(effect.factors()).matrices(), layer.site.shape[0]))
+    return Products(*Opaque.each(*same_inputs(effect.product()).matrices(), layer.site.shape[0]))
 
 
 class Making:

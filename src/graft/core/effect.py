@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Effects: the five kinds of change that an adapter makes to its layer. The core derives every path from them."""
+"""Effects: the kinds of change that an adapter makes to its layer. The core derives every path from them."""
 
 from __future__ import annotations
 
@@ -189,9 +189,12 @@ class Pieces:
         raise NotImplementedError
 
 
+InputOf = Callable[[nn.Module, dict[str, object]], Tensor]  # a module and its arguments by name → x, (batch, …)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Effect:
-    """Base of the five kinds. The site and the config decide the kind once; its functions run at each call."""
+    """Base of the kinds. The site and the config decide the kind once; its functions run at each call."""
 
     of_weight: bool = False  # it reads W₀, the weight as it is without any adapter
     fixed: str | None = None  # the reason why it has no merged form; None if it has one
@@ -216,9 +219,24 @@ class Effect:
         return self.additive
 
     @property
+    def product(self) -> Callable[[], Factors] | None:
+        """The function that gives its factors, if it does no more than add their product."""
+        return None
+
+    @property
+    def input_of(self) -> InputOf | None:
+        """The function that finds its input among those of a module that has several."""
+        return None
+
+    @property
     def any_module(self) -> bool:
         """Return True if it adapts modules that no `Op` knows."""
         return self.whole
+
+    @property
+    def weightless(self) -> bool:
+        """Return True if a call of the layer alone can do what it does: nothing in it is a change of a weight."""
+        return self.any_module and not self.whole
 
     @property
     def reads(self) -> bool:
@@ -240,8 +258,11 @@ class Effect:
         """True if a forward pass, too, has the module do to the adapter's values what it does to its weight."""
         return False
 
-    def shift(self) -> Tensor | None:
-        """Return Δb, (out,), of one that adds to the weight; None if it does not shift the bias."""
+    def shift(self, f: Factors | None = None) -> Tensor | None:
+        """Return Δb, (out,), of one that adds to the weight; None if it does not shift the bias.
+
+        f: its factors, if they are made already.
+        """
         return None
 
     def times(self, weight: float) -> Effect | None:
@@ -250,59 +271,72 @@ class Effect:
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank(Effect):
-    """A product of two matrices, by its `factors`: W' = gain ⊙ (W + B A)."""
+class Update(Effect):
+    """An update of weight and bias: W' = W + ΔW, b' = b + Δb. ΔW is the sum of what `delta` and `factors` say.
 
-    factors: Callable[[], Factors]
-    gains: bool = False  # the factors have a gain
+    Args:
+        delta: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). A tensor, or a value that is not
+            formed yet: an `Unformed`, or beside a `branch` whatever has `dense()`.
+        factors: those of a product B A, with a dropout of their own.
+        branch: x → ΔW x, where that is cheaper; without `delta`, what no weight does.
+        bias: Δb, (out,).
+        dropout: acts on the input of `delta`.
+        gains: the factors have a gain, W' = gain ⊙ (W + B A), and there is nothing else.
+        draws: ΔW is random in training, so that a call must not compute it twice.
+        input_of: of a branch beside a module with several inputs. Of a tuple that the module returns, it adds to the
+            first item.
+    """
+
+    delta: Callable[..., Delta] | None = None
+    factors: Callable[[], Factors] | None = None
+    branch: Callable[[Tensor], Tensor] | None = None
+    bias: Callable[[], Tensor] | None = None
+    dropout: Callable[[], nn.Module] | None = None
+    gains: bool = False
+    draws: bool = False
+    input_of: InputOf | None = None
+
+    def __post_init__(self) -> None:
+        if self.weightless and self.fixed is None:
+            object.__setattr__(self, "fixed", "a branch beside the layer has no merged form")
+
+    @property
+    def weightless(self) -> bool:
+        return self.delta is None and self.branch is not None
+
+    @property
+    def product(self) -> Callable[[], Factors] | None:
+        alone = self.delta is None and self.branch is None and self.bias is None and not self.gains
+        return self.factors if alone else None
 
     @property
     def additive(self) -> bool:
         return not self.gains
 
     @property
-    def forms(self) -> bool:
-        return self.of_weight and not self.gains
-
-    def shift(self) -> Tensor | None:
-        return self.factors().shift()
-
-    def times(self, weight: float) -> Effect | None:
-        return None if self.gains else replace(self, factors=times(self.factors, weight))
-
-
-@dataclass(frozen=True, eq=False)
-class Update(Effect):
-    """An update of the weight: W' = W + ΔW, b' = b + Δb.
-
-    `delta`: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). None: the weight stays as it is.
-    ΔW is a tensor, or a value that is not formed yet: an `Unformed`, or beside a `branch` whatever has `dense()`.
-    `beside`: factors of a product B A that adds to ΔW, with a dropout of their own.
-    """
-
-    delta: Callable[..., Delta] | None
-    branch: Callable[[Tensor], Tensor] | None = None  # x → ΔW x, where that is cheaper
-    beside: Callable[[], Factors] | None = None
-    bias: Callable[[], Tensor] | None = None  # Δb, (out,)
-    dropout: Callable[[], nn.Module] | None = None  # acts on the input
-    draws: bool = False  # ΔW is random in training: a call must not compute it twice
+    def any_module(self) -> bool:
+        return self.input_of is not None
 
     @property
     def keeps_weight(self) -> bool:
-        return self.delta is None
+        return self.delta is None and self.factors is None
 
     @property
     def forms(self) -> bool:
-        return self.delta is not None and self.branch is None
+        return not self.gains and (self.of_weight if self.delta is None else self.branch is None)
 
-    def shift(self) -> Tensor | None:
-        return None if self.bias is None else self.bias()
+    def shift(self, f: Factors | None = None) -> Tensor | None:
+        own = None if self.bias is None else self.bias()
+        more = None if self.factors is None else (f or self.factors()).shift()
+        return more if own is None else own if more is None else own + more
 
-    def times(self, weight: float) -> Effect:
-        own = self.delta, self.branch, self.beside, self.bias
-        delta, branch, beside, bias = (part and times(part, weight) for part in own)
+    def times(self, weight: float) -> Effect | None:
+        if self.gains:
+            return None
+        own = self.delta, self.factors, self.branch, self.bias
+        delta, factors, branch, bias = (part and times(part, weight) for part in own)
         pieces = self.pieces and self.pieces.times(weight)
-        return replace(self, delta=delta, branch=branch, beside=beside, bias=bias, pieces=pieces)
+        return replace(self, delta=delta, factors=factors, branch=branch, bias=bias, pieces=pieces)
 
 
 def with_part(part: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -384,26 +418,6 @@ class Rewrite(Effect):
             return None
         fixed = self.fixed or ONE_OUTPUT
         return replace(self, part=times(self.part, weight), post=None, merged=not_merged, fixed=fixed)
-
-
-@dataclass(frozen=True, eq=False)
-class Branch(Effect):
-    """A branch beside the layer, without a merged form: y = base(x) + branch(x).
-
-    `input_of`, for a module with several inputs: (module, its arguments by name) → x, (batch, …). Of a tuple that it
-    returns, y is the first item.
-    """
-
-    branch: Callable[[Tensor], Tensor]
-    input_of: Callable[[nn.Module, dict[str, object]], Tensor] | None = None
-    fixed: str | None = field(default="a branch beside the layer has no merged form", kw_only=True)
-
-    @property
-    def any_module(self) -> bool:
-        return self.input_of is not None
-
-    def times(self, weight: float) -> Effect:
-        return replace(self, branch=times(self.branch, weight))
 
 
 @dataclass(frozen=True, eq=False)

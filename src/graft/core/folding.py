@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.core.dropout import share_dropped
-from graft.core.effect import HALF, Branch, Effect, Factors, LowRank, Pieces, Rewrite, Tap, Update, dense, matrix
+from graft.core.effect import HALF, Effect, Factors, Pieces, Rewrite, Update, dense, matrix
 from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer
@@ -36,19 +36,22 @@ def lazy_delta(layer: Layer, effect: Update) -> Any:
     return effect.delta(layer.W0) if effect.of_weight else effect.delta()
 
 
-def delta_of(layer: Layer, effect: Effect, drops: bool = False) -> Tensor:
+def delta_of(layer: Layer, effect: Effect, drops: bool = False, f: Factors | None = None) -> Tensor:
     """Return ΔW, canonical, in the adapter's dtype; products of half precision in float32.
 
-    drops: let the dropout of factors take out inputs of the update, the same for all rows.
+    Args:
+        drops: let the dropout of factors take out inputs of the update, the same for all rows.
+        f: its factors, if they are made already.
     """
-    if isinstance(effect, LowRank):
-        return product_of(layer, effect.factors(), drops)
-    if isinstance(effect, Update):
+    if not isinstance(effect, Update) or effect.weightless:
+        raise TypeError(f"a {type(effect).__name__} has no ΔW")
+    if effect.factors is None:
         delta = lazy_delta(layer, effect)
         W = torch.zeros(layer.site.shape) if delta is None else dense(delta)
-        W = W if effect.beside is None else W + product_of(layer, effect.beside(), drops)
-        return W * effect.dropout()(torch.ones_like(W[0])) if drops and effect.dropout is not None else W
-    raise TypeError(f"a {type(effect).__name__} has no ΔW")
+    else:
+        W = product_of(layer, f or effect.factors(), drops)
+        W = W if effect.delta is None else dense(lazy_delta(layer, effect)) + W
+    return W * effect.dropout()(torch.ones_like(W[0])) if drops and effect.dropout is not None else W
 
 
 def product_of(layer: Layer, f: Factors, drops: bool = False) -> Tensor:
@@ -62,7 +65,7 @@ def product_of(layer: Layer, f: Factors, drops: bool = False) -> Tensor:
 def unfolded(m: Method) -> str | None:
     """Return why an adapter cannot act through a weight that modules read without calling the layer, if so."""
     effect, name = m.effect, type(m).__name__
-    if isinstance(effect, (Branch, Tap)) or (isinstance(effect, Rewrite) and effect.block):
+    if effect.weightless:
         return f"The weight is used without a call of the layer, so that {name} would have no effect"
     if effect.fixed is not None:
         return f"The weight is used without a call of the layer, and {name} has no weight to put there: {effect.fixed}"
@@ -87,16 +90,13 @@ def fold_step(
     """
     if isinstance(effect, Rewrite):
         return effect.merged(W, b)
-    if isinstance(effect, LowRank):
-        f = effect.factors()
-        W = W + product_of(layer, f, drops).to(W.dtype)
-        shift = f.shift()
-        if f.gain is not None:
-            W = W * f.gain.to(W.dtype).view(-1, *[1] * (W.dim() - 1))
-    else:
-        if not effect.keeps_weight:
-            W = W + delta_of(layer, effect, drops).to(W.dtype)
-        shift = effect.shift()
+    assert isinstance(effect, Update)
+    f = None if effect.factors is None else effect.factors()
+    if not effect.keeps_weight:
+        W = W + delta_of(layer, effect, drops, f).to(W.dtype)
+    if f is not None and f.gain is not None:
+        W = W * f.gain.to(W.dtype).view(-1, *[1] * (W.dim() - 1))
+    shift = effect.shift(f)
     if shift is not None:
         b = shift if b is None else b + shift.to(b.dtype)
     return W, b
@@ -126,7 +126,7 @@ def why_none(m: Method, effect: Effect | None = None) -> str | None:
     why = m.excludes(PLAIN)
     if why is not None:
         return str(why)
-    if isinstance(effect, (LowRank, Update)) or (isinstance(effect, Rewrite) and effect.fixed is None):
+    if not (effect.weightless or effect.whole) and (isinstance(effect, Update) or effect.fixed is None):
         return None
     if m.depends_on is not None:
         return f"its update follows `{m.depends_on}` of a call: say which, at={{'{m.depends_on}': …}}"
@@ -141,8 +141,8 @@ def change_of(m: Method, effect: Effect | None = None) -> Change:
     with layer.base_weight.at_hand(layer), evaluating(layer):
         if effect.pieces is not None:
             return change_of_each(effect.pieces, layer.site.shape[0])
-        if isinstance(effect, LowRank) and not effect.gains:
-            f = effect.factors()
+        if effect.product is not None:
+            f = effect.product()
             A, B = (wide(t) for t in f.unscaled())
             if op.opaque:  # a stack
                 A, B = Opaque.each(A, B, layer.site.shape[0])
@@ -153,7 +153,7 @@ def change_of(m: Method, effect: Effect | None = None) -> Change:
                 (B if f.scale is None else B * f.scale).unflatten(0, (groups, -1)),
                 f.shift(),
             )
-        if isinstance(effect, Update):
+        if effect.additive:
             W, shift = delta_of(layer, effect), effect.shift()
         else:
             before, b = wide(layer.W0), layer.bias_now

@@ -27,7 +27,7 @@ from graft.core import stacked
 from graft.core.averaging import averaged
 from graft.core.containers import Slot, slots_of
 from graft.core.each import Making, pieces_of
-from graft.core.effect import HALF, Effect, LowRank, Replace, Rewrite, Update
+from graft.core.effect import HALF, Effect, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
 from graft.core.finite import largest, survival
 from graft.core.folding import evaluating, fold_step
@@ -168,7 +168,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
     `Rewrite` tells only as it folds, which takes as long as the merge.
     """
     kind = (type(m), id(m.cfg), type(layer.op))
-    if kind in asked or m.effect.pieces is not None or not isinstance(m.effect, (LowRank, Update, Rewrite)):
+    if kind in asked or m.effect.pieces is not None:
         return False
     asked.add(kind)
     with layer.base_weight.at_hand(layer), evaluating(layer), torch.no_grad():
@@ -273,7 +273,7 @@ def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
     function = theirs(layer, DELTA)
     if function is None:
         return None
-    more = [m for m in methods if not (m.effect.additive and isinstance(m.effect, (LowRank, Update)))]
+    more = [m for m in methods if not m.effect.additive or m.effect.weightless]
     if more:
         why = f"adapter '{more[0].name}' ({type(more[0]).__name__}) does more than add that to the weight"
     elif is_packed_stack(layer):
@@ -364,9 +364,9 @@ def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
     """Return A and B of each step, if all are nothing but products that merging adds to the weight; else None."""
     found = []
     for _, effect in steps:
-        if not (isinstance(effect, LowRank) and effect.additive):
+        if effect.product is None:
             return None
-        f = effect.factors()
+        f = effect.product()
         if f.shift() is not None:
             return None
         A, B = f.matrices()

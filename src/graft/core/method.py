@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.base_config import model_type
-from graft.core.effect import Delta, Effect, Factors, LowRank, Update
+from graft.core.effect import Delta, Effect, Factors, Update
 from graft.core.errors import CalibrationError, ConfigError
 from graft.core.ops import META, OPS
 from graft.core.published import Published
@@ -320,11 +320,12 @@ class Method(Generic[C]):
         raise NotImplementedError
 
     def describe(self) -> Effect:
-        """Return the effect: `LowRank(self.factors)` or `Update(self.delta)`, whichever the most derived class has.
+        """Return the effect: an `Update` by `factors` or `delta`, whichever the most derived class has.
 
         It may depend on the site and the config, and on nothing else.
         """
-        return LowRank(self.factors) if _last(type(self), "factors", "delta") == "factors" else Update(self.delta)
+        by_factors = _last(type(self), "factors", "delta") == "factors"
+        return Update(factors=self.factors) if by_factors else Update(self.delta)
 
     def take_from_base(self, mark: str, missing: str) -> Any:
         """Take an attribute that a calibration has left at the base's module; an injection that fails gives it back.

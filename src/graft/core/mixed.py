@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from graft.core import fused
-from graft.core.effect import Factors, LowRank, matrix
+from graft.core.effect import Factors, matrix
 from graft.core.errors import RoutingError
 from graft.core.method import as_it_is
 from graft.core.plan import (
@@ -82,13 +82,13 @@ class Mixed:
         self.whole = next((plan for plan in plans if isinstance(plan, Whole)), None)
         self.blocks = {n: plan for n, plan in self.plans.items() if isinstance(plan, Block)}
         self.adds = all(plan.above for plan in plans)
-        self.products = all(isinstance(p, Sum) and p.single and type(p.steps[0][1]) is LowRank for p in plans)
+        self.products = all(isinstance(p, Sum) and p.single and p.product is not None for p in plans)
         self.folded = any(isinstance(plan, Folded) for plan in plans)
         self.stacks = [(i, plan) for i, n in enumerate(keys) if isinstance(plan := self.plans[n], Folded)]
         self.routes = all(isinstance(plan, Folded) and plan.routes for plan in plans)  # experts, which graft can run
         self.aside = any(isinstance(plan, Instead) and plan.aside for plan in plans)
         self.idle = not plans
-        self.sums = any(type(p) is Sum and isinstance(p.steps[0][1], LowRank) for p in plans)
+        self.sums = any(type(p) is Sum and p.product is not None for p in plans)
         self.last: BatchGroups | None = None
         # A norm uses its input several times. Gradients of rows that no adapter changes are summed with those of other
         # uses one by one, as where no adapter acts; a part of the input would sum its own first.
@@ -204,8 +204,8 @@ class Mixed:
                 pass
             elif plan is None:
                 own = Segment(size * tokens, None, None)
-            elif self.joins.get(name, True) and type(plan) is Sum and isinstance(plan.steps[0][1], LowRank):
-                f = self.factors_of(name, plan.steps[0][1])
+            elif self.joins.get(name, True) and type(plan) is Sum and plan.product is not None:
+                f = self.factors_of(name, plan.product)
                 own = None if f is None else fused.segment(W, f, x, size * tokens)
                 if own is not None and own.p:
                     with drawing(name):
@@ -213,17 +213,17 @@ class Mixed:
             found.append(own)
         return found
 
-    def factors_of(self, name: str | None, effect: LowRank) -> Factors | None:
+    def factors_of(self, name: str | None, product: Callable[[], Factors]) -> Factors | None:
         """Return an adapter's factors, if they are its own tensors.
 
         The first time leave torch's generator as it is: factors that are computed may be random, and the adapter will
         compute them again when it runs by itself.
         """
         if name in self.joins:
-            return effect.factors()
+            return product()
         before = torch.get_rng_state()
         with saved_tensors_hooks(as_it_is, as_it_is):  # a checkpointed block counts what is saved without them
-            f = effect.factors()
+            f = product()
             self.joins[name] = f.inner is None and f.outer is None and all(matrix(m).is_leaf for m in (f.A, f.B))
         torch.set_rng_state(before)
         return f if self.joins[name] else None
@@ -234,10 +234,10 @@ class Mixed:
         if not any(s.p for s in segments):
             plans: list[Any] = [self.plans[name] for name in rows.keys]
             unchanged, computed = Unchanged(), []
-            for (method, effect), own in ((plan.steps[0], s) for plan, s in zip(plans, segments) if plan is not None):
-                f = effect.factors()
-                if not unchanged.note(method, f):
-                    computed.append((effect.factors, f, own))
+            for plan, own in ((plan, s) for plan, s in zip(plans, segments) if plan is not None):
+                f = plan.product()
+                if not unchanged.note(plan.steps[0][0], f):
+                    computed.append((plan.product, f, own))
             self.last = BatchGroups(stacks, rows.sizes, x.shape[1:], x.dtype, unchanged, computed, groups)
 
     def last_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
@@ -382,7 +382,7 @@ class Mixed:
             plan = self.plans[name]
             if plan is None:
                 return None
-            f = plan.steps[0][1].factors()  # type: ignore[attr-defined]
+            f = plan.product()  # type: ignore[attr-defined]
             found = None if f.outer is not None else fused.plain(f)
             if found is None or found[2]:
                 return None

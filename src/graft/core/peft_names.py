@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.containers import Exact, moved
-from graft.core.effect import LowRank, Update
+from graft.core.effect import Update
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
 from graft.core.folding import delta_of, evaluating, why_none
 from graft.core.gate import changes, everything
@@ -112,7 +112,7 @@ class PeftNames:
         if adapter not in self.methods:
             raise AdapterNotFoundError(f"Adapter {adapter} not found on layer '{self.site.key}'.")
         effect = self.methods[adapter].effect
-        if not isinstance(effect, (LowRank, Update)):
+        if not isinstance(effect, Update) or effect.weightless:
             raise NotImplementedError(
                 f"Adapter '{adapter}' has no ΔW on layer '{self.site.key}': {type(self.methods[adapter]).__name__} "
                 "does not add to the weight. Call the layer to see what the adapter does."

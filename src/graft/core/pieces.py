@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.dropout import share_dropped
-from graft.core.effect import Effect, Factors, LowRank, Rewrite, Update
+from graft.core.effect import Effect, Factors, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import lazy_delta
 from graft.core.fused import tensor_of
@@ -155,15 +155,15 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
 def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
     """Return this process's piece of what an adapter adds to y, the output for x."""
     piece = layer.site.piece
-    if isinstance(effect, LowRank):
-        return low_rank_piece(layer, m, effect.factors(), x)
+    if effect.product is not None:
+        return low_rank_piece(layer, m, effect.product(), x)
     if isinstance(effect, Update) and not drops(layer, effect.dropout and effect.dropout()) and effect.branch is None:
         delta, bias = lazy_delta(layer, effect), None if effect.bias is None else effect.bias()
         if isinstance(delta, Tensor):
             y = run(layer, m.cast(x), delta.to(m.dtype), bias)
         else:
             y = cut_up(applied(layer, m, delta, bias, m.cast(joined(x, piece.inputs))), piece.outputs)
-        return y if effect.beside is None else y + low_rank_piece(layer, m, effect.beside(), x)
+        return y if effect.factors is None else y + low_rank_piece(layer, m, effect.factors(), x)
     if isinstance(effect, Rewrite):
         y = joined(y, piece.outputs)
     return cut_up(part_of(layer, m, effect, joined(x, piece.inputs), y), piece.outputs)

@@ -17,7 +17,7 @@ from graft.core import fused
 from graft.core.averaging import averaged
 from graft.core.dropout import share_dropped
 from graft.core.each import Making, pieces_of
-from graft.core.effect import Branch, Effect, Factors, LowRank, Pieces, Replace, Rewrite, Tap, Unformed, Update, dense
+from graft.core.effect import Effect, Factors, Pieces, Replace, Rewrite, Tap, Unformed, Update, dense
 from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.folding import fold_step, lazy_delta, same_inputs
 from graft.core.method import Method
@@ -60,6 +60,8 @@ def low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
 
 def update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
     """Return ΔW dropout(x) + Δb."""
+    if effect.product is not None:
+        return low_rank_part(layer, m, effect.product(), x)
     op = layer.op
     x = m.cast(x)
     if effect.dropout is not None and not op.takes_ids:
@@ -69,7 +71,7 @@ def update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
         y = effect.branch(x)
         return y if bias is None else y + op.channels(bias)
     y = applied(layer, m, lazy_delta(layer, effect), bias, x)
-    return y if effect.beside is None else y + low_rank_part(layer, m, effect.beside(), x)
+    return y if effect.factors is None else y + low_rank_part(layer, m, effect.factors(), x)
 
 
 def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -93,49 +95,18 @@ def part_of(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Te
     if isinstance(effect, Rewrite):
         assert effect.part is not None
         return effect.part(seen(layer, m, effect, x), y)
+    assert isinstance(effect, Update)
     if not layer.store.exact and effect.forms:
-        return again(layer, _part_of, layer, m, effect, x)
-    return _part_of(layer, m, effect, x)
+        return again(layer, update_part, layer, m, effect, x)
+    return update_part(layer, m, effect, x)
 
 
-def _part_of(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
-    if isinstance(effect, LowRank):
-        return low_rank_part(layer, m, effect.factors(), x)
-    if isinstance(effect, Update):
-        return update_part(layer, m, effect, x)
-    assert isinstance(effect, Branch)
-    return effect.branch(m.cast(x))
-
-
-Add = Callable[[Layer, Method, Any, Tensor, Tensor, bool], Tensor]  # (…, its effect, x, y, may it write to y?)
-
-
-def add_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-    return add_factors(layer, m, effect.factors(), x, y, fuse)
-
-
-def add_factors(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
+def add_product(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
     out = fused.added(f, x, y) if fuse else None
     return y + low_rank_part(layer, m, f, x) if out is None else out
 
 
-def add_update(layer: Layer, m: Method, effect: Update, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-    return y + update_part(layer, m, effect, x)
-
-
-def add_branch(layer: Layer, m: Method, effect: Branch, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-    return y + effect.branch(m.cast(x))
-
-
-def add_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-    return y + part_of(layer, m, effect, x, y)
-
-
-ADD: dict[type, Add] = {LowRank: add_low_rank, Update: add_update, Branch: add_branch}
-
-
-def join_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor) -> Tensor:
-    f = effect.factors()
+def join_product(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     out = fused.joined(layer, f, x)
     if out is not None:
         return out
@@ -144,8 +115,9 @@ def join_low_rank(layer: Layer, m: Method, effect: LowRank, x: Tensor) -> Tensor
     return (y + low_rank_part(layer, m, f, x)).to(y.dtype)
 
 
-def join_update(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
-    if effect.beside is not None:
+def join_update(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
+    assert isinstance(effect, Update)
+    if effect.factors is not None:
         x = once(x)
     if effect.branch is None and (effect.dropout is None or share_dropped(effect.dropout()) == 0):
         delta = lazy_delta(layer, effect)
@@ -155,25 +127,12 @@ def join_update(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
             x = once(x)
             y: Tensor = layer.base_layer(x)
             out = (y + applied(layer, m, delta, bias, m.cast(x))).to(y.dtype)
-        if effect.beside is not None:
-            out = add_factors(layer, m, effect.beside(), x, out, True).to(out.dtype)
+        if effect.factors is not None:
+            out = add_product(layer, m, effect.factors(), x, out, True).to(out.dtype)
         return out
     x = once(x)
     y = layer.base_layer(x)
     return (y + update_part(layer, m, effect, x)).to(y.dtype)
-
-
-def join_branch(layer: Layer, m: Method, effect: Branch, x: Tensor) -> Tensor:
-    x = once(x)
-    y: Tensor = layer.base_layer(x)
-    return (y + effect.branch(m.cast(x))).to(y.dtype)
-
-
-JOIN: dict[type, Callable[[Layer, Method, Any, Tensor], Tensor]] = {
-    LowRank: join_low_rank,
-    Update: join_update,
-    Branch: join_branch,
-}
 
 
 Step = tuple[Method, Effect]  # (method, its effect)
@@ -255,9 +214,8 @@ class Sum(Plan):
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
-        exact = layer.store.exact
-        self.adds = [(ADD[type(effect)] if exact else add_part, m, effect) for m, effect in self.steps]
-        self.join = JOIN[type(self.steps[0][1])]
+        self.adds = [(m, effect, effect.product if layer.store.exact else None) for m, effect in self.steps]
+        self.product = self.steps[0][1].product
         self.single = len(self.steps) == 1
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
@@ -269,16 +227,22 @@ class Sum(Plan):
         if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
             m, effect = self.steps[0]
             x = x if self.single else once(x)
-            y = self.join(layer, m, effect, x)
+            if self.product is None:
+                y = join_update(layer, m, effect, x)
+            else:
+                y = join_product(layer, m, self.product(), x)
             return y if self.single else self.add(x, y, True, 1)
         x = once(x)
         return self.add(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)), fuse)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
         """Add the parts of the steps from `first` on to y. fuse: write to y, and pass modules without hooks by."""
-        dtype = y.dtype
-        for add, m, effect in self.adds[first:]:
-            y = add(self.layer, m, effect, x, y, fuse)
+        layer, dtype = self.layer, y.dtype
+        for m, effect, product in self.adds[first:]:
+            if product is None:
+                y = y + part_of(layer, m, effect, x, y)
+            else:
+                y = add_product(layer, m, product(), x, y, fuse)
         return y.to(dtype)
 
     def over(self, x: Tensor, y: Tensor) -> Tensor:
@@ -324,7 +288,7 @@ class Chain(Plan):
 
     def over(self, x: Tensor, y: Tensor) -> Tensor:
         m, effect = self.steps[0]
-        if not (isinstance(effect, LowRank) and effect.gains):
+        if not isinstance(effect, Update) or effect.additive or effect.factors is None:
             return super().over(x, y)
         return _gained(self, 0, m, effect.factors(), x, y, lambda inner: self.through(0, inner, (), {}), False)
 
@@ -349,7 +313,7 @@ def way(effect: Effect) -> str:
     """Return the key in `WAYS` of the function that runs a step of a chain."""
     if isinstance(effect, Rewrite):
         return "fold" if effect.folds else "rewrite"
-    return "gain" if isinstance(effect, LowRank) and effect.gains else "add"
+    return "add" if effect.additive else "gain"
 
 
 def _rewrite(
@@ -396,8 +360,9 @@ def _add(
 
 
 def _gain(
-    plan: Chain, n: int, m: Method, effect: LowRank, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    plan: Chain, n: int, m: Method, effect: Update, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
+    assert effect.factors is not None
     layer, f = plan.layer, effect.factors()
     fuse = n == 0 and layer.may_fuse
     if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
@@ -479,9 +444,9 @@ class Folded(Plan):
         super().__init__(layer, steps)
         assert isinstance(layer.op, Opaque)
         self.op = layer.op
-        self.products = [effect for _, effect in self.steps if isinstance(effect, LowRank) and effect.additive]
+        self.products = [effect.product for _, effect in self.steps if effect.product is not None]
         self.routes = layer.site.experts is not None and all(
-            effect.pieces is not None or (isinstance(effect, LowRank) and effect.additive) for _, effect in self.steps
+            effect.pieces is not None or effect.product is not None for _, effect in self.steps
         )
         self.adds = all(effect.additive for _, effect in self.steps)
         self.forms = len(self.products) < len(self.steps)
@@ -521,11 +486,11 @@ class Folded(Plan):
             return [Own(formed_part(found, layer.training, group))]
         for m, effect in self.steps:
             gate = None if gates is None else partial(gates.of_tokens, layer, m.name)
-            if effect.pieces is None:
-                A, B = same_inputs(effect.factors()).matrices()  # type: ignore[attr-defined]
-                parts.append(Own(Part(*self.op.each(A, B, self.op.stack(layer.site.module)), group), gate))
-            else:
+            if effect.pieces is not None:
                 parts.append(Own(formed_part([effect.pieces], layer.training, group), gate))
+            elif effect.product is not None:
+                A, B = same_inputs(effect.product()).matrices()
+                parts.append(Own(Part(*self.op.each(A, B, self.op.stack(layer.site.module)), group), gate))
         return parts
 
     def stand_in(self) -> Tensor | None:
@@ -537,8 +502,8 @@ class Folded(Plan):
         if type(W) not in fused.PLAIN or W.dim() < 2:
             return None
         parts = []
-        for effect in self.products:
-            A, B = same_inputs(effect.factors()).matrices()
+        for product in self.products:
+            A, B = same_inputs(product()).matrices()
             parts.append((*(op.each(A, B, len(W)) if W.dim() > 2 else (A, B)), 1.0))
         return summed(W, parts, op.transposed)
 
@@ -555,7 +520,7 @@ class Whole(Plan):
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
         self.names = layer.argument_names  # before a compiler asks
-        self.input_of = next(e.input_of for _, e in self.steps if isinstance(e, Branch) and e.input_of is not None)
+        self.input_of = next(e.input_of for _, e in self.steps if e.input_of is not None)
 
     def run(self, *args: object, **kwargs: object) -> object:
         output = self.layer.base_layer(*args, **kwargs)
@@ -774,9 +739,9 @@ def made(layer: Layer, steps: Sequence[Step], one_output: bool = False) -> Plan:
         kind = Folded
     elif any(e.whole for e in effects):
         kind = Instead
-    elif any(isinstance(e, Branch) and e.input_of for e in effects):
+    elif any(e.input_of for e in effects):
         kind = Whole
-    elif any(isinstance(e, Rewrite) and e.block for e in effects):
+    elif any(e.any_module for e in effects):
         kind = LevelBlock if one_output else Block
     else:
         kind = Sum if all(e.additive for e in effects) else Level if one_output else Chain

@@ -202,7 +202,7 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
 def why_not_parallel(method: Method) -> str | None:
     """Return why a method cannot adapt a module of which each process has a piece; None if it can."""
     site, effect = method.site, method.effect
-    inside = effect.whole or getattr(effect, "input_of", None) is not None or site.op.opaque
+    inside = effect.whole or effect.input_of is not None or site.op.opaque
     why = refusal(site.module, site.op, inside)
     alters = isinstance(effect, Rewrite) and (effect.folds or effect.post is not None)
     if why is None and alters and site.piece is not None and site.piece.leaves_bias(site.module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import Chosen
 from graft.core.base_config import model_type
-from graft.core.effect import Branch, Effect
+from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.ops import find_op
@@ -84,7 +84,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         return "It is no attention with q_proj, k_proj, v_proj and o_proj, or with all in one c_attn, as in GPT-2"
 
     def describe(self) -> Effect:
-        return Branch(self.branch, input_of=self.input_of)
+        return Update(branch=self.branch, input_of=self.input_of)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, cfg = self.site, self.cfg

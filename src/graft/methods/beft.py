@@ -35,7 +35,7 @@ class BEFT(Method[BeftConfig]):
         if self.site.op.takes_ids:
             return Update(self.delta, branch=self.branch)
         has_bias = getattr(self.site.module, "bias", None) is not None
-        return Update(None, bias=self.shift, fixed=None if has_bias else "Base layer has no bias to merge into")
+        return Update(bias=self.shift, fixed=None if has_bias else "Base layer has no bias to merge into")
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         if self.effect.fixed is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
-from graft.core.effect import Effect, Factors, LowRank, Product
+from graft.core.effect import Effect, Factors, Product, Update
 from graft.core.method import Method, Use
 from graft.kernels.narrow import onto
 
@@ -50,7 +50,7 @@ class DEFT(Method[DeftConfig]):
     scaling: float
 
     def describe(self) -> Effect:
-        return LowRank(self.factors, of_weight=True)
+        return Update(factors=self.factors, of_weight=True)
 
     def uses_weight(self) -> Use:
         return Use.STARTS if self.cfg.init_weights and not self.cfg.para else Use.NOT

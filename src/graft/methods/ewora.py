@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
-from graft.core.effect import Branch, Effect
+from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 
@@ -86,7 +86,9 @@ class Ewora(Method[EworaConfig]):
             nn.init.kaiming_uniform_(self.ewora_Bs, a=math.sqrt(5))
 
     def describe(self) -> Effect:
-        return Branch(self.branch, fixed="EWoRA's experts are dynamically weighted, by each token, which no weight is")
+        return Update(
+            branch=self.branch, fixed="EWoRA's experts are dynamically weighted, by each token, which no weight is"
+        )
 
     def branch(self, x: Tensor) -> Tensor:
         op, base, E = self.site.op, self.layer.base_layer, self.cfg.num_experts

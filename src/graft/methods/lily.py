@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Branch, Effect
+from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 
@@ -84,7 +84,7 @@ class Lily(Method[LilyConfig]):
         return super().check()
 
     def describe(self) -> Effect:
-        return Branch(self.branch, fixed="Lily mixes its projections anew for each input, which no weight does")
+        return Update(branch=self.branch, fixed="Lily mixes its projections anew for each input, which no weight does")
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site

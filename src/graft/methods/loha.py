@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import Targets
-from graft.core.effect import Effect, Factors, LowRank, Update
+from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.method import Use
 from graft.kernels.one_product import Hadamard, is_narrow, narrow
@@ -83,7 +83,7 @@ class LoHa(Lycoris[LoHaConfig]):
 
     def describe(self) -> Effect:
         if not self.cp and is_narrow(self.cfg.r, self.site.out_features, self.site.fan_in):
-            return LowRank(self.factors)
+            return Update(factors=self.factors)
         return Update(self.delta, draws=self.draws)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:

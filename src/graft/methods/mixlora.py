@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
 from graft.core.dropout import dropout_for
-from graft.core.effect import Branch, Effect, Factors, LowRank, Replace
+from graft.core.effect import Effect, Factors, Replace, Update
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
 from graft.core.method import Method, Tokens
 from graft.core.ops import find_op
@@ -159,7 +159,7 @@ class MixLoRA(Method[MixLoraConfig]):
     def describe(self) -> Effect:
         if self.routes:
             return Replace(self.module, fixed=FIXED)
-        return Branch(self.expert, fixed=FIXED) if self.chosen else LowRank(self.factors)
+        return Update(branch=self.expert, fixed=FIXED) if self.chosen else Update(factors=self.factors)
 
     def factors(self) -> Factors:
         return Factors(self.mixlora_A, self.mixlora_B, self.cfg.lora_alpha / self.cfg.r, self.mixlora_dropout)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
-from graft.core.effect import Branch, Effect
+from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Tokens
 from graft.core.ops import Op
@@ -145,7 +145,7 @@ class MoeLoRA(Method[MoeLoraConfig]):
             nn.init.normal_(self.moelora_B, std=self.cfg.r**-0.5)
 
     def describe(self) -> Effect:
-        return Branch(self.branch, fixed="MoE-LoRA's routers weigh experts by each token, which no weight does")
+        return Update(branch=self.branch, fixed="MoE-LoRA's routers weigh experts by each token, which no weight does")
 
     def branch(self, x: Tensor) -> Tensor:
         cfg, op, base = self.cfg, self.site.op, self.layer.base_layer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Branch, Effect, Factors, LowRank
+from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
 from graft.core.published import Published
 from graft.methods.tasks import TASKS, ByTask
@@ -77,13 +77,15 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
             nn.init.normal_(self.mtllora_B, std=self.cfg.r**-0.5)
 
     def describe(self) -> Effect:
-        return Branch(self.branch, fixed="MTL-LoRA has weights for each task, and no weight is that of all tasks")
+        return Update(
+            branch=self.branch, fixed="MTL-LoRA has weights for each task, and no weight is that of all tasks"
+        )
 
     def at(self, value: object) -> Effect:
         tasks = self.cfg.n_tasks
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < tasks:
             raise ConfigError(f"Only {tasks} tasks available: task_ids={value!r} is none of 0 to {tasks - 1}.")
-        return LowRank(lambda: self.of_task(value))
+        return Update(factors=lambda: self.of_task(value))
 
     def of_task(self, task: int) -> Factors:
         """Return the factors for one task."""

@@ -14,7 +14,7 @@ from graft.config.reading import pattern
 from graft.config.targets import OSF as TARGETS
 from graft.core.base_config import model_type
 from graft.core.containers import Transient
-from graft.core.effect import Effect, Factors, LowRank, Update
+from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method, Use
 from graft.core.published import COMPARISON, Published
@@ -82,7 +82,7 @@ class OSF(Method[OSFConfig]):
 
     def describe(self) -> Effect:
         out, n, _, r = self.sizes
-        return LowRank(self.factors) if 4 * r * (out + n) < out * n else Update(self.delta)
+        return Update(factors=self.factors) if 4 * r * (out + n) < out * n else Update(self.delta)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         out, n, _, r = self.sizes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Effect, Factors, LowRank
+from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.kernels.narrow import product
@@ -62,7 +62,7 @@ class PEANuT(Method[PeanutConfig]):
     scaling: float
 
     def describe(self) -> Effect:
-        return LowRank(self.factors, of_weight=True)
+        return Update(factors=self.factors, of_weight=True)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, r, out = self.cfg, self.cfg.r, self.site.out_features

@@ -16,7 +16,7 @@ from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
 from graft.config.fields import Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Branch, Effect
+from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.random import kaiming_bound
 from graft.methods.tasks import ByTask
@@ -102,7 +102,9 @@ class Poly(ByTask[PolyConfig]):
         nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)
 
     def describe(self) -> Effect:
-        return Branch(self.branch, fixed="Poly mixes its skills for each task, and no weight is that of all tasks")
+        return Update(
+            branch=self.branch, fixed="Poly mixes its skills for each task, and no weight is that of all tasks"
+        )
 
     def branch(self, x: Tensor) -> Tensor:
         mixing = self.mixing(self.tasks_of(x)).to(self.poly_lora_A.dtype)

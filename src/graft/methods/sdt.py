@@ -18,7 +18,7 @@ from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import SDT as TARGETS
 from graft.core.containers import Filed
 from graft.core.dropout import dropout_for
-from graft.core.effect import Effect, Factors, LowRank, Update
+from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Tensors
 from graft.core.published import Published
@@ -173,7 +173,7 @@ class SDT(Method[SdtConfig]):
         return change
 
     def describe(self) -> Effect:
-        return LowRank(self.factors) if self.mixer is None else Update(self.delta)
+        return Update(factors=self.factors) if self.mixer is None else Update(self.delta)
 
     def factors(self) -> Factors:
         return Factors(self.sdt_A, self.sdt_B, self.cfg.lora_alpha / self.cfg.r, self.sdt_dropout)

@@ -90,7 +90,7 @@ class SuperTuning(Method[SupertuningConfig]):
         return Use.STARTS if self.cfg.save_precomputed_indices else Use.STARTS | Use.AGAIN
 
     def describe(self) -> Effect:
-        return Update(self.delta, beside=None if self.cfg.r is None else self.factors_beside)
+        return Update(self.delta, factors=None if self.cfg.r is None else self.factors_beside)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site

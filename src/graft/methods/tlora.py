@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
 from graft.config.targets import LORA
-from graft.core.effect import Branch, Effect, Factors, LowRank
+from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Use
 from graft.core.published import Published
@@ -137,13 +137,15 @@ class TLoRA(Method[TLoraConfig]):
             self.tlora_lambda.add_(torch.randn(cfg.r, device="cpu").to(P.device))
 
     def describe(self) -> Effect:
-        return Branch(self.branch, fixed="T-LoRA's rank follows the timestep, and no weight is that of all of them")
+        return Update(
+            branch=self.branch, fixed="T-LoRA's rank follows the timestep, and no weight is that of all of them"
+        )
 
     def at(self, value: object) -> Effect:
         most = self.cfg.max_timestep
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
             raise ConfigError(f"timestep must be a number between 0 and max_timestep={most:g}, got {value!r}.")
-        return LowRank(lambda: self.of_timestep(value))
+        return Update(factors=lambda: self.of_timestep(value))
 
     def of_timestep(self, t: float) -> Factors:
         """Return the factors for one timestep, of twice the ranks that act."""

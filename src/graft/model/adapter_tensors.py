@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.reading import Json
-from graft.core.effect import LowRank
 from graft.core.errors import ConfigError, some
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method, Use
@@ -188,7 +187,7 @@ def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
     containers = {slot.container for slot in layer.slots(view.adapter) if slot.saved}
     strange = sorted(name for name in containers - FACTORS if not known_extra(f"{name}."))
     biased = any(slot.container == "lora_B" and slot.path == "bias" for slot in layer.slots(view.adapter))
-    if not isinstance(m.effect, LowRank) or m.effect.gains:
+    if m.effect.product is None:
         yield f"{type(m).__name__} does more than to add B A"
     elif strange or biased:
         yield f"servers know no {', '.join(strange or ['bias of B'])}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.core.carrier import Carrier, carried
-from graft.core.effect import Branch, Replace, Rewrite
+from graft.core.effect import Rewrite
 from graft.core.errors import some
 from graft.core.finite import is_plain, largest
 from graft.core.folding import delta_of, evaluating, fold_step
@@ -409,7 +409,7 @@ def norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
         return ()
     method = layer.methods[adapter]
     effect = method.effect
-    if isinstance(effect, (Branch, Replace)) or effect.fixed or (isinstance(effect, Rewrite) and effect.block):
+    if effect.whole or effect.weightless or effect.fixed:
         return ()
     base = layer.base_layer
     if layer.site.piece is not None or any([layout_of(t) is not None for t in base.parameters()]):

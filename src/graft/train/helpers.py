@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from graft.core.effect import LowRank
 from graft.core.errors import PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.prompts.base import Prompt
@@ -85,7 +84,7 @@ def read_by_methods(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
             continue
         for adapter, method in module.methods.items():
             effect = method.effect
-            calls = isinstance(effect, LowRank) and effect.additive and not effect.reads
+            calls = effect.product is not None and not effect.reads
             for slot in module.slots(adapter):
                 if not (calls and is_leaf(slot.owner)):
                     read.add(slot.owner)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.core.call import Call
-from graft.core.effect import Branch, Effect
+from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
 from graft.core.plan import low_rank_part
 from graft.core.rows import Finish, Rows, Run
@@ -187,7 +187,7 @@ class ALoRA(LoRA):
         return super().check()
 
     def describe(self) -> Effect:
-        return Branch(self.branch, fixed="aLoRA does not support merging, as it acts at some positions only")
+        return Update(branch=self.branch, fixed="aLoRA does not support merging, as it acts at some positions only")
 
     def branch(self, x: Tensor) -> Tensor:
         offsets = self.layer.call.fact((ARGUMENT, self.name))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from graft.config.fields import settings
-from graft.core.effect import Branch, Effect, Factors
+from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import RoutingError
 from graft.core.method import Method
 from graft.kernels.waits import vector
@@ -56,7 +56,7 @@ class Arrow(LoRA):
         return super().build(shared, device) | dict(lora_arrow=Router())
 
     def describe(self) -> Effect:
-        return Branch(self.branch, fixed="Cannot merge an active Arrow router adapter. Remove it first")
+        return Update(branch=self.branch, fixed="Cannot merge an active Arrow router adapter. Remove it first")
 
     def factors(self) -> Factors:
         raise NotImplementedError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from graft.core.effect import Effect, Factors, LowRank
+from graft.core.effect import Effect, Factors, Update
 from graft.core.method import Use
 from graft.core.published import Published
 from graft.kernels.decomposed import row_norms
@@ -117,7 +117,7 @@ class DoRA(LoRA):
         m.data = norm.to(device=self.pair[0].device, dtype=m.dtype).view(m.shape)
 
     def describe(self) -> Effect:
-        return LowRank(self.factors, gains=True, of_weight=True)
+        return Update(factors=self.factors, gains=True, of_weight=True)
 
     def factors(self) -> Factors:
         m = self.lora_magnitude_vector().flatten()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.targets import LORA
-from graft.core.effect import Effect, Factors, LowRank
+from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import AdapterNotFoundError
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Tensors
@@ -141,7 +141,7 @@ class LoRA(Started):
         return {("lora_A", "weight"): A, ("lora_B", "weight"): B}
 
     def describe(self) -> Effect:
-        return LowRank(self.factors, fixed=checks.unmergeable(self.site, self.cfg))
+        return Update(factors=self.factors, fixed=checks.unmergeable(self.site, self.cfg))
 
     def factors(self) -> Factors:
         if self.site.op.takes_ids:

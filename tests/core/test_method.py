@@ -6,12 +6,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import graft
 from graft.core.effect import Factors, Replace, Rewrite, Update
 from graft.core.method import Method
 from graft.inject.survey import site_of, survey
 from graft.methods import METHODS, method_of
+from graft.methods.ln_tuning import LNTuning
 from tests.looks import layers
 
 
@@ -76,6 +78,74 @@ def test_the_hook_that_was_overridden_last_describes():
     assert m.effect is m.effect
 
 
+class Sum(LNTuning):
+    """An update of the parts that `parts` names, made of one parameter."""
+
+    ln_tuning_layers: nn.Parameter
+    parts = ()
+
+    check = Method.check
+
+    def build(self, shared):
+        return dict(ln_tuning_layers=nn.Parameter(torch.randn(3, 4, 4)))
+
+    def describe(self):
+        return Update(**{part: getattr(self, part) for part in self.parts})
+
+    def delta(self):
+        return self.ln_tuning_layers[0]
+
+    def branch(self, x):
+        return x @ self.ln_tuning_layers[0].T
+
+    def factors(self):
+        return Factors(self.ln_tuning_layers[1, :2], self.ln_tuning_layers[2, :, :2], 0.5)
+
+    def bias(self):
+        return self.ln_tuning_layers[2, :, 3]
+
+
+@pytest.mark.parametrize("delta", ["", "delta", "branch", "delta branch"])
+@pytest.mark.parametrize("beside", ["factors", "bias", "factors bias"])
+def test_the_parts_of_an_update_add_up(monkeypatch, delta, beside):
+    monkeypatch.setattr(LNTuning, "variant", classmethod(lambda cls, cfg: Sum))
+    monkeypatch.setattr(Sum, "parts", [*delta.split(), *beside.split()])
+    base, config = nn.Sequential(nn.Linear(4, 4)), graft.LNTuningConfig(target_modules=["0"])
+    model = graft.get_peft_model(copy.deepcopy(base), config)
+    model.add_adapter("b", config)
+    x = torch.randn(5, 4)
+
+    def expected(name, weight=1.0):
+        values = layers(model)["0"].ln_tuning_layers[name]
+        W = values[0] if delta else 0
+        W = W + 0.5 * values[2, :, :2] @ values[1, :2] if "factors" in beside else W * torch.ones(4, 4)
+        return weight * (x @ W.T + (values[2, :, 3] if "bias" in beside else 0))
+
+    assert_close(model(x), base(x) + expected("default"))
+    names = ["b", "default", "__base__", "b", "default"]
+    rows = [{"b": expected("b"), "default": expected("default"), "__base__": 0 * x}[n][i] for i, n in enumerate(names)]
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            assert_close(model(x, adapter_names=names), base(x) + torch.stack(rows))
+    model.set_adapter(graft.Average("default", "b", weights=[0.25, -2.0]))
+    assert_close(model(x), base(x) + expected("default", 0.25) + expected("b", -2.0))
+    model.set_adapter("default")
+    y = model(x)
+    if delta == "branch":
+        with pytest.raises(NotImplementedError, match="no merged form"):
+            model.merge_adapter()
+        return
+    model.merge_adapter()
+    assert_close(model(x), y)
+    model.unmerge_adapter()
+    assert_close(model(x), y)
+
+
+def test_a_gain_has_nothing_beside_it():
+    with pytest.raises(TypeError, match="nothing beside"):
+        Update(lambda: None, factors=lambda: None, gains=True)
+
+
 def test_a_view_reads_the_tensors_of_its_adapter(tmp_path):
     net = nn.Sequential(nn.Linear(3, 2))
     model = graft.get_peft_model(net, graft.LoraConfig(target_modules=["0"], r=2))
@@ -102,6 +172,7 @@ def test_every_row_of_the_table_is_a_method_with_a_config_of_that_type():
 PLUG_IN = """
 import torch
 from torch import nn
+from torch.testing import assert_close
 from typing import ClassVar
 import typing
 import graft

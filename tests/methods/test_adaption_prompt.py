@@ -574,11 +574,5 @@ def test_a_second_adapter_that_does_not_fit():
 def test_what_follows_from_its_hooks():
     layer = next(iter(layers(adapt()).values()))
     effect = layer.methods["default"].effect
-    assert (
-        type(effect) is Update
-        and effect.weightless
-        and effect.additive
-        and effect.input_of
-        and effect.fixed
-        and not effect.whole
-    )
+    assert type(effect) is Update and effect.weightless
+    assert effect.additive and effect.input_of and effect.fixed and not effect.whole

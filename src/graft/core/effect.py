@@ -278,10 +278,10 @@ class Update(Effect):
         delta: () → ΔW, or W₀ → ΔW if `of_weight`; both canonical, (out, in, *kernel). A tensor, or a value that is not
             formed yet: an `Unformed`, or beside a `branch` whatever has `dense()`.
         factors: those of a product B A, with a dropout of their own.
-        branch: x → ΔW x, where that is cheaper; without `delta`, what no weight does.
+        branch: x → delta x, where that is cheaper; without `delta`, what no weight does.
         bias: Δb, (out,).
         dropout: acts on the input of `delta`.
-        gains: the factors have a gain, W' = gain ⊙ (W + B A), and there is nothing else.
+        gains: the factors have a gain, W' = gain ⊙ (W + B A); then they are all there is.
         draws: ΔW is random in training, so that a call must not compute it twice.
         input_of: of a branch beside a module with several inputs. Of a tuple that the module returns, it adds to the
             first item.
@@ -297,6 +297,8 @@ class Update(Effect):
     input_of: InputOf | None = None
 
     def __post_init__(self) -> None:
+        if self.gains and (self.delta or self.branch or self.bias):
+            raise TypeError("an Update whose factors have a gain has nothing beside them")
         if self.weightless and self.fixed is None:
             object.__setattr__(self, "fixed", "a branch beside the layer has no merged form")
 

@@ -67,10 +67,10 @@ def update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
     if effect.dropout is not None and not op.takes_ids:
         x = effect.dropout()(x)
     bias = None if effect.bias is None else effect.bias()
-    if effect.branch is not None:
-        y = effect.branch(x)
-        return y if bias is None else y + op.channels(bias)
-    y = applied(layer, m, lazy_delta(layer, effect), bias, x)
+    if effect.branch is None:
+        y = applied(layer, m, lazy_delta(layer, effect), bias, x)
+    else:
+        y = effect.branch(x) if bias is None else effect.branch(x) + op.channels(bias)
     return y if effect.factors is None else y + low_rank_part(layer, m, effect.factors(), x)
 
 
@@ -214,8 +214,9 @@ class Sum(Plan):
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
-        self.adds = [(m, effect, effect.product if layer.store.exact else None) for m, effect in self.steps]
-        self.product = self.steps[0][1].product
+        products = [effect.product for _, effect in self.steps]
+        self.product = products[0]
+        self.adds = [(*step, product if layer.store.exact else None) for step, product in zip(self.steps, products)]
         self.single = len(self.steps) == 1
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:

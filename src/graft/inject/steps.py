@@ -234,7 +234,7 @@ class Steps:
         job.targets.sites[site_key] = site
         self.noted[site_key] = Noted(key, None if cfg == self.before else copy.copy(cfg))
 
-    def handed_on(self, key: str) -> tuple[object, str]:
+    def handed_on(self, key: str) -> tuple[PeftConfig, str]:
         """Return the config handed on for a site, and the path by which its patterns name it."""
         noted = self.noted.get(key, Noted(key, None))
         own = self.job.cfg if self.job.cfg == self.before else self.before  # a replacement may have changed it since

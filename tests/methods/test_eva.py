@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.methods.lora.eva import Components
+from graft.train.eva import prepare_model_inputs_fn_language_modeling
 from tests import models
 from tests.looks import layers
 from tests.pair import json_of
@@ -116,6 +117,14 @@ def test_masks_of_labels_are_pefts(options):
         )
     same(*made)
     assert len(made[0]) == 2
+
+
+def test_a_label_of_a_sequence_says_nothing_of_its_tokens():
+    x = models.inputs("llama", 30)
+    cfg = config(graft, target_modules=["q_proj"], r=2)
+    one, other = ({**x, "labels": torch.full((len(x["input_ids"]),), label)} for label in (-100, 1))
+    found = [prepare_model_inputs_fn_language_modeling(inputs, cfg) for inputs in (x, one, other)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_a_forward_and_rows_of_the_callers_own_for_a_named_adapter():

@@ -34,7 +34,7 @@ def forward_fn_dict(model: nn.Module, inputs: Any) -> object:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: Any) -> Tensor:
-    """Return the positions, (n, 2), of tokens that count: not masked, and not without a label.
+    """Return the positions, (n, 2), of tokens that count: not masked, and not without a label where tokens have one.
 
     Raises:
         TypeError: the inputs are no dictionary.
@@ -47,8 +47,9 @@ def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: 
     mask = model_input.get("attention_mask")
     mask = torch.ones_like(model_input["input_ids"]).bool() if mask is None else mask.bool()
     cfg = peft_config.eva_config
-    if cfg.use_label_mask and "labels" in model_input:
-        mask = mask & (model_input["labels"] != cfg.label_mask_value)
+    labels = model_input.get("labels") if cfg.use_label_mask else None
+    if labels is not None and labels.shape == mask.shape:
+        mask = mask & (labels != cfg.label_mask_value)
     return mask.nonzero()
 
 

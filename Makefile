@@ -11,9 +11,9 @@ PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft and its tests again
 
-.PHONY: test test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed test-clients test-peft \
-	test-formats test-oracles test-trainers test-serving mutations fuzz check dist release bench demo demo-sweep demo-lm demo-4bit compare \
-	rates examples guide-serving docs docs-look clean
+.PHONY: test test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed \
+	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations fuzz check dist release bench \
+	demo demo-sweep demo-lm demo-4bit compare compare-texts rates examples guide-serving docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -244,6 +244,9 @@ $(VENV)/.compare: $(VENV)/.demo-lm
 
 compare: $(VENV)/.compare
 	$(BIN)/python -m examples.compare $(COMPARE)
+
+compare-texts: $(VENV)/.compare
+	$(BIN)/python -m examples.compare.texts $(COMPARE)
 
 # the learning rate of each method, into the package: hours; a search that was stopped goes on
 rates: $(VENV)/.compare

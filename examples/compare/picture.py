@@ -34,19 +34,20 @@ def cost(m: dict[str, Any]) -> float:
 
 
 PANELS = (
-    Panel("exact match", lambda m: float(m["exact"])),
+    Panel("right answers", lambda m: float(m["exact"])),
     Panel("CPU seconds of a training step", cost),
     Panel("size of the file, kB", lambda m: m["bytes"] / 1e3, "log"),
 )
 
 
-def draw(results: dict[str, Any], n: int, path: Path, source: str = "") -> None:
-    """Draw exact match of n dates, with its deviation, beside the CPU time of a step and the size of the file.
+def draw(results: dict[str, Any], n: int, path: Path, source: str = "", what: str = "dates") -> None:
+    """Draw the share of n right answers, with its deviation, beside the CPU time of a step and the size of the file.
 
     Lines show LoRA's values. Methods that no other beats in both quality and time have a colour of their own.
 
     Args:
         source: what the picture's metadata say that it was drawn from.
+        what: the questions were.
     """
     names = sorted(results, key=lambda name: (results[name]["exact"], -cost(results[name])))
     best = front(results)
@@ -65,7 +66,7 @@ def draw(results: dict[str, Any], n: int, path: Path, source: str = "") -> None:
         ax.grid(axis="y", color="0.9")
     axes[0].set_yticks(places, names)
     axes[0].set_ylim(-0.7, len(names) - 0.3)
-    axes[0].set_title(f"{n} held-out dates; orange: none is both better and cheaper", loc="left", fontsize=9)
+    axes[0].set_title(f"{n or ''} held-out {what}; orange: none is both better and cheaper", loc="left", fontsize=9)
     figure.savefig(path, dpi=100, metadata={"Source": source})
     plt.close(figure)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measured part of docs/methods.md, printed from a run of the comparison.
+"""The measured parts of docs/methods.md, printed from runs of the comparisons.
 
-`python -m tests.docs.comparison FILE` takes the `out/compare.json` that `make compare` wrote as the run to show, and
-draws the page's picture anew.
+`python -m tests.docs.comparison FILE …` takes the `out/compare.json` that `make compare` wrote, or the `out/texts.json`
+of `make compare-texts`, as the run to show, and draws the page's picture of it anew.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from typing import Any
 
 from examples.compare.__main__ import HELD_OUT, STEPS, markdown
 from examples.compare.choices import CHOICES
+from examples.compare.fields import NOT_IN_BERT
 from examples.compare.picture import deviation, draw, front
+from examples.compare.texts import WHAT
 from tests.docs.marks import put
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 PICTURE = PAGE.with_name("compare.png")
 RESULTS = Path(__file__).parents[2] / "examples" / "compare" / "results.json"
+TEXTS, TEXTS_PICTURE = RESULTS.with_name("texts.json"), PAGE.with_name("compare-texts.png")
+SHOWN = "topics"  # the task of the picture
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -33,9 +37,9 @@ def read(file: Path) -> dict[str, Any]:
     return {name: run["methods"][name] for name in CHOICES if name in run["methods"]}
 
 
-def digest() -> str:
+def digest(file: Path = RESULTS) -> str:
     """What the picture says that it was drawn from."""
-    return hashlib.sha256(RESULTS.read_bytes()).hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def measured(results: dict[str, Any]) -> str:
@@ -70,15 +74,59 @@ def unbeaten(results: dict[str, Any]) -> str:
     return f"No other is both better and cheaper than {' or '.join(name for name in results if name in best)}."
 
 
+def texts(results: dict[str, dict[str, Any]]) -> str:
+    """Return what texts have shown: what is no noise, and a table."""
+    head = ["method", "", *(f"{task} (lr)" for task in results), "step", "file", "parameters"]
+    lines = [head, ["---"] * len(head)]
+    for name in CHOICES:
+        found = {task: m[name] for task, m in results.items() if name in m}
+        if found:
+            scores = [score(found[task]) if task in found else "" for task in results]
+            first = next(iter(found.values()))
+            cost = f"{first['cpu_seconds'] / first['steps'] * 1e3:.0f} ms"
+            lines.append(
+                [name, first["note"], *scores, cost, f"{first['bytes'] / 1e3:.0f} kB", f"{first['parameters']:,}"]
+            )
+    said = [apart(task, found) for task, found in results.items()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    absent = "; ".join(f"{name}: {why}" for name, why in NOT_IN_BERT.items())
+    return "\n\n".join(["\n".join(said), table, f"No place in a BERT: {absent}."])
+
+
+def score(m: dict[str, Any]) -> str:
+    return f"{m['exact']:.3f} ± {m['spread']:.3f} ({m['lr']:g})"
+
+
+def apart(task: str, found: dict[str, Any]) -> str:
+    """Say which methods differ from LoRA by more than two standard errors of the difference.
+
+    The deviation is that of all methods together: of three seeds alone it says little.
+    """
+    seeds = len(found["LoRA"]["seeds"])
+    spread = math.sqrt(sum(m["spread"] ** 2 for m in found.values()) / len(found))
+    error, own = spread * math.sqrt(2 / seeds), found["LoRA"]["exact"]
+    above = [name for name, m in found.items() if m["exact"] - own > 2 * error]
+    below = [name for name, m in found.items() if own - m["exact"] > 2 * error]
+    return (
+        f"- {WHAT[task]}: {len(found) - len(above) - len(below)} of {len(found)} methods are LoRA's equal within noise "
+        f"({own:.3f}; two standard errors of a difference are {2 * error:.3f}). Above: {', '.join(above) or 'none'}; "
+        f"below: {', '.join(below) or 'none'}."
+    )
+
+
 def page() -> str:
-    return put(PAGE.read_text(), "measured", measured(read(RESULTS)))
+    text = put(PAGE.read_text(), "measured", measured(read(RESULTS)))
+    return put(text, "texts", texts(json.loads(TEXTS.read_text())))
 
 
-def main(file: str) -> None:
-    results = read(Path(file))
-    RESULTS.write_text(Path(file).read_text())
+def main(*files: str) -> None:
+    for file in map(Path, files):
+        where = TEXTS if file.name == TEXTS.name else RESULTS
+        where.write_text(file.read_text())
     PAGE.write_text(page())
-    draw(results, HELD_OUT, PICTURE, digest())
+    draw(read(RESULTS), HELD_OUT, PICTURE, digest())
+    shown = json.loads(TEXTS.read_text())[SHOWN]
+    draw(shown, 0, TEXTS_PICTURE, digest(TEXTS), what=WHAT[SHOWN])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from graft.methods import ROWS, method_of
 from graft.methods.lora.lora import VARIANTS, beside
 from graft.model.rates import Row, best, good, rows
 
-HEAD = ("method", "best", "as good", "found on", "its source")
+TASKS = ("topics", "spam", "dates")
+HEAD = ("method", *TASKS, "size", "its source")
 SHORT = {COMPARISON: "PEFT's comparison"}
 
 
@@ -22,17 +23,22 @@ def table() -> str:
 
 def cells() -> Iterator[list[str]]:
     classes = {c.__name__: c for name in ROWS for c in kinds(name)}
-    shown = set()
-    for method, found in groupby(sorted(rows(), key=lambda row: row["method"].lower()), lambda row: row["method"]):
-        for row in found:
-            low, high = good([row])
-            where = f"{row['task']}, {row['steps']} steps of {row['batch']}, {size(row)}"
-            ends = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            yield [method, f"{best([row]):g}", ends, where, source(classes[row["adapter"]].published_lr)]
-            shown.add(row["adapter"])
+    found = sorted(rows(), key=lambda row: (row["method"].lower(), size(row)))
+    for (method, sizes), group in groupby(found, lambda row: (row["method"], size(row))):
+        by_task = {row["task"]: row for row in group}
+        adapter = next(iter(by_task.values()))["adapter"]
+        scores = [rate(by_task[task]) if task in by_task else "" for task in TASKS]
+        yield [method, *scores, sizes, source(classes[adapter].published_lr)]
+    shown = {row["adapter"] for row in found}
     for name, cls in sorted(classes.items(), key=lambda item: item[0].lower()):
         if name not in shown and "published_lr" in vars(cls):
-            yield [name, "", "", "", source(cls.published_lr)]
+            yield [name, *[""] * len(TASKS), "", source(cls.published_lr)]
+
+
+def rate(row: Row) -> str:
+    """Return the best rate, and those that are as good."""
+    low, high = good([row])
+    return f"{best([row]):g}" if low == high else f"{best([row]):g} ({low:g} to {high:g})"
 
 
 def kinds(name: str) -> list[type]:

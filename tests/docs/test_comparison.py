@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measured part of docs/methods.md and its picture show the run in examples/compare/results.json."""
+"""The measured parts of docs/methods.md and their pictures show the runs in examples/compare."""
 
 import json
 
@@ -12,13 +12,17 @@ def test_the_numbers_of_the_page_are_those_of_the_run():
     assert comparison.page() == comparison.PAGE.read_text(), "run python -m tests.docs.comparison FILE"
 
 
-def test_the_picture_was_drawn_from_the_run():
-    assert comparison.digest().encode() in comparison.PICTURE.read_bytes(), "run python -m tests.docs.comparison FILE"
+def test_the_pictures_were_drawn_from_the_runs():
+    for picture, file in (
+        (comparison.PICTURE, comparison.RESULTS),
+        (comparison.TEXTS_PICTURE, comparison.TEXTS),
+    ):
+        assert comparison.digest(file).encode() in picture.read_bytes(), "run python -m tests.docs.comparison FILE"
 
 
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
-    for name in ("PAGE", "PICTURE", "RESULTS"):
+    for name in ("PAGE", "PICTURE", "RESULTS", "TEXTS", "TEXTS_PICTURE"):
         path = getattr(comparison, name)
         monkeypatch.setattr(comparison, name, tmp_path / path.name)
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -46,3 +50,23 @@ def test_a_run_of_other_settings_is_refused(copies):
     with pytest.raises(SystemExit, match="the page shows"):
         comparison.main(run(copies, {"steps": 3}, LoRA=0.5))
     assert comparison.PAGE.read_text() == before
+
+
+def of_text(exact, spread=0.01):
+    return dict(exact=exact, spread=spread, seeds=[0, 0, 0], lr=0.1, steps=96, cpu_seconds=9.6, note="r 4",
+                bytes=40_000, parameters=1000)  # fmt: skip
+
+
+def test_what_differs_from_lora_on_texts(copies):
+    """The deviation is that of all: 0.01, so that two standard errors of a difference are 2 · 0.01 · √(2/3) = 0.016."""
+    found = {"LoRA": of_text(0.5), "DoRA": of_text(0.517), "IA3": of_text(0.483), "VeRA": of_text(0.515)}
+    file = copies / "new" / "texts.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"topics": found, "spam": {"LoRA": of_text(0.9)}}))
+    comparison.main(str(file))
+    text = comparison.PAGE.read_text()
+    assert "headlines: 2 of 4 methods are LoRA's equal within noise (0.500; two standard errors" in text
+    assert "are 0.016). Above: DoRA; below: IA3." in text
+    assert "| LoRA | r 4 | 0.500 ± 0.010 (0.1) | 0.900 ± 0.010 (0.1) | 100 ms | 40 kB | 1,000 |" in text
+    assert "| DoRA | r 4 | 0.517 ± 0.010 (0.1) |  | 100 ms | 40 kB | 1,000 |" in text
+    assert comparison.digest(comparison.TEXTS).encode() in comparison.TEXTS_PICTURE.read_bytes()

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from examples.compare import rates
+from examples.compare import fields, rates, texts
 from examples.demo.data import DemoError
 
 SIZES = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
@@ -28,8 +28,10 @@ def search(tmp_path, monkeypatch):
     """Return a function that searches on a tiny BERT, and the names of the sweeps that it has run."""
     ids = torch.randint(40, (24, 6), generator=torch.Generator().manual_seed(1))
     data = DataLoader([{"input_ids": row, "labels": row[0] % 3} for row in ids], 4, shuffle=True)
-    field = rates.Field(
-        "tiny", "bert", base, rates.for_bert, rates.two_groups(3, 32), data, DataLoader(data.dataset, 8), 4
+    valid = DataLoader(data.dataset, 8)
+    lacks = {"SHADOW": "for causal models"}
+    field = fields.Field(
+        "tiny", "bert", base, fields.for_bert, fields.two_groups(3, 32), data, valid, 4, lacks=lacks, test=valid
     )
     monkeypatch.setitem(rates.FIELDS, "topics", lambda task, quick: field)
     swept, sweep = [], rates.graft.sweep
@@ -40,7 +42,7 @@ def search(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rates.graft, "sweep", counted)
     into = ["--into", str(tmp_path / "rates.json"), "--out", str(tmp_path)]
-    return lambda *names: rates.main([*names, *ARGUMENTS, *into]), swept, tmp_path / "rates.json"
+    return lambda *names: rates.main([*ARGUMENTS, *into, *names]), swept, tmp_path / "rates.json"
 
 
 def test_a_row_for_each_method_and_no_search_twice(search):
@@ -79,19 +81,30 @@ def test_means_are_those_of_training_alone(search):
     assert row["means"][1] == pytest.approx(sum(losses) / 3, abs=2e-4)
 
 
-def test_a_start_that_changes_the_base_has_a_base_of_its_own(search):
+@pytest.mark.parametrize("name", ["OLoRA", "EVA", "LoRA-SB", "KaSA", "AdaLoRA", "prompt tuning"])
+def test_what_a_sweep_cannot_train_trains_alone(search, name):
     run, swept, file = search
-    run("OLoRA")
-    assert swept == ["LORA"] * 2 * len(rates.SEEDS) and len(json.loads(file.read_text())[0]["means"]) == 2
+    run(name, "--steps", "12")
+    (row,) = json.loads(file.read_text())
+    assert not swept and row["method"] == name and row["spreads"][0] > 0 and row["means"][0] != row["means"][1]
 
 
-def test_prompts_are_those_that_a_sweep_refuses(search, capsys):
-    run, _, _ = search
-    found = {n for n, c in rates.CHOICES.items() if not c.invocation and c.config(8).is_prompt_learning}
-    assert found and {*rates.prompts()} == found and not found & {*rates.searchable()}
-    with pytest.raises(SystemExit):
-        run("prompt tuning")
-    assert rates.NO_PROMPTS in capsys.readouterr().err
+def test_alone_is_as_in_a_sweep(search):
+    run, _, file = search
+    run("LoRA", "IA3")
+    field = rates.FIELDS["topics"]("topics", False)
+    for row in json.loads(file.read_text()):
+        choice = rates.CHOICES[row["method"]]
+        config = field.fit(choice.made(2, None))
+        losses = [rates.judged(field, choice, config, 0.5, 2, seed) for seed in rates.SEEDS]
+        assert row["means"][1] == pytest.approx(sum(losses) / 3, abs=2e-4)
+
+
+def test_what_has_no_place_in_a_model_is_left_out(search, capsys):
+    run, _, file = search
+    run("SHADOW", "IA3")
+    assert [row["method"] for row in json.loads(file.read_text())] == ["IA3"]
+    assert "topics: left out SHADOW, for causal models" in capsys.readouterr().out
 
 
 def test_a_method_that_fails_does_not_keep_the_others(search, monkeypatch):
@@ -102,9 +115,27 @@ def test_a_method_that_fails_does_not_keep_the_others(search, monkeypatch):
     assert [row["method"] for row in json.loads(file.read_text())] == ["LoRA"]
 
 
-def test_methods_that_need_more_than_a_config_are_refused(search, capsys):
+def test_an_unknown_method_is_refused(search, capsys):
     run, swept, _ = search
-    for name in ("EVA", "AdaLoRA", "lora"):
-        with pytest.raises(SystemExit):
-            run(name)
-    assert not swept and "cannot search EVA" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("lora")
+    assert not swept and "no such method: lora" in capsys.readouterr().err
+
+
+def test_texts_compare_methods_at_their_best_rates(search, tmp_path, monkeypatch, capsys):
+    run, _, _ = search
+    found = run("LoRA", "IA3", "EVA")
+    monkeypatch.setattr(texts, "rows", lambda: found)
+    arguments = ["--tasks", "topics", "--steps", "3", "--out", str(tmp_path)]
+    with pytest.raises(DemoError, match="topics, DoRA: DemoError: no rate was searched"):
+        texts.main(["LoRA", "IA3", "EVA", "DoRA", *arguments])
+    results = json.loads((tmp_path / "texts.json").read_text())["topics"]
+    assert list(results) == ["LoRA", "EVA", "IA3"] and (tmp_path / "topics.png").exists()
+    for row in found:
+        m = results[row["method"]]
+        assert m["lr"] == min(zip(row["means"], row["rates"]))[1]
+        assert m["exact"] == pytest.approx(sum(m["seeds"]) / 3) and 0 <= m["exact"] <= 1
+        assert m["parameters"] > 100 and m["bytes"] > 500
+    monkeypatch.setattr(texts, "once", lambda *args: pytest.fail("trained again"))
+    assert texts.main(["LoRA", "IA3", "EVA", *arguments])["topics"] == results
+    capsys.readouterr()

@@ -15,6 +15,8 @@ import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.train import state_file
 from graft.train.multi import MultiTrain, run_file
+from graft.train.multi.draws import Draws
+from graft.train.multi.loader import Loader
 from tests import fresh, models
 from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same, tiny
 from tests.train.multi.killed import STEPS
@@ -86,6 +88,19 @@ def test_the_position_of_a_loader(tmp_path, make, at):
         found.append([(run.curve, [p.detach() for p in run.parameters]) for run in runs.all()])
     for (curve, values), (again, theirs) in zip(*found):
         assert curve == again and len(curve) == 8 and same(values, theirs)
+
+
+def test_two_share_a_loaders_generator_and_each_has_it_alone():
+    def made():
+        return DataLoader(rows(1), 4, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    data = made()
+    two = [Loader(name, data, Draws(0, data), once=False) for name in ("one", "other")]
+    wanted, alone = [], made()
+    for _ in range(3):
+        wanted += [batch["input_ids"] for batch in alone]
+    found = [[loader.next()["input_ids"] for loader in two] for _ in wanted]
+    assert all(torch.equal(batch, want) for pair, want in zip(found, wanted, strict=True) for batch in pair)
 
 
 def test_more_steps_than_before(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from examples.compare.choices import CHOICES, FAMILY, LEFT_OUT
+from examples.compare.choices import CHOICES, FAMILY, LEFT_OUT, check_names
 from examples.compare.picture import deviation, draw
 from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
@@ -119,9 +119,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="forget the results of earlier runs")
     add_common(parser, Path("out"), {"dates": STEPS})
     args = parse_common(parser, argv)
-    unknown = [name for name in args.methods if name not in CHOICES]
-    if unknown:
-        parser.error(f"no such method: {', '.join(unknown)}. Known: {', '.join(CHOICES)}")
+    check_names(parser, args.methods)
     if args.rates and not args.methods:
         parser.error("--rates wants methods by name, before it")
     if args.rates and min(args.rates) <= 0:

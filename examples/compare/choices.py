@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -225,6 +226,14 @@ def searched(name: str, choice: Choice) -> Choice:
 
 
 CHOICES = {name: searched(name, choice) for name, choice in (FAMILY | OTHERS).items()}
+
+
+def check_names(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """End with an error if there is no method of a name."""
+    unknown = [name for name in names if name not in CHOICES]
+    if unknown:
+        parser.error(f"no such method: {', '.join(unknown)}. Known: {', '.join(CHOICES)}")
+
 
 TASKS = "one task only"
 OVER_OTHERS = "trained over adapters of other tasks"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import graft
-from examples.compare.choices import CHOICES, Choice
+from examples.compare.choices import CHOICES, Choice, check_names
 from examples.compare.fields import FIELDS, Field, mean_loss, schedule, trained
 from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
@@ -159,9 +159,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="search again what the file has")
     add_common(parser, Path("out/rates"), STEPS)
     args = parse_common(parser, argv)
-    unknown = [name for name in args.methods if name not in CHOICES]
-    if unknown:
-        parser.error(f"no such method: {', '.join(unknown)}. Known: {', '.join(CHOICES)}")
+    check_names(parser, args.methods)
     if min(args.rates) <= 0:
         parser.error("--rates must be above 0")
     make_out(parser, args.out)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from examples.compare.choices import CHOICES
+from examples.compare.choices import CHOICES, check_names
 from examples.compare.fields import FIELDS, Field, trained
 from examples.compare.picture import draw
 from examples.compare.rates import SEEDS
@@ -159,9 +159,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="forget the results of earlier runs")
     add_common(parser, Path("out"), STEPS)
     args = parse_common(parser, argv)
-    unknown = [name for name in args.methods if name not in CHOICES]
-    if unknown:
-        parser.error(f"no such method: {', '.join(unknown)}. Known: {', '.join(CHOICES)}")
+    check_names(parser, args.methods)
     make_out(parser, args.out)
     return args
 

@@ -157,8 +157,8 @@ def no_room_in_python():
 ROOMS = pytest.mark.parametrize("ends", [no_room_on_a_device, no_room_on_a_cpu, no_room_in_python])
 
 
-@ROOMS
-def test_memory_that_ends_halves_the_batch_and_changes_nothing(ends):
+def crowded(ends):
+    """Return a base in which `ends`, given its input, is called for more than nine rows; and the rows of its passes."""
     base, passes, kept = tiny(), [], []
     real = base.model.layers[1].forward
 
@@ -167,41 +167,34 @@ def test_memory_that_ends_halves_the_batch_and_changes_nothing(ends):
         passes.append(len(x))
         if len(x) > 9:
             kept.append(weakref.ref(x))
-            ends()
+            ends(x)
         return real(x, *args, **kwargs)
 
     base.model.layers[1].forward = forward
-    runs = MultiTrain(base)
-    for name, spec in SPECS.items():
-        runs.add(name, spec.config, **spec.options(4))
-    runs.run()
-    for name, spec in SPECS.items():
-        assert as_alone(runs[name].parameters, alone(spec, 4)[0]), name
-    assert max(passes[:8]) > 9 >= max(passes[8:])  # it has learnt
+    return base, passes
 
 
-def test_memory_that_ends_in_the_backward_pass():
-    """What the pass has kept is gone when a half of it runs."""
-    base, passes, kept = tiny(), [], []
-    real = base.model.layers[1].forward
-
-    def forward(x, *args, **kwargs):
-        assert not any(ref() is not None for ref in kept), "of passes that had no room"
-        passes.append(len(x))
-        if len(x) > 9:
-            kept.append(weakref.ref(x))
-            x.register_hook(lambda _: no_room_on_a_cpu())
-        return real(x, *args, **kwargs)
-
-    base.model.layers[1].forward = forward
-    names = ["plain", "wide", "drops", "gathers"]
+def trained_as_alone(base, names):
     runs = MultiTrain(base)
     for name in names:
         runs.add(name, SPECS[name].config, **SPECS[name].options(4))
     runs.run()
     for name in names:
         assert as_alone(runs[name].parameters, alone(SPECS[name], 4)[0]), name
-    assert passes[0] == 16 and kept and max(passes[3:]) <= 9
+
+
+@ROOMS
+def test_memory_that_ends_halves_the_batch_and_changes_nothing(ends):
+    base, passes = crowded(lambda _: ends())
+    trained_as_alone(base, SPECS)
+    assert max(passes[:8]) > 9 >= max(passes[8:])  # it has learnt
+
+
+def test_memory_that_ends_in_the_backward_pass():
+    """What the pass has kept is gone when a half of it runs."""
+    base, passes = crowded(lambda x: x.register_hook(lambda _: no_room_on_a_cpu()))
+    trained_as_alone(base, ["plain", "wide", "drops", "gathers"])
+    assert passes[0] == 16 and max(passes[3:]) <= 9
 
 
 @ROOMS

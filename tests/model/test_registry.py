@@ -316,6 +316,11 @@ def test_an_argument_that_all_rows_share_does_not_count_them(first):
         model(x=X, scale=torch.ones(3), adapter_names=["a", "b"])
 
 
+@pytest.mark.differs(
+    "`layers_to_transform=[]` beside `layers_pattern`",
+    peft="adapts all layers",
+    graft="`ConfigError`",
+)
 def test_the_layer_of_the_first_index_alone():
     with seeded(0):
         base = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(3, 3)}) for _ in range(3)])})

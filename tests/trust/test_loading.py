@@ -248,6 +248,7 @@ KINDS = {
     ),
     why="a loss that became NaN is seen at once",
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch, from 2.15 on
 @pytest.mark.parametrize("case", KINDS)
 def test_a_tensor_of_another_kind_leaves_all_as_it_was(saved, case):
     change, word = KINDS[case]
@@ -665,3 +666,23 @@ def test_an_auto_mapping_that_names_no_class(saved, mapping):
     edit(saved, auto_mapping=mapping, base_model_name_or_path="x")
     with pytest.raises(graft.ConfigError, match="auto_mapping"):
         graft.AutoPeftModel.from_pretrained(saved)
+
+
+def test_a_warning_that_is_an_error_is_no_damage(saved, monkeypatch):
+    tensors = tensors_of(saved)
+    (saved / TENSORS).unlink()
+    torch.save(tensors, saved / BIN)
+    real = torch.load
+
+    def load(*args, **kwargs):
+        warnings.warn("of torch's", UserWarning, stacklevel=1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", load)
+    model = mlp_with("default")
+    before = snapshot(model)
+    with pytest.raises(UserWarning, match="of torch's"):  # tests make errors of warnings
+        model.load_adapter(saved, "default")
+    unchanged(model, before)
+    with pytest.warns(UserWarning, match="of torch's"):
+        model.load_adapter(saved, "default")

@@ -143,6 +143,8 @@ def read_torch(path: str, check_digest: bool = True) -> Loaded:
             tensors = torch.load(f, map_location="cpu", weights_only=True)
         except UnpicklingError as e:
             raise CheckpointError(f"{path} holds other objects than tensors, {not_run(e)}.") from e
+        except Warning:  # torch's, of a program whose warnings are errors
+            raise
         except Exception as e:
             raise CheckpointError(
                 f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects."

@@ -26,7 +26,7 @@ from examples.demo_lm.model import model_source
 
 TOKENS, JUDGED = 32, 112  # of a text that is classified, at most; texts that judge a rate, about
 HEAD_LR = 2e-3  # of the classifier, which is no part of the method
-MINILM, SMOLLM = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"
+MINILM, SMOLLM = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct in bfloat16"
 TARGETS = {  # of a Llama → of a BERT
     "q_proj": "query",
     "v_proj": "value",
@@ -117,7 +117,7 @@ def for_bert(config: Any) -> Any:
 
 
 def smollm(task: str, quick: bool) -> Field:
-    """Dates in ten languages, to be written in ISO 8601."""
+    """Dates in ten languages, to be written in ISO 8601; the base in bfloat16, as most train such models."""
     source = model_source(None)
     tokenizer = load_smollm(source)[1]
     data = dates(0, held_out=16)
@@ -125,7 +125,11 @@ def smollm(task: str, quick: bool) -> Field:
     train = DataLoader(data.train, 2, shuffle=True, collate_fn=collate, drop_last=True)  # type: ignore[arg-type]
     valid = DataLoader(data.validation, 8, collate_fn=collate)  # type: ignore[arg-type]
     optimizer = partial(torch.optim.AdamW, weight_decay=0.0)
-    return Field(SMOLLM, "llama", lambda: load_smollm(source)[0], lambda c: c, optimizer, train, valid, 2, tokenizer)
+
+    def load() -> nn.Module:
+        return load_smollm(source)[0].bfloat16()
+
+    return Field(SMOLLM, "llama", load, lambda config: config, optimizer, train, valid, 2, tokenizer)
 
 
 FIELDS = {"spam": minilm, "topics": minilm, "dates": smollm}

@@ -30,7 +30,7 @@ import graft
 from graft.config import atomic
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.files.errors import LossError, OptionError, OutputExistsError
-from graft.files.merging import merge
+from graft.files.merging.merge import merge
 from graft.files.merging.stream import Workplace
 from graft.model.merge_files import merge_files
 from tests import fresh
@@ -360,11 +360,11 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
         merge(other.base, [adapter], out)
     with pytest.raises(OptionError, match="one for each"):
         merge(base, [adapter], out, weights=[1, 2])
-    with pytest.raises(OptionError, match="one folder, or one is in the other"):
+    with pytest.raises(OptionError, match="one lies in the other"):
         merge(base, [adapter], base / "merged")
-    with pytest.raises(OptionError, match="one folder, or one is in the other"):
+    with pytest.raises(OptionError, match="one lies in the other"):
         merge(base, [adapter], tmp_path, force=True)
-    with pytest.raises(OptionError, match="one folder, or one is in the other"):
+    with pytest.raises(OptionError, match="one lies in the other"):
         merge(base, [adapter], adapter, force=True)
     with pytest.raises(CheckpointError):
         merge(tmp_path / "nowhere", [adapter], out)
@@ -434,7 +434,8 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from graft.files.merging import merge, stream
+from graft.files.merging import stream
+from graft.files.merging.merge import merge
 whole, left = stream.write_shard, int(sys.argv[4])
 def killed(path, outs):
     global left

@@ -11,7 +11,7 @@ from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.files.base import base_files
-from graft.files.merging import merge
+from graft.files.merging.merge import merge
 from graft.files.merging.weights import weights_of
 
 NAME = "model.layers.0.self_attn.q_proj.weight"

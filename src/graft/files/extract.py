@@ -21,6 +21,7 @@ from graft.files import algebra
 from graft.files.algebra import Svd
 from graft.files.base import BaseFiles
 from graft.files.errors import LossError, OptionError
+from graft.files.names import CONV1D
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.resize import check, resize
 from graft.files.tensors import Tensor, rearranged
@@ -32,7 +33,6 @@ LARGE = 2048  # rows and columns: above, the SVD is randomized
 OVERSAMPLING, ROUNDS = 10, 2
 TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 EMBEDDINGS = (*TOKENS, "wpe", "position_embeddings", "token_type_embeddings", "embed_positions")
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # models whose layers store (in, out)
 CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 FLOATS = ("F64", "F32", "F16", "BF16")
 RANK = 32  # if nothing else is said

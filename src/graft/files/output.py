@@ -20,20 +20,12 @@ def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bo
     """Raise an error if a result may not go to a path.
 
     Raises:
-        OptionError: it is empty; or one of the sources, which nothing ever changes, or lies in one, or one lies in it.
+        OptionError: it is empty; or see `check_apart`.
         OutputExistsError: there is something, and `force` is False; or it is a folder that is no adapter, or a device.
     """
     if not path:
         raise OptionError("The output has no name.")
-    here = os.path.realpath(path)
-    for source in filter(os.path.exists, sources):
-        there = os.path.realpath(source)
-        both = os.path.commonpath([here, there])
-        if both == there or (both == here and os.path.exists(here)):
-            raise OptionError(
-                f"{path} is the source {os.fspath(source)}, or one lies in the other: sources stay as they are. Give "
-                "another place for the result."
-            )
+    check_apart(path, sources)
     if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
         return
     if is_special(path):
@@ -42,6 +34,18 @@ def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bo
         raise OutputExistsError(f"{path} exists: pass force=True (--force) to replace it.")
     if os.path.isdir(path) and not os.path.islink(path) and not is_adapter(path):
         raise OutputExistsError(f"{path} holds something else than an adapter, and stays as it is: remove it yourself.")
+
+
+def check_apart(path: str, sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise OptionError if a result would stand on, in or around a source, which nothing ever changes."""
+    here = os.path.realpath(path)
+    for source in filter(os.path.exists, sources):
+        there = os.path.realpath(source)
+        if os.path.commonpath([here, there]) in (here, there):
+            raise OptionError(
+                f"{path} is the source {os.fspath(source)}, or one lies in the other: sources stay as they are. Give "
+                "another place for the result."
+            )
 
 
 def is_adapter(folder: str) -> bool:

@@ -21,10 +21,11 @@ from graft.core.method import Method
 from graft.files.base import BaseFiles
 from graft.files.errors import LossError
 from graft.files.formats import peft
-from graft.files.merging import Merged, heads, merge
+from graft.files.merging import heads
 from graft.files.merging.folds import Change, Job, Read, whole
+from graft.files.merging.merge import Merged, merge
 from graft.files.merging.numbers import to_file
-from graft.files.merging.skeleton import nothing, skeleton
+from graft.files.merging.skeleton import nothing, skeleton, weightless
 from graft.files.neutral import LowRank
 from graft.inject.survey import survey
 from graft.model.peft_model import PeftModel
@@ -33,8 +34,8 @@ NAME = "default"
 
 
 def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.PathLike[str], **options: Any) -> Merged:
-    """Merge adapter files into a model's folder, tensor by tensor: see `graft.files.merging.merge`, for every method
-    that has a merged form."""
+    """Merge adapter files into a model's folder, tensor by tensor, of every method that has a merged form: see
+    `graft.files.merging.merge.merge`."""
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     return merge(base, adapters, output, others=changes, **options)
 
@@ -74,7 +75,7 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
 def loaded(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
     """Return the layers of an adapter on the base's model, whose weights are zeros that take no memory."""
     kind = heads.head_class(base.config, job.adapter) if job.adapter.full else None
-    model = skeleton(base.path, "cpu", kind)
+    model = skeleton(base.path, kind)
     if model is None:
         raise BaseModelMismatchError(
             f"{job.adapter.method} of {job.name} can be merged only into a model that the installed transformers "
@@ -86,7 +87,7 @@ def loaded(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
         if job.adapter.format != peft.NAME:
             peft.write(job.adapter, folder, base)
             path = folder
-        made = PeftModel.from_pretrained(model, path, adapter_name=NAME)
+        made = PeftModel.from_pretrained(weightless(model), path, adapter_name=NAME)
     return survey(made.get_base_model()).layers
 
 

@@ -15,7 +15,7 @@ from graft.config.atomic import replace, write_text
 from graft.config.reading import Json
 from graft.core.errors import ConfigError
 from graft.files.errors import OptionError
-from graft.files.merging import CERTIFICATE
+from graft.files.merging.merge import CERTIFICATE
 from graft.model.peft_model import PeftModel
 
 LENGTH = 32  # tokens of a prompt

@@ -1,6 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging of adapter files into the files of a model, as a stream over its tensors."""
-
-from graft.files.merging.merge import CERTIFICATE, Merged, merge
-
-__all__ = ["CERTIFICATE", "Merged", "merge"]

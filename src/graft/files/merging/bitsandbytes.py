@@ -54,11 +54,6 @@ class Form(BaseWeights):
         ends = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
         self.packed[name] = [name, *(p for end in ends if (p := f"{name}.{end}") in self.base.tensors), key]
 
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self.packed:
-            return super().read(name)
-        return self.unpack(name, {part: self.base.tensors[part] for part in self.packed[name]})
-
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
         if name not in self.states:
             scale = of_file(parts[f"{name.removesuffix('weight')}SCB"]).float()
@@ -82,7 +77,7 @@ class Form(BaseWeights):
         return values * outer.repeat_interleave(state["nested_blocksize"])[: len(values)] + state["nested_offset"]
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
-        old = {part: self.base.tensors[part] for part in self.packed[name]}
+        old = self.parts(name)
         if name not in self.states:
             scale = W.abs().amax(1)
             codes = (W / scale.clamp_min(1e-30)[:, None] * 127).round_().to(torch.int8)

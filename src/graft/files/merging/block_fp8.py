@@ -43,11 +43,6 @@ class Form(BaseWeights):
             for part in self.packed[name][1:]:
                 del self.shapes[part]
 
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self.packed:
-            return super().read(name)
-        return self.unpack(name, {part: self.base.tensors[part] for part in self.packed[name]})
-
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
         W, scale = of_file(parts[name]).float(), factors(of_file(parts[f"{name}{SCALE}"]))
         return W.mul_(self._spread(scale, W.shape))

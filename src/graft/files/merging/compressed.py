@@ -66,11 +66,6 @@ class Form(BaseWeights):
             raise UnsupportedLayerError(f"'{name}' is packed with {bits} bits: merging reads 4 or 8, one for all.")
         self.bits[name] = bits.pop() if kind == "I32" else 8
 
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self.packed:
-            return super().read(name)
-        return self.unpack(name, {part: self.base.tensors[part] for part in self.packed[name]})
-
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
         codes, shape = of_file(parts[self.packed[name][0]]), self.shapes[name]
         if codes.dtype == torch.int32:
@@ -90,7 +85,7 @@ class Form(BaseWeights):
         return zero.float()
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
-        old = {part: self.base.tensors[part] for part in self.packed[name]}
+        old = self.parts(name)
         first, scale = of_file(old[self.packed[name][0]]), of_file(old[f"{name}_scale"])
         zero, kind = self._zero(name, old, scale), first.dtype
         most = 448.0 if kind == torch.float8_e4m3fn else 2.0 ** (self.bits[name] - 1) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -13,6 +14,7 @@ from graft.core.errors import BaseModelMismatchError
 from graft.files.errors import LossError, OptionError
 from graft.files.merging.numbers import wide
 from graft.files.merging.places import Places, Spot
+from graft.files.names import CONV1D
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.tensors import Tensor
 from graft.kernels.decomposed import row_norms
@@ -20,7 +22,6 @@ from graft.methods.lora.loftq import quantized
 from graft.methods.lora.shift import near, sample
 
 Read = Callable[[], torch.Tensor]  # returns the checkpoint's own value, in new memory
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")  # models of layers that store (in, out)
 
 
 @dataclass
@@ -161,7 +162,7 @@ def orientation(
     """Return what makes a stored weight, or a matrix of a stack, the matrix (out, fan_in) that B A adds to."""
     out, fan_in = sizes(lora, spot)
     own = shape[1:] if lora.kind == "experts" and spot.expert is None else shape
-    straight, turned = (*own[:1], flat(own[1:])) == (out, fan_in), own == (fan_in, out)
+    straight, turned = (*own[:1], prod(own[1:])) == (out, fan_in), own == (fan_in, out)
     if lora.kind == "embedding" or (straight and turned and square_is_turned(job, path, lora, spot)):
         straight = False
     if lora.kind == "experts" and spot.expert is None and shape[0] != lora.A.shape[0]:
@@ -174,7 +175,7 @@ def orientation(
 
 
 def groups_hint(lora: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> str:
-    grouped = lora.kind == "conv" and own and own[0] == out and len(own) > 2 and fan_in % max(1, flat(own[1:])) == 0
+    grouped = lora.kind == "conv" and own and own[0] == out and len(own) > 2 and fan_in % max(1, prod(own[1:])) == 0
     return " (a convolution with groups has no weight that says what the adapter does)" if grouped else ""
 
 
@@ -193,14 +194,7 @@ def sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
         out, fan_in = lora.B.shape[1], lora.A.shape[2]
         return (out if spot.rows is None else spot.rows[1]), fan_in
     kernel = lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:]
-    return lora.B.shape[0], flat((lora.A.shape[1], *kernel))
-
-
-def flat(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
+    return lora.B.shape[0], lora.A.shape[1] * prod(kernel)
 
 
 def parts(

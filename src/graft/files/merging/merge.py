@@ -31,6 +31,7 @@ from graft.files.merging.stream import Out, Workplace
 from graft.files.merging.ties import Tied, tied_groups
 from graft.files.merging.weights import BaseWeights, weights_of
 from graft.files.neutral import AdapterFile, LowRank
+from graft.files.output import check_apart
 from graft.files.tensors import Bytes
 
 CERTIFICATE = "merge.json"
@@ -96,13 +97,16 @@ def merge(
             been written, but for what only the values can tell, such as NaN.
     """
     files = base_files(base)
-    output = os.fspath(output)
-    check_apart(files.path, output, [os.fspath(a) for a in adapters])
-    place = Workplace(output, key_of(files, adapters, locals_of(weights, dtype, shard_size, keep_quantized)), force)
+    output, paths = os.fspath(output), [os.fspath(a) for a in adapters]
+    weights = [1.0] * len(paths) if weights is None else [float(w) for w in weights]
+    check_apart(output, [files.path, *paths])
+    key = key_of([files.path, *paths], [weights, dtype, shard_size, keep_quantized])
+    place = Workplace(output, key, force)
     place.check()
-    work = Work(files, [os.fspath(a) for a in adapters], weights, dtype, keep_quantized, others)
+    work = Work(files, paths, weights, dtype, keep_quantized, others)
     layout = work.layout(shard_size)
-    account = Merged(output, {key: {} for key in work.changed}, work.notes, {n: sum(o.nbytes for o in outs) for n, outs in layout.items()})  # fmt: skip # noqa: E501
+    sizes = {name: sum(out.nbytes for out in outs) for name, outs in layout.items()}
+    account = Merged(output, {key: {} for key in work.changed}, work.notes, sizes)
     if dry_run:
         return account
     with place.lock():
@@ -124,24 +128,10 @@ def merge(
     return account
 
 
-def locals_of(*options: object) -> list[object]:
-    return [list(o) if isinstance(o, Sequence) and not isinstance(o, str) else o for o in options]
-
-
-def check_apart(base: str, output: str, adapters: Sequence[str]) -> None:
-    """Raise OptionError if the output would stand on, in or around the base or an adapter."""
-    o = os.path.realpath(output)
-    for path in (base, *adapters):
-        there = os.path.realpath(path)
-        both = os.path.commonpath([there, o])
-        if both in (o, there):
-            raise OptionError(f"The output {output} and {path} are one folder, or one is in the other.")
-
-
-def key_of(base: BaseFiles, adapters: Iterable[str | os.PathLike[str]], options: list[object]) -> str:
+def key_of(paths: Iterable[str], options: list[object]) -> str:
     """Return a digest of all that an output depends on: the inputs by size and time, and the options."""
     seen: list[object] = [options]
-    for path in (base.path, *[os.fspath(a) for a in adapters]):
+    for path in paths:
         for name in sorted(inputs(path)):
             stat = os.stat(name)
             seen.append([os.path.realpath(name), stat.st_size, stat.st_mtime_ns])
@@ -162,22 +152,22 @@ class Work:
         self,
         base: BaseFiles,
         adapters: list[str],
-        weights: Sequence[float] | None,
+        weights: list[float],
         dtype: str | None,
         keep_quantized: bool,
         others: Others | None,
     ):
         if not adapters:
             raise OptionError("There is no adapter to merge.")
-        if weights is not None and len(weights) != len(adapters):
+        if len(weights) != len(adapters):
             raise OptionError(f"{len(weights)} weights for {len(adapters)} adapters: give one for each.")
-        if weights is not None and not all(map(math.isfinite, weights)):
+        if not all(map(math.isfinite, weights)):
             raise OptionError(f"Weights are finite numbers, not {', '.join(map(str, weights))}.")
         if dtype is not None and dtype not in DTYPES:
             raise OptionError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
         self.base, self.notes = base, list[str]()
         self.paths, self.dtype = adapters, None if dtype is None else DTYPES[dtype]
-        self.weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+        self.weights = weights
         self.base_weights: BaseWeights = weights_of(base)
         self.keep = keep_quantized and bool(self.base_weights.packed)
         if keep_quantized and not self.base_weights.packed:
@@ -410,10 +400,10 @@ def note_losses(account: Merged) -> None:
 def certificate_of(work: Work, place: Workplace, account: Merged) -> Json:
     from graft.config.base import FORMAT_VERSION
 
-    sources = {"base": sorted(os.path.join(work.base.path, n) for n in {*work.base.files.values(), "config.json"})}
-    certificate = {
+    base = [os.path.join(work.base.path, name) for name in {*work.base.files.values(), "config.json"}]
+    return {
         "graft": "1", "peft_format": FORMAT_VERSION,
-        "base": {"path": work.base.path, "files": digests(sources["base"]), "form": work.base_weights.form},
+        "base": {"path": work.base.path, "files": digests(base), "form": work.base_weights.form},
         "adapters": [
             {"path": p, "weight": w, "format": a.format, "method": a.method, "files": digests(inputs(p))}
             for p, w, a in zip(work.paths, work.weights, work.adapters)
@@ -422,7 +412,6 @@ def certificate_of(work: Work, place: Workplace, account: Merged) -> Json:
         "dtype": work.dtype, "quantized": work.keep,
         "tensors": account.tensors, "notes": account.notes,
     }  # fmt: skip
-    return certificate
 
 
 def digests(paths: Iterable[str]) -> dict[str, str]:

@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def skeleton(path: str, device: str = "meta", architecture: str | None = None) -> PreTrainedModel | None:
+def skeleton(path: str, architecture: str | None = None) -> PreTrainedModel | None:
     """Return the model that transformers makes of a folder's config.json, without values; None if it knows none.
 
     Code of the folder itself never runs.
 
     Args:
-        device: "meta", or "cpu" for weights that are one number in all their places.
         architecture: the name of another class than the config's.
     """
     if not os.path.exists(os.path.join(path, "config.json")):
@@ -47,7 +46,7 @@ def skeleton(path: str, device: str = "meta", architecture: str | None = None) -
                 model: PreTrainedModel = transformers.AutoModel.from_config(config) if kind is None else kind(config)
         except (ValueError, KeyError, ImportError) as e:
             raise CheckpointError(f"transformers cannot make the model of {path}: {e}") from None
-    return model if device == "meta" else weightless(model)
+    return model
 
 
 def weightless(model: PreTrainedModel) -> PreTrainedModel:

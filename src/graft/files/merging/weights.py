@@ -35,14 +35,14 @@ class BaseWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a dense weight: a plain one in its own dtype, a packed one in float32."""
-        return of_file(self.base.tensors[name])
+        return self.unpack(name, self.parts(name)) if name in self.packed else of_file(self.base.tensors[name])
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """Return the checkpoint's tensors that hold a packed weight."""
+        return {part: self.base.tensors[part] for part in self.packed[name]}
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
-        """Return the tensors that hold W as the checkpoint held the weight of that name.
-
-        Raises:
-            LossError: graft does not know how to write this form.
-        """
+        """Return the tensors that hold W as the checkpoint held the weight of that name."""
         raise NotImplementedError
 
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:

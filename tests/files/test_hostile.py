@@ -7,12 +7,14 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
 
 from graft.config import atomic
 from graft.core.errors import BaseModelMismatchError, CheckpointError
@@ -56,6 +58,38 @@ def test_code_in_a_pickle_never_runs(tmp_path, name):
     base = LLAMA if source != "adapterhub_lora" else None
     refused(CheckpointError, "nothing of it has been run", folder, "peft", tmp_path / "out", base)
     assert RAN == []
+
+
+def kohya_of_torch(path, **more):
+    torch.save(
+        {"lora_unet_a.lora_down.weight": torch.randn(2, 4), "lora_unet_a.lora_up.weight": torch.ones(4, 2)} | more, path
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "t", [torch.ones(2, 4).to_sparse(), torch.empty(2, 4, device="meta"), torch.ones(1, 4).expand(2, 4)]
+)
+def test_a_pickle_of_tensors_that_are_no_plain_ones(tmp_path, t):
+    file = kohya_of_torch(tmp_path / "a.pt", **{"lora_unet_a.lora_down.weight": t})
+    refused(CheckpointError, "lora_down.weight' in .*a.pt .*plain tensors", file, "kohya", tmp_path / "out.safetensors")
+
+
+def test_a_pickle_of_floats_of_8_bits(tmp_path):
+    A = torch.randn(2, 4).to(torch.float8_e4m3fn)
+    convert(
+        kohya_of_torch(tmp_path / "a.pt", **{"lora_unet_a.lora_down.weight": A}), "kohya", tmp_path / "b.safetensors"
+    )
+    found = load_torch_file(tmp_path / "b.safetensors")["lora_unet_a.lora_down.weight"]
+    assert found.dtype == A.dtype and torch.equal(found.float(), A.float())
+
+
+def test_a_pickle_that_grows(tmp_path):
+    held = kohya_of_torch(tmp_path / "held.pt", **{"lora_unet_b.lora_down.weight": torch.zeros(2**20)})
+    with zipfile.ZipFile(held) as old, zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    refused(CheckpointError, "more than it has", tmp_path / "a.pt", "kohya", tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.6, 0.99])

@@ -52,7 +52,7 @@ def products(lora: LowRank) -> list[Product]:
     if lora.kind == "experts":
         return [Product(b, a) for b, a in zip(B, A, strict=True)]
     if lora.mid is not None:
-        A = np.einsum("rj...,ji->ri...", wide(lora.mid), A.reshape(A.shape[:2]))
+        A = with_core(lora)
     A, B = A.reshape(len(A), -1), B.reshape(len(B), -1)
     groups = len(A) // B.shape[1]
     if groups > 1:  # a second factor that has groups, as its convolution has
@@ -62,6 +62,12 @@ def products(lora: LowRank) -> list[Product]:
         taken_A, taken_B = lora.shift
         made = total([made, Product(-wide(taken_B), wide(taken_A))])
     return [made]
+
+
+def with_core(lora: LowRank) -> np.ndarray:
+    """Return A (r, in, *kernel) of a convolution with Tucker's core in it, which becomes one of the whole kernel."""
+    assert lora.mid is not None
+    return np.einsum("rj...,ji->ri...", wide(lora.mid), wide(lora.A).reshape(lora.A.shape[:2]))
 
 
 def wide(t: Tensor) -> np.ndarray:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import zipfile
 from typing import TYPE_CHECKING
 
 from graft.config.atomic import replace
 from graft.core.errors import CheckpointError
-from graft.files.tensors import NUMPY, Tensor
+from graft.files.tensors import Tensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -19,22 +18,28 @@ if TYPE_CHECKING:
 LOOKED_AT = 2**22  # bytes of a pickle, in which names are looked for
 
 
-def read_torch(path: str | os.PathLike[str]) -> object:
+def read_torch(path: str) -> object:
     """Return what a file of torch.save holds: torch's own tensors, in dicts and lists.
 
     Raises:
         CheckpointError: it holds anything else, such as code, or is damaged.
     """
-    import torch
+    from graft.io.files import content_of
 
-    from graft.io.files import not_run
+    with open(path, "rb") as f:
+        return content_of(f, path)
 
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise CheckpointError(f"{path} holds other objects than tensors, {not_run(e)}.") from None
-    except Exception as e:
-        raise CheckpointError(f"{path} is damaged, or no file of torch.save: {e}") from None
+
+def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file of safetensors or of torch.save, and the metadata that the first kind has.
+
+    Raises:
+        CheckpointError: it is damaged, or holds something else.
+    """
+    if path.endswith(".safetensors"):
+        return read_header(path)
+    content = read_torch(path)
+    return tensors_of(content.get("state_dict", content) if isinstance(content, dict) else content, path), {}
 
 
 def write_torch(path: str, content: object) -> None:
@@ -58,42 +63,32 @@ def tensors_of(state: object, path: str) -> dict[str, Tensor]:
     """Return a dict of torch's tensors as those of files.
 
     Raises:
-        CheckpointError: it is no such dict.
+        CheckpointError: it is no such dict, or one of them is no plain tensor of real numbers.
     """
-    import torch
+    from graft.io.files import by_name
 
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()
-    ):
-        raise CheckpointError(f"{path} does not hold a dict of tensors by name.")
-    return {key: from_torch(t, f"'{key}' in {path}") for key, t in state.items()}
+    return {key: from_torch(t, f"'{key}' in {path}") for key, t in by_name(state, path).items()}
 
 
 def from_torch(t: torch.Tensor, what: str) -> Tensor:
-    import torch
+    """Return one of torch's tensors as that of a file.
 
-    t = t.detach().cpu().contiguous()
-    if t.layout is not torch.strided or t.is_quantized or t.is_complex():
-        raise CheckpointError(f"{what} is no plain tensor of real numbers.")
-    if t.dtype == torch.bfloat16:
-        return Tensor(tuple(t.shape), "BF16", lambda: t.view(torch.int16).numpy().tobytes())
-    values = t.numpy()
-    name = next((name for name, form in NUMPY.items() if form.lstrip("<") == values.dtype.str.lstrip("<|")), None)
-    if name is None:
-        raise CheckpointError(f"{what} has dtype {t.dtype}, which no adapter has.")
-    return Tensor(tuple(t.shape), name, values.tobytes)
+    Raises:
+        CheckpointError: it is no plain tensor of real numbers.
+    """
+    from graft.files.merging.numbers import NAMES, to_file
+    from graft.io.check import fault
+
+    if (why := fault(t)) is not None or t.dtype not in NAMES:
+        raise CheckpointError(f"{what} {why or f'has dtype {t.dtype}'}: adapters are plain tensors of real numbers.")
+    return to_file(t.cpu())
 
 
 def to_torch(t: Tensor) -> torch.Tensor:
     """Return a tensor of a file as torch's own, of the same dtype."""
-    import torch
+    from graft.files.merging.numbers import of_file
 
-    if t.dtype == "BF16":
-        return torch.frombuffer(bytearray(t.load()), dtype=torch.int16).view(torch.bfloat16).reshape(t.shape).clone()
-    import numpy as np
-
-    values = np.frombuffer(t.load(), NUMPY[t.dtype]).reshape(t.shape)
-    return torch.from_numpy(values.copy())
+    return of_file(t).clone()
 
 
 def mentions(path: str | os.PathLike[str], *names: bytes) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -128,31 +128,37 @@ def load_weights(where: str, subfolder: str | None = None, check_digest: bool = 
     )
 
 
-def not_run(e: UnpicklingError) -> str:
-    """Return that nothing in a pickle was run, and at what it was refused. torch's own text says how to run it."""
-    found = re.search(r"WeightsUnpickler error: *\n?(.*?)(\. |\n|$)", str(e))
-    return "and nothing of it has been run" + (f" ({found[1].strip()})" if found and found[1].strip() else "")
+def content_of(f: IO[bytes], path: str) -> object:
+    """Return what a file of torch.save holds, and run nothing that is in it.
+
+    Raises:
+        CheckpointError: it holds other objects than tensors, dicts and lists, or is damaged.
+    """
+    try:
+        check_archive(f)
+        f.seek(0)
+        return torch.load(f, map_location="cpu", weights_only=True)
+    except UnpicklingError as e:  # whose own text says how to run it
+        found = re.search(r"WeightsUnpickler error: *\n?(.*?)(\. |\n|$)", str(e))
+        at = f" ({found[1].strip()})" if found and found[1].strip() else ""
+        raise CheckpointError(f"{path} holds other objects than tensors, and nothing of it has been run{at}.") from e
+    except Warning:  # torch's, of a program whose warnings are errors
+        raise
+    except Exception as e:
+        raise CheckpointError(f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects.") from e
+
+
+def by_name(content: object, path: str) -> dict[str, Tensor]:
+    """Return the content of a file if it is a dict of tensors by name; raise CheckpointError if it is not."""
+    if isinstance(content, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()):
+        return content
+    raise CheckpointError(f"{path} does not hold a dict of tensors by name: it is no adapter's weights file.")
 
 
 def read_torch(path: str, check_digest: bool = True) -> Loaded:
     with open(path, "rb") as f:
         stamp, noted = notes.stamp(f.fileno()), notes.in_torch(f)
-        try:
-            check_archive(f)
-            f.seek(0)
-            tensors = torch.load(f, map_location="cpu", weights_only=True)
-        except UnpicklingError as e:
-            raise CheckpointError(f"{path} holds other objects than tensors, {not_run(e)}.") from e
-        except Warning:  # torch's, of a program whose warnings are errors
-            raise
-        except Exception as e:
-            raise CheckpointError(
-                f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects."
-            ) from e
-    if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()
-    ):
-        raise CheckpointError(f"{path} does not hold a dict of tensors by name: it is no adapter's weights file.")
+        tensors = by_name(content_of(f, path), path)
     if check_digest and seal.KEY in noted and not any(map(fault, tensors.values())):
         seal.check(noted[seal.KEY], digest_of(tensors), path)
     return Loaded(tensors, path, read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp))

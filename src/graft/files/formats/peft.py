@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace as replaced
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graft.config import notes, pair
@@ -19,6 +18,7 @@ from graft.config.base import FORMAT_VERSION
 from graft.config.file import ConfigFile, whole_model
 from graft.config.reading import Json, ending, pattern, read_object
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
+from graft.files import pickles
 from graft.files.components import joined, parts_of
 from graft.files.components import split as split_by_part
 from graft.files.errors import BaseNeededError, LossError
@@ -156,16 +156,11 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.No
             f"{whole_model(folder)}."
         )
     from graft.io.files import read_torch
-    from graft.io.tensors import bytes_of, name_of
 
     loaded = read_torch(path)
     with open(path, "rb") as f:
         metadata = notes.in_torch(f)
-    tensors = {}
-    for name, t in loaded.tensors.items():
-        t = t.detach().contiguous()
-        tensors[name] = Tensor(tuple(t.shape), name_of(t.dtype), partial(bytes, bytes_of(name, t)))
-    return tensors, metadata, loaded.noted or notes.Noted(path, None, None)
+    return pickles.tensors_of(loaded.tensors, path), metadata, loaded.noted or notes.Noted(path, None, None)
 
 
 def split(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -491,7 +486,9 @@ def tensors_of_lora(lora: LowRank) -> dict[str, Tensor]:
         out = {"lora_embedding_A": A, "lora_embedding_B": B}
     else:
         if lora.mid is not None:
-            A = with_core(A, lora.mid)
+            from graft.files.algebra import with_core
+
+            A = tensor(with_core(lora), A.dtype)
         if lora.kind == "experts":
             n, r, fan_in = A.shape
             out_features = B.shape[1]
@@ -505,15 +502,6 @@ def tensors_of_lora(lora: LowRank) -> dict[str, Tensor]:
         m = lora.magnitude
         out["lora_magnitude_vector"] = reshaped(m, 1, *m.shape, *ones) if lora.kind == "conv" else m
     return out | lora.extra
-
-
-def with_core(A: Tensor, mid: Tensor) -> Tensor:
-    """Return A (r, in, *kernel) of a convolution whose A (r, in, 1, …) a core (r, r, *kernel) follows."""
-    import numpy as np
-
-    r, fan_in = A.shape[:2]
-    values = np.einsum("rj...,ji->ri...", mid.read().astype("f8"), A.read().astype("f8").reshape(r, fan_in))
-    return tensor(values, A.dtype)
 
 
 def inside(path: str, adapter: AdapterFile) -> str:

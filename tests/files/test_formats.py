@@ -79,11 +79,9 @@ def test_there_and_back(tmp_path, name, to):
 
 
 def read_back(path, to, base):
-    from graft.files.convert import read_for
-
     if path.is_file() and to == "kohya" and path.suffix != ".safetensors":
         path = path.rename(path.with_suffix(".safetensors"))
-    adapter = read_for(str(path), base, to)
+    adapter = formats.read(path, base)
     assert adapter.format == to
     return adapter
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -58,7 +59,7 @@ def check(
     model = None if base is None else base_of(base)
     found = serving.check(adapter_at(adapter, model), names, model, Options(max_rank, listed))
     if as_json:
-        print_json({"adapter": str(adapter), "servers": names, "findings": [f.as_dict() for f in found]})
+        print_json({"adapter": str(adapter), "servers": names, "findings": [asdict(f) for f in found]})
     elif not quiet:
         report(names, found, model is not None)
     if not all(f.ok for f in found):

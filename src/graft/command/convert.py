@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -48,7 +49,7 @@ def convert(
         raise OptionError(f"{adapter} is of the hub: say where the result goes (--output).")
     done = run(source, to, output, base, lossy, force, dry_run)
     if as_json:
-        print_json(done.as_dict())
+        print_json(asdict(done))
     elif not quiet:
         print(f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {place(done.path)}")
         if done.rounding:

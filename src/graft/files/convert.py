@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
-from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files import names
 from graft.files.bases import base_of, wider
-from graft.files.formats import Base, Format, is_model, module_of, read, recognise
+from graft.files.formats import Base, is_model, module_of, read, recognise
 from graft.files.holding import PEFT, fit, one_scale
 from graft.files.lycoris import as_peft
 from graft.files.neutral import AdapterFile
@@ -37,9 +36,6 @@ class Converted:
     modules: int
     lost: list[str]
     rounding: float
-
-    def as_dict(self) -> Json:
-        return asdict(self)
 
 
 def convert(
@@ -89,10 +85,10 @@ def convert(
         adapter = checked(source, known, to)
     lost: list[str] = []
     if to == "peft":
-        fitted = fit(adapter, PEFT, to, lossy)
-        adapter, lost = fitted.adapter, fitted.lost
+        adapter, lost = fit(adapter, PEFT, to, lossy)
     rounding = one_scale(replace(adapter, modules=dict(adapter.modules)), form.HOLDS) if to != "peft" else 0.0
-    lost += written(adapter, form, target, known, lossy, dry_run)
+    with appearing(target, not dry_run) as made:
+        lost += form.write(adapter, made, known, lossy)
     gone = [path for path in adapter.modules if any(line.endswith((f": {path}", f" on {path}")) for line in lost)]
     return Converted(source, target, of, to, len(adapter.modules) - len(gone), lost, rounding)
 
@@ -106,23 +102,10 @@ def beside(source: str, to: str) -> str:
 
 
 def checked(source: str, base: Base | None, to: str) -> AdapterFile:
-    """Read an adapter and compare it with the base."""
-    adapter = read_for(source, base, to)
+    """Read an adapter, for PEFT in the names that it has for LyCORIS' methods, and compare it with the base."""
+    adapter = read(source, base)
+    if to == "peft":
+        adapter = as_peft(adapter, base)
     if base is not None and not adapter.flat:
         names.check(adapter, base)
     return adapter
-
-
-def read_for(source: str, base: Base | None, to: str) -> AdapterFile:
-    """Read an adapter; what only LyCORIS has, for PEFT, as LoRA."""
-    adapter = read(source, base)
-    return as_peft(adapter, base) if to == "peft" else adapter
-
-
-def written(
-    adapter: AdapterFile, form: Format, target: str, base: Base | None, lossy: bool, dry_run: bool
-) -> list[str]:
-    """Write an adapter, whole or not at all; return what was lost."""
-    with appearing(target, not dry_run) as made:
-        lost: list[str] = form.write(adapter, made, base, lossy)
-    return lost

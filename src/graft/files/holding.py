@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from graft.core.errors import CheckpointError, some
+from graft.files.algebra import with_core
 from graft.files.errors import LossError
 from graft.files.formats.peft import PREFIXES, VARIANTS, named_as_there
 from graft.files.neutral import AdapterFile, LowRank, Other
@@ -51,22 +53,8 @@ PEFT = Holds(
 )  # but methods beside each other, which its writer looks for
 
 
-@dataclass
-class Fit:
-    """An adapter as a format can hold it.
-
-    Attributes:
-        lost: what that leaves out.
-        rounding: the largest relative error of an entry of B that folding a scale into it has rounded.
-    """
-
-    adapter: AdapterFile
-    lost: list[str]
-    rounding: float
-
-
-def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> Fit:
-    """Return an adapter as a format can hold it.
+def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> tuple[AdapterFile, list[str]]:
+    """Return an adapter as a format can hold it, and what that leaves out.
 
     Args:
         to: the format's name, for errors.
@@ -106,14 +94,20 @@ def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> Fit
         out.modules[path] = module
     if adapter.changed_base is not None and "changed_base" not in holds.parts:
         lost.append(f"that the base was changed by {adapter.changed_base}, which the file does not say how to undo")
+    check_lost(adapter, to, lost, lossy, out.modules or out.full or out.shared or out.rows)
+    one_scale(out, holds)
+    return out, lost
+
+
+def check_lost(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, left: object) -> None:
+    """Raise LossError for what a format cannot hold, unless it may be lost and something is left."""
     if lost and not lossy:
         raise LossError(
             f"The format {to} cannot hold all of {adapter.path}: {some(lost)}. Pass lossy=True (--lossy) to write the "
             "rest."
         )
-    if not out.modules and not out.full and not out.shared and not out.rows:
+    if not left:
         raise LossError(f"The format {to} can hold nothing of {adapter.path}: {some(lost)}.")
-    return Fit(out, lost, one_scale(out, holds))
 
 
 def one_scale(adapter: AdapterFile, holds: Holds) -> float:
@@ -140,6 +134,19 @@ def scale_of(alpha: Tensor | None, rank: int) -> float:
     """Return alpha / rank; 1 where there is no alpha, or it is 0, as all readers take it."""
     value = 0.0 if alpha is None else float(alpha.read().reshape(-1)[0])
     return value / rank if value and rank else 1.0
+
+
+def both(tensors: Mapping[str, Tensor], names: Sequence[str], what: str, module: str) -> tuple[Tensor, Tensor]:
+    """Return the factors A and B of a module; raise CheckpointError if one is not there."""
+    A, B = (tensors.get(name) for name in names)
+    if A is None or B is None:
+        raise CheckpointError(f"{what} has only one factor for '{module}': it is cut off, or was written wrong.")
+    return A, B
+
+
+def misfit(what: str, module: str, A: Tensor, B: Tensor, where: str = "which do not fit") -> CheckpointError:
+    """Return the error for factors whose shapes cannot be."""
+    return CheckpointError(f"{what}: the factors of '{module}' have shapes {A.shape} and {B.shape}, {where}.")
 
 
 def folded(module: LowRank, scale: float) -> tuple[LowRank, float]:
@@ -177,19 +184,4 @@ def longer(t: Tensor, axis: int, more: int) -> Tensor:
 
 def without_mid(module: LowRank) -> LowRank:
     """Return a convolution with Tucker's core in A, which becomes one of the whole kernel: the same rank, exactly."""
-    assert module.mid is not None
-    A, mid = module.A.read().astype("f8"), module.mid.read().astype("f8")
-    product = np.tensordot(mid, A.reshape(len(A), -1), (1, 0))  # (r, *kernel, in)
-    return replace(module, A=tensor(np.moveaxis(product, -1, 1).astype("f4"), "F32"), mid=None)
-
-
-def delta(module: LowRank) -> np.ndarray:
-    """Return ΔW of a module, in float64: of the shape of its weight, without what a magnitude does."""
-    if module.mid is not None:
-        module = without_mid(module)
-    A, B = module.A.read().astype("f8"), module.B.read().astype("f8")
-    if module.kind == "experts":
-        return module.scale * B @ A
-    if module.kind == "embedding":
-        return module.scale * (B @ A).T
-    return module.scale * np.tensordot(B.reshape(B.shape[:2]), A, 1)
+    return replace(module, A=tensor(with_core(module).astype("f4"), "F32"), mid=None)

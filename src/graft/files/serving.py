@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 
 from graft.config import pair
@@ -27,7 +27,6 @@ from graft.files.tensors import read_header
 DATA = os.path.join(os.path.dirname(__file__), "servers.json")
 VERDICTS = ("refused", "wrong", "ignored", "ok")  # ok: a thing to know
 OF_SGLANG = re.compile(r".*\.experts\.(gate_up|gate|up|down)_proj\.lora_[AB]\.weight")
-CHANGED = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,6 @@ class Finding:
     @property
     def ok(self) -> bool:
         return self.verdict == "ok"
-
-    def as_dict(self) -> Json:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

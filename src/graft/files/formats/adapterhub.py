@@ -12,13 +12,13 @@ import numpy as np
 
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json, read_object
-from graft.core.errors import CheckpointError, some
-from graft.files.errors import LossError
+from graft.core.errors import CheckpointError
 from graft.files.formats import Base, adapterhub_places
-from graft.files.holding import Holds, fit
+from graft.files.formats.peft import plain
+from graft.files.holding import Holds, both, check_lost, fit, misfit
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.pickles import read_torch, tensors_of, to_torch, write_torch
-from graft.files.tensors import Tensor, read_header, tensor
+from graft.files.pickles import read_file, to_torch, write_torch
+from graft.files.tensors import Tensor, tensor
 
 NAME = "adapterhub"
 CONFIG = "adapter_config.json"
@@ -104,15 +104,13 @@ def tensors_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
     file = next((where for name in files if os.path.exists(where := os.path.join(path, name))), None)
     if file is None:
         raise CheckpointError(f"{path} holds neither {' nor '.join(files)}.")
-    return read_header(file)[0] if file.endswith(".safetensors") else tensors_of(read_torch(file), file)
+    return read_file(file)[0]
 
 
 def low_rank(path: str, module: str, factors: dict[str, Tensor], r: int, alpha: float) -> LowRank:
-    if factors.keys() != {"lora_A", "lora_B"}:
-        raise CheckpointError(f"{path} has only one factor for '{module}': it is cut off, or was written wrong.")
-    A, B = factors["lora_A"], factors["lora_B"]
+    A, B = both(factors, ("lora_A", "lora_B"), path, module)
     if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
-        raise CheckpointError(f"{path}: the factors of '{module}' have shapes {A.shape} and {B.shape}, of rank {r}.")
+        raise misfit(path, module, A, B, f"of rank {r}")
     if A.shape[0] != r:
         raise CheckpointError(
             f"{path}: '{module}' has {A.shape[0]} rows of A for rank {r}: a fused projection, of which graft does not "
@@ -128,17 +126,15 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: its config cannot name the modules: it knows query, key and value, and the two layers of an MLP, in
             all blocks.
     """
-    outcome = fit(adapter, HOLDS, NAME, lossy)
-    modules = outcome.adapter.modules
-    lost = outcome.lost
+    made, lost = fit(adapter, HOLDS, NAME, lossy)
+    modules = made.modules
     fields: Json = {"selfattn_lora": False, "intermediate_lora": False, "output_lora": False}
     letters: set[str] = set()
     tensors: dict[str, object] = {}
-    strange = []
     for module, m in modules.items():
         place = place_of(module)
         if place is None or (isinstance(m, Other) and m.tensors["ia3_l"].shape[-1] != 1):
-            strange.append(module)
+            lost.append(f"no place in the config of AdapterHub: {module}")
             continue
         fields[place[0]] = True
         letters |= {place[1]} if place[1] else set()
@@ -147,9 +143,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
             tensors[f"{stem}.lora_B"] = to_torch(tensor(np.ascontiguousarray(m.tensors["ia3_l"].read().reshape(-1, 1))))
         else:
             tensors |= {f"{stem}.lora_A": to_torch(m.A), f"{stem}.lora_B": to_torch(m.B)}
-    lost += [f"no place in the config of AdapterHub: {module}" for module in strange]
-    if (strange and not lossy) or not tensors:
-        raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
+    check_lost(adapter, NAME, lost, lossy, tensors)
     first = next(iter(modules.values()))
     numbers = (1, 1.0) if isinstance(first, Other) else (first.rank, first.scale * first.rank)
     config = {
@@ -167,10 +161,6 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     write_torch(os.path.join(path, FILES[1]), tensors)
     replace(os.path.join(path, CONFIG), write_text(json.dumps(text, indent=2, sort_keys=True) + "\n"))
     return lost
-
-
-def plain(value: float) -> float:
-    return int(value) if value == int(value) else value
 
 
 def place_of(module: str) -> tuple[str, str | None] | None:

@@ -22,9 +22,9 @@ from graft.files.components import parts_of
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import key_of, numbers_at, plain
-from graft.files.holding import Holds, fit, scale_of
+from graft.files.holding import Holds, both, fit, misfit, scale_of
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.pickles import mentions, read_torch, tensors_of
+from graft.files.pickles import mentions, read_file, tensors_of
 from graft.files.tensors import Tensor, read_header, reshaped, write_safetensors
 
 NAME = "diffusers"
@@ -120,10 +120,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         BaseNeededError, PackageNeededError, LossError: it has the names of a first release, see `renamed`.
     """
     file = file_in(path) or path
-    if file.endswith(".safetensors"):
-        tensors, metadata = read_header(file)
-    else:
-        tensors, metadata = tensors_of(read_torch(file), file), {}
+    tensors, metadata = read_file(file)
     if METADATA not in metadata and of_first_release(tensors):
         tensors = renamed(file, base)
     return of_tensors(file, tensors, metadata)
@@ -165,13 +162,9 @@ def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
 
 
 def low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
-    if "A" not in tensors or "B" not in tensors:
-        raise CheckpointError(f"{file} has only one factor for '{module}': it is cut off, or was written wrong.")
-    A, B = tensors["A"], tensors["B"]
+    A, B = both(tensors, "AB", file, module)
     if len(A.shape) < 2 or len(A.shape) != len(B.shape) or B.shape[1] != A.shape[0]:
-        raise CheckpointError(
-            f"{file}: the factors of '{module}' have shapes {A.shape} and {B.shape}, which do not fit."
-        )
+        raise misfit(file, module, A, B)
     part, _, path = module.partition(".")
     scale = scale_of(tensors.get("alpha"), A.shape[0])
     if "alpha" not in tensors and part in configs:
@@ -194,9 +187,9 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         BaseNeededError: nothing tells that.
     """
-    outcome = fit(adapter, HOLDS, NAME, lossy)
+    made, lost = fit(adapter, HOLDS, NAME, lossy)
     parts: dict[str, dict[str, LowRank]] = {}
-    for module, of_module in placed(outcome.adapter, base).items():
+    for module, of_module in placed(made, base).items():
         part, _, inner = module.partition(".")
         parts.setdefault(part, {})[inner] = of_module
     tensors: dict[str, Tensor] = {}
@@ -217,7 +210,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         os.makedirs(path, exist_ok=True)
         path = os.path.join(path, FILE)
     write_safetensors(path, tensors, metadata)
-    return outcome.lost
+    return lost
 
 
 def placed(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:

@@ -19,10 +19,10 @@ from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, gguf_control, one_file
-from graft.files.holding import Holds, fit
+from graft.files.holding import Holds, both, check_lost, fit, misfit
 from graft.files.neutral import AdapterFile, Kind, LowRank
-from graft.files.rope import interleaved, two_halves
-from graft.files.tensors import Tensor, tensor
+from graft.files.rope import heads_of, interleaved, two_halves
+from graft.files.tensors import Tensor, rearranged, tensor
 
 NAME = "gguf"
 MAGIC = b"GGUF"
@@ -131,20 +131,18 @@ def of_ggml(gguf: ModuleType, t: Any) -> Tensor:
 
 
 def low_rank(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:
-    a, b = tensors.get("a"), tensors.get("b")
-    if a is None or b is None:
-        raise CheckpointError(f"{path} has only one factor for '{name}': it is cut off, or was written wrong.")
+    a, b = both(tensors, "ab", path, name)
     kind: Kind = "embedding"
     if name.startswith("token_embd"):
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[1]:
-            raise CheckpointError(f"{path}: the factors of '{name}' have shapes {a.shape} and {b.shape}.")
-        A, rank = tensor(np.ascontiguousarray(a.read().T), a.dtype), a.shape[1]
+            raise misfit(path, name, a, b)
+        A, rank = rearranged(a, lambda v: v.T, *a.shape[::-1]), a.shape[1]
     else:
         if len(a.shape) != len(b.shape) or len(a.shape) not in (2, 3) or a.shape[-2] != b.shape[-1]:
-            raise CheckpointError(f"{path}: the factors of '{name}' have shapes {a.shape} and {b.shape}.")
+            raise misfit(path, name, a, b)
         A, rank, kind = a, a.shape[-2], "linear" if len(a.shape) == 2 else "experts"
     out = LowRank(A, b, alpha / rank if alpha else 1.0, kind)
-    heads = None if base is None else heads_of(name, base)
+    heads = None if base is None else heads_in(name, base)
     return out if heads is None else with_(out, B=two_halves(out.B, heads))
 
 
@@ -159,16 +157,12 @@ def arch_of(base: Base) -> tuple[str, bool]:
     return ARCHITECTURES[named]
 
 
-def heads_of(name: str, base: Base) -> int | None:
+def heads_in(name: str, base: Base) -> int | None:
     """Return the number of heads by which the rows of a module are permuted; None: they are not."""
     leaf = name.rpartition(".")[2]
     if leaf not in ("attn_q", "attn_k") or not arch_of(base)[1]:
         return None
-    heads = base.config.get("num_attention_heads")
-    heads = heads if leaf == "attn_q" else base.config.get("num_key_value_heads") or heads
-    if not isinstance(heads, int) or heads < 1:
-        raise BaseNeededError(f"The config of {base.path} does not say how many attention heads it has.")
-    return heads
+    return heads_of(base, leaf == "attn_k")
 
 
 def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
@@ -211,13 +205,11 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     if base is None:
         raise BaseNeededError("A GGUF adapter says its base's architecture: give the base model (--base).")
     arch, _ = arch_of(base)
-    outcome = fit(adapter, HOLDS, NAME, lossy)
-    names, lost = names_of(base), outcome.lost
-    if strange := [module for module in outcome.adapter.modules if module not in names]:
-        lost += [f"no name in llama.cpp: {module}" for module in strange]
-        if not lossy or len(strange) == len(outcome.adapter.modules):
-            raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
-    modules = {names[path]: module for path, module in outcome.adapter.low_rank.items() if path in names}
+    made, lost = fit(adapter, HOLDS, NAME, lossy)
+    names = names_of(base)
+    lost += [f"no name in llama.cpp: {module}" for module in made.modules if module not in names]
+    modules = {names[path]: module for path, module in made.low_rank.items() if path in names}
+    check_lost(adapter, NAME, lost, lossy, modules)
     first = next(iter(modules.values()))
 
     def save(temporary: str) -> None:
@@ -226,13 +218,9 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
         for name, module in modules.items():
-            heads = heads_of(name, base)
+            heads = heads_in(name, base)
             B = module.B if heads is None else interleaved(module.B, heads)
-            A = (
-                tensor(np.ascontiguousarray(module.A.read().T), module.A.dtype)
-                if module.kind == "embedding"
-                else module.A
-            )
+            A = rearranged(module.A, lambda v: v.T, *module.A.shape[::-1]) if module.kind == "embedding" else module.A
             for leaf, factor in (("a", A), ("b", B)):
                 add(gguf, writer, f"{name}.weight.lora_{leaf}", factor)
         writer.write_header_to_file()

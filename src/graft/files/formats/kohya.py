@@ -11,9 +11,9 @@ from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftError
 from graft.files import names
 from graft.files.components import is_pipeline, method_of
 from graft.files.formats import Base, one_file
-from graft.files.holding import Holds, fit, scale_of
+from graft.files.holding import Holds, both, fit, misfit, scale_of
 from graft.files.neutral import AdapterFile, Kind, LowRank, Other
-from graft.files.pickles import mentions, read_torch, tensors_of
+from graft.files.pickles import mentions, read_file
 from graft.files.tensors import Tensor, read_header, reshaped, tensor, write_safetensors
 
 NAME = "kohya"
@@ -61,14 +61,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         BaseModelMismatchError: the base has no such modules, and diffusers finds none under their first names.
     """
     file = one_file(path, ".safetensors", ".pt", ".ckpt") or path
-    if file.endswith(".safetensors"):
-        tensors, metadata = read_header(file)
-    else:
-        loaded = read_torch(file)
-        tensors, metadata = (
-            tensors_of(loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded, file),
-            {},
-        )
+    tensors, metadata = read_file(file)
     out = AdapterFile(NAME, file, metadata=metadata, flat=base is None, base=metadata.get("ss_sd_model_name"))
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in tensors.items():
@@ -158,12 +151,10 @@ def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tenso
 
 
 def low_rank(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | Other:
-    if DOWN not in tensors or UP not in tensors:
-        raise CheckpointError(f"{file} has only one factor for '{name}': it is cut off, or was written wrong.")
-    A, B, mid = tensors[DOWN], tensors[UP], tensors.get(MID)
+    (A, B), mid = both(tensors, (DOWN, UP), file, name), tensors.get(MID)
     rank = A.shape[0] if A.shape else 0
     if len(A.shape) < 2 or len(B.shape) < 2 or B.shape[1] != rank or (mid and mid.shape[:2] != (rank, rank)):
-        raise CheckpointError(f"{file}: the factors of '{name}' have shapes {A.shape} and {B.shape}, which do not fit.")
+        raise misfit(file, name, A, B)
     if len(A.shape) > 2 and len(B.shape) == 2:
         B = reshaped(B, *B.shape, *[1] * (len(A.shape) - 2))
     magnitude = tensors.get("dora_scale")
@@ -207,8 +198,7 @@ def whole(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
     own_names = adapter.format == NAME and adapter.flat
-    fitted = fit(replace(adapter, flat=False) if own_names else adapter, HOLDS, NAME, lossy)
-    made, lost = fitted.adapter, fitted.lost
+    made, lost = fit(replace(adapter, flat=False) if own_names else adapter, HOLDS, NAME, lossy)
     paths = {name: name for name in made.modules} if own_names else written(made)
     tensors: dict[str, Tensor] = {}
     for module, of_module in made.modules.items():

@@ -14,7 +14,8 @@ from graft.config.reading import Json
 from graft.core.errors import CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base
-from graft.files.holding import Holds, fit
+from graft.files.formats.peft import plain
+from graft.files.holding import Holds, both, check_lost, fit, misfit
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.pickles import mentions, read_torch, tensors_of, to_torch, write_torch
 from graft.files.tensors import Tensor, tensor
@@ -93,9 +94,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         else:
             modules.setdefault(match["path"], {})[match["side"]] = values
     for name, of_module in modules.items():
-        if of_module.keys() != {"A", "B"} or any(len(t.shape) != 2 for t in of_module.values()):
-            raise CheckpointError(f"{file} has only one factor for '{name}', or none of two dimensions.")
-        A, B = of_module["A"], of_module["B"]
+        A, B = both(of_module, "AB", file, name)
+        if len(A.shape) != 2 or len(B.shape) != 2:
+            raise misfit(file, name, A, B)
         match = OWN.fullmatch(name)
         if match is not None and match["rest"] == "attn.qkv":
             stem = f"model.layers.{match['number']}."
@@ -103,9 +104,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
                 out.modules[stem + rest] = LowRank(a, b, alpha / r)
         elif name == "lm_head" or (match is not None and match["rest"] in NAMES):
             if A.shape[0] != r or B.shape[1] != r:
-                raise CheckpointError(
-                    f"{file}: the factors of '{name}' have shapes {A.shape} and {B.shape}, of rank {r}."
-                )
+                raise misfit(file, name, A, B, f"of rank {r}")
             inner = name if match is None else f"model.layers.{match['number']}.{NAMES[match['rest']]}"
             out.modules[inner] = LowRank(A, B, alpha / r)
         else:
@@ -120,10 +119,7 @@ def parts(
     rows = rows_of(model)
     on = [rest for rest, flag in QKV.items() if run.get(flag)]
     if A.shape[0] != r * len(on) or B.shape != (sum(rows[rest] for rest in on), r):
-        raise CheckpointError(
-            f"{path}: the factors of '{name}' have shapes {A.shape} and {B.shape}, which do not fit rank {r} on "
-            f"{some(on)}: {OF_RUN} is of another run."
-        )
+        raise misfit(path, name, A, B, f"which do not fit rank {r} on {some(on)}: {OF_RUN} is of another run")
     a, b = A.read(), B.read()
     out, row = {}, 0
     for i, rest in enumerate(on):
@@ -157,13 +153,12 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     if base is None:
         raise BaseNeededError("litgpt's files have the base's sizes: give the base model (--base).")
     model = model_config(base)
-    outcome = fit(adapter, HOLDS, NAME, lossy)
-    rows, lost = rows_of(model), outcome.lost
+    made, lost = fit(adapter, HOLDS, NAME, lossy)
+    rows = rows_of(model)
     blocks: dict[str, dict[str, LowRank]] = {}
     tensors: dict[str, object] = {}
     flags = dict.fromkeys((*QKV.values(), "lora_projection", "lora_mlp", "lora_head"), False)
-    strange = []
-    for module, m in outcome.adapter.low_rank.items():
+    for module, m in made.low_rank.items():
         match = THEIRS.fullmatch(module)
         rest = match["rest"] if match is not None else None
         if match is not None and rest in QKV:
@@ -174,23 +169,15 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
             tensors |= {f"{own}.lora_A": to_torch(m.A), f"{own}.lora_B": to_torch(m.B)}
             flags["lora_head" if module == "lm_head" else "lora_projection" if "attn" in own else "lora_mlp"] = True
         else:
-            strange.append(module)
-    lost += [f"no name in litgpt: {module}" for module in strange]
-    if (strange and not lossy) or (not tensors and not blocks):
-        raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
-    first = next(iter(outcome.adapter.low_rank.values()))
+            lost.append(f"no name in litgpt: {module}")
+    check_lost(adapter, NAME, lost, lossy, tensors or blocks)
+    first = next(iter(made.low_rank.values()))
     on = [rest for rest, flag in QKV.items() if flags[flag]]
     for number, block in blocks.items():
         A, B = joined(block, on, rows, first.rank)
         stem = f"transformer.h.{number}.attn.qkv.lora_"
         tensors |= {f"{stem}A": to_torch(A), f"{stem}B": to_torch(B)}
-    alpha = first.scale * first.rank
-    run = {
-        "lora_r": first.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
-        **flags,
-    }
+    run = {"lora_r": first.rank, "lora_alpha": plain(first.scale * first.rank), "lora_dropout": 0.0, **flags}
     os.makedirs(path, exist_ok=True)
     write_torch(os.path.join(path, FILE), {"model": tensors})
     replace(os.path.join(path, OF_RUN), write_text(yaml.safe_dump(run)))

@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace as with_
 
 import numpy as np
 
 from graft.config.atomic import replace, write_text
 from graft.config.reading import read_object
 from graft.core.errors import CheckpointError
+from graft.files import algebra
+from graft.files.errors import LossError
 from graft.files.formats import Base
-from graft.files.holding import Holds, fit
+from graft.files.holding import Holds, both, fit, misfit
 from graft.files.neutral import AdapterFile, Kind, LowRank
 from graft.files.tensors import Tensor, read_header, rearranged, tensor, write_safetensors
 
@@ -60,16 +63,12 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def low_rank(path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object) -> LowRank:
-    a, b = tensors.get("lora_a"), tensors.get("lora_b")
-    if a is None or b is None:
-        raise CheckpointError(f"{path} has only one factor for '{module}': it is cut off, or was written wrong.")
+    a, b = both(tensors, ("lora_a", "lora_b"), path, module)
     if len(a.shape) == len(b.shape) == 3 and a.shape[:2] == (b.shape[0], b.shape[2]):
         return LowRank(a, b, scale, "experts", tensors.get("m"))
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or rank not in (None, a.shape[1]):
-        raise CheckpointError(
-            f"{path}: the factors of '{module}' have shapes {a.shape} and {b.shape}, where MLX has (in, {rank or 'r'}) "
-            f"and ({rank or 'r'}, out)."
-        )
+        r = rank or "r"
+        raise misfit(path, module, a, b, f"where MLX has (in, {r}) and ({r}, out)")
     kind: Kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
     return LowRank(transposed(a), transposed(b), scale, kind, tensors.get("m"))
 
@@ -85,18 +84,18 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         LossError: some modules have a magnitude, and others not; or it is not of LoRA.
     """
-    outcome = fit(adapter, HOLDS, NAME, lossy)
-    modules = outcome.adapter.low_rank
+    made, lost = fit(adapter, HOLDS, NAME, lossy)
+    modules = made.low_rank
     tensors: dict[str, Tensor] = {}
-    if any(module.magnitude is not None for module in modules.values()):
-        modules = as_dora(outcome.adapter, base)
+    dora = any(module.magnitude is not None for module in modules.values())
+    if dora:
+        modules = as_dora(made, base)
     for name, module in modules.items():
         swap = (lambda t: t) if module.kind == "experts" else transposed
         tensors |= {f"{name}.lora_a": swap(module.A), f"{name}.lora_b": swap(module.B)}
         if module.magnitude is not None:
             tensors[f"{name}.m"] = module.magnitude
     first = next(iter(modules.values()))
-    dora = any(module.magnitude is not None for module in modules.values())
     config = {
         "fine_tune_type": "dora" if dora else "lora",
         "lora_parameters": {"dropout": 0.0, "keys": keys(modules), "rank": first.rank, "scale": first.scale},
@@ -106,7 +105,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     os.makedirs(path, exist_ok=True)
     write_safetensors(os.path.join(path, WEIGHTS), tensors, {"format": "mlx"})
     replace(os.path.join(path, CONFIG), write_text(json.dumps(config, indent=4, sort_keys=True) + "\n"))
-    return outcome.lost
+    return lost
 
 
 def keys(modules: dict[str, LowRank]) -> list[str]:
@@ -128,11 +127,6 @@ def as_dora(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
     Raises:
         LossError: that needs the base's weights, which are not there.
     """
-    from dataclasses import replace as with_
-
-    from graft.files.errors import LossError
-    from graft.files.holding import delta
-
     out = {}
     for name, module in adapter.low_rank.items():
         if module.magnitude is None:
@@ -142,7 +136,8 @@ def as_dora(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
                     f"MLX has a magnitude for all modules or for none, and '{name}' of {adapter.path} has none: give "
                     "the base model with its weights (--base), of which it can be made."
                 )
-            norm = np.linalg.norm(weight.read().astype("f8") + delta(module), axis=1)
+            ((B, A),) = algebra.products(module)
+            norm = np.linalg.norm(weight.read().astype("f8") + B @ A, axis=1)
             module = with_(module, magnitude=tensor(norm.astype("f4"), "F32"))
         out[name] = module
     return out

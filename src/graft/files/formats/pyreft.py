@@ -18,7 +18,7 @@ from graft.config.reading import Json, read_object
 from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base
-from graft.files.holding import Holds, fit
+from graft.files.holding import Holds, check_lost, fit
 from graft.files.neutral import AdapterFile, Other
 from graft.files.pickles import from_torch, read_torch, tensors_of, to_torch, write_torch
 from graft.files.tensors import Tensor
@@ -206,12 +206,11 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}
     known = ReftConfig.__dataclass_fields__
     cfg = ReftConfig(**{name: value for name, value in adapter.config.items() if name in known and name != "peft_type"})
-    adapter, lost = (fitted := fit(adapter, HOLDS, NAME, lossy)).adapter, fitted.lost
+    made, lost = fit(adapter, HOLDS, NAME, lossy)
     lost += [f"non_linearity={cfg.non_linearity}"] if cfg.non_linearity is not None else []
-    lost += [f"{module}, which is no block" for module in adapter.modules if module not in numbers]
-    modules = {numbers[path]: m for path, m in adapter.modules.items() if path in numbers and isinstance(m, Other)}
-    if (lost and not lossy) or not modules:
-        raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
+    lost += [f"{module}, which is no block" for module in made.modules if module not in numbers]
+    modules = {numbers[path]: m for path, m in made.modules.items() if path in numbers and isinstance(m, Other)}
+    check_lost(adapter, NAME, lost, lossy, modules)
     kind = next(name for name, fits in KINDS.items() if fits == (cfg.orthogonality, cfg.subtract_projection))
     ends = [end for end in ("", "_suffix") if any(f"reft_R{end}" in m.tensors for m in modules.values())]
     files, keys, width = {}, [], 0

@@ -14,14 +14,14 @@ from dataclasses import replace as with_
 
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json, read_object
-from graft.core.errors import CheckpointError, some
+from graft.core.errors import CheckpointError
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base, one_file
-from graft.files.formats.peft import numbers_at
-from graft.files.holding import Holds, fit
+from graft.files.formats.peft import numbers_at, plain
+from graft.files.holding import Holds, both, check_lost, fit, misfit
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.pickles import mentions, read_torch, tensors_of, to_torch, write_torch
-from graft.files.rope import interleaved, two_halves
+from graft.files.rope import heads_of, interleaved, two_halves
 from graft.files.tensors import Tensor
 
 NAME = "torchtune"
@@ -91,21 +91,19 @@ def renamed(path: str) -> str | None:
 
 
 def low_rank(out: AdapterFile, name: str, tensors: dict[str, Tensor], config: Json, base: Base | None) -> LowRank:
-    if "A" not in tensors or "B" not in tensors:
-        raise CheckpointError(f"{out.path} has only one factor for '{name}': it is cut off, or was written wrong.")
-    A, B = tensors["A"], tensors["B"]
+    A, B = both(tensors, "AB", out.path, name)
     r, alpha = numbers_at(config, name, "lora_alpha")
     if len(A.shape) != 2 or len(B.shape) != 2 or (A.shape[0], B.shape[1]) != (r, r):
-        raise CheckpointError(f"{out.path}: the factors of '{name}' have shapes {A.shape} and {B.shape}, of rank {r}.")
+        raise misfit(out.path, name, A, B, f"of rank {r}")
     made = LowRank(A, B, alpha / r, "linear", tensors.get("magnitude"))
-    heads = heads_of(name, out, base)
+    heads = heads_in(name, base)
     if heads is None:
         return made
     magnitude = None if made.magnitude is None else two_halves(made.magnitude, heads)
     return with_(made, B=two_halves(B, heads), magnitude=magnitude)
 
 
-def heads_of(name: str, adapter: AdapterFile, base: Base | None) -> int | None:
+def heads_in(name: str, base: Base | None) -> int | None:
     """Return the number of heads by which the rows of a module are pairs; None: they are not.
 
     Raises:
@@ -125,11 +123,7 @@ def heads_of(name: str, adapter: AdapterFile, base: Base | None) -> int | None:
         return None
     if kind not in PAIRS:
         raise LossError(f"graft does not know torchtune's order of the rows of {name} for model type {kind!r}.")
-    heads = base.config.get("num_attention_heads")
-    heads = heads if leaf == "q_proj" else base.config.get("num_key_value_heads") or heads
-    if not isinstance(heads, int) or heads < 1:
-        raise BaseNeededError(f"The config of {base.path} does not say how many attention heads it has.")
-    return heads
+    return heads_of(base, leaf == "k_proj")
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
@@ -138,17 +132,14 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         LossError: torchtune has no name for a module.
     """
-    outcome = fit(adapter, HOLDS, NAME, lossy)
-    names = {module: named(module) for module in outcome.adapter.modules}
-    lost = outcome.lost
-    if strange := [module for module, name in names.items() if name is None]:
-        lost += [f"no name in torchtune: {module}" for module in strange]
-        if not lossy or len(strange) == len(names):
-            raise LossError(f"The format {NAME} cannot hold all of {adapter.path}: {some(lost)}.")
+    made, lost = fit(adapter, HOLDS, NAME, lossy)
+    names = {module: named(module) for module in made.modules}
+    lost += [f"no name in torchtune: {module}" for module, name in names.items() if name is None]
+    modules = {module: m for module, m in made.low_rank.items() if names[module]}
+    check_lost(adapter, NAME, lost, lossy, modules)
     tensors: dict[str, object] = {}
-    modules = {module: m for module, m in outcome.adapter.low_rank.items() if names[module]}
     for module, m in modules.items():
-        heads = heads_of(module, adapter, base)
+        heads = heads_in(module, base)
         B, magnitude = m.B, m.magnitude
         if heads is not None:
             B, magnitude = interleaved(B, heads), None if magnitude is None else interleaved(magnitude, heads)
@@ -156,9 +147,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         if magnitude is not None:
             tensors[f"{names[module]}.magnitude"] = to_torch(magnitude)
     first = next(iter(modules.values()))
-    alpha = first.scale * first.rank
     config = {
-        "peft_type": "LORA", "r": first.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "peft_type": "LORA", "r": first.rank, "lora_alpha": plain(first.scale * first.rank),
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
         "base_model_name_or_path": adapter.base, "use_dora": any(m.magnitude is not None for m in modules.values()),
     }  # fmt: skip

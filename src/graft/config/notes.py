@@ -6,8 +6,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
+
+from graft.config.reading import Json
 
 CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
 START = b'{"__metadata__":'  # the beginning of a safetensors header that holds notes
@@ -56,6 +59,28 @@ def in_safetensors(f: IO[bytes]) -> dict[str, str]:
         return texts(json.JSONDecoder().raw_decode(header[len(START) :].decode())[0])
     except (ValueError, RecursionError):
         return {}  # a damaged file, of which reading its tensors tells
+
+
+def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Return what a safetensors file begins with: its notes, in order, and where each tensor stands.
+
+    Args:
+        tensors: name, dtype, shape and bytes of each, in the order in which they follow.
+    """
+    made: Json = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        begin, end = end, end + size
+        made[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(made, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def header_in(data: bytes) -> tuple[Json, int]:
+    """Return the header of the bytes of a safetensors file, which must be valid, and where its tensors begin."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:begin]), begin
 
 
 def add(f: IO[bytes], notes: dict[str, str]) -> None:

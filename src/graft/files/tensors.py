@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from graft.config.atomic import Write
 from graft.config.atomic import replace as put_in_place
+from graft.config.notes import header
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 
@@ -173,17 +174,11 @@ def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mappin
 def safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
     """Return a function that writes tensors one after another, the widest dtypes first so that all are aligned."""
     order = sorted(tensors.items(), key=lambda item: (-BITS[item[1].dtype], item[0]))
-    header: Json = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for name, t in order:
-        begin, end = end, end + t.nbytes
-        header[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    head = header(((name, t.dtype, t.shape, t.nbytes) for name, t in order), metadata)
 
     def write(path: str) -> None:
         with open(path, "wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
+            f.write(head)
             for _, t in order:
                 f.write(t.load())
 

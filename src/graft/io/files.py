@@ -183,7 +183,7 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
                 found = load(data)
             except ValueError:  # tensors of no numbers (AdaLoRA's rank 0), which safetensors 0.4 reads from files alone
                 found = {key: t.clone() for key, t in load_file(path).items()}
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # `load` does not return it
+            header, _ = notes.header_in(data)  # `load` does not return it
             tensors = {key: found[key] for key in header if key in found}  # in the file's order, which `load` loses
         except FileNotFoundError:
             raise

@@ -142,7 +142,7 @@ def sampled(names: Iterable[str]) -> list[str]:
 
 
 def note_of(shapes: dict[str, list[int]], values: dict[str, list[float]] | None, part: bool = False) -> Note:
-    made: Note = {"n": len(shapes), "shapes": digest(json.dumps(shapes, sort_keys=True))}
+    made: Note = {"n": len(shapes), "shapes": hashed(json.dumps(shapes, sort_keys=True))}
     if part or len(shapes) <= MAX_NAMED:
         made["weights"] = shapes
     if values is not None:
@@ -173,10 +173,12 @@ def called_otherwise(note: Note, rename: Callable[[Json], Json]) -> Note | None:
 
 def within(note: Note, is_here: Callable[[str], bool]) -> Note | None:
     """Return a fingerprint with the weights that are here; None if it does not name its weights."""
-    if not note.get("weights"):
-        return None
-    here = {key: shape for key, shape in note["weights"].items() if is_here(key)}
-    return {**note, **note_of(here, None, part=True)}
+    return only(note, is_here) if note.get("weights") else None
+
+
+def only(note: Note, wanted: Callable[[str], bool]) -> Note:
+    """Return a fingerprint with some of the weights that it names."""
+    return {**note, **note_of({key: shape for key, shape in note["weights"].items() if wanted(key)}, None, part=True)}
 
 
 def lists_of(*kinds: type) -> Callable[[object], bool]:
@@ -260,8 +262,8 @@ def same_values(of_file: Note, now: Note) -> bool:
     return all(abs(a - b) <= TOLERANCE * max(abs(a), abs(b), 1e-4) for a, b in pairs)
 
 
-def digest(data: str | bytes) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def in_common(of_file: Note, now: Note) -> tuple[Note, Note] | None:
@@ -275,11 +277,7 @@ def in_common(of_file: Note, now: Note) -> tuple[Note, Note] | None:
     shared = old.keys() & new.keys()
     if not shared:  # another model
         return of_file, now
-    both: list[Note] = []
-    for made in (of_file, now):
-        weights = {key: made["weights"][key] for key in sorted(shared)}
-        both.append({**made, "weights": weights, "shapes": digest(json.dumps(weights, sort_keys=True))})
-    return both[0], both[1]
+    return only(of_file, shared.__contains__), only(now, shared.__contains__)
 
 
 def difference(of_file: Note, now: Note) -> str | None:

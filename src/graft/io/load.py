@@ -122,7 +122,6 @@ class Values:
         self.config_of_file = copy.copy(config)  # which injection rewrites to today's names
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
         self.report = LoadReport()
-        self._by_layer: dict[str, set[str]] | None = None
 
     @property
     def names(self) -> Collection[str]:
@@ -282,15 +281,17 @@ class Values:
             out.append((entry, name))
         return out
 
+    @cached_property
+    def _by_layer(self) -> dict[str, set[str]]:
+        """The file's keys below each path, with a dot behind it."""
+        out: dict[str, set[str]] = defaultdict(set)
+        for name in self.tensors:
+            for owner in ancestors(name):
+                out[f"{owner}."].add(name)
+        return out
+
     def _below(self, stem: str) -> set[str]:
         """Return the file's keys below a layer, but for those of its base layer."""
-        if self._by_layer is None:
-            self._by_layer = defaultdict(set)
-            for name in self.tensors:
-                owner, dot, _ = name.rpartition(".")
-                while dot:
-                    self._by_layer[f"{owner}."].add(name)
-                    owner, dot, _ = owner.rpartition(".")
         return {n for n in self._by_layer.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
 
     def base_tensors(self, names: set[str], prefix: str, parts: Parts) -> tuple[dict[str, Tensor], list[Mismatch]]:

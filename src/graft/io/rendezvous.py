@@ -7,7 +7,6 @@ process group before, where one that is alone can leave.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +24,7 @@ from graft.core.layer import AdapterLayer
 from graft.inject.build import add_adapter
 from graft.inject.parts import Parts
 from graft.io.entries import Entry
-from graft.io.fingerprint import digest
+from graft.io.fingerprint import hashed
 from graft.storage.parallel import is_plain, is_whole, layout_of, shape_of, whole
 
 T = TypeVar("T")
@@ -54,7 +53,7 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ranks = ranks_of(spread.values())
     if len(ranks) > 1:
         shapes = [f"{name} {tuple(shape_of(t))} {t.dtype}" for name, t in spread.items()]
-        Meeting(CALL, f"{len(shapes)} tensors ({digest(' '.join(shapes))}) such as {shapes[0]}", ranks)
+        Meeting(CALL, f"{len(shapes)} tensors ({hashed(' '.join(shapes))}) such as {shapes[0]}", ranks)
     return {name: whole(t) for name, t in spread.items()}
 
 
@@ -268,10 +267,6 @@ def once(folder: str, values: str, act: Callable[[], object]) -> None:
         raise
     shelf.set(place, values)
     leave(shelf, key, None)
-
-
-def hashed(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def leave(shelf: dist.Store, key: str, error: BaseException | None) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from graft.config.reading import read_object
 from graft.config.targets import EMBEDDING_NAMES
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
@@ -254,8 +255,6 @@ def resized_vocabulary(base: nn.Module, config: object) -> bool:
 
     Never ask the network.
     """
-    import json
-
     origin = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
     own: Any = getattr(base, "config", None)
     text = own.get_text_config() if hasattr(own, "get_text_config") else own
@@ -263,9 +262,8 @@ def resized_vocabulary(base: nn.Module, config: object) -> bool:
     path = local_config(origin, getattr(own, "_commit_hash", None)) if origin and size is not None else None
     if path is None:
         return False
-    with open(path) as f:
-        original_config = json.load(f)
-    before = original_config.get("vocab_size", (original_config.get("text_config") or {}).get("vocab_size"))
+    facts = read_object(path)
+    before = facts.get("vocab_size", (facts.get("text_config") or {}).get("vocab_size"))
     if before is None or before == size:
         return False
     warn("Setting `save_embedding_layers` to `True`: the vocabulary has another size than the base model's had.")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
+from graft.config.notes import header_in
 from graft.core.errors import CheckpointError
 
 KEY = "graft_digest"  # key in the safetensors metadata
@@ -31,8 +32,8 @@ def digest(parts: Iterable[Part]) -> str:
 
 def digest_in(data: bytes) -> str:
     """Return the digest of the tensors in the bytes of a safetensors file, which must be valid."""
-    begin = 8 + int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8:begin]), memoryview(data)[begin:]
+    header, begin = header_in(data)
+    body = memoryview(data)[begin:]
     header.pop("__metadata__", None)
     return digest((key, t["dtype"], t["shape"], body[slice(*t["data_offsets"])]) for key, t in header.items())
 

@@ -8,12 +8,12 @@ process which is killed leaves behind under a name nobody can recognise.
 from __future__ import annotations
 
 import ctypes
-import json
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.notes import header, header_in
 from graft.core.errors import CheckpointError
 from graft.io.seal import digest
 from graft.storage import standalone
@@ -25,15 +25,8 @@ def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str,
     """Write tensors, the widest dtypes first so that all are aligned, and metadata in order."""
     on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     on_cpu = dict(sorted(on_cpu.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for key, t in on_cpu.items():
-        begin, end = end, end + t.nbytes
-        header[key] = {"dtype": name_of(t.dtype), "shape": list(t.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
     with open(path, "wb", BUFFER) as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+        f.write(header(((key, name_of(t.dtype), t.shape, t.nbytes) for key, t in on_cpu.items()), metadata))
         for key, t in on_cpu.items():
             f.write(bytes_of(key, t))
 
@@ -60,8 +53,7 @@ def name_of(dtype: torch.dtype) -> str:
     """Return what safetensors calls a dtype."""
     from safetensors.torch import save
 
-    data = save({"x": torch.empty(0, dtype=dtype)})
-    return str(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["x"]["dtype"])
+    return str(header_in(save({"x": torch.empty(0, dtype=dtype)}))[0]["x"]["dtype"])
 
 
 Shapes = dict[str, torch.Size]  # of parameters, by name

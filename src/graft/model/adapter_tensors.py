@@ -25,8 +25,7 @@ from graft.files.export import known_extra
 from graft.inject.parts import Nests, Parts, unwrapped
 from graft.inject.stage import group_in
 from graft.io import files, save
-from graft.io.fingerprint import Note
-from graft.io.rendezvous import hashed
+from graft.io.fingerprint import Note, hashed
 from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, Block, Blocks, Pair, differs
 from graft.io.tensors import digest_of
 from graft.methods.lora.config import LoraConfig

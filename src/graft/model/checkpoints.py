@@ -24,9 +24,9 @@ from graft.inject.build import put
 from graft.inject.parts import registry_of
 from graft.inject.survey import survey
 from graft.io import files, save
-from graft.io.fingerprint import tensor_digest
+from graft.io.fingerprint import hashed, tensor_digest
 from graft.io.load import Values
-from graft.io.rendezvous import CALL, Meeting, hashed, once
+from graft.io.rendezvous import CALL, Meeting, once
 from graft.io.written import Layout
 from graft.model.watch import has_copies
 

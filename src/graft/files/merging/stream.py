@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from graft.config.atomic import exchange, replace, sync, write_text
+from graft.config.notes import header
 from graft.config.reading import Json
 from graft.files.errors import OutputExistsError
 from graft.files.output import is_adapter
@@ -45,19 +46,11 @@ class Out:
 def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
     """Write a safetensors file; return its sha256, and what there is to say of its tensors."""
     order = sorted(outs, key=lambda out: (-BITS[out.dtype], out.name))  # the widest first, so that all are aligned
-    header: Json = {"__metadata__": METADATA}
-    end = 0
-    for out in order:
-        begin, end = end, end + out.nbytes
-        header[out.name] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    digest, rows = hashlib.sha256(), list[Json]()
+    head = header(((out.name, out.dtype, out.shape, out.nbytes) for out in order), METADATA)
+    digest, rows = hashlib.sha256(head), list[Json]()
     part = f"{path}.part"
     with open(part, "wb") as f:
-        for head in (len(text).to_bytes(8, "little"), text):
-            f.write(head)
-            digest.update(head)
+        f.write(head)
         for out in order:
             data, row = out.make()
             assert len(data) == out.nbytes, out.name

@@ -16,7 +16,7 @@ from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftWarni
 from graft.files import formats
 from graft.files.convert import convert
 from graft.files.errors import BaseNeededError, LossError
-from graft.files.formats.pyreft import parametrized
+from graft.files.formats.adapterhub_places import parametrized
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS
 

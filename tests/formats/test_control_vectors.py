@@ -49,6 +49,15 @@ def test_there_and_back(tmp_path):
     assert (tmp_path / "back.gguf").read_bytes() == FILE.read_bytes()
 
 
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    """The package itself is silent where the values go nowhere."""
+    convert(FILE, "peft", tmp_path / "peft", BASE)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", lambda *_, **__: None)
+    with pytest.raises(OSError, match="disk is full"):
+        convert(tmp_path / "peft", "gguf", tmp_path / "back.gguf", BASE)
+    assert [p.name for p in tmp_path.iterdir()] == ["peft"]
+
+
 @torch.no_grad()
 def test_the_coefficient_is_in_the_file(tmp_path):
     model = saved(tmp_path / "own", layers=[1], coefficient=-2.0)

@@ -71,3 +71,12 @@ def test_a_folder_of_the_library_loads_as_it_is():
     given = {k[3:]: v for k, v in held.items() if k.startswith("in.")}
     model = graft.load_adapter(base("bert"), HERE / "bert" / "houlsby").eval()
     assert_close(output(model, given), held["houlsby"], rtol=2e-5, atol=2e-5)
+
+
+def test_reft_that_lacks_a_tensor(tmp_path):
+    where = folder("llama", "loreft", tmp_path / "a")
+    held = torch.load(where / "pytorch_adapter.bin")
+    del held[next(key for key in held if key.endswith("0.learned_source.bias"))]
+    torch.save(held, where / "pytorch_adapter.bin")
+    with pytest.raises(graft.CheckpointError, match=r"lacks 'learned_source.bias' of 'layers.0'"):
+        graft.load_adapter(base("llama"), where)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -134,6 +135,17 @@ def scale_of(alpha: Tensor | None, rank: int) -> float:
     """Return alpha / rank; 1 where there is no alpha, or it is 0, as all readers take it."""
     value = 0.0 if alpha is None else float(alpha.read().reshape(-1)[0])
     return value / rank if value and rank else 1.0
+
+
+def by_module(out: AdapterFile, tensors: Mapping[str, Tensor], key: re.Pattern[str]) -> dict[str, dict[str, Tensor]]:
+    """Return tensors by module and name, the two groups of `key`; add keys that it does not fit to `out.unread`."""
+    made: dict[str, dict[str, Tensor]] = {}
+    for name, t in tensors.items():
+        if match := key.fullmatch(name):
+            made.setdefault(match[1], {})[match[2]] = t
+        else:
+            out.unread.append(name)
+    return made
 
 
 def both(tensors: Mapping[str, Tensor], names: Sequence[str], what: str, module: str) -> tuple[Tensor, Tensor]:

@@ -63,8 +63,7 @@ def lokr(adapter: AdapterFile, base: Base | None) -> AdapterFile:
         if base is not None and f"{path}.weight" in base.shapes:  # columns of a factored kernel are n · its size
             two = two[0], base.shapes[f"{path}.weight"][1] // one[1]
         grids.append((one, two))
-        small = next((m.tensors[k].shape[0] for k in ("lokr_w2_b", "lokr_w1_b") if k in m.tensors), None)
-        ranks[path] = max(two) if small is None else small
+        ranks[path] = m.rank or max(two)
         alphas[path] = (m.scale or 1.0) * ranks[path]
     factor = next(
         (

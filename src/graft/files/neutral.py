@@ -58,6 +58,11 @@ class Other:
     tensors: dict[str, Tensor]  # "hada_w1_a"
     scale: float | None = None  # where the method has one
 
+    @property
+    def rank(self) -> int:
+        """The rank of LoHa, or of LoKr's second factor, or its first; 0 where both are whole, and of other methods."""
+        return next((self.tensors[k].shape[0] for k in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if k in self.tensors), 0)
+
 
 @dataclass
 class AdapterFile:

@@ -15,7 +15,7 @@ from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.formats import Base, adapterhub_places
 from graft.files.formats.peft import plain
-from graft.files.holding import Holds, both, check_lost, fit, misfit
+from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.pickles import read_file, to_torch, write_torch
 from graft.files.tensors import Tensor, tensor
@@ -28,7 +28,6 @@ FUSION, FUSION_FILES = (
     ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"),
 )
 HOLDS = Holds("alpha", False, methods=frozenset({"IA3"}))
-KEY = re.compile(r"(?P<path>.+)\.loras\.(?P<name>[^.]+)\.(?P<leaf>lora_A|lora_B|m|gate\..+|lora_C|.+)")
 PLACES = {  # ends of the paths that a config of theirs can name → its field, and a word of attn_matrices
     "query": ("selfattn_lora", "q"), "q_proj": ("selfattn_lora", "q"), "key": ("selfattn_lora", "k"),
     "k_proj": ("selfattn_lora", "k"), "value": ("selfattn_lora", "v"), "v_proj": ("selfattn_lora", "v"),
@@ -74,17 +73,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         return adapterhub_places.read(path, fields, tensors, base)
     scales = config.get("composition_mode") == "scale"
     out = AdapterFile(NAME, path, "IA3" if scales else "LORA", config=fields, base=fields.get("model_name") or None)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in tensors.items():
-        match = KEY.fullmatch(key)
-        if (
-            match is None
-            or match["name"] != fields.get("name", match["name"])
-            or match["leaf"] not in ("lora_A", "lora_B")
-        ):
-            out.unread.append(key)
-        else:
-            modules.setdefault(match["path"], {})[match["leaf"]] = values
+    name = re.escape(fields["name"]) if "name" in fields else "[^.]+"
+    modules = by_module(out, tensors, re.compile(rf"(.+)\.loras\.{name}\.(lora_[AB])"))
     r, alpha = config.get("r"), config.get("alpha", 1)
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{path}: r is {r!r} and alpha {alpha!r}.")

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import fields as fields_of
 from typing import Any
 
+import torch
+
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError, some
 from graft.files.errors import BaseNeededError
@@ -36,6 +38,7 @@ ONLY: dict[str, tuple[object, ...]] = {
 FUSION: dict[str, tuple[object, ...]] = {
     "query": (True,), "key": (True,), "query_before_ln": (False,), "residual_before": (False,), "temperature": (False,),
 }  # fmt: skip
+TURNED = "parametrizations.weight"  # torch's, of a weight that it keeps orthonormal
 NORMS = {"original_ln_before": False, "original_ln_after": True, "residual_before_ln": True}  # and their defaults
 KNOWN = ((True, True, True), (False, True, True), (True, False, False))  # Pfeiffer, Houlsby, AdapterPlus
 
@@ -66,10 +69,15 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
             f"{path} lacks what its Compacter layers share (phm_rule), which adapters 1.3.0 does not save: the file "
             "alone is not the adapter."
         )
-    out.modules = {module: Other("BOTTLENECK", tensors) for module, tensors in modules.items()}
-    out.selected = frozenset(out.modules)
     own = {f.name: getattr(cfg, f.name) for f in fields_of(BottleneckConfig) if f.name in fields["config"]}
-    out.config = {"peft_type": "BOTTLENECK", "target_modules": PLACES, "inference_mode": True, **own}
+    return complete(out, modules, own)
+
+
+def complete(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options: Json) -> AdapterFile:
+    """Give an adapter its modules, and a config that puts them where its base's blocks say."""
+    out.modules = {module: Other(out.method, tensors) for module, tensors in modules.items()}
+    out.selected = frozenset(out.modules)
+    out.config = {"peft_type": out.method, "target_modules": PLACES, "inference_mode": True, **options}
     return out
 
 
@@ -104,13 +112,14 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
         ):
             continue  # which does nothing
         end = "_suffix" if unit == "1" else ""
-        named = {f"reft_A{end}.{leaf}": leaves[f"learned_source.{leaf}"] for leaf in ("weight", "bias")}
-        named[f"reft_R{end}"] = leaves["projection.weight"] if "projection.weight" in leaves else orthogonal(leaves)
+        try:
+            named = {f"reft_A{end}.{leaf}": leaves[f"learned_source.{leaf}"] for leaf in ("weight", "bias")}
+            R = leaves.get("projection.weight")
+            named[f"reft_R{end}"] = from_torch(turned(leaves, "projection"), "reft_R") if R is None else R
+        except KeyError as e:
+            raise CheckpointError(f"{path} lacks {e} of '{module}': it is cut off, or was written wrong.") from None
         modules.setdefault(module, {}).update(named)
-    out.modules = {module: Other("REFT", tensors) for module, tensors in modules.items()}
-    out.selected = frozenset(out.modules)
-    out.config = {"peft_type": "REFT", "target_modules": PLACES, "inference_mode": True, **options}
-    return out
+    return complete(out, modules, options)
 
 
 def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
@@ -142,23 +151,24 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
         elif not all(blocks.index(block) in known[name].leave_out for name in names):  # there it does nothing
             site = site_of(match["place"], block, known[names[0]], base)
             modules.setdefault(site, {})[f"fusion_{match['leaf']}"] = values
-    out.modules = {module: Other("ADAPTER_FUSION", tensors) for module, tensors in modules.items()}
-    out.selected = frozenset(out.modules)
     own = dict(adapters=names, value=bool(theirs.get("value", True)), regularization=bool(theirs.get("regularization")))
     own["dropout"] = theirs.get("dropout_prob") or base.config.get("attention_probs_dropout_prob") or 0.0
-    out.config = {"peft_type": "ADAPTER_FUSION", "target_modules": PLACES, "inference_mode": True, **own}
-    return out
+    return complete(out, modules, own)
 
 
-def orthogonal(leaves: Mapping[str, Tensor]) -> Tensor:
-    """Return R (r, H) of torch's parametrization."""
-    import torch
+def turned(state: Mapping[str, Tensor], layer: str) -> torch.Tensor:
+    """Return the weight of a layer that torch keeps orthonormal."""
+    parts = {name: to_torch(state[f"{layer}.{TURNED}.{name}"]) for name in ("original", "0.base")}
+    made = parametrized(*parts["original"].shape)
+    made.load_state_dict({f"{TURNED}.{name}": t for name, t in parts.items()})
+    return made.weight.detach()
 
-    parts = {name: to_torch(leaves[f"projection.parametrizations.weight.{name}"]) for name in ("original", "0.base")}
-    r, width = parts["original"].shape
-    layer = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(width, r, bias=False))
-    layer.load_state_dict({f"parametrizations.weight.{name}": t for name, t in parts.items()})
-    return from_torch(layer.weight.detach().contiguous(), "reft_R")
+
+def parametrized(*shape: int) -> torch.nn.Module:
+    """Return a module whose weight, of this shape, torch keeps orthonormal."""
+    made = torch.nn.Module()
+    made.weight = torch.nn.Parameter(torch.nn.init.orthogonal_(torch.empty(shape)))
+    return torch.nn.utils.parametrizations.orthogonal(made)
 
 
 def block_of(place: str, blocks: list[Block]) -> Block | None:

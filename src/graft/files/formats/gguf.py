@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace as with_
 from types import ModuleType
@@ -19,13 +20,14 @@ from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, gguf_control, one_file
-from graft.files.holding import Holds, both, check_lost, fit, misfit
+from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
 from graft.files.neutral import AdapterFile, Kind, LowRank
 from graft.files.rope import heads_of, interleaved, two_halves
 from graft.files.tensors import Tensor, rearranged, tensor
 
 NAME = "gguf"
 MAGIC = b"GGUF"
+KEY = re.compile(r"(.+)\.weight\.lora_([ab])")
 HOLDS = Holds("alpha", True, frozenset({"embedding", "experts"}))
 # llama.cpp's converter, November 2026: architecture in config.json → its name in GGUF, whether it permutes q and k.
 # Those whose weights it changes in another way (falcon's qkv, bloom's, internlm2's) are not here.
@@ -91,13 +93,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     out.base = next(
         (str(fields[k]) for k in ("general.base_model.0.repo_url", "general.base_model.0.name") if k in fields), None
     )
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in tensors.items():
-        module, _, leaf = key.rpartition(".weight.lora_")
-        if leaf in ("a", "b"):
-            modules.setdefault(module, {})[leaf] = values
-        else:
-            out.unread.append(key)
+    modules = by_module(out, tensors, KEY)
     paths = {name: name for name in modules} if base is None else paths_of(base, arch, path)
     if absent := [name for name in modules if name not in paths]:
         raise BaseModelMismatchError(f"{base.path if base else ''} has no modules for {some(absent, 4)} of {path}.")
@@ -201,7 +197,9 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     """
     gguf = package()
     if adapter.method == "STEERING":
-        return gguf_control.write(adapter, path, base, lossy, gguf, add)
+        vectors, facts, lost = gguf_control.vectors(adapter, base, lossy)
+        save(path, gguf_control.ARCHITECTURE, facts, vectors)
+        return lost
     if base is None:
         raise BaseNeededError("A GGUF adapter says its base's architecture: give the base model (--base).")
     arch, _ = arch_of(base)
@@ -211,29 +209,43 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     modules = {names[path]: module for path, module in made.low_rank.items() if path in names}
     check_lost(adapter, NAME, lost, lossy, modules)
     first = next(iter(modules.values()))
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        heads = heads_in(name, base)
+        A = rearranged(module.A, lambda v: v.T, *module.A.shape[::-1]) if module.kind == "embedding" else module.A
+        tensors[f"{name}.weight.lora_a"] = A
+        tensors[f"{name}.weight.lora_b"] = module.B if heads is None else interleaved(module.B, heads)
+    keys = gguf.Keys
+    fields: Json = {keys.General.TYPE: gguf.GGUFType.ADAPTER, keys.Adapter.TYPE: "lora"}
+    save(path, arch, fields | {keys.Adapter.LORA_ALPHA: float(first.scale * first.rank)}, tensors)
+    return lost
 
-    def save(temporary: str) -> None:
+
+def save(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, which the package does not notice.
+    """
+    gguf = package()
+
+    def write(temporary: str) -> None:
         writer = gguf.GGUFWriter(temporary, arch)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
-        for name, module in modules.items():
-            heads = heads_in(name, base)
-            B = module.B if heads is None else interleaved(module.B, heads)
-            A = rearranged(module.A, lambda v: v.T, *module.A.shape[::-1]) if module.kind == "embedding" else module.A
-            for leaf, factor in (("a", A), ("b", B)):
-                add(gguf, writer, f"{name}.weight.lora_{leaf}", factor)
+        for name, value in fields.items():
+            kind = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+            kind(name, value)
+        for name, t in tensors.items():
+            add(gguf, writer, name, t)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         try:
             contents(temporary)
-        except CheckpointError as e:  # the package does not notice a disk that is full
+        except CheckpointError as e:
             raise OSError(errno.EIO, "it was not written whole, perhaps because the disk is full", path) from e
 
-    replace(path, save)
-    return lost
+    replace(path, write)
 
 
 def add(gguf: ModuleType, writer: Any, name: str, t: Tensor) -> None:

@@ -4,20 +4,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import numpy as np
 
-from graft.config.atomic import replace
-from graft.core.errors import BaseModelMismatchError, CheckpointError, some
-from graft.files.errors import BaseNeededError, LossError
+from graft.config.reading import Json
+from graft.core.errors import BaseModelMismatchError, CheckpointError
+from graft.files.errors import BaseNeededError
 from graft.files.formats import Base
+from graft.files.holding import check_lost
 from graft.files.neutral import AdapterFile, Other
 from graft.files.tensors import Tensor, tensor
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 ARCHITECTURE = "controlvector"
 DIRECTION = re.compile(r"direction\.(\d+)")
@@ -54,10 +51,8 @@ def read(path: str, fields: dict[str, object], tensors: Mapping[str, Tensor], ba
     return out
 
 
-def write(
-    adapter: AdapterFile, path: str, base: Base | None, lossy: bool, gguf: ModuleType, add: Callable[..., None]
-) -> list[str]:
-    """Write steering vectors times their coefficient, each under the number of its block.
+def vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tuple[dict[str, Tensor], Json, list[str]]:
+    """Return steering vectors times their coefficient, by the number of their block, a file's fields, and what is lost.
 
     Raises:
         BaseNeededError: there is no base, whose blocks count.
@@ -68,28 +63,16 @@ def write(
     if base is None:
         raise BaseNeededError("A control vector counts the blocks of its base: give the base model (--base).")
     numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}
-    cfg, vectors, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
+    cfg, found, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
     lost += [f"{name}={cfg[name]}" for name in ("normalize", "min_token_index") if cfg.get(name)]
     for module, m in adapter.modules.items():
         number = numbers.get(module, 0)
         vector = m.tensors[VECTOR] if isinstance(m, Other) else None
         if number and vector is not None:
-            vectors[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
+            found[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
         elif vector is None or vector.read().any():
             lost.append(f"{module}, which is {'the first block' if module in numbers else 'no block'}")
-    if (lost and not lossy) or not vectors:
-        raise LossError(f"A control vector of GGUF cannot hold all of {adapter.path}: {some(lost)}.")
-
-    def save(temporary: str) -> None:
-        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", str(base.config.get("model_type", "")))
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(vectors))
-        for number, values in sorted(vectors.items()):
-            add(gguf, writer, f"direction.{number}", values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    replace(path, save)
-    return lost
+    check_lost(adapter, "gguf", lost, lossy, found)
+    hint = {f"{ARCHITECTURE}.model_hint": str(base.config.get("model_type", ""))}
+    fields: Json = hint | {f"{ARCHITECTURE}.layer_count": len(found)}
+    return {f"direction.{number}": values for number, values in sorted(found.items())}, fields, lost

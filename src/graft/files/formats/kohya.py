@@ -129,14 +129,10 @@ def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tenso
     if DOWN in tensors or UP in tensors:
         of_module = take(*LOW_RANK)
         out.modules[path] = low_rank(out.path, name, of_module)
-    elif "hada_w1_a" in tensors:
-        of_module = take(*LOHA, "alpha")
-        alpha = of_module.pop("alpha", None)
-        rank = of_module["hada_w1_b"].shape[0] if "hada_w1_b" in of_module else 0
-        out.modules[path] = Other("LOHA", of_module, scale_of(alpha, rank))
-    elif LOKR & tensors.keys():
-        of_module = take(*LOKR, "alpha")
-        out.modules[path] = Other("LOKR", of_module, lokr_scale(of_module, of_module.pop("alpha", None)))
+    elif "hada_w1_a" in tensors or LOKR & tensors.keys():
+        made = Other("LOHA", take(*LOHA)) if "hada_w1_a" in tensors else Other("LOKR", take(*LOKR))
+        made.scale = scale_of(take("alpha").get("alpha"), made.rank)
+        out.modules[path] = made
     else:
         for sign, (method, leaves) in OTHERS.items():
             if sign in tensors:
@@ -168,14 +164,6 @@ def low_rank(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | Othe
         magnitude = reshaped(magnitude, B.shape[0])
     kind: Kind = "conv" if len(A.shape) > 2 else "linear"
     return LowRank(A, B, scale_of(tensors.get("alpha"), rank), kind, magnitude, mid=mid)
-
-
-def lokr_scale(tensors: Mapping[str, Tensor], alpha: Tensor | None) -> float:
-    """Return 1 if both factors are whole, else alpha by the rank of the second, or of the first."""
-    for leaf in ("lokr_w2_b", "lokr_w1_b"):
-        if leaf in tensors:
-            return scale_of(alpha, tensors[leaf].shape[0])
-    return 1.0
 
 
 def whole(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base | None) -> None:
@@ -225,10 +213,9 @@ def leaves(module: LowRank | Other) -> dict[str, Tensor]:
 
     if isinstance(module, Other):
         out = dict(module.tensors)
-        rank = next((module.tensors[k].shape[0] for k in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if k in out), 0)
         if module.scale is not None and "alpha" not in out:
-            out["alpha"] = tensor(np.array(module.scale * (rank or 1), "f4"))
-            if module.method == "LOKR" and not rank and module.scale != 1:  # whose alpha no reader looks at
+            out["alpha"] = tensor(np.array(module.scale * (module.rank or 1), "f4"))
+            if module.method == "LOKR" and not module.rank and module.scale != 1:  # whose alpha no reader looks at
                 out["lokr_w1"] = tensor((out["lokr_w1"].read() * module.scale).astype("f4"), out["lokr_w1"].dtype)
         return out
     alpha = module.scale * module.rank

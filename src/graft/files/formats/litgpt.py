@@ -15,7 +15,7 @@ from graft.core.errors import CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base
 from graft.files.formats.peft import plain
-from graft.files.holding import Holds, both, check_lost, fit, misfit
+from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.pickles import mentions, read_torch, tensors_of, to_torch, write_torch
 from graft.files.tensors import Tensor, tensor
@@ -23,7 +23,7 @@ from graft.files.tensors import Tensor, tensor
 NAME = "litgpt"
 FILE, OF_RUN, OF_MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
 HOLDS = Holds("alpha", False)
-KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])")
+KEY = re.compile(r"(.+)\.lora_([AB])")
 OWN = re.compile(r"transformer\.h\.(?P<number>\d+)\.(?P<rest>.+)")
 THEIRS = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<rest>.+)")
 NAMES = {"attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj",
@@ -86,14 +86,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     r, alpha = run.get("lora_r"), run.get("lora_alpha")
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
         raise CheckpointError(f"{os.path.join(folder, OF_RUN)}: lora_r is {r!r} and lora_alpha {alpha!r}.")
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in tensors.items():
-        match = KEY.fullmatch(key)
-        if match is None:
-            out.unread.append(key)
-        else:
-            modules.setdefault(match["path"], {})[match["side"]] = values
-    for name, of_module in modules.items():
+    for name, of_module in by_module(out, tensors, KEY).items():
         A, B = both(of_module, "AB", file, name)
         if len(A.shape) != 2 or len(B.shape) != 2:
             raise misfit(file, name, A, B)

@@ -16,7 +16,7 @@ from graft.core.errors import CheckpointError
 from graft.files import algebra
 from graft.files.errors import LossError
 from graft.files.formats import Base
-from graft.files.holding import Holds, both, fit, misfit
+from graft.files.holding import Holds, both, by_module, fit, misfit
 from graft.files.neutral import AdapterFile, Kind, LowRank
 from graft.files.tensors import Tensor, read_header, rearranged, tensor, write_safetensors
 
@@ -24,6 +24,7 @@ NAME = "mlx"
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 DEFAULT = 20.0  # scale where the config has none
 HOLDS = Holds("one", False, frozenset({"magnitude", "embedding", "experts"}))
+KEY = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 BLOCK = re.compile(r"^(?P<blocks>.*?\.layers)\.(?P<number>\d+)\.(?P<key>.+)$")
 
 
@@ -50,14 +51,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     scale = parameters.get("scale", DEFAULT)
     if not isinstance(scale, (int, float)):
         raise CheckpointError(f"{path}: the scale is {scale!r}, not a number.")
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, values in tensors.items():
-        module, _, leaf = key.rpartition(".")
-        if leaf in ("lora_a", "lora_b", "m"):
-            modules.setdefault(module, {})[leaf] = values
-        else:
-            out.unread.append(key)
-    for module, of_module in modules.items():
+    for module, of_module in by_module(out, tensors, KEY).items():
         out.modules[module] = low_rank(path, module, of_module, float(scale), parameters.get("rank"))
     return out
 

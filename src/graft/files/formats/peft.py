@@ -622,12 +622,9 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
 def rank_and_scale(module: LowRank | Other, adapter: AdapterFile) -> tuple[int, float] | None:
     if isinstance(module, LowRank):
         return module.rank, module.scale
-    if module.scale is None or module.method != adapter.method:
+    if module.scale is None or module.method != adapter.method or not module.rank:
         return None
-    for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if name in module.tensors:
-            return module.tensors[name].shape[0], module.scale
-    return None
+    return module.rank, module.scale
 
 
 def same(a: tuple[int, float], b: tuple[int, float]) -> bool:

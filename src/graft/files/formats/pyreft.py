@@ -35,7 +35,6 @@ KINDS = {  # class of pyreft → (orthogonality, subtract_projection) of ReftCon
     "LoreftIntervention": (True, True), "NoreftIntervention": (False, True), "DireftIntervention": (True, False),
     "NodireftIntervention": (False, False),
 }  # fmt: skip
-TURNED = "rotate_layer.parametrizations.weight"  # torch's parametrization of R.T
 SOURCE = {"reft_A{}.weight": ("weight", "learned_source.weight"), "reft_A{}.bias": ("bias", "learned_source.bias")}
 BLOCK = re.compile(r"(?:.*\.)?\w+\[(\d+)\](?:\.output)?")  # "model.layers[3].output"
 SAID = ("prefix_positions", "suffix_positions", "tied_weights", "non_linearity", "dropout")
@@ -120,6 +119,8 @@ def places_of(path: str, fields: Json) -> list[Place]:
 
 def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
     """Return A and R of an intervention, by graft's names."""
+    from graft.files.formats.adapterhub_places import TURNED, turned
+
     file = os.path.join(path, KEY.format(place.key))
     if not os.path.isfile(file):
         raise CheckpointError(f"{path} lacks {os.path.basename(file)}.")
@@ -127,8 +128,8 @@ def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
     found = {ours.format(end): state[t] for ours, theirs in SOURCE.items() for t in theirs if t in state}
     if "rotate_layer" in state:  # (H, r)
         found[f"reft_R{end}"] = from_torch(to_torch(state["rotate_layer"]).T, file)
-    elif f"{TURNED}.original" in state and f"{TURNED}.0.base" in state:
-        found[f"reft_R{end}"] = from_torch(turned(state).T, file)
+    elif {f"rotate_layer.{TURNED}.{name}" for name in ("original", "0.base")} <= state.keys():  # of R.T
+        found[f"reft_R{end}"] = from_torch(turned(state, "rotate_layer").T, file)
     elif "proj_layer.weight" in state:
         found[f"reft_R{end}"] = state["proj_layer.weight"]
         bias = state.get("proj_layer.bias")
@@ -140,26 +141,11 @@ def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
     return found
 
 
-def turned(state: Mapping[str, Tensor]) -> torch.Tensor:
-    """Return R.T (H, r) of torch's parametrization."""
-    parts = {name: to_torch(state[f"{TURNED}.{name}"]) for name in ("original", "0.base")}
-    layer = parametrized(*parts["original"].shape)
-    layer.load_state_dict({f"parametrizations.weight.{name}": t for name, t in parts.items()})
-    return layer.weight.detach()
-
-
-def parametrized(*shape: int) -> torch.nn.Module:
-    """Return a module whose weight, of this shape, torch keeps orthonormal."""
-    import torch
-
-    made = torch.nn.Module()
-    made.weight = torch.nn.Parameter(torch.nn.init.orthogonal_(torch.empty(shape)))
-    return torch.nn.utils.parametrizations.orthogonal(made)
-
-
 def state_of(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what a class of pyreft keeps in its file, of A's weight and bias, and R (r, H)."""
     import torch
+
+    from graft.files.formats.adapterhub_places import parametrized
 
     if kind == "LoreftIntervention":
         return {**A, "rotate_layer": R.T}

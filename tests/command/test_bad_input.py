@@ -118,7 +118,7 @@ def words(line, places, tmp_path):
         ("resize GOOD --rank 1 -o GOOD --force", 2, "the source"),
         ("convert GOOD --to kohya -o GOOD", 2, "the source"),
         ("convert GOOD --to mlx --base BASE -o BASE --force", 2, "the source"),
-        ("merge BASE GOOD -o GOOD/inner", 2, "one is in the other"),
+        ("merge BASE GOOD -o GOOD/inner", 2, "one lies in the other"),
         ("export GOOD --for vllm --base BASE -o BASE --force", 2, "the source"),
         ("extract BASE BASE -o BASE/inner", 2, "the source"),
         ("resize GOOD --rank 1 -o MLX", 2, "--force"),

@@ -239,6 +239,16 @@ def test_the_class_that_the_server_runs(tmp_path):
     assert not [*CONDITIONS["prefixes_differ"](Subject(there, server, base=base))]
 
 
+def test_a_base_that_transformers_does_not_know(tmp_path):
+    """Its config names a class, and no type: then only the checkpoint's names are compared."""
+    shutil.copytree(adapters.base(), tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    del config["model_type"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    found = check(renamed("plain", lambda path: f"x.{path}"), ["vllm"], base_files(tmp_path / "base"))
+    assert "prefixes_differ" in {f.condition for f in found}
+
+
 def test_scales_in_figures():
     held = read(adapters.folder("rslora"))
     assert {of.scale for of in held.low_rank.values()} == {8 / sqrt(4)}

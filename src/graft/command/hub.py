@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graft.command import show
 from graft.command.app import HUB, app, print_json
 from graft.config.reading import Json
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from graft.files.neutral import AdapterFile
 
 OWN = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-JSON = Annotated[bool, typer.Option("--json", help="One document for programs.")]
 
 
 @app.command(rich_help_panel=HUB)
@@ -27,8 +26,8 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
     message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "Upload adapter",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the adapter, send nothing.")] = False,
-    quiet: QUIET = False,
-    as_json: JSON = False,
+    quiet: show.Quiet = False,
+    as_json: show.Json = False,
 ) -> None:
     """Upload an adapter's folder, after a look at it: what no reader could load never leaves.
 
@@ -40,9 +39,8 @@ def push(
     file = formats.read(adapter)
     found: Json = {"repo": repo, "format": file.format, "method": file.method, "files": names_in(adapter)}
     if not dry_run:
-        found["url"] = str(
-            hub.push(lambda folder: copied(adapter, Path(folder)), repo, private=private, commit_message=message)
-        )
+        url = hub.push(lambda folder: copied(adapter, Path(folder)), repo, private=private, commit_message=message)
+        found["url"] = str(url)
     report(found, f"{'Would push' if dry_run else 'Pushed'} {len(found['files'])} files to {repo}.", quiet, as_json)
 
 
@@ -50,9 +48,9 @@ def push(
 def pull(
     repo: Annotated[str, typer.Argument(help="user/name on the hub, @revision behind it if wanted.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-    quiet: QUIET = False,
-    as_json: JSON = False,
+    force: show.Force = False,
+    quiet: show.Quiet = False,
+    as_json: show.Json = False,
 ) -> None:
     """Download an adapter into a folder. Pickles are left out where safetensors are there.
 
@@ -75,13 +73,8 @@ def pull(
     file = formats.read(there)  # whatever is no adapter never gets to the output
     with appearing(str(output)) as part:
         copied(there, Path(part), pickles=not any(there.glob("*.safetensors")))
-    found = {
-        "repo": repo,
-        "output": str(output),
-        "format": file.format,
-        "method": file.method,
-        "files": names_in(output),
-    }
+    found: Json = {"repo": repo, "output": str(output), "format": file.format, "method": file.method}
+    found["files"] = names_in(output)
     report(found, f"Pulled {len(found['files'])} files of {repo} to {output}.", quiet, as_json)
 
 
@@ -91,8 +84,8 @@ def card(
     base: Annotated[str | None, typer.Option(help="Name of the base model; else that of the adapter's config.")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="As the hub writes it: apache-2.0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card, write nothing.")] = False,
-    quiet: QUIET = False,
-    as_json: JSON = False,
+    quiet: show.Quiet = False,
+    as_json: show.Json = False,
 ) -> None:
     """Write README.md, the adapter's model card; of one that is there the text stays, and its head is renewed.
 

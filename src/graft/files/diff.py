@@ -55,15 +55,10 @@ def of_module(path: str, a: LowRank | Other, b: LowRank | Other) -> Json:
     if algebra.sizes(x) != algebra.sizes(y) or x.kind != y.kind:
         return out | {"ranks": [x.rank, y.rank], "relative": 1.0}
     found = algebra.compare(algebra.products(x), algebra.products(y))
-    beside = max((apart(s, t, k) for s, t, k in besides(x, y)), default=0.0)
+    pairs = ((x.magnitude, y.magnitude, (1.0, 1.0)), (x.bias, y.bias, (x.scale, y.scale)))  # beside the factors
+    beside = max((apart(s, t, k) for s, t, k in pairs if s is not None or t is not None), default=0.0)
     out |= {"ranks": [x.rank, y.rank], "cosine": found.cosine, "angle": found.angle}
     return out | {"relative": max(found.relative, beside)}
-
-
-def besides(x: LowRank, y: LowRank) -> list[tuple[Tensor | None, Tensor | None, tuple[float, float]]]:
-    """Return DoRA's magnitudes, and the biases with what multiplies them."""
-    pairs = [(x.magnitude, y.magnitude, (1.0, 1.0)), (x.bias, y.bias, (x.scale, y.scale))]
-    return [pair for pair in pairs if pair[0] is not None or pair[1] is not None]
 
 
 def of_tensors(a: LowRank | Other, b: LowRank | Other) -> float:

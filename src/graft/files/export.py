@@ -15,7 +15,7 @@ from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, some
 from graft.files.errors import LossError, UnknownServerError
 from graft.files.formats import Base, module_of
-from graft.files.names import shapes_that_differ
+from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.serving import CONDITIONS, Server, Subject, beside, in_layer, servers
 from graft.files.tensors import tensor
@@ -142,14 +142,6 @@ def check_beside(adapter: AdapterFile, base: Base) -> None:
             )
 
 
-def check_shapes(loras: dict[str, LowRank], adapter: AdapterFile, base: Base) -> None:
-    """Raise BaseModelMismatchError for factors that make no update of the base's weight."""
-    if wrong := shapes_that_differ(loras, base):
-        raise BaseModelMismatchError(
-            f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
-        )
-
-
 def known_extra(name: str) -> bool:
     """Return True for tensors that a base's change consists of, or that count in training only."""
     return name.startswith(("lora_shift.", "lora_velora_", "lora_monteclora_"))
@@ -175,6 +167,10 @@ def factors(path: str, module: LowRank | Other, config: dict[str, object]) -> Lo
 
 def whole(path: str, module: Other, config: Json) -> tuple[np.ndarray, np.ndarray]:
     """Return the dense factors of QA-LoRA and BD-LoRA."""
+    import numpy as np
+
+    from graft.files.algebra import block_diagonal
+
     A, B = (module.tensors[f"lora_{name}.weight"].read() for name in "AB")
     if module.method == "QALORA":  # A sees means of `size` inputs, times their number
         size = config["qalora_group_size"]
@@ -184,19 +180,8 @@ def whole(path: str, module: Other, config: Json) -> tuple[np.ndarray, np.ndarra
     blocks = config["use_bdlora"]
     n = blocks["nblocks"]
     if any(part in path for part in blocks.get("target_modules_bd_a") or ()):
-        return diagonal(A, n), B
-    return A, diagonal(B, n)
-
-
-def diagonal(blocks: np.ndarray, n: int) -> np.ndarray:
-    """Put n blocks that stand one below the other into the diagonal of a matrix."""
-    import numpy as np
-
-    m, width = len(blocks) // n, blocks.shape[1]
-    out = np.zeros((m * n, width * n), blocks.dtype)
-    for i in range(n):
-        out[i * m : (i + 1) * m, i * width : (i + 1) * width] = blocks[i * m : (i + 1) * m]
-    return out
+        return block_diagonal(np.split(A, n)), B
+    return A, block_diagonal(np.split(B, n))
 
 
 def padded(lora: LowRank, rank: int, dtype: str) -> LowRank:

@@ -9,7 +9,7 @@ what it leaves out, exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +34,7 @@ OVERSAMPLING, ROUNDS = 10, 2
 TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 EMBEDDINGS = (*TOKENS, "wpe", "position_embeddings", "token_type_embeddings", "embed_positions")
 CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+HEAD = "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 RANK = 32  # if nothing else is said
 WIDEST = 256  # of which `max_mb` chooses
@@ -113,12 +114,9 @@ def extract(
     if max_mb is not None and made.adapter.modules:
         made.adapter, cut = resize(made.adapter, max_mb=max_mb)
         left = {f"{row.module}.weight": row for row in cut} | {row.module: row for row in cut}
-        made.rows = [
-            Extracted(r.name, r.how, r.size, r.relative, left[r.name].after, r.energy * left[r.name].energy)
-            if r.name in left
-            else r
-            for r in made.rows
-        ]
+        for i, row in enumerate(made.rows):
+            if (now := left.get(row.name)) is not None:
+                made.rows[i] = replace(row, rank=now.after, energy=row.energy * now.energy)
     return made
 
 
@@ -132,7 +130,7 @@ def tie(adapter: AdapterFile, config: Json) -> None:
             adapter.modules["lm_head"] = LowRank(A, B, lora.scale)
     for name, value in [*adapter.full.items()]:
         if module_of(name).rpartition(".")[2] in TOKENS:
-            adapter.full["lm_head.weight"] = value
+            adapter.full[HEAD] = value
 
 
 def complete(adapter: AdapterFile, tuned: BaseFiles) -> None:
@@ -157,26 +155,19 @@ def wanted(name: str, include: str | None, exclude: str | None) -> bool:
 
 
 def twins(tuned: BaseFiles, base: BaseFiles) -> set[str]:
-    """Return the heads that are their embeddings: a tied pair is compared once."""
-    if not (base.config.get("tie_word_embeddings") or "lm_head.weight" not in base.tensors):
+    """Return the head if it is the input embedding, value by value: a tied pair is compared once."""
+    head = tuned.tensors.get(HEAD)
+    if head is None or not (base.config.get("tie_word_embeddings") or HEAD not in base.tensors):
         return set()
-    return {n for n in ("lm_head.weight",) if n in tuned.tensors and is_embedding(tuned, n)}
-
-
-def is_embedding(base: BaseFiles, head: str) -> bool:
-    """Return True if a checkpoint's head is its input embedding, value by value."""
-    own = base.tensors[head]
-    return any(
-        t.shape == own.shape and t.dtype == own.dtype and t.load() == own.load()
-        for name, t in base.tensors.items()
-        if name != head and module_of(name).rpartition(".")[2] in TOKENS
-    )
+    tokens = [t for name, t in tuned.tensors.items() if module_of(name).rpartition(".")[2] in TOKENS]
+    same = any(t.shape == head.shape and t.dtype == head.dtype and t.load() == head.load() for t in tokens)
+    return {HEAD} if same else set()
 
 
 def compare(tuned: BaseFiles, base: BaseFiles, twice: set[str]) -> None:
     """Raise BaseModelMismatchError if two checkpoints are not of one architecture."""
     ours, theirs = ({n for n, t in m.tensors.items() if t.dtype in FLOATS} for m in (tuned, base))
-    head = {"lm_head.weight"} | twice  # a tied pair may be written once
+    head = {HEAD} | twice  # a tied pair may be written once
     missing, added = sorted(theirs - ours - head), sorted(ours - theirs - head)
     packed = [
         n for n, t in (*tuned.tensors.items(), *base.tensors.items()) if t.dtype not in FLOATS and n in ours | theirs

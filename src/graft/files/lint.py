@@ -72,6 +72,14 @@ class Look:
     def norms(self) -> dict[str, float]:
         return {p: float(np.sqrt(sum(algebra.norm(x) ** 2 for x in algebra.products(h)))) for p, h in self.low.items()}
 
+    def weight(self, path: str) -> np.ndarray | None:
+        """Return the base's weight of a module; None if none fits, of which another rule tells, or it has no values."""
+        assert self.base is not None
+        try:
+            return weight(path, self.names, self.base, self.low[path])
+        except (BaseModelMismatchError, BaseNeededError):
+            return None
+
     @cached_property
     def alive(self) -> dict[str, float]:
         return {path: size for path, size in self.norms.items() if size > 0}
@@ -126,7 +134,8 @@ def dead(look: Look) -> Found:
 
 
 def outlier(look: Look) -> Found:
-    sizes = {path: size / whole for path, size, whole in relative(look) if whole > 0}
+    wholes = {path: float(np.linalg.norm(W)) for path in look.norms if (W := look.weight(path)) is not None}
+    sizes = {path: look.norms[path] / whole for path, whole in wholes.items() if whole > 0}
     if len(sizes) < 4:
         return
     middle = float(np.median([*sizes.values()]))
@@ -134,15 +143,6 @@ def outlier(look: Look) -> Found:
     if found := [path for path, s in sizes.items() if spread > 0 and s > middle + OUTLIER * spread]:
         worst = max(found, key=sizes.__getitem__)
         yield f"‖ΔW‖/‖W‖ is {sizes[worst]:.3g} in {worst}, {middle:.3g} in the median: {some(found, 3)}", found
-
-
-def relative(look: Look) -> Iterator[tuple[str, float, float]]:
-    for path, size in look.norms.items():
-        try:
-            W = weight(path, look.names, look.base, look.low[path])  # type: ignore[arg-type]
-        except (BaseModelMismatchError, BaseNeededError):  # of the first another rule tells
-            continue
-        yield path, size, float(np.linalg.norm(W))
 
 
 def scale(look: Look) -> Found:
@@ -314,12 +314,9 @@ def has_blocks(lora: LowRank) -> bool:
 def intruder(look: Look) -> Found:
     found, texts = [], []
     for path, lora in look.low.items():
-        if lora.kind == "experts" or look.norms[path] == 0:
+        if lora.kind == "experts" or look.norms[path] == 0 or (W := look.weight(path)) is None:
             continue
-        try:
-            W = weight(path, look.names, look.base, lora).astype("f8")  # type: ignore[arg-type]
-        except (BaseModelMismatchError, BaseNeededError):
-            continue
+        W = W.astype("f8")
         new = with_change(lora, W)
         U = np.linalg.svd(new, full_matrices=False)[0][:, :TOP]
         like = np.abs(U.T @ np.linalg.svd(W, full_matrices=False)[0]).max(1)

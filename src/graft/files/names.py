@@ -75,7 +75,8 @@ def check(adapter: AdapterFile, base: Base) -> None:
     """
     modules = set(base.modules)
     tails: dict[str, str | None] = {}
-    absent, wrong = [], []
+    here: dict[str, LowRank] = {}
+    absent = []
     for path, module in adapter.modules.items():
         if getattr(module, "kind", None) == "experts":  # parameters, or modules that files have one by one
             continue
@@ -84,26 +85,27 @@ def check(adapter: AdapterFile, base: Base) -> None:
             absent.append(path)
             continue
         if isinstance(module, LowRank):
-            wrong += shapes_that_differ({found: module}, base)
+            here[found] = module
     if absent:
         raise missing(adapter, absent, base)
-    if wrong:
-        raise BaseModelMismatchError(
-            f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
-        )
+    check_shapes(here, adapter, base)
 
 
-def shapes_that_differ(loras: Mapping[str, LowRank], base: Base) -> list[str]:
-    """Return which modules, by the base's paths, have factors that make no update of the base's weight."""
+def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base) -> None:
+    """Raise BaseModelMismatchError for factors, by the base's paths, that make no update of the base's weight."""
     if "quantization_config" in base.config:
-        return []
+        return
     turned = base.config.get("model_type") in CONV1D
     shapes = {path: base.shapes.get(f"{path}.weight") for path, module in loras.items() if module.kind != "experts"}
-    return [
+    wrong = [
         f"{path}: A {loras[path].A.shape} and B {loras[path].B.shape} for a weight {shape}"
         for path, shape in shapes.items()
         if shape is not None and not fits(loras[path], shape, turned)
     ]
+    if wrong:
+        raise BaseModelMismatchError(
+            f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
+        )
 
 
 def inside(path: str, modules: set[str], tails: dict[str, str | None]) -> str | None:

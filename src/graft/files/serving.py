@@ -17,10 +17,10 @@ from functools import cache
 
 from graft.config import pair
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, some
+from graft.core.errors import some
 from graft.files.bases import Known
 from graft.files.errors import UnknownServerError
-from graft.files.names import shapes_that_differ
+from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import read_header
 
@@ -148,7 +148,8 @@ def check(
     if unknown := [name for name in names if name not in known]:
         raise UnknownServerError(f"Nothing is known of {some(unknown)}; there are {', '.join(known)}.")
     if base is not None:
-        check_shapes(adapter, base)
+        own = {name.rpartition(".")[0] for name in beside(adapter)}  # whose weight the file has as well
+        check_shapes({path: of for path, of in adapter.low_rank.items() if path not in own}, adapter, base)
     found = []
     for name in dict.fromkeys(names):
         server = known[name]
@@ -161,15 +162,6 @@ def check(
                 facts = name, server.version, server.date, row["when"], row["verdict"], some(what, 3), row["does"]
                 found.append(Finding(*facts, remedy, row.get("evidence", "run")))
     return found
-
-
-def check_shapes(adapter: AdapterFile, base: Known) -> None:
-    """Raise BaseModelMismatchError for factors of other sizes than the base's weight, unless the file has that, too."""
-    own = {name.rpartition(".")[0] for name in beside(adapter)}
-    if wrong := shapes_that_differ({path: of for path, of in adapter.low_rank.items() if path not in own}, base):
-        raise BaseModelMismatchError(
-            f"{adapter.path} is for a model of other shapes than {base.path}: {some(wrong, 4)}."
-        )
 
 
 # conditions: of the file
@@ -508,22 +500,15 @@ def prefixes_differ(s: Subject) -> Iterable[str]:
 
 
 def names_of_class(base: Known) -> set[str]:
-    """Return the modules of the class that the base's config names, as transformers builds it; none without it.
+    """Return the modules of the class that the base's config names, as transformers builds it; none if it cannot.
 
     Checkpoints of multimodal models have other names in part: `language_model.model.layers` in the file,
     `model.language_model.layers` in the model.
     """
-    try:
-        import transformers
-        from torch import device
-    except ImportError:
-        return set()
-    cls = getattr(transformers, (base.config.get("architectures") or [""])[0], None)
-    if cls is None:
-        return set()
-    config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True)
-    with device("meta"):
-        return {name for name, _ in cls(config).named_modules()}
+    from graft.files.merging.skeleton import skeleton  # loads torch
+
+    model = skeleton(base.path)
+    return set() if model is None else {name for name, _ in model.named_modules()}
 
 
 def last(path: str) -> str:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 SMALLEST = 1e-30
 TELL_FROM = 0.1  # of ‖ΔW‖
 
-T = TypeVar("T")
 Layers = dict[str, AdapterLayer]  # by path
 Spectrum = tuple[Tensor, Tensor, Tensor]  # Vh (groups, k, n), U S (groups, m, k), S (groups, k)
 
@@ -46,6 +45,8 @@ def convert(
     at: Mapping[str, object] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensors]]:
     """Return a config of plain LoRA, and the values of its tensors by layer: see `graft.convert_to_lora`."""
+    from tqdm import tqdm
+
     effects = effects_at(layers, adapter, at or {})
     check(layers, adapter, cfg, rank, effects)
     if isinstance(cfg, LoraConfig):
@@ -62,7 +63,7 @@ def convert(
     decompose = spectrum if compile_kwargs is None else torch.compile(spectrum, **compile_kwargs)
     changes: dict[str, Change] = {}
     lost: dict[str, float] = {}
-    for key, layer in shown(layers.items(), len(layers)) if progressbar else layers.items():
+    for key, layer in tqdm(layers.items(), desc="Converting to LoRA", unit="layer", disable=not progressbar):
         change = change_of(layer.methods[adapter], effects.get(key))
         all_ranks = (
             rank * len(change.A) if isinstance(rank, int) and layer.op.opaque else rank
@@ -182,13 +183,6 @@ def report(adapter: str, rank: int | float, lost: dict[str, float]) -> None:
             "its updates have a higher rank. rank=0.99 takes the lowest that keeps 99 % of ‖ΔW‖² in each layer.",
             PeftWarning,
         )
-
-
-def shown(items: Iterable[T], total: int) -> Iterable[T]:
-    """Show a progress bar."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc="Converting to LoRA", unit="layer", total=total)
 
 
 # LoRA

@@ -60,6 +60,8 @@ class MergingRegistry(Registry):
         self._merge(adapter_names, safe_merge, undoable=True)
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
+        from tqdm import tqdm
+
         choice = None if adapter_names is None else several(adapter_names, "adapter_names")
         self.check_known(choice or ())
         layers, done = self.mergeable_layers(), self.merged_adapters
@@ -100,12 +102,7 @@ class MergingRegistry(Registry):
                     merging.unmerge(layer)
                     layer.merge_checked(merged, True) if merged else layer.changed()
             raise
-        steps = own.items()
-        if progress:
-            from tqdm import tqdm
-
-            steps = tqdm(steps, desc="Merging", unit="layer")
-        for layer, here in steps:
+        for layer, here in tqdm(own.items(), desc="Merging", unit="layer", disable=not progress):
             layer.merge_checked(here, undoable)
         self.shares_kept = merging.warn_lost(self.mergeable_layers())
 

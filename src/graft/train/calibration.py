@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -126,6 +126,8 @@ def preprocess_corda(
         ConfigError: the config is not of CorDA, or a rank is above the dimensions of its layer.
         CheckpointError: a file is damaged, or of another model.
     """
+    from tqdm import tqdm
+
     methods = linear_methods(model, lora_config, "corda")
     cfg = settings(lora_config.corda_config)
     for key, m in methods.items():
@@ -141,13 +143,8 @@ def preprocess_corda(
         }
     else:
         covariances = covariances_of(model, methods, cfg, run_model, hooked_model)
-        items: Iterable[tuple[str, Method]] = methods.items()
-        if cfg.verbose:
-            from tqdm import tqdm
-
-            items = tqdm(items, desc="Collecting eigens")
         made = {}
-        for key, m in items:
+        for key, m in tqdm(methods.items(), desc="Collecting eigens", disable=not cfg.verbose):
             W = m.site.weight.canon().detach()
             made[key] = eigens_of(W, covariances[key].to(W.device), m.cfg.r, cfg.corda_method, key)
         store(cfg.cache_file, {f"{key}.{EIGENS}.{n}": getattr(e, n) for key, e in made.items() for n in NAMES})

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,6 @@ from graft.methods.lora.eva import Components, distribute
 from graft.model.layer_registry import LayerRegistry
 from graft.storage import place_of
 from graft.train.calibration import in_mode, linear_methods, require_all
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 
 def forward_fn_dict(model: nn.Module, inputs: Any) -> object:
@@ -168,9 +165,11 @@ class Measure:
 
     def converge(self, found: dict[str, Components], owner: dict[str, str], most: dict[str, int]) -> dict[str, int]:
         """Take in batches until the components that get a rank do not turn any more; return the ranks."""
+        from tqdm import tqdm
+
         budget, ranks = sum(self.ranks.values()), dict(most)
         largest: dict[str, int] = dict.fromkeys(found, 0)
-        bar = self.bar()
+        hidden = not self.progress or (dist.is_initialized() and dist.get_rank() > 0)
 
         def see(name: str, rows: Tensor) -> None:
             largest[name] = max(largest[name], len(rows))
@@ -180,13 +179,12 @@ class Measure:
         def left() -> list[str]:
             return [name for name, c in found.items() if not c.rows or not c.converged[: ranks[name]].all()]
 
-        try:
+        with tqdm(leave=False, disable=hidden) as bar:
             for _ in range(MAX_PASSES):
                 for batch in self.batches():
                     turning = left()
-                    if bar is not None:
-                        bar.set_description(f"{len(found) - len(turning)}/{len(found)} inputs have converged")
-                        bar.update()
+                    bar.set_description(f"{len(found) - len(turning)}/{len(found)} inputs have converged")
+                    bar.update()
                     if not turning:
                         return ranks
                     self.run(batch, turning, see)
@@ -201,22 +199,12 @@ class Measure:
                         f"There are too few samples in a batch for {len(short)} layers: {some(lines)}. Use larger "
                         "batches, a smaller r or a smaller rho."
                     )
-        finally:
-            if bar is not None:
-                bar.close()
         if not left():
             return ranks
         raise CalibrationError(
             f"Components of {len(left())} layers still turn after {MAX_PASSES} passes through the data: "
             f"{some(left())}. Use more data, or a smaller tau than {self.cfg.eva_config.tau}."
         )
-
-    def bar(self) -> tqdm | None:
-        if not self.progress or (dist.is_initialized() and dist.get_rank()):
-            return None
-        from tqdm import tqdm
-
-        return tqdm(leave=False)
 
 
 def to_device(inputs: object, device: torch.device | None) -> object:

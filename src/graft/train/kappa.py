@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,6 @@ from graft.storage import find_store
 
 EXPERTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")  # ends of names of the fused weights of experts
 FLOOR = 1e-8  # added to the smallest singular value
-
-T = TypeVar("T")
 
 
 class KappaTuneSelector:
@@ -39,12 +36,15 @@ class KappaTuneSelector:
         moe_param_suffixes: Sequence[str] | None = None,
         show_progress: bool = True,
     ):
+        from tqdm import tqdm
+
         ends = EXPERTS if moe_param_suffixes is None else tuple(moe_param_suffixes)
         self.max_dim_size_to_analyze, self.moe_param_suffixes = max_dim_size_to_analyze, ends
         self.modules: dict[str, float] = {}  # κ by name of the layer
         self.parameters: dict[str, float] = {}  # κ by name of the parameter
         unread: list[str] = []
-        for name, module in shown(survey(model).modules.items(), show_progress):
+        modules = survey(model).modules.items()
+        for name, module in tqdm(modules, desc="Condition numbers", unit="module", disable=not show_progress):
             W = weight_of(module)
             if W is None:
                 unread += [name] if is_linear(module) else []
@@ -114,11 +114,3 @@ def condition(W: Tensor) -> Tensor:
     """Return κ of a matrix."""
     S = torch.linalg.svdvals(W.detach().to(torch.promote_types(W.dtype, torch.float32)))
     return S[0] / (S[-1] + FLOOR)
-
-
-def shown(items: Iterable[T], progressbar: bool) -> Iterator[T]:
-    if progressbar:
-        from tqdm import tqdm
-
-        items = tqdm(items, desc="Condition numbers", unit="module")
-    yield from items

@@ -96,6 +96,14 @@ def test_vectors_from_pairs(how):
     assert (output(model, inputs("llama")) - output(base, inputs("llama"))).abs().max() > 1e-3
 
 
+def test_each_module_keeps_its_mode():
+    model = graft.get_peft_model(make("llama"), graft.SteeringConfig()).train()
+    next(layer for layer in layers(model).values()).eval()
+    before = [m.training for m in model.modules()]
+    graft.steering_from(model, pairs())
+    assert [m.training for m in model.modules()] == before
+
+
 def test_bad_input():
     model = graft.get_peft_model(make("llama"), graft.SteeringConfig())
     with pytest.raises(CalibrationError, match="no pairs"):

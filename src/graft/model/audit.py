@@ -7,7 +7,7 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -293,18 +293,16 @@ def tried(model: nn.Module, carriers: Iterable[Carrier], loss: Callable[[], Tens
     def note(module: nn.Module, _: object) -> None:
         called.add(id(module))
 
-    handles = [c.register_forward_pre_hook(note) for c in carriers if isinstance(c, nn.Module)]
-    try:
-        for p, _ in before:
+    with ExitStack() as undo:
+        for p, grad in before:
+            undo.callback(setattr, p, "grad", grad)
             p.grad = None
+        for c in carriers:
+            if isinstance(c, nn.Module):
+                undo.enter_context(c.register_forward_pre_hook(note))
         with torch.enable_grad():
             loss().backward()
         yield called
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, grad in before:
-            p.grad = grad
 
 
 # what trains and what is saved

@@ -31,6 +31,7 @@ from graft.inject.report import InjectReport, Matched
 from graft.inject.stage import absent_from, draw_alike
 from graft.inject.survey import Tree
 from graft.methods import method_of
+from graft.model.kept import in_mode
 from graft.model.merging import unload
 from graft.model.registry import Registry
 from graft.prompts import admission
@@ -404,14 +405,8 @@ def initialize_kv_prefix_from_text(
     if stack.words is not None:
         check_tokens(ids, stack.words, "The text")
     cache = DynamicCache()  # without the model's config it also keeps tokens outside a sliding window
-    training = [m for m in stack.module.modules() if m.training]
-    try:
-        with torch.no_grad(), model.disable_adapter():
-            stack.module.eval()
-            stack.module(input_ids=ids[:, :P].to(stack.device), use_cache=True, **{stack.cache_name: cache})
-    finally:
-        for m in training:
-            m.training = True
+    with torch.no_grad(), model.disable_adapter(), in_mode(stack.module, False):
+        stack.module(input_ids=ids[:, :P].to(stack.device), use_cache=True, **{stack.cache_name: cache})
     return initialize_kv_prefix_from_past_key_values(model, adapter_name=name, past_key_values=cache)
 
 

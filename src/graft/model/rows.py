@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import get_ident
 
 from torch import Generator, Tensor, nn
@@ -148,21 +148,18 @@ def untouched(draws: Draws | None) -> Iterator[None]:
 def spread(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
     """Have what is given of each row stand in `call` for its copies, which `generate` makes of it; an encoder sees the
     rows without copies."""
-    once, handles = call.context, []
+    once = call.context
     copied = once.repeated(copies)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        encoder, thread = model.get_encoder(), get_ident()
+    with ExitStack() as undo:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            encoder, thread = model.get_encoder(), get_ident()
 
-        def put(context: CallContext) -> None:
-            if get_ident() == thread:  # others may run the model as well
-                call.put(context)
+            def put(context: CallContext) -> None:
+                if get_ident() == thread:  # others may run the model as well
+                    call.put(context)
 
-        handles.append(encoder.register_forward_pre_hook(lambda *_: put(once)))
-        handles.append(encoder.register_forward_hook(lambda *_: put(copied)))
-    call.put(copied)
-    try:
+            undo.enter_context(encoder.register_forward_pre_hook(lambda *_: put(once)))
+            undo.enter_context(encoder.register_forward_hook(lambda *_: put(copied)))
+        undo.callback(call.put, once)
+        call.put(copied)
         yield
-    finally:
-        call.put(once)
-        for handle in handles:
-            handle.remove()

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from graft.methods.lora import LoraConfig
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
 from graft.methods.lora.sub_configs import CordaConfig
 from graft.methods.loraxs import STEP, LoraXsConfig
+from graft.model.kept import in_mode, training_only
 
 
 def linear_methods(
@@ -44,18 +45,6 @@ def linear_methods(
         )
     refuse_pieces(((key, m.site) for key, m in linear.items()), f"{field}='{how}' measures data")
     return linear
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Have the model in training or evaluation mode in the block, and all modules in their own again afterwards."""
-    before = [(m, m.training) for m in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 def require_all(keys: Collection[str], seen: Collection[str], what: str) -> None:
@@ -186,13 +175,10 @@ def covariances_of(
 
     watched = hooked_model if hooked_model is not None else model
     modules = dict(watched.named_modules())
-    hooks = [modules[key].register_forward_hook(watch(key)) for key in methods if key in modules]
-    try:
-        with in_mode(watched, False):
-            run_model()
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with ExitStack() as hooks, in_mode(watched, False):
+        for key in methods.keys() & modules:
+            hooks.enter_context(modules[key].register_forward_hook(watch(key)))
+        run_model()
     require_all(methods, sums, "input")
     means = {key: sums[key] / calls[key] for key in methods}
     store(cfg.covariance_file, means)
@@ -271,7 +257,6 @@ def refuse_quantized(methods: dict[str, Method], who: str) -> None:
 def gradients_of(model: nn.Module, methods: dict[str, Method], train_step: Callable[[], object]) -> dict[str, Tensor]:
     """Return the mean gradient of each weight, as the layer stores it. Parameters are left as they were."""
     weights = {key: getattr(m.site.module, m.site.parameter) for key, m in methods.items()}
-    trained = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     calls = dict.fromkeys(methods, 0)
 
     def count(key: str) -> Callable[..., None]:
@@ -284,23 +269,14 @@ def gradients_of(model: nn.Module, methods: dict[str, Method], train_step: Calla
 
         return ran
 
-    hooks = []
-    try:
-        for p in trained:
-            p.requires_grad, p.grad = False, None
+    with ExitStack() as hooks, training_only(model, weights.values()):
         for key, m in methods.items():
-            weights[key].requires_grad = True
-            hooks.append(m.site.module.register_forward_hook(count(key)))
+            hooks.enter_context(m.site.module.register_forward_hook(count(key)))
         with in_mode(model, True), torch.enable_grad():
             train_step()
         seen = [key for key, W in weights.items() if W.grad is not None and calls[key]]
         require_all(methods, seen, "gradient")
         made = {key: W.grad.detach() / calls[key] for key, W in weights.items()}
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for p, (requires, grad) in trained.items():
-            p.requires_grad, p.grad = requires, grad
     broken = [key for key, G in made.items() if not G.isfinite().all()]
     if broken:
         raise CalibrationError(f"The gradient of layer '{broken[0]}' is not finite: check the data and the loss.")

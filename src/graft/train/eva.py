@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from graft.inject.parts import registry_of
 from graft.inject.survey import survey
 from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute
+from graft.model.kept import in_mode
 from graft.model.layer_registry import LayerRegistry
 from graft.storage import place_of
-from graft.train.calibration import in_mode, linear_methods, require_all
+from graft.train.calibration import linear_methods, require_all
 
 
 def forward_fn_dict(model: nn.Module, inputs: Any) -> object:
@@ -116,12 +117,10 @@ class Measure:
 
             return hook
 
-        hooks = [self.layers[name].register_forward_hook(watch(name)) for name in names]
-        try:
+        with ExitStack() as hooks:
+            for name in names:
+                hooks.enter_context(self.layers[name].register_forward_hook(watch(name)))
             self.forward_fn(self.model, inputs)
-        finally:
-            for handle in hooks:
-                handle.remove()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the first components of each layer's inputs, (rank, in), as many as it gets."""

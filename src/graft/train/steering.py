@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,6 +14,7 @@ from graft.core.errors import CalibrationError, ConfigError
 from graft.inject.parts import registry_of
 from graft.methods.states import Positions
 from graft.methods.steering import Steering
+from graft.model.kept import in_mode
 
 if TYPE_CHECKING:
     from graft.core.protocols import Layer
@@ -92,14 +94,8 @@ def last_states(model: nn.Module, layers: Mapping[str, Layer], inputs: Inputs) -
 
         return hook
 
-    handles = [layer.base_layer.register_forward_hook(note(key)) for key, layer in layers.items()]
-    training = model.training
-    try:
-        model.eval()
-        with model.disable_adapter():
-            model(**inputs)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, in_mode(model, False), model.disable_adapter():
+        for key, layer in layers.items():
+            hooks.enter_context(layer.base_layer.register_forward_hook(note(key)))
+        model(**inputs)
     return out

@@ -12,6 +12,7 @@ from graft.core.errors import CalibrationError, ConfigError, some
 from graft.inject.inject import Injection
 from graft.methods import method_of
 from graft.methods.sdt import A_LOG, CHANGE, SDT, X_PROJ, SdtConfig
+from graft.model.kept import training_only
 
 
 def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn.Parameter]], object]) -> None:
@@ -38,18 +39,11 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
         raise ConfigError(f"The config targets no {A_LOG} or {X_PROJ} of a Mamba's mixer: there is nothing to find.")
     parameters = {path: mixer.get_parameter(A_LOG) for path, mixer in mixers.items()}
     before = {path: p.detach().clone() for path, p in parameters.items()}
-    trained = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
-        for p, *_ in trained:
-            p.requires_grad, p.grad = False, None
-        for p in parameters.values():
-            p.requires_grad = True
-        with torch.enable_grad():
+        with training_only(model, parameters.values()), torch.enable_grad():
             train(list(parameters.values()))
         changes = {path: p.detach() - before[path] for path, p in parameters.items()}
     finally:
-        for p, requires, grad in trained:
-            p.requires_grad, p.grad = requires, grad
         with torch.no_grad():
             for path, p in parameters.items():
                 p.copy_(before[path])

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from graft.core.layer import Host
 
@@ -36,14 +35,10 @@ class Fan:
                 return None
             return repeated(args, rows, copies), repeated(kwargs, rows, copies)
 
-        handles: list[RemovableHandle] = []
-        try:
+        with ExitStack() as hooks:
             for block in self.blocks:
-                handles.append(block.register_forward_pre_hook(repeat, prepend=True, with_kwargs=True))
+                hooks.enter_context(block.register_forward_pre_hook(repeat, prepend=True, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def repeated(value: Any, rows: int, copies: int) -> Any:

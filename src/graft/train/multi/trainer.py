@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
+from graft.model.kept import training_only
 from graft.train.multi.draws import Draws
 from graft.train.multi.loader import Batch
 from graft.train.multi.losses import Loss
@@ -63,7 +64,7 @@ class Description:
     def optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> Optimizer:
         """Make the optimizer of these parameters of a model."""
         trainer = self.trainer
-        with only(model, parameters), standing_for(trainer, model):
+        with training_only(model, parameters), standing_for(trainer, model):
             return trainer.create_optimizer()
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -135,20 +136,6 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-@contextmanager
-def only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Have only these parameters of a model train within the block."""
-    own = {id(p) for p in parameters}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    for p in others:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in others:
-            p.requires_grad_(True)
 
 
 @contextmanager

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a measurement changes in a model for a while: the modes of its modules, and which parameters train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Have the model in training or evaluation mode in the block, and all modules in their own again afterwards."""
+    before = [(m, m.training) for m in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
+def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Have these parameters of a model alone train in the block, without gradients at first; then all is as before."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    own = {id(p) for p in parameters}
+    try:
+        for p, *_ in before:
+            p.requires_grad, p.grad = id(p) in own, None
+        yield
+    finally:
+        for p, requires, grad in before:
+            p.requires_grad, p.grad = requires, grad

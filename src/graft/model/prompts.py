@@ -288,7 +288,7 @@ class Prompts(Registry):
         value = encoder(**({"task_ids": task_ids} if "task_ids" in self.method.arguments else {}))
         if cfg.holds_keys:
             stack = self.stacks.get("decoder", self.stacks["main"])
-            pairs = fitted(as_pairs(value, cfg), stack.key_shapes())
+            pairs = fitted(as_pairs(value, cfg), stack.shapes)
             return stack.filled(None, pairs, batch_size)
         value = value if value.dim() == 3 else value[None]
         return value if len(value) == batch_size else value.expand(batch_size, -1, -1)

@@ -159,7 +159,7 @@ def put_keys(stack: Stack, arguments: dict[str, object], cache: object, batch: i
     assert stack.now.keys is not None and stack.now.as_pairs is not None and stack.cache_name is not None
     replayed = stack.now.replays.wanted()
     value = stack.now.replays.apart(stack.now.keys, arguments) if replayed else stack.now.keys
-    pairs = kv_prefix.fitted(stack.now.as_pairs(value), stack.key_shapes())
+    pairs = kv_prefix.fitted(stack.now.as_pairs(value), stack.shapes)
     arguments[stack.cache_name] = filled = stack.filled(cache, pairs, batch)
     if replayed:
         stack.now.replays.start(kv_prefix.frozen(filled))

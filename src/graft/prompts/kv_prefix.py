@@ -138,14 +138,10 @@ def slides(cache: object) -> bool:
 
 def new_cache(config: Any, with_encoder: bool) -> object:
     """Make an empty cache that grows."""
-    import inspect
-
     from transformers import DynamicCache, EncoderDecoderCache
 
-    takes_config = "config" in inspect.signature(DynamicCache.__init__).parameters  # since 4.56
-    options = {"config": config} if takes_config else {}
-    own = DynamicCache(**options)
-    return EncoderDecoderCache(own, DynamicCache(**options)) if with_encoder else own
+    own = DynamicCache(config=config)
+    return EncoderDecoderCache(own, DynamicCache(config=config)) if with_encoder else own
 
 
 def fill(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> object:
@@ -165,13 +161,8 @@ def per_row(t: Tensor, batch: int) -> Tensor:
 
 def frozen(cache: Any) -> Any:
     """Make a filled cache read-only, so that a layer may run again in a backward pass; return it."""
-    own = getattr(cache, "self_attention_cache", cache)
-    if hasattr(own, "layers"):
-        for layer in own.layers:
-            layer.update = _Reading(layer.keys, layer.values)
-    else:  # before transformers 4.54
-        layers = [_Reading(*pair) for pair in zip(own.key_cache, own.value_cache)]
-        own.update = lambda keys, values, layer_idx, cache_kwargs=None: layers[layer_idx](keys, values)
+    for layer in getattr(cache, "self_attention_cache", cache).layers:
+        layer.update = _Reading(layer.keys, layer.values)
     return cache
 
 

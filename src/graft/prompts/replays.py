@@ -56,10 +56,10 @@ class Replays:
         """
         module = self.stack.module
         places = {layer: place for layer in self.layers() if layer is not module and (place := cache_place(layer))}
-        if not places or not getattr(module, "_supports_cache_class", True):  # before transformers 4.53; BERT: 4.56
+        if not places:
             raise ValueError(
-                f"Gradient checkpointing of {type(module).__name__} leaves keys and values of a prompt out under this "
-                "version of transformers: call gradient_checkpointing_disable(), or use transformers >= 4.56."
+                f"Gradient checkpointing of {type(module).__name__} leaves keys and values of a prompt out: call "
+                "gradient_checkpointing_disable()."
             )
         for layer, place in places.items():
             self._set(layer, RUN, with_cache(layer.__dict__[RUN], cache, *place))

@@ -169,9 +169,6 @@ class Stack:
                 "methods cannot be used with a model that is built like this one."
             )
 
-    def key_shapes(self) -> list[kv_prefix.Shape | None] | None:
-        return self.shapes
-
     def filled(self, cache: object, pairs: kv_prefix.Pairs, batch: int) -> object:
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)

@@ -316,8 +316,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resuming: another base",
-        "train/resuming.py",
-        "if why is None and not same_values(*both):",
+        "train/state_file.py",
+        "if why is None and not same_values(then, now):",
         "if False:",
         "tests/train/test_resuming.py",
     ),

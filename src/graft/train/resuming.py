@@ -24,7 +24,6 @@ from graft.config.reading import Json
 from graft.core.containers import Slot
 from graft.core.errors import (
     AdapterKeyError,
-    BaseModelMismatchError,
     CheckpointError,
     ConfigError,
     ConfigTypeError,
@@ -35,13 +34,13 @@ from graft.core.random import accelerator
 from graft.core.wrappers import clean
 from graft.inject.build import put
 from graft.inject.parts import gate_of, registry_of, unwrapped
-from graft.io.fingerprint import difference, in_common, same_values
+from graft.io.fingerprint import in_common
 from graft.io.rendezvous import Meeting, agreed, exchanged, gathered, processes, rank
 from graft.io.save import base_fingerprint
 from graft.storage.parallel import fill, master, mastered, shape_of
 from graft.train.multi.draws import generators_in
 from graft.train.optimizer_states import OptimizerStates, check_spread, states_of
-from graft.train.state_file import pack, read, slots, write
+from graft.train.state_file import check_base, pack, read, slots, write
 
 FILE, NOTE = "training.safetensors", "training.json"
 FORMAT = 1
@@ -456,14 +455,7 @@ class Resume:
                 continue  # its tensors are missing
             now = base_fingerprint(unwrapped(self.model), adapter, together=processes() > 1)
             both = in_common(then, now) or (then, now)  # other targets are told by names of parameters
-            why = difference(*both)
-            if why is None and not same_values(*both):
-                why = "its weights have other values"
-            if why is not None:
-                raise BaseModelMismatchError(
-                    f"The training of adapter '{adapter}' in {self.folder} was on another base: {why}. Resume it on "
-                    "the base that it had. Nothing has changed."
-                )
+            check_base(*both, f"The training of adapter '{adapter}' in {self.folder}")
 
     def check_values(self) -> None:
         here = {name: v.tensor for name, v in self.values.items()}

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from graft.config.atomic import replace
 from graft.config.reading import Json
 from graft.core.containers import Slot
-from graft.core.errors import CheckpointError, ConfigError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.inject.parts import registry_of
 from graft.io.files import read_safetensors
+from graft.io.fingerprint import Note, difference, same_values
 from graft.io.seal import KEY
 from graft.io.tensors import digest_of, write_safetensors
 
@@ -52,6 +53,15 @@ def slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Slot]]:
     for carrier in registry_of(model).parts_of(adapter).carriers():
         for slot in carrier.slots(adapter):
             yield f"{carrier.key}.{slot.container}.{slot.path}", slot
+
+
+def check_base(then: Note, now: Note, what: str) -> None:
+    """Raise BaseModelMismatchError unless two fingerprints are of one base. what: was trained there, for the error."""
+    why = difference(then, now)
+    if why is None and not same_values(then, now):
+        why = "its weights have other values"
+    if why is not None:
+        raise BaseModelMismatchError(f"{what} was on another base: {why}. Resume it on the base that it had.")
 
 
 def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None = None, stem: str = "t") -> object:

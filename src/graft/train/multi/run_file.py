@@ -10,11 +10,10 @@ from contextlib import suppress
 from torch import Tensor, nn
 
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, ConfigError
-from graft.io.fingerprint import Note, difference, same_values
+from graft.core.errors import ConfigError
 from graft.io.save import base_fingerprint
 from graft.train.multi.run import Point, Run, Valid
-from graft.train.state_file import pack, read, slots, unpack, write
+from graft.train.state_file import check_base, pack, read, slots, unpack, write
 
 FILE, NOTE = "run.safetensors", "run.json"
 
@@ -94,7 +93,7 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
         BaseModelMismatchError: it was made on another base.
         ConfigError: it has another config, or other settings. Nothing has changed then.
     """
-    check_base(state["base"], base_fingerprint(model, run.name), run.name, where)
+    check_base(state["base"], base_fingerprint(model, run.name), f"Run '{run.name}' in {where}")
     own = {"config": run.config_values, "settings": settings(run)}
     for what, now in own.items():
         tensors = dict[str, Tensor]()
@@ -119,14 +118,3 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
         run.loader.move(**state["position"], now=state["draws"])
     for key, slot in slots(model, run.name):
         slot.assign(state["values"][key])
-
-
-def check_base(then: Note, now: Note, name: str, where: str) -> None:
-    """Raise BaseModelMismatchError unless two fingerprints are of one base."""
-    why = difference(then, now)
-    if why is None and not same_values(then, now):
-        why = "its weights have other values"
-    if why is not None:
-        raise BaseModelMismatchError(
-            f"Run '{name}' in {where} was trained on another base: {why}. Resume it on the base that it had."
-        )

@@ -42,16 +42,11 @@ class AdapterInMemory(NamedTuple):
     loaded: files.Loaded
 
 
-def nobody(config: PeftConfig) -> str | None:
-    """Return that nobody has replaced the loading of adapters."""
-    return None
-
-
 def read(
     where: str | os.PathLike[str] | AdapterInMemory,
     options: dict[str, Any],
+    replacement: Callable[[PeftConfig], str | None],
     config: PeftConfig | None = None,
-    replacement: Callable[[PeftConfig], str | None] = nobody,
 ) -> tuple[PeftConfig, files.Loaded]:
     """Return config and tensors of a saved adapter.
 
@@ -59,8 +54,8 @@ def read(
         where: folder or hub repository.
         options: keyword arguments of the caller; those for the hub, `subfolder`, `check_digest` and `expert_layout`
             count.
-        config: use this in place of the stored one.
         replacement: returns who has replaced the loading of an adapter with such a config, if somebody has.
+        config: use this in place of the stored one.
 
     Raises:
         ConfigError: `expert_layout` is none.

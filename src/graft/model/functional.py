@@ -16,18 +16,12 @@ from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
 from graft.core.gate import deletion
 from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
-from graft.inject.parts import gate_of, registry_of
+from graft.inject.parts import gate_of, registry_of, unwrapped
 from graft.inject.survey import Wrapper, survey
 from graft.model.checkpoints import cast_adapter_dtype as cast_adapter_dtype
 from graft.model.peft_model import PeftModel
 from graft.model.registry import Registry
 from graft.model.tuner import Tuner, targets_of
-
-
-def registry_in(model: nn.Module) -> Registry | None:
-    """Return the registry of a model's adapters; None without a PeftModel or registry."""
-    registry: Registry | None = registry_of(getattr(model, "_orig_mod", model))
-    return registry
 
 
 def parts_in(model: nn.Module) -> list[AdapterLayer | Wrapper]:
@@ -52,7 +46,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         ValueError: two of them cannot be active together.
     """
     names = one_or_several(adapter_name, "set_adapter")
-    registry = registry_in(model)
+    registry: Registry | None = registry_of(unwrapped(model))
     if registry is not None:
         registry.set_adapter(names, inference_mode)
         return
@@ -79,7 +73,7 @@ def delete_adapter(
         AdapterNotFoundError: the PeftModel has no such adapter.
         ValueError: it is merged.
     """
-    registry = registry_in(model)
+    registry: Registry | None = registry_of(unwrapped(model))
     if registry is not None:
         registry.delete_adapter(adapter_name)
         return list(registry.active_adapters)

@@ -583,7 +583,7 @@ class PeftModel(nn.Module):
             NonFiniteError: tensors hold NaN or infinite numbers.
             HubError: the hub cannot be reached, or does not give a file.
         """
-        config, loaded = checkpoints.read(model_id, kwargs, config, lambda read: replacement(cls._class_for(read)))
+        config, loaded = checkpoints.read(model_id, kwargs, lambda read: replacement(cls._class_for(read)), config)
         kind = cls._class_for(config)
         theirs = None if isinstance(model_id, checkpoints.AdapterInMemory) else replacement(kind)
         if theirs is None:
@@ -664,7 +664,7 @@ class PeftModel(nn.Module):
         if all(k in kwargs for k in ("offload_folder", "offload_dir")):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
-        config, loaded = checkpoints.read(model_id, kwargs, replacement=lambda _: replacement(type(self)))
+        config, loaded = checkpoints.read(model_id, kwargs, lambda _: replacement(type(self)))
         tears: Names = None if self.training and not is_trainable else ()  # the model goes to eval mode
         with self._registry.call.gate.preparing(f"load_adapter({adapter_name!r})", tears):
             new = adapter_name not in self.peft_config

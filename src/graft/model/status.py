@@ -144,7 +144,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     base: nn.Module = registry.model if wrapped else model
     configs = getattr(model, "peft_config", None) or {}
     adapters = sorted({a for s in layers for a in s.available_adapters})
-    merged = [s.merged_adapters for s in layers]
     params = list(model.parameters())
     named = wrapped or any(c.__name__ == "PreTrainedModel" for c in type(base).__mro__)
     return TunerModelStatus(
@@ -156,7 +155,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         num_adapter_layers=len(layers),
         enabled=same([s.enabled for s in layers]),
         active_adapters=same([s.active_adapters for s in layers]),
-        merged_adapters=_merged(layers, merged),
+        merged_adapters=_merged(layers),
         requires_grad={a: same([s.requires_grad[a] for s in layers if a in s.requires_grad]) for a in adapters},
         available_adapters=adapters,
         devices={a: sorted({d for s in layers for d in s.devices.get(a, ())}) for a in adapters},
@@ -164,9 +163,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
-def _merged(layers: list[TunerLayerStatus], merged: list[list[str]]) -> list[str] | Literal["irregular"]:
+def _merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
     """Return merged adapters in order, or "irregular" if a layer has one of them unmerged."""
-    names = list(dict.fromkeys(n for m in merged for n in m))
+    names = list(dict.fromkeys(n for s in layers for n in s.merged_adapters))
     for s in layers:
         if any(n in s.available_adapters and n not in s.merged_adapters for n in names):
             return "irregular"

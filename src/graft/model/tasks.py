@@ -100,11 +100,8 @@ class _Classification(_WithHead):
 
     def _set_labels(self, n: int | None) -> None:
         model, before = self.get_base_model(), self._base_labels
-        if n is None or before is None or _labels(model) is None:
-            return
         now = _labels(model)
-        assert now is not None
-        if n == now[0]:
+        if n is None or before is None or now is None or n == now[0]:
             return
         with self._registry.call.gate.change(f"setting num_labels to {n}", ()):
             config = model.config

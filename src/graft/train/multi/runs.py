@@ -235,7 +235,7 @@ class MultiTrain:
             model = self._adapted
             registry, own_config = registry_of(model), model.peft_config[name]
             registry.set_requires_grad(name, True)
-            parameters = parameters_of(model, name)
+            parameters = [p for _, p in model.adapter_parameters(name)]
             self.arguments = replace(self.arguments, names=self.arguments.names | registry.arguments)
             drawn = loss is not None or description is not None
             if description is not None:
@@ -552,7 +552,7 @@ class MultiTrain:
         cut = Cut(cut.rows * copies, cut.lengths * copies)
         names = [part.name for part, n in zip(group, cut.rows) for _ in range(n)]
         model = self._adapted
-        if torch.is_grad_enabled() and hasattr(model, "adapter_parameters"):
+        if torch.is_grad_enabled():
             arguments["adapter_generators"] = {part.name: self._runs[part.name].draws.own for part in group}
         stacks = self._banks if torch.is_grad_enabled() else None
         with registry_of(model).call.joining(stacks, copies):
@@ -677,14 +677,6 @@ class MultiTrain:
 def no_memory(error: Exception) -> bool:
     """Return True if an error says that there is no memory for a tensor. On a CPU torch has no class for that."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
-
-
-def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Return the parameters of an adapter that train, in the order of the model."""
-    if hasattr(model, "adapter_parameters"):
-        return [p for _, p in model.adapter_parameters(name)]
-    own = {id(p) for c in registry_of(model).parts_of(name).carriers() for p in c.parameters_of(name)}
-    return [p for p in model.parameters() if id(p) in own and p.requires_grad]
 
 
 def own_modules(carrier: nn.Module) -> Iterator[nn.Module]:

@@ -216,6 +216,23 @@ def test_a_batch_that_alone_takes_too_much_ends_its_run(ends):
     assert runs["long"].state == "failed" and as_alone(runs["plain"].parameters, alone(SPECS["plain"], 3)[0])
 
 
+@ROOMS
+def test_memory_that_ends_at_a_look_at_validation_data(ends):
+    def looked(base, data):
+        runs = MultiTrain(base)
+        for i in range(4):
+            runs.add(f"r{i}", lora(init_lora_weights=False), data=data, seed=i)
+        return runs.evaluate(runs.names, data)
+
+    base, passes = crowded(lambda _: ends())
+    found = looked(base, batches(2))
+    assert found == looked(tiny(), batches(2)) and len({*found.values()}) == 4
+    assert passes[0] > 9 >= max(passes[2:])
+    big = [{k: torch.cat([v] * 3) for k, v in batch.items()} for batch in batches(1)]
+    with pytest.raises((RuntimeError, MemoryError)):  # one batch alone
+        looked(crowded(lambda _: ends())[0], big)
+
+
 def packed(seed, *lengths):
     """Batches of rows of several texts, which positions keep apart."""
     positions = torch.cat([torch.arange(n) for n in lengths]).repeat(4, 1)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import Trainer
 
+T = TypeVar("T")
 AT_ONCE = 4096  # tokens of a pass: more at once are no faster on a CPU
 
 
@@ -413,7 +414,7 @@ class MultiTrain:
         parts = [part for run in going if (part := run.batch()) is not None]
         self._seat([run for run in going if run.state == RUNNING])
         for group in groups([self._complete(part) for part in parts], self.arguments, self.at_once):
-            self._pass(group)
+            self._pass(group, self._gradients, self._took)
         due = [run for run in going if run.state == RUNNING and run.due]
         if not due:
             return
@@ -477,33 +478,44 @@ class MultiTrain:
             return part
         return Part(part.name, batch | {"decoder_input_ids": make(labels=batch["labels"])})
 
-    def _pass(self, group: list[Part]) -> None:
-        """Run model and backward pass for these batches; if memory ends, for half of them at a time."""
-        runs, names = [self._runs[part.name] for part in group], [part.name for part in group]
-        self._banks.begin(names)
-        before = [run.draws.states for run in runs]
+    def _pass(self, group: list[Part], run: Callable[[list[Part]], T], take: Callable[[list[Part], T], None]) -> None:
+        """Run these batches together, and take what comes of them; if memory ends, half of them at a time.
+
+        One batch that has no memory ends its run in training. At a look at validation data the error stands.
+        """
+        draws = [self._runs[part.name].draws for part in group]
+        before = [own.states for own in draws]
         try:
-            losses, tokens = self._gradients(group)
+            found = run(group)
         except (RuntimeError, MemoryError) as error:
-            if not no_memory(error):
+            if not no_memory(error) or (len(group) == 1 and not torch.is_grad_enabled()):
                 raise
             full = str(error)
         else:
-            self._banks.gather(names)
-            for run, loss, count in zip(runs, losses, tokens):
-                run.took(loss)
-                run.tokens += count
+            take(group, found)
             return
-        for run, states in zip(runs, before):  # the error, and with it what the pass had kept, is gone by now
-            run.draws.states = states
-        self._banks.begin(names)
-        self._halve(group, full)
+        for own, states in zip(draws, before):  # the error, and with it what the pass had kept, is gone by now
+            own.states = states
+        if torch.is_grad_enabled():
+            self._banks.begin([part.name for part in group])
+        if len(group) == 1:
+            text = self._runs[group[0].name].fail(
+                f"its batch alone takes more memory than there is ({full})", float("nan")
+            )
+            warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
+            return
+        half = len(group) // 2
+        _, counts = joined(group[:half], self.arguments)
+        self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
+        for some in (group[:half], group[half:]):
+            self._pass(some, run, take)
 
     def _gradients(self, group: list[Part]) -> tuple[list[Tensor], list[int]]:
         """Have the parameters get the gradients of these batches; return for each its loss, and how many tokens it has.
 
         What an error leaves of the pass goes with it.
         """
+        self._banks.begin([part.name for part in group])
         with self._fanned(group) as fan:
             outputs, tokens = self._fanned_outputs(group, fan)
             added = [registry_of(self.model).call.loss_of(part.name) for part in group]
@@ -512,18 +524,12 @@ class MultiTrain:
             torch.autograd.backward(losses)
         return losses, tokens
 
-    def _halve(self, group: list[Part], why: str) -> None:
-        """Run two halves of a group whose pass had no memory; end the run whose batch alone has none."""
-        if len(group) == 1:
-            run = self._runs[group[0].name]
-            text = run.fail(f"its batch alone takes more memory than there is ({why})", float("nan"))
-            warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
-            return
-        half = len(group) // 2
-        _, counts = joined(group[:half], self.arguments)
-        self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
-        self._pass(group[:half])
-        self._pass(group[half:])
+    def _took(self, group: list[Part], found: tuple[list[Tensor], list[int]]) -> None:
+        """Take the gradients of a pass into the runs."""
+        self._banks.gather([part.name for part in group])
+        for part, loss, count in zip(group, *found):
+            self._runs[part.name].took(loss)
+            self._runs[part.name].tokens += count
 
     def _fanned_outputs(self, group: Sequence[Part], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
         """Run these parts with the fan; if the model raises, run each part's own rows, now and in later passes.
@@ -592,6 +598,11 @@ class MultiTrain:
         self._mode(False)
         sums: dict[str, list[Tensor]] = {name: [] for name in names}
         rows: list[int] = []
+
+        def take(group: list[Part], losses: list[Tensor]) -> None:
+            for part, loss in zip(group, losses):
+                sums[part.name].append(loss)
+
         loader = Loader(f"The validation data of runs {list(names)}", data, Draws(0, data), once=True)
         while (batch := loader.next()) is not None:
             n = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
@@ -600,15 +611,18 @@ class MultiTrain:
             rows.append(n)
             parts = [self._complete(Part(name, {**batch})) for name in names]
             for group in groups(parts, self.arguments, self.at_once):
-                with self._fanned(group) as fan:
-                    outputs, _ = self._fanned_outputs(group, fan)
-                for part, output in zip(group, outputs):
-                    sums[part.name].append(self._runs[part.name].judge(output, part.batch))
+                self._pass(group, self._judged, take)
         if not rows:
             raise ConfigError(f"The validation data of runs {list(names)} has no rows.")
         weights = torch.tensor(rows, dtype=torch.float64)
         found = torch.stack([torch.stack(sums[name]) for name in names]).double().cpu() @ weights / weights.sum()
         return dict(zip(names, found.tolist()))
+
+    def _judged(self, group: list[Part]) -> list[Tensor]:
+        """Return the validation loss of each of these."""
+        with self._fanned(group) as fan:
+            outputs, _ = self._fanned_outputs(group, fan)
+        return [self._runs[part.name].judge(output, part.batch) for part, output in zip(group, outputs)]
 
     def _mode(self, training: bool) -> None:
         """Set the mode of the model: of adapters and heads alone if the base stays in eval mode."""

@@ -2,6 +2,7 @@
 """DoRA and IA3 in slots, beside LoRA, and adapters that go from a model or a training to slots without a file."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -149,6 +150,29 @@ def test_winners_of_a_training_move_into_slots():
     slots = AdapterSlots.of(runs, gains=True)
     assert_close(out(slots, rows), y)
     assert len(runs) == 0 and slots.model is runs.base and runs.step().losses == {}
+
+
+def test_nobody_trains_or_changes_what_moves(monkeypatch):
+    """In another thread, between the reading of adapters and the unloading of their model."""
+    ids = torch.randint(20, (4, 6))
+    runs = graft.MultiTrain(base())
+    runs.add("plain", copy.deepcopy(CONFIGS["plain"]), data=[{"input_ids": ids, "labels": ids}] * 2)
+    model, real = carrying(), graft.get_peft_model_state_dict
+    model.change_timeout = 0.1
+    for source, change, error in (
+        (runs, runs.step, RuntimeError),
+        (model, lambda: model.delete_adapter("plain"), graft.InUseError),
+    ):
+        found = []
+
+        def meanwhile(*args, change=change, found=found):
+            with ThreadPoolExecutor(1) as other:
+                found.append(other.submit(change).exception())
+            return real(*args)
+
+        monkeypatch.setattr("graft.serving.slots.get_peft_model_state_dict", meanwhile)
+        AdapterSlots.of(source, ["plain"])
+        assert isinstance(found[0], error)
 
 
 def test_answers_while_adapters_come_and_go(model):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
@@ -30,6 +30,7 @@ from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import refuse_pieces
 from graft.core.rows import BASE, copies_of
 from graft.inject.inject import Injection, attach
+from graft.inject.parts import gate_of
 from graft.io.files import Loaded, load_pair, load_weights
 from graft.io.save import config_of, get_peft_model_state_dict
 from graft.kernels.waits import carried
@@ -165,34 +166,46 @@ class AdapterSlots:
 
         Raises:
             AdapterNotFoundError: there is no such adapter.
+            InUseError: calls of the model go on for longer than its `change_timeout`.
+            RuntimeError: another thread is in a step of the MultiTrain.
             ConfigError, AdapterKeyError, CheckpointError: slots cannot hold one of them. All are where they were.
         """
         model: nn.Module = source if isinstance(source, nn.Module) else source.model
-        configs = {} if model is None else model.peft_config
-        names = list(configs) if names is None else [names] if isinstance(names, str) else list(names)
-        absent = [name for name in names if name not in configs]
-        if absent or not names:
-            there = some(list(configs)) if configs else "none"
-            raise AdapterNotFoundError(f"There is no adapter {some(absent) if absent else 'to serve'}. Known: {there}.")
-        adapters = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
-        ranks, targets = [1], dict[str, None]()
-        for name, (config, tensors) in adapters.items():
-            check_config(name, config, gains)
-            found = by_layer(name, tensors, config)
-            if wrong := [key for key, own in found.items() if any(t.dim() > 2 for t in own.values())]:
-                raise ConfigError(f"Adapter '{name}' does not fit: {some(wrong)} are not linear: no slots for them.")
-            if broken := [key for key, t in tensors.items() if not t.isfinite().all()]:
-                raise CheckpointError(f"Adapter '{name}' does not fit: {some(broken)} are not finite.")
-            ranks += [own[A_].shape[0] for own in found.values() if A_ in own]
-            targets |= dict.fromkeys(found)
-        n: Any = len(names) if max_adapters is None else max_adapters
-        by_rank = isinstance(n, Mapping)
-        rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
-        if rank < max(ranks) or not (n if by_rank else n >= 1):
-            raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
-        room = sizes_of(n, max_rank if by_rank else rank)
+        with ExitStack() as still:
+            if source is not model:
+                still.enter_context(source.alone())
+            if model is not None:
+                still.enter_context(gate_of(model).change("AdapterSlots.of()"))
+            configs = {} if model is None else model.peft_config
+            names = list(configs) if names is None else [names] if isinstance(names, str) else list(names)
+            absent = [name for name in names if name not in configs]
+            if absent or not names:
+                there = some(list(configs)) if configs else "none"
+                raise AdapterNotFoundError(
+                    f"There is no adapter {some(absent) if absent else 'to serve'}. Known: {there}."
+                )
+            adapters = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
+            ranks, targets = [1], dict[str, None]()
+            for name, (config, tensors) in adapters.items():
+                check_config(name, config, gains)
+                found = by_layer(name, tensors, config)
+                if wrong := [key for key, own in found.items() if any(t.dim() > 2 for t in own.values())]:
+                    raise ConfigError(
+                        f"Adapter '{name}' does not fit: {some(wrong)} are not linear: no slots for them."
+                    )
+                if broken := [key for key, t in tensors.items() if not t.isfinite().all()]:
+                    raise CheckpointError(f"Adapter '{name}' does not fit: {some(broken)} are not finite.")
+                ranks += [own[A_].shape[0] for own in found.values() if A_ in own]
+                targets |= dict.fromkeys(found)
+            n: Any = len(names) if max_adapters is None else max_adapters
+            by_rank = isinstance(n, Mapping)
+            rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
+            if rank < max(ranks) or not (n if by_rank else n >= 1):
+                raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
+            room = sizes_of(n, max_rank if by_rank else rank)
+            base = source.unload()
         made = cls(
-            source.unload(),
+            base,
             room,
             targets=list(targets),
             dtype=dtype,

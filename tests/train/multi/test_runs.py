@@ -427,7 +427,7 @@ def test_two_threads():
     runs, told = MultiTrain(tiny()), []
 
     def loss(output, batch):
-        with pytest.raises(RuntimeError, match="Another thread trains the runs a1"):
+        with pytest.raises(RuntimeError, match="Another thread has the runs a1"):
             runs.step()
         told.append(True)
         return output.logits.square().mean()

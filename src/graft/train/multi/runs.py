@@ -90,7 +90,7 @@ class MultiTrain:
         self._banks = Banks({}, ())
         self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
         self._number = 0
-        self._alone = threading.Lock()  # held in a step
+        self._alone = threading.Lock()  # held in a step, and by `alone`
         self._within = False  # some runs have taken their batch of a round, and others have not
         self._modes = [(m, m.training) for m in self.base.modules()]
         if not base_in_eval and (drops := dropout_in(self.base, self._carried())):
@@ -372,10 +372,20 @@ class MultiTrain:
         Raises:
             RuntimeError: another thread is in a step.
         """
-        if not self._alone.acquire(blocking=False):
-            raise RuntimeError(f"Another thread trains the runs {', '.join(self._runs)}: let one thread run them.")
-        try:
+        with self.alone():
             return self._step()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no step begin within the block.
+
+        Raises:
+            RuntimeError: another thread is in a step, or in such a block.
+        """
+        if not self._alone.acquire(blocking=False):
+            raise RuntimeError(f"Another thread has the runs {', '.join(self._runs)}: let one thread run them.")
+        try:
+            yield
         finally:
             self._alone.release()
 

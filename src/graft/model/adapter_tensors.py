@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from graft.combine.adding import rank_patterns
 from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.reading import Json
 from graft.core.errors import ConfigError, some
@@ -303,7 +303,7 @@ def config_for(view: View, config: object, ranks: dict[str, int], base: nn.Modul
     made.target_modules = suffixes({*ranks} - parameters, every)
     others = {stack.path for stack in view.blocks.stacks} | {f"{path}.weight" for path in every}
     made.target_parameters = suffixes(parameters, others, 2) or None
-    made.rank_pattern = patterns(ranks, r)
+    made.rank_pattern = rank_patterns(dict(sorted(ranks.items())))
     made.alpha_pattern = dict(made.rank_pattern)
     made.inference_mode, made.peft_version = True, FORMAT_VERSION
     return made
@@ -318,16 +318,6 @@ def suffixes(names: set[str], every: set[str], least: int = 1) -> list[str]:
 def ends(path: str, least: int) -> Iterator[str]:
     parts = path.split(".")
     yield from (".".join(parts[n:]) for n in range(max(0, len(parts) - least), -1, -1))
-
-
-def patterns(ranks: dict[str, int], r: int) -> dict[str, int]:
-    """Return `rank_pattern`: by the last name where all of that name have one rank."""
-    by_name: dict[str, set[int]] = {}
-    for path, n in ranks.items():
-        by_name.setdefault(path.rpartition(".")[2], set()).add(n)
-    out = {name: min(of) for name, of in by_name.items() if len(of) == 1}
-    out |= {re.escape(path): n for path, n in ranks.items() if path.rpartition(".")[2] not in out}
-    return {name: n for name, n in sorted(out.items()) if n != r}
 
 
 def needs(view: View, ranks: dict[str, int]) -> Json:

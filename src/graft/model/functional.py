@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -120,19 +121,31 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (int, float)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    layers = [layer for layer in survey(model).layers.values() if getattr(layer, "scaling", None)]
+    layers = layers_with_scaling(model)
     if not layers:
         raise ValueError("scaling is only supported for models with `LoraLayer`s, and this one has none.")
-    gate, before = layers[0].call.gate, [layer.scaling for layer in layers]
-    with gate.change("rescale_adapter_scale()"):
-        for layer in layers:  # another dict: callers compare the two
-            layer.scaling = {name: value * multiplier for name, value in layer.scaling.items()}
+    with rescaled(layers, lambda path: multiplier, "rescale_adapter_scale()"):
+        yield
+
+
+def layers_with_scaling(model: nn.Module) -> dict[str, Any]:
+    """Return the layers whose adapters have a scaling, by path in the base model."""
+    return {path: layer for path, layer in survey(model).layers.items() if getattr(layer, "scaling", None)}
+
+
+@contextmanager
+def rescaled(layers: Mapping[str, Any], factor: Callable[[str], float], what: str) -> Iterator[None]:
+    """Multiply the scalings of layers within the block, each by a factor of its path. what: does so, for who waits."""
+    gate, before = next(iter(layers.values())).call.gate, {path: layer.scaling for path, layer in layers.items()}
+    with gate.change(what):
+        for path, layer in layers.items():  # another dict: callers compare the two
+            layer.scaling = {name: value * factor(path) for name, value in layer.scaling.items()}
     try:
         yield
     finally:
-        with gate.change("the end of rescale_adapter_scale()"):
-            for layer, scaling in zip(layers, before):
-                layer.scaling = layer.scaling | scaling
+        with gate.change(f"the end of {what}"):
+            for path, layer in layers.items():
+                layer.scaling = layer.scaling | before[path]
 
 
 @contextmanager

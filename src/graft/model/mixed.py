@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from graft.config.base import PeftConfig
 from graft.core.carrier import check_not_merged
 from graft.core.errors import ConfigError
@@ -96,14 +94,6 @@ class PeftMixedModel(PeftModel):
         check_not_merged(names, self._registry.merged_adapters)
         for name in names:
             self._registry.delete_adapter(name)
-
-    def merge_and_unload(self, *args: object, **kwargs: object) -> nn.Module:
-        """Merge the active adapters for good and return the plain model."""
-        return registry_of(self).merge_and_unload(*args, **kwargs)  # type: ignore[no-any-return]
-
-    def unload(self) -> nn.Module:
-        """Return the model without adapters."""
-        return registry_of(self).unload()  # type: ignore[no-any-return]
 
 
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, type[MixedModel]] = dict.fromkeys(METHODS, MixedModel)

@@ -8,8 +8,8 @@ without the adapter, without one kind of module, with one scale for all, with a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files.errors import OptionError
-from graft.inject.survey import survey
+from graft.model.functional import layers_with_scaling, rescaled
 from graft.serving.ask import Connection, Seen, ask, server_of
 
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}  # of a log-probability, as a root mean square
@@ -31,8 +31,6 @@ NOT_APPLIED, OFF, MISSING, PATTERNS, ALPHAS, ROOTS, ANOTHER, LEAKED = FAULTS = (
     "not applied", "scale off", "missing", "patterns not read", "alpha_pattern not read", "use_rslora not read",
     "another adapter", "in the base too",
 )  # fmt: skip
-
-Factor = Callable[[str], float]  # path of a layer → what its scaling is multiplied by
 
 
 class Scale(NamedTuple):
@@ -124,11 +122,13 @@ def verify(
     allowed = max(floor, OF_NOISE * noise) if tolerance is None else tolerance
     model = load(base)
 
-    def own(factor: Factor | None = None) -> Tensor:
-        with scaled(model, factor):
+    layers = layers_with_scaling(model)
+
+    def own(factor: Callable[[str], float] | None = None) -> Tensor:
+        with nullcontext() if factor is None or not layers else rescaled(layers, factor, "verify()"):
             return log_probabilities(model, asked, places)
 
-    scales = scalings(model)
+    scales = scalings(model, layers)
     if noise <= ANOTHER_BASE * floor:
         return judge(now, before, own_base, own, scales, allowed, noise)
     for part in ("all", *sorted({last(path) for path in scales})):
@@ -239,35 +239,10 @@ def log_probabilities(
     return logits[which, position - 1, token]
 
 
-@contextmanager
-def scaled(model: nn.Module, factor: Factor | None) -> Iterator[None]:
-    """Multiply the scalings of a model's layers within the block."""
-    found = {} if factor is None else layers_of(model)
-    before = {path: layer.scaling for path, layer in found.items()}
-    gate = next((layer.call.gate for layer in found.values()), None)
-    if gate is None or factor is None:
-        yield
-        return
-    with gate.change("verify()"):
-        for path, layer in found.items():
-            layer.scaling = {name: value * factor(path) for name, value in layer.scaling.items()}
-    try:
-        yield
-    finally:
-        with gate.change("the end of verify()"):
-            for path, layer in found.items():
-                layer.scaling = before[path]
-
-
-def layers_of(model: nn.Module) -> Json:
-    """Return the layers that have a scaling, by path in the base model."""
-    return {path: layer for path, layer in survey(model).layers.items() if getattr(layer, "scaling", None)}
-
-
-def scalings(model: nn.Module) -> dict[str, Scale]:
+def scalings(model: nn.Module, layers: Json) -> dict[str, Scale]:
     """Return the scales of each layer."""
     found = {}
-    for path, layer in layers_of(model).items():
+    for path, layer in layers.items():
         (name, own), *_ = layer.scaling.items()
         cfg = model.peft_config[name]
         here = layer.methods[name].cfg

@@ -454,8 +454,8 @@ class Resume:
             if adapter not in registry_of(unwrapped(self.model)).peft_config:
                 continue  # its tensors are missing
             now = base_fingerprint(unwrapped(self.model), adapter, together=processes() > 1)
-            both = in_common(then, now) or (then, now)  # other targets are told by names of parameters
-            check_base(*both, f"The training of adapter '{adapter}' in {self.folder}")
+            then, now = in_common(then, now) or (then, now)  # other targets are told by names of parameters
+            check_base(then, now, f"The training of adapter '{adapter}' in {self.folder}")
 
     def check_values(self) -> None:
         here = {name: v.tensor for name, v in self.values.items()}

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -57,6 +58,7 @@ class Valid(NamedTuple):
     loss: float
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Run:
     """A run of a MultiTrain. `MultiTrain.add` makes it, and says what its arguments are.
 
@@ -69,39 +71,31 @@ class Run:
         until: a step at which it waits; None: it goes on to its end. It may be set at any time.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: PeftConfig,
-        parameters: list[nn.Parameter],
-        draws: Draws,
-        loader: Loader,
-        optimizer: Optimizer,
-        schedule: LRScheduler | None,
-        loss: Loss,
-        *,
-        judge: Loss,
-        owner: Owner,
-        seed: int,
-        draws_in_loss: bool,
-        scaled: bool,
-        clip: float | None,
-        steps: int | None,
-        accumulate: int,
-        stop: Callable[[Run], bool] | None,
-        validation: Iterable[object] | None,
-        every: int | None,
-    ):
-        self.name, self.config, self.parameters = name, config, parameters
-        self.draws, self.loader, self.optimizer, self.schedule, self.loss = draws, loader, optimizer, schedule, loss
-        self.clip, self.steps, self.accumulate, self.seed = clip, steps, accumulate, seed
-        self.judge = judge  # the loss of validation data
-        self.owner, self.draws_in_loss, self.scaled = owner, draws_in_loss, scaled
-        self._window = accumulate  # batches of the step under way
-        self.stop, self.validation, self.every = stop, validation, every
-        self.draws_in_steps = not type(optimizer).__module__.startswith("torch.optim.")
-        self.config_values = {k: v for k, v in config.saved_dict().items() if k not in ELSEWHERE}
-        self.begun, self.begun_schedule = settings_of(optimizer), kind_of(schedule)
+    name: str
+    config: PeftConfig
+    parameters: list[nn.Parameter]
+    draws: Draws
+    loader: Loader
+    optimizer: Optimizer
+    schedule: LRScheduler | None
+    loss: Loss
+    judge: Loss  # the loss of validation data
+    owner: Owner
+    seed: int
+    draws_in_loss: bool
+    scaled: bool
+    clip: float | None
+    steps: int | None
+    accumulate: int
+    stop: Callable[[Run], bool] | None
+    validation: Iterable[object] | None
+    every: int | None
+
+    def __post_init__(self) -> None:
+        self._window = self.accumulate  # batches of the step under way
+        self.draws_in_steps = not type(self.optimizer).__module__.startswith("torch.optim.")
+        self.config_values = {k: v for k, v in self.config.saved_dict().items() if k not in ELSEWHERE}
+        self.begun, self.begun_schedule = settings_of(self.optimizer), kind_of(self.schedule)
         self.step, self.state = 0, RUNNING
         self.why: str | None = None
         self.until: int | None = None
@@ -109,10 +103,10 @@ class Run:
         self.valid: list[Valid] = []
         self.tokens, self.seconds = 0, 0.0  # that it has seen in this process, and since when
         self.losses: list[Tensor] = []  # of the batches of the step under way
-        self.order = in_order(optimizer, parameters)  # of the parameters in a bank
+        self.order = in_order(self.optimizer, self.parameters)  # of the parameters in a bank
         self._row: Row | None = None  # its place among those that train now
         self._flat: Flat | None = None  # stands in the optimizer for the parameters
-        self._may_flatten = may_flatten(optimizer, parameters)
+        self._may_flatten = may_flatten(self.optimizer, self.parameters)
         self._sums: list[Tensor | None] | None = None  # of gradients of the step under way, but for the last batch
         self._was: tuple[list[Tensor], list[Tensor | None] | None] | None = None  # losses and sums before this round
         self.left = 0  # batches of a step that its data had no more for

@@ -251,16 +251,15 @@ class MultiTrain:
                 made = optimizer(parameters)
                 timed = None if schedule is None else schedule(made)
             check_made(name, made, timed, parameters)
-            loader = Loader(f"Run '{name}'", data, draws, once=steps is None)
             run = Run(
-                name,
-                own_config,
-                parameters,
-                draws,
-                loader,
-                made,
-                timed,
-                loss,
+                name=name,
+                config=own_config,
+                parameters=parameters,
+                draws=draws,
+                loader=Loader(f"Run '{name}'", data, draws, once=steps is None),
+                optimizer=made,
+                schedule=timed,
+                loss=loss,
                 judge=judge,
                 seed=seed,
                 clip=clip,

@@ -244,32 +244,23 @@ def gathered(rows: Rows) -> list[Rows]:
     return found
 
 
+@dataclass
 class Job:
     """A sweep under way, in one process, which trains some of the trials and knows what became of all."""
 
-    def __init__(
-        self,
-        runs: MultiTrain,
-        trials: list[Trial],
-        *,
-        begin: Callable[[MultiTrain, Trial], Run],
-        valid: Iterable[object],
-        folder: str | None,
-        save_every: int,
-        exchange: Exchange,
-        first: bool,
-        progress: bool,
-    ):
-        self.runs, self.trials, self.begin, self.valid = runs, trials, begin, valid
-        self.folder, self.save_every, self.exchange, self.first, self.progress = (
-            folder,
-            save_every,
-            exchange,
-            first,
-            progress,
-        )
-        self.note: Json = {}
-        self.runs.folder = folder
+    runs: MultiTrain
+    trials: list[Trial]
+    begin: Callable[[MultiTrain, Trial], Run]
+    valid: Iterable[object]
+    folder: str | None
+    save_every: int
+    exchange: Exchange
+    first: bool  # this process writes the table, and shows one
+    progress: bool
+    note: Json = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.runs.folder = self.folder
 
     # the rungs
 

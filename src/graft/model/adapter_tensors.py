@@ -211,7 +211,7 @@ def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
 
 def fits(layer: AdapterLayer, m: Method) -> bool:
     """Return True if the factors have the shapes of whole matrices, as far as this process sees."""
-    A, B = (t for t in m.pair)
+    A, B = m.pair
     out, fan_in = layer.op.dims(layer.site.module)
     if layout_of(A) is not None or not A.numel():
         return True
@@ -232,11 +232,10 @@ def laid_out(
         A, B, ends = factors(values, stem, layer, layer.scaling[view.adapter], dtype)
         block = view.block(layer) if view.hub else None
         if block is None:
-            at = f"{PREFIX}{view.path(layer)}" if view.hub else f"{PREFIX}{stem.removeprefix(view.prefix)}"
-            out |= {f"{at}.{ends[0]}": A, f"{at}.{ends[1]}": B}
-            named = (
-                f"{view.path(layer)}.{layer.site.parameter}" if layer.op.opaque and not view.hub else view.path(layer)
-            )
+            path = view.path(layer)
+            at = path if view.hub else stem.removeprefix(view.prefix)
+            out |= {f"{PREFIX}{at}.{ends[0]}": A, f"{PREFIX}{at}.{ends[1]}": B}
+            named = f"{path}.{layer.site.parameter}" if layer.op.opaque and not view.hub else path
             ranks[named] = len(A) // (layer.site.shape[0] if is_stack(layer) else 1)
             continue
         pair = Pair(*Opaque.each(A, B, layer.site.shape[0]))

@@ -395,13 +395,11 @@ class Registry:
             )
         check_not_merged([adapter_name], self.merged_adapters)
         composition, self.checked = self.composition, set()
-        del self.peft_config[adapter_name]
-        self.reports.pop(adapter_name, None)
-        self.states.pop(adapter_name, None)
-        self.watched.discard(adapter_name)
-        self.trained.discard(adapter_name)
-        self.frozen.discard(adapter_name)
-        self.taken_in.discard(adapter_name)
+        known: list[dict[str, Any]] = [self.peft_config, self.reports, self.states, self.starts]
+        for by_name in known:
+            by_name.pop(adapter_name, None)
+        for names in (self.watched, self.trained, self.frozen, self.taken_in):
+            names.discard(adapter_name)
         for part in self.carriers():
             part.forget(adapter_name)
         if adapter_name in self.active_adapters:

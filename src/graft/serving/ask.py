@@ -178,14 +178,11 @@ def adapters_of_llama(connection: Connection, name: str | None) -> list[Json]:
         paths = {entry["id"]: str(entry["path"]) for entry in reply}
     except (TypeError, KeyError):
         raise garbage(connection, "/lora-adapters", reply) from None
-    fits = [i for i, path in paths.items() if name in (str(i), path, os.path.basename(path), stem(path))]
+    files = {i: os.path.basename(path) for i, path in paths.items()}
+    fits = [i for i, file in files.items() if name in (str(i), paths[i], file, file.removesuffix(".gguf"))]
     if name is not None and len(fits) != 1:
         raise UnknownModelError(f"The server at {connection.url} has no adapter {name!r}, but {paths}.")
     return [{"id": i, "scale": 1.0 if name is not None and i in fits else 0.0} for i in paths]
-
-
-def stem(path: str) -> str:
-    return os.path.basename(path).removesuffix(".gguf")
 
 
 def llama(connection: Connection, lora: list[dict[str, object]], ids: Sequence[int]) -> Seen:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
@@ -24,12 +23,12 @@ from graft.inject.inject import collector_paused
 from graft.inject.match import Matcher
 from graft.inject.parts import Parts, gate_of, unwrapped
 from graft.inject.survey import survey
-from graft.io import files
 from graft.io.entries import Entry, entries
 from graft.io.files import Loaded
 from graft.io.load import Values
 from graft.io.save import config_of, parts_of
 from graft.methods.lora import LoRA, LoraConfig
+from graft.model import checkpoints
 from graft.storage.parallel import fill_all, layout_of, shape_of
 
 if TYPE_CHECKING:
@@ -47,7 +46,8 @@ MUST_AGREE = (
     "trainable_token_indices",
     "ensure_weight_tying",
 )
-READING, OPTIONS = {"subfolder", "check_digest"}, {"key_mapping", "allow_nonfinite"}  # keyword arguments
+READING = {"subfolder", "check_digest", "expert_layout"}  # keyword arguments
+OPTIONS = {"key_mapping", "allow_nonfinite"}
 RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 SIZES = (("out_features", "out_channels"), ("in_features", "in_channels"))  # attributes of A and of B with the rank
 
@@ -76,12 +76,10 @@ def hotswap_adapter(
         BaseModelMismatchError: the saved adapter was made for another architecture.
         CheckpointError: the folder holds no adapter, or its files are damaged.
     """
-    warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | OPTIONS | READING | {"expert_layout"})
-    reading = {k: kwargs[k] for k in HUB_KEYWORDS | READING if k in kwargs}
-    config, loaded = files.load_pair(os.fspath(model_name_or_path), **reading)
-    loaded.layout = loaded.layout.with_names(kwargs.get("expert_layout"))
-    options = {k: kwargs[k] for k in OPTIONS if k in kwargs}
-    swap(model, loaded, adapter_name, config, **options)
+    warn_unknown(hotswap_adapter, kwargs, HUB_KEYWORDS | OPTIONS | READING)
+    config: Any
+    config, loaded = checkpoints.read(model_name_or_path, kwargs, lambda _: None)
+    swap(model, loaded, adapter_name, config, **{k: kwargs[k] for k in OPTIONS if k in kwargs})
 
 
 def hotswap_adapter_from_state_dict(
@@ -242,8 +240,7 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
         pairs = [(entry, None if (name := name_in(left, entry)) is None else left.pop(name)) for entry in group]
         absent = [entry for entry, value in pairs if value is None]
         if layer is None or pairs[0][0].container not in RANK_DIM:  # modules to save, token rows
-            plan.missing += [entry.file for entry in absent]
-            _take(plan, [(entry, value) for entry, value in pairs if value is not None])
+            _take(plan, pairs)
             continue
         method: Method = layer.methods[load.adapter]
         found = {(entry.container, entry.path): value for entry, value in pairs if value is not None}
@@ -252,13 +249,11 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
         key, room = layer.site.key, layer.r[load.adapter]
         cfg: Any = load.config.at(method.named or key)
         if len(absent) < len(pairs):
-            rank = max(room, cfg.r)
-            plan.missing += [entry.file for entry in absent]
             plan.found[key] = layer
-            plan.changes.append(Change.of(layer, cfg.r, cfg.lora_alpha, cfg.use_rslora, rank))
-            _take(plan, [(entry, value) for entry, value in pairs if value is not None], room, cfg.r)
+            plan.changes.append(Change.of(layer, cfg.r, cfg.lora_alpha, cfg.use_rslora, max(room, cfg.r)))
+            _take(plan, pairs, room, cfg.r)
         elif targeted(key).outcome == "matched" or any(entry.container not in RANK_DIM for entry in absent):
-            plan.missing += [entry.file for entry in absent]
+            _take(plan, pairs)
         else:
             plan.zeros += [entry.tensor for entry in absent]
             plan.changes.append(Change.of(layer, room, cfg.lora_alpha, cfg.use_rslora, room))
@@ -284,9 +279,12 @@ def name_in(names: Collection[str], entry: Entry) -> str | None:
     return next((n for n in map(clean, (entry.memory, *entry.also)) if n in names), None)
 
 
-def _take(plan: Swap, pairs: list[tuple[Entry, Tensor]], room: int = 0, r: int = 0) -> None:
-    """Add values of rank r to the plan, for tensors of rank `room`."""
+def _take(plan: Swap, pairs: list[tuple[Entry, Tensor | None]], room: int = 0, r: int = 0) -> None:
+    """Add values of rank r to the plan, for tensors of rank `room`; None: there is none for a tensor."""
     for entry, value in pairs:
+        if value is None:
+            plan.missing.append(entry.file)
+            continue
         here = shape_of(entry.tensor)
         shape = here if r == room else shape_at(entry, r)
         if value.shape != shape:

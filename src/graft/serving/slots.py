@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,10 +30,11 @@ from graft.core.pieces import refuse_pieces
 from graft.core.rows import BASE, copies_of
 from graft.inject.inject import Injection, attach
 from graft.inject.parts import gate_of
-from graft.io.files import Loaded, load_pair, load_weights
+from graft.io.files import Loaded
 from graft.io.save import config_of, get_peft_model_state_dict
 from graft.kernels.waits import carried
 from graft.methods.lora import LoRA, LoraConfig
+from graft.model.checkpoints import read as read_adapter
 from graft.model.registry import check_adapter_name
 from graft.serving.fits import A_, Known, SlotFactors, by_layer, check_config, fitted
 from graft.serving.layer import NONE, Choice, SlotLayer
@@ -272,11 +272,9 @@ class AdapterSlots:
             config = config or config_of(source, adapter)
         elif isinstance(source, Mapping):
             loaded = Loaded(dict(source), "the given state dict")
-        elif config is not None:
-            loaded = load_weights(os.fspath(source), **hub)
         else:
             try:
-                config, loaded = load_pair(os.fspath(source), **hub)
+                config, loaded = read_adapter(source, hub, lambda _: None, config)
             except NotImplementedError as e:
                 raise ConfigError(f"Adapter '{name}' does not fit: {e}") from e
         if config is None:
@@ -383,24 +381,23 @@ class AdapterSlots:
                 f"batch, or make more slots. Needed: {some(wanted)}."
             )
         turn = object()
+
+        def ready() -> bool:
+            """Return True if it is the turn of this batch, with slots for it beside what is pinned or in use."""
+            first = turn not in self._line or self._line[0] is turn
+            return first and self._have_room({*wanted, *self._pinned, *self._in_use()})
+
         if not own:  # those who use slots already do not wait in line: others may wait for them
             self._line.append(turn)
         try:
             if wanted:
-                self._wait(lambda: self._is_turn(turn) and self._fit_beside(wanted), f"A batch of {some(wanted)}")
+                self._wait(ready, f"A batch of {some(wanted)}")
             self._check([n for n in wanted if n not in own])
             self._put(wanted, read)
         finally:
             if turn in self._line:
                 self._line.remove(turn)
             self.gate.moved.notify_all()
-
-    def _is_turn(self, turn: object) -> bool:
-        return turn not in self._line or self._line[0] is turn
-
-    def _fit_beside(self, wanted: Sequence[str]) -> bool:
-        """Return True if there are slots for these beside what is pinned or in use."""
-        return self._have_room({*wanted, *self._pinned, *self._in_use()})
 
     def _have_room(self, names: set[str]) -> bool:
         """Return True if there are slots for all of these at once."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +18,35 @@ from graft.model.tuner import tuner_of
 from graft.model.watch import gradients_elsewhere
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainerState
+    from transformers import TrainerState
 
 
-def adalora_callback(model: nn.Module) -> TrainerCallback:
+def ignore(*_: object, **__: object) -> None:
+    """Leave an event alone."""
+
+
+class Listener:
+    """A callback of Trainer's, without its base class, which would need transformers: other events do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("on_"):
+            return ignore
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+
+class AdaLoraCallback(Listener):
+    """Allocates after each step; `adalora_callback` makes it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        self.model.base_model.update_and_allocate(state.global_step)
+
+
+def adalora_callback(model: nn.Module) -> AdaLoraCallback:
     """Return a callback for transformers' Trainer: `Trainer(…, callbacks=[graft.train.adalora_callback(model)])`."""
-    from transformers import TrainerCallback
-
-    class AdaLoraCallback(TrainerCallback):
-        def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-            model.base_model.update_and_allocate(state.global_step)
-
-    return AdaLoraCallback()
+    return AdaLoraCallback(model)
 
 
 def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: int = 0) -> RemovableHandle:
@@ -45,29 +61,15 @@ def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: 
     return optimizer.register_step_post_hook(allocate)
 
 
-@cache
-def callback_class() -> type[TrainerCallback]:
-    """Make the class of `AdamssAsaCallback`, for which transformers is needed."""
-    from transformers import TrainerCallback
+class AdamssAsaCallback(Listener):
+    """Chooses the subspaces of AdaMSS adapters that train: `Trainer(…, callbacks=[AdamssAsaCallback()])`."""
 
-    class AdamssAsaCallback(TrainerCallback):
-        """Chooses the subspaces of AdaMSS adapters that train: `Trainer(…, callbacks=[AdamssAsaCallback()])`."""
-
-        def on_optimizer_step(
-            self, args: object, state: TrainerState, control: object, model: object = None, **kwargs: object
-        ) -> None:
-            tuner: object = getattr(getattr(model, "module", model), "base_model", None)
-            if hasattr(tuner, "update_and_allocate"):
-                tuner.update_and_allocate(state.global_step)
-
-    AdamssAsaCallback.__qualname__ = "AdamssAsaCallback"  # as `pickle` finds it here
-    return AdamssAsaCallback
-
-
-def __getattr__(name: str) -> type[TrainerCallback]:
-    if name == "AdamssAsaCallback":
-        return callback_class()
-    raise AttributeError(f"module 'graft.train.callbacks' has no attribute '{name}'")
+    def on_optimizer_step(
+        self, args: object, state: TrainerState, control: object, model: object = None, **kwargs: object
+    ) -> None:
+        tuner: object = getattr(getattr(model, "module", model), "base_model", None)
+        if hasattr(tuner, "update_and_allocate"):
+            tuner.update_and_allocate(state.global_step)
 
 
 class MontecloraTrainerMixin:
@@ -134,19 +136,6 @@ def line(report: AuditReport, when: str) -> str:
         return f"graft, {when}: nothing is wrong with the adapters" + (f"; {sizes}." if sizes else ".")
     wrong = ", ".join(f"{SECTIONS[name][0]} ({n})" for name, n in found.items() if n)
     return f"graft, {when}: {wrong}" + (f"; {sizes}" if sizes else "") + ". print(watch.report) names them."
-
-
-def ignore(*_: object, **__: object) -> None:
-    """Leave an event alone."""
-
-
-class Listener:
-    """A callback of Trainer's, without its base class, which would need transformers: other events do nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name.startswith("on_"):
-            return ignore
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
 
 class Watch(Listener):

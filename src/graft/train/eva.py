@@ -238,11 +238,6 @@ def digest(rows: Tensor) -> tuple[object, ...]:
 
 def apply(registry: LayerRegistry, adapter: str, values: dict[str, Tensor]) -> None:
     """Set A of each layer, with its rank, and describe that in the config."""
-    with registry.call.gate.change(f"EVA's values of adapter '{adapter}'", (adapter,)):
-        _apply(registry, adapter, values)
-
-
-def _apply(registry: LayerRegistry, adapter: str, values: dict[str, Tensor]) -> None:
     layers = {key: layer for key, layer in registry.layers.items() if adapter in layer.methods}
     check(adapter, layers, values)
     cfg: Any = registry.peft_config[adapter]
@@ -442,4 +437,5 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs,
             show_progress_bar,
         )
-    apply(registry, adapter_name, {name.removeprefix(PREFIX): A for name, A in eva_state_dict.items()})
+    with registry.call.gate.change(f"EVA's values of adapter '{adapter_name}'", (adapter_name,)):
+        apply(registry, adapter_name, {name.removeprefix(PREFIX): A for name, A in eva_state_dict.items()})

@@ -24,12 +24,9 @@ PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "Cartrid
 
 
 def infer_device() -> str:
-    """Return the first available device type of cuda, mps, mlu, xpu, npu and cpu."""
-    for name in ("cuda", "mps", "mlu", "xpu", "npu"):
-        backend = getattr(torch, name, None)
-        if backend is not None and backend.is_available():
-            return name
-    return "cpu"
+    """Return the type of the accelerator that is there, else "cpu"."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if device is None else device.type
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -67,25 +67,19 @@ class Resumed:
     missing: list[str] = field(default_factory=list)
 
 
-class Filled(NamedTuple):
-    """A tensor of an adapter, which takes a whole value however processes hold it."""
-
-    tensor: Tensor
-    slot: Slot
-
-    def assign(self, value: Tensor) -> None:
-        if self.slot.tensor.is_meta:
-            self.slot.assign(value)
-        else:
-            fill(self.slot.tensor, value)
-
-
 class Value(NamedTuple):
     """A tensor that training changes: of an adapter, or a parameter of the base in the optimizer."""
 
     tensor: Tensor
     adapter: str | None
     slot: Slot | None
+
+    def assign(self, value: Tensor) -> None:
+        """Take a whole value, however processes hold the tensor."""
+        if self.slot is not None and self.slot.tensor.is_meta:
+            self.slot.assign(value)
+        else:
+            fill(self.tensor if self.slot is None else self.slot.tensor, value)
 
 
 def save_training(
@@ -531,19 +525,18 @@ class Resume:
             self.differs(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
 
     def put_values(self) -> None:
-        fits = {n: v for n, v in self.values.items() if n in self.tensors and n not in self.report.fresh}
+        known = self.tensors.keys() - self.report.fresh
+        fits = [(v, self.tensors[n]) for n, v in self.values.items() if n in known]
         registry = registry_of(unwrapped(self.model))
         for adapter in registry.peft_config:
-            own = [
-                (Filled(v.tensor, v.slot), self.tensors[n]) for n, v in fits.items() if v.adapter == adapter and v.slot
-            ]
+            own = [(v, tensor) for v, tensor in fits if v.adapter == adapter]
             if own:
                 put(registry.parts_of(adapter), adapter, own)
                 registry.states.pop(adapter, None)
         with torch.no_grad():
-            for n, v in fits.items():
-                if v.slot is None:
-                    fill(v.tensor, self.tensors[n])
+            for v, tensor in fits:
+                if v.adapter is None:
+                    v.assign(tensor)
 
     def put_optimizer(self) -> None:
         if "optimizer" in self.report.fresh:

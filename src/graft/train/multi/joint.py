@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,10 +33,10 @@ class Arguments:
     names: frozenset[str]
     others: bool  # it takes any
     exact: bool = True  # rows of other lengths, or padded, do not share a pass with these: they would round otherwise
-    masks: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.masks = MASK in self.names
+    @property
+    def masks(self) -> bool:
+        return MASK in self.names
 
     @classmethod
     def of(cls, model: nn.Module, exact: bool = True) -> Arguments:
@@ -53,16 +53,8 @@ def is_target(name: str) -> bool:
     return "label" in name or name in TARGETS
 
 
-class Shape(NamedTuple):
-    """What decides whether batches can share a pass."""
-
-    rows: int
-    tokens: int  # of a row; 1 if rows have none
-    alike: tuple[object, ...]  # must be equal
-
-
-def shape_of(part: Part, arguments: Arguments) -> Shape:
-    """Return the shape of a part's arguments.
+def shape_of(part: Part, arguments: Arguments) -> tuple[int, int, tuple[object, ...]]:
+    """Return how many rows a part has, how many tokens a row (1 if none), and what batches of a pass have alike.
 
     Raises:
         ConfigError: they have other numbers of rows, or none.
@@ -92,7 +84,7 @@ def shape_of(part: Part, arguments: Arguments) -> Shape:
             alike.append((key, value.dtype, value.shape[2:], value.shape[1] if fixed else None))
         else:
             alike.append((key, value.dtype, value.shape[1:]))
-    return Shape(rows.pop(), max(lengths, default=1), tuple(alike))
+    return rows.pop(), max(lengths, default=1), tuple(alike)
 
 
 def is_masked(mask: Tensor | None) -> bool | None:

@@ -165,6 +165,16 @@ def test_a_callback_decides(tmp_path):
     assert not layers(model)["other"].lora_B["default"].weight.any()
 
 
+def test_an_error_on_the_way_leaves_all_as_it_was(tmp_path):
+    model, tensors = coarse()
+    tensors["other.weight"] = tensors["other.weight"].T.contiguous()  # of the same numbers of rows and columns
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        graft.replace_lora_weights_loftq(model, str(tmp_path))
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
 @pytest.mark.differs(
     "`replace_lora_weights_loftq`",
     peft="4-bit layers of bitsandbytes",

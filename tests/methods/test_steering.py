@@ -104,6 +104,13 @@ def test_each_module_keeps_its_mode():
     assert [m.training for m in model.modules()] == before
 
 
+def test_vectors_are_a_change_which_a_call_does_not_see():
+    model = graft.get_peft_model(make("llama"), graft.SteeringConfig())
+    with graft.calling(model), pytest.raises(graft.InUseError, match="steering_from"):
+        graft.steering_from(model, pairs())
+    assert not any(layer.steering_vector["default"].any() for layer in layers(model).values())
+
+
 def test_bad_input():
     model = graft.get_peft_model(make("llama"), graft.SteeringConfig())
     with pytest.raises(CalibrationError, match="no pairs"):

@@ -13,7 +13,7 @@ import graft
 from graft.core.containers import BufferDict
 from graft.core.errors import PeftWarning
 from graft.core.layer import AdapterLayer
-from graft.model.functional import check_if_peft_model, rescale_adapter_scale
+from graft.model.functional import check_if_peft_model, rescale_adapter_scale, set_adapter, set_requires_grad
 from graft.model.tuner import tuner_of
 from tests.looks import layers
 from tests.models import make, seeded
@@ -194,3 +194,13 @@ def test_a_scaling_read_before_is_not_changed_by_rescaling():
         assert layer.scaling["default"] == before["default"] / 2
         torch.testing.assert_close(layer(x) - base, (full - base) / 2)
     assert layer.scaling == before and torch.equal(layer(x), full)
+    model.add_adapter("gone", lora(target_modules=["lin"]))
+    with rescale_adapter_scale(model, 0.5):
+        model.delete_adapter("gone")
+    assert layer.scaling == before
+
+
+def test_no_adapter_to_activate():
+    for function in (set_adapter, set_requires_grad):
+        with pytest.raises(graft.AdapterNotFoundError, match="The model has: none"):
+            function(net(), [])

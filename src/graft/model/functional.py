@@ -33,9 +33,9 @@ def parts_in(model: nn.Module) -> list[AdapterLayer | Wrapper]:
 def check_there(parts: list[AdapterLayer | Wrapper], names: Sequence[str]) -> None:
     have = dict.fromkeys(name for part in parts for name in part.adapters)
     unknown = [n for n in names if n not in have]
-    if unknown:
+    if unknown or not have:
         raise AdapterNotFoundError(
-            f"Adapter {', '.join(unknown)} not found. The model has: {', '.join(have) or 'none'}."
+            f"Adapter {', '.join(unknown) or 'without a name'} not found. The model has: {', '.join(have) or 'none'}."
         )
 
 
@@ -145,7 +145,7 @@ def rescaled(layers: Mapping[str, Any], factor: Callable[[str], float], what: st
     finally:
         with gate.change(f"the end of {what}"):
             for path, layer in layers.items():
-                layer.scaling = layer.scaling | before[path]
+                layer.scaling = {name: before[path].get(name, value) for name, value in layer.scaling.items()}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ def replace_lora_weights_loftq(
     Raises:
         TypeError: the model is no PeftModel.
         ConfigError: no layer of the adapter is quantized, or it is not LoRA.
-        CheckpointError, FileNotFoundError: the weights are not there, or do not fit.
+        CheckpointError, FileNotFoundError: the weights are not there, or do not fit. Whatever is raised, the adapter is
+            as it was.
     """
     registry = registry_of(peft_model)
     if registry is None:
@@ -56,18 +58,20 @@ def replace_lora_weights_loftq(
         warn(f"{len(packed) - len(layers)} layers keep their A and B, such as '{key}': {reasons[key]}.", PeftWarning)
     weights = Weights(model_path or name_of(registry.model), registry.model)
     files = {key: weights.file_of(key, layer) for key, layer in layers.items()}
-    with registry.call.gate.change(f"replace_lora_weights_loftq() of '{adapter_name}'", (adapter_name,)):
+    change = registry.call.gate.change(f"replace_lora_weights_loftq() of '{adapter_name}'", (adapter_name,))
+    with change, ExitStack() as undo:
         for key, layer in layers.items():
             method = layer.methods[adapter_name]
             W0 = layer.W0.float()
             A, B = decomposed(weights.read(*files[key]).to(W0) - W0, method.cfg.r)
             root = method.scaling**0.5
-            before = [p.detach().clone() for p in method.pair]
-            for p, value in zip(method.pair, (A / root, B / root)):
-                p.copy_(value)
-            if callback is not None and not callback(peft_model, key):
-                for p, value in zip(method.pair, before):
+            with ExitStack() as back:
+                for p, value in zip(method.pair, (A / root, B / root)):
+                    back.callback(p.copy_, p.detach().clone())
                     p.copy_(value)
+                if callback is None or callback(peft_model, key):
+                    undo.push(back.pop_all())
+        undo.pop_all()
 
 
 def name_of(model: nn.Module) -> str:

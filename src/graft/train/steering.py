@@ -54,7 +54,8 @@ def steering_from(
     """
     if how not in ("mean", "pca"):
         raise ConfigError(f"how={how!r}: 'mean' or 'pca'.")
-    layers = {key: layer for key, layer in registry_of(model).layers.items() if adapter_name in layer.methods}
+    registry = registry_of(model)
+    layers = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
     if not layers or not all(isinstance(layer.methods[adapter_name], Steering) for layer in layers.values()):
         raise ConfigError(f"'{adapter_name}' is no adapter of steering vectors: add one with a SteeringConfig before.")
     found: dict[str, list[Tensor]] = {key: [] for key in layers}
@@ -73,8 +74,9 @@ def steering_from(
     broken = [key for key, v in vectors.items() if not v.isfinite().all()]
     if broken:
         raise CalibrationError(f"States of the model are not finite: {broken[0]}.")
-    for key, layer in layers.items():
-        layer.steering_vector[adapter_name].copy_(vectors[key])
+    with registry.call.gate.change(f"steering_from() of adapter '{adapter_name}'", (adapter_name,)):
+        for key, layer in layers.items():
+            layer.steering_vector[adapter_name].copy_(vectors[key])
 
 
 def last_states(model: nn.Module, layers: Mapping[str, Layer], inputs: Inputs) -> dict[str, Tensor]:

@@ -233,6 +233,19 @@ def test_memory_that_ends_at_a_look_at_validation_data(ends):
         looked(crowded(lambda _: ends())[0], big)
 
 
+def test_what_a_method_reads_goes_with_it():
+    """Else batches of other runs would hand it on to a base that does not know it."""
+    runs = MultiTrain(tiny())
+    before = runs.arguments
+    with pytest.raises(graft.ConfigError, match="optimizer must make one"):
+        runs.add("tasks", graft.PolyConfig(target_modules=["q_proj"]), data=batches(1), optimizer=lambda _: None)
+    assert runs.arguments == before
+    runs.add("tasks", graft.PolyConfig(target_modules=["q_proj"]), data=batches(1))
+    assert runs.arguments.names - before.names == {"task_ids"}
+    runs.remove("tasks")
+    assert runs.arguments == before
+
+
 def packed(seed, *lengths):
     """Batches of rows of several texts, which positions keep apart."""
     positions = torch.cat([torch.arange(n) for n in lengths]).repeat(4, 1)

@@ -83,7 +83,7 @@ class MultiTrain:
         self.model: PeftModel | None = model if isinstance(model, PeftModel) else None
         self.base: nn.Module = model if self.model is None else self.model.get_base_model()
         self.at_once, self.base_in_eval = at_once, base_in_eval
-        self.arguments = Arguments.of(self.base, exact)
+        self._arguments = Arguments.of(self.base, exact)
         self.folder: str | None = None  # of runs to go on with
         self.claims = Claims()  # on the files that `save` writes
         self._runs: dict[str, Run] = {}
@@ -237,7 +237,6 @@ class MultiTrain:
             registry, own_config = registry_of(model), model.peft_config[name]
             registry.set_requires_grad(name, True)
             parameters = [p for _, p in model.adapter_parameters(name)]
-            self.arguments = replace(self.arguments, names=self.arguments.names | registry.arguments)
             drawn = loss is not None or description is not None
             if description is not None:
                 windows = data = description.data(draws)
@@ -343,6 +342,12 @@ class MultiTrain:
             module.training = training
         base: nn.Module = self.base
         return base
+
+    @property
+    def arguments(self) -> Arguments:
+        """The arguments of the base's forward, and those that the adapters' methods read."""
+        own = set() if self.model is None else registry_of(self.model).arguments
+        return replace(self._arguments, names=self._arguments.names | own)
 
     @property
     def _adapted(self) -> PeftModel:

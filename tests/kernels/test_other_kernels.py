@@ -265,9 +265,11 @@ def modulating(W, bias, W0):
         w, s, w0 = (t.to(x.dtype) for t in (W, bias, W0))
         return one_product.Modulated(w0, B, A).linear_with(w, s, x, nn.functional.linear, input_gradient)
 
-    return one, lambda x, B, A: one_product.plain_modulated(*(t.to(A.dtype) for t in (W, bias, x, W0)), B, A).to(
-        x.dtype
-    )
+    def two(x, B, A):
+        w, s, wide_x, w0 = (t.to(A.dtype) for t in (W, bias, x, W0))
+        return one_product.plain(w, s, wide_x, w0 * (B @ A)).to(x.dtype)
+
+    return one, two
 
 
 @pytest.mark.parametrize("x_grad", [True, False])
@@ -317,8 +319,8 @@ def test_one_product_with_a_modulated_weight_and_an_addend_equals_three(x_grad):
         w, w0 = (t.to(x.dtype) for t in (W, W0))
         return one_product.Modulated(w0, *factors).linear_with(w, s, x, nn.functional.linear, input_gradient)
 
-    def three(x, s, *factors):
-        return one_product.plain_modulated(W.to(x.dtype), s, x, W0.to(x.dtype), *factors)
+    def three(x, s, B, A, D, C):
+        return one_product.plain(W.to(x.dtype), s, x, W0.to(x.dtype) * (B @ A) + D @ C)
 
     values = [x, s, B, A, D, C]
     exact = results(three, wide(values))
@@ -343,7 +345,8 @@ def test_a_rescaled_weight_in_one_product(shape):
         return one_product.Rescaled(w, a, b).linear_with(w, s, x, nn.functional.linear, input_gradient)
 
     def reference(x, s, a, b):
-        return one_product.plain_rescaled(W.to(x.dtype), s, x, a, b)
+        w = W.to(x.dtype)
+        return one_product.plain(w, s, x, a * w + b)
 
     values = [x, s, a, b]
     assert max(errors(results(one, values), results(reference, wide(values)))) < 1e-5

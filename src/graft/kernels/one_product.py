@@ -76,7 +76,7 @@ class _OneProduct(Function):
 
 
 def plain(W: Tensor, bias: Tensor | None, x: Tensor, delta: Tensor) -> Tensor:
-    """The reference, with a ΔW that is there. W and delta (out, n), x (…, n), bias (out,) → (…, out)."""
+    """The reference for every ΔW, which is there. W and delta (out, n), x (…, n), bias (out,) → (…, out)."""
     y = x @ W.T + x @ delta.T
     return y if bias is None else y + bias
 
@@ -91,12 +91,6 @@ class Dense(NamedTuple):
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor]:
         return (g.T @ x,)
-
-
-def plain_low_rank(W: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The reference with a `Factored` ΔW: x Wᵀ + s · x Aᵀ Bᵀ + bias."""
-    y = x @ W.T + (x @ A.T @ B.T) * scale
-    return y if bias is None else y + bias
 
 
 def low_rank_pays(rows: int, out: int, n: int, r: int, need_A: bool, need_B: bool) -> bool:
@@ -158,7 +152,7 @@ class Hadamard(NamedTuple):
         return self.scale * (embedding(ids, self.b.T) @ self.a.T) * (embedding(ids, self.d.T) @ self.c.T)
 
     def product(self, x: Tensor) -> None:
-        """Return True: for few rows, too, the matrix has to be formed."""
+        """Return None: for few rows, too, the matrix has to be formed."""
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
@@ -203,17 +197,6 @@ def factor_gradients(grad: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -
     return left @ b.T, a.T @ left, right @ d.T, c.T @ right
 
 
-def plain_modulated(
-    W: Tensor, bias: Tensor | None, x: Tensor, W0: Tensor, B: Tensor, A: Tensor,
-    D: Tensor | None = None, C: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The reference: x (W + W0 ⊙ B A + D C)ᵀ + bias. W (out, n), B (out, r), A (r, n), x (…, n) → (…, out)."""
-    y = x @ W.T + x @ (W0 * (B @ A)).T
-    if D is not None and C is not None:
-        y = y + x @ (D @ C).T
-    return y if bias is None else y + bias
-
-
 class Modulated(NamedTuple):
     """ΔW = W ⊙ (B A) + D C, not formed yet. W gets no gradient."""
 
@@ -233,7 +216,7 @@ class Modulated(NamedTuple):
         return own if self.D is None else own + embedding(ids, self.C.T) @ self.D.T  # type: ignore[union-attr]
 
     def product(self, x: Tensor) -> None:
-        """Return True: for few rows, too, the matrix has to be formed."""
+        """Return None: for few rows, too, the matrix has to be formed."""
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
@@ -261,12 +244,6 @@ def product_like(B: Tensor, A: Tensor, like: Tensor) -> Tensor:
     return (A.T @ B.T).T if like.dim() == 2 and not like.is_contiguous() else B @ A
 
 
-def plain_rescaled(W: Tensor, bias: Tensor | None, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The reference: x (W + a ⊙ W + b 1ᵀ)ᵀ + bias. W (out, n), a and b (out, 1) or (1,), x (…, n) → (…, out)."""
-    y = x @ (W + a * W + b).T
-    return y if bias is None else y + bias
-
-
 class Rescaled(NamedTuple):
     """ΔW = a ⊙ W + b 1ᵀ, not formed yet. W gets no gradient."""
 
@@ -285,7 +262,7 @@ class Rescaled(NamedTuple):
         return torch.zeros_like(own) if self.a is None or self.b is None else own * self.a.flatten() + self.b.flatten()
 
     def product(self, x: Tensor) -> None:
-        """Return True: for few rows, too, the matrix has to be formed."""
+        """Return None: for few rows, too, the matrix has to be formed."""
 
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
@@ -301,14 +278,6 @@ class Rescaled(NamedTuple):
         y = call(x, W, None) * (1 + self.a.flatten())
         y = y.addcmul_(x.sum(-1, keepdim=True, dtype=y.dtype), self.b.flatten())
         return (y if bias is None else y.add_(bias)).to(x.dtype)
-
-
-def plain_difference(
-    W: Tensor, bias: Tensor | None, x: Tensor, B: Tensor, A: Tensor, B0: Tensor, A0: Tensor
-) -> Tensor:  # fmt: skip
-    """The reference: x (W + B A - B₀ A₀)ᵀ + bias. W (out, n), B (out, r), A (r, n), x (…, n) → (…, out)."""
-    y = x @ W.T + x @ (B @ A - B0 @ A0).T
-    return y if bias is None else y + bias
 
 
 class Difference(NamedTuple):

@@ -16,12 +16,6 @@ from graft.kernels.one_product import Call, InputGradient, holds, linear_with
 from graft.kernels.sparse import Scattered, scattered_entries
 
 
-def plain(W: Tensor, bias: Tensor | None, x: Tensor, W0: Tensor, U: Tensor, M: Tensor, V: Tensor) -> Tensor:
-    """The reference: x (W + U M Vᵀ - W0)ᵀ + bias. W, W0 and U (out, n), M and V (n, n), x (…, n) → (…, out)."""
-    y = x @ W.T + x @ (U @ M @ V.T - W0).T
-    return y if bias is None else y + bias
-
-
 class Refactored(NamedTuple):
     """ΔW = U M Vᵀ - W, not formed yet. M has `values` at `places`, else zeros. Only these and x get gradients."""
 

@@ -79,13 +79,6 @@ def entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
 SPARSE = 0.12  # share of numbers up to which products of these alone beat the full product on a CPU
 
 
-def plain(W: Tensor, bias: Tensor | None, x: Tensor, values: Tensor, places: Tensor) -> Tensor:
-    """The reference: x (W + ΔW)ᵀ + bias. W (out, n), x (…, n), places (k,) into W as a flat list → (…, out)."""
-    delta = torch.zeros(W.shape, dtype=values.dtype, device=W.device)
-    y = x @ W.T + x @ delta.view(-1).index_add(0, places, values).view(W.shape).T
-    return y if bias is None else y + bias
-
-
 class Scattered(NamedTuple):
     """ΔW of some values, not formed yet. Values at one place add up."""
 

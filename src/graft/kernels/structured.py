@@ -123,13 +123,11 @@ class Kronecker(NamedTuple):
         return (a[..., :, None] * b[..., None, :]).flatten(-2)
 
 
-def plain_kronecker(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The reference. x (…, m n), a (l, m), b (k, n) → (…, l k)."""
-    return x @ torch.kron(a, b).T
-
-
 def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Compute `plain`, in the dtype of autocast if it is on; keep x, a and b for the backward pass."""
+    """Return x (a ⊗ b)ᵀ, in the dtype of autocast if it is on; keep x, a and b for the backward pass.
+
+    x (…, m n), a (l, m), b (k, n) → (…, l k).
+    """
     dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, torch.promote_types(a.dtype, b.dtype))
     function = _Product.apply if only_backward() else multiplied
     return function(x.to(dtype), a.to(dtype), b.to(dtype))

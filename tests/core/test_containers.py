@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from graft.core.containers import BufferDict, Transient, container_for, moved, place, tensors_of
+from graft.core.containers import AnyDict, BufferDict, Transient, container_for, moved, place, tensors_of
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 HALF = [torch.bfloat16, torch.float16]
@@ -90,6 +90,14 @@ def test_half_precision_is_trained_in_float32_with_the_rounded_values(dtype):
     assert moved(t, CPU, dtype, upcast=True).dtype == torch.float32
     assert torch.equal(moved(t, CPU, dtype, upcast=True), t.to(dtype).float())
     assert moved(t, CPU, dtype, upcast=False).dtype == dtype
+
+
+def test_what_methods_of_two_kinds_hold_by_one_name_is_widened():
+    held = AnyDict(nn.ParameterDict({"a": nn.Parameter(torch.ones(2).bfloat16())}))
+    held["b"] = nn.Linear(2, 2).bfloat16()
+    for name in "ab":
+        place(held, name, None, None, upcast=True)
+    assert held["a"].dtype == held["b"].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -345,16 +345,6 @@ def moved(t: Tensor, device: torch.device | None, dtype: torch.dtype | None, upc
     return t if device is None or t.device == device or t.is_meta else t.to(device)
 
 
-def place_module(m: nn.Module, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> None:
-    for module in m.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                place_parameter(module, name, p, device, dtype, upcast)
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = moved(b, device, dtype, False)
-
-
 class Exact(nn.Module):
     """A module whose buffers move with the base weight and keep their dtype."""
 
@@ -362,35 +352,20 @@ class Exact(nn.Module):
 def place_tensor(
     owner: nn.Module, name: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool
 ) -> None:
-    """Move and cast a parameter or buffer of a module."""
-    p = owner._parameters.get(name)
-    if p is not None:
-        place_parameter(owner, name, p, device, dtype, upcast)
-    elif isinstance(owner, Exact):
-        owner._buffers[name] = moved(owner._buffers[name], device, None, False)  # type: ignore[arg-type]
-    else:
+    """Move and cast a parameter or buffer of a module; leave a parameter alone that FSDP keeps in a flat one."""
+    if (p := owner._parameters.get(name)) is not None:
+        before = p.data
+        data = moved(before, device, dtype, upcast)
+        if data is not before:
+            owner._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
+    elif (b := owner._buffers.get(name)) is not None:
         upcast = upcast and isinstance(owner, (BufferDict, AnyDict))  # as in PEFT: not those of an adapter's modules
-        owner._buffers[name] = moved(owner._buffers[name], device, dtype, upcast)  # type: ignore[arg-type]
-
-
-def place_parameter(
-    owner: nn.Module, name: str, p: nn.Parameter, device: torch.device | None, dtype: torch.dtype | None, upcast: bool
-) -> None:
-    if p.dtype == dtype and (p.device == device or device is None) and not (upcast and dtype in UPCAST):
-        return
-    before = p.data
-    data = moved(before, device, dtype, upcast)
-    if data is not before:
-        owner._parameters[name] = nn.Parameter(data, requires_grad=p.requires_grad)
+        owner._buffers[name] = moved(b, device, None if isinstance(owner, Exact) else dtype, upcast)
 
 
 def place(
     container: object, adapter: str, device: torch.device | None, dtype: torch.dtype | None, upcast: bool
 ) -> None:
     """Move and cast the tensors of `adapter` in `container`. Integer tensors keep their dtype."""
-    if isinstance(container, nn.ModuleDict):
-        place_module(container[adapter], device, dtype, upcast)
-    elif isinstance(container, nn.ParameterDict):
-        place_parameter(container, adapter, container[adapter], device, dtype, upcast)
-    elif isinstance(container, BufferDict):
-        container._buffers[adapter] = moved(container[adapter], device, dtype, upcast)
+    for _, owner, name, _ in tensors_of(container, adapter, transient=True):
+        place_tensor(owner, name, device, dtype, upcast)

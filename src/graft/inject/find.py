@@ -31,16 +31,14 @@ from graft.inject.job import Job
 from graft.inject.match import WHY, Matcher, Verdict, hint, unmatched
 from graft.inject.report import InjectReport, Skipped
 from graft.inject.stage import absent_in, remote_sites
-from graft.inject.survey import Tree, kind_of, site_of
+from graft.inject.survey import Tree, children_of, kind_of, site_of, why_not_attention
 from graft.inject.targets import (
     DUMMY,
-    children_of,
     embedding_path,
     expand,
     parameters_of,
     resolve_targets,
     tied_to_embedding,
-    why_not_composed,
 )
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from graft.storage import innermost, loose_bias, refusal
@@ -180,7 +178,7 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
     """Raise UnsupportedLayerError unless these methods can adapt their sites."""
     for key, method in methods.items():
         site, adapter = method.site, method.name
-        why = why_not_composed(site.module) or why_not_parallel(method) or method.check() or by_itself(method)
+        why = why_not_attention(site.module) or why_not_parallel(method) or method.check() or by_itself(method)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType, FunctionType
@@ -20,7 +20,6 @@ from graft.core.carrier import carrier_of, layer_in
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
-from graft.core.table import TypeTable
 from graft.core.wrappers import inside, place_inside
 from graft.inject.beside import ModulesToSaveWrapper, RowsLayer
 from graft.storage import (
@@ -173,7 +172,7 @@ def uses_of(kind: type) -> dict[Path, Use]:
         return SOURCES[kind]
     functions: dict[str, FunctionType] = {}
     for cls in kind.__mro__:
-        if not f"{cls.__module__}.".startswith("torch."):  # its own: see `COMPOSED`, and `attach` in inject.py
+        if not f"{cls.__module__}.".startswith("torch."):  # its own: see `children_of`, and `attach` in inject.py
             for name, value in vars(cls).items():
                 if (function := plain(value)) is not None and not SETS_UP.match(name):
                     functions.setdefault(name, function)
@@ -360,16 +359,15 @@ def nest_of(carrier: object) -> list[AdapterLayer]:
     return nest[::-1]
 
 
-class Composed(NamedTuple):
-    """A module whose weights are one parameter and those of children that it reads and does not call."""
-
-    parameter: str
-    children: tuple[str, ...]
-    why_not: Callable[[nn.Module], str | None]  # for some modules of the type
+def children_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's children whose weights it reads without calling them, beside a parameter."""
+    return ("out_proj",) if isinstance(module, nn.MultiheadAttention) else ()
 
 
 def why_not_attention(m: nn.Module) -> str | None:
-    """Return why an nn.MultiheadAttention cannot be adapted; None if it can."""
+    """Return why an nn.MultiheadAttention cannot be adapted; None if it can, and for any other module."""
+    if not isinstance(m, nn.MultiheadAttention):
+        return None
     if m.in_proj_weight is None:
         return "Only same embed for query/key/value is supported as of now for MultiheadAttention"
     out = getattr(m.out_proj, "base_layer", m.out_proj)
@@ -378,26 +376,14 @@ def why_not_attention(m: nn.Module) -> str | None:
     return None
 
 
-COMPOSED: TypeTable[Composed] = TypeTable(
-    {
-        "torch.nn.modules.activation.MultiheadAttention": Composed(
-            "in_proj_weight",
-            ("out_proj",),
-            why_not_attention,
-        )
-    }
-)
-
-
 def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
     layer = layer_in(module)
     if layer is not None and layer.site.key == layer.site.path:
         return layer.site  # type: ignore[no-any-return]
     if key in tree.nests:
         module = innermost(module)
-    composed = COMPOSED.find(type(module))
-    if composed is not None and composed.why_not(module) is None:
-        return parameter_site(key, module, composed.parameter, tree, key)
+    if children_of(module) and why_not_attention(module) is None:
+        return parameter_site(key, module, "in_proj_weight", tree, key)
     weight = module._parameters.get("weight")
     shared = weight is not None and tree.owners.get(weight, 0) > 1
     is_read, is_called = used_by(key, tree)
@@ -409,8 +395,7 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
 def used_by(key: str, tree: Tree) -> tuple[bool, bool]:
     """Return whether modules around one read its weight, and whether they call it."""
     parent, _, name = key.rpartition(".")
-    composed = COMPOSED.find(type(innermost(tree.modules[parent]))) if parent in tree.modules else None
-    if composed is not None and name in composed.children:
+    if parent in tree.modules and name in children_of(innermost(tree.modules[parent])):
         return True, False
     if not tree.readers:
         return False, True

@@ -19,7 +19,7 @@ from graft.inject.beside import matches
 from graft.inject.job import Job
 from graft.inject.match import Matcher, Names, minimal_names, unmatched
 from graft.inject.report import Skipped
-from graft.inject.survey import COMPOSED, Tree, kind_of, parameter_site, site_of, uncovered
+from graft.inject.survey import Tree, kind_of, parameter_site, site_of, uncovered
 from graft.storage import DENSE, experts_of, find_store, innermost, packed_names
 
 if TYPE_CHECKING:
@@ -169,18 +169,6 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict
             other_targets = {t for t in cfg.target_modules if not any(k == t or k.endswith(f".{t}") for k in tied)}
             cfg.target_modules = other_targets | {embedding}
     return {k: embedding for k in tied}
-
-
-def children_of(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's children whose weights are adapted along with its own."""
-    composed = COMPOSED.find(type(module))
-    return () if composed is None else composed.children
-
-
-def why_not_composed(module: nn.Module) -> str | None:
-    """Return why a module whose weights are a parameter and those of children cannot be adapted; None for any other."""
-    composed = COMPOSED.find(type(module))
-    return None if composed is None else composed.why_not(module)
 
 
 Found = list[tuple[str, str, str]]  # path of a parameter, path of its module, its name there

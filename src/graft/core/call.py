@@ -296,8 +296,8 @@ class Call:
         return self.now().rows
 
     def weights(self) -> Gates | None:
-        """Return the gates of the call that a layer is in."""
-        return self.now().gates
+        """Return the gates of the call that a layer is in; None if it has none."""
+        return self.now().gates if self.open else None
 
     def fact(self, name: object) -> Any:
         """Return a fact about each row that a layer sees now; None if nobody gave it."""

@@ -49,9 +49,6 @@ class Holding:
     site: Site
     _modules: dict[str, Any]
 
-    def begin_holding(self) -> None:
-        self.__dict__.update(containers=[], holders=[], attached=set(), scaling_at_start={})
-
     def hold(self, method: Method, values: dict[str, object]) -> None:
         """Put the values that `Method.build` returned into containers.
 

@@ -74,9 +74,12 @@ class Host(Holding, Carrier, nn.Module):
             state=LayerState(call),
             methods={},
             kinds=[],
+            containers=[],
+            holders=[],
+            attached=set(),
+            scaling_at_start={},
             training=site.module.training,
         )
-        self.begin_holding()
         self._modules[self.inner_name] = site.module
 
     @property

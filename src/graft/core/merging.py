@@ -313,6 +313,7 @@ def merge(layer: Layer, names: list[str], undoable: bool) -> None:
         new = steps
     with layer.base_weight.at_hand(layer, writes=True), evaluating(layer):
         _write(layer, names, new, undoable)
+    layer.state.merged += names
 
 
 @torch.no_grad()
@@ -419,7 +420,6 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
         wide = _added(layer.op, W, products)
         if wide is not W:
             state.survived.append(survival(W, wide, W))
-        state.merged += names
         return
     fold = _by_matrix(layer, steps)
     if fold is not None:
@@ -428,7 +428,6 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
             state.undo.append(("restore", _snapshot(layer), None))
         layer.base_weight.restore(made)
         state.survived.append(survived)
-        state.merged += names
         return
     before = layer.weight_now
     old = layer.bias_now
@@ -441,7 +440,6 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
             state.undo.append(("bias", None, copied(old)))
         if shifted is not None:
             layer.write_bias(shifted)
-        state.merged += names
         return
     if undoable:
         state.undo.append(("restore", _snapshot(layer), None if shifted is None else copied(old)))
@@ -455,7 +453,6 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
         state.survived.append(survival(before, wide, layer.weight_now))
     if shifted is not None:
         layer.write_bias(shifted)
-    state.merged += names
 
 
 def _swap(layer: Layer, names: list[str]) -> None:

@@ -188,6 +188,9 @@ class OfPieces:
                 layer.site.piece.check_draws(layer.site.key)
         return y
 
+    def part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+        return piece_of_part(self.layer, m, effect, x, y)
+
     def module_output(self, y: object) -> object:
         """Return an output in the form in which the module returns it."""
         left_out, base = self.layer.site.piece.left_out, self.layer.base_layer
@@ -204,7 +207,7 @@ def draws(m: Method) -> bool:
 class SumOfPieces(OfPieces, Sum):
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         y = self.base(x, args, kwargs)
-        if self.layer.call.open and self.layer.call.weights() is not None:
+        if self.layer.call.weights() is not None:
             return self.module_output(self.gated(x, y))
         return self.module_output(self.add(x, y, False))
 
@@ -213,9 +216,6 @@ class SumOfPieces(OfPieces, Sum):
         for m, effect in self.steps[first:]:
             y = y + piece_of_part(self.layer, m, effect, x, y)
         return y.to(dtype)
-
-    def part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-        return piece_of_part(self.layer, m, effect, x, y)
 
 
 class ChainOfPieces(OfPieces, Chain):
@@ -253,9 +253,6 @@ class ChainOfPieces(OfPieces, Chain):
         b = self.bias(n) if effect.apart else None
         out = effect.post(x, out) if b is None else effect.post(x, out - b) + b
         return cut_up(out.to(y.dtype), piece.outputs)
-
-    def part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-        return piece_of_part(self.layer, m, effect, x, y)
 
     def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
         return low_rank_piece(self.layer, m, f, x)

@@ -221,7 +221,7 @@ class Sum(Plan):
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         layer = self.layer
-        if layer.call.open and layer.call.weights() is not None:
+        if layer.call.weights() is not None:
             x = once(x)
             return self.gated(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)))
         fuse = layer.may_fuse
@@ -255,20 +255,24 @@ class Chain(Plan):
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
-        self.ways = [WAYS[way(effect)] for _, effect in self.steps]
-        overs = (_over_rewrite if isinstance(effect, Rewrite) else _over_add for _, effect in self.steps)
-        self.overs: list[Callable[..., Tensor]] = [*overs]
+        self.ways = [way(effect) for _, effect in self.steps]
         self.above = all([effect.above for _, effect in self.steps])
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        if self.layer.call.open and self.layer.call.weights() is not None:
+        if self.layer.call.weights() is not None:
             return self.gated(x, self.through(0, x, args, kwargs))
         return self.through(len(self.steps), x, args, kwargs)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
         for n, (m, effect) in enumerate(self.steps):
-            y = self.overs[n](self, n, m, effect, x, y)
+            y = self.on_top(n, m, effect, x, y)
         return y
+
+    def on_top(self, n: int, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+        """Return y, the output with n steps for x, with the next one on it."""
+        if isinstance(effect, Rewrite):
+            return self.after(n, m, effect, seen(self.layer, m, effect, x), y)
+        return (y + self.part(m, effect, x, y)).to(y.dtype)
 
     def after(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
         """Return what `post` makes of y, the output with n steps."""
@@ -310,11 +314,11 @@ class Chain(Plan):
         return module(x) if p is None else dropout(x, p)
 
 
-def way(effect: Effect) -> str:
-    """Return the key in `WAYS` of the function that runs a step of a chain."""
+def way(effect: Effect) -> Callable[..., Tensor]:
+    """Return the function that runs a step of a chain."""
     if isinstance(effect, Rewrite):
-        return "fold" if effect.folds else "rewrite"
-    return "add" if effect.additive else "gain"
+        return _fold if effect.folds else _rewrite
+    return _add if effect.additive else _gain
 
 
 def _rewrite(
@@ -322,16 +326,7 @@ def _rewrite(
 ) -> Tensor:
     x = once(x)
     inner = x if effect.pre is None else effect.pre(x).to(x.dtype)
-    y = plan.through(n, inner, args, kwargs)
-    return _over_rewrite(plan, n, m, effect, x, y)
-
-
-def _over_rewrite(plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
-    return plan.after(n, m, effect, seen(plan.layer, m, effect, x), y)
-
-
-def _over_add(plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-    return (y + plan.part(m, effect, x, y)).to(y.dtype)
+    return plan.on_top(n, m, effect, x, plan.through(n, inner, args, kwargs))
 
 
 def _fold(
@@ -357,7 +352,7 @@ def _add(
     plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
     x = once(x)
-    return _over_add(plan, n, m, effect, x, plan.through(n, x, args, kwargs))
+    return plan.on_top(n, m, effect, x, plan.through(n, x, args, kwargs))
 
 
 def _gain(
@@ -406,9 +401,6 @@ def _gained(
     return (out if rest is None else out + rest).to(y.dtype)
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {"rewrite": _rewrite, "fold": _fold, "add": _add, "gain": _gain}
-
-
 def seen(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
     """Return what a step gets as the input of its layer."""
     if not effect.tapped:
@@ -454,7 +446,7 @@ class Folded(Plan):
 
     def run(self, *args: object, **kwargs: object) -> object:
         layer = self.layer
-        gated = layer.call.open and layer.call.weights() is not None
+        gated = layer.call.weights() is not None
         if gated and not (self.routes and self.adds):
             refuse_gates(layer)
         if self.routes and (gated or self.op.packed is not None or (self.forms and self.may_route)):
@@ -481,7 +473,7 @@ class Folded(Plan):
     def parts(self, group: int | None = None) -> list[Own]:
         """Return what each step adds to the stack; for one group of the rows of a batch."""
         layer, parts = self.layer, []
-        gates = layer.call.weights() if layer.call.open else None
+        gates = layer.call.weights()
         if not self.adds:  # each changes what those before it made
             found = [pieces for _, effect in self.steps if (pieces := pieces_of(layer, effect)) is not None]
             return [Own(formed_part(found, layer.training, group))]
@@ -525,7 +517,7 @@ class Whole(Plan):
 
     def run(self, *args: object, **kwargs: object) -> object:
         output = self.layer.base_layer(*args, **kwargs)
-        x, gates = self.input(args, kwargs), self.layer.call.open and self.layer.call.weights() is not None
+        x, gates = self.input(args, kwargs), self.layer.call.weights() is not None
         return with_first(output, lambda y: self.gated(x, y) if gates else self.add(x, y))
 
     def input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
@@ -568,7 +560,7 @@ class Block(Plan):
 
     def after(self, inputs: list[Tensor], y: Tensor) -> Tensor:
         """Return the output, from the module's."""
-        if self.layer.call.open and self.layer.call.weights() is not None:
+        if self.layer.call.weights() is not None:
             return self.gated(inputs[0], y)  # nothing has changed the input, or it is refused
         for (m, effect), x in zip(self.steps, inputs):
             if effect.post is not None:  # type: ignore[attr-defined]
@@ -583,7 +575,7 @@ class Level(Chain):
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         y = self.through(0, x, args, kwargs)
-        return self.gated(x, y) if self.layer.call.open and self.layer.call.weights() is not None else self.over(x, y)
+        return self.gated(x, y) if self.layer.call.weights() is not None else self.over(x, y)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
         return self.over(x, y)
@@ -596,7 +588,7 @@ class LevelBlock(Block):
     """The same, of a module with several inputs."""
 
     def after(self, inputs: list[Tensor], y: Tensor) -> Tensor:
-        if self.layer.call.open and self.layer.call.weights() is not None:
+        if self.layer.call.weights() is not None:
             return self.gated(inputs[0], y)
         return level(self, inputs[0], y)
 
@@ -683,7 +675,7 @@ class Instead(Plan):
         self.effect, self.aside = effect, effect.aside
 
     def run(self, *args: object, **kwargs: object) -> object:
-        if self.layer.call.open and not self.aside:
+        if not self.aside:
             refuse_gates(self.layer)
         return self.module(*once_first(args), **kwargs)
 

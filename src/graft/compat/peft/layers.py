@@ -165,7 +165,7 @@ def asking(name: str) -> Callable[..., object]:
 
 def find(name: str, layer: AdapterLayer) -> Callable[..., object] | None:
     """Return the function that has replaced a method of layers of this kind; None if none has."""
-    if name == "forward" and layer.call.open and layer.call.weights() is not None:  # PEFT's mixtures do not call it
+    if name == "forward" and layer.call.weights() is not None:  # PEFT's mixtures do not call it
         return None
     return next((f for cls, f in REPLACED[name] if cls.__instancecheck__(layer)), None)
 

@@ -98,3 +98,9 @@ def test_an_embedding_with_a_factor():
     expected = output(model, sample)
     model.merge_adapter()
     close(output(model, sample), expected)
+
+
+def test_the_update_of_the_weight_is_where_the_weight_is():
+    with torch.device("meta"):
+        model = graft.get_peft_model(nn.Sequential(nn.Linear(3, 2)), graft.BeftConfig(target_modules=["0"]))
+    assert model.base_model.model[0].get_delta_weight("default").is_meta

@@ -47,7 +47,7 @@ def delta_of(layer: Layer, effect: Effect, drops: bool = False, f: Factors | Non
         raise TypeError(f"a {type(effect).__name__} has no ΔW")
     if effect.factors is None:
         delta = lazy_delta(layer, effect)
-        W = torch.zeros(layer.site.shape) if delta is None else dense(delta)
+        W = torch.zeros(layer.site.shape, device=layer.where[0]) if delta is None else dense(delta)
     else:
         W = product_of(layer, f or effect.factors(), drops)
         W = W if effect.delta is None else dense(lazy_delta(layer, effect)) + W

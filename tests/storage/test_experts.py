@@ -2,6 +2,7 @@
 """LoRA on packed experts: as on the dequantized base, with no more than a chunk of it dense."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -13,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.kernels import experts as kernel
-from graft.storage import stacks
+from graft.storage import innermost, stacks
 from tests.covering import law, product
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import adapted, checkpoint, seeded
-from tests.storage.packed_experts import BOTH, IDS, KINDS, blocks, both
+from tests.storage.packed_experts import BOTH, IDS, KINDS, WIDTH, blocks, both
 
 pytestmark = FUSED_EXPERTS
 
@@ -64,6 +65,18 @@ def test_single_matrices_have_the_bits_that_the_package_reads(kind, dtype):
             else:
                 expected = _dequantize_fp8_weight(held.weight, held.scale, held.block, torch.float32).to(dtype)
             assert torch.equal(found, expected[[3, 1]]) and found.any()
+
+
+@pytest.mark.parametrize("targets", [BOTH, []], ids=["both", "none"])
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_arguments_by_name_come_in_any_order(kind, targets):
+    """Of a block that layers stand around, and of one below all adapters, which graft runs as well."""
+    model = with_lora(both(kind)[0], target_parameters=targets or None)
+    _, module = blocks(model)[0]
+    x, weights = torch.randn(6, WIDTH, requires_grad=True), torch.rand(6, 2)
+    index = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [1, 3], [2, 0]])
+    first, second = [*inspect.signature(type(innermost(module)).forward).parameters][2:]
+    assert torch.equal(module(x, **{second: weights, first: index}), module(x, index, weights))
 
 
 @pytest.mark.differs(

@@ -3,7 +3,7 @@
 
 from graft.storage.codes import codes_in, hold_bias, holds_codes, loose_bias, numel, ready, release
 from graft.storage.dense import Dense
-from graft.storage.experts import experts_of, is_transposed, packed_names, packed_shape, parameter_names
+from graft.storage.experts import experts_of, is_transposed, packed_shape, parameter_names
 from graft.storage.find import (
     DENSE,
     FOREIGN,
@@ -19,6 +19,7 @@ from graft.storage.find import (
 from graft.storage.foreign import ByIdentity
 from graft.storage.quantized import Quantized
 from graft.storage.shared_work import group_of, piece_of, refusal
+from graft.storage.stacks import packed_names
 from graft.storage.tensor_parallel import standalone
 
 __all__ = [

@@ -8,6 +8,7 @@ stacks.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -90,9 +91,9 @@ def codes_of(m: nn.Module, name: str) -> Any:
 class Experts:
     """How graft runs a module of experts."""
 
-    def run(self, m: nn.Module, handed: Handed, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def run(self, m: nn.Module, handed: Handed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the module's output, with the parts that layers around it have handed inwards."""
-        block = block_of(m)
+        block, (x, index, weights) = block_of(m), in_order(m, args, kwargs)
         assert block is not None
         if handed.groups is not None and getattr(m, "_is_expert_parallel", False):
             raise RoutingError(
@@ -106,6 +107,11 @@ class Experts:
 
 
 EXPERTS = Experts()
+
+
+def in_order(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the arguments of a call in the order in which the module's forward lists them."""
+    return inspect.signature(type(m).forward).bind(m, *args, **kwargs).args[1:] if kwargs else args
 
 
 def experts_of(m: nn.Module) -> Experts | None:
@@ -131,7 +137,8 @@ class PackedStack(Dense):
         return stack
 
     def unread(self, m: nn.Module, name: str = "weight") -> str | None:
-        return why_unread(m, self.matrices(m))
+        away = "it is offloaded: it is there only while the module itself is called"
+        return away if is_away(m) else self.matrices(m).unread
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         return self.unread(m, name) or self.matrices(m).fixed
@@ -159,23 +166,14 @@ class PackedStack(Dense):
         return computes_on(m, stack.device), stack.dtype
 
 
-def why_unread(m: nn.Module, stack: PackedMatrices) -> str | None:
-    return "it is offloaded: it is there only while the module itself is called" if is_away(m) else stack.unread
-
-
 def is_transposed(m: nn.Module) -> bool:
     """Return True if a module of experts has its dense stacks as (experts, in, out)."""
     return bool(getattr(m, "is_transposed", False)) or stacks.MODULES.find(type(m)) is stacks.MXFP4
 
 
-def packed_names(m: nn.Module) -> list[str]:
-    """Return the names of a module's packed stacks."""
-    return stacks.names_in(m)
-
-
 def parameter_names(m: nn.Module) -> list[str]:
     """Return the names of a module's parameters, in the order in which a dense module has them."""
-    stacked = stacks.NAMES if stacks.names_in(m) else ()
+    stacked = stacks.NAMES if stacks.packed_names(m) else ()
     return [*dict.fromkeys([*stacked, *m._parameters])]
 
 
@@ -187,19 +185,19 @@ def packed_shape(m: nn.Module, name: str) -> tuple[int, ...] | None:
 
 def mend(m: nn.Module) -> None:
     """Have a module with packed stacks let gradients through, without a dense copy of them."""
-    if MENDED in m.__dict__ or not stacks.names_in(m) or experts_of(m) is None:
+    if MENDED in m.__dict__ or not stacks.packed_names(m) or experts_of(m) is None:
         return
     place = "_old_forward" if "_old_forward" in m.__dict__ else "forward"  # accelerate's hooks call the first
     before = m.__dict__.get(place)
     hooked = stacks.MODULES.find(type(m)) is stacks.MXFP4 and not hasattr(m, HOOKED)
 
     def forward(m: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
-        x, index, weights = (*args, *kwargs.values())
+        x, _, weights = in_order(m, args, kwargs)
         trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
-        own = [h for name in stacks.names_in(m) if (h := stacks.matrices_of(m, name)) is not None]
+        own = [h for name in stacks.packed_names(m) if (h := stacks.matrices_of(m, name)) is not None]
         if all(h.runs(m, x, trains) for h in own):
             return type(m).forward(m, *args, **kwargs) if before is None else before(*args, **kwargs)
-        return EXPERTS.run(m, Handed(), x, index, weights)
+        return EXPERTS.run(m, Handed(), args, kwargs)
 
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
     m.__dict__[place] = made = MethodType(forward, m)

@@ -445,7 +445,7 @@ def matrices_of(m: nn.Module, name: str) -> PackedMatrices | None:
     return None if kind is None else kind.of(m, name)
 
 
-def names_in(m: nn.Module) -> list[str]:
+def packed_names(m: nn.Module) -> list[str]:
     """Return the names of a module's packed stacks."""
     if (
         MODULES.find(type(m)) is None

@@ -232,25 +232,6 @@ def test_a_weight_that_fsdp_has_made_a_plain_parameter_of():
     assert "its codes are 200 of 30720: they are sharded" in store.unread(held, "weight")
 
 
-@pytest.mark.parametrize("hold, name", [(four, "dequantize_4bit"), (eight, "int8_vectorwise_quant")])
-def test_a_package_that_is_missing_or_too_old(hold, name, monkeypatch):
-    held = Net(hold(linear()))
-    dora = graft.LoraConfig(r=2, target_modules=["layer"], use_dora=True)
-    model = graft.get_peft_model(Net(hold(linear())), graft.LoraConfig(r=2, target_modules=["layer"]))
-    monkeypatch.delattr(sys.modules["bitsandbytes.functional"], name)
-    for why in (
-        f"bitsandbytes 0.50.2 has no {name}: pip install",
-        "bitsandbytes, whose layer this is, cannot be imported",
-    ):
-        with pytest.raises(NotImplementedError, match=f"layer 'layer': {why}"):
-            model.merge_adapter()
-        if hold is four:
-            with pytest.raises(UnsupportedLayerError, match=f"needs its weight, and {why}"):
-                graft.get_peft_model(held, dora)
-        monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    assert type(held.layer) in CLASSES
-
-
 @pytest.mark.differs(
     "quantized bases: merging two adapters one after the other",
     peft="rounds twice",

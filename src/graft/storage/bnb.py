@@ -25,18 +25,6 @@ def functional() -> ModuleType:
     return import_module("bitsandbytes.functional")
 
 
-def lacking(name: str) -> str | None:
-    """Return why bitsandbytes has no function of this name here; None if it has."""
-    try:
-        package = functional()
-    except ImportError as error:
-        return f"bitsandbytes, whose layer this is, cannot be imported ({error}): pip install -U bitsandbytes"
-    if hasattr(package, name):
-        return None
-    version = getattr(import_module("bitsandbytes"), "__version__", "of no known version")
-    return f"bitsandbytes {version} has no {name}: pip install -U bitsandbytes"
-
-
 class Four(Quantized):
     """Linear4bit, LinearNF4, LinearFP4: `weight` holds two codes in a byte, and `quant_state` what they mean."""
 
@@ -84,7 +72,7 @@ class Four(Quantized):
             return f"its codes were cast from {storage} to {weight.dtype}, which destroys them: load the model again"
         if size < wanted:
             return f"its codes are {size} of {wanted}: they are sharded"
-        return lacking("dequantize_4bit")
+        return None
 
     def ready(self, m: nn.Module) -> str | None:
         """Keep the layer out of the layout whose kernel has no backward pass, and take it out where it is in."""
@@ -154,9 +142,6 @@ class Eight(Quantized):
         codes, scales = (W, None) if m.weight.has_fp16_weights else quantized(W)
         return {"codes": codes, "scales": scales}
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
-        return super().fixed(m, name) or (lacking("int8_vectorwise_quant") if name == "weight" else None)
-
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
         return {"codes": m.weight.data, "scales": scales_of(m)}
 
@@ -170,9 +155,8 @@ class Eight(Quantized):
         return bool(m.weight.is_floating_point() and m.weight.has_fp16_weights)
 
     def unreadable(self, m: nn.Module) -> str | None:
-        if m.weight.is_floating_point():
-            return lacking("int8_vectorwise_quant")
-        return "its weight has no scales (SCB): load the model again" if scales_of(m) is None else None
+        scaled = m.weight.is_floating_point() or scales_of(m) is not None
+        return None if scaled else "its weight has no scales (SCB): load the model again"
 
     def put(self, m: nn.Module, values: dict[str, object]) -> None:
         old, codes, scales = m.weight, values["codes"], values["scales"]

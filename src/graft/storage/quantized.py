@@ -27,7 +27,6 @@ class Quantized(Dense):
     name = "quantized"
     exact = live = False
     parts: tuple[str, ...] = ("weight",)  # attributes of the module that make up the packed weight
-    writes = True  # graft knows how to quantize anew
     calibrated: str | None = None  # why there is no writing: "its weight is … codes that were calibrated"
 
     def values(self, m: nn.Module) -> Tensor:
@@ -131,9 +130,6 @@ class Quantized(Dense):
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True if the module's own backward pass is wrong: see `straight.py`."""
         return False
-
-    def protect(self, y: Tensor) -> Tensor:
-        return y
 
 
 def put(m: nn.Module, values: Mapping[str, Any]) -> None:

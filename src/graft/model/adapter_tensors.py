@@ -68,9 +68,8 @@ def adapter_tensors(
     adapter_name: str = "default",
     layout: str = "peft",
     dtype: torch.dtype | None = None,
-    gather: bool = True,
 ) -> AdapterTensors:
-    """Return an adapter as tensors in the layout of a server; change nothing.
+    """Return an adapter as tensors in the layout of a server; change nothing. All processes that hold it call this.
 
     Of PiSSA and its like the tensors are for the base as it was: twice the rank.
 
@@ -78,7 +77,6 @@ def adapter_tensors(
         layout: "peft"; "vllm", which is "vllm-3d" for families whose experts vLLM holds as stacks and "vllm-2d" for
             others; "vllm-shared", "sglang" or "sglang-shared". They differ in experts only, in their names and shapes.
         dtype: of the tensors; that of A if None.
-        gather: collect what several processes hold together, for which all of them call this; False: they have done so.
 
     Raises:
         ConfigError: there is no such layout.
@@ -95,7 +93,7 @@ def adapter_tensors(
     if layout == "vllm":
         layout = "vllm-3d" if blocks.stacked_in_vllm else "vllm-2d"
     view = View(adapter_name, parts, prefix, blocks, layout)
-    if why := [*reasons(view, config, model, gather)]:
+    if why := [*reasons(view, config, model)]:
         raise LossError(f"Adapter '{adapter_name}' cannot be given to a server as '{layout}': {'; '.join(why)}.")
     ranks_here = save.ranks_of_adapters(model, [adapter_name])
     first = not ranks_here or dist.get_rank() == ranks_here[0]
@@ -157,7 +155,7 @@ def is_stack(layer: AdapterLayer) -> bool:
 # what no server does
 
 
-def reasons(view: View, config: PeftConfig | None, model: nn.Module, gather: bool) -> Iterator[str]:
+def reasons(view: View, config: PeftConfig | None, model: nn.Module) -> Iterator[str]:
     """Yield why an adapter cannot be given to a server in a layout."""
     if config is not None and config.peft_type != "LORA":
         yield f"it is {config.peft_type.value}, and servers load LoRA: convert it (graft.convert_to_lora)"
@@ -176,9 +174,6 @@ def reasons(view: View, config: PeftConfig | None, model: nn.Module, gather: boo
         yield "it repeats layers of the base: serve the model with these"
     if group_in(model.modules()) is not None:
         yield "its layers are stages of a pipeline: save it, join them (graft.join_stages), and load that"
-    tensors = [slot.tensor for carrier in view.parts.carriers() for slot in carrier.slots(view.adapter)]
-    if not gather and any(layout_of(t) is not None for t in tensors):
-        yield "its tensors are spread over processes, and gather=False"
 
 
 def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -185,28 +185,27 @@ def audit(
         names = list(dict.fromkeys(name for carrier in carriers for name in carrier.adapters))
     else:
         carriers, names = list(registry.carriers()), list(registry.peft_config)
-    report = AuditReport()
-    measure(parts_of_active(carriers), report, has_stepped(model, registry, optimizer))
+    report, parts = AuditReport(), parts_of_active(carriers)
+    measure(parts, report, has_stepped(model, registry, optimizer))
     if loss is None:
-        look(parts_of_active(carriers), report)
+        look(parts, report)
         report.after = "a backward pass" if any(p.grad is not None for p in model.parameters()) else ""
     else:
         with tried(model, carriers, loss) as called:
-            look(parts_of_active(carriers), report, called)
+            look(parts, report, called)
         report.after = "a backward pass of its own"
     if not report.after:
         report.no_gradient.clear()
         if was_trained(registry):
             report.after = "training, whose gradients are gone"
     report.not_trained = frozen(carriers)
+    configs = {name: config_of(model, name) for name in names}
     by_name = {name: parts_of(model, name) for name in names}
-    report.not_saved = unsaved(
-        model, [(name, parts, base, config_of(model, name)) for name, (parts, _, base) in by_name.items()]
-    )
+    report.not_saved = unsaved(model, [(name, own, base, configs[name]) for name, (own, _, base) in by_name.items()])
     if optimizer is not None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         report.not_optimized = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-        report.far_rates = far_rates(parts_of_active(carriers), {n: config_of(model, n) for n in names}, optimizer)
+        report.far_rates = far_rates(parts, configs, optimizer)
     return report
 
 
@@ -266,14 +265,14 @@ def was_trained(registry: Any) -> bool:
 def measure(parts: list[Part], report: AuditReport, stepped: bool) -> None:
     """Enter into a report how large the updates of these parts are, and what is wrong with their values."""
     report.stepped = stepped
-    for part, size in zip(parts, sizes(parts)):
-        if not size.finite:
+    for part, (finite, share) in zip(parts, sizes(parts)):
+        if not finite:
             report.broken.append(part.label)
-        elif math.isfinite(size.weight) and size.weight and not math.isnan(size.update):
-            report.updates[part.label] = size.share
-            if size.share > HUGE and not starts_large(part):
+        elif not math.isnan(share):
+            report.updates[part.label] = share
+            if share > HUGE and not starts_large(part):
                 report.exploded.append(part.label)
-            elif stepped and size.share < TINY:
+            elif stepped and share < TINY:
                 report.not_moved.append(part.label)
 
 
@@ -357,45 +356,20 @@ def far_rates(parts: Iterable[Part], configs: dict[str, PeftConfig], optimizer: 
 # how large updates are
 
 
-UNKNOWN = math.nan
-
-
-class Size(NamedTuple):
-    """Of an adapter on one carrier. NaN: not known."""
-
-    largest: float = 0.0  # magnitude of a parameter; inf or NaN if one is not finite
-    update: float = UNKNOWN  # Frobenius norm of what it adds to the weight, or makes of it
-    weight: float = UNKNOWN  # of the weight without it
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.largest)
-
-    @property
-    def share(self) -> float:
-        """The update as a share of its weight; NaN if that is not known, or the weight is 0."""
-        return self.update / self.weight if self.weight else UNKNOWN
-
-
 @torch.no_grad()
-def sizes(parts: Sequence[Part]) -> list[Size]:
-    """Measure parts of an audit, with one wait for each device."""
-    numbers: dict[torch.device, list[tuple[int, str, Tensor]]] = defaultdict(list)
-    for i, part in enumerate(parts):
-        tensors: list[Tensor] = [p for p in part.parameters if is_plain(p) and p.numel() and layout_of(p) is None]
-        if len(tensors) < len(part.parameters):
-            continue  # in parts, or elsewhere
-        for p, norm in zip(tensors, torch._foreach_norm(tensors, math.inf)):
-            numbers[p.device].append((i, "largest", norm))
-        for name, norm in zip(("update", "weight"), norms(part.carrier, part.adapter)):
-            numbers[norm.device].append((i, name, norm))
-    found: list[dict[str, float]] = [{} for _ in parts]
-    for of_device in numbers.values():
-        read = torch.stack([norm.float() for _, _, norm in of_device]).tolist()
-        for (i, name, _), value in zip(of_device, read):
-            before = found[i].get(name, 0.0)
-            found[i][name] = before if math.isnan(before) else value if math.isnan(value) else max(before, value)
-    return [Size(**values) for values in found]
+def sizes(parts: Sequence[Part]) -> list[tuple[bool, float]]:
+    """Return whether the values of each part are finite, and its update as a share of the weight, NaN if that is not
+    known. With a few waits for each device."""
+    plain = [all([is_plain(p) and p.numel() and layout_of(p) is None for p in part.parameters]) for part in parts]
+    read = [part.parameters if here else [] for part, here in zip(parts, plain)]  # else in parts, or elsewhere
+    pairs = [norms(part.carrier, part.adapter) if here else () for part, here in zip(parts, plain)]
+    numbers = iter(largest([t for own, pair in zip(read, pairs) for t in (*own, *pair)]))
+    found = []
+    for own, pair in zip(read, pairs):
+        finite = math.isfinite(sum([next(numbers) for _ in own]))
+        update, weight = [next(numbers) for _ in pair] or (0.0, 0.0)
+        found.append((finite, update / weight if weight and math.isfinite(weight) else math.nan))
+    return found
 
 
 def norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:

@@ -65,23 +65,19 @@ def dropouts(config: PeftConfig) -> list[str]:
     return [f"{name}={value}" for name, value in found if value and not isinstance(value, bool)]
 
 
-def eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) -> dict[str, int]:
-    """Return how many carriers have each adapter that trains with dropout, if all of these are in eval mode."""
+def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) -> None:
+    """Warn of each adapter whose dropout does not act in this backward pass: all its carriers are in eval mode."""
     modes: dict[str, list[bool]] = defaultdict(list)
     for part in parts:
         if hasattr(part.carrier, "training") and part.adapter in configs:
             modes[part.adapter].append(part.carrier.training)
-    return {name: len(m) for name, m in modes.items() if not any(m) and dropouts(configs[name])}
-
-
-def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) -> None:
-    """Warn of each adapter whose dropout does not act in this backward pass."""
-    for name, n in eval_mode_dropout(parts, configs).items():
-        warn(
-            f"Adapter '{name}' trains without its {', '.join(dropouts(configs[name]))}: its {n} modules are in eval "
-            "mode, as from_pretrained() leaves a model. Call model.train() before training.",
-            PeftWarning,
-        )
+    for name, training in modes.items():
+        if dropped := [] if any(training) else dropouts(configs[name]):
+            warn(
+                f"Adapter '{name}' trains without its {', '.join(dropped)}: its {len(training)} modules are in eval "
+                "mode, as from_pretrained() leaves a model. Call model.train() before training.",
+                PeftWarning,
+            )
 
 
 def tell_once(carriers: Iterable[Carrier], configs: dict[str, PeftConfig], adapter: str) -> None:

@@ -76,7 +76,7 @@ def test_the_best_come_first():
 def test_asha_tries_everything_and_takes_the_best_up(slots):
     n, drawn = 32, random.Random(slots)
     quality = [drawn.random() for _ in range(n)]
-    asha, busy, done = search.Asha(n, 3, 1 / 4), [], []
+    asha, busy, done = search.Asha(range(n), 3, 1 / 4), [], []
     while True:
         while len(busy) < slots and (job := asha.next()):
             busy.append(job)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise, product
 from typing import Any
 
@@ -83,43 +83,33 @@ class Asha:
     goes on at once, and nobody waits for the others.
 
     Args:
-        n: number of settings.
+        settings: their numbers.
     """
 
-    def __init__(self, n: int, rungs: int, keep: float):
+    def __init__(self, settings: Iterable[int], rungs: int, keep: float):
         self.keep, self.top = keep, rungs - 1
         self.losses: list[dict[int, float]] = [{} for _ in range(rungs)]
         self.promoted: list[set[int]] = [set() for _ in range(rungs)]
-        self.fresh, self.busy = list(range(n)), 0  # busy: of which nobody has told yet
+        self.fresh, self.busy = list(settings), 0  # busy: of which nobody has told yet
 
     def next(self) -> tuple[int, int] | None:
         """Return (setting, rung) of what to train next: the highest promotion, else a new setting; None if none is.
 
         Where a rung has seen too few for one to go on, and nothing else is to come, its best goes on nevertheless.
         """
-        job = self._promotion() or ((self.fresh.pop(0), 0) if self.fresh else None) or self._last()
+        job = self._promotion() or ((self.fresh.pop(0), 0) if self.fresh else None)
+        if job is None and not self.busy and not any(map(math.isfinite, self.losses[self.top].values())):
+            job = self._promotion(of_few=True)
         self.busy += job is not None
         return job
 
-    def _promotion(self) -> tuple[int, int] | None:
+    def _promotion(self, of_few: bool = False) -> tuple[int, int] | None:
         for rung in range(self.top - 1, -1, -1):
             losses = self.losses[rung]
-            ready = best_of(losses, math.floor(len(losses) * self.keep + 1e-9))
-            for i in ready:
+            for i in best_of(losses, len(losses) if of_few else math.floor(len(losses) * self.keep + 1e-9)):
                 if i not in self.promoted[rung] and math.isfinite(losses[i]):
                     self.promoted[rung].add(i)
                     return i, rung + 1
-        return None
-
-    def _last(self) -> tuple[int, int] | None:
-        if self.busy or any(map(math.isfinite, self.losses[self.top].values())):
-            return None
-        for rung in range(self.top - 1, -1, -1):
-            losses = self.losses[rung].items()
-            left = {i: loss for i, loss in losses if i not in self.promoted[rung] and math.isfinite(loss)}
-            for i in best_of(left, 1):
-                self.promoted[rung].add(i)
-                return i, rung + 1
         return None
 
     def tell(self, i: int, rung: int, loss: float) -> None:

@@ -279,18 +279,19 @@ class Job:
     def climb(self, mine: Iterable[int], ladder: list[int], keep: float, slots: int) -> None:
         """Train `slots` settings at a time; which next, Asha says."""
         own = list(mine)
-        asha, busy = Asha(len(own), len(ladder), keep), dict[int, int]()
+        asha, busy = Asha(own, len(ladder), keep), dict[int, int]()
         while any(self.trials[i].state not in OVER for i in own):
             while len(busy) < slots and (job := asha.next()) is not None:
-                busy[job[0]] = job[1]
-                self.let_go_on(self.trials[own[job[0]]], ladder[job[1]])
+                i, rung = job
+                busy[i] = rung
+                self.let_go_on(self.trials[i], ladder[rung])
             if not busy:
                 break
-            self.rounds(lambda: all(self.runs[self.trials[own[i]].name].goes_on for i in busy))
-            there = [i for i in busy if not self.runs[self.trials[own[i]].name].goes_on]
-            self.measure([own[i] for i in there], [ladder[busy[i]] for i in there])
+            self.rounds(lambda: all(self.runs[self.trials[i].name].goes_on for i in busy))
+            there = [i for i in busy if not self.runs[self.trials[i].name].goes_on]
+            self.measure(there, [ladder[busy[i]] for i in there])
             for i in there:
-                asha.tell(i, busy.pop(i), self.trials[own[i]].loss)
+                asha.tell(i, busy.pop(i), self.trials[i].loss)
         self.share()
         self.best({i: trial.loss for i, trial in enumerate(self.trials)}, 1)
         for trial in self.trials:

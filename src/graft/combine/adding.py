@@ -50,8 +50,7 @@ def union_of(configs: Sequence[Any], mixed: str = MIXED, like: Any = None) -> An
             setattr(cfg, name, next((v for c in configs if (v := getattr(c, name, None)) is not None), None))
     if hasattr(cfg, "target_parameters"):
         cfg.target_parameters = union_of_names(getattr(c, "target_parameters", None) for c in configs)
-    saved = [name for c in configs for name in getattr(c, "modules_to_save", None) or ()]
-    cfg.modules_to_save = list(dict.fromkeys(saved)) or None
+    cfg.modules_to_save = union_of_names(getattr(c, "modules_to_save", None) for c in configs)
     return cfg
 
 

@@ -65,10 +65,8 @@ def convert(
     lost: dict[str, float] = {}
     for key, layer in tqdm(layers.items(), desc="Converting to LoRA", unit="layer", disable=not progressbar):
         change = change_of(layer.methods[adapter], effects.get(key))
-        all_ranks = (
-            rank * len(change.A) if isinstance(rank, int) and layer.op.opaque else rank
-        )  # each matrix has `rank`
-        A, B, lost[key] = of_rank(change, all_ranks, decompose)
+        of_all = rank * len(change.A) if isinstance(rank, int) and layer.op.opaque else rank  # each matrix has `rank`
+        A, B, lost[key] = of_rank(change, of_all, decompose)
         changes[key] = Change(A, B, change.shift)
     report(adapter, rank, lost)
     made = adding.plain_lora([cfg])
@@ -102,13 +100,13 @@ def check(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[st
     check_rank(rank)
     if not layers:
         raise ConfigTypeError("Could not detect any layer that supports LoRA conversion.")
-    wrong = [
-        key
-        for key, layer in layers.items()
-        if (why_none(layer.methods[adapter], effects[key]) if key in effects else None) is not None
-        or not (key in effects or layer.supports_lora_conversion(adapter))
-    ]
-    if wrong:
+
+    def fits(key: str, layer: AdapterLayer) -> bool:
+        if key in effects:
+            return why_none(layer.methods[adapter], effects[key]) is None
+        return layer.supports_lora_conversion(adapter)
+
+    if wrong := [key for key, layer in layers.items() if not fits(key, layer)]:
         kinds = sorted({type(layers[key].methods[adapter]).__name__ for key in wrong})
         why = why_none(layers[wrong[0]].methods[adapter]) or "its layer says so"
         raise ConfigTypeError(

@@ -238,11 +238,14 @@ def test_compiled(folder):
 def unchanged(folder, error, text, on="llama", **options):
     base = models.make(on)
     before = {n: (p.clone(), p.requires_grad) for n, p in base.named_parameters()}
+    [*base.train().modules()][-1].eval()
+    modes = [m.training for m in base.modules()]
     with pytest.raises(error, match=text):
         made(graft, folder, base=base, **options)
     after = dict(base.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in after.items())
+    assert [m.training for m in base.modules()] == modes
 
 
 def test_what_cannot_be_made(folder, tmp_path):

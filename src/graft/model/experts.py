@@ -158,14 +158,11 @@ class XLoraRegistry(LayerRegistry):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
         try:
             yield
         except BaseException:
             self.unload()
             self.holder._modules.pop(CLASSIFIER, None)
-            for p in trained:
-                p.requires_grad = True
             raise
 
     def check_new(self, adapter_name: str, config: PeftConfig) -> None:
@@ -268,7 +265,7 @@ def create_arrow_model(
         raise ConfigError(f"top_k={arrow_config.top_k} is more than the {len(tasks)} experts.")
     general = {f"{GENERAL}{i}": path for i, path in enumerate(general_adapter_paths or ()) if arrow_config.use_gks}
     sources = {name: source_of(path) for name, path in {**tasks, **general}.items()}
-    trained = [p for p in base_model.parameters() if p.requires_grad]
+    modes = [(m, m.training) for m in base_model.modules()]
     model: PeftModel | None = None
     try:
         for name, (where, subfolder) in sources.items():
@@ -286,8 +283,8 @@ def create_arrow_model(
     except BaseException:
         if model is not None:
             registry_of(model).unload()
-        for p in trained:
-            p.requires_grad = True
+        for module, training in modes:
+            module.training = training
         raise
     model.set_adapter(ROUTER)
     return model

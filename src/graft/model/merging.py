@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 
@@ -226,7 +226,7 @@ def unload(model: nn.Module, frozen: Set[str] | None) -> None:
     Args:
         frozen: names of parameters; None: leave all as they are.
     """
-    survey_places(model, restore)
+    restore(model)
     release(model.modules())
     if "peft_config" in model.__dict__:
         del model.peft_config
@@ -237,31 +237,22 @@ def unload(model: nn.Module, frozen: Set[str] | None) -> None:
                 p.requires_grad_(name not in frozen)
 
 
-def restore(parent: nn.Module, name: str, child: nn.Module) -> None:
-    """Put what an adapter layer or wrapper holds in its place."""
-    carrier = carrier_of(child)
-    if carrier is not None:
-        parent._modules[name] = innermost(child) if nest_of(child) else carrier.remainder
-
-
-def survey_places(model: nn.Module, act: Callable[[nn.Module, str, nn.Module], object]) -> None:
-    """Call `act(parent, name, child)` once for every module that is not inside a layer or wrapper.
-
-    Modules inside a block, or one whose parameters are adapted, are not inside a layer.
-    """
+def restore(model: nn.Module) -> None:
+    """Put what adapter layers and wrappers hold in their places, also in blocks and where parameters are adapted."""
     seen: set[int] = set()
 
     def visit(module: nn.Module) -> None:
         for name, child in list(module._modules.items()):
             if child is None:
                 continue
-            act(module, name, child)
-            if nest_of(child) or is_block(carrier_of(child)):
+            carrier, nested = carrier_of(child), nest_of(child)
+            if carrier is not None:
+                module._modules[name] = innermost(child) if nested else carrier.remainder
+            if nested or is_block(carrier):
                 child = innermost(child)
-            if id(child) in seen or carrier_of(child) is not None:
-                continue
-            seen.add(id(child))
-            visit(child)
+            if id(child) not in seen and carrier_of(child) is None:
+                seen.add(id(child))
+                visit(child)
 
     visit(model)
 

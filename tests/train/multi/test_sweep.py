@@ -264,6 +264,15 @@ def test_a_loss_that_is_infinite_at_the_end_keeps_nothing(monkeypatch):
     assert [t.state for t in found.trials] == ["dropped", "kept"] and found.runs.names == ["s1"]
 
 
+def test_an_error_gives_the_base_back():
+    base = tiny()
+    before = {name: p.clone() for name, p in base.state_dict().items()}
+    with pytest.raises(ConfigError, match="positive"):
+        swept(space={"r": [2, -1]}, model=base)
+    assert {*before} == {*base.state_dict()} and not hasattr(base, "peft_config")
+    assert all(torch.equal(t, before[name]) for name, t in base.state_dict().items())
+
+
 def test_settings_that_fail():
     with pytest.warns(graft.PeftWarning, match="not finite"):
         found = swept(space={"lr": [1e-3, math.nan, 1e-2]}, optimizer=torch.optim.SGD, rungs=2)

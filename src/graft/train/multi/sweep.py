@@ -164,6 +164,7 @@ def sweep(
     Raises:
         ConfigError: space, search or rungs are none, the folder has another sweep, or every setting has failed.
         FolderInUseError: another process, or thread, is at a sweep in the folder. Nothing has changed.
+        Whatever is raised, the model is as it was.
     """
     ladder = budgets(steps, keep, rungs)
     settings = settings_in(space, search, n, seed)
@@ -187,12 +188,16 @@ def sweep(
     arguments = {"optimizer": optimizer, "seed": seed, "asha": asha, "options": options}
     mine = range(rank, len(trials), world)
     with job.alone(mine):
-        job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep, **arguments})
-        if asha is None:
-            job.halve(mine, ladder, keep)
-        else:
-            job.climb(mine, ladder, keep, asha)
-        job.finish(mine, len(ladder))
+        try:
+            job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep, **arguments})
+            if asha is None:
+                job.halve(mine, ladder, keep)
+            else:
+                job.climb(mine, ladder, keep, asha)
+            job.finish(mine, len(ladder))
+        except BaseException:
+            job.runs.unload()
+            raise
     return Sweep(trials, job.runs, job.folder)
 
 

@@ -233,6 +233,23 @@ def test_memory_that_ends_at_a_look_at_validation_data(ends):
         looked(crowded(lambda _: ends())[0], big)
 
 
+def test_a_failed_add_of_an_adapter_that_is_there():
+    model = graft.get_peft_model(tiny(), lora(), "there")
+    for trains in (False, True):
+        model.set_requires_grad("there", trains)
+        runs = MultiTrain(model)
+        with pytest.raises(graft.ConfigError, match="optimizer must make one"):
+            runs.add("there", data=batches(1), optimizer=lambda _: None)
+        assert {p.requires_grad for _, p in model.adapter_parameters("there")} == {trains}
+
+
+def test_a_look_at_runs_that_are_not_there():
+    runs = MultiTrain(tiny())
+    assert runs.evaluate([], batches(1)) == {}
+    with pytest.raises(graft.AdapterNotFoundError, match="There is no run 'other'"):
+        runs.evaluate(["other"], batches(1))
+
+
 def test_what_a_method_reads_goes_with_it():
     """Else batches of other runs would hand it on to a base that does not know it."""
     runs = MultiTrain(tiny())

@@ -232,9 +232,10 @@ class MultiTrain:
         state = None if self.folder is None else run_file.load(name, self.folder)
         with draws:
             new = self._inject(name, config, heads() if callable(heads) else heads)
+        model = self._adapted
+        registry, own_config = registry_of(model), model.peft_config[name]
+        trained = any(p.requires_grad for _, p in model.adapter_parameters(name))
         try:
-            model = self._adapted
-            registry, own_config = registry_of(model), model.peft_config[name]
             registry.set_requires_grad(name, True)
             parameters = [p for _, p in model.adapter_parameters(name)]
             drawn = loss is not None or description is not None
@@ -276,6 +277,8 @@ class MultiTrain:
         except BaseException:
             if new:
                 self._take_out(name)
+            elif not trained:
+                registry.set_requires_grad(name, False)
             raise
         self._runs[name] = run
         self._fans = {}
@@ -607,10 +610,13 @@ class MultiTrain:
         What the data draw they draw anew each time, whoever looks, whenever.
 
         Raises:
+            AdapterNotFoundError: there is no such run.
             ConfigError: the data hold no batch, or no rows, or a batch is no mapping.
         """
+        sums: dict[str, list[Tensor]] = {self[name].name: [] for name in names}
+        if not names:
+            return {}
         self._mode(False)
-        sums: dict[str, list[Tensor]] = {name: [] for name in names}
         rows: list[int] = []
 
         def take(group: list[Part], losses: list[Tensor]) -> None:

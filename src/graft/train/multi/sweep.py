@@ -338,7 +338,7 @@ class Job:
         """Note where trials stand, with their loss on validation data at these steps."""
         runs = [self.runs[self.trials[i].name] for i in trials]
         new = [run.name for run, step in zip(runs, steps) if run.state != FAILED and looked(run, step) is None]
-        for name, loss in (self.runs.evaluate(new, self.valid) if new else {}).items():
+        for name, loss in self.runs.evaluate(new, self.valid).items():
             self.runs[name].valid.append(Valid(self.runs[name].step, loss))
         for i, run, step in zip(trials, runs, steps):
             trial, seen = self.trials[i], looked(run, step)

@@ -43,7 +43,8 @@ def checkpoint():
 
 before = [is_peft_available(), getattr(trainer, "PeftModel", None), getattr(trainer_utils, "PeftModel", None)]
 alias.install()
-assert is_peft_available() and trainer.PeftModel is trainer_utils.PeftModel is graft.PeftModel
+users = [m for m in (trainer, trainer_utils) if "PeftModel" in open(m.__file__).read()]  # one of them in transformers 4
+assert is_peft_available() and {m.PeftModel for m in users} == {graft.PeftModel}
 files, model = checkpoint()
 assert files == {"adapter_model.safetensors"}, files
 assert is_peft_model(model)

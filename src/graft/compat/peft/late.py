@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from types import FunctionType, ModuleType
+from types import FunctionType, GenericAlias, ModuleType
 
 from graft.core.errors import some
 
@@ -179,6 +179,8 @@ def is_of(value: object, real: Mapping[str, ModuleType]) -> bool:
         return real.get(value.__name__) is value
     if isinstance(value, FunctionType):
         return value.__module__ in real
+    if isinstance(value, GenericAlias):  # a type by `isinstance` under Python 3.10: list[int]
+        return False
     return isinstance(value, type) and any(vars(c).get("__module__") in real for c in type.mro(value))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +82,8 @@ class Injection(Job):
             self.frozen_before = frozen(self.model, tree)
             for p in tree.owners:
                 p.requires_grad = False
-        for where, base in tree.vacant:
-            attach(where, base)
+        for path, base in tree.vacant.items():
+            attach(tree.places_of(path), base)
         nests: dict[str, list[AdapterLayer]] = {path: list(layers) for path, layers in tree.nests.items()}
         for key, layer in self.layers.items():
             if not self.options.provisional:
@@ -93,13 +93,13 @@ class Injection(Job):
             if layer.op.opaque:
                 nests.setdefault(layer.site.path, []).append(layer)
             else:
-                attach(tree.places[key], layer)
+                attach(tree.places_of(key), layer)
         for path, layers in nests.items():
-            nest(tree.places[path], layers, innermost(tree.modules[path]))
+            nest(tree.places_of(path), layers, innermost(tree.modules[path]))
         for key, wrapper in self.wrappers.items():
             if key not in tree.wrappers:
                 module = TrainableTokensWrapper(wrapper) if isinstance(wrapper, RowsLayer) else wrapper
-                attach(tree.places[key], module.train(tree.modules[key].training))
+                attach(tree.places_of(key), module.train(tree.modules[key].training))
         for bias in self.biases:
             bias.requires_grad = True  # `build` has made Parameters of them
 
@@ -142,20 +142,20 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def attach(place: Place, module: nn.Module) -> None:
-    parent, name = place
-    if "activation_relu_or_gelu" in parent.__dict__:
-        parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
-    parent._modules[name] = module  # setattr would only look the old one up again
+def attach(places: Iterable[Place], module: nn.Module) -> None:
+    for parent, name in places:
+        if "activation_relu_or_gelu" in parent.__dict__:
+            parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
+        parent._modules[name] = module  # setattr would only look the old one up again
 
 
-def nest(place: Place, layers: list[AdapterLayer], base: nn.Module) -> None:
+def nest(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Module) -> None:
     """Put layers of parameters of one module around it, each around those of the parameters before its own."""
     inner: nn.Module = base
     for layer in inside_out(layers) if layers else ():
         layer._modules["base_layer"] = inner
         inner = layer
-    attach(place, inner)
+    attach(places, inner)
 
 
 def check_bias(cfg: PeftConfig, others: Collection[object]) -> None:

@@ -244,7 +244,8 @@ class Steps:
 def paths_of(tree: Tree) -> dict[nn.Module, str]:
     """Return the path of each module that a survey shows; of those around and within layers of parameters, too."""
     paths = dict(tree.paths)
-    for (parent, name), base in tree.vacant:
+    for path, base in tree.vacant.items():
+        parent, name = tree.places[path]
         paths[parent._modules[name]] = paths[base]  # type: ignore[index]
     for path, nest in tree.nests.items():
         paths |= dict.fromkeys((*nest, innermost(tree.modules[path])), path)

@@ -218,10 +218,11 @@ class Tree:
     root: nn.Module = field(default_factory=nn.Module)  # the model, without wrappers around it
     modules: dict[str, nn.Module] = field(default_factory=dict)  # by path; layers and wrappers are leaves, blocks not
     places: dict[str, Place] = field(default_factory=dict)
+    again: dict[str, list[Place]] = field(default_factory=dict)  # where else the module of a path stands
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
     owners: dict[nn.Parameter, int] = field(default_factory=dict)  # number of the base's modules that hold a parameter
-    vacant: list[tuple[Place, nn.Module]] = field(default_factory=list)  # (place, base) where no adapter is left
+    vacant: dict[str, nn.Module] = field(default_factory=dict)  # bases of carriers that have no adapter left
     nests: dict[str, list[AdapterLayer]] = field(
         default_factory=dict
     )  # layers of parameters of one module, by its path
@@ -229,6 +230,10 @@ class Tree:
     parameters: int = 0
     absent: dict[str, str] = field(default_factory=dict)  # path of a module of another pipeline stage → of its parent
     checkpointing: bool = False  # some module has gradient checkpointing switched on
+
+    def places_of(self, path: str) -> list[Place]:
+        """Return the places of a module: several if one object has several names, as the embedding of a T5."""
+        return [self.places[path], *self.again.get(path, ())]
 
     @cached_property
     def paths(self) -> dict[nn.Module, str]:
@@ -245,7 +250,7 @@ def survey(model: nn.Module) -> Tree:
     """Walk `model` once, but not into layers, unless they are blocks, and wrappers. One without adapters counts as the
     module beneath it."""
     tree = Tree(root=model)
-    seen: set[nn.Module] = set()
+    seen: dict[nn.Module, str] = {}
 
     modules, places, owners = tree.modules, tree.places, tree.owners
     numbers = 0
@@ -254,15 +259,17 @@ def survey(model: nn.Module) -> Tree:
         for name, child in module._modules.items():
             if child is None:
                 continue
-            count(child)
+            place, inner = innermost_place(module, name)
             if child in seen:
+                if inner is child:  # else it follows what is put into its wrapper
+                    tree.again.setdefault(seen[child], []).append(place)
                 continue
-            seen.add(child)
             key = f"{path}.{name}" if path else name
-            place, child = innermost_place(module, name)
-            modules[key] = child
+            count(child)
+            seen[child] = key
+            modules[key] = inner
             places[key] = place
-            look_into(child, key)
+            look_into(inner, key)
 
     def count(module: nn.Module) -> None:
         nonlocal numbers
@@ -297,7 +304,7 @@ def survey(model: nn.Module) -> Tree:
             modules[path] = base
         tree.nests[path] = live
         tree.layers.update({layer.site.key: layer for layer in live})
-        seen.add(base)
+        seen[base] = path
         count(base)
         for layer in live:
             undone(layer)
@@ -308,15 +315,15 @@ def survey(model: nn.Module) -> Tree:
         if not host.adapters:
             if not path:  # the model itself
                 return
-            tree.vacant.append((places[path], base))
-            seen.add(base)
+            tree.vacant[path] = base
+            seen[base] = path
             modules[path] = base
             count(base)
             look_into(base, path)
             return
         (tree.wrappers if host.beside else tree.layers)[path] = host
         if is_block(host):
-            seen.add(base)
+            seen[base] = path
             count(base)
             visit(base, path)
             return

@@ -11,6 +11,7 @@ from graft.config.targets import MIXERS
 from graft.core import merging
 from graft.core.base_config import model_type
 from graft.core.carrier import carrier_of, layer_in
+from graft.core.embeddings import input_embeddings
 from graft.core.errors import ConfigError, UnsupportedLayerError, warn
 from graft.core.method import Method
 from graft.core.ops import find_op
@@ -97,12 +98,7 @@ def weight_of(module: nn.Module) -> nn.Parameter | None:
 
 def embedding_path(model: object, tree: Tree) -> str | None:
     """Return the path of a model's input embedding; None if the model does not tell."""
-    if not hasattr(model, "get_input_embeddings"):
-        return None
-    try:
-        embedding = uncovered(model.get_input_embeddings())
-    except NotImplementedError:
-        return None
+    embedding = uncovered(input_embeddings(model))
     return None if embedding is None else tree.paths.get(embedding)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graft.config.reading import read_object
 from graft.config.targets import EMBEDDING_NAMES
 from graft.core.carrier import layer_in
+from graft.core.embeddings import input_embeddings, output_embeddings
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
 from graft.core.method import Use
@@ -236,10 +237,13 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
     if not hasattr(base, "get_input_embeddings"):
         warn("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.")
         return {}
-    model: nn.Module = base
-    layers = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    layers = [m for m in (input_embeddings(base), output_embeddings(base)) if m is not None]
     out: dict[str, Tensor] = {}
+    seen = set()  # one module may have several names
     for key, module in walk(base):
+        if module in seen:
+            continue
+        seen.add(module)
         if layer_in(module) is module:
             if any(module is m or module.base_layer is m for m in layers):
                 out |= {f"{key}.base_layer.{n}": p for n, p in tensors_below(module.base_layer).items()}

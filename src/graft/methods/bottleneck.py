@@ -21,7 +21,8 @@ from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite, Tap
-from graft.core.errors import ConfigError, NoMatchingPeftModuleError
+from graft.core.embeddings import input_embeddings, output_embeddings
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError
 from graft.core.method import Layers, Method
 from graft.core.published import Published
 from graft.methods.places import Block, blocks_of, hidden_size, named, walk
@@ -203,16 +204,22 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
 
     Raises:
         NoMatchingPeftModuleError: there is no embedding.
+        UnsupportedLayerError: the decoder has the encoder's.
     """
     modules = dict(walk(model))
+    if "encoder.embed_tokens" in modules and modules["encoder.embed_tokens"] is modules.get("decoder.embed_tokens"):
+        raise UnsupportedLayerError(
+            f"The encoder and the decoder of {type(model).__name__} have one module for their embeddings, and an "
+            "invertible adapter is the encoder's alone: use transformers 5, under which each has its own, or a config "
+            "with inv_adapter=None."
+        )
     paths = {id(module): path for path, module in modules.items()}
-    embedding: Any = bare(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
+    embedding: Any = bare(input_embeddings(model))
     path = embedded([path for path, module in modules.items() if module is embedding], modules)
     if path is None:
         raise NoMatchingPeftModuleError(f"{type(model).__name__} has no input embeddings for an invertible adapter.")
     places = {path: Place("embedding", embedding.weight.shape[1])}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = paths.get(id(bare(get_head()))) if get_head is not None and "decoder" not in modules else None
+    head = paths.get(id(bare(output_embeddings(model)))) if "decoder" not in modules else None
     if head and cfg.inverse_before_head:
         places[head] = Place("head", embedding.weight.shape[1])
     return places
@@ -231,7 +238,7 @@ def embedded(paths: list[str], modules: Collection[str]) -> str | None:
     return None
 
 
-def bare(module: nn.Module) -> nn.Module:
+def bare(module: nn.Module | None) -> nn.Module | None:
     """Return a module as it is without adapters."""
     return None if module is None else next(walk(module))[1]
 

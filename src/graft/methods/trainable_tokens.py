@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
+from graft.core.embeddings import input_embeddings
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Use
 from graft.core.published import COMPARISON, Published
@@ -124,10 +125,5 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
 def input_embedding(model: nn.Module) -> str | None:
     """Return the path of a model's input embedding; None if the model does not tell."""
-    if not hasattr(model, "get_input_embeddings"):
-        return None
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        return None
+    embedding = input_embeddings(model)
     return next((name for name, m in model.named_modules() if m is embedding), None)

@@ -12,6 +12,7 @@ from torch import nn
 
 from graft.core import merging
 from graft.core.carrier import carrier_of
+from graft.core.embeddings import input_embeddings, output_embeddings
 from graft.core.errors import warn
 from graft.core.gate import changes, everything
 from graft.core.layer import AdapterLayer
@@ -273,9 +274,9 @@ def declared_tied(model: nn.Module) -> Iterator[nn.Module]:
 def retie(model: nn.Module) -> None:
     """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
     config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+    if not getattr(config, "tie_word_embeddings", False):
         return
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    inputs, outputs = input_embeddings(model), output_embeddings(model)
     for module in declared_tied(model):  # those of an encoder and a decoder
         own = module.weight
         if inputs is not None and own is not inputs.weight and not own.is_meta and torch.equal(own, inputs.weight):

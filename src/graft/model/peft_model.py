@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
+from graft.core.embeddings import input_embeddings
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn, who
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, copies_of
@@ -453,8 +454,8 @@ class PeftModel(nn.Module):
             return
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+        elif (embeddings := input_embeddings(model)) is not None:
+            embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
 
     # saving
 

@@ -128,7 +128,7 @@ class AdapterSlots:
                 key: SlotLayer(site, self.sizes, self._choice, keep_gathered, dtype, gains)
                 for key, site in sites.items()
             }
-        self._places = {key: found.tree.places[key] for key in sites}
+        self._places = {key: found.tree.places_of(key) for key in sites}
         for key, layer in self.layers.items():
             attach(self._places[key], layer)
         self._known: dict[str, Known] = {}
@@ -579,8 +579,7 @@ class AdapterSlots:
             raise RoutingError("The slots are in use: leave the `using` block first.")
         with self.gate.change("AdapterSlots.remove()"):
             for key, layer in self.layers.items():
-                parent, name = self._places[key]
-                parent._modules[name] = layer.base_layer
+                attach(self._places[key], layer.base_layer)
             self.layers, self._slots, self._pinned = {}, {}, set()
             self._choice.gathered.clear()
         return self.model

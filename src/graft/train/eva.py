@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from graft.core.errors import CalibrationError, ConfigError, PeftWarning, some, warn
 from graft.core.layer import AdapterLayer
 from graft.core.pieces import refuse_pieces
+from graft.inject.inject import attach
 from graft.inject.match import minimal_names
 from graft.inject.parts import registry_of
-from graft.inject.survey import survey
+from graft.inject.survey import Place, survey
 from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute
 from graft.model.kept import in_mode
@@ -250,7 +251,7 @@ def apply(registry: LayerRegistry, adapter: str, values: dict[str, Tensor]) -> N
         if A is None:
             missing.append(key)
         elif not len(A):
-            take_off(registry, layer, key, adapter, tree.places[key])
+            take_off(registry, layer, key, adapter, tree.places_of(key))
             continue
         else:
             alpha *= len(A) / r if cfg.eva_config.adjust_scaling_factors else 1
@@ -305,14 +306,11 @@ def begin_anew(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tenso
         method.lora_A.weight.data.copy_(A)
 
 
-def take_off(
-    registry: LayerRegistry, layer: AdapterLayer, key: str, adapter: str, place: tuple[nn.Module, str]
-) -> None:
+def take_off(registry: LayerRegistry, layer: AdapterLayer, key: str, adapter: str, places: Iterable[Place]) -> None:
     """Take an adapter off a layer, and the layer off its module if it has no other."""
     layer.forget(adapter)
     if not layer.methods:
-        parent, name = place
-        parent._modules[name] = layer.base_layer
+        attach(places, layer.base_layer)
         del registry.layers[key]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from threading import Lock
 from typing import Any
 
 import torch
@@ -215,13 +216,42 @@ def measured(model: PeftModel, batch: int, length: int, on_gpu: bool) -> Step:
     """Run a training step on the meta device, and count the memory that lives in it."""
     live = Live(model)
     try:
-        with FusedAttention(on_gpu), live:
+        with autocast_on_meta(), FusedAttention(on_gpu), live:
             loss = loss_of(model, torch.zeros(batch, length, dtype=torch.long, device="meta"))
             activations = live.bytes
             torch.autograd.backward(loss)  # unlike `loss.backward`, within both modes: blocks may run again
     except NotImplementedError as e:
         raise ConfigError(f"{type(model.get_base_model()).__name__} computes what depends on values: {e}") from None
     return Step(activations, live.peak)
+
+
+AUTOCAST = Lock()  # one at a time has its class in torch's place
+
+
+@contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """Let models ask for autocast by the device of their inputs, as rotary embeddings of transformers 4 do to switch it
+    off: torch refuses to make one for the meta device, where there is none."""
+    real = torch.autocast
+
+    class Autocast(real):  # type: ignore[misc,valid-type]
+        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+            self.none = device_type == "meta"
+            if not self.none:
+                super().__init__(device_type, *args, **kwargs)
+
+        def __enter__(self) -> object:
+            return self if self.none else super().__enter__()
+
+        def __exit__(self, *raised: Any) -> object:
+            return None if self.none else super().__exit__(*raised)
+
+    with AUTOCAST:
+        torch.autocast = Autocast  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            torch.autocast = real  # type: ignore[misc]
 
 
 class Live(TorchDispatchMode):
@@ -276,20 +306,30 @@ class FusedAttention(TorchFunctionMode):
     """Attention that keeps what torch's fused kernels keep; on the meta device torch takes another form.
 
     Args:
-        with_dropout: those of a GPU have dropout, too.
+        on_gpu: those of a GPU have dropout, too, and heads that share keys, as those of a CPU have under a newer torch.
     """
 
-    def __init__(self, with_dropout: bool):
+    def __init__(self, on_gpu: bool):
         super().__init__()
-        self.with_dropout = with_dropout
+        self.on_gpu, self.shares_keys = on_gpu, on_gpu or cpu_shares_keys()
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             q, k, v = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-            if self.with_dropout or not (args[4] if len(args) > 4 else kwargs.get("dropout_p")):
+            drops = args[4] if len(args) > 4 else kwargs.get("dropout_p")
+            if (self.on_gpu or not drops) and (self.shares_keys or q.shape[-3] == k.shape[-3]):
                 return _Attention.apply(q, k, v)
         return func(*args, **kwargs)
+
+
+@cache
+def cpu_shares_keys() -> bool:
+    """Return True if torch's fused attention of a CPU takes fewer heads of keys than of queries."""
+    q, k = (torch.ones(1, heads, 2, 8, device="cpu", requires_grad=True) for heads in (2, 1))
+    with torch.enable_grad():
+        y = nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+    return "ScaledDotProduct" in type(y.grad_fn).__name__
 
 
 class _Attention(torch.autograd.Function):

@@ -26,3 +26,5 @@ DEEP_DECODERS = not_under("transformers", "4", "a cache of Bart has as many laye
 EMPTY_FILES = not_under("safetensors", "0.4", "it reads no file without tensors")
 CACHES_OF_LLAMA4 = not_under("transformers", "4", "Llama 4 alone says other things with its cache than without")
 CHUNKS_OF_PADDED = not_under("transformers", "4", "a prompt in chunks has positions that count its padding")
+KERNELS_ON_CPUS = not_under("transformers", "4", "Mamba's mixers hand weights to their kernel on CUDA devices alone")
+EMBEDDINGS_APART = not_under("transformers", "4", "a T5 has one module for both of its embeddings")

@@ -242,6 +242,11 @@ def embedding(base: Base) -> str:
     ends = ("word_embeddings", "embed_tokens", "wte")
     found = [m for m in base.modules if m.rpartition(".")[2] in ends]
     place = embedded(found, set(base.modules))
+    if place is None and "shared" in base.modules:
+        raise CheckpointError(
+            f"The encoder and the decoder of {base.path} have one module for their embeddings, and the invertible "
+            "adapter of the file is the encoder's alone: use transformers 5, under which each has its own."
+        )
     if place is None:
         raise CheckpointError(f"{base.path} has no embedding for an invertible adapter: none of {', '.join(ends)}.")
     return place

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.layer import AdapterLayer, ParamWrapper
 from tests.compat.test_steps import GRAFT, LINEAR, PEFT, STACKS, TARGETS, X, base
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.models import nudged
 
 NAMES = ("forward", "merge", "unmerge", "get_delta_weight")
@@ -145,6 +146,7 @@ def test_gradients(monkeypatch):
     close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
 
 
+@WHOLE_GRAPHS
 def test_a_replaced_forward_compiles_without_a_break(monkeypatch):
     model = nudged(GRAFT.wrap(base(), STACKS)).eval()
     expected, origin = model(X), layer_of(GRAFT, "ParamWrapper").forward

@@ -274,7 +274,7 @@ def test_a_backward_pass_that_fails_leaves_no_rows_behind(plain, reentrant):
     model = llama(checkpointing=reentrant)
     expected = loss(model, None, 3)
     p = layers(model)["model.layers.0.self_attn.q_proj"].lora_A["default"].weight
-    hook = p.register_hook(fail)
+    hook = p.register_post_accumulate_grad_hook(fail)  # torch 2.6 runs no others where a checkpoint saves a Parameter
     with pytest.raises(KeyError):
         loss(model, FIRST, 1).backward()
     hook.remove()

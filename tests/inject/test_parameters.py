@@ -699,6 +699,7 @@ def test_types_of_modules_that_a_config_registers():
     assert "_custom_modules" not in config.to_dict()
 
 
+@FUSED_EXPERTS
 def test_methods_that_do_not_adapt_stacks_of_experts():
     base, stacks = mixtral(), ["experts.down_proj"]
     before = {n: p.requires_grad for n, p in base.named_parameters()}
@@ -713,6 +714,7 @@ def test_methods_that_do_not_adapt_stacks_of_experts():
     assert before == {n: p.requires_grad for n, p in base.named_parameters()}
 
 
+@FUSED_EXPERTS
 @pytest.mark.differs(
     "`target_parameters` of other methods than LoRA",
     peft="no such field: a warning, or an error where a file names no modules",

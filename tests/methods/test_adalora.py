@@ -22,6 +22,7 @@ from graft.methods.adalora.adalora import AdaLoRA
 from graft.methods.adalora.allocator import Allocator, budget
 from graft.train import adalora_callback, allocate_on_step
 from tests.compat.test_compat import run
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers
 
 STEPS = 12
@@ -146,7 +147,7 @@ def step(model, optimizer, i=0):
 
 
 @pytest.mark.filterwarnings("ignore:AdaLoRA adapter")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=WHOLE_GRAPHS)])
 def test_who_computes_the_loss_asks_for_its_part(compiled, monkeypatch):
     """With the values and gradients that the model's own loss has; who does not ask pays nothing."""
     model, computed, real = with_adalora(graft).train(), [], AdaLoRA.distances

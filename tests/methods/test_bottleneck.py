@@ -63,7 +63,9 @@ def test_gradients_under_checkpointing(name, preset, reentrant):
 def test_generate_is_that_of_one_row_after_another():
     model, ids = with_two(make("llama"), "par_bn"), inputs("llama")["input_ids"]
     model.set_adapter("default")
-    ours = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    mask = torch.ones_like(ids)  # without it transformers 4 takes the id 0 for padding
+    given = dict(attention_mask=mask, do_sample=False, eos_token_id=None)
+    ours = model.generate(input_ids=ids, max_new_tokens=4, **given)
     for _ in range(4):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(ours, ids)

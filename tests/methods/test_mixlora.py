@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import graft
+from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers
 from tests.models import checkpoint, make, seeded
 
@@ -231,6 +232,7 @@ def test_beside_a_lora_adapter():
     assert_close(mixed[1], alone[1], rtol=1e-4, atol=1e-5)
 
 
+@WHOLE_GRAPHS
 def test_it_compiles():
     torch._dynamo.reset()
     mlp = layers(with_mixlora().train())["model.layers.0.mlp"]

@@ -24,6 +24,7 @@ import graft
 from graft.core.errors import ConfigError
 from graft.model.budget import Training, block_kinds, budget, coverage, largest_batch, loss_of, seconds
 from graft.storage import stacks
+from tests.leaves_out import FUSED_EXPERTS
 from tests.storage.packed_experts import BOTH, EXPERTS, KINDS, WIDTH, blocks, made
 
 LLAMA = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
@@ -119,6 +120,7 @@ def test_checkpointing_takes_less_and_a_packed_base_too():
     assert packed.working - whole.working == 4 * 64 * 160  # one matrix unpacked
 
 
+@FUSED_EXPERTS
 @pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
 def test_a_base_of_packed_experts(kind, monkeypatch):
     """Codes and scales as transformers' own experts of the format hold them; a step has a chunk of a stack dense."""

@@ -192,13 +192,13 @@ class Recipe:
                 f"{peft_type} adapters: their sum can be had with cat, svd or exact."
             )
         pruning = self.kind.removesuffix("_svd") in PRUNING
-        if pruning and self.density is None:
-            raise ConfigTypeError(f"combination_type='{self.kind}' needs a `density`, the part of the values to keep.")
-        if pruning and self.density is not None:
+        if pruning:
+            if self.density is None:
+                text = f"combination_type='{self.kind}' needs a `density`, the part of the values to keep."
+                raise ConfigTypeError(text)
             check_density(self.density)
             if self.density >= 1:
-                text = f"The density {self.density} is greater than or equal to 1, no pruning will be performed."
-                warn(text)
+                warn(f"The density {self.density} is greater than or equal to 1, no pruning will be performed.")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"`svd_rank` should be a positive integer value but the value passed is {self.rank}")
         if self.clamp is not None and not 0 <= self.clamp <= 1:

@@ -91,7 +91,7 @@ class OfZero3(OptimizerStates):
         for flat, parameters in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
             state = self.inner.state.get(flat, {})
             for p in parameters if state else ():
-                yield p, {key: whole(p, key).clone() if is_like(v, flat) else v for key, v in state.items()}
+                yield p, {key: whole(p, key).clone() if is_like(v, flat.numel()) else v for key, v in state.items()}
 
     def put(self, states: list[tuple[nn.Parameter, int, State]], others: dict[Any, Any]) -> None:
         state_of = {id(p): state for p, _, state in states}
@@ -102,14 +102,12 @@ class OfZero3(OptimizerStates):
                 continue
             first = state_of[id(here[0])]
             self.inner.state[flat] = {
-                key: torch.zeros_like(flat)
-                if is_like(value, here[0], numbers=here[0].ds_numel)
-                else beside(value, flat, {})
+                key: torch.zeros_like(flat) if is_like(value, here[0].ds_numel) else beside(value, flat, {})
                 for key, value in first.items()
             }
             for p in here:
                 for key, value in state_of[id(p)].items():
-                    if is_like(value, p, numbers=p.ds_numel):
+                    if is_like(value, p.ds_numel):
                         put_part(p, key, value)
 
 
@@ -145,13 +143,9 @@ def check_spread(values: Mapping[str, Tensor], optimizer_states: OptimizerStates
             )
 
 
-def is_like(value: object, flat: Tensor, numbers: int | None = None) -> bool:
+def is_like(value: object, numbers: int) -> bool:
     """Return True if a value of a state has a number for each of a tensor's."""
-    return (
-        isinstance(value, Tensor)
-        and value.dim() > 0
-        and value.numel() == (flat.numel() if numbers is None else numbers)
-    )
+    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == numbers
 
 
 def put_part(p: Any, key: str, value: Tensor) -> None:

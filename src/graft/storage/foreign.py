@@ -145,6 +145,8 @@ class ByIdentity(OwnModule):
         calibrated: data of a model in use were needed to make the codes.
     """
 
+    writes = False
+
     def __init__(self, name: str, codes: str, calibrated: bool = True):
         self.name, self.codes = name, codes
         self.calibrated = f"its weight is {codes} that were calibrated" if calibrated else None

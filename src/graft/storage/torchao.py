@@ -27,7 +27,7 @@ class TorchAO(Quantized):
     name = "torchao"
 
     def __init__(self, again: Again | None = None):
-        self.again = again
+        self.again, self.writes = again, again is not None
 
     def values(self, m: nn.Module) -> Tensor:
         return dequantized(m.weight)

@@ -103,3 +103,9 @@ def test_version(monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         app.main()
     assert not left.value.code and capsys.readouterr().out == f"graft {graft.__version__}\n"
+
+
+def test_a_pattern_is_shown_as_it_is_written():
+    """Stars in a help text are Markdown's."""
+    done = subprocess.run([sys.executable, "-m", "graft", "extract", "--help"], capture_output=True, text=True)
+    assert "*.mlp.*" in done.stdout

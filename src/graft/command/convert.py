@@ -19,17 +19,13 @@ from graft.files.formats import FORMATS
 def convert(
     adapter: show.Adapter,
     to: Annotated[
-        str,
-        typer.Option("--to", autocompletion=lambda: [*FORMATS], help=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}."),
+        str, typer.Option(autocompletion=lambda: [*FORMATS], help=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
     ],
     output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", help="A file or folder; next to the adapter if not given.", show_default=False),
+        str | None, typer.Option("--output", "-o", help="A file or folder; next to the adapter if not given.")
     ] = None,
     base: show.Base = None,
-    lossy: Annotated[
-        bool, typer.Option("--lossy", help="Leave out what the format cannot hold, and say what.")
-    ] = False,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Leave out what the format cannot hold, and list it.")] = False,
     force: show.Force = False,
     dry_run: show.DryRun = False,
     as_json: show.Json = False,

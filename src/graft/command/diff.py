@@ -16,7 +16,7 @@ def diff(
     a: show.Adapter,
     b: show.Adapter,
     base: show.Base = None,
-    tol: Annotated[float, typer.Option("--tol", help="Relative ‖ΔW_a - ΔW_b‖ that counts as equal.")] = 1e-6,
+    tol: Annotated[float, typer.Option(help="Relative ‖ΔW_a - ΔW_b‖ that counts as equal.")] = 1e-6,
     as_json: show.Json = False,
     quiet: show.Quiet = False,
 ) -> None:

@@ -20,7 +20,7 @@ def export(
         str,
         typer.Option("--for", help="The server: vllm, sglang, llama.cpp, mlx, …", autocompletion=lambda: [*servers()]),
     ],
-    base: Annotated[str, typer.Option("--base", help="Folder of the model that it serves.", show_default=False)],
+    base: Annotated[str, typer.Option(help="Folder of the model that it serves.")],
     output: show.Output,
     rank: Annotated[
         str | None,

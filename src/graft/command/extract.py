@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -14,32 +14,20 @@ from graft.command.app import CHANGE, app, print_json
 
 @app.command("extract", rich_help_panel=CHANGE)
 def extract(
-    tuned: Annotated[str, typer.Argument(help="Folder of the fine-tuned model.", show_default=False)],
-    base: Annotated[str, typer.Argument(help="Folder of its base.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(help="Folder of the fine-tuned model.")],
+    base: Annotated[str, typer.Argument(help="Folder of its base.")],
     output: show.Output,
-    rank: Annotated[
-        int | None, typer.Option("--rank", help="At most, of each module; 32 if nothing is said.", show_default=False)
-    ] = None,
-    energy: Annotated[
-        float | None, typer.Option("--energy", help="Part of ‖Δ‖² that each module keeps, of 1.", show_default=False)
-    ] = None,
-    max_mb: Annotated[
-        float | None, typer.Option("--max-mb", help="Megabytes of the file; least loss.", show_default=False)
-    ] = None,
-    include: Annotated[
-        str | None, typer.Option("--include", help="Names to take, as in a shell: '*.mlp.*'.", show_default=False)
-    ] = None,
-    exclude: Annotated[
-        str | None, typer.Option("--exclude", help="Names to leave out.", show_default=False)
-    ] = None,
-    embed: Annotated[
-        Literal["lora", "full"], typer.Option("--embed", help="How to keep embeddings and heads.")
-    ] = "full",
+    rank: Annotated[int | None, typer.Option(help="At most, of each module; 32 if nothing is said.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Part of ‖Δ‖² that each module keeps, of 1.")] = None,
+    max_mb: Annotated[float | None, typer.Option(help="Megabytes of the file; least loss.")] = None,
+    include: Annotated[str | None, typer.Option(help="Names to take, as in a shell: `*.mlp.*`.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Names to leave out.")] = None,
+    embed: Annotated[str, typer.Option(help="How to keep embeddings and heads: lora or full.")] = "full",
     force: show.Force = False,
     dry_run: show.DryRun = False,
     as_json: show.Json = False,
     quiet: show.Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Make a LoRA adapter of the difference between two checkpoints, a matrix at a time.
 
     Example: graft extract my-tuned-model my-base -o adapter --rank 64

@@ -17,9 +17,7 @@ def inspect(
     adapter: show.Adapter,
     base: show.Base = None,
     spectrum: Annotated[bool, typer.Option("--spectrum", help="Singular values and ranks of each module.")] = False,
-    plot: Annotated[
-        str | None, typer.Option("--plot", help="Draw spectra and sizes into a picture.", show_default=False)
-    ] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw spectra and sizes into a picture.")] = None,
     as_json: show.Json = False,
     quiet: show.Quiet = False,
 ) -> None:

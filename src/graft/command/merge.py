@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from graft.command import show
 from graft.command.app import CHANGE, app, print_json
 from graft.config.reading import Json
 from graft.files.errors import OptionError
@@ -19,9 +20,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 @app.command(rich_help_panel=CHANGE)
 def merge(
     base: Annotated[Path, typer.Argument(help="Folder of the base model: config.json and safetensors files.")],
-    adapters: Annotated[
-        list[str], typer.Argument(help="Adapters, merged in this order: folders, files, hub ids.", show_default=False)
-    ],
+    adapters: Annotated[list[str], typer.Argument(help="Adapters, merged in this order: folders, files, hub ids.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     weights: Annotated[str | None, typer.Option(help="A weight for each adapter, by commas: 0.7,0.3")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 for all; else each its own.")] = None,
@@ -29,10 +28,10 @@ def merge(
     certificate: Annotated[bool, typer.Option("--certificate", help="Write merge.json.")] = False,
     probe: Annotated[int, typer.Option(min=0, help="Load both and compare logits on N prompts, in merge.json.")] = 0,
     keep_quantized: Annotated[bool, typer.Option("--keep-quantized", help="A quantized base stays so.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
+    force: show.Force = False,
+    dry_run: show.DryRun = False,
+    quiet: show.Quiet = False,
+    as_json: show.Json = False,
 ) -> None:
     """Merge adapters into the files of their base model, one weight at a time.
 
@@ -60,7 +59,7 @@ def merge(
     if as_json:
         print_json(found)
     elif not quiet:
-        show(found)
+        report(found)
 
 
 def numbers(text: str) -> list[float]:
@@ -79,7 +78,7 @@ def size(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def show(found: Json) -> None:
+def report(found: Json) -> None:
     """Print what was done, in a few lines."""
     changed, total = found["tensors"], sum(found["shards"].values())
     done = "Merged" if found["written"] else "Would merge"

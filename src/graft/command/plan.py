@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graft.command import show
 from graft.command.app import PLAN, app, print_json
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError
@@ -53,8 +54,8 @@ def plan(
     trial: Annotated[bool, typer.Option("--trial", help="Time a step, by running one block and two.")] = False,
     device: Annotated[str, typer.Option(help="On which --trial runs.")] = "cpu",
     gpu: Annotated[str | None, typer.Option(help="Memory of a GPU, 24GB: say what fits.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One document for programs.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    as_json: show.Json = False,
+    quiet: show.Quiet = False,
 ) -> None:
     """Show what an adapter would adapt, and the memory that a training step takes, part by part.
 
@@ -90,7 +91,7 @@ def plan(
     if as_json:
         print_json(found)
     elif not quiet:
-        show(report, found)
+        print_report(report, found)
 
 
 def format_of(config: Json, option: str | None) -> str | None:
@@ -198,7 +199,7 @@ def largest_rank(
     return RANKS[n - 1] if n else 0
 
 
-def show(report: InjectReport, found: Json) -> None:
+def print_report(report: InjectReport, found: Json) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -17,19 +17,11 @@ def resize(
     adapter: show.Adapter,
     output: show.Output,
     base: show.Base = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="The rank of all modules.", show_default=False)] = None,
-    energy: Annotated[
-        float | None, typer.Option("--energy", help="Part of Σσ² that each module keeps, of 1.", show_default=False)
-    ] = None,
-    ratio: Annotated[
-        float | None, typer.Option("--ratio", help="Keep σ above the largest / ratio.", show_default=False)
-    ] = None,
-    max_mb: Annotated[
-        float | None, typer.Option("--max-mb", help="Megabytes of the file; least loss.", show_default=False)
-    ] = None,
-    max_rank: Annotated[
-        int | None, typer.Option("--max-rank", help="At most, whatever else is said.", show_default=False)
-    ] = None,
+    rank: Annotated[int | None, typer.Option(help="The rank of all modules.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Part of Σσ² that each module keeps, of 1.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Keep σ above the largest / ratio.")] = None,
+    max_mb: Annotated[float | None, typer.Option(help="Megabytes of the file; least loss.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="At most, whatever else is said.")] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="One rank for all modules.")] = False,
     force: show.Force = False,
     dry_run: show.DryRun = False,

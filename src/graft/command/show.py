@@ -10,16 +10,13 @@ from typing import Annotated
 
 import typer
 
-Adapter = Annotated[str, typer.Argument(help="Folder, file, or hub id (user/repo@revision).", show_default=False)]
+Adapter = Annotated[str, typer.Argument(help="Folder, file, or hub id (user/repo@revision).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Output = Annotated[str, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
+Output = Annotated[str, typer.Option("--output", "-o", help="Where the result goes.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Compute and report, and write nothing.")]
-Base = Annotated[
-    str | None,
-    typer.Option("--base", help="Folder of the base model; often config.json is enough.", show_default=False),
-]
+Base = Annotated[str | None, typer.Option(help="Folder of the base model; often config.json is enough.")]
 
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")  # of numpy's linear algebra
 UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))

@@ -17,10 +17,8 @@ LEAST = 1e-6
 
 @app.command(rich_help_panel=SERVE)
 def verify(
-    adapter: Annotated[
-        str, typer.Option(help="The adapter, of any format, as it was trained or exported.", show_default=False)
-    ],
-    base: Annotated[str, typer.Option(help="Folder of the model that the server runs.", show_default=False)],
+    adapter: Annotated[str, typer.Option(help="The adapter, of any format, as it was trained or exported.")],
+    base: Annotated[str, typer.Option(help="Folder of the model that the server runs.")],
     url: Annotated[str | None, typer.Option(help="Of the server: http://host:port")] = None,
     model: Annotated[str, typer.Option(help="The adapter's name on the server.")] = "adapter",
     base_name: Annotated[str, typer.Option(help="The base's name there.")] = "base",

@@ -67,7 +67,7 @@ def extract(
     max_mb: float | None = None,
     include: str | None = None,
     exclude: str | None = None,
-    embed: Literal["lora", "full"] = "full",
+    embed: str = "full",
     progress: Callable[[str], object] = lambda name: None,
 ) -> Extraction:
     """Return an adapter that makes a fine-tuned model of its base, as nearly as its ranks allow.
@@ -81,7 +81,7 @@ def extract(
         max_mb: megabytes of the file; the ranks are those that lose least.
         include: a pattern of names as shells have them (`*.self_attn.*`): what else differs is left out.
         exclude: the same for what is left out.
-        embed: how embeddings and heads are kept if their size is the same.
+        embed: how embeddings and heads are kept if their size is the same: "lora" or "full".
         progress: takes the name of each tensor before it is read.
 
     Raises:

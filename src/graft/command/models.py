@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from graft.model.peft_model import PeftModel
 
 
-def load_base(path: str | os.PathLike[str], dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """Load a model from its folder, as the class that its config names, in eval mode.
+def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedModel:
+    """Load a model from its folder, as the class that its config names, in float32 and eval mode.
 
     Raises:
         CheckpointError: the folder holds no model, or a damaged one.
@@ -38,7 +38,7 @@ def load_base(path: str | os.PathLike[str], dtype: str = "float32", device: str 
         )
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = cls.from_pretrained(path, torch_dtype=getattr(torch, dtype), local_files_only=True)
+        model = cls.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
     loaded: PreTrainedModel = model.to(device).eval()

@@ -167,7 +167,7 @@ class PeftConfig:
             ConfigError: its peft_type is unknown, or another field has a value that cannot be.
         """
         hub = hub_keywords(kwargs)
-        file = ConfigFile(pretrained_model_name_or_path, subfolder, read_object, **hub)
+        file = ConfigFile(pretrained_model_name_or_path, subfolder, **hub)
         loaded = file.of(found_in(file.folder))
         known = {f.name for f in fields(PeftConfig)}
         if (

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 
 from graft.config import notes
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
-from graft.config.reading import Json, parsed
+from graft.config.reading import Json, parsed, read_object
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
@@ -27,21 +26,12 @@ DESCRIBING = {  # fields that say nothing of what an adapter computes
 class ConfigFile:
     """The adapter_config.json of a folder or hub repository, read before the weights are.
 
-    Args:
-        read: returns the fields in a file.
-
     Raises:
         CheckpointError: there is no config, or it cannot be read.
     """
 
-    def __init__(
-        self,
-        where: str | os.PathLike[str],
-        subfolder: str | None,
-        read: Callable[[str], dict[str, object]],
-        **hub: object,
-    ):
-        self.where, self.hub, self._read = where, hub, read
+    def __init__(self, where: str | os.PathLike[str], subfolder: str | None, **hub: object):
+        self.where, self.hub = where, hub
         path = fetch(where, CONFIG_NAME, subfolder=subfolder, **hub)
         self.folder = os.path.join(where, subfolder or "") if path is None else os.path.dirname(path)
         self.path = os.path.join(self.folder, CONFIG_NAME)
@@ -50,7 +40,7 @@ class ConfigFile:
             self._needed(None)
 
     def _now(self) -> Json | None:
-        return self._read(self.path) if os.path.isfile(self.path) else None
+        return read_object(self.path) if os.path.isfile(self.path) else None
 
     def of(self, weights: notes.Noted | None) -> Json:
         """Return the fields that belong to weights which were read since."""

@@ -34,9 +34,9 @@ class Svd:
     s: np.ndarray  # (k,), the largest first
     Vt: np.ndarray  # (k, in)
 
-    def rank(self, noise: float = NOISE) -> int:
+    def rank(self) -> int:
         """Return how many singular values are not rounding."""
-        return int((self.s > noise * self.s[0]).sum()) if len(self.s) else 0
+        return int((self.s > NOISE * self.s[0]).sum()) if len(self.s) else 0
 
 
 # from and to the factors of files

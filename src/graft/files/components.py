@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from graft.files.bases import COMPONENTS
-from graft.files.neutral import AdapterFile, Other
+from graft.files.neutral import AdapterFile
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
@@ -48,7 +48,7 @@ def split(adapter: AdapterFile) -> dict[str, AdapterFile]:
 
 def method_of(adapter: AdapterFile, otherwise: str) -> str:
     """Return the method of all modules, if it is one."""
-    methods = {module.method if isinstance(module, Other) else "LORA" for module in adapter.modules.values()}
+    methods = {module.method for module in adapter.modules.values()}
     return methods.pop() if len(methods) == 1 else otherwise
 
 

@@ -8,13 +8,14 @@ of such a suffix has factors, of zeros where the adapter does nothing. It adds t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, some
 from graft.files.errors import LossError, UnknownServerError
 from graft.files.formats import Base, module_of
+from graft.files.holding import padded
 from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.serving import CONDITIONS, Server, Subject, beside, in_layer, servers
@@ -86,7 +87,10 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
     shapes = {kind_of(path): of for path, of in by_name.items()}
     fan_in_fan_out = bool(adapter.config.get("fan_in_fan_out"))
     dtype = dtype_of(adapter)
-    out: dict[str, LowRank | Other] = {path: padded(of, rank, dtype) for path, of in by_name.items()}
+    wide = {path: padded(of, rank) for path, of in by_name.items()}
+    out: dict[str, LowRank | Other] = {
+        path: replace(of, A=tensor(of.A.read(), dtype), B=tensor(of.B.read(), dtype)) for path, of in wide.items()
+    }
     for path in added:
         out[path] = zeros(path, shapes.get(kind_of(path)), base, rank, dtype, fan_in_fan_out)
     config = {
@@ -182,16 +186,6 @@ def whole(path: str, module: Other, config: Json) -> tuple[np.ndarray, np.ndarra
     if any(part in path for part in blocks.get("target_modules_bd_a") or ()):
         return block_diagonal(np.split(A, n)), B
     return A, block_diagonal(np.split(B, n))
-
-
-def padded(lora: LowRank, rank: int, dtype: str) -> LowRank:
-    import numpy as np
-
-    A, B = lora.A.read(), lora.B.read()
-    more = rank - len(A)
-    A = np.pad(A, [(0, more), *[(0, 0)] * (A.ndim - 1)])
-    B = np.pad(B, [(0, 0), (0, more), *[(0, 0)] * (B.ndim - 2)])
-    return LowRank(tensor(A, dtype), tensor(B, dtype), 1.0, lora.kind)
 
 
 def zeros(path: str, like: LowRank | None, base: Base, rank: int, dtype: str, transposed: bool) -> LowRank:

@@ -36,15 +36,15 @@ def inspect(adapter: AdapterFile, base: Known | None = None, spectrum: bool = Fa
         BaseNeededError: of the base only names are known.
     """
     tensors = [t for module in adapter.modules.values() for t in tensors_of(module)]
-    beside = [*adapter.full.values(), *adapter.shared.values(), *(values for _, values in adapter.rows.values())]
+    tensors += [t for _, t in adapter.beside]
     modules = [of_module(path, module, spectrum) for path, module in adapter.modules.items()]
     if base is not None:
         compared(modules, adapter, base)
     return {
         "path": adapter.path, "format": adapter.format, "method": method_of(adapter), "base": adapter.base,
         "changed_base": adapter.changed_base, "writer": writer_of(adapter), "licence": licence_in(adapter.path),
-        "parameters": sum(prod(t.shape) for t in (*tensors, *beside) if t.dtype[0] in "FB"),
-        "bytes": sum(t.nbytes for t in (*tensors, *beside)), "dtypes": sorted({t.dtype for t in (*tensors, *beside)}),
+        "parameters": sum(prod(t.shape) for t in tensors if t.dtype[0] in "FB"),
+        "bytes": sum(t.nbytes for t in tensors), "dtypes": sorted({t.dtype for t in tensors}),
         "groups": groups(modules), "modules": modules,
         "full": {name: list(t.shape) for name, t in adapter.full.items()},
         "rows": {name: values.shape[0] for name, (_, values) in adapter.rows.items()},
@@ -63,7 +63,7 @@ def method_of(adapter: AdapterFile) -> str:
     config = adapter.config
     more = ["DoRA"] * any(h.magnitude is not None for h in adapter.low_rank.values())
     more += ["aLoRA"] * bool(config.get("alora_invocation_tokens")) + ["rsLoRA"] * bool(config.get("use_rslora"))
-    more += sorted({h.method for h in adapter.modules.values() if isinstance(h, Other)} - {adapter.method})
+    more += sorted({h.method for h in adapter.modules.values()} - {adapter.method, "LORA"})
     return " ".join([adapter.method, *more])
 
 
@@ -77,7 +77,7 @@ def writer_of(adapter: AdapterFile) -> str | None:
 def of_module(path: str, module: LowRank | Other, spectrum: bool) -> Json:
     low = algebra.as_low_rank(module)
     out: Json = {
-        "module": path, "method": module.method if isinstance(module, Other) else "LORA", "scale": module.scale,
+        "module": path, "method": module.method, "scale": module.scale,
         "parameters": sum(prod(t.shape) for t in tensors_of(module)), "kind": low.kind if low else None,
     }  # fmt: skip
     if low is None:

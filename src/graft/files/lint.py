@@ -63,10 +63,8 @@ class Look:
     @cached_property
     def values(self) -> list[tuple[str, Tensor]]:
         """All floating tensors, by the module or name that they belong to."""
-        adapter = self.adapter
-        tensors = [(path, t) for path, h in adapter.modules.items() for t in tensors_of(h)]
-        tensors += [*adapter.full.items(), *adapter.shared.items(), *((n, v) for n, (_, v) in adapter.rows.items())]
-        return [(name, t) for name, t in tensors if t.dtype in ("F64", "F32", "F16", "BF16")]
+        tensors = [(path, t) for path, h in self.adapter.modules.items() for t in tensors_of(h)]
+        return [(name, t) for name, t in (*tensors, *self.adapter.beside) if t.dtype in ("F64", "F32", "F16", "BF16")]
 
     @cached_property
     def norms(self) -> dict[str, float]:

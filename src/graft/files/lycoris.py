@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,23 +22,19 @@ def as_peft(adapter: AdapterFile, base: Base | None = None) -> AdapterFile:
     LyCORIS keeps what (IA)³ adds to 1. Where it scales outputs it leaves the bias alone, and PEFT's method does not:
     such a module stays as it is, and no file of PEFT can hold it.
     """
-    methods = {m.method for m in adapter.modules.values() if isinstance(m, Other)}
-    if len(methods) != 1 or adapter.low_rank:
-        return adapter
-    method = methods.pop()
-    if method == "LyCORIS IA3":
-        return ia3(adapter, base)
-    if method == "LOKR":
-        return lokr(adapter, base)
-    return adapter
+    others = {path: m for path, m in adapter.modules.items() if isinstance(m, Other)}
+    methods = {m.method for m in adapter.modules.values()}
+    if methods == {"LyCORIS IA3"}:
+        return ia3(adapter, others, base)
+    return lokr(adapter, others, base) if methods == {"LOKR"} else adapter
 
 
-def ia3(adapter: AdapterFile, base: Base | None) -> AdapterFile:
+def ia3(adapter: AdapterFile, others: Mapping[str, Other], base: Base | None) -> AdapterFile:
     modules: dict[str, LowRank | Other] = {}
     of_inputs = []
-    for path, m in adapter.modules.items():
-        on_input = bool(m.tensors["on_input"].read().reshape(-1)[0])  # type: ignore[union-attr]
-        vector = 1 + m.tensors["weight"].read().reshape(-1).astype("f8")  # type: ignore[union-attr]
+    for path, m in others.items():
+        on_input = bool(m.tensors["on_input"].read().reshape(-1)[0])
+        vector = 1 + m.tensors["weight"].read().reshape(-1).astype("f8")
         if not on_input and (base is None or f"{path}.bias" in base.shapes):
             return adapter
         of_inputs += [path] * on_input
@@ -47,7 +44,7 @@ def ia3(adapter: AdapterFile, base: Base | None) -> AdapterFile:
     return replace(adapter, method="IA3", modules=modules, config=config)
 
 
-def lokr(adapter: AdapterFile, base: Base | None) -> AdapterFile:
+def lokr(adapter: AdapterFile, others: Mapping[str, Other], base: Base | None) -> AdapterFile:
     """Return an adapter whose config makes PEFT's LoKr of the same shapes: a factor, and a rank per module.
 
     A second factor that is whole has a rank from which on PEFT keeps it whole. Where no one factor makes all shapes,
@@ -57,8 +54,7 @@ def lokr(adapter: AdapterFile, base: Base | None) -> AdapterFile:
 
     ranks, alphas = {}, {}
     grids: list[tuple[tuple[int, int], tuple[int, int]]] = []
-    for path, m in adapter.modules.items():
-        assert isinstance(m, Other)
+    for path, m in others.items():
         one, two = sides(m, "lokr_w1"), sides(m, "lokr_w2")
         if base is not None and f"{path}.weight" in base.shapes:  # columns of a factored kernel are n · its size
             two = two[0], base.shapes[f"{path}.weight"][1] // one[1]
@@ -76,18 +72,16 @@ def lokr(adapter: AdapterFile, base: Base | None) -> AdapterFile:
         None,
     )  # fmt: skip
     if factor is None:
-        modules: dict[str, LowRank | Other] = {
-            path: Other("LoKr of several factors", m.tensors, m.scale)
-            for path, m in adapter.modules.items()
-            if isinstance(m, Other)
+        several: dict[str, LowRank | Other] = {
+            path: Other("LoKr of several factors", m.tensors, m.scale) for path, m in others.items()
         }
-        return replace(adapter, method="LOKR", modules=modules)
+        return replace(adapter, method="LOKR", modules=several)
     first = next(iter(ranks))
     config = {
         "peft_type": "LOKR", "r": ranks[first], "alpha": alphas[first], "target_modules": sorted(ranks),
-        "decompose_both": any("lokr_w1_b" in m.tensors for m in adapter.modules.values() if isinstance(m, Other)),
+        "decompose_both": any("lokr_w1_b" in m.tensors for m in others.values()),
         "decompose_factor": factor,
-        "use_effective_conv2d": any("lokr_t2" in m.tensors for m in adapter.modules.values() if isinstance(m, Other)),
+        "use_effective_conv2d": any("lokr_t2" in m.tensors for m in others.values()),
         "rank_pattern": {f"^{path}": r for path, r in ranks.items() if r != ranks[first]},
         "alpha_pattern": {f"^{path}": a for path, a in alphas.items() if a != alphas[first]},
     }  # fmt: skip

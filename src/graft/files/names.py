@@ -78,7 +78,7 @@ def check(adapter: AdapterFile, base: Base) -> None:
     here: dict[str, LowRank] = {}
     absent = []
     for path, module in adapter.modules.items():
-        if getattr(module, "kind", None) == "experts":  # parameters, or modules that files have one by one
+        if module.kind == "experts":  # parameters, or modules that files have one by one
             continue
         found = path if path in modules else inside(path, modules, tails)
         if found is None:

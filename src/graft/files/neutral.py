@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from graft.config.reading import Json
 from graft.files.tensors import Tensor
@@ -27,6 +27,7 @@ class LowRank:
         extra: further tensors of PEFT's variants, by their names there: "lora_velora_embed".
     """
 
+    method: ClassVar[str] = "LORA"
     A: Tensor
     B: Tensor
     scale: float
@@ -54,6 +55,7 @@ class LowRank:
 class Other:
     """What a method that is not LoRA keeps for a module: its tensors, by the names that PEFT's files give them."""
 
+    kind: ClassVar[str] = "other"
     method: str  # PEFT's peft_type, or that of a method or variant that has none: "LOHA", "KASA", "BOTTLENECK"
     tensors: dict[str, Tensor]  # "hada_w1_a"
     scale: float | None = None  # where the method has one
@@ -102,6 +104,12 @@ class AdapterFile:
     base: str | None = None  # its name or path, where the file says it
     changed_base: str | None = None
     selected: frozenset[str] | None = None
+
+    @property
+    def beside(self) -> list[tuple[str, Tensor]]:
+        """The tensors that belong to no adapted module, by name: whole ones, values of rows, shared ones."""
+        rows = [(name, values) for name, (_, values) in self.rows.items()]
+        return [*self.full.items(), *self.shared.items(), *rows]
 
     @property
     def low_rank(self) -> dict[str, LowRank]:

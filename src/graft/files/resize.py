@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 
 import numpy as np
 
@@ -173,12 +172,7 @@ def bytes_of_rank(lora: LowRank) -> int:
 
 def fixed_bytes(adapter: AdapterFile, loras: Mapping[str, LowRank]) -> int:
     """Return at least how many bytes a file has beside the factors."""
-    rest = [
-        *adapter.full.items(),
-        *adapter.shared.items(),
-        *((name, values) for name, (_, values) in adapter.rows.items()),
-    ]
-    rest += [(path, t) for path, h in loras.items() for t in (h.magnitude, h.bias) if t is not None]
+    rest = adapter.beside + [(path, t) for path, h in loras.items() for t in (h.magnitude, h.bias) if t is not None]
     names = [name for name, _ in rest] + [path for path in loras for _ in "AB"]
     text = len(str(adapter.config)) + sum(len(v) for v in adapter.metadata.values()) + 4 * sum(map(len, loras))
-    return sum(prod(t.shape) * BITS[t.dtype] // 8 for _, t in rest) + sum(len(n) + OVERHEAD for n in names) + text
+    return sum(t.nbytes for _, t in rest) + sum(len(n) + OVERHEAD for n in names) + text

@@ -203,7 +203,7 @@ def another_method(s: Subject) -> Iterable[str]:
 
 def variant(name: str) -> Condition:
     def of(s: Subject) -> Iterable[str]:
-        if any(isinstance(module, Other) and module.method == name for module in s.adapter.modules.values()):
+        if any(module.method == name for module in s.adapter.modules.values()):
             yield name
 
     return of
@@ -473,7 +473,7 @@ def strangers(s: Subject) -> list[str]:
 
 def module_of(path: str, module: LowRank | Other) -> str:
     """Return the path of the module that holds what is adapted."""
-    return path.rpartition(".")[0] if getattr(module, "kind", "") == "experts" else path
+    return path.rpartition(".")[0] if module.kind == "experts" else path
 
 
 @condition

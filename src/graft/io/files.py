@@ -23,7 +23,6 @@ from graft.config.file import ConfigFile, whole_model
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
-from graft.config.reading import read_object
 from graft.core.errors import CheckpointError
 from graft.io import seal
 from graft.io.check import check_archive, fault, has_finite_sum
@@ -95,7 +94,7 @@ def load_pair(where: str, subfolder: str | None = None, check_digest: bool = Tru
         CheckpointError: one of them is not there, or damaged.
         ConfigError: the config is not valid.
     """
-    config_file = ConfigFile(where, subfolder, read_object, **hub)
+    config_file = ConfigFile(where, subfolder, **hub)
     loaded = load_weights(where, subfolder, check_digest, **hub)
     fields = config_file.of(loaded.noted)
     if loaded.noted is None or loaded.noted.config is None:  # graft did not write it

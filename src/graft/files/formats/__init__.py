@@ -113,8 +113,8 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
         base: the base model's names, where the format needs them.
     """
     path = os.fspath(path)
-    adapter: AdapterFile = module_of(recognise(path)).read(path, base)
-    return adapter
+    form: Format = module_of(recognise(path))
+    return form.read(path, base)
 
 
 def one_file(path: str, *suffixes: str) -> str | None:

@@ -109,7 +109,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     if parts := parts_in(path):
         return joined({part: read(os.path.join(path, part)) for part in parts}, path)
     folder = folder_of(path) or path
-    config_file = ConfigFile(folder, None, read_object)
+    config_file = ConfigFile(folder, None)
     tensors, metadata, noted = weights_in(folder)
     config = dict(config_file.of(noted))
     layout = Layout.of(config)
@@ -517,10 +517,10 @@ def inside(path: str, adapter: AdapterFile) -> str:
 def place_of(path: str, adapter: AdapterFile) -> str:
     """Return the path of a module as PEFT names it; parameters of one module stand around each other."""
     of_module = adapter.modules[path]
-    if not isinstance(of_module, LowRank) or of_module.kind != "experts":
+    if of_module.kind != "experts":
         return inside(path, adapter)
     module, _, name = path.rpartition(".")
-    stacks = (p.rpartition(".") for p, h in adapter.modules.items() if getattr(h, "kind", "") == "experts")
+    stacks = (p.rpartition(".") for p, h in adapter.modules.items() if h.kind == "experts")
     names = in_module_order([other for around, _, other in stacks if around == module])
     depth = len(names) - 1 - names.index(name)
     return inside(module, adapter) + ".base_layer" * depth
@@ -533,7 +533,7 @@ def config_of(adapter: AdapterFile, base: Base | None) -> Json:
     """Return the fields of adapter_config.json: those that were read, as far as they are still true."""
     config = dict(adapter.config) if adapter.config.get("peft_type") == adapter.method else new_config(adapter)
     if adapter.selected != frozenset(adapter.modules):
-        paths = [p for p, h in adapter.modules.items() if getattr(h, "kind", "") != "experts"]
+        paths = [p for p, h in adapter.modules.items() if h.kind != "experts"]
         config["target_modules"] = targets_of(paths, base) if adapter.modules else NONE
         for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             if config.get(field) is not None:

@@ -11,6 +11,7 @@ import typer
 
 from graft.command import show
 from graft.command.app import HUB, app, print_json
+from graft.config.hub import looks_like_repository
 from graft.config.reading import Json
 
 if TYPE_CHECKING:
@@ -108,7 +109,6 @@ def card_of(adapter: AdapterFile, path: Path, base: str | None, licence: str | N
     from graft.files.neutral import LowRank
 
     base = base or adapter.base
-    local = base is not None and (base.startswith(("/", ".", "~")) or base.count("/") > 1)
     if path.exists():
         made = ModelCard(path.read_text(encoding="utf-8"))
     else:
@@ -120,7 +120,7 @@ def card_of(adapter: AdapterFile, path: Path, base: str | None, licence: str | N
     tags = {*(made.data.get("tags") or []), *(["lora"] if adapter.method == "LORA" else [])}
     made.data["library_name"] = "peft"
     made.data["tags"] = sorted(tags)
-    if base and not local:  # a path of this machine means nothing to others
+    if base and looks_like_repository(base):  # a path of this machine means nothing to others
         made.data["base_model"] = base
         made.data["base_model_relation"] = "adapter"
     if licence:

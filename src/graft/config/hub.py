@@ -136,12 +136,11 @@ def push(save: Callable[[str], None], repo_id: str, **kwargs: Any) -> object:
 
     from huggingface_hub import HfApi
 
-    create = {k: kwargs.pop(k) for k in ("private",) if k in kwargs}
-    api = HfApi(token=kwargs.pop("token", None))
+    api, private = HfApi(token=kwargs.pop("token", None)), kwargs.pop("private", None)
     with tempfile.TemporaryDirectory() as folder:
         save(folder)
         try:
-            repo = api.create_repo(repo_id, exist_ok=True, **create).repo_id
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(folder_path=folder, repo_id=repo, **kwargs)
         except Exception as e:  # of the network or the hub, of types that differ between versions
             raise HubError(f"'{repo_id}' cannot be pushed to the hub: {type(e).__name__}: {e}{login(e)}") from e

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, some
+from graft.files.algebra import block_diagonal
 from graft.files.errors import LossError, UnknownServerError
 from graft.files.formats import Base, module_of
 from graft.files.holding import padded
@@ -20,9 +22,6 @@ from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.serving import CONDITIONS, Server, Subject, beside, in_layer, servers
 from graft.files.tensors import tensor
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MERGED = ("dora", "bias", "whole_norms", "whole_modules", "token_rows", "kasa", "experts")  # conditions without a form
 SAME = 2**-7  # relative: a base in half precision is the same base
@@ -133,8 +132,6 @@ def check(adapter: AdapterFile, server: Server) -> None:
 
 def check_beside(adapter: AdapterFile, base: Base) -> None:
     """Raise LossError unless the base's weights that stand in the file are those of the base."""
-    import numpy as np
-
     for name in beside(adapter):
         own, there = adapter.full[name], getattr(base, "tensors", {}).get(name)
         if there is None:
@@ -153,8 +150,6 @@ def known_extra(name: str) -> bool:
 
 def factors(path: str, module: LowRank | Other, config: dict[str, object]) -> LowRank:
     """Return the factors A (r, …) and B (out, r, …) of a module in float32, of scale 1."""
-    import numpy as np
-
     if isinstance(module, Other):
         A, B = whole(path, module, config)
         return LowRank(tensor(A, "F32"), tensor(B.astype("f4") * np.float32(module.scale or 1.0)), 1.0)
@@ -171,10 +166,6 @@ def factors(path: str, module: LowRank | Other, config: dict[str, object]) -> Lo
 
 def whole(path: str, module: Other, config: Json) -> tuple[np.ndarray, np.ndarray]:
     """Return the dense factors of QA-LoRA and BD-LoRA."""
-    import numpy as np
-
-    from graft.files.algebra import block_diagonal
-
     A, B = (module.tensors[f"lora_{name}.weight"].read() for name in "AB")
     if module.method == "QALORA":  # A sees means of `size` inputs, times their number
         size = config["qalora_group_size"]
@@ -190,8 +181,6 @@ def whole(path: str, module: Other, config: Json) -> tuple[np.ndarray, np.ndarra
 
 def zeros(path: str, like: LowRank | None, base: Base, rank: int, dtype: str, transposed: bool) -> LowRank:
     """Return factors that add nothing to a module: of the shapes of one like it, or of the base's weight."""
-    import numpy as np
-
     if like is not None:
         A, B, kind = like.A.shape[1:], (like.B.shape[0], rank, *like.B.shape[2:]), like.kind
     else:
@@ -212,8 +201,6 @@ def dtype_of(adapter: AdapterFile) -> str:
 
 def rounding(lora: LowRank, dtype: str) -> float:
     """Return the relative error that a dtype brings to a B."""
-    import numpy as np
-
     exact = lora.B.read()
     return float(np.linalg.norm(exact - tensor(exact, dtype).read()) / max(float(np.linalg.norm(exact)), 1e-30))
 

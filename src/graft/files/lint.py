@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from graft.config.hub import looks_like_repository
 from graft.config.reading import ending, parsed, pattern
 from graft.core.errors import BaseModelMismatchError, ConfigError, some
 from graft.files import algebra
@@ -252,7 +253,7 @@ def base_name(look: Look) -> Found:
     name = look.adapter.base
     if not name:
         yield "the file does not name its base", []
-    elif name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1:
+    elif "\\" in name or not looks_like_repository(name):
         yield f"the base is a path of one machine: {name}", [name]
     elif MIRROR.search(name):
         yield f"the base is a quantized copy of a model: {name}", [name]

@@ -13,15 +13,13 @@ import numpy as np  # torch reads no bytes that cannot be written
 import torch
 from torch import Tensor
 
-from graft.core.errors import CheckpointError, NonFiniteError
+from graft.core.errors import CheckpointError, NonFiniteError, some
 from graft.storage.parallel import is_sharded
 
 NARROW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))  # dtypes without arithmetic
 KNOWN = {torch.float16, torch.bfloat16, torch.float32, torch.float64, *NARROW, torch.bool, torch.uint8, torch.int8,
          torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32}  # fmt: skip
 SMALL, TOGETHER = 2**14, 2**20  # numbers of a tensor, and of several that are summed up in one pass
-NAMED = 4  # tensors that an error names
-ROOM, TIMES = 2**24, 64  # numbers that a config may ask for: so many, and so many times what the file holds
 
 
 def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool = False) -> None:
@@ -41,12 +39,10 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
             raise CheckpointError(f"'{name}' in {path} {why}: adapters are plain tensors of real numbers.")
     if allow_nonfinite:
         return
-    bad = nonfinite(tensors)
-    if bad:
-        others = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    if bad := nonfinite(tensors):
         raise NonFiniteError(
-            f"NaN or infinite numbers are in {', '.join(bad[:NAMED])}{others}, of {path}: training has diverged, or "
-            "the file is damaged. Pass allow_nonfinite=True to load it all the same."
+            f"NaN or infinite numbers are in {some(bad, 4)}, of {path}: training has diverged, or the file is damaged. "
+            "Pass allow_nonfinite=True to load it all the same."
         )
 
 
@@ -123,17 +119,6 @@ def has_finite_sum(data: bytes, tensors: dict[str, Tensor]) -> bool:
 
 def finite(t: Tensor) -> bool:
     return bool((t.float() if t.dtype in NARROW else t).isfinite().all())
-
-
-def check_room(numbers: float, tensors: dict[str, Tensor], adapter: str, path: str) -> None:
-    """Raise CheckpointError if a config asks for far more numbers than the file beside it holds."""
-    count = sum(t.numel() for t in tensors.values())
-    if numbers > ROOM + TIMES * count:
-        size = f"{int(numbers):,} numbers" if numbers < float("inf") else "more numbers than can be counted"
-        raise CheckpointError(
-            f"The config of adapter '{adapter}' describes {size}, and {path} holds {count:,}: the two do not belong "
-            "together, or one of them was tampered with."
-        )
 
 
 def check_archive(file: IO[bytes]) -> None:

@@ -98,7 +98,10 @@ def compose_cartridge_adapters(
         raise ConfigError(f"Need at least 2 adapters to compose, got {len(paths)}.")
     if os.path.isfile(output_path):
         raise ValueError(f"Provided path ({output_path}) should be a directory, not a file")
-    pairs = [cartridge(path) for path in paths]
+    pairs = [load_pair(path) for path in paths]
+    for path, (config, _) in zip(paths, pairs):
+        if config.peft_type != "CARTRIDGE":
+            raise ConfigError(f"Adapter at '{path}' is not a CARTRIDGE adapter (got {config.peft_type.value}).")
     configs = [config for config, _ in pairs]
     for path, config in zip(paths[1:], configs[1:]):
         check_alike(paths[0], configs[0], path, config)
@@ -106,14 +109,6 @@ def compose_cartridge_adapters(
     composed = replace(configs[0], num_virtual_tokens=len(values), inference_mode=True)
     base = next((loaded.fingerprint for _, loaded in pairs if loaded.fingerprint), fingerprint({}))
     save_adapter(os.fspath(output_path), {STORED: values}, composed, safe_serialization, base)
-
-
-def cartridge(path: str) -> tuple[PromptLearningConfig, Loaded]:
-    """Return config and tensors of a saved cartridge."""
-    config, loaded = load_pair(path)
-    if config.peft_type != "CARTRIDGE":
-        raise ConfigError(f"Adapter at '{path}' is not a CARTRIDGE adapter (got {config.peft_type.value}).")
-    return config, loaded
 
 
 def check_alike(first_path: str, first: PeftConfig, path: str, other: PeftConfig) -> None:

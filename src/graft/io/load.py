@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import AdapterKeyError, BaseModelMismatchError, PeftWarning, some, warn
+from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
 from graft.core.names import is_bias
 from graft.core.wrappers import clean
 from graft.inject.build import put
@@ -22,7 +22,7 @@ from graft.inject.job import Receiver
 from graft.inject.parts import Parts, gate_of, registry_of, unwrapped
 from graft.inject.stage import absent_from, below
 from graft.io.base import names_in_file
-from graft.io.check import check_room, check_tensors
+from graft.io.check import check_tensors
 from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
 from graft.io.files import Loaded
 from graft.io.fingerprint import (
@@ -75,6 +75,7 @@ class LoadReport:
         return iter((self.missing_keys, self.unexpected_keys))
 
 
+ROOM, TIMES = 2**24, 64  # numbers that a config may ask for: so many, and so many times what the file holds
 Mismatch = tuple[str, torch.Size, torch.Size]  # name in the model, shape in the file, shape in the model
 
 
@@ -148,7 +149,13 @@ class Values:
 
     def check_room(self, numbers: float) -> None:
         """Raise CheckpointError if the config asks for far more numbers than the file holds."""
-        check_room(numbers, self.tensors, self.adapter, self.path)
+        count = sum(t.numel() for t in self.tensors.values())
+        if numbers > ROOM + TIMES * count:
+            size = f"{int(numbers):,} numbers" if numbers < float("inf") else "more numbers than can be counted"
+            raise CheckpointError(
+                f"The config of adapter '{self.adapter}' describes {size}, and {self.path} holds {count:,}: the two do "
+                "not belong together, or one of them was tampered with."
+            )
 
     def of(self, parts: Parts, adapter: str) -> list[tuple[Receiver, Tensor]]:
         """Return every entry of the adapter (and tensor of the base in the same file) with its value, all checked.

@@ -114,11 +114,13 @@ def describe_base(config: PeftConfig, base: nn.Module) -> None:
 
 
 def value_in(state: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
-    if not entry.in_state_dict:
-        return entry.tensor
-    name = bare(entry.memory)
+    return named_in(state, entry.memory, adapter) if entry.in_state_dict else entry.tensor
+
+
+def named_in(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
+    name = bare(key)
     if name not in state:
-        raise AdapterKeyError(f"The state dict lacks '{entry.memory}' of adapter '{adapter}'.")
+        raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
     return state[name]
 
 
@@ -178,11 +180,9 @@ def with_values(parts: Parts, prompt: Prompt, state: dict[str, Tensor], adapter:
 
 def taken(state: dict[str, Tensor], key: str, tensor: Tensor, adapter: str) -> Tensor:
     """Return a state dict's value for a tensor, checked."""
-    name = bare(key)
-    if name not in state:
-        raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
-    check_value(key, state[name], tensor, adapter)
-    return state[name]
+    value = named_in(state, key, adapter)
+    check_value(key, value, tensor, adapter)
+    return value
 
 
 def base_tensors(

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftError
 from graft.files import names
 from graft.files.components import is_pipeline, method_of
@@ -209,8 +211,6 @@ def written(adapter: AdapterFile) -> dict[str, str]:
 
 def leaves(module: LowRank | Other) -> dict[str, Tensor]:
     """Return what a file has for a module, by what stands behind its name."""
-    import numpy as np
-
     if isinstance(module, Other):
         out = dict(module.tensors)
         if module.scale is not None and "alpha" not in out:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from graft.kernels.eager import Context, Function, only_backward
+from graft.kernels.eager import Context, Function, once, only_backward
 
 Call = Callable[..., Tensor]  # (x, weight, bias) → the output of a linear layer
 InputGradient = Callable[..., Tensor]  # (gradient of that output (rows, out), weight) → gradient of its input (rows, n)
@@ -275,6 +275,7 @@ class Rescaled(NamedTuple):
             return None
         if self.a is None or self.b is None:
             return call(x, W, None if bias is None else bias.to(x.dtype))
+        x = once(x)
         y = call(x, W, None) * (1 + self.a.flatten())
         y = y.addcmul_(x.sum(-1, keepdim=True, dtype=y.dtype), self.b.flatten())
         return (y if bias is None else y.add_(bias)).to(x.dtype)

@@ -168,7 +168,13 @@ def test_rows_of_a_batch_use_either(a, b, on):
             close(mixed[row : row + 1], layer(x[row : row + 1]))
 
 
-@law("a, b, on", [Case(c) for c in pairs("linear")], features)
+def told_apart(case: tuple[Sample, Sample, Layer]) -> bool:
+    """PiSSA leaves singular values of 0, and their vectors, among which SVFT's numbers stand, are rounding."""
+    a, b, _ = case
+    return not (a.label == "pissa" and b.method == "SVFT")
+
+
+@law("a, b, on", [Case(c) for c in filter(told_apart, pairs("linear"))], features)
 def test_an_adapter_made_while_another_is_merged_is_the_same(a, b, on):
     """W₀ is the weight without adapters, whatever is merged meanwhile."""
 

@@ -10,7 +10,7 @@ LAWS = [
         "BOTTLENECK",
         "houlsby",
         dict(reduction_factor=1.5, non_linearity="swish", init_weights="bert", scaling=3.0),
-        identity=1e-2,
+        identity=2e-2,
     ),
     Sample(
         "BOTTLENECK",
@@ -23,7 +23,7 @@ LAWS = [
         dict(
             reduction_factor=1, phm_layer=True, phm_dim=2, scaling="learned", init_weights="bert", non_linearity="gelu"
         ),
-        identity=1e-2,
+        identity=2e-2,
     ),
 ]
 REFUSED = [("BOTTLENECK", "conv", UnsupportedLayerError, "acts on vectors")]

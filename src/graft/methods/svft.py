@@ -32,7 +32,9 @@ class SvftConfig(Targeted, LayerRange):
     off_diag: int = 0  # diagonals on each side of the main one; it says how many numbers train
     pattern: Literal["banded", "random", "top_k"] = "banded"  # where they stand; top_k: where the vectors are alike
     seed: int = 0  # of random places
-    save_projection: bool = False  # put the vectors into files, which then weigh as much as the model's layers
+    # put the vectors into files, which then weigh as much as the model's layers; without them a load finds them again,
+    # but for those of singular values of 0, which are rounding: the weight has to be of rank r
+    save_projection: bool = False
     init_weights: bool = True  # zeros; False: N(0, 1) / √n, for tests
 
     counters: ClassVar[tuple[str, ...]] = ("seed",)

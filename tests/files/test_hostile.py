@@ -21,7 +21,10 @@ from graft.core.errors import BaseModelMismatchError, CheckpointError
 from graft.files import formats
 from graft.files.bases import Skeleton, base_of
 from graft.files.convert import convert
+from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, LossError, OptionError, OutputExistsError
+from graft.files.neutral import AdapterFile
+from graft.files.tensors import tensor, whole_numbers
 from tests.files.dense import changes
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -176,6 +179,42 @@ def test_half_a_pair(tmp_path):
     del tensors["model.layers.1.mlp.down_proj.lora_b"]
     save_file(tensors, folder / "adapters.safetensors")
     refused(CheckpointError, "only one factor", folder, "peft", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name, end, t",
+    [("lycoris_locon", "alpha", np.ones(0, "f4")), ("lycoris_dora", "dora_scale", np.array(1, "f4")),
+     ("lycoris_loha", "hada_w1_b", np.array(1, "f4")), ("lycoris_lokr", "lokr_w1", np.array(1, "f4")),
+     ("lycoris_lokr", "lokr_w1", None), ("mlx_dora", ".m", np.array(1, "f4"))],
+)  # fmt: skip
+def test_a_tensor_of_another_shape_or_none(tmp_path, name, end, t):
+    shutil.copytree(FIXTURES / name, tmp_path / "a")
+    (file,) = (tmp_path / "a").glob("*.safetensors")
+    held = load_file(file)
+    key = next(key for key in held if key.endswith(end))
+    held.pop(key)
+    save_file(held if t is None else held | {key: t}, file)
+    base = LLAMA if name.startswith("mlx") else NET
+    refused(
+        CheckpointError,
+        "q_proj|mlp" if base == LLAMA else "down_blocks",
+        tmp_path / "a",
+        "peft",
+        tmp_path / "out",
+        base,
+    )
+
+
+@pytest.mark.parametrize(
+    "name, field, value, says",
+    [("mlx_lora", "lora_parameters", [1], "is no number"), ("adapterhub_lora", "name", None, "which no reader knows"),
+     ("adapterhub_lora", "name", 3, "which no reader knows")],
+)  # fmt: skip
+def test_a_config_of_another_shape(tmp_path, name, field, value, says):
+    shutil.copytree(FIXTURES / name, tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    refused((CheckpointError, LossError), says, tmp_path / "a", "kohya", tmp_path / "out.safetensors")
 
 
 def test_factors_of_mlx_that_nobody_transposed(tmp_path):
@@ -378,3 +417,9 @@ main()
     done = subprocess.run([sys.executable, "-c", code, *words, "--json"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (128 + 15, "", "")
     assert os.listdir(tmp_path) == []
+
+
+def test_two_adapters_differ_in_one_order():
+    rows = {f"embed.{i}": (whole_numbers([1]), tensor(np.ones((1, 2), "f4"))) for i in "dbfaec"}
+    a, b = (AdapterFile("peft", name, rows=rows) for name in "ab")
+    assert [t["tensor"] for t in difference(a, b)["tensors"]] == sorted(rows)

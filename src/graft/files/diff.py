@@ -33,7 +33,7 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
     for kind in ("full", "shared"):
         ours, theirs = getattr(a, kind), getattr(b, kind)
         tensors += [{"tensor": n, "relative": apart(ours[n], theirs[n])} for n in ours if n in theirs]
-    for name in a.rows.keys() & b.rows.keys():
+    for name in sorted(a.rows.keys() & b.rows.keys()):
         (at, ours), (bt, theirs) = a.rows[name], b.rows[name]
         tensors.append({"tensor": name, "relative": apart(ours, theirs) if at.load() == bt.load() else 1.0})
     names = [{*m.modules, *m.full, *m.shared, *m.rows} for m in (a, b)]

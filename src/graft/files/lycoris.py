@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from graft.core.errors import CheckpointError
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import tensor
 
@@ -55,7 +56,10 @@ def lokr(adapter: AdapterFile, others: Mapping[str, Other], base: Base | None) -
     ranks, alphas = {}, {}
     grids: list[tuple[tuple[int, int], tuple[int, int]]] = []
     for path, m in others.items():
-        one, two = sides(m, "lokr_w1"), sides(m, "lokr_w2")
+        try:
+            one, two = sides(m, "lokr_w1"), sides(m, "lokr_w2")
+        except (KeyError, IndexError) as e:
+            raise CheckpointError(f"{adapter.path} lacks a factor of '{path}', or it is no matrix: {e}.") from e
         if base is not None and f"{path}.weight" in base.shapes:  # columns of a factored kernel are n · its size
             two = two[0], base.shapes[f"{path}.weight"][1] // one[1]
         grids.append((one, two))

@@ -73,7 +73,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         return adapterhub_places.read(path, fields, tensors, base)
     scales = config.get("composition_mode") == "scale"
     out = AdapterFile(NAME, path, "IA3" if scales else "LORA", config=fields, base=fields.get("model_name") or None)
-    name = re.escape(fields["name"]) if "name" in fields else "[^.]+"
+    name = re.escape(str(fields["name"])) if "name" in fields else "[^.]+"
     modules = by_module(out, tensors, re.compile(rf"(.+)\.loras\.{name}\.(lora_[AB])"))
     r, alpha = config.get("r"), config.get("alpha", 1)
     if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
@@ -141,11 +141,11 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         "composition_mode": "scale" if isinstance(first, Other) else "add", "dropout": 0.0, "dtype": None,
         "init_weights": "ia3" if isinstance(first, Other) else "lora", "leave_out": [], "use_gating": False, **fields,
     }  # fmt: skip
+    facts = base.config if base else {}
     text = {
         "config": config, "name": "default", "version": "adapters.1.3.0", "model_name": adapter.base or "",
-        "hidden_size": base.config.get("hidden_size") if base else None,
-        "model_class": ((base.config.get("architectures") or [None])[0]) if base else None,
-        "model_type": base.config.get("model_type") if base else None,
+        "hidden_size": facts.get("hidden_size"), "model_class": (facts.get("architectures") or [None])[0],
+        "model_type": facts.get("model_type"),
     }  # fmt: skip
     os.makedirs(path, exist_ok=True)
     write_torch(os.path.join(path, FILES[1]), tensors)

@@ -78,7 +78,11 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             raise
         return renamed
     for name, of_module in modules.items():
-        read_module(out, paths[name], name, of_module, base)
+        try:
+            read_module(out, paths[name], name, of_module, base)
+        except IndexError as e:  # a tensor has fewer dimensions than its name says
+            shapes = {leaf: t.shape for leaf, t in of_module.items()}
+            raise CheckpointError(f"{file}: the tensors of '{name}' have shapes that cannot be: {shapes}.") from e
     out.method, out.pipeline = method_of(out, out.method), is_pipeline(base)
     return out
 

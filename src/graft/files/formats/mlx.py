@@ -48,23 +48,25 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         out.full = tensors
         return out
     parameters = config.get("lora_parameters") or {}
-    scale = parameters.get("scale", DEFAULT)
+    scale = parameters.get("scale", DEFAULT) if isinstance(parameters, dict) else None
     if not isinstance(scale, (int, float)):
-        raise CheckpointError(f"{path}: the scale is {scale!r}, not a number.")
+        raise CheckpointError(f"{path}: the scale in lora_parameters={parameters!r} is no number.")
     for module, of_module in by_module(out, tensors, KEY).items():
         out.modules[module] = low_rank(path, module, of_module, float(scale), parameters.get("rank"))
     return out
 
 
 def low_rank(path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object) -> LowRank:
-    a, b = both(tensors, ("lora_a", "lora_b"), path, module)
+    (a, b), m = both(tensors, ("lora_a", "lora_b"), path, module), tensors.get("m")
+    if m is not None and len(m.shape) != 1:
+        raise CheckpointError(f"{path}: the magnitude of '{module}' has shape {m.shape}, and is no vector.")
     if len(a.shape) == len(b.shape) == 3 and a.shape[:2] == (b.shape[0], b.shape[2]):
-        return LowRank(a, b, scale, "experts", tensors.get("m"))
+        return LowRank(a, b, scale, "experts", m)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or rank not in (None, a.shape[1]):
         r = rank or "r"
         raise misfit(path, module, a, b, f"where MLX has (in, {r}) and ({r}, out)")
     kind: Kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
-    return LowRank(transposed(a), transposed(b), scale, kind, tensors.get("m"))
+    return LowRank(transposed(a), transposed(b), scale, kind, m)
 
 
 def transposed(t: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import typer
 from graft.command import show
 from graft.command.app import SERVE, app, print_json
 from graft.files.errors import OptionError
-from graft.files.serving import servers
+from graft.files.serving import server_named, servers
 
 
 @app.command(rich_help_panel=SERVE)
@@ -45,7 +45,7 @@ def export(
     from graft.files.output import appearing, check_output
     from graft.files.sources import local
 
-    files.server_named(server)
+    server_named(server)
     rank_or_share = None if rank is None else number(rank)
     source = local(adapter)
     check_output(output, [source, base], force)

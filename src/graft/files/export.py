@@ -15,12 +15,12 @@ import numpy as np
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, some
 from graft.files.algebra import block_diagonal
-from graft.files.errors import LossError, UnknownServerError
+from graft.files.errors import LossError
 from graft.files.formats import Base, module_of
 from graft.files.holding import padded
 from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.serving import CONDITIONS, Server, Subject, beside, in_layer, servers
+from graft.files.serving import CONDITIONS, Server, Subject, beside, in_layer, server_named
 from graft.files.tensors import tensor
 
 MERGED = ("dora", "bias", "whole_norms", "whole_modules", "token_rows", "kasa", "experts")  # conditions without a form
@@ -48,13 +48,6 @@ class Exported:
     rounding: float = 0.0
     notes: list[str] = field(default_factory=list)
     error: float | None = None
-
-
-def server_named(name: str) -> Server:
-    known = servers()
-    if name not in known:
-        raise UnknownServerError(f"Nothing is known of the server {name!r}; there are {', '.join(known)}.")
-    return known[name]
 
 
 def export(adapter: AdapterFile, server: str, base: Base, path: str) -> Exported:

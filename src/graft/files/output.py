@@ -66,12 +66,9 @@ def appearing(path: str, stays: bool = True) -> Iterator[str]:
         stays: False: nothing stays; whatever can fail has been tried.
 
     Raises:
-        OptionError: the path is empty.
         OutputExistsError: something has come there meanwhile.
         OSError: the disk is full, say; it names `path`.
     """
-    if not path:
-        raise OptionError("The output has no name.")
     path = os.path.abspath(path)
     folder, stood = os.path.dirname(path), os.path.lexists(path)
     made = [] if os.path.isdir(folder) or not stays else missing(folder)

@@ -121,17 +121,13 @@ def factors_in(adapter: AdapterFile) -> dict[str, LowRank]:
     others = {path: m for path, m in adapter.modules.items() if isinstance(m, Other) and path not in made}
     if other := [f"{path} ({m.method})" for path, m in others.items()]:
         raise LossError(f"{adapter.path} has modules without a rank of LoRA: {some(other)}. See graft.convert_to_lora.")
-    if grouped := [path for path, h in made.items() if has_groups(h)]:
+    if grouped := [path for path, h in made.items() if h.kind == "conv" and h.B.shape[1] != h.rank]:
         raise LossError(
             f"{adapter.path} adapts convolutions in groups, whose factors have no singular values: {some(grouped)}."
         )
     if not made:
         raise LossError(f"{adapter.path} ({adapter.method}) has no LoRA on any module.")
     return made
-
-
-def has_groups(lora: LowRank) -> bool:
-    return lora.kind == "conv" and lora.B.shape[1] != lora.rank
 
 
 def profile(lora: LowRank) -> np.ndarray:

@@ -131,6 +131,14 @@ def servers() -> dict[str, Server]:
     }
 
 
+def server_named(name: str) -> Server:
+    """Return a server that the data knows; raise UnknownServerError if it does not."""
+    known = servers()
+    if name not in known:
+        raise UnknownServerError(f"Nothing is known of the server {name!r}; there are {', '.join(known)}.")
+    return known[name]
+
+
 def check(
     adapter: AdapterFile, names: Sequence[str], base: Known | None = None, options: Options | None = None
 ) -> list[Finding]:
@@ -144,23 +152,20 @@ def check(
         UnknownServerError: there is nothing known of a server.
         BaseModelMismatchError: factors make no update of the base's weight, by their shapes.
     """
-    known = servers()
-    if unknown := [name for name in names if name not in known]:
-        raise UnknownServerError(f"Nothing is known of {some(unknown)}; there are {', '.join(known)}.")
+    asked = [server_named(name) for name in dict.fromkeys(names)]
     if base is not None:
         own = {name.rpartition(".")[0] for name in beside(adapter)}  # whose weight the file has as well
         check_shapes({path: of for path, of in adapter.low_rank.items() if path not in own}, adapter, base)
     found = []
-    for name in dict.fromkeys(names):
-        server = known[name]
+    for server in asked:
         subject = Subject(adapter, server, options or Options(), base)
-        for row in data()["servers"][name]["rows"]:
+        for row in data()["servers"][server.name]["rows"]:
             if what := list(CONDITIONS[row["when"]](subject)):
-                remedy = data()["remedies"][row["remedy"]]
-                known_base = "BASE" if base is None else base.path
-                remedy = remedy.format(server=name, adapter=adapter.path, format=server.formats[0], base=known_base)
-                facts = name, server.version, server.date, row["when"], row["verdict"], some(what, 3), row["does"]
-                found.append(Finding(*facts, remedy, row.get("evidence", "run")))
+                where = "BASE" if base is None else base.path
+                known = dict(server=server.name, adapter=adapter.path, format=server.formats[0], base=where)
+                remedy = data()["remedies"][row["remedy"]].format(**known)
+                facts = server.name, server.version, server.date, row["when"], row["verdict"], some(what, 3)
+                found.append(Finding(*facts, row["does"], remedy, row.get("evidence", "run")))
     return found
 
 

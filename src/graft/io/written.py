@@ -93,17 +93,13 @@ def say(doubts: set[str], layout: Layout, what: str) -> None:
             f"replaced by {layout.left_to}: if that does so as well, leave expert_layout out.",
             PeftWarning,
         )
-    if "by_expert" in doubts and layout.left_to is not None:
+    if "by_expert" in doubts:
+        read = "they were read as PEFT writes them"
+        if layout.left_to is not None:
+            read = f"that is left to {layout.left_to}, which has replaced PeftModel.load_adapter"
         warn(
-            f"{what} was trained by Unsloth: the order of the columns of B of stacks of experts is left to "
-            f"{layout.left_to}, which has replaced PeftModel.load_adapter, as under PEFT. Pass "
-            "expert_layout='grouped_by_expert' if Unsloth before September 2026 trained it and that leaves it alone.",
-            PeftWarning,
-        )
-    elif "by_expert" in doubts:
-        warn(
-            f"{what} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: they "
-            "were read as PEFT writes them. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 "
-            "trained it, 'rank_major' if a later one did.",
+            f"{what} was trained by Unsloth and does not tell the order of the columns of B of stacks of experts: "
+            f"{read}. Pass expert_layout='grouped_by_expert' if Unsloth before September 2026 trained it"
+            + (", 'rank_major' if a later one did." if layout.left_to is None else " and that leaves it alone."),
             PeftWarning,
         )

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from graft.core.errors import PeftWarning, warn
 from graft.core.folding import change_of
 from graft.files.convert import ENDS
-from graft.files.export import Exported, server_named
+from graft.files.export import Exported
 from graft.files.export import export as export_file
 from graft.files.formats import peft
+from graft.files.serving import server_named
 from graft.io import files
 from graft.io.base import get_base_model_state_dict
 from graft.io.fingerprint import fingerprint, weights_of

@@ -83,7 +83,7 @@ def complete(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options
 
 def blocks_of(path: str, base: Base | None) -> tuple[list[Block], Base]:
     if base is None:
-        raise BaseNeededError(f"{path} names places, and not modules: give the base model (--base).")
+        raise BaseNeededError(f"{path} stands at blocks that only a base names: give the base model (--base).")
     linears = {
         key.removesuffix(".weight"): (shape[0], shape[1])
         for key, shape in base.shapes.items()

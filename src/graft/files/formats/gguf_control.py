@@ -10,7 +10,6 @@ import numpy as np
 
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError
-from graft.files.errors import BaseNeededError
 from graft.files.formats import Base
 from graft.files.holding import check_lost
 from graft.files.neutral import AdapterFile, Other
@@ -60,9 +59,8 @@ def vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tuple[dict[
     """
     from graft.files.formats.adapterhub_places import blocks_of
 
-    if base is None:
-        raise BaseNeededError("A control vector counts the blocks of its base: give the base model (--base).")
-    numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}
+    blocks, base = blocks_of(adapter.path, base)
+    numbers = {block.path: i for i, block in enumerate(blocks)}
     cfg, found, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
     lost += [f"{name}={cfg[name]}" for name in ("normalize", "min_token_index") if cfg.get(name)]
     for module, m in adapter.modules.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json, read_object
 from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
-from graft.files.errors import BaseNeededError, LossError
+from graft.files.errors import LossError
 from graft.files.formats import Base
 from graft.files.holding import Holds, check_lost, fit
 from graft.files.neutral import AdapterFile, Other
@@ -187,8 +187,6 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
     if adapter.method != "REFT":
         raise LossError(f"The format {NAME} holds ReFT alone, and {adapter.path} is {adapter.method}.")
-    if base is None:
-        raise BaseNeededError("pyreft counts the blocks of a base: give the base model (--base).")
     numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}
     known = ReftConfig.__dataclass_fields__
     cfg = ReftConfig(**{name: value for name, value in adapter.config.items() if name in known and name != "peft_type"})

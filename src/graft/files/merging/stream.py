@@ -92,7 +92,7 @@ class Workplace:
             )
 
     @contextmanager
-    def lock(self) -> Iterator[Workplace]:
+    def lock(self) -> Iterator[None]:
         """Have the folder alone; take up what a killed run of the same key has finished."""
         os.makedirs(self.folder, exist_ok=True)
         lock = os.open(os.path.join(self.folder, ".lock"), os.O_RDWR | os.O_CREAT)
@@ -112,7 +112,7 @@ class Workplace:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 raise
             self.done = self._left()
-            yield self
+            yield
         finally:
             os.close(lock)
 

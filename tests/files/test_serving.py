@@ -15,6 +15,7 @@ import pytest
 from graft.core.errors import ConfigError
 from graft.files.base import base_files
 from graft.files.formats import read
+from graft.files.merging import skeleton
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.serving import CONDITIONS, VERDICTS, Options, Subject, check, data, servers
 from graft.files.tensors import tensor
@@ -237,6 +238,13 @@ def test_the_class_that_the_server_runs(tmp_path):
     there = renamed("plain", lambda path: path.replace("model.", "model.language_model.", 1))
     assert not {*there.modules} <= {*base.modules}  # the checkpoint says language_model.model
     assert not [*CONDITIONS["prefixes_differ"](Subject(there, server, base=base))]
+
+
+def test_the_class_is_built_once_for_a_server(monkeypatch):
+    made, whole = [], skeleton.skeleton
+    monkeypatch.setattr(skeleton, "skeleton", lambda path: made.append(path) or whole(path))
+    assert check(renamed("plain", lambda path: f"x.{path}"), ["vllm"], base_files(adapters.base()))
+    assert len(made) == 1
 
 
 def test_a_base_that_transformers_does_not_know(tmp_path):

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 from graft.config import pair
 from graft.config.reading import Json
@@ -103,6 +103,17 @@ class Subject:
     @property
     def low_rank(self) -> dict[str, LowRank]:
         return self.adapter.low_rank
+
+    @cached_property
+    def strangers(self) -> list[str]:
+        """The modules that the model which the server runs does not have."""
+        if self.base is None:
+            return []
+        known = {*self.base.modules}
+        paths = [module_of(path, module) for path, module in self.adapter.modules.items()]
+        if not known.issuperset(paths):
+            known |= names_of_class(self.base)
+        return [path for path in paths if path not in known]
 
 
 Condition = Callable[[Subject], Iterable[str]]
@@ -435,18 +446,21 @@ def q_without_v(s: Subject) -> Iterable[str]:
 @condition
 def some_layers_only(s: Subject) -> Iterable[str]:
     """A kind of module that not every layer has an adapter on."""
-    kinds: dict[str, set[str]] = {}
-    for path in s.low_rank:
-        if numbered := in_layer(path):
-            kinds.setdefault(numbered[0], set()).add(numbered[1])
-    there: dict[str, set[str]] = {}
-    for module in s.base.modules if s.base is not None else s.low_rank:
-        if numbered := in_layer(module):
-            there.setdefault(numbered[0] if s.base is not None else "", set()).add(numbered[1])
+    kinds = layers_by_kind(s.low_rank)
+    every = {layer for layers in kinds.values() for layer in layers}
+    there = dict.fromkeys(kinds, every) if s.base is None else layers_by_kind(s.base.modules)
     for kind, layers in kinds.items():
-        every = there.get(kind if s.base is not None else "", layers)
-        if missing := every - layers:
+        if missing := there.get(kind, layers) - layers:
             yield f"{kind.replace('#', 'N')} on {len(layers)} of {len(layers | missing)} layers"
+
+
+def layers_by_kind(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Return the numbers of the layers that have a module, by its path without the number."""
+    out: dict[str, set[str]] = {}
+    for path in paths:
+        if numbered := in_layer(path):
+            out.setdefault(numbered[0], set()).add(numbered[1])
+    return out
 
 
 def in_layer(path: str) -> tuple[str, str] | None:
@@ -464,18 +478,6 @@ def targets_excluded(s: Subject) -> Iterable[str]:
         yield from sorted({last(path) for path in s.low_rank} - {*listed, *more})
 
 
-def strangers(s: Subject) -> list[str]:
-    """Return the modules that the model which the server runs does not have."""
-    if s.base is None:
-        return []
-    known = {*s.base.modules}
-    paths = [module_of(path, module) for path, module in s.adapter.modules.items()]
-    if all(path in known for path in paths):
-        return []
-    known |= names_of_class(s.base)
-    return [path for path in paths if path not in known]
-
-
 def module_of(path: str, module: LowRank | Other) -> str:
     """Return the path of the module that holds what is adapted."""
     return path.rpartition(".")[0] if module.kind == "experts" else path
@@ -484,24 +486,22 @@ def module_of(path: str, module: LowRank | Other) -> str:
 @condition
 def modules_missing(s: Subject) -> Iterable[str]:
     """Of a name that no module of the base has."""
-    found = strangers(s)
-    names = {last(m) for m in s.base.modules} if found and s.base is not None else set()
-    return [path for path in found if last(path) not in names]
+    names = set() if s.base is None else {last(m) for m in s.base.modules}
+    return [path for path in s.strangers if last(path) not in names]
 
 
 @condition
 def layers_missing(s: Subject) -> Iterable[str]:
     """Beyond the base's last layer."""
-    found = strangers(s)
-    kinds = {numbered[0] for m in (s.base.modules if found and s.base is not None else ()) if (numbered := in_layer(m))}
-    return [path for path in found if (numbered := in_layer(path)) and numbered[0] in kinds]
+    kinds = {} if s.base is None else layers_by_kind(s.base.modules)
+    return [path for path in s.strangers if (numbered := in_layer(path)) and numbered[0] in kinds]
 
 
 @condition
 def prefixes_differ(s: Subject) -> Iterable[str]:
     """Of a name that modules of the base have, elsewhere: the adapter was trained with another class of the model."""
     apart = {*modules_missing(s), *layers_missing(s)}
-    return [path for path in strangers(s) if path not in apart]
+    return [path for path in s.strangers if path not in apart]
 
 
 def names_of_class(base: Known) -> set[str]:

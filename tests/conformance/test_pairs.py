@@ -160,9 +160,8 @@ def test_rows_of_a_batch_use_either(a, b, on):
     names = ["b", "__base__", "a", "b", "a"]
     layer.set_adapter(["a", "b"])
     with torch.no_grad():
-        layer.call.rows = Rows.of(names)
-        mixed = layer(x)
-        layer.call.rows = None
+        with layer.call.using(Rows.of(names)):
+            mixed = layer(x)
         for row, name in enumerate(names):
             layer.set_adapter([] if name == "__base__" else [name])
             close(mixed[row : row + 1], layer(x[row : row + 1]))

@@ -50,9 +50,8 @@ def test_facts_and_gates_stand_within_the_block():
 def test_rows_see_their_own():
     call = Call()
     with call.giving(facts={"a": FACT}):
-        before = call.narrowed(call.now().only(torch.tensor([2, 0])))
-        assert call.fact("a").tolist() == [2, 0]
-        call.narrowed(before)
+        with call.narrowed(call.now().only(torch.tensor([2, 0]))):
+            assert call.fact("a").tolist() == [2, 0]
         assert call.fact("a") is FACT
 
 

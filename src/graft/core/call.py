@@ -8,7 +8,7 @@ The model writes it once per call, every layer reads it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import enumerate as enumerate_threads
@@ -95,10 +95,6 @@ class Call:
         """The rows of this thread's call."""
         return self.here.context.rows
 
-    @rows.setter
-    def rows(self, rows: Rows | None) -> None:
-        self.put(self.here.context._replace(rows=rows))
-
     @property
     def context(self) -> CallContext:
         """All that this thread's call says of its rows."""
@@ -122,34 +118,32 @@ class Call:
             self.here.losses.clear()
         if self.blocks and not self.here.off and not torch.compiler.is_compiling():
             self._warn_of_block()
-        before = self.put(self.here.context._replace(rows=rows, draws=draws))
         try:
-            yield
+            with self.showing(self.here.context._replace(rows=rows, draws=draws)):
+                yield
         finally:
-            self.put(before)
             if self.here.tapped:  # of blocks that failed
                 self.here.tapped.clear()
 
     @contextmanager
-    def giving(self, gates: Gates | None = None, facts: Facts = NO_FACTS) -> Iterator[None]:
-        """Have `gates`, and `facts` beside those that are here, stand here within the block."""
-        context = self.here.context
-        gates, facts = context.gates if gates is None else gates, {**context.facts, **facts} or NO_FACTS
-        before = self.put(context._replace(gates=gates, facts=facts))
+    def showing(self, context: CallContext) -> Iterator[None]:
+        """Have all this stand here for this thread within the block; then what did, whatever came meanwhile."""
+        before = self.put(context)
         try:
             yield
         finally:
             self.put(before)
 
-    @contextmanager
-    def joining(self, stacks: Stacks | None, copies: int = 1) -> Iterator[None]:
+    def giving(self, gates: Gates | None = None, facts: Facts = NO_FACTS) -> AbstractContextManager[None]:
+        """Have `gates`, and `facts` beside those that are here, stand here within the block."""
+        context = self.here.context
+        gates, facts = context.gates if gates is None else gates, {**context.facts, **facts} or NO_FACTS
+        return self.showing(context._replace(gates=gates, facts=facts))
+
+    def joining(self, stacks: Stacks | None, copies: int) -> AbstractContextManager[None]:
         """Have the layers know within the block which tensors of adapters are stacked, and that they get so many copies
         of each row that the base gets."""
-        before = self.put(self.here.context._replace(stacks=stacks, copies=copies))
-        try:
-            yield
-        finally:
-            self.put(before)
+        return self.showing(self.here.context._replace(stacks=stacks, copies=copies))
 
     @contextmanager
     def handing(self, adapter: str, value: Tensor) -> Iterator[None]:
@@ -333,10 +327,14 @@ class Call:
             self._tell(NOTHING)  # another forward pass, past the model's own
         return ALL_OFF if here.off else here.context
 
-    def narrowed(self, context: CallContext | None) -> CallContext | None:
-        """Have a layer see only this while it runs some of the rows; return what stood here, to be put back."""
+    @contextmanager
+    def narrowed(self, context: CallContext) -> Iterator[None]:
+        """Have a layer see only this within the block, while it runs some of the rows."""
         before, self.here.narrow = self.here.narrow, context
-        return before
+        try:
+            yield
+        finally:
+            self.here.narrow = before
 
     def _in_backward(self) -> CallContext:
         own = self._restored.get(torch._C._current_graph_task_id())

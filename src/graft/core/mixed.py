@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -83,7 +83,6 @@ class Mixed:
         self.blocks = {n: plan for n, plan in self.plans.items() if isinstance(plan, Block)}
         self.adds = all(plan.above for plan in plans)
         self.products = all(isinstance(p, Sum) and p.single and p.product is not None for p in plans)
-        self.folded = any(isinstance(plan, Folded) for plan in plans)
         self.stacks = [(i, plan) for i, n in enumerate(keys) if isinstance(plan := self.plans[n], Folded)]
         self.routes = all(isinstance(plan, Folded) and plan.routes for plan in plans)  # experts, which graft can run
         self.aside = any(isinstance(plan, Instead) and plan.aside for plan in plans)
@@ -111,7 +110,7 @@ class Mixed:
         layer = self.layer
         if self.idle:
             return layer.base_module(*args, **kwargs)
-        if self.folded:
+        if self.stacks:
             if self.routes and (len(rows.segments) > 1 or layer.call.now().draws is not None):
                 if not all(plan.adds for _, plan in self.stacks):
                     refuse_gates(layer)
@@ -300,15 +299,10 @@ class Mixed:
 
         return with_first(call(inner), after)
 
-    @contextmanager
-    def seeing(self, index: Tensor) -> Iterator[None]:
+    def seeing(self, index: Tensor) -> AbstractContextManager[None]:
         """Have the layer see what the call says of these rows alone."""
         call = self.layer.call
-        before = call.narrowed(call.now().only(index))
-        try:
-            yield
-        finally:
-            call.narrowed(before)
+        return call.narrowed(call.now().only(index))
 
     def drawing(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
         """Have an adapter draw from its own generator, if the call gives one, what it draws beside a call of the base:
@@ -318,34 +312,22 @@ class Mixed:
             return nullcontext()
         return draws.of(key, draws.ticket(), device)
 
-    @contextmanager
-    def alone(self, index: Tensor, key: Key) -> Iterator[None]:
+    def alone(self, index: Tensor, key: Key) -> AbstractContextManager[None]:
         """Have layers within the module see a batch of these rows, which all use the same."""
         call, n = self.layer.call, len(index)
         rows = Rows.placed(n, {key: list(range(n))}, index.device)
-        before = call.narrowed(call.now().only(index)._replace(rows=rows, draws=None))
-        try:
-            yield
-        finally:
-            call.narrowed(before)
+        return call.narrowed(call.now().only(index)._replace(rows=rows, draws=None))
 
-    @contextmanager
-    def without_others(self, rows: Rows) -> Iterator[None]:
+    def without_others(self, rows: Rows) -> AbstractContextManager[None]:
         """Have layers within the module see rows of adapters that do nothing here as rows of the base: what runs once
         more for the adapters here draws nothing for others."""
         if None not in self.plans.values():
-            yield
-            return
+            return nullcontext()
         groups: dict[Key, list[int]] = {}
         for key, own in rows.groups.items():
             groups.setdefault(None if self.plans[key] is None else key, []).extend(own)
         call = self.layer.call
-        own_rows = Rows.placed(rows.batch, groups, rows.order.device)
-        before = call.narrowed(call.now()._replace(rows=own_rows))
-        try:
-            yield
-        finally:
-            call.narrowed(before)
+        return call.narrowed(call.now()._replace(rows=Rows.placed(rows.batch, groups, rows.order.device)))
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""

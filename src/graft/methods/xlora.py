@@ -355,11 +355,8 @@ def weigh(tuner: Classified, call: Call, args: tuple[Any, ...], kwargs: dict[str
         else:
             dummy = classifier.constant(inputs, cfg.scaling_pass_value)
             context = call.context._replace(gates=Scalings(chosen(dummy, cfg), *places))
-        before = call.put(context)
-        try:
+        with call.showing(context):
             output = tuner.model.forward(*args, **kwargs)
-        finally:
-            call.put(before)
     hidden = getattr(output, "hidden_states", None)
     if not hidden:
         raise RoutingError(

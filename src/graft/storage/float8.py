@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.ops import UNKNOWN, Op
+from graft.storage.integers import unpacked
 from graft.storage.quantized import OwnModule
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -30,7 +31,7 @@ class Float8(OwnModule):
         if W.element_size() > 1:  # it has not been quantized
             return W.detach().clone()
         if W.dtype == torch.int8:
-            W = torch.tensor(FP4, device=W.device)[fp4_codes(W)]
+            W = torch.tensor(FP4, device=W.device)[unpacked(W.view(torch.uint8), 4)]
         return W.float() * self.scales(m, W.shape)
 
     def scales(self, m: nn.Module, shape: Sequence[int]) -> Tensor:
@@ -48,11 +49,10 @@ class Float8(OwnModule):
             return {"weight": nn.Parameter(W.to(m.weight.dtype), requires_grad=m.weight.requires_grad)}
         old, rows, columns = getattr(m, self.scale), *self.sizes(m, W.shape)
         scale = rounded_up(largest(W.float(), rows, columns) / LARGEST, old.dtype)
-        spread = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-        codes = (W.float() / spread[: W.shape[0], : W.shape[1]]).clamp(-LARGEST, LARGEST).to(m.weight.dtype)
+        codes = W.float() / spread(scale.float(), rows, columns, W.shape)
         made = scale.reshape(old.shape)
         return {
-            "weight": nn.Parameter(codes, requires_grad=False),
+            "weight": nn.Parameter(codes.clamp(-LARGEST, LARGEST).to(m.weight.dtype), requires_grad=False),
             self.scale: nn.Parameter(made, requires_grad=old.requires_grad),
         }
 
@@ -70,11 +70,9 @@ class Blocks(Float8):
         scale = getattr(m, self.scale)
         if scale.dtype == torch.uint8:  # exponents
             scale = (scale.float() - 127).exp2()
-        rows, columns = self.sizes(m, shape)
         if scale.numel() == 1:
             return scale.float().reshape(1, 1)
-        spread = scale.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-        return spread[: shape[0], : shape[1]]
+        return spread(scale.float(), *self.sizes(m, shape), shape)
 
     def sizes(self, m: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
         scale = getattr(m, self.scale)
@@ -94,10 +92,9 @@ class Blocks(Float8):
         return m.weight.dtype == torch.int8
 
 
-def fp4_codes(packed: Tensor) -> Tensor:
-    """Return the codes of 4-bit floats, two of which are in a byte, the first in its low half."""
-    byte = packed.view(torch.uint8).int()
-    return torch.stack([byte & 15, byte >> 4], -1).flatten(-2)
+def spread(scale: Tensor, rows: int, columns: int, shape: Sequence[int]) -> Tensor:
+    """Return for each number of a weight (out, in) the scale of its block."""
+    return scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
 
 
 def largest(W: Tensor, rows: int, columns: int) -> Tensor:

@@ -114,13 +114,13 @@ def standalone(module: nn.Module, copies: dict[int, object] | None = None) -> nn
         return copy.deepcopy(module, {**(copies or {}), **same})
     made = copy.deepcopy(module, {**(copies or {}), **{id(m.__dict__.get("_hf_hook")): None for m in old}})
     for source, m in zip(old, without_hooks(made).modules()):
-        for hook in hooks_of(source):
+        if is_away(source):
             for name, p in m._parameters.items():
                 if p is not None and p.is_meta:
-                    m._parameters[name] = nn.Parameter(_brought(hook, name), p.requires_grad)
+                    m._parameters[name] = nn.Parameter(brought(source, name), p.requires_grad)
             for name, b in m._buffers.items():
                 if b is not None and b.is_meta:
-                    m._buffers[name] = _brought(hook, name)
+                    m._buffers[name] = brought(source, name)
     return made
 
 
@@ -134,8 +134,5 @@ def without_hooks(module: nn.Module) -> nn.Module:
 
 def brought(m: nn.Module, name: str) -> Tensor:
     """Return an offloaded tensor of a module, on the device on which the module computes."""
-    return _brought(hooks_of(m)[0], name)
-
-
-def _brought(hook: Hook, name: str) -> Tensor:
+    hook = hooks_of(m)[0]
     return hook.weights_map[name].to(hook.execution_device, copy=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.table import TypeTable
-from graft.storage.float8 import FP4, LARGEST, largest, rounded_up
+from graft.storage.float8 import FP4, LARGEST, largest, rounded_up, spread
 
 MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes of 4-bit floats
 TOP = 7.0  # what rounds to the largest of them and is no nearer to a larger scale
@@ -226,12 +226,7 @@ class FineFP8(PackedMatrices):
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         W, scale = self.weight[expert], self.scale[expert].float()
         values = unpacked(W, FP4, True, torch.float32) if W.dtype == torch.int8 else W.float()
-        return values.mul_(self._spread(scale)).to(dtype)
-
-    def _spread(self, scale: Tensor) -> Tensor:
-        rows, columns = self.sizes
-        spread = scale.repeat_interleave(rows, 0)[: self.shape[1]]
-        return spread.repeat_interleave(columns, 1)[:, : self.shape[2]]
+        return values.mul_(spread(scale, *self.sizes, self.shape[1:])).to(dtype)
 
     def remade(self, matrix: Callable[[int], Tensor]) -> FineFP8:
         weight, scale = self.weight.clone(), self.scale.clone()
@@ -243,7 +238,8 @@ class FineFP8(PackedMatrices):
                 continue
             made = rounded_up(largest(W, *self.sizes) / LARGEST, scale.dtype)
             scale[e][: len(made)] = made
-            weight[e] = (W / self._spread(scale[e].float())).clamp(-LARGEST, LARGEST).to(weight.dtype)
+            blocks = spread(scale[e].float(), *self.sizes, W.shape)
+            weight[e] = (W / blocks).clamp(-LARGEST, LARGEST).to(weight.dtype)
         return replace(self, weight=weight, scale=scale)
 
     def put(self, m: nn.Module, name: str) -> None:

@@ -47,12 +47,8 @@ def style_of(module: nn.Module) -> Style | None:
         if made:
             closure = dict(zip(forward.__code__.co_freevars, (c.cell_contents for c in forward.__closure__ or ())))
             it = closure.get("self")
-            return Style(
-                _name(kind if it is None else type(it).__name__, it),
-                kind if it is None else type(it).__name__,
-                it,
-                closure.get("mesh"),
-            )
+            kind = kind if it is None else type(it).__name__
+            return Style(_name(kind, it), kind, it, closure.get("mesh"))
     plan = module.__dict__.get("_hf_tp_plan")
     return None if plan is None else Style(str(plan), "", None, module.__dict__.get("_hf_device_mesh"))
 

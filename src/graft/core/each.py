@@ -58,8 +58,7 @@ class One:
     def W0(self) -> Tensor:
         layer, expert, W = self._stack
         if W is None:
-            packed = getattr(layer.op, "packed", None) is not None
-            W = matrix_of(layer, expert) if packed else layer.W0[expert]
+            W = layer.W0[expert] if layer.op.packed is None else matrix_of(layer, expert)
         return W  # type: ignore[no-any-return]
 
     @property
@@ -69,10 +68,15 @@ class One:
 
 def matrix_of(layer: Layer, expert: int) -> Tensor:
     """Return a matrix of a packed stack, without any adapter."""
-    undo_states = [state for _, state, _ in layer.state.undo if state is not None]
-    stack = undo_states[0].to(layer.base_weight.where()[0]) if undo_states else layer.base_weight.snapshot()
+    stack = stack_of(layer)
     W: Tensor = stack.in_rows().matrix(expert, stack.dtype or torch.float32)
     return W
+
+
+def stack_of(layer: Layer) -> Any:
+    """Return a packed stack, without any adapter."""
+    first = next((state for _, state, _ in layer.state.undo if state is not None), None)
+    return layer.base_weight.snapshot() if first is None else first.to(layer.base_weight.where()[0])
 
 
 class OnEach(Method):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from graft.core import stacked
 from graft.core.averaging import averaged
 from graft.core.containers import Slot, slots_of
-from graft.core.each import Making, pieces_of
+from graft.core.each import Making, pieces_of, stack_of
 from graft.core.effect import HALF, Effect, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
 from graft.core.finite import largest, survival
@@ -181,13 +181,8 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Return True if what stands against merging is that the weight is packed, and can be read."""
     packed = not layer.store.exact and layer.base_weight.unread() is None
-    packed = packed and layer.op.fixed(layer.get_base_layer()) is None and not is_packed_stack(layer)
+    packed = packed and layer.op.fixed(layer.get_base_layer()) is None and layer.op.packed is None
     return packed and all(m.effect.fixed is None for m in methods)
-
-
-def is_packed_stack(layer: Layer) -> bool:
-    """Return True for a stack of matrices in codes, of which the module understands nothing else."""
-    return getattr(layer.op, "packed", None) is not None
 
 
 def _no_bias(layer: Layer, names: Sequence[str]) -> str:
@@ -276,7 +271,7 @@ def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
     more = [m for m in methods if not m.effect.additive or m.effect.weightless]
     if more:
         why = f"adapter '{more[0].name}' ({type(more[0]).__name__}) does more than add that to the weight"
-    elif is_packed_stack(layer):
+    elif layer.op.packed is not None:
         why = "into a packed stack graft merges products alone"
     else:
         return None
@@ -322,9 +317,7 @@ def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
     with evaluating(layer):
         fold = _by_matrix(layer, steps)
         if fold is not None:
-            states = [state for _, state, _ in layer.state.undo if state is not None] if from_w0 else []
-            stack = states[0].to(layer.base_weight.where()[0]) if states else layer.base_weight.snapshot()
-            return stacked.stays_finite(stack, fold)
+            return stacked.stays_finite(stack_of(layer) if from_w0 else layer.base_weight.snapshot(), fold)
     W, b = folded(layer, steps, from_w0)
     return bool(W.isfinite().all() and (b is None or b.isfinite().all()))
 
@@ -378,7 +371,7 @@ def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
 def _by_matrix(layer: Layer, steps: Sequence[Step]) -> stacked.Fold | None:
     """Return the function that folds steps into one matrix of a packed stack; None for another weight, or if a step
     says nothing of single matrices."""
-    pieces = [pieces_of(layer, effect) for _, effect in steps] if is_packed_stack(layer) else [None]
+    pieces = [pieces_of(layer, effect) for _, effect in steps] if layer.op.packed is not None else [None]
     if any(p is None for p in pieces):
         return None
     making = Making(pieces, False)  # type: ignore[arg-type]
@@ -518,7 +511,7 @@ def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
             + (
                 "merge it into the base loaded dequantized (in transformers: dequantize=True in its "
                 "quantization_config)"
-                if any(is_packed_stack(layer) for layer in lost)
+                if any(layer.op.packed is not None for layer in lost)
                 else "merge_and_unload(dequantize=True)"
                 if packed
                 else "merge it into the base in float32 (model.float(), or load it with dtype=torch.float32)"

@@ -59,6 +59,7 @@ class Op:
     output_is_new = False  # its output is new memory, whose values its backward pass does not need
     takes_ids = False  # the input holds indices, which have no dtype to cast and no gradient
     opaque = False  # the layer gives nothing but its output with another weight
+    packed: tuple[int, ...] | None = None  # the canonical shape of a stack of which the module has codes
 
     def variant(self, m: nn.Module) -> Op:
         """Return the Op for this module: another one if an attribute changes the module's function."""
@@ -311,7 +312,7 @@ class Opaque(Op):
 
     def __init__(self, parameter: str, transposed: bool = False, packed: tuple[int, ...] | None = None):
         self.parameter, self.transposed = parameter, transposed
-        self.packed = packed  # the canonical shape, where the module has codes
+        self.packed = packed
 
     def canon(self, W: Tensor) -> Tensor:
         return W.mT if self.transposed else W

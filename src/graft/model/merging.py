@@ -153,7 +153,7 @@ class MergingRegistry(Registry):
             if (why := store.unread(layer.base_layer)) is not None:
                 raise NotImplementedError(f"Cannot dequantize layer '{layer.site.key}': {why}.")
         for layer in layers:
-            if merging.is_packed_stack(layer):
+            if layer.op.packed is not None:
                 raise NotImplementedError(
                     f"Cannot dequantize layer '{layer.site.key}': its module understands nothing but codes. Load the "
                     "base dequantized (in transformers: dequantize=True in its quantization_config) and merge there."

@@ -8,7 +8,7 @@ from torch import nn
 
 import graft
 from graft.core.effect import Rewrite
-from graft.inject.inject import inject
+from graft.inject.inject import Injection
 from graft.methods.hra import HRA, HRAConfig
 
 
@@ -74,7 +74,7 @@ class OfNumpy(HRA):
 
 def injected(method, bias=True):
     model = base(bias)
-    inject(model, HRAConfig(r=2, target_modules=["0"]), method, "a")
+    Injection(model, HRAConfig(r=2, target_modules=["0"]), method, "a").run()
     return model
 
 

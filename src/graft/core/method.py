@@ -97,7 +97,7 @@ class Layers(Generic[C]):
     sites: Sequence[Site]
     cfg: C
     existing: dict[str, Any] = field(default_factory=dict)  # containers of what adapters share already, by name
-    others: dict[str, C] = field(default_factory=dict)  # configs of these adapters, by name
+    others: Mapping[str, C] = field(default_factory=dict)  # configs of these adapters, by name
 
     @property
     def wide_in(self) -> int:

@@ -7,13 +7,12 @@ import copy
 import gc
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from graft.core.errors import gathering
 from graft.core.layer import AdapterLayer
-from graft.core.method import Method
 from graft.inject import build, find
 from graft.inject.beside import RowsLayer, TrainableTokensWrapper
 from graft.inject.job import Job
@@ -102,11 +101,6 @@ class Injection(Job):
                 attach(tree.places_of(key), module.train(tree.modules[key].training))
         for bias in self.biases:
             bias.requires_grad = True  # `build` has made Parameters of them
-
-
-def inject(model: nn.Module, config: PeftConfig, method: type[Method], adapter: str, **options: Any) -> Injection:
-    """Put `adapter` on `model`, in place, inactive and frozen: see `Injection` for the options and errors."""
-    return Injection(model, config, method, adapter, **options).run()
 
 
 def frozen(model: nn.Module, tree: Tree) -> set[str] | None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -98,7 +98,7 @@ class Job:
     adapter: str
     call: Call | None = None
     shared: Shared = field(default_factory=Shared)
-    others: dict[str, PeftConfig] = field(default_factory=dict)
+    others: Mapping[str, PeftConfig] = field(default_factory=dict)
     options: Options = Options()
     keys: Iterable[str] | None = None
     tree: Tree = None  # type: ignore[assignment]

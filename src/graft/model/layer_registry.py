@@ -20,7 +20,7 @@ from graft.core.method import Method, as_it_is
 from graft.core.names import one_or_several
 from graft.core.rows import Finish, Run, parameters_of
 from graft.core.shared import Shared
-from graft.inject.inject import check_bias, inject
+from graft.inject.inject import Injection, check_bias
 from graft.inject.job import Options
 from graft.inject.parts import Parts
 from graft.inject.report import InjectReport
@@ -111,7 +111,7 @@ class LayerRegistry(MergingRegistry):
         tree, self.tree, disabled = self.tree, None, self.switched_off
         method = self.method_for(config)
         theirs = replaced(self.holder, method)
-        done = inject(
+        done = Injection(
             self.model,
             config,
             method,
@@ -119,13 +119,13 @@ class LayerRegistry(MergingRegistry):
             call=self.call,
             shared=self.shared,
             others=self.alike(config),
-            tree=tree,
+            tree=tree,  # type: ignore[arg-type]  # None: it makes one
             mixed=self.mixed,
             close=self.close,
             steps=Steps(self.holder, theirs) if theirs else None,
             options=options,
             keys=None if options.state_dict is None else self._keys_in(options.state_dict, config),
-        )
+        ).run()
         for name, container in self.shared.modules().items():
             if name not in self.holder._modules:
                 self.holder.add_module(name, container)

@@ -24,7 +24,7 @@ from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.rows import Finish, Run
 from graft.inject.build import size
-from graft.inject.inject import Injection, inject
+from graft.inject.inject import Injection
 from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.report import InjectReport, Matched
@@ -112,10 +112,10 @@ class Prompts(Registry):
         draw_alike(self.model.modules())
         prompt, disabled = self._made(cfg), self.switched_off
         prompt.to(self.stacks["main"].device)
-        done = inject(
+        done = Injection(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
             options=options, keys=(), prompt=prompt, close=self.close,
-        )  # fmt: skip
+        ).run()  # fmt: skip
         own = matched(prompt)
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)

@@ -258,32 +258,30 @@ def parameter_dict(owner: nn.Module, name: str) -> dict[str, Any]:
     return owner._parameters if name in owner._parameters else owner.__dict__
 
 
+def kind_of(value: object) -> type:
+    """Return the class of the container that holds `value` for each adapter."""
+    tensor = value.tensor if isinstance(value, Transient) else value
+    if isinstance(tensor, nn.Module):
+        return ModuleDict
+    if not isinstance(tensor, Tensor):
+        return dict
+    if not isinstance(tensor, nn.Parameter):
+        return BufferDict
+    return TransientParameterDict if isinstance(value, Transient) else nn.ParameterDict
+
+
 def container_for(value: object) -> Any:
-    """Make an empty container of the kind that holds `value` for each adapter."""
-    if isinstance(value, nn.Module):
-        return bare(ModuleDict)
-    if not isinstance(value, (Tensor, Transient)):
-        return {}
-    if isinstance(value, nn.Parameter):
-        return nn.ParameterDict()
-    if isinstance(value, Transient) and isinstance(value.tensor, nn.Parameter):
-        return TransientParameterDict()
-    if isinstance(value, Transient):
-        return BufferDict(persistent=False)
-    return BufferDict(persistent=True)
+    """Make an empty container for values like this one."""
+    kind = kind_of(value)
+    if kind is BufferDict:
+        return BufferDict(persistent=not isinstance(value, Transient))
+    return bare(ModuleDict) if kind is ModuleDict else kind()
 
 
 def takes(container: object, value: object) -> bool:
     """Return True if a container holds values of this kind."""
-    kind = type(container)
-    if isinstance(value, nn.Module):
-        return kind is ModuleDict or kind is AnyDict
-    if not isinstance(value, (Tensor, Transient)):
-        return isinstance(container, dict)
-    tensor = value.tensor if isinstance(value, Transient) else value
-    if not isinstance(tensor, nn.Parameter):
-        return kind is BufferDict or kind is AnyDict
-    return kind is (TransientParameterDict if isinstance(value, Transient) else nn.ParameterDict) or kind is AnyDict
+    kind = kind_of(value)
+    return isinstance(container, dict) if kind is dict else type(container) in (kind, AnyDict)
 
 
 def put(container: Any, adapter: str, value: Any) -> None:

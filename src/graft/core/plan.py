@@ -174,10 +174,13 @@ class Plan:
         """Return the part that a step adds to y, the output for x."""
         return part_of(self.layer, m, effect, x, y)
 
-    def fold(self, W: Tensor, b: Tensor | None, n: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return weight (canonical) and bias of a plain layer that acts as base and (first n) adapters together."""
-        for m, effect in self.steps[:n]:
-            W, b = fold_step(self.layer, m, effect, W, b)
+    def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return weight (canonical) and bias of a plain layer that acts as base and adapters together.
+
+        drops: see `fold_step`.
+        """
+        for m, effect in self.steps:
+            W, b = fold_step(self.layer, m, effect, W, b, drops)
         return W, b
 
     def folded_now(self) -> tuple[Tensor, Tensor | None]:
@@ -186,10 +189,7 @@ class Plan:
         There dropout takes out the same inputs for all rows of a call.
         """
         layer = self.layer
-        W, b = layer.weight_now, None if layer.op.opaque else layer.bias_now
-        for m, effect in self.steps:
-            W, b = fold_step(layer, m, effect, W, b, drops=True)
-        return W, b
+        return self.fold(layer.weight_now, None if layer.op.opaque else layer.bias_now, drops=True)
 
     def bias(self, n: int | None = None) -> Tensor | None:
         """Return the bias of the layer with the (first n) steps on it."""
@@ -613,10 +613,7 @@ class Apart(Plan):
             "call that gives them no rows: call the PeftModel itself, or set_adapter() to one of them."
         )
 
-    def fold(self, W: Tensor, b: Tensor | None, n: int | None = None) -> NoReturn:
-        self.run()
-
-    def folded_now(self) -> NoReturn:
+    def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> NoReturn:
         self.run()
 
 

@@ -325,12 +325,10 @@ def tensors_of(
         yield "", container, adapter, container[adapter]
 
 
-_FLOAT8 = tuple(
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-    if hasattr(torch, name)
-)
-UPCAST = (torch.float16, torch.bfloat16, *_FLOAT8)  # adapters in these train in float32 unless the user says otherwise
+UPCAST = (  # adapters in these train in float32 unless the user says otherwise
+    torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
+    getattr(torch, "float8_e8m0fnu", torch.float16),  # from torch 2.7 on
+)  # fmt: skip
 
 
 def moved(t: Tensor, device: torch.device | None, dtype: torch.dtype | None, upcast: bool) -> Tensor:

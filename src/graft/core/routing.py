@@ -90,7 +90,7 @@ def route(
     place = "_old_forward" if "_old_forward" in owner.__dict__ else "forward"  # accelerate's hooks call the first
     before = owner.__dict__.get(place)
     owner.__dict__[HANDED] = handed
-    owner.__dict__[place] = lambda *args, **kwargs: experts.run(owner, handed, args, kwargs)
+    owner.__dict__[place] = lambda *args, **kwargs: experts(owner, handed, args, kwargs)
     try:
         return layer.base_layer(*args, **kwargs)
     finally:

@@ -88,25 +88,19 @@ def codes_of(m: nn.Module, name: str) -> Any:
     return Dense3(W.mT if getattr(m, "is_transposed", False) else W)
 
 
-class Experts:
-    """How graft runs a module of experts."""
-
-    def run(self, m: nn.Module, handed: Handed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the module's output, with the parts that layers around it have handed inwards."""
-        block, (x, index, weights) = block_of(m), in_order(m, args, kwargs)
-        assert block is not None
-        if handed.groups is not None and getattr(m, "_is_expert_parallel", False):
-            raise RoutingError(
-                f"Layer '{handed.key}' does not support mixed adapter batches under expert parallelism, where tokens "
-                "of other processes come. Give all rows of a batch one adapter."
-            )
-        group = handed.group_of(len(x), x.device)
-        used = {name: Stack(codes_of(m, name), handed.parts_of(name, len(x))) for name in (block.up, block.down)}
-        count = 1 if handed.groups is None else handed.groups.count
-        return routed(block, x, index, weights, used, group, count)
-
-
-EXPERTS = Experts()
+def run(m: nn.Module, handed: Handed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the module's output, with the parts that layers around it have handed inwards."""
+    block, (x, index, weights) = block_of(m), in_order(m, args, kwargs)
+    assert block is not None
+    if handed.groups is not None and getattr(m, "_is_expert_parallel", False):
+        raise RoutingError(
+            f"Layer '{handed.key}' does not support mixed adapter batches under expert parallelism, where tokens "
+            "of other processes come. Give all rows of a batch one adapter."
+        )
+    group = handed.group_of(len(x), x.device)
+    used = {name: Stack(codes_of(m, name), handed.parts_of(name, len(x))) for name in (block.up, block.down)}
+    count = 1 if handed.groups is None else handed.groups.count
+    return routed(block, x, index, weights, used, group, count)
 
 
 def in_order(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -114,13 +108,13 @@ def in_order(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return inspect.signature(type(m).forward).bind(m, *args, **kwargs).args[1:] if kwargs else args
 
 
-def experts_of(m: nn.Module) -> Experts | None:
-    """Return how graft can run a module of experts; None if it cannot."""
+def experts_of(m: nn.Module) -> Callable[..., Tensor] | None:
+    """Return the function that runs a module of experts in its place; None if graft cannot."""
     block = block_of(m)
     if block is None:
         return None
     plain = (type(p := m._parameters.get(name)) in PLAIN and p.dim() == 3 for name in (block.up, block.down))  # type: ignore[union-attr]
-    return EXPERTS if all(stacks.kind_of(m, n) or ok for n, ok in zip((block.up, block.down), plain)) else None
+    return run if all(stacks.kind_of(m, n) or ok for n, ok in zip((block.up, block.down), plain)) else None
 
 
 class PackedStack(Dense):
@@ -197,7 +191,7 @@ def mend(m: nn.Module) -> None:
         own = [h for name in stacks.packed_names(m) if (h := stacks.matrices_of(m, name)) is not None]
         if all(h.runs(m, x, trains) for h in own):
             return type(m).forward(m, *args, **kwargs) if before is None else before(*args, **kwargs)
-        return EXPERTS.run(m, Handed(), args, kwargs)
+        return run(m, Handed(), args, kwargs)
 
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
     m.__dict__[place] = made = MethodType(forward, m)

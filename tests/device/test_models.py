@@ -565,11 +565,6 @@ def of_one_product():
     return low_rank.linear_with(W.detach(), None, x, *fixed, d, b, call, lambda g, W: g @ W), (x, d, b)
 
 
-def of_a_projection():
-    Z, W = drawn((20, 4), (20, 12))
-    return narrow.onto(Z, W.detach().bfloat16()), (Z,)
-
-
 def of_segments():
     x, A, B = drawn((160, 12), (3, 12), (20, 3))
     W = torch.randn(20, 12, device=DEVICE)
@@ -598,7 +593,6 @@ ALONE = [
     of_narrow,
     of_scaled,
     of_one_product,
-    of_a_projection,
     of_segments,
 ]
 

@@ -46,35 +46,6 @@ def parts(W: Tensor) -> tuple[Tensor, ...]:
     return W.split(max(1, PART // max(1, W.shape[0])), 1)
 
 
-def plain_onto(Z: Tensor, W: Tensor) -> Tensor:
-    """The reference of `onto`."""
-    return Z.T @ W.detach().to(Z.dtype)
-
-
-def onto(Z: Tensor, W: Tensor) -> Tensor:
-    """Return Zᵀ W in the dtype of Z, (r, n); keep W as it is, and no copy of it. Z (out, r), W (out, n), frozen."""
-    if W.dtype == Z.dtype or not only_backward():
-        return plain_onto(Z, W)
-    return _Onto.apply(Z, W)
-
-
-class _Onto(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(Z: Tensor, W: Tensor) -> Tensor:
-        return Z.T @ W.to(Z.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None]:
-        (W,) = ctx.saved_tensors
-        return W.to(g.dtype) @ g.T, None
-
-
 def outside(p: Tensor, Q: Tensor) -> Tensor:
     """Return p, whose gradient g becomes g - Q Qᵀ g. p (n, k); the columns of Q (n, j) are orthonormal."""
     return _Projected.apply(p, Q, False) if only_backward() else _by_sum(p, Q, False)

@@ -90,7 +90,7 @@ MUTATIONS = [
     Mutation(
         "a gate is ignored",
         "core/plan.py",
-        "if layer.call.open and layer.call.weights() is not None:\n            x = once(x)",
+        "if layer.call.weights() is not None:\n            x = once(x)",
         "if False:\n            x = once(x)",
     ),
     Mutation("a gate of other rows", "core/rows.py", "self.gates.rows(index)", "self.gates.rows(index.flip(0) * 0)"),

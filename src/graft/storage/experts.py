@@ -105,7 +105,10 @@ def run(m: nn.Module, handed: Handed, args: tuple[Any, ...], kwargs: dict[str, A
 
 def in_order(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Return the arguments of a call in the order in which the module's forward lists them."""
-    return inspect.signature(type(m).forward).bind(m, *args, **kwargs).args[1:] if kwargs else args
+    if not kwargs:
+        return args
+    bound = inspect.signature(type(m).forward).bind(m, *args, **kwargs)
+    return *bound.args[1:], *bound.kwargs.values()
 
 
 def experts_of(m: nn.Module) -> Callable[..., Tensor] | None:

@@ -47,9 +47,7 @@ class LayerState(MergeState):
 
     def forget(self, adapter: str) -> None:
         """Forget the plans in which an adapter that comes or goes has a part."""
-        for names in list(self.plans):
-            if adapter in names:
-                del self.plans[names]
+        self.plans = {names: plan for names, plan in self.plans.items() if adapter not in names}
         self.mix = None
 
 

@@ -135,14 +135,11 @@ class PeftNames:
         return bool(self.state.merged)
 
     @property
-    def active_adapter(self: Layer) -> list[str]:
-        """The active adapters: a list here and on the tuner, a name on a PeftModel."""
-        return list(self.state.active)
-
-    @property
     def active_adapters(self: Layer) -> list[str]:
         """The active adapters, also those that the layer does not carry."""
         return list(self.state.active)  # plain: other packages hand it on, and pickle it
+
+    active_adapter = active_adapters  # a list here and on the tuner, a name on a PeftModel
 
     @property
     def _active_adapter(self: Layer) -> list[str]:

@@ -150,10 +150,6 @@ def stacks(tree: Tree, conversions: Conversions | None = None) -> Iterator[Stack
                 yield Stack(path, name, size, () if conversions is None else conversions.parts(path, name))
 
 
-def has_stacks(tree: Tree) -> bool:
-    return any(True for _ in stacks(tree))
-
-
 @dataclass
 class LeftOut:
     """What a config names and does not reach: experts, and layers that files could not hold for PEFT."""
@@ -199,7 +195,7 @@ def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None
         ConfigError: of matrices that are fused the config names only some.
     """
     left = LeftOut()
-    if cfg.peft_type != "LORA" or cfg.target_modules is None or not (is_by_peft(model) or has_stacks(tree)):
+    if cfg.peft_type != "LORA" or cfg.target_modules is None or not (is_by_peft(model) or any(stacks(tree))):
         return left
     conversions = Conversions(model)
     every = [*stacks(tree, conversions)]

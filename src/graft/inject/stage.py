@@ -200,7 +200,7 @@ def tensors_of(job: Job) -> Iterator[Tensor]:
     seen: set[int] = set()
     shared = [slot.tensor for slot in job.shared.slots(job.adapter)]
     own = [t for layer in job.layers.values() for _, t in layer.tensors(job.adapter, transient=True)]
-    rows = [t for w in job.wrappers.values() for t in (slot.tensor for slot in w.slots(job.adapter))]
+    rows = [slot.tensor for w in job.wrappers.values() for slot in w.slots(job.adapter)]
     prompt = [] if job.prompt is None else [*job.prompt.parameters(), *job.prompt.buffers()]
     for t in (*shared, *own, *rows, *prompt):
         if id(t) not in seen and type(t).__name__ != "DTensor":

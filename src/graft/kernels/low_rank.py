@@ -332,9 +332,7 @@ def gradients(
 
 def worth_it(x: Tensor) -> bool:
     """Return True if gradients are on, x has enough rows, and no compiler or autocast changes the operations."""
-    if not (torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]):
-        return False
-    return eager() and autocast_dtype(x.device) is None
+    return fuses(x, 0.0) and eager() and autocast_dtype(x.device) is None
 
 
 def plain_scaled_low_rank(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import lazy_delta
 from graft.core.fused import tensor_of
 from graft.core.method import Method
-from graft.core.plan import Chain, Step, Sum, applied, part_of, seen
+from graft.core.plan import Chain, Plan, Step, Sum, applied, part_of, seen
 from graft.core.protocols import Layer
 from graft.core.random import states
 from graft.core.site import Site
@@ -169,12 +169,15 @@ def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor)
     return cut_up(part_of(layer, m, effect, joined(x, piece.inputs), y), piece.outputs)
 
 
-class OfPieces:
+class OfPieces(Plan):
     """The share of both plans: each calls the module with its piece of the input."""
 
-    layer: Layer
-    steps: list[Step]
     checked = False  # draws of a training pass
+
+    def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
+        """Return an output in the form in which the module returns it."""
+        y, left_out = super().run(x, *args, **kwargs), self.layer.site.piece.left_out
+        return y if left_out is None else (y, *left_out(self.layer.base_layer))
 
     def base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the base layer's output, a piece of it if that is what the module returns."""
@@ -191,11 +194,6 @@ class OfPieces:
     def part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
         return piece_of_part(self.layer, m, effect, x, y)
 
-    def module_output(self, y: object) -> object:
-        """Return an output in the form in which the module returns it."""
-        left_out, base = self.layer.site.piece.left_out, self.layer.base_layer
-        return y if left_out is None else (y, *left_out(base))
-
 
 def draws(m: Method) -> bool:
     """Return True if an adapter may draw random numbers in training."""
@@ -205,12 +203,6 @@ def draws(m: Method) -> bool:
 
 
 class SumOfPieces(OfPieces, Sum):
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        y = self.base(x, args, kwargs)
-        if self.layer.call.weights() is not None:
-            return self.module_output(self.gated(x, y))
-        return self.module_output(self.add(x, y, False))
-
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
         dtype = y.dtype
         for m, effect in self.steps[first:]:
@@ -223,17 +215,12 @@ class ChainOfPieces(OfPieces, Chain):
         super().__init__(layer, steps)
         self.above = False
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        return self.module_output(super().run(x, *args, **kwargs))
-
     def bias(self, n: int | None = None) -> Tensor | None:
         return None if self.layer.site.piece.leaves_bias(self.layer.base_layer) else super().bias(n)
 
     def through(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-        if n == 0:
-            return self.base(x, args, kwargs)
         m, effect = self.steps[n - 1]
-        if isinstance(effect, Rewrite) and not effect.folds:
+        if n and isinstance(effect, Rewrite) and not effect.folds:
             return self.rewritten(n - 1, m, effect, x, args, kwargs)
         return super().through(n, x, args, kwargs)
 

@@ -149,6 +149,10 @@ class Plan:
     def run(self, *args: Any, **kwargs: Any) -> object:  # of the module's arguments
         raise NotImplementedError
 
+    def base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+        """Return the output of the base layer for x and the module's other arguments."""
+        return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
+
     def over(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y, the output for x of what is beneath them, with the steps on it: of a plan of one adapter."""
         raise NotImplementedError(
@@ -223,7 +227,7 @@ class Sum(Plan):
         layer = self.layer
         if layer.call.weights() is not None:
             x = once(x)
-            return self.gated(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)))
+            return self.gated(x, self.base(x, args, kwargs))
         fuse = layer.may_fuse
         if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
             m, effect = self.steps[0]
@@ -234,7 +238,7 @@ class Sum(Plan):
                 y = join_product(layer, m, self.product(), x)
             return y if self.single else self.add(x, y, True, 1)
         x = once(x)
-        return self.add(x, layer.store.protect(layer.base_layer(x, *args, **kwargs)), fuse)
+        return self.add(x, self.base(x, args, kwargs), fuse)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
         """Add the parts of the steps from `first` on to y. fuse: write to y, and pass modules without hooks by."""
@@ -287,7 +291,7 @@ class Chain(Plan):
     def through(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the output of the layer with the first n steps on it."""
         if n == 0:
-            return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
+            return self.base(x, args, kwargs)
         m, effect = self.steps[n - 1]
         return self.ways[n - 1](self, n - 1, m, effect, x, args, kwargs)
 

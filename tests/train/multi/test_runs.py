@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import StringIO
 
@@ -454,17 +455,27 @@ def test_bad_settings_change_nothing(options, text):
 
 def test_two_threads():
     """The second is told, and does not disturb the first."""
-    runs, told = MultiTrain(tiny()), []
+    runs, data = MultiTrain(tiny()), batches(1)
 
     def loss(output, batch):
-        with pytest.raises(RuntimeError, match="Another thread has the runs a1"):
+        with ThreadPoolExecutor(1) as other:
+            for call in (runs.step, lambda: runs.evaluate(["a1"], data), lambda: runs.add("b1", lora(), data=data)):
+                with pytest.raises(RuntimeError, match="Another thread has the runs a1"):
+                    other.submit(call).result()
+        with pytest.raises(RuntimeError, match="A step is under way"):
             runs.step()
-        told.append(True)
+        assert runs.model.training
         return output.logits.square().mean()
 
-    runs.add("a1", lora(), data=batches(1), loss=loss, steps=2)
+    def stop(run):
+        with pytest.raises(RuntimeError, match="let its `stop` return"):
+            runs.step()
+        return runs.evaluate(["a1"], data)["a1"] < 0
+
+    runs.add("a1", lora(), data=data, loss=loss, steps=2, stop=stop)
+    runs["a1"].judge = lambda output, batch: output.logits.square().mean()
     runs.run()
-    assert told == [True, True] and runs["a1"].step == 2
+    assert runs["a1"].step == 2
 
 
 def test_unload_leaves_the_mode_that_was():

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -45,7 +45,19 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 AT_ONCE = 4096  # tokens of a pass: more at once are no faster on a CPU
+
+
+def between_steps(method: F) -> F:
+    """Decorate a method of MultiTrain that no step, in whatever thread, may go on beside."""
+
+    @wraps(method)
+    def run(self: MultiTrain, *args: object, **kwargs: object) -> object:
+        with self.alone():
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 @dataclass
@@ -90,8 +102,9 @@ class MultiTrain:
         self._banks = Banks({}, ())
         self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
         self._number = 0
-        self._alone = threading.Lock()  # held in a step, and by `alone`
+        self._lock = threading.RLock()  # held by `alone`
         self._within = False  # some runs have taken their batch of a round, and others have not
+        self._stepping = False
         self._modes = [(m, m.training) for m in self.base.modules()]
         if not base_in_eval and (drops := dropout_in(self.base, self._carried())):
             raise ConfigError(
@@ -146,6 +159,7 @@ class MultiTrain:
     def names(self) -> list[str]:
         return list(self._runs)
 
+    @between_steps
     def add(
         self,
         name: str,
@@ -192,7 +206,6 @@ class MultiTrain:
             BaseModelMismatchError: the run was saved with another base.
             And what `add_adapter` raises. The model is then as it was.
         """
-        self._between_steps()
         if name in self._runs:
             raise AdapterNameError(f"There is a run '{name}' already: give this one another name.")
         description = None
@@ -325,18 +338,18 @@ class MultiTrain:
             registry_of(model).set_requires_grad([n for n in self._runs if n in model.peft_config], True)
         model.delete_adapter(name)
 
+    @between_steps
     def remove(self, name: str) -> Run:
         """Take a run and its adapter out, and return the run, with its curve."""
-        self._between_steps()
         run = self[name]
         self._take_out(name)
         del self._runs[name]
         self.claims.release(name)
         return run
 
+    @between_steps
     def unload(self) -> nn.Module:
         """Return the base without adapters, as it was."""
-        self._between_steps()
         if self.model is not None:
             self.model.unload()
         self.model, self._runs = None, {}
@@ -370,6 +383,7 @@ class MultiTrain:
         while any(run.goes_on or run.unseen for run in self._runs.values()):
             yield self.step()
 
+    @between_steps
     def step(self) -> Step:
         """Take a batch of each run that goes on, and make the optimizer steps that are due.
 
@@ -379,22 +393,29 @@ class MultiTrain:
         Raises:
             RuntimeError: another thread is in a step.
         """
-        with self.alone():
+        if self._stepping:
+            raise RuntimeError("A step is under way: let its `stop` return before the next one.")
+        self._stepping = True
+        try:
             return self._step()
+        finally:
+            self._stepping = False
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let no step begin within the block.
+        """Let no other thread make a step, or change the runs, within the block.
 
         Raises:
-            RuntimeError: another thread is in a step, or in such a block.
+            RuntimeError: one does so; or this one is in the middle of a step, where not even `stop` is asked.
         """
-        if not self._alone.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             raise RuntimeError(f"Another thread has the runs {', '.join(self._runs)}: let one thread run them.")
         try:
+            if self._within:
+                raise RuntimeError("A step is under way: call this between steps, not from a loss.")
             yield
         finally:
-            self._alone.release()
+            self._lock.release()
 
     def _step(self) -> Step:
         step = Step(self._number + 1)
@@ -418,10 +439,6 @@ class MultiTrain:
             if run.ended_early:
                 warn(f"Run '{run.name}': {run.why}.", PeftWarning)
         return step
-
-    def _between_steps(self) -> None:
-        if self._within:
-            raise RuntimeError("A step is under way: call this between steps, not from a loss or in another thread.")
 
     def _train(self, step: Step, going: Sequence[Run]) -> None:
         """Take a batch of each of these runs, and make the steps that are due."""
@@ -603,6 +620,7 @@ class MultiTrain:
             self._fans[key] = fan_of(self.base, list(hosts.values()))
         return self._fans[key]
 
+    @between_steps
     @torch.no_grad()
     def evaluate(self, names: Sequence[str], data: Iterable[Any]) -> dict[str, float]:
         """Return the mean loss of several runs on data, weighted by rows, in eval mode.
@@ -686,6 +704,7 @@ class MultiTrain:
 
     # files
 
+    @between_steps
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write each run to a file, `folder`/<name>/run.safetensors, with all that `resume` needs.
 
@@ -696,7 +715,6 @@ class MultiTrain:
             ConfigError: the state of an optimizer or schedule is more than numbers, texts and tensors.
             FolderInUseError: another process saves a run of such a name there.
         """
-        self._between_steps()
         self.claims.take(os.fspath(folder), self._runs)
         for run in self._runs.values():
             run_file.save(run, self._adapted, os.fspath(folder))

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 import graft
 from graft.core.call import Call
 from tests import models
-from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, merged, registry_of
 from tests.models import adapted, disturb, seeded
 from tests.threads import at_once
@@ -338,7 +337,6 @@ def test_a_backward_pass_and_the_calls_of_another_thread():
 # compiled
 
 
-@WHOLE_GRAPHS
 def test_compiled_code_is_of_its_thread_as_well():
     torch._dynamo.reset()
     model = two_adapters()

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import ConfigError, RoutingError, UnsupportedLayerError
-from tests.leaves_out import FUSED_EXPERTS, WHOLE_GRAPHS
+from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers
 from tests.models import adapted, checkpoint, seeded
 from tests.threads import at_once
@@ -381,7 +381,6 @@ def test_threads_do_not_see_each_others_weights():
     assert not wrong
 
 
-@WHOLE_GRAPHS
 def test_it_compiles_without_a_break():
     model = of_stack()
     compiled = torch.compile(model.get_base_model()["m"], fullgraph=True, backend="eager")

@@ -22,7 +22,6 @@ from graft.model import functional
 from graft.serving import AdapterSlots
 from tests import models
 from tests.covering import EVERYTHING
-from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of
 from tests.models import adapted, disturb, seeded
 from tests.threads import at_once, in_child
@@ -541,7 +540,6 @@ def test_copies_and_child_processes_begin_with_an_open_gate():
     assert torch.equal(model(X), expected)
 
 
-@WHOLE_GRAPHS
 def test_a_compiler_sees_nothing_of_it_and_a_block_guards_compiled_calls():
     torch._dynamo.reset()
     model = two_adapters()

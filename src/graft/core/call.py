@@ -109,21 +109,9 @@ class Call:
             self.open.pop()
         return before
 
-    @contextmanager
-    def using(self, rows: Rows | None, draws: Draws | None = None) -> Iterator[None]:
+    def using(self, rows: Rows | None, draws: Draws | None = None) -> Using:
         """Show `rows`, and the generators from which adapters draw, to the layers within the block."""
-        self._drop_stale()
-        self._tell(NOTHING)
-        if self.here.losses:
-            self.here.losses.clear()
-        if self.blocks and not self.here.off and not torch.compiler.is_compiling():
-            self._warn_of_block()
-        try:
-            with self.showing(self.here.context._replace(rows=rows, draws=draws)):
-                yield
-        finally:
-            if self.here.tapped:  # of blocks that failed
-                self.here.tapped.clear()
+        return Using(self, rows, draws)
 
     @contextmanager
     def showing(self, context: CallContext) -> Iterator[None]:
@@ -364,3 +352,28 @@ class Call:
 
 def threads_now() -> frozenset[int | None]:
     return frozenset(thread.ident for thread in enumerate_threads())
+
+
+class Using:
+    """A block of `Call.using`. The compiler of torch 2.6 looks into classes, and into no generator."""
+
+    def __init__(self, call: Call, rows: Rows | None, draws: Draws | None):
+        self.call, self.rows, self.draws = call, rows, draws
+
+    def __enter__(self) -> None:
+        call = self.call
+        call._drop_stale()
+        call._tell(NOTHING)
+        if call.here.losses:
+            call.here.losses.clear()
+        if call.blocks and not call.here.off and not torch.compiler.is_compiling():
+            call._warn_of_block()
+        context = call.here.context
+        if context.rows is not self.rows or context.draws is not self.draws:
+            context = context._replace(rows=self.rows, draws=self.draws)
+        self.before = call.put(context)
+
+    def __exit__(self, *raised: object) -> None:
+        self.call.put(self.before)
+        if self.call.here.tapped:  # of blocks that failed
+            self.call.here.tapped.clear()

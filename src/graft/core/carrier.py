@@ -19,8 +19,6 @@ class State:
     """The state of a carrier that changes as adapters are switched. A plain object: setting an attribute of a module
     takes ten times as long."""
 
-    __slots__ = ("active", "apart", "call", "disabled", "slots", "trainable", "weights")
-
     def __init__(self, call: Call | None = None) -> None:
         self.call = call  # may disable adapters
         self.active: list[str] = []
@@ -45,8 +43,6 @@ class State:
 
 class MergeState(State):
     """The state of a carrier whose base may take over the work of adapters."""
-
-    __slots__ = ("merged", "survived", "undo")
 
     def __init__(self, call: Call | None = None) -> None:
         super().__init__(call)

@@ -36,8 +36,6 @@ from graft.kernels.eager import eager, has_no_hooks
 class LayerState(MergeState):
     """The same of a layer, with its plans."""
 
-    __slots__ = ("mix", "plan", "plans", "takebacks")
-
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way

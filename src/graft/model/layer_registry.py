@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,16 @@ from graft.model.auxiliary import losses_of, with_loss
 from graft.model.merging import MergingRegistry
 from graft.model.registry import configs_of
 from graft.model.tuner_type import INJECT, is_replaced, replaced
+
+
+class NothingAround:
+    """A run that no method surrounds. A class: the compiler of torch 2.6 does not look into generators."""
+
+    def __enter__(self) -> Finish:
+        return as_it_is
+
+    def __exit__(self, *raised: object) -> None:
+        pass
 
 
 class LayerRegistry(MergingRegistry):
@@ -184,17 +194,17 @@ class LayerRegistry(MergingRegistry):
         parts.shared = self.shared
         return parts
 
-    @contextmanager
-    def acting(self, run: Run) -> Iterator[Finish]:
+    def acting(self, run: Run) -> AbstractContextManager[Finish]:
         names = self.active_adapters if run.rows is None else run.rows.names
         found: dict[type[Method], list[str]] = {}
         for name in names if self.surrounding else ():
             if name is not None and name in self.surrounding:
                 found.setdefault(self.surrounding[name], []).append(name)
         losing = torch.is_grad_enabled() and not run.generates and any(name in self.losing for name in names)
-        if not (found or losing):
-            yield as_it_is
-            return
+        return self._around(run, found, losing) if found or losing else NothingAround()
+
+    @contextmanager
+    def _around(self, run: Run, found: dict[type[Method], list[str]], losing: bool) -> Iterator[Finish]:
         with ExitStack() as stack:
             steps = []
             for method, run.adapters in found.items():

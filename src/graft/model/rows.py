@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import get_ident
 
 from torch import Generator, Tensor, nn
@@ -123,13 +123,14 @@ def draws_of(generators: object, rows: Rows | None) -> Draws | None:
     return Draws({name: generators[name] for name in rows.names if name is not None})
 
 
-@contextmanager
-def untouched(draws: Draws | None) -> Iterator[None]:
+def untouched(draws: Draws | None) -> AbstractContextManager[None]:
     """Raise RoutingError if the block draws from torch's own generators, when adapters have theirs. What they drew is
     taken back then."""
-    if draws is None:
-        yield
-        return
+    return nullcontext() if draws is None else _untouched(draws)
+
+
+@contextmanager
+def _untouched(draws: Draws) -> Iterator[None]:
     before = Untouched()
     try:
         yield

@@ -121,7 +121,7 @@ class DoRA(LoRA):
 
     def factors(self) -> Factors:
         m = self.lora_magnitude_vector().flatten()
-        return super().factors()._replace(gain=m / self.norm().to(m.dtype))
+        return super().factors().gained(m / self.norm().to(m.dtype))
 
     @torch.no_grad()
     def norm(self) -> Tensor:

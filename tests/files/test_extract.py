@@ -68,6 +68,8 @@ def test_embeddings_and_a_tied_head(lib, embed, tmp_path):
 
     tuned, base, new = checkpoints(tmp_path, "gpt2", change)
     assert tuned.config.tie_word_embeddings
+    if embed == "full":
+        base.config.pop("tie_word_embeddings", None)  # as transformers 4 writes it
     made = extract.extract(new, base, energy=1.0, embed=embed)
     assert [r.how for r in made.rows] == [embed] and made.same == len(new.tensors) - 1
     form.write(made.adapter, str(tmp_path / "a"))

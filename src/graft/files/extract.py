@@ -108,7 +108,7 @@ def extract(
         raise CheckpointError(f"{tuned.path} and {base.path} do not differ where include and exclude let them.")
     complete(made.adapter, tuned)
     made.adapter.config["fan_in_fan_out"] = is_conv1d(tuned.config)
-    if twice or base.config.get("tie_word_embeddings"):
+    if twice or is_tied(base):
         made.adapter.config["ensure_weight_tying"] = True
         tie(made.adapter, tuned.config)
     if max_mb is not None and made.adapter.modules:
@@ -120,9 +120,19 @@ def extract(
     return made
 
 
+def is_tied(base: BaseFiles) -> bool:
+    """Return True if the head is the embedding. Where a model ties, transformers 4 writes neither a head nor that."""
+    said = base.config.get("tie_word_embeddings")
+    return generates(base.config) and HEAD not in base.tensors if said is None else bool(said)
+
+
+def generates(config: Json) -> bool:
+    return any(kind.endswith(("LMHeadModel", "ForCausalLM")) for kind in config.get("architectures") or ())
+
+
 def tie(adapter: AdapterFile, config: Json) -> None:
     """Give the head of a model for generation the change of its embedding: files hold both."""
-    if not any(kind.endswith(("LMHeadModel", "ForCausalLM")) for kind in config.get("architectures") or ()):
+    if not generates(config):
         return
     for path, lora in adapter.low_rank.items():
         if lora.kind == "embedding" and path.rpartition(".")[2] in TOKENS:

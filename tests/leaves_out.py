@@ -28,3 +28,4 @@ CACHES_OF_LLAMA4 = not_under("transformers", "4", "Llama 4 alone says other thin
 CHUNKS_OF_PADDED = not_under("transformers", "4", "a prompt in chunks has positions that count its padding")
 KERNELS_ON_CPUS = not_under("transformers", "4", "Mamba's mixers hand weights to their kernel on CUDA devices alone")
 EMBEDDINGS_APART = not_under("transformers", "4", "a T5 has one module for both of its embeddings")
+LATER_EPOCHS = not_under("transformers", "4", "Trainer takes other batches where it resumes within a later epoch")

@@ -34,6 +34,7 @@ from graft.files.merging.merge import merge
 from graft.files.merging.stream import Workplace
 from graft.model.merge_files import merge_files
 from tests import fresh
+from tests.leaves_out import FUSED_EXPERTS
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of ties and of PiSSA, which other tests have
@@ -110,7 +111,12 @@ LORAS = [
 
 @pytest.mark.parametrize(
     "kind, fields, dora",  # there is no DoRA of parameters
-    [(*case, dora) for case in LORAS for dora in (False, True) if not (dora and "target_parameters" in case[1])],
+    [
+        pytest.param(*case, dora, marks=FUSED_EXPERTS if "target_parameters" in case[1] else ())
+        for case in LORAS
+        for dora in (False, True)
+        if not (dora and "target_parameters" in case[1])
+    ],
 )
 def test_lora_merges_to_the_same_bits_as_in_memory(kind, fields, dora, tmp_path):
     base = base_of(kind, tmp_path)

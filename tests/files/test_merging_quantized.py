@@ -131,6 +131,7 @@ def assert_merges(folder, plain, base, read):
     assert account.tensors[NAME]["largest_difference"] < row["largest_difference"]
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # what transformers 4 says before it dequantizes
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_block_fp8(kind, plain, tmp_path):
     base = fp8(tmp_path, plain, kind)

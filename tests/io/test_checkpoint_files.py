@@ -63,6 +63,7 @@ def files(folder):
 
 
 def write(folder, tensors, metadata=None):
+    tensors = {name: t.clone() for name, t in tensors.items()}  # old safetensors read from the file that is replaced
     safetensors.torch.save_file(tensors, folder / TENSORS, metadata={"format": "pt", **(metadata or {})})
 
 

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 import graft
 from graft.core.errors import AdapterKeyError, CheckpointError, ConfigError
 from graft.train import Resumable
+from tests.leaves_out import LATER_EPOCHS
 from tests.train.test_trainer import Net
 
 
@@ -43,7 +44,7 @@ def whole(tmp_path_factory):
     return folder, outcome(made)
 
 
-@pytest.mark.parametrize("step", [3, 5, 9])
+@pytest.mark.parametrize("step", [3, 5, pytest.param(9, marks=LATER_EPOCHS)])
 @pytest.mark.parametrize("told", [False, True])
 def test_bits_of_an_uninterrupted_training(step, told, whole, tmp_path):
     """Within the first epoch, between two, and in the second."""

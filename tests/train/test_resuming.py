@@ -36,6 +36,7 @@ def saved(tmp_path):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # torch's own SequentialLR calls it so
 @pytest.mark.parametrize("case", CASES)
 def test_bits_of_an_uninterrupted_run(case, tmp_path):
     whole = Training(case).run(9)

@@ -21,7 +21,8 @@ class Resumable(Listener):
     """Saves with each checkpoint of a Trainer what `graft.save_training` saves, and resumes from it, by name:
 
     `Trainer(…, TrainingArguments(…, save_only_model=True), callbacks=[graft.train.Resumable()])`, then
-    `trainer.train(resume_from_checkpoint=…)`. A training so resumed has the bits of one that was not interrupted. Let
+    `trainer.train(resume_from_checkpoint=…)`. A training so resumed has the bits of one that was not interrupted;
+    but under transformers 4 Trainer takes the first epoch's batches where it resumes within a later one. Let
     `save_total_limit` be 2 or more: Trainer deletes older checkpoints before a new one is whole.
 
     Processes may hold copies (DDP), or parts under `TrainingArguments(fsdp=True)`, which is FSDP2. DeepSpeed is

@@ -156,12 +156,12 @@ def test_a_copy_of_the_process_holds_nothing(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_where_nobody_can_write_there_is_nothing_to_claim(tmp_path, monkeypatch, number):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
 
     one, other = Claims(), Claims()
     with monkeypatch.context() as context:
-        context.setattr(os, "mkdir", refuse)
+        context.setattr(Path, "mkdir", refuse)
         one.take(str(tmp_path), ["a"])
     other.take(str(tmp_path), ["a"], alone=True)
     assert held(tmp_path, "a") == ["a"]

@@ -338,8 +338,8 @@ MUTATIONS = [
     Mutation(
         "a result over its own source",
         "files/output.py",
-        "if both == there or",
-        "if",
+        "in (here, there)",
+        "== here",
         "tests/files/test_hostile.py tests/command/test_app.py",
     ),
     Mutation(

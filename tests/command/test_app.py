@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import graft
-from graft.command import app
+from graft.command import app, plan
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, PeftError
 from graft.files.errors import BaseNeededError, LossError, OutputExistsError
 
@@ -109,3 +109,9 @@ def test_a_pattern_is_shown_as_it_is_written():
     """Stars in a help text are Markdown's."""
     done = subprocess.run([sys.executable, "-m", "graft", "extract", "--help"], capture_output=True, text=True)
     assert "*.mlp.*" in done.stdout
+
+
+def test_a_list_by_commas_may_have_spaces():
+    config = plan.adapter_config(None, "LORA", 4, "q_proj, v_proj,", "experts.down_proj, experts.up_proj")
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert config.target_parameters == ["experts.down_proj", "experts.up_proj"]

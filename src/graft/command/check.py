@@ -52,12 +52,12 @@ def check(
     from graft.files.bases import base_of
     from graft.files.sources import adapter_at
 
-    listed = None if targets is None else tuple(part.strip() for part in targets.split(","))
-    names = [part.strip() for part in servers_.split(",") if part.strip()]
+    options = Options(max_rank, None if targets is None else tuple(show.listed(targets)))
+    names = show.listed(servers_)
     if not names:
         raise OptionError(f"--for names no server; there are {', '.join(servers())}.")
     model = None if base is None else base_of(base)
-    found = serving.check(adapter_at(adapter, model), names, model, Options(max_rank, listed))
+    found = serving.check(adapter_at(adapter, model), names, model, options)
     if as_json:
         print_json({"adapter": str(adapter), "servers": names, "findings": [asdict(f) for f in found]})
     elif not quiet:

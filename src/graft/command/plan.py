@@ -118,9 +118,9 @@ def adapter_config(path: Path | None, method: str, rank: int, targets: str, para
     if method.upper() not in kinds:
         raise OptionError(f"--method is one of {', '.join(sorted(kinds))}, not {method!r}.")
     kind = kinds[method.upper()]
-    names: Json = {"target_modules": targets if targets == "all-linear" else targets.split(",")}
+    names: Json = {"target_modules": targets if targets == "all-linear" else show.listed(targets)}
     if parameters:
-        names["target_parameters"] = parameters.split(",")
+        names["target_parameters"] = show.listed(parameters)
     fields = kind.__dataclass_fields__
     return kind(**{n: v for n, v in {**names, "r": rank}.items() if n in fields})
 

@@ -60,6 +60,11 @@ def text(value: object) -> str:
     return str(value)
 
 
+def listed(words: str) -> list[str]:
+    """Return what an option lists by commas."""
+    return [word for part in words.split(",") if (word := part.strip())]
+
+
 def amount(n: int) -> str:
     """Return a number as people write it: 1.3M."""
     return next((f"{n / size:.3g}{unit}" for size, unit in UNITS if n >= size), str(n))

@@ -139,8 +139,9 @@ class Prompts(Registry):
             raise
 
     def _made(self, cfg: PromptLearningConfig) -> Prompt:
-        """Make a prompt of a complete config, on the CPU, with initial values."""
-        return self.method(cfg, base_words(self.stacks["main"].words))
+        """Make a prompt of a complete config, on the CPU, with initial values: of the base's own words, if of any."""
+        words = self.stacks["main"].words
+        return self.method(cfg, getattr(words, "original_module", words))
 
     def _fit(self, cfg: PromptLearningConfig) -> None:
         """Complete the config against the model, or raise ConfigError if it does not fit."""
@@ -298,11 +299,6 @@ def matched(prompt: Prompt) -> Matched:
     sized = [(name, p) for name, p in prompt.named_parameters() if p.requires_grad]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
     return Matched(PLACE, type(prompt).__name__, sum(p.numel() for _, p in sized), shapes)
-
-
-def base_words(words: nn.Module | None) -> nn.Module | None:
-    """Return the base model's own embeddings, from which new prompts begin, also if an adapter has others."""
-    return getattr(words, "original_module", words)
 
 
 # keys and values of a text, or of a cache

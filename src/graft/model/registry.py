@@ -199,10 +199,6 @@ class Registry:
             return nullcontext()
         return self.call.gate.call(what, self._used if rows is None else lambda: rows)
 
-    def _switched(self, names: list[str]) -> tuple[str, ...]:
-        """Return what it touches to make these adapters active: whether they and those before them train, too."""
-        return (ACTIVE, *self.active_adapters, *names)
-
     def _used(self) -> tuple[str, ...]:
         """Return what a call uses that names no adapters."""
         return (ACTIVE, *self.active_adapters)
@@ -315,7 +311,8 @@ class Registry:
         layers = [layer for layer in self.layers.values() if adapter_name in layer.methods]
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
-    @changes(lambda self, adapter_name, *_, **__: self._switched(names_for(adapter_name)))
+    # those before them as well, which train no more
+    @changes(lambda self, adapter_name, *_, **__: (ACTIVE, *self.active_adapters, *names_for(adapter_name)))
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
         """Make these adapters active, in this order or as a composition says, and trainable unless for inference.
 

@@ -155,7 +155,8 @@ class Watch:
         if not others and all([state in (NONE, ZERO) for _, state in found]):
             return None  # the loss was flat, or something takes gradients away
         report = AuditReport(after="the first backward pass", not_saved=self._unsaved(others))
-        if BROKEN in [state for _, state in found] and not self._in_half(model):
+        half = self.half or any([p.dtype == torch.float16 for p in model.parameters()])
+        if BROKEN in [state for _, state in found] and not half:
             report.not_finite = [part.label for part, state in found if state == BROKEN]
         suspects = [(part, state) for part, state in found if state == NONE or (state == ZERO and not has_rows(part))]
         if any([state == NONE for _, state in suspects]) and gradients_elsewhere(model, parts):
@@ -200,9 +201,6 @@ class Watch:
         got = {id(p) for p in others}
         parameters = dict(registry.model.named_parameters())
         return [name for name in unsaved(registry.model, adapters) if id(parameters[name]) in got]
-
-    def _in_half(self, model: nn.Module) -> bool:
-        return self.half or any([p.dtype == torch.float16 for p in model.parameters()])
 
 
 def parameters_in(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -59,10 +59,14 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
             "of theirs, so that they share a flat parameter with frozen weights. fully_shard (FSDP2) takes any method.",
             PeftWarning,
         )
+
+    def is_unit(module: nn.Module) -> bool:
+        return module not in read and is_leaf(module) and module.weight.requires_grad
+
     return partial(
         _or_policy,
         policies=[
-            partial(lambda_auto_wrap_policy, lambda_fn=lambda m: m not in read and is_trainable_leaf(m)),
+            partial(lambda_auto_wrap_policy, lambda_fn=is_unit),
             partial(lambda_auto_wrap_policy, lambda_fn=lambda m: isinstance(m, Prompt)),
             partial(transformer_auto_wrap_policy, transformer_layer_cls=layers),
         ],
@@ -92,10 +96,6 @@ def read_by_methods(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
 
 def is_leaf(module: nn.Module) -> bool:
     return not module._modules and isinstance(getattr(module, "weight", None), Tensor)
-
-
-def is_trainable_leaf(module: nn.Module) -> bool:
-    return is_leaf(module) and module.weight.requires_grad
 
 
 def transformer_layers(model: nn.Module) -> set[type[nn.Module]]:

@@ -311,15 +311,11 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, object]]:
     return [
         {
             "parameters": len(group["params"]),
-            **{k: v.item() if is_number(v) else v for k, v in group.items() if k != "params"},
+            # a rate may be a tensor (), which schedules change in place
+            **{k: v.item() if isinstance(v, Tensor) and not v.dim() else v for k, v in group.items() if k != "params"},
         }
         for group in optimizer.param_groups
     ]
-
-
-def is_number(value: object) -> bool:
-    """Return True for a tensor (), as a rate may be, which schedules change in place."""
-    return isinstance(value, Tensor) and not value.dim()
 
 
 def kind_of(schedule: object) -> list[object] | None:

@@ -73,11 +73,6 @@ def best_of(losses: Mapping[int, float], n: int) -> list[int]:
     return sorted(losses, key=lambda i: (math.isnan(losses[i]), losses[i], i))[:n]
 
 
-def next_size(n: int, keep: float) -> int:
-    """Return how many of `n` go on to the next rung."""
-    return max(1, math.ceil(n * keep))
-
-
 class Asha:
     """Asynchronous successive halving (arXiv 1810.05934): whoever is among the best of a rung as far as that is known
     goes on at once, and nobody waits for the others.

@@ -26,7 +26,7 @@ from graft.core.errors import ConfigError
 from graft.train.multi import run_file
 from graft.train.multi.run import FAILED, Run, Valid
 from graft.train.multi.runs import AT_ONCE, MultiTrain
-from graft.train.multi.search import Asha, Setting, best_of, budgets, next_size, settings_in
+from graft.train.multi.search import Asha, Setting, best_of, budgets, settings_in
 from graft.train.multi.table import Progress
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ class Job:
             self.train([i for i in alive if i in own and len(self.trials[i].losses) <= rung], until)
             self.share()
             found = {i: self.trials[i].losses[rung] for i in alive}
-            alive = self.best(found, len(alive) if until == ladder[-1] else next_size(len(alive), keep))
+            alive = self.best(found, len(alive) if until == ladder[-1] else max(1, math.ceil(len(alive) * keep)))
             for i in found.keys() - set(alive):
                 self.drop(self.trials[i])
             self.write()

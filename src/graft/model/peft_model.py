@@ -216,12 +216,8 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
-        trainable = total = 0
-        for p in self.parameters():
-            n = numel(p)
-            total += n
-            trainable += n if p.requires_grad else 0
-        return trainable, total
+        sizes = [(numel(p), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of one adapter that can train, active or not, as `named_parameters` does: those of its

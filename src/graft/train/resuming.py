@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -118,11 +119,7 @@ def save_training(
     inner = peft_model_in(model, "save_training")
     note, tensors = state_of(model, optimizer, scheduler, loader, step, extra or {})
     where = os.fspath(folder)
-    if processes() > 1:
-        inner.save_pretrained(where)
-        write_state(where, note, tensors)
-        return
-    with folder_for(where):
+    with nullcontext() if processes() > 1 else folder_for(where):
         inner.save_pretrained(where)
         write_state(where, note, tensors)
 
@@ -482,7 +479,8 @@ class Resume:
         groups = [set(group["params"]) for group in self.note["groups"]]
         own = self.names_of_groups()
         if groups != own:
-            one = sorted(set().union(*groups) ^ set().union(*own))
+            there, here = set().union(*groups), set().union(*own)
+            one = sorted(there ^ here)
             text = (
                 f"parameters of only one of the two are {some(one, 3)}" if one else "they hold others of the parameters"
             )
@@ -490,8 +488,8 @@ class Resume:
                 ConfigError,
                 f"its optimizer has {len(groups)} groups of {[*map(len, groups)]} parameters, and here are {len(own)} "
                 f"of {[*map(len, own)]}; {text}",
-                [n for n in sorted(set().union(*own) - set().union(*groups)) if n not in self.report.fresh],
-                [n for n in sorted(set().union(*groups) - set().union(*own)) if n not in self.report.missing],
+                sorted(here - there - {*self.report.fresh}),
+                sorted(there - here - {*self.report.missing}),
             )
 
     def names_of_groups(self) -> list[set[str]]:

@@ -38,8 +38,9 @@ from importlib import import_module
 from types import ModuleType
 
 from graft.compat.peft.children import hand_down, keep_to_itself, variables, version_to_say
-from graft.compat.peft.late import Asked, holders, still_used
+from graft.compat.peft.late import Asked, holders
 from graft.compat.peft.modules import FINDER, ours, real_peft
+from graft.core.errors import some
 
 __all__ = ["install", "installed", "uninstall"]
 
@@ -87,7 +88,10 @@ def take_place(real: dict[str, ModuleType], force: bool) -> None:
     try:
         asked.again()
         if real and not force and (names := holders(real)):
-            raise ImportError(still_used(names))
+            raise ImportError(
+                f"peft has been imported already, and part of the program would go on using it: {some(names)}. Call "
+                "graft.compat.peft.install() before the first import of peft there, or pass force=True."
+            )
     except BaseException:
         sys.meta_path.remove(FINDER)
         give_place(real)

@@ -16,8 +16,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType, GenericAlias, ModuleType
 
-from graft.core.errors import some
-
 CLIENTS = ("transformers", "accelerate", "trl", "diffusers", "sentence_transformers")
 INSIDE = ("def ", "async def ", "class ", "@")
 ELSEWHERE = re.compile(r"from (?!peft\b)|import (?!peft\b)")
@@ -193,10 +191,3 @@ def alive(real: Mapping[str, ModuleType]) -> Iterator[str]:
         cls = type(x)
         if vars(cls).get("__module__") in real and issubclass(cls, (nn.Module, *([configs] if configs else []))):
             yield f"an object of {cls.__module__}.{cls.__name__}"
-
-
-def still_used(names: list[str]) -> str:
-    return (
-        f"peft has been imported already, and part of the program would go on using it: {some(names)}. Call "
-        "graft.compat.peft.install() before the first import of peft there, or pass force=True."
-    )

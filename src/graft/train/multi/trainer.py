@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -63,9 +62,13 @@ class Description:
 
     def optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> Optimizer:
         """Make the optimizer of these parameters of a model."""
-        trainer = self.trainer
-        with training_only(model, parameters), standing_for(trainer, model):
-            return trainer.create_optimizer()
+        trainer, its_model = self.trainer, self.trainer.model
+        trainer.model = model
+        try:
+            with training_only(model, parameters):
+                return trainer.create_optimizer()
+        finally:
+            trainer.model = its_model
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         return self.trainer.create_scheduler(steps, optimizer)
@@ -136,13 +139,3 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-@contextmanager
-def standing_for(trainer: Trainer, model: nn.Module) -> Iterator[None]:
-    """Have a Trainer's model be this one within the block."""
-    before, trainer.model = trainer.model, model
-    try:
-        yield
-    finally:
-        trainer.model = before

@@ -31,7 +31,7 @@ def test_a_measured_rate_with_what_is_as_good(found):
     found(row())
     told = graft.suggest_lr(graft.LoraConfig(r=4))
     assert (told.lr, told.low, told.high, told.tested) == (1e-2, 1e-3, 1e-2, (1e-4, 1e-1))
-    assert told.measured and "9 steps of 2" in str(told) and "arXiv 2106.09685" in str(told)
+    assert told.tested and "9 steps of 2" in str(told) and "arXiv 2106.09685" in str(told)
 
 
 def test_rates_by_size_and_the_closest_size(found):
@@ -75,7 +75,7 @@ def test_rates_of_other_models_do_not_stand_for_the_sources(found):
     model = nn.Linear(2, 2)
     model.config = {"model_type": "llama"}
     told = graft.suggest_lr(graft.LoraConfig(r=4), model)
-    assert not told.measured and told.lr is None and (told.low, told.high) == (6e-5, 5e-4)
+    assert not told.tested and told.lr is None and (told.low, told.high) == (6e-5, 5e-4)
     assert "on a model of another type: spam (tiny), r 4: 0.01" in str(told)
     assert graft.suggest_lr(graft.LNTuningConfig(), model).lr == 1e-2  # its source has none
 
@@ -89,7 +89,7 @@ def test_variants_and_flags_have_rates_of_their_own(found):
 def test_a_method_that_was_not_measured_has_its_sources_range(found):
     found()
     told = graft.suggest_lr(graft.AdaLoraConfig(total_step=10))
-    assert not told.measured and told.lr is None and (told.low, told.high) == (5e-4, 2.2e-3)
+    assert not told.tested and told.lr is None and (told.low, told.high) == (5e-4, 2.2e-3)
     assert "not measured here; its source" in str(told)
     assert graft.suggest_lr(graft.IA3Config()).lr == 3e-3  # its source has one
 
@@ -98,7 +98,7 @@ def test_a_method_of_which_nothing_is_known_says_so(found):
     found(row(means=[None] * 4))  # all diverged
     told = graft.suggest_lr(graft.LNTuningConfig())
     assert told.lr is told.low is None and "no rate is known" in str(told)
-    assert not graft.suggest_lr(graft.LoraConfig(r=4)).measured
+    assert not graft.suggest_lr(graft.LoraConfig(r=4)).tested
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -78,11 +78,6 @@ class Suggestion:
     by_size: dict[str, float] = field(default_factory=dict)
     published: Published | None = None
 
-    @property
-    def measured(self) -> bool:
-        """Return True if a search of graft's found it; False if it is the source's, or there is none."""
-        return self.tested is not None
-
     def __str__(self) -> str:
         lines = []
         if self.tested is not None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Reference:
         Raises:
             ConfigError: no argument is a tensor that tells the number of rows.
         """
-        rows = next((len(t) for t in tensors((*args, *kwargs.values())) if t.dim()), None)
+        rows = next((len(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
         if rows is None:
             raise ConfigError(f"Reference '{self.name}' is called without a tensor that tells the number of rows.")
         with torch.no_grad():
@@ -48,10 +48,6 @@ class Reference:
     def remove(self) -> None:
         """Delete the copy."""
         self.model.delete_adapter(self.name)
-
-
-def tensors(values: Iterable[object]) -> Iterable[Tensor]:
-    return (t for t in values if isinstance(t, Tensor))
 
 
 def refer(

@@ -61,8 +61,6 @@ def unclear_heads(stack: nn.Module) -> str | None:
 
 def own_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
     """Return the pairs of the heads that this process has."""
-    if not cuts:
-        return pairs
     return [
         p if p is None else (cut_up(p[0], cuts.get(i), 1), cut_up(p[1], cuts.get(i), 1)) for i, p in enumerate(pairs)
     ]

@@ -126,10 +126,10 @@ class Banks:
     def __init__(self, adapters: Mapping[str, tuple[Parameters, Parameters]], tensors: Iterable[Tensor]) -> None:
         memories = Counter(t.untyped_storage().data_ptr() for t in tensors)
         self.rows = {name: Row(*own) for name, own in adapters.items()}
-        alike: dict[tuple[object, ...], list[Row]] = {}
+        alike: dict[tuple[object, ...], list[Row]] = {}  # by what adapters of one bank have in common
         for row in self.rows.values():
             if fits(row.parameters, memories):
-                alike.setdefault(layout(row.parameters), []).append(row)
+                alike.setdefault(tuple((p.shape, p.dtype, p.device) for p in row.parameters), []).append(row)
         self.banks = [Bank(rows) for rows in alike.values()]
         self.of_row = {id(row): (bank, i) for bank in self.banks for i, row in enumerate(bank.rows)}
         self.index: dict[int, tuple[Bank, int, int]] = {}  # (bank, place, row) by Parameter
@@ -246,11 +246,6 @@ def ends_at_line(p: Tensor) -> bool:
 
 def has_hooks(p: Tensor) -> bool:
     return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
-
-
-def layout(parameters: Parameters) -> tuple[tuple[torch.Size, torch.dtype, torch.device], ...]:
-    """Return what adapters of one bank have in common."""
-    return tuple((p.shape, p.dtype, p.device) for p in parameters)
 
 
 def places_of(parameters: Parameters) -> tuple[list[tuple[int, int]], int]:

@@ -406,7 +406,7 @@ class MultiTrain:
         """Let no other thread make a step, or change the runs, within the block.
 
         Raises:
-            RuntimeError: one does so; or this one is in the middle of a step, where not even `stop` is asked.
+            RuntimeError: one does so; or this one is within the pass of a step, as a loss is, and not `stop`.
         """
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(f"Another thread has the runs {', '.join(self._runs)}: let one thread run them.")

@@ -29,3 +29,4 @@ CHUNKS_OF_PADDED = not_under("transformers", "4", "a prompt in chunks has positi
 KERNELS_ON_CPUS = not_under("transformers", "4", "Mamba's mixers hand weights to their kernel on CUDA devices alone")
 EMBEDDINGS_APART = not_under("transformers", "4", "a T5 has one module for both of its embeddings")
 LATER_EPOCHS = not_under("transformers", "4", "Trainer takes other batches where it resumes within a later epoch")
+FP8_ON_CPUS = not_under("transformers", "4", "it loads weights in FP8 where there is a GPU alone, dequantized, too")

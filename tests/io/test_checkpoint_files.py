@@ -63,8 +63,9 @@ def files(folder):
 
 
 def write(folder, tensors, metadata=None):
-    tensors = {name: t.clone() for name, t in tensors.items()}  # old safetensors read from the file that is replaced
-    safetensors.torch.save_file(tensors, folder / TENSORS, metadata={"format": "pt", **(metadata or {})})
+    new = folder / "new"  # in the place of the old file, of which tensors may be views
+    safetensors.torch.save_file(tensors, new, metadata={"format": "pt", **(metadata or {})})
+    new.replace(folder / TENSORS)
 
 
 @pytest.fixture

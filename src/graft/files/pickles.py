@@ -52,7 +52,8 @@ def write_torch(path: str, content: object) -> None:
 
     def save(temporary: str) -> None:
         try:
-            torch.save(content, temporary)
+            with open(temporary, "wb") as f:  # given a path, torch 2.6 says nothing of a full disk
+                torch.save(content, f)
         except RuntimeError as e:  # its writer of archives knows no other
             raise OSError(errno.EIO, f"it could not be written, perhaps because the disk is full ({e})", path) from None
 

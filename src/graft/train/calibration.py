@@ -77,7 +77,12 @@ def store(path: str | None, tensors: dict[str, Tensor]) -> None:
     """Write a cache, if there is a path for it."""
     if path is not None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        replace(path, lambda where: torch.save(tensors, where))
+
+        def write(where: str) -> None:
+            with open(where, "wb") as f:  # given a path, torch 2.6 says nothing of a full disk
+                torch.save(tensors, f)
+
+        replace(path, write)
 
 
 def of_file(found: dict[str, Tensor], name: str, path: str | None) -> Tensor:

@@ -4,6 +4,7 @@
 import copy
 import pickle
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -783,6 +784,22 @@ def test_slots_lose_patience():
             slots.remove()
         assert "a0" in slots.names
     slots(X, adapter_names="a2")
+
+
+class Slow(dict):
+    """Gives other threads time between the two steps that make an adapter the most recently used one."""
+
+    def pop(self, *key):
+        value = super().pop(*key)
+        time.sleep(0.005)
+        return value
+
+
+def test_a_batch_finds_its_slots_while_another_makes_them_the_last_used():
+    slots = slots_of()
+    expected = slots(X, adapter_names="a0")
+    slots._slots = Slow(slots._slots)
+    assert not serve(slots, [lambda s: s(X, adapter_names="a0")], [[expected]], 4)
 
 
 @pytest.mark.parametrize("keep_gathered", [True, False])

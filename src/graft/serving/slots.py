@@ -485,24 +485,31 @@ class AdapterSlots:
                 self._hold(each, read)
                 blocks = self._using.setdefault(thread, [])
                 blocks.append(chosen)
+                here = self._slots_of(chosen)
             try:
-                self._choose(chosen)
+                self._choose(here)
                 yield self.model
             finally:
                 with self.gate.moved:
                     blocks.pop()
                     if not blocks:
                         del self._using[thread]
+                    here = self._slots_of(blocks[-1] if blocks else BASE)
                     self.gate.moved.notify_all()
-                self._choose(blocks[-1] if blocks else BASE)
+                self._choose(here)
 
-    def _choose(self, chosen: str | tuple[str, ...]) -> None:
+    def _slots_of(self, chosen: str | tuple[str, ...]) -> int | list[int]:
+        """Return the slot of all rows, or of each. To be called with the gate: others put adapters in and out."""
+        if isinstance(chosen, str):
+            return self._slots.get(chosen, NONE)
+        return [self._slots.get(n, NONE) for n in chosen]
+
+    def _choose(self, slots: int | list[int]) -> None:
         with torch.inference_mode(False):
-            if isinstance(chosen, str):
-                self._choice.everywhere(self._slots.get(chosen, NONE))
+            if isinstance(slots, int):
+                self._choice.everywhere(slots)
             else:
-                device = next(iter(self.layers.values())).A.device
-                self._choice.each([self._slots.get(n, NONE) for n in chosen], device)
+                self._choice.each(slots, next(iter(self.layers.values())).A.device)
 
     def __call__(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> Any:
         """Run the model's forward.

@@ -17,7 +17,7 @@ def extract(
     tuned: Annotated[str, typer.Argument(help="Folder of the fine-tuned model.")],
     base: Annotated[str, typer.Argument(help="Folder of its base.")],
     output: show.Output,
-    rank: Annotated[int | None, typer.Option(help="At most, of each module; 32 if nothing is said.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Highest rank of a module; 32 if no option limits it.")] = None,
     energy: Annotated[float | None, typer.Option(help="Part of ‖Δ‖² that each module keeps, of 1.")] = None,
     max_mb: Annotated[float | None, typer.Option(help="Megabytes of the file; least loss.")] = None,
     include: Annotated[str | None, typer.Option(help="Names to take, as in a shell: `*.mlp.*`.")] = None,

@@ -21,7 +21,7 @@ def resize(
     energy: Annotated[float | None, typer.Option(help="Part of Σσ² that each module keeps, of 1.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Keep σ above the largest / ratio.")] = None,
     max_mb: Annotated[float | None, typer.Option(help="Megabytes of the file; least loss.")] = None,
-    max_rank: Annotated[int | None, typer.Option(help="At most, whatever else is said.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Highest rank of a module, beside any other limit.")] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="One rank for all modules.")] = False,
     force: show.Force = False,
     dry_run: show.DryRun = False,

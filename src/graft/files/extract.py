@@ -36,7 +36,7 @@ EMBEDDINGS = (*TOKENS, "wpe", "position_embeddings", "token_type_embeddings", "e
 CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 HEAD = "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
-RANK = 32  # if nothing else is said
+RANK = 32  # if no option limits ranks
 WIDEST = 256  # of which `max_mb` chooses
 
 

@@ -528,7 +528,7 @@ class MultiTrain:
         else:
             take(group, found)
             return
-        for own, states in zip(draws, before):  # the error, and with it what the pass had kept, is gone by now
+        for own, states in zip(draws, before):  # the error is gone by now, and with it the tensors of the pass
             own.states = states
         if torch.is_grad_enabled():
             self._banks.begin([part.name for part in group])

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base model's own config: an object as transformers has, a dataclass, a dict, or none."""
+"""What a base model says of itself: its config (an object as transformers has, a dataclass, a dict, or none) and its
+embeddings."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, is_dataclass
+from typing import Any
 
 from torch import nn
 
@@ -22,3 +24,18 @@ def model_type(model: nn.Module) -> str:
     """Return the architecture's name, by which methods know default targets; "custom" if the config has none."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return kind if isinstance(kind, str) else str(model_config(model).get("model_type", "custom"))
+
+
+def input_embeddings(model: Any) -> nn.Module | None:
+    """Return the module that embeds a model's input; None if the model names none, as those of sound or images."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+    try:
+        return model.get_input_embeddings()  # type: ignore[no-any-return]
+    except NotImplementedError:
+        return None
+
+
+def output_embeddings(model: Any) -> nn.Module | None:
+    """Return the head on a model's vocabulary; None if the model names none."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -9,9 +9,8 @@ from torch import nn
 
 from graft.config.targets import MIXERS
 from graft.core import merging
-from graft.core.base_config import model_type
+from graft.core.base_config import input_embeddings, model_type
 from graft.core.carrier import carrier_of, layer_in
-from graft.core.embeddings import input_embeddings
 from graft.core.errors import ConfigError, UnsupportedLayerError, warn
 from graft.core.method import Method
 from graft.core.ops import find_op

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from graft.config.reading import read_object
 from graft.config.targets import EMBEDDING_NAMES
+from graft.core.base_config import input_embeddings, output_embeddings
 from graft.core.carrier import layer_in
-from graft.core.embeddings import input_embeddings, output_embeddings
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
 from graft.core.method import Use

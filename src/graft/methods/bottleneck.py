@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
 from graft.config.reading import Json
-from graft.core.base_config import model_type
+from graft.core.base_config import input_embeddings, model_type, output_embeddings
 from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite, Tap
-from graft.core.embeddings import input_embeddings, output_embeddings
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError
 from graft.core.method import Layers, Method
 from graft.core.published import Published

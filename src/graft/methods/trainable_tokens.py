@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.core.base_config import input_embeddings
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
-from graft.core.embeddings import input_embeddings
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Use
 from graft.core.published import COMPARISON, Published

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from graft.core import merging
+from graft.core.base_config import input_embeddings, output_embeddings
 from graft.core.carrier import carrier_of
-from graft.core.embeddings import input_embeddings, output_embeddings
 from graft.core.errors import warn
 from graft.core.gate import changes, everything
 from graft.core.layer import AdapterLayer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
-from graft.core.embeddings import input_embeddings
+from graft.core.base_config import input_embeddings
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn, who
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, copies_of

@@ -31,8 +31,8 @@ from graft.inject.report import InjectReport, Matched
 from graft.inject.stage import absent_from, draw_alike
 from graft.inject.survey import Tree
 from graft.methods import method_of
-from graft.model.kept import in_mode
 from graft.model.merging import unload
+from graft.model.modes import in_mode
 from graft.model.registry import Registry
 from graft.prompts import admission
 from graft.prompts.arguments import put_labels

@@ -21,7 +21,7 @@ from graft.methods.lora import LoraConfig
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
 from graft.methods.lora.sub_configs import CordaConfig
 from graft.methods.loraxs import STEP, LoraXsConfig
-from graft.model.kept import in_mode, training_only
+from graft.model.modes import in_mode, training_only
 
 
 def linear_methods(

@@ -22,8 +22,8 @@ from graft.inject.parts import registry_of
 from graft.inject.survey import Place, survey
 from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute
-from graft.model.kept import in_mode
 from graft.model.layer_registry import LayerRegistry
+from graft.model.modes import in_mode
 from graft.storage import place_of
 from graft.train.calibration import linear_methods, require_all
 

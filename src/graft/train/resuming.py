@@ -445,7 +445,7 @@ class Resume:
             if adapter not in registry_of(unwrapped(self.model)).peft_config:
                 continue  # its tensors are missing
             now = base_fingerprint(unwrapped(self.model), adapter, together=processes() > 1)
-            then, now = in_common(then, now) or (then, now)  # other targets are told by names of parameters
+            then, now = in_common(then, now) or (then, now)  # other targets show in the names of parameters
             check_base(then, now, f"The training of adapter '{adapter}' in {self.folder}")
 
     def check_values(self) -> None:

@@ -14,7 +14,7 @@ from graft.core.errors import CalibrationError, ConfigError
 from graft.inject.parts import registry_of
 from graft.methods.states import Positions
 from graft.methods.steering import Steering
-from graft.model.kept import in_mode
+from graft.model.modes import in_mode
 
 if TYPE_CHECKING:
     from graft.core.protocols import Layer

@@ -12,7 +12,7 @@ from graft.core.errors import CalibrationError, ConfigError, some
 from graft.inject.inject import Injection
 from graft.methods import method_of
 from graft.methods.sdt import A_LOG, CHANGE, SDT, X_PROJ, SdtConfig
-from graft.model.kept import training_only
+from graft.model.modes import training_only
 
 
 def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn.Parameter]], object]) -> None:

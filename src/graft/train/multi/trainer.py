@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
-from graft.model.kept import training_only
+from graft.model.modes import training_only
 from graft.train.multi.draws import Draws
 from graft.train.multi.loader import Batch
 from graft.train.multi.losses import Loss

@@ -123,8 +123,10 @@ def test_one_that_never_calls_the_original(tmp_path, monkeypatch):
 @pytest.mark.parametrize("config", [{}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["v"]}], ids=str)
 @pytest.mark.parametrize("after", [True, False])
 def test_one_that_raises_leaves_the_base_as_it_was(config, after, tmp_path, monkeypatch):
-    model, start = base(), base()
+    model, start = base().train(), base()
     model.blocks[0].v.weight.requires_grad_(False)
+    model.blocks[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
     config = {"target_modules": ["k"], "r": 2} | config
     GRAFT.wrap(base(), config).save_pretrained(tmp_path)
     before = {name: (p, p.clone(), p.requires_grad) for name, p in model.named_parameters()}
@@ -142,6 +144,7 @@ def test_one_that_raises_leaves_the_base_as_it_was(config, after, tmp_path, monk
     assert now.keys() == before.keys() and not hasattr(model, "peft_config")
     for name, (p, value, trains) in before.items():
         assert now[name] is p and torch.equal(p, value) and p.requires_grad == trains
+    assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.equal(model(X), start(X))
     graft.PeftModel.from_pretrained(model, tmp_path)
 

@@ -25,6 +25,7 @@ from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
 from graft.model import checkpoints
 from graft.model.compose import Composition, names_in
+from graft.model.modes import modes_unless_it_fails
 from graft.model.registry import Registry, check_adapter_name, parameters_of, unless_it_fails
 from graft.model.rows import RowNames, composed, composition_for, draws_of, names_of_rows, rows_of, spread, untouched
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -585,7 +586,7 @@ class PeftModel(nn.Module):
         theirs = None if isinstance(model_id, checkpoints.AdapterInMemory) else replacement(kind)
         if theirs is None:
             warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.taken_on_loading)
-        with unless_it_fails(config):
+        with unless_it_fails(config), nullcontext() if theirs is None else modes_unless_it_fails(model):
             config.take({name: kwargs[name] for name in config.taken_on_loading if name in kwargs})
             checkpoints.prepare(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)

@@ -28,8 +28,9 @@ from graft.core.errors import (
 from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import refuse_pieces
 from graft.core.rows import BASE, copies_of
+from graft.core.site import Site
 from graft.inject.inject import Injection, attach
-from graft.inject.parts import gate_of
+from graft.inject.parts import gate_of, registry_of
 from graft.io.files import Loaded
 from graft.io.save import config_of, get_peft_model_state_dict
 from graft.kernels.waits import carried
@@ -115,10 +116,7 @@ class AdapterSlots:
                 f"The model carries adapters already, on {some(carrying, 2)}: unload() them, or pass the base model."
             )
         sites = {key: method.site for key, method in found.methods.items()}
-        for key, site in sites.items():
-            if not site.op.linear:
-                raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear: no slots for it.")
-        refuse_pieces(sites.items(), "Slots serve outputs")
+        check_sites(sites)
         self.model, self.max_adapters, self.max_rank = model, max_adapters, max_rank
         first = next(iter(sites.values()))
         with torch.inference_mode(False):
@@ -168,7 +166,8 @@ class AdapterSlots:
             AdapterNotFoundError: there is no such adapter.
             InUseError: calls of the model go on for longer than its `change_timeout`.
             RuntimeError: another thread is in a step of the MultiTrain.
-            ConfigError, AdapterKeyError, CheckpointError: slots cannot hold one of them. All are where they were.
+            ConfigError, AdapterKeyError, CheckpointError, UnsupportedLayerError: slots cannot hold one of them. All are
+                where they were.
         """
         model: nn.Module = source if isinstance(source, nn.Module) else source.model
         with ExitStack() as still:
@@ -197,6 +196,8 @@ class AdapterSlots:
                     raise CheckpointError(f"Adapter '{name}' does not fit: {some(broken)} are not finite.")
                 ranks += [own[A_].shape[0] for own in found.values() if A_ in own]
                 targets |= dict.fromkeys(found)
+            adapted = registry_of(model).layers
+            check_sites({key: adapted[key].site for key in targets})
             n: Any = len(names) if max_adapters is None else max_adapters
             by_rank = isinstance(n, Mapping)
             rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
@@ -608,3 +609,11 @@ def sizes_of(max_adapters: int | Mapping[int, int], max_rank: int | None) -> dic
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
     return sizes
+
+
+def check_sites(sites: Mapping[str, Site]) -> None:
+    """Raise UnsupportedLayerError unless all layers, by path, are linear ones that this process computes whole."""
+    for key, site in sites.items():
+        if not site.op.linear:
+            raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear: no slots for it.")
+    refuse_pieces(sites.items(), "Slots serve outputs")

@@ -200,6 +200,57 @@ def test_rows_of_a_mixed_batch_are_refused_where_the_weight_is_read():
     assert_close(model(IDS, adapter_names=["default"] * 2).logits, model(IDS).logits)
     with pytest.raises(RoutingError, match="dt_proj"):
         model(IDS, adapter_names=["default", "__base__"])
+    model.base_model.disable_adapter_layers()
+    with model.disable_adapter():
+        base = model(IDS).logits
+    assert_close(model(IDS, adapter_names=["default", "__base__"]).logits, base)
+
+
+class Held(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.linspace(-1, 1, 16).view(4, 4))
+
+
+class Shared(nn.Module):
+    """Computes with a parameter of a child, and with the weight of an embedding that it also calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.tokens, self.last = Held(), nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def forward(self, ids):
+        x = self.tokens(ids).to(self.held.table.dtype)
+        assert self.held.table.shape == (4, 4) and self.tokens.weight.device == ids.device
+        return F.linear(self.last(F.linear(x, self.held.table)), self.tokens.weight)
+
+
+BESIDE = dict(target_modules=["last"], init_lora_weights=False)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(target_parameters=["held.table"]), dict(trainable_token_indices={"tokens": [1, 2]})]
+)
+def test_a_weight_that_is_read_is_that_of_the_rows_of_the_call(options):
+    config = graft.LoraConfig(**BESIDE, **options)
+    with seeded(0):
+        model = graft.get_peft_model(Shared(), config, "u")
+        model.add_adapter("v", config)
+        for name, p in model.named_parameters():
+            if "delta" in name:
+                p.data.normal_()
+    ids, want = torch.tensor([[1, 2], [2, 3]]), {}
+    for name in ("v", "u"):
+        model.set_adapter(name)
+        want[name] = model(ids)
+    with model.disable_adapter():
+        want["__base__"] = model(ids)
+    for name, expected in want.items():
+        assert_close(model(ids, adapter_names=[name] * 2), expected)
+    with pytest.raises(RoutingError, match=r"held|tokens"):
+        model(ids, adapter_names=["u", "v"])
+    model.base_model.disable_adapter_layers()
+    assert_close(model(ids, adapter_names=["u", "v"]), want["__base__"])
 
 
 class Reader(nn.Module):

@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from graft.core import merging
 from graft.core.call import Call
 from graft.core.carrier import Carrier, MergeState
-from graft.core.errors import ConfigError, PeftWarning, UnsupportedLayerError, warn
+from graft.core.errors import ConfigError, PeftWarning, RoutingError, UnsupportedLayerError, warn
 from graft.core.folding import unfolded
 from graft.core.gate import Lock, changes, everything
 from graft.core.holding import Holding
@@ -31,6 +31,7 @@ from graft.core.site import Site, Store, Weight
 from graft.core.wrappers import HOOK, brought_in
 from graft.kernels.cuts import Cut
 from graft.kernels.eager import eager, has_no_hooks
+from graft.kernels.withheld import Withheld
 
 
 class LayerState(MergeState):
@@ -322,8 +323,16 @@ class AdapterLayer(PeftNames, Host):
         return plan
 
     def effective_weight(self) -> Tensor:
-        """Return the weight with the plan folded in, as the base layer stores it; gradients flow."""
-        plan = None if self.call.off else self.state.plan
+        """Return the weight with the plan of the call folded in, as the base layer stores it; gradients flow.
+
+        Where there is no one weight, as rows have different adapters, return a tensor that tells shape and dtype, and
+        raises RoutingError where it is used.
+        """
+        try:
+            plan = self.plan_of_reader()
+        except RoutingError as e:
+            text = str(e)
+            return Withheld(self.base_weight.read(), lambda: RoutingError(text))
         if plan is None:
             return self.base_weight.read()
         return self.op.uncanon(plan.fold(self.weight_now, self.bias_now)[0])

@@ -264,7 +264,9 @@ class Mixed:
         Raises:
             RoutingError: rows use different ones.
         """
-        if not self.idle and len(rows.segments) > 1:
+        if self.idle:
+            return None
+        if len(rows.segments) > 1:
             site = self.layer.site
             raise RoutingError(
                 f"Layer '{site.key}': {self.layer.type_name} does not support mixed adapter batches yet, as the "

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tensor that tells its shape, dtype and the like, and that nobody may compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
+
+from graft.kernels.summed import FACTS
+
+
+class Withheld(Tensor):
+    """The facts of a tensor; an operation raises what `error` returns."""
+
+    error: Callable[[], Exception]
+
+    @staticmethod
+    def __new__(cls, like: Tensor, error: Callable[[], Exception]) -> Withheld:
+        made: Withheld = Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+        )
+        made.error = error
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Withheld({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if function in FACTS:
+            with DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        refuse(args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        function: object,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> NoReturn:
+        refuse(args, kwargs)
+
+
+def refuse(args: tuple[object, ...], kwargs: dict[str, object] | None) -> NoReturn:
+    """Raise the error of the first tensor that is withheld among the arguments of an operation."""
+    found: list[object] = [*args, *(kwargs or {}).values()]
+    while found:
+        value = found.pop(0)
+        if isinstance(value, Withheld):
+            raise value.error()
+        if isinstance(value, (list, tuple)):
+            found += value
+    raise TypeError("an operation on a tensor that is withheld")

@@ -70,6 +70,16 @@ def test_input_embeddings_instead_of_ids():
     assert_close(mixed, models.output(model, {**batch, "adapter_names": NAMES}))
 
 
+def test_hooks_on_the_base_keep_its_own_output():
+    model, kept = two_adapters(), []
+    base = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    base.register_forward_hook(lambda _module, inputs, output: kept.append((inputs[0], output)))
+    with torch.no_grad():
+        model(**models.inputs("llama", 4), adapter_names=NAMES)
+    x, y = kept[0]
+    assert torch.equal(y, torch.nn.functional.linear(x, base.weight))
+
+
 def test_the_active_adapter_and_the_next_call_are_not_touched():
     model, batch = two_adapters(), models.inputs("llama", 4)
     before = models.output(model, batch)

@@ -34,7 +34,7 @@ from graft.core.protocols import Layer
 from graft.core.routing import Groups, route
 from graft.core.rows import CallContext, Key, Rows, Together, members
 from graft.core.unchanged import Unchanged
-from graft.kernels.eager import autocast_dtype
+from graft.kernels.eager import autocast_dtype, eager, has_no_hooks
 from graft.kernels.low_rank import new_seed
 from graft.kernels.mixed import add_groups, fits
 from graft.kernels.segments import LINE, Group, Segment, Stacks, aligned, at_line, groups_of, linear
@@ -335,9 +335,9 @@ class Mixed:
         """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""
         layer, context = self.layer, self.layer.call.now()
         gates, facts = context.gates, context.facts
-        if y.is_leaf and y.requires_grad:
-            y = y.clone()  # a hook made it a leaf, which takes no addition in place
         fuse = layer.may_fuse
+        if not (fuse or (layer.op.known and eager() and has_no_hooks(layer.base_module))):
+            y = y.clone()  # hooks, or a block, may have kept it, or made it a leaf, which takes no addition in place
         if fuse and self.products and gates is None:
             out = self.add_products(rows, x, y)
             if out is not None:

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import graft
 from tests import models
+from tests.leaves_out import OPEN_SETTINGS
 from tests.looks import registry_of
 from tests.models import adapted, disturb, seeded
 
@@ -172,6 +173,20 @@ def test_generation_options_in_a_generation_config():
     config = GenerationConfig(do_sample=False, num_beams=2, max_new_tokens=3, pad_token_id=0, eos_token_id=2)
     expected = model.generate(**batch, adapter_names=NAMES, do_sample=False, num_beams=2, max_new_tokens=3)
     assert torch.equal(model.generate(**batch, adapter_names=NAMES, generation_config=config), expected)
+    inputs = batch.pop("input_ids")
+    assert torch.equal(model.generate(inputs, config, adapter_names=NAMES, **batch), expected)
+
+
+@OPEN_SETTINGS
+def test_the_models_generation_config_fills_in_what_a_given_one_leaves_open():
+    from transformers import GenerationConfig
+
+    model, batch = two_adapters(), full()
+    config = GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=2)
+    expected = model.generate(**batch, adapter_names=NAMES, do_sample=False, num_beams=2, max_new_tokens=3)
+    model.get_base_model().generation_config.num_beams = 2
+    out = model.generate(**batch, adapter_names=NAMES, generation_config=config)
+    assert torch.equal(out[:, : expected.shape[1]], expected)
 
 
 @pytest.mark.differs(

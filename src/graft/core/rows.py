@@ -270,8 +270,13 @@ def parameters_of(model: nn.Module) -> list[str]:
     return list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
 
 
-def copies_of(model: object, kwargs: Mapping[str, Any]) -> int:
+def copies_of(model: object, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> int:
     """Return how often the `generate` of a model repeats each row: for beams, or for several samples."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    settings = ("num_beams", "num_return_sequences")
-    return max(kwargs.get(s) or getattr(config, s, None) or 1 for s in settings)
+    given = kwargs.get("generation_config") or next((value for value in inputs if hasattr(value, "num_beams")), None)
+    configs = given, getattr(model, "generation_config", None)  # the model's fills in what the caller's leaves open
+
+    def setting(name: str) -> int:
+        found: list[int | None] = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in found if value), 1)
+
+    return max(setting("num_beams"), setting("num_return_sequences"))

@@ -408,7 +408,7 @@ class PeftModel(nn.Module):
             registry.averaged = True
         used = None if rows is None else [BASE if n is None else n for n in rows.names]
         run = Run(inputs, kwargs, own, rows, generates)
-        run.copies = copies_of(registry.model, kwargs) if generates else 1
+        run.copies = copies_of(registry.model, inputs, kwargs) if generates else 1
         with untouched(draws), call.using(rows, draws), self._heads_of(used), registry.acting(run) as finish:
             if run.copies > 1 and call.context:
                 with spread(call, run.copies, self.get_base_model()):

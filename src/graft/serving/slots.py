@@ -532,7 +532,7 @@ class AdapterSlots:
         """
         model: nn.Module = self.model
         names = self._rows(adapter_names, args, kwargs)
-        copies = copies_of(model, kwargs)
+        copies = copies_of(model, args, kwargs)
         if copies > 1 and len(set(names)) > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise RoutingError(
                 "An encoder sees each row once and the decoder once per beam: several adapters cannot share such a "

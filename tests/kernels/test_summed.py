@@ -38,6 +38,10 @@ FORMED = {
     "vector": lambda S: S[0] @ X[0],
     "norm": lambda S: S.norm(dim=-1),
     "stack": lambda S: torch.stack([S[0], S[1]]),
+    "linear by names": lambda S: F.linear(input=X, weight=S[2]),
+    "bmm by names": lambda S: torch.bmm(BATCH, mat2=S.mT),
+    "matmul by names": lambda S: torch.matmul(BATCH, other=S.transpose(dim0=1, dim1=2)),
+    "grouped by names": lambda S: F.grouped_mm(ROWS, mat_b=S.mT, offs=OFFSETS),
 }
 
 

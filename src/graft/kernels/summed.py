@@ -8,7 +8,9 @@ matrices in use. Any other operation sees the sum itself.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from graft.kernels.waits import differences
 
 Part = tuple[Tensor, Tensor, float]  # A (…, r, in), B (…, out, r), s
 Given = dict[str, object] | None  # keyword arguments
+signature = cache(inspect.signature)
 
 
 class Summed(Tensor):
@@ -62,7 +65,7 @@ class Summed(Tensor):
             if function in FACTS:
                 return function(*args, **kwargs)
             apart = APART.get(function) or BY_NAME.get(getattr(function, "__name__", ""))
-            if apart is not None:
+            if apart is not None and (not kwargs or takes(apart, args, kwargs)):
                 out = apart(function, *args, **kwargs)
                 if out is not NotImplemented:
                     return out
@@ -73,6 +76,15 @@ class Summed(Tensor):
         cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Given = None
     ) -> object:
         return function(*form(args), **form(kwargs or {}))
+
+
+def takes(apart: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    """Return True if what stands for an operation takes the arguments of a call by the names that it gives them."""
+    try:
+        signature(apart).bind(None, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def summed(W: Tensor, parts: list[Part], flipped: bool = False) -> Tensor:

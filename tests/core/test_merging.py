@@ -12,13 +12,14 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 import graft
+from graft.core import merging
 from graft.core.effect import Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.methods.lora.lora import LoRA
 from graft.model import functional
 from tests.core.test_layer import Net, X, config, net_with, same, weights
 from tests.leaves_out import FSDP2_ON_CPUS
-from tests.looks import merged
+from tests.looks import layers, merged
 from tests.models import disturb, seeded
 
 
@@ -212,6 +213,57 @@ def test_a_later_merge_needs_no_copy_of_its_own():
     assert [t is not None for t in kept] == [True, False]
 
 
+# errors on the way
+
+
+@pytest.mark.parametrize("make", ["LoRA with DoRA", "HRA"])
+@pytest.mark.parametrize("after", [False, True], ids=["before it writes", "after it has written"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_error_on_one_layer_leaves_all_as_they_were(make, after, dtype, monkeypatch):
+    """On the second, which has another adapter merged that has to come out first."""
+    with seeded(0):
+        base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).to(dtype)
+        model = graft.get_peft_model(base, ORDERED[make](["0", "1"]), "a").eval()
+        model.add_adapter("b", ORDERED[make](["0", "1"]))
+        disturb(model)
+        x = torch.randn(4, 6).to(dtype)
+    model.base_model.set_adapter(["a", "b"])
+    y, base = model(x), weights(model)
+    with pytest.warns(UserWarning, match="no effect"):
+        model.merge_adapter(["b"])
+    before, write = model(x), merging._write
+
+    def fails(layer, names, *args):
+        if layer.site.key != "1" or names != ["b", "a"]:
+            return write(layer, names, *args)
+        if after:
+            write(layer, names, *args)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(merging, "_write", fails)
+    with pytest.warns(UserWarning, match="additionally"), pytest.raises(MemoryError):
+        model.merge_adapter(["a"])
+    assert merged(model) == ["b"] and all(layer.merged_adapters == ["b"] for layer in layers(model).values())
+    assert torch.equal(model(x), before)
+    model.unmerge_adapter()
+    assert same(weights(model), base) and torch.equal(model(x), y)
+
+
+@torch.no_grad()
+def test_a_weight_that_cannot_be_written_notes_no_merge():
+    model = net_with("x")
+    layer = layers(model)["two"]
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight[:, :1].expand(-1, 8))  # one number in many places
+    before, y = weights(model), model(X)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        model.merge_adapter()
+    assert not merged(model) and not any(layer.state.undo for layer in layers(model).values())
+    assert torch.equal(layer.W0, layer.base_layer.weight)
+    assert_close(model(X), y)
+    for name, t in weights(model).items():
+        assert_close(t, before[name])
+
+
 # weights that are computed
 
 COMPUTED = {
@@ -335,9 +387,9 @@ def test_merging_goes_on_with_layers_that_are_not_merged_yet():
 
 
 ORDERED = {
-    "LoRA with DoRA": lambda: graft.LoraConfig(r=2, target_modules=["0"], use_dora=True),
+    "LoRA with DoRA": lambda targets=("0",): graft.LoraConfig(r=2, target_modules=[*targets], use_dora=True),
     "OFT": lambda: graft.OFTConfig(r=0, oft_block_size=3, target_modules=["0"]),
-    "HRA": lambda: graft.HRAConfig(r=2, target_modules=["0"]),
+    "HRA": lambda targets=("0",): graft.HRAConfig(r=2, target_modules=[*targets]),
 }
 
 

@@ -297,17 +297,31 @@ def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step]
 
 
 def merge(layer: Layer, names: list[str], undoable: bool) -> None:
-    """Merge adapters after `check`."""
+    """Merge adapters after `check`. One that can be undone and fails leaves the layer as it was."""
     if replaces(layer, names):
         _swap(layer, names)
         return
-    steps, new = in_order(layer, names)
-    if new is None:
-        names = [*layer.state.merged, *names]
-        unmerge(layer)
-        new = steps
+    (steps, new), done = in_order(layer, names), list(layer.state.merged)
+    try:
+        if new is None:
+            unmerge(layer)
+            _fold_in(layer, [*done, *names], steps, undoable)
+        else:
+            _fold_in(layer, names, new, undoable)
+    except BaseException:
+        if undoable:
+            try:
+                unmerge(layer)
+                if done:
+                    _fold_in(layer, done, in_order(layer, done)[0], undoable)
+            finally:
+                layer.changed()
+        raise
+
+
+def _fold_in(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
     with layer.base_weight.at_hand(layer, writes=True), evaluating(layer):
-        _write(layer, names, new, undoable)
+        _write(layer, names, steps, undoable)
     layer.state.merged += names
 
 
@@ -380,11 +394,21 @@ def _by_matrix(layer: Layer, steps: Sequence[Step]) -> stacked.Fold | None:
 
 
 def _added(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
-    """Return W plus products, or minus them: W itself, or a copy in float32 if W is in half precision."""
+    """Return W plus products, or minus them: W itself, or a copy in float32 if W is in half precision.
+
+    On an error W is as it was, but for the last digits.
+    """
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
-    for both in products:
-        for part, A, B in op.matrices(wide, *both):
-            part.addmm_(B.to(wide), A.to(wide), alpha=sign)
+    done: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        for both in products:
+            for part, A, B in op.matrices(wide, *both):
+                part.addmm_(B.to(wide), A.to(wide), alpha=sign)
+                done.append((part, A, B))
+    except BaseException:
+        for part, A, B in reversed(done):
+            part.addmm_(B.to(wide), A.to(wide), alpha=-sign)
+        raise
     return wide
 
 
@@ -407,8 +431,11 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
     if products is not None and W is not None:
         if undoable and W.dtype in FULL:
             # copies, so that unmerging subtracts the same products, whatever happens to the adapter
-            state.undo.append(("subtract", [(A.clone(), B.clone()) for A, B in products], None))
-        elif undoable:  # half precision has lost what subtracting would have to give back
+            products = [(A.clone(), B.clone()) for A, B in products]
+            _added(layer.op, W, products)
+            state.undo.append(("subtract", products, None))
+            return
+        if undoable:  # half precision has lost what subtracting would have to give back
             state.undo.append(("restore", _snapshot(layer), None))
         wide = _added(layer.op, W, products)
         if wide is not W:

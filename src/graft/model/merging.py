@@ -91,20 +91,24 @@ class MergingRegistry(Registry):
                 until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
             warn(f"Active adapters {silent} are not merged: {until}.")
         by_delta = {layer: own.pop(layer) for layer in [*own] if merging.theirs(layer, merging.DELTA) is not None}
-        before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta)}
-        try:  # first, as what clients have put there may raise
+        before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta, *(own if undoable else ()))}
+        try:  # what clients have put there comes first: what follows may leave nothing to undo
             for layer, merge in replaced.items():
                 merge(safe_merge=safe_merge, adapter_names=chosen[layer])
             for layer, here in by_delta.items():
                 layer.merge_checked(here, True)
+            if undoable:
+                for layer, here in tqdm(own.items(), desc="Merging", unit="layer", disable=not progress):
+                    layer.merge_checked(here, True)
         except BaseException:
             for layer, merged in before.items():
                 if layer.state.merged != merged:
                     merging.unmerge(layer)
                     layer.merge_checked(merged, True) if merged else layer.changed()
             raise
-        for layer, here in tqdm(own.items(), desc="Merging", unit="layer", disable=not progress):
-            layer.merge_checked(here, undoable)
+        if not undoable:
+            for layer, here in tqdm(own.items(), desc="Merging", unit="layer", disable=not progress):
+                layer.merge_checked(here, False)
         self.shares_kept = merging.warn_lost(self.mergeable_layers())
 
     @changes(everything)

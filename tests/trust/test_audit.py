@@ -132,6 +132,20 @@ def test_gradients_that_are_not_finite_are_said_at_once():
     assert "not finite (2)" in text and "head ('default')" in text
 
 
+def test_a_finding_after_a_call_of_the_base_is_said():
+    """As of a reference: what a backward pass would run again for that call, nobody knows."""
+
+    def run():
+        y = model(X)
+        with model.disable_adapter():
+            model(X)
+        (y * float("inf")).sum().backward()
+
+    model = net_with("inner", "head")
+    (text,) = said(run)
+    assert "not finite (2)" in text and "head ('default')" in text
+
+
 def test_an_overflow_in_float16_is_a_scalers_business():
     model = net_with("inner")
     with torch.autocast("cpu", torch.float16):

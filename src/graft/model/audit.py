@@ -151,7 +151,9 @@ class Part(NamedTuple):
 
     @property
     def label(self) -> str:
-        why = "" if not self.carrier.disable_adapters else ", disabled"
+        state = self.carrier.state  # of a call that a backward pass runs again nobody asks: none may be known
+        off = state.disabled or (state.call is not None and bool(state.call.here.off))
+        why = ", disabled" if off else ""
         why = ", merged" if self.adapter in self.carrier.merged_adapters else why
         return f"{self.carrier.key or 'shared by layers'} ('{self.adapter}'{why})"
 

@@ -115,6 +115,19 @@ def test_disabled_adapters_leave_the_base(cell):
     assert torch.equal(model(x), expected)
 
 
+@every
+def test_an_empty_batch_has_an_empty_output_and_gradients_of_zero(cell):
+    model, x = cell.trained(), cell.inputs()[:0]
+    with torch.no_grad():
+        expected = cell.bare()(x)
+        assert model(x).shape == expected.shape
+    y = model(x)
+    assert y.shape == expected.shape and y.dtype == expected.dtype
+    if y.requires_grad:
+        y.sum().backward()
+        assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
 # merging
 
 

@@ -55,9 +55,9 @@ class Outputs(NamedTuple):
     general: nn.Linear | None = None  # a linear layer of s numbers
 
     def __call__(self, z: Tensor) -> Tensor:
-        k, r, _ = self.B.shape
+        k, r, width = self.B.shape
         own = z[..., : k * r].reshape(-1, k, r).transpose(0, 1)
-        y = torch.bmm(own, self.B).transpose(0, 1).reshape(*z.shape[:-1], -1)
+        y = torch.bmm(own, self.B).transpose(0, 1).reshape(*z.shape[:-1], k * width)
         return y if self.general is None else y + self.general(z[..., k * r :])
 
     @property

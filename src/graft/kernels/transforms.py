@@ -31,11 +31,11 @@ class Circulant(NamedTuple):
 
     def columns(self, ids: Tensor) -> Tensor:
         """Return the columns that `ids` (…) name: (…, out)."""
-        b = self.w.shape[-1]
+        m, _, b = self.w.shape
         t = torch.arange(b, device=self.w.device)
         part, s = ids.reshape(-1, 1) // b, ids.reshape(-1, 1) % b
         picked = self.w[:, part, (s - t) % b]  # (m, ids, t)
-        return self.scale * picked.transpose(0, 1).reshape(*ids.shape, -1)
+        return self.scale * picked.transpose(0, 1).reshape(*ids.shape, m * b)
 
 
 def plain_circular(x: Tensor, w: Tensor) -> Tensor:
@@ -275,9 +275,11 @@ class Sparse(NamedTuple):
     def columns(self, ids: Tensor) -> Tensor:
         """Return the columns that `ids` (…) name: (…, n of S)."""
         q, values = ids.flatten(), self.values * self.S.factors(self.rows)
+        if not len(q):  # transforms take no empty batch
+            return values.new_zeros(*ids.shape, self.S.n) + 0 * values.sum()
         picked = [v[:, None] * t for v, t in zip(values, self.T.at(self.cols, q, values.dtype))]  # (entries, ids)
         z = [p.new_zeros(self.S.size, len(q)).index_add(0, self.rows, p) for p in picked]
-        return self.S.synthesis(z).reshape(*ids.shape, -1)
+        return self.S.synthesis(z).reshape(*ids.shape, self.S.n)
 
     def times(self, x: Tensor) -> Tensor:
         """Compute `plain`, in float32 at least; keep x and the entries for the backward pass."""

@@ -108,6 +108,7 @@ class Lily(Method[LilyConfig]):
     def branch(self, x: Tensor) -> Tensor:
         op, base = self.site.op, self.layer.base_layer
         h = op.down(base, x, self.lily_A.weight.to(x.device))
-        p = self.lily_router(h.movedim(1 - len(self.site.shape), -1)).softmax(-1).flatten(0, -2).mean(0)
+        p = self.lily_router(h.movedim(1 - len(self.site.shape), -1)).softmax(-1).flatten(0, -2)
+        p = p.mean(0) if len(p) else p.sum(0)  # without tokens a mean is not finite, and so are gradients
         B = p @ self.lily_B.weight.to(p.device).view(self.cfg.num_B, -1)
         return op.up(base, h, B.view(self.cfg.r, -1).T) * self.scaling

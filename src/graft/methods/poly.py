@@ -8,6 +8,7 @@ and B' = Σ α B, and x A' B' / r is added. With splits, each part of the inputs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -110,7 +111,7 @@ class Poly(ByTask[PolyConfig]):
         mixing = self.mixing(self.tasks_of(x)).to(self.poly_lora_A.dtype)
         A = torch.einsum("bqk,qkir->bqir", mixing, self.poly_lora_A).flatten(1, 2)  # (batch, in, r)
         B = torch.einsum("bqk,qkro->brqo", mixing, self.poly_lora_B).flatten(2)  # (batch, r, out)
-        y: Tensor = x.reshape(len(x), -1, self.site.in_features) @ A @ B / self.cfg.r
+        y: Tensor = x.reshape(len(x), prod(x.shape[1:-1]), self.site.in_features) @ A @ B / self.cfg.r
         return y.view(*x.shape[:-1], self.site.out_features)
 
     def mixing(self, tasks: Tensor) -> Tensor:

@@ -217,11 +217,12 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.held, self.tokens, self.last = Held(), nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.held, self.tokens, self.last, self.head = Held(), nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, ids):
         x = self.tokens(ids).to(self.held.table.dtype)
         assert self.held.table.shape == (4, 4) and self.tokens.weight.device == ids.device
+        x = F.linear(x, self.head.weight.T.mT) if self.head.weight.dtype == x.dtype else x
         return F.linear(self.last(F.linear(x, self.held.table)), self.tokens.weight)
 
 
@@ -229,7 +230,12 @@ BESIDE = dict(target_modules=["last"], init_lora_weights=False)
 
 
 @pytest.mark.parametrize(
-    "options", [dict(target_parameters=["held.table"]), dict(trainable_token_indices={"tokens": [1, 2]})]
+    "options",
+    [
+        dict(target_parameters=["held.table"]),
+        dict(trainable_token_indices={"tokens": [1, 2]}),
+        dict(modules_to_save=["head"]),
+    ],
 )
 def test_a_weight_that_is_read_is_that_of_the_rows_of_the_call(options):
     config = graft.LoraConfig(**BESIDE, **options)
@@ -237,7 +243,7 @@ def test_a_weight_that_is_read_is_that_of_the_rows_of_the_call(options):
         model = graft.get_peft_model(Shared(), config, "u")
         model.add_adapter("v", config)
         for name, p in model.named_parameters():
-            if "delta" in name:
+            if "delta" in name or "modules_to_save" in name:
                 p.data.normal_()
     ids, want = torch.tensor([[1, 2], [2, 3]]), {}
     for name in ("v", "u"):
@@ -247,7 +253,7 @@ def test_a_weight_that_is_read_is_that_of_the_rows_of_the_call(options):
         want["__base__"] = model(ids)
     for name, expected in want.items():
         assert_close(model(ids, adapter_names=[name] * 2), expected)
-    with pytest.raises(RoutingError, match=r"held|tokens"):
+    with pytest.raises(RoutingError, match=r"held|tokens|head"):
         model(ids, adapter_names=["u", "v"])
     model.base_model.disable_adapter_layers()
     assert_close(model(ids, adapter_names=["u", "v"]), want["__base__"])

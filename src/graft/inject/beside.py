@@ -13,11 +13,13 @@ from graft.config.targets import TASK_HEADS
 from graft.core.carrier import Carrier, Shell, carrier_of, layer_in
 from graft.core.containers import tensors_of
 from graft.core.effect import Effect, Replace
-from graft.core.errors import PeftWarning, UnsupportedLayerError, warn
+from graft.core.errors import PeftWarning, RoutingError, UnsupportedLayerError, warn
 from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method
 from graft.core.ops import UNKNOWN
+from graft.core.rows import OFF, members
 from graft.core.site import Site
+from graft.kernels.withheld import Withheld
 from graft.methods.trainable_tokens import TrainableTokens
 from graft.storage import codes_in, find_store, place_of, standalone
 
@@ -94,8 +96,19 @@ class ModulesToSaveWrapper(Host):
 
     @property
     def active(self) -> nn.Module:
-        """The module that runs now."""
+        """The module that runs where a call says nothing of its rows."""
         return self.base_module if self.disable_adapters else self.remainder
+
+    @property
+    def running(self) -> list[nn.Module]:
+        """The modules that run now: that of the active adapter, or those of the rows of the call."""
+        rows = self.call.current() if self.call.open else None
+        if self.state.disabled or rows is OFF:
+            return [self.base_module]
+        if rows is None:
+            return [self.remainder]
+        own = ([n for n in members(key) if n in self.methods] for key in rows.keys)
+        return list(dict.fromkeys(self.modules_to_save[names[0]] if names else self.base_module for names in own))
 
     @property
     def remainder(self) -> nn.Module:  # type: ignore[override]
@@ -108,7 +121,19 @@ class ModulesToSaveWrapper(Host):
         except AttributeError:
             if name.startswith("__") or "modules_to_save" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.active, name)
+            first, *others = self.running
+            value = getattr(first, name)
+            return self.of_several(name, value) if others and isinstance(value, (Tensor, nn.Module)) else value
+
+    def of_several(self, name: str, value: Tensor | nn.Module) -> Tensor:
+        """Return what rows with heads of their own see of a tensor: its shape and dtype. Raise for a module."""
+        text = (
+            f"Rows of a mixed batch have heads of their own in '{self.key}', whose '{name}' the model reads, and uses "
+            "without calling the head: give all rows of a batch one adapter."
+        )
+        if isinstance(value, nn.Module):
+            raise RoutingError(text)
+        return Withheld(value, lambda: RoutingError(text))
 
 
 def head_site(key: str, module: nn.Module) -> Site:

@@ -61,6 +61,20 @@ def test_an_average_of_additive_adapters_is_the_weighted_sum_of_their_updates(co
     torch.testing.assert_close(model.merge_and_unload()(x), plain(x))
 
 
+def test_averages_of_other_weights_leave_nothing_behind():
+    model, x = adapters(lora)
+    layers = [m for m in model.modules() if isinstance(m, graft.AdapterLayer)]
+
+    def kept(part):
+        average = graft.Average("one", "two", weights=[part, 1 - part])
+        model.set_adapter(average)
+        model(x, adapter_names=[average, "three", "__base__"])
+        return sum(len(layer.state.plans) for layer in layers)
+
+    first = kept(0.0)
+    assert {kept(i / 7) for i in range(1, 8)} == {first}
+
+
 def test_a_stack_is_a_list_of_names():
     model, x = adapters(loha)
     want = alone(model, x, ["two", "one"])

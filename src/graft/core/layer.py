@@ -41,7 +41,7 @@ class LayerState(MergeState):
         super().__init__(call)
         self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way
         self.plan: Plan | None = None  # what `forward` runs; None: the base layer
-        self.plans: dict[tuple[object, ...], Plan | None] = {}  # by the names of the adapters that run, and weights
+        self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of the adapters that run
         self.mix: Mixed | None = None  # that of the last mixed batch
 
     def forget(self, adapter: str) -> None:
@@ -157,11 +157,12 @@ class Host(Holding, Carrier, nn.Module):
 
         weights: of an average of them; None: each acts on what those before it made.
         """
+        if weights is not None:
+            return plan_of(self, names, weights)  # not kept: a caller may have other weights each time
         plans = self.state.plans
-        key = names if weights is None else (*names, weights)
-        if key not in plans:
-            plans[key] = plan_of(self, names, weights)  # a head has what its plan asks for
-        return plans[key]
+        if names not in plans:
+            plans[names] = plan_of(self, names)  # a head has what its plan asks for
+        return plans[names]
 
     def forward(self, *args: object, **kwargs: object) -> object:
         base, plan, back = self.base_module, self.state.plan, None

@@ -342,6 +342,7 @@ ROWS = {
     "by name": ({"wte": [3, 5]}, {"transformer.wte": [7, 5]}),
     "a list and a name": ([3, 5], {"wte": [5, 7]}),
     "embedding and head": ({"wte": [3, 5], "lm_head": [2]}, {"wte": [5]}),
+    "several times": ([3, 5, 3], [3, 5, 3]),
 }
 
 

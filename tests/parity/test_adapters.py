@@ -288,3 +288,21 @@ def test_rows_of_the_base_that_token_rows_stand_for(sample):
         assert holders and not any(len(m.trainable_tokens_original) for m in holders.values())
         found.append(seen)
     close_dicts(*found)
+
+
+def test_a_token_that_is_named_several_times_trains_as_in_peft():
+    ids, found = torch.tensor([[1, 2, 3]]), []
+    for lib in LIBS:
+        with models.seeded(0):
+            base = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4))
+            model = lib.get_peft_model(base, lib.TrainableTokensConfig(token_indices=[1, 3, 1], target_modules=["0"]))
+        rows = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(rows, lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(ids).square().sum().backward()
+            optimizer.step()
+        y = model(ids).detach()
+        close(model.merge_and_unload()(ids), y)
+        found.append({"rows": rows[0].detach(), "y": y})
+    close_dicts(*found)

@@ -7,6 +7,7 @@ from tests.samples.parity import row
 
 LAWS = [
     Sample("TRAINABLE_TOKENS", config=dict(token_indices=[4, 1, 3]), other=dict(token_indices=[0, 5])),
+    Sample("TRAINABLE_TOKENS", "repeated", config=dict(token_indices=[4, 1, 4]), other=dict(token_indices=[0, 5])),
 ]
 REFUSED = [
     ("TRAINABLE_TOKENS", "conv", UnsupportedLayerError, "nly embeddings and linear layers have a row for each token"),

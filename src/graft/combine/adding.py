@@ -214,7 +214,7 @@ def moved(method: Method, others: list[tuple[Method, float]]) -> Tensor:
         at = [place[token] for token in m.token_indices]
         out[at] += wide(m.rows) * weight
         left[at] -= weight
-    return out + base * left
+    return (out + base * left)[[place[token] for token in method.token_indices]]  # a token may have several rows
 
 
 class Target(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +100,21 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
     @property
     def rows(self) -> Tensor:
-        """The rows where the layer is: those of a head are the embedding's, which may be elsewhere."""
-        return near(self.trainable_tokens_delta, self.sorted_tokens.device)
+        """The rows where the layer is: those of a head are the embedding's, which may be elsewhere.
+
+        A token that is named several times has the mean of its rows, each of which gets its whole gradient, as in PEFT.
+        """
+        rows = near(self.trainable_tokens_delta, self.sorted_tokens.device)
+        if not self.repeats:
+            return rows
+        first = torch.searchsorted(self.sorted_tokens, self.order_to_token())  # (k,): one number for each token
+        sums, counts = (torch.zeros_like(t).index_add(0, first, t) for t in (rows, torch.ones_like(rows[:, :1])))
+        return (sums + (sums / counts.clamp(min=1) - sums).detach())[first]
+
+    @cached_property
+    def repeats(self) -> bool:
+        """True if a token is named several times."""
+        return len(set(self.token_indices)) < len(self.token_indices)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer, rows = self.layer, self.rows

@@ -203,6 +203,24 @@ def test_a_weight_puts_dora_part_of_the_way(tmp_path):
         torch.testing.assert_close(W, W0[name].lerp(W1[name], 0.25), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"use_dora": True}, {"init_lora_weights": "loftq", "loftq_config": graft.LoftQConfig(loftq_bits=4)}],
+    ids=["dora", "loftq"],
+)
+def test_what_stands_on_the_base_is_not_changed_by_an_adapter_merged_before(fields, tmp_path):
+    base = base_of("llama", tmp_path)
+    _, a = saved_adapter("llama", tmp_path, lora(), name="a", seed=1)
+    _, b = saved_adapter("llama", tmp_path, lora(**fields), name="b", seed=2)
+    model = graft.PeftModel.from_pretrained(loaded("llama", base), a, "a")
+    model.load_adapter(b, "b")
+    model.base_model.set_adapter(["a", "b"])
+    whole = model.merge_and_unload()
+    for name, weight in ("one", 1.0), ("nearly", 1 - 1e-7):
+        merge(base, [a, b], tmp_path / name, weights=[1.0, weight])
+        assert_same(loaded("llama", tmp_path / name), whole, loaded("llama", base), ulps=100)
+
+
 def test_a_head_that_the_base_lacks_comes_along_with_its_class(tmp_path):
     base = base_of("llama", tmp_path)
     config = AutoConfig.from_pretrained(base, num_labels=3)

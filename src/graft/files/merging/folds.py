@@ -115,12 +115,13 @@ def low_rank(job: Job, path: str, lora: LowRank, spot: Spot) -> Change:
         for matrix, before, A, B in parts(lora, spot, view, made, own):
             A, B = A.to(matrix.dtype), B.to(matrix.dtype) * scale
             gain = None
-            if shift is not None:
-                matrix.copy_(shift(matrix))
-            if lora.magnitude is not None:
-                start = matrix if made is not W else before()
-                start = start if shift is None or start is matrix else shift(start)
-                gain = wide(lora.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
+            if not adds:  # norms and shifts are of the checkpoint's own weight, whatever has been merged before
+                unchanged = before()
+                start = unchanged if shift is None else shift(unchanged)
+                if lora.magnitude is not None:
+                    gain = wide(lora.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
+                if start is not unchanged:
+                    matrix.copy_(matrix - unchanged + start)
             matrix.addmm_(B, A)
             if gain is not None:
                 matrix.mul_(gain[:, None])

@@ -8,12 +8,16 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import graft
 from graft.files import algebra
+from graft.files.diff import difference
 from graft.files.errors import LossError, OptionError
 from graft.files.formats import peft as form
 from graft.files.formats import read
+from graft.files.inspect import inspect
+from graft.files.lint import lint
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.resize import factors_in, resize
 from graft.files.tensors import tensor
@@ -157,3 +161,25 @@ def test_what_has_no_rank_is_refused(tmp_path):
     with pytest.raises(LossError, match="MB at rank 1"):
         resize(adapter_of([1, 2]), max_mb=1e-6)
     assert factors_in(adapter_of([1.0]))
+
+
+@pytest.mark.parametrize("options", [dict(rank=2), dict(energy=0.9), dict(ratio=2.0), dict(max_mb=0.01)])
+def test_a_module_that_adalora_has_left_no_rank(options, tmp_path):
+    base = models.make("llama")
+    config = graft.AdaLoraConfig(init_r=2, target_r=2, total_step=10, target_modules=["q_proj", "v_proj"])
+    graft.get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    none = next(key for key in tensors if key.endswith("q_proj.lora_A")).removesuffix("lora_A")
+    for name, axis in ("lora_A", 0), ("lora_B", 1), ("lora_E", 0):
+        tensors[none + name] = tensors[none + name].narrow(axis, 0, 0)
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    path = none.removeprefix("base_model.model.").removesuffix(".")
+    adapter = read(tmp_path / "a")
+    (found,) = (m for m in inspect(adapter, spectrum=True)["modules"] if m["module"] == path)
+    assert (found["rank"], found["norm"], found["utilisation"]) == (0, 0.0, 0.0)
+    assert any(f.rule == "zero-B" and path in f.where for f in lint(adapter))
+    assert difference(adapter, adapter)["equal"]
+    small, rows = resize(adapter, **options)
+    assert next((row.before, row.energy) for row in rows if row.module == path) == (0, 1.0)
+    form.write(small, str(tmp_path / "b"))
+    graft.PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")

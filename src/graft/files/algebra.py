@@ -53,8 +53,8 @@ def products(lora: LowRank) -> list[Product]:
         return [Product(b, a) for b, a in zip(B, A, strict=True)]
     if lora.mid is not None:
         A = with_core(lora)
-    A, B = A.reshape(len(A), -1), B.reshape(len(B), -1)
-    groups = len(A) // B.shape[1]
+    A, B = (M.reshape(len(M), prod(M.shape[1:])) for M in (A, B))  # of rank 0 as well, which AdaLoRA gives
+    groups = len(A) // max(1, B.shape[1])
     if groups > 1:  # a second factor that has groups, as its convolution has
         B = block_diagonal(np.split(B, groups))
     made = Product(A.T, B.T) if lora.kind == "embedding" else Product(B, A)
@@ -179,12 +179,12 @@ def effective_rank(s: np.ndarray) -> float:
 def rank_for_energy(s: np.ndarray, energy: float) -> int:
     """Return the smallest k with Σ_{i ≤ k} σ² ≥ energy · Σ σ²."""
     sums = np.cumsum(s**2)
-    return int(np.searchsorted(sums, energy * sums[-1] * (1 - 1e-12)) + 1) if sums[-1] > 0 else 1
+    return int(np.searchsorted(sums, energy * sums[-1] * (1 - 1e-12)) + 1) if len(s) and sums[-1] > 0 else 1
 
 
 def rank_for_ratio(s: np.ndarray, ratio: float) -> int:
     """Return how many σ are larger than σ₁ / ratio."""
-    return max(1, int((s > s[0] / ratio).sum()))
+    return max(1, int((s > s[:1] / ratio).sum()))
 
 
 def energy_of(s: np.ndarray, rank: int) -> float:

@@ -96,7 +96,7 @@ def of_module(path: str, module: LowRank | Other, spectrum: bool) -> Json:
         out |= {
             "singular_values": [float(x) for x in s[:TOP]], "effective_rank": effective,
             "stable_rank": float(np.mean([algebra.stable_rank(x) for x in found])),
-            "utilisation": effective / min(low.rank, rows, columns),
+            "utilisation": effective / max(1, min(low.rank, rows, columns)),
         }  # fmt: skip
     return out
 

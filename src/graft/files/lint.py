@@ -154,7 +154,7 @@ def rank_waste(look: Look) -> Found:
     found = []
     for path, lora in look.low.items():
         parts = [algebra.spectrum(p) for p in algebra.products(lora)]
-        used = np.mean([algebra.effective_rank(s) for s in parts]) / min(lora.rank, *algebra.sizes(lora))
+        used = np.mean([algebra.effective_rank(s) for s in parts]) / max(1, min(lora.rank, *algebra.sizes(lora)))
         if lora.rank > 1 and 0 < used < WASTE:
             found.append(path)
     if found:

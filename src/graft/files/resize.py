@@ -14,7 +14,7 @@ from graft.core.errors import some
 from graft.files import algebra
 from graft.files.errors import LossError, OptionError
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.tensors import BITS
+from graft.files.tensors import BITS, Tensor
 
 MB = 10**6
 OVERHEAD = 100  # bytes that a file's header has for a tensor, beside its name
@@ -63,7 +63,7 @@ def resize(
     check(dict(rank=rank, energy=energy, ratio=ratio, max_mb=max_mb), max_rank)
     loras = factors_in(adapter)
     profiles = {path: profile(h) for path, h in loras.items()}
-    most = {path: min(len(s), max_rank or len(s)) for path, s in profiles.items()}
+    most = {path: max(1, min(len(s), max_rank or len(s))) for path, s in profiles.items()}
     if max_mb is not None:
         ranks = ranks_within(adapter, loras, profiles, most, max_mb, uniform)
     else:
@@ -159,11 +159,17 @@ def ranks_within(
 
 
 def bytes_of_rank(lora: LowRank) -> int:
-    per = lora.A.nbytes // lora.rank + lora.B.nbytes // lora.rank
+    of_a, of_b = (1, 2) if lora.kind == "experts" else (0, 1)
+    per = bytes_of_one(lora.A, of_a) + bytes_of_one(lora.B, of_b)
     if lora.mid is not None:  # which the new A contains
         rows, columns = algebra.sizes(lora)
         per = (rows * BITS[lora.B.dtype] + columns * BITS[lora.A.dtype]) // 8
     return per
+
+
+def bytes_of_one(t: Tensor, axis: int) -> int:
+    """Return the bytes of a tensor for each entry along an axis."""
+    return math.prod(n for i, n in enumerate(t.shape) if i != axis) * BITS[t.dtype] // 8
 
 
 def fixed_bytes(adapter: AdapterFile, loras: Mapping[str, LowRank]) -> int:

@@ -117,6 +117,24 @@ def test_a_file_in_half_precision(tmp_path):
         )
 
 
+def test_a_scale_that_half_precision_cannot_hold(tmp_path):
+    model = adapters.model("plain")
+    for key, p in model.named_parameters():
+        if "lora_" in key:
+            p.data = p.data.half()
+    model.save_pretrained(tmp_path / "fp16")
+    base = base_files(adapters.base())
+    held = formats.read(tmp_path / "fp16")
+    path = next(iter(held.modules))
+    held.modules[path].scale = 1e6
+    with pytest.raises(LossError, match=f"{re.escape(path)}.*F16"):
+        export(held, "vllm", base, str(tmp_path / "out"))
+    held.modules[path].scale = float("nan")
+    with pytest.raises(LossError, match=f"{re.escape(path)}"):
+        export(held, "vllm", base, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_plain_lora_cannot_hold(name, tmp_path):
     with pytest.raises(LossError, match=re.escape(REFUSED[name])) as refused:

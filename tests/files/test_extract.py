@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
-from graft.core.errors import BaseModelMismatchError, CheckpointError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.files import algebra, extract
 from graft.files.base import base_files
 from graft.files.errors import OptionError
@@ -165,3 +165,13 @@ def test_what_is_not_of_one_architecture(tmp_path):
         extract.extract(old, old, rank=2, energy=0.5)
     assert load_file(tmp_path / "old" / "model.safetensors")
     assert peft
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3,), (5, 4)], ids=["matrix", "vector", "resized"])
+def test_a_checkpoint_that_has_diverged(shape, tmp_path):
+    old = write(tmp_path / "old", {"a.weight": torch.ones(4, *shape[1:])[: shape[0]], "b.weight": torch.ones(3)})
+    bad = torch.full(shape, float("nan"))
+    new = write(tmp_path / "new", {"a.weight": bad, "b.weight": torch.zeros(3)})
+    with pytest.raises(NonFiniteError, match=r"a\.weight.*exclude"):
+        extract.extract(new, old)
+    assert [row.name for row in extract.extract(new, old, exclude="a.*").rows] == ["b.weight"]

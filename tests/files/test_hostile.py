@@ -17,13 +17,15 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 
 from graft.config import atomic
-from graft.core.errors import BaseModelMismatchError, CheckpointError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.files import formats
 from graft.files.bases import Skeleton, base_of
 from graft.files.convert import convert
 from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, LossError, OptionError, OutputExistsError
-from graft.files.neutral import AdapterFile
+from graft.files.inspect import inspect
+from graft.files.neutral import AdapterFile, LowRank
+from graft.files.resize import resize
 from graft.files.tensors import tensor, whole_numbers
 from tests.files.dense import changes
 
@@ -423,3 +425,22 @@ def test_two_adapters_differ_in_one_order():
     rows = {f"embed.{i}": (whole_numbers([1]), tensor(np.ones((1, 2), "f4"))) for i in "dbfaec"}
     a, b = (AdapterFile("peft", name, rows=rows) for name in "ab")
     assert [t["tensor"] for t in difference(a, b)["tensors"]] == sorted(rows)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["factors", "whole"])
+def test_what_is_not_finite_equals_nothing_and_has_no_spectrum(where, value):
+    def adapter(value):
+        A, B, norm = np.ones((2, 5), "f4"), np.ones((6, 2), "f4"), np.ones(4, "f4")
+        {"factors": B, "whole": norm}[where].flat[1] = value
+        modules = {name: LowRank(tensor(A), tensor(np.ones_like(B) if name == "k" else B), 1.0) for name in "kq"}
+        full = {"a_norm.weight": tensor(np.ones(4, "f4")), "norm.weight": tensor(norm)}
+        return AdapterFile("peft", "it", modules=modules, full=full)
+
+    good, bad = adapter(1), adapter(value)
+    assert difference(good, adapter(1))["equal"]
+    for act, args in (
+        (difference, (good, bad)), (difference, (bad, good)), (inspect, (bad, None, True)), (resize, (bad, 1)),
+    ):  # fmt: skip
+        with pytest.raises(NonFiniteError, match=r"\[q\]" if where == "factors" else r"\[norm\.weight\]"):
+            act(*args)

@@ -9,6 +9,7 @@ from graft.config.file import DESCRIBING, plain
 from graft.config.reading import Json
 from graft.files import algebra
 from graft.files.errors import OptionError
+from graft.files.inspect import check_finite
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import Tensor
 
@@ -23,9 +24,12 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
 
     Raises:
         OptionError: `tol` is negative, or NaN.
+        NonFiniteError: one of them holds NaN or infinite numbers, which equal nothing.
     """
     if not tol >= 0:
         raise OptionError(f"The tolerance is at least 0, not {tol}.")
+    for adapter in (a, b):
+        check_finite(adapter)
     fields = sorted({*a.config, *b.config} - DESCRIBING)
     config = {f: [a.config.get(f), b.config.get(f)] for f in fields if plain(a.config.get(f)) != plain(b.config.get(f))}
     modules = [of_module(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]

@@ -18,6 +18,7 @@ from graft.files.algebra import block_diagonal
 from graft.files.errors import LossError
 from graft.files.formats import Base, module_of
 from graft.files.holding import padded
+from graft.files.inspect import check_finite
 from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.serving import CONDITIONS, Server, Subject, beside, in_layer, server_named
@@ -57,6 +58,7 @@ def export(adapter: AdapterFile, server: str, base: Base, path: str) -> Exported
         LossError: LoRA alone cannot do what the adapter does: the text names the remedy.
         BaseModelMismatchError: the base lacks modules of the adapter.
         ConfigError: nothing is known of the server.
+        NonFiniteError: the adapter holds NaN or infinite numbers.
     """
     target = server_named(server)
     made, report = plain(adapter, target, base)
@@ -67,6 +69,7 @@ def export(adapter: AdapterFile, server: str, base: Base, path: str) -> Exported
 def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile, Exported]:
     """Return an adapter in that form, and what changed."""
     check(adapter, server)
+    check_finite(adapter)
     check_beside(adapter, base)
     loras = {path: factors(path, of, adapter.config) for path, of in adapter.modules.items()}
     names = {path: named(path, base) for path in loras}
@@ -79,6 +82,12 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
     shapes = {kind_of(path): of for path, of in by_name.items()}
     fan_in_fan_out = bool(adapter.config.get("fan_in_fan_out"))
     dtype = dtype_of(adapter)
+    errors = {path: rounding(of, dtype) for path, of in by_name.items()}
+    if over := sorted(path for path, error in errors.items() if not np.isfinite(error)):
+        raise LossError(
+            f"B of {some(over)} in {adapter.path} is beyond the largest number of {dtype} with its scale in it: save "
+            "the adapter in float32 or bfloat16, and export that."
+        )
     wide = {path: padded(of, rank) for path, of in by_name.items()}
     out: dict[str, LowRank | Other] = {
         path: replace(of, A=tensor(of.A.read(), dtype), B=tensor(of.B.read(), dtype)) for path, of in wide.items()
@@ -94,7 +103,7 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
     made = AdapterFile(adapter.format, adapter.path, "LORA", out, config=config, base=adapter.base)
     made.selected = frozenset(out)
     report = Exported(rank, len(out), added, {a: b for a, b in names.items() if a != b})
-    report.rounding = max(rounding(of, dtype) for of in by_name.values())
+    report.rounding = max(errors.values())
     report.notes = [*notes(adapter, report, by_name)]
     return made, report
 

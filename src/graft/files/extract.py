@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, some
 from graft.files import algebra
 from graft.files.algebra import Svd
 from graft.files.base import BaseFiles
@@ -87,6 +87,7 @@ def extract(
     Raises:
         BaseModelMismatchError: the checkpoints are not of one architecture.
         CheckpointError: they are the same.
+        NonFiniteError: what differs holds NaN or infinite numbers.
         OptionError: several of rank, energy and max_mb, or a value out of range.
     """
     if embed not in ("lora", "full"):
@@ -215,7 +216,7 @@ def take(
     """Add what one tensor has become to an adapter."""
     if old is None or old.shape != new.shape:
         made.adapter.full[name] = new
-        size = float(np.linalg.norm(new.read().astype("f8")))
+        size = measured(name, new.read().astype("f8"))
         made.rows.append(Extracted(name, "full", size, 1.0))
         return
     if new.dtype == old.dtype and new.load() == old.load():
@@ -225,7 +226,7 @@ def take(
     whole = float(np.linalg.norm(before))
     delta = np.subtract(new.read(), before, dtype=np.promote_types(before.dtype, "f4"))
     del before
-    size = float(np.linalg.norm(delta))
+    size = measured(name, delta)
     if size == 0:
         made.same += 1
         return
@@ -244,6 +245,16 @@ def take(
     share = sum(float((svd.s.astype("f8") ** 2).sum()) for svd in found) / size**2
     made.adapter.modules[path] = lora
     made.rows.append(Extracted(name, "lora", size, relative, k, min(share, 1.0)))
+
+
+def measured(name: str, values: np.ndarray) -> float:
+    """Return the norm of values; raise NonFiniteError if some are NaN or infinite."""
+    if not np.isfinite(values).all():
+        raise NonFiniteError(
+            f"'{name}' holds NaN or infinite numbers in one of the checkpoints: no adapter makes the one of the other. "
+            "Leave it out by exclude."
+        )
+    return float(np.linalg.norm(values))
 
 
 def kind_of(name: str, delta: np.ndarray, embed: str) -> Kind | None:

@@ -12,7 +12,7 @@ import numpy as np
 from graft.config.atomic import replace as put_in_place
 from graft.config.notes import CONFIG
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError
+from graft.core.errors import BaseModelMismatchError, NonFiniteError, some
 from graft.files import algebra
 from graft.files.bases import Known
 from graft.files.errors import BaseNeededError, OptionError, PackageNeededError
@@ -21,6 +21,7 @@ from graft.files.sources import licence_in, names_in
 from graft.files.tensors import Tensor
 
 PICTURES = (".png", ".svg", ".pdf")
+FLOATS = ("F64", "F32", "F16", "BF16")
 TOP = 16  # singular values that a report lists
 
 
@@ -34,7 +35,10 @@ def inspect(adapter: AdapterFile, base: Known | None = None, spectrum: bool = Fa
     Raises:
         BaseModelMismatchError: the base lacks a module, or has it in another shape.
         BaseNeededError: of the base only names are known.
+        NonFiniteError: of a spectrum, see `check_finite`.
     """
+    if spectrum:
+        check_finite(adapter)
     tensors = [t for module in adapter.modules.values() for t in tensors_of(module)]
     tensors += [t for _, t in adapter.beside]
     modules = [of_module(path, module, spectrum) for path, module in adapter.modules.items()]
@@ -56,6 +60,17 @@ def tensors_of(m: LowRank | Other) -> Iterable[Tensor]:
     if isinstance(m, Other):
         return m.tensors.values()
     return [t for t in (m.A, m.B, m.mid, m.magnitude, m.bias, *m.extra.values()) if t is not None]
+
+
+def check_finite(adapter: AdapterFile) -> None:
+    """Raise NonFiniteError for NaN and infinite numbers, of which there are no sizes and no singular values."""
+    tensors = [(path, t) for path, module in adapter.modules.items() for t in tensors_of(module)]
+    floats = [(name, t) for name, t in (*tensors, *adapter.beside) if t.dtype in FLOATS]
+    if bad := sorted({name for name, t in floats if not np.isfinite(t.read()).all()}):
+        raise NonFiniteError(
+            f"NaN or infinite numbers are in {some(bad, 4)} of {adapter.path}: training has diverged, or the file is "
+            "damaged."
+        )
 
 
 def method_of(adapter: AdapterFile) -> str:

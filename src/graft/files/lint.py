@@ -19,7 +19,7 @@ from graft.files import algebra
 from graft.files.bases import Known
 from graft.files.errors import BaseNeededError
 from graft.files.formats.peft import PROMPTS, SCALED
-from graft.files.inspect import one_by_one, tensors_of, weight
+from graft.files.inspect import FLOATS, one_by_one, tensors_of, weight
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.sources import CARD, licence_in, names_in
 from graft.files.tensors import Tensor
@@ -65,7 +65,7 @@ class Look:
     def values(self) -> list[tuple[str, Tensor]]:
         """All floating tensors, by the module or name that they belong to."""
         tensors = [(path, t) for path, h in self.adapter.modules.items() for t in tensors_of(h)]
-        return [(name, t) for name, t in (*tensors, *self.adapter.beside) if t.dtype in ("F64", "F32", "F16", "BF16")]
+        return [(name, t) for name, t in (*tensors, *self.adapter.beside) if t.dtype in FLOATS]
 
     @cached_property
     def norms(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files import algebra
 from graft.files.errors import LossError, OptionError
+from graft.files.inspect import check_finite
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import BITS, Tensor
 
@@ -59,9 +60,11 @@ def resize(
         OptionError: none or several of `rank`, `energy`, `ratio` and `max_mb`, or a value out of range.
         LossError: the adapter is none of LoRA, or of a base that an initialisation changed, and its file does not say
             how; or not even rank 1 fits `max_mb`.
+        NonFiniteError: it holds NaN or infinite numbers.
     """
     check(dict(rank=rank, energy=energy, ratio=ratio, max_mb=max_mb), max_rank)
     loras = factors_in(adapter)
+    check_finite(adapter)
     profiles = {path: profile(h) for path, h in loras.items()}
     most = {path: max(1, min(len(s), max_rank or len(s))) for path, s in profiles.items()}
     if max_mb is not None:

@@ -262,6 +262,23 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path):
     assert torch.equal(load(tmp_path)(X), model(X))
 
 
+def test_tensors_that_share_memory_in_a_torch_file_are_loaded_apart(tmp_path):
+    model = mlp_with()
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    held = torch.load(tmp_path / BIN)
+    one, two = (f"base_model.model.layers.{i}.fc1.lora_A.weight" for i in (0, 1))
+    three = one.replace("lora_A", "lora_B")
+    held[two] = held[one]
+    held[three] = torch.cat([held[three], torch.zeros_like(held[three]).repeat(99, 1)])[: len(held[three])]
+    torch.save(held, tmp_path / BIN)
+    loaded = load(tmp_path, is_trainable=True)
+    memory = [p.untyped_storage() for n, p in loaded.named_parameters() if "lora_" in n]
+    assert len({m.data_ptr() for m in memory}) == len(memory) == len(held)
+    assert sum(m.nbytes() for m in memory) == sum(t.nbytes for t in held.values())
+    saved = graft.get_peft_model_state_dict(loaded)
+    assert all(torch.equal(saved[key], t) for key, t in held.items())
+
+
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_saving_while_merged_saves_the_adapter_once(tmp_path, bias):
     model = mlp_with(bias=bias, lora_bias=True, target_modules=["fc1"])

@@ -160,7 +160,24 @@ def read_torch(path: str, check_digest: bool = True) -> Loaded:
         tensors = by_name(content_of(f, path), path)
     if check_digest and seal.KEY in noted and not any(map(fault, tensors.values())):
         seal.check(noted[seal.KEY], digest_of(tensors), path)
-    return Loaded(tensors, path, read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp))
+    of_base, held = read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp)
+    return Loaded(apart(tensors), path, of_base, held)
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors each of which has memory of its own, and no more than it needs.
+
+    torch.save keeps tensors that share memory as such: parameters made of them would train as one.
+    """
+    out, seen = dict[str, Tensor](), set[int]()
+    for key, t in tensors.items():
+        if fault(t) is None:  # of others, loading tells
+            memory = t.untyped_storage()
+            if memory.data_ptr() in seen or memory.nbytes() > t.nbytes:
+                t = t.clone()
+            seen.add(memory.data_ptr())
+        out[key] = t
+    return out
 
 
 def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = True) -> Loaded:

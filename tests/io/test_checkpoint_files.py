@@ -670,6 +670,17 @@ def test_a_merged_adapter_does_not_make_it_another_base(tmp_path, quiet, when):
     target.load_adapter(tmp_path, "new")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_base_with_numbers_that_are_not_finite(tmp_path, quiet, value):
+    def base():
+        made = models.make("mlp")
+        made.layers[0].fc1.weight.data[0, 0] = value
+        return made
+
+    mlp_with(base=base()).save_pretrained(tmp_path)
+    load(tmp_path, base=base())
+
+
 def other_weights():
     with seeded(9):
         return models.MODELS["mlp"].build()

@@ -228,7 +228,8 @@ def check_note(note: object, where: str) -> None:
 
 
 def sample(weight: Weight, together: bool = False) -> list[float] | None:
-    """Return evenly spaced values; None if the weight is quantized, merged into, not there, or sharded.
+    """Return evenly spaced values; None if the weight is quantized, merged into, not there, or sharded, or if one of
+    them is NaN or infinite, which compares with nothing.
 
     To read a sharded weight takes all processes, and one of them may be alone here, unless they are `together`.
     """
@@ -249,8 +250,8 @@ def sample(weight: Weight, together: bool = False) -> list[float] | None:
     return rounded(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().tolist())
 
 
-def rounded(values: list[float]) -> list[float]:
-    return [float(f"{v:.5g}") for v in values]
+def rounded(values: list[float]) -> list[float] | None:
+    return [float(f"{v:.5g}") for v in values] if all(map(math.isfinite, values)) else None
 
 
 def same_values(of_file: Note, now: Note) -> bool:

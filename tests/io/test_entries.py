@@ -5,9 +5,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 
 import graft
 from tests import models
@@ -84,3 +86,32 @@ def test_every_tensor_of_an_adapter_is_saved(sample):
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert sum(t.data_ptr() == p.data_ptr() for t in saved) == 1, name
+
+
+class Around(nn.Module):
+    """Its own modules are called as the inner ones of layers and heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer, self.original_module, self.q = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.original_module(x) + self.q(x)
+
+
+@pytest.mark.parametrize("targets", [["q"], ["base_layer"], ["q", "base_layer", "original_module"]])
+def test_a_base_whose_own_modules_are_called_as_those_of_layers(targets, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"block": Around()})
+
+    before = base().state_dict()
+    model = graft.get_peft_model(base(), graft.LoraConfig(r=2, target_modules=targets))
+    found = graft.get_base_model_state_dict(model)
+    assert found.keys() == before.keys() and all(torch.equal(found[name], t) for name, t in before.items())
+    graft.set_base_model_state_dict(model, {name: t + 1 for name, t in before.items()})
+    found = graft.get_base_model_state_dict(model)
+    assert all(torch.equal(found[name], t + 1) for name, t in before.items())
+    model.save_pretrained(tmp_path, fingerprint="full")
+    with pytest.warns(graft.PeftWarning, match=f"{len(before)} of {len(before)} tensors differ"):
+        graft.PeftModel.from_pretrained(base(), tmp_path)

@@ -16,7 +16,9 @@ from graft.inject.parts import Nests, Parts, gate_in, registry_of, unwrapped
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the base model's tensors under their original names, without adapters."""
-    return {original(k): v for k, v in _base(model).state_dict().items() if not is_added(_base(model), k)}
+    base = _base(model)
+    named = ((original_in(base, k), v) for k, v in base.state_dict().items())
+    return {name: v for name, v in named if name is not None}
 
 
 def set_base_model_state_dict(
@@ -28,7 +30,7 @@ def set_base_model_state_dict(
         RuntimeError: keys are missing or unexpected (if strict), or shapes differ.
     """
     base = _base(model)
-    names = {original(k): k for k in base.state_dict() if not is_added(base, k)}
+    names = {name: k for k in base.state_dict() if (name := original_in(base, k)) is not None}
     missing = [k for k in names if k not in state_dict]
     unexpected = [k for k in state_dict if k not in names]
     if strict and (missing or unexpected):
@@ -48,20 +50,20 @@ def _base(model: nn.Module) -> nn.Module:
     return registry.model if registry is not None else model
 
 
-def is_added(base: nn.Module, key: str) -> bool:
-    """Return True if a state dict key belongs to an adapter: the first adapter layer or wrapper on its path decides."""
-    module = base
-    parts = key.split(".")
-    for i, part in enumerate(parts):
-        if carrier_of(module) is not None and part != module.inner_name:
-            return True
-        if i == len(parts) - 1:
-            return False
-        child = module._modules.get(part)
-        if child is None:
-            return False
-        module = child
-    return False
+def original_in(base: nn.Module, key: str) -> str | None:
+    """Return the original name of a state dict key, without the carriers on its path; None: it is an adapter's.
+
+    A module of the base itself may be called as the inner one of a carrier.
+    """
+    module: nn.Module | None = base
+    parts = []
+    for part in key.split("."):
+        if module is None or carrier_of(module) is None:
+            parts.append(part)
+        elif part != module.inner_name:
+            return None
+        module = None if module is None else module._modules.get(part)
+    return ".".join(parts)
 
 
 def original(key: str) -> str:

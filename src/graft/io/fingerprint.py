@@ -26,7 +26,7 @@ from graft.core.site import Site
 from graft.core.wrappers import clean, parameters_in
 from graft.inject.parts import Parts
 from graft.inject.survey import survey
-from graft.io.base import get_base_model_state_dict
+from graft.io.base import get_base_model_state_dict, original
 from graft.storage import find_store
 from graft.storage.dense import plain_tensors
 from graft.storage.parallel import is_sharded, is_whole, layout_of, numbers_at, shape_of
@@ -40,13 +40,13 @@ def digests(base: nn.Module, names: Container[str] | None = None, without: Conta
 
     Args:
         names: those to look at; all if None.
-        without: those to leave out.
+        without: those to leave out, as `original` gives them.
     """
     merged = {layer.site.path for layer in survey(base).layers.values() if layer.merged_adapters}
     found = {
         name: tensor_digest(t)
         for name, t in get_base_model_state_dict(base).items()
-        if (names is None or name in names) and name not in without and not (t.is_meta or is_sharded(t))
+        if (names is None or name in names) and original(name) not in without and not (t.is_meta or is_sharded(t))
         if name.rpartition(".")[0] not in merged
     }
     return {name: text for name, text in found.items() if text is not None}

@@ -258,17 +258,18 @@ def test_a_larger_vocabulary_is_written_with_its_size(tmp_path):
 def test_names_that_lack_a_prefix_are_found(tmp_path):
     """A checkpoint of the model inside, and an adapter trained on the one with a head."""
     base = base_of("bert", tmp_path)
-    model, adapter = saved_adapter("bert", tmp_path, lora(kind="bert"))
+    config = lora(kind="bert", bias="lora_only", modules_to_save=["output.LayerNorm"])
+    model, adapter = saved_adapter("bert", tmp_path, config)
     inner = loaded("bert", base).bert
     shutil.rmtree(base)
     inner.save_pretrained(base)
     merge(base, [adapter], tmp_path / "out")
     whole, got = model.merge_and_unload().state_dict(), load_file(tmp_path / "out/model.safetensors")
-    assert all(torch.equal(W, whole[f"bert.{name}"]) for name, W in got.items() if f"bert.{name}" in whole)
-    assert not torch.equal(
-        got["encoder.layer.0.attention.self.query.weight"],
-        inner.state_dict()["encoder.layer.0.attention.self.query.weight"],
-    )
+    assert {f"bert.{name}" for name in got} <= whole.keys()
+    assert all(torch.equal(W, whole[f"bert.{name}"]) for name, W in got.items())
+    for name in ("attention.self.query.weight", "attention.self.query.bias", "output.LayerNorm.weight"):
+        name = f"encoder.layer.0.{name}"
+        assert not torch.equal(got[name], inner.state_dict()[name])
 
 
 def test_untied_embeddings_are_told_and_all_of_them_written(tmp_path):

@@ -45,6 +45,7 @@ class Places:
 
     def __init__(self, shapes: Mapping[str, Shape], model: Callable[[], PreTrainedModel | None]):
         self.shapes, self.model = shapes, model
+        self.prefixes: tuple[str, str] | None = None  # that names have, and in its stead the checkpoint
 
     @cached_property
     def by_transformers(self) -> dict[str, list[Spot]]:
@@ -65,6 +66,9 @@ class Places:
         if len(theirs) < len(left) and not theirs and not found:
             prefixed = with_prefix(left, self.shapes)
             theirs = {name: [Spot(key)] for name, key in prefixed.items()}
+            for name, key in prefixed.items():
+                less = len(key) < len(name)
+                self.prefixes = (name.removesuffix(key), "") if less else ("", key.removesuffix(name))
         missing = [name for name in left if name not in theirs]
         if missing:
             raise BaseModelMismatchError(
@@ -75,10 +79,14 @@ class Places:
         return found | theirs
 
     def find(self, name: str) -> list[Spot] | None:
-        """Return the spots of one parameter; None if the checkpoint does not hold it."""
+        """Return the spots of one parameter, in the way that `settle` has found; None if the checkpoint has none."""
         if name in self.shapes:
             return [Spot(name)]
-        return self.by_transformers.get(name)
+        if name in self.by_transformers:
+            return self.by_transformers[name]
+        own, theirs = self.prefixes or ("", "")
+        key = theirs + name.removeprefix(own)
+        return [Spot(key)] if name.startswith(own) and key in self.shapes else None
 
 
 def with_prefix(names: Iterable[str], keys: Collection[str]) -> dict[str, str]:

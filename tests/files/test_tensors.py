@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in files: safetensors' own library reads what is written, and what it writes is read."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,19 @@ def test_safetensors_reads_what_is_written(tmp_path):
     write_safetensors(path, {name: tensor(values.numpy(), name) for name in names}, {"z": "1", "a": "2"})
     for name, held in load_file(path).items():
         assert torch.equal(held.nan_to_num(7), values.to(names[name]).nan_to_num(7)), name
+
+
+def test_what_is_read_after_another_save_is_not_mixed_with_what_was_read_before(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    save = lambda value: write_safetensors(path, {name: tensor(np.full(4, value, "f4")) for name in "AB"}, {})
+    save(1.0)
+    held, _ = read_header(path)
+    assert held["A"].read().tolist() == [1.0] * 4
+    os.utime(path, ns=(0, 0))  # it was there before
+    held, _ = read_header(path)
+    save(2.0)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors has been written anew"):
+        held["B"].read()
 
 
 @pytest.mark.parametrize("cut", [0, 4, 9, 40, -1])

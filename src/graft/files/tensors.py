@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from graft.config.atomic import Write
 from graft.config.atomic import replace as put_in_place
@@ -121,7 +121,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     path = os.fspath(path)
     with open(path, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
-        whole = os.fstat(f.fileno()).st_size
+        version = version_of(f)
+        whole = version[0]
         if not 2 <= size <= min(LARGEST, whole - 8):
             raise CheckpointError(
                 f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long."
@@ -140,7 +141,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     if start + end != whole:
         raise CheckpointError(f"{path} is damaged: {whole - start - end} bytes behind its last tensor.")
     return {
-        name: Tensor(shape, dtype, _reader(path, start + b, e - b)) for name, (dtype, shape, b, e) in listed
+        name: Tensor(shape, dtype, _reader(path, version, start + b, e - b)) for name, (dtype, shape, b, e) in listed
     }, metadata
 
 
@@ -154,13 +155,20 @@ def _entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
     return entry["dtype"], shape, begin, stop
 
 
-def _reader(path: str, begin: int, size: int) -> Callable[[], bytes]:
+def version_of(f: IO[bytes]) -> tuple[int, int]:
+    """Return what tells a file from one that has replaced it: size and time. Some file systems make up inodes."""
+    facts = os.fstat(f.fileno())
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _reader(path: str, version: tuple[int, int], begin: int, size: int) -> Callable[[], bytes]:
     def load() -> bytes:
         with open(path, "rb") as f:
             f.seek(begin)
             data = f.read(size)
-        if len(data) != size:
-            raise CheckpointError(f"{path} is shorter than it was.")
+            same = version_of(f) == version and len(data) == size
+        if not same:  # else a tensor would be of another save than the one before it
+            raise CheckpointError(f"{path} has been written anew while it was read: do it again.")
         return data
 
     return load

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The digest of a file's tensors: what a load, a swap and slots say of a file in which a byte has changed."""
 
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import nn
 
 import graft
 from graft.core.errors import CheckpointError
+from graft.files.convert import convert
+from graft.files.formats import read
 from graft.io.tensors import digest_of, write_safetensors
 from graft.serving import AdapterSlots
 from tests.models import seeded
@@ -88,6 +91,21 @@ def test_a_flipped_byte_does_not_load(folder, load):
     with pytest.raises(CheckpointError, match=remedy):
         load(folder)
     load(folder, check_digest=False)
+
+
+def test_a_flipped_byte_goes_into_no_other_file(folder, tmp_path):
+    (tmp_path / "base").mkdir()
+    save_file(base().state_dict(), tmp_path / "base" / "model.safetensors")
+    flip(folder)
+    for act in (
+        lambda: convert(folder, "peft", tmp_path / "out"),
+        lambda: graft.merge_files(tmp_path / "base", [folder], tmp_path / "out"),
+        lambda: graft.load_adapter(base(), folder),
+        lambda: read(folder),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(str(folder / NAME))} is damaged"):
+            act()
+    assert sorted(os.listdir(tmp_path)) == ["a", "base"]
 
 
 @pytest.mark.parametrize("place", [-1, -200, -513], ids=str)

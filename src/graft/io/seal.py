@@ -19,13 +19,14 @@ from graft.core.errors import CheckpointError
 KEY = "graft_digest"  # key in the safetensors metadata
 KIND = "crc32:"  # a digest of another kind is one of a later version
 
-Part = tuple[str, str, Sequence[int], Any]  # name, dtype, shape and bytes of a tensor
+Part = tuple[str, str, Sequence[int], Any]  # name, dtype, shape and bytes of a tensor, or what returns them
 
 
 def digest(parts: Iterable[Part]) -> str:
     """Return the digest of tensors, whatever their order."""
     made = 0
     for name, dtype, shape, data in sorted(parts, key=lambda part: part[0]):
+        data = data() if callable(data) else data
         made = crc32(data, crc32(json.dumps([name, dtype, list(shape)]).encode(), made))
     return f"{KIND}{made:08x}"
 

@@ -148,6 +148,8 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.No
         with open(path, "rb") as f:
             stamp = notes.stamp(f.fileno())
         tensors, metadata = read_header(path)
+        if (saved := metadata.get(seal.KEY)) is not None:
+            seal.check(saved, digest_of(tensors), path)
         return tensors, metadata, notes.Noted(path, metadata.get(notes.CONFIG), stamp)
     path = os.path.join(folder, pair.TORCH)
     if not os.path.isfile(path):
@@ -161,6 +163,11 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.No
     with open(path, "rb") as f:
         metadata = notes.in_torch(f)
     return pickles.tensors_of(loaded.tensors, path), metadata, loaded.noted or notes.Noted(path, None, None)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the digest of a file's tensors, one in memory at a time."""
+    return seal.digest((name, t.dtype, t.shape, t.load) for name, t in tensors.items())
 
 
 def split(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -435,8 +442,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     text = json.dumps(config, indent=2, sort_keys=True)
     unchanged = adapter.selected == frozenset(adapter.modules)
     noted = {"graft_base": adapter.metadata["graft_base"]} if unchanged and "graft_base" in adapter.metadata else {}
-    digest = seal.digest((name, t.dtype, t.shape, t.load()) for name, t in tensors.items())
-    noted |= {"format": "pt", notes.CONFIG: text, seal.KEY: digest}
+    noted |= {"format": "pt", notes.CONFIG: text, seal.KEY: digest_of(tensors)}
     with folder_for(path):
         pair.save(path, pair.SAFETENSORS, safetensors(tensors, noted), text)
     return lost

@@ -274,6 +274,23 @@ def test_saves_of_one_adapter_are_equal_bytes(tmp_path, safe):
     assert len(made[0]) == 3 and all(m == made[0] for m in made)
 
 
+@pytest.mark.parametrize("safe", FORMATS.values(), ids=FORMATS)
+def test_a_step_of_training_meanwhile_does_not_spoil_the_file(tmp_path, monkeypatch, safe):
+    model = adapter(OLD)
+    before = {key: t.clone() for key, t in graft.get_peft_model_state_dict(model).items()}
+    save = graft.config.pair.save
+
+    def and_step(*args):
+        for t in graft.get_peft_model_state_dict(model).values():
+            t.data += 1  # as an optimizer's step in another thread
+        save(*args)
+
+    monkeypatch.setattr("graft.config.pair.save", and_step)
+    model.save_pretrained(tmp_path, safe_serialization=safe)
+    found = graft.get_peft_model_state_dict(graft.PeftModel.from_pretrained(net(), tmp_path))
+    assert all(torch.equal(found[key], t) for key, t in before.items())
+
+
 # what is written
 
 

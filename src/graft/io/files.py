@@ -29,7 +29,7 @@ from graft.io.check import check_archive, fault, has_finite_sum
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY, Note, read_note
 from graft.io.rendezvous import GATHER
-from graft.io.tensors import digest_of, write_safetensors
+from graft.io.tensors import copied, digest_of, write_safetensors
 from graft.io.written import TODAY, Layout
 from graft.storage.parallel import is_sharded
 
@@ -59,7 +59,7 @@ def save_adapter(
     beside = files_of(config)
     text = beside.pop(pair.CONFIG_NAME).decode()
     os.makedirs(folder, exist_ok=True)
-    on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    on_cpu = copied(tensors)
     noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_of(on_cpu)}
 
     def write(path: str) -> None:

@@ -31,6 +31,11 @@ def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str,
             f.write(bytes_of(key, t))
 
 
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU, which training in another thread leaves alone: a digest must be that of the file."""
+    return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+
+
 def digest_of(tensors: dict[str, Tensor]) -> str:
     """Return the digest of tensors that are plain ones."""
     on_cpu = ((key, t.detach().cpu().contiguous()) for key, t in tensors.items())

@@ -19,7 +19,7 @@ from graft.inject.parts import registry_of
 from graft.io.files import read_safetensors
 from graft.io.fingerprint import Note, difference, same_values
 from graft.io.seal import KEY
-from graft.io.tensors import digest_of, write_safetensors
+from graft.io.tensors import copied, digest_of, write_safetensors
 
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has not
 
@@ -27,7 +27,7 @@ TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has n
 def write(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -> None:
     """Write tensors, and a note as `pack` makes it, with a digest of both."""
     text = json.dumps(note).encode()
-    on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    on_cpu = copied(tensors)
     on_cpu[note_name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     replace(path, lambda to: write_safetensors(to, on_cpu, {"format": "pt", KEY: digest_of(on_cpu)}))
 

@@ -371,6 +371,20 @@ def test_shards_of_another_size_hold_the_same(tmp_path):
         assert_same(loaded("llama", tmp_path / folder), whole, loaded("llama", base))
 
 
+def test_a_whole_file_beside_an_index_of_others_is_the_model(tmp_path):
+    """As transformers takes it."""
+    base = base_of("llama", tmp_path)
+    model, adapter = saved_adapter("llama", tmp_path, lora())
+    merge(base, [adapter], tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "both")
+    loaded("llama", base).save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / "both")
+    assert_same(loaded("llama", tmp_path / "one"), model.merge_and_unload(), loaded("llama", tmp_path / "both"))
+    merge(tmp_path / "both", [adapter], tmp_path / "out")
+    assert_same(loaded("llama", tmp_path / "out"), loaded("llama", tmp_path / "one"), loaded("llama", base))
+    assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
 # what is refused, before anything is written
 
 

@@ -13,7 +13,7 @@ from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor, read_header
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass
@@ -63,8 +63,12 @@ def base_files(path: str | os.PathLike[str]) -> BaseFiles:
 
 
 def shards(path: str) -> list[str]:
-    """Return the names of a model's safetensors files: those of its index; without one, all that are there."""
+    """Return the names of a model's safetensors files: those of its index; without one, all that are there.
+
+    A model.safetensors that the index does not name is all of the model.
+    """
     index = os.path.join(path, INDEX)
+    whole = os.path.exists(os.path.join(path, WHOLE))
     if os.path.exists(index):
         try:
             with open(index, encoding="utf-8") as f:
@@ -73,7 +77,7 @@ def shards(path: str) -> list[str]:
             raise CheckpointError(f"{index} is damaged: {e!r}") from None
         if strange := [n for n in names if not isinstance(n, str) or os.path.basename(n) != n]:
             raise CheckpointError(f"{index} names files outside its folder: {strange[:3]}.")
-        return names
+        return [WHOLE] if whole and WHOLE not in names else names  # as transformers, which looks for it first
     found = sorted(n for n in os.listdir(path) if n.endswith(".safetensors") and not n.startswith(("adapter_", ".")))
     if not found:
         raise CheckpointError(f"{path} holds no safetensors files of a model.")

@@ -281,6 +281,18 @@ def test_a_rank_that_the_factors_do_not_have(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("wrong", [[-1, 1], [0.5, 1], ["a", "b"], [True, False], "ab", 2])
+def test_token_indices_that_cannot_be(wrong, tmp_path):
+    config = graft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [0, 1]})
+    graft.get_peft_model(models.make("llama"), config).save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)  # without the config in it
+    assert list(read(tmp_path).rows) == ["model.embed_tokens.weight"]
+    fields = json.loads((tmp_path / CONFIG).read_text()) | {"trainable_token_indices": {"embed_tokens": wrong}}
+    (tmp_path / CONFIG).write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"token indices of 'model\.embed_tokens'"):
+        read(tmp_path)
+
+
 def test_what_is_no_adapter(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         read(tmp_path / "none")

@@ -217,6 +217,10 @@ def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
     which = out.config.get("token_indices" if out.method == "TRAINABLE_TOKENS" else "trainable_token_indices")
     if isinstance(which, dict):
         which = next((rows for name, rows in which.items() if f".{path}".endswith(f".{name}")), None)
+    if which is not None and not (isinstance(which, list) and all(type(i) is int and i >= 0 for i in which)):
+        raise CheckpointError(
+            f"adapter_config.json: the token indices of '{path}' are {which!r}: they are whole numbers from 0 on."
+        )
     if which is None or len(which) != values.shape[0]:
         out.unread.append(key)
     else:

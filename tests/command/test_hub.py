@@ -16,6 +16,7 @@ from graft.command import hub, plan  # noqa: F401  they register themselves
 from graft.command.app import app
 from graft.core.errors import CheckpointError, HubError
 from graft.files.errors import OptionError, OutputExistsError
+from graft.files.sources import licence_in
 
 
 @pytest.fixture
@@ -113,6 +114,23 @@ def test_a_card_says_what_the_adapter_is_and_keeps_a_text(adapter):
     card = huggingface_hub.ModelCard((adapter / "README.md").read_text())
     assert "trained on poems" in card.text and card.data["license"] == "mit"
     assert card.data["base_model"] == "maker/model"
+
+
+def test_a_card_that_begins_with_a_byte_order_mark_keeps_its_head(adapter):
+    card = adapter / "README.md"
+    card.write_text("---\nlicense: mit\ntags: [poems]\n---\nA text\n", encoding="utf-8-sig")
+    assert licence_in(str(adapter)) == "mit"
+    run("card", adapter)
+    made = huggingface_hub.ModelCard(card.read_text(encoding="utf-8"))
+    assert made.data["license"] == "mit" and "poems" in made.data["tags"] and made.text.strip() == "A text"
+
+
+def test_a_card_that_is_no_text_is_told_and_stays(adapter):
+    card = adapter / "README.md"
+    card.write_bytes(before := "---\nlicense: mit\n---\nÄ\n".encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"README\.md is no text in UTF-8"):
+        run("card", adapter)
+    assert card.read_bytes() == before
 
 
 def test_a_card_names_no_path_of_this_machine(adapter, tmp_path):

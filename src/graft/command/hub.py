@@ -13,6 +13,7 @@ from graft.command import show
 from graft.command.app import HUB, app, print_json
 from graft.config.hub import looks_like_repository
 from graft.config.reading import Json
+from graft.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from graft.files.neutral import AdapterFile
@@ -110,7 +111,10 @@ def card_of(adapter: AdapterFile, path: Path, base: str | None, licence: str | N
 
     base = base or adapter.base
     if path.exists():
-        made = ModelCard(path.read_text(encoding="utf-8"))
+        try:
+            made = ModelCard(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as e:
+            raise CheckpointError(f"{path} is no text in UTF-8 ({e}): write it anew, or remove it.") from e
     else:
         ranks = sorted({m.rank for m in adapter.modules.values() if isinstance(m, LowRank)})
         parts = [f"- method: {adapter.method}", f"- adapted modules: {len(adapter.modules)}"]

@@ -48,7 +48,7 @@ def licence_in(folder: str) -> str | None:
     path = os.path.join(folder, CARD)
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8", errors="replace") as f:
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
         head = re.match(r"---\n(.*?)\n---", f.read(100_000), re.DOTALL)
     found = head and re.search(r"^license:\s*['\"]?([\w.+-]+)", head[1], re.MULTILINE)
     return found[1] if found else None

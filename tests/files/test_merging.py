@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -385,6 +385,17 @@ def test_a_whole_file_beside_an_index_of_others_is_the_model(tmp_path):
     assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_an_adapter_of_few_bits_merges_as_in_memory(dtype, tmp_path):
+    base = base_of("llama", tmp_path)
+    _, adapter = saved_adapter("llama", tmp_path, lora(modules_to_save=["norm"]))
+    weights = adapter / "adapter_model.safetensors"
+    save_file({key: t.to(dtype) for key, t in load_file(weights).items()}, weights)
+    merge(base, [adapter], tmp_path / "out")
+    whole = graft.PeftModel.from_pretrained(loaded("llama", base), adapter).merge_and_unload()
+    assert_same(loaded("llama", tmp_path / "out"), whole, loaded("llama", base))
+
+
 # what is refused, before anything is written
 
 
@@ -421,6 +432,16 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(BaseModelMismatchError, match="shifts the bias"):
         merge(base, [biased], out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "biased", "gpt2", "hra", "p"]
+
+
+def test_a_magnitude_of_another_size_does_not_fit(tmp_path):
+    base = base_of("llama", tmp_path)
+    _, adapter = saved_adapter("llama", tmp_path, lora(use_dora=True))
+    weights = adapter / "adapter_model.safetensors"
+    save_file({key: t[:-1] if "magnitude" in key else t for key, t in load_file(weights).items()}, weights)
+    with pytest.raises(BaseModelMismatchError, match="its magnitude is"):
+        merge(base, [adapter], tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
 def test_an_output_that_exists_stays_without_force(tmp_path):

@@ -105,6 +105,8 @@ def low_rank(job: Job, path: str, lora: LowRank, spot: Spot) -> Change:
     replacement = job.adapter.full.get(weight_name(path, lora))
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
     view = orientation(job, path, lora, spot, shape)
+    if lora.magnitude is not None and prod(lora.magnitude.shape) != sizes(lora, spot)[0]:
+        raise job.misfit(path, f"its magnitude is {lora.magnitude.shape}, of {sizes(lora, spot)[0]} rows")
     adds = lora.magnitude is None and lora.shift is None
     scale = lora.scale * job.weight if adds else lora.scale
     shift = None if lora.shift is None else Shift(lora, job.adapter.config, job.kinds.get(spot.key))

@@ -12,6 +12,7 @@ import torch
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor
+from graft.io.check import NARROW
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,7 +40,8 @@ def of_file(t: Tensor) -> torch.Tensor:
 def wide(t: Tensor) -> torch.Tensor:
     """Return the values as float32, or float64 if they are that; new memory."""
     values = of_file(t)
-    return values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+    kind = torch.float32 if values.dtype in NARROW else torch.promote_types(values.dtype, torch.float32)
+    return values.to(kind, copy=True)
 
 
 def to_bytes(values: torch.Tensor) -> memoryview:

@@ -293,6 +293,15 @@ def test_token_indices_that_cannot_be(wrong, tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_are_no_dict(name, tmp_path):
+    sample = first("LORA", "mlp")
+    randomize(adapt(peft, sample), sample).save_pretrained(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps(json.loads((tmp_path / CONFIG).read_text()) | {name: ["fc1"]}))
+    with pytest.raises(CheckpointError, match=f"{name} is"):
+        read(tmp_path)
+
+
 def test_what_is_no_adapter(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         read(tmp_path / "none")

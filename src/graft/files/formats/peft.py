@@ -289,7 +289,10 @@ def numbers_at(config: Json, path: str, name: str) -> tuple[int, float]:
     numbers: list[Any] = []
     for field, patterns in (("r", "rank_pattern"), (name, "alpha_pattern")):
         value = config.get(field)
-        for key, there in (config.get(patterns) or {}).items():
+        by_pattern = config.get(patterns) or {}
+        if not isinstance(by_pattern, dict):
+            raise CheckpointError(f"adapter_config.json: {patterns} is {by_pattern!r}, and no dict of patterns.")
+        for key, there in by_pattern.items():
             if ending(key, patterns).match(path):
                 value = there
                 break

@@ -46,7 +46,8 @@ def recorded(monkeypatch):
             return SimpleNamespace(repo_id=repo_id)
 
         def upload_folder(self, folder_path, repo_id, commit_message):
-            sent.update(files={p.name: p.read_bytes() for p in Path(folder_path).iterdir()}, message=commit_message)
+            found = {p.relative_to(folder_path): p for p in Path(folder_path).rglob("*") if p.is_file()}
+            sent.update(files={name.as_posix(): p.read_bytes() for name, p in found.items()}, message=commit_message)
             return "https://hub/commit"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -90,6 +91,27 @@ def test_pull_brings_an_adapter_and_leaves_pickles(adapter, monkeypatch, tmp_pat
     with pytest.raises(CheckpointError):
         run("pull", "me/it", "-o", tmp_path / "got", "--force")
     assert {p.name for p in (tmp_path / "got").iterdir()} == names
+
+
+def test_a_pipeline_goes_there_and_back_with_all_its_parts(adapter, recorded, monkeypatch, tmp_path):
+    whole, there = tmp_path / "pipeline", tmp_path / "there"
+    for part in "unet", "text_encoder_2":
+        shutil.copytree(adapter, whole / part)
+    shutil.copytree(adapter, whole / "unet" / "checkpoint-1")
+    done = run("push", whole, "me/it", "--json")
+    names = {f"{part}/{p.name}" for part in ("unet", "text_encoder_2") for p in adapter.iterdir()}
+    assert recorded["files"].keys() == names == {*json.loads(done.stdout)["files"]}
+
+    def download(repo, revision, allow_patterns):
+        for name in huggingface_hub.utils.filter_repo_objects(recorded["files"], allow_patterns=allow_patterns):
+            (there / name).parent.mkdir(parents=True, exist_ok=True)
+            (there / name).write_bytes(recorded["files"][name])
+        return str(there)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    run("pull", "me/it", "-o", tmp_path / "got")
+    found = {p.relative_to(tmp_path / "got").as_posix(): p.read_bytes() for p in (tmp_path / "got").rglob("*.*")}
+    assert found == recorded["files"]
 
 
 def test_pull_says_why_the_hub_gives_nothing(monkeypatch, tmp_path):

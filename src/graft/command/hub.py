@@ -14,11 +14,14 @@ from graft.command.app import HUB, app, print_json
 from graft.config.hub import looks_like_repository
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError
+from graft.files.bases import COMPONENTS
 
 if TYPE_CHECKING:
     from graft.files.neutral import AdapterFile
 
 OWN = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+PICKLES = (".bin", ".pt", ".pth")
+OF_PARTS = tuple(f"{part}*/{name}" for part in COMPONENTS for name in OWN)  # of a pipeline
 
 
 @app.command(rich_help_panel=HUB)
@@ -67,14 +70,15 @@ def pull(
 
     check_output(str(output), [], force)
     name, _, revision = repo.partition("@")
+    wanted = [*OWN, *OF_PARTS, "*.safetensors", "*.md"]
     try:
-        there = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*OWN, "*.safetensors", "*.md"]))
+        there = Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
     except Exception as e:  # of the network or the hub, of types that differ between versions
         login = hub.login(e.__cause__ or e)
         raise HubError(f"'{repo}' cannot be fetched from the hub: {type(e).__name__}: {e}{login}") from e
     file = formats.read(there)  # whatever is no adapter never gets to the output
     with appearing(str(output)) as part:
-        copied(there, Path(part), pickles=not any(there.glob("*.safetensors")))
+        copied(there, Path(part), pickles=False)
     found: Json = {"repo": repo, "output": str(output), "format": file.format, "method": file.method}
     found["files"] = names_in(output)
     report(found, f"Pulled {len(found['files'])} files of {repo} to {output}.", quiet, as_json)
@@ -133,14 +137,24 @@ def card_of(adapter: AdapterFile, path: Path, base: str | None, licence: str | N
 
 
 def names_in(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    """Return the files of an adapter's folder but for hidden ones; of a pipeline's those of each part as well."""
+    from graft.files.formats.peft import parts_in
+
+    inner = [folder / part for part in parts_in(str(folder))]
+    files = [p for place in (folder, *inner) for p in place.iterdir() if p.is_file() and not p.name.startswith(".")]
+    return sorted(p.relative_to(folder).as_posix() for p in files)
 
 
 def copied(source: Path, target: Path, pickles: bool = True) -> None:
-    """Copy the files of a folder, but for hidden ones."""
+    """Copy the files that `names_in` gives.
+
+    Args:
+        pickles: those beside safetensors as well.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in names_in(source):
-        if pickles or not name.endswith((".bin", ".pt", ".pth")):
+        if pickles or not (name.endswith(PICKLES) and any((source / name).parent.glob("*.safetensors"))):
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 

@@ -115,3 +115,26 @@ def test_a_base_whose_own_modules_are_called_as_those_of_layers(targets, tmp_pat
     model.save_pretrained(tmp_path, fingerprint="full")
     with pytest.warns(graft.PeftWarning, match=f"{len(before)} of {len(before)} tensors differ"):
         graft.PeftModel.from_pretrained(base(), tmp_path)
+
+
+class Named(nn.Module):
+    """It has a module called as wrappers call what is in them."""
+
+    def __init__(self, inner=True):
+        super().__init__()
+        self.q = nn.Linear(4, 4)
+        if inner:
+            self.module = Named(False)
+
+    def forward(self, x):
+        return self.module(self.q(x))
+
+
+@pytest.mark.parametrize("around", ["", "module.", "_orig_mod.module."])
+def test_a_state_dict_of_a_base_with_a_module_called_module(around):
+    config = graft.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False, bias="all")
+    model = graft.get_peft_model(nn.ModuleDict({"block": Named()}), config)
+    state = {f"{around}{key}": t + 1 for key, t in model.state_dict().items()}
+    found, plain = graft.get_peft_model_state_dict(model, state_dict=state), graft.get_peft_model_state_dict(model)
+    assert found.keys() == plain.keys() and len(found) == 6
+    assert all(torch.equal(found[key], t + 1) for key, t in plain.items())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 INNER = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")  # attributes with the module inside
 AROUND = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")  # classes that hold a whole model as `module`
 PARTS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join((*INNER, 'module'))})\.")
+FIRST = re.compile(rf"(?:(?:{'|'.join((*INNER, 'module'))})\.)+")  # at the beginning: see `unprefixed`
 MANAGED = "_is_fsdp_managed_module"  # FSDP's mark on all modules in its hands
 
 
@@ -30,6 +31,12 @@ def clean(name: str) -> str:
 def bare(name: str) -> str:
     """Return a name without any part of a wrapper, those around whole models included, to compare it with others."""
     return PARTS.sub("", name)
+
+
+def unprefixed(name: str) -> str:
+    """Return a name without the parts of wrappers around the whole model."""
+    found = FIRST.match(name)
+    return name if found is None else name[found.end() :]
 
 
 def place_inside(module: nn.Module) -> str | None:

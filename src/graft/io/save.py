@@ -22,7 +22,7 @@ from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
 from graft.core.method import Use
 from graft.core.names import is_bias
-from graft.core.wrappers import bare, clean, walk
+from graft.core.wrappers import bare, clean, unprefixed, walk
 from graft.inject.match import Names
 from graft.inject.parts import Nests, Parts, registry_of, unwrapped
 from graft.inject.stage import absent_from, group_in
@@ -79,7 +79,7 @@ def get_peft_model_state_dict(
         CheckpointError: a tensor is a part of one: it has to be gathered.
     """
     parts, prefix, base = parts_of(model, adapter_name)
-    state = None if state_dict is None else {bare(k): v for k, v in state_dict.items()}
+    state = None if state_dict is None else by_names(state_dict)
     config = config_of(unwrapped(model), adapter_name)
     more = {f"{prefix}{name}": t for name, t in base_tensors(base, parts, config, save_embedding_layers).items()}
     if parts.prompt is not None and state is not None:
@@ -88,7 +88,7 @@ def get_peft_model_state_dict(
         parts = replace(parts, prompt=whole_copy(parts.prompt, found))
     all_entries = list(entries(parts, adapter_name, prefix))
     values = {e.file: e.tensor if state is None else value_in(state, e, adapter_name) for e in all_entries}
-    values |= {key: t if state is None else state.get(bare(key), t) for key, t in more.items()}
+    values |= {key: t if state is None else state.get(key, state.get(bare(key), t)) for key, t in more.items()}
     if any([t.is_meta for t in values.values()]):
         away = offloaded_in(model)
         values |= {key: brought(*away[id(t)]) for key, t in values.items() if id(t) in away}
@@ -117,8 +117,14 @@ def value_in(state: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
     return named_in(state, entry.memory, adapter) if entry.in_state_dict else entry.tensor
 
 
+def by_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict by its own names, and by those without parts of wrappers that are no others' own."""
+    for_all = {bare(k): v for k, v in state_dict.items()}
+    return for_all | {unprefixed(k): v for k, v in state_dict.items()} | state_dict
+
+
 def named_in(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
-    name = bare(key)
+    name = key if key in state else bare(key)
     if name not in state:
         raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
     return state[name]

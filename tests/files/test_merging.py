@@ -239,6 +239,20 @@ def test_a_head_that_the_base_lacks_comes_along_with_its_class(tmp_path):
         torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float16), (torch.float16, torch.float32)], ids=["32", "16"])
+def test_a_new_tensor_has_the_first_of_the_dtypes_that_most_have(kinds, tmp_path):
+    """In every process: a run that was killed goes on in another."""
+    for name, kind in zip("kq", kinds):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        save_file({f"{name}.weight": torch.ones(4, 4, dtype=kind)}, tmp_path / "base" / f"{name}.safetensors")
+    base = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4, bias=False) for name in ("k", "q", "score")})
+    config = graft.LoraConfig(r=2, target_modules=["q"], modules_to_save=["score"])
+    graft.get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    held = {key: t for f in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(f).items()}
+    assert held["score.weight"].dtype == kinds[0]
+
+
 def test_a_larger_vocabulary_is_written_with_its_size(tmp_path):
     base = base_of("llama", tmp_path)
     model = loaded("llama", base)

@@ -283,7 +283,7 @@ class Work:
         if source in self.base.tensors:
             return self.base.tensors[source].dtype
         kinds = [t.dtype for t in self.base.tensors.values() if t.dtype in FLOATS]
-        return max(set(kinds), key=kinds.count) if kinds else "F32"
+        return max(dict.fromkeys(kinds), key=kinds.count) if kinds else "F32"  # the first of several, in every process
 
     # values
 

@@ -6,7 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from graft.train.multi import MultiTrain
 from tests import models
@@ -132,3 +141,42 @@ def test_blocks_whose_input_cannot_be_repeated(base, target):
     runs = {name: (lora(r=4, target_modules=[target], lora_dropout=0.1, **TOP), 1e-2) for name in RUNS}
     together = made(*RUNS, base=base, runs=runs).run()
     assert_equal(together, *RUNS, base=base, runs=runs)
+
+
+def classifier():
+    """A model that picks one token of as many rows as its input has."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    with models.seeded(0):
+        return LlamaForSequenceClassification(LlamaConfig(vocab_size=models.VOCAB, num_labels=3, **sizes)).eval()
+
+
+def clip():
+    """A model that picks a token of each row by an index made of its input."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=8)
+    with models.seeded(0):
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(vocab_size=models.VOCAB, bos_token_id=1, eos_token_id=2, **sizes)
+        ).eval()
+
+
+@pytest.mark.parametrize("base, key", [(classifier, "logits"), (clip, "text_embeds")])
+def test_rows_that_a_model_picks_by_its_input(base, key):
+    """Each run gets rows of its own adapter, in training and at looks."""
+
+    def trained(*names):
+        runs = MultiTrain(base())
+        for i, name in enumerate(RUNS):
+            if name in names:
+                options = dict(valid=VALID, every=2, seed=i, optimizer=partial(torch.optim.AdamW, lr=RUNS[name][1]))
+                run = runs.add(name, lora(r=4, **TOP), data=batches(3), loss=of_key, **options)
+                run.judge = of_key
+        return runs.run()
+
+    def of_key(output, batch):
+        return output[key].square().mean()
+
+    together = trained(*RUNS)
+    for name in RUNS:
+        alone = trained(name)
+        assert together[name].curve == alone[name].curve and together[name].valid == alone[name].valid, name
+        assert all(map(torch.equal, together[name].parameters, alone[name].parameters)), name

@@ -183,6 +183,13 @@ class Cut:
             return [type(output)([c[i] for c in several]) for i in range(len(self.rows))]
         return [output] * len(self.rows)
 
+    def is_whole(self, output: object) -> bool:
+        """Return True if all tensors of an output have all rows, but those in tuples, such as states of blocks."""
+        if isinstance(output, Mapping):
+            output = tuple(output.values())
+        values = output if isinstance(output, (tuple, list)) else (output,)
+        return all(len(t) == sum(self.rows) for t in values if isinstance(t, Tensor) and t.dim())
+
     def _column(self, name: str, value: object) -> Sequence[object]:
         return self._tensor(name, value) if isinstance(value, Tensor) else self.of(value)
 

@@ -569,7 +569,8 @@ class MultiTrain:
         """Run these parts with the fan; if the model raises, run each part's own rows, now and in later passes.
 
         The fan repeats what blocks get by rows. It cannot where a model gives them a tensor of rows times heads (ALiBi
-        in Bloom), or of as many heads as there are rows (MPT).
+        in Bloom), or of as many heads as there are rows (MPT); nor where the model picks rows by its input after the
+        blocks (the last token of a sequence classifier).
         """
         if fan is None:
             return self._outputs(group, None)
@@ -577,7 +578,7 @@ class MultiTrain:
         before = [own.states for own in draws]
         try:
             return self._outputs(group, fan)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, ValueError) as error:  # what repeated rows are beside those of the input
             if no_memory(error):
                 raise
             for own, states in zip(draws, before):
@@ -597,6 +598,8 @@ class MultiTrain:
         stacks = self._banks if torch.is_grad_enabled() else None
         with registry_of(model).call.joining(stacks, copies):
             output = model(**arguments, adapter_names=names)
+        if fan is not None and not cut.is_whole(output):
+            raise RuntimeError("The output has not all rows of the blocks.")
         return cut.of(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
 
     @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import graft
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError, NoMatchingPeftModuleError
@@ -87,6 +89,23 @@ def test_padded_to_any_length_it_is_close():
     for name, spec in specs.items():
         for found, wanted in zip(runs[name].parameters, alone(spec, 12)[0]):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+def test_rows_that_are_padded_keep_their_last_token(pad):
+    """A classifier takes the last one that is not the model's own padding."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=3)
+    with models.seeded(0):
+        base = LlamaForSequenceClassification(LlamaConfig(vocab_size=models.VOCAB, pad_token_id=pad, **sizes)).eval()
+    found = []
+    for company in (("short",), ("short", "longer")):
+        runs = MultiTrain(copy.deepcopy(base), exact=False)
+        for name in company:
+            ids = [batch["input_ids"][:, : 5 if name == "short" else 7] for batch in batches(3)]
+            runs.add(name, lora(r=4), data=[{"input_ids": i, "labels": torch.tensor([0, 1, 2, 0])} for i in ids])
+        runs.run()
+        found.append([point.loss for point in runs["short"].curve])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_diverging_run_is_evicted_and_the_others_do_not_see_it():

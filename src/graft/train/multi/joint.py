@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Arguments:
     names: frozenset[str]
     others: bool  # it takes any
     exact: bool = True  # rows of other lengths, or padded, do not share a pass with these: they would round otherwise
+    pad: int = 0  # the token that fills rows up: classifiers look for the last other one
 
     @property
     def masks(self) -> bool:
@@ -42,11 +43,19 @@ class Arguments:
     def of(cls, model: nn.Module, exact: bool = True) -> Arguments:
         found = inspect.signature(model.forward).parameters.values()
         named = frozenset(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in found), exact)
+        return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in found), exact, padding_of(model))
 
     def among(self, batch: Mapping[str, object]) -> Batch:
         """Return what of a batch goes to the model: all that it names, but targets."""
         return {k: v for k, v in batch.items() if (self.others or k in self.names) and not is_target(k)}
+
+
+def padding_of(model: nn.Module) -> int:
+    """Return the token that a model knows as padding; 0 if it names none that it has."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    token, tokens = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
+    return token if isinstance(token, int) and isinstance(tokens, int) and 0 <= token < tokens else 0
 
 
 def is_target(name: str) -> bool:
@@ -125,7 +134,7 @@ def groups(parts: Sequence[Part], arguments: Arguments, at_once: int) -> list[li
 
 
 def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[Batch, Cut]:
-    """Return the arguments of one pass for all parts, padded on the right with zeros, and the way back."""
+    """Return the arguments of one pass for all parts, padded on the right, and the way back."""
     batches = [arguments.among(part.batch) for part in parts]
     mains = [main_of(g) for g in batches]
     lengths = [m.shape[1] if m.dim() > 1 else 1 for m in mains]
@@ -140,7 +149,7 @@ def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[Batch, Cut]:
             out[key] = first
             continue
         if first.dim() > 1 and len({v.shape[1] for v in values}) > 1:
-            values = widened(values)
+            values = widened(values, arguments.pad if key.endswith("input_ids") else 0)
         out[key] = values[0] if len(values) == 1 else torch.cat(values)
     follows = [next((g[k] for k in DECODER if k in g), main) for g, main in zip(batches, mains)]
     return out, Cut([len(m) for m in mains], [f.shape[1] if f.dim() > 1 else 1 for f in follows])
@@ -155,10 +164,10 @@ def main_of(kwargs: Batch) -> Tensor:
     return max(tensors, key=lambda t: t.dim() > 1) if tensors else kwargs[MASK]
 
 
-def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Pad (rows, tokens, …) to one number of tokens with zeros, on the right."""
+def widened(tensors: Sequence[Tensor], value: int) -> list[Tensor]:
+    """Pad (rows, tokens, …) to one number of tokens, on the right."""
     longest = max(t.shape[1] for t in tensors)
-    return [nn.functional.pad(t, [0, 0] * (t.dim() - 2) + [0, longest - t.shape[1]]) for t in tensors]
+    return [nn.functional.pad(t, [0, 0] * (t.dim() - 2) + [0, longest - t.shape[1]], value=value) for t in tensors]
 
 
 @dataclass

@@ -518,6 +518,7 @@ def test_two_runs_of_one_name():
 @pytest.mark.parametrize("data, text", [
     ([], "its data holds no batch"),
     ([torch.ones(2)], "a batch must be a mapping"),
+    ([*batches(1), None, *batches(1)], "a batch must be a mapping"),
     ([{"other": torch.ones(2)}], "the model takes"),
     ([{"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(3, 3)}], "one row per sample"),
 ])  # fmt: skip

@@ -10,6 +10,7 @@ from graft.core.errors import ConfigError
 from graft.train.multi.draws import Draws, States
 
 Batch = dict[str, Any]
+END: Any = object()  # of an epoch
 
 
 class Loader:
@@ -53,8 +54,8 @@ class Loader:
         before = self.draws.states
         try:
             with self.draws:
-                found = next(self._here(), None)
-            if found is not None and not isinstance(found, Mapping):
+                found = next(self._here(), END)
+            if found is not END and not isinstance(found, Mapping):
                 raise ConfigError(
                     f"{self.whose}: a batch must be a mapping of the model's arguments to tensors, got a "
                     f"{type(found).__name__}: give the DataLoader a collate_fn that makes one."
@@ -63,13 +64,13 @@ class Loader:
             self.draws.states = before
             self._torn = not isinstance(self.data, Iterator)
             raise
-        if found is None and not self.taken:
+        if found is END and not self.taken:
             raise ConfigError(f"{self.whose}: its data holds no batch (epoch {self.epoch + 1}).")
-        if found is None and not self.once:
+        if found is END and not self.once:
             self._batches, self.epoch, self.taken = None, self.epoch + 1, 0
             self.began = self.draws.states
             return self._new()
-        if found is None:
+        if found is END:
             return None
         self.taken += 1
         self._last = dict(found), before, self.draws.states
@@ -103,7 +104,7 @@ class Loader:
             self.draws.states = began
             for i in range(taken):
                 with self.draws:
-                    missing = next(self._here(), None) is None
+                    missing = next(self._here(), END) is END
                 if missing:
                     raise ConfigError(
                         f"{self.whose} was saved after {taken} batches of an epoch, and its data holds {i}: continue "

@@ -110,6 +110,7 @@ def test_more_steps_than_before(tmp_path):
     again = MultiTrain.resume(tiny(), tmp_path)
     ended = again.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
     assert (ended.state, ended.step, list(again)) == ("ended", 4, [])
+    again.save(tmp_path)  # with the place in its data
     again = MultiTrain.resume(tiny(), tmp_path)
     run = again.add("plain", SPECS["plain"].config, **SPECS["plain"].options(STEPS))
     again.run()

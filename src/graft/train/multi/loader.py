@@ -92,14 +92,18 @@ class Loader:
             self._batches = iter(self.data)
         return self._batches
 
+    def stand(self, epoch: int, taken: int, began: States, now: States) -> None:
+        """Be at a position, to which `next` will go."""
+        self.epoch, self.taken, self.began, self._batches, self._again = epoch, taken, began, None, None
+        self._torn, self.draws.states = True, now
+
     def move(self, epoch: int, taken: int, began: States, now: States) -> None:
         """Go to a position: begin that epoch as it began then, and pass over what was taken of it.
 
         Raises:
             ConfigError: the data holds fewer batches.
         """
-        self.epoch, self.taken, self.began, self._batches, self._again = epoch, taken, began, None, None
-        self._torn = True  # until it is there
+        self.stand(epoch, taken, began, now)
         try:
             self.draws.states = began
             for i in range(taken):

@@ -114,7 +114,7 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
     run.curve, run.valid = [Point(*p) for p in state["curve"]], [Valid(*v) for v in state["valid"]]
     if run.may_go_on:
         run.state, run.why = "running", None
-    if run.goes_on:
-        run.loader.move(**state["position"], now=state["draws"])
+    to = run.loader.move if run.goes_on else run.loader.stand  # a run that has ended may be saved again, and go on then
+    to(**state["position"], now=state["draws"])
     for key, slot in slots(model, run.name):
         slot.assign(state["values"][key])

@@ -166,3 +166,17 @@ def test_a_parameter_without_gradients_is_left_alone():
     )
     assert first.optimizer.param_groups[0]["params"] == first.parameters, "by tensor from then on"
     assert len(runs["second"].optimizer.param_groups[0]["params"]) == 1
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_that_somebody_zeroes_between_steps(to_none):
+    """As loops do; a run has none between its steps."""
+    spec, found = SPECS["gathers"], []
+    for zeroes in (False, True):
+        runs = MultiTrain(tiny())
+        run = runs.add("x", spec.config, **spec.options(3))
+        for _ in runs:
+            if zeroes:
+                run.optimizer.zero_grad(set_to_none=to_none)
+        found.append((run.curve, [p.detach() for p in run.parameters]))
+    assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1]))

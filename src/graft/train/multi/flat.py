@@ -86,6 +86,11 @@ class Flat:
             vector.data, vector.grad = row.value[start : start + size], row.gradient[start : start + size]
             start += size
 
+    def hold(self, row: Row) -> None:
+        """Have the gradients of this row again, if somebody has called `zero_grad`."""
+        if any([vector.grad is None for vector in self.vectors]):
+            self.attach(row)
+
     def detach(self) -> None:
         """Let go of the row."""
         for vector in self.vectors:

@@ -238,6 +238,8 @@ class Run:
         if self._flat is None:
             for p, grad, got in zip(row.parameters, row.gradients, row.got):
                 p.grad = grad if got else None
+        else:
+            self._flat.hold(row)
         if self.clip is not None:
             clip_grads_with_norm_(self.parameters if self._flat is None else self._flat.vectors, self.clip, length)
         try:

@@ -5,10 +5,12 @@ on has the bits of runs that nobody disturbed."""
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import graft
@@ -219,7 +221,7 @@ def test_warnings_that_are_errors():
 
 @pytest.mark.parametrize("call", [
     lambda runs, folder: runs.save(folder), lambda runs, _: runs.remove("x"), lambda runs, _: runs.unload(),
-    lambda runs, _: runs.add("y", lora(), data=batches(1)),
+    lambda runs, _: runs.add("y", lora(), data=batches(1)), lambda runs, folder: runs["x"].save_pretrained(folder),
 ])  # fmt: skip
 def test_within_a_step_nothing_is_saved_or_changed(call, tmp_path):
     runs = MultiTrain(tiny())
@@ -232,6 +234,49 @@ def test_within_a_step_nothing_is_saved_or_changed(call, tmp_path):
     runs.add("x", lora(), data=batches(1), loss=loss)
     runs.run()
     assert runs["x"].step == 1
+
+
+def test_an_adapter_is_saved_as_it_is_between_steps(tmp_path):
+    """Another thread gets no half of a step; `stop`, a loop's body and who comes later get the adapter."""
+
+    def value(run):
+        return run.parameters[0].mean().item()
+
+    def save(name):
+        runs["x"].save_pretrained(tmp_path / name)
+        wanted.append((name, value(runs["x"])))
+
+    class Halfway(torch.optim.SGD):
+        def step(self, closure=None):
+            with ThreadPoolExecutor(1) as other, pytest.raises(RuntimeError, match="Another thread has the runs x"):
+                other.submit(save, "thread").result()
+            return super().step(closure)
+
+    runs, wanted = MultiTrain(tiny()), []
+    runs.add("x", lora(), data=batches(2), optimizer=partial(Halfway, lr=1.0), stop=lambda run: save(f"stop{run.step}"))
+    for step in runs:
+        save(f"body{step.number}")
+    save("end")
+    with ThreadPoolExecutor(1) as other:
+        other.submit(save, "later").result()
+    assert [name for name, _ in wanted] == ["stop1", "body1", "stop2", "body2", "body3", "end", "later"]
+    for name, mean in wanted:
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert mean in [t.mean().item() for t in tensors.values()], name
+    assert not (tmp_path / "thread").exists()
+
+
+def test_a_run_that_was_removed_is_not_saved(tmp_path):
+    """Nor the one that has its name now."""
+    runs = MultiTrain(tiny())
+    runs.add("x", lora(), data=batches(1))
+    removed = runs.remove("x")
+    with pytest.raises(graft.AdapterNotFoundError, match="no run 'x'"):
+        removed.save_pretrained(tmp_path / "x")
+    runs.add("x", lora(r=2), data=batches(1))
+    with pytest.raises(graft.AdapterNotFoundError, match="This run 'x' has been removed"):
+        removed.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 # who comes and goes

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from graft.core.errors import ConfigError
+from graft.core.errors import AdapterNotFoundError, ConfigError
 from graft.train.multi.bank import Row
 from graft.train.multi.draws import Draws
 from graft.train.multi.flat import Flat, in_order, may_flatten, watched
@@ -39,6 +39,8 @@ ELSEWHERE = ("base_model_name_or_path", "revision", "peft_version", "auto_mappin
 
 
 class Owner(Protocol):
+    def __getitem__(self, name: str) -> Run: ...
+
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
@@ -136,7 +138,17 @@ class Run:
         return self.state != RUNNING or (self.every is not None and self.step % self.every == 0)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter to a folder, as it is now."""
+        """Write the adapter to a folder, as it is now.
+
+        Raises:
+            AdapterNotFoundError: the run has been removed, with its adapter.
+            RuntimeError: a step is under way, in another thread or around a loss that calls this.
+        """
+        if self.owner[self.name] is not self:
+            raise AdapterNotFoundError(
+                f"This run '{self.name}' has been removed, and its adapter with it; another one has the name now. Save "
+                "a run before you remove it."
+            )
         self.owner.save_adapter(self.name, folder)
 
     @property

@@ -722,9 +722,14 @@ class MultiTrain:
         for run in self._runs.values():
             run_file.save(run, self._adapted, os.fspath(folder))
 
+    @between_steps
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter of a run to a folder, as `save_pretrained` writes "default"."""
-        model = self._adapted
+        """Write the adapter of a run to a folder, as `save_pretrained` writes "default".
+
+        Raises:
+            AdapterNotFoundError: there is no such run.
+        """
+        name, model = self[name].name, self._adapted
         tensors, config = contents(model, name, None, "auto", None)
         files.save_adapter(os.fspath(folder), tensors, config, True, base_fingerprint(model, name))
 

@@ -322,6 +322,37 @@ def test_runs_come_and_go_while_others_gather(undisturbed):
     assert_as(undisturbed, runs, "gathers", "drops")
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_stop_that_removes_another_run(undisturbed, again):
+    """Nobody looks for that one, nor asks its stop, nor takes one of its name for it."""
+
+    def replace(run):
+        if run.step == 2:
+            runs.remove("other")
+            if again:
+                runs.add("other", lora(), data=batches(2))
+
+    runs, asked, valid = MultiTrain(tiny()), [], batches(1)
+    added(runs, "plain", stop=replace)
+    other = runs.add(
+        "other", lora(), data=batches(9), valid=valid, stop=lambda run: asked.append(run.step) or run.step > 1
+    )
+    added(runs, "long", valid=valid, every=2)
+    runs.run()
+    assert asked == [1] and other.state == "running" and not other.valid
+    assert [look.step for look in runs["long"].valid] == [2, 4, 6] and ("other" in runs) == again
+    assert_as(undisturbed, runs, "plain", "long")
+
+
+@pytest.mark.parametrize("end", ["remove", "unload"])
+def test_a_stop_that_removes_its_own_run(end):
+    runs = MultiTrain(tiny())
+    out = {"remove": lambda run: runs.remove("x"), "unload": lambda run: runs.unload()}[end]
+    run = runs.add("x", lora(), data=batches(9), valid=batches(1), stop=out)
+    runs.run()
+    assert run.step == 1 and not runs.names and not any("lora" in name for name, _ in runs.base.named_modules())
+
+
 def test_one_iterator_for_two_runs():
     """Each would get every other batch."""
     runs, data = MultiTrain(tiny()), iter(batches(6))

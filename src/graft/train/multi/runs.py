@@ -468,13 +468,18 @@ class MultiTrain:
         runs = [run for run in self._runs.values() if run.unseen]
         self._see(step, runs)
         for run in runs:
+            if not self._has(run):  # the `stop` of another one has removed it
+                continue
             if run.state == RUNNING and run.stop is not None and run.stop(run):
                 run.end(STOPPED, f"its stop said so at step {run.step}")
             if run.state != RUNNING:
                 step.ended[run.name] = run.why or ""
-        self._see(step, runs)
+        self._see(step, [run for run in runs if self._has(run)])
         for run in runs:
             run.unseen = False
+
+    def _has(self, run: Run) -> bool:
+        return self._runs.get(run.name) is run
 
     def _see(self, step: Step, runs: Sequence[Run]) -> None:
         by_data: dict[int, list[Run]] = {}

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ReLoRA's restart: the model computes what it did, the adapter and its moments begin again."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +70,33 @@ def test_moments_keep_their_largest(keep, left):
     assert after.count_nonzero() == left and torch.equal(after[after != 0], before[after != 0])
     assert before[after != 0].abs().min() >= before[after == 0].abs().max() if 0 < left < 8 else True
     assert optimizer.state[A]["step"] == 3
+
+
+def test_a_call_of_another_thread_sees_one_round(monkeypatch):
+    """Never a weight that has the update already, with the update."""
+    model, optimizer = trained()
+    before, module, found = model(IDS), sys.modules[restart.__module__], []
+
+    def begin(m):
+        found.append(other.submit(model, IDS))
+        wait(found, 0.1)
+        begin_of_restart(m)
+
+    begin_of_restart = module.begin
+    monkeypatch.setattr(module, "begin", begin)
+    with ThreadPoolExecutor(1) as other:
+        restart(model, optimizer)
+        for y in found:
+            assert_close(y.result(), before)
+    assert len(found) == 3
+
+
+def test_within_a_call_nothing_begins_again():
+    model, optimizer = trained()
+    before = model(IDS)
+    with graft.calling(model), pytest.raises(graft.InUseError, match="restart"):
+        restart(model, optimizer)
+    assert torch.equal(model(IDS), before) and model.base_model.model.last.lora_B["default"].weight.any()
 
 
 def test_the_adapter_alone_is_not_the_model(tmp_path):

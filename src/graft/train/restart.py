@@ -47,18 +47,19 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
     layers = [layer for layer in registry.layers.values() if name in layer.methods]
     for layer in layers:
         check(layer, name, optimizer)
-    registry.taken_in.add(name)
-    for layer in layers:
-        m: Method = layer.methods[name]
-        with layer.store.at_hand(layer, None), evaluating(layer):
-            W = layer.W0
-            W = W + delta_of(layer, m.effect).to(W.dtype)
-        layer.rewrite_base(W)
-        layer.keep()
-        begin(m)
-        for p in m.pair:
-            for moment in moments(optimizer, p):
-                prune(moment, keep)
+    with registry.call.gate.change(f"restart() of adapter '{name}'"):  # a call sees W and A, B of one round
+        registry.taken_in.add(name)
+        for layer in layers:
+            m: Method = layer.methods[name]
+            with layer.store.at_hand(layer, None), evaluating(layer):
+                W = layer.W0
+                W = W + delta_of(layer, m.effect).to(W.dtype)
+            layer.rewrite_base(W)
+            layer.keep()
+            begin(m)
+            for p in m.pair:
+                for moment in moments(optimizer, p):
+                    prune(moment, keep)
 
 
 def adapter_of(registry: LayerRegistry) -> str:

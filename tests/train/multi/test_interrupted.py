@@ -4,7 +4,9 @@ on has the bits of runs that nobody disturbed."""
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -351,6 +353,23 @@ def test_a_stop_that_removes_its_own_run(end):
     run = runs.add("x", lora(), data=batches(9), valid=batches(1), stop=out)
     runs.run()
     assert run.step == 1 and not runs.names and not any("lora" in name for name, _ in runs.base.named_modules())
+
+
+def test_who_goes_gives_memory_back():
+    """Also where nobody trains any more, and somebody keeps the MultiTrain for its curves, or a run for its own."""
+    runs = MultiTrain(tiny())
+    for name in ("x", "y", "z"):
+        runs.add(name, lora(), data=batches(9), accumulate=2, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    runs.step()
+    gone, stays = runs.remove("x"), runs["y"]
+    assert all(p.untyped_storage().nbytes() == p.nbytes for run in (gone, stays) for p in run.parameters)
+    runs.step()
+    assert stays.step == 1
+    left = weakref.ref(stays.parameters[0])
+    runs.unload()
+    del stays
+    gc.collect()
+    assert left() is None
 
 
 def test_one_iterator_for_two_runs():

@@ -327,6 +327,8 @@ class MultiTrain:
     def _take_out(self, name: str) -> None:
         """Take an adapter off the model; the model's last one with all that graft has put there."""
         self._fans = {}
+        if name in self._banks.rows:
+            self._leave()
         model = self.model
         assert model is not None
         if list(model.peft_config) == [name]:
@@ -352,6 +354,7 @@ class MultiTrain:
         """Return the base without adapters, as it was."""
         if self.model is not None:
             self.model.unload()
+        self._leave()
         self.model, self._runs = None, {}
         self.claims.release()
         for module, training in self._modes:
@@ -508,6 +511,13 @@ class MultiTrain:
         )
         for run in runs:
             run.sit(self._banks.rows[run.name])
+
+    def _leave(self) -> None:
+        """Have no run in a bank: each adapter in memory of its own."""
+        self._banks.release()
+        self._banks = Banks({}, ())
+        for run in self._runs.values():
+            run.sit(None)
 
     def _complete(self, part: Part) -> Part:
         """Add the decoder's inputs that a model makes of labels."""

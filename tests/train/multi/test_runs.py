@@ -326,6 +326,18 @@ def test_adapters_are_ordinary_folders(tmp_path):
     torch.testing.assert_close(models.output(model, batch), wanted)
 
 
+def test_a_torch_file_holds_one_adapter(tmp_path):
+    """Runs of one shape lie in one memory, and torch writes that of a tensor as a whole."""
+    runs = MultiTrain(tiny())
+    for name in ("x", "y", "z"):
+        runs.add(name, lora(), data=batches(2))
+    runs.step()
+    runs.model.save_pretrained(tmp_path, selected_adapters=["y"], safe_serialization=False)
+    tensors = torch.load(tmp_path / "y" / "adapter_model.bin", weights_only=True).values()
+    assert same(tensors, runs["y"].parameters)
+    assert len(tensors) == 8 and all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+
+
 def test_a_run_that_is_removed_leaves_the_others_as_they_train():
     runs = MultiTrain(tiny())
     for name in ("plain", "wide"):

@@ -78,6 +78,15 @@ def test_what_a_joint_pass_cannot_give_is_refused(tmp_path, kind, text):
         runs.step()
 
 
+@pytest.mark.parametrize("option", [{"bf16": True}, {"neftune_noise_alpha": 5.0}])
+def test_arguments_that_its_loop_would_act_on(tmp_path, option, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which these arguments change
+    base, (name,) = tiny(), option
+    trainer = trainer_of(tmp_path, base, options=option)
+    with pytest.warns(graft.PeftWarning, match=f"Run 'x': its Trainer's {name} counts for nothing"):
+        MultiTrain(base).add("x", lora(), trainer=trainer)
+
+
 def test_what_a_trainer_says_is_not_said_twice(tmp_path):
     base = tiny()
     runs, trainer = MultiTrain(base), trainer_of(tmp_path, base)

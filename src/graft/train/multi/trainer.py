@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.model.modes import training_only
 from graft.train.multi.draws import Draws
 from graft.train.multi.loader import Batch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import Trainer
 
+OF_ITS_LOOP = ("bf16", "fp16", "neftune_noise_alpha")  # arguments that change what a step computes
 ITEMS = "num_items_in_batch"  # of all batches of a step, which Trainer counts
 
 
@@ -45,6 +46,13 @@ class Description:
                 "Trainer without `optimizers`, whose arguments say which it is; it must not have trained."
             )
         self.name, self.trainer, self.args = name, trainer, trainer.args
+        if left := [option for option in OF_ITS_LOOP if getattr(self.args, option, None)]:
+            warn(
+                f"Run '{name}': its Trainer's {', '.join(left)} counts for nothing here: a joint pass computes in the "
+                "model's own dtype (load the base in bfloat16 for that), and adds no noise to embeddings. Or train "
+                "this adapter by its Trainer alone.",
+                PeftWarning,
+            )
         self.seed, self.accumulate = int(self.args.seed), int(self.args.gradient_accumulation_steps)
         self.clip = self.args.max_grad_norm or None
 

@@ -87,6 +87,19 @@ def test_arguments_that_its_loop_would_act_on(tmp_path, option, monkeypatch):
         MultiTrain(base).add("x", lora(), trainer=trainer)
 
 
+def test_a_trainer_whose_run_was_refused_is_as_it_was(tmp_path):
+    """It is added under another name, as the error says."""
+    runs, base = MultiTrain(tiny()), tiny()
+    runs.add("x", lora(), trainer=trainer_of(tmp_path, runs.base, options={"max_steps": 2}))
+    runs.save(tmp_path / "runs")
+    trainer = trainer_of(tmp_path, base, options={"max_steps": 2, "weight_decay": 0.1})
+    runs = MultiTrain.resume(base, tmp_path / "runs")
+    with pytest.raises(ConfigError, match=r"was begun with .*under another name"):
+        runs.add("x", lora(), trainer=trainer)
+    runs.add("y", lora(), trainer=trainer)
+    assert runs.run()["y"].step == 2
+
+
 def test_what_a_trainer_says_is_not_said_twice(tmp_path):
     base = tiny()
     runs, trainer = MultiTrain(base), trainer_of(tmp_path, base)

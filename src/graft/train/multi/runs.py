@@ -288,6 +288,8 @@ class MultiTrain:
             if state is not None:
                 run_file.restore(run, model, state, self.folder or "")
         except BaseException:
+            if description is not None:
+                description.undo()
             if new:
                 self._take_out(name)
             elif not trained:

@@ -81,6 +81,10 @@ class Description:
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         return self.trainer.create_scheduler(steps, optimizer)
 
+    def undo(self) -> None:
+        """Take back what making optimizer and schedule has left in the Trainer, so that it can be added anew."""
+        self.trainer.optimizer = self.trainer.lr_scheduler = None
+
     def loss(self, model: nn.Module, own: Loss | None) -> Loss:
         """Return its `compute_loss`, with a stand-in for the model that gives the run's rows of a joint pass.
 

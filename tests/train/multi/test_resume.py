@@ -117,6 +117,33 @@ def test_more_steps_than_before(tmp_path):
     assert same(run.parameters, undisturbed("plain").parameters)
 
 
+def test_a_look_and_a_stop_that_are_still_to_come(tmp_path):
+    """The file of a run whose last step nobody has looked at, or asked `stop` about."""
+
+    def added(runs, save=None, valid=None):
+        options = dict(data=batches(9), steps=3)
+        runs.add("saves", lora(), **options, stop=save)
+        runs.add("looks", lora(), **options, valid=valid or batches(1))
+        runs.add("asked", lora(), **options, stop=lambda run: run.step == 2)
+        return runs
+
+    class Lost(list):
+        def __iter__(self):
+            raise OSError("lost")
+
+    runs = added(MultiTrain(tiny()), save=lambda run: run.step == 2 and runs.save(tmp_path / "in a stop"))
+    runs.run()
+    wanted = [(run.step, run.state, run.valid) for run in runs.all()]
+    assert [(step, len(valid)) for step, _, valid in wanted] == [(3, 0), (3, 1), (2, 0)]
+    runs = added(MultiTrain(tiny()), valid=Lost([0]))
+    with pytest.raises(OSError, match="lost"):
+        runs.run()
+    runs.save(tmp_path / "after an error")
+    for folder in tmp_path.iterdir():
+        runs = added(MultiTrain.resume(tiny(), folder)).run()
+        assert [(run.step, run.state, run.valid) for run in runs.all()] == wanted, folder
+
+
 def test_a_failed_run_stays_failed(tmp_path):
     runs = MultiTrain(tiny())
     options = {"data": batches(2), "loss": lambda output, _: output["logits"].mean() / 0.0}

@@ -70,6 +70,7 @@ def state_of(run: Run, model: nn.Module) -> Json:
         "under_way": {"losses": run.losses, "gradients": run.gradients()},
         "step": run.step,
         "state": [run.state, run.why],
+        "unseen": run.unseen,
         "curve": [list(point) for point in run.curve],
         "valid": [list(look) for look in run.valid],
     }
@@ -111,6 +112,7 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
         run.schedule.load_state_dict(state["schedule"])
     run.take_up(**state["under_way"])
     run.step, (run.state, run.why) = state["step"], state["state"]
+    run.unseen = state.get("unseen", False)
     run.curve, run.valid = [Point(*p) for p in state["curve"]], [Valid(*v) for v in state["valid"]]
     if run.may_go_on:
         run.state, run.why = "running", None

@@ -72,6 +72,26 @@ def test_cast_mixed_precision_params():
     assert found[0] == found[1] and len(set(found[0].values())) == 2
 
 
+@pytest.mark.differs(
+    "`cast_mixed_precision_params` on a packed base",
+    peft="casts the codes of its weights, whose values are lost",
+    graft="leaves codes and their scales as they are",
+)
+def test_codes_are_not_cast():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            codes = torch.tensor([[100_003, 7]])
+            self.weight, self.bias = nn.Parameter(codes, requires_grad=False), nn.Parameter(torch.ones(2))
+
+    for lib in LIBS:
+        model = nn.Sequential(Packed(), nn.Linear(2, 2).requires_grad_(False))
+        lib.cast_mixed_precision_params(model, torch.bfloat16)
+        kept = model[0].weight.dtype == torch.int64 and model[0].weight.tolist() == [[100_003, 7]]
+        assert kept == (lib is graft)
+        assert model[0].bias.dtype == torch.float32 and model[1].weight.dtype == torch.bfloat16
+
+
 def test_shift_tokens_right():
     labels = torch.tensor([[5, -100, 7, 8], [-100, 3, 2, 1]])
     assert torch.equal(*(lib.shift_tokens_right(labels, 0, 9) for lib in LIBS))

@@ -18,7 +18,7 @@ from graft.prompts.base import Prompt
 from graft.prompts.base import shift_tokens_right as shift_tokens_right
 from graft.storage import holds_codes
 from graft.storage.codes import dtype_is_fixed, is_marked, is_packed
-from graft.storage.dense import is_composed
+from graft.storage.dense import NUMBERS, is_composed
 
 PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
 
@@ -30,9 +30,12 @@ def infer_device() -> str:
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast frozen parameters to `dtype`, trainable ones to float32; in place."""
+    """Cast frozen parameters to `dtype`, trainable ones to float32; in place. Codes of packed weights, and scales of
+    theirs, stay as they are."""
+    scales = {p for m in model.modules() if holds_codes(m) for p in fixed_dtype_parameters(m)}
     for p in model.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+        if p.dtype in NUMBERS and p not in scales:
+            p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
 
 # FSDP

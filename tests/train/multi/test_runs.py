@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import StringIO
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -81,6 +82,29 @@ def test_batches_are_grouped_without_a_look_at_values_on_a_device():
         del other.batch["logits_to_keep"]
     own.append(part("x", True))
     assert [[p.name for p in group] for group in groups(own, Arguments.of(tiny()), 4096)] == [["u", "v"], ["w"], ["x"]]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x, scales):
+        return self.lin(x) * torch.tensor(scales, dtype=torch.float32).view(len(x), -1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("scales", [lambda by: [2.0, 1.0, 1.0], lambda by: np.r_[np.ones(1000), by, np.ones(1000)]])
+def test_arguments_that_are_no_tensors_stay_with_their_batch(scales):
+    """A list may have an item per row; the text of an array leaves its numbers out."""
+    found = []
+    for company in (("one",), ("two",), ("one", "two")):
+        with models.seeded(0):
+            runs, x = MultiTrain(Scaled()), torch.randn(3, 4)
+        for name in company:
+            data = [{"x": x, "scales": scales({"one": 1.0, "two": 5.0}[name])}]
+            runs.add(name, lora(target_modules=["lin"]), data=data, loss=lambda output, batch: output.square().mean())
+        found.append({run.name: run.curve for run in runs.run().all()})
+    assert found[2] == found[0] | found[1]
 
 
 def test_padded_to_any_length_it_is_close():

@@ -86,7 +86,7 @@ def shape_of(part: Part, arguments: Arguments) -> tuple[int, int, tuple[object, 
     alike: list[tuple[object, ...]] = [("masked", masked), ("packed", packed)]
     for key, value in sorted(kwargs.items()):
         if key not in tensors:
-            alike.append((key, number_of(value) if isinstance(value, Tensor) else repr(value)))
+            alike.append((key, number_of(value) if isinstance(value, Tensor) else told(value, part)))
         elif key == MASK and value.dim() == 2:
             continue  # who has none gets ones
         elif value.dim() > 1 and arguments.masks and key != MASK:
@@ -115,6 +115,13 @@ def is_packed(positions: Tensor | None) -> bool | None:
 def number_of(value: Tensor) -> int | float:
     """Return what tells numbers () apart: the number; on a device, for which nothing here waits, which tensor it is."""
     return value.item() if value.is_cpu else id(value)
+
+
+def told(value: object, part: Part) -> object:
+    """Return what tells values of an argument apart: their text; of lists, arrays and the like, whose text leaves
+    numbers out and which may have an item per row, the batch."""
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return repr(value) if plain else id(part.batch)
 
 
 def groups(parts: Sequence[Part], arguments: Arguments, at_once: int) -> list[list[Part]]:

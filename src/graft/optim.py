@@ -223,7 +223,7 @@ def create_lorafa_optimizer(
     check_options(model, r, lora_alpha, use_rslora)
     found = list(pairs(model))
     As = {A for A, _, _ in found}
-    factors = {B: (A, scaling) for A, B, scaling in found}
+    factors = {B: (A, scaling) for A, B, scaling in found if scaling}  # with 0 no gradient comes to B
     trained = [p for p in model.parameters() if p.requires_grad and p not in As]
     made = LoraFAOptimizer(trained, lr, weight_decay=weight_decay, factors=factors)
     for A in As:
@@ -341,7 +341,7 @@ def preconditioned(
             f"{optimizer_cls.__name__} requires a closure, which computes gradients again within a step. Only "
             "those before it would be changed: choose an optimizer whose step() takes none."
         )
-    both = [(A, B, s) for A, B, s in pairs(model) if A.requires_grad and B.requires_grad and A.ndim == 2]
+    both = [(A, B, s) for A, B, s in pairs(model) if A.requires_grad and B.requires_grad and A.ndim == 2 and s]
     if not both:
         raise ConfigError(f"{names[0]} did not find any trainable lora_A/lora_B parameter pairs.")
     optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **kwargs)

@@ -321,6 +321,25 @@ def test_lorapro_changes_the_weight_as_nearly_as_it_can(B_scale):
     torch.testing.assert_close(found, P_B @ G + (one - P_B) @ G @ P_A, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["lorafa", "lorapro"])
+def test_an_adapter_whose_scaling_is_0_stays_as_it_is(name):
+    """No gradient comes to it, and these optimizers divide by the scaling; the other one trains."""
+    model = adapt(graft, first("LORA"))
+    model.add_adapter("off", graft.LoraConfig(target_modules=["lin0"]))
+    model.base_model.set_adapter(["default", "off"])
+    model.base_model.model.lin0.set_scale("off", 0.0)
+    made = {
+        "lorafa": lambda: optimizers.create_lorafa_optimizer(model, lr=0.1),
+        "lorapro": lambda: optimizers.create_lorapro_optimizer(model, torch.optim.SGD, lr=0.1),
+    }[name]()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    models.output(model, models.inputs("mlp")).square().mean().backward()
+    made.step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("lora_B.default" in n for n in changed) and not any(".off." in n for n in changed)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_lorapro_steps():
     torch.manual_seed(0)
     model = small()

@@ -117,6 +117,8 @@ def test_bad_input():
         graft.steering_from(model, [])
     with pytest.raises(ConfigError, match="'other' is no adapter of steering vectors"):
         graft.steering_from(model, pairs(), "other")
+    with pytest.raises(ConfigError, match="'default' is no adapter of steering vectors"):
+        graft.steering_from(make("llama"), pairs())
     with pytest.raises(ConfigError, match="'mean' or 'pca'"):
         graft.steering_from(model, pairs(), how="median")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="blocks 0 to 1"):

@@ -55,7 +55,8 @@ def steering_from(
     if how not in ("mean", "pca"):
         raise ConfigError(f"how={how!r}: 'mean' or 'pca'.")
     registry = registry_of(model)
-    layers = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
+    found_in = {} if registry is None else registry.layers
+    layers = {key: layer for key, layer in found_in.items() if adapter_name in layer.methods}
     if not layers or not all(isinstance(layer.methods[adapter_name], Steering) for layer in layers.values()):
         raise ConfigError(f"'{adapter_name}' is no adapter of steering vectors: add one with a SteeringConfig before.")
     found: dict[str, list[Tensor]] = {key: [] for key in layers}

@@ -292,6 +292,16 @@ def test_a_look_at_runs_that_are_not_there():
     assert runs.evaluate([], batches(1)) == {}
     with pytest.raises(graft.AdapterNotFoundError, match="There is no run 'other'"):
         runs.evaluate(["other"], batches(1))
+    runs.add("x", lora(), data=batches(1))
+    assert runs.evaluate(["x", "x"], batches(2)) == runs.evaluate(["x"], batches(2))
+
+
+def test_rounds_between_saves(tmp_path):
+    runs = MultiTrain(tiny())
+    run = runs.add("x", lora(), data=batches(1))
+    with pytest.raises(ConfigError, match="every must be a positive int, got 0"):
+        runs.run(save=tmp_path, every=0)
+    assert not run.step
 
 
 def test_what_a_method_reads_goes_with_it():
@@ -490,6 +500,8 @@ def test_validation_does_not_disturb_training():
     ({"clip": -1.0}, "clip must be a positive"),
     ({"optimizer": "adamw"}, "optimizer must make one of its parameters"),
     ({"seed": "x"}, "seed must be an int"),
+    ({"every": 2}, "every=2 looks at validation data again and again, and valid is none"),
+    ({"every": 2, "valid": iter(())}, "valid is an iterator, which one look takes to its end"),
     ({"optimizer": lambda p: None}, "optimizer must make one of its parameters"),
     ({"optimizer": partial(torch.optim.LBFGS, lr=1)}, "LBFGS steps by more than gradients"),
     ({"schedule": ReduceLROnPlateau}, "ReduceLROnPlateau steps by more"),

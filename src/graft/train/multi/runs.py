@@ -219,6 +219,11 @@ class MultiTrain:
         elif data is None:
             raise ConfigError(f"Run '{name}' needs data, an iterable of batches, or a trainer.")
         check_settings(name, clip=clip, steps=steps, accumulate=accumulate, every=every)
+        if every is not None and (valid is None or isinstance(valid, Iterator)):
+            found = "none" if valid is None else "an iterator, which one look takes to its end"
+            raise ConfigError(
+                f"Run '{name}': every={every} looks at validation data again and again, and valid is {found}."
+            )
         if type(seed) is not int:
             raise ConfigError(f"Run '{name}': seed must be an int, got {seed!r}.")
         if not callable(optimizer):
@@ -651,6 +656,7 @@ class MultiTrain:
             AdapterNotFoundError: there is no such run.
             ConfigError: the data hold no batch, or no rows, or a batch is no mapping.
         """
+        names = list(dict.fromkeys(names))
         sums: dict[str, list[Tensor]] = {self[name].name: [] for name in names}
         if not names:
             return {}
@@ -703,8 +709,11 @@ class MultiTrain:
             save: a folder to `save` to, every `every` rounds and at the end.
 
         Raises:
+            ConfigError: `every` is no number of rounds.
             FolderInUseError: as `save`, before the first round.
         """
+        if type(every) is not int or every < 1:
+            raise ConfigError(f"run: every must be a positive int, got {every!r}.")
         if save is not None:
             self.claims.take(os.fspath(save), self._runs)
         shown: AbstractContextManager[Progress | None] = nullcontext()

@@ -166,6 +166,8 @@ def sweep(
         FolderInUseError: another process, or thread, is at a sweep in the folder. Nothing has changed.
         Whatever is raised, the model is as it was.
     """
+    if type(save_every) is not int or save_every < 1:
+        raise ConfigError(f"sweep: save_every must be a positive int, got {save_every!r}.")
     ladder = budgets(steps, keep, rungs)
     settings = settings_in(space, search, n, seed)
     rank, world = share or ((dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1))

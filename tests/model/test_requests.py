@@ -773,6 +773,42 @@ def test_unload_and_remove_wait_for_batches_that_use_them():
     assert isinstance(batch.value(), torch.Tensor) and isinstance(removes.value(), Net)
 
 
+def another(seed=9):
+    """An adapter for slots of `slots_of`."""
+    with seeded(0):
+        base = Net()
+    with seeded(seed):
+        return disturb(graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["first"])), 0.5)
+
+
+def test_a_name_is_taken_until_the_batches_of_its_adapter_have_ended():
+    slots = slots_of(room=3)
+    before = slots(X, adapter_names="a0")
+    with stopped_slots(slots, "a0") as batch:
+        unloads = Thread(lambda: slots.unload("a0"))
+        until(lambda: "a0" not in slots.names)
+        with pytest.raises(graft.AdapterNameError, match="'a0'"):
+            slots.load("a0", another())
+    assert torch.equal(batch.value(), before) and unloads.value() is None
+    slots.load("a0", another())
+    slots.load("other", another())
+    assert torch.equal(slots(X, adapter_names="a0"), slots(X, adapter_names="other"))
+
+
+def test_what_a_batch_has_read_is_not_taken_for_a_later_adapter_of_that_name(tmp_path):
+    slots = slots_of(room=1)
+    another(8).save_pretrained(tmp_path)
+    slots.load("new", tmp_path, keep=False)
+    with stopped_slots(slots, "a0"):
+        waits = Thread(lambda: slots(X, adapter_names="new"))
+        until(lambda: slots._line)
+        slots.unload("new")
+        slots.load("new", another())
+    slots.load("other", another())
+    expected = slots(X, adapter_names="other")
+    assert torch.equal(waits.value(), expected) and torch.equal(slots(X, adapter_names="new"), expected)
+
+
 def test_slots_lose_patience():
     slots = slots_of(room=2, change_timeout=0.05)
     with stopped_slots(slots, ["a0", "a1"] * 3):

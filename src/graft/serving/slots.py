@@ -40,6 +40,8 @@ from graft.model.registry import check_adapter_name
 from graft.serving.fits import A_, Known, SlotFactors, by_layer, check_config, fitted
 from graft.serving.layer import NONE, Choice, SlotLayer
 
+ValuesRead = Mapping[str, tuple[Known, dict[str, SlotFactors]]]  # by name, and of which adapter
+
 
 @dataclass
 class SlotReport:
@@ -130,6 +132,7 @@ class AdapterSlots:
         for key, layer in self.layers.items():
             attach(self._places[key], layer)
         self._known: dict[str, Known] = {}
+        self._leaving: set[str] = set()  # no longer known; `unload` waits for their batches
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
         self._pinned: set[str] = set()
         self.gate = Gate(change_timeout)  # its `moved` guards what follows
@@ -242,12 +245,12 @@ class AdapterSlots:
                 that were saved.
 
         Raises:
-            AdapterNameError: the name is taken, or cannot be one.
+            AdapterNameError: the name is taken (while `unload` waits for its batches, too), or cannot be one.
             ConfigError, AdapterKeyError, BaseModelMismatchError: it does not fit: its method, ranks or targets.
             CheckpointError: the folder holds no adapter, or its files are damaged.
         """
         self._check([])
-        check_adapter_name(name, list(self._known))
+        check_adapter_name(name, self._taken)
         if unknown := set(hub) - HUB_KEYWORDS - {"subfolder", "check_digest"}:
             raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
         if not keep and isinstance(source, (nn.Module, Mapping)):
@@ -258,9 +261,9 @@ class AdapterSlots:
 
         factors = read()
         with self.gate.moved:
-            check_adapter_name(name, list(self._known))
+            check_adapter_name(name, self._taken)
             self._known[name] = Known(factors, None) if keep else Known(None, read)
-            needed = max(f.A.shape[0] for f in factors.values())
+            needed = rank_of(factors)
             self._ranks[name] = min(rank for rank in self.sizes if rank >= needed)
 
     def _source(
@@ -299,11 +302,14 @@ class AdapterSlots:
             if name in self._in_use(get_ident()):
                 raise RoutingError(f"Adapter '{name}' is in use: leave the `using` block first.")
             known = self._known.pop(name)
+            self._leaving.add(name)
             try:
                 self._wait(lambda: name not in self._in_use(), f"unload({name!r})")
             except BaseException:
                 self._known[name] = known
                 raise
+            finally:
+                self._leaving.discard(name)
             self._pinned.discard(name)
             if name in self._slots:
                 slot = self._slots.pop(name)
@@ -337,6 +343,11 @@ class AdapterSlots:
     def __contains__(self, name: str) -> bool:
         return name in self._known
 
+    @property
+    def _taken(self) -> list[str]:
+        """The names that no other adapter can have now."""
+        return [*self._known, *self._leaving]
+
     # slots
 
     def _check(self, names: Sequence[str], base: bool = True) -> None:
@@ -363,7 +374,7 @@ class AdapterSlots:
                 f"(max_adapters, now {self._room}), unpin adapters, or wait longer (change_timeout)."
             )
 
-    def _hold(self, names: Sequence[str], read: Mapping[str, dict[str, SlotFactors]]) -> None:
+    def _hold(self, names: Sequence[str], read: ValuesRead) -> None:
         """Put these adapters into slots. Wait for slots that other threads' batches use, one after the other.
 
         Args:
@@ -410,10 +421,10 @@ class AdapterSlots:
         """The number of slots as text; by rank, where there are several."""
         return str(self.sizes if len(self.sizes) > 1 else self.max_adapters)
 
-    def _put(self, wanted: Sequence[str], read: Mapping[str, dict[str, SlotFactors]]) -> None:
+    def _put(self, wanted: Sequence[str], read: ValuesRead) -> None:
         fixed = self._pinned | self._in_use() | set(wanted)
         missing = [n for n in wanted if n not in self._slots]
-        values = {n: read.get(n) or self._known[n].factors or self._known[n].read() for n in missing}  # type: ignore[misc]
+        values = {n: self._values(n, read.get(n)) for n in missing}
         for name in missing:
             rank = self._ranks[name]
             free = self._free[rank]
@@ -424,10 +435,26 @@ class AdapterSlots:
         for name in wanted:
             self._slots[name] = self._slots.pop(name)  # now the most recently used
 
-    def _read(self, names: Sequence[str]) -> dict[str, dict[str, SlotFactors]]:
+    def _read(self, names: Sequence[str]) -> ValuesRead:
         """Return the values of those that are neither in host memory nor in slots, while others go on."""
         absent = [(n, self._known.get(n)) for n in dict.fromkeys(names) if n not in self._slots]
-        return {n: known.read() for n, known in absent if known is not None and known.read is not None}
+        return {n: (known, known.read()) for n, known in absent if known is not None and known.read is not None}
+
+    def _values(self, name: str, read: tuple[Known, dict[str, SlotFactors]] | None) -> dict[str, SlotFactors]:
+        """Return an adapter's values: those that have been read before, unless another one has its name by now.
+
+        Raises:
+            ConfigError: its folder holds a rank for which its slots are too small.
+        """
+        known = self._known[name]
+        values = read[1] if read is not None and read[0] is known else known.factors or known.read()  # type: ignore[misc]
+        rank = rank_of(values)
+        if rank > self._ranks[name]:
+            raise ConfigError(
+                f"Adapter '{name}' has rank {rank} in its folder by now, and had a slot of rank {self._ranks[name]}: "
+                "unload() it, and load it again."
+            )
+        return values
 
     def _fill(self, slot: int, factors: dict[str, SlotFactors]) -> None:
         """Write an adapter's values into a slot."""
@@ -591,6 +618,11 @@ class AdapterSlots:
             self.layers, self._slots, self._pinned = {}, {}, set()
             self._choice.gathered.clear()
         return self.model
+
+
+def rank_of(factors: Mapping[str, SlotFactors]) -> int:
+    """Return the highest rank of an adapter's layers."""
+    return max(f.A.shape[0] for f in factors.values())
 
 
 def sizes_of(max_adapters: int | Mapping[int, int], max_rank: int | None) -> dict[int, int]:

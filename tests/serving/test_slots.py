@@ -2,6 +2,7 @@
 """Adapters in slots: the same results as a PeftModel that carries them, whatever is loaded, evicted and mixed."""
 
 import copy
+import shutil
 import warnings
 import weakref
 from threading import Thread
@@ -377,8 +378,6 @@ def test_from_a_subfolder_and_a_torch_file(folders, tmp_path):
 
 
 def test_what_is_not_kept_is_read_again(folders, tmp_path):
-    import shutil
-
     shutil.copytree(folders["a"], tmp_path / "a")
     slots = slotted(folders, n=1, names="bc")
     slots.load("a", tmp_path / "a", keep=False)
@@ -396,6 +395,31 @@ def test_what_is_not_kept_is_read_again(folders, tmp_path):
     for source in (carrying(folders), load_weights(folders["a"]).tensors):
         with pytest.raises(ConfigError, match="keep=False needs a folder"):
             slots.load("x", source, adapter="a", config=graft.LoraConfig(**ADAPTERS["a"]), keep=False)
+
+
+def test_a_slot_that_could_not_be_filled_is_free(folders, tmp_path, monkeypatch):
+    shutil.copytree(folders["c"], tmp_path / "x")
+    slots, model = AdapterSlots(models.make("llama"), {2: 1, 5: 1}, targets=TARGETS), carrying(folders)
+    slots.load("x", tmp_path / "x", keep=False)
+    slots.load("c", folders["c"])
+    random_lora(**dict(ADAPTERS["c"], r=4)).save_pretrained(tmp_path / "x")
+    with pytest.raises(ConfigError, match="'x' has rank 4 in its folder by now, and had a slot of rank 2"):
+        out(slots, "x")
+    y = out(slots, "c")
+    assert_close(y, expected(model, "c"))
+    slots.load("b", folders["b"])
+    slots.load("a", folders["a"])
+    out(slots, "a")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("graft.serving.slots.carried", full)
+        out(slots, "b")
+    assert list(slots.report().resident) == ["c"]
+    for name in "ab":
+        assert_close(out(slots, name), expected(model, name))
 
 
 # what does not fit

@@ -430,7 +430,11 @@ class AdapterSlots:
             free = self._free[rank]
             leaving = (n for n, slot in self._slots.items() if n not in fixed and self._rank_of[slot] == rank)
             slot = free.pop() if free else self._slots.pop(next(leaving))
-            self._fill(slot, values[name])
+            try:
+                self._fill(slot, values[name])
+            except BaseException:  # such as a lack of memory
+                free.append(slot)
+                raise
             self._slots[name] = slot
         for name in wanted:
             self._slots[name] = self._slots.pop(name)  # now the most recently used

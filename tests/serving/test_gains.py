@@ -113,6 +113,17 @@ def test_half_precision():
     assert (ours.double() - y).norm() <= 1.2 * (theirs.double() - y).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_files_in_half_precision(dtype, tmp_path):
+    config = copy.deepcopy(CONFIGS["dora"])
+    made = models.disturb(graft.get_peft_model(base(), config), 0.3)
+    made.to(dtype).save_pretrained(tmp_path)
+    slots = AdapterSlots(base(), 1, 4, TARGETS, gains=True)
+    slots.load("dora", tmp_path)
+    model = graft.PeftModel.from_pretrained(base(), tmp_path, "dora").eval()
+    assert_close(out(slots, ["dora"] * 5), out(model, ["dora"] * 5))
+
+
 def test_compiled_code_takes_any_mix(model):
     torch._dynamo.reset()
     slots = filled(model, n=2)

@@ -182,8 +182,10 @@ def _factors(
     if MAGNITUDE in own:
         if why := layer.site.weight.unread():
             raise ConfigError(f"Adapter '{name}' does not fit: DoRA needs the weight of '{key}', and {why}.")
-        W, m = layer.site.weight.canon(), own[MAGNITUDE]
-        gain = m.to(W.device) / row_norms(W, A.to(W.device), scaling * B.to(W.device)).to(m.dtype)
+        W = layer.site.weight.canon()
+        wide = torch.promote_types(A.dtype, torch.float32)  # of half-precision files the gain is not rounded as well
+        A, B, m = (t.to(W.device, wide) for t in (A, B, own[MAGNITUDE]))
+        gain = m / row_norms(W, A, scaling * B)
         made.gain, b = _own(gain), layer.bias
         made.shift = None if b is None else _own(b * (1 - gain))
     return made

@@ -247,6 +247,28 @@ def test_what_slots_cannot_hold_stays_where_it_was():
     assert list(model.peft_config) == ["default", "heads"]
 
 
+def test_what_is_merged_stays_where_it_was():
+    model = carrying()
+    model.set_adapter("plain")
+    model.merge_adapter()
+    y = models.output(model, models.inputs("llama", 5))
+    with pytest.raises(ConfigError, match=r"\[plain\] are merged .* unmerge_adapter"):
+        AdapterSlots.of(model, "scales", gains=True)
+    assert torch.equal(models.output(model, models.inputs("llama", 5)), y)
+
+
+def test_slots_come_where_the_adapters_are_and_at_no_module_of_that_name_elsewhere():
+    net = torch.nn.Module()
+    net.fc, net.block = torch.nn.Linear(4, 4), torch.nn.ModuleDict({"fc": torch.nn.Conv1d(4, 4, 1)})
+    net.forward = lambda x: net.block.fc(net.fc(x).T).T
+    model = models.disturb(graft.get_peft_model(net, graft.LoraConfig(r=2, target_modules="fc")), 0.3)
+    x = torch.linspace(-1, 1, 12).view(3, 4)
+    y = model.eval()(x)
+    slots = AdapterSlots.of(model)
+    assert list(slots.layers) == ["fc"]
+    assert_close(slots(x, adapter_names="default"), y)
+
+
 def test_vectors_of_other_shapes_are_refused(model):
     slots = filled(model)
     tensors = {k: v.clone() for k, v in graft.get_peft_model_state_dict(model, None, "scales").items()}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,9 @@ from graft.core.pieces import refuse_pieces
 from graft.core.rows import BASE, copies_of
 from graft.core.site import Site
 from graft.inject.inject import Injection, attach
+from graft.inject.match import Names
 from graft.inject.parts import gate_of, registry_of
+from graft.inject.survey import survey
 from graft.io.files import Loaded
 from graft.io.save import config_of, get_peft_model_state_dict
 from graft.kernels.waits import carried
@@ -169,6 +172,7 @@ class AdapterSlots:
             AdapterNotFoundError: there is no such adapter.
             InUseError: calls of the model go on for longer than its `change_timeout`.
             RuntimeError: another thread is in a step of the MultiTrain.
+            ConfigError: an adapter is merged. All are where they were.
             ConfigError, AdapterKeyError, CheckpointError, UnsupportedLayerError: slots cannot hold one of them. All are
                 where they were.
         """
@@ -186,6 +190,8 @@ class AdapterSlots:
                 raise AdapterNotFoundError(
                     f"There is no adapter {some(absent) if absent else 'to serve'}. Known: {there}."
                 )
+            if merged := registry_of(model).merged_adapters:
+                raise ConfigError(f"Adapters {some(merged)} are merged into the base weights: call unmerge_adapter().")
             adapters = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
             ranks, targets = [1], dict[str, None]()
             for name, (config, tensors) in adapters.items():
@@ -207,11 +213,16 @@ class AdapterSlots:
             if rank < max(ranks) or not (n if by_rank else n >= 1):
                 raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
             room = sizes_of(n, max_rank if by_rank else rank)
+            named = Names(targets)  # their ends, too, which other modules may have
+            others = [
+                path for path in survey(registry_of(model).model).modules if path not in targets and named.find(path)
+            ]
             base = source.unload()
         made = cls(
             base,
             room,
             targets=list(targets),
+            exclude="|".join(map(re.escape, others)) or None,
             dtype=dtype,
             gains=gains,
             keep_gathered=keep_gathered,

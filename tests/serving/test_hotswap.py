@@ -409,7 +409,8 @@ def test_configs_must_agree_as_in_peft(tmp_path, second):
 
 
 @pytest.mark.differs(
-    "hot-swapping: other `trainable_token_indices`, `layer_replication`, `ensure_weight_tying`",
+    "hot-swapping: other `trainable_token_indices`, `alora_invocation_tokens`, `layer_replication`, "
+    "`ensure_weight_tying`",
     peft="does not compare them",
     graft="`ConfigError`",
 )
@@ -417,6 +418,13 @@ def test_token_rows_must_be_the_same_ones(tmp_path):
     first = LORA | dict(target_modules=["lin"], trainable_token_indices={"emb": [2, 5]})
     text = "for trainable_token_indices"
     refused(tmp_path, ConfigError, text, "embedding", first, trainable_token_indices={"emb": [2, 6]})
+
+
+@pytest.mark.parametrize("tokens", [(None, [5]), ([5], None), ([5], [6])])
+def test_invocation_tokens_must_be_the_same_ones(tmp_path, tokens):
+    both = dict(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    first, second = (dict(alora_invocation_tokens=t) for t in tokens)
+    refused(tmp_path, ConfigError, "for alora_invocation_tokens", "llama", LORA | both | first, **second)
 
 
 def test_other_methods_are_refused(tmp_path):

@@ -40,6 +40,7 @@ MUST_AGREE = (
     "lora_dropout",
     "use_dora",
     "use_qalora",
+    "alora_invocation_tokens",
     "velora_config",
     "monteclora_config",
     "layer_replication",

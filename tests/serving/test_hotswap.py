@@ -427,6 +427,20 @@ def test_invocation_tokens_must_be_the_same_ones(tmp_path, tokens):
     refused(tmp_path, ConfigError, "for alora_invocation_tokens", "llama", LORA | both | first, **second)
 
 
+def test_an_arrow_router_sees_experts_that_have_grown(tmp_path):
+    config = dict(target_modules=["q_proj", "v_proj"])
+    folders = [save(tmp_path / str(seed), "llama", seed, r=r, **config) for seed, r in enumerate((2, 2, 4, 4))]
+
+    def arrow(folders):
+        return graft.create_arrow_model(models.make("llama"), folders, graft.ArrowConfig(top_k=1, rng_seed=3)).eval()
+
+    model = arrow(folders[:2])
+    output(model, "llama")  # finds the experts' directions
+    for i, folder in enumerate(folders[2:]):
+        graft.hotswap_adapter(model, folder, f"task_{i}")
+    assert_close(output(model, "llama"), output(arrow(folders[2:]), "llama"))
+
+
 def test_other_methods_are_refused(tmp_path):
     ia3 = graft.get_peft_model(models.make("mlp"), graft.IA3Config(target_modules=["fc1"], feedforward_modules=[]))
     ia3.save_pretrained(tmp_path / "ia3")

@@ -331,6 +331,7 @@ def grow(larger: list[tuple[Entry, Tensor, int]]) -> None:
     for entry, value, rank in larger:
         p: Any = entry.owner._parameters[entry.attribute]
         p.data, p.grad = value, None
+        torch.autograd.graph.increment_version(p)  # which tells those who keep what they made of it
         for name in SIZES[RANK_DIM[entry.container]]:
             if hasattr(entry.owner, name):
                 setattr(entry.owner, name, rank)

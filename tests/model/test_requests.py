@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graft
 from graft.core.gate import Gate
+from graft.io import save
 from graft.io.load import Values
 from graft.model import functional
 from graft.serving import AdapterSlots
@@ -488,6 +489,55 @@ def test_reading_and_building_go_on_beside_requests(other, monkeypatch):
 
 
 OTHERS = ["bob", "cid", "dan", "eve"]
+
+
+READS = {
+    "save_pretrained": lambda m, folder: m.save_pretrained(folder),
+    "layout": lambda m, folder: m.save_pretrained(folder, layout="vllm"),
+    "for_server": lambda m, folder: m.save_pretrained(folder, for_server="vllm"),
+    "adapter_tensors": lambda m, _: graft.adapter_tensors(m, "ann").tensors,
+    "AdapterSlots.load": lambda m, _: in_slots(m),
+    "reference": lambda m, _: m.reference("ann") and graft.get_peft_model_state_dict(m, adapter_name="ann-reference"),
+}
+
+
+def in_slots(model):
+    with seeded(0):
+        slots = AdapterSlots(Net(), 1, 2, ["first", "second"])
+    slots.load("x", model, adapter="ann")
+    return {key: f.A for key, f in slots._known["x"].factors.items()}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_save_holds_what_adapters_were_when_it_began(name, other, tmp_path, monkeypatch):
+    def values(made):
+        return graft.load_peft_weights(str(tmp_path / "ann")) if made is None else made
+
+    def model():
+        with seeded(0):
+            base = Net()
+        configs = dict.fromkeys(["ann", "bob"], graft.LoraConfig(r=2, target_modules=["first", "second"]))
+        return adapted(base, configs, seed=1, scale=0.3, change_timeout=30)
+
+    expected = {k: v.clone() for k, v in values(READS[name](model(), tmp_path)).items()}
+    changing, changes = model(), []
+    new = {k: v + 1 for k, v in graft.get_peft_model_state_dict(changing, adapter_name="ann").items()}
+
+    def collected(*args, **kwargs):
+        """Return what is there, while another thread waits to change it."""
+        found = original(*args, **kwargs)
+        if not changes:
+            changes.append(Thread(lambda: graft.set_peft_model_state_dict(changing, new, "ann")))
+            until(lambda: changing._registry.call.gate.closed_by or not changes[0].is_alive())
+        return found
+
+    original = save.entries
+    monkeypatch.setattr(save, "entries", collected)
+    made = values(READS[name](changing, tmp_path))
+    assert changes and made.keys() == expected.keys() and all(torch.equal(made[k], v) for k, v in expected.items())
+    changes[0].value()
+    after = graft.get_peft_model_state_dict(changing, adapter_name="ann")
+    assert all(torch.equal(after[k], v) for k, v in new.items())
 
 
 def test_two_loads_at_once_bring_both(other):

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from graft.core.carrier import Carrier
 from graft.core.errors import AdapterNotFoundError
@@ -19,6 +21,8 @@ from graft.storage import parameter_names
 
 if TYPE_CHECKING:
     from torch import nn
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 class Nests:
@@ -114,3 +118,15 @@ def gate_of(model: nn.Module) -> Gate:
     if gate is None:
         raise AdapterNotFoundError(f"The model ({type(model).__name__}) carries no adapter.")
     return gate
+
+
+def reads(function: F) -> F:
+    """Decorate a function of a model that reads adapters, such as a save: a call, beside which nothing changes."""
+
+    @wraps(function)
+    def run(model: nn.Module, *args: object, **kwargs: object) -> Any:
+        gate = gate_in(model)
+        with nullcontext() if gate is None else gate.call(f"{function.__name__}()"):
+            return function(model, *args, **kwargs)
+
+    return run  # type: ignore[return-value]

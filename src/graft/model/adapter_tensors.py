@@ -22,7 +22,7 @@ from graft.core.ops import Opaque
 from graft.core.wrappers import clean
 from graft.files.errors import LossError
 from graft.files.export import known_extra
-from graft.inject.parts import Nests, Parts, unwrapped
+from graft.inject.parts import Nests, Parts, reads, unwrapped
 from graft.inject.stage import group_in
 from graft.io import files, save
 from graft.io.fingerprint import Note, hashed
@@ -63,6 +63,7 @@ class AdapterTensors:
             files.save_adapter(os.fspath(folder), self.tensors, self.made, True, self.base)
 
 
+@reads
 def adapter_tensors(
     model: nn.Module,
     adapter_name: str = "default",

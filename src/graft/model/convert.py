@@ -13,13 +13,14 @@ from graft.combine.convert import convert
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError, ConfigTypeError
 from graft.core.wrappers import clean
-from graft.inject.parts import Nests, Parts, unwrapped
+from graft.inject.parts import Nests, Parts, reads, unwrapped
 from graft.io import files, save
 from graft.io.entries import entries
 from graft.io.fingerprint import fingerprint, weights_of
 from graft.methods.lora.config import LoraConfig
 
 
+@reads
 def convert_to_lora(
     model: nn.Module,
     rank: int | float,
@@ -69,6 +70,7 @@ def convert_to_lora(
     return made, tensors
 
 
+@reads
 def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") -> tuple[PeftConfig, dict[str, Tensor]]:
     """Return config and tensors of the first ranks of a LoRA adapter, with its alpha; change nothing.
 

@@ -17,6 +17,7 @@ from graft.files.export import Exported
 from graft.files.export import export as export_file
 from graft.files.formats import peft
 from graft.files.serving import server_named
+from graft.inject.parts import reads
 from graft.io import files
 from graft.io.base import get_base_model_state_dict
 from graft.io.fingerprint import fingerprint, weights_of
@@ -66,6 +67,7 @@ def export_adapters(
                 )
 
 
+@reads
 def export(model: nn.Module, adapter: str, server: str, path: str, rank: int | float | None = None) -> Exported:
     """Write an adapter of a model for a server.
 

@@ -20,7 +20,7 @@ from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, wa
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, copies_of
 from graft.inject.job import Options
-from graft.inject.parts import HOLDER, registry_of
+from graft.inject.parts import HOLDER, reads, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
 from graft.model import checkpoints
@@ -456,6 +456,7 @@ class PeftModel(nn.Module):
 
     # saving
 
+    @reads
     def save_pretrained(
         self,
         save_directory: str,
@@ -472,7 +473,8 @@ class PeftModel(nn.Module):
         """Write adapter_config.json and the adapter's tensors; "default" into the folder, others into sub-folders.
 
         A failed save leaves the old files in place; one that is cut short leaves the old adapter or the new one. If
-        several processes save into one folder at once, it ends with the whole adapter of one of them.
+        several processes save into one folder at once, it ends with the whole adapter of one of them. Changes of other
+        threads wait until it has ended.
 
         Args:
             safe_serialization: safetensors; else a torch file, adapter_model.bin.

@@ -14,7 +14,7 @@ from graft.combine.adding import changes_base
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
 from graft.inject.job import Options
-from graft.inject.parts import registry_of
+from graft.inject.parts import reads, registry_of
 from graft.io.files import Loaded
 from graft.io.load import Values
 from graft.io.save import get_peft_model_state_dict
@@ -63,14 +63,21 @@ def refer(
     name = f"{adapter_name}-reference" if name is None else name
     config = copy.deepcopy(registry.peft_config[adapter_name])
     config.inference_mode = True
-    state = get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
+    state = values_of(model, adapter_name)
     if changes_base(config):  # and has done so: beside it a copy is plain
         config.init_lora_weights = True
         state = {key: t for key, t in state.items() if ".lora_shift." not in key}
-    loaded = Loaded({key: t.detach().clone() for key, t in state.items()}, f"adapter '{adapter_name}'", finite=True)
+    loaded = Loaded(state, f"adapter '{adapter_name}'", finite=True)
     with registry.call.gate.preparing(f"reference({adapter_name!r})", ()):
         values = Values(model.get_base_model(), config, name, loaded)
         add(name, config, Options(values=values))
         registry.frozen.add(name)
         registry.set_requires_grad(name, False)
     return Reference(model, name)
+
+
+@reads
+def values_of(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return copies of an adapter's tensors."""
+    state = get_peft_model_state_dict(model, None, adapter, save_embedding_layers=False)
+    return {key: t.detach().clone() for key, t in state.items()}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
@@ -32,7 +32,7 @@ from graft.core.rows import BASE, copies_of
 from graft.core.site import Site
 from graft.inject.inject import Injection, attach
 from graft.inject.match import Names
-from graft.inject.parts import gate_of, registry_of
+from graft.inject.parts import gate_in, gate_of, registry_of
 from graft.inject.survey import survey
 from graft.io.files import Loaded
 from graft.io.save import config_of, get_peft_model_state_dict
@@ -268,7 +268,9 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}': keep=False needs a folder to read it from again.")
 
         def read() -> dict[str, SlotFactors]:
-            return self._fit(name, *self._source(name, source, config, adapter, hub), allow_nonfinite)
+            gate = gate_in(source) if isinstance(source, nn.Module) else None
+            with nullcontext() if gate is None else gate.call(f"AdapterSlots.load({name!r})"):
+                return self._fit(name, *self._source(name, source, config, adapter, hub), allow_nonfinite)
 
         factors = read()
         with self.gate.moved:

@@ -336,6 +336,25 @@ def test_a_change_within_a_request_acts_on_what_the_request_does_not_use(act, ot
         assert within(two_adapters(), KINDS["mixed"], acts_on_b(other)[act])[0] is graft.InUseError
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'bob' was a part of")
+@pytest.mark.parametrize("first, second", [("bob", "both"), ("both", "bob"), ("both", "deleted")])
+def test_a_call_that_waits_for_another_composition_has_it(first, second):
+    acts = {
+        "bob": lambda m: m.set_adapter("bob"),
+        "both": lambda m: m.set_adapter(graft.Parallel("ann", "bob")),
+        "deleted": lambda m: m.delete_adapter("bob"),
+    }
+    model, after = two_adapters().eval(), two_adapters().eval()
+    acts[first](model)
+    acts[second](after)
+    with stopped(model, lambda m: m(X)):
+        changes = Thread(lambda: acts[second](model))
+        until(lambda: registry_of(model).call.gate.closed_by)
+        later = Thread(lambda: model(X))
+        until(lambda: registry_of(model).call.gate.waiting)
+    assert changes.value() is None and torch.equal(later.value(), after(X))
+
+
 def test_the_reason_names_the_call_and_the_remedy():
     model, errors = two_adapters(), []
 

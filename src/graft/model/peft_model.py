@@ -370,14 +370,20 @@ class PeftModel(nn.Module):
     ) -> object:
         """Run a function of the base model; take graft's own arguments out and act on them."""
         names = names_of_rows(kwargs.pop("adapter_names", None))
-        registry = self._registry
-        value = composition_for(registry, kwargs.pop("compose", None), names)
-        if value is not None:
-            own = {*self.special_peft_forward_args, *registry.arguments}
-            inputs, kwargs, names = composed(value, inputs, kwargs, own)
-        used = None if names is None else [n for name in names for n in names_in(name)]
-        with self._calling("generate" if generates else "forward", used):
-            output, context = self._run(function, names, inputs, kwargs, generates)
+        registry, compose = self._registry, kwargs.pop("compose", None)
+        value = composition_for(registry, compose, names)
+        while True:
+            of_rows = names if value is None else [value]
+            used = None if of_rows is None else [n for name in of_rows for n in names_in(name)]
+            with self._calling("generate" if generates else "forward", used):
+                known, value = value, composition_for(registry, compose, names)
+                if value != known:
+                    continue  # another one is active since, for which this call waited
+                if value is not None:
+                    own = {*self.special_peft_forward_args, *registry.arguments}
+                    inputs, kwargs, names = composed(value, inputs, kwargs, own)
+                output, context = self._run(function, names, inputs, kwargs, generates)
+            break
         if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
             registry.call.keep_for_backward(output, context)
             if registry.watch is not None and names is None:

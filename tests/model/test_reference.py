@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import graft
+from graft.model.functional import set_requires_grad
 from tests.leaves_out import FUSED_EXPERTS
 from tests.models import make, seeded
 
@@ -77,6 +78,7 @@ def test_it_never_trains_and_is_in_no_file(tmp_path):
     for change in (
         lambda: model.set_adapter("old"),
         lambda: model.set_requires_grad("old"),
+        lambda: set_requires_grad(model, "old"),
         lambda: model.base_model.set_adapter(["default", "old"]),
         lambda: model.set_adapter("default"),
     ):

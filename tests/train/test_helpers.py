@@ -176,6 +176,15 @@ def test_functions_keep_a_wrappers_registry():
     assert list(model.peft_config) == ["default"] == model.active_adapters
 
 
+def test_gradients_are_set_of_all_that_an_adapter_has():
+    config = graft.VBLoRAConfig(r=2, num_vectors=4, vector_length=2, topk=2, target_modules="all-linear")
+    model = graft.get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+    functional.set_requires_grad(model, "default", False)
+    assert not any(p.requires_grad for p in model.parameters())  # those that layers share among them
+    functional.set_requires_grad(model, "default")
+    assert all(p.requires_grad for _, p in model.adapter_parameters("default"))
+
+
 def test_unknown_adapters_are_named():
     model = injected(graft, "a")
     for call in (functional.set_adapter, functional.set_requires_grad):

@@ -104,6 +104,10 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
         AdapterNotFoundError: no layer carries one of them.
     """
     names = one_or_several(adapter_names, "set_requires_grad")
+    registry: Registry | None = registry_of(unwrapped(model))
+    if registry is not None:
+        registry.set_requires_grad(names, requires_grad)
+        return
     parts = parts_in(model)
     check_there(parts, names)
     with parts[0].call.gate.change(f"set_requires_grad({names})", names):

@@ -22,6 +22,7 @@ from graft.core.errors import (
     ConfigError,
 )
 from graft.core.layer import AdapterLayer
+from graft.inject.parts import registry_of
 from graft.io.files import load_weights
 from graft.model.functional import rescale_adapter_scale
 from tests import models
@@ -698,6 +699,25 @@ def test_a_prepared_model_does_all_that_it_did(tmp_path):
     assert all(torch.allclose(g, grads[1][n], atol=1e-6) for n, g in grads[0].items())
     with rescale_adapter_scale(model, 0.5), rescale_adapter_scale(plain, 0.5):
         assert_close(output(model, "mlp"), output(plain, "mlp"))
+
+
+@pytest.mark.parametrize("how", ["swapped", "prepared and swapped", "deleted and loaded"])
+def test_what_comes_while_scales_are_changed_keeps_its_own(tmp_path, how):
+    folder = save(tmp_path, "mlp", 2, **LORA | MLP | dict(lora_alpha=7.3))
+    model = random_lora(graft, "mlp", 1, **LORA, **MLP)
+    model.add_adapter("other", graft.LoraConfig(**LORA, **MLP))
+    if how.startswith("prepared"):
+        graft.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    with rescale_adapter_scale(model, 0.5):
+        if how.endswith("swapped"):
+            graft.hotswap_adapter(model, folder, "default")
+        else:
+            model.set_adapter("other")
+            model.delete_adapter("default")
+            model.load_adapter(folder, "default")
+    model.set_adapter("default")
+    assert_close(output(model, "mlp"), output(loaded(graft, "mlp", folder), "mlp"))
+    assert all(abs(layer.scaling["other"] - 1.37) < 1e-6 for layer in registry_of(model).layers.values())
 
 
 def test_preparing_refuses_what_it_cannot_do():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
 from graft.core.carrier import active_without, check_not_merged, layer_in
@@ -141,15 +141,29 @@ def layers_with_scaling(model: nn.Module) -> dict[str, Any]:
 def rescaled(layers: Mapping[str, Any], factor: Callable[[str], float], what: str) -> Iterator[None]:
     """Multiply the scalings of layers within the block, each by a factor of its path. what: does so, for who waits."""
     gate, before = next(iter(layers.values())).call.gate, {path: layer.scaling for path, layer in layers.items()}
+    marks: dict[str, dict[str, tuple[Any, int]]] = {}
     with gate.change(what):
         for path, layer in layers.items():  # another dict: callers compare the two
             layer.scaling = {name: value * factor(path) for name, value in layer.scaling.items()}
+            marks[path] = {name: (value, version_of(value)) for name, value in layer.scaling.items()}
     try:
         yield
     finally:
         with gate.change(f"the end of {what}"):
             for path, layer in layers.items():
-                layer.scaling = {name: before[path].get(name, value) for name, value in layer.scaling.items()}
+                same = {name for name, mark in marks[path].items() if is_still(layer.scaling.get(name), mark)}
+                own = before[path]  # those that others have set meanwhile, as a hot-swap does, stay
+                layer.scaling = {name: own[name] if name in same else value for name, value in layer.scaling.items()}
+
+
+def version_of(value: object) -> int:
+    """Return what changes when a scaling is written to, which is a tensor where hot-swaps are compiled."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def is_still(value: object, mark: tuple[object, int]) -> bool:
+    """Return True if a scaling is the one that was marked, and nobody has written to it."""
+    return value is mark[0] and version_of(value) == mark[1]
 
 
 @contextmanager

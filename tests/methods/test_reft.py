@@ -51,6 +51,16 @@ def test_padding_changes_nothing(left):
     assert_close(y[:, 2:] if left else y[:, :-2], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", [graft.ReftConfig(**ENDS), graft.SteeringConfig(min_token_index=1)], ids=type)
+@torch.no_grad()
+def test_a_mask_counts_by_its_place_as_by_its_name(config):
+    model, ids = adapted(make("llama"), {"default": config}, scale=1), inputs("llama")["input_ids"]
+    ids, mask = padded(ids, torch.ones_like(ids), True)
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(model(ids, mask).logits, expected)
+    assert torch.equal(model.base_model(ids, mask).logits, expected)
+
+
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "anew"])
 @pytest.mark.parametrize("rows", [None, ["other", "__base__", "default"]], ids=["", "mixed"])
 @torch.no_grad()

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
+from graft.core.rows import parameters_of
+from graft.methods.xlora import CACHES
 from tests import models
 from tests.looks import layers, registry_of
 from tests.models import adapted, seeded
@@ -203,6 +205,9 @@ def test_generation(folder):
     with pytest.raises(graft.RoutingError, match="takes no cache"):
         cache = ours.get_base_model()(batch["input_ids"], use_cache=True).past_key_values
         ours(batch["input_ids"][:, :1], past_key_values=cache)
+    by_place = [cache if name in CACHES else None for name in parameters_of(ours.get_base_model())]
+    with pytest.raises(graft.RoutingError, match="takes no cache"):
+        ours.base_model(batch["input_ids"][:, :1], *by_place[1 : by_place.index(cache) + 1])
 
 
 @pytest.mark.differs(

@@ -259,6 +259,10 @@ class Run:
         place = parameters_of(model).index(name) if name in parameters_of(model) else len(self.inputs)
         return self.inputs[place] if place < len(self.inputs) else None
 
+    def by_name(self, model: nn.Module) -> dict[str, Any]:
+        """Return all that the call says to the model's forward, by name."""
+        return by_name(model, self.inputs, self.kwargs)
+
     def argument(self, name: str) -> Any:
         """Return an argument of the model; the caller need not name the first."""
         value = self.kwargs.get(name)
@@ -268,6 +272,11 @@ class Run:
 def parameters_of(model: nn.Module) -> list[str]:
     """Return the names of the arguments that a model's forward lists, compiled or not."""
     return list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
+
+
+def by_name(model: nn.Module, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model's forward by name, also those that are given by their place."""
+    return {**dict(zip(parameters_of(model), inputs)), **kwargs} if inputs else dict(kwargs)
 
 
 def copies_of(model: object, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.config.fields import Chosen, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.method import Method
-from graft.core.rows import Finish, PerRow, Run
+from graft.core.rows import Finish, PerRow, Run, by_name
 from graft.methods.bottleneck import PLACES
 from graft.methods.places import chosen_blocks, hidden_size
 
@@ -137,7 +137,7 @@ class OnStates(Method[S]):
             if tuner.disabled:
                 yield finish
                 return
-            facts: dict[str, PerRow] = {**facts_of(run.kwargs, tuner.model), **cls.facts(run)}
+            facts: dict[str, PerRow] = {**facts_of(run.by_name(tuner.model), tuner.model), **cls.facts(run)}
             with call.giving(facts=facts), following(tuner.model, call, run):
                 yield finish
 
@@ -163,9 +163,10 @@ def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if get_ident() != thread:  # others may run the model as well
             return
-        now = facts_of(kwargs, model)
+        arguments = by_name(model, args, kwargs)
+        now = facts_of(arguments, model)
         if not first:
-            first.update({name: ended(fact, name, kwargs) for name, fact in now.items()})
+            first.update({name: ended(fact, name, arguments) for name, fact in now.items()})
         steps = {name: fact if not fact.acts else first[name] for name, fact in now.items()}
         call.put(call.context._replace(facts={**call.context.facts, **steps}))
 

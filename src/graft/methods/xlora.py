@@ -24,7 +24,7 @@ from graft.config.hub import fetch
 from graft.config.pair import CONFIG_NAME
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Layers, Method
-from graft.core.rows import BASE, Finish, Rows, Run
+from graft.core.rows import BASE, Finish, Rows, Run, by_name
 
 if TYPE_CHECKING:
     from graft.core.call import Call
@@ -344,7 +344,8 @@ def weigh(tuner: Classified, call: Call, args: tuple[Any, ...], kwargs: dict[str
     """Return the gates for a forward pass with these arguments."""
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config
-    if any(kwargs.get(name) is not None for name in CACHES):
+    told = by_name(tuner.model, args, kwargs)
+    if any(told.get(name) is not None for name in CACHES):
         raise RoutingError("X-LoRA weighs experts by the whole text, and takes no cache: pass all tokens.")
     kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
     kwargs.pop("labels", None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from graft.core.method import as_it_is
+from graft.core.rows import by_name
 from graft.methods.shadow.detached import NAMES, empty, shadow_loss, unpack, with_cache
 from graft.storage import place_of
 
@@ -93,7 +94,12 @@ class Pass:
         self, tuner: Tuner, call: Call, names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, Any]
     ):
         self.tuner, self.call, self.names = tuner, call, names
-        self.arguments = {**dict(zip(signature(tuner.model.forward).parameters, args)), **kwargs}
+        self.arguments = by_name(tuner.model, args, kwargs)
+        if any(self.arguments.get(name) is not None and kwargs.get(name) is None for name in NAMES):
+            raise ValueError(
+                f"SHADOW adapters {list(names)} take a cache apart, and found one among the arguments without a name: "
+                "pass past_key_values by its name."
+            )
         self.shadows = unpack(tuner.model, kwargs, self.arguments.get("use_cache"))
         self.starts: dict[str, Tensor] = {}  # states before the first block, of all rows
         self.states = States(self.seed)

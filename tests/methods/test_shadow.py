@@ -3,11 +3,13 @@
 
 import copy
 import pickle
+from functools import partial
 
 import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification
 
 import graft
@@ -281,6 +283,35 @@ def test_gradient_checkpointing(reentrant):
         model(**X, labels=IDS).loss.backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})
     close_dicts(*grads)
+
+
+class Checkpointed(nn.Module):
+    """A block that is checkpointed as a whole, adapter and all, as models with code of their own do it."""
+
+    def __init__(self, block, reentrant):
+        super().__init__()
+        self.block, self.reentrant = block, reentrant
+
+    def forward(self, h, **kwargs):
+        return checkpoint(partial(self.block, **kwargs), h, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("rows", [None, ROWS], ids=["", "mixed"])
+def test_blocks_that_are_checkpointed_around_the_adapter(rows):
+    def grads(wrap):
+        model = two()
+        model.set_requires_grad(["default", "b"])
+        stack = model.get_base_model().model.layers
+        for i, block in enumerate(stack):
+            stack[i] = wrap(block)
+        model.get_base_model().enable_input_require_grads()
+        more = {} if rows is None else {"adapter_names": rows}
+        model.train()(**X, labels=IDS, use_cache=False, **more).loss.backward()
+        return {n.replace(".block", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    close_dicts(grads(lambda block: Checkpointed(block, False)), grads(lambda block: block))
+    with pytest.raises(NotImplementedError, match="pass use_reentrant=False"):
+        grads(lambda block: Checkpointed(block, True))
 
 
 def test_dtypes_in_half_precision_are_pefts():

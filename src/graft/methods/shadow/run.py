@@ -9,6 +9,7 @@ from inspect import signature
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from graft.core.method import as_it_is
@@ -30,6 +31,8 @@ class States:
     def __init__(self, seed: Callable[[str, Tensor], Tensor]):
         self.seed = seed  # (adapter, its rows at the first block) → state before that
         self.now: dict[str, Tensor] = {}  # (rows, tokens, hidden)
+        # by adapter and block: the state before each of its runs, None where it was the seed, for blocks that run again
+        self.before: dict[tuple[str, str], list[Tensor | None]] = {}
 
     def __getitem__(self, index: object) -> States:
         return self
@@ -37,10 +40,26 @@ class States:
     def repeat_interleave(self, repeats: int, dim: int) -> States:
         return self
 
-    def take(self, adapter: str, h: Tensor) -> Tensor:
-        """Return the state before a block with input h."""
-        if adapter not in self.now:
-            self.now[adapter] = self.seed(adapter, h)
+    def take(self, adapter: str, block: str, h: Tensor) -> Tensor:
+        """Return the state before a block with input h: that of its call, if a backward pass runs it again.
+
+        Raises:
+            NotImplementedError: it is not known for which of its runs, or there was no graph.
+        """
+        eager = not torch.compiler.is_compiling()
+        if eager and torch._C._current_graph_task_id() != -1:
+            runs = self.before.get((adapter, block), [])
+            if len(runs) != 1:
+                raise NotImplementedError(
+                    f"A backward pass runs block '{block}' again, and SHADOW adapter '{adapter}' has no state for it: "
+                    "pass use_reentrant=False to gradient checkpointing, or checkpoint within the block."
+                )
+            before = runs[0]
+        else:
+            before = self.now.get(adapter)
+            if eager and torch.is_grad_enabled():
+                self.before.setdefault((adapter, block), []).append(before)
+        self.now[adapter] = self.seed(adapter, h) if before is None else before
         return self.now[adapter]
 
 
@@ -93,7 +112,8 @@ class Pass:
     def __init__(
         self, tuner: Tuner, call: Call, names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, Any]
     ):
-        self.tuner, self.call, self.names = tuner, call, names
+        self.tuner, self.names = tuner, names
+        self.rows = call.rows  # also when a backward pass runs a block again
         self.arguments = by_name(tuner.model, args, kwargs)
         if any(self.arguments.get(name) is not None and kwargs.get(name) is None for name in NAMES):
             raise ValueError(
@@ -143,8 +163,7 @@ class Pass:
             start = self.start(name, h)
             self.starts[name] = start
             return start
-        rows = self.call.rows
-        index = None if rows is None else rows.on(start.device).index_of(name)
+        index = None if self.rows is None else self.rows.on(start.device).index_of(name)
         return start if index is None else start.index_select(0, index)
 
     def finish(self, output: Any) -> object:

@@ -107,7 +107,7 @@ class Shadow(Method[ShadowConfig]):
         return states
 
     def pre(self, h: Tensor) -> Tensor:
-        s, x = self.state().take(self.name, h), h.to(self.dtype)
+        s, x = self.state().take(self.name, self.site.key, h), h.to(self.dtype)
         if s.shape != h.shape:
             raise ValueError(
                 f"the shadow state has shape {tuple(s.shape)}, and layer '{self.site.key}' gets {tuple(h.shape)}: "

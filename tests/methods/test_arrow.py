@@ -205,6 +205,19 @@ def test_directions_follow_the_experts(folder):
     assert torch.equal(output(copy.deepcopy(model)), output(model))
 
 
+@pytest.mark.parametrize("within", [True, False], ids=["made in inference mode", "used in it"])
+@pytest.mark.filterwarnings("ignore:After the first backward pass")  # of the router's own A and B, which do nothing
+def test_inference_mode(within, folder):
+    with torch.inference_mode(within):
+        model = made(graft, folder, top_k=1, use_gks=True)
+    with torch.inference_mode():
+        expected = output(model)
+    if not within:  # training may use the directions that were found there
+        model.set_requires_grad(["task_0", "task_1", "task_2"])
+        models.output(model, models.inputs("llama")).sum().backward()
+    assert_close(output(model), expected)
+
+
 def test_rows_experts_and_none(folder):
     model = made(graft, folder)
     routed = output(model)

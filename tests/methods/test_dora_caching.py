@@ -184,6 +184,15 @@ def test_two_adapters_and_a_mixed_batch():
             assert torch.allclose(model(**X, adapter_names=names), expected, atol=1e-6)
 
 
+def test_norms_of_inference_mode_serve_calls_with_gradients():
+    model = with_dora()
+    with DoraCaching():
+        with torch.inference_mode():
+            model(**X)
+        model(**X).square().mean().backward()
+    assert model.base_model.model.lin0.lora_magnitude_vector["default"].weight.grad.any()
+
+
 def test_gradients_of_the_magnitudes_stay():
     model = with_dora()
     with DoraCaching():

@@ -25,6 +25,11 @@ GENERAL = re.compile(r"gks_\d+")  # names of adapters of general knowledge, whic
 STEPS, EPS = 15, 1e-8  # of the power iteration
 
 
+def version_of(t: Tensor) -> int:
+    """Return which version of a tensor its values are; 0 for tensors of inference mode, which count none."""
+    return 0 if t.is_inference() else t._version
+
+
 class Router(nn.Module):
     """The directions of the experts, as long as these keep their values."""
 
@@ -37,7 +42,7 @@ class Router(nn.Module):
 
     def current(self, tensors: list[Tensor]) -> bool:
         return len(self.of) == len(tensors) and all(
-            a is b and version == b._version for (a, version), b in zip(self.of, tensors)
+            a is b and version == version_of(b) for (a, version), b in zip(self.of, tensors)
         )
 
     def __getstate__(self) -> dict[str, object]:
@@ -106,10 +111,11 @@ class Arrow(LoRA):
             return router.prototypes  # type: ignore[return-value]
         if settings(self.cfg.arrow_config).top_k > len(experts) or not all(is_plain(m) for m in experts):
             raise RoutingError(why_not(self, general, experts))
-        with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+        # not in inference mode: training may save what is kept
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(A.device.type, enabled=False):
             seed = settings(self.cfg.arrow_config).rng_seed
             found = torch.stack([top_direction(a.float(), b.float(), seed) for a, b in zip(A, B)]).to(A.dtype)
-        router.prototypes, router.of = found, [(t, t._version) for t in tensors]
+        router.prototypes, router.of = found, [(t, version_of(t)) for t in tensors]
         return found
 
 

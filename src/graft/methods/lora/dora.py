@@ -142,6 +142,7 @@ class DoRA(LoRA):
         """Return the norms, computed once for each state of the tensors that they depend on."""
         of, cache = (self.layer.weight, *self.pair), self.norm_cache
         if cache is None or not cache.holds(of, self.scaling):
-            norm = self.norm_now()
+            with torch.inference_mode(False), torch.no_grad():  # or a call with gradients could not save what is kept
+                norm = self.norm_now()
             cache = self.norm_cache = CachedNorm(norm, of, self.scaling)
         return cache.norm

@@ -248,6 +248,16 @@ def test_a_conversion_from_another_start_is_refused(tmp_path):
     assert not (tmp_path / "end").exists()
 
 
+@pytest.mark.parametrize("change", [dict(target_modules=["lin0"]), dict(r=5)], ids=["a layer less", "another rank"])
+def test_a_conversion_from_a_start_of_other_layers_is_refused(change, tmp_path):
+    plain = dict(r=3, target_modules=TARGETS)
+    graft.get_peft_model(base(), graft.LoraConfig(**plain | change)).save_pretrained(tmp_path / "start")
+    model = graft.get_peft_model(base(), graft.LoraConfig(**plain))
+    with pytest.raises(graft.ConfigError, match=r"it lacks \['?base_model.model.*, or has it in another shape"):
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert not (tmp_path / "end").exists()
+
+
 @pytest.mark.parametrize("how", ["corda", "lora_ga"])
 def test_conversion_to_plain_lora(how, tmp_path):
     cfg = config(how)

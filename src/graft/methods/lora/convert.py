@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.errors import ConfigError, PeftWarning, some, warn
 from graft.methods.lora.lora import LoRA
 from graft.methods.lora.shift import NAME
 from graft.methods.lora.sub_configs import CONVERTED
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graft.methods.lora.config import LoraConfig
 
 MARK = f".{NAME}."
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 def subtract_initial(
@@ -51,11 +52,10 @@ def subtract_initial(
     check_initial(initial, tensors)
     out = {key: t for key, t in tensors.items() if MARK not in key}  # all but A and B stays: magnitudes, heads
     for key, now in tuple(out.items()):
-        before = initial[key].to(now) if key in initial else None
         if "lora_A" in key or "lora_embedding_A" in key:
-            out[key] = torch.cat([now, before], dim=0)  # type: ignore[list-item]
+            out[key] = torch.cat([now, initial[key].to(now)], dim=0)
         elif "lora_B" in key or "lora_embedding_B" in key:
-            out[key] = torch.cat([now, -before], dim=1)  # type: ignore[operator]
+            out[key] = torch.cat([now, -initial[key].to(now)], dim=1)
     made = copy.deepcopy(config)
     made.init_lora_weights, made.corda_config = True, None
     made.r *= 2
@@ -70,6 +70,14 @@ def subtract_initial(
 
 def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Raise unless `initial` began with what was taken out of the base weights."""
+    factors = [key for key in tensors if any(name in key for name in FACTORS)]
+    strange = [key for key in factors if key not in initial or initial[key].shape != tensors[key].shape]
+    if strange:
+        raise ConfigError(
+            "The adapter in path_initial_model_for_weight_conversion is not what this one began with: it lacks "
+            f"{some(strange)}, or has it in another shape. Pass the folder to which this adapter was saved before it "
+            "trained."
+        )
     for key, A in tensors.items():
         layer, mark, name = key.partition(MARK)
         before = initial.get(f"{layer}.lora_A.weight")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graft
 from graft.core.call import Call
-from graft.core.rows import BASE, Rows
+from graft.core.rows import BASE, CallContext, Rows
 from tests import models
 from tests.looks import layers, registry_of
 from tests.models import disturb, seeded
@@ -74,6 +74,13 @@ def test_using_puts_back_what_was_there_also_after_an_error():
             raise KeyError
         assert call.current() is outer
     assert call.rows is None
+
+
+def test_facts_of_some_rows_are_where_these_are():
+    """A caller may have them elsewhere, and layers may be on several devices."""
+    some = CallContext(facts={"fact": torch.arange(4)}).only(torch.tensor([0, 2], device="meta"))
+    assert some.facts["fact"].device.type == "meta"
+    assert CallContext(facts={"fact": torch.arange(4)}).only(torch.tensor([0, 2])).facts["fact"].tolist() == [0, 2]
 
 
 def test_a_layer_that_sees_no_rows_of_the_batch_is_named():

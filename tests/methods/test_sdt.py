@@ -54,6 +54,17 @@ def test_channels_and_states_of_the_largest_change():
     assert states.tolist() == [[0, 1], [0, 2]]
 
 
+def test_places_are_made_where_the_changes_are():
+    found = layers(with_sdt("mamba", init_weights=False))
+    method, channels = (
+        next(la for key, la in found.items() if key.endswith("x_proj")).methods["default"],
+        torch.tensor([1, 3]),
+    )
+    expected = method.places(channels, torch.zeros(2, 1))
+    with torch.device("meta"):  # stands for a device other than that of the tensors
+        assert torch.equal(method.places(channels, torch.zeros(2, 1)), expected)
+
+
 def test_a_warm_up_chooses_and_leaves_the_base_as_it_was():
     model, config = base("mamba"), graft.SdtConfig(**OPTIONS)
     before = copy.deepcopy(model.state_dict())

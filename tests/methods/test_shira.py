@@ -118,6 +118,15 @@ def test_places_outside_of_the_weight(tmp_path):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+def test_places_are_checked_where_they_are():
+    sample = first("SHIRA")
+    model = adapt(graft, sample)
+    tensors = graft.get_peft_model_state_dict(model)
+    with torch.device("meta"):  # stands for a device other than that of the tensors
+        report = graft.set_peft_model_state_dict(model, tensors)
+    assert not report.missing_keys
+
+
 def test_places_as_floats(tmp_path):
     """As PEFT writes them on Windows."""
     sample = first("SHIRA")

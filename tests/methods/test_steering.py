@@ -11,6 +11,8 @@ from transformers import AutoModel
 
 import graft
 from graft.core.errors import CalibrationError, ConfigError, RoutingError
+from graft.core.rows import Run
+from graft.methods.steering import coefficients
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS, PAIRS, Letters
 from tests.models import adapted, inputs, make, output, seeded
@@ -50,6 +52,12 @@ def test_the_formula():
     assert_close(mixed, h + torch.tensor([1.0, 0, 3])[:, None, None] * v)
     with pytest.raises(RoutingError, match=r"shape \(2,\) for a batch of 3 rows"):
         model(**inputs("llama"), steering_coefficient=[1, 2])
+
+
+def test_coefficients_go_where_the_rows_are():
+    run = Run((torch.empty(2, 3, device="meta"),), {}, {})
+    for value in (1.0, [1.0, 2.0], torch.tensor([1.0, 2.0])):
+        assert coefficients(value, run).device.type == "meta"
 
 
 @torch.no_grad()

@@ -156,6 +156,11 @@ class PerRow(Protocol):
     def repeat_interleave(self, repeats: int, dim: int) -> PerRow: ...
 
 
+def rows_at(fact: PerRow, index: Tensor) -> PerRow:
+    """Return a fact about some rows: where the index is, if it is a tensor, which a caller may have elsewhere."""
+    return fact.to(index.device)[index] if isinstance(fact, Tensor) else fact[index]
+
+
 class Same:
     """One value for all rows, whichever they are."""
 
@@ -195,7 +200,7 @@ class CallContext(NamedTuple):
     def only(self, index: Tensor) -> CallContext:
         """Return gates and facts of some rows of the batch."""
         gates = None if self.gates is None else self.gates.rows(index)
-        facts = {name: fact[index] for name, fact in self.facts.items()} or NO_FACTS
+        facts = {name: rows_at(fact, index) for name, fact in self.facts.items()} or NO_FACTS
         some = index if self.some is None else self.some[index]
         return self._replace(gates=gates, facts=facts, some=some)
 

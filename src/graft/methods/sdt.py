@@ -160,8 +160,9 @@ class SDT(Method[SdtConfig]):
         assert self.mixer is not None
         if self.site.op.opaque:
             return torch.stack([channels[:, None].expand_as(states).flatten(), states.flatten()])
-        rows = torch.arange(self.site.out_features - 2 * self.mixer.states, self.site.out_features)  # of B, then of C
-        return torch.stack([rows.repeat_interleave(len(channels)), channels.cpu().repeat(len(rows))])
+        out = self.site.out_features
+        rows = torch.arange(out - 2 * self.mixer.states, out, device=channels.device)  # of B, then of C
+        return torch.stack([rows.repeat_interleave(len(channels)), channels.repeat(len(rows))])
 
     def change(self) -> Tensor:
         """Take from the base what `preprocess_sdt` has left there."""

@@ -153,7 +153,8 @@ def with_places(tensors: Tensors, name: str, site: Site) -> Tensors:
     at = name, ""
     if at not in tensors:
         return tensors
-    indices, most = tensors[at].to(torch.int32), torch.tensor([site.out_features, site.fan_in])
+    indices = tensors[at].to(torch.int32)
+    most = torch.tensor([site.out_features, site.fan_in], device=indices.device)
     if indices.dim() == 2 and len(indices) == 2 and not ((indices >= 0) & (indices < most[:, None])).all():
         raise CheckpointError(f"{name} of layer '{site.key}' are outside of its weight.")
     return tensors | {at: indices}

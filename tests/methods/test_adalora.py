@@ -420,6 +420,18 @@ def test_pruned_triples_leave_memory(tmp_path):
         ours.base_model.resize_modules_by_rank_pattern({"z.lora_E": [True]}, "default")
 
 
+def test_what_masks_of_a_caller_leave_can_be_loaded(tmp_path):
+    model, x = with_adalora(graft), data()[0][0]
+    r = len(model.base_model.model.a.lora_E["default"])
+    masks = {"a.lora_E": torch.arange(r) % 2 == 0}
+    for _ in range(2):
+        model.base_model.resize_modules_by_rank_pattern(masks, "default")
+        expected = model.eval()(x).logits
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(graft.PeftModel.from_pretrained(base(), tmp_path)(x).logits, expected)
+        masks = {"a.lora_E": [True] + [False] * (len(model.base_model.model.a.lora_E["default"]) - 1)}
+
+
 def test_a_deleted_adapter_leaves_no_allocator():
     model = with_adalora(graft)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -226,3 +226,6 @@ def resize_modules_by_rank_pattern(
             old = getattr(layer, name)[adapter_name]
             values = old.detach()[:, mask] if of_columns else old.detach()[mask]
             getattr(layer, name)[adapter_name] = nn.Parameter(values.clone(), old.requires_grad)
+    cfg = tuner.peft_config[adapter_name]  # whose pattern says what a file holds
+    others = {k: mask for k, mask in (cfg.rank_pattern or {}).items() if k.partition(".lora_E")[0] not in masks}
+    cfg.rank_pattern = others | {f"{key}.lora_E.{adapter_name}": mask.tolist() for key, mask in masks.items()}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import peft
 import pytest
@@ -150,6 +151,16 @@ def test_replicated_layers_share_weights_but_not_adapters(tmp_path):
     assert_close(logits(graft.PeftModel.from_pretrained(llama(), tmp_path)), logits(ours), atol=1e-6, rtol=1e-6)
     expected = logits(ours)
     assert_close(logits(ours.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)  # each copy gets its own update
+
+
+def test_replication_says_that_it_changes_the_base_of_others():
+    model = graft.get_peft_model(llama(), graft.LoraConfig(target_modules=["q_proj"]), "first")
+    config = graft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 3)])
+    with pytest.warns(graft.PeftWarning, match=r"base of adapters \['first'\] another one"):
+        model.add_adapter("second", config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter("third", config)
 
 
 def test_replication_that_fails_leaves_the_model(tmp_path):

@@ -9,7 +9,8 @@ from itertools import chain
 
 from torch import nn
 
-from graft.core.errors import ConfigError
+from graft.core.carrier import layer_in
+from graft.core.errors import ConfigError, PeftWarning, warn
 
 MOST_COPIES = 32
 LISTS = ("layers", "layer", "h")  # names of the list of layers in transformers
@@ -29,6 +30,7 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
             )
         return lambda: None
     owner, name, layers = _layers(model)
+    others = sorted({adapter for layer in filter(None, map(layer_in, model.modules())) for adapter in layer.methods})
     if not all(0 <= start < end <= len(layers) for start, end in ranges):
         raise ConfigError(f"layer_replication={ranges} names layers outside the model's {len(layers)}.")
     depth_wanted = sum(end - start for start, end in ranges)
@@ -36,6 +38,12 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
         raise ConfigError(
             f"layer_replication asks for {depth_wanted:,} layers, of a model that has {len(layers)}: at most "
             f"{MOST_COPIES} times as many can be made."
+        )
+    if others:
+        warn(
+            f"layer_replication={ranges} makes the base of adapters {others} another one, too: their outputs change, "
+            "and their files do not say so. Load adapters into separate models.",
+            PeftWarning,
         )
     new, used = nn.ModuleList(), set()
     for index in chain.from_iterable(range(start, end) for start, end in ranges):

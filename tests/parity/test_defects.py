@@ -512,6 +512,40 @@ def test_token_rows_of_a_head_with_a_bias():
 
 
 @pytest.mark.differs(
+    "trainable tokens: a token that is the embedding's `padding_idx`",
+    peft="never trains, silent",
+    graft="trains, as it is named",
+)
+def test_token_rows_of_padding():
+    def gradient(lib):
+        embedding = one(nn.Embedding(9, 4, padding_idx=3), "TrainableTokensConfig", token_indices=[7, 3])(lib)
+        embedding(torch.tensor([3, 7])).sum().backward()
+        return next(p.grad for name, p in embedding.named_parameters() if "trainable_tokens_delta" in name)[
+            :, 0
+        ].tolist()
+
+    theirs, ours = each(gradient)
+    assert theirs.value == [1, 0] and ours.value == [1, 1]
+
+
+@pytest.mark.differs(
+    "`scale_layer` and `unscale_layer` of LoRA on an embedding",
+    peft="have no effect",
+    graft="act",
+)
+def test_scaling_the_layer_of_an_embedding():
+    def change(lib):
+        embedding = one(nn.Embedding(9, 4), "LoraConfig", init_lora_weights=False)(lib)
+        ids = torch.tensor([1, 2])
+        before = embedding(ids)
+        next(m for m in embedding.modules() if hasattr(m, "scale_layer")).scale_layer(3)
+        return (embedding(ids) - before).abs().max()
+
+    theirs, ours = each(change)
+    assert theirs.value == 0 and ours.value > 0.01
+
+
+@pytest.mark.differs(
     "trainable tokens in the forward pass",
     peft="copies the whole table",
     graft="replaces the rows of the tokens seen",

@@ -412,6 +412,20 @@ def test_adapters_of_a_half_precision_base(cell):
         assert model(x).dtype == torch.bfloat16
 
 
+@law("cell", [c for c in CELLS if c.store.name == "dense"], features)
+def test_parameters_may_have_another_dtype_than_buffers(cell):
+    """FSDP2's `mp_policy` casts parameters for a call, and leaves buffers as they are."""
+    x, model = cell.inputs(), cell.trained()
+    expected = model(x)
+    for p in model.parameters():
+        p.data = p.data.double()
+    x = x if cell.layer.ids else x.double()
+    y = model(x)
+    assert y.dtype == torch.float64
+    equal(y.float(), expected, cell, 1e-4)
+    model.train()(x).sum().backward()
+
+
 # copies, meta
 
 

@@ -308,12 +308,13 @@ class AdaMSS(Method[AdamssConfig]):
 
     def factors(self) -> Factors:
         n, op, base = self.site.fan_in, self.site.op, self.layer.base_layer
-        inner = torch.cat([*self.adamss_A])  # (Σ ranks, R)
+        dtype = self.dtype  # of N: FSDP casts parameters for a call, and leaves buffers as they are
+        inner = torch.cat([*self.adamss_A]).to(dtype)  # (Σ ranks, R)
         down = inner @ self.adamss_newB  # (Σ ranks, in), or with a column for the bias
-        up = torch.block_diag(*self.adamss_B).index_select(0, self.adamss_places)  # (out, Σ ranks)
+        up = torch.block_diag(*self.adamss_B).index_select(0, self.adamss_places).to(dtype)  # (out, Σ ranks)
         A: Any = down[:, :n]
         if self.site.takes_vectors:  # two products, of which the backward pass keeps R numbers per row instead of x
-            A = Product(lambda x: linear(linear(x.to(self.dtype), self.adamss_newB[:, :n]), inner), A)
+            A = Product(lambda x: linear(linear(x.to(dtype), self.adamss_newB[:, :n]), inner), A)
         if down.shape[1] == n:
             return Factors(A, up)
         shift = up @ down[:, n]

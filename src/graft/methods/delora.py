@@ -77,4 +77,5 @@ class DeLoRA(Method[DeloraConfig]):
         wide = torch.promote_types(A.dtype, torch.float32)  # λ over the shortest lengths is beyond half precision
         lengths = [v.to(wide).norm(dim=dim).clamp(min=SHORTEST) for v, dim in ((A, 1), (B, 0))]
         strength = self.delora_lambda / (len(A) * lengths[0] * lengths[1])  # (r,)
-        return Factors(A * self.delora_w_norm, (B * strength).to(B.dtype), dropout=self.delora_dropout)
+        norms = self.delora_w_norm.to(A.dtype)  # FSDP casts parameters for a call, and leaves buffers as they are
+        return Factors(A * norms, (B * strength).to(B.dtype), dropout=self.delora_dropout)

@@ -104,7 +104,9 @@ class LoraXS(Method[LoraXsConfig]):
         return step
 
     def factors(self) -> Factors:
-        return Factors(self.loraxs_A, self.loraxs_B @ self.loraxs_R, self.scaling, self.loraxs_dropout)
+        R = self.loraxs_R
+        A, B = self.loraxs_A.to(R.dtype), self.loraxs_B.to(R.dtype)  # FSDP casts parameters for a call, not buffers
+        return Factors(A, B @ R, self.scaling, self.loraxs_dropout)
 
 
 def largest(W: Tensor, r: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:

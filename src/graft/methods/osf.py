@@ -115,7 +115,10 @@ class OSF(Method[OSFConfig]):
         if torch.is_grad_enabled():
             U = outside(U, self.osf_U_high) if out > n else inside(U, U0)
             V = outside(V.T, self.osf_V_high.T).T if out < n else inside(V.T, V0.T).T
-        return U * own["S_low"], V, U0 * self.osf_S_init, V0
+        S0, dtype = self.osf_S_init, U.dtype
+        if U0.dtype != dtype:  # FSDP casts parameters for a call, and leaves buffers as they are
+            U0, S0, V0 = U0.to(dtype), S0.to(dtype), V0.to(dtype)
+        return U * own["S_low"], V, U0 * S0, V0
 
     def factors(self) -> Factors:
         """Return factors of twice the rank, for where they are cheaper than ΔW."""

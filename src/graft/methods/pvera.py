@@ -83,6 +83,7 @@ class PVeRA(Method[PveraConfig]):
         r, d, b = self.cfg.r, self.pvera_lambda_d, self.pvera_lambda_b
         A, B = near(self.pvera_A, d.device), near(self.pvera_B, d.device)
         A, B = A[:, : self.site.fan_in], B[: self.site.out_features]
+        A, B = A.to(d.dtype), B.to(d.dtype)  # FSDP casts parameters for a call, and leaves buffers as they are
         if not (self.layer.training or self.cfg.sample_at_inference):
             return Factors(A[:r], B, dropout=self.pvera_dropout, inner=d[:r], outer=b)
         return Factors(Product(self.sample, d[:r, None] * A[:r]), B, dropout=self.pvera_dropout, outer=b)
@@ -92,7 +93,7 @@ class PVeRA(Method[PveraConfig]):
         op, d = self.site.op, self.pvera_lambda_d
         A = near(self.pvera_A, d.device)[:, : self.site.fan_in]
         x = self.cast(x)
-        h = op.down(self.layer.base_layer, x, A if op.takes_ids else A.to(x.dtype)) * op.channels(d)
+        h = op.down(self.layer.base_layer, x, A.to(d.dtype if op.takes_ids else x.dtype)) * op.channels(d)
         mean, log_variance = h.chunk(2, dim=1 - len(self.site.shape))
         std = (0.5 * log_variance).exp()
         return mean + self.noise(std) * std

@@ -120,4 +120,5 @@ class SVFT(Method[SvftConfig]):
     def factors(self) -> Factors:
         n, M = self.n, self.svft_M * self.svft_gate.sigmoid()
         dense = M.new_zeros(n * n).index_put((self.svft_places,), M).view(n, n)
-        return Factors(dense @ self.svft_V, self.svft_U)
+        U, V = self.svft_U.to(M.dtype), self.svft_V.to(M.dtype)  # FSDP casts parameters for a call, not buffers
+        return Factors(dense @ V, U)

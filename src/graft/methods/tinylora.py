@@ -112,7 +112,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     def factors(self) -> Factors:
         P, v = self.tinylora_P, getattr(self.tinylora_v, str(self.tinylora_group))
-        R = (v.to(P.device) @ P.flatten(1)).view(P.shape[1:])
+        R = (v.to(P.device, P.dtype) @ P.flatten(1)).view(P.shape[1:])
         A, B = self.tinylora_A, self.tinylora_B
         if self.site.op.takes_ids:
             return Factors(B.T, (R @ A).T, dropout=self.tinylora_dropout)

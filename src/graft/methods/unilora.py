@@ -118,7 +118,7 @@ class UniLoRA(Method[UniLoraConfig]):
         return Factors(A, B, dropout=self.unilora_dropout)
 
     def values(self, index: Tensor, scale: Tensor) -> Tensor:
-        theta = self.unilora_theta_d.to(index.device)
+        theta = self.unilora_theta_d.to(index.device, scale.dtype)  # FSDP casts parameters for a call, not buffers
         return theta.index_select(0, index.flatten()).view(index.shape) * scale
 
 

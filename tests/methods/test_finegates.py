@@ -63,6 +63,44 @@ def test_noise_is_for_training_alone():
     assert torch.equal(model.eval()(x), model(x))
 
 
+def test_shares_are_those_of_gates_without_noise():
+    model = made(gate_noise_std=1.0).train()
+    layer(model).finegates_rows["default"].data.copy_(Z)
+    layer(model).finegates_columns["default"].data.copy_(Z[1:])
+    before = torch.get_rng_state()
+    stats = model.base_model.get_finegates_compression_stats()
+    assert stats == pytest.approx(dict(rows=0.2, columns=0.0, entries=0.2))
+    assert torch.equal(torch.get_rng_state(), before), "looking draws nothing"
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.Parameter(torch.ones(3, 5, 4))
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.stack)
+
+
+def test_loss_and_shares_count_the_matrices_of_a_stack():
+    cfg = graft.FineGatesConfig(target_modules=[], target_parameters=["0.stack"], gate_init_mean=0.2)
+    with seeded(0):
+        model = graft.get_peft_model(nn.Sequential(Experts()), cfg)
+    apart = [made() for _ in range(3)]
+    rows, columns = (layer(model).finegates_rows["default"], layer(model).finegates_columns["default"])
+    rows.data[1, :2] = -2.0
+    for one, r, c in zip(apart, rows, columns):
+        layer(one).finegates_rows["default"].data.copy_(r)
+        layer(one).finegates_columns["default"].data.copy_(c)
+    loss = model.base_model._get_finegates_loss()
+    assert_close(loss, sum(one.base_model._get_finegates_loss() for one in apart) / 3)
+    loss.backward()
+    assert rows.grad.abs().sum() > 0
+    stats = model.base_model.get_finegates_compression_stats()
+    assert stats == pytest.approx(dict(rows=2 / 15, columns=0.0, entries=2 / 15))
+    assert model.base_model.get_finegates_compression_stats([]) == dict(rows=0.0, columns=0.0, entries=0.0)
+
+
 def test_gates_that_cannot_learn_are_said():
     with pytest.warns(UserWarning, match="Nearly all gates of '0' are open.*gate_noise_std"):
         made(gate_init_mean=0.9, gate_init_std=0.1)

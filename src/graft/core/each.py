@@ -222,6 +222,11 @@ class OnEach(Method):
         return torch.stack([fold_step(m.layer, m, m.effect, w, None, drops=True)[0] for m, w in zip(made, W)]), b
 
 
+def each_of(method: Method) -> list[Any]:
+    """Return the methods on all matrices of a stack; the method itself on anything else."""
+    return [method.one(e) for e in range(method.site.shape[0])] if isinstance(method, OnEach) else [method]
+
+
 @dataclass(frozen=True)
 class OfStack(Pieces):
     """What makes the changes of single matrices of a stack: a method, times a number."""

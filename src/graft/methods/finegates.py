@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
+from graft.core.each import each_of
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn_of
 from graft.core.method import Method
@@ -51,14 +52,14 @@ class FineGatesConfig(Targeted, LayerRange):
 
 
 def found(tuner: Tuner, adapter_names: str | list[str] | None) -> list[FineGates]:
-    """Return the adapters of these names on all layers; the active ones if None."""
+    """Return the adapters of these names on all layers, and on each matrix of stacks; the active ones if None."""
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in tuner.peft_config]
     if unknown:
         raise AdapterNotFoundError(f"No adapter {unknown}; there are {list(tuner.peft_config)}.")
     methods = [layer.methods[n] for layer in tuner.layers.values() for n in names if n in layer.methods]
-    return [m for m in methods if isinstance(m, FineGates)]
+    return [m for method in methods if isinstance(method.alone, FineGates) for m in each_of(method)]
 
 
 def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
@@ -76,10 +77,16 @@ def compression(tuner: Tuner, adapter_names: str | list[str] | None = None) -> d
     """Return the shares of rows, columns and entries of the adapted weights that closed gates leave out."""
     sizes = torch.zeros(3, 2)  # of all; of those that are left
     for m in found(tuner, adapter_names):
-        rows, columns = (torch.tensor([len(g), float((g > 0).sum())]) for g in m.gates())
+        both = (opened(z) > 0 for z in (m.finegates_rows, m.finegates_columns))  # without noise
+        rows, columns = (torch.tensor([len(open_), float(open_.sum())]) for open_ in both)
         sizes += torch.stack([rows, columns, rows * columns])
-    shares = 1 - sizes[:, 1] / sizes[:, 0].clamp_min(1)
+    shares = (sizes[:, 0] - sizes[:, 1]) / sizes[:, 0].clamp_min(1)
     return dict(zip(("rows", "columns", "entries"), shares.tolist()))
+
+
+def opened(z: Tensor) -> Tensor:
+    """Return how far gates of z (n,) are open, before they are cut to [0, 1]."""
+    return z.tanh() + 0.5
 
 
 class FineGates(Method[FineGatesConfig]):
@@ -123,7 +130,7 @@ class FineGates(Method[FineGatesConfig]):
 
     def gate(self, z: Tensor) -> Tensor:
         """Return the gates of z (n,), in [0, 1]; with noise in training."""
-        open_by = z.tanh() + 0.5
+        open_by = opened(z)
         if self.layer.training and self.cfg.gate_noise_std:
             open_by = open_by + torch.randn_like(z) * self.cfg.gate_noise_std
         return open_by.clamp(0, 1)
@@ -150,7 +157,7 @@ class FineGates(Method[FineGatesConfig]):
         cfg = self.cfg
         off: Any = 0.0
         for z in (self.finegates_rows, self.finegates_columns):
-            likely = torch.special.ndtr((z.float().tanh() + 0.5) / 0.5)
+            likely = torch.special.ndtr(opened(z.float()) / 0.5)
             off = off + (likely.mean() - (1 - cfg.target_sparsity)).abs()
         loss: Tensor = cfg.sparsity_loss_weight * off / 2
         return loss

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graft
 from graft.methods.spectral import places
@@ -26,6 +27,17 @@ def test_places_are_pefts_and_no_layer_draws_them_again():
     assert torch.equal(*(layer.indices["default"] for layer in layers))
     assert places(12, 10, 30, 777) is places(12, 10, 30, 777)
     assert not any("indices" in key for key in layers[0].state_dict())
+
+
+def test_places_that_others_get_too_train_wherever_they_were_drawn():
+    """Places are kept, by size and seed."""
+    sizes = dict(random_loc_seed=9)
+    with FakeTensorMode():
+        made(nn.Linear(6, 4), **sizes | dict(n_frequency=5))
+    assert made(nn.Linear(6, 4), **sizes | dict(n_frequency=5))(torch.ones(2, 6)).sum().item()
+    with torch.inference_mode():
+        made(nn.Conv1d(4, 6, 3), **sizes)
+    made(nn.Conv1d(4, 6, 3), **sizes)(torch.ones(2, 4, 5)).sum().backward()
 
 
 def test_a_call_forms_no_update(monkeypatch):

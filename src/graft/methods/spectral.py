@@ -15,6 +15,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
+from graft.kernels.eager import watched
 
 
 @dataclass(kw_only=True)
@@ -70,9 +71,15 @@ class Spectral(Method[S]):
         return self.transform().times(x)  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=16)
 def places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
     """Draw n places in a matrix, (2, n), on the CPU: as in PEFT, the first of a random order of all."""
+    draw = _drawn.__wrapped__ if watched() else _drawn  # a dispatch mode may give tensors without values
+    with torch.inference_mode(False):  # layers that train may get the same tensor
+        return draw(out, fan_in, n, seed)
+
+
+@lru_cache(maxsize=16)
+def _drawn(out: int, fan_in: int, n: int, seed: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(out * fan_in, generator=generator, device="cpu")[:n]
     return torch.stack((order // fan_in, order % fan_in))

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import graft
 from tests import models
@@ -148,6 +149,20 @@ def test_the_largest_logits_serve_but_do_not_train(tmp_path):
         output(model, TOPK)
     model.set_adapter("whole")
     output(model, TOPK)
+
+
+def test_nor_do_those_of_a_stack(tmp_path):
+    stack = nn.Module()
+    stack.stack = nn.Parameter(torch.ones(3, 4, 8))
+    stack.forward = lambda x: torch.einsum("bi,eoi->beo", x, stack.stack)
+    options = dict(num_vectors=6, vector_length=4, save_only_topk_weights=True)
+    cfg = graft.VBLoRAConfig(target_modules=[], target_parameters=["0.stack"], **options)
+    graft.get_peft_model(nn.Sequential(stack), cfg).save_pretrained(tmp_path)
+    model = graft.PeftModel.from_pretrained(nn.Sequential(stack), tmp_path).eval()
+    model(torch.ones(2, 8))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Found infinity values in VB-LoRA logits.*adapter 'default'"):
+            model.train()(torch.ones(2, 8))
 
 
 # counting

@@ -170,16 +170,6 @@ class VBLoRA(Method[VBLoRAConfig]):
         vectors = self.vblora_vector_bank.to(logits.device).index_select(0, index.flatten())
         return (largest.softmax(-1)[..., None] * vectors.view(*index.shape, -1)).sum(-2)
 
-    def refuse_truncated(self) -> None:
-        """Raise RuntimeError if there are no logits but the largest. The host waits for the answer where they are new,
-        as they may come from a file; later CUDA looks."""
-        logits, text = self.vblora_logits_A, TRUNCATED.format(self.name)
-        if logits.is_meta:
-            return
-        known, self.looked_at = self.looked_at is logits, logits
-        whole = ~logits[0, 0].isneginf().any()
-        demand(whole if known else whole.cpu(), lambda: RuntimeError(text), text)
-
     @classmethod
     @contextmanager
     def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
@@ -187,8 +177,8 @@ class VBLoRA(Method[VBLoRAConfig]):
         if eager() and not (watched() or tuner.disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
-                if isinstance(m, cls) and m.layer.training:
-                    m.refuse_truncated()
+                if m is not None and isinstance(m.alone, cls) and m.layer.training:
+                    refuse_truncated(m)
         with super().around(tuner, call, run) as finish:
             yield finish
 
@@ -213,6 +203,17 @@ class VBLoRA(Method[VBLoRAConfig]):
                 empty = first.new_full((*index.shape[:-1], cfg.num_vectors), -torch.inf)
                 out[name, ""] = empty.scatter(-1, index, torch.cat([first, last], -1).log())
         return out
+
+
+def refuse_truncated(m: Method) -> None:
+    """Raise RuntimeError if an adapter has no logits but the largest, on its layer or stack. The host waits for the
+    answer where they are new, as they may come from a file; later CUDA looks."""
+    logits, text = m.vblora_logits_A, TRUNCATED.format(m.name)
+    if logits.is_meta:
+        return
+    known, m.looked_at = vars(m).get("looked_at") is logits, logits
+    whole = ~logits.flatten(0, -2)[0].isneginf().any()
+    demand(whole if known else whole.cpu(), lambda: RuntimeError(text), text)
 
 
 def logits_of(site: Site, cfg: VBLoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.core.call import Call
 from graft.core.carrier import Carrier, State
@@ -72,6 +72,28 @@ class Shared(Carrier):
             if adapter in container:
                 del container[adapter]
         self.never.pop(adapter, None)
+
+    def part(self, adapter: str) -> list[tuple[Slot, Tensor]]:
+        """Give an adapter its own buffers in place of those that it has from others, before a load writes to them.
+
+        Return the slots, each with the other adapter's tensor. Buffers that no checkpoint holds stay.
+        """
+        parted = []
+        for slot in self.slots(adapter):
+            theirs = slot.tensor
+            others = (t for name, t in slot.where.items() if name != slot.attribute)
+            if slot.is_parameter or not slot.saved or theirs.is_meta or all(t is not theirs for t in others):
+                continue
+            slot.where[slot.attribute] = theirs.clone()
+            parted.append((slot, theirs))
+        return parted
+
+    @staticmethod
+    def join(parted: Iterable[tuple[Slot, Tensor]]) -> None:
+        """Take the others' tensors again where the load has brought the same values."""
+        for slot, theirs in parted:
+            if torch.equal(slot.tensor, theirs):
+                slot.where[slot.attribute] = theirs
 
     def attached(self) -> dict[str, object]:
         """Return the containers in the form in which `Method.build` puts them on each layer."""

@@ -23,6 +23,7 @@ from graft.core.merging import lifted
 from graft.core.method import Layers, Method, Use, placeholders
 from graft.core.ops import META
 from graft.core.random import made_on
+from graft.core.shared import Shared
 from graft.core.site import Site
 from graft.inject.beside import Head, ModulesToSaveWrapper, RowsLayer
 from graft.inject.job import Job, Receiver
@@ -129,12 +130,14 @@ def put(parts: Parts, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -
     """
     related = [layer for layer in parts.layers.values() if layer.methods[adapter].lenders]
     part(related, adapter)
+    parted = [] if parts.shared is None else parts.shared.part(adapter)
     with ExitStack() as stack:
         for carrier in (*parts.layers.values(), *parts.wrappers.values()):
             if adapter in carrier.merged_adapters:
                 stack.enter_context(lifted(carrier))
         for entry, value in values:
             entry.assign(value)
+        Shared.join(parted)
     for layer in parts.layers.values():
         if layer.site.on_meta or not any([slot.tensor.is_meta for slot in layer.slots(adapter)]):
             continue

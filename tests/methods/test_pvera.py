@@ -84,3 +84,23 @@ def test_checkpointed_layers_draw_the_same_again(reentrant):
         {n: p.grad for n, p in other.named_parameters()}, {n: p.grad for n, p in layer.named_parameters()}, 1e-6
     )
     assert not torch.equal(layer(x), y) and torch.equal(layer(x), other(x)) is False
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_of_several_passes_each_draws_its_own_again(reentrant, together):
+    model = randomize(adapt(graft, SEEDED), SEEDED).train()
+    plain = model.get_submodule("base_model.model.lin0")
+    other = copy.deepcopy(plain)
+    inputs = [torch.randn(4, 10, requires_grad=True) for _ in range(3)]
+    losses = [plain(x).square().sum() for x in inputs]
+    sum(losses).backward()
+    expected = [x.grad for x in inputs]
+    for x in inputs:
+        x.grad = None
+    losses = [checkpoint(other, x, use_reentrant=reentrant).square().sum() for x in inputs]
+    for loss in [sum(losses)] if together else losses:
+        loss.backward()
+    for x, grad in zip(inputs, expected):
+        close(x.grad, grad, 1e-6)
+    close(other(inputs[0]), plain(inputs[0]), 0)

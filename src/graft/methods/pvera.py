@@ -16,6 +16,7 @@ from graft.core.method import Layers, Method
 from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
 from graft.kernels.eager import eager
+from graft.kernels.low_rank import new_seed
 from graft.kernels.waits import near
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
@@ -37,6 +38,9 @@ class PveraConfig(ProjectionConfig):
     counters: ClassVar[tuple[str, ...]] = ("projection_prng_key", "generator_seed")
 
 
+KEPT = 16  # runs of a layer of which the backward pass may still come
+
+
 class PVeRA(Method[PveraConfig]):
     """(μ, log σ²) = λ_d ⊙ A x; y += λ_b ⊙ B (μ + ε σ), ε ~ N(0, 1). Without ε this is ΔW = diag(λ_b) B diag(λ_d) A."""
 
@@ -54,7 +58,7 @@ class PVeRA(Method[PveraConfig]):
     def __init__(self, site: Site, cfg: PveraConfig, name: str):
         super().__init__(site, cfg, name)
         self.generator: torch.Generator | None = None
-        self.before: Tensor | None = None  # the generator's state before the last draw
+        self.before: dict[int, Tensor] = {}  # the generator's states before the last draws, by ticket
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
@@ -103,9 +107,23 @@ class PVeRA(Method[PveraConfig]):
             return torch.randn_like(std)
         if self.generator is None:
             self.generator = torch.Generator("cpu").manual_seed(self.cfg.generator_seed)
-        if torch._C._current_graph_task_id() != -1 and self.before is not None:  # the layer runs again, checkpointed
-            self.generator.set_state(self.before)
-        self.before = self.generator.get_state()
+        generator, ticket = self.generator, self.ticket()
+        now = generator.get_state()
+        again = torch._C._current_graph_task_id() != -1 and self.before  # the layer runs again, checkpointed
+        if again:
+            generator.set_state(self.before.get(ticket, next(reversed(self.before.values()))))
+        else:
+            self.before.pop(ticket, None)
+            self.before[ticket] = now
+            if len(self.before) > KEPT:
+                del self.before[next(iter(self.before))]
         pinned = std.is_cuda  # from such memory CUDA copies without a wait
-        noise = torch.randn(std.shape, generator=self.generator, dtype=std.dtype, device="cpu", pin_memory=pinned)
+        noise = torch.randn(std.shape, generator=generator, dtype=std.dtype, device="cpu", pin_memory=pinned)
+        if again:
+            generator.set_state(now)
         return noise.to(std.device, non_blocking=pinned)
+
+    def ticket(self) -> int:
+        """Return the number of a run of the layer, which has the same when gradient checkpointing runs it again: that
+        puts torch's generator back before."""
+        return new_seed() if self.layer.training else 0

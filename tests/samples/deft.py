@@ -19,7 +19,7 @@ PARITY = [
     *row("para_qr", "mlp", r=3, para=True, decomposition_method="qr"),
     *row("dropout", "mlp", r=3, alpha=5, deft_dropout=0.3),
     *row("random", "mlp", r=3, init_weights=False, init_scale=1.7),
-    *row("wide", "mlp", r=32),
+    *row("wide", "mlp", r=32, alpha=5),
     *row("bias_all", "mlp", r=3, bias="all"),
     *row("bias_deft_only", "bert", r=3, bias="deft_only"),
     *sized([*LAYERS, *CHOICE, *EXCLUDE], r=3),

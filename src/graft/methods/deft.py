@@ -60,7 +60,7 @@ class DEFT(Method[DeftConfig]):
         r = min(cfg.r, site.out_features)
         values = dict(
             r=r,
-            scaling=cfg.alpha / cfg.r if cfg.alpha else 1.0,
+            scaling=cfg.alpha / r if cfg.alpha else 1.0,
             deft_dropout=dropout_for(cfg.deft_dropout),
             deft_P=nn.Parameter(torch.empty(site.out_features, r)),
         )

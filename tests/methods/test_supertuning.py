@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
@@ -102,6 +103,29 @@ def test_the_product_with_few_entries(rows, sparsity, transposed):
         close(y, expected)
         for a, b in zip(torch.autograd.grad((y * g).sum(), (x, values)), wanted):
             close(a, b)
+
+
+@pytest.mark.parametrize("place", [-1, 10**6])
+@pytest.mark.parametrize(
+    "cfg, name",
+    [
+        (lambda: graft.SupertuningConfig(sparsity=0.8, target_modules=["0"]), "supertuning_indices"),
+        (lambda: graft.SvftConfig(target_modules=["0"]), "svft_places"),
+        (lambda: graft.UniLoraConfig(target_modules=["0"], save_indices=True), "unilora_indices_B"),
+    ],
+)
+def test_places_in_a_file_that_are_outside(cfg, name, place, tmp_path):
+    """Of other methods as well."""
+    model = graft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), cfg())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith(name))
+    tensors[key].view(-1)[0] = place
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(graft.CheckpointError, match=f"{name} of layer '0' are outside"):
+        model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
 def test_dropout_acts_on_the_low_rank_update_alone():

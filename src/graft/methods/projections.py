@@ -12,8 +12,8 @@ from torch import Tensor
 
 from graft.config.fields import LayerRange, Targets, require_positive_rank
 from graft.core.containers import Transient
-from graft.core.errors import ConfigError, warn
-from graft.core.method import Layers
+from graft.core.errors import CheckpointError, ConfigError, warn
+from graft.core.method import Layers, Tensors
 
 DRAWN = ("projection_prng_key", "save_projection", "r")  # in these, adapters that share matrices agree
 
@@ -56,6 +56,16 @@ def check_wide(name: str, size: int, needed: int) -> None:
             f"{name} has a size of {size} but {needed} or greater is required; add the adapter with the widest layers "
             "first."
         )
+
+
+def check_places(tensors: Tensors, name: str, most: int, key: str) -> None:
+    """Raise CheckpointError unless a file's places, if it holds them, are from 0 to below `most`.
+
+    Past that a GPU stops for good in the first call, and a negative one is a place from the end.
+    """
+    places = tensors.get((name, ""))
+    if places is not None and not ((places >= 0) & (places < most)).all():
+        raise CheckpointError(f"{name} of layer '{key}' are outside of 0 to {most - 1}.")
 
 
 def projections(layers: Layers, names: tuple[str, str], rows: int) -> dict[str, object]:

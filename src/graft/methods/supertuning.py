@@ -15,9 +15,10 @@ from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Use
+from graft.core.method import Method, Tensors, Use
 from graft.core.ops import linear
 from graft.kernels.sparse import Scattered
+from graft.methods.projections import check_places
 
 MOST = 2**31  # entries of a weight that int32 counts
 SAVING = "Super-Tuning indices must be saved for all adapters or none (save_precomputed_indices)"
@@ -120,6 +121,10 @@ class SuperTuning(Method[SupertuningConfig]):
                 nn.init.zeros_(self.supertuning_lora_B.weight)
             else:
                 nn.init.kaiming_uniform_(self.supertuning_lora_B.weight, a=math.sqrt(5))
+
+    def restored(self, tensors: Tensors, cfg: SupertuningConfig) -> Tensors:
+        check_places(tensors, "supertuning_indices", math.prod(self.site.shape), self.site.key)
+        return tensors
 
     def delta(self) -> Scattered:
         return Scattered(self.supertuning_values, self.supertuning_indices.long(), self.site.shape)

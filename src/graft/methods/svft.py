@@ -13,10 +13,10 @@ from graft.config.fields import LayerRange, Targeted, require_positive_rank
 from graft.config.targets import LORA
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Use
+from graft.core.method import Method, Tensors, Use
 from graft.core.published import Published
 from graft.methods.loraxs import largest
-from graft.methods.projections import maybe_transient
+from graft.methods.projections import check_places, maybe_transient
 
 
 @dataclass(kw_only=True)
@@ -116,6 +116,10 @@ class SVFT(Method[SvftConfig]):
             places = (V @ U).T.flatten().topk(numbers)[1]
         in_order: Tensor = places.sort()[0]
         return in_order
+
+    def restored(self, tensors: Tensors, cfg: SvftConfig) -> Tensors:
+        check_places(tensors, "svft_places", self.n**2, self.site.key)
+        return tensors
 
     def factors(self) -> Factors:
         n, M = self.n, self.svft_M * self.svft_gate.sigmoid()

@@ -15,11 +15,11 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Layers, Method
+from graft.core.method import Layers, Method, Tensors
 from graft.core.published import COMPARISON, Published
 from graft.core.random import skip
 from graft.core.site import Site
-from graft.methods.projections import maybe_transient
+from graft.methods.projections import check_places, maybe_transient
 
 
 @dataclass(kw_only=True)
@@ -111,6 +111,11 @@ class UniLoRA(Method[UniLoraConfig]):
 
     def init(self) -> None:
         skip(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))  # as PEFT
+
+    def restored(self, tensors: Tensors, cfg: UniLoraConfig) -> Tensors:
+        for x in "AB":
+            check_places(tensors, f"unilora_indices_{x}", self.cfg.theta_d_length, self.site.key)
+        return tensors
 
     def factors(self) -> Factors:
         A = self.values(self.unilora_indices_A, self.unilora_scales_A)

@@ -73,9 +73,10 @@ class Spectral(Method[S]):
 
 def places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
     """Draw n places in a matrix, (2, n), on the CPU: as in PEFT, the first of a random order of all."""
-    draw = _drawn.__wrapped__ if watched() else _drawn  # a dispatch mode may give tensors without values
+    if watched():  # a dispatch mode may give tensors without values
+        return _drawn.__wrapped__(out, fan_in, n, seed)
     with torch.inference_mode(False):  # layers that train may get the same tensor
-        return draw(out, fan_in, n, seed)
+        return _drawn(out, fan_in, n, seed)
 
 
 @lru_cache(maxsize=16)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +205,7 @@ class VBLoRA(Method[VBLoRAConfig]):
         return out
 
 
-def refuse_truncated(m: Method) -> None:
+def refuse_truncated(m: Any) -> None:
     """Raise RuntimeError if an adapter has no logits but the largest, on its layer or stack. The host waits for the
     answer where they are new, as they may come from a file; later CUDA looks."""
     logits, text = m.vblora_logits_A, TRUNCATED.format(m.name)

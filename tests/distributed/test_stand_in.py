@@ -160,6 +160,8 @@ before, path = dict(os.environ), list(sys.path)
 alias.install(children=True, version="0.20.0")
 alias.install(children=True, version="0.19.0")
 assert os.environ["PYTHONPATH"].count("as_peft") == 2 == sum("as_peft" in p for p in sys.path)
+alias.install(version="0.20.0")  # of what is handed down already
+assert os.environ[{children.VERSION_VARIABLE!r}] == "0.20.0" and "0.20.0" in os.environ["PYTHONPATH"]
 alias.install(children=True, version="0.22.0")
 assert os.environ["PYTHONPATH"].count("as_peft") == 1 == sum("as_peft" in p for p in sys.path)
 alias.uninstall()
@@ -168,6 +170,22 @@ import peft
 assert "site-packages" in peft.__file__
 """
     python("-c", code, XDG_CACHE_HOME=str(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["", os.pathsep, f"{os.pathsep}a", f"a{os.pathsep}", f"a{os.pathsep * 2}b", "a"])
+def test_the_rest_of_the_path_stays(path, monkeypatch):
+    """Empty entries too: they stand for the folder in which a process starts."""
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("a")])  # Python passes by what is no string
+    before = list(sys.path)
+    monkeypatch.setenv("PYTHONPATH", path)
+    for name in (children.VARIABLE, children.VERSION_VARIABLE):  # both are put back at the end of the test
+        monkeypatch.setenv(name, "")
+    inherited = children.variables(VERSION)
+    assert inherited["PYTHONPATH"] == os.pathsep.join([children.FOLDER, *([path] if path else [])])
+    children.hand_down(inherited)
+    assert sys.path.count(children.FOLDER) == 1
+    children.keep_to_itself()
+    assert os.environ.get("PYTHONPATH", "") == path and sys.path == before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a line for a POSIX shell")

@@ -37,7 +37,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from graft.compat.peft.children import hand_down, keep_to_itself, variables, version_to_say
+from graft.compat.peft.children import hand_down, handed_down, keep_to_itself, variables, version_to_say
 from graft.compat.peft.late import Asked, holders
 from graft.compat.peft.modules import FINDER, ours, real_peft
 from graft.core.errors import some
@@ -53,7 +53,7 @@ def installed() -> bool:
 
 
 def install(*, force: bool = False, version: str | None = None, children: bool = False) -> None:
-    """Make `import peft` and all below it resolve to graft. A second call changes only the version.
+    """Make `import peft` and all below it resolve to graft. A second call changes only the version, for children too.
 
     Args:
         force: also if the program holds objects of PEFT; it keeps them.
@@ -66,7 +66,7 @@ def install(*, force: bool = False, version: str | None = None, children: bool =
         ConfigError: the version is none.
     """
     version = version_to_say(version)
-    inherited = variables(version) if children else None
+    inherited = variables(version) if children or handed_down() else None
     before, FINDER.version = FINDER.version, version
     if not installed():
         real = real_peft()

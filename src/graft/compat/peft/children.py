@@ -77,7 +77,8 @@ def is_ours(folder: str) -> bool:
 
 def rest(environment: Mapping[str, str]) -> list[str]:
     """Return the entries of PYTHONPATH that are not ours."""
-    return [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and not is_ours(p)]
+    path = environment.get("PYTHONPATH")
+    return [p for p in path.split(os.pathsep) if not is_ours(p)] if path else []  # an empty entry: where it starts
 
 
 def exports(version: str) -> str:
@@ -97,6 +98,11 @@ def hand_down(inherited: dict[str, str]) -> None:
     sys.path[1:1] = filter(is_ours, inherited["PYTHONPATH"].split(os.pathsep))
 
 
+def handed_down() -> bool:
+    """Return True if processes that this one starts find graft under PEFT's name."""
+    return FOLDER in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+
+
 def keep_to_itself() -> None:
     """Undo `hand_down`."""
     for name in (VARIABLE, VERSION_VARIABLE):
@@ -105,4 +111,4 @@ def keep_to_itself() -> None:
     os.environ.pop("PYTHONPATH", None)
     if path:
         os.environ["PYTHONPATH"] = os.pathsep.join(path)
-    sys.path[:] = [p for p in sys.path if not is_ours(p)]
+    sys.path[:] = [p for p in sys.path if not (isinstance(p, str) and is_ours(p))]  # some put a Path there

@@ -125,6 +125,23 @@ def test_who_goes_on_using_peft_is_named():
     )
 
 
+def test_a_peft_that_a_program_has_hidden():
+    run(
+        """
+        import sys
+        for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+            del sys.modules[name]
+        sys.modules["peft"] = None  # an import of it raises
+        import graft, graft.compat.peft as alias
+        alias.install()
+        import peft
+        assert peft.LoraConfig is graft.LoraConfig
+        alias.uninstall()
+        assert sys.modules["peft"] is None
+        """
+    )
+
+
 @pytest.mark.slow
 def test_a_module_that_cannot_look_again_is_named_and_all_is_as_before():
     process(

@@ -190,6 +190,6 @@ def ours(modules: Iterable[str]) -> list[str]:
 
 
 def real_peft() -> dict[str, ModuleType]:
-    """Return the imported modules of an installed PEFT, by name."""
-    found = {m: sys.modules[m] for m in ours(sys.modules)}
-    return {m: x for m, x in found.items() if not (isinstance(x, AliasModule) or "STAND_IN" in vars(x))}
+    """Return the imported modules of an installed PEFT, by name; None is one that a program has hidden."""
+    found = {m: sys.modules[m] for m in ours(list(sys.modules))}
+    return {m: x for m, x in found.items() if x is None or not (isinstance(x, AliasModule) or "STAND_IN" in vars(x))}

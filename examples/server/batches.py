@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections import Counter
@@ -69,7 +70,8 @@ class Row:
             ended = "length"
         elif not ended:
             text = text[: len(text) - unsettled(text, self.stops)]
-        self.over = ended is not None
+        if ended:  # else as it is: its client may have left meanwhile
+            self.over = True
         self.tell(Piece(text[self.told :], [] if token in ends else [token], ended))
         self.told = max(self.told, len(text))
 
@@ -113,19 +115,28 @@ class Tell(StoppingCriteria):
 
 
 class Batches:
-    """One model, and the thread that runs it. Rows that arrive while a batch runs make up the next one."""
+    """One model, and the thread that runs it. Rows that arrive while a batch runs make up the next one.
 
-    def __init__(self, model: Any, tokenizer: Any, ends: Sequence[int], most: int):
-        self.model, self.tokenizer, self.ends, self.most = model, tokenizer, ends, most
+    Args:
+        longest: tokens of a text that the model has positions for.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, ends: Sequence[int], most: int, longest: float = math.inf):
+        self.model, self.tokenizer, self.ends, self.most, self.longest = model, tokenizer, ends, most, longest
         self.sizes: Counter[int] = Counter()  # of batches: rows → how many
         self.waiting: queue.SimpleQueue[Row] = queue.SimpleQueue()
         threading.Thread(target=self.run, name="batches", daemon=True).start()
 
     def run(self) -> None:
+        first = None  # of the next batch
         while True:
-            rows = [self.waiting.get()]
-            while len(rows) < self.most and not self.waiting.empty():
-                rows.append(self.waiting.get())
+            rows, first = [first or self.waiting.get()], None
+            while first is None and len(rows) < self.most and not self.waiting.empty():
+                row = self.waiting.get()
+                if self.fit([*rows, row]):
+                    rows.append(row)
+                else:
+                    first = row
             try:
                 self.answer(rows)
             except Exception as error:
@@ -133,6 +144,10 @@ class Batches:
                     if not row.over:
                         row.over = True
                         row.tell(error)
+
+    def fit(self, rows: list[Row]) -> bool:
+        """Return whether the model can go on from each prompt until the last answer has ended: ended rows go along."""
+        return max(len(row.prompt) for row in rows) + max(row.limit for row in rows) <= self.longest
 
     def answer(self, rows: list[Row]) -> None:
         with graft.calling(self.model):  # whatever adapter is there now stays, as it is, until the batch ends

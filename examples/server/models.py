@@ -41,7 +41,7 @@ class Models:
         config = graft.LoraConfig(r=1, target_modules="all-linear")
         self.model = graft.get_peft_model(model, config, "none", mixed=True).eval()
         self.model.delete_adapter("none")  # adapters of any methods may come
-        self.batches = Batches(self.model, self.tokenizer, ends, most)
+        self.batches = Batches(self.model, self.tokenizer, ends, most, self.longest)
 
     def load(self, name: str, folder: str) -> None:
         """Load an adapter. Answers go on meanwhile: only the exchange at the end waits for the batch that runs."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -21,7 +22,15 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import graft
 from examples.server.batches import Batches, Row, unsettled
@@ -337,6 +346,24 @@ def test_an_adapter_that_is_there_when_its_batch_begins_stays_until_it_ends():
     assert isinstance(told.get(timeout=60), graft.AdapterNotFoundError) and told.get(timeout=60).ended == "length"
 
 
+def test_rows_that_would_pass_the_last_position_together_take_turns():
+    """A long prompt and a long answer, each of which has room alone: the one's row goes along until the other ends."""
+    with seeded(0):
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)).eval()
+    base.generation_config = GenerationConfig(pad_token_id=0)
+    config = graft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    batches = Batches.__new__(Batches)  # its thread has not begun
+    vars(batches).update(model=graft.get_peft_model(base, config, "red"), tokenizer=None, ends=[], most=4, longest=32)
+    vars(batches).update(sizes=Counter(), waiting=queue.SimpleQueue())
+    told = [queue.SimpleQueue() for _ in range(3)]
+    for (length, limit), queued in zip([(28, 4), (20, 4), (2, 30)], told):
+        batches.waiting.put(Row([5] * length, "red", queued.put, limit=limit))
+    threading.Thread(target=batches.run, daemon=True).start()
+    for limit, queued in zip([4, 4, 30], told):
+        assert [queued.get(timeout=60).ended for _ in range(limit)] == [None] * (limit - 1) + ["length"]
+    assert batches.sizes == {2: 1, 1: 1}
+
+
 def row(**how) -> tuple[Row, list]:
     told = []
     return Row(how.pop("prompt", [5]), "__base__", told.append, **{"limit": 99, **how}), told
@@ -360,6 +387,13 @@ def test_text_is_told_when_it_is_settled():
     texts = [piece.text for piece in told]
     assert texts[:4] == ["a", "", "ß", " "] and "".join(texts) == "aß STO " and told[-1].ended == "stop"
     assert unsettled("abST", ["STOP", "T"]) == 2 and unsettled("ab\ufffd", []) == 1 and unsettled("ab", ["c"]) == 0
+
+
+def test_a_client_that_leaves_while_its_token_is_told_stays_away(monkeypatch):
+    answer, _ = row()
+    monkeypatch.setattr(answer, "text", lambda tokenizer: setattr(answer, "over", True) or "")
+    answer.take(7, [], None)
+    assert answer.over
 
 
 @pytest.mark.parametrize(("token", "limit", "ended"), [(1, 99, "stop"), (1, 3, "stop"), (20, 3, "length")])

@@ -147,11 +147,19 @@ def test_parallel_copies_masks_and_generates(tiny):
         torch.testing.assert_close(part.logits, own.logits)
         losses.append(own.loss)
     torch.testing.assert_close(out.loss, sum(losses) / 2)
+    for items in (40, torch.tensor(40)):  # of a step, as Trainer counts them
+        step = dict(input_ids=ids, labels=ids, num_items_in_batch=items)
+        losses = [model(**step, compose=graft.Stack(name)).loss for name in NAMES[:2]]
+        torch.testing.assert_close(model(**step, compose=value).loss, sum(losses) / 2)
     tokens = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     both = model.generate(input_ids=ids, attention_mask=mask, compose=value, **tokens)
     for part, name in zip(graft.split(both, 2), NAMES[:2]):
         model.set_adapter(name)
         assert torch.equal(part, model.generate(input_ids=ids, attention_mask=mask, **tokens))
+    positions = torch.arange(5)[None]  # of all rows; it comes first
+    for shared in ({"position_ids": positions}, {"cache_position": positions[0]}):
+        got = model(**shared, input_ids=ids, attention_mask=mask, compose=value)
+        torch.testing.assert_close(got.logits, out.logits)
     with pytest.raises(RoutingError, match="past_key_values"):
         model(input_ids=ids, past_key_values=out.past_key_values, compose=value)
 

@@ -15,6 +15,8 @@ from graft.core.rows import BASE, Together, tensors_in
 
 T = TypeVar("T")
 SHARED = ("cache_position",)  # arguments of models that no row has for itself
+MAIN = ("input_ids", "inputs_embeds", "pixel_values")  # others, such as positions, may be one for all rows
+ITEMS = "num_items_in_batch"  # tokens of an optimizer step, of which a loss is the mean: each has its copies
 
 
 class Composition:
@@ -132,8 +134,8 @@ def check_known(names: Sequence[str], configs: Mapping[str, PeftConfig], value: 
 
 
 def batch_of(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
-    """Return the number of rows: those of the first tensor argument."""
-    for value in (*inputs, *kwargs.values()):
+    """Return the number of rows: those of the tokens or images, if named, else of the first tensor argument."""
+    for value in (*inputs, *(kwargs.get(name) for name in MAIN), *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
             return len(value)
     raise RoutingError("A composition for one call needs a tensor among the arguments, which tells the rows.")
@@ -154,6 +156,8 @@ def copied(
     batch = batch_of(inputs, kwargs)
 
     def of(value: Any, name: str) -> object:
+        if name == ITEMS and isinstance(value, (int, Tensor)):
+            return value * copies
         if isinstance(value, Tensor):
             mine = value.dim() and len(value) == batch and name not in SHARED
             return value.repeat(copies, *[1] * (value.dim() - 1)) if mine else value

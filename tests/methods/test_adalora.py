@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import peft
@@ -189,6 +190,19 @@ def test_the_optimizer_hook_allocates_at_every_step(recwarn):
     handle.remove()
     assert sum(map(sum, model.peft_config["default"].rank_pattern.values())) == 3 * CONFIG["target_r"]
     assert not [w for w in recwarn if issubclass(w.category, graft.PeftWarning)]
+
+
+def test_what_allocates_is_found_in_wrappers_or_missed_at_once():
+    model = with_adalora(graft)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    handle = allocate_on_step(optimizer, nn.DataParallel(model))
+    step(model, optimizer)
+    handle.remove()
+    other = graft.get_peft_model(nn.Sequential(nn.Linear(3, 3)), graft.LoraConfig(target_modules=["0"]))
+    for make in adalora_callback, partial(allocate_on_step, optimizer):
+        with pytest.raises(ConfigError, match="with the AdaLoRA"):
+            make(other)
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_the_callback_allocates_in_transformers_trainer(tmp_path):

@@ -151,3 +151,7 @@ def test_bad_arguments():
         restart(model, optimizer, keep=2)
     with pytest.raises(graft.ConfigError, match=r"not \[\]"):
         restart(Net(), optimizer)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(graft.ConfigError, match=r"'default' on layer 'emb'.*the one that trains them"):
+        restart(model, torch.optim.AdamW([p.detach().clone() for p in model.parameters()]))  # of copies
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

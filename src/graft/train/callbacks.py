@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from graft.core.errors import ConfigError
 from graft.inject.parts import registry_of, unwrapped
 from graft.methods.finegates import sparsity_loss
 from graft.methods.lora.lora import monteclora_loss
@@ -34,28 +35,47 @@ class Listener:
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
 
+def allocating(model: nn.Module) -> Any:
+    """Return the tuner of a model that allocates; raise ConfigError if it has none."""
+    tuner = getattr(unwrapped(model), "base_model", None)
+    if not hasattr(tuner, "update_and_allocate"):
+        raise ConfigError(
+            f"Nothing in this {type(model).__name__} moves rank from layer to layer: pass the PeftModel with the "
+            "AdaLoRA adapter that trains."
+        )
+    return tuner
+
+
 class AdaLoraCallback(Listener):
     """Allocates after each step; `adalora_callback` makes it."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.tuner = allocating(model)
 
     def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        self.model.base_model.update_and_allocate(state.global_step)
+        self.tuner.update_and_allocate(state.global_step)
 
 
 def adalora_callback(model: nn.Module) -> AdaLoraCallback:
-    """Return a callback for transformers' Trainer: `Trainer(…, callbacks=[graft.train.adalora_callback(model)])`."""
+    """Return a callback for transformers' Trainer: `Trainer(…, callbacks=[graft.train.adalora_callback(model)])`.
+
+    Raises:
+        ConfigError: the model has no AdaLoRA.
+    """
     return AdaLoraCallback(model)
 
 
 def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: int = 0) -> RemovableHandle:
-    """Make every `optimizer.step()` allocate afterwards. Return a handle whose `remove()` stops that."""
-    step = start
+    """Make every `optimizer.step()` allocate afterwards. Return a handle whose `remove()` stops that.
+
+    Raises:
+        ConfigError: the model has no AdaLoRA.
+    """
+    tuner, step = allocating(model), start
 
     def allocate(*_: object) -> None:
         nonlocal step
-        model.base_model.update_and_allocate(step)
+        tuner.update_and_allocate(step)
         step += 1
 
     return optimizer.register_step_post_hook(allocate)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,8 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
 
     Raises:
         ConfigError: there is no LoRA adapter, or several; it is a variant, has a start that changes the base, or is
-            merged; keep is not between 0 and 1; or the optimizer holds moments as anything but floats.
+            merged; keep is not between 0 and 1; or the optimizer does not hold its parameters, or moments as anything
+            but floats.
         UnsupportedLayerError: a base weight is packed, tied or sharded. In any case nothing has changed.
     """
     if not 0 <= keep <= 1:
@@ -45,8 +47,9 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
     registry = registry_of(unwrapped(model))
     name = adapter_of(registry)
     layers = [layer for layer in registry.layers.values() if name in layer.methods]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
-        check(layer, name, optimizer)
+        check(layer, name, optimizer, held)
     with registry.call.gate.change(f"restart() of adapter '{name}'"):  # a call sees W and A, B of one round
         registry.taken_in.add(name)
         for layer in layers:
@@ -79,8 +82,8 @@ def adapter_of(registry: LayerRegistry) -> str:
     return names[0]
 
 
-def check(layer: AdapterLayer, name: str, optimizer: Optimizer) -> None:
-    """Raise if a layer cannot begin again."""
+def check(layer: AdapterLayer, name: str, optimizer: Optimizer, held: Collection[int]) -> None:
+    """Raise if a layer cannot begin again. held: ids of the optimizer's parameters."""
     base, parameter = layer.base_layer, layer.site.parameter
     m: Method = layer.methods[name]
     why = m.effect.fixed or layer.store.unread(base, parameter) or layer.store.fixed(base, parameter)
@@ -95,6 +98,11 @@ def check(layer: AdapterLayer, name: str, optimizer: Optimizer) -> None:
     if layer.state.merged:
         raise ConfigError(f"Adapter '{name}' is merged: call unmerge_adapter() before a restart.")
     for p in m.pair:
+        if p.requires_grad and id(p) not in held:
+            raise ConfigError(
+                f"The optimizer does not hold the parameters of adapter '{name}' on layer '{layer.key}', so that its "
+                "moments would stay: pass the one that trains them."
+            )
         for moment in moments(optimizer, p):
             if not moment.is_floating_point():
                 raise ConfigError(

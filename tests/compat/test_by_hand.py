@@ -98,6 +98,18 @@ def test_layers_of_tensors_made_by_hand(shape, transposed):
     assert found[0].shape == found[1].shape and torch.allclose(*found, atol=1e-6)
 
 
+@pytest.mark.parametrize("of_models", [
+    {"layers_to_transform": [1], "layers_pattern": "layers"}, {"layer_replication": [[0, 1]]},
+    {"trainable_token_indices": [1]}, {"modules_to_save": ["head"], "ensure_weight_tying": True},
+], ids=str)  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_what_a_config_says_of_a_whole_model_has_no_effect(of_models):
+    for lib, cls in zip(LIBS, pair("Linear")):
+        layer = cls(nn.Linear(6, 4), "a", config=lib.LoraConfig(r=2, target_modules=["q_proj"], **of_models), r=2)
+        names = [name for name, p in layer.named_parameters() if p.requires_grad]
+        assert names == ["base_layer.weight", "base_layer.bias", "lora_A.a.weight", "lora_B.a.weight"]
+
+
 def test_what_cannot_be_made_by_hand():
     linear, config = nn.Linear(3, 2), graft.LoraConfig()
     Linear, Conv = layer_class("LORA", "Linear"), layer_class("LORA", "Conv2d")

@@ -193,6 +193,12 @@ def names_of_rows(call: Call) -> list[str] | None:
     return [named[row] for row in sorted(named)] or None
 
 
+OF_WHOLE_MODELS = (  # fields that choose layers of a model, of which one made by hand is none
+    *("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices", "ensure_weight_tying"),
+)
+
+
 def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> AdapterLayer:
     """Return the layer of a class: `base_layer` with an adapter, whose own parameters train as before.
 
@@ -210,7 +216,7 @@ def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, *
     config: Any = options.get("config")
     if getattr(config, "peft_type", None) != cls.method.config.peft_type:
         raise TypeError(f"{cls.__name__} is made with config=…, a {cls.method.config.__name__}; it is {config!r}.")
-    own = dict.fromkeys(("rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "exclude_modules"))
+    own = dict.fromkeys(OF_WHOLE_MODELS)
     own |= {k: options[k] for k in ("r", "lora_alpha") if options.get(k) is not None}
     if cls.kind == WRAPPER:
         own["target_parameters"] = [f"base.{options['parameter_name']}"]

@@ -228,6 +228,11 @@ class MultiTrain:
             raise ConfigError(f"Run '{name}': seed must be an int, got {seed!r}.")
         if not callable(optimizer):
             check_made(name, optimizer, None, [])
+        for key, function in ("loss", loss), ("stop", stop):
+            if function is not None and not callable(function):
+                raise ConfigError(f"Run '{name}': {key} must be a function, got {function!r}.")
+        if every is not None and valid is None:
+            raise ConfigError(f"Run '{name}': every={every} is how often it looks at validation data: give it valid=.")
         taker = next((run.name for run in self._runs.values() if run.goes_on and run.loader.data is data), None)
         if taker is not None and one_position(data):
             raise ConfigError(
@@ -829,11 +834,16 @@ def check_made(name: str, optimizer: Optimizer, schedule: object, parameters: Se
     if isinstance(optimizer, torch.optim.LBFGS) or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         wrong = optimizer if schedule is None else schedule
         raise ConfigError(f"Run '{name}': {type(wrong).__name__} steps by more than gradients; choose another.")
-    own = {id(p) for p in parameters}
-    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+    own, held = {id(p) for p in parameters}, {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held - own:
         raise ConfigError(
             f"Run '{name}': its {type(optimizer).__name__} holds parameters that are not the run's: let optimizer make "
             "one of those that it gets."
+        )
+    if missing := sum(p.requires_grad and id(p) not in held for p in parameters):
+        raise ConfigError(
+            f"Run '{name}': its {type(optimizer).__name__} leaves out {missing} of {len(parameters)} parameters, which "
+            "would never change: let optimizer make one of all that it gets, or have requires_grad of these be False."
         )
     if getattr(schedule, "optimizer", optimizer) is not optimizer:
         raise ConfigError(

@@ -231,8 +231,6 @@ class MultiTrain:
         for key, function in ("loss", loss), ("stop", stop):
             if function is not None and not callable(function):
                 raise ConfigError(f"Run '{name}': {key} must be a function, got {function!r}.")
-        if every is not None and valid is None:
-            raise ConfigError(f"Run '{name}': every={every} is how often it looks at validation data: give it valid=.")
         taker = next((run.name for run in self._runs.values() if run.goes_on and run.loader.data is data), None)
         if taker is not None and one_position(data):
             raise ConfigError(

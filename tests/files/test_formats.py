@@ -2,6 +2,8 @@
 """Files that other libraries wrote (`make_fixtures.py`): graft reads the change of weights that they compute by them,
 writes them in every format that can hold them, and reads that back."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,21 @@ def read_back(path, to, base):
     adapter = formats.read(path, base)
     assert adapter.format == to
     return adapter
+
+
+@pytest.mark.parametrize("field", [{"alora_invocation_tokens": [5, 7]}, {"layer_replication": [[0, 1], [0, 2]]}])
+@pytest.mark.parametrize("to", ["mlx", "kohya", "torchtune", "litgpt"])
+def test_what_a_config_has_factors_do_otherwise_is_not_lost(tmp_path, to, field):
+    base = base_for("mlx_lora")
+    convert(FIXTURES / "mlx_lora", "peft", tmp_path / "peft", base)
+    path, weights = tmp_path / "peft" / "adapter_config.json", tmp_path / "peft" / "adapter_model.safetensors"
+    path.write_text(json.dumps(json.loads(path.read_text()) | field))
+    save_file(load_file(weights), weights)  # without the notes of graft, which know the config as it was
+    with pytest.raises(LossError, match=re.escape(f"{next(iter(field.values()))}")):
+        convert(tmp_path / "peft", to, tmp_path / "out", base)
+    assert convert(tmp_path / "peft", to, tmp_path / "out", base, lossy=True).lost
+    again = convert(tmp_path / "peft", "peft", tmp_path / "again", base)
+    assert again.lost == [] and field.items() <= json.loads((tmp_path / "again" / path.name).read_text()).items()
 
 
 def test_names_of_a_first_release(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF by the package gguf: transformers, which reads models of GGUF, gives names and order of what is expected."""
 
+import json
 import shutil
 
 import gguf
@@ -58,6 +59,25 @@ def test_onto_a_model(tmp_path):
     for path, change in wanted("gguf_llama").items():
         got = (merged[f"{path}.weight"] - before[f"{path}.weight"]).double()
         assert (got - torch.from_numpy(change)).abs().max() < 4e-6, path
+
+
+def test_an_alora_keeps_the_tokens_from_which_it_acts(tmp_path):
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    stem, rng = "base_model.model.model.layers.0.self_attn.q_proj", np.random.default_rng(0)
+    source = tmp_path / "alora"
+    source.mkdir()
+    factors = {"A": (2, 16), "B": (16, 2)}
+    tensors = {f"{stem}.lora_{name}.weight": rng.standard_normal(size).astype("f4") for name, size in factors.items()}
+    save_file(tensors, source / "adapter_model.safetensors")
+    (source / "adapter_config.json").write_text(json.dumps(fields | {"alora_invocation_tokens": [5, 7]}))
+    convert(source, "gguf", tmp_path / "a.gguf", LLAMA)
+    field = gguf.GGUFReader(tmp_path / "a.gguf").fields["adapter.alora.invocation_tokens"]
+    assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32] and field.contents() == [5, 7]
+    convert(tmp_path / "a.gguf", "peft", tmp_path / "back", LLAMA)
+    back = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert back["alora_invocation_tokens"] == [5, 7]
+    with pytest.raises(LossError, match=r"tokens after which aLoRA begins to act: \[5, 7\]"):
+        convert(tmp_path / "a.gguf", "kohya", tmp_path / "a.safetensors", LLAMA)
 
 
 def test_refusals(tmp_path):

@@ -29,7 +29,13 @@ PARTS = {
     "embedding": "embeddings",
     "experts": "stacks of experts",
     "extra": "what a variant of LoRA keeps beside its factors",
+    "alora_invocation_tokens": "the tokens after which aLoRA begins to act",
+    "layer_replication": "layers of the base that it repeats",
 }
+FIELDS = (
+    "alora_invocation_tokens",
+    "layer_replication",
+)  # of PEFT's config, by which the same factors do another thing
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> tup
         if items and name not in holds.parts:
             lost += [f"{PARTS[name]}: {key}" for key in items]
             setattr(out, name, {})
+    facts = {name: adapter.config.get(name) for name in FIELDS if name not in holds.parts}
+    lost += [f"{PARTS[name]}: {value}" for name, value in facts.items() if value]
     for path, module in adapter.modules.items():
         if isinstance(module, Other):
             if module.method in holds.methods:

@@ -28,7 +28,8 @@ from graft.files.tensors import Tensor, rearranged, tensor
 NAME = "gguf"
 MAGIC = b"GGUF"
 KEY = re.compile(r"(.+)\.weight\.lora_([ab])")
-HOLDS = Holds("alpha", True, frozenset({"embedding", "experts"}))
+ALORA, TOKENS = "adapter.alora.invocation_tokens", "alora_invocation_tokens"  # here, and in a config of PEFT
+HOLDS = Holds("alpha", True, frozenset({"embedding", "experts", TOKENS}))
 # llama.cpp's converter, November 2026: architecture in config.json → its name in GGUF, whether it permutes q and k.
 # Those whose weights it changes in another way (falcon's qkv, bloom's, internlm2's) are not here.
 ARCHITECTURES = {
@@ -90,6 +91,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         raise CheckpointError(f"{path} is an adapter of type {fields.get('adapter.type')!r}: graft reads LoRA.")
     arch, alpha = str(fields.get("general.architecture")), float(fields.get("adapter.lora.alpha", 0.0))
     out = AdapterFile(NAME, path, config=fields, flat=base is None)
+    if tokens := fields.get(ALORA):
+        out.config = {**fields, TOKENS: [int(token) for token in tokens]}
     out.base = next(
         (str(fields[k]) for k in ("general.base_model.0.repo_url", "general.base_model.0.name") if k in fields), None
     )
@@ -217,7 +220,10 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         tensors[f"{name}.weight.lora_b"] = module.B if heads is None else interleaved(module.B, heads)
     keys = gguf.Keys
     fields: Json = {keys.General.TYPE: gguf.GGUFType.ADAPTER, keys.Adapter.TYPE: "lora"}
-    save(path, arch, fields | {keys.Adapter.LORA_ALPHA: float(first.scale * first.rank)}, tensors)
+    fields[keys.Adapter.LORA_ALPHA] = float(first.scale * first.rank)
+    if tokens := adapter.config.get(TOKENS):
+        fields[ALORA] = tokens
+    save(path, arch, fields, tensors)
     return lost
 
 
@@ -232,6 +238,9 @@ def save(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor]) -> N
     def write(temporary: str) -> None:
         writer = gguf.GGUFWriter(temporary, arch)
         for name, value in fields.items():
+            if isinstance(value, list):
+                writer.add_key_value(name, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+                continue
             kind = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
             kind(name, value)
         for name, t in tensors.items():

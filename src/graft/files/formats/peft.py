@@ -587,6 +587,7 @@ def new_config(adapter: AdapterFile) -> Json:
             "bias": "all" if biases > of_targets else "lora_only" if biases else "none",
             "use_dora": any(h.magnitude is not None for h in low_rank),
             "lora_bias": any(h.bias is not None for h in low_rank),
+            "alora_invocation_tokens": adapter.config.get("alora_invocation_tokens"),
         }  # fmt: skip
         if adapter.rows:
             rows = {name.removesuffix(".weight"): which.read() for name, (which, _) in adapter.rows.items()}

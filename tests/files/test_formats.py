@@ -103,6 +103,28 @@ def test_what_a_config_has_factors_do_otherwise_is_not_lost(tmp_path, to, field)
     assert again.lost == [] and field.items() <= json.loads((tmp_path / "again" / path.name).read_text()).items()
 
 
+@pytest.mark.parametrize("to", ["peft", "torchtune", "mlx"])
+def test_magnitudes_of_some_modules_only(tmp_path, to):
+    """Which kohya's files can have; where all modules have one or none, the norm of W + ΔW changes nothing."""
+    base, rng, tensors = base_for("mlx_lora"), np.random.default_rng(0), {}
+    for name, has_one in (("q_proj", True), ("o_proj", False)):
+        stem = f"lycoris_model_layers_0_self_attn_{name}"
+        tensors |= {f"{stem}.lora_down.weight": rng.normal(size=(2, 16)).astype("f4")}
+        tensors |= {f"{stem}.lora_up.weight": rng.normal(size=(16, 2)).astype("f4"), f"{stem}.alpha": np.array(6, "f4")}
+        tensors |= {f"{stem}.dora_scale": rng.uniform(1, 2, (16, 1)).astype("f4")} if has_one else {}
+    source = tmp_path / "a.safetensors"
+    save_file(tensors, source)
+    convert(source, to, tmp_path / "out", base)
+    back = formats.read(tmp_path / "out", base)
+    assert all(module.magnitude is not None for module in back.low_rank.values())
+    assert_same(changes(back, base), changes(formats.read(source, base), base), 5e-6)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((FIXTURES / "base_llama" / "config.json").read_text())
+    with pytest.raises(LossError, match=r"'model\.layers\.0\.self_attn\.o_proj' of .* has none: give the base model"):
+        convert(source, to, tmp_path / "again", bare)
+
+
 def test_names_of_a_first_release(tmp_path):
     """As ComfyUI has them for Wan: `diffusers` itself knows which module is meant, with the folder of the pipeline."""
     rng, tensors = np.random.default_rng(0), {}

@@ -85,7 +85,7 @@ def convert(
         adapter = checked(source, known, to)
     lost: list[str] = []
     if to == "peft":
-        adapter, lost = fit(adapter, PEFT, to, lossy)
+        adapter, lost = fit(adapter, PEFT, to, lossy, known)
     rounding = one_scale(replace(adapter, modules=dict(adapter.modules)), form.HOLDS) if to != "peft" else 0.0
     with appearing(target, not dry_run) as made:
         lost += form.write(adapter, made, known, lossy)

@@ -7,16 +7,20 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from graft.core.errors import CheckpointError, some
-from graft.files.algebra import with_core
+from graft.files.algebra import products, with_core
 from graft.files.errors import LossError
 from graft.files.formats.peft import PREFIXES, VARIANTS, named_as_there
+from graft.files.names import CONV1D
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import Tensor, tensor
+
+if TYPE_CHECKING:
+    from graft.files.formats import Base
 
 Parts = frozenset[str]
 PARTS = {
@@ -47,12 +51,14 @@ class Holds:
         ranks: each module has its own.
         parts: keys of PARTS.
         methods: those that are not LoRA.
+        magnitudes: some modules may have a magnitude where others have none.
     """
 
     scales: Literal["each", "alpha", "one"] = "each"
     ranks: bool = True
     parts: Parts = frozenset()
     methods: Parts = frozenset()
+    magnitudes: bool = False
 
 
 PEFT = Holds(
@@ -60,12 +66,15 @@ PEFT = Holds(
 )  # but methods beside each other, which its writer looks for
 
 
-def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> tuple[AdapterFile, list[str]]:
+def fit(
+    adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False, base: Base | None = None
+) -> tuple[AdapterFile, list[str]]:
     """Return an adapter as a format can hold it, and what that leaves out.
 
     Args:
         to: the format's name, for errors.
         lossy: leave out what it cannot hold.
+        base: whose weights give magnitudes to modules that have none beside others that do.
 
     Raises:
         LossError: it cannot hold something; or, with `lossy`, anything.
@@ -104,8 +113,45 @@ def fit(adapter: AdapterFile, holds: Holds, to: str, lossy: bool = False) -> tup
     if adapter.changed_base is not None and "changed_base" not in holds.parts:
         lost.append(f"that the base was changed by {adapter.changed_base}, which the file does not say how to undo")
     check_lost(adapter, to, lost, lossy, out.modules or out.full or out.shared or out.rows)
+    if "magnitude" in holds.parts and not holds.magnitudes and adapter.format != to:
+        out.modules.update(with_magnitudes(out, base, to))
     one_scale(out, holds)
     return out, lost
+
+
+def with_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: bool = False) -> dict[str, LowRank]:
+    """Return the modules that get a magnitude as others have one: the norm of W + ΔW, which changes nothing.
+
+    Args:
+        of_rows: an embedding has one for each token, as in MLX.
+
+    Raises:
+        LossError: that needs the base's weights, which are not there.
+    """
+    by_part: dict[str, dict[str, LowRank]] = {}  # each part of a pipeline has a config of its own
+    for path, module in adapter.low_rank.items():
+        by_part.setdefault(path.partition(".")[0] if adapter.pipeline else "", {})[path] = module
+    out = {}
+    turned = base is not None and base.config.get("model_type") in CONV1D
+    for modules in by_part.values():
+        bare = {path: module for path, module in modules.items() if module.magnitude is None}
+        if len(bare) == len(modules):
+            continue
+        for path, module in bare.items():
+            weight = None if base is None else getattr(base, "tensors", {}).get(f"{path}.weight")
+            if weight is None or weight.dtype not in ("F64", "F32", "F16", "BF16") or module.kind == "experts":
+                raise LossError(
+                    f"{to} has a magnitude for all modules or for none, and '{path}' of {adapter.path} has none: give "
+                    "the base model with its weights (--base), of which it can be made."
+                )
+            ((B, A),) = products(module)
+            W = weight.read().astype("f8")
+            W, shape = W.reshape(len(W), -1), (len(B), A.shape[1])
+            if W.shape[::-1] == shape and (turned or W.shape != shape):
+                W = W.T
+            norm = np.linalg.norm(W + B @ A, axis=0 if module.kind == "embedding" and not of_rows else 1)
+            out[path] = replace(module, magnitude=tensor(norm.astype("f4"), "F32"))
+    return out
 
 
 def check_lost(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, left: object) -> None:

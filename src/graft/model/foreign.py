@@ -69,7 +69,7 @@ def load_adapter(
             adapter = fitting[0] if len(fitting) == 1 else adapter
         check(adapter, known)
         adapter = as_peft(adapter, known)
-        adapter, _ = fit(adapter, PEFT, "peft", lossy)
+        adapter, _ = fit(adapter, PEFT, "peft", lossy, known)
     lost: list[str] = []
     tensors = {name: to_torch(t) for name, t in tensors_of(adapter, lost).items()}
     if lost and not lossy:

@@ -187,7 +187,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         BaseNeededError: nothing tells that.
     """
-    made, lost = fit(adapter, HOLDS, NAME, lossy)
+    made, lost = fit(adapter, HOLDS, NAME, lossy, base)
     parts: dict[str, dict[str, LowRank]] = {}
     for module, of_module in placed(made, base).items():
         part, _, inner = module.partition(".")

@@ -42,7 +42,7 @@ OTHERS = {  # a tensor that tells the method → its name, and the tensors that 
 }
 FULL, DORA_OF_INPUTS, DORA_OF_OTHERS = "LyCORIS full", "LyCORIS DoRA of inputs", "LyCORIS DoRA of another method"
 OWN = frozenset({method for method, _ in OTHERS.values()} | {FULL, DORA_OF_INPUTS, DORA_OF_OTHERS})
-HOLDS = Holds(parts=frozenset({"magnitude", "conv", "mid"}), methods=OWN | {"LOHA", "LOKR"})
+HOLDS = Holds(parts=frozenset({"magnitude", "conv", "mid"}), methods=OWN | {"LOHA", "LOKR"}, magnitudes=True)
 
 
 def recognises(path: str) -> bool:

@@ -6,24 +6,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import replace as with_
-
-import numpy as np
 
 from graft.config.atomic import replace, write_text
 from graft.config.reading import read_object
 from graft.core.errors import CheckpointError
-from graft.files import algebra
-from graft.files.errors import LossError
 from graft.files.formats import Base
-from graft.files.holding import Holds, both, by_module, fit, misfit
+from graft.files.holding import Holds, both, by_module, fit, misfit, with_magnitudes
 from graft.files.neutral import AdapterFile, Kind, LowRank
-from graft.files.tensors import Tensor, read_header, rearranged, tensor, write_safetensors
+from graft.files.tensors import Tensor, read_header, rearranged, write_safetensors
 
 NAME = "mlx"
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 DEFAULT = 20.0  # scale where the config has none
-HOLDS = Holds("one", False, frozenset({"magnitude", "embedding", "experts"}))
+HOLDS = Holds("one", False, frozenset({"magnitude", "embedding", "experts"}), magnitudes=True)
 KEY = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 BLOCK = re.compile(r"^(?P<blocks>.*?\.layers)\.(?P<number>\d+)\.(?P<key>.+)$")
 
@@ -78,14 +73,14 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     """Write a folder. Modules below a block are named as mlx-lm names them there, others by their whole paths.
 
     Raises:
-        LossError: some modules have a magnitude, and others not; or it is not of LoRA.
+        LossError: some modules have a magnitude, and others not, and the base's weights are not there; or it is not of
+            LoRA.
     """
     made, lost = fit(adapter, HOLDS, NAME, lossy)
+    made.modules.update(with_magnitudes(made, base, NAME, of_rows=True))
     modules = made.low_rank
     tensors: dict[str, Tensor] = {}
     dora = any(module.magnitude is not None for module in modules.values())
-    if dora:
-        modules = as_dora(made, base)
     for name, module in modules.items():
         swap = (lambda t: t) if module.kind == "experts" else transposed
         tensors |= {f"{name}.lora_a": swap(module.A), f"{name}.lora_b": swap(module.B)}
@@ -115,25 +110,3 @@ def keys(modules: dict[str, LowRank]) -> list[str]:
     first, *others = blocks.values()
     same = len({block.rpartition(".")[0] for block in blocks}) == 1 and all(other == first for other in others)
     return sorted(first if same else modules)
-
-
-def as_dora(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
-    """Return modules that all have a magnitude: of a module without one the norm of W + ΔW, which changes nothing.
-
-    Raises:
-        LossError: that needs the base's weights, which are not there.
-    """
-    out = {}
-    for name, module in adapter.low_rank.items():
-        if module.magnitude is None:
-            weight = getattr(base, "tensors", {}).get(f"{name}.weight")
-            if weight is None:
-                raise LossError(
-                    f"MLX has a magnitude for all modules or for none, and '{name}' of {adapter.path} has none: give "
-                    "the base model with its weights (--base), of which it can be made."
-                )
-            ((B, A),) = algebra.products(module)
-            norm = np.linalg.norm(weight.read().astype("f8") + B @ A, axis=1)
-            module = with_(module, magnitude=tensor(norm.astype("f4"), "F32"))
-        out[name] = module
-    return out

@@ -132,7 +132,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         LossError: torchtune has no name for a module.
     """
-    made, lost = fit(adapter, HOLDS, NAME, lossy)
+    made, lost = fit(adapter, HOLDS, NAME, lossy, base)
     names = {module: named(module) for module in made.modules}
     lost += [f"no name in torchtune: {module}" for module, name in names.items() if name is None]
     modules = {module: m for module, m in made.low_rank.items() if names[module]}

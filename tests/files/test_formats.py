@@ -125,6 +125,29 @@ def test_magnitudes_of_some_modules_only(tmp_path, to):
         convert(source, to, tmp_path / "again", bare)
 
 
+def test_a_magnitude_for_each_token_is_none_for_each_output(tmp_path):
+    """mlx-lm's DoRA of an embedding normalizes rows of the table, PEFT's its columns."""
+    base, rng = base_for("mlx_lora"), np.random.default_rng(0)
+    sizes = {"lora_a": (32, 2), "lora_b": (2, 16), "m": (32,)}
+    tensors = {f"model.embed_tokens.{k}": rng.uniform(1, 2, size).astype("f4") for k, size in sizes.items()}
+    mlx, own = tmp_path / "mlx", tmp_path / "peft"
+    mlx.mkdir()
+    save_file(tensors, mlx / "adapters.safetensors")
+    (mlx / "adapter_config.json").write_text('{"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 2.0}}')
+    with pytest.raises(LossError, match=r"MLX DoRA of an embedding on model\.embed_tokens"):
+        convert(mlx, "peft", own, base)
+    sizes = {"lora_embedding_A": (2, 32), "lora_embedding_B": (16, 2), "lora_magnitude_vector": (16,)}
+    stem = "base_model.model.model.embed_tokens"
+    own.mkdir()
+    save_file(
+        {f"{stem}.{k}": rng.uniform(1, 2, size).astype("f4") for k, size in sizes.items()}, own / peft.pair.SAFETENSORS
+    )
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": True, "target_modules": ["embed_tokens"]}
+    (own / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(LossError, match=r"for each token there: model\.embed_tokens"):
+        convert(own, "mlx", tmp_path / "out", base)
+
+
 def test_names_of_a_first_release(tmp_path):
     """As ComfyUI has them for Wan: `diffusers` itself knows which module is meant, with the folder of the pipeline."""
     rng, tensors = np.random.default_rng(0), {}

@@ -6,18 +6,20 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace as with_
 
 from graft.config.atomic import replace, write_text
 from graft.config.reading import read_object
 from graft.core.errors import CheckpointError
 from graft.files.formats import Base
-from graft.files.holding import Holds, both, by_module, fit, misfit, with_magnitudes
-from graft.files.neutral import AdapterFile, Kind, LowRank
+from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit, with_magnitudes
+from graft.files.neutral import AdapterFile, Kind, LowRank, Other
 from graft.files.tensors import Tensor, read_header, rearranged, write_safetensors
 
 NAME = "mlx"
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 DEFAULT = 20.0  # scale where the config has none
+DORA_OF_TOKENS = "MLX DoRA of an embedding"  # a magnitude for each token, where PEFT's is for each output
 HOLDS = Holds("one", False, frozenset({"magnitude", "embedding", "experts"}), magnitudes=True)
 KEY = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 BLOCK = re.compile(r"^(?P<blocks>.*?\.layers)\.(?P<number>\d+)\.(?P<key>.+)$")
@@ -51,7 +53,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return out
 
 
-def low_rank(path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object) -> LowRank:
+def low_rank(path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object) -> LowRank | Other:
     (a, b), m = both(tensors, ("lora_a", "lora_b"), path, module), tensors.get("m")
     if m is not None and len(m.shape) != 1:
         raise CheckpointError(f"{path}: the magnitude of '{module}' has shape {m.shape}, and is no vector.")
@@ -61,6 +63,8 @@ def low_rank(path: str, module: str, tensors: dict[str, Tensor], scale: float, r
         r = rank or "r"
         raise misfit(path, module, a, b, f"where MLX has (in, {r}) and ({r}, out)")
     kind: Kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
+    if kind == "embedding" and m is not None:
+        return Other(DORA_OF_TOKENS, tensors, scale)
     return LowRank(transposed(a), transposed(b), scale, kind, m)
 
 
@@ -73,10 +77,14 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     """Write a folder. Modules below a block are named as mlx-lm names them there, others by their whole paths.
 
     Raises:
-        LossError: some modules have a magnitude, and others not, and the base's weights are not there; or it is not of
-            LoRA.
+        LossError: some modules have a magnitude, and others not, and the base's weights are not there; or an embedding
+            has one; or it is not of LoRA.
     """
     made, lost = fit(adapter, HOLDS, NAME, lossy)
+    of_outputs = {path: m for path, m in made.low_rank.items() if m.kind == "embedding" and m.magnitude is not None}
+    lost += [f"DoRA's magnitude, which an embedding has for each token there: {path}" for path in of_outputs]
+    check_lost(adapter, NAME, lost, lossy, made.modules)
+    made.modules.update({path: with_(m, magnitude=None) for path, m in of_outputs.items()})
     made.modules.update(with_magnitudes(made, base, NAME, of_rows=True))
     modules = made.low_rank
     tensors: dict[str, Tensor] = {}

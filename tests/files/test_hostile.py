@@ -24,6 +24,7 @@ from graft.files.convert import convert
 from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, LossError, OptionError, OutputExistsError
 from graft.files.inspect import inspect
+from graft.files.lint import lint
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.resize import resize
 from graft.files.tensors import tensor, whole_numbers
@@ -217,6 +218,23 @@ def test_a_config_of_another_shape(tmp_path, name, field, value, says):
     config = tmp_path / "a" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     refused((CheckpointError, LossError), says, tmp_path / "a", "kohya", tmp_path / "out.safetensors")
+
+
+FIELDS = {"peft_type": [1], "target_parameters": 7, "modules_to_save": 7, "base_model_name_or_path": {"a": 1},
+          "use_bdlora": 7, "auto_mapping": 7}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_of_another_kind(tmp_path, field):
+    convert(FIXTURES / "mlx_lora", "peft", tmp_path / "a")
+    weights, config = tmp_path / "a" / "adapter_model.safetensors", tmp_path / "a" / "adapter_config.json"
+    save_file(load_file(weights), weights)  # without the copy of the config
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: FIELDS[field]}))
+    if field == "auto_mapping":  # which describes only
+        assert [f for f in lint(formats.read(tmp_path / "a")) if f.rule == "orphan_key"] == []
+        return
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {field} is"):
+        lint(formats.read(tmp_path / "a"))
 
 
 def test_factors_of_mlx_that_nobody_transposed(tmp_path):

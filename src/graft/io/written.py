@@ -32,8 +32,8 @@ class Layout:
     @classmethod
     def of(cls, fields: Json) -> Layout:
         """Return what the fields of a file's config tell."""
-        version, mark = fields.get("peft_version"), fields.get(MARK)
-        unsloth = (fields.get("auto_mapping") or {}).get("unsloth_fixed", False)
+        version, mark, mapping = fields.get("peft_version"), fields.get(MARK), fields.get("auto_mapping")
+        unsloth = isinstance(mapping, dict) and mapping.get("unsloth_fixed", False)
         by_expert = mark == "grouped_by_expert" if mark in NAMES else None if unsloth else False
         return cls(version, by_expert=by_expert)
 

@@ -59,6 +59,8 @@ FIRST = ("gate_up_proj", "w1", "w13", "up_proj", "down_proj", "w2", "w3")  # par
 TRANSPOSED = ("gpt_oss",)  # types of models whose experts say that their matrices are stored (in, out)
 UNMARKED = ("llama4", "llama4_text")  # and of those that store them so, and do not say it
 RANK = 8  # where a config does not say r or alpha
+LISTS = ("target_parameters", "modules_to_save")  # lists of text in a config
+KINDS: dict[str, type] = {"peft_type": str, "base_model_name_or_path": str, "use_bdlora": dict}  # of other fields
 
 
 # reading
@@ -112,6 +114,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     config_file = ConfigFile(folder, None)
     tensors, metadata, noted = weights_in(folder)
     config = dict(config_file.of(noted))
+    check_kinds(config, config_file.path)
     layout = Layout.of(config)
     config.pop(MARK, None)  # B is held as PEFT has it
     method = config.get("peft_type")
@@ -139,6 +142,17 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         out.changed_base = changes_base(config)
     out.selected = frozenset(out.modules) if served or names == set(tensors) else None
     return out
+
+
+def check_kinds(config: Json, path: str) -> None:
+    """Raise CheckpointError for a field that is of another kind than what follows takes it for."""
+    for name in LISTS:
+        value = config.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise CheckpointError(f"{path}: {name} is {value!r}, and no list of names.")
+    for name, kind in KINDS.items():
+        if (value := config.get(name)) and not isinstance(value, kind):
+            raise CheckpointError(f"{path}: {name} is {value!r}, and no {'text' if kind is str else 'dict'}.")
 
 
 def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.Noted]:

@@ -4,6 +4,7 @@ writes them in every format that can hold them, and reads that back."""
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from graft.files.bases import base_of
 from graft.files.convert import convert
 from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, LossError
-from graft.files.formats import peft
+from graft.files.formats import kohya, peft
 from graft.files.resize import resize
 from tests.files.dense import changes
 
@@ -123,6 +124,17 @@ def test_magnitudes_of_some_modules_only(tmp_path, to):
     (bare / "config.json").write_text((FIXTURES / "base_llama" / "config.json").read_text())
     with pytest.raises(LossError, match=r"'model\.layers\.0\.self_attn\.o_proj' of .* has none: give the base model"):
         convert(source, to, tmp_path / "again", bare)
+
+
+@pytest.mark.parametrize("name", ["lycoris_loha", "lycoris_lokr"])
+def test_an_alpha_of_0_stays_one(tmp_path, name):
+    base = base_for(name)
+    adapter = formats.read(FIXTURES / name, base)
+    adapter.modules = {path: replace(m, scale=0.0, tensors={k: t for k, t in m.tensors.items() if k != "alpha"})
+                       for path, m in adapter.modules.items()}  # fmt: skip
+    kohya.write(adapter, str(tmp_path / "a.safetensors"), base)
+    back = changes(formats.read(tmp_path / "a.safetensors", base), base)
+    assert back and not any(change.any() for change in back.values())
 
 
 def test_a_magnitude_for_each_token_is_none_for_each_output(tmp_path):

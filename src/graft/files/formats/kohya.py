@@ -218,8 +218,11 @@ def leaves(module: LowRank | Other) -> dict[str, Tensor]:
     if isinstance(module, Other):
         out = dict(module.tensors)
         if module.scale is not None and "alpha" not in out:
-            out["alpha"] = tensor(np.array(module.scale * (module.rank or 1), "f4"))
-            if module.method == "LOKR" and not module.rank and module.scale != 1:  # whose alpha no reader looks at
+            out["alpha"] = tensor(np.array((module.scale or 1.0) * (module.rank or 1), "f4"))
+            if not module.scale:  # an alpha of 0 means 1 to every reader
+                first = next(name for name in ("hada_w1_a", "lokr_w1", "lokr_w1_a") if name in out)
+                out[first] = tensor(np.zeros(out[first].shape, "f4"), out[first].dtype)
+            elif module.method == "LOKR" and not module.rank and module.scale != 1:  # whose alpha no reader looks at
                 out["lokr_w1"] = tensor((out["lokr_w1"].read() * module.scale).astype("f4"), out["lokr_w1"].dtype)
         return out
     alpha = module.scale * module.rank

@@ -379,6 +379,15 @@ def test_before_an_optimizer_steps_a_zero_update_is_no_finding():
     assert graft.audit(model, optimizer).ok and not graft.audit(model, optimizer).stepped
 
 
+def test_a_pass_of_its_own_is_no_training():
+    model = net_with("inner", "lost")
+    report = graft.audit(model, loss=lambda: model(X).square().mean())
+    assert report.never_called == [] and len(report.no_gradient) == 1
+    again = graft.audit(model)
+    assert again.ok and not again.stepped and str(again).startswith("Before any backward pass")
+    assert len(said(*[step(model)] * PASSES)) == 1  # and the watch has its own passes before it
+
+
 def test_a_start_that_leaves_little_of_the_weight_has_not_exploded():
     model = net_with("inner", r=6, init_lora_weights="pissa")
     report = graft.audit(model)

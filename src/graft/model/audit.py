@@ -193,7 +193,7 @@ def audit(
         look(parts, report)
         report.after = "a backward pass" if any(p.grad is not None for p in model.parameters()) else ""
     else:
-        with tried(model, carriers, loss) as called:
+        with tried(model, registry, carriers, loss) as called:
             look(parts, report, called)
         report.after = "a backward pass of its own"
     if not report.after:
@@ -286,8 +286,13 @@ def starts_large(part: Part) -> bool:
 
 
 @contextmanager
-def tried(model: nn.Module, carriers: Iterable[Carrier], loss: Callable[[], Tensor]) -> Iterator[set[int]]:
-    """Run forward and backward; yield ids of the carriers that ran, and put gradients back after the block."""
+def tried(
+    model: nn.Module, registry: Any, carriers: Iterable[Carrier], loss: Callable[[], Tensor]
+) -> Iterator[set[int]]:
+    """Run forward and backward; yield ids of the carriers that ran, and put gradients back after the block.
+
+    The registry's own watch does not see it: this is no training.
+    """
     before = [(p, p.grad) for p in model.parameters()]
     called: set[int] = set()
 
@@ -295,6 +300,9 @@ def tried(model: nn.Module, carriers: Iterable[Carrier], loss: Callable[[], Tens
         called.add(id(module))
 
     with ExitStack() as undo:
+        if registry is not None:
+            undo.callback(setattr, registry, "watch", registry.watch)
+            registry.watch = None
         for p, grad in before:
             undo.callback(setattr, p, "grad", grad)
             p.grad = None

@@ -200,6 +200,25 @@ def test_another_optimizer_begins_anew(saved):
     assert same(training.values(), Training().run(4).values())
 
 
+def test_a_weight_of_the_base_that_trains_with_an_adapter_merged_into_it(tmp_path):
+    """It would be saved with the adapter in it, or take the place of what is merged."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    config = graft.LoraConfig(r=2, target_modules=["0"], bias="lora_only", init_lora_weights=False)
+    model = graft.get_peft_model(net, config).requires_grad_()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    graft.save_training(tmp_path, model, optimizer, step=1)
+    before = (tmp_path / FILE).read_bytes()
+    model.merge_adapter()
+    merged = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"0\.base_layer\.weight' is in the optimizer, and .* default are merged"):
+        graft.save_training(tmp_path, model, optimizer, step=2)
+    with pytest.raises(ConfigError, match="unmerge_adapter"):
+        graft.resume(tmp_path, model, optimizer)
+    assert (tmp_path / FILE).read_bytes() == before and same(merged, model.state_dict())
+    rest = SGD([p for n, p in model.named_parameters() if n.endswith("bias") or "lora_" in n], lr=0.1)
+    graft.save_training(tmp_path, model, rest, step=2)  # biases are as they were
+
+
 def test_what_cannot_be_saved(tmp_path):
     training = Training()
     with pytest.raises(ConfigError, match=r"Group 0 of the optimizer has a parameter of shape \(2,\)"):

@@ -111,7 +111,8 @@ def save_training(
 
     Raises:
         ConfigError: an object is kept nowhere but in memory: the optimizer has a parameter that is not the model's, or
-            the loader no state, or a value is neither a number, a text nor a tensor. The text names it.
+            the loader no state, or a value is neither a number, a text nor a tensor. The text names it. Or a parameter
+            of the base that trains has adapters merged into it.
         DistributedError: processes hold the tensors together in a way that cannot be resumed by name: FSDP1, ZeRO-1,
             ZeRO-2. Nothing is written.
         CheckpointError: a process does not call this.
@@ -272,7 +273,8 @@ def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, 
     """Return all tensors of the adapters, and all parameters in an optimizer, by name without wrappers.
 
     Raises:
-        ConfigError: a parameter is not the model's; or a method has state that is not in tensors.
+        ConfigError: a parameter is not the model's, or holds merged adapters; or a method has state that is not in
+            tensors.
     """
     inner, adapters = unwrapped(model), adapters_of(model)
     names: dict[int, str] = {}
@@ -297,7 +299,25 @@ def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, 
                     "(any more): make the optimizer from model.parameters()."
                 )
             found.setdefault(names[id(p)], Value(p, None, None))
+    held = merged_into(inner)
+    if changed := [(name, *held[id(v.tensor)]) for name, v in found.items() if id(v.tensor) in held]:
+        name, key, merged = changed[0]
+        raise ConfigError(
+            f"'{name}' is in the optimizer, and adapter(s) {', '.join(merged)} are merged into layer '{key}', so that "
+            "it is not the value that trains: call unmerge_adapter() first."
+        )
     return found
+
+
+def merged_into(model: nn.Module) -> dict[int, tuple[str, list[str]]]:
+    """Return the base's parameters whose values merged adapters have changed: id → layer and adapters."""
+    held = {}
+    for key, layer in registry_of(model).layers.items():
+        base, undo = layer.get_base_layer(), layer.state.undo
+        tensors = [getattr(base, layer.site.parameter, None)] if undo else []
+        tensors += [getattr(base, "bias", None)] if any(bias is not None for _, _, bias in undo) else []
+        held |= {id(t): (key, [*layer.merged_adapters]) for t in tensors if t is not None}
+    return held
 
 
 def inside(wrapper: Any) -> Any:

@@ -108,7 +108,7 @@ def test_gates_that_cannot_learn_are_said():
 
 
 class Trainer:
-    def compute_loss(self, model, inputs, return_outputs=False):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = model(inputs).sum()
         return (loss, inputs) if return_outputs else loss
 
@@ -123,6 +123,18 @@ def test_a_trainer_adds_the_loss():
     assert_close(GatesTrainer().compute_loss(model, x), model(x).sum() + own)
     assert_close(GatesTrainer().compute_loss(model, x, return_outputs=True)[0], model(x).sum() + own)
     assert_close(GatesTrainer().compute_loss(model.eval(), x), model(x).sum())
+
+
+def test_batches_that_accumulate_add_the_loss_once():
+    """By transformers: a loss that was divided by the items of all batches of the step is divided by nothing more."""
+    model, x = made(), torch.ones(2, 4)
+    own = model.base_model._get_finegates_loss()
+    trainer = GatesTrainer()
+    trainer.model_accepts_loss_kwargs, trainer.current_gradient_accumulation_steps = True, 4
+    assert_close(trainer.compute_loss(model, x, num_items_in_batch=torch.tensor(8)), model(x).sum() + own / 4)
+    assert_close(trainer.compute_loss(model, x), model(x).sum() + own)  # the Trainer divides
+    trainer.loss_is_scaled_for_ga = False
+    assert_close(trainer.compute_loss(model, x, num_items_in_batch=torch.tensor(8)), model(x).sum() + own)
 
 
 @pytest.mark.parametrize("options", [dict(target_sparsity=1.2), dict(gate_noise_std=-1.0)])

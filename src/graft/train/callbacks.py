@@ -116,8 +116,19 @@ class FineGatesTrainerMixin:
         if not model.training:
             return found
         gates = [registry_of(m) for m in model.modules() if isinstance(m, tuner_of("FINEGATES"))]
-        own = sum((sparsity_loss(registry) for registry in gates), 0.0)
+        own = sum((sparsity_loss(registry) for registry in gates), 0.0) / summed(self, kwargs)
         return (found[0] + own, found[1]) if return_outputs else found + own
+
+
+def summed(trainer: Any, arguments: dict[str, object]) -> int:
+    """Return how many losses of one step a Trainer adds up as they are: those of batches that accumulate, if each is
+    divided by the items of the whole step already."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        counts = arguments.get("num_items_in_batch") is not None
+        scaled = counts and getattr(trainer, "model_accepts_loss_kwargs", False)
+        scaled = scaled or getattr(trainer, "compute_loss_func", None) is not None
+    return int(getattr(trainer, "current_gradient_accumulation_steps", 1)) if scaled else 1
 
 
 # an audit

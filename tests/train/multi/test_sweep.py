@@ -281,6 +281,16 @@ def test_settings_that_fail():
         swept(space={"lr": [math.nan, math.inf]}, optimizer=torch.optim.SGD, steps=20, rungs=1)
 
 
+def test_runs_look_between_their_rungs(tmp_path):
+    """With `every`, as a Patience needs; the losses of rungs are those without."""
+    found, plain = swept(tmp_path, every=1), swept()
+    looks = {run.name: [look.step for look in run.valid] for run in found.runs.all()}
+    assert looks and all(steps == [1, 2, 3, 4, 5, 6, 7, 8] for steps in looks.values())
+    assert [asdict(trial) for trial in found.trials] == [asdict(trial) for trial in plain.trials]
+    still = swept(every=1, stop=graft.train.Patience(2), space={"lr": [0.0]}, rungs=1)
+    assert (still.best.state, still.best.steps) == ("kept", 3)
+
+
 def test_names_of_a_space():
     with pytest.raises(TypeError, match="nothing_of_that_name"):
         swept(space={"nothing_of_that_name": [1]})

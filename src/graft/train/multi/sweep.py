@@ -145,7 +145,7 @@ def sweep(
         space: name → list of values. A name is a field of the config, or an option of `MultiTrain.add`, or an argument
             of the optimizer, as "lr" is.
         data: a loader, or what returns one for a setting.
-        valid: validation data, whose mean loss decides.
+        valid: validation data, whose mean loss decides; with `every=` runs look at it between their rungs, too.
         steps: of a run that goes to the end.
         optimizer: a class, or a partial of one.
         search: "grid"; or "random", for `n` settings, where a range (low, high) stands for values of any size in it.
@@ -178,7 +178,13 @@ def sweep(
         MultiTrain(model, at_once=at_once, exact=exact, base_in_eval=base_in_eval),
         trials,
         begin=partial(
-            begin, config=config, data=data, optimizer=optimizer, steps=steps, options={"seed": seed, **options}
+            begin,
+            config=config,
+            data=data,
+            valid=valid,
+            optimizer=optimizer,
+            steps=steps,
+            options={"seed": seed, **options},
         ),
         valid=valid,
         folder=None if folder is None else os.fspath(folder),
@@ -209,6 +215,7 @@ def begin(
     *,
     config: PeftConfig,
     data: Iterable[object] | Callable[[Setting], Iterable[object]],
+    valid: Iterable[object],
     optimizer: Callable[..., torch.optim.Optimizer],
     steps: int,
     options: Json,
@@ -217,6 +224,8 @@ def begin(
     setting, known = trial.setting, {f.name for f in fields(config)}
     own = {k: v for k, v in setting.items() if k in known}
     options = options | {k: v for k, v in setting.items() if k in OPTIONS - known}
+    if options.get("every") is not None:  # else it looks on its rungs alone
+        options["valid"] = valid
     rest = {k: v for k, v in setting.items() if k not in OPTIONS | known}
     config = dataclasses.replace(copy.deepcopy(config), **own)
     loader = data(trial.setting) if callable(data) else data
@@ -232,7 +241,7 @@ def said(value: object) -> object:
 
 
 OVER = ("kept", "dropped", "failed")  # states of trials
-OPTIONS = {*signature(MultiTrain.add).parameters} - {"self", "name", "config", "data", "optimizer", "steps"}
+OPTIONS = {*signature(MultiTrain.add).parameters} - {"self", "name", "config", "data", "valid", "optimizer", "steps"}
 
 
 def looked(run: Run, step: int) -> float | None:

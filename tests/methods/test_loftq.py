@@ -149,6 +149,25 @@ def test_values_are_replaced_by_what_was_lost(sharded, tmp_path):
     assert torch.equal(layers(model)["plain"].lora_A["default"].weight, plain)
 
 
+@pytest.mark.filterwarnings("ignore:Merging has lost a part")
+def test_what_is_merged_holds_the_values_that_came(tmp_path):
+    (model, tensors), (first, _) = coarse(), coarse()
+    save_file(tensors, tmp_path / "model.safetensors")
+    first.load_state_dict(model.state_dict())  # A begins with other numbers
+    first.merge_adapter()
+    graft.replace_lora_weights_loftq(first, str(tmp_path))
+    graft.replace_lora_weights_loftq(model, str(tmp_path))
+    model.merge_adapter()
+    assert layers(model)["lin"].merged_adapters == layers(first)["lin"].merged_adapters == ["default"]
+    wanted = model.state_dict()
+    assert all(torch.equal(t, wanted[key]) for key, t in first.state_dict().items())
+    tensors["other.weight"] = tensors["other.weight"].T.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        graft.replace_lora_weights_loftq(first, str(tmp_path))
+    assert all(torch.equal(t, wanted[key]) for key, t in first.state_dict().items())
+
+
 def test_a_callback_decides(tmp_path):
     model, tensors = coarse()
     save_file(tensors, tmp_path / "model.safetensors")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graft.config.hub import fetch
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
+from graft.core.merging import lifted
 from graft.core.ops import Op
 from graft.inject.parts import registry_of
 from graft.methods.lora.loftq import decomposed
@@ -59,7 +60,9 @@ def replace_lora_weights_loftq(
     weights = Weights(model_path or name_of(registry.model), registry.model)
     files = {key: weights.file_of(key, layer) for key, layer in layers.items()}
     change = registry.call.gate.change(f"replace_lora_weights_loftq() of '{adapter_name}'", (adapter_name,))
-    with change, ExitStack() as undo:
+    with change, ExitStack() as merges, ExitStack() as undo:
+        for layer in layers.values():  # what is merged is so with the values that come, or that come back
+            merges.enter_context(lifted(layer))
         for key, layer in layers.items():
             method = layer.methods[adapter_name]
             W0 = layer.W0.float()

@@ -499,7 +499,7 @@ def test_validation_does_not_disturb_training():
     ({"accumulate": 1.5}, "accumulate must be a positive int"),
     ({"loss": 3}, "loss must be a function"),
     ({"stop": 2}, "stop must be a function"),
-    ({"every": 2}, "every=2 .* valid="),
+    ({"every": 2}, "every=2 .* valid is none"),
     ({"optimizer": lambda p: torch.optim.SGD(p[:1], lr=0.1)}, "its SGD leaves out [0-9]+ of [0-9]+ parameters"),
     ({"clip": -1.0}, "clip must be a positive"),
     ({"optimizer": "adamw"}, "optimizer must make one of its parameters"),

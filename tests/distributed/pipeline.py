@@ -16,7 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import graft
-from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, UnsupportedLayerError
+from graft.core.errors import (
+    BaseModelMismatchError,
+    CheckpointError,
+    ConfigError,
+    DistributedError,
+    UnsupportedLayerError,
+)
 from tests.distributed.tensor_parallel import FILE, close, held, refused, write_llama
 from tests.models import seeded
 
@@ -205,6 +211,11 @@ def refusals(folder: Path) -> None:
     refused(lambda: graft.join_stages([], own / "both"), CheckpointError, "first one first")
     assert not (own / "both").exists()
     shutil.rmtree(own)
+    # the first process would write its own stage alone
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    act = partial(graft.save_training, folder / "training", model, optimizer, step=1)
+    refused(act, DistributedError, "Rank 1 does not train what rank 0 trains", "pipeline")
+    assert not (folder / "training").exists()
 
 
 def checks(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:

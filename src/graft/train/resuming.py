@@ -28,6 +28,7 @@ from graft.core.errors import (
     CheckpointError,
     ConfigError,
     ConfigTypeError,
+    DistributedError,
     PeftError,
     some,
 )
@@ -114,7 +115,7 @@ def save_training(
             the loader no state, or a value is neither a number, a text nor a tensor. The text names it. Or a parameter
             of the base that trains has adapters merged into it.
         DistributedError: processes hold the tensors together in a way that cannot be resumed by name: FSDP1, ZeRO-1,
-            ZeRO-2. Nothing is written.
+            ZeRO-2; or each trains others, as stages of a pipeline do. Nothing is written.
         CheckpointError: a process does not call this.
     """
     inner = peft_model_in(model, "save_training")
@@ -189,7 +190,21 @@ def state_of(
     model: nn.Module, optimizer: Optimizer, scheduler: object, loader: object, step: int, extra: dict[str, object]
 ) -> tuple[Json, dict[str, Tensor]]:
     """Return the note and the tensors of a training."""
-    return agreed(lambda: Taken(model, optimizer, scheduler, loader, step, extra), SAVE).whole()
+    taken = agreed(lambda: Taken(model, optimizer, scheduler, loader, step, extra), SAVE)
+    check_same(taken.values)
+    return taken.whole()
+
+
+def check_same(values: dict[str, Value]) -> None:
+    """Raise DistributedError unless all processes train the same tensors, of which the first's are those to write."""
+    first, *others = exchanged({name: tuple(shape_of(v.tensor)) for name, v in values.items()})
+    for number, other in enumerate(others, 1):
+        if differ := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
+            raise DistributedError(
+                f"Rank {number} does not train what rank 0 trains, which alone would be in the file: they differ in "
+                f"{some(differ, 3)}. A pipeline, of which each process has a stage, cannot be resumed by name: save "
+                "each stage's adapter by save_pretrained, and its optimizer beside it."
+            )
 
 
 class Taken:

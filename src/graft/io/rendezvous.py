@@ -245,21 +245,26 @@ def once(folder: str, values: str, act: Callable[[], object]) -> None:
     """
     shelf = store()
     place = f"graft/saved/{hashed(os.path.abspath(folder))}"
-    key = f"{place}/{values}"
+    saves = f"{place}/{values}"  # the same values may be saved again, such as after an error
     if dist.get_rank():
+        seen = f"{saves}/seen by {dist.get_rank()}"
+        number = max(shelf.add(saves, 0), shelf.add(seen, 0) + 1)
+        key = f"{saves}/{number}"
         try:
             shelf.wait([key], timedelta(seconds=PATIENCE))
         except RuntimeError:
-            if shelf.check([place]):
+            if shelf.check([place]) and shelf.get(place) != values.encode():
                 raise DistributedError(
                     f"Rank 0 saved other values into {folder} than rank {dist.get_rank()} has: the processes of this "
                     "model have drifted apart. Average the gradients of all that trains, or save on rank 0 alone."
                 ) from None
             act()
             return
+        shelf.add(seen, number - shelf.add(seen, 0))
         if (error := pickle.loads(shelf.get(key))) is not None:
             raise error
         return
+    key = f"{saves}/{shelf.add(saves, 1)}"
     try:
         act()
     except BaseException as e:

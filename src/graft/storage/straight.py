@@ -52,7 +52,7 @@ def go_straight(
 
 
 def let_gradients_through(m: nn.Module, store: object) -> None:
-    """Give a layer a gradient for its input where its own forward gives none.
+    """Give a layer a gradient for its input, and for a bias that trains, where its own forward gives none.
 
     The class changes, once, as above, or the module alone where it has its own forward, as accelerate's hooks
     and compressed-tensors make one. Layers of which the store says `loses_gradient` never use their own backward pass.
@@ -79,11 +79,14 @@ def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]
     @wraps(before)
     def through(m: nn.Module, x: object, *args: object, **kwargs: object) -> Tensor:
         store = store_of(m)
-        if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
+        if store is None or not (torch.is_grad_enabled() and isinstance(x, Tensor)):
+            return before(m, x, *args, **kwargs)
+        bias = getattr(m, "bias", None)
+        bias = bias if isinstance(bias, Tensor) and bias.requires_grad else None
+        if not x.requires_grad and bias is None:
             return before(m, x, *args, **kwargs)
         run = lambda x, _: before(m, x, *args, **kwargs)
-        bias = getattr(m, "bias", None)
-        if not (store.loses_gradient(m) or (bias is not None and bias.requires_grad)):
+        if not (store.loses_gradient(m) or bias is not None):
             y = before(m, x, *args, **kwargs)
             if not isinstance(y, Tensor) or y.requires_grad:
                 return y

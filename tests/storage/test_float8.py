@@ -105,6 +105,18 @@ def test_blocks_at_the_border():
     assert_close(held(x) - held.bias, 3 * W.T)
 
 
+def test_scales_that_are_bytes_of_exponents_are_read_and_written():
+    layer = nn.Linear(64, 96).requires_grad_(False)
+    held = fp8((32, 32), torch.float8_e8m0fnu)(layer)
+    store = find_store(held)
+    W = store.read(held, "weight")
+    held.weight_scale_inv = nn.Parameter(held.weight_scale_inv.data.view(torch.uint8), requires_grad=False)
+    assert torch.equal(store.read(held, "weight"), W)
+    store.write(held, "weight", 3 * W, False)
+    assert held.weight_scale_inv.dtype == torch.uint8
+    assert_close(store.read(held, "weight"), 3 * W, rtol=0.07, atol=1e-3)
+
+
 def test_a_layer_that_holds_plain_floats_is_read_and_written_as_it_is():
     layer = linear()
     held = finegrained_fp8.FP8Linear(IN, 96, block_size=(32, 64), has_bias=True)

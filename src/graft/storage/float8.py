@@ -49,7 +49,7 @@ class Float8(OwnModule):
             return {"weight": nn.Parameter(W.to(m.weight.dtype), requires_grad=m.weight.requires_grad)}
         old, rows, columns = getattr(m, self.scale), *self.sizes(m, W.shape)
         scale = rounded_up(largest(W.float(), rows, columns) / LARGEST, old.dtype)
-        codes = W.float() / spread(scale.float(), rows, columns, W.shape)
+        codes = W.float() / spread(numbers(scale), rows, columns, W.shape)
         made = scale.reshape(old.shape)
         return {
             "weight": nn.Parameter(codes.clamp(-LARGEST, LARGEST).to(m.weight.dtype), requires_grad=False),
@@ -67,12 +67,8 @@ class Blocks(Float8):
     """FP8Linear: a scale for each block, or one for all; 4-bit floats with a scale for each 32 of a row."""
 
     def scales(self, m: nn.Module, shape: Sequence[int]) -> Tensor:
-        scale = getattr(m, self.scale)
-        if scale.dtype == torch.uint8:  # exponents
-            scale = (scale.float() - 127).exp2()
-        if scale.numel() == 1:
-            return scale.float().reshape(1, 1)
-        return spread(scale.float(), *self.sizes(m, shape), shape)
+        scale = numbers(getattr(m, self.scale))
+        return scale.reshape(1, 1) if scale.numel() == 1 else spread(scale, *self.sizes(m, shape), shape)
 
     def sizes(self, m: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
         scale = getattr(m, self.scale)
@@ -90,6 +86,11 @@ class Blocks(Float8):
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for 4-bit floats, through which transformers has no backward pass."""
         return m.weight.dtype == torch.int8
+
+
+def numbers(scale: Tensor) -> Tensor:
+    """Return scales in float32; bytes are exponents of two, from -127."""
+    return (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
 
 
 def spread(scale: Tensor, rows: int, columns: int, shape: Sequence[int]) -> Tensor:

@@ -180,6 +180,12 @@ def test_a_share_that_meets_the_others_by_other_means(rank):
     assert {*found.runs.names} == {t.name for t in whole.trials[rank::2] if t.state == "kept"}
 
 
+@pytest.mark.parametrize("asha", [None, 2])
+def test_a_share_whose_losses_nobody_gathers_is_refused(asha):
+    with pytest.raises(ConfigError, match=r"share=\(0, 2\) divides the settings among 2 processes.*pass exchange="):
+        swept(share=(0, 2), asha=asha)
+
+
 def test_asha_on_a_model():
     found = swept(asha=2)
     assert sorted({len(t.losses) for t in found.trials}) in ([1, 2, 3], [1, 2], [1, 3]) and found.best.state == "kept"

@@ -162,7 +162,8 @@ def sweep(
         options: as of `MultiTrain.add`.
 
     Raises:
-        ConfigError: space, search or rungs are none, the folder has another sweep, or every setting has failed.
+        ConfigError: space, search or rungs are none, the folder has another sweep, nobody gathers the losses of a
+            `share`, or every setting has failed.
         FolderInUseError: another process, or thread, is at a sweep in the folder. Nothing has changed.
         Whatever is raised, the model is as it was.
     """
@@ -172,7 +173,12 @@ def sweep(
     settings = settings_in(space, search, n, seed)
     rank, world = share or ((dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1))
     if exchange is None:
-        exchange = gathered if share is None and in_group() else lambda rows: [rows]
+        if world > 1 and not (in_group() and dist.get_world_size() == world):
+            raise ConfigError(
+                f"sweep: share={share} divides the settings among {world} processes, and there is no process group of "
+                "as many that could gather their losses: call torch.distributed.init_process_group, or pass exchange=."
+            )
+        exchange = gathered if world > 1 else lambda rows: [rows]
     trials = [Trial(f"s{i:0{len(str(len(settings) - 1))}}", setting) for i, setting in enumerate(settings)]
     job = Job(
         MultiTrain(model, at_once=at_once, exact=exact, base_in_eval=base_in_eval),

@@ -326,7 +326,7 @@ def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, 
 
 def merged_into(model: nn.Module) -> dict[int, tuple[str, list[str]]]:
     """Return the base's parameters whose values merged adapters have changed: id → layer and adapters."""
-    held = {}
+    held = dict[int, tuple[str, list[str]]]()
     for key, layer in registry_of(model).layers.items():
         base, undo = layer.get_base_layer(), layer.state.undo
         tensors = [getattr(base, layer.site.parameter, None)] if undo else []

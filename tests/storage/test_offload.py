@@ -140,3 +140,22 @@ def test_a_tied_weight_that_is_offloaded_refuses_merging():
     base[1].base_layer._hf_hook.tied_params_names.add("weight")  # as dispatch_model writes down
     with pytest.raises(NotImplementedError, match="tied to that of another module"):
         model.merge_adapter()
+
+
+def test_a_module_may_have_a_child_that_is_none():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(4, 4))
+            self.register_module("norm", None)
+
+        def forward(self, x):
+            return x @ self.weights.T
+
+    config = graft.LoraConfig(r=2, target_modules=[], target_parameters=["inner.weights"], init_lora_weights=False)
+    model = graft.get_peft_model(nn.ModuleDict({"inner": Table()}), config)
+    x = torch.randn(2, 4)
+    layer = model.get_base_model()["inner"]
+    y = layer(x)
+    model.merge_adapter()
+    assert_close(layer(x), y)

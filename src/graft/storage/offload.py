@@ -55,7 +55,7 @@ def is_tied(m: nn.Module, name: str) -> bool:
 def is_hooked(layer: nn.Module) -> bool:
     """Return True if accelerate has hooks on the base layer or its children; if not, it has none on adapters either."""
     base: nn.Module = layer.base_layer
-    return any("_hf_hook" in m.__dict__ for m in (base, *base._modules.values()))
+    return any(m is not None and "_hf_hook" in m.__dict__ for m in (base, *base._modules.values()))
 
 
 @contextmanager

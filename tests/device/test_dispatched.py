@@ -9,7 +9,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 import graft
+from graft.inject.parts import registry_of
 from graft.kernels.waits import near
+from graft.model import watch
 from tests import models
 from tests.device.dispatch import (
     FIRST,
@@ -171,6 +173,18 @@ def test_copies_are_kept_as_long_as_they_hold():
     with torch.no_grad():
         p.data.add_(1)
         assert near(p, SECOND).eq(2).all()
+
+
+def test_what_an_adapter_begins_with_is_noted_of_both_devices(monkeypatch):
+    """Several processes, each with a model over two devices."""
+    notes = []
+    monkeypatch.setattr(watch, "processes", lambda: 2)
+    monkeypatch.setattr(watch, "Note", lambda _topic, text: notes.append(text))
+    for spread in (lambda model: model, split):
+        config = graft.LoraConfig(r=3, target_modules=["layer"])
+        with seeded(1):
+            watch.note_start(registry_of(graft.get_peft_model(spread(parts()), config)), "default")
+    assert notes[0] == notes[1] != "[]"
 
 
 @torch.no_grad()

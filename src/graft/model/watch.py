@@ -261,7 +261,8 @@ def note_start(registry: Watched, adapter: str) -> None:
     """Note for the other processes with which values an adapter begins."""
     if processes() > 1:
         tensors = tensors_of(registry, adapter)
-        norms = torch.stack(torch._foreach_norm(tensors)).tolist() if tensors else []
+        own = torch._foreach_norm(tensors) if tensors else []
+        norms = torch.stack([n.to(own[0].device) for n in own]).tolist() if own else []  # of several devices, maybe
         registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
 
 

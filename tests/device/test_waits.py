@@ -177,6 +177,35 @@ def test_xlora(folder, layerwise):
     check_all(model, there(models.inputs("llama")))
 
 
+def told():
+    """Models of which a call says something as numbers of the host: (model, inputs, arguments)."""
+    timed = graft.get_peft_model(models.make("mlp"), graft.TLoraConfig(r=2, target_modules=["fc1", "fc2"]))
+    for t in (7, torch.tensor([7]), torch.tensor([1, 2, 3])):
+        yield timed, {"x": torch.randn(3, 10)}, {"timestep": t}
+    config = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    steered = graft.get_peft_model(models.make("llama"), graft.SteeringConfig(task_type="CAUSAL_LM"))
+    for c in (2.0, [1.0, 0.0, 2.0]):
+        yield steered, models.inputs("llama"), {"steering_coefficient": c}
+    poly = graft.get_peft_model(models.make("llama"), graft.PolyConfig(**config, n_tasks=3))
+    prompt = graft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=3, task_type="CAUSAL_LM")
+    for model in (poly, graft.get_peft_model(models.make("llama"), prompt)):
+        for ids in ([0, 1, 2], torch.tensor([0, 1, 2])):
+            yield model, models.inputs("llama"), {"task_ids": ids}
+
+
+def test_numbers_of_the_host_are_copied_without_a_wait():
+    for model, inputs, arguments in told():
+        check(partial(forward, model.to(CUDA).eval(), there(inputs), **arguments))
+    timed, inputs, _ = next(told())
+    timed, x = timed.to(CUDA), inputs["x"].to(CUDA)
+
+    def within():
+        with timed.timestep(7):
+            timed(x)
+
+    check(within)
+
+
 def test_shadow():
     model, inputs = shadow.two().to(CUDA), there(models.inputs("llama"))
     check_all(model, {**inputs, "labels": inputs["input_ids"]}, ["default", "b", "default"])

@@ -103,4 +103,4 @@ def coefficients(value: object, run: Run) -> Tensor:
     batch = len(rows[0]) if rows else 1
     if c.dim() > 1 or (c.dim() == 1 and len(c) != batch):
         raise RoutingError(f"{COEFFICIENT} has shape {tuple(c.shape)} for a batch of {batch} rows.")
-    return (c.to(rows[0].device) if rows else c).expand(batch)
+    return (c.to(rows[0].device, non_blocking=True) if rows else c).expand(batch)  # once, and not in each layer

@@ -46,7 +46,7 @@ def checked(run: Run, model: nn.Module, known: int) -> Tensor:
     rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     if rows and len(tasks) not in {len(t) for t in rows}:
         raise RoutingError(f"There are {len(tasks)} task_ids for a batch of {len(rows[0])} rows.")
-    return tasks.to(rows[0].device) if rows else tasks
+    return tasks.to(rows[0].device, non_blocking=True) if rows else tasks
 
 
 class ForTasks(Protocol):

@@ -202,7 +202,7 @@ class TLoRA(Method[TLoraConfig]):
             t = fact.value if isinstance(fact, Same) else fact
             text = f"timestep must be between 0 and max_timestep={most:g} of adapters {list(run.adapters)}."
             demand(((t >= 0) & (t <= most)).all(), lambda: RoutingError(text), text)
-            with call.giving(facts={TIMESTEP: fact}):
+            with call.giving(facts={TIMESTEP: beside_rows(fact, run)}):
                 yield finish
 
 
@@ -221,6 +221,17 @@ def per_row(t: object) -> Same | Tensor:
     if t.dim() > 1 or t.is_complex() or t.dtype == torch.bool:
         raise RoutingError(f"timestep must be a number, or one per row, got {t.dtype} of shape {tuple(t.shape)}.")
     return Same(t.reshape(())) if t.numel() == 1 else t
+
+
+def beside_rows(fact: Same | Tensor, run: Run) -> Same | Tensor:
+    """Return a timestep on the device of the rows, so that no layer has to copy it there."""
+    t = fact.value if isinstance(fact, Same) else fact
+    others = (*run.inputs, *(value for name, value in run.kwargs.items() if name != TIMESTEP))
+    rows = [r for r in others if isinstance(r, Tensor) and r.dim()]
+    if not rows or rows[0].device == t.device:
+        return fact
+    there = t.to(rows[0].device, non_blocking=True)
+    return Same(there) if isinstance(fact, Same) else there
 
 
 def ranks(t: Tensor, cfg: TLoraConfig) -> Tensor:

@@ -88,7 +88,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         if ids.dim() > 1 or ids.dtype not in (torch.int64, torch.int32):
             raise wrong()
         demand(((ids >= 0) & (ids < self.num_tasks)).all(), wrong, allowed)
-        ids = ids.to(self.prefix_task_cols.device)
+        ids = ids.to(self.prefix_task_cols.device, non_blocking=True)
         factor = self.prefix_task_cols[ids] @ self.prefix_task_rows[ids]
         return super().forward(None) * factor
 

@@ -7,13 +7,18 @@ import contextlib
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
 from graft.core.random import made_on, seeded, set_states, states
+from graft.serving import verify
+from graft.serving.fits import _own
+from graft.train.multi import MultiTrain
+from tests import models
 from tests.conformance.samples import ADAPTERS, CALLED_CELLS, CELLS
 from tests.device.simulated import WHY_NOT
-from tests.device.test_methods import DEVICE
+from tests.device.test_methods import DEVICE, default
 from tests.models import disturb
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,6 +88,43 @@ def test_a_seed_draws_the_same_everywhere():
                 drawn.append(draw(device).cpu())
             assert all(torch.equal(a, b) for a, b in zip(before, states())), "no generator has moved"
         assert_close(*drawn)
+
+
+def merged(folder, config):
+    """What merging an adapter's file into a folder gives."""
+    models.make("llama").save_pretrained(folder / "base")
+    with models.seeded(0):
+        graft.get_peft_model(models.make("llama"), config).save_pretrained(folder / "adapter")
+    graft.merge_files(folder / "base", [folder / "adapter"], folder / "merged")
+    return load_file(folder / "merged" / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["LORA", "IA3", "OFT"])
+def test_files_merge_on_the_cpu_whatever_the_default_device(method, tmp_path):
+    config = {
+        "LORA": lambda: graft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, use_dora=True),
+        "IA3": lambda: graft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
+        "OFT": lambda: graft.OFTConfig(target_modules=["q_proj"], oft_block_size=4, r=0, init_weights=False),
+    }[method]
+    here = merged(tmp_path / "here", config())
+    with default(DEVICE):
+        there = merged(tmp_path / "there", config())
+    for name, t in here.items():
+        assert torch.equal(there[name], t), name
+
+
+def test_what_is_kept_or_computed_in_host_memory_is_there_with_a_default_device():
+    with default(DEVICE):
+        assert _own(torch.ones(2)).device == CPU  # of an adapter that waits for a slot
+        model = models.make("llama").to(DEVICE)
+        found = verify.log_probabilities(model, [[1, 2, 3, 4]], [(0, 1, 2), (0, 2, 5)])
+        assert found.device == CPU == verify.values([{(1, 2): 0.5}], [(0, 1, 2)]).device
+        runs, ids = MultiTrain(model), torch.randint(3, 30, (4, 6))
+        batch = {"input_ids": ids, "labels": ids}
+        config = graft.LoraConfig(target_modules=["q_proj"])
+        run = runs.add("a", config, data=[batch], valid=[batch, batch], every=1, steps=1)
+        runs.run()
+    assert len(run.valid) == 1
 
 
 def test_made_on_leaves_what_a_caller_asks_for():

@@ -18,6 +18,7 @@ from graft.core.folding import evaluating, fold_step
 from graft.core.layer import AdapterLayer
 from graft.core.merging import fixed
 from graft.core.method import Method
+from graft.core.random import made_on
 from graft.files.base import BaseFiles
 from graft.files.errors import LossError
 from graft.files.formats import peft
@@ -37,7 +38,8 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
     """Merge adapter files into a model's folder, tensor by tensor, of every method that has a merged form: see
     `graft.files.merging.merge.merge`."""
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    return merge(base, adapters, output, others=changes, **options)
+    with made_on(torch.device("cpu")):  # values come from files, whatever device a process has as its default
+        return merge(base, adapters, output, others=changes, **options)
 
 
 def changes(job: Job, base: BaseFiles) -> list[Change]:

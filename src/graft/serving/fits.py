@@ -217,4 +217,4 @@ def _check(name: str, key: str, own: dict[str, Tensor], shapes: dict[str, tuple[
 
 def _own(t: Tensor) -> Tensor:
     """Return a copy in host memory, since state dicts and models may change theirs."""
-    return torch.empty(t.shape, dtype=t.dtype).copy_(t)
+    return torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t)

@@ -235,7 +235,7 @@ def log_probabilities(
     """Return the model's own values at (prompt, position, token), in float64."""
     ids = torch.tensor(asked, device=next(model.parameters()).device)
     logits = model(input_ids=ids).logits.double().log_softmax(-1).cpu()
-    which, position, token = torch.tensor(places).T
+    which, position, token = torch.tensor(places, device="cpu").T
     return logits[which, position - 1, token]
 
 
@@ -268,7 +268,7 @@ def shared(a: list[Seen], b: list[Seen], vocabulary: int) -> list[tuple[int, int
 
 
 def values(seen: list[Seen], places: Sequence[tuple[int, int, int]]) -> Tensor:
-    return torch.tensor([seen[n][position, token] for n, position, token in places], dtype=torch.float64)
+    return torch.tensor([seen[n][position, token] for n, position, token in places], dtype=torch.float64, device="cpu")
 
 
 def rms(t: Tensor) -> float:

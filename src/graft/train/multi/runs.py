@@ -681,7 +681,7 @@ class MultiTrain:
                 self._pass(group, self._judged, take)
         if not rows:
             raise ConfigError(f"The validation data of runs {list(names)} has no rows.")
-        weights = torch.tensor(rows, dtype=torch.float64)
+        weights = torch.tensor(rows, dtype=torch.float64, device="cpu")
         found = torch.stack([torch.stack(sums[name]) for name in names]).double().cpu() @ weights / weights.sum()
         return dict(zip(names, found.tolist()))
 

@@ -63,7 +63,7 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path):
             with pytest.raises(FolderInUseError, match=rf"Another process is writing '{TABLE}' in .*sweep: let it end"):
                 swept(tmp_path / "sweep", model=model)
             with pytest.raises(FolderInUseError, match="Another process is writing 's1'"):
-                swept(tmp_path / "sweep", model=model, share=(1, 3))
+                swept(tmp_path / "sweep", model=model, share=(1, 3), exchange=lambda rows: [rows])
             assert not any("lora" in name for name, _ in model.named_modules())
             for save in (runs.save, lambda folder: runs.run(save=folder)):
                 with pytest.raises(FolderInUseError, match="'plain'"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +41,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
     sorted_tokens: Tensor  # (k,) int, ascending
     order_of_tokens: Tensor  # (k,) int: row of `trainable_tokens_delta` for each of `sorted_tokens`
     token_indices: list[int]
+    repeats: bool  # a token is named several times
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str] | str | None:
@@ -84,6 +84,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
             sorted_tokens=Transient(tokens),
             order_of_tokens=Transient(order),
             token_indices=indices,
+            repeats=len(set(indices)) < len(indices),
         )
 
     def init(self) -> None:
@@ -110,11 +111,6 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         first = torch.searchsorted(self.sorted_tokens, self.order_to_token())  # (k,): one number for each token
         sums, counts = (torch.zeros_like(t).index_add(0, first, t) for t in (rows, torch.ones_like(rows[:, :1])))
         return (sums + (sums / counts.clamp(min=1) - sums).detach())[first]
-
-    @cached_property
-    def repeats(self) -> bool:
-        """True if a token is named several times."""
-        return len(set(self.token_indices)) < len(self.token_indices)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer, rows = self.layer, self.rows

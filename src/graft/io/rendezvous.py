@@ -260,7 +260,7 @@ def once(folder: str, values: str, act: Callable[[], object]) -> None:
                 ) from None
             act()
             return
-        shelf.add(seen, number - shelf.add(seen, 0))
+        shelf.add(seen, 1)  # not `number`: the first may be a save ahead, which this process has yet to ask for
         if (error := pickle.loads(shelf.get(key))) is not None:
             raise error
         return

@@ -67,16 +67,10 @@ def save_adapter(
             write_safetensors(path, on_cpu, {"format": "pt", **noted})
         else:
             with open(path, "w+b") as f:  # given a path, torch writes its name into the file
-                torch.save({key: alone(t) for key, t in on_cpu.items()}, f)
+                torch.save(on_cpu, f)
                 notes.add(f, noted)
 
     pair.save(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text, beside)
-
-
-def alone(t: Tensor) -> Tensor:
-    """Return a tensor in memory of its own: torch writes all of the memory that one is a part of, with what others have
-    there, as adapters do that train together."""
-    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def check(folder: str, tensors: dict[str, Tensor]) -> None:

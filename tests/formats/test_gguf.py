@@ -15,7 +15,7 @@ from graft.core.errors import BaseModelMismatchError, CheckpointError
 from graft.files import formats
 from graft.files.bases import base_of
 from graft.files.convert import convert
-from graft.files.errors import BaseNeededError, LossError
+from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from tests.files.dense import changes
 from tests.files.test_formats import FIXTURES, assert_same, wanted
 
@@ -61,7 +61,7 @@ def test_onto_a_model(tmp_path):
         assert (got - torch.from_numpy(change)).abs().max() < 4e-6, path
 
 
-def test_an_alora_keeps_the_tokens_from_which_it_acts(tmp_path):
+def test_an_alora_keeps_the_tokens_from_which_it_acts(tmp_path, monkeypatch):
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     stem, rng = "base_model.model.model.layers.0.self_attn.q_proj", np.random.default_rng(0)
     source = tmp_path / "alora"
@@ -78,6 +78,11 @@ def test_an_alora_keeps_the_tokens_from_which_it_acts(tmp_path):
     assert back["alora_invocation_tokens"] == [5, 7]
     with pytest.raises(LossError, match=r"tokens after which aLoRA begins to act: \[5, 7\]"):
         convert(tmp_path / "a.gguf", "kohya", tmp_path / "a.safetensors", LLAMA)
+    add = gguf.GGUFWriter.add_key_value  # which had one argument less until 2025
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", lambda self, key, val, vtype: add(self, key, val, vtype))
+    with pytest.raises(PackageNeededError, match="a later version of gguf"):
+        convert(source, "gguf", tmp_path / "old.gguf", LLAMA)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "alora", "back"]
 
 
 def test_refusals(tmp_path):

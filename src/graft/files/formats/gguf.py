@@ -197,6 +197,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         BaseNeededError: `base` is None: its architecture and heads are in the file.
         LossError: llama.cpp has no name for a module; or what `fit` raises.
+        PackageNeededError: the package is too old for aLoRA's tokens.
     """
     gguf = package()
     if adapter.method == "STEERING":
@@ -239,7 +240,11 @@ def save(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor]) -> N
         writer = gguf.GGUFWriter(temporary, arch)
         for name, value in fields.items():
             if isinstance(value, list):
-                writer.add_key_value(name, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+                try:
+                    writer.add_key_value(name, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+                except TypeError as e:  # the first versions know no kind of an array's items but int32
+                    writer.close()
+                    raise PackageNeededError(f"{name} needs a later version of gguf: pip install -U gguf.") from e
                 continue
             kind = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
             kind(name, value)

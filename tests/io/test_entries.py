@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import graft
 from tests import models
@@ -138,3 +139,25 @@ def test_a_state_dict_of_a_base_with_a_module_called_module(around):
     found, plain = graft.get_peft_model_state_dict(model, state_dict=state), graft.get_peft_model_state_dict(model)
     assert found.keys() == plain.keys() and len(found) == 6
     assert all(torch.equal(found[key], t + 1) for key, t in plain.items())
+
+
+@pytest.mark.parametrize("wrapped", ["before", "after"])
+@pytest.mark.parametrize("place", ["0", "0.0"])
+def test_a_wrapper_that_is_in_no_name_of_a_state_dict(wrapped, place):
+    """Activation checkpointing's, as of FSDP."""
+
+    def wrap(model):
+        parent, _, name = place.rpartition(".")
+        setattr(model.get_submodule(parent), name, checkpoint_wrapper(model.get_submodule(place)))
+
+    base = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    before = {name: t.clone() for name, t in base.state_dict().items()}
+    if wrapped == "before":
+        wrap(base)
+    model = graft.get_peft_model(base, graft.LoraConfig(r=2, target_modules=["0.0", "1"]))
+    if wrapped == "after":
+        wrap(base)
+    assert graft.get_base_model_state_dict(model).keys() == before.keys()
+    graft.set_base_model_state_dict(model, {name: t + 1 for name, t in before.items()})
+    found = graft.get_base_model_state_dict(model)
+    assert all(torch.equal(found[name], t + 1) for name, t in before.items())

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from torch import Tensor, nn
 
 from graft.core.carrier import carrier_of
-from graft.core.wrappers import clean
+from graft.core.wrappers import clean, inside
 from graft.inject.parts import Nests, Parts, gate_in, registry_of, unwrapped
 
 
@@ -58,6 +58,8 @@ def original_in(base: nn.Module, key: str) -> str | None:
     module: nn.Module | None = base
     parts = []
     for part in key.split("."):
+        while module is not None and part not in module._modules and (inner := inside(module)) is not None:
+            module = inner  # some wrappers leave their own part out of the names in state dicts
         if module is None or carrier_of(module) is None:
             parts.append(part)
         elif part != module.inner_name:

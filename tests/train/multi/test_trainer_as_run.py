@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
@@ -84,6 +86,15 @@ def test_arguments_that_its_loop_would_act_on(tmp_path, option, monkeypatch):
     base, (name,) = tiny(), option
     trainer = trainer_of(tmp_path, base, options=option)
     with pytest.warns(graft.PeftWarning, match=f"Run 'x': its Trainer's {name} counts for nothing"):
+        MultiTrain(base).add("x", lora(), trainer=trainer)
+
+
+def test_a_base_that_is_in_bfloat16_already_is_no_news(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    base = tiny().to(torch.bfloat16)
+    trainer = trainer_of(tmp_path, base, options={"bf16": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", graft.PeftWarning)
         MultiTrain(base).add("x", lora(), trainer=trainer)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, PeftWarning, warn
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import Trainer
 
-OF_ITS_LOOP = ("bf16", "fp16", "neftune_noise_alpha")  # arguments that change what a step computes
+OF_ITS_LOOP = {  # arguments that change what a step computes, unless the base has that dtype already
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "neftune_noise_alpha": None,
+}
 ITEMS = "num_items_in_batch"  # of all batches of a step, which Trainer counts
 
 
@@ -46,7 +51,8 @@ class Description:
                 "Trainer without `optimizers`, whose arguments say which it is; it must not have trained."
             )
         self.name, self.trainer, self.args = name, trainer, trainer.args
-        if left := [option for option in OF_ITS_LOOP if getattr(self.args, option, None)]:
+        dtypes = {p.dtype for p in trainer.model.parameters()}
+        if left := [k for k, dtype in OF_ITS_LOOP.items() if getattr(self.args, k, None) and dtype not in dtypes]:
             warn(
                 f"Run '{name}': its Trainer's {', '.join(left)} counts for nothing here: a joint pass computes in the "
                 "model's own dtype (load the base in bfloat16 for that), and adds no noise to embeddings. Or train "

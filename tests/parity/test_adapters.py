@@ -306,3 +306,12 @@ def test_a_token_that_is_named_several_times_trains_as_in_peft():
         close(model.merge_and_unload()(ids), y)
         found.append({"rows": rows[0].detach(), "y": y})
     close_dicts(*found)
+
+
+def test_a_token_that_is_named_several_times_begins_as_in_the_base():
+    for lib in LIBS:
+        base = torch.nn.Sequential(torch.nn.Embedding(5, 64)).bfloat16()
+        rows = base(torch.arange(5)).detach()
+        config = lib.TrainableTokensConfig(token_indices=[1, 3, 1, 1], target_modules=["0"])
+        model = lib.get_peft_model(base, config, autocast_adapter_dtype=False)
+        assert torch.equal(model(torch.arange(5)), rows)

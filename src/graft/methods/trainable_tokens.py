@@ -109,8 +109,9 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         if not self.repeats:
             return rows
         first = torch.searchsorted(self.sorted_tokens, self.order_to_token())  # (k,): one number for each token
-        sums, counts = (torch.zeros_like(t).index_add(0, first, t) for t in (rows, torch.ones_like(rows[:, :1])))
-        return (sums + (sums / counts.clamp(min=1) - sums).detach())[first]
+        one = rows.detach()[self.order_of_tokens[first]]  # to which the others are equal, as a rule: so is the mean
+        sums, counts = (torch.zeros_like(t).index_add(0, first, t) for t in (rows - one, torch.ones_like(rows[:, :1])))
+        return one + ((sums / counts.clamp(min=1)).detach() + (sums - sums.detach()))[first]
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         layer, rows = self.layer, self.rows

@@ -442,6 +442,15 @@ def test_an_arrow_router_sees_experts_that_have_grown(tmp_path):
     assert_close(output(model, "llama"), output(arrow(folders[2:]), "llama"))
 
 
+def test_an_adapter_that_was_made_in_inference_mode_grows(tmp_path):
+    folder = save(tmp_path, "mlp", 1, **MLP, r=7)
+    with torch.inference_mode():
+        model = random_lora(graft, "mlp", 2, **MLP, r=3).eval()
+    graft.hotswap_adapter(model, folder, "default")
+    new = graft.PeftModel.from_pretrained(models.make("mlp"), folder)
+    assert_close(output(model, "mlp"), output(new, "mlp"))
+
+
 def test_other_methods_are_refused(tmp_path):
     ia3 = graft.get_peft_model(models.make("mlp"), graft.IA3Config(target_modules=["fc1"], feedforward_modules=[]))
     ia3.save_pretrained(tmp_path / "ia3")

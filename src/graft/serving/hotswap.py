@@ -327,11 +327,14 @@ def padded(entry: Entry, value: Tensor, r: int) -> Tensor:
 
 
 def grow(larger: list[tuple[Entry, Tensor, int]]) -> None:
-    """Replace A and B by tensors of another rank; the Parameter objects stay."""
+    """Replace A and B by tensors of another rank; the Parameter objects stay, but for those of inference mode."""
     for entry, value, rank in larger:
         p: Any = entry.owner._parameters[entry.attribute]
-        p.data, p.grad = value, None
-        torch.autograd.graph.increment_version(p)  # which tells those who keep what they made of it
+        if p.is_inference():  # counts no versions, and no optimizer has it
+            entry.owner._parameters[entry.attribute] = nn.Parameter(value, p.requires_grad)
+        else:
+            p.data, p.grad = value, None
+            torch.autograd.graph.increment_version(p)  # which tells those who keep what they made of it
         for name in SIZES[RANK_DIM[entry.container]]:
             if hasattr(entry.owner, name):
                 setattr(entry.owner, name, rank)

@@ -51,7 +51,8 @@ class Description:
                 "Trainer without `optimizers`, whose arguments say which it is; it must not have trained."
             )
         self.name, self.trainer, self.args = name, trainer, trainer.args
-        dtypes = {p.dtype for p in trainer.model.parameters()}
+        model: Any = trainer.model
+        dtypes = {p.dtype for p in model.parameters()}
         if left := [k for k, dtype in OF_ITS_LOOP.items() if getattr(self.args, k, None) and dtype not in dtypes]:
             warn(
                 f"Run '{name}': its Trainer's {', '.join(left)} counts for nothing here: a joint pass computes in the "

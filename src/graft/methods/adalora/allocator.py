@@ -208,7 +208,7 @@ def resize_modules_by_rank_pattern(
         if layer is None or adapter_name not in layer.methods:
             raise ConfigError(f"rank_pattern names '{key}', where AdaLoRA adapter '{adapter_name}' has no layer.")
         E = layer.methods[adapter_name].lora_E
-        masks[key] = torch.as_tensor(mask, dtype=torch.bool, device=E.device).flatten()
+        masks[key] = torch.as_tensor(mask, dtype=torch.bool, device="cpu").flatten()  # for the config, too
         if len(masks[key]) != len(E):
             raise ConfigError(
                 f"rank_pattern has {len(masks[key])} entries for '{key}', where AdaLoRA adapter '{adapter_name}' has "
@@ -220,8 +220,9 @@ def resize_modules_by_rank_pattern(
             raise NotImplementedError(
                 f"AdaLoRA adapter '{adapter_name}' has tensors spread over processes: resize it before that."
             )
-    for key, mask in masks.items():
+    for key, kept in masks.items():
         layer = tuner.layers[key]
+        mask = kept.to(layer.methods[adapter_name].lora_E.device)
         for name, of_columns in (("lora_E", False), ("lora_A", False), ("lora_B", True)):
             old = getattr(layer, name)[adapter_name]
             values = old.detach()[:, mask] if of_columns else old.detach()[mask]

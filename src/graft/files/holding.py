@@ -128,7 +128,7 @@ def with_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: b
     Raises:
         LossError: that needs the base's weights, which are not there.
     """
-    by_part: dict[str, dict[str, LowRank]] = {}  # each part of a pipeline has a config of its own
+    by_part: dict[str, dict[str, LowRank]] = {}  # a file has one config for each part of a pipeline
     for path, module in adapter.low_rank.items():
         by_part.setdefault(path.partition(".")[0] if adapter.pipeline else "", {})[path] = module
     out = {}

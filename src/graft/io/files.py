@@ -165,7 +165,7 @@ def read_torch(path: str, check_digest: bool = True) -> Loaded:
 
 
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors each of which has memory of its own, and no more than it needs.
+    """Return the tensors, none of which shares memory with another or keeps more than it needs.
 
     torch.save keeps tensors that share memory as such: parameters made of them would train as one.
     """

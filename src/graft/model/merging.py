@@ -92,7 +92,7 @@ class MergingRegistry(Registry):
             warn(f"Active adapters {silent} are not merged: {until}.")
         by_delta = {layer: own.pop(layer) for layer in [*own] if merging.theirs(layer, merging.DELTA) is not None}
         before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta, *(own if undoable else ()))}
-        try:  # what clients have put there comes first: what follows may leave nothing to undo
+        try:  # first a client's `merge`, which may raise: the merges after it may keep no undo
             for layer, merge in replaced.items():
                 merge(safe_merge=safe_merge, adapter_names=chosen[layer])
             for layer, here in by_delta.items():

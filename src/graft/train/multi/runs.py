@@ -523,7 +523,7 @@ class MultiTrain:
             run.sit(self._banks.rows[run.name])
 
     def _leave(self) -> None:
-        """Have no run in a bank: each adapter in memory of its own."""
+        """Move the adapters of all runs out of the banks, each into separate memory."""
         self._banks.release()
         self._banks = Banks({}, ())
         for run in self._runs.values():
@@ -553,7 +553,7 @@ class MultiTrain:
         else:
             take(group, found)
             return
-        for own, states in zip(draws, before):  # the error is gone by now, and with it the tensors of the pass
+        for own, states in zip(draws, before):  # after the handler: the error kept the tensors of the pass alive
             own.states = states
         if torch.is_grad_enabled():
             self._banks.begin([part.name for part in group])

@@ -451,6 +451,31 @@ def test_an_adapter_that_was_made_in_inference_mode_grows(tmp_path):
     assert_close(output(model, "mlp"), output(new, "mlp"))
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_an_adapter_that_was_made_in_inference_mode_has_new_values_in_its_place(tmp_path, dora):
+    folder = save(tmp_path, "mlp", 1, **MLP, r=3, use_dora=dora)
+    with torch.inference_mode():
+        model = random_lora(graft, "mlp", 2, **MLP, r=3, use_dora=dora).eval()
+        output(model, "mlp")  # DoRA keeps norms of it
+    graft.hotswap_adapter(model, folder, "default")
+    new = graft.PeftModel.from_pretrained(models.make("mlp"), folder)
+    with torch.inference_mode():
+        assert_close(output(model, "mlp"), output(new, "mlp"))
+
+
+def test_values_are_loaded_into_an_adapter_that_was_made_in_inference_mode(tmp_path):
+    folder = save(tmp_path, "mlp", 1, **MLP, r=3, use_dora=True)
+    with torch.inference_mode():
+        model = random_lora(graft, "mlp", 2, **MLP, r=3, use_dora=True).eval()
+        output(model, "mlp")
+    graft.set_peft_model_state_dict(
+        model, graft.get_peft_model_state_dict(graft.PeftModel.from_pretrained(models.make("mlp"), folder))
+    )
+    new = graft.PeftModel.from_pretrained(models.make("mlp"), folder)
+    with torch.inference_mode():
+        assert_close(output(model, "mlp"), output(new, "mlp"))
+
+
 def test_other_methods_are_refused(tmp_path):
     ia3 = graft.get_peft_model(models.make("mlp"), graft.IA3Config(target_modules=["fc1"], feedforward_modules=[]))
     ia3.save_pretrained(tmp_path / "ia3")

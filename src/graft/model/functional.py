@@ -19,6 +19,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.names import one_or_several
 from graft.inject.parts import gate_of, registry_of, unwrapped
 from graft.inject.survey import Wrapper, survey
+from graft.kernels.versions import version_of
 from graft.model.checkpoints import cast_adapter_dtype as cast_adapter_dtype
 from graft.model.peft_model import PeftModel
 from graft.model.registry import Registry
@@ -145,7 +146,7 @@ def rescaled(layers: Mapping[str, Any], factor: Callable[[str], float], what: st
     with gate.change(what):
         for path, layer in layers.items():  # another dict: callers compare the two
             layer.scaling = {name: value * factor(path) for name, value in layer.scaling.items()}
-            marks[path] = {name: (value, version_of(value)) for name, value in layer.scaling.items()}
+            marks[path] = {name: mark_of(value) for name, value in layer.scaling.items()}
     try:
         yield
     finally:
@@ -156,14 +157,14 @@ def rescaled(layers: Mapping[str, Any], factor: Callable[[str], float], what: st
                 layer.scaling = {name: own[name] if name in same else value for name, value in layer.scaling.items()}
 
 
-def version_of(value: object) -> int:
-    """Return what changes when a scaling is written to, which is a tensor where hot-swaps are compiled."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+def mark_of(value: object) -> tuple[object, int]:
+    """Return a scaling, with what changes when somebody writes to it: a tensor where hot-swaps are compiled."""
+    return value, version_of(value) if isinstance(value, Tensor) else 0
 
 
 def is_still(value: object, mark: tuple[object, int]) -> bool:
     """Return True if a scaling is the one that was marked, and nobody has written to it."""
-    return value is mark[0] and version_of(value) == mark[1]
+    return value is mark[0] and mark_of(value) == mark
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from graft.core.containers import Slot, parameter_dict
 from graft.core.wrappers import inside, parameters_in, walk
+from graft.kernels.versions import write_all
 from graft.storage.flat import Piece, piece_of, place_of, sendable
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def fill(t: Tensor, value: Tensor) -> None:
     """Put a value, which every process has whole, into a tensor in place. Every process must call this."""
     layout = layout_of(t)
     if layout is None:
-        t.copy_(value)
+        write_all([(t, value)])
     else:
         layout.fill(t, value)
     if id(t) in mastered([t]):
@@ -187,7 +188,7 @@ def fill_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Put whole values into tensors in place, all in one go where that can be. Every process must call this."""
     here = [pair for pair in pairs if is_plain(t := pair[0]) or (layout_of(t) is None and not mastered([t]))]
     if here:
-        torch._foreach_copy_([t for t, _ in here], [value for _, value in here])
+        write_all(here)
     for t, value in pairs if len(here) < len(pairs) else ():
         if layout_of(t) is not None or mastered([t]):
             fill(t, value)

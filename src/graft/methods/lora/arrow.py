@@ -18,16 +18,12 @@ from graft.config.fields import settings
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import RoutingError
 from graft.core.method import Method
+from graft.kernels.versions import version_of
 from graft.kernels.waits import vector
 from graft.methods.lora.lora import LoRA
 
 GENERAL = re.compile(r"gks_\d+")  # names of adapters of general knowledge, which are no experts
 STEPS, EPS = 15, 1e-8  # of the power iteration
-
-
-def version_of(t: Tensor) -> int:
-    """Return which version of a tensor its values are; 0 for tensors of inference mode, which count none."""
-    return 0 if t.is_inference() else t._version
 
 
 class Router(nn.Module):

@@ -17,6 +17,7 @@ from graft.core.method import Use
 from graft.core.published import Published
 from graft.kernels.decomposed import row_norms
 from graft.kernels.eager import eager
+from graft.kernels.versions import version_of
 from graft.methods.lora.lora import LoRA
 
 
@@ -72,7 +73,7 @@ def state_of(tensors: Sequence[Tensor], scaling: float) -> list[object]:
         if is_traceable_wrapper_subclass(t):  # shards, say, whose versions are not counted here: never the same
             state.append(object())
         else:
-            state += [t.data_ptr(), 0 if t.is_inference() else t._version]
+            state += [t.data_ptr(), version_of(t)]
     return state
 
 

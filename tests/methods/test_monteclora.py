@@ -144,6 +144,30 @@ def test_the_trainer_adds_it():
     assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.differs(
+    "`MontecloraTrainerMixin` with gradient accumulation",
+    peft="adds the loss once for each batch that accumulates",
+    graft="adds it once for each step",
+    why="transformers divides neither where a loss is that of the items of all batches of a step",
+)
+def test_batches_that_accumulate_add_the_loss_once():
+    class Trainer:
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(inputs).square().sum() / num_items_in_batch
+
+    losses = {}
+    for lib, mixin in ((graft, MontecloraTrainerMixin), (peft, peft.helpers.MontecloraTrainerMixin)):
+        trainer, model = type("T", (mixin, Trainer), {})(), with_monteclora(lib).train()
+        trainer.model_accepts_loss_kwargs, trainer.current_gradient_accumulation_steps = True, 4
+        torch.manual_seed(5)
+        found = trainer.compute_loss(model, inputs(), num_items_in_batch=torch.tensor(8))
+        torch.manual_seed(5)
+        losses[lib] = found - model(inputs()).square().sum() / 8, model._get_monteclora_loss()
+    for lib, share in ((graft, 4), (peft, 1)):
+        added, own = losses[lib]
+        assert_close(added, own / share, rtol=1e-4, atol=1e-6)
+
+
 # nothing random elsewhere
 
 

@@ -92,32 +92,35 @@ class AdamssAsaCallback(Listener):
             tuner.update_and_allocate(state.global_step)
 
 
-class MontecloraTrainerMixin:
-    """Before a Trainer among the bases of a class: `class MontecloraTrainer(MontecloraTrainerMixin, Trainer)`."""
+class AddsLoss:
+    """Before a Trainer among the bases of a class, by one of the following: the loss of adapters beside the model's."""
+
+    adapters: str  # type of those that have one
+    own: Callable[[Any], Tensor | float]  # their loss, of a registry
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
     ) -> Tensor | tuple[Tensor, object]:
-        """Return the Trainer's loss with MonteCLoRA's added, which is 0 in evaluation; or (loss, outputs)."""
-        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
-        losses = [monteclora_loss(registry_of(m)) for m in model.modules() if isinstance(m, tuner_of("LORA"))]
-        own = sum(losses) / len(losses) if losses else 0.0
-        return (found[0] + own, found[1]) if return_outputs else found + own
-
-
-class FineGatesTrainerMixin:
-    """Before a Trainer among the bases of a class: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
-    ) -> Tensor | tuple[Tensor, object]:
-        """Return the Trainer's loss, in training with that of FineGates added; or (loss, outputs)."""
+        """Return the Trainer's loss, in training with that of the adapters added; or (loss, outputs)."""
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
             return found
-        gates = [registry_of(m) for m in model.modules() if isinstance(m, tuner_of("FINEGATES"))]
-        own = sum((sparsity_loss(registry) for registry in gates), 0.0) / summed(self, kwargs)
+        kind = type(self)
+        losses = [kind.own(registry_of(m)) for m in model.modules() if isinstance(m, tuner_of(kind.adapters))]
+        own = sum(losses) / max(1, len(losses)) / summed(self, kwargs)
         return (found[0] + own, found[1]) if return_outputs else found + own
+
+
+class MontecloraTrainerMixin(AddsLoss):
+    """Before a Trainer among the bases of a class: `class MontecloraTrainer(MontecloraTrainerMixin, Trainer)`."""
+
+    adapters, own = "LORA", staticmethod(monteclora_loss)
+
+
+class FineGatesTrainerMixin(AddsLoss):
+    """Before a Trainer among the bases of a class: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
+
+    adapters, own = "FINEGATES", staticmethod(sparsity_loss)
 
 
 def summed(trainer: Any, arguments: dict[str, object]) -> int:

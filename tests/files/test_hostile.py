@@ -245,6 +245,16 @@ def test_factors_of_mlx_that_nobody_transposed(tmp_path):
     refused(CheckpointError, r"where MLX has \(in, 4\)", folder, "peft", tmp_path / "out")
 
 
+def test_a_vector_that_is_not_there(tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(FIXTURES / "adapterhub_ia3", folder)
+    file = folder / "pytorch_adapter.bin"
+    tensors = torch.load(file, weights_only=True)
+    name = next(name for name in tensors if name.endswith(".lora_B"))
+    torch.save({k.replace("lora_B", "lora_A") if k == name else k: v for k, v in tensors.items()}, file)
+    refused(CheckpointError, "has no vector for", folder, "peft", tmp_path / "out")
+
+
 def test_sizes_of_another_run(tmp_path):
     folder = tmp_path / "a"
     shutil.copytree(FIXTURES / "litgpt_lora", folder)

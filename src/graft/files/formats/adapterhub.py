@@ -80,6 +80,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         raise CheckpointError(f"{path}: r is {r!r} and alpha {alpha!r}.")
     for module, of_module in modules.items():
         if scales:
+            if "lora_B" not in of_module:
+                raise CheckpointError(f"{path} has no vector for '{module}': it is cut off, or was written wrong.")
             vector = of_module["lora_B"].read().astype("f8").reshape(-1, 1) * alpha
             out.modules[module] = Other("IA3", {"ia3_l": tensor(vector.astype("f4"), of_module["lora_B"].dtype)})
         else:

@@ -117,6 +117,20 @@ def test_a_file_in_half_precision(tmp_path):
         )
 
 
+def test_factors_of_two_dtypes_are_written_in_float32(tmp_path):
+    model = adapters.model("rslora")
+    for key, p in model.named_parameters():
+        if "lora_B" in key:
+            p.data = p.data.bfloat16()
+    model.save_pretrained(tmp_path / "mixed")
+    report = export(formats.read(tmp_path / "mixed"), "vllm", base_files(adapters.base()), str(tmp_path / "out"))
+    before, after = (formats.read(tmp_path / name).low_rank for name in ("mixed", "out"))
+    assert report.rounding == 0
+    for path, of in after.items():
+        rank = len(before[path].A.read())
+        assert (of.A.read()[:rank] == before[path].A.read()).all()
+
+
 def test_a_scale_that_half_precision_cannot_hold(tmp_path):
     model = adapters.model("plain")
     for key, p in model.named_parameters():

@@ -195,9 +195,12 @@ def zeros(path: str, like: LowRank | None, base: Base, rank: int, dtype: str, tr
 
 
 def dtype_of(adapter: AdapterFile) -> str:
-    """Return the dtype of an adapter's B; float32 if there are several."""
+    """Return the dtype of an adapter's factors; float32 if there are several."""
     modules = adapter.modules.values()
-    dtypes = {(of.B if isinstance(of, LowRank) else of.tensors["lora_B.weight"]).dtype for of in modules}
+    pairs = [
+        (of.A, of.B) if isinstance(of, LowRank) else [of.tensors[f"lora_{x}.weight"] for x in "AB"] for of in modules
+    ]
+    dtypes = {t.dtype for pair in pairs for t in pair}
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 

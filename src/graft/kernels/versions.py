@@ -14,12 +14,11 @@ def version_of(t: Tensor) -> int:
     return getattr(t, "_graft_writes", 0) if t.is_inference() else t._version
 
 
-@torch.no_grad()
 def write_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy values into tensors of this process, in one go, those of inference mode included."""
     pairs = list(pairs)
     untracked = [t for t, _ in pairs if t.is_inference()]
-    with torch.inference_mode(bool(untracked)):
+    with torch.inference_mode() if untracked else torch.no_grad():
         torch._foreach_copy_([t for t, _ in pairs], [value for _, value in pairs])
     for t in untracked:
         t._graft_writes = version_of(t) + 1  # type: ignore[attr-defined]

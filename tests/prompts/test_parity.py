@@ -3,6 +3,7 @@
 
 import inspect
 import json
+from copy import deepcopy
 from dataclasses import fields, replace
 
 import pytest
@@ -604,6 +605,23 @@ def test_cpt_projection(spread):
     close(deltas[0][inside], before[inside], 1e-6)
     moved = deltas[0][~inside].norm(dim=1)
     close(moved, radius[~inside], 1e-6)
+
+
+def test_cpt_is_shortened_once_by_two_threads(monkeypatch):
+    """A second forward comes between the look at how long rows are and what is written."""
+    prompt = randomize(adapt(LIBS[0], first("CPT")), 3.0).prompt_encoder["default"]
+    alone = deepcopy(prompt)
+    alone.project()
+    radius = prompt.radius
+
+    def meanwhile():
+        monkeypatch.setattr(prompt, "radius", radius)
+        prompt.project()
+        return radius()
+
+    monkeypatch.setattr(prompt, "radius", meanwhile)
+    prompt.project()
+    assert torch.equal(prompt.delta_embedding.weight, alone.delta_embedding.weight)
 
 
 def test_cpt_gradient_of_labels():

@@ -93,8 +93,9 @@ class CPTEmbedding(Prompt):
     def project(self) -> None:
         """Shorten rows of delta_embedding that are longer than their radius, in place."""
         delta = self.delta_embedding.weight.data
-        norm, radius = delta.norm(dim=1), self.radius()
-        delta.mul_(torch.where(norm > 0, radius / torch.maximum(norm, radius), 1)[:, None])
+        seen = delta.clone()  # another thread may be here: both write the same values
+        norm, radius = seen.norm(dim=1), self.radius()
+        delta.copy_(seen * torch.where(norm > 0, radius / torch.maximum(norm, radius), 1)[:, None])
 
     def forward(self, indices: Tensor | None = None, **arguments: object) -> Tensor:
         self.project()

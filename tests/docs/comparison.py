@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from examples.compare.__main__ import HELD_OUT, STEPS, markdown
@@ -19,6 +20,7 @@ from examples.compare.choices import CHOICES
 from examples.compare.fields import NOT_IN_BERT
 from examples.compare.picture import deviation, draw, front
 from examples.compare.texts import WHAT
+from graft.model.rates import best, rows
 from tests.docs.marks import put
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -87,7 +89,10 @@ def texts(results: dict[str, dict[str, Any]]) -> str:
             lines.append(
                 [name, first["note"], *scores, cost, f"{first['bytes'] / 1e3:.0f} kB", f"{first['parameters']:,}"]
             )
-    said = [apart(task, found) for task, found in results.items()]
+    said = [
+        apart(WHAT[task], {name: (m["exact"], m["spread"]) for name, m in found.items()}, len(found["LoRA"]["seeds"]))
+        for task, found in results.items()
+    ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     absent = "; ".join(f"{name}: {why}" for name, why in NOT_IN_BERT.items())
     return "\n\n".join(["\n".join(said), table, f"No place in a BERT: {absent}."])
@@ -97,26 +102,44 @@ def score(m: dict[str, Any]) -> str:
     return f"{m['exact']:.3f} ± {m['spread']:.3f} ({m['lr']:g})"
 
 
-def apart(task: str, found: dict[str, Any]) -> str:
+def apart(what: str, found: dict[str, tuple[float, float]], seeds: int) -> str:
     """Say which methods differ from LoRA by more than two standard errors of the difference.
 
-    The deviation is that of all methods together: of three seeds alone it says little.
+    found: mean and standard deviation over seeds. One of three seeds says little: below the median of all, it counts as
+        the median.
     """
-    seeds = len(found["LoRA"]["seeds"])
-    spread = math.sqrt(sum(m["spread"] ** 2 for m in found.values()) / len(found))
-    error, own = spread * math.sqrt(2 / seeds), found["LoRA"]["exact"]
-    above = [name for name, m in found.items() if m["exact"] - own > 2 * error]
-    below = [name for name, m in found.items() if own - m["exact"] > 2 * error]
+    usual = median(spread for _, spread in found.values())
+    own, noise = found["LoRA"]
+    sides: dict[str, list[str]] = {"above": [], "below": []}
+    for name, (value, spread) in found.items():
+        if abs(value - own) > 2 * math.hypot(max(noise, usual), max(spread, usual)) / math.sqrt(seeds):
+            sides["above" if value > own else "below"].append(name)
+    equal = len(found) - sum(map(len, sides.values()))
     return (
-        f"- {WHAT[task]}: {len(found) - len(above) - len(below)} of {len(found)} methods are LoRA's equal within noise "
-        f"({own:.3f}; two standard errors of a difference are {2 * error:.3f}). Above: {', '.join(above) or 'none'}; "
-        f"below: {', '.join(below) or 'none'}."
+        f"- {what}: {equal} of {len(found)} methods are LoRA's equal within noise ({own:.3f} ± {noise:.3f}; two standard "
+        f"errors of a difference are {2 * usual * math.sqrt(2 / seeds):.3f} as a rule). Above: "
+        f"{', '.join(sides['above']) or 'none'}; below: {', '.join(sides['below']) or 'none'}."
     )
+
+
+def losses(task: str) -> str:
+    """Return what the search of learning rates says of a task: the loss of each method at its best rate, in order."""
+    own = [row for row in rows() if row["task"] == task and best([row])]
+    at = {row["method"]: row["rates"].index(best([row])) for row in own}
+    found = {row["method"]: (row["means"][at[row["method"]]], row["spreads"][at[row["method"]]]) for row in own}
+    lines = [["method", "", f"loss, {task}", "lr"], ["---"] * 4]
+    for row in sorted(own, key=lambda row: found[row["method"]]):
+        mean, spread = found[row["method"]]
+        note = CHOICES[row["method"]].note
+        lines.append([row["method"], note, f"{mean:.3f} ± {spread:.3f}", f"{best([row]):g}"])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{apart(f'loss on {task}', found, own[0]['seeds'])}\n\n{table}"
 
 
 def page() -> str:
     text = put(PAGE.read_text(), "measured", measured(read(RESULTS)))
-    return put(text, "texts", texts(json.loads(TEXTS.read_text())))
+    text = put(text, "texts", texts(json.loads(TEXTS.read_text())))
+    return put(text, "losses", losses("dates"))
 
 
 def main(*files: str) -> None:

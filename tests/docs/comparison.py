@@ -116,8 +116,8 @@ def apart(what: str, found: dict[str, tuple[float, float]], seeds: int) -> str:
             sides["above" if value > own else "below"].append(name)
     equal = len(found) - sum(map(len, sides.values()))
     return (
-        f"- {what}: {equal} of {len(found)} methods are LoRA's equal within noise ({own:.3f} ± {noise:.3f}; two standard "
-        f"errors of a difference are {2 * usual * math.sqrt(2 / seeds):.3f} as a rule). Above: "
+        f"- {what}: {equal} of {len(found)} methods are LoRA's equal within noise ({own:.3f} ± {noise:.3f}; two "
+        f"standard errors of a difference are {2 * usual * math.sqrt(2 / seeds):.3f} as a rule). Above: "
         f"{', '.join(sides['above']) or 'none'}; below: {', '.join(sides['below']) or 'none'}."
     )
 

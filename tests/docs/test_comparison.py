@@ -58,8 +58,8 @@ def of_text(exact, spread=0.01):
 
 
 def test_what_differs_from_lora_on_texts(copies):
-    """Two standard errors of a difference are 2 · 0.01 · √(2/3) = 0.016; more for HRA, whose deviation is larger, and no
-    less for MiSS, whose deviation is smaller than the median."""
+    """Two standard errors of a difference are 2 · 0.01 · √(2/3) = 0.016; more for HRA, whose deviation is larger, and
+    no less for MiSS, whose deviation is smaller than the median."""
     found = {"LoRA": of_text(0.5), "DoRA": of_text(0.517), "IA3": of_text(0.483), "VeRA": of_text(0.515),
              "HRA": of_text(0.4, 0.2), "MiSS": of_text(0.485, 0.001)}  # fmt: skip
     file = copies / "new" / "texts.json"

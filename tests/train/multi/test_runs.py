@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import graft
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError, NoMatchingPeftModuleError
 from graft.train.multi import MultiTrain
-from graft.train.multi.joint import Arguments, Part, groups
+from graft.train.multi.joint import Arguments, Part, groups, joined
 from tests import models
 from tests.train.multi.alone import BITS, SPECS, Spec, alone, as_alone, batches, lora, same, tiny
 
@@ -82,6 +82,22 @@ def test_batches_are_grouped_without_a_look_at_values_on_a_device():
         del other.batch["logits_to_keep"]
     own.append(part("x", True))
     assert [[p.name for p in group] for group in groups(own, Arguments.of(tiny()), 4096)] == [["u", "v"], ["w"], ["x"]]
+
+
+class Seeing(nn.Module):
+    def forward(self, pixel_values, input_ids, attention_mask=None):
+        return input_ids
+
+
+def test_the_mask_of_a_batch_without_one_is_of_its_tokens():
+    """Where others of the pass have one; pictures may stand before the tokens."""
+    pixels, ids = torch.zeros(2, 3, 8, 8), torch.ones(2, 5, dtype=torch.int64)
+    own = [Part("u", {"pixel_values": pixels, "input_ids": ids}),
+           Part("v", {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)})]  # fmt: skip
+    arguments = Arguments.of(Seeing())
+    assert groups(own, arguments, 4096) == [own]
+    batch, cut = joined(own, arguments)
+    assert batch["attention_mask"].shape == (4, 5) and cut.lengths == [5, 5]
 
 
 class Scaled(nn.Module):

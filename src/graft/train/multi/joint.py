@@ -162,11 +162,14 @@ def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[Batch, Cut]:
     return out, Cut([len(m) for m in mains], [f.shape[1] if f.dim() > 1 else 1 for f in follows])
 
 
+TOKENS = ("input_ids", "inputs_embeds")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds")  # whose tokens the output has, if they are there
 
 
 def main_of(kwargs: Batch) -> Tensor:
-    """Return the argument that has the tokens: the first tensor that is no mask."""
+    """Return the argument that has the tokens: by its name, else the first tensor that is no mask."""
+    if (named := next((kwargs[k] for k in TOKENS if isinstance(kwargs.get(k), Tensor)), None)) is not None:
+        return named
     tensors = [v for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim() and k != MASK]
     return max(tensors, key=lambda t: t.dim() > 1) if tensors else kwargs[MASK]
 

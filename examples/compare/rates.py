@@ -4,7 +4,7 @@
 Run `make rates`, or `python -m examples.compare.rates --help`. Each method's result is a row of the package's
 `model/rates.json` as soon as it is there, so that a search that was stopped goes on with the next; so does, within a
 method, its sweep. All of it takes hours. What a sweep cannot train trains alone: prompts, a start that changes the base
-or looks at data, a loss beside the model's.
+or looks at data, a loss beside the model's or of its labels.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from examples.demo.data import DemoError
 from examples.demo.display import console
 from graft.combine.adding import changes_base
 from graft.config.atomic import replace, write_text
+from graft.methods import method_of
 from graft.model.rates import FILE, Row, adapter_of, settings_of
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -123,7 +124,8 @@ def search(
 def alone(choice: Choice, config: Any) -> bool:
     """Return True if a sweep cannot train a method: a prompt, or what needs more than its config."""
     more = choice.before or choice.after or choice.loss or choice.after_step
-    return bool(choice.prompt or more or changes_base(config))
+    labelled = getattr(method_of(config.peft_type), "has_labelled_loss", False)
+    return bool(choice.prompt or more or labelled or changes_base(config))
 
 
 def judged(field: Field, choice: Choice, config: Any, rate: float, steps: int, seed: int) -> float:

@@ -95,13 +95,18 @@ def test_what_changed_is_said(tmp_path):
     assert "twice the rank" in notes["pissa"] and "lora_velora_embed" in notes["velora"]
 
 
-def test_a_file_in_half_precision(tmp_path):
-    """B with the scale in it is cast once, and the error is said."""
+def save_in_bfloat16(folder, part):
+    """Save an adapter, the parameters with this in their names in bfloat16."""
     model = adapters.model("rslora")
     for key, p in model.named_parameters():
-        if "lora_" in key:
+        if part in key:
             p.data = p.data.bfloat16()
-    model.save_pretrained(tmp_path / "bf16")
+    model.save_pretrained(folder)
+
+
+def test_a_file_in_half_precision(tmp_path):
+    """B with the scale in it is cast once, and the error is said."""
+    save_in_bfloat16(tmp_path / "bf16", "lora_")
     base = base_files(adapters.base())
     held = formats.read(tmp_path / "bf16")
     assert {of.B.dtype for of in held.low_rank.values()} == {"BF16"}
@@ -118,11 +123,7 @@ def test_a_file_in_half_precision(tmp_path):
 
 
 def test_factors_of_two_dtypes_are_written_in_float32(tmp_path):
-    model = adapters.model("rslora")
-    for key, p in model.named_parameters():
-        if "lora_B" in key:
-            p.data = p.data.bfloat16()
-    model.save_pretrained(tmp_path / "mixed")
+    save_in_bfloat16(tmp_path / "mixed", "lora_B")
     report = export(formats.read(tmp_path / "mixed"), "vllm", base_files(adapters.base()), str(tmp_path / "out"))
     before, after = (formats.read(tmp_path / name).low_rank for name in ("mixed", "out"))
     assert report.rounding == 0

@@ -2,8 +2,10 @@
 """DoRA and IA3 in slots, beside LoRA, and adapters that go from a model or a training to slots without a file."""
 
 import copy
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count
 
 import pytest
 import torch
@@ -47,7 +49,8 @@ def base(dtype=torch.float32):
 
 @torch.no_grad()
 def carrying(dtype=torch.float32):
-    """A model with all of the adapters, with random values: what slots must agree with."""
+    """A model with all of the adapters, with random values, always the same: what slots must agree with."""
+    torch.manual_seed(2)
     model = graft.get_peft_model(base(dtype), copy.deepcopy(CONFIGS["plain"]), "plain", mixed=True)
     for name, config in CONFIGS.items():
         if name != "plain":
@@ -194,17 +197,23 @@ def test_answers_while_adapters_come_and_go(model):
     single = {name: out(model, [name] * len(NAMES)) for name in {*NAMES}}
     held = {name: (model.peft_config[name], graft.get_peft_model_state_dict(model, None, name)) for name in CONFIGS}
     slots, answers, going = AdapterSlots.of(carrying(), max_adapters={1: 1, 4: 2}, gains=True), [], [None, None]
+    unanswered = {*CONFIGS}
 
     def serve():
-        for i in range(30):
-            here = [*slots.names, BASE]
-            pair = here[i % len(here)], here[7 * i % len(here)]
-            names = [pair[row % 2] for row in range(len(NAMES))]
-            with suppress(RoutingError):  # it went meanwhile
-                y = out(slots, names)
-                far = [(y[row] - single[name][row]).abs().max().item() for row, name in enumerate(names)]
-                answers.append((pair[0], max(far)))
-        going.pop()
+        try:
+            end = time.monotonic() + 60
+            for i in count():
+                if (i >= 20 and not unanswered) or time.monotonic() > end:
+                    break
+                here = [*slots.names, BASE]
+                pair = min(here, key=lambda name: name not in unanswered), here[i % len(here)]
+                names = [pair[row % 2] for row in range(len(NAMES))]
+                with suppress(RoutingError):  # it went meanwhile
+                    y = out(slots, names)
+                    answers.extend((y[row] - single[name][row]).abs().max().item() for row, name in enumerate(names))
+                    unanswered.difference_update(names)
+        finally:
+            going.pop()
 
     def refill():
         while going:
@@ -213,7 +222,7 @@ def test_answers_while_adapters_come_and_go(model):
                 slots.load(name, tensors, config=config)
 
     at_once(serve, serve, refill)
-    assert {name for name, _ in answers} > {"dora", "scales"} and max(far for _, far in answers) < 1e-5
+    assert not unanswered and max(answers) < 1e-5
 
 
 def test_what_slots_cannot_hold_stays_where_it_was():

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
-from examples.compare.choices import CHOICES, FAMILY, LEFT_OUT, check_names
+from examples.compare.choices import CHOICES, DTYPE, FAMILY, LEFT_OUT, check_names
 from examples.compare.picture import deviation, draw
 from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     settings = {"steps": steps, "seed": args.seed, "held_out": held_out}
     if args.rates:
         return search(args.methods, args.rates, source, settings)
-    results = {} if args.again else earlier(file, settings)
+    kept = {**settings, "dtype": str(DTYPE)}
+    results = {} if args.again else earlier(file, kept)
     runs = {name: m.get("runs", {str(args.seed): m}) for name, m in results.items()}
     names = list(dict.fromkeys(args.methods or (FAMILY if args.lora else CHOICES)))
     failed: list[str] = []
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for (name, _), result in outcomes(wanted, failed, source, settings | {"seed": seed}):
             runs.setdefault(name, {})[str(seed)] = result
             results[name] = averaged(runs[name])
-            file.write_text(json.dumps({"settings": settings, "methods": results}, indent=2) + "\n")
+            file.write_text(json.dumps({"settings": kept, "methods": results}, indent=2) + "\n")
     if failed and not results:
         raise DemoError("; ".join(failed))
     results = {name: results[name] for name in CHOICES if name in results}
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     console.rule(f"{file} · {args.out / 'compare.md'} · {args.out / 'compare.png'}")
     if failed:
         raise DemoError("; ".join(failed))
-    return {"settings": settings, "methods": results}
+    return {"settings": kept, "methods": results}
 
 
 def averaged(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def earlier(file: Path, settings: dict[str, int]) -> dict[str, Any]:
+def earlier(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the results of an earlier run with the same settings, of choices that are as they were then."""
     try:
         before = json.loads(file.read_text())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import graft
@@ -18,6 +19,7 @@ from examples.demo_lm.data import Task
 from examples.demo_lm.training import BATCH, batches
 from graft.model.rates import best, rows, settings_of
 
+DTYPE = torch.bfloat16  # of the language model, as most train such models
 CALIBRATION = 8  # batches, where an initialisation looks at data
 SB_STEP = 2e-3 / (0.1 * 1000)  # of AdamW at the authors' rate, in the warm-up of a thousand steps
 LR = 3e-3  # chosen for LoRA on validation dates; its relatives train with the same

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import graft
-from examples.compare.choices import CALIBRATION, Choice
+from examples.compare.choices import CALIBRATION, DTYPE, Choice
 from examples.demo.__main__ import load as load_minilm
 from examples.demo.data import DemoError, load_task
 from examples.demo.sweep import loaders
@@ -127,7 +127,7 @@ def smollm(task: str, quick: bool) -> Field:
     optimizer = partial(torch.optim.AdamW, weight_decay=0.0)
 
     def load() -> nn.Module:
-        return load_smollm(source)[0].bfloat16()
+        return load_smollm(source, DTYPE)[0]
 
     return Field(SMOLLM, "llama", load, lambda config: config, optimizer, train, valid, 2, tokenizer)
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import graft
-from examples.compare.choices import CHOICES, Choice, calibration
-from examples.demo_lm.chat import prompt, training_batch
+from examples.compare.choices import CHOICES, DTYPE, Choice, calibration
+from examples.demo_lm.chat import IGNORED, Batch, prompt, training_batch
 from examples.demo_lm.data import Task, dates
 from examples.demo_lm.model import load
 from examples.demo_lm.story import TOKENS, judge, size
@@ -41,11 +41,11 @@ def compare(name: str, source: str, steps: int, seed: int, held_out: int, rate: 
     choice, task = CHOICES[name], dates(seed, held_out)
     if rate is not None:
         choice, task = replace(choice, lr=rate), replace(task, test=task.validation)
-    say(result=run(choice, load(source), source, task, steps, seed))
+    say(result=run(choice, source, task, steps, seed))
 
 
-def run(choice: Choice, loaded: tuple[Any, Any], source: str, task: Task, steps: int, seed: int) -> dict[str, Any]:
-    base, tokenizer = loaded
+def run(choice: Choice, source: str, task: Task, steps: int, seed: int) -> dict[str, Any]:
+    base, tokenizer = load(source, DTYPE)
     start = time.perf_counter()
     config, data = choice.made(steps, tokenizer), calibration(tokenizer, task, seed)
     if choice.before is not None:
@@ -66,7 +66,7 @@ def run(choice: Choice, loaded: tuple[Any, Any], source: str, task: Task, steps:
         parameters, _ = model.get_nb_trainable_parameters()
         bytes_ = size(Path(folder))
         del model, base
-        fresh = graft.PeftModel.from_pretrained(load(source)[0], folder)
+        fresh = graft.PeftModel.from_pretrained(load(source, DTYPE)[0], folder)
         prompts = [prompt(tokenizer, task.instruction, pair.text) for pair in task.test]
         say(step=steps, loss=loss, answering=True)
         answers = generate(fresh, tokenizer, prompts, tokens=TOKENS)
@@ -97,7 +97,8 @@ def train(model: Any, tokenizer: Any, task: Task, choice: Choice, steps: int, se
     torch.manual_seed(seed)
     model.train()
     for pairs in batches(task.train, BATCH, steps, seed):
-        loss = model(**training_batch(tokenizer, task.instruction, pairs)).loss
+        batch = training_batch(tokenizer, task.instruction, pairs)
+        loss = model(**(batch if choice.prompt else answers_only(batch))).loss
         total = loss if choice.loss is None else loss + choice.loss(model)
         total.backward()
         optimizer.step()
@@ -105,6 +106,13 @@ def train(model: Any, tokenizer: Any, task: Task, choice: Choice, steps: int, se
         optimizer.zero_grad()
         yield loss.item()
     model.eval()
+
+
+def answers_only(batch: Batch) -> dict[str, Any]:
+    """Return a batch whose logits begin before the first answer: those of the prompts are a fifth of a step's time."""
+    labels = batch["labels"]
+    first = int((labels != IGNORED).any(0).int().argmax()) - 1
+    return {**batch, "labels": labels[:, first:], "logits_to_keep": torch.arange(first, labels.shape[1])}
 
 
 if __name__ == "__main__":

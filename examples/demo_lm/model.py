@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from examples.demo.data import Carrier, DemoError, locate
@@ -42,11 +43,11 @@ def model_source(source: str | None) -> str:
     return str(folder)
 
 
-def load(source: str) -> tuple[PreTrainedModel, Any]:
-    """A fresh base model and its tokenizer."""
+def load(source: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
+    """A fresh base model, in its own dtype unless another is given, and its tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
         raise DemoError(f"--model {source}: neither a local checkpoint nor one the hub returns.\n{error}") from error
     if model.config.model_type != "llama" or tokenizer.chat_template is None:

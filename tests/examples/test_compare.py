@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.compare import __main__ as compare
 from examples.compare import choices, one
@@ -41,12 +41,20 @@ def source(tmp_path_factory, tokenizer):  # noqa: F811
 @pytest.mark.filterwarnings("ignore")
 def test_a_method_trains_saves_and_answers(name, source, capsys):
     task = data.dates(0, held_out=4, train=100, write=write)
-    base = LlamaForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    result = one.run(CHOICES[name], base, source, task, steps=2, seed=0)
+    result = one.run(CHOICES[name], source, task, steps=2, seed=0)
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["step"] for event in events] == [1, 2, 2] and events[-1]["answering"]
     assert 0 <= result["exact"] <= result["lenient"] <= 1
     assert result["bytes"] > 500 and result["parameters"] > 100 and result["peak_memory"] > 1e8
+
+
+def test_logits_of_the_answers_alone_give_the_same_loss(source):
+    model, words = one.load(source)
+    pairs = data.dates(0, held_out=4, train=100, write=write).train[:5]
+    batch = one.training_batch(words, "Write the date in ISO 8601.", pairs)
+    cut = one.answers_only(batch)
+    assert 0 < cut["labels"].shape[1] < batch["labels"].shape[1]
+    torch.testing.assert_close(model(**cut).loss, model(**batch).loss)
 
 
 def test_every_choice_has_a_config():
@@ -123,8 +131,7 @@ def test_learning_rates_are_tried_on_validation_dates(tmp_path, monkeypatch, cap
     seen = []
     task = data.dates(0, held_out=4, train=100, write=write)
     monkeypatch.setattr(one, "dates", lambda *a: task)
-    monkeypatch.setattr(one, "load", lambda source: source)
-    monkeypatch.setattr(one, "run", lambda choice, base, source, task, *a: seen.append((choice.lr, task.test)) or MADE)
+    monkeypatch.setattr(one, "run", lambda choice, source, task, *a: seen.append((choice.lr, task.test)) or MADE)
     one.compare("LoRA", "x", 1, 0, 4, 0.05)
     one.compare("LoRA", "x", 1, 0, 4)
     assert seen == [(0.05, task.validation), (CHOICES["LoRA"].lr, task.test)]

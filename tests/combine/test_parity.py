@@ -70,12 +70,13 @@ def test_votes_by_frequency(kind):
 @pytest.mark.parametrize("kind", [t for t in TYPES if "dare" in t])
 def test_random_masks(kind):
     """Both draw initial values for the new adapter first, and then the same masks."""
+    name = f"{kind}_masked"
     for model in pair():
         with models.seeded(11):
-            model.add_weighted_adapter(NAMES, WEIGHTS, kind, combination_type=kind, density=0.6)
+            model.add_weighted_adapter(NAMES, WEIGHTS, name, combination_type=kind, density=0.6)
     ours, theirs = pair()
     for key in UNGROUPED:
-        close(delta(ours, key, kind), delta(theirs, key, kind), CLOSE)
+        close(delta(ours, key, name), delta(theirs, key, name), CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["ties", "magnitude_prune_svd"])

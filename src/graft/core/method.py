@@ -309,6 +309,9 @@ class Method(Generic[C]):
         """Return the tensors in memory from a file's. cfg: the config in the checkpoint."""
         return tensors
 
+    def check_shared(self, tensors: Tensors) -> None:
+        """Raise CheckpointError if what a file holds of the tensors that layers share cannot be used on this one."""
+
     # act
 
     def factors(self) -> Factors:

@@ -137,7 +137,9 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             below = f".{slot.path}" if slot.path else ""
             file = shared.files.get(slot.container, "{0}{1}").format(f"base_model.{slot.container}", below)
             memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file
-            yield Entry(memory, file, aliases(parts, slot, prefix, below), slot.owner, slot.attribute, slot.tensor)
+            also = aliases(parts, slot, prefix, below)
+            where = slot.owner, slot.attribute, slot.tensor
+            yield Entry(memory, file, also, *where, container=slot.container, path=slot.path)
 
 
 def file_tensors(prompt: Prompt) -> dict[str, Tensor]:

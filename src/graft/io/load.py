@@ -185,8 +185,17 @@ class Values:
                     if name
                 ]
                 self._refuse([shapes for shapes in both if shapes[1] != shapes[2]])
+        shared = {
+            (entry.container, entry.path): self.tensors[name]
+            for layer, pairs in groups
+            if layer is None
+            for entry, name in pairs
+            if name is not None and entry.container and self.tensors[name].shape == shape_of(entry.tensor)
+        }
         for layer, pairs in groups:
             if layer is not None:
+                if shared:
+                    layer.methods[self.adapter].check_shared(shared)
                 stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
                 files = layer.methods[self.adapter].files.items()
                 used |= names & {f"{stem}{name}" for name, file in files if not file}

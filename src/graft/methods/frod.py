@@ -17,12 +17,12 @@ from graft.core.containers import Attached, Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of
-from graft.core.method import Layers, Method, Use
+from graft.core.method import Layers, Method, Tensors, Use
 from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
 from graft.kernels.refactored import Refactored
 from graft.kernels.waits import near
-from graft.methods.projections import maybe_transient, warn_unsaved
+from graft.methods.projections import check_places, maybe_transient, warn_unsaved
 
 
 @dataclass(kw_only=True)
@@ -193,6 +193,9 @@ class FRoD(Method[FrodConfig]):
             s.copy_(torch.empty(s.shape, dtype=dtype).normal_(0, 0.1))  # drawn and rounded as in PEFT
             scale = scale.to(dtype) + torch.randn(scale.shape, dtype=dtype) * 0.1
         self.frod_lambda_l.copy_(scale)
+
+    def check_shared(self, tensors: Tensors) -> None:
+        check_places(tensors, f"frod_s_indices.{category(self.site.key)}", self.site.fan_in, self.site.key)
 
     @torch.no_grad()
     def loaded(self) -> None:

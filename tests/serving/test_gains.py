@@ -266,6 +266,20 @@ def test_what_is_merged_stays_where_it_was():
     assert torch.equal(models.output(model, models.inputs("llama", 5)), y)
 
 
+def test_adapters_stay_where_there_is_no_memory_for_slots(monkeypatch):
+    model, ids = carrying(), models.inputs("llama", 5)
+    y = models.output(model, ids)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("graft.serving.slots.SlotLayer", full)
+        AdapterSlots.of(model, gains=True)
+    assert [*model.peft_config] == [*CONFIGS] and torch.equal(models.output(model, ids), y)
+    assert AdapterSlots.of(model, gains=True).names == [*CONFIGS]
+
+
 def test_slots_come_where_the_adapters_are_and_at_no_module_of_that_name_elsewhere():
     net = torch.nn.Module()
     net.fc, net.block = torch.nn.Linear(4, 4), torch.nn.ModuleDict({"fc": torch.nn.Conv1d(4, 4, 1)})

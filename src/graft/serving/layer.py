@@ -125,7 +125,6 @@ class SlotLayer(nn.Module):
             self.register_buffer("shift", like.new_zeros(n, site.out_features), persistent=False)
             self.register_buffer("inner", like.new_ones(n, site.in_features), persistent=False)
         self.gained: set[int] = set()  # slots whose vectors are not ones and zeros
-        self.training = site.module.training
 
     @property
     def vectors(self) -> tuple[Tensor, ...]:

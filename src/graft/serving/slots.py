@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -31,9 +30,8 @@ from graft.core.pieces import refuse_pieces
 from graft.core.rows import BASE, copies_of
 from graft.core.site import Site
 from graft.inject.inject import Injection, attach
-from graft.inject.match import Names
 from graft.inject.parts import gate_in, gate_of, registry_of
-from graft.inject.survey import survey
+from graft.inject.survey import Tree, survey
 from graft.io.files import Loaded
 from graft.io.save import config_of, get_peft_model_state_dict
 from graft.kernels.waits import carried
@@ -111,9 +109,8 @@ class AdapterSlots:
         keep_gathered: bool = True,
         change_timeout: float | None = PATIENCE,
     ):
-        self.sizes = sizes_of(max_adapters, max_rank)
-        max_adapters, max_rank = sum(self.sizes.values()), max(self.sizes)
-        config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max_rank)
+        sizes = sizes_of(max_adapters, max_rank)
+        config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=max(sizes))
         found = Injection(getattr(model, "_orig_mod", model), config, LoRA, "slots").find()
         carrying = [*found.tree.layers, *found.tree.wrappers]
         if carrying:
@@ -122,18 +119,27 @@ class AdapterSlots:
             )
         sites = {key: method.site for key, method in found.methods.items()}
         check_sites(sites)
-        self.model, self.max_adapters, self.max_rank = model, max_adapters, max_rank
+        self._allocate(sites, sizes, keep_gathered, dtype, gains, change_timeout)
+        self._enter(model, found.tree)
+
+    def _allocate(
+        self,
+        sites: Mapping[str, Site],
+        sizes: dict[int, int],
+        keep_gathered: bool,
+        dtype: torch.dtype | None,
+        gains: bool,
+        change_timeout: float | None,
+    ) -> None:
+        """Make the slots of these sites, which may take more memory than there is."""
+        self.sizes, self.max_adapters, self.max_rank = sizes, sum(sizes.values()), max(sizes)
         first = next(iter(sites.values()))
         with torch.inference_mode(False):
             self._fills = [0]
             self._choice = Choice(first.weight.where()[0], self._fills)
             self.layers = {
-                key: SlotLayer(site, self.sizes, self._choice, keep_gathered, dtype, gains)
-                for key, site in sites.items()
+                key: SlotLayer(site, sizes, self._choice, keep_gathered, dtype, gains) for key, site in sites.items()
             }
-        self._places = {key: found.tree.places_of(key) for key in sites}
-        for key, layer in self.layers.items():
-            attach(self._places[key], layer)
         self._known: dict[str, Known] = {}
         self._leaving: set[str] = set()  # no longer known; `unload` waits for their batches
         self._slots: dict[str, int] = {}  # by adapter, the least recently used one first
@@ -144,8 +150,16 @@ class AdapterSlots:
         self._ranks: dict[str, int] = {}  # of an adapter's slot, in or out of it
         self._free: dict[int, list[int]] = {}  # slots, by rank
         self._rank_of = [0, *(rank for rank, n in self.sizes.items() for _ in range(n))]  # by slot
-        for slot in range(max_adapters, NONE, -1):
+        for slot in range(self.max_adapters, NONE, -1):
             self._free.setdefault(self._rank_of[slot], []).append(slot)
+
+    def _enter(self, model: nn.Module, tree: Tree) -> None:
+        """Put the layers with slots into a model without adapters."""
+        self.model = model
+        self._places = {key: tree.places_of(key) for key in self.layers}
+        for key, layer in self.layers.items():
+            layer.training = layer.base_layer.training
+            attach(self._places[key], layer)
 
     @classmethod
     def of(
@@ -174,7 +188,7 @@ class AdapterSlots:
             RuntimeError: another thread is in a step of the MultiTrain.
             ConfigError: an adapter is merged. All are where they were.
             ConfigError, AdapterKeyError, CheckpointError, UnsupportedLayerError: slots cannot hold one of them. All are
-                where they were.
+                where they were, and so they are if there is no memory for the slots.
         """
         model: nn.Module = source if isinstance(source, nn.Module) else source.model
         with ExitStack() as still:
@@ -205,29 +219,17 @@ class AdapterSlots:
                     raise CheckpointError(f"Adapter '{name}' does not fit: {some(broken)} are not finite.")
                 ranks += [own[A_].shape[0] for own in found.values() if A_ in own]
                 targets |= dict.fromkeys(found)
-            adapted = registry_of(model).layers
-            check_sites({key: adapted[key].site for key in targets})
+            sites = {key: layer.site for key, layer in registry_of(model).layers.items() if key in targets}
+            check_sites(sites)
             n: Any = len(names) if max_adapters is None else max_adapters
             by_rank = isinstance(n, Mapping)
             rank = max(n, default=0) if by_rank else max(ranks) if max_rank is None else max_rank
             if rank < max(ranks) or not (n if by_rank else n >= 1):
                 raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
-            room = sizes_of(n, max_rank if by_rank else rank)
-            named = Names(targets)  # their ends, too, which other modules may have
-            others = [
-                path for path in survey(registry_of(model).model).modules if path not in targets and named.find(path)
-            ]
+            made, room = cls.__new__(cls), sizes_of(n, max_rank if by_rank else rank)
+            made._allocate(sites, room, keep_gathered, dtype, gains, change_timeout)
             base = source.unload()
-        made = cls(
-            base,
-            room,
-            targets=list(targets),
-            exclude="|".join(map(re.escape, others)) or None,
-            dtype=dtype,
-            gains=gains,
-            keep_gathered=keep_gathered,
-            change_timeout=change_timeout,
-        )
+        made._enter(base, survey(getattr(base, "_orig_mod", base)))
         for name, (config, tensors) in adapters.items():
             made.load(name, tensors, config=config)
         return made

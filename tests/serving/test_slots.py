@@ -544,6 +544,9 @@ def test_models_that_cannot_have_slots(folders):
         with pytest.raises(error, match=match):
             AdapterSlots(base, **dict(max_adapters=2, max_rank=4, targets=["q_proj"]) | options)
         assert dict(base.named_modules()) == before
+    attention = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2)})
+    with pytest.raises(UnsupportedLayerError, match=r"attention\.out_proj .* never called"):
+        AdapterSlots(attention, 2, 4, ["out_proj"])
     with pytest.raises(AlreadyInjectedError, match="carries adapters already"):
         AdapterSlots(carrying(folders), 2, 4, TARGETS)
     slots = slotted(folders)

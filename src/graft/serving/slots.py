@@ -667,4 +667,9 @@ def check_sites(sites: Mapping[str, Site]) -> None:
     for key, site in sites.items():
         if not site.op.linear:
             raise UnsupportedLayerError(f"Target module {key} ({site.type_name}) is not linear: no slots for it.")
+        if not site.is_called:
+            raise UnsupportedLayerError(
+                f"Target module {key} ({site.type_name}) is read by the module around it and never called: slots would "
+                "have no effect there. Leave it out of `targets`, or name it in `exclude`."
+            )
     refuse_pieces(sites.items(), "Slots serve outputs")

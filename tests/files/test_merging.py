@@ -269,6 +269,21 @@ def test_a_larger_vocabulary_is_written_with_its_size(tmp_path):
     assert merged.config.vocab_size == 100
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_the_old_vocabulary_after_one_that_resizes_it(target, tmp_path):
+    base = base_of("llama", tmp_path)
+    model = loaded("llama", base)
+    model.resize_token_embeddings(100)
+    graft.get_peft_model(model, lora(modules_to_save=["embed_tokens", "lm_head"])).save_pretrained(tmp_path / "large")
+    _, small = saved_adapter("llama", tmp_path, lora(target_modules=[target]))
+    with pytest.raises(OptionError, match=rf"adapter takes '.*{target}\.weight' for \(\d+, .*makes that \(100, "):
+        merge(base, [tmp_path / "large", small], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    _, other = saved_adapter("llama", tmp_path, lora(target_modules=["q_proj"]), name="other")
+    merge(base, [tmp_path / "large", other], tmp_path / "out")
+    assert loaded("llama", tmp_path / "out").lm_head.weight.shape[0] == 100
+
+
 def test_names_that_lack_a_prefix_are_found(tmp_path):
     """A checkpoint of the model inside, and an adapter trained on the one with a head."""
     base = base_of("bert", tmp_path)

@@ -210,6 +210,11 @@ class Work:
             before = self.changed.setdefault(change.key, [])
             if change.new and any(c.new for c in before):
                 raise OptionError(f"Two adapters bring '{change.key}' along: merge one of them.")
+            if before and before[-1].shape not in (change.shape, self.tied.shapes.get(change.key)):
+                raise OptionError(
+                    f"{job.name} takes '{change.key}' for {change.shape}, and an adapter merged before it makes that "
+                    f"{before[-1].shape}: merge one of the two, or train this one on the merged model."
+                )
             before.append(change)
 
     def _stacked(self, path: str) -> bool:

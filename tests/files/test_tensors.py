@@ -56,6 +56,12 @@ def test_a_file_that_is_cut_is_damaged(tmp_path, cut):
         read_header(path)
 
 
+def test_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        read_header(tmp_path / "x.safetensors")
+
+
 def test_tensors_that_overlap_are_damage(tmp_path):
     path = tmp_path / "d.safetensors"
     save_file({"x": torch.ones(8), "y": torch.ones(8)}, path)

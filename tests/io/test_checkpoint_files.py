@@ -356,6 +356,29 @@ def test_a_folder_that_is_not_there(tmp_path):
         load(tmp_path)
 
 
+def test_a_place_that_is_no_folder_of_an_adapter_says_what_to_give(tmp_path):
+    mlp_with().save_pretrained(tmp_path / "a")
+    for where, options, match in (
+        (tmp_path / "a" / "adapter_model.safetensors", {}, r"it is a file, give the folder .* graft\.load_adapter"),
+        (tmp_path, dict(subfolder="b"), r"there is no folder 'b' in it, which holds adapters in the folders \['a'\]"),
+        (tmp_path / "b", {}, "there is no such folder"),
+    ):
+        with pytest.raises(graft.CheckpointError, match=rf"Can't find 'adapter_config\.json' at .*{match}"):
+            load(where, **options)
+    path = tmp_path / "a" / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    for kind, match in (("lora", "Unknown peft_type 'lora'.* It stands in"), (None, "no `peft_type`.*load_adapter")):
+        path.write_text(json.dumps(fields | {"peft_type": kind}))
+        with pytest.warns(graft.PeftWarning, match="edited since"), pytest.raises(graft.ConfigError, match=match):
+            load(tmp_path / "a")
+
+
+def test_a_pointer_of_git_lfs(saved):
+    saved.joinpath(TENSORS).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n")
+    with pytest.raises(graft.CheckpointError, match="git lfs pull"):
+        load(saved)
+
+
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
 def test_truncated_tensors(saved, length):
     whole = (saved / TENSORS).read_bytes()

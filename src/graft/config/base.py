@@ -280,8 +280,17 @@ def config_in(fields: dict[str, object], path: str, where: str, subfolder: str |
 
     Raises:
         ConfigTypeError: that returns no config.
+        ConfigError: the fields name no method, or one that is not known.
     """
-    target = PeftConfig.named_in(fields)
+    if fields.get("peft_type") is None:
+        raise ConfigError(
+            f"{path} has no `peft_type`: it is no config of PEFT's or graft's. graft.load_adapter(model, …) reads "
+            "adapters of other libraries."
+        )
+    try:
+        target = PeftConfig.named_in(fields)
+    except PeftError as e:
+        raise type(e)(f"{e} It stands in {path}.") from e
     if getattr(target.from_pretrained, "__func__", None) is READ:
         config = PeftConfig.from_file(fields, path)
         config.read_from(where, subfolder, **hub)

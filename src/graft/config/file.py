@@ -12,7 +12,7 @@ import os
 import time
 
 from graft.config import notes
-from graft.config.hub import fetch, not_asked
+from graft.config.hub import fetch, looks_like_repository, not_asked
 from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
 from graft.config.reading import Json, parsed, read_object
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
@@ -76,9 +76,21 @@ class ConfigFile:
 
     def _needed(self, fields: Json | None) -> Json:
         if fields is None:
-            why = whole_model(self.folder) or adapters_in(self.folder) or not_asked(self.where, **self.hub)
+            why = whole_model(self.folder) or adapters_in(self.folder) or self._not_there()
             raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'{why}")
         return fields
+
+    def _not_there(self) -> str:
+        """Return a note for errors about a missing adapter: what its place is instead of a folder; '' if it is one."""
+        where = os.fspath(self.where)
+        if os.path.isfile(where):
+            return ": it is a file, give the folder around it. graft.load_adapter(model, …) reads single files"
+        if os.path.isdir(where) and not os.path.isdir(self.folder):
+            inner = os.path.relpath(self.folder, where)
+            return f": there is no folder {inner!r} in it{adapters_in(where).replace(': it holds', ', which holds', 1)}"
+        if os.path.isdir(where) or looks_like_repository(where):
+            return not_asked(where, **self.hub)
+        return ": there is no such folder"
 
     def _say_edited(self, beside: dict[str, object], inside: dict[str, object]) -> None:
         # a save writes all fields of a config: of others, `PeftConfig.tolerant` warns

@@ -15,6 +15,7 @@ from graft.config.reading import Json
 CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
 START = b'{"__metadata__":'  # the beginning of a safetensors header that holds notes
 RECORD = "graft.json"  # what holds them in a torch file, which is a zip archive
+LFS = b"version https://git-lfs"  # the beginning of a pointer that stands for a file which has not been fetched
 LARGEST = 100_000_000  # bytes: safetensors reads no longer header
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 Stamp = tuple[int, int, int]

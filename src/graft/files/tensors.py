@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 from graft.config.atomic import Write
 from graft.config.atomic import replace as put_in_place
-from graft.config.notes import header
+from graft.config.notes import LFS, header
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 
@@ -123,6 +123,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         size = int.from_bytes(f.read(8), "little")
         version = version_of(f)
         whole = version[0]
+        if size == int.from_bytes(LFS[:8], "little"):
+            raise CheckpointError(f"{path} is git-lfs's pointer to a file: fetch that by `git lfs pull`.")
         if not 2 <= size <= min(LARGEST, whole - 8):
             raise CheckpointError(
                 f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long."

@@ -204,6 +204,8 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
+            if not isinstance(e, OSError) and data.startswith(notes.LFS):
+                raise CheckpointError(f"{path} is git-lfs's pointer to a file: fetch that by `git lfs pull`.") from e
             raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
         finite = has_finite_sum(data, tensors)
         if saved is not None and digest is not None:

@@ -159,6 +159,15 @@ def test_what_plain_lora_cannot_hold(name, tmp_path):
         assert "graft merge" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "name, server", [("embedding", "openvino"), ("embedding", "lorax"), ("lm_head", "onnxruntime")]
+)
+def test_modules_that_a_server_does_not_adapt(name, server, tmp_path):
+    with pytest.raises(LossError, match=rf"{server} adapts .* factors there: .*graft merge"):
+        exported(name, tmp_path / "out", server)
+    assert not (tmp_path / "out").exists()
+
+
 def test_sglang_gets_v_beside_q(tmp_path):
     exported("q", tmp_path / "a", "sglang")
     exported("q", tmp_path / "b", "vllm")
@@ -259,6 +268,13 @@ def test_a_truncated_method_says_its_error(tmp_path, monkeypatch):
     monkeypatch.setattr("graft.model.export.ENERGY", 0.5)
     with pytest.warns(PeftWarning, match="differs from its ΔW"):
         model.save_pretrained(tmp_path / "warned", for_server="vllm")
+
+
+def test_a_prompt(tmp_path):
+    config = graft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(LossError, match=r"'default' \(PROMPT_TUNING\) is an input of the model"):
+        graft.get_peft_model(make("llama"), config).save_pretrained(tmp_path, for_server="vllm")
+    assert not os.listdir(tmp_path)
 
 
 def test_a_method_without_an_update(tmp_path):

@@ -21,10 +21,11 @@ from graft.files.holding import padded
 from graft.files.inspect import check_finite
 from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.serving import CONDITIONS, Server, Subject, beside, in_layer, server_named
+from graft.files.serving import CONDITIONS, Server, Subject, beside, data, in_layer, server_named
 from graft.files.tensors import tensor
 
 MERGED = ("dora", "bias", "whole_norms", "whole_modules", "token_rows", "kasa", "experts")  # conditions without a form
+PLACES = ("embeddings", "output_head", "kernels")  # conditions of modules that some servers do not adapt
 SAME = 2**-7  # relative: a base in half precision is the same base
 SAME_PATH = "language_model"  # a part of paths that classes of one multimodal model have or do not have
 
@@ -117,6 +118,13 @@ def check(adapter: AdapterFile, server: Server) -> None:
             f"{adapter.path} holds {some(found)}, which plain LoRA cannot hold: merge it into the base (graft merge), "
             "and serve the model."
         )
+    for row in data()["servers"][server.name]["rows"]:
+        there = [*CONDITIONS[row["when"]](subject)] if row["when"] in PLACES and row["remedy"] == "merge" else []
+        if there:
+            raise LossError(
+                f"{server.name} {row['does']}, and {adapter.path} has factors there: {some(there)}. Merge it into the "
+                "base (graft merge), and serve the model."
+            )
     if what := [*CONDITIONS["activated"](subject), *CONDITIONS["replicated"](subject)]:
         raise LossError(
             f"{adapter.path} has {some(what)}, which plain LoRA cannot do, and no merged weight of this base."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graft.core.errors import PeftWarning, warn
 from graft.core.folding import change_of
 from graft.files.convert import ENDS
+from graft.files.errors import LossError
 from graft.files.export import Exported
 from graft.files.export import export as export_file
 from graft.files.formats import peft
@@ -79,6 +80,11 @@ def export(model: nn.Module, adapter: str, server: str, path: str, rank: int | f
         TypeError: the adapter has no ΔW.
     """
     config, error = model.peft_config[adapter], None
+    if config.is_prompt_learning:
+        raise LossError(
+            f"Adapter '{adapter}' ({config.peft_type.value}) is an input of the model, which no LoRA can take over: "
+            "serve it from a PeftModel, or train a LoRA."
+        )
     if config.peft_type == "LORA" and rank is None:
         tensors, config = contents(model, adapter, None, False, None)
     else:

@@ -42,8 +42,10 @@ def merge(
     """
     from graft.files.sources import local
     from graft.model.merge_files import merge_files
-    from graft.model.probing import probed
+    from graft.model.probing import check_probe, probed
 
+    if probe:
+        check_probe(adapters, None if weights is None else numbers(weights))
     sources = [local(adapter) for adapter in adapters]
     account = merge_files(
         base, sources, output, weights=None if weights is None else numbers(weights), dtype=dtype,

@@ -15,11 +15,19 @@ from graft.config.atomic import replace, write_text
 from graft.config.reading import Json
 from graft.core.errors import ConfigError
 from graft.files.errors import OptionError
+from graft.files.formats import peft, recognise
 from graft.files.merging.merge import CERTIFICATE
+from graft.model.foreign import load_adapter
 from graft.model.peft_model import PeftModel
 
 LENGTH = 32  # tokens of a prompt
 SEED = 0
+
+
+def check_probe(adapters: Sequence[object], weights: Sequence[float] | None = None) -> None:
+    """Raise OptionError for several adapters or weights, which no model has unmerged in this way."""
+    if len(adapters) != 1 or (weights is not None and list(weights) != [1.0]):
+        raise OptionError("--probe compares one adapter of weight 1: there is no unmerged model for others.")
 
 
 @torch.no_grad()
@@ -38,15 +46,15 @@ def probed(
         prompts, tokens; largest_difference: of a logit; kl: KL(with adapters ‖ merged) per token, in nats.
 
     Raises:
-        OptionError: several adapters or weights, which no model has unmerged in this way.
+        OptionError: see `check_probe`.
         ConfigError: the model gives no logits.
     """
-    if len(adapters) != 1 or (weights is not None and list(weights) != [1.0]):
-        raise OptionError("--probe compares one adapter of weight 1: there is no unmerged model for others.")
+    check_probe(adapters, weights)
     with open(os.path.join(merged, "config.json"), encoding="utf-8") as f:
         names = json.load(f).get("architectures") or []
     one, two = model_of(base, names), model_of(merged, names)
-    one = PeftModel.from_pretrained(one, adapters[0]).eval()
+    load = PeftModel.from_pretrained if recognise(os.fspath(adapters[0])) == peft.NAME else load_adapter
+    one = load(one, adapters[0]).eval()
     generator = torch.Generator().manual_seed(SEED)
     vocabulary = min(m.get_input_embeddings().weight.shape[0] for m in (one, two))
     ids = torch.randint(vocabulary, (prompts, LENGTH), generator=generator)

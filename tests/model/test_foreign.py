@@ -61,6 +61,14 @@ def test_beside_the_adapters_of_a_peft_model():
     torch.testing.assert_close(model(ids).logits, plain(ids).logits)
 
 
+def test_a_model_that_was_never_saved_has_the_architecture_of_its_class():
+    """GGUF asks for it: how llama.cpp orders rows depends on that."""
+    model = llama()
+    model.config.architectures = None
+    for made in (model, graft.get_peft_model(model, graft.LoraConfig(target_modules=["q_proj"]))):
+        assert foreign.names_in(made).config["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_another_model_stays_as_it_was():
     model = net()
     before = [name for name, _ in model.named_modules()]

@@ -87,6 +87,8 @@ def skeleton(model: nn.Module, path: str) -> Skeleton:
     """
     config = getattr(model, "config", None) or {}
     fields = dict(config) if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
+    if "architectures" in fields and not fields["architectures"]:  # as a save writes it
+        fields["architectures"] = [type(model).__name__]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name], model=model)
 

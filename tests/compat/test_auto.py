@@ -83,3 +83,11 @@ def test_a_tokenizer_that_a_hub_out_of_reach_keeps(monkeypatch):
         tasks.AutoPeftModel._fit_vocabulary(base, "org/adapter", False, {})
     with pytest.raises(graft.CheckpointError, match="cannot be loaded"):
         tasks.AutoPeftModel._fit_vocabulary(base, ".", False, {})
+
+
+def test_a_base_that_is_not_where_it_was(saved):
+    folder = saved(first("LORA", "llama"), base_model_name_or_path="/elsewhere/base", task_type="CAUSAL_LM")
+    with pytest.raises(
+        OSError, match=r"'/elsewhere/base', which the adapter at '.*' names.*PeftModel\.from_pretrained"
+    ):
+        graft.AutoPeftModelForCausalLM.from_pretrained(folder)

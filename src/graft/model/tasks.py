@@ -243,6 +243,7 @@ class AutoPeftModel:
         Raises:
             ValueError: the adapter is for another task, or its config does not tell the base model.
             ConfigError: its `auto_mapping` names no class that can be loaded.
+            OSError: there is no such base model.
         """
         hub = hub_keywords(kwargs)
         if revision is not None:
@@ -257,7 +258,14 @@ class AutoPeftModel:
         if base_class.__module__.partition(".")[0] == "transformers":  # which would ask the user otherwise
             kwargs["trust_remote_code"] = trusted
         own = {k: kwargs.pop(k) for k in ("allow_nonfinite", "check_digest", "expert_layout") if k in kwargs}
-        base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **kwargs)
+        try:
+            base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **kwargs)
+        except OSError as e:  # such as a path of the machine that trained
+            raise OSError(
+                f"The base model '{cfg.base_model_name_or_path}', which the adapter at "
+                f"'{pretrained_model_name_or_path}' names, cannot be loaded ({e}). Load it from where it is now, and "
+                "the adapter by PeftModel.from_pretrained."
+            ) from e
         cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted, hub)
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task, PeftModel)
         return target.from_pretrained(

@@ -50,6 +50,8 @@ def places(tmp_path_factory):
     torch.save({"lora_unet_a.lora_down.weight": Code()}, made / "CODE.pt", pickle_module=pickle)
     (made / "OTHERS").mkdir()
     (made / "OTHERS" / "letter.txt").write_text("Dear")
+    shutil.copytree(made / "GOOD", made / "SEVERAL" / "one")
+    shutil.copytree(made / "GOOD", made / "SEVERAL" / "two")
     return made
 
 
@@ -76,6 +78,7 @@ READERS = (
         ("BASE", "holds a model, and no adapter"), ("BASE/model.safetensors", "holds a model, and no adapter"),
         ("CUT", "damaged or cut off"), ("CODE", "nothing of it has been run"), ("NOWHERE", "does not exist"),
         ("CODE.pt", "nothing of it has been run"), ("OTHERS", "is no adapter"),
+        ("SEVERAL", "holds some in the folders ['one', 'two']: give one of them"),
     ],
 )  # fmt: skip
 def test_no_verb_takes_what_is_no_adapter(source, says, places, run, tmp_path):

@@ -147,9 +147,14 @@ def whole_model(folder: str | os.PathLike[str]) -> str:
 
 def adapters_in(folder: str | os.PathLike[str]) -> str:
     """Return a note for errors about a missing adapter: which folders in this one hold one; '' if none does."""
-    inner = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    found = [repr(name) for name in inner if os.path.isfile(os.path.join(folder, name, CONFIG_NAME))]
+    found = holders(folder)
     return f": it holds adapters in the folders {some(found)}, give one of them, or subfolder=" if found else ""
+
+
+def holders(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names, in quotes, of the folders in this one that hold an adapter."""
+    inner = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [repr(name) for name in inner if os.path.isfile(os.path.join(folder, name, CONFIG_NAME))]
 
 
 def keys_in(path: str) -> list[str]:

@@ -9,9 +9,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Protocol
 
+from graft.config.file import holders
 from graft.config.pair import CONFIG_NAME
 from graft.config.reading import Json
-from graft.core.errors import CheckpointError
+from graft.core.errors import CheckpointError, some
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import mentions
@@ -81,6 +82,8 @@ def recognise(path: str) -> str:
             return name
     if what := unread(path):
         raise CheckpointError(f"{path} is {what}.")
+    if inner := holders(path):
+        raise CheckpointError(f"{path} is no adapter, but holds some in the folders {some(inner)}: give one of them.")
     what = "holds a model, and no adapter" if is_model(path) else "is no adapter"
     raise CheckpointError(f"{path} {what} of a format that graft reads: {', '.join(FORMATS)}.")
 

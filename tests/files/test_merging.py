@@ -463,6 +463,16 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "biased", "gpt2", "hra", "p"]
 
 
+def test_a_tensor_that_nobody_names_does_not_fit(tmp_path):
+    base = base_of("llama", tmp_path)
+    _, adapter = saved_adapter("llama", tmp_path, lora())
+    weights = adapter / "adapter_model.safetensors"
+    save_file(load_file(weights) | {"base_model.model.extra.weight": torch.ones(2)}, weights)
+    with pytest.raises(BaseModelMismatchError, match=r"at 'extra\.weight': .* modules_to_save"):
+        merge(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_magnitude_of_another_size_does_not_fit(tmp_path):
     base = base_of("llama", tmp_path)
     _, adapter = saved_adapter("llama", tmp_path, lora(use_dora=True))

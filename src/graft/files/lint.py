@@ -18,7 +18,7 @@ from graft.core.errors import BaseModelMismatchError, ConfigError, some
 from graft.files import algebra
 from graft.files.bases import Known
 from graft.files.errors import BaseNeededError
-from graft.files.formats.peft import PROMPTS, SCALED
+from graft.files.formats.peft import SCALED, unnamed
 from graft.files.inspect import FLOATS, one_by_one, tensors_of, weight
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.sources import CARD, licence_in, names_in
@@ -200,18 +200,10 @@ def unused_target(look: Look) -> Found:
 
 
 def orphan_key(look: Look) -> Found:
-    adapter, config = look.adapter, look.adapter.config
+    adapter = look.adapter
     if adapter.unread:
         yield f"keys without a meaning: {some(adapter.unread, 3)}", adapter.unread
-    saved = [*(config.get("modules_to_save") or ()), "embed_tokens", "lm_head"]
-    has_config = "peft_type" in config and adapter.method not in PROMPTS
-    lone = [
-        name for name in adapter.full
-        if not any(f".{name}".find(f".{s}.") >= 0 for s in saved)
-        and not (name.endswith(".bias") and config.get("bias", "none") != "none")
-        and name.rpartition(".")[0] not in adapter.modules
-    ]  # fmt: skip
-    if has_config and lone:
+    if lone := unnamed(adapter):
         yield f"whole tensors that modules_to_save does not name: {some(lone, 3)}", lone
 
 

@@ -155,6 +155,20 @@ def check_kinds(config: Json, path: str) -> None:
             raise CheckpointError(f"{path}: {name} is {value!r}, and no {'text' if kind is str else 'dict'}.")
 
 
+def unnamed(adapter: AdapterFile) -> list[str]:
+    """Return the whole tensors of a file of PEFT's that its config does not name."""
+    config = adapter.config
+    if "peft_type" not in config or adapter.method in PROMPTS:
+        return []
+    saved = [*(config.get("modules_to_save") or ()), "embed_tokens", "lm_head"]
+    return [
+        name for name in adapter.full
+        if not any(f".{name}".find(f".{s}.") >= 0 for s in saved)
+        and not (name.endswith(".bias") and config.get("bias", "none") != "none")
+        and name.rpartition(".")[0] not in adapter.modules
+    ]  # fmt: skip
+
+
 def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.Noted]:
     """Return the tensors in an adapter's folder, the notes beside them, and what the file says of itself."""
     path = os.path.join(folder, pair.SAFETENSORS)

@@ -12,6 +12,7 @@ import torch
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files.errors import LossError, OptionError
+from graft.files.formats.peft import unnamed
 from graft.files.merging.numbers import wide
 from graft.files.merging.places import Places, Spot
 from graft.files.names import CONV1D
@@ -240,6 +241,8 @@ def shift(job: Job, path: str, lora: LowRank) -> Change:
 def whole(job: Job, name: str, value: Tensor) -> list[Change]:
     """Return the changes that put a trained tensor in the place of the base's, or beside it if the base has none."""
     spots = job.places.find(name)
+    if spots is None and name in unnamed(job.adapter):
+        raise job.misfit(name, "it is a tensor that neither the base has nor the adapter's modules_to_save names")
     if spots is None:
         return [Change(name, name, lambda _, own: wide(value), tuple(value.shape), (value,), new=True)]
     return [part_of_whole(job, name, value, spot) for spot in spots]

@@ -812,6 +812,52 @@ def test_embeddings_resized_over_a_base_of_the_hub_are_saved(tmp_path, monkeypat
         assert any("vocabulary" in str(w.message) for w in record) == saved
 
 
+def llama_of(tokens):
+    base = models.make("llama")
+    with seeded(2):
+        base.resize_token_embeddings(tokens)
+    return base
+
+
+@pytest.mark.parametrize("options, error", [
+    (dict(target_modules=["embed_tokens"]), graft.BaseModelMismatchError),
+    (dict(target_modules=["lm_head"]), graft.BaseModelMismatchError),
+    (dict(target_modules=["q_proj"]), graft.AdapterKeyError),
+    (dict(trainable_token_indices=[2, 44]), graft.ConfigError),
+])  # fmt: skip
+def test_a_base_whose_vocabulary_did_not_grow_is_told_how_to(options, error, tmp_path):
+    model = graft.get_peft_model(llama_of(45), graft.LoraConfig(**{"target_modules": ["q_proj"], **options}))
+    model.save_pretrained(tmp_path, save_embedding_layers=error is graft.AdapterKeyError)
+    base = models.make("llama")
+    before = snapshot(base)
+    with pytest.raises(error, match=r"resize_token_embeddings\(45\)"):
+        load(tmp_path, base=base)
+    unchanged(base, before)
+    load(tmp_path, base=llama_of(45))
+
+
+@pytest.mark.parametrize("heads", [["embed_tokens", "lm_head"], ["lm_head"], ["embed_tokens"]], ids="-".join)
+def test_a_vocabulary_of_its_own_merged_into_a_base_can_be_loaded(heads, tmp_path):
+    inputs = models.inputs("llama")
+    config = graft.LoraConfig(target_modules=["q_proj"], modules_to_save=heads)
+    model = disturb(graft.get_peft_model(llama_of(45), config)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"'.*' of adapter.*resize_token_embeddings\(45\)"):
+        loaded = load(tmp_path / "adapter", base=models.make("llama")).eval()
+    logits = models.output(loaded, inputs)
+    if "lm_head" in heads:
+        assert torch.equal(logits, models.output(model, inputs))
+    whole = len(heads) == 2
+    with nullcontext() if whole else pytest.warns(UserWarning, match=r"call resize_token_embeddings\(45\) before you"):
+        merged = loaded.merge_and_unload()
+    if not whole:
+        merged.resize_token_embeddings(45)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged").eval()
+    assert again.config.vocab_size == 45
+    torch.testing.assert_close(models.output(again, inputs)[..., : logits.shape[-1]], logits, rtol=0, atol=1e-5)
+
+
 def test_a_key_that_is_there_with_and_without_the_name_of_a_wrapper(saved):
     spoil(saved, lambda t: t.update({LEFT.replace("lin0", "_orig_mod.lin0"): t[LEFT] + 1}))
     with pytest.raises(graft.AdapterKeyError, match="twice"):

@@ -39,3 +39,9 @@ def input_embeddings(model: Any) -> nn.Module | None:
 def output_embeddings(model: Any) -> nn.Module | None:
     """Return the head on a model's vocabulary; None if the model names none."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def tokens_of(embeddings: nn.Module | None) -> int | None:
+    """Return for how many tokens a model's embeddings, or its head, have rows; None if they do not say."""
+    n = getattr(embeddings, "num_embeddings", None) or getattr(embeddings, "out_features", None)
+    return n if isinstance(n, int) else None

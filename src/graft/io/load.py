@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import groupby
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graft.core.base_config import input_embeddings, output_embeddings, tokens_of
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
 from graft.core.names import is_bias
 from graft.core.wrappers import clean
@@ -41,6 +42,7 @@ from graft.io.save import changes_base, config_of, parts_of
 from graft.io.servers import arranged
 from graft.io.tensors import resized, torn_apart
 from graft.io.written import TODAY
+from graft.storage import innermost
 from graft.storage.offload import is_tied, offloaded_in
 from graft.storage.offload import put as put_away
 from graft.storage.parallel import fill, shape_of
@@ -141,11 +143,33 @@ class Values:
         other = {n: s for n, s in shapes_in_file.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
         torn = torn_apart(shapes, shapes | other) if other else None
         if torn is None or self.ignore_mismatched_sizes:
-            return resized(original, other) if other and torn is None else None
+            if not other or torn is not None:
+                return None
+            if advice := self._resizing((f"{key}.{n}", s, shapes[n]) for n, s in other.items()):
+                warn(
+                    f"'{key}' of adapter '{self.adapter}' keeps its size of {self.path}, which config.vocab_size does "
+                    f"not say: a loss that the base computes may fail. {advice}",
+                    PeftWarning,
+                )
+            return resized(original, other)
         raise AdapterKeyError(
             f"'{key}' of adapter '{self.adapter}' would get a {torn[0]} of shape {tuple(torn[1])} and a bias of shape "
             f"{tuple(torn[2])}, by {self.path}: these are of heads of different sizes."
         )
+
+    def _resizing(self, shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str:
+        """Return how the base gets the file's vocabulary, if shapes (name, in the file, here) are of its embeddings and
+        differ in the number of tokens; "" if not.
+        """
+        tables = [m for m in (input_embeddings(self.model), output_embeddings(self.model)) if m is not None]
+        rows = {f".{clean(n)}.": innermost(m) for n, m in self.model.named_modules() if any(m is t for t in tables)}
+        for name, old, new in shapes:
+            table = next((m for key, m in rows.items() if key in f".{name}."), None)
+            differ = [(a, b) for a, b in zip(old, new) if a != b]
+            if len(differ) == 1 and differ[0][1] == tokens_of(table):
+                n = differ[0][0]
+                return f"Its base had {n} tokens: call resize_token_embeddings({n}) on this one before loading."
+        return ""
 
     def check_room(self, numbers: float) -> None:
         """Raise CheckpointError if the config asks for far more numbers than the file holds."""
@@ -353,10 +377,11 @@ class Values:
             of_file, now = both
         differs = difference(of_file, now)
         if differs:
-            text = (
-                f"Adapter '{self.adapter}' from {self.path} was made for another base model: {differs}. Load the base "
-                f"that it was trained on ({self.config.base_model_name_or_path or 'its name was not recorded'})."
-            )
+            old, new = of_file.get("weights") or {}, now.get("weights") or {}
+            advice = self._resizing((key, old[key], new[key]) for key in sorted(old.keys() & new.keys()))
+            name = self.config.base_model_name_or_path or "its name was not recorded"
+            advice = advice or f"Load the base that it was trained on ({name})."
+            text = f"Adapter '{self.adapter}' from {self.path} was made for another base model: {differs}. {advice}"
             if self.strict and not self.ignore_mismatched_sizes:  # else what does not fit is told by name
                 raise BaseModelMismatchError(text)
             warn(text, PeftWarning)
@@ -374,9 +399,10 @@ class Values:
     def _refuse(self, mismatched: list[Mismatch]) -> None:
         """Raise AdapterKeyError for shapes that differ, unless they are to be ignored."""
         if mismatched and not self.ignore_mismatched_sizes:
+            use = self._resizing(mismatched) or "Use the config it was saved with"
             raise AdapterKeyError(
-                f"Error(s) in loading adapter '{self.adapter}' from {self.path}: {sizes(mismatched)}. Use the config "
-                "it was saved with, or pass ignore_mismatched_sizes=True to leave these out."
+                f"Error(s) in loading adapter '{self.adapter}' from {self.path}: {sizes(mismatched)}. "
+                f"{use.removesuffix('.')}, or pass ignore_mismatched_sizes=True to leave these out."
             )
 
     def _complain(self, mismatched: list[Mismatch], unexpected: list[str]) -> None:

@@ -55,7 +55,10 @@ class TrainableTokens(Method[TrainableTokensConfig]):
             raise ConfigError(f"token_indices is empty: name the tokens of '{site.key}' to train.")
         rows = site.in_features if site.op.takes_ids else site.out_features
         outside = [i for i in self.cfg.token_indices if not 0 <= i < rows]
-        return f"Token indices {outside} are outside its {rows} rows" if outside else super().check()
+        if not outside:
+            return super().check()
+        more = f", which resize_token_embeddings({max(outside) + 1}) makes more" if max(outside) >= rows else ""
+        return f"Token indices {outside} are outside its {rows} rows{more}"
 
     @classmethod
     def check_together(cls, methods: Sequence[TrainableTokens]) -> None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
 from graft.core import merging
-from graft.core.base_config import input_embeddings, output_embeddings
+from graft.core.base_config import input_embeddings, output_embeddings, tokens_of
 from graft.core.carrier import carrier_of
 from graft.core.errors import warn
 from graft.core.gate import changes, everything
@@ -231,10 +232,12 @@ def unload(model: nn.Module, frozen: Set[str] | None) -> None:
     Args:
         frozen: names of parameters; None: leave all as they are.
     """
+    before = vocabulary(model)
     restore(model)
     release(model.modules())
     if "peft_config" in model.__dict__:
         del model.peft_config
+    resize(model, before)
     retie(model)
     if frozen is not None:
         for name, p in model.named_parameters(remove_duplicate=False):
@@ -273,6 +276,35 @@ def declared_tied(model: nn.Module) -> Iterator[nn.Module]:
                 continue
             if parameter == "weight" and module._parameters.get("weight") is not None:
                 yield module
+
+
+def vocabulary(model: nn.Module) -> list[int | None]:
+    """Return for how many tokens the base's embeddings, and its head, have rows; nothing if its config says no size."""
+    if getattr(text_config(model), "vocab_size", None) is None:
+        return []
+    return [tokens_of(m and innermost(m)) for m in (input_embeddings(model), output_embeddings(model))]
+
+
+def text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def resize(model: nn.Module, before: list[int | None]) -> None:
+    """Set the size of the vocabulary in the config, if embeddings with another came out of an adapter."""
+    after, config = vocabulary(model), text_config(model)
+    if after == before or config.vocab_size not in before:
+        return
+    old, sizes = config.vocab_size, {n for n in after if n is not None}
+    if len(sizes) > 1:
+        warn(
+            f"The embeddings have {after[0]} tokens now, and the head {after[1]}, as the adapter had one of the two: "
+            f"call resize_token_embeddings({max(sizes)}) before you save the model, which could not be loaded."
+        )
+        return
+    config.vocab_size = sizes.pop()
+    if getattr(model, "vocab_size", None) == old:
+        model.vocab_size = config.vocab_size
 
 
 def retie(model: nn.Module) -> None:

@@ -367,7 +367,7 @@ def test_a_place_that_is_no_folder_of_an_adapter_says_what_to_give(tmp_path):
             load(where, **options)
     path = tmp_path / "a" / "adapter_config.json"
     fields = json.loads(path.read_text())
-    for kind, match in (("lora", "Unknown peft_type 'lora'.* It stands in"), (None, "no `peft_type`.*load_adapter")):
+    for kind, match in (("lora", "Unknown peft_type 'lora'.* It stands in"), (None, "names no peft_type.*load_adapter")):
         path.write_text(json.dumps(fields | {"peft_type": kind}))
         with pytest.warns(graft.PeftWarning, match="edited since"), pytest.raises(graft.ConfigError, match=match):
             load(tmp_path / "a")
@@ -452,6 +452,7 @@ def test_config_keys_of_newer_versions_are_named_and_left_out(saved):
     "changes, error, text",
     [
         ({"peft_type": "NOPE"}, graft.ConfigError, "Unknown peft_type 'NOPE'.*LORA"),
+        ({"peft_type": None}, graft.ConfigError, "names no peft_type.*Name the folder of an adapter"),
         ({"r": "8"}, graft.ConfigTypeError, "LoraConfig.r must be int"),
         ({"r": 0}, graft.ConfigError, "`r` should be a positive integer"),
         ({"task_type": "NOPE"}, graft.ConfigError, "Invalid task type: 'NOPE'"),

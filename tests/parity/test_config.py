@@ -233,6 +233,8 @@ def test_file_without_a_type(method, tmp_path):
     for lib in LIBS:
         with pytest.raises(TypeError, match=r"missing required keys: \{'peft_type'\}"):
             cls(lib, method).from_pretrained(tmp_path)
+        with pytest.raises(TypeError, match=r"missing required keys: \{'peft_type'\}"):
+            lib.PeftConfig.from_pretrained(tmp_path)
 
 
 def test_old_oft_files(tmp_path):

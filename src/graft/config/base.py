@@ -165,18 +165,16 @@ class PeftConfig:
             CheckpointError: there is no such file, or it is not valid JSON.
             HubError: the hub cannot be reached, or does not give the file.
             ConfigError: its peft_type is unknown, or another field has a value that cannot be.
+            TypeError: it has none, and fields that this class does not know.
         """
         hub = hub_keywords(kwargs)
         file = ConfigFile(pretrained_model_name_or_path, subfolder, **hub)
         loaded = file.of(found_in(file.folder))
         known = {f.name for f in fields(PeftConfig)}
-        if (
-            "peft_type" not in loaded
-            and cls is not PeftConfig
-            and not set(loaded) <= {f.name for f in fields(cls)} | known
-        ):
+        if loaded.get("peft_type") is None and not set(loaded) <= {f.name for f in fields(cls)} | known:
             raise TypeError(
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                f"{file.path} is no adapter's, such as the config of a base model, or damaged."
             )
         made = cls.from_file({k: v for k, v in kwargs.items() if k not in hub} | loaded, file.path)
         made.read_from(pretrained_model_name_or_path, subfolder, **hub)
@@ -279,18 +277,19 @@ def config_in(fields: dict[str, object], path: str, where: str, subfolder: str |
         path: of the file that has the fields, for errors.
 
     Raises:
-        ConfigTypeError: that returns no config.
         ConfigError: the fields name no method, or one that is not known.
+        ConfigTypeError: that returns no config.
     """
-    if fields.get("peft_type") is None:
-        raise ConfigError(
-            f"{path} has no `peft_type`: it is no config of PEFT's or graft's. graft.load_adapter(model, …) reads "
-            "adapters of other libraries."
-        )
     try:
         target = PeftConfig.named_in(fields)
     except PeftError as e:
         raise type(e)(f"{e} It stands in {path}.") from e
+    if target is PeftConfig:
+        raise ConfigError(
+            f"{path} names no peft_type: it is no adapter's, such as the config of a base model, or damaged. Name the "
+            "folder of an adapter, or pass from_pretrained(…, config=…). graft.load_adapter(model, …) reads adapters "
+            "of other libraries."
+        )
     if getattr(target.from_pretrained, "__func__", None) is READ:
         config = PeftConfig.from_file(fields, path)
         config.read_from(where, subfolder, **hub)

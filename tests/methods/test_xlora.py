@@ -362,6 +362,14 @@ def test_what_cannot_be_made(folder, tmp_path):
     os.truncate(path, 40)
     bad = {"a": str(folder / "0"), "b": str(tmp_path / "broken")}
     unchanged(base(), made(adapters=bad), graft.CheckpointError, "'b'")
+    for kind, (options, key) in {"head": ({"modules_to_save": ["lm_head"]}, "lm_head"),
+                                 "rows": ({"trainable_token_indices": [1, 2]}, "embed_tokens")}.items():  # fmt: skip
+        cfg = graft.LoraConfig(r=2, target_modules=["q_proj"], **options)
+        graft.get_peft_model(models.make("llama"), cfg).save_pretrained(tmp_path / kind)
+        own = {"a": str(folder / "0"), "b": str(tmp_path / kind)}
+        graft.get_peft_model(base(), config(graft, folder, adapters=own))  # one of them acts
+        text = rf"\['b', 'c'\] each bring a '.*{key}' of their own.*Train experts without: no modules_to_save"
+        unchanged(base(), made(adapters={**own, "c": str(tmp_path / kind)}), graft.ConfigError, text)
 
 
 def test_configs():

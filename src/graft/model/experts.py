@@ -139,6 +139,16 @@ class XLoraRegistry(LayerRegistry):
                         f"X-LoRA weighs what experts add at each token, which it cannot on layer '{key}' "
                         f"({layer.site.type_name}, {type(m).__name__}) of expert '{m.name}'."
                     )
+        for key, wrapper in self.wrappers.items():
+            own = [name for name in names if name in wrapper.adapters]
+            try:
+                wrapper.check_active(own)
+            except ValueError as e:
+                raise ConfigError(
+                    f"X-LoRA runs its experts at once, and {own} each bring a '{key}' of their own (a head, or token "
+                    "rows), which it does not mix. Train experts without: no modules_to_save, and no task_type that "
+                    "adds a head, as SEQ_CLS does."
+                ) from e
 
     def _gather(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:
         """Make the classifier, for the layers in the order in which they stand in the model."""

@@ -268,7 +268,8 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
     if faults or not plan.found:
         raise AdapterKeyError(
             f"Hot swapping the adapter did not succeed, {'; '.join(faults) or 'it has no layer of this one'}. Adapter "
-            f"'{load.adapter}' stays what it was; values from {load.path}."
+            f"'{load.adapter}' stays what it was; values from {load.path}. To have both, call load_adapter() with "
+            "another name."
         )
     return plan
 

@@ -119,6 +119,14 @@ def test_rows_that_a_table_lacks(indices, error, text):
             )
 
 
+@pytest.mark.parametrize("targets", ["all-linear", [""]])
+def test_a_layer_that_stands_alone(targets):
+    layer, config, words = nn.Linear(4, 4), graft.LoraConfig(target_modules=targets), ("no modules in it", "Sequential")
+    with refused(layer, graft.NoMatchingPeftModuleError, *words, run=lambda m: m(torch.ones(4))):
+        graft.get_peft_model(layer, config)
+    graft.get_peft_model(nn.Sequential(layer), graft.LoraConfig(target_modules="all-linear"))
+
+
 OTHER_RANKS = {
     "VeraConfig": dict(r=0), "LoHaConfig": dict(r=0), "HRAConfig": dict(r=-1), "OFTConfig": dict(r=0, oft_block_size=0),
     "HiraConfig": dict(r=0), "MissConfig": dict(r=0), "VBLoRAConfig": dict(r=0, vector_length=2),

@@ -422,6 +422,11 @@ def report_on(
 
 def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:
     targets = cfg.target_modules
+    if not outcomes:
+        return (
+            "The model has no modules in it, whose place an adapter could take: if it is a layer, put that into one, "
+            "as torch.nn.Sequential(layer)."
+        )
     if any(v.outcome == "left" for v in outcomes.values()):
         return f"The {len(outcomes)} modules of the model, of which the config targets some, were all {WHY['left']}."
     left = any(v.outcome in ("untargeted", "layer") for v in outcomes.values())

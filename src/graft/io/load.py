@@ -423,6 +423,8 @@ class Values:
         if not parts:
             return
         text = f"{' '.join(parts)} Adapter '{self.adapter}', checkpoint {self.path}."
+        if report.missing_keys and unexpected:
+            text += " If these are the same under other names, pass key_mapping={regex in the file: replacement}."
         if self.strict:
             raise AdapterKeyError(f"{text} Pass strict=False to load what fits.")
         warn(text)

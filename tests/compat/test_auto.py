@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import transformers
 
 import graft
@@ -43,6 +44,30 @@ def test_without_a_task_type(model, name, saved):
     assert type(ours).__name__ == type(theirs).__name__ == f"PeftModel{name}"
     assert type(ours.get_base_model()) is type(theirs.get_base_model())
     close(output(ours, sample), output(theirs, sample))
+
+
+@pytest.mark.parametrize("beside", ["", "french"], ids=["around", "beside"])
+def test_an_adapter_in_a_subfolder(beside, tmp_path):
+    """Where saves put adapters with names. The base has no such folder; a larger tokenizer stands in either."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    models.make("llama").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    words = WordLevel({str(i): i for i in range(models.VOCAB + 3)}, unk_token="0")
+    base.resize_token_embeddings(models.VOCAB + 3)
+    config = graft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = graft.get_peft_model(base, config, "french").eval()
+    model.save_pretrained(tmp_path / "adapters", save_embedding_layers=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="0")
+    tokenizer.save_pretrained(tmp_path / "adapters" / beside)
+    loaded = graft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapters"), subfolder="french")
+    assert loaded.get_input_embeddings().num_embeddings == models.VOCAB + 3
+    expected, found = (
+        graft.get_peft_model_state_dict(m, adapter_name=name, save_embedding_layers=False)
+        for m, name in ((model, "french"), (loaded, "default"))
+    )
+    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 REFUSED = {  # changes to the config, loader, what both say

@@ -238,7 +238,7 @@ class AutoPeftModel:
         Args:
             import_allowlist: libraries that the config's `auto_mapping` may import the base model's class from.
             kwargs: for the base model's from_pretrained. `trust_remote_code` (False) is for its tokenizer, too;
-                `allow_nonfinite`, `check_digest` and `expert_layout` for the adapter.
+                `subfolder`, `allow_nonfinite`, `check_digest` and `expert_layout` for the adapter.
 
         Raises:
             ValueError: the adapter is for another task, or its config does not tell the base model.
@@ -248,7 +248,8 @@ class AutoPeftModel:
         hub = hub_keywords(kwargs)
         if revision is not None:
             hub["revision"] = revision
-        cfg = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        place = hub | {"subfolder": kwargs.pop("subfolder", None)}
+        cfg = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **place)
         if cfg.base_model_name_or_path is None:
             raise ValueError(
                 f"The config at '{pretrained_model_name_or_path}' does not name its base model: load that yourself."
@@ -266,10 +267,10 @@ class AutoPeftModel:
                 f"'{pretrained_model_name_or_path}' names, cannot be loaded ({e}). Load it from where it is now, and "
                 "the adapter by PeftModel.from_pretrained."
             ) from e
-        cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted, hub)
+        cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted, place)
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task, PeftModel)
         return target.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **own, **hub
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **own, **place
         )
 
     @classmethod
@@ -323,14 +324,19 @@ class AutoPeftModel:
         return found
 
     @staticmethod
-    def _fit_vocabulary(base: nn.Module, where: str, trust_remote_code: bool, hub: dict[str, Any]) -> None:
-        """Resize the embeddings if the adapter's folder, or its repository on the hub, holds a larger tokenizer."""
+    def _fit_vocabulary(base: nn.Module, where: str, trust_remote_code: bool, place: dict[str, Any]) -> None:
+        """Resize the embeddings if the adapter's folder, or its repository on the hub, holds a larger tokenizer.
+
+        A subfolder without a tokenizer has that of the folder around it.
+        """
         from transformers import AutoTokenizer
 
-        options = {name: value for name, value in hub.items() if name != "repo_type"}
         try:
-            if fetch(where, "tokenizer_config.json", **hub) is None:
+            places = [place] if place.get("subfolder") is None else [place, place | {"subfolder": None}]
+            found = next((p for p in places if fetch(where, "tokenizer_config.json", **p) is not None), None)
+            if found is None:
                 return
+            options = {k: v for k, v in found.items() if k != "repo_type" and v is not None}
             size = len(AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options))
         except Exception as e:  # of many types, where files of a tokenizer are damaged
             if isinstance(e, OSError) and not os.path.isdir(where):  # a hub out of reach, whose adapter is in the cache

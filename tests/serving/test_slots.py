@@ -528,6 +528,8 @@ def test_names_and_sources_are_checked(folders, tmp_path):
     for name in ("a", BASE, "x.y", "", 3):
         with pytest.raises(AdapterNameError):
             slots.load(name, folders["b"])
+    with pytest.raises(AdapterNameError, match=r"'a' already exists\. .* unload\(\) it first"):
+        slots.load("a", folders["b"])
     refused(slots, CheckpointError, "adapter_config", "x", tmp_path)
     refused(slots, AdapterNotFoundError, "nobody", "x", carrying(folders), adapter="nobody")
 

@@ -54,8 +54,11 @@ def how(value: Composition | None) -> tuple[tuple[float, ...] | None, bool]:
     return value.weights if isinstance(value, Average) else None, isinstance(value, Parallel)
 
 
-def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
-    """Raise AdapterNameError unless `name` can name a new adapter."""
+REMEDY = "Choose another name (add_adapter() puts it beside that one), or delete_adapter() it first."
+
+
+def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMEDY) -> None:
+    """Raise AdapterNameError unless `name` can name a new adapter; `remedy` is for one that is taken."""
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {name!r}.")
     if "." in name:
@@ -80,10 +83,7 @@ def check_adapter_name(name: str, taken: Sequence[str] = ()) -> None:
             f"attribute '{name}' already exists on torch's containers: give the adapter another name."
         )
     if name in taken:
-        raise AdapterNameError(
-            f"Adapter with name '{name}' already exists. Choose another name (add_adapter() puts it beside that "
-            "one), or delete_adapter() it first."
-        )
+        raise AdapterNameError(f"Adapter with name '{name}' already exists. {remedy}")
 
 
 class Configs(dict[str, PeftConfig]):

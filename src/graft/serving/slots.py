@@ -42,6 +42,7 @@ from graft.serving.fits import A_, Known, SlotFactors, by_layer, check_config, f
 from graft.serving.layer import NONE, Choice, SlotLayer
 
 ValuesRead = Mapping[str, tuple[Known, dict[str, SlotFactors]]]  # by name, and of which adapter
+TAKEN = "Choose another name, or unload() it first."
 
 
 @dataclass
@@ -263,7 +264,7 @@ class AdapterSlots:
             CheckpointError: the folder holds no adapter, or its files are damaged.
         """
         self._check([])
-        check_adapter_name(name, self._taken)
+        check_adapter_name(name, self._taken, TAKEN)
         if unknown := set(hub) - HUB_KEYWORDS - {"subfolder", "check_digest"}:
             raise TypeError(f"load() got unexpected keyword arguments: {', '.join(sorted(unknown))}.")
         if not keep and isinstance(source, (nn.Module, Mapping)):
@@ -276,7 +277,7 @@ class AdapterSlots:
 
         factors = read()
         with self.gate.moved:
-            check_adapter_name(name, self._taken)
+            check_adapter_name(name, self._taken, TAKEN)
             self._known[name] = Known(factors, None) if keep else Known(None, read)
             needed = rank_of(factors)
             self._ranks[name] = min(rank for rank in self.sizes if rank >= needed)

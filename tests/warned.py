@@ -46,6 +46,7 @@ WARNED = [
         MATRICES + "methods/test_corda.py methods/test_lora_shift.py trust/test_audit.py",
     ),
     Warned("Merging has lost a part", "random updates of the size of a rounding step", "packages/ distributed/"),
+    Warned("Some layers of the model are plain", "some are adapted, and their configs name no plain ones", "packages/"),
     Warned("Layer '.*'.* has no bias", "BEFT meets layers without one", MATRICES + "model/tasks/"),
     Warned(
         "`lora_bias=True` was passed", "so does LoRA with a bias of its own", MATRICES + "methods/test_lora_extras.py"

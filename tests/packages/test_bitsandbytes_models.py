@@ -208,6 +208,17 @@ def test_merged_models_are_saved_and_loaded(bits, folder, tmp_path):
     assert far(logits(packed), before) < 0.7
 
 
+def test_a_model_that_is_plain_in_part_is_saved_and_loaded(bits, folder, tmp_path):
+    config = graft.LoraConfig(target_modules=["q_proj", "down_proj"])
+    dense = adapted(load(folder, bits), config).merge_and_unload(dequantize=True)
+    expected = logits(exact(dense))
+    dense.save_pretrained(tmp_path)
+    again = exact(load(tmp_path))
+    assert type(again.model.layers[0].mlp.down_proj) is nn.Linear
+    assert type(again.model.layers[0].mlp.up_proj).__module__ == "bitsandbytes.nn.modules"
+    assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_k_bit_preparation_and_checkpointing(bits, reentrant, folder):
     found = []

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`merge_and_unload(dequantize=True)`: packed weights become plain ones that hold the adapters."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +71,26 @@ def test_a_model_can_be_trained_afterwards():
     again(x()).sum().backward()
     assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
     again.merge_adapter()
+
+
+@pytest.mark.parametrize("field", ["llm_int8_skip_modules", "modules_to_not_convert"])
+@pytest.mark.parametrize("before", [None, ["left.part"]])
+def test_the_quantization_config_names_what_is_plain_beside_packed_layers(field, before):
+    """Else transformers would take it for packed in what `save_pretrained` writes. The caller's config stays."""
+    net = Net(Eight)
+    given = SimpleNamespace(**{field: before})
+    net.config = SimpleNamespace(quantization_config=given)
+    plain = adapted(net, lora()).merge_and_unload(dequantize=True)
+    assert getattr(plain.config.quantization_config, field) == sorted([*(before or []), "layer", "plain"])
+    assert getattr(given, field) is before
+
+
+def test_a_config_without_room_for_plain_layers_is_told():
+    net = Net(Calibrated)
+    net.config = SimpleNamespace(quantization_config=SimpleNamespace())
+    with pytest.warns(graft.PeftWarning, match="will not load what save_pretrained.* Adapt all quantized layers"):
+        adapted(net, lora()).merge_and_unload(dequantize=True)
+    adapted(net, graft.LoraConfig(r=3, target_modules=["plain"])).merge_and_unload(dequantize=True)  # no news
 
 
 @pytest.mark.parametrize("already", [False, True])

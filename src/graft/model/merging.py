@@ -24,7 +24,7 @@ from graft.inject.parts import registry_of, unwrapped
 from graft.inject.survey import is_block, nest_of, survey
 from graft.model.registry import Registry
 from graft.storage import DENSE, Quantized, holds_codes, innermost, release
-from graft.storage.codes import dtype_beside, unmark
+from graft.storage.codes import dtype_beside, mark_plain, unmark
 
 
 def union(names: Iterable[list[str]]) -> list[str]:
@@ -136,16 +136,19 @@ class MergingRegistry(Registry):
             dequantize: hold the weights of adapted layers as plain tensors from then on, where they are packed (4-bit
                 codes and the like). Merging is then exact, also into weights that cannot be quantized anew.
         """
-        with self._dequantized(adapter_names) if dequantize else nullcontext():
+        with self._dequantized(adapter_names) if dequantize else nullcontext(False) as some:
             self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
         plain = self.unload()
         if dequantize and not any(map(holds_codes, plain.modules())):
             unmark(plain)
+        elif some:
+            mark_plain(plain)
         return plain
 
     @contextmanager
-    def _dequantized(self, adapter_names: list[str] | None) -> Iterator[None]:
-        """Hold packed weights of the layers of these adapters as plain tensors; as before if the block raises."""
+    def _dequantized(self, adapter_names: list[str] | None) -> Iterator[bool]:
+        """Hold packed weights of the layers of these adapters as plain tensors, and tell whether there are any; as
+        before if the block raises."""
         done = self.merged_adapters
         choice = None if adapter_names is None else several(adapter_names, "adapter_names")
         layers = [
@@ -173,7 +176,7 @@ class MergingRegistry(Registry):
                 layer.move(plain, find_op(plain), DENSE)
             if done:
                 self._merge(done, False, undoable=True)
-            yield
+            yield bool(packed)
         except BaseException:
             if self.merged_adapters:
                 self.unmerge_adapter()

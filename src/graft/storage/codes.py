@@ -4,6 +4,7 @@ counting, biases that train."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import PeftWarning, warn
+from graft.core.ops import find_op
 from graft.core.site import Store
 from graft.storage.compressed import Compressed
 from graft.storage.dense import NUMBERS, PLAIN, strange_tensor
@@ -19,6 +21,7 @@ from graft.storage.find import STORES, TENSORS, marked
 from graft.storage.quantized import Quantized
 
 FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
+SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # lists of plain modules in configs of transformers
 FIXED = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # quantization formats that fix the dtype of all other weights
 PACKED = ("Params4bit",)  # types of parameters whose dtype is only that of their storage
 
@@ -50,6 +53,27 @@ def unmark(model: nn.Module) -> None:
     for flag in FLAGS:
         if getattr(model, flag, False):
             setattr(model, flag, False)
+
+
+def mark_plain(model: nn.Module) -> None:
+    """Have the quantization config of a model of transformers name the linear layers that are plain, so that it loads
+    as it is saved, with these beside packed ones; warn where a config cannot name them."""
+    own = getattr(model, "config", None)
+    marks = getattr(own, "quantization_config", None)
+    if marks is None or isinstance(marks, dict):
+        return
+    plain = [name for name, m in model.named_modules() if find_op(m).linear and not holds_codes(m)]
+    field = next((field for field in SKIPPED if hasattr(marks, field)), None)
+    if field is None:
+        warn(
+            f"Some layers of the model are plain now, and others hold codes, which {type(marks).__name__} cannot tell "
+            "apart: transformers will not load what save_pretrained() writes. Adapt all quantized layers, or merge "
+            "into a base that is loaded dequantized.",
+            PeftWarning,
+        )
+        return
+    own.quantization_config = marks = copy.copy(marks)  # the caller's may load other models
+    setattr(marks, field, sorted({*(getattr(marks, field) or ()), *plain}))
 
 
 def ready(modules: Iterable[nn.Module]) -> None:

@@ -57,6 +57,33 @@ def test_words_that_nobody_has_measured(found, options):
     assert graft.suggest_lr(graft.LoraConfig(r=64, use_rslora=True, **options)).lr == 1e-4
 
 
+def test_a_start_that_nobody_has_measured_has_the_rates_of_none(found):
+    """Not those of all starts that were measured."""
+    found(row(), row(config={"r": 4, "init_lora_weights": "lora_ga"}, means=(0.1, 0.2, 0.3, 0.4)))
+    for start in (False, "gaussian", "orthogonal"):
+        told = graft.suggest_lr(graft.LoraConfig(r=4, init_lora_weights=start))
+        assert told.lr == 1e-2 and len(told.found_on) == 1
+
+
+def test_the_iterations_of_pissa_are_no_start_of_their_own(found):
+    found(row(), row(config={"r": 4, "init_lora_weights": "pissa_niter_4"}, means=(0.1, 0.2, 0.3, 0.4)))
+    for start in ("pissa", "pissa_niter_16"):
+        told = graft.suggest_lr(graft.LoraConfig(r=4, init_lora_weights=start))
+        assert told.lr == 1e-4 and "r 4, init_lora_weights pissa_niter_4: 0.0001" in str(told)
+
+
+def test_rates_of_short_runs_say_so(found):
+    found(row(), row(task="topics") | {"steps": 32}, row("LNTuning", config={}))
+    told = graft.suggest_lr(graft.LoraConfig(r=4))
+    assert told.steps == (9, 32)
+    assert "rates of runs of 9 to 32 steps; for thousands of steps begin with its source's rates" in str(told)
+    told = graft.suggest_lr(graft.LNTuningConfig())  # its source has none
+    assert "rates of runs of 9 steps; for thousands of steps begin below the least of these rates" in str(told)
+    found()
+    told = graft.suggest_lr(graft.LoraConfig(r=4))
+    assert told.steps is None and "steps" not in str(told)
+
+
 def test_tasks_are_weighed_by_their_own_losses(found):
     found(row(means=(9, 8, 10, 12)), row(task="topics", means=(0.4, 0.2, 0.1, 0.9)))
     assert graft.suggest_lr(graft.LoraConfig(r=4)).lr == 1e-2  # 1.25 + 1 against 1 + 2

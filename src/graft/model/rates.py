@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +23,7 @@ from graft.methods import method_of
 from graft.prompts.base import Prompt
 
 FILE = Path(__file__).with_name("rates.json")  # a row for each search, of `make rates`
+NUMBER = re.compile(r"_niter_\d+$")
 # fields that do not tell what an adapter is
 COMMON = {
     "task_type",
@@ -64,6 +66,7 @@ class Suggestion:
         lr: the best one that was tested; or the source's, where it has only one. None: there is no such rate.
         low, high: between these the loss was within a standard deviation of the best; or the source's range.
         tested: the least and the largest rate that were tested; None: none was.
+        steps: optimizer steps of the shortest and the longest of these searches. Much longer runs want lower rates.
         found_on: on what, a line for each search; if nothing was tested on models of this type, on others.
         by_size: the best rate for each other size that was tested, as {"r 16, lora_alpha 64": 1e-3}.
         published: the range of the method's source.
@@ -77,6 +80,7 @@ class Suggestion:
     found_on: tuple[str, ...] = ()
     by_size: dict[str, float] = field(default_factory=dict)
     published: Published | None = None
+    steps: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         lines = []
@@ -93,6 +97,11 @@ class Suggestion:
             lines.append(f"{'- ' if lines else f'{self.adapter}, not measured here; '}its source: {own} ({source}).")
             if self.tested is None:
                 lines += [f"- on a model of another type: {line}" for line in self.found_on]
+        if self.steps is not None:
+            least, most = self.steps
+            length = f"{least:d}" if least == most else f"{least:d} to {most:d}"
+            begin = "below the least of these rates" if self.published is None else "with its source's rates"
+            lines.append(f"- these are rates of runs of {length} steps; for thousands of steps begin {begin}.")
         return "\n".join(lines) or f"{self.adapter}: no rate is known; sweep over 1e-4 to 0.3 (graft.sweep)."
 
 
@@ -128,6 +137,7 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
         tuple(map(about, own)),
         {size: best(rows) for size, rows in sizes.items() if size != size_of(own[0])},
         published,
+        (min(row["steps"] for row in own), max(row["steps"] for row in own)),
     )
 
 
@@ -173,10 +183,13 @@ def settings_of(config: PeftConfig) -> Json:
 
 
 def alike(config: PeftConfig) -> list[Row]:
-    """Return the rows of adapters of the same class, those that share the most words and flags with a config."""
+    """Return the rows of adapters of the same class, those that share the most words and flags with a config, and of
+    these, those that have the fewest that it has not."""
     same = [row for row in rows() if row["adapter"] == adapter_of(config) and best([row])]
     own = marks(settings_of(config))
-    apart = [differences(marks(row["config"]), own) for row in same]
+    apart = [
+        (differences(theirs, own), len(theirs.items() - own.items())) for theirs in (marks(r["config"]) for r in same)
+    ]
     return [row for row, n in zip(same, apart) if n == min(apart)]
 
 
@@ -186,8 +199,9 @@ def differences(one: Json, other: Json) -> int:
 
 
 def marks(values: dict[str, object]) -> Json:
-    """Return the words and flags among the values of a config."""
-    return {k: v for k, v in values.items() if isinstance(v, (bool, str))}
+    """Return the words and flags among the values of a config; a number within a word (pissa_niter_4) is none of it."""
+    words = {k: NUMBER.sub("", v) if isinstance(v, str) else v for k, v in values.items()}
+    return {k: v for k, v in words.items() if isinstance(v, (bool, str))}
 
 
 def numbers(values: Json) -> dict[str, float]:
@@ -218,8 +232,9 @@ def size_of(row: Row) -> str:
 
 def about(row: Row) -> str:
     """Return on what a row was found, and what, as text."""
+    words = "".join(f", {k} {v}" for k, v in row["config"].items() if isinstance(v, (bool, str)))
     return (
-        f"{row['task']} ({row['model']}), {size_of(row)}: {best([row]):g}, of {len(row['rates'])} rates and "
+        f"{row['task']} ({row['model']}), {size_of(row)}{words}: {best([row]):g}, of {len(row['rates'])} rates and "
         f"{row['seeds']} seeds, {row['steps']} steps of {row['batch']}, {row['date']}"
     )
 

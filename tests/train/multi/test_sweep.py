@@ -46,6 +46,12 @@ def test_settings():
     assert found != search.settings_in({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 1)
 
 
+def test_a_range_of_ints_has_whole_numbers():
+    found = [s["r"] for s in search.settings_in({"r": (2, 5)}, "random", 4, 0)]
+    assert sorted(found) == [2, 3, 4, 5] and all(type(r) is int for r in found)
+    assert type(search.settings_in({"lr": (1, 5.0)}, "random", 1, 0)[0]["lr"]) is float
+
+
 @pytest.mark.parametrize("given, text", [
     (({"r": 4}, "grid", None, 0), "'r' must be a list"),
     (({"r": (2, 4)}, "grid", None, 0), "'r' must be a list"),
@@ -54,6 +60,7 @@ def test_settings():
     (({"r": [1]}, "random", None, 0), "with a number n"),
     (({"r": [1]}, "other", 3, 0), "must be 'grid'"),
     (({"r": [1, 2]}, "random", 3, 0), "has only 2 settings, and n is 3"),
+    (({"r": [1, 2]}, "grid", 3, 0), "n=3 is of search='random'"),
 ])  # fmt: skip
 def test_no_settings(given, text):
     with pytest.raises(ConfigError, match=text):
@@ -270,6 +277,20 @@ def test_a_loss_that_is_infinite_at_the_end_keeps_nothing(monkeypatch):
     assert [t.state for t in found.trials] == ["dropped", "kept"] and found.runs.names == ["s1"]
 
 
+@pytest.mark.parametrize("options, text", [
+    ({"asha": 0}, "asha must be a positive int, got 0"),
+    ({"asha": 2.5}, "asha must be a positive int, got 2.5"),
+    ({"valid": None}, "gone through again and again"),
+    ({"valid": iter(VALID)}, "gone through again and again"),
+    ({"share": (2, 2), "exchange": lambda rows: [rows]}, r"share=\(2, 2\) must be"),
+    ({"asha": 1, "space": {"r": [2, 0]}}, "positive integer"),
+])  # fmt: skip
+def test_what_cannot_be_is_said_before_anything_trains(options, text, monkeypatch):
+    monkeypatch.setattr(MultiTrain, "step", None)
+    with pytest.raises(ConfigError, match=text):
+        swept(**options)
+
+
 def test_an_error_gives_the_base_back():
     base = tiny()
     before = {name: p.clone() for name, p in base.state_dict().items()}
@@ -298,8 +319,11 @@ def test_runs_look_between_their_rungs(tmp_path):
 
 
 def test_names_of_a_space():
-    with pytest.raises(TypeError, match="nothing_of_that_name"):
-        swept(space={"nothing_of_that_name": [1]})
+    for name in "nothing_of_that_name", "steps", "params":
+        with pytest.raises(ConfigError, match=rf"\['{name}'\] in the space are neither fields of LoraConfig, nor"):
+            swept(space={name: [1], "r": [2]})
+    swept(space={"weight_decay": [0.1]}, optimizer=partial(torch.optim.AdamW, lr=1e-3), rungs=1)
+    swept(space={"any": [0.1]}, optimizer=lambda parameters, **_: torch.optim.AdamW(parameters), rungs=1)
     data = []
     swept(space={"lora_alpha": [4, 8], "clip": [0.5]}, data=lambda setting: data.append(setting) or batches(8), rungs=1)
     assert data == [{"lora_alpha": 4, "clip": 0.5}, {"lora_alpha": 8, "clip": 0.5}]

@@ -18,7 +18,8 @@ def settings_in(space: Mapping[str, Any], search: str, n: int | None, seed: int)
     """Return the settings of a sweep.
 
     Args:
-        space: name → list of values; for a random search also a range (low, high), of which logarithms are drawn.
+        space: name → list of values; for a random search also a range (low, high), of which logarithms are drawn; of
+            two ints whole numbers.
         search: "grid", all combinations; "random", `n` different ones.
 
     Raises:
@@ -32,6 +33,8 @@ def settings_in(space: Mapping[str, Any], search: str, n: int | None, seed: int)
             )
         if is_range and not 0 < values[0] < values[1]:
             raise ConfigError(f"sweep: '{name}' must be a range of positive numbers, got {values}.")
+    if search == "grid" and n is not None:
+        raise ConfigError(f"sweep: n={n!r} is of search='random'; a grid has all settings. Leave one of them out.")
     if search == "grid":
         return [dict(zip(space, values)) for values in product(*space.values())]
     if search != "random" or type(n) is not int or n < 1:
@@ -48,7 +51,8 @@ def settings_in(space: Mapping[str, Any], search: str, n: int | None, seed: int)
 
 def draw(values: Any, drawn: random.Random) -> Any:
     if isinstance(values, tuple):
-        return math.exp(drawn.uniform(math.log(values[0]), math.log(values[1])))
+        value = math.exp(drawn.uniform(math.log(values[0]), math.log(values[1])))
+        return round(value) if all(type(end) is int for end in values) else value
     return drawn.choice(values)
 
 

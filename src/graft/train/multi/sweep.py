@@ -167,11 +167,20 @@ def sweep(
         FolderInUseError: another process, or thread, is at a sweep in the folder. Nothing has changed.
         Whatever is raised, the model is as it was.
     """
-    if type(save_every) is not int or save_every < 1:
-        raise ConfigError(f"sweep: save_every must be a positive int, got {save_every!r}.")
+    for key, value in ("save_every", save_every), ("asha", 1 if asha is None else asha):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"sweep: {key} must be a positive int, got {value!r}.")
+    if isinstance(valid, Iterator) or not (hasattr(valid, "__iter__") or hasattr(valid, "__getitem__")):
+        raise ConfigError(
+            f"sweep: valid must be batches that can be gone through again and again, as a DataLoader or a list; got "
+            f"{valid!r}."
+        )
+    check_names(space, config, optimizer)
     ladder = budgets(steps, keep, rungs)
     settings = settings_in(space, search, n, seed)
     rank, world = share or ((dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1))
+    if not 0 <= rank < world:
+        raise ConfigError(f"sweep: share={share} must be (number of this process, of all), counted from 0.")
     if exchange is None:
         if world > 1 and not (in_group() and dist.get_world_size() == world):
             raise ConfigError(
@@ -180,12 +189,13 @@ def sweep(
             )
         exchange = gathered if world > 1 else lambda rows: [rows]
     trials = [Trial(f"s{i:0{len(str(len(settings) - 1))}}", setting) for i, setting in enumerate(settings)]
+    configs = {trial.name: configured(config, trial.setting) for trial in trials}  # before any of them trains
     job = Job(
         MultiTrain(model, at_once=at_once, exact=exact, base_in_eval=base_in_eval),
         trials,
         begin=partial(
             begin,
-            config=config,
+            configs=configs,
             data=data,
             valid=valid,
             optimizer=optimizer,
@@ -219,7 +229,7 @@ def begin(
     runs: MultiTrain,
     trial: Trial,
     *,
-    config: PeftConfig,
+    configs: Mapping[str, PeftConfig],
     data: Iterable[object] | Callable[[Setting], Iterable[object]],
     valid: Iterable[object],
     optimizer: Callable[..., torch.optim.Optimizer],
@@ -227,15 +237,37 @@ def begin(
     options: Json,
 ) -> Run:
     """Add the run of a setting."""
-    setting, known = trial.setting, {f.name for f in fields(config)}
-    own = {k: v for k, v in setting.items() if k in known}
+    setting, config = trial.setting, configs[trial.name]
+    known = {f.name for f in fields(config)}
     options = options | {k: v for k, v in setting.items() if k in OPTIONS - known}
     if options.get("every") is not None:  # else it looks on its rungs alone
         options["valid"] = valid
     rest = {k: v for k, v in setting.items() if k not in OPTIONS | known}
-    config = dataclasses.replace(copy.deepcopy(config), **own)
     loader = data(trial.setting) if callable(data) else data
     return runs.add(trial.name, config, data=loader, optimizer=partial(optimizer, **rest), steps=steps, **options)
+
+
+def configured(config: PeftConfig, setting: Setting) -> PeftConfig:
+    """Return a copy of a config with the fields that a setting says."""
+    own = {f.name: setting[f.name] for f in fields(config) if f.name in setting}
+    return dataclasses.replace(copy.deepcopy(config), **own)
+
+
+def check_names(space: Mapping[str, object], config: PeftConfig, optimizer: Callable[..., object]) -> None:
+    """Raise ConfigError for a name of a space that stands for nothing."""
+    try:
+        _, *taken = signature(optimizer).parameters.values()
+    except (TypeError, ValueError):  # some functions do not tell
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in taken):
+        return
+    known = {f.name for f in fields(config)} | OPTIONS | {p.name for p in taken}
+    if unknown := [name for name in space if name not in known]:
+        made = optimizer.func if isinstance(optimizer, partial) else optimizer
+        raise ConfigError(
+            f"sweep: {unknown} in the space are neither fields of {type(config).__name__}, nor arguments of "
+            f"{getattr(made, '__name__', made)}, nor of these of MultiTrain.add: {', '.join(sorted(OPTIONS))}."
+        )
 
 
 def said(value: object) -> object:

@@ -180,6 +180,25 @@ def test_nothing_trains_at_all(tmp_path):
     assert said(lambda: model(ids).sum().backward()) == []
 
 
+def test_a_loss_without_a_gradient_is_reported(tmp_path):
+    """Not an error of torch's: it is what an audit is asked about."""
+
+    def audited(model):
+        return graft.audit(model, loss=lambda: model(X).sum())
+
+    model = net_with("inner")
+    model.merge_adapter()
+    assert audited(model).no_gradient == ["inner ('default', merged)"]
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert audited(model).no_gradient == ["inner ('default', disabled)"]
+    assert audited(model).ok
+    model.save_pretrained(tmp_path)
+    loaded = graft.PeftModel.from_pretrained(Net(), tmp_path)
+    assert audited(loaded).not_trained == ["inner.lora_A ('default')", "inner.lora_B ('default')"]
+    assert "is_trainable=True" in str(audited(loaded))
+
+
 def test_a_frozen_model_behind_one_that_trains_is_in_order(tmp_path):
     net_with("inner").save_pretrained(tmp_path)
     model, front = graft.PeftModel.from_pretrained(Net(), tmp_path).train(), nn.Linear(6, 6)

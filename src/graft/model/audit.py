@@ -310,7 +310,9 @@ def tried(
             if isinstance(c, nn.Module):
                 undo.enter_context(c.register_forward_pre_hook(note))
         with torch.enable_grad():
-            loss().backward()
+            value = loss()
+        if value.requires_grad:  # else no gradient comes anywhere, which is what the report is for
+            value.backward()
         yield called
 
 

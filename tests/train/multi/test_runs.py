@@ -487,6 +487,34 @@ def test_a_plain_module_needs_a_loss():
     assert len(runs["a1"].curve) == 3
 
 
+@pytest.mark.parametrize(
+    "base, missing", [("llama", "no labels"), ("bert-qa", "no start_positions and no end_positions")]
+)
+def test_a_batch_without_what_its_loss_is_made_of(base, missing):
+    runs = MultiTrain(models.make(base))
+    config = graft.LoraConfig(target_modules="all-linear")
+    for name in "a1", "b1":
+        runs.add(name, config, data=[{"input_ids": torch.arange(3, 7)[None]}])
+    with pytest.raises(ConfigError, match=rf"Run 'a1': a batch has {missing}.*loss\(output, batch\)"):
+        runs.step()
+
+
+@pytest.mark.parametrize("loss, text", [
+    (lambda output, batch: output.logits.mean().item(), "its loss is -?[0-9.e-]+; return a mean"),
+    (lambda output, batch: output.logits.mean().detach(), "no gradient leads from its loss"),
+    (lambda output, batch: output.logits, r"its loss has the shape \(4, 7"),
+])  # fmt: skip
+def test_a_loss_that_is_none(loss, text):
+    """Also beside a run whose loss has a gradient."""
+    runs = MultiTrain(tiny())
+    runs.add("a1", lora(), data=batches(2), loss=loss)
+    runs.add("b1", lora(), data=batches(2))
+    with pytest.raises(ConfigError, match=f"Run 'a1': {text}"):
+        runs.step()
+    runs.remove("a1")
+    assert runs.run()["b1"].step == 2
+
+
 # validation
 
 
@@ -515,6 +543,7 @@ def test_validation_does_not_disturb_training():
     ({"accumulate": 1.5}, "accumulate must be a positive int"),
     ({"loss": 3}, "loss must be a function"),
     ({"stop": 2}, "stop must be a function"),
+    ({"schedule": "cosine"}, "schedule must be a function"),
     ({"every": 2}, "every=2 .* valid is none"),
     ({"optimizer": lambda p: torch.optim.SGD(p[:1], lr=0.1)}, "its SGD leaves out [0-9]+ of [0-9]+ parameters"),
     ({"clip": -1.0}, "clip must be a positive"),

@@ -15,6 +15,7 @@ from graft.inject.parts import Parts
 
 Loss = Callable[..., Tensor]  # of (the output of a run's rows, its batch): their mean, ()
 Outputs = Mapping[str, Tensor]
+SPANS = ("start_positions", "end_positions")
 HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 
 
@@ -27,16 +28,27 @@ def own_loss(model: nn.Module, parts: Parts, name: str) -> Loss:
     Raises:
         ConfigError: the model has none, or one that needs more than its output.
     """
-    if hasattr(model, "prepare_decoder_input_ids_from_labels") and model.config.is_encoder_decoder:
-        return of_decoder
     kind = getattr(model, "loss_type", None) or ("ForCausalLM" if "LMHead" in type(model).__name__ else None)
-    made = LOSSES.get(str(kind))
-    if made is None or not hasattr(model, "loss_function"):
+    made = LOSSES.get(str(kind)) if hasattr(model, "loss_function") else None
+    if hasattr(model, "prepare_decoder_input_ids_from_labels") and model.config.is_encoder_decoder:
+        made = of_decoder
+    if made is None:
         raise ConfigError(
             f"Run '{name}': {type(model).__name__} has no loss that can be taken of a part of its rows. Give add() a "
             "loss(output, batch), which returns the mean over the run's own rows."
         )
-    return made(model, labels_of(parts, name))
+    loss = made(model, labels_of(parts, name))
+    keys = SPANS if made is of_spans else ("labels",)
+
+    def own(output: Outputs, batch: Outputs, **items: object) -> Tensor:
+        if missing := [key for key in keys if key not in batch]:
+            raise ConfigError(
+                f"Run '{name}': a batch has no {' and no '.join(missing)}, of which the model's own loss is made: let "
+                "the data have them, or give add() a loss(output, batch)."
+            )
+        return loss(output, batch, **items)
+
+    return own
 
 
 def labels_of(parts: Parts, adapter: str) -> int | None:
@@ -48,9 +60,12 @@ def labels_of(parts: Parts, adapter: str) -> int | None:
     return None
 
 
-def of_decoder(output: Outputs, batch: Outputs, **_: object) -> Tensor:
-    logits = output["logits"]
-    return cross_entropy(logits.view(-1, logits.shape[-1]), batch["labels"].view(-1))
+def of_decoder(_: nn.Module, __: int | None) -> Loss:
+    def loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
+        logits = output["logits"]
+        return cross_entropy(logits.view(-1, logits.shape[-1]), batch["labels"].view(-1))
+
+    return loss
 
 
 def of_tokens(model: nn.Module, _: int | None) -> Loss:
@@ -79,8 +94,8 @@ def of_labels(model: nn.Module, labels: int | None) -> Loss:
 
 def of_spans(model: nn.Module, _: int | None) -> Loss:
     def loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
-        logits, places = (output["start_logits"], output["end_logits"]), ("start_positions", "end_positions")
-        return model.loss_function(*logits, *(batch[p] for p in places))
+        logits = output["start_logits"], output["end_logits"]
+        return model.loss_function(*logits, *(batch[key] for key in SPANS))
 
     return loss
 

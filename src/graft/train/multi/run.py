@@ -188,16 +188,23 @@ class Run:
         auxiliary: what the adapter itself adds.
 
         Raises:
-            ConfigError: the loss is no number.
+            ConfigError: the loss is no number, or no gradient leads to it.
         """
         if self.draws_in_loss:
             with self.draws:
                 loss = self.loss(output, batch)
         else:
             loss = self.loss(output, batch)
-        if loss.dim():
-            raise ConfigError(f"Run '{self.name}': its loss has the shape {tuple(loss.shape)}; return a mean, ().")
-        return (loss if self.scaled else loss / self._window) + auxiliary / self._window
+        if not isinstance(loss, Tensor) or loss.dim():
+            found = f"has the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
+            raise ConfigError(f"Run '{self.name}': its loss {found}; return a mean, a tensor ().")
+        value = (loss if self.scaled else loss / self._window) + auxiliary / self._window
+        if not value.requires_grad:
+            raise ConfigError(
+                f"Run '{self.name}': no gradient leads from its loss to the adapter. Compute it of the output's "
+                "tensors, without detach(), item() or no_grad()."
+            )
+        return value
 
     def sit(self, row: Row | None) -> None:
         """Take a place among the runs that train now; None: leave."""

@@ -228,7 +228,7 @@ class MultiTrain:
             raise ConfigError(f"Run '{name}': seed must be an int, got {seed!r}.")
         if not callable(optimizer):
             check_made(name, optimizer, None, [])
-        for key, function in ("loss", loss), ("stop", stop):
+        for key, function in ("loss", loss), ("stop", stop), ("schedule", schedule):
             if function is not None and not callable(function):
                 raise ConfigError(f"Run '{name}': {key} must be a function, got {function!r}.")
         taker = next((run.name for run in self._runs.values() if run.goes_on and run.loader.data is data), None)

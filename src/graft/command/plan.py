@@ -38,7 +38,7 @@ def plan(
         Path | None, typer.Option(help="adapter_config.json, or its folder; else the options below.")
     ] = None,
     method: Annotated[str, typer.Option(help="peft_type of the method.")] = "LORA",
-    rank: Annotated[int, typer.Option("--rank", "-r", min=1)] = 16,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", min=1, help="16 if the method asks for one.")] = None,
     targets: Annotated[str, typer.Option(help="Names by commas, or all-linear.")] = "all-linear",
     parameters: Annotated[str, typer.Option(help="Stacks of experts, as experts.gate_up_proj,experts.down_proj.")] = "",
     base: Annotated[
@@ -107,13 +107,15 @@ def format_of(config: Json, option: str | None) -> str | None:
     return packing(config)
 
 
-def adapter_config(path: Path | None, method: str, rank: int, targets: str, parameters: str = "") -> PeftConfig:
+def adapter_config(path: Path | None, method: str, rank: int | None, targets: str, parameters: str = "") -> PeftConfig:
     """Return the config of the adapter: of a file, or of the options."""
     from graft.config.base import PeftConfig
     from graft.model.api import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if path is not None:
-        return PeftConfig.from_pretrained(str(path.parent if path.is_file() else path))
+        config = PeftConfig.from_pretrained(str(path.parent if path.is_file() else path))
+        config.inference_mode = False  # which a save sets
+        return config
     kinds = {str(getattr(kind, "value", kind)): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if method.upper() not in kinds:
         raise OptionError(f"--method is one of {', '.join(sorted(kinds))}, not {method!r}.")
@@ -122,7 +124,11 @@ def adapter_config(path: Path | None, method: str, rank: int, targets: str, para
     if parameters:
         names["target_parameters"] = show.listed(parameters)
     fields = kind.__dataclass_fields__
-    return kind(**{n: v for n, v in {**names, "r": rank}.items() if n in fields})
+    if rank is not None:
+        names |= {"r": rank, "oft_block_size": 0}  # OFT takes one of the two
+    elif "r" in fields and fields["r"].default != 0:
+        names["r"] = 16
+    return kind(**{n: v for n, v in names.items() if n in fields})
 
 
 def account(model: PreTrainedModel, report: InjectReport) -> Json:

@@ -284,6 +284,16 @@ def test_an_adapter_of_the_old_vocabulary_after_one_that_resizes_it(target, tmp_
     assert loaded("llama", tmp_path / "out").lm_head.weight.shape[0] == 100
 
 
+def test_a_head_that_takes_the_place_of_what_came_before_is_told(tmp_path):
+    base = base_of("llama", tmp_path)
+    _, factors = saved_adapter("llama", tmp_path, lora(target_modules=["lm_head"]), name="factors")
+    _, head = saved_adapter("llama", tmp_path, lora(modules_to_save=["lm_head"]), name="head")
+    for first, last in ((factors, head), (head, factors)):  # a file of factors on a head has the base's head, too
+        notes = merge(base, [first, last], tmp_path / "out", force=True).notes
+        assert len(notes) == 1 and f"'lm_head.weight' is as {last} brings it" in notes[0]
+    assert not merge(base, [head, head], tmp_path / "out", force=True).notes
+
+
 def test_names_that_lack_a_prefix_are_found(tmp_path):
     """A checkpoint of the model inside, and an adapter trained on the one with a head."""
     base = base_of("bert", tmp_path)

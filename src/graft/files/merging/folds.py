@@ -37,6 +37,7 @@ class Change:
         shape: of the new value.
         of: the adapter's tensors that it comes from.
         new: the checkpoint has no such tensor; `fold` gets an empty one.
+        replaces: nothing stays of the value.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Change:
     shape: tuple[int, ...]
     of: tuple[object, ...] = ()
     new: bool = False
+    replaces: bool = False
 
 
 @dataclass
@@ -271,7 +273,7 @@ def part_of_whole(job: Job, name: str, value: Tensor, spot: Spot) -> Change:
             )
         return W.lerp_(made.to(W.dtype), job.weight)
 
-    return Change(spot.key, name, fold, tuple(cut), (value,))
+    return Change(spot.key, name, fold, tuple(cut), (value,), replaces=job.weight == 1)
 
 
 def rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> Change:

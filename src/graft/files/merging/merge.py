@@ -28,7 +28,7 @@ from graft.files.merging.numbers import FLOATS, TORCH, measured, to_bytes
 from graft.files.merging.places import Places
 from graft.files.merging.skeleton import skeleton
 from graft.files.merging.stream import Out, Workplace
-from graft.files.merging.ties import Tied, tied_groups
+from graft.files.merging.ties import Tied, alike, tied_groups
 from graft.files.merging.weights import BaseWeights, weights_of
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.output import check_apart
@@ -215,6 +215,8 @@ class Work:
                     f"{job.name} takes '{change.key}' for {change.shape}, and an adapter merged before it makes that "
                     f"{before[-1].shape}: merge one of the two, or train this one on the merged model."
                 )
+            if before and change.replaces and not alike(before, [change]):
+                self.notes.append(f"'{change.key}' is as {job.name} brings it: what came before changes nothing there.")
             before.append(change)
 
     def _stacked(self, path: str) -> bool:

@@ -73,6 +73,9 @@ def export(
 def number(text: str) -> int | float:
     """Return a rank, or a part of the energy."""
     try:
-        return int(text) if text.isdigit() else float(text)
+        found: int | float = int(text) if text.isdigit() else float(text)
     except ValueError:
-        raise OptionError(f"--rank {text}: a rank, such as 16, or a part of ‖ΔW‖², such as 0.99.") from None
+        found = 0
+    if not (found >= 1 if isinstance(found, int) else 0 < found < 1):
+        raise OptionError(f"--rank {text}: a rank, such as 16, or a part of ‖ΔW‖², such as 0.99.")
+    return found

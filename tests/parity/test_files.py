@@ -69,6 +69,22 @@ def test_loaded_model_state(sample, is_trainable, tmp_path):
     assert {k: ours[k] for k in theirs} == theirs
 
 
+@pytest.mark.parametrize("is_trainable", [0, 1, None])
+def test_whatever_says_that_it_is_trainable(is_trainable, tmp_path):
+    sample = first("LORA")
+    adapt(LIBS[1], sample).save_pretrained(tmp_path)
+    ours, theirs = (
+        lib.PeftModel.from_pretrained(models.make(sample.model).train(), tmp_path, is_trainable=is_trainable)
+        for lib in LIBS
+    )
+    for model in (ours, theirs):
+        model.load_adapter(tmp_path, "default", is_trainable=is_trainable)
+    assert ours.training == theirs.training
+    assert {n: p.requires_grad for n, p in ours.named_parameters()} == {
+        n: p.requires_grad for n, p in theirs.named_parameters()
+    }
+
+
 @over(each("plain", "mlp") + each("head", "mlp") + each("tokens", "gpt2"))
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_new_values_for_an_adapter_that_is_there(sample, is_trainable, tmp_path):

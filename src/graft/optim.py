@@ -348,7 +348,8 @@ def preconditioned(
 
     @torch.no_grad()
     def precondition(_: object, inputs: tuple[object, ...], options: dict[str, object]) -> None:
-        if len(inputs) > 1 or options.get("closure") is not None:  # a closure would compute other gradients
+        # accelerate's optimizers, and so Trainer's, pass the None on by its place
+        if any(given is not None for given in inputs[1:]) or options.get("closure") is not None:
             raise ConfigError(f"An optimizer with {names[1]} does not support closures.")
         for A, B, s in both:
             if A.grad is not None and B.grad is not None:

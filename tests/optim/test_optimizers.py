@@ -242,6 +242,19 @@ def test_riemannian_refusals(lib):
         made.step(lambda: 0.0)
 
 
+@pytest.mark.parametrize("name", ["riemannian", "lorapro"])
+def test_no_closure_passed_by_its_place(name):
+    """As by accelerate's optimizers, which are Trainer's."""
+    states = []
+    for nothing in ((), (None,)):
+        model = adapt(graft, first("LORA"))
+        made = getattr(optimizers, f"create_{name}_optimizer")(model, torch.optim.SGD, lr=0.1)
+        gradients(model, first("LORA"))
+        made.step(*nothing)
+        states.append({n: p.detach() for n, p in model.named_parameters()})
+    close_dicts(*states)
+
+
 PARTS = [dict(use_bdlora=dict(target_modules_bd_a=["0"])), dict(use_qalora=True, qalora_group_size=2)]
 
 

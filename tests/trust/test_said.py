@@ -11,6 +11,7 @@ from torch import nn
 
 import graft
 from graft.model import functional
+from graft.optim import create_lorafa_optimizer
 from tests.looks import layers, registry_of
 from tests.models import adapted, seeded
 
@@ -100,6 +101,17 @@ def test_loading_to_train_lets_an_adapter_train_that_was_frozen(tmp_path):
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert training(model) == training(net_with("default"))
     assert not model.peft_config["default"].inference_mode
+
+
+def test_loading_to_train_leaves_what_is_frozen_of_an_adapter_that_trains(tmp_path):
+    """As Trainer resumes: the optimizer that it makes next is to have the parameters of before."""
+    model = net_with("default")
+    model.save_pretrained(tmp_path)
+    create_lorafa_optimizer(model)
+    before = training(model)
+    assert before == {n for n in training(net_with("default")) if "lora_B" in n}
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert training(model) == before
 
 
 def test_loading_to_train_beside_an_adapter_that_trains_alone(tmp_path):

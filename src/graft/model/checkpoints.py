@@ -156,7 +156,8 @@ def let_train(model: nn.Module, adapter: str, is_trainable: bool, new: bool = Tr
     registry = registry_of(model)
     if new or is_trainable:  # whether it is active or not, so that an optimizer made next has it
         registry.peft_config[adapter].inference_mode = not is_trainable
-        registry.set_requires_grad(adapter, bool(is_trainable))  # 0 and 1, which callers pass, count as in PEFT
+        if new or not registry.trains(adapter):  # else some of it may be frozen on purpose, as A is by LoRA-FA
+            registry.set_requires_grad(adapter, bool(is_trainable))  # 0 and 1, which callers pass, count as in PEFT
     if not is_trainable and model.training:  # else the adapter has the base's mode already
         if new and any(p.requires_grad for p in model.parameters()):
             warn(

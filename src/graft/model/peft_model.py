@@ -653,7 +653,8 @@ class PeftModel(nn.Module):
 
         Args:
             is_trainable: let the adapter train from now on, whether it is active or not, and leave the
-                model in its mode. If False, set the model to eval mode, with a warning if others are training.
+                model in its mode. One that trains in part already goes on so. If False, set the model to eval mode,
+                with a warning if others are training.
             kwargs: as of `from_pretrained`.
 
         Returns:

@@ -414,6 +414,10 @@ class Registry:
         self._freeze(names)
         self.changed_training()
 
+    def trains(self, adapter_name: str) -> bool:
+        """Return True if some parameter of an adapter requires gradients."""
+        return any(p.requires_grad for part in self.carriers() for p in part.parameters_of(adapter_name))
+
     def _freeze(self, names: Sequence[str]) -> None:
         """Take back what let frozen adapters train."""
         frozen_names = [name for name in names if name in self.frozen]

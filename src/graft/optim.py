@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from graft.core.carrier import layer_in
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
+from graft.core.ops import Opaque
 from graft.inject.parts import registry_of
 
 if TYPE_CHECKING:
@@ -32,14 +33,25 @@ __all__ = [
 ]
 
 
-def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
-    """Yield A, B and scaling of each LoRA adapter on a layer that is no embedding."""
+def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float, int]]:
+    """Yield A, B, scaling and number of matrices of each LoRA adapter on a layer that is no embedding."""
     for layer in model.modules():
         if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
             Bs = layer.lora_B
             for name, A in layer.lora_A.items():
                 check_whole(layer, name)
-                yield A.weight, Bs[name].weight, layer.scaling[name]
+                op = layer.site.op
+                matrices = op.stack(layer.site.module) if isinstance(op, Opaque) else 1
+                yield A.weight, Bs[name].weight, layer.scaling[name], matrices
+
+
+def apart(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
+    """Return A and B, or what has their shapes, of each matrix of a stack: (n, r, in) and (n, out, r)."""
+    return Opaque.each(A.contiguous(), B.contiguous(), matrices) if matrices > 1 else (A, B)
+
+
+def together(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
+    return Opaque.joined(A, B) if matrices > 1 else (A, B)
 
 
 def check_whole(layer: AdapterLayer, adapter: str) -> None:
@@ -54,11 +66,12 @@ def check_whole(layer: AdapterLayer, adapter: str) -> None:
 
 
 def gram(factor: Tensor, damping: float) -> Tensor:
-    """Return (factor factorᵀ + damping · 1)⁺, (r, r), of a matrix (r, n), in float32."""
+    """Return (factor factorᵀ + damping · 1)⁺, (…, r, r), of a matrix (…, r, n), in float32."""
     if not factor.is_cpu:
         return by_cholesky(factor, damping)
     factor = factor.float()
-    inverted: Tensor = torch.linalg.pinv(factor @ factor.T + damping * torch.eye(len(factor), device=factor.device))
+    eye = torch.eye(factor.shape[-2], device=factor.device)
+    inverted: Tensor = torch.linalg.pinv(factor @ factor.mT + damping * eye)
     return inverted
 
 
@@ -69,14 +82,20 @@ def by_cholesky(factor: Tensor, damping: float) -> Tensor:
     E = c R the result R (1 + E) (1 - E²): G⁻¹ up to (c / λ)², and 0 in directions without any of G.
     """
     wide = factor.to(torch.float32 if factor.device.type == "mps" else torch.float64)
-    G, eye = wide @ wide.T, torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    least = len(G) * torch.finfo(torch.float32).eps * G.diagonal().amax() + torch.finfo(torch.float32).tiny
+    r = wide.shape[-2]
+    G, eye = wide @ wide.mT, torch.eye(r, dtype=wide.dtype, device=wide.device)
+    least = r * torch.finfo(torch.float32).eps * largest(G) + torch.finfo(torch.float32).tiny
     c = least.clamp(min=damping)
     L = torch.linalg.cholesky_ex(G + c * eye)[0]
     inverse = torch.linalg.solve_triangular(L, eye, upper=False)
-    R = inverse.T @ inverse
+    R = inverse.mT @ inverse
     E = c * R
     return torch.where(least > damping, R @ (eye + E) @ (eye - E @ E), R).float()
+
+
+def largest(G: Tensor) -> Tensor:
+    """Return the largest number on the diagonal of each matrix, (…, 1, 1)."""
+    return G.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
 
 
 EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")  # of bitsandbytes
@@ -132,6 +151,7 @@ class LoraFAOptimizer(Optimizer):
     Args:
         correct_bias: divide the running means by what they lack in the first steps, as Adam does.
         factors: B → its A and its scaling. Other parameters get Adam's steps.
+        stacks: B → the number of matrices that it is for, if those of a stack.
 
     Raises:
         ConfigError: a number out of range, or groups made for PEFT's class, which tell A from B by names.
@@ -146,13 +166,14 @@ class LoraFAOptimizer(Optimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
         factors: dict[nn.Parameter, tuple[nn.Parameter, float]] | None = None,
+        stacks: dict[nn.Parameter, int] | None = None,
     ):
         if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(f"lr and eps must be ≥ 0 and betas from 0 to below 1, got {lr}, {eps} and {betas}.")
         super().__init__(
             params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
         )
-        self.factors = factors or {}  # B → A, scaling
+        self.factors, self.stacks = factors or {}, stacks or {}
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
         """Add a group of parameters.
@@ -182,8 +203,9 @@ class LoraFAOptimizer(Optimizer):
 
     def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
         if p in self.factors:
-            A, scaling = self.factors[p]
-            g = (g.flatten(1).float() @ gram(A.flatten(1), 1e-8) / scaling**2).view_as(p).to(p.dtype)
+            (A, scaling), n = self.factors[p], self.stacks.get(p, 1)
+            a, b = apart(A.flatten(1), g.flatten(1).float(), n)
+            g = together(a, b @ gram(a, 1e-8) / scaling**2, n)[1].view_as(p).to(p.dtype)
         adam(p, g, self.state[p], group, group["correct_bias"])
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -222,10 +244,11 @@ def create_lorafa_optimizer(
     """
     check_options(model, r, lora_alpha, use_rslora)
     found = list(pairs(model))
-    As = {A for A, _, _ in found}
-    factors = {B: (A, scaling) for A, B, scaling in found if scaling}  # with 0 no gradient comes to B
+    As = {A for A, *_ in found}
+    factors = {B: (A, scaling) for A, B, scaling, _ in found if scaling}  # with 0 no gradient comes to B
+    stacks = {B: matrices for _, B, _, matrices in found if matrices > 1}
     trained = [p for p in model.parameters() if p.requires_grad and p not in As]
-    made = LoraFAOptimizer(trained, lr, weight_decay=weight_decay, factors=factors)
+    made = LoraFAOptimizer(trained, lr, weight_decay=weight_decay, factors=factors, stacks=stacks)
     for A in As:
         A.requires_grad_(False)
     return made
@@ -266,7 +289,7 @@ def create_riemannian_optimizer(
     """
 
     def change(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
-        return gram(B.T, reg) @ a, b @ gram(A, reg)
+        return gram(B.mT, reg) @ a, b @ gram(A, reg)
 
     names = "create_riemannian_optimizer", "Riemannian preconditioning"
     return preconditioned(model, optimizer_cls, change, names, lr=lr, **kwargs)
@@ -288,23 +311,23 @@ def create_lorapro_optimizer(
 
 
 def pro_gradients(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
-    """Return the gradients of A (r, n) and B (m, r) with which s (B a' + b' A) comes closest to that of the weight.
+    """Return the gradients of A (…, r, n) and B (…, m, r) with which s (B a' + b' A) comes closest to the weight's.
 
     a and b are the usual gradients; the results are in float32.
     """
     wide = torch.float32 if A.device.type == "mps" else torch.float64
     A, B, a, b = (t.to(wide) for t in (A, B, a, b))
-    P, Q = damped(B.T @ B), damped(A @ A.T)
+    P, Q = damped(B.mT @ B), damped(A @ A.mT)
     p, q = inverse(P), inverse(Q)
     to_a, to_b = p @ a / s**2, b @ q / s**2
-    X = sylvester(P, Q, -(to_a @ A.T))
-    return (to_a + X @ A).float(), (to_b - B @ (p @ (B.T @ to_b)) - B @ X).float()
+    X = sylvester(P, Q, -(to_a @ A.mT))
+    return (to_a + X @ A).float(), (to_b - B @ (p @ (B.mT @ to_b)) - B @ X).float()
 
 
 def damped(G: Tensor) -> Tensor:
     """Return a Gram matrix that can be inverted."""
     eps = torch.finfo(G.dtype).eps
-    return G + (100 * eps * G.diagonal().amax() + eps) * torch.eye(len(G), dtype=G.dtype, device=G.device)
+    return G + (100 * eps * largest(G) + eps) * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
 
 
 def inverse(G: Tensor) -> Tensor:
@@ -317,13 +340,18 @@ SIGN_STEPS = 40  # of Newton's iteration, which doubles small eigenvalues and ha
 
 
 def sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
-    """Return X with P X + X Q = C for positive definite P and Q, (r, r), by the matrix sign."""
-    size = torch.maximum(P.norm(), Q.norm())
+    """Return X with P X + X Q = C for positive definite P and Q, (…, r, r), by the matrix sign."""
+    size = torch.maximum(norm(P), norm(Q))
     P, Q, C = P / size, Q / size, C / size
     for _ in range(SIGN_STEPS):
         p, q = inverse(P), inverse(Q)
         P, Q, C = (P + p) / 2, (Q + q) / 2, (C + p @ C @ q) / 2
     return C / 2
+
+
+def norm(M: Tensor) -> Tensor:
+    """Return the norm of each matrix, (…, 1, 1)."""
+    return M.norm(dim=(-2, -1), keepdim=True)
 
 
 Change = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # of A, B, their gradients, s
@@ -341,7 +369,7 @@ def preconditioned(
             f"{optimizer_cls.__name__} requires a closure, which computes gradients again within a step. Only "
             "those before it would be changed: choose an optimizer whose step() takes none."
         )
-    both = [(A, B, s) for A, B, s in pairs(model) if A.requires_grad and B.requires_grad and A.ndim == 2 and s]
+    both = [p for p in pairs(model) if p[0].requires_grad and p[1].requires_grad and p[0].ndim == 2 and p[2]]
     if not both:
         raise ConfigError(f"{names[0]} did not find any trainable lora_A/lora_B parameter pairs.")
     optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **kwargs)
@@ -351,9 +379,10 @@ def preconditioned(
         # accelerate's optimizers, and so Trainer's, pass the None on by its place
         if any(given is not None for given in inputs[1:]) or options.get("closure") is not None:
             raise ConfigError(f"An optimizer with {names[1]} does not support closures.")
-        for A, B, s in both:
+        for A, B, s, n in both:
             if A.grad is not None and B.grad is not None:
-                a, b = change(A, B, A.grad.float(), B.grad.float(), s)
+                changed = change(*apart(A, B, n), *apart(A.grad.float(), B.grad.float(), n), s)
+                a, b = together(*changed, n)
                 A.grad.copy_(a)
                 B.grad.copy_(b)
 
@@ -366,19 +395,21 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalised(M: Tensor) -> Tensor:
-    """Return U V of M = U diag(S) V (m, n), about: all singular values become some number between 0.7 and 1.2."""
+    """Return U V of M = U diag(S) V (…, m, n), about: all singular values become some number between 0.7 and 1.2."""
     a, b, c = NEWTON_SCHULZ
-    X: Tensor = M.float() if len(M) <= M.shape[1] else M.float().T
-    X = X / X.norm().clamp_min(1e-7)
+    wide = M.shape[-2] <= M.shape[-1]
+    X: Tensor = M.float() if wide else M.float().mT
+    X = X / norm(X).clamp_min(1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        G = X @ X.T
+        G = X @ X.mT
         X = a * X + (b * G + c * G @ G) @ X
-    return X if len(M) <= M.shape[1] else X.T
+    return X if wide else X.mT
 
 
 class LoraMuonOptimizer(Optimizer):
     """Muon with Nesterov momentum for groups with `muon=True`, whose parameters are matrices; AdamW for others.
 
+    `matrices` of such a group: each parameter is B for a stack of so many (1).
     Muon's steps have about the size of AdamW's: lr · 0.2 · √max(rows, columns) · U V.
 
     Raises:
@@ -426,9 +457,10 @@ class LoraMuonOptimizer(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(g)
         buffer = state["momentum_buffer"]
         buffer.lerp_(g, 1 - momentum)
-        update = g.lerp(buffer, momentum).flatten(1)
-        step = orthogonalised(update).view_as(p).to(p.dtype)
-        p.add_(step, alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+        update, n = g.lerp(buffer, momentum).flatten(1), group.get("matrices", 1)
+        each = apart(update.mT, update, n)[1]
+        step = together(each.mT, orthogonalised(each), n)[1].view_as(p).to(p.dtype)
+        p.add_(step, alpha=-group["lr"] * 0.2 * max(each.shape[-2:]) ** 0.5)
 
 
 def create_muon_optimizer(model: nn.Module, *, lr: float, muon_lr: float | None = None, **kwargs: Any) -> Optimizer:
@@ -444,12 +476,14 @@ def create_muon_optimizer(model: nn.Module, *, lr: float, muon_lr: float | None 
     Raises:
         ConfigError: no B of LoRA trains, or a number is out of range.
     """
-    Bs = {B for _, B, _ in pairs(model) if B.requires_grad}
+    Bs = {B: matrices for _, B, _, matrices in pairs(model) if B.requires_grad}
     if not Bs:
         raise ConfigError("create_muon_optimizer did not find any trainable lora_B.")
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        dict(params=[p for p in trained if p in Bs], muon=True, lr=lr if muon_lr is None else muon_lr),
-        dict(params=[p for p in trained if p not in Bs], lr=lr),
+    groups: list[Group] = [
+        dict(params=[p for p in trained if Bs.get(p) == n], muon=True, lr=lr if muon_lr is None else muon_lr)
+        | ({"matrices": n} if n > 1 else {})
+        for n in sorted({1, *Bs.values()})
     ]
+    groups.append(dict(params=[p for p in trained if p not in Bs], lr=lr))
     return LoraMuonOptimizer([g for g in groups if g["params"]], lr=lr, **kwargs)

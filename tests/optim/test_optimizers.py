@@ -270,6 +270,68 @@ def test_factors_that_are_kept_in_part_are_refused(option):
             make()
 
 
+class Experts(torch.nn.Module):
+    """The middle one of three is not used."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x):
+        weight = self.weight
+        return x @ weight[0].T + (x @ weight[2].T).square()
+
+
+class Apart(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.each = torch.nn.ModuleList(torch.nn.Linear(*w.T.shape, bias=False) for w in weight)
+        for layer, w in zip(self.each, weight):
+            layer.weight.data = w
+
+    def forward(self, x):
+        return self.each[0](x) + self.each[2](x).square()
+
+
+MAKERS = {
+    "lorafa": lambda model: optimizers.create_lorafa_optimizer(model, lr=0.1),
+    "riemannian": lambda model: optimizers.create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1),
+    "lorapro": lambda model: optimizers.create_lorapro_optimizer(model, torch.optim.SGD, lr=0.1),
+    "muon": lambda model: optimizers.create_muon_optimizer(model, lr=0.1),
+}
+
+
+@pytest.mark.differs(
+    "LoRA-FA and Riemannian preconditioning on stacks of experts",
+    peft="inverts the Gram matrix of all experts' A: a step changes experts that no token has reached",
+    graft="each expert's own, as on single layers",
+)
+@pytest.mark.parametrize("name", MAKERS)
+def test_matrices_of_a_stack_take_the_steps_of_single_layers(name):
+    torch.manual_seed(0)
+    weight, x = torch.randn(3, 5, 6), torch.randn(7, 6)
+    options = dict(r=2, init_lora_weights=False)
+    config = graft.LoraConfig(target_parameters=["0.weight"], target_modules=[], **options)
+    stack = graft.get_peft_model(torch.nn.Sequential(Experts(weight.clone())), config)
+    single = graft.get_peft_model(Apart(weight.clone()), graft.LoraConfig(target_modules=["0", "1", "2"], **options))
+    layer, layers = stack.base_model.model[0], single.base_model.model.each
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        for i, one in enumerate(layers):
+            one.lora_A["default"].weight.copy_(A[2 * i : 2 * i + 2])
+            one.lora_B["default"].weight.copy_(B[:, i::3])
+    before = layer.get_delta_weight("default").detach().clone()
+    for model in (stack, single):
+        made = MAKERS[name](model)
+        for _ in range(2):
+            model(x).square().mean().backward()
+            made.step()
+            made.zero_grad()
+    after = layer.get_delta_weight("default").detach()
+    torch.testing.assert_close(after, torch.stack([one.get_delta_weight("default").detach() for one in layers]))
+    assert not torch.equal(after[0], before[0])
+
+
 @pytest.mark.parametrize("damping", [0.0, 1e-8, 0.01])
 @pytest.mark.parametrize("r, n, rank", [(3, 8, 3), (16, 64, 16), (8, 40, 4), (6, 4, 4), (4, 8, 0)])
 def test_the_form_for_devices_is_that_of_the_cpu(r, n, rank, damping):

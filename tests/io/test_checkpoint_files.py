@@ -859,6 +859,22 @@ def test_a_vocabulary_of_its_own_merged_into_a_base_can_be_loaded(heads, tmp_pat
     torch.testing.assert_close(models.output(again, inputs)[..., : logits.shape[-1]], logits, rtol=0, atol=1e-5)
 
 
+def test_a_model_whose_config_describes_several_texts(tmp_path):
+    """As MusicGen's: transformers does not say which of them is the model's."""
+    made = []
+    for _ in range(2):
+        made.append(models.make("llama"))
+        made[-1].config.text_encoder = made[-1].config.decoder = copy.copy(made[-1].config)
+    with pytest.raises(ValueError, match="ambiguous"):
+        made[0].config.get_text_config()
+    made[0].name_or_path = str(tmp_path)
+    model = disturb(graft.get_peft_model(made[0], graft.LoraConfig(target_modules=["q_proj"])))
+    model.save_pretrained(tmp_path)
+    loaded = graft.PeftModel.from_pretrained(made[1], tmp_path).merge_and_unload().state_dict()
+    merged = model.merge_and_unload().state_dict()
+    assert merged.keys() == loaded.keys() and all(torch.equal(t, loaded[name]) for name, t in merged.items())
+
+
 def test_a_key_that_is_there_with_and_without_the_name_of_a_wrapper(saved):
     spoil(saved, lambda t: t.update({LEFT.replace("lin0", "_orig_mod.lin0"): t[LEFT] + 1}))
     with pytest.raises(graft.AdapterKeyError, match="twice"):

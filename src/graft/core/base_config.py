@@ -26,6 +26,20 @@ def model_type(model: nn.Module) -> str:
     return kind if isinstance(kind, str) else str(model_config(model).get("model_type", "custom"))
 
 
+def text_config(model: object) -> Any:
+    """Return the part of a model's config that is of its text, else the config; None if the model has none.
+
+    transformers raises a ValueError where there are several, as a text encoder beside a decoder: then it is the whole.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config
+
+
 def input_embeddings(model: Any) -> nn.Module | None:
     """Return the module that embeds a model's input; None if the model names none, as those of sound or images."""
     if not hasattr(model, "get_input_embeddings"):

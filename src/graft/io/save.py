@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graft.config.reading import read_object
 from graft.config.targets import EMBEDDING_NAMES
-from graft.core.base_config import input_embeddings, output_embeddings
+from graft.core.base_config import input_embeddings, output_embeddings, text_config
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
@@ -267,8 +267,7 @@ def resized_vocabulary(base: nn.Module, config: object) -> bool:
     """
     origin = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
     own: Any = getattr(base, "config", None)
-    text = own.get_text_config() if hasattr(own, "get_text_config") else own
-    size = getattr(text, "vocab_size", None)
+    size = getattr(text_config(base), "vocab_size", None)
     path = local_config(origin, getattr(own, "_commit_hash", None)) if origin and size is not None else None
     if path is None:
         return False

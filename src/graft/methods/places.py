@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from graft.config.reading import pattern
+from graft.core.base_config import text_config
 from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, some
 from graft.core.ops import find_op
@@ -205,6 +206,5 @@ def named(paths: Iterable[str], names: Collection[str] | str, field: str) -> lis
 
 def hidden_size(model: nn.Module) -> int | None:
     """Return the width of a model's hidden states, as its config says; None if it does not."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "get_text_config", lambda: config)()
+    config = text_config(model)
     return next((v for n in ("hidden_size", "d_model", "n_embd", "dim") if (v := getattr(config, n, None))), None)

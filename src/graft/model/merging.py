@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
 
 from graft.core import merging
-from graft.core.base_config import input_embeddings, output_embeddings, tokens_of
+from graft.core.base_config import input_embeddings, output_embeddings, text_config, tokens_of
 from graft.core.carrier import carrier_of
 from graft.core.errors import warn
 from graft.core.gate import changes, everything
@@ -286,11 +285,6 @@ def vocabulary(model: nn.Module) -> list[int | None]:
     if getattr(text_config(model), "vocab_size", None) is None:
         return []
     return [tokens_of(m and innermost(m)) for m in (input_embeddings(model), output_embeddings(model))]
-
-
-def text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def resize(model: nn.Module, before: list[int | None]) -> None:

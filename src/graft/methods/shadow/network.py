@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.core.base_config import text_config
 from graft.core.errors import ConfigError
 from graft.core.tuner import Tuner
 from graft.storage.offload import standalone, without_hooks
@@ -155,11 +156,6 @@ def blocks_of(model: nn.Module) -> list[str]:
     raise AttributeError(
         f"SHADOW finds no stack of blocks in a {type(model).__name__}: name the blocks in target_modules."
     )
-
-
-def text_config(model: object) -> object:
-    config: object = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from graft.core.base_config import text_config
 from graft.core.errors import ConfigError
 from graft.train.multi.loader import Batch
 
@@ -52,8 +53,7 @@ class Arguments:
 
 def padding_of(model: nn.Module) -> int:
     """Return the token that a model knows as padding; 0 if it names none that it has."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     token, tokens = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
     return token if isinstance(token, int) and isinstance(tokens, int) and 0 <= token < tokens else 0
 

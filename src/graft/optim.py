@@ -351,7 +351,8 @@ def sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
 
 def norm(M: Tensor) -> Tensor:
     """Return the norm of each matrix, (…, 1, 1)."""
-    return M.norm(dim=(-2, -1), keepdim=True)
+    size: Tensor = M.norm(dim=(-2, -1), keepdim=True)
+    return size
 
 
 Change = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # of A, B, their gradients, s

@@ -367,7 +367,7 @@ def test_a_place_that_is_no_folder_of_an_adapter_says_what_to_give(tmp_path):
             load(where, **options)
     path = tmp_path / "a" / "adapter_config.json"
     fields = json.loads(path.read_text())
-    for kind, match in (("lora", "Unknown peft_type 'lora'.* It stands in"), (None, "names no peft_type.*load_adapter")):
+    for kind, match in (("lora", "Unknown peft_type 'lora'.* It stands in"), (None, "no peft_type.*load_adapter")):
         path.write_text(json.dumps(fields | {"peft_type": kind}))
         with pytest.warns(graft.PeftWarning, match="edited since"), pytest.raises(graft.ConfigError, match=match):
             load(tmp_path / "a")

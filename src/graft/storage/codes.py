@@ -58,7 +58,7 @@ def unmark(model: nn.Module) -> None:
 def mark_plain(model: nn.Module) -> None:
     """Have the quantization config of a model of transformers name the linear layers that are plain, so that it loads
     as it is saved, with these beside packed ones; warn where a config cannot name them."""
-    own = getattr(model, "config", None)
+    own: Any = getattr(model, "config", None)
     marks = getattr(own, "quantization_config", None)
     if marks is None or isinstance(marks, dict):
         return

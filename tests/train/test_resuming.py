@@ -19,7 +19,7 @@ import graft
 from graft.config import atomic
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, ConfigError
 from graft.train.resuming import FILE, NOTE
-from tests import fresh
+from tests import fresh, models
 from tests.train.resumed_loop import CASES, Training
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +184,30 @@ def test_what_is_new_begins_anew(saved):
             assert training.optimizer.state[p]["step"] == 4
     training.run(1)
     assert {int(state["step"]) for state in training.optimizer.state.values()} == {1, 5}
+
+
+def test_a_prompt_without_the_network_that_computed_it_begins_anew(tmp_path):
+    """A load leaves the prompt itself, of the name and shape of what the network begins with."""
+
+    def parts(model):
+        return model, SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+
+    config = graft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=4, task_type="CAUSAL_LM")
+    network = parts(graft.get_peft_model(models.make("llama"), config))
+    graft.save_training(tmp_path, *network, step=4)
+    model = graft.get_peft_model(models.make("llama"), config)
+    with pytest.warns(graft.PeftWarning, match=r"delete optimizer\.pt .*Resumable\(strict=False\)"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    prompt = parts(model)
+    weight = model.prompt_encoder["default"].embedding.weight
+    before = weight.detach().clone()
+    for there, here, other in ((prompt, network, "here"), (network, prompt, "there")):
+        graft.save_training(tmp_path, *there, step=4)
+        with pytest.raises(AdapterKeyError, match=f"{other} a network computes the prompt of adapter 'default'"):
+            graft.resume(tmp_path, *here)
+    done = graft.resume(tmp_path, *prompt, strict=False)
+    assert torch.equal(weight, before)
+    assert done.fresh == ["prompt_encoder.default.embedding.weight"] and {*done.fresh} < {*done.missing}
 
 
 def test_another_rank_begins_anew(saved):

@@ -128,7 +128,8 @@ def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = Fa
         warn(
             f"Adapter '{adapter}' was a prompt computed by a network. The file holds the prompt and not the network, "
             "so that training goes on with the prompt itself: an optimizer, or an optimizer's state, from before does "
-            "not fit it.",
+            "not fit it. Before Trainer resumes, delete optimizer.pt in the checkpoint, or use graft.train.Resumable("
+            "strict=False). In a loop of your own, graft.resume() goes on with the network that get_peft_model makes.",
             PeftWarning,
         )
     for name in config.results:

@@ -484,7 +484,8 @@ class Resume:
             check_base(then, now, f"The training of adapter '{adapter}' in {self.folder}")
 
     def check_values(self) -> None:
-        here = {name: v.tensor for name, v in self.values.items()}
+        other = self.check_prompts()
+        here = {name: v.tensor for name, v in self.values.items() if name not in other}
         both = [name for name in here if name in self.tensors]
         shape = {n: tuple(shape_of(here[n])) for n in both}
         shapes = [n for n in both if shape[n] != self.tensors[n].shape]
@@ -497,7 +498,8 @@ class Resume:
         if dtypes:
             text = [f"'{n}' is {self.tensors[n].dtype} there and {dtype[n]} here" for n in dtypes]
             self.differs(AdapterKeyError, f"{some(text, 3)}", [], [])
-        fresh, missing = [n for n in here if n not in self.tensors], [n for n in self.tensors if n not in here]
+        fresh = [n for n in here if n not in self.tensors]
+        missing = [n for n in self.tensors if n not in here and n not in other]
         if fresh or missing:
             parts = [
                 f"{what} {some(sorted(names), 3)}"
@@ -505,6 +507,31 @@ class Resume:
                 if names
             ]
             self.differs(AdapterKeyError, f"{'; '.join(parts)}: other targets, or another adapter", fresh, missing)
+
+    def check_prompts(self) -> set[str]:
+        """Return the names of tensors of prompts that a network computes there or here, and not in the other place.
+
+        What the network begins with has the name, and may have the shape, of a prompt that is computed by none.
+        """
+        found: set[str] = set()
+        registry = registry_of(unwrapped(self.model))
+        for adapter in registry.peft_config:
+            prompt = registry.parts_of(adapter).prompt
+            named = {self.names[id(p)]: name for name, p in prompt.named_parameters()} if prompt is not None else {}
+            stem = next((whole.removesuffix(name) for whole, name in named.items()), None)
+            there = [n for n in self.tensors if stem is not None and n.startswith(stem)]
+            if there and named.keys() != {*there}:
+                places = ("there", "here") if len(there) > len(named) else ("here", "there")
+                self.differs(
+                    AdapterKeyError,
+                    f"{places[0]} a network computes the prompt of adapter '{adapter}', and {places[1]} none does. "
+                    "get_peft_model makes the network; loading the adapter, as Trainer does before it resumes, leaves "
+                    "the prompt itself",
+                    [*named],
+                    there,
+                )
+                found.update(named, there)
+        return found
 
     def check_optimizer(self) -> None:
         then, now = self.note["optimizer"], called(self.optimizer_states.inner)

@@ -189,6 +189,9 @@ class LoraFAOptimizer(Optimizer):
             )
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which torch gives no other attributes
+        return {**super().__getstate__(), "factors": self.factors, "stacks": self.stacks}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]
         loss = None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers for LoRA: the same steps as PEFT's, and the formulas."""
 
+import copy
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -202,6 +203,18 @@ def test_groups_for_pefts_class_are_refused():
     group = {"params": [torch.nn.Parameter(torch.ones(1))], "names": ["a.lora_B.default"], "scaling_factors": [1.0]}
     with pytest.raises(graft.ConfigError, match=r"names, scaling_factors is made for PEFT's .*create_lorafa_optimizer"):
         optimizers.LoraFAOptimizer([group])
+
+
+def test_a_copy_of_lorafa_takes_the_same_steps():
+    model = adapt(graft, first("LORA"))
+    made = optimizers.create_lorafa_optimizer(model)
+    pair = copy.deepcopy((model, made))
+    states = []
+    for net, optimizer in ((model, made), pair):
+        gradients(net, first("LORA"))
+        optimizer.step()
+        states.append({n: p.detach() for n, p in net.named_parameters()})
+    close_dicts(*states, 0)
 
 
 def test_lorafa_with_a_closure():

@@ -875,6 +875,24 @@ def test_a_model_whose_config_describes_several_texts(tmp_path):
     assert merged.keys() == loaded.keys() and all(torch.equal(t, loaded[name]) for name, t in merged.items())
 
 
+@pytest.mark.parametrize("names", [lambda m: nn.ModuleList([m.model.embed_tokens]), lambda m: m.lm_head.weight])
+def test_embeddings_that_are_a_parameter_or_hold_their_tables_inside(names, tmp_path):
+    """As Perceiver's and CSM's."""
+    base = models.make("llama")
+    base.config.tie_word_embeddings = True
+    named = names(base)
+    base.get_input_embeddings = lambda: named
+    keys, inputs = base.state_dict().keys(), models.inputs("llama")
+    model = disturb(graft.get_peft_model(base, graft.LoraConfig(target_modules=["q_proj"]))).eval()
+    model.save_pretrained(tmp_path)
+    output = models.output(model, inputs)
+    merged = model.merge_and_unload()
+    assert merged.state_dict().keys() == keys and merged.config.tie_word_embeddings
+    torch.testing.assert_close(models.output(merged, inputs), output, rtol=0, atol=1e-5)
+    loaded = graft.PeftModel.from_pretrained(models.make("llama"), tmp_path).eval()
+    assert torch.equal(models.output(loaded, inputs), output)
+
+
 def test_a_key_that_is_there_with_and_without_the_name_of_a_wrapper(saved):
     spoil(saved, lambda t: t.update({LEFT.replace("lin0", "_orig_mod.lin0"): t[LEFT] + 1}))
     with pytest.raises(graft.AdapterKeyError, match="twice"):

@@ -41,13 +41,16 @@ def text_config(model: object) -> Any:
 
 
 def input_embeddings(model: Any) -> nn.Module | None:
-    """Return the module that embeds a model's input; None if the model names none, as those of sound or images."""
+    """Return the module that embeds a model's input; None if the model names none, as those of sound or images, or
+    Perceiver, which names a parameter.
+    """
     if not hasattr(model, "get_input_embeddings"):
         return None
     try:
-        return model.get_input_embeddings()  # type: ignore[no-any-return]
+        found = model.get_input_embeddings()
     except NotImplementedError:
         return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def output_embeddings(model: Any) -> nn.Module | None:

@@ -309,15 +309,19 @@ def retie(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
-    inputs, outputs = input_embeddings(model), output_embeddings(model)
+    table = getattr(input_embeddings(model), "weight", None)
+    if table is None or table.is_meta:  # CSM's have tables inside
+        return
     for module in declared_tied(model):  # those of an encoder and a decoder
         own = module.weight
-        if inputs is not None and own is not inputs.weight and not own.is_meta and torch.equal(own, inputs.weight):
-            module.weight = inputs.weight
-    if outputs is None or inputs is None or inputs.weight is outputs.weight or inputs.weight.is_meta:
+        if own is not table and not own.is_meta and torch.equal(own, table):
+            module.weight = table
+    outputs = output_embeddings(model)
+    head = getattr(outputs, "weight", None)
+    if outputs is None or head is None or head is table:
         return
-    if torch.equal(inputs.weight, outputs.weight):
-        outputs.weight = inputs.weight
+    if torch.equal(table, head):
+        outputs.weight = table
         return
     warn("Setting `config.tie_word_embeddings` to False: merging gave the tied embeddings different weights.")
     model.config.tie_word_embeddings = False

@@ -154,6 +154,13 @@ METHODS = {
     "adalora": lambda: graft.AdaLoraConfig(init_r=4, target_r=4, total_step=10, target_modules=T),
     "ln_tuning": lambda: graft.LNTuningConfig(target_modules=["input_layernorm"]),
     "tokens": lambda: graft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
+    "svft": lambda: graft.SvftConfig(off_diag=1, target_modules=T),
+    "svft_topk": lambda: graft.SvftConfig(off_diag=1, r=8, pattern="top_k", target_modules=["q_proj", "o_proj"]),
+    "loraxs": lambda: graft.LoraXsConfig(r=4, save_projection=False, target_modules=T),
+    "osf": lambda: graft.OSFConfig(target_modules=T),
+    "frod": lambda: graft.FrodConfig(target_modules=T),
+    "adamss": lambda: graft.AdamssConfig(r=8, num_subspaces=2, target_modules=T),
+    "supertuning": lambda: graft.SupertuningConfig(save_precomputed_indices=False, target_modules=T),
     "pissa": lambda: lora(init_lora_weights="pissa"),
     "olora": lambda: lora(init_lora_weights="olora"),
     "loftq": lambda: lora(init_lora_weights="loftq", loftq_config=graft.LoftQConfig(loftq_bits=4)),
@@ -166,6 +173,33 @@ def test_other_methods_merge_to_the_same_bits_as_in_memory(method, tmp_path):
     model, adapter = saved_adapter("llama", tmp_path, METHODS[method]())
     merge_files(base, adapter, tmp_path / "out")
     assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
+
+
+@pytest.mark.parametrize("method", ["svft", "loraxs", "osf"])
+def test_what_a_file_lacks_is_found_in_half_precision_too(method, tmp_path):
+    MODELS["llama"]().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    plain = loaded("llama", tmp_path / "base").to(torch.bfloat16)
+    before = {name: W.clone() for name, W in plain.state_dict().items()}
+    model = graft.get_peft_model(plain, METHODS[method]())
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p) * p.requires_grad
+    model.save_pretrained(tmp_path / "adapter")
+    state = torch.get_rng_state()
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert torch.equal(state, torch.get_rng_state())
+    whole, found = model.merge_and_unload().state_dict(), loaded("llama", tmp_path / "out").to(torch.bfloat16)
+    assert any(not torch.equal(W, before[name]) for name, W in found.state_dict().items())
+    for name, W in found.state_dict().items():
+        assert torch.equal(W, whole[name])
+
+
+def test_kasa_is_refused_with_what_to_do(tmp_path):
+    base = base_of("llama", tmp_path)
+    _, adapter = saved_adapter("llama", tmp_path, lora(kasa_config=graft.KasaConfig()))
+    with pytest.raises(LossError, match=r"KASA of .* merge it in memory"):
+        merge_files(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("config", [graft.HRAConfig(r=4), graft.LoKrConfig(r=4), graft.IA3Config()])

@@ -15,9 +15,10 @@ from torch import nn
 from graft.core.effect import Replace, Rewrite
 from graft.core.errors import BaseModelMismatchError
 from graft.core.folding import evaluating, fold_step
+from graft.core.holding import Where
 from graft.core.layer import AdapterLayer
 from graft.core.merging import fixed
-from graft.core.method import Method
+from graft.core.method import Method, Use
 from graft.core.random import made_on
 from graft.files.base import BaseFiles
 from graft.files.errors import LossError
@@ -52,6 +53,11 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
     adapter = job.adapter
     if adapter.method in peft.PROMPTS:
         raise LossError(f"{adapter.method} of {job.name} is an input of the model, which no weight can take over.")
+    if any(module.method == "KASA" for module in adapter.modules.values()):
+        raise LossError(
+            f"KASA of {job.name} begins by taking small singular values out of the base, which files do not repeat: "
+            "merge it in memory, with PeftModel.from_pretrained(…).merge_and_unload(), and save that model."
+        )
     layers = loaded(job, base)
     found: list[Change] = []
     asked: dict[object, bool] = {}
@@ -105,13 +111,15 @@ def of_layer(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[ob
         raise job.misfit(path, f"'{spot.key}' {shape} is not the layer's weight as the model holds it")
     bias = job.places.find(f"{path}.bias")
     key = bias[0].key if bias and getattr(layer.base_layer, "bias", None) is not None else None
+    kind = job.kinds.get(spot.key)  # what a model has that is loaded from the checkpoint
+    where = layer.where if kind is None or kind.itemsize < 2 else (layer.where[0], kind)
     found = []
     if not m.effect.keeps_weight:
-        found.append(Change(spot.key, name, partial(fold, job, layer, m, False, key), shape, (m,)))
+        found.append(Change(spot.key, name, partial(fold, job, layer, m, where, False, key), shape, (m,)))
     if shifts(layer, m, asked):
         if key is None:
             raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
-        act = partial(fold, job, layer, m, True, spot.key)
+        act = partial(fold, job, layer, m, where, True, spot.key)
         found.append(Change(key, f"{path}.bias", act, job.places.shapes[key], (m,)))
     return found
 
@@ -129,12 +137,35 @@ def shifts(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
     return asked[kind]
 
 
+def find_again(layer: AdapterLayer, m: Method, where: Where) -> None:
+    """Have an adapter find what its file lacks, of the weight that has come; when it was loaded there were zeros.
+
+    where: of the weight in a model, whose dtype it rounds to.
+    """
+    if Use.AGAIN in m.uses_weight():
+        saved = [(slot, t.clone()) for slot, t in layer.tensors(m.name)]
+        with torch.random.fork_rng(devices=[]):
+            m.init()
+        layer.place(m.name, where)
+        for slot, t in saved:
+            slot.tensor.copy_(t)
+    m.loaded()
+
+
 def fold(
-    job: Job, layer: AdapterLayer, m: Method, of_bias: bool, other: str | None, value: torch.Tensor, own: Read
+    job: Job,
+    layer: AdapterLayer,
+    m: Method,
+    where: Where,
+    of_bias: bool,
+    other: str | None,
+    value: torch.Tensor,
+    own: Read,
 ) -> torch.Tensor:
     """Return the weight, or the bias, that an adapter makes of its layer's.
 
     Args:
+        where: as of `find_again`.
         other: the checkpoint's name of the bias, or of the weight if `value` is the bias; None: there is none.
     """
     beside = None if other is None else job.read(other)
@@ -147,6 +178,8 @@ def fold(
         parameters[layer.site.parameter] = nn.Parameter(W0, requires_grad=False)
         if b0 is not None:
             parameters["bias"] = nn.Parameter(b0, requires_grad=False)
+        if Use.AGAIN in m.uses_weight() or type(m).loaded is not Method.loaded:
+            find_again(layer, m, where)
         try:
             made = fold_step(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]
             assert made is not None

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
 import graft.io.files
@@ -934,3 +935,44 @@ def test_embeddings_saved_beside_heads_of_them(writer, reader, tmp_path):
     read = reader.PeftModel.from_pretrained(models.make("llama"), tmp_path / "first")
     batch = models.inputs("llama")
     assert torch.equal(models.output(read, batch), models.output(made[0].eval(), batch))
+
+
+@pytest.mark.parametrize("writer", [graft, peft], ids=["ours", "theirs"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_a_vocabulary_that_was_resized(tied, writer, tmp_path):
+    """The base's embeddings stand around the rows in the file, tied ones twice."""
+    sizes = dict(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    with seeded(0):
+        LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied)).save_pretrained(tmp_path / "base")
+
+    def base(seed):
+        with seeded(seed):
+            model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+            model.resize_token_embeddings(24, mean_resizing=False)
+        return model
+
+    def config(lib):
+        return lib.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[21, 22])
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(torch.arange(24)[None]).logits
+
+    model = writer.get_peft_model(base(1), config(writer))
+    with seeded(5), torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += torch.randn(p.shape)
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path / "a")
+    expected = logits(model)
+    assert not [key for key in graft.load_peft_weights(tmp_path / "a") if key.endswith("default")]
+    for lib in (graft, peft):
+        torch.testing.assert_close(logits(lib.PeftModel.from_pretrained(base(2), tmp_path / "a")), expected)
+    over = graft.get_peft_model(base(3), config(graft))
+    over.load_adapter(tmp_path / "a", "default")
+    torch.testing.assert_close(logits(over), expected)
+    over.merge_adapter()
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        over.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(graft.PeftModel.from_pretrained(base(4), tmp_path / "merged")), expected)

@@ -142,6 +142,15 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             yield Entry(memory, file, also, *where, container=slot.container, path=slot.path)
 
 
+def tied_rows(parts: Parts, adapter: str, prefix: str) -> Iterator[str]:
+    """Yield the names of rows of tied modules, which are another's: PEFT's files with embeddings hold them twice."""
+    nests = Nests(parts.layers.values())
+    for key, layer in parts.wrappers.items():
+        if layer.takes_rows and layer.methods[adapter].lenders:
+            stem = f"{prefix}{clean(nests.path(key))}.{TrainableTokensWrapper.inner_name}"
+            yield from (f"{stem}.{slot.container}" for slot in layer.slots(adapter) if slot.saved)
+
+
 def file_tensors(prompt: Prompt) -> dict[str, Tensor]:
     """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
     tensors = tensors_below(prompt)

@@ -18,13 +18,14 @@ from graft.core.base_config import input_embeddings, output_embeddings, tokens_o
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
 from graft.core.names import is_bias
 from graft.core.wrappers import clean
+from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.build import put
 from graft.inject.job import Receiver
 from graft.inject.parts import Parts, gate_of, registry_of, unwrapped
 from graft.inject.stage import absent_from, below
 from graft.io.base import names_in_file
 from graft.io.check import check_tensors
-from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed
+from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed, tied_rows
 from graft.io.files import Loaded
 from graft.io.fingerprint import (
     called_otherwise,
@@ -78,6 +79,7 @@ class LoadReport:
 
 
 ROOM, TIMES = 2**24, 64  # numbers that a config may ask for: so many, and so many times what the file holds
+ROWS = f"{TrainableTokensWrapper.inner_name}.base_layer"  # below an embedding whose rows train
 Mismatch = tuple[str, torch.Size, torch.Size]  # name in the model, shape in the file, shape in the model
 
 
@@ -234,6 +236,7 @@ class Values:
                 else:
                     found.append((entry, name))
         used |= names & {n for layer, pairs in groups if layer is None for entry, _ in pairs for n in entry.also}
+        used |= names & {*tied_rows(parts, adapter, prefix)}
         base, others = self.base_tensors(names - used, prefix, parts)
         mismatched += [(in_memory(name), shape, here) for name, shape, here in others]
         left = names - used - set(base) - {name for name, _, _ in others}
@@ -345,7 +348,8 @@ class Values:
             by_name[prefix + in_file(path)] = by_name[prefix + path] = p
             if ".base_layer." not in path:  # the injection may be about to wrap the layer
                 stem, _, leaf = path.rpartition(".")
-                by_name[f"{prefix}{stem}.base_layer.{leaf}"] = by_name[f"{prefix}{stem}.original_module.{leaf}"] = p
+                for inner in ("base_layer", "original_module", ROWS):
+                    by_name[f"{prefix}{stem}.{inner}.{leaf}"] = p
         out = {n: by_name[n] for n in sorted(names) if n in by_name}  # spreading takes all processes, in one order
         wrong = [n for n in out if shape_of(out[n]) != self.tensors[n].shape]
         return out, [(n, self.tensors[n].shape, shape_of(out.pop(n))) for n in wrong]

@@ -23,6 +23,7 @@ from graft.core.merging import unmerged, unmerged_bias
 from graft.core.method import Use
 from graft.core.names import is_bias
 from graft.core.wrappers import bare, clean, unprefixed, walk
+from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.match import Names
 from graft.inject.parts import Nests, Parts, registry_of, unwrapped
 from graft.inject.stage import absent_from, group_in
@@ -256,7 +257,11 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
                 if module.base_weight.unread() is None:
                     out[f"{key}.base_layer.weight"] = unmerged(module)
         elif not targeted and any(module is m for m in layers):
-            out |= {f"{key}.{n}": p for n, p in tensors_below(module).items()}
+            rows = module.shown if isinstance(module, TrainableTokensWrapper) else None
+            stem, own = (key, module) if rows is None else (f"{key}.{module.inner_name}.base_layer", rows.base_layer)
+            out |= {f"{stem}.{n}": p for n, p in tensors_below(own).items()}
+            if rows is not None and rows.base_weight.unread() is None:
+                out[f"{stem}.weight"] = unmerged(rows)
     return out
 
 

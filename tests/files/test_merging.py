@@ -29,10 +29,12 @@ from transformers import (
 import graft
 from graft.config import atomic
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
+from graft.files.convert import convert
 from graft.files.errors import LossError, OptionError, OutputExistsError
 from graft.files.merging.merge import merge
 from graft.files.merging.stream import Workplace
 from graft.model.merge_files import merge_files
+from graft.model.probing import probed
 from tests import fresh
 from tests.leaves_out import FUSED_EXPERTS
 
@@ -326,6 +328,26 @@ def test_a_head_that_takes_the_place_of_what_came_before_is_told(tmp_path):
         notes = merge(base, [first, last], tmp_path / "out", force=True).notes
         assert len(notes) == 1 and f"'lm_head.weight' is as {last} brings it" in notes[0]
     assert not merge(base, [head, head], tmp_path / "out", force=True).notes
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+@pytest.mark.parametrize("lib", [graft, peft], ids=["ours", "theirs"])
+def test_trained_rows_of_a_larger_vocabulary(lib, kind, tmp_path):
+    base = base_of(kind, tmp_path)
+    model = loaded(kind, base)
+    model.resize_token_embeddings(100)
+    model = lib.get_peft_model(model, lora(lib, target_modules=["q_proj"], trainable_token_indices=[97, 98])).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn_like(p)
+    model.save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "adapter", "peft", tmp_path / "copy")
+    for source in ("adapter", "copy"):
+        merge(base, [tmp_path / source], tmp_path / "out", force=True)
+        with torch.no_grad():
+            merged = loaded(kind, tmp_path / "out")
+            torch.testing.assert_close(merged(IDS + 90).logits, model(IDS + 90).logits, rtol=0, atol=1e-6)
+        assert probed(base, [tmp_path / source], tmp_path / "out", 1)["largest_difference"] < 1e-5
 
 
 def test_names_that_lack_a_prefix_are_found(tmp_path):

@@ -53,6 +53,9 @@ def probed(
     with open(os.path.join(merged, "config.json"), encoding="utf-8") as f:
         names = json.load(f).get("architectures") or []
     one, two = model_of(base, names), model_of(merged, names)
+    sizes = [m.get_input_embeddings().weight.shape[0] for m in (one, two)]
+    if sizes[0] != sizes[1]:  # the adapter brings the rows along
+        one.resize_token_embeddings(sizes[1], mean_resizing=False)
     load = PeftModel.from_pretrained if recognise(os.fspath(adapters[0])) == peft.NAME else load_adapter
     one = load(one, adapters[0]).eval()
     generator = torch.Generator().manual_seed(SEED)

@@ -219,6 +219,8 @@ def split(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str
         path = ".".join(parts[:at])
         if leaf in (f"{TOKENS}.trainable_tokens_delta", "trainable_tokens_delta"):
             take_rows(out, clean(path), key, t)
+        elif leaf == f"{TOKENS}.base_layer.weight":  # the base's, where its vocabulary was resized
+            out.full[f"{clean(path)}.weight"] = t
         elif leaf is not None and path and parts[at] != TOKENS:  # type: ignore[index]
             by_module.setdefault(path, {})[leaf] = t
         elif leaf is not None or any(part.startswith(ANY) for part in parts) or clean(name) in out.full:
@@ -232,7 +234,7 @@ def around(names: Iterable[str]) -> Iterator[str]:
     """Yield the modules of which a file has a tensor of the base's own: with adapters around them."""
     for name in names:
         head, middle, tail = name.partition(".base_layer.")
-        if middle and tail in ("weight", "bias"):
+        if middle and tail in ("weight", "bias") and not head.endswith(f".{TOKENS}"):
             yield head.removeprefix(WRAPPED)
 
 
@@ -511,6 +513,8 @@ def tensors_of(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
     for name, t in adapter.full.items():
         module, _, leaf = name.rpartition(".")
         own = f"{module}.base_layer" if module in adapter.modules else module
+        if name in adapter.rows:
+            own = f"{module}.base_layer" if adapter.method == "TRAINABLE_TOKENS" else f"{module}.{TOKENS}.base_layer"
         out[f"{wrapped}{inside(own, adapter)}.{leaf}"] = t
     for name, (_, values) in adapter.rows.items():
         leaf = "trainable_tokens_delta"

@@ -279,7 +279,8 @@ def part_of_whole(job: Job, name: str, value: Tensor, spot: Spot) -> Change:
 def rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> Change:
     """Return the change that puts trained rows of an embedding in the place of the base's."""
     (spot,) = spots
-    shape = job.places.shapes[spot.key]
+    replacement = job.adapter.full.get(name)
+    shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
     at = torch.from_numpy(indices.read().copy()).long()
     if len(shape) != 2 or values.shape[1] != shape[1] or (len(at) and int(at.max()) >= shape[0]):
         raise job.misfit(name, f"it brings rows {tuple(values.shape)} up to number {int(at.max())}, of {shape}")

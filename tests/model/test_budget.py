@@ -53,6 +53,7 @@ CONFIGS = {
     "lora": lambda: graft.LoraConfig(r=8, target_modules="all-linear"),
     "conv1d": lambda: graft.LoraConfig(r=8, target_modules="all-linear", fan_in_fan_out=True),
     "dora": lambda: graft.LoraConfig(r=4, target_modules="all-linear", use_dora=True),
+    "osf": lambda: graft.OSFConfig(target_modules="all-linear"),
     "ia3": lambda: graft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
 
@@ -84,8 +85,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 @pytest.mark.parametrize(
     "kind, config, dtype, checkpointing",
     [("llama", "lora", F32, False), ("llama", "lora", BF16, False), ("llama", "lora", BF16, True),
-     ("llama", "dora", F32, False), ("llama", "ia3", F32, False), ("tied", "lora", F32, True),
-     ("gpt2", "conv1d", F32, False), ("bert", "lora", F32, False), ("t5", "lora", F32, False)],
+     ("llama", "dora", F32, False), ("llama", "osf", F32, False), ("llama", "ia3", F32, False),
+     ("tied", "lora", F32, True), ("gpt2", "conv1d", F32, False), ("bert", "lora", F32, False), ("t5", "lora", F32, False)],
 )  # fmt: skip
 def test_the_estimate_is_within_a_tenth_of_what_a_step_takes(kind, config, dtype, checkpointing):
     of = training(kind, config, dtype=dtype)

@@ -85,9 +85,11 @@ class OSF(Method[OSFConfig]):
         return Update(factors=self.factors) if 4 * r * (out + n) < out * n else Update(self.delta)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        out, n, _, r = self.sizes
-        fixed = ("U_init", "S_init", "V_init", *["U_high"] * (out > n), *["V_high"] * (out < n))
-        values: dict[str, object] = {f"osf_{name}": Transient(torch.empty(0)) for name in fixed}  # `init` makes them
+        out, n, k, r = self.sizes
+        fixed: dict[str, tuple[int, ...]] = {"U_init": (out, r), "S_init": (r,), "V_init": (r, n)}
+        fixed |= {"U_high": (out, k)} if out > n else {"V_high": (k, n)} if out < n else {}
+        # `init` finds them in the weight
+        values: dict[str, object] = {f"osf_{name}": Transient(torch.empty(shape)) for name, shape in fixed.items()}
         make = torch.randn if self.cfg.init_weights is False else torch.zeros
         own = dict(U_low=make(out, r), S_low=make(r), V_low=make(r, n))
         return dict(osf_svd_params=nn.ParameterDict(own)) | values

@@ -424,3 +424,13 @@ def test_models_without_blocks():
         with pytest.raises((AttributeError, graft.ConfigError), match=r"blocks|hidden_size"):
             graft.get_peft_model(before, graft.ShadowConfig())
         assert before.state_dict().keys() == models.make(name).state_dict().keys()
+
+
+def test_layers_that_are_no_blocks_are_refused_before_anything_changes():
+    before = models.make("llama")
+    for targets in ("all-linear", ["down_proj"]):
+        with pytest.raises(
+            graft.UnsupportedLayerError, match=r"_proj \(Linear\).* blocks do: leave target_modules out"
+        ):
+            graft.get_peft_model(before, graft.ShadowConfig(target_modules=targets))
+    assert before.state_dict().keys() == models.make("llama").state_dict().keys()

@@ -66,6 +66,15 @@ class Shadow(Method[ShadowConfig]):
             raise ConfigError("SHADOW supports one adapter only for SEQ_CLS, whose head it copies.")
         return network.beside(layers.model, layers.cfg)
 
+    def check(self) -> str | None:
+        site, d = self.site, self.cfg.hidden_size
+        if site.op.known and (site.in_features, site.out_features) != (d, d):
+            return (
+                f"It makes {site.out_features} numbers of {site.in_features}, and SHADOW adapts what keeps the hidden "
+                f"size, {d}, as blocks do: leave target_modules out, and all blocks are adapted"
+            )
+        return super().check()
+
     @classmethod
     def split_budget(cls, methods: Sequence[Shadow]) -> None:
         for method in methods[-1:]:

@@ -86,7 +86,8 @@ F32, BF16 = torch.float32, torch.bfloat16
     "kind, config, dtype, checkpointing",
     [("llama", "lora", F32, False), ("llama", "lora", BF16, False), ("llama", "lora", BF16, True),
      ("llama", "dora", F32, False), ("llama", "osf", F32, False), ("llama", "ia3", F32, False),
-     ("tied", "lora", F32, True), ("gpt2", "conv1d", F32, False), ("bert", "lora", F32, False), ("t5", "lora", F32, False)],
+     ("tied", "lora", F32, True), ("gpt2", "conv1d", F32, False), ("bert", "lora", F32, False),
+     ("t5", "lora", F32, False)],
 )  # fmt: skip
 def test_the_estimate_is_within_a_tenth_of_what_a_step_takes(kind, config, dtype, checkpointing):
     of = training(kind, config, dtype=dtype)

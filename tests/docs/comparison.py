@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from examples.compare.__main__ import HELD_OUT, STEPS, markdown
-from examples.compare.choices import CHOICES
+from examples.compare.choices import CHOICES, DTYPE
 from examples.compare.fields import NOT_IN_BERT
 from examples.compare.picture import deviation, draw, front
 from examples.compare.texts import WHAT
@@ -33,7 +33,7 @@ SHOWN = "topics"  # the task of the picture
 def read(file: Path) -> dict[str, Any]:
     """Return the results by method, those of `CHOICES` in its order."""
     run = json.loads(file.read_text())
-    settings = {"steps": STEPS, "seed": 0, "held_out": HELD_OUT}
+    settings = {"steps": STEPS, "seed": 0, "held_out": HELD_OUT, "dtype": str(DTYPE)}
     if run["settings"] != settings:
         sys.exit(f"{file} comes from {run['settings']}; the page shows {settings}")
     return {name: run["methods"][name] for name in CHOICES if name in run["methods"]}

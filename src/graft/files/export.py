@@ -115,8 +115,8 @@ def check(adapter: AdapterFile, server: Server) -> None:
     found = [what for name in MERGED for what in CONDITIONS[name](subject)]
     if found:
         raise LossError(
-            f"{adapter.path} holds {some(found)}, which plain LoRA cannot hold: merge it into the base (graft merge), "
-            "and serve the model."
+            f"{adapter.path} holds {some(found)}, which plain LoRA cannot hold: merge it into the base (graft merge; "
+            "KaSA in memory, by merge_and_unload()), and serve the model."
         )
     for row in data()["servers"][server.name]["rows"]:
         there = [*CONDITIONS[row["when"]](subject)] if row["when"] in PLACES and row["remedy"] == "merge" else []

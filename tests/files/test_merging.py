@@ -34,7 +34,6 @@ from graft.files.errors import LossError, OptionError, OutputExistsError
 from graft.files.merging.merge import merge
 from graft.files.merging.stream import Workplace
 from graft.model.merge_files import merge_files
-from graft.model.probing import probed
 from tests import fresh
 from tests.leaves_out import FUSED_EXPERTS
 
@@ -347,7 +346,6 @@ def test_trained_rows_of_a_larger_vocabulary(lib, kind, tmp_path):
         with torch.no_grad():
             merged = loaded(kind, tmp_path / "out")
             torch.testing.assert_close(merged(IDS + 90).logits, model(IDS + 90).logits, rtol=0, atol=1e-6)
-        assert probed(base, [tmp_path / source], tmp_path / "out", 1)["largest_difference"] < 1e-5
 
 
 def test_names_that_lack_a_prefix_are_found(tmp_path):

@@ -26,7 +26,6 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 for all; else each its own.")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Largest file: 5GB. Else the base's files.")] = None,
     certificate: Annotated[bool, typer.Option("--certificate", help="Write merge.json.")] = False,
-    probe: Annotated[int, typer.Option(min=0, help="Load both and compare logits on N prompts, in merge.json.")] = 0,
     keep_quantized: Annotated[bool, typer.Option("--keep-quantized", help="A quantized base stays so.")] = False,
     force: show.Force = False,
     dry_run: show.DryRun = False,
@@ -42,22 +41,17 @@ def merge(
     """
     from graft.files.sources import local
     from graft.model.merge_files import merge_files
-    from graft.model.probing import check_probe, probed
 
-    if probe:
-        check_probe(adapters, None if weights is None else numbers(weights))
     sources = [local(adapter) for adapter in adapters]
     account = merge_files(
         base, sources, output, weights=None if weights is None else numbers(weights), dtype=dtype,
-        shard_size=None if shard_size is None else size(shard_size), certificate=certificate or probe > 0,
+        shard_size=None if shard_size is None else size(shard_size), certificate=certificate,
         keep_quantized=keep_quantized, force=force, dry_run=dry_run,
     )  # fmt: skip
     found: Json = {
         "output": str(output), "written": not dry_run, "shards": account.shards, "tensors": account.tensors,
         "notes": account.notes, "resumed": account.resumed,
     }  # fmt: skip
-    if probe and not dry_run:
-        found["probe"] = probed(base, sources, output, probe, None if weights is None else numbers(weights))
     if as_json:
         print_json(found)
     elif not quiet:
@@ -95,6 +89,3 @@ def report(found: Json) -> None:
               f"{min(row['kept'] for row in rows):.1%} of it or more.")  # fmt: skip
     for note in found["notes"]:
         print(note)
-    if "probe" in found:
-        p = found["probe"]
-        print(f"On {p['prompts']} prompts logits differ by {p['largest_difference']:.2e} at most, KL {p['kl']:.2e}.")

@@ -48,8 +48,8 @@ def settings(quick: bool, out: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", default="out/sweep", help="folder for table, picture and adapters")
-    parser.add_argument("--quick", action="store_true", help="a few steps, and no picture")
+    parser.add_argument("--out", default="out/sweep", help="folder for table and adapters")
+    parser.add_argument("--quick", action="store_true", help="a few steps")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # another number of threads may round otherwise
     if dist.is_torchelastic_launched():
@@ -57,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = graft.sweep(load(), **settings(args.quick, args.out))
     if not dist.is_initialized() or dist.get_rank() == 0:
         Console(width=100).print(found.table())
-        if not args.quick:
-            found.picture(f"{args.out}/sweep.png")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -63,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )  # fmt: skip
         took, best = time.perf_counter() - start, found.best
         console.print(found.table())
-        found.picture(args.out / f"{task.name}.png")
         found.runs.model.set_adapter(best.name)
         right = accuracy(predict(found.runs.model, encode, task.test.texts), task.test.labels)
         start = time.perf_counter()
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         results[task.name] = {"best": best.setting, "accuracy": right, "seconds": [took, one], "alone": said}
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    console.rule(f"{args.out}: tables, curves, pictures and the best adapters")
+    console.rule(f"{args.out}: tables, curves and the best adapters")
     return results
 
 

@@ -8,14 +8,12 @@ from graft.train.callbacks import (
     adalora_callback,
     allocate_on_step,
 )
-from graft.train.multi.patience import Patience
 from graft.train.restart import restart
 from graft.train.resumable import Resumable
 
 __all__ = [
     "FineGatesTrainerMixin",
     "MontecloraTrainerMixin",
-    "Patience",
     "Resumable",
     "Watch",
     "adalora_callback",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise, product
 from typing import Any
 
@@ -75,42 +75,3 @@ def budgets(steps: int, keep: float, rungs: int) -> list[int]:
 def best_of(losses: Mapping[int, float], n: int) -> list[int]:
     """Return the `n` numbers with the lowest losses; of equal ones the lowest number; a NaN is the worst."""
     return sorted(losses, key=lambda i: (math.isnan(losses[i]), losses[i], i))[:n]
-
-
-class Asha:
-    """Asynchronous successive halving (arXiv 1810.05934): whoever is among the best of a rung as far as that is known
-    goes on at once, and nobody waits for the others.
-
-    Args:
-        settings: their numbers.
-    """
-
-    def __init__(self, settings: Iterable[int], rungs: int, keep: float):
-        self.keep, self.top = keep, rungs - 1
-        self.losses: list[dict[int, float]] = [{} for _ in range(rungs)]
-        self.promoted: list[set[int]] = [set() for _ in range(rungs)]
-        self.fresh, self.busy = list(settings), 0  # busy: of which nobody has told yet
-
-    def next(self) -> tuple[int, int] | None:
-        """Return (setting, rung) of what to train next: the highest promotion, else a new setting; None if none is.
-
-        Where a rung has seen too few for one to go on, and nothing else is to come, its best goes on nevertheless.
-        """
-        job = self._promotion() or ((self.fresh.pop(0), 0) if self.fresh else None)
-        if job is None and not self.busy and not any(map(math.isfinite, self.losses[self.top].values())):
-            job = self._promotion(of_few=True)
-        self.busy += job is not None
-        return job
-
-    def _promotion(self, of_few: bool = False) -> tuple[int, int] | None:
-        for rung in range(self.top - 1, -1, -1):
-            losses = self.losses[rung]
-            for i in best_of(losses, len(losses) if of_few else math.floor(len(losses) * self.keep + 1e-9)):
-                if i not in self.promoted[rung] and math.isfinite(losses[i]):
-                    self.promoted[rung].add(i)
-                    return i, rung + 1
-        return None
-
-    def tell(self, i: int, rung: int, loss: float) -> None:
-        self.losses[rung][i] = loss
-        self.busy -= 1

@@ -26,7 +26,7 @@ from graft.core.errors import ConfigError
 from graft.train.multi import run_file
 from graft.train.multi.run import FAILED, Run, Valid
 from graft.train.multi.runs import AT_ONCE, MultiTrain
-from graft.train.multi.search import Asha, Setting, best_of, budgets, settings_in
+from graft.train.multi.search import Setting, best_of, budgets, settings_in
 from graft.train.multi.table import Progress
 
 if TYPE_CHECKING:
@@ -102,12 +102,6 @@ class Sweep:
             table.add_row(*cells, style="bold" if row is rows[0] else None)
         return table
 
-    def picture(self, path: str | os.PathLike[str]) -> None:
-        """Draw all curves into one picture. This needs matplotlib."""
-        from graft.train.multi.picture import draw
-
-        draw(self.ranked, os.fspath(path))
-
 
 def sweep(
     model: nn.Module,
@@ -122,7 +116,6 @@ def sweep(
     n: int | None = None,
     keep: float = 1 / 4,
     rungs: int = 3,
-    asha: int | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     save_every: int = 100,
@@ -150,8 +143,6 @@ def sweep(
         optimizer: a class, or a partial of one.
         search: "grid"; or "random", for `n` settings, where a range (low, high) stands for values of any size in it.
         keep, rungs: with one rung all settings train to the end.
-        asha: so many settings train at a time, and each goes on as soon as it is among the best that its rung has seen
-            (arXiv 1810.05934); processes then decide by themselves.
         seed: of the random search, and of each run unless `space` says it.
         folder: for the table with all curves, and the adapters that were kept; a sweep that was killed goes on there.
         save_every: rounds between two saves.
@@ -167,9 +158,8 @@ def sweep(
         FolderInUseError: another process, or thread, is at a sweep in the folder. Nothing has changed.
         Whatever is raised, the model is as it was.
     """
-    for key, value in ("save_every", save_every), ("asha", 1 if asha is None else asha):
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"sweep: {key} must be a positive int, got {value!r}.")
+    if type(save_every) is not int or save_every < 1:
+        raise ConfigError(f"sweep: save_every must be a positive int, got {save_every!r}.")
     if isinstance(valid, Iterator) or not (hasattr(valid, "__iter__") or hasattr(valid, "__getitem__")):
         raise ConfigError(
             f"sweep: valid must be batches that can be gone through again and again, as a DataLoader or a list; got "
@@ -209,15 +199,12 @@ def sweep(
         first=rank == 0,
         progress=progress,
     )
-    arguments = {"optimizer": optimizer, "seed": seed, "asha": asha, "options": options}
+    arguments = {"optimizer": optimizer, "seed": seed, "options": options}
     mine = range(rank, len(trials), world)
     with job.alone(mine):
         try:
             job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep, **arguments})
-            if asha is None:
-                job.halve(mine, ladder, keep)
-            else:
-                job.climb(mine, ladder, keep, asha)
+            job.halve(mine, ladder, keep)
             job.finish(mine, len(ladder))
         except BaseException:
             job.runs.unload()
@@ -278,7 +265,6 @@ def said(value: object) -> object:
     return getattr(value, "__qualname__", type(value).__qualname__ if " at 0x" in text else text)
 
 
-OVER = ("kept", "dropped", "failed")  # states of trials
 OPTIONS = {*signature(MultiTrain.add).parameters} - {"self", "name", "config", "data", "valid", "optimizer", "steps"}
 
 
@@ -330,28 +316,6 @@ class Job:
                 self.drop(self.trials[i])
             self.write()
 
-    def climb(self, mine: Iterable[int], ladder: list[int], keep: float, slots: int) -> None:
-        """Train `slots` settings at a time; which next, Asha says."""
-        own = list(mine)
-        asha, busy = Asha(own, len(ladder), keep), dict[int, int]()
-        while any(self.trials[i].state not in OVER for i in own):
-            while len(busy) < slots and (job := asha.next()) is not None:
-                i, rung = job
-                busy[i] = rung
-                self.let_go_on(self.trials[i], ladder[rung])
-            if not busy:
-                break
-            self.rounds(lambda: all(self.runs[self.trials[i].name].goes_on for i in busy))
-            there = [i for i in busy if not self.runs[self.trials[i].name].goes_on]
-            self.measure(there, [ladder[busy[i]] for i in there])
-            for i in there:
-                asha.tell(i, busy.pop(i), self.trials[i].loss)
-        self.share()
-        self.best({i: trial.loss for i, trial in enumerate(self.trials)}, 1)
-        for trial in self.trials:
-            if len(trial.losses) < len(ladder) or not math.isfinite(trial.loss):
-                self.drop(trial)
-
     def best(self, losses: dict[int, float], n: int) -> list[int]:
         finite = {i: loss for i, loss in losses.items() if math.isfinite(loss)}
         if not finite:
@@ -364,32 +328,30 @@ class Job:
     def train(self, trials: Sequence[int], until: int) -> None:
         """Take trials to a step, and measure them there."""
         for i in trials:
-            self.let_go_on(self.trials[i], until)
-        self.rounds(lambda: True)
-        self.measure(trials, [until] * len(trials))
+            trial = self.trials[i]
+            run = self.runs[trial.name] if trial.name in self.runs else self.begin(self.runs, trial)
+            run.until = until
+        self.rounds()
+        self.measure(trials, until)
 
-    def let_go_on(self, trial: Trial, until: int) -> None:
-        run = self.runs[trial.name] if trial.name in self.runs else self.begin(self.runs, trial)
-        run.until = until
-
-    def rounds(self, more: Callable[[], bool]) -> None:
-        """Train as long as there is more to do, and save now and then."""
+    def rounds(self) -> None:
+        """Train as long as a run goes on, and save now and then."""
         shown = Progress(self.runs.all) if self.progress and self.first else None
         with shown or nullcontext():
-            while more() and any(run.goes_on for run in self.runs.all()):
+            while any(run.goes_on for run in self.runs.all()):
                 step = self.runs.step()
                 if shown is not None:
                     shown.update()
                 if step.number % self.save_every == 0:
                     self.save()
 
-    def measure(self, trials: Sequence[int], steps: Sequence[int]) -> None:
-        """Note where trials stand, with their loss on validation data at these steps."""
+    def measure(self, trials: Sequence[int], step: int) -> None:
+        """Note where trials stand, with their loss on validation data at this step."""
         runs = [self.runs[self.trials[i].name] for i in trials]
-        new = [run.name for run, step in zip(runs, steps) if run.state != FAILED and looked(run, step) is None]
+        new = [run.name for run in runs if run.state != FAILED and looked(run, step) is None]
         for name, loss in self.runs.evaluate(new, self.valid).items():
             self.runs[name].valid.append(Valid(self.runs[name].step, loss))
-        for i, run, step in zip(trials, runs, steps):
+        for i, run in zip(trials, runs):
             trial, seen = self.trials[i], looked(run, step)
             trial.losses.append(math.nan if seen is None else seen)
             trial.steps, trial.curve, trial.state = run.step, [list(point) for point in run.curve], run.state

@@ -134,7 +134,7 @@ def vllm_on_a_cpu(python, base, max_rank, folder):
         base: folder of the model, with a tokenizer.
         folder: of a memory file system, where versions lie.
     """
-    from graft.serving.start import started
+    from examples.start import start_vllm
 
     environment = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -144,7 +144,7 @@ def vllm_on_a_cpu(python, base, max_rank, folder):
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
-        with started("vllm", str(base), "base", {}, max_rank=max_rank, python=python) as url:
+        with start_vllm(python, str(base), "base", {}, max_rank=max_rank) as url:
             yield VllmOnACpu([url], folder)
     finally:
         for name, value in before.items():

@@ -66,7 +66,6 @@ def test_check_takes_the_servers_options(run):
         (("export", "ADAPTER", "--for", "vllm", "--base", "BASE", "-o", "OUT", "--rank", "x"), 2, "--rank x"),
         (("verify", "--adapter", "ADAPTER", "--base", "BASE"), 2, "--url"),
         (("verify", "--adapter", "ADAPTER", "--base", "BASE", "--url", "http://127.0.0.1:9"), 3, "cannot be reached"),
-        (("verify", "--adapter", "ADAPTER", "--base", "BASE", "--in-process", "tgi"), 2, "vllm only"),
     ],
 )
 def test_what_is_wrong_is_said(words, code, says, run, tmp_path):

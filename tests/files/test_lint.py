@@ -154,7 +154,7 @@ def test_each_rule_finds_its_fault(rule, tensors, config, good, tmp_path):
 def test_files_beside_the_adapter(good, tmp_path):
     base = base_files(good / "base")
     folder = spoiled(good, tmp_path / "a")
-    (folder / CARD).write_text("---\nlicense: apache-2.0\n---\n")
+    (folder / CARD).write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8-sig")  # some editors' first bytes
     assert rules(folder, base) == {"licence"} and not rules(folder)
     (folder / CARD).write_text("# A card without a head\n")
     assert rules(folder) == {"licence"}

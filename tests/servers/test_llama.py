@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import graft
+from examples.start import wait_for_server
 from graft.files import formats
 from graft.files.base import base_files
 from graft.files.convert import convert
@@ -27,7 +28,6 @@ from graft.files.export import export
 from graft.files.serving import check
 from graft.files.tensors import read_header, tensor, write_safetensors
 from graft.serving.ask import Connection, ask
-from graft.serving.start import wait
 from graft.serving.verify import log_probabilities, prompts, rms, shared, values, verify
 from tests.files import adapters
 from tests.models import seeded
@@ -99,7 +99,7 @@ def running(gguf, *loras, control=None):
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(words, stdout=log, stderr=log)
         try:
-            wait(process, f"http://127.0.0.1:{port}", log)
+            wait_for_server(process, f"http://127.0.0.1:{port}", log)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()

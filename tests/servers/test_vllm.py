@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import graft
 from examples import servers
+from examples.start import start_vllm
 from graft.core.errors import PeftError
 from graft.files import formats
 from graft.files.base import base_files
@@ -28,7 +29,6 @@ from graft.files.serving import check
 from graft.io.servers import Blocks
 from graft.serving import Versions
 from graft.serving.ask import Connection
-from graft.serving.start import started
 from graft.serving.verify import verify
 from tests.files import adapters
 from tests.model import test_adapter_tensors as experts
@@ -67,7 +67,7 @@ def url(base):
         yield given
         return
     os.environ |= ENVIRONMENT
-    with started("vllm", base, "base", {}, max_rank=64, python=str(PYTHON)) as at:
+    with start_vllm(str(PYTHON), base, "base", {}) as at:
         yield at
 
 
@@ -180,30 +180,6 @@ def test_another_adapter(url, folder, tmp_path):
 def test_a_name_that_is_unknown(url, folder):
     with pytest.raises(PeftError, match=re.escape("no model 'nobody'")):
         verdict(url, "nobody", folder("scaled"))
-
-
-def test_in_process(base, folder, tmp_path):
-    """The command starts vLLM where it is installed beside graft, and says what that does with the adapter."""
-    source = Path(graft.__file__).parents[1]
-    words = [
-        "verify",
-        "--in-process",
-        "vllm",
-        "--adapter",
-        folder("scaled"),
-        "--base",
-        base,
-        "--timeout",
-        "600",
-        "--json",
-    ]
-    run = subprocess.run(
-        [PYTHON, "-m", "graft", *words], env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(source)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
-    assert found["verdict"] == "applied" and found["deviations"]["applied"] < 1e-4 < 0.1 < found["effect"]
 
 
 # experts: vLLM's kernels for their adapters need a GPU, its loaders do not

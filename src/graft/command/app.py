@@ -35,12 +35,10 @@ CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
     (OSError, UNREADABLE),
 )  # fmt: skip
 VERBS = (  # modules of this package, in the order of `graft --help`
-    "inspect", "diff", "lint", "resize", "extract", "merge", "convert", "check", "export", "verify", "plan", "hub",
+    "inspect", "diff", "lint", "resize", "extract", "merge", "convert", "check", "export", "verify", "plan",
 )  # fmt: skip
 
-LOOK, CHANGE, SERVE, PLAN, HUB = (  # parts of `graft --help`
-    "Look at adapters", "Change them", "Have them served", "Before training", "On the hub",
-)  # fmt: skip
+LOOK, CHANGE, SERVE, PLAN = "Look at adapters", "Change them", "Have them served", "Before training"  # of `--help`
 HELP = """
 Adapters as files: look at them, compare, change, convert and prove them.
 

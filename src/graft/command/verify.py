@@ -10,7 +10,6 @@ import typer
 
 from graft.command import show
 from graft.command.app import FOUND, SERVE, app, print_json
-from graft.files.errors import OptionError
 
 LEAST = 1e-6
 
@@ -19,13 +18,12 @@ LEAST = 1e-6
 def verify(
     adapter: Annotated[str, typer.Option(help="The adapter, of any format, as it was trained or exported.")],
     base: Annotated[str, typer.Option(help="Folder of the model that the server runs.")],
-    url: Annotated[str | None, typer.Option(help="Of the server: http://host:port")] = None,
+    url: Annotated[str, typer.Option(help="Of the server: http://host:port")],
     model: Annotated[str, typer.Option(help="The adapter's name on the server.")] = "adapter",
     base_name: Annotated[str, typer.Option(help="The base's name there.")] = "base",
     server: Annotated[
         str | None, typer.Option(help="vllm, sglang, llama.cpp or openai, if the server does not tell.")
     ] = None,
-    in_process: Annotated[str | None, typer.Option(help="Start this server for the time: vllm.")] = None,
     dtype: Annotated[str, typer.Option(help="In which the server computes: float32, float16, bfloat16.")] = "float32",
     tolerance: Annotated[float | None, typer.Option(min=0, help="Of a log-probability, in the mean.")] = None,
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for each answer.")] = 60,
@@ -45,33 +43,22 @@ def verify(
     from graft.command.models import load_base, on
     from graft.files.sources import local
     from graft.serving.ask import Connection
-    from graft.serving.start import started
     from graft.serving.verify import verify as compare
 
-    if (url is None) == (in_process is None):
-        raise OptionError("Give one of the two: --url of a running server, or --in-process vllm.")
     source, own = local(adapter), load_base(base, device=device)
-    options = dict(dtype=dtype, tolerance=tolerance, server=server)
-
-    def ask(at: str) -> None:
-        connection = Connection(at, timeout, api_key)
-        found = compare(connection, own, lambda m: on(m, source), model, base_name, **options)  # type: ignore[arg-type]
-        if as_json:
-            print_json(found.as_dict())
-        elif not quiet:
-            print(found.text)
-            print(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
-            print(f"  {figure(found.noise)}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
-            for what, by in sorted(found.deviations.items(), key=lambda item: item[1]):
-                print(f"    {what:<20} {figure(by)}")
-        if not found.ok:
-            sys.exit(FOUND)
-
-    if url is not None:
-        ask(url)
-        return
-    with started(str(in_process), base, base_name, {model: source}, dtype) as at:
-        ask(at)
+    found = compare(
+        Connection(url, timeout, api_key), own, lambda _: on(own, source), model, base_name, dtype, tolerance, server
+    )
+    if as_json:
+        print_json(found.as_dict())
+    elif not quiet:
+        print(found.text)
+        print(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
+        print(f"  {figure(found.noise)}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
+        for what, by in sorted(found.deviations.items(), key=lambda item: item[1]):
+            print(f"    {what:<20} {figure(by)}")
+    if not found.ok:
+        sys.exit(FOUND)
 
 
 def figure(value: float) -> str:

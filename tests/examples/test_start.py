@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verify --in-process` starts a server, says why it does not come up, and leaves none behind."""
+"""`start_vllm` starts a server, says why it does not come up, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import pytest
 
-from graft.files.errors import OptionError, PackageNeededError, ServerError
+from examples.start import start_vllm
+from graft.files.errors import ServerError
 from graft.serving.ask import Connection
-from graft.serving.start import started
 
 SERVER = """
 import http.server, json, os, sys
@@ -25,7 +25,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 
 
 def python(tmp_path, text):
-    """An executable that runs this program with the words of `started`'s command."""
+    """An executable that runs this program with the words of `start_vllm`'s command."""
     (tmp_path / "server.py").write_text(text)
     path = tmp_path / "python"
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/server.py" "$@"\n')
@@ -35,7 +35,7 @@ def python(tmp_path, text):
 
 def test_a_server_for_as_long_as_the_block_runs(tmp_path):
     adapters = {"one": "a/one", "two": "/two"}
-    with started("vllm", "a/base", "named", adapters, "bfloat16", 32, python=python(tmp_path, SERVER)) as url:
+    with start_vllm(python(tmp_path, SERVER), "a/base", "named", adapters, "bfloat16", 32) as url:
         said = Connection(url).get("/v1/models")
     words = said["words"]
     assert words[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
@@ -50,13 +50,6 @@ def test_a_server_for_as_long_as_the_block_runs(tmp_path):
 def test_a_server_that_ends(tmp_path):
     with (
         pytest.raises(ServerError, match=r"ended before it was ready(.|\n)*ValueError: no such model"),
-        started("vllm", "base", "base", {}, python=python(tmp_path, "raise ValueError('no such model')")),
+        start_vllm(python(tmp_path, "raise ValueError('no such model')"), "base", "base", {}),
     ):
         raise AssertionError("it is not ready")
-
-
-def test_servers_that_cannot_be_started():
-    with pytest.raises(OptionError, match="vllm only"), started("tgi", "base", "base", {}):
-        raise AssertionError
-    with pytest.raises(PackageNeededError, match="not installed beside graft"), started("vllm", "base", "base", {}):
-        raise AssertionError

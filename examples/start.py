@@ -1,45 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server of this machine's, for as long as a block runs."""
+"""Starting a vLLM server of this machine for the time of a block."""
 
 from __future__ import annotations
 
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import IO
 
-from graft.files.errors import OptionError, PackageNeededError, ServerError
+from graft.files.errors import ServerError
 from graft.serving.ask import Connection
 
 LONGEST = 600  # seconds until it must be ready
 
 
 @contextmanager
-def started(
-    server: str, base: str, base_name: str, adapters: Mapping[str, str], dtype: str = "float32", max_rank: int = 64,
-    python: str = sys.executable,
-) -> Iterator[str]:  # fmt: skip
-    """Start vLLM of a Python's environment; yield its address, and end it with the block.
+def start_vllm(
+    python: str, base: str, base_name: str, adapters: Mapping[str, str], dtype: str = "float32", max_rank: int = 64
+) -> Iterator[str]:
+    """Start the vLLM of a Python's environment; yield its address, and end it with the block.
 
     Args:
         base: folder of the model.
         adapters: name → folder.
 
     Raises:
-        OptionError: it is another server.
-        PackageNeededError: it is not installed.
-        ServerError: it ended, or was not ready in time; the text has the end of its log.
+        ServerError: the server ended, or was not ready in time; the text has the end of its log.
     """
-    if server != "vllm":
-        raise OptionError(f"--in-process {server}: graft starts vllm only; start others yourself, and give --url.")
-    if python == sys.executable and find_spec("vllm") is None:
-        raise PackageNeededError(f"vllm is not installed beside graft, in {sys.prefix}.")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +45,7 @@ def started(
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | quiet, start_new_session=True)
         try:
-            wait(process, f"http://127.0.0.1:{port}", log)
+            wait_for_server(process, f"http://127.0.0.1:{port}", log)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
@@ -65,7 +56,7 @@ def started(
                 process.wait()
 
 
-def wait(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
+def wait_for_server(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
     """Wait until the server answers."""
     end = time.monotonic() + LONGEST
     while process.poll() is None and time.monotonic() < end:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft plan`: layers, memory and what fits."""
+
+import json
+
+import pytest
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
+from typer.testing import CliRunner
+
+import graft
+from graft.command import plan  # noqa: F401  it registers itself
+from graft.command.app import app
+from graft.files.errors import OptionError
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=96)  # fmt: skip
+    model = graft.get_peft_model(LlamaForCausalLM(config), graft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    config.save_pretrained(tmp_path / "base")
+    return tmp_path / "adapter"
+
+
+def run(*args):
+    return CliRunner().invoke(app, [*map(str, args)], catch_exceptions=False)
+
+
+def test_plan_shows_layers_memory_and_what_fits(adapter, tmp_path):
+    args = ["plan", tmp_path / "base", "--targets", "q_proj,v_proj", "-r", "4", "--batch", "2", "--seq", "16"]
+    found = json.loads(run(*args, "--gpu", "2GB", "--json").stdout)
+    assert found["layers"] == 4 and found["trainable"] == 2 * (4 * 64 + 4 * 48)
+    assert found["memory"]["total"] > found["memory"]["weights"] > 0
+    ways = {(w["checkpointing"], w["bits"]): w for w in found["gpu"]["fits"]}
+    assert ways[True, None]["least"] < ways[False, None]["least"] and ways[False, None]["largest_batch"] > 2
+    assert found["gpu"]["largest_rank"] == 1024
+    small = json.loads(run(*args, "--gpu", "600MB", "--json").stdout)["gpu"]  # less than a context takes
+    assert small["largest_rank"] == 0 and not any(w["largest_batch"] for w in small["fits"])
+    text = run(*args, "--gpu", "2GB", "--trial").stdout
+    assert "batches up to" in text and "activations" in text and "Time on cpu" in text
+
+
+def test_plan_of_packed_experts(tmp_path):
+    from tests.storage.packed_experts import gpt_oss
+
+    config = gpt_oss().config
+    config.save_pretrained(tmp_path)
+    options = ["--targets", "q_proj", "--parameters", "experts.down_proj", "-r", "2", "--seq", "8", "--json"]
+    args = ["plan", tmp_path, *options]
+    plain = json.loads(run(*args).stdout)
+    assert plain["memory"]["base"] is None and plain["layers"] == 4
+    named = json.loads(run(*args, "--base", "mxfp4").stdout)
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(tmp_path)
+    found = json.loads(run(*args, "--gpu", "2GB").stdout)
+    assert found["memory"]["base"] == "mxfp4" and found["trainable"] == plain["trainable"]
+    assert found["memory"]["weights"] == named["memory"]["weights"] < plain["memory"]["weights"]
+    assert {w["bits"] for w in found["gpu"]["fits"]} == {"mxfp4"}
+    assert json.loads(run(*args, "--base", "none").stdout)["memory"]["weights"] == plain["memory"]["weights"]
+    with pytest.raises(OptionError, match="--base is one of nf4"):
+        run(*args, "--base", "q4")
+
+
+def test_plan_of_a_model_whose_language_part_has_its_own_config(tmp_path):
+    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+                                    vocab_size=64)  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                           num_attention_heads=4, image_size=16, patch_size=8)  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    found = json.loads(run("plan", tmp_path, "--seq", "16", "--json").stdout)
+    assert found["blocks"]["LlamaDecoderLayer"] == {"all": 4, "adapted": 4} and found["memory"]["kept"] > 0

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +36,10 @@ __all__ = [
 ]
 
 
-def pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter, float, int]]:
+Pair = tuple[nn.Parameter, nn.Parameter, float, int]  # A, B, scaling and number of matrices
+
+
+def pairs(model: nn.Module) -> Iterator[Pair]:
     """Yield A, B, scaling and number of matrices of each LoRA adapter on a layer that is no embedding."""
     for layer in model.modules():
         if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
@@ -291,11 +297,13 @@ def create_riemannian_optimizer(
         ConfigError: no pair of A and B trains, or a step needs or gets a closure.
     """
 
-    def change(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
-        return gram(B.mT, reg) @ a, b @ gram(A, reg)
-
     names = "create_riemannian_optimizer", "Riemannian preconditioning"
-    return preconditioned(model, optimizer_cls, change, names, lr=lr, **kwargs)
+    return preconditioned(model, optimizer_cls, partial(metric_gradients, reg), names, lr=lr, **kwargs)
+
+
+def metric_gradients(reg: float, A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients a of A (…, r, n) and b of B (…, m, r) in the metric of B A; `reg` dampens it."""
+    return gram(B.mT, reg) @ a, b @ gram(A, reg)
 
 
 def create_lorapro_optimizer(
@@ -377,21 +385,43 @@ def preconditioned(
     if not both:
         raise ConfigError(f"{names[0]} did not find any trainable lora_A/lora_B parameter pairs.")
     optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **kwargs)
+    hook = GradientChange(change, both, names[1])
+    optimizer.register_step_pre_hook(hook)
+    optimizer.__getstate__ = partial(state_with_hook, optimizer, hook)  # type: ignore[method-assign]
+    return optimizer
+
+
+@dataclass
+class GradientChange:
+    """Changes the gradients of A and B before a step of an optimizer. `method` is its name, for errors."""
+
+    change: Change
+    both: list[Pair]
+    method: str
 
     @torch.no_grad()
-    def precondition(_: object, inputs: tuple[object, ...], options: dict[str, object]) -> None:
+    def __call__(self, _: object, inputs: tuple[object, ...], options: dict[str, object]) -> None:
         # accelerate's optimizers, and so Trainer's, pass the None on by its place
         if any(given is not None for given in inputs[1:]) or options.get("closure") is not None:
-            raise ConfigError(f"An optimizer with {names[1]} does not support closures.")
-        for A, B, s, n in both:
+            raise ConfigError(f"An optimizer with {self.method} does not support closures.")
+        for A, B, s, n in self.both:
             if A.grad is not None and B.grad is not None:
-                changed = change(*apart(A, B, n), *apart(A.grad.float(), B.grad.float(), n), s)
+                changed = self.change(*apart(A, B, n), *apart(A.grad.float(), B.grad.float(), n), s)
                 a, b = together(*changed, n)
                 A.grad.copy_(a)
                 B.grad.copy_(b)
 
-    optimizer.register_step_pre_hook(precondition)
-    return optimizer
+
+HOOKS = "_optimizer_step_pre_hooks"  # torch's own attribute, which its state leaves out
+
+
+def state_with_hook(optimizer: Optimizer, hook: GradientChange) -> Group:
+    """Return the state of an optimizer for copies and pickles, with its hook, and with this function for their copies.
+
+    The hook gets the number -1 there: torch counts the hooks of each process from 0.
+    """
+    again = vars(optimizer)["__getstate__"]
+    return {**type(optimizer).__getstate__(optimizer), HOOKS: OrderedDict({-1: hook}), "__getstate__": again}
 
 
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.core.errors import ConfigError
 from graft.model import functional
 from tests.conformance.samples import SAMPLES
 from tests.looks import layers, merged
@@ -139,6 +140,18 @@ def test_a_scaled_adapter_adds_as_much_more():
     layer.set_scale("a", 2)
     layer.merge()
     assert_close(layer.base_layer.weight - W, W - layers(net_with("a", targets=["two"]))["two"].weight)
+
+
+def test_scaling_by_no_number():
+    layer = layers(net_with("a"))["one"]
+    start = layer.scaling["a"]
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for call in (lambda v: layer.set_scale("a", v), layer.scale_layer, layer.unscale_layer):
+            with pytest.raises(ConfigError, match="'one' cannot scale an adapter by"):
+                call(bad)
+    with pytest.raises(ConfigError, match="by 0"):
+        layer.unscale_layer(0)
+    assert layer.scaling == {"a": start}
 
 
 def test_scaling_of_an_unknown_adapter_does_nothing():

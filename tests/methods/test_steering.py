@@ -52,6 +52,11 @@ def test_the_formula():
     assert_close(mixed, h + torch.tensor([1.0, 0, 3])[:, None, None] * v)
     with pytest.raises(RoutingError, match=r"shape \(2,\) for a batch of 3 rows"):
         model(**inputs("llama"), steering_coefficient=[1, 2])
+    for value in (float("nan"), [1.0, float("inf"), 1.0], torch.tensor([1.0, float("nan"), 1.0]), 1e39):
+        with pytest.raises(RoutingError, match=r"NaN or infinite\. Give finite numbers"):
+            model(**inputs("llama"), steering_coefficient=value)
+    with pytest.raises(RoutingError, match="takes a number, or one for each row"):
+        model(**inputs("llama"), steering_coefficient=10**400)
 
 
 def test_coefficients_go_where_the_rows_are():

@@ -2,6 +2,7 @@
 """Optimizers for LoRA: the same steps as PEFT's, and the formulas."""
 
 import copy
+import pickle
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -13,6 +14,7 @@ import torch
 
 import graft
 from graft import optim as optimizers
+from graft.core.errors import ConfigError
 from graft.optim import by_cholesky, gram, pro_gradients
 from tests import models
 from tests.pair import adapt, both, close_dicts, gradients, outcome, randomize
@@ -205,16 +207,31 @@ def test_groups_for_pefts_class_are_refused():
         optimizers.LoraFAOptimizer([group])
 
 
-def test_a_copy_of_lorafa_takes_the_same_steps():
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda pair: copy.deepcopy(copy.deepcopy(pair))], ids=["one", "two"])
+@pytest.mark.parametrize("name", ["lorafa", "riemannian", "lorapro", "muon"])
+def test_a_copy_takes_the_same_steps(name, again):
     model = adapt(graft, first("LORA"))
-    made = optimizers.create_lorafa_optimizer(model)
-    pair = copy.deepcopy((model, made))
+    more = {"lorafa": {}, "muon": {"lr": 0.1}}.get(name, {"optimizer_cls": torch.optim.SGD, "lr": 0.1})
+    made = getattr(optimizers, f"create_{name}_optimizer")(model, **more)
+    pairs = (model, made), again((model, made)), (model, pickle.loads(pickle.dumps(made)))
     states = []
-    for net, optimizer in ((model, made), pair):
+    for net, optimizer in pairs[:2]:
         gradients(net, first("LORA"))
         optimizer.step()
         states.append({n: p.detach() for n, p in net.named_parameters()})
     close_dicts(*states, 0)
+    held = [len(o.state_dict()["param_groups"]) for _, o in pairs]
+    assert held[0] == held[2] and pairs[2][1].param_groups[0]["params"][0] is not made.param_groups[0]["params"][0]
+
+
+@pytest.mark.parametrize("name", ["riemannian", "lorapro"])
+def test_a_copy_and_a_pickle_still_refuse_closures(name):
+    made = getattr(optimizers, f"create_{name}_optimizer")(adapt(graft, first("LORA")), torch.optim.SGD, lr=0.1)
+    hooks = len(made._optimizer_step_pre_hooks)
+    for other in copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made)):
+        assert len(other._optimizer_step_pre_hooks) == hooks == 1
+        with pytest.raises(ConfigError, match="closures"):
+            other.step(lambda: 0.0)
 
 
 def test_lorafa_with_a_closure():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -239,18 +240,25 @@ class PeftNames:
     # scaling
 
     def set_scale(self: Layer, adapter: str, scale: float) -> None:
-        """Multiply the configured scaling of `adapter` by `scale`."""
+        """Multiply the configured scaling of `adapter` by `scale`. Raises ConfigError if that is not finite."""
+        check_scale(self, scale)
         if adapter in self.scaling_at_start:
             self.scaling[adapter] = scale * self.scaling_at_start[adapter]
         elif adapter in self.methods:
             no_scaling(self, adapter)
 
     def scale_layer(self: Layer, scale: float) -> None:
-        """Multiply the current scaling of the active adapters by `scale`."""
+        """Multiply the current scaling of the active adapters by `scale`. Raises ConfigError as `set_scale`."""
+        check_scale(self, scale)
         rescale(self, lambda adapter: self.scaling[adapter] * scale, changes=scale != 1)
 
     def unscale_layer(self: Layer, scale: float | None = None) -> None:
-        """Divide the current scaling of the active adapters by `scale`; reset it if None."""
+        """Divide the current scaling of the active adapters by `scale`; reset it if None.
+
+        Raises:
+            ConfigError: `scale` is 0, or not finite.
+        """
+        check_scale(self, scale, divides=True)
         start = self.scaling_at_start
         rescale(self, lambda a: start[a] if scale is None else self.scaling[a] / scale, changes=scale not in (None, 1))
 
@@ -286,6 +294,15 @@ def rescale(layer: Layer, new: Callable[[str], float], changes: bool) -> None:
             layer.scaling[adapter] = new(adapter)
         elif adapter in layer.methods and changes:
             no_scaling(layer, adapter)
+
+
+def check_scale(layer: Layer, scale: float | None, divides: bool = False) -> None:
+    """Raise ConfigError if a number that multiplies or divides scalings of a layer is not finite, or divides by 0.
+
+    Tensors pass: to read one, the host would wait for its device.
+    """
+    if isinstance(scale, (int, float)) and not (math.isfinite(scale) and (scale or not divides)):
+        raise ConfigError(f"Layer '{layer.site.key}' cannot scale an adapter by {scale}. Give another number.")
 
 
 def no_scaling(layer: Layer, adapter: str) -> None:

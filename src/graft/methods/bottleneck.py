@@ -108,6 +108,14 @@ class BottleneckConfig(Targeted, Chosen):
             raise ConfigError(f"reduction_factor={r} has no entry for block {block}, and no 'default'.")
         return r.get(str(block), r.get("default", 0))
 
+    def check_blocks(self, numbers: Collection[int]) -> None:
+        """Raise ConfigError if a field names a block whose number is not among `numbers`, those of the model."""
+        by_block = self.reduction_factor if isinstance(self.reduction_factor, dict) else {}
+        for name, blocks in ("leave_out", self.leave_out), ("reduction_factor", [*by_block]):
+            if unknown := [block for block in blocks if str(block) not in {"default", *map(str, numbers)}]:
+                last = max(numbers, default=0)
+                raise ConfigError(f"`{name}` names block {unknown[0]!r}. Choose among the model's blocks, 0 to {last}.")
+
     @classmethod
     def preset(cls, name: str, **changes: object) -> BottleneckConfig:
         """Return the config of a paper, by AdapterHub's name for it, with some fields changed.
@@ -154,7 +162,8 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
 
     Raises:
         NoMatchingPeftModuleError: the model has no such places.
-        ConfigError: a block has no reduction factor.
+        ConfigError: a block has no reduction factor, or `leave_out` or `reduction_factor` names a block that the model
+            lacks.
     """
     places: dict[str, Place] = {}
     paths = [path for path, _ in walk(model) if path]
@@ -163,14 +172,17 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
         if getattr(cfg, name) is not None
     }  # fmt: skip
     blocks = [] if overridden and not cfg.is_parallel else blocks_of(model)
+    numbers = {*range(len(blocks))}
     for i, block in enumerate(blocks):
         if i not in cfg.leave_out:
             places |= of_block(cfg, i, block, block.norm_after_mlp(model_type(model)))
     for name, wanted in overridden.items():
         for path in named(paths, wanted, name):
             number = next((int(part) for part in path.split(".") if part.isdecimal()), 0)
+            numbers.add(number)
             if number not in cfg.leave_out:
                 places[path] = Place("after", hidden_size(model), number)
+    cfg.check_blocks(numbers)
     if cfg.inv_adapter:
         places |= around_model(cfg, model)
     if not places:

@@ -6,7 +6,6 @@ Representation Engineering, 2310.01405, scales the result back to the norm that 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.rows import PerRow, Run
+from graft.kernels.waits import demand
 from graft.methods.states import OnStates, StatesConfig
 
 COEFFICIENT = "steering_coefficient"
@@ -36,8 +36,6 @@ class SteeringConfig(StatesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.coefficient):
-            raise ConfigError(f"`coefficient` must be finite, got {self.coefficient}.")
         if self.min_token_index < 0:
             raise ConfigError(f"`min_token_index` must not be negative, got {self.min_token_index}.")
 
@@ -87,20 +85,26 @@ class Steering(OnStates[SteeringConfig]):
         """Return the coefficient of each row, if the call says any.
 
         Raises:
-            RoutingError: they are no numbers, or not one for each row.
+            RoutingError: they are no finite numbers, or not one for each row.
         """
         value = run.own.get(COEFFICIENT)
         return {} if value is None else {COEFFICIENT: coefficients(value, run)}
 
 
 def coefficients(value: object, run: Run) -> Tensor:
-    """Return a number for each row, (batch,)."""
+    """Return a number for each row, (batch,).
+
+    Raises:
+        RoutingError: there is another number of them, or one is not finite.
+    """
     try:
         c = torch.as_tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise RoutingError(f"{COEFFICIENT} takes a number, or one for each row, got {value!r}.") from e
     rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     batch = len(rows[0]) if rows else 1
     if c.dim() > 1 or (c.dim() == 1 and len(c) != batch):
         raise RoutingError(f"{COEFFICIENT} has shape {tuple(c.shape)} for a batch of {batch} rows.")
+    text = f"{COEFFICIENT} has a number that is NaN or infinite. Give finite numbers."
+    demand(c.isfinite().all(), lambda: RoutingError(text), text)
     return (c.to(rows[0].device, non_blocking=True) if rows else c).expand(batch)  # once, and not in each layer

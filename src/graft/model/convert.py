@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 from collections.abc import Mapping
 
@@ -81,9 +82,15 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
         rank: at most that of each layer.
 
     Raises:
-        TypeError: the model has no adapter on layers.
+        TypeError: the model has no adapter on layers, or the rank is no whole number.
         ConfigError: it is another method's, or a variant whose first ranks are none; or the rank is not in its range.
     """
+    try:
+        rank = operator.index(rank)
+    except TypeError:
+        raise ConfigTypeError(
+            f"truncate_lora got {rank!r} as the rank of adapter '{adapter_name}'. Give a whole number."
+        ) from None
     parts, prefix, _, config = found(model, adapter_name)
     made = copy.deepcopy(config)
     if not isinstance(made, LoraConfig) or made.lora_bias or set(made.variants) - {"use_dylora"}:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """graft.load_adapter: files of other libraries straight onto models; merged weights change as those libraries say."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import graft
+from graft.files.bases import base_of
 from graft.model import foreign
 from tests.files.make_fixtures import LLAMA, net
+from tests.trees import tree
 
 FIXTURES = Path(__file__).parents[1] / "files" / "fixtures"
 
@@ -48,6 +52,48 @@ def test_merging_changes_the_weights_as_the_other_library_does(name):
         if leaf == "weight":
             change = wanted.get(path, torch.zeros_like(value))
             assert (value - before[key] - change).abs().max() < 4e-6 * max(1, change.abs().max()), key
+
+
+def part(name):
+    """One model of a pipeline, by its files."""
+    shapes = base_of(FIXTURES / "base_pipeline" / name).shapes
+    weights = {n.removesuffix(".weight"): shape for n, shape in shapes.items() if n.endswith(".weight")}
+    made = iter([weights[n] for n in weights if len(weights[n]) > 1])
+
+    def layer():
+        out, fan_in, *kernel = next(made)
+        return nn.Conv2d(fan_in, out, kernel) if kernel else nn.Linear(fan_in, out)
+
+    return tree([n for n in weights if len(weights[n]) > 1], layer)
+
+
+@pytest.mark.parametrize("name", ["unet", "text_encoder"])
+@pytest.mark.parametrize("file", ["kohya_sd", "diffusers_new"])
+def test_one_model_of_a_pipeline_gets_its_part(name, file):
+    wanted = load_file(FIXTURES / f"{file}.delta.safetensors")
+    wanted = {path.removeprefix(f"{name}."): d for path, d in wanted.items() if path.startswith(f"{name}.")}
+    model = part(name)
+    before = {path: model.get_submodule(path).weight.detach().clone() for path in wanted}
+    merged = graft.load_adapter(model, FIXTURES / file).merge_and_unload()
+    assert wanted
+    for path, d in wanted.items():
+        torch.testing.assert_close(merged.get_submodule(path).weight - before[path], d, rtol=0, atol=1e-5)
+
+
+def test_parts_of_one_set_of_names_go_to_the_model_of_their_shapes(tmp_path):
+    """SDXL's text encoders: the names of the first are among those of the second."""
+    shapes = {"te1": (4, 6), "te2": (8, 10)}
+    names = {f"lora_{te}_layers_0_fc1": shape for te, shape in shapes.items()} | {"lora_unet_block_fc": (3, 5)}
+    tensors = {}
+    for name, (out, fan_in) in names.items():
+        tensors |= {f"{name}.lora_down.weight": torch.randn(2, fan_in), f"{name}.lora_up.weight": torch.randn(out, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    for te, (out, fan_in) in shapes.items():
+        made = graft.load_adapter(tree(["layers.0.fc1"], partial(nn.Linear, fan_in, out)), tmp_path / "a.safetensors")
+        weight = made.merge_and_unload().layers.get_submodule("0.fc1").weight
+        assert weight.shape == (out, fan_in), te
+    with pytest.raises(graft.BaseModelMismatchError, match="has no modules for"):
+        graft.load_adapter(tree(["else"]), tmp_path / "a.safetensors")
 
 
 def test_beside_the_adapters_of_a_peft_model():

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from graft.core.errors import BaseModelMismatchError
 from graft.files.bases import COMPONENTS
+from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile
 
 if TYPE_CHECKING:
@@ -44,6 +47,19 @@ def split(adapter: AdapterFile) -> dict[str, AdapterFile]:
         )  # fmt: skip
         out[part].method = method_of(out[part], adapter.method)
     return out
+
+
+def part_for(adapter: AdapterFile, base: Base) -> AdapterFile:
+    """Return the part of a pipeline's adapter that one model is, by names and shapes.
+
+    It is the adapter itself if it is for one model, or if not exactly one part fits.
+    """
+    known, fitting = set(base.modules), []
+    for part in split(adapter).values():
+        with suppress(BaseModelMismatchError):
+            check_shapes(part.low_rank, part, base)
+            fitting += [part] if known.issuperset(part.modules) else []
+    return fitting[0] if len(fitting) == 1 else adapter
 
 
 def method_of(adapter: AdapterFile, otherwise: str) -> str:

@@ -15,7 +15,7 @@ from graft.config.base import PeftConfig
 from graft.core.errors import some
 from graft.core.merging import unmerged
 from graft.files.bases import Skeleton, skeleton
-from graft.files.components import split
+from graft.files.components import part_for
 from graft.files.errors import LossError
 from graft.files.formats import read
 from graft.files.formats.peft import config_of, tensors_of
@@ -62,11 +62,7 @@ def load_adapter(
     known = names_in(model)
     adapter = read(path, known)
     if adapter.format != "peft" or adapter.pipeline:
-        parts = split(adapter)
-        if parts:
-            modules = set(known.modules)
-            fitting = [part for part in parts.values() if modules.issuperset(part.modules)]
-            adapter = fitting[0] if len(fitting) == 1 else adapter
+        adapter = part_for(adapter, known)
         check(adapter, known)
         adapter = as_peft(adapter, known)
         adapter, _ = fit(adapter, PEFT, "peft", lossy, known)

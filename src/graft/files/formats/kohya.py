@@ -11,7 +11,7 @@ import numpy as np
 
 from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftError
 from graft.files import names
-from graft.files.components import is_pipeline, method_of
+from graft.files.components import is_pipeline, joined, method_of, part_for
 from graft.files.formats import Base, one_file
 from graft.files.holding import Holds, both, fit, misfit, scale_of
 from graft.files.neutral import AdapterFile, Kind, LowRank, Other
@@ -58,6 +58,8 @@ def recognises(path: str) -> bool:
 def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a file; without a base the modules have its own names.
 
+    Of a pipeline's file and a base that is one model, the parts that this model is not keep the file's names.
+
     Raises:
         CheckpointError: factors are missing or do not fit each other, or a name is that of two modules of the base.
         BaseModelMismatchError: the base has no such modules, and diffusers finds none under their first names.
@@ -71,20 +73,57 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         modules.setdefault(name, {})[leaf] = values
     for name in [name for name in modules if not name.startswith((*PREFIXES,))]:
         out.unread += [f"{name}.{leaf}" if leaf else name for leaf in modules.pop(name)]
+    by_part: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for name, of_module in modules.items():
+        by_part.setdefault(components_of(name)[0], {})[name] = of_module
     try:
-        paths = dict(zip(modules, modules)) if base is None else found(out, modules, base)
+        if base is None or is_pipeline(base) or len(by_part) < 2 or "" in by_part:
+            take_modules(out, modules, base)
+            out.method, out.pipeline = method_of(out, out.method), is_pipeline(base)
+            return out
+        parts = {part: part_of(out, of_part, base) for part, of_part in by_part.items()}
+        if all(part.flat for part in parts.values()):
+            raise names.missing(out, modules, base)
     except BaseModelMismatchError:
         if (renamed := of_first_release(file, base)) is None:
             raise
         return renamed
+    whole = joined(parts, file)
+    return replace(whole, flat=False, unread=out.unread + whole.unread, method=method_of(whole, whole.method))
+
+
+def part_of(adapter: AdapterFile, modules: Mapping[str, dict[str, Tensor]], base: Base) -> AdapterFile:
+    """Return the adapter of one part of a pipeline: by the base's paths, or by the file's names if it has none."""
+    for known in (base, None):
+        out = replace(adapter, modules={}, full={}, unread=[], flat=known is None)
+        try:
+            take_modules(out, modules, known)
+            break
+        except BaseModelMismatchError:
+            continue
+    out.method = method_of(out, out.method)
+    return out
+
+
+def take_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], base: Base | None) -> None:
+    """Put what a file has for these modules into `out`.
+
+    Raises:
+        CheckpointError: factors are missing or do not fit each other, or a name is that of two modules of the base.
+        BaseModelMismatchError: the base lacks some of them.
+    """
+    paths = dict(zip(modules, modules)) if base is None else found(out, modules, base)
     for name, of_module in modules.items():
         try:
             read_module(out, paths[name], name, of_module, base)
         except IndexError as e:  # a tensor has fewer dimensions than its name says
             shapes = {leaf: t.shape for leaf, t in of_module.items()}
-            raise CheckpointError(f"{file}: the tensors of '{name}' have shapes that cannot be: {shapes}.") from e
-    out.method, out.pipeline = method_of(out, out.method), is_pipeline(base)
-    return out
+            raise CheckpointError(f"{out.path}: the tensors of '{name}' have shapes that cannot be: {shapes}.") from e
+
+
+def components_of(name: str) -> tuple[str, ...]:
+    """Return the parts of a pipeline that may have a module, by the prefix of its name; "": the base is one model."""
+    return PREFIXES[next(prefix for prefix in PREFIXES if name.startswith(prefix))]
 
 
 def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
@@ -98,7 +137,7 @@ def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
         return None
     try:
         adapter = diffusers.of_tensors(file, diffusers.renamed(file, base), {})
-        names.check(adapter, base)
+        names.check(part_for(adapter, base), base)
     except PeftError:  # then the base is another, as far as anybody knows
         return None
     return replace(adapter, format=NAME)

@@ -6,8 +6,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
-from graft.kernels.one_product import plain
-from graft.kernels.refactored import Refactored
 from graft.methods.frod import category
 from tests import models
 from tests.pair import LIBS, adapt, close, output, randomize
@@ -29,30 +27,6 @@ SAMPLE = first("FROD")
 )
 def test_categories(path, name):
     assert category(path) == name
-
-
-@pytest.mark.parametrize("rows, out, n", [(10, 12, 20), (70, 12, 20), (300, 20, 12), (300, 12, 20)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("share", [2, 20])
-def test_the_kernel_is_the_reference(rows, out, n, dtype, share):
-    g = torch.Generator().manual_seed(0)
-    W, x, U, V = (torch.randn(s, generator=g) for s in ((out, n), (rows, n), (out, n), (n, n)))
-    W, x, b = W.to(dtype), x.to(dtype).requires_grad_(), torch.randn(out, generator=g).to(dtype)
-    places = torch.randperm(n * n, generator=g)[: n * n // share]
-    values = torch.randn(len(places), generator=g).requires_grad_()
-    results = []
-    for form in ("kernel", "plain"):
-        if form == "kernel":
-            call = torch.nn.functional.linear
-            y = Refactored(W, U, V, values, places).linear_with(W, b, x, call, lambda g, W: g @ W)
-        else:
-            M = torch.zeros(n * n).index_put((places,), values).view(n, n)
-            y = plain(W.float(), b.float(), x.float(), U @ M @ V.T - W.float()).to(dtype)
-        grads = torch.autograd.grad((y.float() * torch.linspace(-1, 1, out)).sum(), (x, values))
-        results.append((y, *grads))
-    for ours, theirs in zip(*results):
-        close(ours.float(), theirs.float(), 2e-2 if dtype is torch.bfloat16 else 1e-4)
-    assert Refactored(W, U, V, values, places).linear_with(W.clone(), b, x, call, None) is None
 
 
 @pytest.mark.differs(

@@ -111,7 +111,7 @@ class Unformed(Deferred, Protocol):
     def columns(self, ids: Tensor) -> Tensor: ...  # the part that an embedding looks up
     def product(self, x: Tensor) -> Tensor | None: ...  # x ΔWᵀ for few rows; None if forming ΔW pays
 
-    # a cheaper way to x (W + ΔW)ᵀ + bias, or None; for few rows as well, if the value has a true `always`
+    # a cheaper way to x (W + ΔW)ᵀ + bias, or None
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None: ...

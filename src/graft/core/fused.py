@@ -209,7 +209,7 @@ def updated(
 ) -> Tensor | None:
     """Return x (W + ΔW)ᵀ + b by one product; None where two are cheaper, or the sum would round ΔW."""
     W, base, op = layer.weight_now, layer.base_layer, layer.op
-    if W.dtype != x.dtype or not (worth_it(x) or getattr(delta, "always", False)):
+    if W.dtype != x.dtype or not worth_it(x):
         return None
     b = base.bias
     if bias is not None:

@@ -30,14 +30,14 @@ class Addend(Protocol):
 
 
 def linear_with(
-    W: Tensor | None, bias: Tensor | None, x: Tensor, delta: Addend, call: Call, input_gradient: InputGradient
+    W: Tensor, bias: Tensor | None, x: Tensor, delta: Addend, call: Call, input_gradient: InputGradient
 ) -> Tensor:
     """Return x (W + ΔW)ᵀ + bias; keep x, W and the fields of ΔW, of which the backward pass forms the sum again.
 
     Compute in the dtype of the sum, and round the output once. W gets no gradient.
 
     Args:
-        W: (out, n); None for a ΔW that does without.
+        W: (out, n).
         bias: (out,).
         x: (…, n).
     """
@@ -52,7 +52,7 @@ def holds(numbers: Tensor, W: Tensor) -> bool:
 class _OneProduct(Function):
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, W: Tensor | None, bias: Tensor | None, kind: Callable[..., Any], call: Call,
+        ctx: Context, x: Tensor, W: Tensor, bias: Tensor | None, kind: Callable[..., Any], call: Call,
         input_gradient: InputGradient, *fields: object,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, W, *[f if isinstance(f, Tensor) else None for f in fields])

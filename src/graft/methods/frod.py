@@ -20,7 +20,6 @@ from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.method import Layers, Method, Tensors, Use
 from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
-from graft.kernels.refactored import Refactored
 from graft.kernels.waits import near
 from graft.methods.projections import check_places, maybe_transient, warn_unsaved
 
@@ -225,8 +224,10 @@ class FRoD(Method[FrodConfig]):
         self.frod_U.copy_(U)
         return scale
 
-    def delta(self, W0: Tensor) -> Refactored:  # type: ignore[override]
+    def delta(self, W0: Tensor) -> Tensor:  # type: ignore[override]
         V, (rows, columns) = self.shared
-        n, values = len(V), torch.cat((self.frod_lambda_l, self.frod_lambda_s_values))
-        places = torch.cat((torch.arange(n, device=V.device) * (n + 1), rows * n + columns))
-        return Refactored(W0, self.frod_U.to(values.dtype), V.to(values.dtype), values, places)
+        values, n = self.frod_lambda_s_values, len(V)
+        M = values.new_zeros(n, n).index_put((rows, columns), values) + torch.diag(self.frod_lambda_l)
+        parts = self.frod_U.to(values.dtype), M, V.T.to(values.dtype)
+        turned: Tensor = torch.linalg.multi_dot(parts)  # in the cheaper order
+        return turned.view(W0.shape) - W0

@@ -155,6 +155,14 @@ def test_adapters_of_a_model_move_into_slots(model):
     assert slots.max_rank == 2 and slots.max_adapters == 2 and slots.names == ["dora", "scales"]
 
 
+def test_a_head_of_another_adapter_stays_out_of_slots():
+    model = graft.get_peft_model(base(), graft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "x")
+    model.get_base_model().lm_head.modules_to_save["x"].weight.data += 1
+    model.add_adapter("plain", copy.deepcopy(CONFIGS["plain"]))
+    y = out(models.disturb(model).eval(), ["plain"] * 5)
+    assert_close(out(AdapterSlots.of(model, "plain"), ["plain"] * 5), y)
+
+
 def test_winners_of_a_training_move_into_slots():
     torch.manual_seed(0)
     data = DataLoader([{"input_ids": ids, "labels": ids} for ids in torch.randint(20, (8, 6))], 4)

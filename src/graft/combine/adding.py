@@ -161,10 +161,11 @@ def warn_if_base_changed(tuner: Tuner, names: list[str], adapter_name: str, cfg:
         )
 
 
-def changes_base(cfg: PeftConfig) -> bool:
-    """Return True if the initialisation of adapters with this config changes the base weights."""
-    setting = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
-    return setting is not None and setting(cfg) is not None
+def changes_base(cfg: PeftConfig) -> str | None:
+    """Return the setting by which the initialisation of adapters changes the base weights; None if it does not."""
+    setting_of = getattr(method_of(cfg.peft_type).variant(cfg), "changes_base", None)
+    setting: str | None = None if setting_of is None else setting_of(cfg)
+    return setting
 
 
 class OtherLayers(Exception):

@@ -171,7 +171,7 @@ class XLoraRegistry(LayerRegistry):
         try:
             yield
         except BaseException:
-            self.unload()
+            self.unload(keep_modules=False)
             self.holder._modules.pop(CLASSIFIER, None)
             raise
 
@@ -292,7 +292,7 @@ def create_arrow_model(
         model.add_adapter(ROUTER, router, autocast_adapter_dtype=autocast)
     except BaseException:
         if model is not None:
-            registry_of(model).unload()
+            registry_of(model).unload(keep_modules=False)
         for module, training in modes:
             module.training = training
         raise

@@ -186,12 +186,20 @@ class MergingRegistry(Registry):
             raise
 
     @changes(everything)
-    def unload(self) -> nn.Module:
+    def unload(self, keep_modules: bool = True) -> nn.Module:
         """Return the model without adapter layers, of which the parameters train that did before the first adapter.
 
         A base that had adapters before it came here stays frozen. Modules in `modules_to_save` keep the active
         adapter's values, also while adapters are disabled.
+
+        Args:
+            keep_modules: False: the base's own modules come back in their place, and merged adapters are unmerged.
         """
+        if not keep_modules:
+            if self.merged_adapters:
+                self.unmerge_adapter()
+            for part in self.carriers():
+                part.state.active = []
         unload(self.model, self.frozen_before)
         self.layers, self.wrappers = {}, {}
         return self.model

@@ -229,7 +229,7 @@ class AdapterSlots:
                 raise ConfigError(f"These adapters need max_rank={max(ranks)} and a slot; got {rank}, and {n} slots.")
             made, room = cls.__new__(cls), sizes_of(n, max_rank if by_rank else rank)
             made._allocate(sites, room, keep_gathered, dtype, gains, change_timeout)
-            base = source.unload()
+            base = source.unload() if source is not model else source.unload(keep_modules=False)
         made._enter(base, survey(getattr(base, "_orig_mod", base)))
         for name, (config, tensors) in adapters.items():
             made.load(name, tensors, config=config)

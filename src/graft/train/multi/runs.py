@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graft.combine.adding import changes_base
 from graft.config.base import PeftConfig
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, CheckpointError, ConfigError, PeftWarning, warn
 from graft.core.layer import Host
 from graft.inject.beside import add_task_heads
+from graft.inject.find import bias_in
 from graft.inject.parts import registry_of
 from graft.io import files
 from graft.io.save import base_fingerprint
@@ -202,7 +204,8 @@ class MultiTrain:
 
         Raises:
             AdapterNameError: another run, or an adapter, has this name.
-            ConfigError: a setting is none, the model has no loss, or the run was saved with other settings.
+            ConfigError: a setting is none, the model has no loss, an adapter changes the base (PiSSA, bias="all"), or
+                the run was saved with other settings.
             BaseModelMismatchError: the run was saved with another base.
             And what `add_adapter` raises. The model is then as it was.
         """
@@ -242,6 +245,7 @@ class MultiTrain:
                 f"Run '{name}': {config.peft_type.value} puts a prompt before the input, and no adapter on layers, of "
                 "which MultiTrain trains several at once. Train it by itself."
             )
+        self._check_base_stays(name, config)
         here = {} if self.model is None else self.model.peft_config
         own = here.get(name) if config is None else config
         if own is not None and getattr(method_of(own.peft_type), "has_labelled_loss", False):
@@ -307,6 +311,19 @@ class MultiTrain:
         self._fans = {}
         return run
 
+    def _check_base_stays(self, name: str, config: PeftConfig | None) -> None:
+        """Raise ConfigError if an adapter changes the base of another run, or would change what `unload` gives back."""
+        if config is not None:
+            refuse_base_change(name, config)
+        for other, cfg in {} if self.model is None else self.model.peft_config.items():
+            restarted = other in registry_of(self.model).taken_in
+            setting = "restart()" if restarted else base_change(cfg)
+            if setting is not None and {*self._runs, name} != {other}:
+                raise ConfigError(
+                    f"Run '{name}' cannot train here: adapter '{other}' changes the base ({setting}), so that the "
+                    "files of other runs would not fit a fresh one. Train it on a base of its own."
+                )
+
     def _own_loss(self, name: str, needed: bool = True) -> Any:
         try:
             return own_loss(self.base, registry_of(self.model).parts_of(name), name)
@@ -342,7 +359,7 @@ class MultiTrain:
         model = self.model
         assert model is not None
         if list(model.peft_config) == [name]:
-            model.unload()
+            model.unload(keep_modules=False)
             self.model = None
             return
         if name in model.active_adapters:
@@ -357,20 +374,24 @@ class MultiTrain:
         self._take_out(name)
         del self._runs[name]
         self.claims.release(name)
+        if self.model is None:
+            self._restore_modes()
         return run
 
     @between_steps
     def unload(self) -> nn.Module:
-        """Return the base without adapters, as it was."""
+        """Return the base without adapters, as it was, also if some of them are merged."""
         if self.model is not None:
-            self.model.unload()
+            self.model.unload(keep_modules=False)
         self._leave()
         self.model, self._runs = None, {}
         self.claims.release()
+        self._restore_modes()
+        return self.base
+
+    def _restore_modes(self) -> None:
         for module, training in self._modes:
             module.training = training
-        base: nn.Module = self.base
-        return base
 
     @property
     def arguments(self) -> Arguments:
@@ -820,6 +841,24 @@ def refuse_beside_trainer(name: str, options: dict[str, object]) -> None:
     both = [key for key, value in options.items() if value is not defaults[key].default]
     if both:
         raise ConfigError(f"Run '{name}': its trainer says what {', '.join(both)} is: leave that out.")
+
+
+def base_change(config: PeftConfig) -> str | None:
+    """Return the setting by which an adapter changes or trains the base's own weights; None if it does not."""
+    bias = bias_in(config)
+    return changes_base(config) or (None if bias == "none" else f"bias={bias!r}")
+
+
+def refuse_base_change(name: str, config: PeftConfig) -> None:
+    """Raise ConfigError if a new adapter changes the base, which runs share."""
+    setting = base_change(config)
+    if setting is None and (ranges := getattr(config, "layer_replication", None)):
+        setting = f"layer_replication={ranges}"
+    if setting is not None:
+        raise ConfigError(
+            f"Run '{name}': {setting} changes the base, so that the files of other runs would not fit a fresh one. "
+            "Leave it out, or train this adapter by itself, made by get_peft_model()."
+        )
 
 
 def check_made(name: str, optimizer: Optimizer, schedule: object, parameters: Sequence[nn.Parameter]) -> None:

@@ -25,7 +25,7 @@ from graft.config.reading import Json
 from graft.core.errors import ConfigError
 from graft.train.multi import run_file
 from graft.train.multi.run import FAILED, Run, Valid
-from graft.train.multi.runs import AT_ONCE, MultiTrain
+from graft.train.multi.runs import AT_ONCE, MultiTrain, refuse_base_change
 from graft.train.multi.search import Setting, best_of, budgets, settings_in
 from graft.train.multi.table import Progress
 
@@ -180,6 +180,8 @@ def sweep(
         exchange = gathered if world > 1 else lambda rows: [rows]
     trials = [Trial(f"s{i:0{len(str(len(settings) - 1))}}", setting) for i, setting in enumerate(settings)]
     configs = {trial.name: configured(config, trial.setting) for trial in trials}  # before any of them trains
+    for trial in trials:
+        refuse_base_change(trial.name, configs[trial.name])
     job = Job(
         MultiTrain(model, at_once=at_once, exact=exact, base_in_eval=base_in_eval),
         trials,

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -99,7 +100,7 @@ def test_diff(run, folder, tmp_path):
     run("resize", folder / "a", "-o", tmp_path / "same", "--energy", "1")
     code, out, _ = run("diff", folder / "a", tmp_path / "same", "--json")
     found = json.loads(out)
-    assert code == 0 and found["equal"] and found["largest"] < 1e-6 and "lora_alpha" in found["config"]
+    assert code == 0 and found["equal"] and found["largest"] < 1e-6 and "lora_alpha" not in found["config"]
     run("resize", folder / "a", "-o", tmp_path / "less", "--rank", "2")
     code, out, _ = run("diff", folder / "a", tmp_path / "less", "--json")
     assert code == 1
@@ -127,6 +128,65 @@ def test_diff_of_what_is_beside_the_factors(run, folder, tmp_path):
     save_file(held | {"base_model.model.lm_head.weight": torch.ones(3, 4) * 1.5}, tmp_path / "b" / WEIGHTS)
     code, out, _ = run("diff", tmp_path / "a", tmp_path / "b", "--json")
     assert code == 1 and json.loads(out)["largest"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    "name, field",
+    [("a", {"alora_invocation_tokens": [3]}), ("a", {"layer_replication": [[0, 1], [0, 2]]}), ("ia3", {}),
+     ("bottleneck", {"non_linearity": "gelu"}), ("reft", {"suffix_positions": 2})],
+)  # fmt: skip
+def test_diff_of_equal_tensors_that_act_otherwise(name, field, run, folder, tmp_path):
+    if name == "a":
+        shutil.copytree(folder / "a", tmp_path / "x")
+    else:
+        config = {"ia3": graft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+                  "bottleneck": graft.BottleneckConfig(), "reft": graft.ReftConfig(r=2)}[name]  # fmt: skip
+        graft.get_peft_model(models.make("llama"), config).save_pretrained(tmp_path / "x")
+    save_file(load_file(tmp_path / "x" / WEIGHTS), tmp_path / "x" / WEIGHTS)  # without what graft notes of the config
+    shutil.copytree(tmp_path / "x", tmp_path / "y")
+    fields = json.loads((tmp_path / "x" / CONFIG).read_text())
+    assert field.keys() <= fields.keys()
+    of_training = {key: 0.5 for key in fields if "dropout" in key}
+    (tmp_path / "y" / CONFIG).write_text(json.dumps(fields | of_training | field))
+    code, out, err = run("diff", tmp_path / "x", tmp_path / "y")
+    assert code == (1 if field else 0), out + err
+    assert all(f"another {key}" in out for key in field)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8(dtype, run, folder, tmp_path):
+    """What an adapter in float8 says is what its values say in float32."""
+    narrow = {name: t.to(getattr(torch, dtype)) for name, t in load_file(folder / "a" / WEIGHTS).items()}
+    for name, tensors in (("narrow", narrow), ("wide", {name: t.float() for name, t in narrow.items()})):
+        os.makedirs(tmp_path / name)
+        (tmp_path / name / CONFIG).write_text((folder / "a" / CONFIG).read_text())
+        save_file(tensors, tmp_path / name / WEIGHTS)
+    both = [tmp_path / name for name in ("narrow", "wide")]
+    code, out, _ = run("diff", *both, "--json")
+    assert code == 0 and json.loads(out)["largest"] < 1e-14
+    for words in (
+        ("inspect", "--spectrum"),
+        ("lint",),
+        ("check", "--for", "vllm"),
+        ("inspect", "--base", folder / "base"),
+    ):
+        codes, reports = zip(*((code, json.loads(out)) for code, out, _ in (run(*words, p, "--json") for p in both)))
+        assert codes[0] == codes[1] and reports[0].get("modules") == reports[1].get("modules"), words
+    for words in (
+        ("resize", "--rank", 2),
+        ("export", "--for", "vllm", "--base", folder / "base"),
+        ("convert", "--to", "mlx"),
+    ):
+        made = [tmp_path / f"{p.name}-{words[0]}" for p in both]
+        assert [run(*words, p, "-o", out)[0] for p, out in zip(both, made)] == [0, 0], words
+        assert run("diff", *made, "--tol", 2**-8, "-q")[0] == 0, words
+    assert {t.dtype for t in load_file(tmp_path / "narrow-resize" / WEIGHTS).values()} == {torch.bfloat16}
+    assert run("resize", both[0], "-o", tmp_path / "same", "--rank", 8)[0] == 0
+    again = load_file(tmp_path / "same" / WEIGHTS)
+    assert all(torch.equal(again[name].view(torch.uint8), t.view(torch.uint8)) for name, t in narrow.items())
+    bad = narrow | {name: torch.full(t.shape, float("nan")).to(t.dtype) for name, t in [*narrow.items()][:1]}
+    save_file(bad, tmp_path / "wide" / WEIGHTS)
+    assert "NaN" in run("lint", tmp_path / "wide")[1] and run("diff", *both)[0] == 3
 
 
 def test_resize_writes_what_peft_loads(run, folder, tmp_path):

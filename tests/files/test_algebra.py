@@ -125,7 +125,7 @@ def test_new_factors_of_the_largest_triplets(kind):
         close(ours, theirs, 1e-12)
         close(wide, theirs, 1e-12)
     cut = algebra.with_factors(held, made, 2)
-    assert cut.scale == 1 and cut.rank == 2 and cut.kind == kind
+    assert cut.scale == 2.5 and cut.rank == 2 and cut.kind == kind
     for ours, theirs in zip(dense(algebra.products(cut)), dense(parts), strict=True):
         U, S, Vh = torch.linalg.svd(theirs, full_matrices=False)
         close(ours, U[:, :2] * S[:2] @ Vh[:2], 1e-11)

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from graft.core.errors import CheckpointError
 from graft.files import formats
-from graft.files.bases import base_of
+from graft.files.bases import Skeleton, base_of
 from graft.files.convert import convert
 from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, LossError
-from graft.files.formats import kohya, peft
+from graft.files.formats import gguf, kohya, peft
 from graft.files.resize import resize
 from tests.files.dense import changes
 
@@ -71,7 +71,7 @@ def test_there_and_back(tmp_path, name, to):
         return
     base = base_for(name)
     if (name, to) in CANNOT:
-        with pytest.raises(LossError, match="cannot hold"):
+        with pytest.raises(LossError, match=r"hold (all|nothing) of"):
             convert(FIXTURES / name, to, tmp_path / "out", base)
         assert [*tmp_path.iterdir()] == []
         return
@@ -215,6 +215,61 @@ def test_modules_that_are_called_as_a_part_of_a_pipeline_are_none(tmp_path):
         convert(made.path, "peft", tmp_path / f"{to}-peft", tmp_path / "base")
         assert (tmp_path / f"{to}-peft" / "adapter_config.json").exists()
         assert difference(formats.read(tmp_path / "a"), formats.read(tmp_path / f"{to}-peft"))["equal"]
+    for known in (None, tmp_path / "base"):
+        with pytest.raises(BaseNeededError, match="which part of a pipeline"):
+            convert(tmp_path / "a", "diffusers", tmp_path / "d.safetensors", known)
+
+
+@pytest.mark.parametrize("to", ["kohya", "mlx", "litgpt", "torchtune"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adalora_becomes_lora(to, dtype, tmp_path):
+    import torch
+
+    import graft
+    from tests.model.test_foreign import llama
+
+    model = graft.get_peft_model(llama(), graft.AdaLoraConfig(total_step=9, target_modules=["q_proj", "up_proj"]))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape).to(getattr(torch, dtype))
+    exact = {}
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, graft.AdapterLayer):
+            A, B, E = (getattr(layer, f"lora_{x}")["default"].detach().double().numpy() for x in "ABE")
+            exact[name] = layer.scaling["default"] / (12 + 1e-5) * B @ (E * A)
+    model.save_pretrained(tmp_path / "a")
+    base = base_for("mlx_lora")
+    made = convert(tmp_path / "a", to, tmp_path / "out", base)
+    assert made.lost == [] and made.modules == len(exact)
+    assert_same(changes(formats.read(made.path, base), base), exact, 2e-6 + made.rounding)
+
+
+def test_what_no_format_but_pefts_holds_is_said_once(tmp_path):
+    base = base_for("mlx_lora")
+    (tmp_path / "a").mkdir()
+    tensors = {f"base_model.model.model.layers.0.self_attn.q_proj.hada_w{i}_{s}": np.ones((2, 2), "f4")
+               for i in (1, 2) for s in "ab"}  # fmt: skip
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LOHA", "r": 2, "alpha": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(LossError, match=r"can hold nothing of .*convert_to_lora"):
+        convert(tmp_path / "a", "mlx", tmp_path / "out", base)
+
+
+@pytest.mark.parametrize("name", gguf.ARCHITECTURES)
+def test_an_architecture_of_gguf_by_the_type_of_the_model(name):
+    import transformers
+
+    config = getattr(transformers, name).config_class
+    type_alone, of_class = ({"model_type": config.model_type}, {"architectures": [name]})
+    assert gguf.arch_of(Skeleton("base", type_alone)) == gguf.arch_of(Skeleton("base", of_class))
+
+
+def test_an_architecture_of_gguf_that_nothing_says():
+    with pytest.raises(LossError, match=r"weights of bert \(base\)"):
+        gguf.arch_of(Skeleton("base", {"model_type": "bert"}))
+    with pytest.raises(BaseNeededError, match=r"base has no config\.json that names its architecture"):
+        gguf.arch_of(Skeleton("base", {}))
 
 
 @pytest.mark.parametrize(

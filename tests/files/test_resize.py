@@ -183,3 +183,28 @@ def test_a_module_that_adalora_has_left_no_rank(options, tmp_path):
     assert next((row.before, row.energy) for row in rows if row.module == path) == (0, 1.0)
     form.write(small, str(tmp_path / "b"))
     graft.PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("options", [dict(rank=8), dict(energy=1.0), dict(rank=6, uniform=True), dict(max_mb=1)])
+def test_what_loses_nothing_keeps_its_bits(dtype, options):
+    adapter = adapter_of((3.0, 2.0, 1.0, 0.5), (2.0, 1.0, 0.1))
+    for path, of in adapter.low_rank.items():
+        adapter.modules[path] = replace(of, A=tensor(of.A.read(), dtype), B=tensor(of.B.read(), dtype), scale=1.7)
+    made, _ = resize(adapter, **options)
+    for path, of in made.low_rank.items():
+        was = adapter.low_rank[path]
+        assert of.scale == 1.7 and of.A.dtype == dtype and of.rank == (6 if options.get("uniform") else was.rank)
+        assert np.array_equal(of.A.read()[: was.rank], was.A.read()) and not of.A.read()[was.rank :].any()
+        assert np.array_equal(of.B.read()[:, : was.rank], was.B.read()) and not of.B.read()[:, was.rank :].any()
+    assert difference(adapter, made)["largest"] < 1e-12
+
+
+def test_one_alpha_for_all_where_there_was_one(tmp_path):
+    """Servers that read no patterns scale by it: also where a module keeps its factors and another does not."""
+    adapter = adapter_of((3.0, 2.0, 1.0, 0.5), (2.0, 1.0))
+    adapter.modules = {path: replace(of, scale=2.0) for path, of in adapter.low_rank.items()}
+    form.write(resize(adapter, rank=3, uniform=True)[0], str(tmp_path))
+    config = read(tmp_path).config
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
+    assert not config["alpha_pattern"] and not config["rank_pattern"]

@@ -24,6 +24,14 @@ def test_reads_what_safetensors_writes(tmp_path, dtype):
     assert np.array_equal(held["x"].read(), wanted.numpy())
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"])
+def test_every_value_of_8_bits(tmp_path, dtype):
+    values = torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype))
+    save_file({"x": values}, tmp_path / "a.safetensors")
+    read = read_header(tmp_path / "a.safetensors")[0]["x"].read()
+    assert np.array_equal(read, values.float().numpy(), equal_nan=True)
+
+
 def test_safetensors_reads_what_is_written(tmp_path):
     values = torch.randn(4, 7) * torch.logspace(-30, 30, 28).view(4, 7)
     values[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])

@@ -84,23 +84,23 @@ def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def as_low_rank(module: LowRank | Other) -> LowRank | None:
-    """Return LoRA as it is, and AdaLoRA's triplets as LoRA; None for other methods."""
+    """Return LoRA as it is, and AdaLoRA's triplets as LoRA, with A in float32 at least; None for other methods."""
     if isinstance(module, LowRank):
         return module
     if module.method != "ADALORA" or module.scale is None:
         return None
     A = module.tensors["lora_A"]
     scaled = wide(A) * wide(module.tensors["lora_E"])
-    return LowRank(tensor(scaled, A.dtype), module.tensors["lora_B"], module.scale)
+    return LowRank(tensor(scaled, A.dtype if A.dtype == "F64" else "F32"), module.tensors["lora_B"], module.scale)
 
 
 def with_factors(lora: LowRank, made: Sequence[Svd], rank: int) -> LowRank:
-    """Return `lora` with the largest `rank` triplets of an SVD in place of its factors, at scale 1.
+    """Return `lora` with the largest `rank` triplets of an SVD in place of its factors, at its scale.
 
     √σ stands on both sides. A module that has fewer triplets gets zeros.
     """
+    scale = lora.scale or 1.0
     pairs = [split(svd, rank) for svd in made]
-    dtype, bias = lora.B.dtype, lora.bias
     if lora.kind == "experts":
         A, B = np.stack([a for _, a in pairs]), np.stack([b for b, _ in pairs])
     elif lora.kind == "embedding":
@@ -110,9 +110,8 @@ def with_factors(lora: LowRank, made: Sequence[Svd], rank: int) -> LowRank:
         ((B, A),) = pairs
         kernel = lora.A.shape[2:] if lora.mid is None else lora.mid.shape[2:]
         A, B = A.reshape(rank, lora.A.shape[1], *kernel), B.reshape(len(B), rank, *(1 for _ in kernel))
-    if bias is not None and lora.scale != 1:
-        bias = tensor(wide(bias) * lora.scale, bias.dtype)
-    return LowRank(tensor(A, lora.A.dtype), tensor(B, dtype), 1.0, lora.kind, lora.magnitude, bias)
+    factors = tensor(A, lora.A.dtype), tensor(B / scale, lora.B.dtype)
+    return LowRank(*factors, scale, lora.kind, lora.magnitude, lora.bias if lora.scale else None)
 
 
 def split(svd: Svd, rank: int) -> Product:

@@ -9,11 +9,17 @@ from graft.config.file import DESCRIBING, plain
 from graft.config.reading import Json
 from graft.files import algebra
 from graft.files.errors import OptionError
+from graft.files.holding import FIELDS
 from graft.files.inspect import check_finite
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import Tensor
 
 TOLERANCE = 1e-6  # relative
+IN_THE_TENSORS = {  # fields that say what to adapt, or numbers that `scale` and shapes hold
+    "peft_type", "target_modules", "target_parameters", "exclude_modules", "feedforward_modules", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "bias", "fan_in_fan_out", "r", "alpha", "lora_alpha", "rank_pattern",
+    "alpha_pattern", "use_rslora", "ensure_weight_tying",
+}  # fmt: skip
 
 
 def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
@@ -42,12 +48,25 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
         tensors.append({"tensor": name, "relative": apart(ours, theirs) if at.load() == bt.load() else 1.0})
     names = [{*m.modules, *m.full, *m.shared, *m.rows} for m in (a, b)]
     only = [sorted(names[0] - names[1]), sorted(names[1] - names[0])]
+    acts = sorted(acts_otherwise(a, b) & config.keys())
     largest = max((x["relative"] for x in (*modules, *tensors)), default=0.0)
     return {
         "a": a.path, "b": b.path, "config": config, "only_a": only[0], "only_b": only[1], "modules": modules,
-        "tensors": tensors, "largest": largest, "tolerance": tol,
-        "equal": not any(only) and largest <= tol and a.changed_base == b.changed_base,
+        "tensors": tensors, "largest": largest, "tolerance": tol, "acts_otherwise": acts,
+        "equal": not any(only) and not acts and largest <= tol and a.changed_base == b.changed_base,
     }  # fmt: skip
+
+
+def acts_otherwise(a: AdapterFile, b: AdapterFile) -> set[str]:
+    """Return the fields of two configs that decide what equal tensors do.
+
+    LoRA has few. Of other methods these are all fields that both configs have, but for those of training.
+    """
+    fields = {*FIELDS}
+    if a.shared or any(isinstance(module, Other) for module in a.modules.values()):
+        both = {*a.config} & {*b.config} - IN_THE_TENSORS - DESCRIBING
+        fields |= {name for name in both if "dropout" not in name and not name.startswith("init_")}
+    return fields
 
 
 def of_module(path: str, a: LowRank | Other, b: LowRank | Other) -> Json:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from graft.core.errors import CheckpointError, some
-from graft.files.algebra import products, with_core
+from graft.files.algebra import as_low_rank, products, with_core
 from graft.files.errors import LossError
 from graft.files.formats.peft import PREFIXES, VARIANTS, named_as_there
 from graft.files.names import CONV1D
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.tensors import Tensor, tensor
+from graft.files.tensors import Tensor, rearranged, tensor
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
@@ -91,12 +91,13 @@ def fit(
     facts = {name: adapter.config.get(name) for name in FIELDS if name not in holds.parts}
     lost += [f"{PARTS[name]}: {value}" for name, value in facts.items() if value]
     for path, module in adapter.modules.items():
-        if isinstance(module, Other):
-            if module.method in holds.methods:
-                out.modules[path] = module
-            else:
-                lost.append(f"{module.method} on {path}")
+        if isinstance(module, Other) and module.method in holds.methods:
+            out.modules[path] = module
             continue
+        if (low_rank := as_low_rank(module)) is None:
+            lost.append(f"{module.method} on {path}")
+            continue
+        module = low_rank
         if module.kind not in ("linear", *holds.parts):
             lost.append(f"{PARTS[module.kind]}: {path}")
             continue
@@ -113,6 +114,8 @@ def fit(
     if adapter.changed_base is not None and "changed_base" not in holds.parts:
         lost.append(f"that the base was changed by {adapter.changed_base}, which the file does not say how to undo")
     check_lost(adapter, to, lost, lossy, out.modules or out.full or out.shared or out.rows)
+    if adapter.method == "ADALORA" and out.low_rank:
+        out.method, out.config = "LORA", {}
     if "magnitude" in holds.parts and not holds.magnitudes and adapter.format != to:
         out.modules.update(with_magnitudes(out, base, to))
     one_scale(out, holds)
@@ -156,13 +159,16 @@ def with_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: b
 
 def check_lost(adapter: AdapterFile, to: str, lost: list[str], lossy: bool, left: object) -> None:
     """Raise LossError for what a format cannot hold, unless it may be lost and something is left."""
+    if not left:
+        raise LossError(
+            f"The format {to} can hold nothing of {adapter.path}: {some(lost)}. Make it LoRA first, by "
+            "graft.convert_to_lora, if it changes weights."
+        )
     if lost and not lossy:
         raise LossError(
             f"The format {to} cannot hold all of {adapter.path}: {some(lost)}. Pass lossy=True (--lossy) to write the "
             "rest."
         )
-    if not left:
-        raise LossError(f"The format {to} can hold nothing of {adapter.path}: {some(lost)}.")
 
 
 def one_scale(adapter: AdapterFile, holds: Holds) -> float:
@@ -244,8 +250,9 @@ def padded(module: LowRank, rank: int) -> LowRank:
 
 
 def longer(t: Tensor, axis: int, more: int) -> Tensor:
-    values = t.read()
-    return tensor(np.pad(values, [(0, more if i == axis else 0) for i in range(values.ndim)]), t.dtype)
+    """Return a tensor with zeros behind the last entry of an axis."""
+    pads = [(0, more if i == axis else 0) for i in range(len(t.shape))]
+    return rearranged(t, lambda bits: np.pad(bits, pads), *(n + after for n, (_, after) in zip(t.shape, pads)))
 
 
 def without_mid(module: LowRank) -> LowRank:

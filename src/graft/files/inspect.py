@@ -18,10 +18,9 @@ from graft.files.bases import Known
 from graft.files.errors import BaseNeededError, OptionError, PackageNeededError
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.sources import licence_in, names_in
-from graft.files.tensors import Tensor
+from graft.files.tensors import FLOATS, Tensor
 
 PICTURES = (".png", ".svg", ".pdf")
-FLOATS = ("F64", "F32", "F16", "BF16")
 TOP = 16  # singular values that a report lists
 
 

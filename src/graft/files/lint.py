@@ -19,10 +19,10 @@ from graft.files import algebra
 from graft.files.bases import Known
 from graft.files.errors import BaseNeededError
 from graft.files.formats.peft import SCALED, unnamed
-from graft.files.inspect import FLOATS, one_by_one, tensors_of, weight
+from graft.files.inspect import one_by_one, tensors_of, weight
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.sources import CARD, licence_in, names_in
-from graft.files.tensors import Tensor
+from graft.files.tensors import FLOATS, Tensor
 
 Severity = Literal["error", "warning", "note"]
 DEAD = 1e-4  # of the median size of the changes

@@ -13,9 +13,10 @@ from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files import algebra
 from graft.files.errors import LossError, OptionError
+from graft.files.holding import padded
 from graft.files.inspect import check_finite
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.tensors import BITS, Tensor
+from graft.files.tensors import BITS, Tensor, written_dtype
 
 MB = 10**6
 OVERHEAD = 100  # bytes that a file's header has for a tensor, beside its name
@@ -46,6 +47,9 @@ def resize(
     uniform: bool = False,
 ) -> tuple[AdapterFile, list[Resized]]:
     """Return an adapter of smaller ranks, and what became of each module. DoRA's magnitudes stay.
+
+    A module that loses nothing keeps its factors, with zeros for a higher rank. New factors of floats of 8 bits are
+    bfloat16, others have the dtype that they had.
 
     Args:
         rank: of all modules.
@@ -83,7 +87,10 @@ def resize(
     modules = dict(adapter.modules)
     rows = []
     for path, h in loras.items():
-        modules[path] = algebra.with_factors(h, [algebra.svd(p) for p in algebra.products(h)], ranks[path])
+        if h.rank <= ranks[path] and h.mid is None and h.shift is None:  # nothing goes, and no bit changes
+            modules[path] = replace(padded(h, ranks[path]), extra={})
+        else:
+            modules[path] = algebra.with_factors(h, [algebra.svd(p) for p in algebra.products(h)], ranks[path])
         s = profiles[path]
         rows.append(Resized(path, h.rank, ranks[path], algebra.energy_of(s, ranks[path]), float(np.linalg.norm(s))))
     config = adapter.config | {k: v for k, v in OF_TRAINING.items() if k in adapter.config}
@@ -166,13 +173,13 @@ def bytes_of_rank(lora: LowRank) -> int:
     per = bytes_of_one(lora.A, of_a) + bytes_of_one(lora.B, of_b)
     if lora.mid is not None:  # which the new A contains
         rows, columns = algebra.sizes(lora)
-        per = (rows * BITS[lora.B.dtype] + columns * BITS[lora.A.dtype]) // 8
+        per = (rows * BITS[written_dtype(lora.B.dtype)] + columns * BITS[written_dtype(lora.A.dtype)]) // 8
     return per
 
 
 def bytes_of_one(t: Tensor, axis: int) -> int:
     """Return the bytes of a tensor for each entry along an axis."""
-    return math.prod(n for i, n in enumerate(t.shape) if i != axis) * BITS[t.dtype] // 8
+    return math.prod(n for i, n in enumerate(t.shape) if i != axis) * BITS[written_dtype(t.dtype)] // 8
 
 
 def fixed_bytes(adapter: AdapterFile, loras: Mapping[str, LowRank]) -> int:

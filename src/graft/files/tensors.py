@@ -28,6 +28,8 @@ NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
+FLOATS = ("F64", "F32", "F16", "BF16", *EIGHT_BITS)
 Bytes = bytes | memoryview
 LARGEST = 100_000_000  # bytes: safetensors reads no longer header
 
@@ -51,11 +53,7 @@ class Tensor:
         return prod(self.shape) * BITS[self.dtype] // 8
 
     def read(self) -> np.ndarray:
-        """Return the values: float64 and integers as they are, other floating dtypes as float32.
-
-        Raises:
-            CheckpointError: the dtype is a float of 8 bits, which numpy has no form of.
-        """
+        """Return the values: float64 and integers as they are, other floating dtypes as float32."""
         import numpy as np
 
         data = self.load()
@@ -63,18 +61,40 @@ class Tensor:
             wide = np.frombuffer(data, "<u2").astype("<u4") << 16
             return wide.view("<f4").reshape(self.shape)
         if self.dtype not in NUMPY:
-            raise CheckpointError(f"Values of dtype {self.dtype} cannot be read without torch.")
+            return codes_of(self.dtype)[np.frombuffer(data, "u1")].reshape(self.shape)
         values = np.frombuffer(data, NUMPY[self.dtype]).reshape(self.shape)
         return values.astype("<f4") if self.dtype == "F16" else values
 
 
+def codes_of(dtype: str) -> np.ndarray:
+    """Return the 256 values of a float of 8 bits, as float32."""
+    import numpy as np
+
+    codes = np.arange(256)
+    if dtype == "F8_E5M2":  # the first half of a float16
+        return (codes.astype("<u2") << 8).view("<f2").astype("f4")
+    if dtype == "F8_E8M0":
+        return np.where(codes == 255, np.nan, np.exp2(codes - 127.0)).astype("f4")
+    exponent, fraction = codes >> 3 & 15, (codes & 7) / 8
+    values = np.exp2(np.maximum(exponent, 1) - 7.0) * (fraction + (exponent > 0))
+    return np.where(codes & 127 == 127, np.nan, np.where(codes > 127, -values, values)).astype("f4")
+
+
+def written_dtype(dtype: str) -> str:
+    """Return the dtype in which new values of a tensor are written: bfloat16 for floats of 8 bits, else its own."""
+    return "BF16" if dtype in EIGHT_BITS else dtype
+
+
 def tensor(values: np.ndarray, dtype: str | None = None) -> Tensor:
-    """Return an array as a Tensor. `dtype` rounds it to nearest, ties to even; None: the array's own dtype."""
+    """Return an array as a Tensor. `dtype` rounds it to nearest, ties to even; None: the array's own dtype.
+
+    For a float of 8 bits the Tensor gets `written_dtype`.
+    """
     import numpy as np
 
     values = np.asarray(values, order="C")  # a number alone stays one
     own = next((name for name, form in NUMPY.items() if np.dtype(form) == values.dtype), None)
-    dtype = dtype or own
+    dtype = written_dtype(dtype or own or "")
     if dtype == "BF16":
         bits = values.astype("<f4").view("<u4")
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

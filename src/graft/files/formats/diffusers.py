@@ -18,7 +18,7 @@ from typing import Any
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError
 from graft.files.bases import COMPONENTS
-from graft.files.components import parts_of
+from graft.files.components import is_pipeline, parts_of
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import key_of, numbers_at, plain
@@ -216,10 +216,10 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 def placed(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
     """Return modules by paths that begin with a part of a pipeline."""
     modules = adapter.low_rank
-    if all(PART.match(module) for module in modules):
-        return modules
-    parts = {} if base is None else {m[0]: None for path in base.modules if (m := PART.match(path))}
     known = set() if base is None else set(base.modules)
+    if adapter.pipeline or (is_pipeline(base) and known.issuperset(modules)):
+        return modules
+    parts = {m[0]: None for path in known if (m := PART.match(path))} if is_pipeline(base) else {}
     fitting = [part for part in parts if all(part + module in known for module in modules)]
     if base is not None and not parts:
         name = str(base.config.get("_class_name", ""))
@@ -227,7 +227,7 @@ def placed(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
     if len(fitting) != 1:
         raise BaseNeededError(
             f"Nothing says which part of a pipeline {adapter.path} is for: give the pipeline's folder, or that of its "
-            f"unet or transformer (--base).{' It fits ' + ' and '.join(fitting) if fitting else ''}"
+            f"unet or transformer (--base).{' It fits ' + ' and '.join(sorted(fitting)) if fitting else ''}"
         )
     return {fitting[0] + module: of_module for module, of_module in modules.items()}
 

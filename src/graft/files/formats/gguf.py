@@ -146,8 +146,19 @@ def low_rank(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, 
 
 
 def arch_of(base: Base) -> tuple[str, bool]:
-    """Return the name of a base's architecture in GGUF, and whether llama.cpp's converter permutes its q and k."""
-    named = (base.config.get("architectures") or [None])[0]
+    """Return the name of a base's architecture in GGUF, and whether llama.cpp's converter permutes its q and k.
+
+    A config without `architectures` has that of its `model_type`.
+
+    Raises:
+        BaseNeededError: the base's config has neither.
+        LossError: nobody here knows how llama.cpp holds that architecture.
+    """
+    kind = str(base.config.get("model_type") or "").replace("_", "")
+    of_kind = {name.lower().removesuffix("forcausallm").removesuffix("lmheadmodel"): name for name in ARCHITECTURES}
+    named = (base.config.get("architectures") or [of_kind.get(kind.removesuffix("text"), kind)])[0]
+    if not named:
+        raise BaseNeededError(f"{base.path} has no config.json that names its architecture: give a folder with one.")
     if named not in ARCHITECTURES:
         raise LossError(
             f"graft does not know what llama.cpp's converter does to the weights of {named} ({base.path}); of these "

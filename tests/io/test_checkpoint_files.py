@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import socket
+import sys
 import warnings
 from contextlib import nullcontext
 
@@ -99,6 +100,24 @@ def test_what_is_written(tmp_path):
     assert written["inference_mode"] is True and written["peft_type"] == "LORA"
     assert list(written) == sorted(written)
     assert all(not c.inference_mode for c in model.peft_config.values()), "the model still trains"
+
+
+def test_a_process_alone_looks_for_no_stages(tmp_path):
+    """Saving and loading a whole model asks for a process group, and walks through no module for it."""
+    asked = []
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.endswith(os.path.join("inject", "stage.py")):
+            asked.append(frame.f_code.co_name)
+
+    model = mlp_with()
+    sys.setprofile(note)
+    try:
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "again")
+    finally:
+        sys.setprofile(None)
+    assert asked.count("absent_from") >= 1 and len(asked) < 10 and not {"_walk", "gaps"} & {*asked}
 
 
 def test_selected_adapters_and_sub_folders(tmp_path):

@@ -21,20 +21,24 @@ from graft.inject.job import Job
 from graft.inject.match import Matcher
 from graft.storage import group_of, innermost
 from graft.storage.flat import sendable
+from graft.storage.parallel import processes
 
 MARK = "PipelineIdentityLayer"  # of transformers
 
 
 def absent_in(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Return the path of the list (or other parent) of each module that this process lacks; {} for a whole model.
+    """Return the path of the list (or other parent) of each module that this process lacks.
+
+    Returns {} for a whole model, and wherever one process runs alone: then no module is looked at.
 
     modules: all modules of the model, by path.
     """
+    if processes() == 1:
+        return {}
     found = {key: key.rpartition(".")[0] for key, m in modules.items() if type(m).__name__ == MARK}
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for key, m in modules.items():
-            if isinstance(m, (nn.ModuleList, nn.ModuleDict)):
-                found |= {f"{key}.{name}": key for name in gaps(m)}
+    for key, m in modules.items():
+        if isinstance(m, (nn.ModuleList, nn.ModuleDict)):
+            found |= {f"{key}.{name}": key for name in gaps(m)}
     if found:
         found |= {k: k.rpartition(".")[0] for k, m in modules.items() if type(m) is nn.Identity and k not in found}
     return found
@@ -42,7 +46,7 @@ def absent_in(modules: dict[str, nn.Module]) -> dict[str, str]:
 
 def absent_from(model: nn.Module) -> dict[str, str]:
     """Return the absent modules of a model with or without adapters, of which none is looked into."""
-    return absent_in(dict(_walk("", model)))
+    return absent_in(dict(_walk("", model))) if processes() > 1 else {}
 
 
 def _walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -154,7 +158,7 @@ def check_alone(job: Job) -> None:
 
 def group_in(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
     """Return the group of processes that compute a model in pieces; None if no other process has a part in it."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if processes() == 1:
         return None
     return next((g for m in modules if (g := group_of(m)) is not None), None)
 

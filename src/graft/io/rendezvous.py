@@ -25,7 +25,7 @@ from graft.inject.build import add_adapter
 from graft.inject.parts import Parts
 from graft.io.entries import Entry
 from graft.io.fingerprint import hashed
-from graft.storage.parallel import is_plain, is_whole, layout_of, shape_of, whole
+from graft.storage.parallel import is_plain, is_whole, layout_of, processes, shape_of, whole
 
 T = TypeVar("T")
 CALL = "save_pretrained()"
@@ -110,10 +110,6 @@ def shapes_of(layer: AdapterLayer, adapter: str, parts: Parts) -> dict[tuple[str
 PATIENCE = float(os.environ.get("GRAFT_PATIENCE", 30))  # seconds to wait for the other processes
 WORK = timedelta(hours=1)  # the longest that the first process may take to write
 GO, LEFT = b"go", b"left"
-
-
-def processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def store() -> dist.Store:

@@ -34,11 +34,11 @@ from graft.core.rows import tensors_in
 from graft.core.wrappers import MANAGED
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.inject.parts import Parts
-from graft.io.rendezvous import Note, processes
+from graft.io.rendezvous import Note
 from graft.kernels.eager import autocast_dtype
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved
 from graft.storage.flat import is_flat, trains
-from graft.storage.parallel import is_sharded, layout_of, mastered
+from graft.storage.parallel import is_sharded, layout_of, mastered, processes
 
 
 class Watched(Protocol):

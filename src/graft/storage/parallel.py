@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 
+def processes() -> int:
+    """Return the number of processes in the default group of torch.distributed; 1 without a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 class Layout(Protocol):
     """One way in which processes hold a tensor together."""
 

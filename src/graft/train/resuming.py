@@ -37,9 +37,9 @@ from graft.core.wrappers import clean
 from graft.inject.build import put
 from graft.inject.parts import gate_of, registry_of, unwrapped
 from graft.io.fingerprint import in_common
-from graft.io.rendezvous import Meeting, agreed, exchanged, gathered, processes, rank
+from graft.io.rendezvous import Meeting, agreed, exchanged, gathered, rank
 from graft.io.save import base_fingerprint
-from graft.storage.parallel import fill, master, mastered, shape_of
+from graft.storage.parallel import fill, master, mastered, processes, shape_of
 from graft.train.multi.draws import generators_in
 from graft.train.optimizer_states import OptimizerStates, check_spread, states_of
 from graft.train.state_file import check_base, pack, read, slots, write

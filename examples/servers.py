@@ -5,13 +5,13 @@ Vllm is tested with vLLM 0.32 on a CPU (make test-serving). Sglang follows SGLan
 stand-in that speaks it: SGLang itself does not run on a CPU.
 """
 
-import json
 import os
 import shutil
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from graft.files.errors import ServerError, UnknownModelError
+from graft.serving.ask import Connection
 
 PLUGIN = Path(__file__).with_name("vllm_plugin")
 
@@ -28,22 +28,13 @@ class Vllm:
         if made.needs["is_3d_lora_weight"]:
             body["is_3d_lora_weight"] = True
         for url in self.urls:
-            self.post(f"{url}/v1/load_lora_adapter", body)
+            Connection(url, 600).send("/v1/load_lora_adapter", body)
 
     def unload(self, name):
         for url in self.urls:
-            try:
-                self.post(f"{url}/v1/unload_lora_adapter", {"lora_name": name})
-            except urllib.error.HTTPError as e:
-                with e:  # it holds the connection
-                    if e.code != 404:  # this one had not loaded it
-                        raise
+            with suppress(UnknownModelError):  # this one had not loaded it
+                Connection(url, 600).send("/v1/unload_lora_adapter", {"lora_name": name})
         shutil.rmtree(f"{self.folder}/{name}", ignore_errors=True)
-
-    def post(self, url, body):
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return answer.read()
 
 
 class Sglang(Vllm):
@@ -52,24 +43,19 @@ class Sglang(Vllm):
     def load(self, name, made):
         made.save(f"{self.folder}/{name}")
         for url in self.urls:
-            self.post(f"{url}/load_lora_adapter", {"lora_name": name, "lora_path": f"{self.folder}/{name}"})
+            self.post(url, "/load_lora_adapter", {"lora_name": name, "lora_path": f"{self.folder}/{name}"})
 
     def unload(self, name):
         for url in self.urls:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=600) as answer:
-                held = [entry["id"] for entry in json.load(answer)["data"]]
+            held = Connection(url, 600).get("/v1/models", lambda reply: [entry["id"] for entry in reply["data"]])
             if name in held:
-                self.post(f"{url}/unload_lora_adapter", {"lora_name": name})
+                self.post(url, "/unload_lora_adapter", {"lora_name": name})
         shutil.rmtree(f"{self.folder}/{name}", ignore_errors=True)
 
-    def post(self, url, body):
-        try:
-            said = super().post(url, body)
-        except urllib.error.HTTPError as e:
-            with e:
-                raise RuntimeError(f"{url} answers {e.code}: {e.read().decode(errors='replace')}") from None
-        if not json.loads(said)["success"]:
-            raise RuntimeError(f"{url} says {said.decode()}")
+    def post(self, url, path, body):
+        done, text = Connection(url, 600).post(path, body, lambda said: (said["success"], said["error_message"]))
+        if done is not True:
+            raise ServerError(f"{url}{path} says {text!r:.200}")
 
 
 class InThisProcess:
@@ -116,7 +102,6 @@ class VllmOnACpu(Vllm):
     def answers_as(self, name, folder, base):
         """Return what the server does with an adapter, beside what a folder holds, in words."""
         from graft import PeftModel
-        from graft.serving.ask import Connection
         from graft.serving.verify import verify
 
         own = lambda base: PeftModel.from_pretrained(base, folder).eval()

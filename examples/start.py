@@ -61,7 +61,7 @@ def wait_for_server(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) 
     end = time.monotonic() + LONGEST
     while process.poll() is None and time.monotonic() < end:
         try:
-            Connection(url, 5).get("/v1/models")
+            Connection(url, 5).send("/v1/models")
             return
         except ServerError:
             time.sleep(0.5)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import graft
 from examples import servers
+from graft.files.errors import ServerError
 from graft.serving import Versions
 from tests.docs.blocks import ROOT, blocks
 from tests.families import base
@@ -89,10 +90,10 @@ def test_what_sglang_refuses(sglang, tmp_path):
         for r in (4, 8)
     )
     versions.publish(small)
-    with pytest.raises(RuntimeError, match="memory pool"):
+    with pytest.raises(ServerError, match="memory pool"):
         versions.publish(large)
     assert versions.names == [*sglang.held] == [path.name for path in tmp_path.iterdir()]
-    with pytest.raises(RuntimeError, match="answers 400"):  # the name is taken
+    with pytest.raises(ServerError, match="answers 400"):  # the name is taken
         ours.load(versions.current, small)
 
 

@@ -93,6 +93,17 @@ class NonFiniteError(CheckpointError):
     """A checkpoint holds NaN or an infinite number."""
 
 
+def escape_controls(text: str, keep: str = "") -> str:
+    """Return a text that moves no cursor, ends no line and turns no direction of writing when it is printed.
+
+    Each character that is not printable (controls, bidirectional overrides, surrogates, spaces other than ' ') is
+    written as Python writes it, such as \\x1b. Characters of `keep` stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def shortened(text: str, most: int = 200) -> str:
     """Return a text for an error: the beginning if it is long."""
     return text if len(text) <= most else f"{text[:most]}…"

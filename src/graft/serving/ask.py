@@ -4,92 +4,172 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import socket
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.client import HTTPException
-from math import isfinite
+from queue import Empty, SimpleQueue
+from threading import TIMEOUT_MAX, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError
+from graft.core.errors import BaseModelMismatchError, escape_controls, shortened
 from graft.files.errors import OptionError, ServerError, UnknownModelError
 
-LARGEST = 64_000_000  # bytes of an answer
+LARGEST = 16_000_000  # bytes of an answer
 PROBABILITIES = 512  # of one position, where a server tells of one only
+MOST_TOKENS = 2**31  # of a vocabulary
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 Seen = dict[tuple[int, int], float]  # (position, token there) → its log-probability after the tokens before it
 
 
 class Connection:
-    """Requests to one server, each within `timeout` seconds, its answer's last byte included."""
+    """Requests to one server. Each ends within `timeout` seconds, name lookup and the answer's last byte included.
+
+    No redirect is followed, since the key would go to another host.
+
+    Raises:
+        OptionError: `url` is no address, `key` does not fit a header, or `timeout` is no positive number.
+    """
 
     def __init__(self, url: str, timeout: float = 60.0, key: str | None = None):
-        if urlsplit(url).scheme not in ("http", "https"):
+        if not is_address(url):
             raise OptionError(f"{url!r} is no address of a server: http://host:port.")
+        if not 0 < timeout <= TIMEOUT_MAX:
+            raise OptionError(f"A timeout of {timeout} cannot be waited for: give a number of seconds above 0.")
+        if key is not None and not is_plain(key):
+            raise OptionError("The API key has a space, a line break or another character that no header can hold.")
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
-    def get(self, path: str) -> Any:
-        return self._ask(path, None)
+    def get(self, path: str, parse: Callable[[Any], Any] = lambda reply: reply) -> Any:
+        """Return `parse` of the JSON that the server answers to a GET.
 
-    def post(self, path: str, body: dict[str, object]) -> Any:
-        return self._ask(path, json.dumps(body).encode())
+        Raises:
+            ServerError: it cannot be reached, is late, answers an error, no JSON, or JSON for which `parse` raises.
+            UnknownModelError: it answers 404.
+        """
+        return self._parse(path, self.send(path), parse)
 
-    def _ask(self, path: str, body: bytes | None) -> Any:
-        request = urllib.request.Request(self.url + path, body, self.headers)
+    def post(self, path: str, body: Json, parse: Callable[[Any], Any] = lambda reply: reply) -> Any:
+        """Return `parse` of the JSON that the server answers to a POST of `body`. Errors as of `get`."""
+        return self._parse(path, self.send(path, body), parse)
+
+    def send(self, path: str, body: Json | None = None) -> bytes:
+        """Return the bytes that the server answers to a GET, or to a POST of `body`. Errors as of `get`.
+
+        The request runs in a thread: a socket's timeout begins anew with each byte. A late thread loses its connection.
+        """
+        url = self.url + path
+        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), self.headers)
+        exchange = Exchange(request, self.timeout)
+        Thread(target=exchange.run, daemon=True).start()
         try:
-            reply = self._read(request)
-        except urllib.error.HTTPError as e:
-            with e:  # it holds the connection
-                text = shown(e.read(1000))
-            kind = UnknownModelError if e.code == 404 else ServerError
-            raise kind(f"{self.url}{path} answers {e.code} {e.reason}: {text}") from None
-        except TimeoutError:
+            outcome = exchange.outcome.get(timeout=self.timeout)
+        except Empty:
+            outcome = TimeoutError()
+        finally:
+            exchange.close()
+        if isinstance(getattr(outcome, "reason", outcome), TimeoutError):
+            raise ServerError(f"{url} has not answered within {self.timeout:g} s: give it longer with --timeout.")
+        if isinstance(outcome, (OSError, HTTPException)):
+            reason = escape_controls(shortened(str(getattr(outcome, "reason", outcome))))
+            raise ServerError(f"{url} cannot be reached: {reason or repr(outcome)}")
+        if isinstance(outcome, BaseException):
+            raise outcome
+        status, location, text = outcome
+        if len(text) > LARGEST:
+            raise ServerError(f"{url} answers more than {LARGEST} bytes.")
+        if 300 <= status < 400:
             raise ServerError(
-                f"{self.url}{path} has not answered within {self.timeout:g} s: give it longer with --timeout."
-            ) from None
-        except (OSError, HTTPException) as e:
-            if isinstance(getattr(e, "reason", None), TimeoutError):
-                raise ServerError(f"{self.url} cannot be reached within {self.timeout:g} s.") from None
-            raise ServerError(f"{self.url}{path} cannot be reached: {getattr(e, 'reason', None) or e!r}") from None
+                f"{url} answers {status}, a redirect to {quote(location)}, which graft does not follow. "
+                "Give that address if it is the server's."
+            )
+        if status >= 400:
+            raise (UnknownModelError if status == 404 else ServerError)(f"{url} answers {status}: {quote(text)}")
+        return text
+
+    def _parse(self, path: str, text: bytes, parse: Callable[[Any], Any]) -> Any:
         try:
-            return json.loads(reply)
-        except ValueError:
-            raise ServerError(f"{self.url}{path} does not answer JSON: {shown(reply[:1000])}") from None
+            return parse(json.loads(text))
+        except MALFORMED:
+            raise ServerError(f"{self.url}{path} answers something else than expected: {quote(text)}") from None
 
-    def _read(self, request: urllib.request.Request) -> bytes:
+
+class Exchange(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """One request and its answer, for a thread.
+
+    Attributes:
+        outcome: gets the status, the header Location and the body, or the exception.
+    """
+
+    def __init__(self, request: urllib.request.Request, timeout: float):
+        super().__init__()
+        self.request, self.timeout = request, timeout
+        self.outcome: SimpleQueue[tuple[int, bytes, bytes] | BaseException] = SimpleQueue()
+        self.socket: socket.socket | None = None
+        self.opener = urllib.request.OpenerDirector()  # without handlers of redirects and errors
+        for handler in (urllib.request.ProxyHandler(), self):
+            self.opener.add_handler(handler)
+
+    def run(self) -> None:
+        """Put the outcome of the request into `outcome`."""
         end, body = time.monotonic() + self.timeout, bytearray()
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            while part := answer.read1(1 << 16):
-                body += part
-                if time.monotonic() > end:
-                    raise TimeoutError
-                if len(body) > LARGEST:
-                    raise ServerError(f"{request.full_url} answers more than {LARGEST} bytes.")
-        return bytes(body)
+        try:
+            with self.opener.open(self.request, timeout=self.timeout) as answer:
+                while len(body) <= LARGEST and time.monotonic() < end and (part := answer.read1(1 << 16)):
+                    body += part
+            location = str(answer.headers["Location"]).encode(errors="replace")
+            self.outcome.put((answer.status, location, bytes(body)) if time.monotonic() < end else TimeoutError())
+        except BaseException as e:
+            self.outcome.put(e)
+
+    def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
+        exchange = self
+
+        class Connected(http_class):  # type: ignore[misc]
+            def connect(self) -> None:
+                super().connect()
+                exchange.socket = self.sock
+
+        return super().do_open(Connected, req, **options)
+
+    def close(self) -> None:
+        """End the connection, so that the thread ends as well."""
+        if self.socket is not None:
+            with suppress(OSError):  # it is closed already
+                self.socket.shutdown(socket.SHUT_RDWR)
 
 
-def shown(text: bytes) -> str:
-    """Return the beginning of what a server answers, on one line."""
-    line = " ".join(text.decode(errors="replace").split())
-    return repr(line if len(line) <= 200 else line[:200] + "…")
+def is_address(url: str) -> bool:
+    """Return True if a text is the address of a server: http or https, a host, no user, nothing that is no ASCII."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        return bool(parts.scheme in ("http", "https") and host and parts.port != 0) and "@" not in url and is_plain(url)
+    except ValueError:  # of a port, an IPv6 address or a label
+        return False
+
+
+def is_plain(text: str) -> bool:
+    """Return True if a text is printable ASCII without spaces, as addresses and headers need it."""
+    return text.isascii() and text.isprintable() and " " not in text
+
+
+def quote(text: bytes) -> str:
+    """Return the beginning of a server's answer, on one line, in quotes, control characters escaped."""
+    return repr(shortened(" ".join(text[:1000].decode(errors="replace").split()), 400))
 
 
 def server_of(connection: Connection) -> str:
     """Return which program a server is, by what it says of its models: "vllm", "sglang", "llama.cpp", or "openai"."""
-    reply = connection.get("/v1/models")
-    try:
-        owners = {str(entry.get("owned_by")) for entry in reply["data"]}
-    except (TypeError, KeyError, AttributeError):
-        raise garbage(connection, "/v1/models", reply) from None
+    owners = connection.get("/v1/models", lambda reply: {str(entry.get("owned_by")) for entry in reply["data"]})
     return next((name for name in ("vllm", "sglang", "llama.cpp") if name.replace(".", "") in owners), "openai")
-
-
-def garbage(connection: Connection, path: str, reply: object) -> ServerError:
-    return ServerError(f"{connection.url}{path} answers something else than expected: {shown(str(reply).encode())}")
 
 
 def ask(connection: Connection, server: str, name: str, prompts: Sequence[Sequence[int]], base: bool) -> list[Seen]:
@@ -106,109 +186,117 @@ def ask(connection: Connection, server: str, name: str, prompts: Sequence[Sequen
         BaseModelMismatchError: the server makes other tokens of these, or does not have one of them.
     """
     if server == "llama.cpp":
-        lora = adapters_of_llama(connection, None if base else name)
-        return [llama(connection, lora, prompt) for prompt in prompts]
-    one: Callable[..., Seen] = sglang if server == "sglang" else openai
+        lora = scale_llama_adapters(connection, None if base else name)
+        return [ask_llama(connection, lora, prompt) for prompt in prompts]
+    one: Callable[..., Seen] = ask_sglang if server == "sglang" else ask_openai
     try:
         return [one(connection, name, prompt) for prompt in prompts]
     except UnknownModelError as e:
-        raise UnknownModelError(
-            f"The server at {connection.url} has no model {name!r}, but {known(connection)} ({e})"
-        ) from None
+        models = shortened(str(list_models(connection)))
+        raise UnknownModelError(f"The server at {connection.url} has no model {name!r}, but {models} ({e})") from None
 
 
-def known(connection: Connection) -> list[str]:
-    """Return the names of the models that a server says it has."""
+def list_models(connection: Connection) -> list[str]:
+    """Return the names of the models that a server says it has; none if it does not say."""
     try:
-        return [str(entry["id"]) for entry in connection.get("/v1/models")["data"]]
-    except (ServerError, TypeError, KeyError):
+        names: list[str] = connection.get("/v1/models", lambda reply: [str(entry["id"]) for entry in reply["data"]])
+        return names
+    except ServerError:
         return []
 
 
-def openai(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
+def ask_openai(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
     """Ask by OpenAI's completions, which echo the prompt with its log-probabilities."""
-    path = "/v1/completions"
-    body = dict(model=name, prompt=list(ids), max_tokens=1, temperature=0, logprobs=1, echo=True)
-    reply = connection.post(path, body | dict(return_tokens_as_token_ids=True))
-    try:
+
+    def parse(reply: Any) -> tuple[int, list[int], Seen]:
         said = reply["choices"][0]["logprobs"]
         values, tokens = said["token_logprobs"], said["tokens"]
         named = [int(t.removeprefix("token_id:")) for t in tokens if t.startswith("token_id:")]
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError):
-        raise garbage(connection, path, reply) from None
-    if len(values) < len(ids) or (named and named[: len(ids)] != list(ids)):
+        return len(values), named[: len(ids)], parse_prompt(ids[: len(values)], values)
+
+    body = dict(model=name, prompt=list(ids), max_tokens=1, temperature=0, logprobs=1, echo=True)
+    number, named, seen = connection.post("/v1/completions", body | dict(return_tokens_as_token_ids=True), parse)
+    if number < len(ids) or (named and named != list(ids)):
         raise BaseModelMismatchError(
-            f"{connection.url} makes {len(values) - 1} tokens {named[:8]}… of the {len(ids)} of a prompt, "
+            f"{connection.url} makes {number - 1} tokens {shortened(str(named[:8]))}… of the {len(ids)} of a prompt, "
             f"{list(ids)[:8]}…: it does not take tokens by their ids, or has another vocabulary."
         )
-    return numbers(connection, path, ids, values[: len(ids)])
+    return seen
 
 
-def sglang(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
+def ask_sglang(connection: Connection, name: str, ids: Sequence[int]) -> Seen:
     """Ask by SGLang's own request. `name` is an adapter's, or the served model's."""
-    path = "/generate"
+
+    def parse(reply: Any) -> tuple[list[int], Seen]:
+        said = reply["meta_info"]["input_token_logprobs"]
+        return [int(entry[1]) for entry in said], parse_prompt(ids[: len(said)], [entry[0] for entry in said])
+
     body: Json = dict(
         input_ids=list(ids), sampling_params=dict(max_new_tokens=1, temperature=0), return_logprob=True,
         logprob_start_len=0,
     )  # fmt: skip
-    if name not in known(connection)[:1]:
+    if name not in list_models(connection)[:1]:
         body["lora_path"] = name
-    reply = connection.post(path, body)
-    try:
-        said = reply["meta_info"]["input_token_logprobs"]
-        values, tokens = [entry[0] for entry in said], [entry[1] for entry in said]
-    except (TypeError, KeyError, IndexError):
-        raise garbage(connection, path, reply) from None
+    tokens, seen = connection.post("/generate", body, parse)
     if tokens != list(ids):
-        raise BaseModelMismatchError(f"{connection.url} makes the tokens {tokens[:8]}… of the prompt {list(ids)[:8]}….")
-    return numbers(connection, path, ids, values)
-
-
-def numbers(connection: Connection, path: str, ids: Sequence[int], values: Sequence[float]) -> Seen:
-    """Return the log-probabilities of a prompt's tokens but the first, which has none."""
-    if not all(isinstance(v, (int, float)) and isfinite(v) for v in values[1:]):
-        raise garbage(connection, path, values)
-    return {(at, ids[at]): float(values[at]) for at in range(1, len(ids))}
-
-
-def adapters_of_llama(connection: Connection, name: str | None) -> list[Json]:
-    """Return the scales of all adapters of llama.cpp's server that let `name` act alone; None: none of them."""
-    reply = connection.get("/lora-adapters")
-    try:
-        paths = {entry["id"]: str(entry["path"]) for entry in reply}
-    except (TypeError, KeyError):
-        raise garbage(connection, "/lora-adapters", reply) from None
-    files = {i: os.path.basename(path) for i, path in paths.items()}
-    fits = [i for i, file in files.items() if name in (str(i), paths[i], file, file.removesuffix(".gguf"))]
-    if name is not None and len(fits) != 1:
-        raise UnknownModelError(f"The server at {connection.url} has no adapter {name!r}, but {paths}.")
-    return [{"id": i, "scale": 1.0 if name is not None and i in fits else 0.0} for i in paths]
-
-
-def llama(connection: Connection, lora: list[dict[str, object]], ids: Sequence[int]) -> Seen:
-    """Ask for the distribution of the next token, the only one that llama.cpp's server tells."""
-    path = "/completion"
-    body: Json = dict(
-        prompt=list(ids), n_predict=1, n_probs=PROBABILITIES, temperature=0, cache_prompt=False, lora=lora
-    )
-    reply = connection.post(path, body)
-    if isinstance(reply, dict) and not reply.get("completion_probabilities"):  # of a token that is part of a character
-        reply = connection.post(path, body | dict(logit_bias=[[plain_token(connection), 100]]))
-    try:
-        said = reply["completion_probabilities"][0]["top_logprobs"]
-        seen = {(len(ids), int(entry["id"])): float(entry["logprob"]) for entry in said}
-    except (TypeError, KeyError, IndexError, ValueError):
-        raise garbage(connection, path, reply) from None
-    if not seen or not all(map(isfinite, seen.values())):
-        raise garbage(connection, path, reply)
+        text = shortened(str(tokens[:8]))
+        raise BaseModelMismatchError(f"{connection.url} makes the tokens {text}… of the prompt {list(ids)[:8]}….")
     return seen
 
 
-def plain_token(connection: Connection) -> int:
+def parse_prompt(ids: Sequence[int], values: Sequence[object]) -> Seen:
+    """Return the log-probabilities of a prompt's tokens but the first, which has none."""
+    return {(at, ids[at]): parse_number(values[at]) for at in range(1, len(ids))}
+
+
+def parse_number(value: Any) -> float:
+    """Return a log-probability of an answer; OverflowError or ValueError if it is no finite number."""
+    if type(value) not in (int, float) or not math.isfinite(number := float(value)):
+        raise ValueError("a log-probability is a finite number")
+    return number
+
+
+def scale_llama_adapters(connection: Connection, name: str | None) -> list[Json]:
+    """Return the scales of all adapters of llama.cpp's server that let `name` act alone; None: none of them."""
+    paths = connection.get("/lora-adapters", lambda reply: {int(entry["id"]): str(entry["path"]) for entry in reply})
+    files = {i: os.path.basename(path) for i, path in paths.items()}
+    fits = [i for i, file in files.items() if name in (str(i), paths[i], file, file.removesuffix(".gguf"))]
+    if name is not None and len(fits) != 1:
+        text = shortened(str(paths))
+        raise UnknownModelError(f"The server at {connection.url} has no adapter {name!r}, but {text}.")
+    return [{"id": i, "scale": 1.0 if name is not None and i in fits else 0.0} for i in paths]
+
+
+def ask_llama(connection: Connection, lora: list[Json], ids: Sequence[int]) -> Seen:
+    """Ask for the distribution of the next token, the only one that llama.cpp's server tells."""
+
+    def parse(reply: Any) -> Seen:
+        said = reply.get("completion_probabilities") or [{"top_logprobs": []}]
+        seen = {(len(ids), int(entry["id"])): parse_number(entry["logprob"]) for entry in said[0]["top_logprobs"]}
+        if not all(0 <= token < MOST_TOKENS for _, token in seen):
+            raise ValueError("no vocabulary has such a token")
+        return seen
+
+    def parse_whole(reply: Any) -> Seen:
+        if not (seen := parse(reply)):
+            raise ValueError("no log-probabilities")
+        return seen
+
+    body: Json = dict(
+        prompt=list(ids), n_predict=1, n_probs=PROBABILITIES, temperature=0, cache_prompt=False, lora=lora
+    )
+    seen: Seen = connection.post("/completion", body, parse)
+    if not seen:  # of a token that is part of a character
+        seen = connection.post(
+            "/completion", body | dict(logit_bias=[[find_plain_token(connection), 100]]), parse_whole
+        )
+    return seen
+
+
+def find_plain_token(connection: Connection) -> int:
     """Return a token that is text by itself."""
     for token in range(3, 300):
-        reply = connection.post("/detokenize", {"tokens": [token]})
-        text = reply.get("content") if isinstance(reply, dict) else None
+        text = connection.post("/detokenize", {"tokens": [token]}, lambda reply: reply["content"])
         if isinstance(text, str) and text.isascii() and text.strip().isalpha():
             return token
     raise ServerError(f"{connection.url} tells no log-probabilities: it knows no token that is plain text.")

@@ -68,7 +68,7 @@ def contents(folder):
 
 READERS = (
     "inspect {}", "lint {}", "diff GOOD {}", "resize {} -o OUT --rank 1", "convert {} --to kohya -o OUT",
-    "merge BASE {} -o OUT", "check {} --for vllm", "export {} --for vllm --base BASE -o OUT", "card {}",
+    "merge BASE {} -o OUT", "check {} --for vllm", "export {} --for vllm --base BASE -o OUT",
 )  # fmt: skip
 
 
@@ -125,8 +125,8 @@ def words(line, places, tmp_path):
         ("export GOOD --for vllm --base BASE -o BASE --force", 2, "the source"),
         ("extract BASE BASE -o BASE/inner", 2, "the source"),
         ("resize GOOD --rank 1 -o MLX", 2, "--force"),
-        ("resize GOOD --rank 1 -o OTHERS --force", 2, "something else than an adapter"),
-        ("merge BASE GOOD -o OTHERS --force", 2, "neither a model nor an adapter"),
+        ("resize GOOD --rank 1 -o OTHERS --force", 2, "holds [letter.txt], no file of an adapter"),
+        ("merge BASE GOOD -o OTHERS --force", 2, "holds [letter.txt], no file of a model"),
         ("inspect GOOD --plot OTHERS/letter.txt", 2, "is no picture"),
         # words
         ("resize GOOD -o OUT", 2, "Give one of rank"),

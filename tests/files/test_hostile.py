@@ -277,6 +277,9 @@ def test_an_output_that_exists(tmp_path, locon):
     with pytest.raises(OutputExistsError, match="--force"):
         convert(locon, "peft", out, NET)
     (out / "mine.txt").write_text("x")
+    with pytest.raises(OutputExistsError, match=r"holds \[mine.txt\], no file of an adapter"):
+        convert(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
+    (out / "mine.txt").unlink()
     convert(FIXTURES / "lycoris_tucker", "peft", out, NET, force=True)
     assert (out / "adapter_model.safetensors").read_bytes() != before
     with pytest.raises(OptionError, match="the source"):
@@ -287,7 +290,7 @@ def test_an_output_that_exists(tmp_path, locon):
     assert sorted(os.listdir(out)) == held
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "letter.txt").write_text("x")
-    with pytest.raises(OutputExistsError, match="something else than an adapter"):
+    with pytest.raises(OutputExistsError, match=r"holds \[letter.txt\]"):
         convert(locon, "peft", tmp_path / "others", NET, force=True)
     assert os.listdir(tmp_path / "others") == ["letter.txt"]
 

@@ -6,20 +6,46 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 
+from graft.core.errors import CheckpointError
+
 Write = Callable[[str], None]  # writes to a path, at which an empty file stands already
 TEMPORARY = re.compile(r"\.(?P<of>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>[0-9]{1,9})-[0-9a-f]{16}\.tmp")
 NO_FILE = "It is a device or a pipe, and stays as it is"
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none: `is_link` looks there
 LONGEST = 24 * 3600  # seconds after which a temporary file of another machine belongs to no running save
 
 
 def is_special(path: str) -> bool:
     """Return True if a device, a pipe or a socket stands at a path: a rename would put a file in its place."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def is_link(path: str) -> bool:
+    """Return True if a symbolic link, or a junction of Windows, stands at a path, wherever it leads."""
+    try:
+        facts = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    junction = getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", None)  # on Windows alone
+    return stat.S_ISLNK(facts.st_mode) or (junction is not None and getattr(facts, "st_reparse_tag", None) == junction)
+
+
+def check_no_link(folder: str, what: str) -> None:
+    """Raise CheckpointError if a folder is a link, which may have come with a folder from elsewhere.
+
+    what: is to be written there, for the error.
+    """
+    if is_link(folder):
+        raise CheckpointError(
+            f"'{folder}' is a symbolic link, and {what} would be written to where it leads: remove the link, or save "
+            "to that folder itself."
+        )
 
 
 def replace(path: str, write: Write) -> None:
@@ -96,7 +122,7 @@ class Scratch:
     def create(self, of: str) -> str:
         """Make an empty file; return its path. A file or link that is there already is an error, never used."""
         path = self._name(of)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666))
         return path
 
     def write(self, of: str, write: Write) -> str:

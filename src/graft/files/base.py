@@ -5,15 +5,35 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 
 from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor, read_header
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+# names of files in a model's folder, as in a shell
+WEIGHTS = (WHOLE, "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+NEEDED = (  # beside its weights, by transformers or sentence-transformers; and what a licence asks to be passed on
+    "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json",
+    "merges.txt", "bpe.codes", "dict.txt", "byte_maps.json", "emoji.json", "normalizer.json", "word_shape.json",
+    "word_pronunciation.json", "prophetnet.tokenizer", "tokenizer.model*", "tekken.json", "*.tiktoken", "*.spm",
+    "spiece.model", "spm.model", "spm_char.model", "sentencepiece.model", "sentencepiece.bpe.model",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json",
+    "[0-9]*_*/config.json", "[0-9]*_*/model.safetensors",
+    "configuration_*.py", "modeling_*.py", "tokenization_*.py", "*processing_*.py", "feature_extraction_*.py",
+    "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
 
 @dataclass
@@ -60,6 +80,45 @@ def base_files(path: str | os.PathLike[str]) -> BaseFiles:
                 raise CheckpointError(f"'{key}' stands in two files of {path}: {base.files[key]} and {name}.")
             base.tensors[key], base.files[key] = tensor, name
     return base
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def entries(folder: str, patterns: Collection[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the entries of a folder, and whether each is a regular file. Links are followed nowhere.
+
+    Args:
+        patterns: names of files. A folder that one of them names is opened; any other is one entry, with a slash.
+    """
+    rooms = {pattern.partition("/")[0] for pattern in patterns if "/" in pattern}
+    with os.scandir(folder) as found:
+        for entry in sorted(found, key=lambda entry: entry.name):
+            if not entry.is_dir(follow_symlinks=False):
+                yield entry.name, entry.is_file(follow_symlinks=False)
+            elif not matches(entry.name, rooms):
+                yield f"{entry.name}/", False
+            else:
+                inner = (p.partition("/")[2] for p in patterns if fnmatchcase(entry.name, p.partition("/")[0]))
+                for name, is_file in entries(entry.path, [*inner]):
+                    yield f"{entry.name}/{name}", is_file
+
+
+def check_inside(folder: str, name: str) -> None:
+    """Raise CheckpointError if a file of a model is no regular one, or a link that leads out of its folder.
+
+    The hub's cache holds a model as links, which lead to the blobs of the same repository.
+    """
+    root, real = (Path(os.path.realpath(p)) for p in (folder, os.path.join(folder, name)))
+    rooms = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(map(real.is_relative_to, rooms)):
+        raise CheckpointError(
+            f"{os.path.join(folder, name)} is a link to {real}, outside of the model's folder, and merging would copy "
+            "that: put the file itself there."
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{os.path.join(folder, name)} is no file: take it away, or put the model's there.")
 
 
 def shards(path: str) -> list[str]:

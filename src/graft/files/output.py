@@ -1,27 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of verbs: where they may go, and how they come there, whole or not at all."""
+"""Results of verbs: where they may go, what they may replace, and how they come there, whole or not at all."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from graft.config.atomic import NO_FILE, exchange, is_special
-from graft.core.errors import CheckpointError, PeftError
+from graft.config.atomic import NO_FILE, exchange, is_link, is_special
+from graft.core.errors import CheckpointError, PeftError, some
+from graft.files.base import INDEX, NEEDED, TORCH_INDEX, WEIGHTS, entries, matches, shards
 from graft.files.errors import OptionError, OutputExistsError
-from graft.files.formats import recognise
+from graft.files.formats import FORMATS, module_of
+
+CERTIFICATE = "merge.json"
+MODEL = (*NEEDED, INDEX, TORCH_INDEX, CERTIFICATE)  # what stands beside the weights of a model
 
 
-def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bool) -> None:
+def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bool, model: bool = False) -> None:
     """Raise an error if a result may not go to a path.
+
+    Args:
+        force: replace what is there, if it is a file, a link, or a folder with files of one adapter and nothing else.
+        model: the result is a model's folder, and replaces nothing but a folder with files of a model.
 
     Raises:
         OptionError: it is empty; or see `check_apart`.
-        OutputExistsError: there is something, and `force` is False; or it is a folder that is no adapter, or a device.
+        OutputExistsError: there is something, and `force` is False, or does not replace that.
     """
     if not path:
         raise OptionError("The output has no name.")
@@ -32,8 +42,56 @@ def check_output(path: str, sources: Iterable[str | os.PathLike[str]], force: bo
         raise OutputExistsError(f"{path}: {NO_FILE}. Give another place for the result.")
     if not force:
         raise OutputExistsError(f"{path} exists: pass force=True (--force) to replace it.")
-    if os.path.isdir(path) and not os.path.islink(path) and not is_adapter(path):
-        raise OutputExistsError(f"{path} holds something else than an adapter, and stays as it is: remove it yourself.")
+    is_folder = os.path.isdir(path) and not is_link(path)
+    if model and not is_folder:
+        raise OutputExistsError(f"{path} is a link or no folder, and stays as it is: give another place.")
+    if is_folder and (others := strangers(path, model)):
+        raise OutputExistsError(
+            f"{path} holds {some(others, 4)}, no file of {'a model' if model else 'an adapter'}, and stays as it is: "
+            "move that away, or give another place."
+        )
+
+
+def strangers(folder: str, model: bool) -> list[str]:
+    """Return the entries of a folder that are no files of a model, or of one adapter; all, if it has no weights.
+
+    Names alone tell, so that a damaged adapter is one, too.
+    """
+    kinds = [model_files(folder)] if model else [module_of(name).FOLDER for name in FORMATS]
+    found = []
+    for weights, others in kinds:
+        here = [*entries(folder, (*weights, *others))]
+        known = any(is_file and matches(name, weights) for name, is_file in here)
+        found.append([n for n, is_file in here if not (known and is_file and matches(n, (*weights, *others)))])
+    return min(found, key=len)
+
+
+def model_files(folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names, as in a shell, of the files that stand in a model's folder: weights, others."""
+    named: list[str] = []
+    if os.path.isfile(os.path.join(folder, INDEX)):
+        with suppress(CheckpointError):  # it is damaged, and names none
+            named = [glob.escape(name) for name in shards(folder) if name.endswith(".safetensors")]
+    return (*WEIGHTS, *named), MODEL
+
+
+def take_folder(path: str) -> None:
+    """Make a folder for work, which nobody else may enter, or take one that a killed run has left.
+
+    Raises:
+        OutputExistsError: what stands there is a link, no folder, or another user's.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        facts = os.lstat(path)
+        own = not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()  # Windows has no such numbers
+        if not (own and stat.S_ISDIR(facts.st_mode)) or is_link(path):
+            raise OutputExistsError(
+                f"{path}, where work in progress goes, is a link, no folder, or another user's: remove it, or give "
+                "another place for the result."
+            ) from None
+        os.chmod(path, 0o700)
 
 
 def check_apart(path: str, sources: Iterable[str | os.PathLike[str]]) -> None:
@@ -46,14 +104,6 @@ def check_apart(path: str, sources: Iterable[str | os.PathLike[str]]) -> None:
                 f"{path} is the source {os.fspath(source)}, or one lies in the other: sources stay as they are. Give "
                 "another place for the result."
             )
-
-
-def is_adapter(folder: str) -> bool:
-    """Return True if a folder is an adapter, whole or damaged, or has one for each part of a pipeline."""
-    try:
-        return bool(recognise(folder))
-    except CheckpointError as e:
-        return "damaged" in str(e) or "cut off" in str(e)
 
 
 @contextmanager
@@ -121,6 +171,7 @@ def put(made: str, target: str, stood: bool) -> None:
     if not os.path.exists(made):
         raise CheckpointError(f"Nothing was written for {target}.")
     if stood and os.path.lexists(target):
+        check_output(target, [], force=True)  # once more, since the work took its time
         exchange(made, target)
     else:
         move(made, target)

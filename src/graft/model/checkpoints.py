@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from graft.config.atomic import check_no_link
 from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.hub import hub_keywords
 from graft.config.prompt import NAMES as OF_THE_BASE
@@ -285,9 +286,5 @@ def folder_of(adapter: str, directory: str) -> str:
     if adapter == "default":
         return directory
     folder = os.path.join(directory, adapter)
-    if os.path.islink(folder):
-        raise CheckpointError(
-            f"'{folder}' is a symbolic link, and adapter '{adapter}' would be written to where it leads: remove the "
-            "link, or save to that folder itself."
-        )
+    check_no_link(folder, f"adapter '{adapter}'")
     return folder

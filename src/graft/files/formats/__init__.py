@@ -52,6 +52,7 @@ class Format(Protocol):
     """A module of this package."""
 
     NAME: str  # as `--to` takes it
+    FOLDER: tuple[tuple[str, ...], tuple[str, ...]]  # names, as in a shell, of files that it writes: weights, others
 
     def recognises(self, path: str) -> bool:
         """Return True if a file or folder is of this format; a look at names and a header, never at values."""

@@ -27,6 +27,10 @@ FUSION, FUSION_FILES = (
     "adapter_fusion_config.json",
     ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"),
 )
+FOLDER = (
+    (*FILES, *FUSION_FILES),
+    (CONFIG, FUSION, "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"),
+)
 HOLDS = Holds("alpha", False, methods=frozenset({"IA3"}))
 PLACES = {  # ends of the paths that a config of theirs can name → its field, and a word of attn_matrices
     "query": ("selfattn_lora", "q"), "q_proj": ("selfattn_lora", "q"), "key": ("selfattn_lora", "k"),

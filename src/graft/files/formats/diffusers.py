@@ -29,6 +29,7 @@ from graft.files.tensors import Tensor, read_header, reshaped, write_safetensors
 
 NAME = "diffusers"
 FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+FOLDER = (FILE, "adapter.safetensors"), ()
 HOLDS = Holds(parts=frozenset({"magnitude", "bias", "conv"}))
 LEAVES = {  # ends of names → what they are; the newest layout first
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude",

@@ -26,6 +26,7 @@ from graft.files.rope import heads_of, interleaved, two_halves
 from graft.files.tensors import Tensor, rearranged, tensor
 
 NAME = "gguf"
+FOLDER = ("adapter.gguf",), ()
 MAGIC = b"GGUF"
 KEY = re.compile(r"(.+)\.weight\.lora_([ab])")
 ALORA, TOKENS = "adapter.alora.invocation_tokens", "alora_invocation_tokens"  # here, and in a config of PEFT

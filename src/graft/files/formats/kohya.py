@@ -19,6 +19,7 @@ from graft.files.pickles import mentions, read_file
 from graft.files.tensors import Tensor, read_header, reshaped, tensor, write_safetensors
 
 NAME = "kohya"
+FOLDER = ("adapter.safetensors",), ()
 PREFIXES = {  # prefix in the file → parts of a pipeline; "": the base is one model
     "lora_unet_": ("unet", "transformer", ""),
     "lora_transformer_": ("transformer", ""),

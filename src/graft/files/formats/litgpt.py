@@ -22,6 +22,7 @@ from graft.files.tensors import Tensor, tensor
 
 NAME = "litgpt"
 FILE, OF_RUN, OF_MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
+FOLDER = (FILE,), (OF_RUN, OF_MODEL)
 HOLDS = Holds("alpha", False)
 KEY = re.compile(r"(.+)\.lora_([AB])")
 OWN = re.compile(r"transformer\.h\.(?P<number>\d+)\.(?P<rest>.+)")

@@ -18,6 +18,7 @@ from graft.files.tensors import Tensor, read_header, rearranged, write_safetenso
 
 NAME = "mlx"
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+FOLDER = (WEIGHTS,), (CONFIG,)
 DEFAULT = 20.0  # scale where the config has none
 DORA_OF_TOKENS = "MLX DoRA of an embedding"  # a magnitude for each token, where PEFT's is for each output
 HOLDS = Holds("one", False, frozenset({"magnitude", "embedding", "experts"}), magnitudes=True)

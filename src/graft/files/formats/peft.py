@@ -19,6 +19,7 @@ from graft.config.file import ConfigFile, whole_model
 from graft.config.reading import Json, ending, pattern, read_object
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 from graft.files import pickles
+from graft.files.bases import COMPONENTS
 from graft.files.components import joined, parts_of
 from graft.files.components import split as split_by_part
 from graft.files.errors import BaseNeededError, LossError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from graft.files.formats import Base
 
 NAME = "peft"
+_FILES = (pair.SAFETENSORS, pair.TORCH), (pair.CONFIG_NAME, "README.md")
+FOLDER = tuple((*names, *(f"{part}*/{name}" for part in COMPONENTS for name in names)) for names in _FILES)
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # how the names of tensors begin
 PREFIXES = {  # of the names of a method's tensors on a module
     "LORA": "lora_", "ADALORA": "lora_", "IA3": "ia3_", "VERA": "vera_", "PVERA": "pvera_", "LOHA": "hada_",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 NAME = "pyreft"
 CONFIG = "config.json"
 KEY = "intkey_{}.bin"
+FOLDER = (KEY.format("*"),), (CONFIG,)
 OURS = "graft"
 HOLDS = Holds(methods=frozenset({"REFT"}))
 KINDS = {  # class of pyreft → (orthogonality, subtract_projection) of ReftConfig

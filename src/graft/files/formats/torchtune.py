@@ -26,6 +26,7 @@ from graft.files.tensors import Tensor
 
 NAME = "torchtune"
 FILE, CONFIG = "adapter_model.pt", "adapter_config.json"
+FOLDER = (FILE,), (CONFIG,)
 HOLDS = Holds("alpha", False, frozenset({"magnitude"}))
 NAMES = {  # torchtune's → transformers', of llama's family and Qwen2; Phi's fused layers have no names of their own
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",

@@ -19,7 +19,7 @@ import torch
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, some
-from graft.files.base import INDEX, BaseFiles, base_files, shards
+from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
 from graft.files.errors import LossError, OptionError
 from graft.files.formats import read
 from graft.files.merging import heads
@@ -27,17 +27,20 @@ from graft.files.merging.folds import Change, Job, changes
 from graft.files.merging.numbers import FLOATS, TORCH, measured, to_bytes
 from graft.files.merging.places import Places
 from graft.files.merging.skeleton import skeleton
-from graft.files.merging.stream import Out, Workplace
+from graft.files.merging.stream import Out, Workplace, sha256_of
 from graft.files.merging.ties import Tied, alike, tied_groups
 from graft.files.merging.weights import BaseWeights, weights_of
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.output import check_apart
+from graft.files.output import CERTIFICATE, check_output
 from graft.files.tensors import Bytes
 
-CERTIFICATE = "merge.json"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".ot")
-NOT_COPIED = (INDEX, "pytorch_model.bin.index.json", "README.md", CERTIFICATE)
+ELSEWHERE = (
+    "*.safetensors",
+    "*.index.json",
+    "README.md",
+    CERTIFICATE,
+)  # of a base: what a merge writes, or nobody misses
 KEPT = 0.9  # share of an update; less is worth a note
 Others = Callable[[Job, BaseFiles], list[Change]]  # changes of the parts of an adapter that are not low rank
 
@@ -99,32 +102,27 @@ def merge(
     files = base_files(base)
     output, paths = os.fspath(output), [os.fspath(a) for a in adapters]
     weights = [1.0] * len(paths) if weights is None else [float(w) for w in weights]
-    check_apart(output, [files.path, *paths])
     key = key_of([files.path, *paths], [weights, dtype, shard_size, keep_quantized])
     place = Workplace(output, key, force)
-    place.check()
+    check_output(output, [files.path, *paths], force, model=True)
     work = Work(files, paths, weights, dtype, keep_quantized, others)
     layout = work.layout(shard_size)
     sizes = {name: sum(out.nbytes for out in outs) for name, outs in layout.items()}
     account = Merged(output, {key: {} for key in work.changed}, work.notes, sizes)
     if dry_run:
         return account
-    with place.lock():
+    with place.lock(layout, work.changed):
         account.resumed = len(place.done)
-        try:
-            place.check_room(layout)
-            place.write(layout, step)
-            for row in (row for shard in place.done.values() for row in shard["rows"]):
-                account.tensors[row["tensor"]] = {name: value for name, value in row.items() if name != "tensor"}
-            note_losses(account)
-            work.small_files(place.folder, layout)
-            if certificate:
-                text = json.dumps(certificate_of(work, place, account), indent=1)
-                replace(place.at(CERTIFICATE), write_text(text + "\n"))
-            place.finish()
-        except Exception:
-            shutil.rmtree(place.folder, ignore_errors=True)
-            raise
+        place.check_room(layout)
+        place.write(layout, step)
+        for row in (row for shard in place.done.values() for row in shard["rows"]):
+            account.tensors[row["tensor"]] = {name: value for name, value in row.items() if name != "tensor"}
+        note_losses(account)
+        work.small_files(place.folder, layout)
+        if certificate:
+            text = json.dumps(certificate_of(work, place, account), indent=1)
+            replace(os.path.join(place.folder, CERTIFICATE), write_text(text + "\n"))
+        place.finish()
     return account
 
 
@@ -166,6 +164,7 @@ class Work:
         if dtype is not None and dtype not in DTYPES:
             raise OptionError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
         self.base, self.notes = base, list[str]()
+        self.beside = needed(base, self.notes)
         self.paths, self.dtype = adapters, None if dtype is None else DTYPES[dtype]
         self.weights = weights
         self.base_weights: BaseWeights = weights_of(base)
@@ -342,11 +341,12 @@ class Work:
     # the rest
 
     def small_files(self, folder: str, layout: dict[str, list[Out]]) -> None:
-        """Write config and index, and copy what else stands beside the weights."""
-        for source, name in small_files(self.base.path):
+        """Write config and index, and copy what else the model needs."""
+        for name in self.beside:
+            check_inside(self.base.path, name)  # once more, since the work took its time
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.copyfile(source, target)
+            replace(target, partial(shutil.copyfile, os.path.join(self.base.path, name)))
         if self.base.config:
             text = json.dumps(self.config(), indent=2, ensure_ascii=False)
             replace(os.path.join(folder, "config.json"), write_text(text + "\n"))
@@ -369,15 +369,22 @@ class Work:
         return heads.architecture(config, self.changed, self.adapters)
 
 
-def small_files(path: str) -> list[tuple[str, str]]:
-    """Return the files beside a model's weights that belong to any model with other values, and their names."""
-    found = []
-    for root, folders, names in os.walk(path):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(names):
-            own = os.path.relpath(os.path.join(root, name), path)
-            if not name.startswith((".", "adapter_")) and not name.endswith(WEIGHTS) and own not in NOT_COPIED:
-                found.append((os.path.join(root, name), own))
+def needed(base: BaseFiles, notes: list[str]) -> list[str]:
+    """Return the names of files that a model needs beside its weights, and note what else stands there.
+
+    Raises:
+        CheckpointError: one of them, or of the weights, is no file, or a link that leads out of the folder.
+    """
+    found, others = list[str](), list[str]()
+    for name, _ in entries(base.path, NEEDED):
+        if matches(name, NEEDED):
+            found.append(name)
+        elif not name.startswith(".") and not matches(name, ELSEWHERE):
+            others.append(name)
+    for name in (*found, *dict.fromkeys(base.files.values())):
+        check_inside(base.path, name)
+    if others:
+        notes.append(f"Not copied from the base: {some(others)}.")
     return found
 
 
@@ -425,9 +432,6 @@ def digests(paths: Iterable[str]) -> dict[str, str]:
     """Return the sha256 of files, by their names."""
     found = {}
     for path in sorted(paths):
-        with suppress(FileNotFoundError), open(path, "rb") as f:
-            digest = hashlib.sha256()
-            while block := f.read(1 << 20):
-                digest.update(block)
-            found[os.path.basename(path)] = digest.hexdigest()
+        with suppress(FileNotFoundError):
+            found[os.path.basename(path)] = sha256_of(path)
     return found

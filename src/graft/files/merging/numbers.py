@@ -54,6 +54,7 @@ def to_file(values: torch.Tensor) -> Tensor:
     return Tensor(tuple(values.shape), NAMES[values.dtype], lambda: to_bytes(values))
 
 
+MEASURES = ("update", "weight", "largest_difference", "largest_relative_difference", "unchanged", "kept")
 AT_ONCE = 2**18  # numbers: copies of a few rows, not of a weight
 
 
@@ -87,11 +88,5 @@ def measured(before: torch.Tensor, exact: torch.Tensor, after: torch.Tensor) -> 
         moves = delta != 0
         changed += int(moves.sum())
         lost += int((moves & (new == old.to(after.dtype).double())).sum())
-    return {
-        "update": math.sqrt(update),
-        "weight": math.sqrt(weight),
-        "largest_difference": largest,
-        "largest_relative_difference": relative,
-        "unchanged": lost / changed if changed else 0.0,
-        "kept": share / update if update else 1.0,
-    }
+    unchanged, kept = lost / changed if changed else 0.0, share / update if update else 1.0
+    return dict(zip(MEASURES, (math.sqrt(update), math.sqrt(weight), largest, relative, unchanged, kept)))

@@ -4,23 +4,27 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 
-from graft.config.atomic import exchange, replace, sync, write_text
+from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange, replace, sync, write_text
 from graft.config.notes import header
-from graft.config.reading import Json
+from graft.config.reading import Json, read_object
+from graft.core.errors import CheckpointError, some
+from graft.files.base import entries, matches
 from graft.files.errors import OutputExistsError
-from graft.files.output import is_adapter
+from graft.files.merging.numbers import MEASURES
+from graft.files.output import MODEL, check_output, clear, missing, take_folder
 from graft.files.tensors import BITS, Bytes
 
-STATE = ".graft-merge"
+STATE, LOCK = "state.json", "lock"
 METADATA = {"format": "pt"}
 SPARE = 1 << 20  # bytes: for the small files
 
@@ -44,29 +48,54 @@ class Out:
 
 
 def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
-    """Write a safetensors file; return its sha256, and what there is to say of its tensors."""
+    """Write a safetensors file, which appears whole; return its sha256, and what there is to say of its tensors."""
     order = sorted(outs, key=lambda out: (-BITS[out.dtype], out.name))  # the widest first, so that all are aligned
     head = header(((out.name, out.dtype, out.shape, out.nbytes) for out in order), METADATA)
     digest, rows = hashlib.sha256(head), list[Json]()
-    part = f"{path}.part"
-    with open(part, "wb") as f:
-        f.write(head)
-        for out in order:
-            data, row = out.make()
-            assert len(data) == out.nbytes, out.name
-            f.write(data)
-            digest.update(data)
-            del data
-            if row is not None:
-                rows.append({"tensor": out.name, **row})
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+
+    def write(part: str) -> None:
+        with open(part, "wb") as f:
+            f.write(head)
+            for out in order:
+                data, row = out.make()
+                assert len(data) == out.nbytes, out.name
+                f.write(data)
+                digest.update(data)
+                del data
+                if row is not None:
+                    rows.append({"tensor": out.name, **row})
+
+    replace(path, write)
     return digest.hexdigest(), rows
 
 
+def sha256_of(path: str) -> str:
+    """Return the sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_note(note: object, changed: Collection[str]) -> bool:
+    """Return True if a state notes of a shard what `Workplace.write` does. changed: tensors of which rows may speak."""
+    rows = note.get("rows") if isinstance(note, dict) else None
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and isinstance(name := row.get("tensor"), str)
+        and name in changed
+        and (
+            row.keys() <= {"tensor", "new", "resized"}
+            or (row.keys() == {"tensor", *MEASURES} and all(type(row[m]) is float for m in MEASURES))
+        )
+        for row in rows
+    )
+
+
 class Workplace:
-    """The folder in which an output comes about: beside it, under a name that the next run finds.
+    """A folder beside the output that nobody else may enter, under a name that the next run finds. In it stand the
+    output until it gets its name, a lock, and the state: which files of the output are finished.
 
     Args:
         key: of inputs and options. What another key has left there is deleted.
@@ -75,61 +104,96 @@ class Workplace:
     def __init__(self, output: str, key: str, force: bool):
         self.output = os.path.abspath(output)
         parent, name = os.path.split(self.output)
-        self.folder = os.path.join(parent, f".{name}.graft-merge")
+        self.room = os.path.join(parent, f".{name}.graft-merge")
+        self.folder, self.state, self.lock_file = (os.path.join(self.room, of) for of in (name, STATE, LOCK))
+        self.names = [STATE, LOCK, *(f"{glob.escape(name)}/{of}" for of in ("*.safetensors", *MODEL))]
         self.key, self.force = key, force
         self.done: Json = {}
+        self.parents: list[str] = []  # folders around the output that this run has made
 
     def check(self) -> None:
-        """Raise OutputExistsError if something stands where the output goes."""
-        if os.path.lexists(self.output) and not self.force:
-            raise OutputExistsError(f"{self.output} exists: --force replaces it.")
-        if os.path.lexists(self.output) and (os.path.islink(self.output) or not os.path.isdir(self.output)):
-            raise OutputExistsError(f"{self.output} is a link or no folder, and stays as it is.")
-        known = os.path.isfile(os.path.join(self.output, "config.json"))
-        if os.path.isdir(self.output) and os.listdir(self.output) and not known and not is_adapter(self.output):
-            raise OutputExistsError(
-                f"{self.output} holds neither a model nor an adapter, and stays as it is: remove it yourself."
-            )
+        """Raise OutputExistsError if something stands where the output goes that it does not replace."""
+        check_output(self.output, [], self.force, model=True)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Have the folder alone; take up what a killed run of the same key has finished."""
-        os.makedirs(self.folder, exist_ok=True)
-        lock = os.open(os.path.join(self.folder, ".lock"), os.O_RDWR | os.O_CREAT)
-        try:
-            with suppress(ImportError):  # not on Windows
-                import fcntl
+    def lock(self, shards: Collection[str], changed: Collection[str]) -> Iterator[None]:
+        """Have the folder alone; take up what a killed run of the same key has finished.
 
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise OutputExistsError(f"Another process is merging into {self.output} now.") from None
-            if not os.path.exists(os.path.join(self.folder, ".lock")):  # it had the lock while this one waited
-                raise OutputExistsError(f"Another process has just merged into {self.output}.")
+        An error deletes what is there; an interrupt leaves it for the next run.
+
+        Args:
+            shards: names of the files that are to be written.
+            changed: names of the tensors that a certificate speaks of.
+
+        Raises:
+            OutputExistsError: the folder is a link or another user's, or holds what no merge writes; or another process
+                has it. Nothing changes then. Or as `check`.
+        """
+        parent = os.path.dirname(self.output)
+        self.parents = missing(parent)
+        os.makedirs(parent, exist_ok=True)
+        take_folder(self.room)
+        if others := [name for name, is_own in self._entries() if not is_own]:
+            raise OutputExistsError(
+                f"{self.room}, where work in progress goes, holds {some(others, 4)}, which no merge has written: "
+                "remove it, or give another place for the result."
+            )
+        with self._alone():
             try:
                 self.check()  # once more, now that nobody else writes it
-            except OutputExistsError:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self._take_up(shards, changed)
+                yield
+            except Exception:
+                self.clear()
                 raise
-            self.done = self._left()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            import fcntl
+        except ImportError:  # Windows, where nobody notices a second process
+            yield
+            return
+        lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputExistsError(f"Another process is merging into {self.output} now.") from None
+            if not os.path.exists(self.lock_file) or not os.path.samestat(os.fstat(lock), os.stat(self.lock_file)):
+                raise OutputExistsError(f"Another process has just merged into {self.output}.")  # while this one waited
             yield
         finally:
             os.close(lock)
 
-    def _left(self) -> Json:
-        path = os.path.join(self.folder, STATE)
-        with suppress(OSError, ValueError, KeyError, TypeError), open(path, encoding="utf-8") as f:
-            state = json.load(f)
-            if state["key"] == self.key:
-                return {name: shard for name, shard in state["shards"].items() if os.path.exists(self.at(name))}
-        for name in os.listdir(self.folder):
-            if name != ".lock":
-                there = os.path.join(self.folder, name)
-                shutil.rmtree(there) if os.path.isdir(there) and not os.path.islink(there) else os.remove(there)
-        return {}
+    def _entries(self) -> list[tuple[str, bool]]:
+        """Return the names of what is in the room, and whether a merge may have written each: no link, a known name."""
+        found = []
+        for path, is_file in entries(self.room, self.names):
+            folder, name = os.path.split(path)
+            temporary = TEMPORARY.fullmatch(name)
+            known = os.path.join(folder, temporary["of"]) if temporary else path
+            found.append((path, is_file and matches(known, self.names)))
+        return found
 
-    def at(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+    def _take_up(self, shards: Collection[str], changed: Collection[str]) -> None:
+        """Find the shards that a run of the same key has finished, by their digests; delete all else."""
+        self.key += f"-{os.stat(self.room).st_ino}"  # a room that came with an archive has another number
+        state: Json = {}
+        with suppress(OSError, CheckpointError):
+            state = read_object(self.state)
+        notes = state.get("shards") if state.get("key") == self.key else None
+        for name, note in notes.items() if isinstance(notes, dict) else ():
+            path = os.path.join(self.folder, name)
+            if name in shards and is_note(note, changed) and os.path.isfile(path) and sha256_of(path) == note["sha256"]:
+                self.done[name] = note
+        if not self.done:
+            clear(self.folder)
+        kept = {LOCK, STATE, *(os.path.join(os.path.basename(self.folder), name) for name in self.done)}
+        for name, _ in self._entries():
+            if name not in kept:
+                os.remove(os.path.join(self.room, name))
+        os.makedirs(self.folder, exist_ok=True)  # with the modes that the umask gives
 
     def check_room(self, shards: Mapping[str, Sequence[Out]]) -> None:
         """Raise OSError (ENOSPC) unless the disk has room for what is not written yet."""
@@ -145,22 +209,30 @@ class Workplace:
     def write(self, shards: Mapping[str, Sequence[Out]], step: Callable[[str], None] | None = None) -> None:
         for name, outs in shards.items():
             if name not in self.done:
-                digest, rows = write_shard(self.at(name), outs)
+                digest, rows = write_shard(os.path.join(self.folder, name), outs)
                 self.done[name] = {"sha256": digest, "rows": rows}
-                state = json.dumps({"key": self.key, "shards": self.done})
-                replace(self.at(STATE), write_text(state))
+                replace(self.state, write_text(json.dumps({"key": self.key, "shards": self.done})))
             if step is not None:
                 step(name)
 
     def finish(self) -> None:
         """Put the folder where the output goes; what stands there gets its name, and is deleted."""
-        with suppress(FileNotFoundError):
-            os.remove(self.at(STATE))
+        self.check()
         sync(self.folder)
+        made = os.stat(self.folder)
         try:
             exchange(self.folder, self.output) if os.path.isdir(self.output) else os.rename(self.folder, self.output)
             sync(os.path.dirname(self.output))
-        finally:  # after an interrupt, too: the lock is in the folder that has come, or nothing has
-            if os.path.exists(lock := os.path.join(self.output, ".lock")):
-                os.remove(lock)
-                shutil.rmtree(self.folder, ignore_errors=True)
+        finally:  # after an interrupt, too
+            if os.path.isdir(self.output) and os.path.samestat(made, os.stat(self.output)):
+                self.clear()
+
+    def clear(self) -> None:
+        """Delete what a merge has put into the room, and the room if nothing else is there."""
+        clear(self.folder)
+        for path in self.state, self.lock_file:
+            with suppress(OSError):
+                os.remove(path)
+        for path in self.room, *self.parents:
+            with suppress(OSError):
+                os.rmdir(path)

@@ -11,8 +11,8 @@ PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft and its tests again
 
-.PHONY: test test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed \
-	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations fuzz check dist release bench \
+.PHONY: quick test test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed \
+	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations drawn fuzz check dist release bench \
 	demo demo-sweep demo-lm demo-4bit compare compare-texts rates examples guide-serving docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
@@ -41,6 +41,11 @@ $(VENV)/.docs: pyproject.toml $(VERSIONS)
 
 bench: $(VENV)/.test $(VENV)/packages/bitsandbytes/.installed
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# a drawn sample of every law, method, storage and format, in a minute: for whoever changes something
+quick: $(VENV)/.test
+	GRAFT_TESTS=quick $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/distributed \
+		--ignore=tests/device --ignore=tests/clients --ignore=tests/servers --ignore=tests/trainers
 
 test: $(VENV)/.test $(if $(TESTS),,test-device)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/distributed --ignore=tests/device $(TESTS)
@@ -205,6 +210,11 @@ $(VENV)/servers/llama.cpp/.installed: tests/servers/llama.cpp.txt | $(VENV)/.tes
 
 mutations: $(VENV)/.test
 	$(BIN)/python -m tests.mutations
+
+# a hundred changes of the package that a seed draws, against the default tests, or DRAWN=--quick against `make quick`'s
+drawn: $(VENV)/.test
+	$(BIN)/python -m tests.drawn --record
+	$(BIN)/python -m tests.drawn $(DRAWN)
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -W ignore -m tests.trust.fuzz --n 10000 $(FUZZ)

@@ -21,6 +21,7 @@ import numpy
 import pytest
 import torch
 
+from tests.quick import draw_tests
 from tests.warned import WARNED
 
 torch.set_num_threads(1)
@@ -84,6 +85,8 @@ def pytest_collection_modifyitems(config, items):
         dropped = [item for item in items if item.get_closest_marker("graft_only")]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
+    if os.environ.get("GRAFT_TESTS") == "quick":
+        items[:] = draw_tests(items)
 
 
 def pytest_collection_finish(session):

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw changes of the package and say which of them the tests notice.
+
+python -m tests.drawn --record                 record which lines each default test runs: as long as two `make test`
+python -m tests.drawn --seed 1 --n 100         100 changes against the default tests
+python -m tests.drawn --seed 1 --n 100 --quick the same against the tests of `make quick`
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.drawn.changes import draw_changes
+from tests.drawn.mapping import FOLDER, PACKAGE, ROOT, Record
+
+FOLDERS = ["core", "methods", "inject", "io", "kernels"]
+OUT = ROOT / "out" / "drawn"
+DEFAULT = ["-m", "not slow", "--ignore=tests/distributed", "--ignore=tests/device"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--folders", nargs="+", default=FOLDERS)
+    parser.add_argument("--budget", type=float, default=120, help="seconds of tests for one change")
+    parser.add_argument("--show", action="store_true", help="print the changes alone")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.record:
+        sys.exit(record_lines())
+    changes = draw_changes(PACKAGE, options.folders, options.seed, options.n)
+    if options.show:
+        print(*changes, sep="\n")
+    elif options.part:
+        i = int(options.part)
+        run_changes(changes[i::2], results_file(options.seed, i), options.budget)
+    else:
+        run_parts(options)
+
+
+def results_file(seed: int, part: int) -> Path:
+    return OUT / f"results-{seed}-{part}.jsonl"
+
+
+def record_lines() -> int:
+    """Run the default tests under the recorder and return pytest's exit code."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    for path in [*OUT.glob("lines-*"), *OUT.glob("times-*")]:
+        path.unlink()
+    env = {**os.environ, FOLDER: str(OUT)}
+    words = [sys.executable, "-m", "pytest", "-p", "tests.drawn.mapping", "-n", "2", *DEFAULT]
+    return subprocess.run(words, cwd=ROOT, env=env).returncode
+
+
+def run_changes(changes: list, out: Path, budget: float) -> None:
+    """Run changes against the tests that pytest collects in this process."""
+    import pytest
+
+    from tests.drawn.runner import Runner
+
+    record = Record(OUT)
+    if not record.times:
+        raise SystemExit("nothing is recorded: run python -m tests.drawn --record first")
+    pytest.main(["-p", "no:cacheprovider", *DEFAULT], plugins=[Runner(changes, record, out, budget)])
+
+
+def run_parts(options: argparse.Namespace) -> None:
+    """Run two halves of the changes in two processes and print the result."""
+    env = {**os.environ, "GRAFT_TESTS": "quick"} if options.quick else None
+    processes = []
+    for i in range(2):
+        results_file(options.seed, i).unlink(missing_ok=True)
+        words = [sys.executable, "-m", "tests.drawn", *sys.argv[1:], "--part", str(i)]
+        with Path(OUT, f"log-{i}").open("w") as log:
+            processes.append(subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log))
+    for process in processes:
+        process.wait()
+    rows = [
+        json.loads(line)
+        for i in range(2)
+        if results_file(options.seed, i).exists()
+        for line in results_file(options.seed, i).read_text().splitlines()
+    ]
+    survivors = [row for row in rows if row["noticed"] is None]
+    for row in survivors:
+        print(f"survives {row['tests']:5} tests, {row['seconds']:5} s: {row['change']}")
+    print(collections.Counter(row["sort"] for row in survivors))
+    print(f"{len(rows) - len(survivors)} of {len(rows)} changes noticed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be drawn from a source, and that a process gets it."""
+
+import importlib.util
+
+import pytest
+
+from tests.drawn.changes import Finder, draw_changes
+from tests.drawn.mapping import PACKAGE
+from tests.drawn.patching import patch_process
+
+SOURCE = '''
+LIMIT = 3
+
+def double(x: int = 1, *, up=True) -> int:
+    """Double."""
+    if x > LIMIT and not up:
+        raise ValueError("too large")
+    values = [x]
+    values.append(x)
+    return sum(values, start=0)
+'''
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("LIMIT = 3", "LIMIT = 4"), ("x: int = 1", "x: int = 2"), ("up=True", "up=False"), ("x > LIMIT", "x <= LIMIT"),
+        ("and not up", "or not up"), ("not up", "up"), ('raise ValueError("too large")', "pass"),
+        ("values.append(x)", "pass"), ("values, start=0", "values"), ("start=0", "start=1"),
+    ],
+)  # fmt: skip
+def test_each_kind_of_change_is_found(old, new):
+    texts = [change.apply(SOURCE) for change in Finder("a.py", SOURCE).changes()]
+    assert SOURCE.replace(old, new) in texts
+
+
+def test_texts_and_annotations_stay():
+    for change in Finder("a.py", SOURCE).changes():
+        assert '"""Double."""' in change.apply(SOURCE) and "-> int:" in change.apply(SOURCE)
+
+
+def test_a_draw_repeats_and_its_changes_keep_the_lines():
+    changes = draw_changes(PACKAGE, ["combine"], seed=1, n=20)
+    assert changes == draw_changes(PACKAGE, ["combine"], seed=1, n=20) != draw_changes(PACKAGE, ["combine"], 2, 20)
+    for change in changes:
+        source = (PACKAGE / change.file).read_text()
+        assert change.apply(source) != source and change.apply(source).count("\n") == source.count("\n")
+
+
+def test_a_process_gets_the_change_of_a_function(tmp_path):
+    path = tmp_path / "drawn_sample.py"
+    path.write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location("drawn_sample", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    double = module.double
+    assert patch_process(str(path), SOURCE, SOURCE.replace("values.append(x)", "pass"))
+    assert double(2) == 2
+    assert not patch_process(str(path), SOURCE, SOURCE.replace("LIMIT = 3", "LIMIT = 4"))

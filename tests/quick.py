@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tests `make quick` runs: a draw by a fixed seed from each test function, and more from the laws.
+
+Functions whose tests take long are left out; tests/quick_without.txt has their names.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+SEED = "1"
+LONG = set(Path(__file__).with_name("quick_without.txt").read_text().split())
+# one test in so many of a function runs: laws meet every method, layer and storage in a few milliseconds each
+SHARES = {"tests/conformance/": 5, "tests/storage/": 8, "tests/kernels/": 8, "tests/core/": 3, "tests/": 40}
+
+
+def draw_tests(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests of a collection that `make quick` runs, in their order."""
+    functions: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        if function not in LONG:
+            functions[function].append(item)
+    chosen = {item.nodeid for function, cells in functions.items() for item in draw_cells(function, cells)}
+    return [item for item in items if item.nodeid in chosen]
+
+
+def draw_cells(function: str, cells: list[pytest.Item]) -> list[pytest.Item]:
+    """Return a share of the tests of one function, at least one."""
+    share = next(share for folder, share in SHARES.items() if function.startswith(folder))
+    order = sorted(cells, key=lambda item: zlib.crc32(f"{SEED} {item.nodeid}".encode()))
+    return order[: math.ceil(len(cells) / share)]

@@ -136,6 +136,7 @@ $(VENV)-formats/.installed: pyproject.toml $(wildcard tests/formats/*.txt)
 
 test-formats: $(VENV)-formats/.installed
 	GRAFT_TESTS_FORMATS=1 $(VENV)-formats/bin/python -W ignore -m pytest -W ignore tests/formats
+	$(VENV)-formats/bin/python -m pytest tests/golden -k "gguf or llama.cpp"
 
 # the libraries that methods are compared with make the fixtures anew, each from a folder of its own
 test-oracles: $(ORACLES:%=test-oracles-%)

@@ -25,11 +25,16 @@ import torch
 from torch import Tensor, nn
 
 import graft
+from graft.files.convert import convert
+from graft.files.errors import LossError
+from graft.files.serving import servers
+from graft.io.servers import LAYOUTS
 from graft.methods import ROWS
 from tests import families, models, pair
 from tests.conformance.samples import CALLED, LAYERS, REFUSED, SAMPLES, STORES, Cell, find
 from tests.golden.cases import BASES, CASES, HERE, OUTPUTS, PLAIN, Case, load, pack, run, sampled
 from tests.golden.continued import CONTINUED
+from tests.golden.verbs import VERBS, clear, document
 from tests.models import seeded
 from tests.prompts import samples as prompts
 from tests.samples import first
@@ -93,7 +98,8 @@ class Golden:
         for card in self.root.rglob("README.md"):  # nobody reads one
             card.unlink()
         (self.root / CASES).write_text(json.dumps(self.cases, indent=1, sort_keys=True))
-        safetensors.torch.save_file(self.outputs, self.root / OUTPUTS)
+        if self.outputs:
+            safetensors.torch.save_file(self.outputs, self.root / OUTPUTS)
 
 
 @torch.no_grad()
@@ -277,6 +283,62 @@ def adapters(golden: Golden) -> None:
     assert not missing, f"no case has a file of {missing}"
 
 
+WRITTEN = {  # adapter → the formats that can hold it
+    "lora": "gguf torchtune litgpt mlx kohya", "dora": "torchtune mlx kohya", "patterns": "mlx kohya peft",
+    "loha": "kohya", "lokr": "kohya", "reft": "pyreft", "hub": "adapterhub", "ia3": "adapterhub",
+}  # fmt: skip
+EXPORTED = "lora patterns pissa loha"  # for every server
+
+
+def formats(golden: Golden) -> None:
+    """Adapters in the formats of other libraries, and exported for servers."""
+    llama, at = base_of(golden, "llama"), golden.root / BASES / "llama"
+    targets = dict(target_modules=["q_proj", "v_proj", "down_proj"])
+    configs = {
+        "lora": graft.LoraConfig(r=2, lora_alpha=3, **targets),
+        "dora": graft.LoraConfig(r=2, use_dora=True, **targets),
+        "patterns": graft.LoraConfig(r=2, rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 5}, **targets),
+        "pissa": graft.LoraConfig(r=2, init_lora_weights="pissa", **targets),
+        "loha": graft.LoHaConfig(r=2, alpha=3, **targets),
+        "lokr": graft.LoKrConfig(r=2, alpha=3, **targets),
+        "reft": graft.ReftConfig(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0),
+        "hub": graft.LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]),
+        "ia3": graft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
+    }
+    adapted = {name: made(config) for name, config in configs.items()}
+    for name, model in adapted.items():
+        model.eval().save_pretrained(golden.root / "adapters" / name)
+        for to in WRITTEN.get(name, "").split():
+            done = convert(golden.root / "adapters" / name, to, golden.root / to / name, at)
+            golden.add(f"{to}-{name}", llama, [["default", os.path.relpath(done.path)]], "foreign", same=model)
+    of_mlp = made(graft.LoraConfig(r=2, lora_alpha=3, target_modules=["fc1", "fc2"]), base_of(golden, "mlp"))
+    of_mlp.save_pretrained(golden.root / "adapters" / "mlp")
+    part = golden.root / "transformer"  # of a pipeline, as diffusers saves one
+    shutil.copytree(golden.root / BASES / "mlp", part)
+    (part / "config.json").write_text(json.dumps({"_class_name": "SmallTransformer2DModel"}))
+    done = convert(golden.root / "adapters" / "mlp", "diffusers", golden.root / "diffusers" / "mlp", part)
+    golden.add("diffusers-mlp", "mlp", [["default", os.path.relpath(done.path)]], "foreign", same=of_mlp)
+    for server in servers().keys() - {"diffusers"}:  # it serves pipelines only
+        for name in EXPORTED.split():
+            folder = golden.root / "exports" / server / name
+            adapted[name].eval().save_pretrained(folder, for_server=server)
+            (path,) = [folder] if (folder / "adapter_config.json").exists() else folder.iterdir()
+            golden.add(f"{server}-{name}", llama, [["default", str(path)]], "foreign", same=adapted[name])
+    for family in ("qwen3_moe", "gpt_oss"):
+        golden.add_base(family, families.base(family), {"input_ids": families.IDS})
+        stacks = ["experts.gate_up_proj", "experts.down_proj"]
+        with seeded(1):
+            config = graft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=stacks)
+            model = coarse(graft.get_peft_model(families.base(family), config)).eval()
+        for layout in LAYOUTS:
+            path = golden.root / "layouts" / layout / family
+            try:
+                model.save_pretrained(path, layout=layout)
+            except LossError:
+                continue
+            golden.add(f"{layout}-{family}", family, [["default", str(path)]], same=model)
+
+
 def continued(golden: Golden) -> None:
     """State of trainings, runs, sweeps and merges that go on, and caches of starts that measure data."""
     for name in ("llama", "mlp"):
@@ -289,7 +351,31 @@ def continued(golden: Golden) -> None:
             golden.outputs[name], golden.cases[name] = work.finish(there, bases).detach().float(), {}
 
 
-KINDS: dict[str, Callable[[Golden], None]] = {"adapters": adapters, "continued": continued}
+def verbs(golden: Golden) -> None:
+    """Documents that verbs of the command print for programs, and the files that they ran on."""
+    prompts.make("llama").save_pretrained("base")
+    configs = {
+        "a": graft.LoraConfig(**LORA), "b": graft.LoraConfig(**LORA | {"r": 3}),
+        "dora": graft.LoraConfig(**LORA, use_dora=True), "loha": graft.LoHaConfig(r=2, target_modules=["q_proj"]),
+        "broken": graft.LoraConfig(**LORA, use_rslora=True),
+    }  # fmt: skip
+    for name, config in configs.items():
+        model = made(config)
+        if name == "broken":
+            next(p for key, p in model.named_parameters() if "lora_B" in key).data.fill_(float("nan"))
+        model.save_pretrained(name)
+    made(configs["a"]).merge_and_unload().save_pretrained("tuned")
+    for name, words in VERBS.items():
+        golden.cases[name] = document(words, Path())
+    clear(Path())
+
+
+KINDS: dict[str, Callable[[Golden], None]] = {
+    "adapters": adapters,
+    "formats": formats,
+    "continued": continued,
+    "verbs": verbs,
+}
 
 
 def check_source(state: str) -> None:

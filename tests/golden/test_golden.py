@@ -16,6 +16,7 @@ import torch
 import graft
 from tests.golden.cases import BASES, CASES, HERE, OUTPUTS, load, run, sampled, unpack
 from tests.golden.continued import CONTINUED
+from tests.golden.verbs import OWN_NUMBERS, VERBS, document, kinds_in, numbers_in
 
 pytestmark = [pytest.mark.graft_only, pytest.mark.filterwarnings("ignore")]
 NOTED = "arrow_config"  # a field that says for people what was there when it was saved
@@ -82,6 +83,18 @@ def test_adapters(state, method, names, unpacked, monkeypatch):
         assert {k: v for k, v in config.items() if k not in saved or (saved[k] != v and k not in NOTED)} == {}, where
 
 
+@pytest.mark.parametrize("state, form, names", groups("formats"))
+def test_formats(state, form, names, unpacked, monkeypatch):
+    if form in ("gguf", "llama.cpp"):
+        pytest.importorskip("gguf")
+    root = unpacked(state, "formats")
+    outputs = safetensors.torch.load_file(root / OUTPUTS)
+    for name in names:
+        case = cases_of(state, "formats")[name]
+        found = sampled(run(load(case, root), case, root))
+        torch.testing.assert_close(found, outputs[name], rtol=2e-5, atol=2e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
 @pytest.mark.parametrize("state, name", [(state, name) for state in STATES for name in cases_of(state, "continued")])
 def test_continued(state, name, unpacked, tmp_path):
     root = unpacked(state, "continued")
@@ -89,3 +102,16 @@ def test_continued(state, name, unpacked, tmp_path):
     found = CONTINUED[name].finish(folder, root / BASES).detach().float()
     wanted = safetensors.torch.load_file(root / OUTPUTS)[name]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_verbs(state, tmp_path, monkeypatch):
+    root = unpack(HERE / state / "verbs.tar.gz", tmp_path)
+    monkeypatch.chdir(root)
+    for name, wanted in cases_of(state, "verbs").items():
+        found = document(VERBS[name], root)
+        kinds = kinds_in(found)  # a document may say more than it did
+        assert {at: k for at, k in kinds_in(wanted).items() if kinds.get(at) != k} == {}, name
+        if name not in OWN_NUMBERS:
+            then, now = numbers_in(wanted), numbers_in(found)
+            assert {at: now[at] for at in then} == pytest.approx(then, rel=1e-3, abs=1e-6), name

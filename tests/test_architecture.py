@@ -235,6 +235,24 @@ def test_only_ops_run_a_layer_with_another_weight():
             assert not wrong, f"{module} calls {wrong}"
 
 
+def test_files_are_opened_to_read_in_one_place():
+    """`config/reading.py` refuses pipes and devices, which block, and `config/archives.py` runs no code of a pickle."""
+    own = {"graft.model.rates", "graft.files.serving", "graft.config.atomic", "graft.config.base"}  # files of graft's
+    alone = {
+        "torch.load": "graft.config.archives",
+        "pickle.load": None,
+        "json.load": None,
+        "load_file": "graft.io.files",
+    }
+    for module, path in MODULES.items():
+        for node in (n for n in nodes(path) if isinstance(n, ast.Call)):
+            name, where = ast.unparse(node.func), f"{module}:{node.lineno}"
+            assert name not in alone or module in (alone[name], *own), f"{where} calls {name}"
+            modes = [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "mode")]
+            if name == "open" and not any(set(ast.literal_eval(mode)) & set("wax") for mode in modes):
+                assert module in ("graft.config.reading", *own), f"{where} opens a file without open_file"
+
+
 def test_the_forward_pass_decides_nothing():
     """`forward` and every `run` hold no isinstance, hasattr, warning or string."""
     hot = {

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from bisect import bisect_right
 from dataclasses import replace
 from itertools import product
@@ -15,7 +14,7 @@ import typer
 
 from graft.command import show
 from graft.command.app import PLAN, app, print_json
-from graft.config.reading import Json
+from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 
@@ -73,7 +72,7 @@ def plan(
     whole = skeleton(str(model))
     if whole is None:
         raise CheckpointError(f"{model} has no config.json of a model that the installed transformers knows.")
-    packed = format_of(json.loads((model / "config.json").read_text("utf-8")), base)
+    packed = format_of(read_object(model / "config.json"), base)
     adapter = adapter_config(config, method, rank, targets, parameters)
     report = planned(whole, adapter)
     found = account(whole, report)

@@ -7,14 +7,13 @@ yet the config, or was cut short between the two: then the copy in the weights c
 
 from __future__ import annotations
 
-import json
 import os
 import time
 
 from graft.config import notes
 from graft.config.hub import fetch, looks_like_repository, not_asked
 from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
-from graft.config.reading import Json, parsed, read_object
+from graft.config.reading import Json, open_file, parsed, read_object
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
@@ -71,7 +70,7 @@ class ConfigFile:
             return bool(marks)
         if not os.path.isfile(self.path):
             return False
-        with open(self.path, "rb") as f:
+        with open_file(self.path) as f:
             return token(f.read()) in marks
 
     def _needed(self, fields: Json | None) -> Json:
@@ -160,11 +159,11 @@ def holders(folder: str | os.PathLike[str]) -> list[str]:
 def keys_in(path: str) -> list[str]:
     """Return the names of the tensors in a safetensors file or an index; none if it cannot be read so."""
     try:
-        with open(path, "rb") as f:
-            if path.endswith(".json"):
-                return list(json.load(f)["weight_map"])
-            if path.endswith(".safetensors"):
-                return list(json.loads(f.read(int.from_bytes(f.read(8), "little"))))
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError):
+        if path.endswith(".json"):
+            return list(read_object(path, notes.LARGEST)["weight_map"])
+        if path.endswith(".safetensors"):
+            with open_file(path) as f:
+                return list(parsed(f.read(min(int.from_bytes(f.read(8), "little"), notes.LARGEST)), path))
+    except (OSError, CheckpointError, LookupError, TypeError):
         pass
     return []

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from graft.config.reading import Json
+from graft.config.archives import record_in
+from graft.config.reading import Json, open_file, parsed
+from graft.core.errors import CheckpointError
 
 CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
 START = b'{"__metadata__":'  # the beginning of a safetensors header that holds notes
@@ -33,10 +35,10 @@ class Noted:
 def look(path: str) -> Noted | None:
     """Return what a weights file says of itself, without its tensors; None if there is no such file."""
     try:
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             notes = in_torch(f) if path.endswith(".bin") else in_safetensors(f)
             return Noted(path, notes.get(CONFIG), stamp(f.fileno()))
-    except OSError:
+    except (OSError, CheckpointError):
         return None
 
 
@@ -81,7 +83,8 @@ def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Map
 def header_in(data: bytes) -> tuple[Json, int]:
     """Return the header of the bytes of a safetensors file, which must be valid, and where its tensors begin."""
     begin = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:begin]), begin
+    header: Json = parsed(data[8:begin], "The header of a safetensors file")
+    return header, begin
 
 
 def add(f: IO[bytes], notes: dict[str, str]) -> None:
@@ -93,16 +96,11 @@ def add(f: IO[bytes], notes: dict[str, str]) -> None:
 
 
 def in_torch(f: IO[bytes]) -> dict[str, str]:
-    from zipfile import BadZipFile, ZipFile
-
+    text = record_in(f, f"/{RECORD}", LARGEST)
     try:
-        with ZipFile(f) as archive:
-            name = next((n for n in archive.namelist() if n.endswith(f"/{RECORD}")), None)
-            if name is None or archive.getinfo(name).file_size > LARGEST:
-                return {}
-            return texts(json.loads(archive.read(name)))
-    except (BadZipFile, ValueError, RecursionError, NotImplementedError, EOFError):
-        return {}
+        return {} if text is None else texts(parsed(text, RECORD))
+    except CheckpointError:
+        return {}  # as of a file that graft did not write
 
 
 def texts(notes: object) -> dict[str, str]:

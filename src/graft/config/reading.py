@@ -8,13 +8,14 @@ import json
 import math
 import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import lru_cache, partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from graft.core.errors import CheckpointError, ConfigError, shortened
 
@@ -25,21 +26,36 @@ Json = dict[str, Any]  # an object of a JSON file: who reads a field of it says 
 
 LARGEST = 2**24  # bytes of a file
 DEEPEST = 32  # containers inside each other
+MOST_CONTAINERS = 2**22  # each takes 60 bytes of memory, and 3 of the file
 DIGITS = 300  # of a whole number: more do not fit a float
 LONG = re.compile(rf"[0-9]{{{DIGITS + 1}}}")
 
 
-def read_object(path: str | os.PathLike[str]) -> Json:
+def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a regular file to read its bytes.
+
+    Raises:
+        CheckpointError: it is a folder, a pipe or a device: reading one may block, or never end.
+        OSError: there is no such file, or it cannot be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise CheckpointError(f"{path} is a folder, pipe or device where a file should be. Put the file there.")
+    return open(path, "rb")
+
+
+def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> Json:
     """Return the object that a JSON file holds.
+
+    Args:
+        largest: bytes that the file may have.
 
     Raises:
         CheckpointError: the file is too large, is no JSON, or holds something else. The text names file and field.
     """
-    size = os.path.getsize(path)
-    if size > LARGEST:
-        raise CheckpointError(f"{path} has {size:,} bytes: a config has at most {LARGEST:,}, so it is none.")
-    with open(path, "rb") as f:
-        loaded = parsed(f.read(LARGEST + 1), str(path))
+    with open_file(path) as f:
+        if (size := os.fstat(f.fileno()).st_size) > largest:
+            raise CheckpointError(f"{path} has {size:,} bytes: a config has at most {largest:,}, so it is none.")
+        loaded = parsed(f.read(largest), str(path))
     check(loaded, str(path), "", 0)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not the fields of an adapter.")
@@ -50,11 +66,14 @@ def parsed(text: str | bytes, what: str) -> Any:
     """Return the value of a JSON text. `what`: where it stands, for errors.
 
     Raises:
-        CheckpointError: it is no JSON, or nested too deeply for Python.
+        CheckpointError: it is no JSON, is nested too deeply for Python, or holds more lists and objects than any file
+            of graft's, which would take gigabytes.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode()
+        if len(text) > MOST_CONTAINERS and text.count("[") + text.count("{") > MOST_CONTAINERS:
+            raise CheckpointError(f"{what} holds more than {MOST_CONTAINERS:,} lists and objects. It is damaged.")
         return json.loads(text, parse_int=whole if LONG.search(text) else None, object_pairs_hook=once)
     except RecursionError as e:
         raise CheckpointError(f"{what} nests lists and objects more than {DEEPEST} deep: no adapter does.") from e

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
+from graft.config.notes import LARGEST
 from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor, read_header
@@ -129,12 +129,12 @@ def shards(path: str) -> list[str]:
     index = os.path.join(path, INDEX)
     whole = os.path.exists(os.path.join(path, WHOLE))
     if os.path.exists(index):
-        try:
-            with open(index, encoding="utf-8") as f:
-                names = sorted(set(json.load(f)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"{index} is damaged: {e!r}") from None
-        if strange := [n for n in names if not isinstance(n, str) or os.path.basename(n) != n]:
+        files = read_object(index, LARGEST).get("weight_map")
+        names = list(files.values()) if isinstance(files, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{index} names no file for each tensor. Save or download it again.")
+        names = sorted(set(names))
+        if strange := [n for n in names if os.path.basename(n) != n]:
             raise CheckpointError(f"{index} names files outside its folder: {strange[:3]}.")
         return [WHOLE] if whole and WHOLE not in names else names  # as transformers, which looks for it first
     found = sorted(n for n in os.listdir(path) if n.endswith(".safetensors") and not n.startswith(("adapter_", ".")))

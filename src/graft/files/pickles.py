@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import errno
 import os
-import zipfile
 from typing import TYPE_CHECKING
 
+from graft.config.archives import content_of, record_in
 from graft.config.atomic import replace
+from graft.config.reading import open_file
 from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor, read_header
 
@@ -24,9 +25,7 @@ def read_torch(path: str) -> object:
     Raises:
         CheckpointError: it holds anything else, such as code, or is damaged.
     """
-    from graft.io.files import content_of
-
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         return content_of(f, path)
 
 
@@ -94,11 +93,6 @@ def to_torch(t: Tensor) -> torch.Tensor:
 
 def mentions(path: str | os.PathLike[str], *names: bytes) -> bool:
     """Return True if one of `names` stands in the pickle of a file of torch.save: a look, without torch."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
-            with archive.open(name) as f:
-                text = f.read(LOOKED_AT)
-    except (OSError, zipfile.BadZipFile, StopIteration, RuntimeError, NotImplementedError):
-        return False
+    with open_file(path) as f:
+        text = record_in(f, "data.pkl", LOOKED_AT) or b""
     return any(name in text for name in names)

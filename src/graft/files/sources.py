@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH
+from graft.config.reading import open_file
 from graft.core.errors import CheckpointError
 from graft.files.formats import read
 from graft.files.neutral import AdapterFile
@@ -48,8 +49,9 @@ def licence_in(folder: str) -> str | None:
     path = os.path.join(folder, CARD)
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        head = re.match(r"---\n(.*?)\n---", f.read(100_000), re.DOTALL)
+    with open_file(path) as f:
+        text = f.read(100_000).decode("utf-8-sig", "replace")
+    head = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
     found = head and re.search(r"^license:\s*['\"]?([\w.+-]+)", head[1], re.MULTILINE)
     return found[1] if found else None
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +12,9 @@ from typing import IO, TYPE_CHECKING
 
 from graft.config.atomic import Write
 from graft.config.atomic import replace as put_in_place
-from graft.config.notes import LFS, header
-from graft.config.reading import Json
-from graft.core.errors import CheckpointError
+from graft.config.notes import LARGEST, LFS, header
+from graft.config.reading import Json, open_file, parsed
+from graft.core.errors import CheckpointError, shortened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +30,7 @@ NUMPY = {
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 FLOATS = ("F64", "F32", "F16", "BF16", *EIGHT_BITS)
 Bytes = bytes | memoryview
-LARGEST = 100_000_000  # bytes: safetensors reads no longer header
+MOST_DIMENSIONS = 64  # as in numpy
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         CheckpointError: the file is no safetensors file, or is damaged: tensors overlap, or lie outside the file.
     """
     path = os.fspath(path)
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         size = int.from_bytes(f.read(8), "little")
         version = version_of(f)
         whole = version[0]
@@ -149,12 +148,12 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             raise CheckpointError(
                 f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long."
             )
+        header = parsed(f.read(size), f"The header of {path}")
         try:
-            header = json.loads(f.read(size))
             metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX: null
             listed = [(name, _entry(entry)) for name, entry in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise CheckpointError(f"The header of {path} is damaged: {e}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise CheckpointError(f"The header of {path} is damaged: {shortened(str(e))}") from None
     start, end = 8 + size, 0
     for name, (dtype, shape, begin, stop) in sorted(listed, key=lambda item: item[1][2:]):
         if begin != end or stop - begin != prod(shape) * BITS[dtype] // 8 or start + stop > whole:
@@ -163,7 +162,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     if start + end != whole:
         raise CheckpointError(f"{path} is damaged: {whole - start - end} bytes behind its last tensor.")
     return {
-        name: Tensor(shape, dtype, _reader(path, version, start + b, e - b)) for name, (dtype, shape, b, e) in listed
+        name: Tensor(shape, dtype, part_reader(path, version, start + b, e - b))
+        for name, (dtype, shape, b, e) in listed
     }, metadata
 
 
@@ -172,7 +172,7 @@ def _entry(entry: Json) -> tuple[str, tuple[int, ...], int, int]:
     shape = tuple(entry["shape"])
     if entry["dtype"] not in BITS:
         raise ValueError(f"dtype {entry['dtype']!r}")
-    if not all(type(n) is int and n >= 0 for n in (begin, stop, *shape)):
+    if len(shape) > MOST_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (begin, stop, *shape)):
         raise ValueError(f"{entry}")
     return entry["dtype"], shape, begin, stop
 
@@ -183,9 +183,11 @@ def version_of(f: IO[bytes]) -> tuple[int, int]:
     return facts.st_size, facts.st_mtime_ns
 
 
-def _reader(path: str, version: tuple[int, int], begin: int, size: int) -> Callable[[], bytes]:
+def part_reader(path: str, version: tuple[int, int], begin: int, size: int) -> Callable[[], bytes]:
+    """Return a function that reads `size` bytes of a file, or raises CheckpointError if the file is another by then."""
+
     def load() -> bytes:
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             f.seek(begin)
             data = f.read(size)
             same = version_of(f) == version and len(data) == size

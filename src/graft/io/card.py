@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from graft.config.atomic import replace, write_text
 from graft.config.base import FORMAT_VERSION
+from graft.config.reading import open_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,8 +35,8 @@ def write_card(model: nn.Module, folder: str) -> None:
     kind = model.peft_type.value
     before = None
     if os.path.isfile(path) and not os.path.islink(path):  # a link may lead to a text that is not for others to see
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            before = f.read()
+        with open_file(path) as f:
+            before = f.read().decode("utf-8-sig")
         card = ModelCard(before)
     else:
         text = TEXT.format(

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import IO
 
 import numpy as np  # torch reads no bytes that cannot be written
 import torch
@@ -119,13 +116,3 @@ def has_finite_sum(data: bytes, tensors: dict[str, Tensor]) -> bool:
 
 def finite(t: Tensor) -> bool:
     return bool((t.float() if t.dtype in NARROW else t).isfinite().all())
-
-
-def check_archive(file: IO[bytes]) -> None:
-    """Raise ValueError for a torch file that holds more than it has bytes: torch does not compress what it writes."""
-    if not zipfile.is_zipfile(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        size = sum(info.file_size for info in archive.infolist())
-    if size > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"it would become {size:,} bytes, more than it has")

@@ -5,27 +5,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from pickle import UnpicklingError
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from graft.config import notes, pair
+from graft.config.archives import content_of
 from graft.config.base import config_in, files_of
 from graft.config.file import ConfigFile, whole_model
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
+from graft.config.reading import open_file
 from graft.core.errors import CheckpointError
 from graft.io import seal
-from graft.io.check import check_archive, fault, has_finite_sum
+from graft.io.check import fault, has_finite_sum
 from graft.io.entries import renamed
 from graft.io.fingerprint import KEY, Note, read_note
 from graft.io.rendezvous import GATHER
@@ -127,26 +127,6 @@ def load_weights(where: str, subfolder: str | None = None, check_digest: bool = 
     )
 
 
-def content_of(f: IO[bytes], path: str) -> object:
-    """Return what a file of torch.save holds, and run nothing that is in it.
-
-    Raises:
-        CheckpointError: it holds other objects than tensors, dicts and lists, or is damaged.
-    """
-    try:
-        check_archive(f)
-        f.seek(0)
-        return torch.load(f, map_location="cpu", weights_only=True)
-    except UnpicklingError as e:  # whose own text says how to run it
-        found = re.search(r"WeightsUnpickler error: *\n?(.*?)(\. |\n|$)", str(e))
-        at = f" ({found[1].strip()})" if found and found[1].strip() else ""
-        raise CheckpointError(f"{path} holds other objects than tensors, and nothing of it has been run{at}.") from e
-    except Warning:  # torch's, of a program whose warnings are errors
-        raise
-    except Exception as e:
-        raise CheckpointError(f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects.") from e
-
-
 def by_name(content: object, path: str) -> dict[str, Tensor]:
     """Return the content of a file if it is a dict of tensors by name; raise CheckpointError if it is not."""
     if isinstance(content, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()):
@@ -155,7 +135,7 @@ def by_name(content: object, path: str) -> dict[str, Tensor]:
 
 
 def read_torch(path: str, check_digest: bool = True) -> Loaded:
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         stamp, noted = notes.stamp(f.fileno()), notes.in_torch(f)
         tensors = by_name(content_of(f, path), path)
     if check_digest and seal.KEY in noted and not any(map(fault, tensors.values())):
@@ -191,7 +171,7 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
 
     with ThreadPoolExecutor(1) as beside:
         try:
-            with open(path, "rb") as f:
+            with open_file(path) as f:
                 data, stamp = f.read(), notes.stamp(f.fileno())
             saved = notes.in_safetensors(BytesIO(data)).get(seal.KEY) if check_digest else None
             digest = None if saved is None else beside.submit(seal.digest_in, data)

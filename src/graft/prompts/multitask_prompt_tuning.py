@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from graft.config.archives import weights_in
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.wrappers import clean
 from graft.kernels.waits import demand
@@ -103,20 +103,6 @@ class MultitaskPromptEmbedding(PromptEmbedding):
             (self.embedding.weight if name == STORED else getattr(self, name)).copy_(value)
 
 
-def read(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a weights file."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"prompt_tuning_init_state_dict_path='{path}': there is no such file.")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # damaged files raise errors of many types
-        raise CheckpointError(f"prompt_tuning_init_state_dict_path='{path}' cannot be read as tensors: {e}") from e
-
-
 def source_values(cfg: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
     """Return the tensors that the config takes from a trained prompt, by name."""
     path = cfg.prompt_tuning_init_state_dict_path
@@ -125,7 +111,7 @@ def source_values(cfg: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
             "prompt_tuning_init_state_dict_path needs to be specified with "
             f"prompt_tuning_init={cfg.prompt_tuning_init.value}: the weights file of the source."
         )
-    source = {clean(name): value for name, value in read(path).items()}
+    source = {clean(name): value for name, value in weights_in(path, "prompt_tuning_init_state_dict_path").items()}
     alone = cfg.prompt_tuning_init == "ONLY_SOURCE_SHARED"
     missing = [name for name in (STORED, *(() if alone else FACTORS)) if name not in source]
     if missing:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from graft.config.archives import weights_in
 from graft.config.atomic import replace
 from graft.config.fields import settings
 from graft.core.errors import CalibrationError, CheckpointError, ConfigError, some
@@ -65,12 +66,9 @@ def cached_tensors(path: str | None) -> dict[str, Tensor] | None:
     if path is None or not os.path.isfile(path) or not os.path.getsize(path):
         return None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise CheckpointError(f"{path} cannot be read as tensors ({e}): delete it, and it will be made anew.") from e
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise CheckpointError(f"{path} does not hold tensors by name: delete it, and it will be made anew.")
-    return found
+        return weights_in(path, "The cache")
+    except CheckpointError as e:
+        raise CheckpointError(f"{e} Or delete it, and it will be made anew.") from e
 
 
 def store(path: str | None, tensors: dict[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.hub import fetch
+from graft.config.notes import LARGEST
+from graft.config.reading import read_object
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.merging import lifted
@@ -95,8 +96,10 @@ class Weights:
         path = where if where.endswith(".safetensors") else fetch(where, FILE, local_files_only=True)
         index = None if path and os.path.isfile(path) else fetch(self.where, INDEX, local_files_only=True)
         if index is not None:
-            with open(index) as f:
-                self.files = json.load(f)["weight_map"]
+            self.files: dict[str, str] = read_object(index, LARGEST).get("weight_map", {})
+            named = [*self.files.values()] if isinstance(self.files, dict) else [self.files]
+            if not all(isinstance(name, str) and os.path.basename(name) == name for name in named):
+                raise CheckpointError(f"{index} does not name a file beside it for each tensor. Download it again.")
         elif path and os.path.isfile(path):
             from safetensors import safe_open
 

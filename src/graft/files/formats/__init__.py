@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Protocol
 
+from graft.config.atomic import is_special
 from graft.config.file import holders
 from graft.config.pair import CONFIG_NAME
 from graft.config.reading import Json
-from graft.core.errors import CheckpointError, some
+from graft.core.errors import CheckpointError, NonFiniteError, shortened, some
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import mentions
@@ -78,6 +80,8 @@ def recognise(path: str) -> str:
     """
     if not os.path.exists(path):
         raise CheckpointError(f"{path} does not exist.")
+    if is_special(path):
+        raise CheckpointError(f"{path} is a pipe or device, and no adapter. Give a file or folder.")
     for name in FORMATS:
         if module_of(name).recognises(path):
             return name
@@ -118,7 +122,13 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
     """
     path = os.fspath(path)
     form: Format = module_of(recognise(path))
-    return form.read(path, base)
+    adapter = form.read(path, base)
+    if not isinstance(adapter.base, str | None):
+        raise CheckpointError(f"{path} names {shortened(repr(adapter.base))} as its base model, and no text. Edit it.")
+    for module, factors in adapter.modules.items():
+        if not math.isfinite(factors.scale or 0.0):
+            raise NonFiniteError(f"{path}: the scale of '{module}' is {factors.scale}. Save or download it again.")
+    return adapter
 
 
 def one_file(path: str, *suffixes: str) -> str | None:

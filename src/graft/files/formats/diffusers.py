@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from graft.config.reading import Json
+from graft.config.reading import Json, check, parsed
 from graft.core.errors import CheckpointError
 from graft.files.bases import COMPONENTS
 from graft.files.components import is_pipeline, parts_of
@@ -151,12 +151,12 @@ def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
     """Return the config of each part of the pipeline."""
     if METADATA not in metadata:
         return {}
-    try:
-        fields = json.loads(metadata[METADATA]).items()
-    except (ValueError, AttributeError, RecursionError) as e:
-        raise CheckpointError(f"{file}: {METADATA} is damaged: {e}") from None
+    fields = parsed(metadata[METADATA], f"{file}: {METADATA}")
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file}: {METADATA} is a {type(fields).__name__}, and no dict of the parts' fields.")
+    check(fields, f"{file}: {METADATA}", "", 0)
     out: dict[str, Json] = {}
-    for key, value in fields:
+    for key, value in fields.items():
         part, _, name = key.partition(".")
         out.setdefault(part, {})[name] = value
     return out

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from graft.config.atomic import replace
-from graft.config.reading import Json
+from graft.config.reading import LARGEST_NUMBER, Json, open_file
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, gguf_control, one_file
+from graft.files.formats.gguf_file import MAGIC, contents, package
 from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
 from graft.files.neutral import AdapterFile, Kind, LowRank
 from graft.files.rope import heads_of, interleaved, two_halves
@@ -27,7 +28,6 @@ from graft.files.tensors import Tensor, rearranged, tensor
 
 NAME = "gguf"
 FOLDER = ("adapter.gguf",), ()
-MAGIC = b"GGUF"
 KEY = re.compile(r"(.+)\.weight\.lora_([ab])")
 ALORA, TOKENS = "adapter.alora.invocation_tokens", "alora_invocation_tokens"  # here, and in a config of PEFT
 HOLDS = Holds("alpha", True, frozenset({"embedding", "experts", TOKENS}))
@@ -58,19 +58,11 @@ ARCHITECTURES = {
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors' names → those of ggml
 
 
-def package() -> ModuleType:
-    try:
-        import gguf
-    except ImportError as e:
-        raise PackageNeededError("GGUF files need the package gguf: pip install 'graft-adapters[gguf]'.") from e
-    return gguf
-
-
 def recognises(path: str) -> bool:
     file = one_file(path, ".gguf") or path
     if not os.path.isfile(file):
         return False
-    with open(file, "rb") as f:
+    with open_file(file) as f:
         return f.read(4) == MAGIC
 
 
@@ -90,10 +82,14 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         raise CheckpointError(f"{path} is a model (general.type = {kind!r}), not an adapter.")
     if fields.get("adapter.type") != "lora":
         raise CheckpointError(f"{path} is an adapter of type {fields.get('adapter.type')!r}: graft reads LoRA.")
-    arch, alpha = str(fields.get("general.architecture")), float(fields.get("adapter.lora.alpha", 0.0))
+    arch, alpha = str(fields.get("general.architecture")), fields.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST_NUMBER:
+        raise CheckpointError(f"{path}: adapter.lora.alpha is {alpha!r}, and no number for it. Save the adapter again.")
     out = AdapterFile(NAME, path, config=fields, flat=base is None)
     if tokens := fields.get(ALORA):
-        out.config = {**fields, TOKENS: [int(token) for token in tokens]}
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise CheckpointError(f"{path}: {ALORA} is no list of tokens. Save the adapter again.")
+        out.config = {**fields, TOKENS: tokens}
     out.base = next(
         (str(fields[k]) for k in ("general.base_model.0.repo_url", "general.base_model.0.name") if k in fields), None
     )
@@ -104,30 +100,6 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     for name, factors in modules.items():
         out.modules[paths[name]] = low_rank(path, name, factors, alpha, base)
     return out
-
-
-def contents(path: str) -> tuple[Json, dict[str, Tensor]]:
-    """Return the fields of a file, and its tensors, dequantized where they are quantized."""
-    gguf = package()
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {t.name: of_ggml(gguf, t) for t in reader.tensors}
-    except Exception as e:  # the package checks little: a cut file ends in whatever numpy says
-        raise CheckpointError(f"{path} is damaged or cut off: {type(e).__name__}: {e}") from e
-    return fields, tensors
-
-
-def of_ggml(gguf: ModuleType, t: Any) -> Tensor:
-    shape = tuple(int(n) for n in reversed(t.shape))
-    name = t.tensor_type.name
-    if int(np.prod(shape)) * (4 if name == "F32" else 1) > 4 * max(1, t.data.nbytes) and name in DTYPES:
-        raise ValueError(f"tensor {t.name} has {t.data.nbytes} bytes for shape {shape}")
-    if name == "BF16":
-        return Tensor(shape, "BF16", lambda: t.data.tobytes())
-    if name in DTYPES:
-        return Tensor(shape, name, lambda: np.ascontiguousarray(t.data).tobytes())
-    return Tensor(shape, "F32", lambda: gguf.quants.dequantize(t.data, t.tensor_type).astype("<f4").tobytes())
 
 
 def low_rank(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:

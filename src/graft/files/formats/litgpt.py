@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from graft.config.atomic import replace, write_text
-from graft.config.reading import Json
-from graft.core.errors import CheckpointError, some
+from graft.config.reading import LARGEST_NUMBER, Json, check, open_file
+from graft.core.errors import CheckpointError, shortened, some
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base
 from graft.files.formats.peft import plain
@@ -32,7 +33,7 @@ NAMES = {"attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2
 BACK = {theirs: own for own, theirs in NAMES.items()}
 QKV = {"self_attn.q_proj": "lora_query", "self_attn.k_proj": "lora_key", "self_attn.v_proj": "lora_value"}
 MLPS = ("LLaMAMLP", "GemmaMLP")  # classes of which litgpt's checkpoints become models of transformers with these names
-LARGEST = 2**20  # bytes of a YAML file
+LARGEST = 2**16  # bytes of a YAML file
 
 
 def file_in(path: str) -> str | None:
@@ -46,25 +47,45 @@ def recognises(path: str) -> bool:
 
 
 def fields_of(path: str) -> Json:
-    """Return what a YAML file holds.
+    """Return what a YAML file holds: plain values, each named once.
 
     Raises:
-        CheckpointError: it is not there, or holds more than plain values.
+        CheckpointError: it is not there, too large, or holds more than plain values; or it has an alias, since a few
+            bytes of aliases can become gigabytes.
     """
     import yaml
 
     if not os.path.exists(path):
         raise CheckpointError(f"{path} is not there: litgpt's weights alone say neither scale nor which of q, k and v.")
-    if os.path.getsize(path) > LARGEST:
-        raise CheckpointError(f"{path} has {os.path.getsize(path):,} bytes: it is no config.")
+    with open_file(path) as f:
+        text = f.read(LARGEST + 1)
+    if len(text) > LARGEST:
+        raise CheckpointError(f"{path} has more than {LARGEST:,} bytes: it is no config. Copy it again.")
     try:
-        with open(path, encoding="utf-8") as f:
-            fields = yaml.safe_load(f)
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is damaged, or holds more than plain values: {e}") from None
+        fields = yaml.load(text, plain_loader())
+    except Exception as e:  # of odd tags, dates and numbers: errors of many types
+        raise CheckpointError(f"{path} is damaged, or holds more than plain values: {shortened(str(e))}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} holds a {type(fields).__name__}, not the fields of a config.")
+    check(fields, path, "", 0)
     return fields
+
+
+def plain_loader() -> Any:
+    """Return a class that reads YAML of plain values, and refuses aliases and names that stand twice."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it has an alias: write the value in its place")
+            node = super().compose_node(parent, index)
+            names = [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+            if len({*names}) < len(names):
+                raise yaml.YAMLError(f"a name stands twice among {some(names)}")
+            return node
+
+    return PlainLoader
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
@@ -84,8 +105,13 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     loaded = read_torch(file)
     tensors = tensors_of(loaded.get("model", loaded) if isinstance(loaded, dict) else loaded, file)
     out = AdapterFile(NAME, path, config=run, base=model.get("name"))
-    r, alpha = run.get("lora_r"), run.get("lora_alpha")
-    if not isinstance(r, int) or r < 1 or not isinstance(alpha, (int, float)):
+    r, alpha = run.get("lora_r"), run.get("lora_alpha", "none")
+    if (
+        type(r) is not int
+        or not 1 <= r <= LARGEST_NUMBER
+        or type(alpha) not in (int, float)
+        or abs(alpha) > LARGEST_NUMBER
+    ):
         raise CheckpointError(f"{os.path.join(folder, OF_RUN)}: lora_r is {r!r} and lora_alpha {alpha!r}.")
     for name, of_module in by_module(out, tensors, KEY).items():
         A, B = both(of_module, "AB", file, name)

@@ -16,7 +16,7 @@ from graft.config import notes, pair
 from graft.config.atomic import folder_for
 from graft.config.base import FORMAT_VERSION
 from graft.config.file import ConfigFile, whole_model
-from graft.config.reading import Json, ending, pattern, read_object
+from graft.config.reading import Json, ending, open_file, pattern, read_object
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 from graft.files import pickles
 from graft.files.bases import COMPONENTS
@@ -176,7 +176,7 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.No
     """Return the tensors in an adapter's folder, the notes beside them, and what the file says of itself."""
     path = os.path.join(folder, pair.SAFETENSORS)
     if os.path.isfile(path):
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             stamp = notes.stamp(f.fileno())
         tensors, metadata = read_header(path)
         if (saved := metadata.get(seal.KEY)) is not None:
@@ -191,7 +191,7 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.No
     from graft.io.files import read_torch
 
     loaded = read_torch(path)
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         metadata = notes.in_torch(f)
     return pickles.tensors_of(loaded.tensors, path), metadata, loaded.noted or notes.Noted(path, None, None)
 

@@ -7,20 +7,34 @@ form and the second quantization of the scales.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import torch
 
-from graft.config.reading import Json
+from graft.config.reading import Json, parsed
 from graft.core.errors import CheckpointError
 from graft.files.base import BaseFiles
 from graft.files.merging.numbers import of_file, to_file
 from graft.files.merging.weights import BaseWeights
 from graft.files.tensors import Tensor
 
+KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LARGEST_BLOCK = 2**16  # weights with one scale: bitsandbytes has at most 4,096
 STATE = ".quant_state.bitsandbytes__"
 INT8 = ("SCB", "weight_format")
+
+
+def is_state(state: object) -> bool:
+    """Return True if a value says shape, dtype and size of the blocks of a weight in 4 bits."""
+    if not isinstance(state, dict) or state.get("dtype") not in (*KINDS,) or not isinstance(state.get("shape"), list):
+        return False
+    blocks = state.get("blocksize"), state.get("nested_blocksize", 1)
+    return (
+        len(state["shape"]) == 2
+        and all(type(n) is int and 0 < n < 2**31 for n in state["shape"])
+        and all(type(n) is int and 0 < n <= LARGEST_BLOCK for n in blocks)
+        and type(state.get("nested_offset", 0.0)) in (int, float)
+    )
 
 
 class Form(BaseWeights):
@@ -44,12 +58,11 @@ class Form(BaseWeights):
                 self.shapes.pop(part, None)
 
     def _four(self, name: str, key: str) -> None:
-        try:
-            state = json.loads(bytes(self.base.tensors[key].load()))
-            self.shapes[name] = tuple(state["shape"])
-            state["dtype"] = getattr(torch, state["dtype"])
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"'{key}' of {self.base.path} is damaged: {e!r}") from None
+        where = f"'{key}' of {self.base.path}"
+        state = parsed(bytes(self.base.tensors[key].load()), where)
+        if not is_state(state) or not {name, f"{name}.absmax", f"{name}.quant_map"} <= self.base.tensors.keys():
+            raise CheckpointError(f"{where} does not say how its codes are packed. Save or download the model again.")
+        state["dtype"], self.shapes[name] = KINDS[state["dtype"]], tuple(state["shape"])
         self.states[name] = state
         ends = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
         self.packed[name] = [name, *(p for end in ends if (p := f"{name}.{end}") in self.base.tensors), key]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from math import prod
 
 from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange, replace, sync, write_text
-from graft.config.notes import header
-from graft.config.reading import Json, read_object
+from graft.config.notes import LARGEST, header
+from graft.config.reading import Json, open_file, read_object
 from graft.core.errors import CheckpointError, some
 from graft.files.base import entries, matches
 from graft.files.errors import OutputExistsError
@@ -72,7 +72,7 @@ def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
 def sha256_of(path: str) -> str:
     """Return the sha256 of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with open_file(path) as f:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -80,7 +80,7 @@ def sha256_of(path: str) -> str:
 
 def is_note(note: object, changed: Collection[str]) -> bool:
     """Return True if a state notes of a shard what `Workplace.write` does. changed: tensors of which rows may speak."""
-    rows = note.get("rows") if isinstance(note, dict) else None
+    rows = note.get("rows") if isinstance(note, dict) and "sha256" in note else None
     return isinstance(rows, list) and all(
         isinstance(row, dict)
         and isinstance(name := row.get("tensor"), str)
@@ -181,7 +181,7 @@ class Workplace:
         self.key += f"-{os.stat(self.room).st_ino}"  # a room that came with an archive has another number
         state: Json = {}
         with suppress(OSError, CheckpointError):
-            state = read_object(self.state)
+            state = read_object(self.state, LARGEST)
         notes = state.get("shards") if state.get("key") == self.key else None
         for name, note in notes.items() if isinstance(notes, dict) else ():
             path = os.path.join(self.folder, name)

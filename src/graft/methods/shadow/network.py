@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
@@ -13,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graft.config.archives import weights_in
 from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.reading import read_object
 from graft.core.base_config import text_config
 from graft.core.errors import ConfigError
 from graft.core.tuner import Tuner
@@ -74,14 +75,14 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
     """
     from transformers import AutoConfig, AutoModel
 
-    raw = json.loads(_file(where, "config.json").read_text(encoding="utf-8"))
+    raw = read_object(_file(where, "config.json"))
     if raw.get("model_type") == PROJECTED:
         inner = dict(raw["shadow_model_config"])
         network, projection = _filled(AutoConfig.for_model(**inner), where, "shadow_model.")
     elif raw.get("architectures") == [DETACHED]:
-        network, projection = _filled(AutoConfig.from_pretrained(where), where, "backbone.")
+        network, projection = _filled(AutoConfig.from_pretrained(where, trust_remote_code=False), where, "backbone.")
     else:
-        network, projection = AutoModel.from_pretrained(where), None
+        network, projection = AutoModel.from_pretrained(where, trust_remote_code=False), None
     if projection is not None and projection.out_features != width:
         raise ConfigError(
             f"The shadow network of '{where}' projects to {projection.out_features} numbers, and the base model is "
@@ -95,11 +96,10 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
 
 def _filled(config: object, where: str, prefix: str) -> tuple[nn.Module, nn.Linear | None]:
     """Return a network with the values of a file, and the projection beside it."""
-    from safetensors.torch import load_file
     from transformers import AutoModel
 
-    network = AutoModel.from_config(config)
-    tensors = load_file(_file(where, "model.safetensors"))
+    network = AutoModel.from_config(config, trust_remote_code=False)
+    tensors = weights_in(_file(where, "model.safetensors"), f"The shadow network of '{where}'")
     network.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
     weight = tensors.get(PROJECTION)
     if weight is None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from graft.config.atomic import replace, write_text
 from graft.config.base import PeftConfig
-from graft.config.reading import Json
+from graft.config.reading import Json, open_file, parsed
 from graft.core.errors import ConfigError
 from graft.train.multi import run_file
 from graft.train.multi.run import FAILED, Run, Valid
@@ -397,8 +397,8 @@ class Job:
         if path is None or not os.path.exists(path):
             self.write()  # another sweep is to see whose the folder is
             return
-        with open(path) as f:
-            document = json.load(f)
+        with open_file(path) as f:
+            document = parsed(f.read(), path)
         differ = [key for key, value in self.note.items() if document.get("sweep", {}).get(key) != value]
         if differ:
             raise ConfigError(f"{path} is of another sweep, with other {', '.join(differ)}: give another folder.")

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The content of a GGUF file: its fields, and its tensors, which are read when they are asked for.
+
+The package gguf makes an object of each number of an array, and believes every length that a file states. This reader
+compares each length with the bytes that are left."""
+
+from __future__ import annotations
+
+import struct
+from math import prod
+from types import ModuleType
+from typing import IO, Any
+
+from graft.config.reading import Json, open_file
+from graft.core.errors import CheckpointError, shortened
+from graft.files.errors import PackageNeededError
+from graft.files.tensors import BITS, Tensor, part_reader, version_of
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # struct's letter of each type of value
+TEXT, ARRAY = 8, 9
+DTYPES = {0: "F32", 1: "F16", 30: "BF16"}  # number of a type in ggml → safetensors' name
+MOST = 2**20  # entries of all arrays, fields and tensors: a vocabulary has 2**18
+MOST_DIMENSIONS = 4
+ALIGNMENT = "general.alignment"
+
+
+def contents(path: str) -> tuple[Json, dict[str, Tensor]]:
+    """Return the fields of a file, and its tensors, which become float32 when they are read if they are quantized.
+
+    Raises:
+        CheckpointError: the file is damaged or cut off, or states a length that it cannot have.
+        PackageNeededError: a tensor is quantized, and the package gguf is not there.
+    """
+    with open_file(path) as f:
+        return Reader(f, path).contents()
+
+
+class Reader:
+    """Reads a GGUF file from its beginning to its tensors.
+
+    Attributes:
+        left: bytes of the file behind those that were read.
+        entries: how many more entries of arrays, fields and tensors it may have.
+    """
+
+    def __init__(self, f: IO[bytes], path: str):
+        self.f, self.path, self.version = f, path, version_of(f)
+        self.left, self.entries = self.version[0], MOST
+
+    def damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is damaged or cut off: {why}. Save or download it again.")
+
+    def take(self, n: int) -> bytes:
+        """Return the next bytes, of which the file must have as many."""
+        if n > self.left:
+            raise self.damaged(f"it states a length of {n:,} bytes, and has {self.left:,} left")
+        self.left -= n
+        return self.f.read(n)
+
+    def number(self, form: str = "Q") -> Any:
+        return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
+
+    def count(self, n: int, least: int) -> int:
+        """Return a number of entries of at least so many bytes each, which the file must have."""
+        self.entries -= n
+        if n * least > self.left or self.entries < 0:
+            raise self.damaged(f"it states {n:,} entries, and has {self.left:,} bytes left")
+        return n
+
+    def text(self) -> str:
+        try:
+            return self.take(self.number()).decode()
+        except UnicodeDecodeError:
+            raise self.damaged("a text of it is not UTF-8") from None
+
+    def value(self, kind: int) -> object:
+        if kind == TEXT:
+            return self.text()
+        if kind == ARRAY:
+            kind, n = self.number("I"), self.number()
+            if kind == TEXT:
+                return [self.text() for _ in range(self.count(n, 8))]
+            if kind in NUMBERS:
+                n = self.count(n, struct.calcsize(f"<{NUMBERS[kind]}"))
+                form = f"<{n}{NUMBERS[kind]}"
+                return list(struct.unpack(form, self.take(struct.calcsize(form))))
+        if kind not in NUMBERS:
+            raise self.damaged(f"it has a value of type {kind}")
+        return self.number(NUMBERS[kind])
+
+    def contents(self) -> tuple[Json, dict[str, Tensor]]:
+        if self.take(4) != MAGIC or self.number("I") not in VERSIONS:
+            raise CheckpointError(f"{self.path} is no GGUF file of version 2 or 3. Convert it by llama.cpp's tools.")
+        tensors, fields = self.number(), dict[str, Any]()
+        for _ in range(self.count(self.number(), 13)):
+            name = self.text()
+            if name in fields:
+                raise self.damaged(f"the field '{shortened(name)}' stands twice")
+            fields[name] = self.value(self.number("I"))
+        infos = [self.info() for _ in range(self.count(tensors, 24))]
+        step = fields.get(ALIGNMENT, 32)
+        if type(step) is not int or not 0 < step <= 2**16:
+            raise self.damaged(f"{ALIGNMENT} is {step!r}")
+        start = self.f.tell() + -self.f.tell() % step
+        out = {name: self.tensor(name, shape, kind, start + offset) for name, shape, kind, offset in infos}
+        if len(out) < len(infos):
+            raise self.damaged("a tensor's name stands twice")
+        return fields, out
+
+    def info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, n = self.text(), self.number("I")
+        if n > MOST_DIMENSIONS:
+            raise self.damaged(f"tensor '{shortened(name)}' has {n} dimensions")
+        shape = struct.unpack(f"<{n}Q", self.take(8 * n))
+        return name, shape[::-1], self.number("I"), self.number()
+
+    def tensor(self, name: str, shape: tuple[int, ...], kind: int, begin: int) -> Tensor:
+        block, size = (1, BITS[DTYPES[kind]] // 8) if kind in DTYPES else packed(kind)
+        nbytes = prod(shape) // block * size
+        if not block or (shape[-1] if shape else 1) % block or begin + nbytes > self.version[0]:
+            raise self.damaged(f"tensor '{shortened(name)}' of type {kind} and shape {shape} is not all there")
+        load = part_reader(self.path, self.version, begin, nbytes)
+        if kind in DTYPES:
+            return Tensor(shape, DTYPES[kind], load)
+        rows = (*shape[:-1], shape[-1] // block * size)
+        return Tensor(shape, "F32", lambda: dequantized(load(), rows, kind, name))
+
+
+def packed(kind: int) -> tuple[int, int]:
+    """Return the numbers of a block of a quantized type, and its bytes; 0 and 0 of a type that the package lacks."""
+    sizes: dict[int, tuple[int, int]] = package().GGML_QUANT_SIZES
+    return sizes.get(kind, (0, 0))
+
+
+def dequantized(data: bytes, rows: tuple[int, ...], kind: int, name: str) -> bytes:
+    """Return the float32 values of a quantized tensor. rows: the shape of its bytes."""
+    import numpy as np
+
+    gguf = package()
+    try:
+        values = gguf.quants.dequantize(np.frombuffer(data, "u1").reshape(rows), gguf.GGMLQuantizationType(kind))
+    except NotImplementedError as e:
+        raise CheckpointError(
+            f"Tensor '{name}' is of type {kind}: {e}. Convert it to F16 by llama.cpp's tools."
+        ) from None
+    return values.astype("<f4").tobytes()
+
+
+def package() -> ModuleType:
+    try:
+        import gguf
+    except ImportError as e:
+        raise PackageNeededError("GGUF files need the package gguf: pip install 'graft-adapters[gguf]'.") from e
+    return gguf

@@ -232,10 +232,11 @@ def test_an_adapter_that_was_there_keeps_its_values_if_its_run_cannot_go_on(tmp_
     runs = MultiTrain(model())
     runs.add("default", data=batches(4))
     runs.step()
+    runs.step()
     runs.save(tmp_path)
     again = MultiTrain.resume(model(), tmp_path)
-    with pytest.raises(ConfigError, match="saved after 1 batches"):
-        again.add("default", data=[])
+    with pytest.raises(ConfigError, match="saved after 2 batches of an epoch, and its data holds 1"):
+        again.add("default", data=batches(4)[:1])
     own = [p for _, p in again.model.adapter_parameters("default")]
     assert same(own, [p for _, p in model().adapter_parameters("default")])
 
@@ -289,8 +290,71 @@ def test_a_folder_without_runs(tmp_path):
 
 def test_less_data_than_before(saved):
     options = SPECS["plain"].options(4) | {"data": []}
-    with pytest.raises(ConfigError, match="saved after 1 batches of an epoch, and its data holds 0"):
+    with pytest.raises(ConfigError, match="Run 'plain': its data holds no batch"):
         MultiTrain.resume(tiny(), saved).add("plain", SPECS["plain"].config, **options)
+
+
+def other_data(kind):
+    """Data, and others of the kind."""
+    return {
+        "a loader": (Spec(None, seed=1).data, Spec(None, seed=2).data),
+        "an iterator": (lambda: iter(batches(9)), lambda: iter(batches(9, seed=1))),
+        "longer rows": (lambda: batches(9), lambda: [{k: v[:, :5] for k, v in b.items()} for b in batches(9)]),
+        "other labels": (lambda: batches(9), lambda: [b | {"labels": b["labels"].roll(1)} for b in batches(9)]),
+        "more arguments": (lambda: batches(9), lambda: [b | {"use_cache": False} for b in batches(9)]),
+    }[kind]
+
+
+@pytest.mark.parametrize("until", [1, 3, 8], ids=["first epoch", "later", "ended"])
+@pytest.mark.parametrize("kind", ["a loader", "an iterator", "longer rows", "other labels", "more arguments"])
+def test_other_data_than_before(tmp_path, kind, until):
+    same, other = other_data(kind)
+    runs = MultiTrain(tiny())
+    runs.add("x", lora(), data=same(), steps=8, seed=1).until = until
+    runs.run(save=tmp_path)
+    again = MultiTrain.resume(tiny(), tmp_path)
+    with pytest.raises(ConfigError, match=r"Run 'x' in .* was begun with other data: their first batch"):
+        again.add("x", lora(), data=other(), steps=8, seed=1)
+    assert again.model is None
+    assert again.add("x", lora(), data=same(), steps=8, seed=1).step == until
+
+
+def test_a_loaders_generator_that_has_another_state(tmp_path):
+    """The file has the states of generators that a run's loader holds."""
+
+    def made(seed):
+        return DataLoader(rows(1), 4, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+    runs = MultiTrain(tiny())
+    runs.add("x", lora(), data=made(5), steps=8).until = 2
+    runs.run(save=tmp_path)
+    run = MultiTrain.resume(tiny(), tmp_path).add("x", lora(), data=made(6), steps=8)
+    run.owner.run()
+    whole = MultiTrain(tiny())
+    whole.add("x", lora(), data=made(5), steps=8)
+    assert whole.run()["x"].curve == run.curve
+
+
+def mean_square(output, batch):
+    return output["logits"].square().mean()
+
+
+def mean(output, batch, x=1):
+    return output["logits"].mean()
+
+
+@pytest.mark.parametrize("one, other, text", [
+    (mean_square, mean, "loss = 'mean_square', now 'mean'"), (None, mean, "loss = None, now 'mean'"),
+    (partial(mean, x=1), partial(mean, x=2), r"loss = \['mean', {'x': 1}\], now \['mean', {'x': 2}\]"),
+], ids=["named", "own", "partial"])  # fmt: skip
+def test_another_loss_than_before(tmp_path, one, other, text):
+    runs = MultiTrain(tiny())
+    runs.add("x", lora(), data=batches(4), loss=one)
+    runs.save(tmp_path)
+    again = MultiTrain.resume(tiny(), tmp_path)
+    with pytest.raises(ConfigError, match=f"Run 'x' in .* was begun with {text}"):
+        again.add("x", lora(), data=batches(4), loss=other)
+    again.add("x", lora(), data=batches(4), loss=one)
 
 
 def test_state_that_is_no_data(tmp_path):

@@ -20,6 +20,7 @@ from graft.core.errors import ConfigError
 from graft.train.multi import MultiTrain, run_file, search
 from graft.train.multi.sweep import TABLE
 from tests.train.multi.alone import BITS, Spec, alone, as_alone, batches, lora, tiny
+from tests.trust.fuzz import difference, snapshot
 
 ROOT = Path(__file__).parents[3]
 SPACE = {"r": [2, 4], "lr": [1e-3, 1e-2, 3e-2], "accumulate": [1]}
@@ -190,6 +191,8 @@ def test_what_an_ended_sweep_kept_is_there_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, text", [
     ({"seed": 4}, "seed"), ({"optimizer": torch.optim.SGD}, "optimizer"),
     ({"optimizer": partial(torch.optim.AdamW, weight_decay=0.5)}, "optimizer"), ({"clip": 0.1}, "options"),
+    ({"data": Spec(None, seed=4).data()}, "data"), ({"valid": batches(2, seed=4)}, "valid"),
+    ({"loss": lambda output, batch: output["logits"].mean()}, "options"),
 ])  # fmt: skip
 def test_another_sweep_in_the_folder(tmp_path, change, text, monkeypatch):
     """Also if that one was killed before its first rung."""
@@ -199,6 +202,17 @@ def test_another_sweep_in_the_folder(tmp_path, change, text, monkeypatch):
             swept(tmp_path)
     with pytest.raises(ConfigError, match=f"is of another sweep, with other {text}:"):
         swept(tmp_path, **change)
+
+
+def test_other_data_of_a_function_in_the_folder(tmp_path):
+    """Its name says nothing of the batches: the files of kept runs do."""
+    swept(tmp_path, data=lambda setting: batches(8))
+    base = tiny()
+    before = snapshot(base)
+    with pytest.raises(ConfigError, match="was begun with other data"):
+        swept(tmp_path, data=lambda setting: batches(8, seed=1), model=base)
+    assert difference(before, snapshot(base)) == ""
+    swept(tmp_path, data=lambda setting: batches(8))
 
 
 def test_settings_that_are_no_json(tmp_path, monkeypatch):
@@ -238,6 +252,7 @@ def test_a_loss_that_is_infinite_at_the_end_keeps_nothing(monkeypatch):
     ({"save_every": 0}, "save_every must be a positive int, got 0"),
     ({"valid": None}, "gone through again and again"),
     ({"valid": iter(VALID)}, "gone through again and again"),
+    ({"valid": type("Indexed", (), {"__getitem__": lambda *_: VALID[0]})()}, "gone through again and again"),
     ({"share": (2, 2), "exchange": lambda rows: [rows]}, r"share=\(2, 2\) must be"),
     ({"space": {"r": [2, 0]}}, "positive integer"),
 ])  # fmt: skip

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
+from torch import Tensor
+
 from graft.core.errors import ConfigError
+from graft.io.fingerprint import hashed, tensor_digest
 from graft.train.multi.draws import Draws, States
 
 Batch = dict[str, Any]
@@ -30,6 +35,8 @@ class Loader:
         self.once = once or isinstance(data, Iterator)
         self.epoch, self.taken = 0, 0  # epochs begun before this one; batches of it
         self.began: States = draws.states  # when this epoch began
+        self.first: tuple[str, States] | None = None  # the digest of the first batch, and the draws before it
+        self._source = data
         self._batches: Iterator[object] | None = None
         self._torn = False  # an error has stopped the iterator, which may have lost a batch
         self._last: tuple[Batch, States, States] | None = None  # with the draws before and after it
@@ -72,9 +79,19 @@ class Loader:
             return self._new()
         if found is END:
             return None
+        if self.first is None and not self.epoch and not self.taken:
+            self.first = digest_of_batch(dict(found)), before
         self.taken += 1
         self._last = dict(found), before, self.draws.states
         return dict(found)
+
+    def begins_with(self, first: tuple[str, States]) -> bool:
+        """Return True if the data begin as they did when `first` was noted. Takes the first batch; `stand` follows."""
+        self.draws.states = first[1]
+        batch = self.next()
+        if isinstance(self.data, Iterator):
+            self._source = chain([batch], self.data)
+        return self.first is not None and self.first[0] == first[0]
 
     def give_back(self) -> None:
         """Have `next` return the last batch again."""
@@ -89,7 +106,7 @@ class Loader:
             for holder in (self.data, getattr(self.data, "sampler", None)):
                 if hasattr(holder, "set_epoch"):
                     holder.set_epoch(self.epoch)
-            self._batches = iter(self.data)
+            self._batches = iter(self._source)
         return self._batches
 
     def stand(self, epoch: int, taken: int, began: States, now: States) -> None:
@@ -117,6 +134,27 @@ class Loader:
         finally:
             self.draws.states = now
         self._torn = False
+
+
+def digest_of_batch(batch: Batch) -> str:
+    """Return the digest of a batch: of its tensors' values, and of all that JSON has; other objects count by class."""
+
+    def note(value: object) -> object:
+        return [*value.shape, tensor_digest(value)] if isinstance(value, Tensor) else type(value).__qualname__
+
+    return hashed(json.dumps(batch, default=note, skipkeys=True, sort_keys=True))
+
+
+def first_digest(whose: str, data: Iterable[object]) -> str:
+    """Return the digest of the first batch of data that can be gone through again and again.
+
+    Raises:
+        ConfigError: there is no batch in it, or a batch is no mapping.
+    """
+    loader = Loader(whose, data, Draws(0, data), once=True)
+    loader.next()
+    assert loader.first is not None
+    return loader.first[0]
 
 
 def one_position(data: object) -> bool:

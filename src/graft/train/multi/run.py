@@ -85,6 +85,7 @@ class Run:
     owner: Owner
     seed: int
     draws_in_loss: bool
+    loss_name: object  # as JSON has it; None: the model's own loss
     scaled: bool
     clip: float | None
     steps: int | None

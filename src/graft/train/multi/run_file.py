@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -67,6 +69,7 @@ def state_of(run: Run, model: nn.Module) -> Json:
         "schedule": None if run.schedule is None else run.schedule.state_dict(),
         "draws": run.draws.states,
         "position": {"epoch": loader.epoch, "taken": loader.taken, "began": loader.began},
+        "first": loader.first,
         "under_way": {"losses": run.losses, "gradients": run.gradients()},
         "step": run.step,
         "state": [run.state, run.why],
@@ -84,7 +87,21 @@ def settings(run: Run) -> Json:
         "clip": run.clip,
         "accumulate": run.accumulate,
         "seed": run.seed,
+        "loss": run.loss_name,
     }
+
+
+def described(value: object) -> Any:
+    """Return a value as JSON has it; objects, functions and classes by name, the same in any process."""
+    return json.loads(json.dumps(value, default=said))
+
+
+def said(value: object) -> object:
+    """Return what JSON has not as lists and text."""
+    if isinstance(value, partial):
+        return [value.func, *value.args, value.keywords]
+    text = str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__ if " at 0x" in text else text)
 
 
 def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
@@ -92,7 +109,7 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
 
     Raises:
         BaseModelMismatchError: it was made on another base.
-        ConfigError: it has another config, or other settings. Nothing has changed then.
+        ConfigError: it has another config, other settings, or data with another first batch. Nothing has changed then.
     """
     check_base(state["base"], base_fingerprint(model, run.name), f"Run '{run.name}' in {where}")
     own = {"config": run.config_values, "settings": settings(run)}
@@ -105,6 +122,12 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
                 f"Run '{run.name}' in {where} was begun with {'; '.join(differ)}: add it as it was, or under another "
                 "name."
             )
+    first = state.get("first")
+    if first is not None and not run.loader.begins_with(first):
+        raise ConfigError(
+            f"Run '{run.name}' in {where} was begun with other data: their first batch was another one. Add it with "
+            "the data that it had, which only torch's generators may draw."
+        )
     if run.steps is not None and state["step"] > run.steps:
         raise ConfigError(f"Run '{run.name}' in {where} has made {state['step']} steps, and is to make {run.steps}.")
     run.optimizer.load_state_dict(state["optimizer"])

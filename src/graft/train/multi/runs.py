@@ -264,12 +264,13 @@ class MultiTrain:
             registry.set_requires_grad(name, True)
             parameters = [p for _, p in model.adapter_parameters(name)]
             drawn = loss is not None or description is not None
+            loss_name = run_file.described(loss)
             if description is not None:
                 windows = data = description.data(draws)
                 steps = description.steps(windows)
                 optimizer, schedule = partial(description.optimizer, model), partial(description.schedule, steps=steps)
                 judge = self._own_loss(name, needed=valid is not None)
-                loss = description.loss(self.base, judge)
+                loss, loss_name = description.loss(self.base, judge), run_file.described(description.loss_name)
             else:
                 loss = judge = self._own_loss(name) if loss is None else loss
             with draws:
@@ -295,6 +296,7 @@ class MultiTrain:
                 every=every,
                 owner=self,
                 draws_in_loss=drawn,
+                loss_name=loss_name,
                 scaled=description is not None,
             )
             if state is not None:

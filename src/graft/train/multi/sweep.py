@@ -24,6 +24,7 @@ from graft.config.base import PeftConfig
 from graft.config.reading import Json, open_file, parsed
 from graft.core.errors import ConfigError
 from graft.train.multi import run_file
+from graft.train.multi.loader import first_digest
 from graft.train.multi.run import FAILED, Run, Valid
 from graft.train.multi.runs import AT_ONCE, MultiTrain, refuse_base_change
 from graft.train.multi.search import Setting, best_of, budgets, settings_in
@@ -160,7 +161,7 @@ def sweep(
     """
     if type(save_every) is not int or save_every < 1:
         raise ConfigError(f"sweep: save_every must be a positive int, got {save_every!r}.")
-    if isinstance(valid, Iterator) or not (hasattr(valid, "__iter__") or hasattr(valid, "__getitem__")):
+    if isinstance(valid, Iterator) or not hasattr(valid, "__iter__"):
         raise ConfigError(
             f"sweep: valid must be batches that can be gone through again and again, as a DataLoader or a list; got "
             f"{valid!r}."
@@ -202,6 +203,10 @@ def sweep(
         progress=progress,
     )
     arguments = {"optimizer": optimizer, "seed": seed, "options": options}
+    if folder is not None:
+        arguments["valid"] = first_digest("sweep: valid", valid)
+        if not callable(data) and not isinstance(data, Iterator):
+            arguments["data"] = first_digest("sweep", data)
     mine = range(rank, len(trials), world)
     with job.alone(mine):
         try:
@@ -257,14 +262,6 @@ def check_names(space: Mapping[str, object], config: PeftConfig, optimizer: Call
             f"sweep: {unknown} in the space are neither fields of {type(config).__name__}, nor arguments of "
             f"{getattr(made, '__name__', made)}, nor of these of MultiTrain.add: {', '.join(sorted(OPTIONS))}."
         )
-
-
-def said(value: object) -> object:
-    """Return what JSON has not as lists and text that are the same in any process."""
-    if isinstance(value, partial):
-        return [value.func, *value.args, value.keywords]
-    text = str(value)
-    return getattr(value, "__qualname__", type(value).__qualname__ if " at 0x" in text else text)
 
 
 OPTIONS = {*signature(MultiTrain.add).parameters} - {"self", "name", "config", "data", "valid", "optimizer", "steps"}
@@ -392,7 +389,7 @@ class Job:
         Raises:
             ConfigError: it has another sweep.
         """
-        self.note = json.loads(json.dumps(note | {"settings": [t.setting for t in self.trials]}, default=said))
+        self.note = run_file.described(note | {"settings": [t.setting for t in self.trials]})
         path = None if self.folder is None else os.path.join(self.folder, TABLE)
         if path is None or not os.path.exists(path):
             self.write()  # another sweep is to see whose the folder is
@@ -415,7 +412,7 @@ class Job:
             return
         os.makedirs(self.folder, exist_ok=True)
         document = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
-        text = json.dumps(document, indent=1, default=said)
+        text = json.dumps(document, indent=1, default=run_file.said)
         replace(os.path.join(self.folder, TABLE), write_text(text + "\n"))
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):

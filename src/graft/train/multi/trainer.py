@@ -92,6 +92,10 @@ class Description:
         """Take back what making optimizer and schedule has left in the Trainer, so that it can be added anew."""
         self.trainer.optimizer = self.trainer.lr_scheduler = None
 
+    @property
+    def loss_name(self) -> object:
+        return [type(self.trainer), self.trainer.compute_loss_func, self.args.label_smoothing_factor]
+
     def loss(self, model: nn.Module, own: Loss | None) -> Loss:
         """Return its `compute_loss`, with a stand-in for the model that gives the run's rows of a joint pass.
 

@@ -16,7 +16,7 @@ from graft.combine import adding, rules
 from graft.combine.adding import Tensors, put, warn_if_base_changed
 from graft.combine.forms import FORMS, Form, UpdateForm
 from graft.combine.rules import TYPES, Recipe
-from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError
+from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError, escape_controls
 from graft.core.folding import wide
 from graft.core.gate import prepares
 from graft.inject.stage import draw
@@ -39,12 +39,14 @@ class WeightedReport:
     energy: dict[str, float] = field(default_factory=dict)  # ‖truncated‖² / ‖full‖² by layer, where a sum was truncated
 
     def __str__(self) -> str:
-        text = f"'{self.adapter}' ({self.combination_type}): {len(self.ranks)} layers"
+        text = f"'{escape_controls(self.adapter)}' ({self.combination_type}): {len(self.ranks)} layers"
         if not self.energy:
             return text
         key = min(self.energy, key=lambda k: self.energy[k])
         mean = sum(self.energy.values()) / len(self.energy)
-        return f"{text}, retained energy {mean:.4f} on average, at least {self.energy[key]:.4f} ('{key}')"
+        return (
+            f"{text}, retained energy {mean:.4f} on average, at least {self.energy[key]:.4f} ('{escape_controls(key)}')"
+        )
 
 
 def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., WeightedReport]:

@@ -16,7 +16,14 @@ from typing import Annotated
 
 import typer
 
-from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, ConfigTypeError, PeftError
+from graft.core.errors import (
+    BaseModelMismatchError,
+    CheckpointError,
+    ConfigError,
+    ConfigTypeError,
+    PeftError,
+    escape_controls,
+)
 from graft.files.errors import (
     BaseNeededError,
     LossError,
@@ -82,16 +89,21 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a name that is no text, or ΔW where people write ASCII
     for_programs = "--json" in sys.argv
     try:
-        left = app(prog_name="graft", standalone_mode=not for_programs)
+        left = app(prog_name="graft", standalone_mode=False)  # typer would print its errors as they are
     except Exception as e:
-        # typer's own, of a wrong usage, have a code; they come through only if they are not printed as a box
         code = getattr(e, "exit_code", None) or next((code for kind, code in CODES if isinstance(e, kind)), None)
         if code is None:
             raise
-        text = e.format_message() if hasattr(e, "format_message") else str(e)
+        text = str(e)
+        if hasattr(e, "format_message"):  # typer's own, of a wrong usage
+            text = e.format_message()
+            if not text:  # no verb: the help has been printed
+                sys.exit(code)
+            place = getattr(getattr(e, "ctx", None), "command_path", "graft")
+            text = f"{text.rstrip('.')}. See {place} --help."
         if for_programs:
             print_json({"error": text, "kind": type(e).__name__, "exit_code": code})
-        print(f"graft: {text}", file=sys.stderr)
+        print(f"graft: {escape_controls(text)}", file=sys.stderr)
         sys.exit(code)
     sys.exit(left if isinstance(left, int) else 0)
 

@@ -11,6 +11,7 @@ import typer
 
 from graft.command import show
 from graft.command.app import FOUND, SERVE, app, print_json
+from graft.core.errors import escape_controls
 from graft.files.errors import OptionError
 from graft.files.serving import Finding, Options, servers
 
@@ -68,19 +69,17 @@ def check(
 
 def report(names: list[str], found: list[Finding], compared: bool) -> None:
     """Print the findings by server."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console, known = Console(highlight=False, soft_wrap=True), servers()
+    known = servers()
     for name in names:
-        own = [f for f in found if f.server == name]
-        console.print(Text.assemble((name, "bold"), f" {known[name].version}, as of {known[name].date}"))
-        for f in own:
+        typer.echo(f"{typer.style(name, bold=True)} {known[name].version}, as of {known[name].date}")
+        findings = [f for f in found if f.server == name]
+        for f in findings:
             note = "" if f.evidence == "run" else f" ({f.evidence})"
-            console.print(Text.assemble("  ", (f.verdict, COLOURS[f.verdict]), f": {name} {f.does}{note}: {f.what}"))
+            line = escape_controls(f": {name} {f.does}{note}: {f.what}")
+            typer.echo(f"  {typer.style(f.verdict, fg=COLOURS[f.verdict])}{line}")
             if f.remedy:
-                console.print(Text(f"    → {f.remedy}"))
-        if not own:
-            console.print(Text.assemble("  ", ("ok", "green"), ": nothing is known that it would not do"))
+                show.say(f"    → {f.remedy}")
+        if not findings:
+            typer.echo(f"  {typer.style('ok', fg='green')}: nothing is known that it would not do")
     if not compared:
-        console.print("Names of modules were not compared: give the model with --base.")
+        show.say("Names of modules were not compared: give the model with --base.")

@@ -47,11 +47,11 @@ def convert(
     if as_json:
         print_json(asdict(done))
     elif not quiet:
-        print(f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {place(done.path)}")
+        show.say(f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {place(done.path)}")
         if done.rounding:
-            print(f"Scales are folded into B, which rounds its entries by {done.rounding:.1e} at most.")
+            show.say(f"Scales are folded into B, which rounds its entries by {done.rounding:.1e} at most.")
         for line in done.lost:
-            print(f"lost: {line}")
+            show.say(f"lost: {line}")
 
 
 def place(path: str) -> str:

@@ -46,7 +46,7 @@ def diff(
         )  # fmt: skip
         show.table("Tensors", ["tensor", "relative difference"], [t.values() for t in found["tensors"]])
         more = "".join(f", another {name}" for name in found["acts_otherwise"])
-        print("equal" if found["equal"] else f"not equal: largest relative difference {found['largest']:.4g}{more}")
+        show.say("equal" if found["equal"] else f"not equal: largest relative difference {found['largest']:.4g}{more}")
     if not found["equal"]:
         raise typer.Exit(FOUND)
 

@@ -63,11 +63,11 @@ def export(
         print_json({"output": None if dry_run else output, **vars(report)})
     elif not quiet:
         where = "(dry run)" if dry_run else output
-        print(f"{where}: rank {report.rank} on {report.modules} modules, for {server}")
+        show.say(f"{where}: rank {report.rank} on {report.modules} modules, for {server}")
         for note in report.notes:
-            print(f"  {note}")
+            show.say(f"  {note}")
         if report.rounding:
-            print(f"  the dtype of the file rounds B by {report.rounding:.1g} of it")
+            show.say(f"  the dtype of the file rounds B by {report.rounding:.1g} of it")
 
 
 def number(text: str) -> int | float:

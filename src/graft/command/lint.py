@@ -35,7 +35,8 @@ def lint(
         print_json({"adapter": adapter, "findings": [asdict(f) for f in found], "problems": len(bad)})
     elif not quiet:
         for f in found:
-            print(f"{f.severity:<8} {f.rule:<15} {f.text}\n{'':<24} {f.remedy}")
-        print(f"{len(bad)} problems, {len(found) - len(bad)} remarks")
+            show.say(f"{f.severity:<8} {f.rule:<15} {f.text}")
+            show.say(f"{'':<24} {f.remedy}")
+        show.say(f"{len(bad)} problems, {len(found) - len(bad)} remarks")
     if bad:
         raise typer.Exit(FOUND)

@@ -80,12 +80,14 @@ def report(found: Json) -> None:
     done = "Merged" if found["written"] else "Would merge"
     resumed = f", {found['resumed']} of them from an earlier run" if found["resumed"] else ""
     size, files = f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.2f} MB", len(found["shards"])
-    print(f"{done} into {len(changed)} tensors: {found['output']}, {size} in {files} file{'s'[: files > 1]}{resumed}.")
+    show.say(
+        f"{done} into {len(changed)} tensors: {found['output']}, {size} in {files} file{'s'[: files > 1]}{resumed}."
+    )
     rows = [row for row in changed.values() if "update" in row]
     if rows:
         shares = sorted(row["update"] / row["weight"] for row in rows if row["weight"])
         middle = shares[len(shares) // 2] if shares else 0.0
-        print(f"The update is {middle:.2%} of the weight in the median; rounding kept "
+        show.say(f"The update is {middle:.2%} of the weight in the median; rounding kept "
               f"{min(row['kept'] for row in rows):.1%} of it or more.")  # fmt: skip
     for note in found["notes"]:
-        print(note)
+        show.say(note)

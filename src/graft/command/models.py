@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from graft.core.errors import CheckpointError, ConfigError
+from graft.core.errors import CheckpointError, ConfigError, some
 from graft.files.base import base_files
 from graft.files.formats import recognise
 
@@ -20,9 +20,11 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     """Load a model from its folder, as the class that its config names, in float32 and eval mode.
 
     Raises:
-        CheckpointError: the folder holds no model, or a damaged one.
+        CheckpointError: the folder holds no model, a damaged one, or one without all tensors of that class.
         ConfigError: transformers is not there, or has no such class.
     """
+    from graft.files.merging.skeleton import quiet
+
     files = base_files(path)
     try:
         import torch
@@ -38,9 +40,14 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         )
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = cls.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+        with quiet():  # transformers prints names of tensors as they are
+            model, report = cls.from_pretrained(
+                path, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
+    if absent := sorted(report["missing_keys"]):  # they would be random
+        raise CheckpointError(f"The model in {path} lacks the tensors {some(absent)} of a {name}.")
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 

@@ -57,6 +57,6 @@ def resize(
             [(r.module, r.before, r.after, f"{r.energy:.2%}", r.size) for r in rows],
         )  # fmt: skip
         before, after = (sum(getattr(r, name) for r in rows) for name in ("before", "after"))
-        print(
+        show.say(
             f"{before} → {after} ranks in all, {share:.2%} of the energy" + (" (dry run)" if dry_run else f": {output}")
         )

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from graft.core.errors import escape_controls
+
 Adapter = Annotated[str, typer.Argument(help="Folder, file, or hub id (user/repo@revision).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -38,17 +40,24 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
     head = [title] if title else []
     rule = " " + "─" * (len(line(columns)) - 1)
-    print("\n".join([*head, "", line(columns), rule, *map(line, cells), ""]))
+    for printed in (*head, "", line(columns), rule, *map(line, cells), ""):
+        say(printed)
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> None:
     """Print facts, a line for each that is one."""
     for name, value in pairs:
         if value not in (None, "", [], {}):
-            print(f"{name:<12} {text(value)}")
+            say(f"{name:<12} {text(value)}")
+
+
+def say(line: str) -> None:
+    """Print one line on standard output, whatever characters the names in it have."""
+    print(escape_controls(line))
 
 
 def text(value: object) -> str:
+    """Return a value as a table shows it, without control characters."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -57,7 +66,7 @@ def text(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(text, value))
-    return str(value)
+    return escape_controls(str(value))
 
 
 def listed(words: str) -> list[str]:
@@ -83,4 +92,4 @@ def one_thread() -> None:
 def log(line: str, quiet: bool = False) -> None:
     """Print how far a verb is, on standard error, for who sits before it."""
     if not quiet and sys.stderr.isatty():
-        print(line, file=sys.stderr)
+        print(escape_controls(line), file=sys.stderr)

@@ -52,11 +52,11 @@ def verify(
     if as_json:
         print_json(found.as_dict())
     elif not quiet:
-        print(found.text)
-        print(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
-        print(f"  {figure(found.noise)}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
+        show.say(found.text)
+        show.say(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
+        show.say(f"  {figure(found.noise)}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
         for what, by in sorted(found.deviations.items(), key=lambda item: item[1]):
-            print(f"    {what:<20} {figure(by)}")
+            show.say(f"    {what:<20} {figure(by)}")
     if not found.ok:
         sys.exit(FOUND)
 

@@ -12,7 +12,10 @@ from types import FrameType
 
 
 class PeftError(Exception):
-    """Base of all errors that graft raises on its own account."""
+    """Base of all errors that graft raises on its own account. Its text, printed, has no control characters."""
+
+    def __str__(self) -> str:
+        return escape_controls(Exception.__str__(self), keep="\n")  # not KeyError's, in quotes, nor OSError's
 
 
 class PeftWarning(UserWarning):
@@ -41,8 +44,6 @@ class AdapterNotFoundError(PeftError, ValueError):
 
 class AdapterNameError(PeftError, KeyError, ValueError):
     """No adapter can have this name."""
-
-    __str__ = Exception.__str__  # KeyError would show the text in quotes
 
 
 class CalibrationError(PeftError, ValueError):
@@ -111,7 +112,7 @@ def shortened(text: str, most: int = 200) -> str:
 
 def some(items: list[str], most: int = 8) -> str:
     """Return a list as text: in full, or its beginning and how many more there are."""
-    shown = ", ".join(items[:most])
+    shown = ", ".join(map(escape_controls, items[:most]))
     return f"[{shown}]" if len(items) <= most else f"[{shown}, … and {len(items) - most} more]"
 
 
@@ -135,7 +136,7 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(INSIDE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, category, stacklevel=level)
+    warnings.warn(escape_controls(text, keep="\n"), category, stacklevel=level)
 
 
 _gathered: ContextVar[dict[tuple[str, type[Warning]], list[str]] | None] = ContextVar("_gathered", default=None)

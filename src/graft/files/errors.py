@@ -13,8 +13,6 @@ class LossError(PeftError, ValueError):
 class OutputExistsError(PeftError, FileExistsError):
     """There is something already where a result would be written."""
 
-    __str__ = Exception.__str__  # OSError's shows the arguments of another call
-
 
 class BaseNeededError(PeftError, ValueError):
     """A format says less than another needs: the base model has the rest, its names or its heads."""
@@ -34,8 +32,6 @@ class UnknownServerError(OptionError, ConfigError):
 
 class ServerError(PeftError, OSError):
     """A server cannot be reached, refuses a request, or answers something else than log-probabilities."""
-
-    __str__ = Exception.__str__
 
 
 class UnknownModelError(ServerError):

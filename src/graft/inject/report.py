@@ -8,10 +8,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from graft.core.errors import escape_controls
 from graft.inject.match import hint
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 class Matched(NamedTuple):
@@ -57,9 +59,13 @@ class InjectReport:
             f"{self.peft_type} '{self.adapter}': {len(self.matched)} layer{'s' * (len(self.matched) != 1)}, "
             f"{self.trainable_parameters:,} trainable parameters ({percent:.2f} %)"
         )
-        table = Table(title=title, title_justify="left")
+        table = Table(title=as_cell(title), title_justify="left")
         for name in ("module", "type", "n", "trainable", ""):
             table.add_column(name, justify="right" if name in ("n", "trainable") else "left", overflow="fold")
+
+        def add_row(*texts: str) -> None:
+            table.add_row(*map(as_cell, texts))
+
         groups: dict[tuple[str, str, str], list[int]] = {}
         for m in self.matched:
             groups.setdefault((generic(m.name), m.type, "adapted"), []).append(m.parameters)
@@ -68,11 +74,11 @@ class InjectReport:
         for s in self.skipped:
             groups.setdefault((generic(s.name), s.type, f"skipped: {s.why}"), []).append(0)
         for (name, kind, what), counts in groups.items():
-            table.add_row(name, kind, str(len(counts)), f"{sum(counts):,}" if sum(counts) else "", what)
+            add_row(name, kind, str(len(counts)), f"{sum(counts):,}" if sum(counts) else "", what)
         for entry, similar in self.unmatched_targets.items():
-            table.add_row(entry, "", "0", "", f"matched nothing{hint(similar)}")
+            add_row(entry, "", "0", "", f"matched nothing{hint(similar)}")
         for kind, n in self.untargeted.most_common():
-            table.add_row("…", kind, str(n), "", "not targeted")
+            add_row("…", kind, str(n), "", "not targeted")
         return table
 
     def __rich__(self) -> Table:
@@ -84,6 +90,13 @@ class InjectReport:
         out = io.StringIO()
         Console(file=out, width=110).print(self.table())
         return out.getvalue()
+
+
+def as_cell(text: str) -> Text:
+    """Return a text for rich without control characters, whose brackets are no markup."""
+    from rich.text import Text
+
+    return Text(escape_controls(text))
 
 
 def generic(name: str) -> str:

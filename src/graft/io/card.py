@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from graft.config.atomic import replace, write_text
 from graft.config.base import FORMAT_VERSION
 from graft.config.reading import open_file
+from graft.core.errors import escape_controls
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +41,10 @@ def write_card(model: nn.Module, folder: str) -> None:
         card = ModelCard(before)
     else:
         text = TEXT.format(
-            base=name or type(base).__name__, kind=kind, version=FORMAT_VERSION, cls=type(model).__name__
+            base=escape_controls(name or type(base).__name__),
+            kind=kind,
+            version=FORMAT_VERSION,
+            cls=type(model).__name__,
         )
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
     tags = set(card.data.get("tags") or []) | set(getattr(base, "model_tags", None) or [])

@@ -23,6 +23,7 @@ from graft.config.atomic import replace, write_text
 from graft.config.base import PeftConfig
 from graft.config.reading import Json, open_file, parsed
 from graft.core.errors import ConfigError
+from graft.inject.report import as_cell
 from graft.train.multi import run_file
 from graft.train.multi.loader import first_digest
 from graft.train.multi.run import FAILED, Run, Valid
@@ -100,7 +101,7 @@ class Sweep:
         table = Table(*rows[0])
         for row in rows:
             cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
-            table.add_row(*cells, style="bold" if row is rows[0] else None)
+            table.add_row(*map(as_cell, cells), style="bold" if row is rows[0] else None)
         return table
 
 

@@ -8,11 +8,13 @@ import shutil
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 import graft
 from graft.core.errors import AdapterKeyError, CheckpointError, ConfigError
-from graft.train import Resumable
+from graft.train import Resumable, last_checkpoint
 from tests.leaves_out import LATER_EPOCHS
+from tests.train.test_resuming import edited, forge
 from tests.train.test_trainer import Net
 
 
@@ -93,7 +95,7 @@ def test_what_does_not_fit_is_told(whole, tmp_path):
             resume_from_checkpoint=str(tmp_path / "checkpoint-3")
         )
     (tmp_path / "checkpoint-3" / "training.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no whole state of a training"):
+    with pytest.raises(CheckpointError, match=r"was killed meanwhile\. No checkpoint beside it"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
@@ -104,3 +106,44 @@ def test_another_rank_is_told(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(again, "_load_from_checkpoint", lambda *_: None)  # which says so too, in its own words
     with pytest.raises(AdapterKeyError, match="another rank"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_the_newest_checkpoint_that_is_whole(whole, tmp_path):
+    """After a kill at any moment: Trainer writes trainer_state.json after its files, Resumable's file comes last."""
+    folder, _ = whole
+    assert last_checkpoint(folder) == str(folder / "checkpoint-12")
+    assert last_checkpoint(tmp_path) is None
+    for step in (2, 10, 11):
+        shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-99").mkdir()
+    (tmp_path / "checkpoint-1000").write_text("a file")
+    newest = tmp_path / "checkpoint-11"
+    for file, size in (
+        ("training.safetensors", None), ("training.safetensors", 5000), ("trainer_state.json", None),
+        ("trainer_state.json", 100), ("model.safetensors", 300), ("training_args.bin", 100),
+    ):  # fmt: skip
+        assert last_checkpoint(tmp_path) == str(newest)
+        data = (newest / file).read_bytes()
+        (newest / file).unlink() if size is None else (newest / file).write_bytes(data[:size])
+        assert get_last_checkpoint(tmp_path).endswith(("11", "99"))
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10"), (file, size)
+        by_trainer = newest if file == "training.safetensors" and size is None else tmp_path / "checkpoint-10"
+        assert last_checkpoint(tmp_path, by_name=False) == str(by_trainer)
+        (newest / file).write_bytes(data)
+    (newest / "training.safetensors").unlink()
+    made = trainer(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"killed meanwhile. Resume from {tmp_path}/checkpoint-10"):
+        made.train(resume_from_checkpoint=str(newest))
+    made = trainer(tmp_path, seed=5)
+    made.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert made.state.global_step == 12
+
+
+@pytest.mark.parametrize("extra", [{}, {"epoch": "x"}, {"epoch": float("nan")}, {"epoch": None}])
+def test_a_file_that_does_not_say_its_epoch(extra, whole, tmp_path):
+    folder, _ = whole
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    forge(tmp_path / "checkpoint-3", edited("extra", value=extra))
+    made = trainer(tmp_path)
+    with pytest.raises(CheckpointError, match="does not say in which epoch"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

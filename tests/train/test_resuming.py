@@ -5,19 +5,26 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
+from safetensors.torch import load
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 import graft
+from graft import optim
 from graft.config import atomic
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, ConfigError
+from graft.io.seal import KEY
+from graft.io.tensors import digest_of, write_safetensors
+from graft.train import state_file
 from graft.train.resuming import FILE, NOTE
 from tests import fresh, models
 from tests.train.resumed_loop import CASES, Training
@@ -123,9 +130,8 @@ def test_a_loader(tmp_path):
 
 def everything(training):
     state = training.optimizer.state_dict()
-    return repr(
-        (training.values(), state, training.scheduler and training.scheduler.state_dict(), torch.get_rng_state())
-    )
+    drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    return repr((training.values(), state, training.scheduler and training.scheduler.state_dict(), drawn))
 
 
 @pytest.mark.parametrize("other, error, text", [
@@ -311,3 +317,243 @@ def test_killed_at_any_moment(saves, moment, left, syncs, tmp_path):
         again = Training(seed=7)
         assert graft.resume(tmp_path, *again.parts).step == left
         assert same(again.run(5 - left).values(), Training().run(5).values())
+
+
+# contents that no training could go on with
+
+
+def forge(folder, change):
+    """Change the note and the tensors of a file, and give it the digest that fits."""
+    tensors = load((folder / FILE).read_bytes())
+    note = json.loads(tensors.pop(NOTE).numpy().tobytes())
+    change(note, tensors)
+    state_file.write(str(folder / FILE), NOTE, note, tensors)
+
+
+def edited(*path, value):
+    """Return a function that sets a place in the note."""
+
+    def change(note, tensors):
+        place = note
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return change
+
+
+def torch_state(left, place):
+    def change(note, tensors):
+        state = bytearray(tensors["generator/cpu"].numpy().tobytes())
+        struct.pack_into("<i", state, 8, left)
+        struct.pack_into("<Q", state, 16, place)
+        tensors["generator/cpu"] = torch.frombuffer(state, dtype=torch.uint8)
+
+    return change
+
+
+def replaced(start, of, every=True):
+    def change(note, tensors):
+        for name in [name for name in tensors if name.startswith(start)][: None if every else 1]:
+            tensors[name] = of(tensors[name])
+
+    return change
+
+
+A = "base_model.model.first.lora_A.default.weight"
+NUMPY, PYTHON = ("random", "numpy", "__tuple__"), ("random", "python", "__tuple__")
+nan = float("nan")
+FORGED = {
+    "position of numpy": edited(*NUMPY, 2, value=2**31 - 1),
+    "position of numpy behind its numbers": edited(*NUMPY, 2, value=700),
+    "position of numpy before its numbers": edited(*NUMPY, 2, value=-1),
+    "numbers of numpy": edited(*NUMPY, 1, value=[1] * 5),
+    "kind of numpy": edited(*NUMPY, 0, value="PCG64"),
+    "normal of numpy": edited(*NUMPY, 4, value=nan),
+    "position of python": edited(*PYTHON, 1, "__tuple__", 624, value=2**31),
+    "normal of python": edited(*PYTHON, 2, value="x"),
+    "random states": edited("random", value=[]),
+    "position of torch": torch_state(624, 600),
+    "position of torch behind its numbers": torch_state(1, 700),
+    "state of torch": replaced("generator/cpu", lambda t: t[:100]),
+    "dtype of torch's state": replaced("generator/cpu", lambda t: t.float()),
+    "no state of torch": lambda note, tensors: tensors.pop("generator/cpu"),
+    "rate": edited("groups", 0, "lr", value=1e30),
+    "rate below 0": edited("groups", 0, "lr", value=-1.0),
+    "rate NaN": edited("groups", 1, "lr", value=nan),
+    "rate as text": edited("groups", 0, "lr", value="0.1"),
+    "first rate": edited("groups", 0, "initial_lr", value=1e30),
+    "betas": edited("groups", 0, "betas", value={"__tuple__": [0.9, 1.5]}),
+    "one beta": edited("groups", 0, "betas", value={"__tuple__": [0.9]}),
+    "decay": edited("groups", 0, "weight_decay", value=[0.1]),
+    "flag": edited("groups", 0, "amsgrad", value="no"),
+    "params": edited("groups", 0, "params", value="x"),
+    "groups": edited("groups", value={}),
+    "names of params": edited("groups", 0, "params", 0, value=[1]),
+    "no moment": lambda note, tensors: note["states"][A].pop("exp_avg"),
+    "moment of another parameter": edited(
+        "states", A, "exp_avg", value={"__tensor__": "exp_avg/" + A.replace("_A", "_B")}
+    ),
+    "moment as number": edited("states", A, "exp_avg", value=3.0),
+    "moments NaN": replaced("exp_avg/", lambda t: t * nan),
+    "moment of integers": replaced("exp_avg/", lambda t: t.long(), every=False),
+    "steps": replaced("step/", lambda t: t + 1e30),
+    "steps below 0": replaced("step/", lambda t: t - 100),
+    "steps as number": edited("states", A, "step", value=3),
+    "shape of steps": replaced("step/", lambda t: t.expand(3).clone(), every=False),
+    "states": edited("states", value=[]),
+    "state": edited("states", A, value=[1]),
+    "others": edited("others", value=[1]),
+    "values NaN": replaced("value/", lambda t: t * nan, every=False),
+    "schedule": edited("schedule", value=[1]),
+    "text in the schedule": edited("schedule", "base_lrs", value="x"),
+    "rates of the schedule": edited("schedule", "base_lrs", value=[1e30, 1e30]),
+    "one text among rates": edited("schedule", "_last_lr", value=[0.1, "x"]),
+    "epoch of the schedule": edited("schedule", "last_epoch", value=nan),
+    "negative epoch": edited("schedule", "last_epoch", value=-3),
+    "T_max": edited("schedule", "T_max", value="9"),
+    "step": edited("step", value="4"),
+    "negative step": edited("step", value=-4),
+    "extra": edited("extra", value=[]),
+    "base": edited("bases", "default", value={"weights": {"a": ["x"]}}),
+    "bases": edited("bases", value=[]),
+    "processes": edited("processes", value=0),
+    "states of processes": edited("of_ranks", value=[{"random": {}, "loader": None}]),
+    "no tensor of that name": edited("extra", value={"a": {"__tensor__": "x"}}),
+    "tensor by number": edited("extra", value={"a": {"__tensor__": [1]}}),
+    "pairs": edited("extra", value={"a": {"__pairs__": [[[1], 2]]}}),
+    "half a pair": edited("extra", value={"a": {"__pairs__": [[1]]}}),
+    "tuple": edited("extra", value={"a": {"__tuple__": 3}}),
+    "depth": edited("extra", value={"a": json.loads("[" * 300 + "]" * 300)}),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_contents_change_nothing(saved, name):
+    training = Training(seed=5).run(1)
+    forge(saved, lambda note, tensors: None)  # stays a good one
+    assert graft.resume(saved, *Training().parts).step == 4
+    forge(saved, FORGED[name])
+    before = everything(training)
+    for strict in (True, False):
+        with pytest.raises(CheckpointError):
+            graft.resume(saved, *training.parts, strict=strict)
+        assert everything(training) == before
+    training.run(1)
+
+
+@pytest.mark.parametrize(
+    "note", [b"[]", b"3", b"{", b"\xff", b'{"format": 1}', b"[" * 100_000, b'{"format": 1, "format": 1}']
+)
+def test_a_note_that_is_none(saved, note):
+    tensors = load((saved / FILE).read_bytes())
+    tensors[NOTE] = torch.frombuffer(bytearray(note), dtype=torch.uint8)
+    write_safetensors(saved / FILE, tensors, {KEY: digest_of(tensors)})
+    with pytest.raises(CheckpointError):
+        graft.resume(saved, *Training().parts)
+
+
+def test_a_digest_is_needed(saved):
+    tensors = load((saved / FILE).read_bytes())
+    for metadata, text in ({}, "has no digest"), ({KEY: "sha1:3"}, "of a later graft"):
+        write_safetensors(saved / FILE, tensors, metadata)
+        with pytest.raises(CheckpointError, match=text):
+            graft.resume(saved, *Training().parts)
+
+
+class Refuses:
+    """Takes the first part of its state, and then raises."""
+
+    def __init__(self):
+        self.at = {"first": 0, "second": 0}
+
+    def state_dict(self):
+        return self.at
+
+    def load_state_dict(self, state):
+        self.at["first"] = state["first"]
+        raise KeyError("second")
+
+
+def test_a_loader_or_scheduler_that_refuses_leaves_all_as_it_was(tmp_path):
+    loader = Refuses()
+    training = Training().run(2)
+    graft.save_training(tmp_path, *training.parts, loader, step=2)
+    again = Training(seed=5).run(1)
+    loader.at = {"first": 7, "second": 7}
+    before = everything(again)
+    with pytest.raises(CheckpointError, match=r"a Refuses refuses the state in training\.safetensors .KeyError"):
+        graft.resume(tmp_path, *again.parts, loader)
+    assert everything(again) == before and loader.at == {"first": 7, "second": 7}
+
+
+@pytest.mark.parametrize(
+    "make", [
+        partial(torch.optim.Adagrad, lr=0.1), partial(torch.optim.RMSprop, lr=0.1, momentum=0.5, centered=True),
+        partial(torch.optim.Adadelta, lr=0.1), partial(torch.optim.Adamax, lr=0.1), partial(torch.optim.ASGD, lr=0.1),
+        partial(torch.optim.Rprop, lr=0.1), partial(torch.optim.NAdam, lr=0.1), partial(torch.optim.RAdam, lr=0.1),
+        partial(torch.optim.Adam, lr=0.1, amsgrad=True), partial(SGD, lr=0.1), partial(torch.optim.Adafactor, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)), "lorafa", "muon", "loraplus", "lorapro",
+    ], ids=str,
+)  # fmt: skip
+def test_every_optimizer_of_torch_and_graft_goes_on(make, tmp_path):
+    """What the checks know of each class is what it keeps: names, types and shapes."""
+
+    def parts(seed):
+        training = Training(seed=seed, modules_to_save=None)
+        if make in ("loraplus", "lorapro"):
+            more = {"loraplus_lr_ratio": 4} if make == "loraplus" else {}
+            create = getattr(optim, f"create_{make}_optimizer")
+            training.optimizer = create(training.model, torch.optim.AdamW, lr=0.1, **more)
+        elif isinstance(make, str):
+            training.optimizer = getattr(optim, f"create_{make}_optimizer")(training.model, lr=0.1)
+        else:
+            training.optimizer = make([p for p in training.model.parameters() if p.requires_grad])
+        training.scheduler = torch.optim.lr_scheduler.MultiStepLR(training.optimizer, [2, 4])
+        return training
+
+    whole = parts(1).run(5)
+    graft.save_training(tmp_path, *parts(1).run(3).parts, step=3)
+    again = parts(1)
+    graft.resume(tmp_path, *again.parts)
+    assert same(again.run(2).values(), whole.values())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+        lambda o: torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.ExponentialLR(o, 0.9)]),
+        lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 9),
+        lambda o: torch.optim.lr_scheduler.MultiplicativeLR(o, halved),
+        lambda o: transformers.get_cosine_schedule_with_warmup(o, 2, 9),
+        lambda o: transformers.get_constant_schedule(o),
+    ],
+)
+def test_every_schedule_goes_on(make, tmp_path):
+
+    def parts(seed):
+        training = Training(seed=seed)
+        training.scheduler = make(training.optimizer)
+        return training
+
+    whole = parts(1).run(5)
+    graft.save_training(tmp_path, *parts(1).run(3).parts, step=3)
+    again = parts(2)
+    graft.resume(tmp_path, *again.parts)
+    assert same(again.run(2).values(), whole.values())
+
+
+def test_a_schedule_that_waits_for_a_better_loss(tmp_path):
+    """Its best loss is infinite before the first."""
+    for steps in (0, 2):
+        training, again = Training(), Training()
+        for made in (training, again):
+            made.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(made.optimizer)
+        for _ in range(steps):
+            training.scheduler.step(0.3)
+        graft.save_training(tmp_path, *training.parts, step=steps)
+        graft.resume(tmp_path, *again.parts)
+        assert again.scheduler.best == training.scheduler.best

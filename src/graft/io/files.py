@@ -164,7 +164,7 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
     """Read a file into memory: if mapped, overwriting it would change a running model, and truncating it would kill
     the process. Another thread computes its digest meanwhile.
 
-    may_differ: as in `seal.check`.
+    may_differ: as in `seal.check`. False: the file must have a digest.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load, load_file
@@ -188,6 +188,8 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
                 raise CheckpointError(f"{path} is git-lfs's pointer to a file: fetch that by `git lfs pull`.") from e
             raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
         finite = has_finite_sum(data, tensors)
+        if saved is None and not may_differ:
+            raise CheckpointError(f"{path} has no digest, by which graft knows what it wrote. Take another file.")
         if saved is not None and digest is not None:
             seal.check(saved, digest.result(), path, may_differ)
     noted = notes.texts(header.get("__metadata__"))

@@ -14,7 +14,7 @@ from typing import Any
 from zlib import crc32
 
 from graft.config.notes import header_in
-from graft.core.errors import CheckpointError
+from graft.core.errors import CheckpointError, shortened
 
 KEY = "graft_digest"  # key in the safetensors metadata
 KIND = "crc32:"  # a digest of another kind is one of a later version
@@ -44,6 +44,8 @@ def check(saved: str, found: str, path: str, may_differ: bool = True) -> None:
 
     may_differ: the caller takes `check_digest=False`.
     """
+    if not saved.startswith(KIND) and not may_differ:
+        raise CheckpointError(f"{path} has the digest '{shortened(saved)}' of a later graft. Update graft to read it.")
     if saved.startswith(KIND) and saved != found:
         text = f"its tensors are not those that were saved (digest {found}, saved with {saved})"
         but = "; if you changed them yourself, check_digest=False loads them" if may_differ else ""

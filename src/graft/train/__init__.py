@@ -8,6 +8,7 @@ from graft.train.callbacks import (
     adalora_callback,
     allocate_on_step,
 )
+from graft.train.checkpoints import last_checkpoint
 from graft.train.restart import restart
 from graft.train.resumable import Resumable
 
@@ -18,5 +19,6 @@ __all__ = [
     "Watch",
     "adalora_callback",
     "allocate_on_step",
+    "last_checkpoint",
     "restart",
 ]

@@ -61,11 +61,13 @@ class OptimizerStates:
 
     def put(self, states: list[tuple[nn.Parameter, int, State]], others: dict[Any, Any]) -> None:
         """Take (parameter, group, whole state) in place of all that it has."""
+        made: dict[Any, State] = {}  # whole before any of it is in place: there may be no room
+        for p, group, state in states:
+            placed = {key: beside(value, p, self.groups[group]) for key, value in state.items()}
+            made[p] = {key: parted(value, p) for key, value in placed.items()}
         self.inner.state.clear()
         self.inner.state.update(others)
-        for p, group, state in states:
-            made = {key: beside(value, p, self.groups[group]) for key, value in state.items()}
-            self.inner.state[p] = {key: parted(value, p) for key, value in made.items()}
+        self.inner.state.update(made)
 
 
 class OfZero3(OptimizerStates):

@@ -11,7 +11,8 @@ from torch import nn
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.storage.parallel import layout_of
 from graft.train.callbacks import Listener
-from graft.train.resuming import Resume, adapters_of, load, state_of, write_state
+from graft.train.checkpoints import last_checkpoint
+from graft.train.resuming import FILE, Resume, adapters_of, load, state_of, write_state
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -81,7 +82,15 @@ class Resumable(Listener):
         if not state.global_step:
             return
         folder = self._folder(args, state)
+        if not os.path.isfile(os.path.join(folder, FILE)):
+            newest = last_checkpoint(os.path.dirname(os.path.abspath(folder)))
+            remedy = f"Resume from {newest}" if newest else "No checkpoint beside it is whole: begin anew"
+            raise CheckpointError(
+                f"{folder} holds no {FILE}: Resumable did not save it, or the process was killed meanwhile. {remedy}."
+            )
         job = Resume(*load(folder), folder, model, optimizer, lr_scheduler, None, self.strict)
+        if not isinstance(epoch := job.report.extra.get("epoch"), (int, float)) or not epoch >= 0:
+            raise CheckpointError(f"{folder} does not say in which epoch it was saved. Resume from an earlier one.")
         if job.report.step != state.global_step:
             raise CheckpointError(
                 f"{folder} was saved at step {job.report.step}, and Trainer resumes at step {state.global_step}: give "

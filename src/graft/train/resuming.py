@@ -6,11 +6,13 @@ What is told by name finds its parameter whatever the order of the parameters, a
 
 from __future__ import annotations
 
+import copy
 import json
 import operator
 import os
 import random
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,18 +38,41 @@ from graft.core.random import accelerator
 from graft.core.wrappers import clean
 from graft.inject.build import put
 from graft.inject.parts import gate_of, registry_of, unwrapped
+from graft.io.check import check_tensors
+from graft.io.fingerprint import check_note as check_fingerprint
 from graft.io.fingerprint import in_common
 from graft.io.rendezvous import Meeting, agreed, exchanged, gathered, rank
 from graft.io.save import base_fingerprint
 from graft.storage.parallel import fill, master, mastered, processes, shape_of
 from graft.train.multi.draws import generators_in
 from graft.train.optimizer_states import OptimizerStates, check_spread, states_of
+from graft.train.state_check import (
+    OWN,
+    REMEDY,
+    check_fields,
+    check_finite,
+    check_generator,
+    check_like,
+    check_moments,
+    check_random,
+    has,
+    is_count,
+    is_known,
+)
 from graft.train.state_file import check_base, pack, read, slots, write
 
 FILE, NOTE = "training.safetensors", "training.json"
 FORMAT = 1
 VALUE, GENERATOR = "value", "generator"
 SAVE = "save_training()"
+OF_RANK = {"random": has(dict), "loader": lambda value: True}
+FIELDS = OF_RANK | {
+    "step": is_count, "extra": has(dict), "processes": lambda n: is_count(n) and n > 0, "optimizer": has(str),
+    "groups": has(list, dict), "others": has(dict), "states": has(dict, dict), "bases": has(dict, dict),
+    "scheduler": lambda name: name is None or type(name) is str, "of_ranks": has(list, dict),
+    "schedule": lambda state: state is None or type(state) is dict,
+}  # fmt: skip
+EMPTY: Json = {"params": []}
 OF_THIS_MACHINE = ("params", "param_names", "foreach", "fused", "capturable")  # options of a group that stay
 
 
@@ -159,7 +184,9 @@ def resume(
     Raises:
         AdapterKeyError: a tensor has another shape or dtype, is not in the file, or has no place here.
         BaseModelMismatchError: the base is another one, whatever `strict`.
-        CheckpointError: there is no such file, or it is damaged.
+        CheckpointError: there is no such file, it is damaged, or it holds what no training could go on with, such as
+            NaN (NonFiniteError), a rate of 1e30 or a generator's position that it cannot have, whatever `strict`; or
+            the scheduler or loader refuses its state.
         ConfigError: another optimizer, other groups, another scheduler, another number of processes, or a loader that
             the file has no state for.
         DistributedError: as of `save_training`. In any case nothing has changed.
@@ -180,7 +207,21 @@ def load(folder: str) -> tuple[Json, dict[str, Tensor]]:
     note, tensors = read(path, NOTE, "the file of a training: save_training writes these")
     if note.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {note.get('format')!r}: a later version of graft wrote it.")
+    check_note(note, path)
     return note, tensors
+
+
+def check_note(note: Json, path: str) -> None:
+    """Raise CheckpointError unless a note has the fields of `Taken.note`, each of its kind."""
+    check_fields(note, FIELDS, path)
+    for group in note["groups"]:
+        check_fields(group, {"params": has(list, str)}, f"{path}: a group of parameters")
+    for adapter, base in note["bases"].items():
+        check_fingerprint(base, f"{path}: the fingerprint of the base of adapter '{adapter}'")
+    for own in note["of_ranks"]:
+        check_fields(own, OF_RANK, f"{path}: the state of a process")
+    if (note["scheduler"] is None) != (note["schedule"] is None) or len(note["of_ranks"]) != note["processes"] - 1:
+        raise CheckpointError(f"{path} contradicts itself on its scheduler or its processes. {REMEDY}")
 
 
 # what there is
@@ -437,14 +478,32 @@ class Resume:
         agreed(self.check_base, self.call)
         agreed(self.check, self.call)
         with gate_of(self.model).change("resume", None):
-            if self.mine is not None and self.mine["loader"] is not None and self.loader is not None:
-                self.loader.load_state_dict(self.mine["loader"])  # another's code, which may refuse
+            with ExitStack() as undo:
+                loader = None if self.mine is None or self.loader is None else self.mine["loader"]
+                schedule = None if "scheduler" in self.report.fresh else self.note["schedule"]
+                agreed(partial(self.load_states, undo, loader, schedule), self.call)
+                undo.pop_all()
             self.put_values()
             self.put_optimizer()
-            if self.scheduler is not None and "scheduler" not in self.report.fresh:
-                self.scheduler.load_state_dict(self.note["schedule"])
         self.put_generators()
         return self.report
+
+    def load_states(self, undo: ExitStack, loader: object, schedule: object) -> None:
+        """Have the loader and the scheduler take their states. Their code may refuse, and `undo` gives theirs back.
+
+        Raises:
+            CheckpointError: one of them raises an error.
+        """
+        for thing, state in (self.loader, loader), (self.scheduler, schedule):
+            if thing is None or state is None:
+                continue
+            undo.callback(give_back, thing, copy.deepcopy(thing.state_dict()), {**getattr(thing, "__dict__", {})})
+            try:
+                thing.load_state_dict(copy.deepcopy(state))
+            except Exception as e:
+                raise CheckpointError(
+                    f"{self.folder}: a {type(thing).__name__} refuses the state in {FILE} ({e!r}). {REMEDY}"
+                ) from e
 
     @property
     def call(self) -> str:
@@ -464,6 +523,32 @@ class Resume:
         self.check_scheduler()
         self.check_processes()
         self.check_loader()
+        self.check_contents()
+
+    def check_contents(self) -> None:
+        """Raise CheckpointError for contents of the file that would be put into place and that nothing could use."""
+        path = os.path.join(self.folder, FILE)
+        check_tensors(self.tensors, path, allow_nonfinite=True)
+        check_finite(self.tensors, f"{path}: the values")
+        inner, fresh = self.optimizer_states.inner, self.report.fresh
+        for group, then in self.matching_groups() if "optimizer" not in fresh else ():
+            options = {k: v for k, v in then.items() if k != "params" and k not in OF_THIS_MACHINE}
+            exact = is_known(inner, OWN)
+            for name in options.keys() & group.keys():
+                check_like(options[name], group[name], f"{path}: the option '{name}'", exact, name)
+            check_like(options.get("initial_lr", 0.0), 0.0, f"{path}: the option 'initial_lr'", exact, "initial_lr")
+        for p, i, name in self.parameters_with_state():
+            where = f"{path}: the optimizer's state of '{name}'"
+            check_moments(self.note["states"][name], shape_of(p), inner, self.optimizer_states.groups[i], where)
+        if self.note["schedule"] is not None and "scheduler" not in fresh:
+            known = is_known(self.scheduler, "torch.optim.")
+            check_like(self.note["schedule"], self.scheduler.state_dict(), f"{path}: the schedule", known)
+        if self.mine is not None and "generators" not in fresh:
+            check_random(self.mine["random"], path)
+            here = generators(self.loader)
+            for name in self.drawn.keys() & here.keys() | {"cpu"}:
+                device = "cpu" if name.startswith("loader:") else name
+                check_generator(self.drawn.get(name), f"{path}: '{name}'", device)
 
     def differs(self, error: type[PeftError], text: str, fresh: list[str], missing: list[str]) -> None:
         """Raise an error if `strict`; else remember what begins anew, and what is left over."""
@@ -574,9 +659,9 @@ class Resume:
         elif now and (other := self.note["schedule"].keys() ^ self.scheduler.state_dict().keys()):
             self.differs(ConfigError, f"its scheduler's state differs in {sorted(other)}", ["scheduler"], [])
         elif now and "optimizer" not in self.report.fresh:
-            rates = len(self.note["schedule"].get("base_lrs", ())), len(getattr(self.scheduler, "base_lrs", ()))
-            if rates[0] != rates[1]:
-                self.differs(ConfigError, f"its scheduler has {rates[0]} rates, here {rates[1]}", ["scheduler"], [])
+            rates, here = self.note["schedule"].get("base_lrs", []), getattr(self.scheduler, "base_lrs", [])
+            if isinstance(rates, list) and len(rates) != len(here):
+                self.differs(ConfigError, f"its scheduler has {len(rates)} rates, here {len(here)}", ["scheduler"], [])
 
     def check_loader(self) -> None:
         then, now = (self.mine or {}).get("loader"), loader_state(self.loader)
@@ -601,20 +686,30 @@ class Resume:
     def put_optimizer(self) -> None:
         if "optimizer" in self.report.fresh:
             return
-        optimizer_states, states, own = self.optimizer_states, self.note["states"], self.names_of_groups()
-        for group, names in zip(optimizer_states.groups, own):
-            then = max(self.note["groups"], key=lambda g: len(names & set(g["params"])))
+        states = self.note["states"]
+        taken = [(p, i, states[name]) for p, i, name in self.parameters_with_state()]
+        self.optimizer_states.put(taken, self.note["others"])
+        for group, then in self.matching_groups():
+            for k, value in then.items():
+                if k not in OF_THIS_MACHINE:
+                    group[k] = placed(value, group.get(k))
+
+    def matching_groups(self) -> list[tuple[Json, Json]]:
+        """Return the optimizer's groups that have a parameter of a group of the file, each with that of the most."""
+        pairs = []
+        for group, names in zip(self.optimizer_states.groups, self.names_of_groups()):
+            then = max(self.note["groups"], key=lambda g: len(names & set(g["params"])), default=EMPTY)
             if names & set(then["params"]):
-                for k, value in then.items():
-                    if k not in OF_THIS_MACHINE:
-                        group[k] = placed(value, group.get(k))
-        taken = [
-            (p, i, states[name])
-            for i in range(len(optimizer_states.groups))
-            for p in optimizer_states.parameters(i)
-            if (name := self.names[id(p)]) in states and name not in self.report.fresh
-        ]
-        optimizer_states.put(taken, self.note["others"])
+                pairs.append((group, then))
+        return pairs
+
+    def parameters_with_state(self) -> Iterator[tuple[nn.Parameter, int, str]]:
+        """Yield the parameters whose state is in the file, with their group and their name."""
+        for i in range(len(self.optimizer_states.groups)) if "optimizer" not in self.report.fresh else ():
+            for p in self.optimizer_states.parameters(i):
+                name = self.names[id(p)]
+                if name in self.note["states"] and name not in self.report.fresh:
+                    yield p, i, name
 
     def put_generators(self) -> None:
         if self.mine is None or "generators" in self.report.fresh:
@@ -632,6 +727,14 @@ class Resume:
             if device is not None and name in here:
                 module = torch.get_device_module(device)
                 module.set_rng_state(rng_state) if device.type == "mps" else module.set_rng_state(rng_state, device)
+
+
+def give_back(thing: Any, state: object, attributes: dict[str, object]) -> None:
+    """Put a loader or scheduler into the state that it had, also where its own code does not take that."""
+    with suppress(Exception):
+        thing.load_state_dict(state)
+    for name, value in attributes.items():
+        setattr(thing, name, value)
 
 
 def placed(value: object, now: object) -> object:

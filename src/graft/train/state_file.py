@@ -6,21 +6,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.atomic import replace
-from graft.config.reading import Json
+from graft.config.reading import Json, parsed
 from graft.core.containers import Slot
-from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, shortened
 from graft.inject.parts import registry_of
 from graft.io.files import read_safetensors
 from graft.io.fingerprint import Note, difference, same_values
 from graft.io.seal import KEY
 from graft.io.tensors import copied, digest_of, write_safetensors
 
+DEEPEST = 100  # lists and dicts inside each other
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has not
 
 
@@ -42,9 +44,12 @@ def read(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]
         CheckpointError: it is damaged, or no such file.
     """
     tensors = read_safetensors(path, may_differ=False).tensors
-    if note_name not in tensors:
+    text = tensors.pop(note_name, None)
+    if text is None or text.dtype is not torch.uint8:
         raise CheckpointError(f"{path} is not {what}.")
-    note: Json = unpack(json.loads(tensors.pop(note_name).numpy().tobytes()), tensors)
+    note = unpack(parsed(text.numpy().tobytes(), f"The note in {path}"), tensors, path)
+    if not isinstance(note, dict):
+        raise CheckpointError(f"{path} is not {what}: its note is a {type(note).__name__}.")
     return note, tensors
 
 
@@ -100,16 +105,29 @@ def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None 
     raise ConfigError(f"{where}: {type(value).__name__} cannot be written to a file without pickle.")
 
 
-def unpack(value: object, tensors: dict[str, Tensor]) -> Any:
-    """Return what `pack` took."""
+def unpack(value: object, tensors: dict[str, Tensor], path: str = "", depth: int = 0) -> Any:
+    """Return what `pack` took.
+
+    Raises:
+        CheckpointError: `pack` makes no such value: a tensor is not there, a key is none, or it is too deep. path: of
+            the file, for the error.
+    """
+    if depth > DEEPEST:
+        raise CheckpointError(f"The note in {path} nests lists and dicts more than {DEEPEST} deep. It is damaged.")
+    inner = partial(unpack, tensors=tensors, path=path, depth=depth + 1)
     if isinstance(value, list):
-        return [unpack(v, tensors) for v in value]
+        return [inner(v) for v in value]
     if not isinstance(value, dict):
         return value
-    if TENSOR in value:
-        return tensors[value[TENSOR]]
-    if TUPLE in value:
-        return tuple(unpack(v, tensors) for v in value[TUPLE])
-    if PAIRS in value:
-        return {unpack(k, tensors): unpack(v, tensors) for k, v in value[PAIRS]}
-    return {k: unpack(v, tensors) for k, v in value.items()}
+    try:
+        if TENSOR in value:
+            return tensors[value[TENSOR]]
+        if TUPLE in value:
+            return tuple([inner(v) for v in value[TUPLE]])
+        if PAIRS in value:
+            return {inner(k): inner(v) for k, v in value[PAIRS]}
+    except (KeyError, TypeError, ValueError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(f"The note in {path} is damaged: {shortened(repr(e))}.") from None
+    return {k: inner(v) for k, v in value.items()}

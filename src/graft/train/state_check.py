@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what the file of a training or of a run holds, before anything of it is put into place: names, types,
+shapes and ranges. A file may come from anywhere, and torch and NumPy believe a generator's position."""
+
+from __future__ import annotations
+
+import math
+import random
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graft.config.reading import LARGEST_NUMBER
+from graft.core.errors import CheckpointError, NonFiniteError, some
+from graft.io.check import fault, nonfinite
+
+REMEDY = "Take an earlier checkpoint."
+MOST_STEPS = 2**53
+NUMBERS = 624  # of a Mersenne Twister
+TWISTER, NORMALS, SIZE = struct.Struct("<8xii Q"), struct.Struct("<ddd8xf"), 5056  # of torch's generator on a CPU
+BEHIND_NUMBERS = TWISTER.size + 8 * NUMBERS
+
+# class of an optimizer of torch or graft → what it keeps of each parameter; options that add to it
+KEPT = {
+    "SGD": "", **dict.fromkeys(("Adam", "AdamW", "RAdam", "SparseAdam", "LoraFAOptimizer"), "step exp_avg exp_avg_sq"),
+    "NAdam": "step exp_avg exp_avg_sq mu_product", "Adagrad": "step sum",
+    "RMSprop": "step square_avg", "Adadelta": "step square_avg acc_delta", "Adamax": "step exp_avg exp_inf",
+    "ASGD": "step eta mu ax", "Rprop": "step prev step_size", "Adafactor": "step", "Muon": "momentum_buffer",
+}  # fmt: skip
+MORE = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
+COUNTERS = {"step", "eta", "mu", "mu_product"}  # numbers; all else that KEPT and MORE name has the parameter's shape
+TENSORS = {name for names in (*KEPT.values(), *MORE.values()) for name in names.split()} - COUNTERS
+TENSORS |= {"momentum_buffer", "variance", "row_var", "col_var"}
+OWN = ("torch.optim.", "graft.optim")  # modules of classes whose state is known
+
+RATES = {"lr", "initial_lr", "base_lrs", "_last_lr", "min_lrs", "max_lr", "min_lr", "eta_min"}
+NOT_NEGATIVE = {"eps", "weight_decay", "momentum", "last_epoch", "_step_count"}
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MOST_STEPS
+
+
+def is_number(value: object) -> bool:
+    """Return True for a number of Python's, or a tensor of one."""
+    return type(value) in (int, float) or (isinstance(value, Tensor) and value.numel() == 1 and fault(value) is None)
+
+
+def has(kind: type, each: type | None = None) -> Callable[[object], bool]:
+    """Return a function that says whether a value is of a type, and its entries or values of type `each`."""
+
+    def is_right(value: object) -> bool:
+        inner = value.values() if isinstance(value, dict) else value
+        return type(value) is kind and (each is None or all(type(entry) is each for entry in inner))  # type: ignore[attr-defined]
+
+    return is_right
+
+
+def check_fields(value: object, table: Mapping[str, Callable[[object], bool]], what: str) -> None:
+    """Raise CheckpointError unless a value is a dict that has the fields of a table, each as its function wants it."""
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} is a {type(value).__name__}, and no dict. {REMEDY}")
+    for name, is_right in table.items():
+        if name not in value or not is_right(value[name]):
+            raise CheckpointError(
+                f"{what}: the field '{name}' is missing or of another kind than graft writes. {REMEDY}"
+            )
+
+
+# random numbers
+
+
+def check_random(state: object, what: str) -> None:
+    """Raise CheckpointError unless a value holds states of Python's and NumPy's generators, as they are put back."""
+    check_fields(state, {"python": has(tuple), "numpy": has(tuple)}, f"{what}: the random state")
+    try:
+        random.Random(0).setstate(state["python"])  # type: ignore[index]
+        np.random.RandomState(0).set_state(state["numpy"])  # type: ignore[index]
+        kind, keys, position, cached, gauss = state["numpy"]  # type: ignore[index]
+        right = kind == "MT19937" and len(keys) == NUMBERS and type(position) is int and 0 <= position <= NUMBERS
+        right = right and cached in (0, 1) and math.isfinite(gauss) and math.isfinite(state["python"][2] or 0.0)  # type: ignore[index]
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
+        right = False
+    if not right:
+        raise CheckpointError(f"{what}: a state of Python's or NumPy's generator is none. {REMEDY}")
+
+
+def check_generator(state: object, what: str, device: str = "cpu") -> None:
+    """Raise CheckpointError unless a value is the state of a generator of torch on a device.
+
+    torch looks at each number of the state of a CPU by itself, and reads foreign memory where two do not fit.
+    """
+    right = isinstance(state, Tensor)
+    if isinstance(state, Tensor):
+        try:
+            torch.Generator(device).set_state(state)
+        except (RuntimeError, TypeError):
+            right = False
+        if right and device == "cpu" and len(state) == SIZE:
+            data = state.numpy().tobytes()
+            left, _, place = TWISTER.unpack_from(data)
+            right = left + place <= NUMBERS + 1 and all(map(math.isfinite, NORMALS.unpack_from(data, BEHIND_NUMBERS)))
+    if not right:
+        raise CheckpointError(f"{what}: the state of a generator is none. {REMEDY}")
+
+
+# optimizers and schedules
+
+
+def check_like(value: object, here: object, what: str, exact: bool, name: str = "") -> None:
+    """Raise CheckpointError unless a value of a file can stand in place of one that is here.
+
+    Numbers are finite where those here are, rates and some others within their range; texts are the same.
+
+    Args:
+        exact: lists are as long and dicts have the same keys. False: of a class that graft does not know, whose None
+            may be anything.
+        name: of the option, for its range.
+    """
+    if here is None and (not exact or value == {}):  # torch has {} for an object whose function here is a plain one
+        return
+    if is_number(here) and is_number(value):
+        n, finite = float(value), math.isfinite(float(here))  # type: ignore[arg-type]
+        low, high = 0.0 if name in RATES | NOT_NEGATIVE else -math.inf, LARGEST_NUMBER if name in RATES else math.inf
+        right = low <= n <= high and (math.isfinite(n) or not finite) and (name != "betas" or 0 <= n < 1)
+    elif isinstance(here, (list, tuple)) and type(value) is type(here):
+        right = not exact or len(value) == len(here)
+        for inner, inner_here in zip(value, here) if right else ():
+            check_like(inner, inner_here, what, exact, name)
+    elif isinstance(here, dict) and isinstance(value, dict):
+        right = not exact or value.keys() == here.keys()
+        for key in value.keys() & here.keys() if right else ():
+            check_like(value[key], here[key], f"{what}, '{key}'", exact, key)
+    elif isinstance(here, Tensor):
+        right = isinstance(value, Tensor) and value.shape == here.shape and value.dtype == here.dtype
+    else:
+        right = type(value) is type(here) and (not isinstance(here, str) or value == here)
+    if not right:
+        raise CheckpointError(f"{what} is {shown(value)}, where {shown(here)} is expected. {REMEDY}")
+
+
+def shown(value: object) -> str:
+    return repr(value) if value is None or type(value) in (bool, int, float) else f"of type {type(value).__name__}"
+
+
+def is_known(thing: object, modules: str | Sequence[str]) -> bool:
+    """Return True if the class of an object is from one of these modules, as their beginnings name them."""
+    return type(thing).__module__.startswith(modules if isinstance(modules, str) else tuple(modules))
+
+
+def check_moments(state: object, shape: torch.Size, optimizer: object, group: Mapping[str, Any], what: str) -> None:
+    """Raise CheckpointError unless an optimizer can go on with its state of a parameter of a shape.
+
+    Of classes of torch and graft names, types and shapes are known; of others numbers are finite.
+
+    Raises:
+        NonFiniteError: a tensor or number is NaN or infinite.
+    """
+    if not isinstance(state, dict) or not all(type(name) is str for name in state):
+        raise CheckpointError(f"{what} is no dict of named values. {REMEDY}")
+    if faults := [name for name, t in state.items() if isinstance(t, Tensor) and fault(t)]:
+        raise CheckpointError(f"{what}: {some(faults)} are no plain tensors. {REMEDY}")
+    check_finite(state, what)
+    if not state or not is_known(optimizer, OWN):
+        return
+    for name in needed(type(optimizer).__name__, group):
+        if name not in state:
+            raise CheckpointError(f"{what} lacks '{name}'. {REMEDY}")
+    counts: type = int if is_known(optimizer, OWN[1]) or type(optimizer).__name__ == "SparseAdam" else Tensor
+    shapes = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, *shape[-1:])}
+    for name, value in state.items():
+        if name in COUNTERS:
+            right = isinstance(value, counts) and is_number(value) and 0 <= float(value) <= MOST_STEPS  # type: ignore[arg-type]
+        elif name in TENSORS and isinstance(value, Tensor):
+            right = value.shape == shapes.get(name, shape) and value.is_floating_point()
+        elif name in TENSORS:
+            right = name == "momentum_buffer" and value is None
+        else:
+            continue
+        if not right:
+            raise CheckpointError(f"{what}: '{name}' has another type, shape or range than it has here. {REMEDY}")
+
+
+def needed(kind: str, group: Mapping[str, Any]) -> list[str]:
+    """Return the names that an optimizer of graft's or torch's has for each parameter of a group."""
+    if kind == "LoraMuonOptimizer":
+        return ["momentum_buffer"] if group.get("muon") else KEPT["Adam"].split()
+    more = [name for option, name in MORE.items() if group.get(option) and kind in KEPT]
+    return [
+        *KEPT.get(kind, "").split(),
+        *more,
+        *(["momentum_buffer"] if kind == "RMSprop" and group["momentum"] else []),
+    ]
+
+
+def check_finite(values: Mapping[str, object], what: str) -> None:
+    """Raise NonFiniteError for tensors and numbers that are NaN or infinite."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    bad = nonfinite(tensors) + [n for n, v in values.items() if type(v) is float and not math.isfinite(v)]
+    if bad:
+        raise NonFiniteError(f"{what} holds NaN or infinite numbers in {some(bad, 3)}: training had diverged. {REMEDY}")

@@ -2,6 +2,7 @@
 """Compositions: what a Stack, an Average and a Parallel compute, alone, by row and merged; and bad ones."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -73,6 +74,53 @@ def test_averages_of_other_weights_leave_nothing_behind():
 
     first = kept(0.0)
     assert {kept(i / 7) for i in range(1, 8)} == {first}
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("config", [last, lora, loha])
+def test_a_copy_of_an_average_is_a_model_of_its_own(config, how):
+    model, x = adapters(config)
+    average = graft.Average("one", "two", weights=[0.7, -0.4])
+    model.set_adapter(average)
+    want = model(x, adapter_names=[average, "three", "__base__"]), model(x)
+    copied = how(model)
+    for name, p in model.named_parameters():
+        if "base_layer" not in name:
+            p.data.zero_()
+    assert torch.equal(copied(x, adapter_names=[average, "three", "__base__"]), want[0])
+    assert torch.equal(copied(x), want[1]) and not torch.equal(model(x), want[1])
+
+
+def test_merging_an_adapter_next_to_an_average():
+    """One that has no weight in it counts whole, whatever it does to the layer."""
+    model, x = adapters(lora)
+    mixed = graft.get_peft_model(model.unload(), lora(), "one", mixed=True).eval()
+    for name, other in (
+        ("two", lora()),
+        ("scales", graft.IA3Config(target_modules=["0", "2"], feedforward_modules=[])),
+    ):
+        mixed.add_adapter(name, other)
+    for name, p in mixed.named_parameters():
+        if "base_layer" not in name and p.dim():
+            nn.init.normal_(p, std=0.3)
+    plain = copy.deepcopy(mixed).unload()
+    for key, layer in ((m.key, m) for m in mixed.modules() if isinstance(m, graft.AdapterLayer)):
+        base, scales = plain.get_submodule(key), layer.ia3_l["scales"].data
+        for name, weight in (("one", 0.7), ("two", -0.4)):
+            base.weight.data += weight * layer.get_delta_weight(name)
+        base.weight.data *= scales
+        base.bias.data *= scales.flatten()
+    mixed.set_adapter(graft.Average("one", "two", weights=[0.7, -0.4]))
+    mixed.base_model.merge_adapter(["scales", "two", "one"])
+    torch.testing.assert_close(mixed(x), plain(x))
+    mixed.base_model.unmerge_adapter()
+    with pytest.warns(UserWarning, match=r"\['two'\] are not merged"):
+        mixed.base_model.merge_adapter(["one"])
+    with pytest.warns(UserWarning, match="additionally merging two,scales"):
+        mixed.base_model.merge_adapter(["two", "scales"])
+    torch.testing.assert_close(mixed(x), plain(x))
 
 
 def test_a_stack_is_a_list_of_names():

@@ -29,13 +29,13 @@ def weighed(layer: Layer, m: Method, effect: Effect, weight: float) -> Effect:
 def averaged(
     layer: Layer, steps: Sequence[tuple[Method, Effect]], weights: Mapping[str, float]
 ) -> list[tuple[Method, Effect]]:
-    """Return the steps of adapters, each with its weight; one that has none counts whole.
+    """Return the steps of adapters, those with a weight times it; the others as they are.
 
     Raises:
         RoutingError: an adapter does more than add, or processes hold pieces of the layer, on which parts are nested.
     """
-    own = [(m, weighed(layer, m, effect, weights.get(m.name, 1.0))) for m, effect in steps]
-    if layer.site.piece is not None and not all([effect.additive for _, effect in own]):
+    own = [(m, weighed(layer, m, effect, weights[m.name]) if m.name in weights else effect) for m, effect in steps]
+    if layer.site.piece is not None and not all([effect.additive for m, effect in own if m.name in weights]):
         raise RoutingError(
             f"Layer '{layer.site.key}' is cut by tensor parallelism, where an average takes adapters that only add to "
             "its output: use Stack."

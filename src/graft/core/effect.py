@@ -150,16 +150,12 @@ class Weighed(NamedTuple):
         return None
 
 
-def times(function: Callable[..., Any], weight: float) -> Callable[..., Any]:
-    """Return the function, whose tensor, factors, or ΔW not formed yet count `weight` times."""
-
-    def run(*args: object) -> object:
-        value = function(*args)
-        if isinstance(value, Tensor):
-            return value * weight
-        return value.times(weight) if isinstance(value, Factors) else Weighed(value, weight)
-
-    return run
+def times(function: Callable[..., Any], weight: float, *args: object) -> Any:
+    """Return a function's tensor, factors, or ΔW not formed yet, which then count `weight` times."""
+    value = function(*args)
+    if isinstance(value, Tensor):
+        return value * weight
+    return value.times(weight) if isinstance(value, Factors) else Weighed(value, weight)
 
 
 class Pieces:
@@ -340,7 +336,7 @@ class Update(Effect):
         if self.gains:
             return None
         own = self.delta, self.factors, self.branch, self.bias
-        delta, factors, branch, bias = (part and times(part, weight) for part in own)
+        delta, factors, branch, bias = (part and partial(times, part, weight) for part in own)
         pieces = self.pieces and self.pieces.times(weight)
         return replace(self, delta=delta, factors=factors, branch=branch, bias=bias, pieces=pieces)
 
@@ -423,7 +419,7 @@ class Rewrite(Effect):
         if self.part is None or not self.weighable:
             return None
         fixed = self.fixed or ONE_OUTPUT
-        return replace(self, part=times(self.part, weight), post=None, merged=not_merged, fixed=fixed)
+        return replace(self, part=partial(times, self.part, weight), post=None, merged=not_merged, fixed=fixed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft and its tests again
 
 .PHONY: quick test test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed \
-	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations drawn fuzz check dist release bench \
+	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations drawn simulate fuzz check dist release bench \
 	demo demo-sweep demo-lm demo-4bit compare compare-texts rates examples guide-serving docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
@@ -216,6 +216,11 @@ mutations: $(VENV)/.test
 drawn: $(VENV)/.test
 	$(BIN)/python -m tests.drawn --record
 	$(BIN)/python -m tests.drawn $(DRAWN)
+
+# lives of adapters against a dense reference, as long as SIMULATE="--seconds 600" says; then saves that are killed or race
+simulate: $(VENV)/.test
+	$(BIN)/python -m tests.trust.simulator $(SIMULATE)
+	$(BIN)/python -m tests.trust.campaign 100 40
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -W ignore -m tests.trust.fuzz --n 10000 $(FUZZ)

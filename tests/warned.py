@@ -94,7 +94,7 @@ WARNED = [
         "Adapter name '.*' should not be contained in the prefix",
         "'a' is a short name for an adapter",
         "combine/ compat/ core/ methods/test_c3a.py model/test_life_cycle.py model/test_mixed.py "
-        "model/test_registry.py packages/ storage/ trust/test_said.py trust/test_sequences.py",
+        "model/test_registry.py packages/ storage/ trust/test_said.py",
     ),
     Warned(
         "Already following adapters were merged",
@@ -103,22 +103,21 @@ WARNED = [
         "methods/test_beft.py::test_merged_between_others "
         "methods/test_glora.py::test_adapters_act_on_the_weight_as_it_was "
         "model/test_mixed.py::test_three_methods_and_two_adapters_of_one packages/ "
-        "storage/test_bnb.py storage/test_dequantize.py::test_a_failure_leaves_the_packed_weights "
-        "trust/test_sequences.py",
+        "storage/test_bnb.py storage/test_dequantize.py::test_a_failure_leaves_the_packed_weights",
     ),
     Warned(
         "All adapters are already merged",
         "so is the same one again",
         "inject/test_parameters.py::test_layers_below_a_module_whose_parameters_are_targets "
         "methods/test_osf.py::test_merging_twice_is_merging_once "
-        "packages/test_bitsandbytes.py::test_a_rearranged_weight_is_put_back trust/test_sequences.py",
+        "packages/test_bitsandbytes.py::test_a_rearranged_weight_is_put_back",
     ),
     Warned(
         "Adapter cannot be set when the model is merged",
         "another becomes active while one is merged",
         "combine/test_intruders.py::test_a_merged_adapter_and_a_file "
         "conformance/test_matrix.py::test_half_precision_comes_back_bit_for_bit "
-        "parity/test_adapters.py::test_while_merged trust/test_sequences.py",
+        "parity/test_adapters.py::test_while_merged",
     ),
     Warned(
         "Active adapters .* are not merged",
@@ -128,8 +127,7 @@ WARNED = [
         "methods/test_alora.py::test_merging_is_refused methods/test_beft.py::test_merged_between_others "
         "methods/test_glora.py::test_adapters_act_on_the_weight_as_it_was "
         "model/test_mixed.py::test_three_methods_and_two_adapters_of_one "
-        "packages/ parity/test_adapters.py::test_while_merged parity/test_merge.py::test_merge_one_of_two "
-        "trust/test_sequences.py",
+        "packages/ parity/test_adapters.py::test_while_merged parity/test_merge.py::test_merge_one_of_two",
     ),
     Warned(
         "Adapter .* was active which is now deleted",
@@ -142,7 +140,7 @@ WARNED = [
         "model/test_scaling.py::test_injection_is_linear "
         "parity/test_adapters.py parity/test_status.py prompts/test_adapters.py::test_scripts "
         "storage/test_dequantize.py::test_a_failure_leaves_the_packed_weights "
-        "train/test_helpers.py trust/test_sequences.py",
+        "train/test_helpers.py",
     ),
     Warned(
         "As LoRA of rank",
@@ -257,7 +255,6 @@ WARNED = [
         "model/test_life_cycle.py::test_switching_reaches_parameters_that_were_replaced packages/ "
         "storage/test_calibrated.py storage/test_hqq.py",
     ),
-    Warned("Already unmerged", "an unmerged adapter is unmerged", "trust/test_sequences.py"),
     Warned(r"`\w*alpha` is 0 on some or all layers", "a warning beside the one in question", "trust/test_said.py"),
     Warned(
         "The adapter is saved; .* could not be written",

@@ -17,7 +17,7 @@ from pathlib import Path
 import peft
 import pytest
 
-from graft.compat.peft import children, late
+from graft.compat.peft import children
 from graft.compat.peft.modules import AliasModule, known, names_in, resolve
 from graft.compat.peft.names import MODULES
 from tests.compat.test_compat import run
@@ -69,15 +69,11 @@ def resolved(name: str):
     return value
 
 
-asking = cache(late.asking)  # which parses some hundred modules of transformers, 0.3 s an `install`
-
-
 @pytest.fixture
-def alias(monkeypatch):
+def alias():
     """PEFT's name is graft's within a test; modules below it are found as they are after `install`."""
     import graft.compat.peft as alias
 
-    monkeypatch.setattr(late, "asking", asking)
     alias.install(force=True)
     yield alias
     alias.uninstall()

@@ -2,6 +2,7 @@
 """`install` after the modules that ask for PEFT were imported, with and without PEFT in the environment."""
 
 import importlib.util
+import json
 import textwrap
 
 import pytest
@@ -95,6 +96,38 @@ OF_CLIENTS = {
 }
 
 
+HELD = """
+import importlib, json, pkgutil, sys
+import graft.compat.peft as alias
+
+client = "{client}"
+for m in pkgutil.walk_packages(importlib.import_module(client).__path__, client + ".", onerror=lambda name: None):
+    if not any(part in m.name for part in (".commands", ".cli", ".scripts", "__main__")):
+        try:
+            importlib.import_module(m.name)
+        except Exception:
+            pass  # needs other packages
+alias.install()
+
+def of_peft(name, value):
+    home = value.__name__ if type(value) is type(sys) else str(getattr(value, "__module__", ""))
+    return home.partition(".")[0] in ("peft", "graft") or "peft" in name.lower() and isinstance(value, (bool, str))
+
+modules = [(n, m) for n, m in sorted(sys.modules.items()) if n.partition(".")[0] == client and m is not None]
+named = lambda m: sorted((k, getattr(v, "__name__", str(v))) for k, v in vars(m).items() if of_peft(k, v))
+print(json.dumps({{name: named(m) for name, m in modules}}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client", CLIENTS)
+def test_the_table_has_all_that_clients_hold(client):
+    """What the modules of clients hold is the same whether PEFT was there when they were imported, or not."""
+    with_it, without = (json.loads(process(HELD.format(client=client), h).splitlines()[-1]) for h in (False, True))
+    lacks = {m: [x for x in names if x not in without.get(m, names)] for m, names in with_it.items()}
+    assert not {m: names for m, names in lacks.items() if names} and any(with_it.values())
+
+
 def test_who_goes_on_using_peft_is_named():
     run(
         """
@@ -142,31 +175,62 @@ def test_a_peft_that_a_program_has_hidden():
     )
 
 
-@pytest.mark.slow
-def test_a_module_that_cannot_look_again_is_named_and_all_is_as_before():
-    process(
-        """
-import sys, transformers.trainer as trainer, types
+OTHER = """
+import sys, types
+import transformers.trainer as trainer
 from transformers.utils import is_peft_available
-assert not is_peft_available()
-import graft.compat.peft as alias
-bad = types.ModuleType("trl.bad")
-source = "from transformers.utils import is_peft_available\\nif is_peft_available():\\n    from peft import NoSuch\\n"
-import tempfile, os
-folder = tempfile.mkdtemp(); path = os.path.join(folder, "bad.py"); open(path, "w").write(source)
-import importlib.util
-spec = importlib.util.spec_from_file_location("trl.bad", path)
-bad = importlib.util.module_from_spec(spec); spec.loader.exec_module(bad); sys.modules["trl.bad"] = bad
+import graft, graft.compat.peft as alias
+
+def imported(name, source):
+    module = types.ModuleType(name)
+    exec(source, vars(module))
+    sys.modules[name] = module
+    return module
+"""
+
+
+@pytest.mark.slow
+def test_another_client_that_has_looked_is_named_and_all_is_as_before():
+    process(
+        OTHER
+        + """
+source = "try:\\n    import peft\\n    HAS_PEFT = True\\nexcept ImportError:\\n    HAS_PEFT = False"
+other = imported("other.inside", source)
+assert other.HAS_PEFT is False and not is_peft_available()
 try:
     alias.install()
 except ImportError as e:
-    assert "trl.bad, line 2" in str(e) and "NoSuch" in str(e) and "install()" in str(e), e
+    assert str(e).startswith("other.inside.HAS_PEFT says") and "first import of other, or" in str(e), e
 else:
     raise AssertionError
 assert not alias.installed() and not is_peft_available() and not hasattr(trainer, "PeftModel")
 assert "peft" not in sys.modules
+alias.install(force=True)
+assert other.HAS_PEFT is False and trainer.PeftModel is graft.PeftModel
 """,
         hidden=True,
+    )
+
+
+@WITH_AND_WITHOUT
+def test_no_source_of_a_client_runs_again(hidden):
+    """A name that a module has from elsewhere stays; one that is not there yet is set."""
+    process(
+        OTHER
+        + """
+source = "runs = []\\nruns.append(1)\\ndef get_peft_model(): pass\\nfrom transformers.utils import is_peft_available\\n"
+source += "if is_peft_available():\\n    runs.append(2)\\n    from peft import PeftModel\\n    import peft\\n"
+client = imported("trl.trainer.new_trainer", source)
+runs, own = list(client.runs), client.get_peft_model
+alias.install()
+import peft
+assert client.runs == runs and client.PeftModel is graft.PeftModel and client.peft is peft
+assert client.get_peft_model is own
+alias.uninstall()
+assert hasattr(client, "PeftModel") == (2 in runs) and client.get_peft_model is own and client.runs == runs
+assert not (2 in runs) or client.PeftModel is trainer.PeftModel is not graft.PeftModel
+""",
+        hidden,
     )
 
 

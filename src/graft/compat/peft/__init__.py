@@ -18,8 +18,9 @@ These set GRAFT_AS_PEFT=1 and PYTHONPATH, which children inherit; in code, `inst
 variable alone, `import graft` installs the alias. For an environment as a whole, `pip install packaging/as-peft` puts a
 distribution `peft` in PEFT's place; nothing installs it by itself.
 
-Call `install` before the first import of peft. Modules of transformers, accelerate, TRL and diffusers that have looked
-for it already are put right (`late.py`); where that cannot be, `install` raises an ImportError that names them.
+Call `install` before the first import of peft. In modules of transformers, accelerate, TRL and diffusers that have
+looked for it already, `install` sets the names by which they hold the answer (`late.py`). Another module that has
+looked and keeps the answer is an ImportError that names it.
 
 The package metadata says 0.22.0, because transformers 5.24 accepts nothing older, and 0.20.0 beside older ones, which
 LLaMA-Factory and ms-swift accept; graft's interface and files are those of 0.21.2. `--peft-version 0.21.2` before the
@@ -38,7 +39,7 @@ from importlib import import_module
 from types import ModuleType
 
 from graft.compat.peft.children import hand_down, handed_down, keep_to_itself, variables, version_to_say
-from graft.compat.peft.late import Asked, holders
+from graft.compat.peft.late import check_flags, holders, settle_clients
 from graft.compat.peft.modules import FINDER, ours, real_peft
 from graft.core.errors import some
 
@@ -56,12 +57,12 @@ def install(*, force: bool = False, version: str | None = None, children: bool =
     """Make `import peft` and all below it resolve to graft. A second call changes only the version, for children too.
 
     Args:
-        force: also if the program holds objects of PEFT; it keeps them.
+        force: also if the program holds objects of PEFT, or a module holds that it is not there; they keep them.
         version: for `peft.__version__` and the package metadata; None: GRAFT_PEFT_VERSION, or the usual.
         children: also in processes that this one starts, until `uninstall`.
 
     Raises:
-        ImportError: the program uses PEFT already, or a module that has looked for it cannot look again. The text
+        ImportError: the program uses PEFT already, or a client outside the table holds that it is not there. The text
             names them, and all is as before.
         ConfigError: the version is none.
     """
@@ -80,13 +81,14 @@ def install(*, force: bool = False, version: str | None = None, children: bool =
 
 
 def take_place(real: dict[str, ModuleType], force: bool) -> None:
-    """Have `import peft` find graft, and the modules that have looked for PEFT look again."""
+    """Have `import peft` find graft, and the clients that have looked for PEFT hold graft's names."""
     for name in real:
         del sys.modules[name]
     sys.meta_path.insert(0, FINDER)
-    asked = Asked()
     try:
-        asked.again()
+        settle_clients()
+        if not force:
+            check_flags()
         if real and not force and (names := holders(real)):
             raise ImportError(
                 f"peft has been imported already, and part of the program would go on using it: {some(names)}. Call "
@@ -95,7 +97,7 @@ def take_place(real: dict[str, ModuleType], force: bool) -> None:
     except BaseException:
         sys.meta_path.remove(FINDER)
         give_place(real)
-        asked.back()
+        settle_clients()
         raise
     _displaced.update(real)
 
@@ -107,14 +109,14 @@ def give_place(real: dict[str, ModuleType]) -> None:
 
 
 def uninstall() -> None:
-    """Take the alias away, put back the modules that `install` displaced, and have clients look again."""
+    """Take the alias away, put back the modules that `install` displaced, and have clients hold what is there."""
     if not installed():
         return
     sys.meta_path.remove(FINDER)
     keep_to_itself()
     give_place(_displaced)
     _displaced.clear()
-    Asked().again()
+    settle_clients()
 
 
 def stand_in() -> None:

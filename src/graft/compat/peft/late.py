@@ -1,164 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that asked for PEFT before `install`, and are asked to ask again.
+"""Modules that asked for PEFT before `install`, and hold the answer.
 
 transformers, accelerate, TRL and diffusers look on import whether the package peft is there and keep the answer: in a
 cache (`is_peft_available`), in constants (`USE_PEFT_BACKEND`), in the names that they import if it is (`PeftModel`).
-Those lines of a loaded module run again, in its namespace; its classes and functions stay the ones they are.
+Two tables name these; a late `install` sets them. None of the clients' source runs again.
 """
 
 from __future__ import annotations
 
-import ast
 import gc
-import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from importlib import import_module
+from importlib.util import find_spec
 from types import FunctionType, GenericAlias, ModuleType
 
-CLIENTS = ("transformers", "accelerate", "trl", "diffusers", "sentence_transformers")
-INSIDE = ("def ", "async def ", "class ", "@")
-ELSEWHERE = re.compile(r"from (?!peft\b)|import (?!peft\b)")
-ROUNDS = 8  # constants that are made of each other, at most so deep
-_ABSENT = object()
+CLIENTS = ("transformers", "accelerate", "trl", "diffusers")
+OF_TRL = "peft LoraConfig PeftConfig PeftModel PrefixTuningConfig PromptLearningConfig get_peft_model "
+OF_TRL += "prepare_model_for_kbit_training tuners.tuners_utils.BaseTunerLayer"
+NAMES = {  # modules by pattern → what they import from peft, if it is there
+    "transformers.trainer": "PeftModel",
+    "transformers.trainer_utils": "PeftModel PeftMixedModel",
+    "trl.*_trainer": OF_TRL,
+    "trl.trainer.utils": OF_TRL,
+    "trl.experimental.utils": OF_TRL,
+    "diffusers.hooks.layerwise_casting": "helpers.disable_input_dtype_casting tuners.tuners_utils.BaseTunerLayer",
+    "diffusers.loaders.lora_base": "tuners.tuners_utils.BaseTunerLayer",
+    "diffusers.training_utils": "set_peft_model_state_dict",
+}
+FLAGS = (  # constants of clients that say whether it is there
+    "USE_PEFT_BACKEND", "_LOW_CPU_MEM_USAGE_DEFAULT_LORA", "_SHOULD_DISABLE_PEFT_INPUT_AUTOCAST", "_peft_available",
+    "_required_peft_version",
+)  # fmt: skip
+VERSION = "_peft_version"
+FLAG = re.compile(r"_?(is_|has_|have_)peft\w*|\w*peft_(is_)?(available|installed|backend)", re.IGNORECASE)
 
 
-class Asked:
-    """The answers that loaded clients hold, as long as they may have to be put back."""
+def settle_clients() -> None:
+    """Have loaded clients hold what `import peft` finds now, or that it finds nothing.
 
-    def __init__(self) -> None:
-        self.before: list[tuple[dict[str, object], str, object]] = []
+    Sets names and constants in their modules, and empties the caches of their functions that answer. A name that a
+    module has from elsewhere than PEFT and graft stays.
+    """
+    there = find_spec("peft") is not None
+    for module in loaded(CLIENTS):
+        namespace = vars(module)
+        for name in [name for name in namespace if "peft" in name.lower()]:
+            if hasattr(namespace[name], "cache_clear"):
+                namespace[name].cache_clear()
+        for name in FLAGS:
+            if isinstance(namespace.get(name), bool):
+                namespace[name] = there
+        if VERSION in namespace:
+            namespace[VERSION] = import_module("peft").__version__ if there else "N/A"
+        for pattern, names in NAMES.items():
+            if fnmatchcase(module.__name__, pattern):
+                for path in names.split():
+                    set_name(namespace, path, there)
 
-    def again(self) -> None:
-        """Run again the lines by which loaded clients ask for peft.
 
-        Raises:
-            ImportError: one of them cannot be put right; then all hold their old answers.
-        """
-        modules = [m for m in loaded(CLIENTS) if mentions(vars(m))]
-        forget(modules)
-        try:
-            lines = {m: asking(m) for m in modules}
-            for _ in range(ROUNDS):
-                if not any([self._run(m, nodes) for m, nodes in lines.items()]):
-                    break
-        except Exception as e:
-            self.back()
-            raise ImportError(
-                f"{e} Call graft.compat.peft.install() before the first import of {', '.join(CLIENTS[:-1])}."
-            ) from e
+def set_name(namespace: dict[str, object], path: str, there: bool) -> None:
+    """Set a name of PEFT's in the namespace of a client's module; delete it where `import peft` finds nothing."""
+    parent, _, name = path.rpartition(".")
+    held = namespace.get(name)
+    if held is not None and not is_named_peft(held):
+        return
+    if not there:
+        namespace.pop(name, None)
+    elif name == "peft":
+        namespace[name] = import_module("peft")
+    else:
+        namespace[name] = getattr(import_module(f"peft.{parent}".rstrip(".")), name, held)
 
-    def _run(self, module: ModuleType, nodes: list[ast.stmt]) -> bool:
-        """Run statements of a module, and give the copies of what they bind to modules beside it; say if all is new."""
-        namespace, package = vars(module), module.__name__.partition(".")[0]
-        changed = False
-        for node in nodes:
-            old = {name: namespace.get(name, _ABSENT) for name in bound(node)}
-            try:
-                code = compile(ast.Module([node], []), module.__file__ or module.__name__, "exec", dont_inherit=True)
-                exec(code, namespace)
-            except Exception as e:
-                raise ImportError(f"{module.__name__}, line {node.lineno}, cannot take graft for peft: {e}") from e
-            for name, before in old.items():
-                now = namespace.get(name, _ABSENT)
-                if now is before or (isinstance(now, str) and now == before):
-                    continue
-                changed = True
-                self.before.append((namespace, name, before))
-                if isinstance(node, (ast.Assign, ast.AnnAssign)):  # others may have imported the constant
-                    for other in loaded((package,)):
-                        if vars(other).get(name, now) is not now:
-                            self.before.append((vars(other), name, vars(other)[name]))
-                            vars(other)[name] = now
-        return changed
 
-    def back(self) -> None:
-        """Put back the answers that `again` has changed."""
-        while self.before:
-            namespace, name, value = self.before.pop()
-            if value is _ABSENT:
-                namespace.pop(name, None)
-            else:
-                namespace[name] = value
-        forget(loaded(CLIENTS))
+def is_named_peft(value: object) -> bool:
+    """Return True for a module, class or function of PEFT's or graft's."""
+    home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return isinstance(home, str) and home.partition(".")[0] in ("peft", "graft")
 
 
 def loaded(packages: tuple[str, ...]) -> list[ModuleType]:
     """Return the modules of these packages that have been imported to the end."""
-    found = [(name, m) for name, m in list(sys.modules.items()) if name.partition(".")[0] in packages]
-    return [
-        m
-        for _, m in found
-        if isinstance(m, ModuleType) and not getattr(vars(m).get("__spec__"), "_initializing", False)
-    ]
+    modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] in packages]
+    return [m for m in modules if isinstance(m, ModuleType) and not is_initializing(m)]
 
 
-def mentions(names: Iterable[str]) -> bool:
-    return any("peft" in name.lower() for name in names)
+def is_initializing(module: ModuleType) -> bool:
+    return bool(getattr(vars(module).get("__spec__"), "_initializing", False))
 
 
-def forget(modules: Iterable[ModuleType]) -> None:
-    """Empty the caches of functions that answer whether peft is there."""
-    for m in modules:
-        for name, value in list(vars(m).items()):
-            if "peft" in name.lower() and hasattr(value, "cache_clear"):
-                value.cache_clear()
+def check_flags() -> None:
+    """Raise ImportError if a module that has been imported holds in a constant that PEFT is not there.
 
-
-def asking(module: ModuleType) -> list[ast.stmt]:
-    """Return the statements of a module, outside functions and classes, that depend on whether peft is there."""
-    try:
-        source = inspect.getsource(module)
-        body = ast.parse(source).body if names_outside(source) else []
-    except (OSError, TypeError, SyntaxError):
-        if not {"is_peft_available", "USE_PEFT_BACKEND"} & vars(module).keys():
-            return []
-        raise ImportError(f"{module.__name__} has asked for peft already, and its source cannot be read.") from None
-    found: list[ast.stmt] = []
-    dependent: set[str] = set()
-    for node in body:
-        if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.If, ast.Try)) and any(
-            asks(part, dependent) for part in ast.walk(node)
-        ):
-            found.append(node)
-            dependent |= bound(node)
-    return found
-
-
-def names_outside(source: str) -> bool:
-    """Return False if peft is in functions, classes and imports from other modules alone: parsing takes a while."""
-    head = ""
-    for line in source.splitlines():
-        if line[:1] not in ("", " ", "\t", ")", "]", "}", "#"):
-            head = line
-        if "peft" in line.lower() and not head.startswith(INSIDE) and not ELSEWHERE.match(head):
-            return True
-    return False
-
-
-def asks(node: ast.AST, dependent: set[str]) -> bool:
-    """Return True for an import of peft, a call that asks for it, and a name that was bound by one of these."""
-    if isinstance(node, ast.Import):
-        return any(is_peft(alias.name) for alias in node.names)
-    if isinstance(node, ast.ImportFrom):
-        return node.level == 0 and is_peft(node.module or "")
-    if isinstance(node, ast.Call):
-        of_peft = isinstance(node.func, ast.Name) and mentions([node.func.id])
-        return of_peft or any(isinstance(a, ast.Constant) and a.value == "peft" for a in node.args[:1])
-    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in dependent
-
-
-def is_peft(name: str) -> bool:
-    return name.partition(".")[0] == "peft"
-
-
-def bound(node: ast.stmt) -> set[str]:
-    """Return the names that a statement may bind in its module."""
-    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    for part in ast.walk(node):
-        if isinstance(part, (ast.Import, ast.ImportFrom)):
-            names |= {alias.asname or alias.name.partition(".")[0] for alias in part.names}
-    return names
+    Call it after `settle_clients`, which sets the constants that it knows.
+    """
+    for name, module in list(sys.modules.items()):
+        if name == "__main__" or not isinstance(module, ModuleType):
+            continue
+        flag = next((n for n, value in list(vars(module).items()) if value is False and FLAG.fullmatch(n)), None)
+        if flag is not None:
+            raise ImportError(
+                f"{name}.{flag} says that PEFT is not there, and graft does not know this module. Call "
+                f"graft.compat.peft.install() before the first import of {name.partition('.')[0]}, or pass force=True."
+            )
 
 
 # who goes on using an installed PEFT

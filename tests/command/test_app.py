@@ -22,7 +22,7 @@ MLX = Path(__file__).parents[1] / "files" / "fixtures" / "mlx_lora"
 @pytest.mark.parametrize(
     "error, code",
     [(CheckpointError, 3), (BaseModelMismatchError, 4), (LossError, 5), (OutputExistsError, 2), (ConfigError, 3),
-     (PeftError, 1), (FileNotFoundError, 3), (BaseNeededError, 2)],
+     (PeftError, 3), (FileNotFoundError, 3), (BaseNeededError, 2)],
 )  # fmt: skip
 def test_an_error_is_one_line_and_a_code(error, code, monkeypatch, capsys):
     def fail(**_):

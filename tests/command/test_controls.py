@@ -64,9 +64,9 @@ VERBS = [
     ("convert DORA --to kohya -o OUT", 0),
     ("check A --for vllm,sglang,llama.cpp,mlx --base BASE", 1), ("check DORA --for vllm", 1),
     ("export A --for vllm --base BASE -o OUT", 0), ("export DORA --for vllm --base BASE -o OUT", 5),
-    ("plan BASE --targets EVIL", 1), ("plan GOODBASE --targets q_proj --seq 8", 0),
+    ("plan BASE --targets EVIL", 4), ("plan GOODBASE --targets q_proj --seq 8", 0),
     ("plan GOODBASE --config A --seq 8", 0), ("verify --adapter GOOD --base GOODBASE --url URL --model EVIL", 2),
-    ("verify --adapter A --base BASE --url URL", 3), ("inspect EVIL", 3), ("EVIL", 2), ("lint A --EVIL", 2),
+    ("verify --adapter A --base BASE --url URL", 2), ("inspect EVIL", 3), ("EVIL", 2), ("lint A --EVIL", 2),
     ("inspect A EVIL", 2), ("resize A -o OUT --rank EVIL", 2), ("merge BASE A -o OUT --weights EVIL", 2),
 ]  # fmt: skip
 

@@ -3,11 +3,15 @@
 
 import json
 import os
+import shutil
 import sys
+import warnings
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from graft.command import app
+from graft.command import app, models
+from graft.core.errors import PeftWarning
 from tests.files import adapters
 from tests.models import make
 from tests.serving.server import answers, serving
@@ -112,20 +116,56 @@ def test_export_of_what_needs_the_base(name, run, tmp_path):
 
 @pytest.mark.parametrize("served, code, says", [("plain", 0, "applies the adapter"), ("lm_head", 1, "another adapter")])
 def test_verify(served, code, says, run):
-    models = {"base": answers(make("llama")), "tuned": answers(adapters.model(served))}
+    held = {"base": answers(make("llama")), "tuned": answers(adapters.model(served))}
     words = "verify", "--model", "tuned", "--adapter", adapters.folder("plain"), "--base", adapters.base()
-    with serving(models) as url:
+    with serving(held) as url:
         found, out, err = run(*words, "--url", url)
         assert (found, says in out) == (code, True), out + err
         assert json.loads(run(*words, "--url", url, "--json")[1])["ok"] == (code == 0)
         assert run(*words[:2], "nobody", *words[3:], "--url", url)[0] == 2
 
 
+@pytest.mark.parametrize(
+    "old, new", [("q_proj", "query"), ("_proj", "_dense"), ("self_attn", "attn"), ("layers.1.", "layers.7.")]
+)
+def test_verify_an_adapter_of_other_names(old, new, run, tmp_path):
+    """It does not fit the base: exit code 4, whatever the server does."""
+    shutil.copytree(adapters.folder("plain"), tmp_path / "a")
+    weights, config = tmp_path / "a" / "adapter_model.safetensors", tmp_path / "a" / "adapter_config.json"
+    save_file({name.replace(old, new): t for name, t in load_file(weights).items()}, weights)
+    config.write_text(config.read_text().replace(old, new))
+    base = answers(make("llama"))
+    with serving({"base": base, "adapter": base}) as url, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)  # of the targets that match nothing
+        code, out, err = run("verify", "--adapter", tmp_path / "a", "--base", adapters.base(), "--url", url)
+    assert (code, out) == (4, "") and new.strip(".").rpartition(".")[2] in err, err
+
+
+@pytest.mark.parametrize(
+    "words, code, says",
+    [
+        (("--url", "http://127.0.0.1:9"), 3, "cannot be reached"),
+        (("--url", "http://127.0.0.1:9", "--server", "vllm"), 3, "cannot be reached"),
+        (("--url", "URL", "--server", "tgi"), 2, "vllm, sglang, llama.cpp, openai"),
+        (("--url", "URL", "--dtype", "int8"), 2, "bfloat16"),
+        (("--url", "URL", "--tolerance", "inf"), 2, "tolerance=inf"),
+        (("--url", "URL", "--timeout", "inf"), 2, "timeout of inf"),
+        (("--url", "URL", "--api-key", "a b"), 2, "API key"),
+    ],
+)
+def test_verify_asks_before_it_loads_the_base(words, code, says, run, monkeypatch):
+    monkeypatch.setattr(models, "load_base", lambda *_, **__: pytest.fail("the base is loaded"))
+    with serving({"base": None}) as url:
+        given = [url if word == "URL" else word for word in words]
+        found, out, err = run("verify", "--adapter", adapters.folder("plain"), "--base", adapters.base(), *given)
+    assert (found, out) == (code, "") and says in err, err
+
+
 def test_verify_an_adapter_of_another_format(run, tmp_path):
     """MLX keeps factors transposed: what it says of the folder would be wrong if it were read as PEFT's."""
     other = tmp_path / "mlx"
     assert run("convert", adapters.folder("plain"), "--to", "mlx", "--base", adapters.base(), "-o", other)[0] == 0
-    models = {"base": answers(make("llama")), "tuned": answers(adapters.model("plain"))}
-    with serving(models) as url:
+    held = {"base": answers(make("llama")), "tuned": answers(adapters.model("plain"))}
+    with serving(held) as url:
         code, out, err = run("verify", "--url", url, "--model", "tuned", "--adapter", other, "--base", adapters.base())
     assert code == 0 and "applies the adapter" in out, out + err

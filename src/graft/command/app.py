@@ -17,11 +17,11 @@ from typing import Annotated
 import typer
 
 from graft.core.errors import (
+    AdapterKeyError,
     BaseModelMismatchError,
-    CheckpointError,
-    ConfigError,
-    ConfigTypeError,
+    NoMatchingPeftModuleError,
     PeftError,
+    UnsupportedLayerError,
     escape_controls,
 )
 from graft.files.errors import (
@@ -30,15 +30,14 @@ from graft.files.errors import (
     OptionError,
     OutputExistsError,
     PackageNeededError,
-    ServerError,
     UnknownModelError,
 )
 
 FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5
 CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
     (OptionError, USAGE), (OutputExistsError, USAGE), (UnknownModelError, USAGE), (BaseNeededError, USAGE),
-    (PackageNeededError, USAGE), (LossError, LOSS), (BaseModelMismatchError, MISFIT), (ServerError, UNREADABLE),
-    (CheckpointError, UNREADABLE), (ConfigTypeError, UNREADABLE), (ConfigError, UNREADABLE), (PeftError, FOUND),
+    (PackageNeededError, USAGE), (LossError, LOSS), (BaseModelMismatchError, MISFIT), (AdapterKeyError, MISFIT),
+    (NoMatchingPeftModuleError, MISFIT), (UnsupportedLayerError, MISFIT), (PeftError, UNREADABLE),
     (OSError, UNREADABLE),
 )  # fmt: skip
 VERBS = (  # modules of this package, in the order of `graft --help`

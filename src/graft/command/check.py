@@ -51,14 +51,15 @@ def check(
     """
     from graft.files import serving
     from graft.files.bases import base_of
-    from graft.files.sources import adapter_at
+    from graft.files.sources import adapter_at, find_base, local, own_names
 
     options = Options(max_rank, None if targets is None else tuple(show.listed(targets)))
     names = show.listed(servers_)
     if not names:
         raise OptionError(f"--for names no server; there are {', '.join(servers())}.")
-    model = None if base is None else base_of(base)
-    found = serving.check(adapter_at(adapter, model), names, model, options)
+    source = local(adapter)
+    model = own_names(source) if base is None else base_of(find_base(base))
+    found = serving.check(adapter_at(source, model), names, model, options)
     if as_json:
         print_json({"adapter": str(adapter), "servers": names, "findings": [asdict(f) for f in found]})
     elif not quiet:

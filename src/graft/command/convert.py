@@ -38,12 +38,12 @@ def convert(
     Or: graft convert style.safetensors --to peft --base models/sd -o out/style
     """
     from graft.files.convert import convert as run
-    from graft.files.sources import local
+    from graft.files.sources import local, with_base
 
     source = local(adapter)
     if source != adapter and output is None:
         raise OptionError(f"{adapter} is of the hub: say where the result goes (--output).")
-    done = run(source, to, output, base, lossy, force, dry_run)
+    done = with_base(source, base, lambda path: run(source, to, output, path, lossy, force, dry_run))
     if as_json:
         print_json(asdict(done))
     elif not quiet:

@@ -9,6 +9,7 @@ import typer
 
 from graft.command import show
 from graft.command.app import FOUND, LOOK, app, print_json
+from graft.config.reading import Json
 
 
 @app.command("diff", rich_help_panel=LOOK)
@@ -28,10 +29,15 @@ def diff(
         show.one_thread()
     from graft.files.bases import base_of
     from graft.files.diff import difference
-    from graft.files.sources import adapter_at
+    from graft.files.sources import adapter_at, local, with_base
 
-    known = None if base is None else base_of(base)
-    found = difference(adapter_at(a, known), adapter_at(b, known), tol)
+    sources = local(a), local(b)
+
+    def run(path: str | None) -> Json:
+        known = None if path is None else base_of(path)
+        return difference(adapter_at(sources[0], known), adapter_at(sources[1], known), tol)
+
+    found = with_base(sources[0], base, run)
     if as_json:
         print_json(found)
     elif not quiet:

@@ -20,8 +20,8 @@ def export(
         str,
         typer.Option("--for", help="The server: vllm, sglang, llama.cpp, mlx, …", autocompletion=lambda: [*servers()]),
     ],
-    base: Annotated[str, typer.Option(help="Folder of the model that it serves.")],
     output: show.Output,
+    base: show.Base = None,
     rank: Annotated[
         str | None,
         typer.Option(help="Of a method that is no LoRA: a rank, or the part of ‖ΔW‖² to keep, such as 0.99."),
@@ -43,13 +43,14 @@ def export(
     from graft.files.base import base_files
     from graft.files.formats import read
     from graft.files.output import appearing, check_output
-    from graft.files.sources import local
+    from graft.files.sources import local, need_base
 
     server_named(server)
     rank_or_share = None if rank is None else number(rank)
     source = local(adapter)
-    check_output(output, [source, base], force)
-    model = base_files(base)
+    folder = need_base(source, base)
+    check_output(output, [source, folder], force)
+    model = base_files(folder)
     file = read(source, model)
     with appearing(output, not dry_run) as out:
         if rank_or_share is None and (file.method == "LORA" and file.changed_base is None):
@@ -58,7 +59,7 @@ def export(
             from graft.command.models import load_base, on
             from graft.model.export import export as of_model
 
-            report = of_model(on(load_base(base), source), "default", server, out, rank_or_share)
+            report = of_model(on(load_base(folder), source), "default", server, out, rank_or_share)
     if as_json:
         print_json({"output": None if dry_run else output, **vars(report)})
     elif not quiet:

@@ -14,8 +14,8 @@ from graft.command.app import CHANGE, app, print_json
 
 @app.command("extract", rich_help_panel=CHANGE)
 def extract(
-    tuned: Annotated[str, typer.Argument(help="Folder of the fine-tuned model.")],
-    base: Annotated[str, typer.Argument(help="Folder of its base.")],
+    tuned: Annotated[str, typer.Argument(help="Folder or hub id of the fine-tuned model.")],
+    base: Annotated[str, typer.Argument(help="Folder or hub id of its base.")],
     output: show.Output,
     rank: Annotated[int | None, typer.Option(help="Highest rank of a module; 32 if no option limits it.")] = None,
     energy: Annotated[float | None, typer.Option(help="Part of ‖Δ‖² that each module keeps, of 1.")] = None,
@@ -36,9 +36,11 @@ def extract(
     from graft.files.extract import extract as extracted
     from graft.files.formats import peft
     from graft.files.output import appearing, check_output
+    from graft.files.sources import find_base
 
-    check_output(output, [tuned, base], force)
-    models = base_files(tuned), base_files(base)
+    folders = find_base(tuned), find_base(base)
+    check_output(output, [*folders], force)
+    models = base_files(folders[0]), base_files(folders[1])
     made = extracted(
         *models, rank, energy, max_mb, include, exclude, embed, lambda name: show.log(name, quiet or as_json)
     )

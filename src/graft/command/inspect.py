@@ -30,10 +30,15 @@ def inspect(
     from graft.files.bases import base_of
     from graft.files.inspect import inspect as report_of
     from graft.files.inspect import plot as draw
-    from graft.files.sources import adapter_at
+    from graft.files.sources import adapter_at, local, with_base
 
-    model = None if base is None else base_of(base)
-    report = report_of(adapter_at(adapter, model), model, spectrum or plot is not None)
+    source = local(adapter)
+
+    def run(path: str | None) -> Json:
+        model = None if path is None else base_of(path)
+        return report_of(adapter_at(source, model), model, spectrum or plot is not None)
+
+    report = with_base(source, base, run)
     if plot is not None:
         draw(report, plot)
     if as_json:

@@ -26,10 +26,11 @@ def lint(
     """
     from graft.files.bases import base_of
     from graft.files.lint import lint as findings_of
-    from graft.files.sources import adapter_at
+    from graft.files.sources import adapter_at, find_base, local, own_names
 
-    model = None if base is None else base_of(base)
-    found = findings_of(adapter_at(adapter, model), model)
+    source = local(adapter)
+    model = own_names(source) if base is None else base_of(find_base(base))
+    found = findings_of(adapter_at(source, model), model)
     bad = [f for f in found if f.severity == "error" or (strict and f.severity == "warning")]
     if as_json:
         print_json({"adapter": adapter, "findings": [asdict(f) for f in found], "problems": len(bad)})

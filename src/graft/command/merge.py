@@ -19,7 +19,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @app.command(rich_help_panel=CHANGE)
 def merge(
-    base: Annotated[Path, typer.Argument(help="Folder of the base model: config.json and safetensors files.")],
+    base: Annotated[str, typer.Argument(help="Folder or hub id of the base model: config.json and safetensors files.")],
     adapters: Annotated[list[str], typer.Argument(help="Adapters, merged in this order: folders, files, hub ids.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     weights: Annotated[str | None, typer.Option(help="A weight for each adapter, by commas: 0.7,0.3")] = None,
@@ -39,12 +39,12 @@ def merge(
 
     Example: graft merge models/llama out/adapter -o models/llama-merged --certificate
     """
-    from graft.files.sources import local
+    from graft.files.sources import find_base, local
     from graft.model.merge_files import merge_files
 
     sources = [local(adapter) for adapter in adapters]
     account = merge_files(
-        base, sources, output, weights=None if weights is None else numbers(weights), dtype=dtype,
+        find_base(base), sources, output, weights=None if weights is None else numbers(weights), dtype=dtype,
         shard_size=None if shard_size is None else size(shard_size), certificate=certificate,
         keep_quantized=keep_quantized, force=force, dry_run=dry_run,
     )  # fmt: skip

@@ -32,7 +32,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 @app.command(rich_help_panel=PLAN)
 def plan(
-    model: Annotated[Path, typer.Argument(help="Folder with config.json; weights are not needed.")],
+    model: Annotated[str, typer.Argument(help="Folder with config.json, or hub id; weights are not needed.")],
     config: Annotated[
         Path | None, typer.Option(help="adapter_config.json, or its folder; else the options below.")
     ] = None,
@@ -64,15 +64,17 @@ def plan(
     """
     from graft.command.merge import size
     from graft.files.merging.skeleton import skeleton
+    from graft.files.sources import find_base
     from graft.model.api import plan as planned
     from graft.model.budget import budget, seconds
 
     if dtype not in DTYPES:
         raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
-    whole = skeleton(str(model))
+    folder = find_base(model)
+    whole = skeleton(folder)
     if whole is None:
         raise CheckpointError(f"{model} has no config.json of a model that the installed transformers knows.")
-    packed = format_of(read_object(model / "config.json"), base)
+    packed = format_of(read_object(Path(folder, "config.json")), base)
     adapter = adapter_config(config, method, rank, targets, parameters)
     report = planned(whole, adapter)
     found = account(whole, report)

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graft.command import show
 from graft.command.app import CHANGE, app, print_json
+
+if TYPE_CHECKING:
+    from graft.files.resize import Resized
 
 
 @app.command("resize", rich_help_panel=CHANGE)
@@ -36,14 +39,19 @@ def resize(
     from graft.files.formats import peft
     from graft.files.output import appearing, check_output
     from graft.files.resize import resize as resized
-    from graft.files.sources import adapter_at, local
+    from graft.files.sources import adapter_at, local, with_base
 
     source = local(adapter)
-    check_output(output, [source, *([] if base is None else [base])], force)
-    known = None if base is None else base_of(base)
-    made, rows = resized(adapter_at(source, known), rank, energy, ratio, max_mb, max_rank, uniform)
-    with appearing(output, not dry_run) as out:
-        peft.write(made, out, known)
+
+    def run(path: str | None) -> list[Resized]:
+        check_output(output, [source, *([] if path is None else [path])], force)
+        known = None if path is None else base_of(path)
+        made, rows = resized(adapter_at(source, known), rank, energy, ratio, max_mb, max_rank, uniform)
+        with appearing(output, not dry_run) as out:
+            peft.write(made, out, known)
+        return rows
+
+    rows = with_base(source, base, run)
     whole = sum(r.size**2 for r in rows)
     share = sum(r.energy * r.size**2 for r in rows) / whole if whole else 1.0
     if as_json:

@@ -18,7 +18,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Output = Annotated[str, typer.Option("--output", "-o", help="Where the result goes.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Compute and report, and write nothing.")]
-Base = Annotated[str | None, typer.Option(help="Folder of the base model; often config.json is enough.")]
+Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base; else that of the adapter's config.")]
 
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")  # of numpy's linear algebra
 UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))

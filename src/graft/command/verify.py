@@ -17,8 +17,8 @@ LEAST = 1e-6
 @app.command(rich_help_panel=SERVE)
 def verify(
     adapter: Annotated[str, typer.Option(help="The adapter, of any format, as it was trained or exported.")],
-    base: Annotated[str, typer.Option(help="Folder of the model that the server runs.")],
     url: Annotated[str, typer.Option(help="Of the server: http://host:port")],
+    base: show.Base = None,
     model: Annotated[str, typer.Option(help="The adapter's name on the server.")] = "adapter",
     base_name: Annotated[str, typer.Option(help="The base's name there.")] = "base",
     server: Annotated[
@@ -41,14 +41,17 @@ def verify(
     Example: graft verify --url http://localhost:8000 --model tuned --adapter out/adapter --base models/llama
     """
     from graft.command.models import load_base, on
-    from graft.files.sources import local
-    from graft.serving.ask import Connection
+    from graft.files.sources import local, need_base
+    from graft.serving.ask import Connection, server_of
+    from graft.serving.verify import check_options
     from graft.serving.verify import verify as compare
 
-    source, own = local(adapter), load_base(base, device=device)
-    found = compare(
-        Connection(url, timeout, api_key), own, lambda _: on(own, source), model, base_name, dtype, tolerance, server
-    )
+    check_options(dtype, tolerance)
+    connection = Connection(url, timeout, api_key)
+    kind = server_of(connection, server)  # before the base is loaded, which takes minutes
+    source = local(adapter)
+    own = load_base(need_base(source, base), device=device)
+    found = compare(connection, own, lambda _: on(own, source), model, base_name, dtype, tolerance, kind)
     if as_json:
         print_json(found.as_dict())
     elif not quiet:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH
-from graft.config.reading import open_file
+from graft.config.reading import open_file, read_object
 from graft.core.errors import CheckpointError
+from graft.files.base import base_files
+from graft.files.bases import Skeleton
+from graft.files.errors import BaseNeededError
 from graft.files.formats import read
 from graft.files.neutral import AdapterFile
 
@@ -19,7 +22,10 @@ if TYPE_CHECKING:
     from graft.files.formats import Base
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+BASE_ID = re.compile(r"(?P<repo>([\w.-]+/)?[\w.-]+)(@(?P<revision>[\w./-]+))?")  # old models have no owner: gpt2
+BASE_FIELDS = ("base_model_name_or_path", "model_name", "model")  # of PEFT and torchtune, AdapterHub, MLX
 CARD = "README.md"
+Result = TypeVar("Result")
 
 
 def adapter_at(source: str, base: Base | None = None) -> AdapterFile:
@@ -42,6 +48,80 @@ def local(source: str) -> str:
         raise CheckpointError(f"There is no adapter at '{source}'{not_asked(named['repo'])}.")
     fetch(named["repo"], CARD, **hub)
     return os.path.dirname(config)
+
+
+def find_base(base: str | os.PathLike[str]) -> str:
+    """Return the path of a base model: `base`, or the snapshot of a hub id (user/repo@revision) in the hub's cache.
+
+    The network is never asked.
+
+    Raises:
+        CheckpointError: `base` is neither a path nor in the cache.
+    """
+    base = os.fspath(base)
+    named = None if os.path.exists(base) else BASE_ID.fullmatch(base)
+    if named is None:
+        return base
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return snapshot_download(named["repo"], revision=named["revision"], local_files_only=True)
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        words = " --revision ".join(filter(None, (named["repo"], named["revision"])))
+        raise CheckpointError(
+            f"There is no folder {base}, and the hub's cache has no model of that name. Fetch it: hf download {words}"
+        ) from None
+
+
+def name_base(adapter: str) -> str | None:
+    """Return the base model that an adapter's adapter_config.json names, as `find_base` takes it; None: there is none.
+
+    A path on another machine (//host/share) is no name: looking for it would log in there.
+    """
+    path = os.path.join(adapter, CONFIG_NAME)
+    config = read_object(path) if os.path.isfile(path) else {}
+    name = next((name for field in BASE_FIELDS if isinstance(name := config.get(field), str) and name), None)
+    return None if name is None or name.startswith(("//", "\\\\")) else name
+
+
+def need_base(adapter: str, base: str | None) -> str:
+    """Return the path of `base`, or of the base model that the adapter names.
+
+    Raises:
+        BaseNeededError: `base` is None, and the adapter names none.
+        CheckpointError: it is not here.
+    """
+    name = name_base(adapter) if base is None else base
+    if name is None:
+        raise BaseNeededError(f"{adapter} names no base model. Give one with --base: a folder or a hub id.")
+    return find_base(name)
+
+
+def with_base(adapter: str, base: str | None, run: Callable[[str | None], Result]) -> Result:
+    """Return `run` of the path of `base`. If `base` is None, `run` gets the adapter's own base if it needs one.
+
+    Raises:
+        BaseNeededError: `run` needs a base, and there is none.
+        CheckpointError: the base is not here. Errors of `run` pass through.
+    """
+    if base is not None:
+        return run(find_base(base))
+    try:
+        return run(None)
+    except BaseNeededError:
+        if name_base(adapter) is None:
+            raise
+    return run(need_base(adapter, None))
+
+
+def own_names(adapter: str) -> Skeleton | None:
+    """Return names and shapes of the base that an adapter names; None if it names none, or its files are not here."""
+    try:
+        name = name_base(adapter)
+        base = None if name is None else base_files(find_base(name))
+    except CheckpointError:
+        return None
+    return None if base is None else Skeleton(base.path, base.config, base.shapes, [*base.modules])
 
 
 def licence_in(folder: str) -> str | None:

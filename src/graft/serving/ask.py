@@ -23,6 +23,7 @@ from graft.files.errors import OptionError, ServerError, UnknownModelError
 
 LARGEST = 16_000_000  # bytes of an answer
 PROBABILITIES = 512  # of one position, where a server tells of one only
+OWNERS = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "llamacpp"}  # server → owner that it names of its models
 MOST_TOKENS = 2**31  # of a vocabulary
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 Seen = dict[tuple[int, int], float]  # (position, token there) → its log-probability after the tokens before it
@@ -166,10 +167,24 @@ def quote(text: bytes) -> str:
     return repr(shortened(" ".join(text[:1000].decode(errors="replace").split()), 400))
 
 
-def server_of(connection: Connection) -> str:
-    """Return which program a server is, by what it says of its models: "vllm", "sglang", "llama.cpp", or "openai"."""
+def server_of(connection: Connection, name: str | None = None) -> str:
+    """Return which program a server is, by what it says of its models: "vllm", "sglang", "llama.cpp", or "openai".
+
+    Args:
+        name: of the program, where the server does not tell; the server has to answer all the same.
+
+    Raises:
+        OptionError: `name` is none of these.
+        ServerError: see there.
+    """
+    if name is not None:
+        if name not in (*OWNERS, "openai"):
+            raise OptionError(f"graft cannot ask a server {name!r}. Give one of {', '.join(OWNERS)}, openai.")
+        with suppress(UnknownModelError):  # it lists no models
+            connection.send("/v1/models")
+        return name
     owners = connection.get("/v1/models", lambda reply: {str(entry.get("owned_by")) for entry in reply["data"]})
-    return next((name for name in ("vllm", "sglang", "llama.cpp") if name.replace(".", "") in owners), "openai")
+    return next((name for name, owner in OWNERS.items() if owner in owners), "openai")
 
 
 def ask(connection: Connection, server: str, name: str, prompts: Sequence[Sequence[int]], base: bool) -> list[Seen]:

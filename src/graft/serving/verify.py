@@ -105,13 +105,12 @@ def verify(
     Raises:
         BaseModelMismatchError: the server's base has other weights, or another vocabulary.
         ServerError: it cannot be asked.
-        OptionError: `dtype` is none of TOLERANCES.
+        OptionError: `dtype` is none of TOLERANCES, `tolerance` is no number of 0 or more, `server` is unknown.
     """
-    if dtype not in TOLERANCES:
-        raise OptionError(f"dtype={dtype!r}: one of {', '.join(TOLERANCES)}, in which the server computes.")
+    check_options(dtype, tolerance)
+    server = server_of(connection, server)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     asked = prompts(vocabulary)
-    server = server or server_of(connection)
     of_base = ask(connection, server, base_name, asked, base=True)
     of_adapter = ask(connection, server, name, asked, base=False)
     places = shared(of_base, of_adapter, vocabulary)
@@ -141,6 +140,14 @@ def verify(
         f"The server's base {base_name!r} says other log-probabilities than this base model, by {noise:.2g} in the "
         f"mean, where {dtype} explains {floor:.2g}: it has other weights, or computes in another dtype (--dtype)."
     )
+
+
+def check_options(dtype: str, tolerance: float | None) -> None:
+    """Raise OptionError if `dtype` is none of TOLERANCES, or `tolerance` no number of 0 or more."""
+    if dtype not in TOLERANCES:
+        raise OptionError(f"dtype={dtype!r}: one of {', '.join(TOLERANCES)}, in which the server computes.")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise OptionError(f"tolerance={tolerance}: a number of 0 or more, of a log-probability.")
 
 
 def judge(

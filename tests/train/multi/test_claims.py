@@ -107,8 +107,8 @@ def test_within_a_process(tmp_path):
     """A sweep in a sweep is refused; runs may go on in another MultiTrain, as where a notebook begins anew."""
     with pytest.raises(FolderInUseError, match=f"This process is writing '{TABLE}' in {tmp_path}"):
         swept(tmp_path, data=lambda setting: swept(tmp_path) and batches(8))
-    found = swept(tmp_path)
-    assert swept(tmp_path).rows == found.rows
+    found = swept(tmp_path / "other")
+    assert swept(tmp_path / "other").rows == found.rows
     runs = [begun("plain"), begun("plain")]
     for one in runs:
         one.save(tmp_path)

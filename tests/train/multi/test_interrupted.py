@@ -5,6 +5,8 @@ on has the bits of runs that nobody disturbed."""
 from __future__ import annotations
 
 import gc
+import re
+import sys
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -443,12 +445,116 @@ def test_batches_without_rows():
     runs.add("x", lora(), data=[*batches(1), empty], valid=[empty, *batches(1)], every=1)
     runs.step()
     assert runs["x"].valid[0].loss > 0
-    with pytest.raises(graft.ConfigError, match="Run 'x': a batch has no rows"):
+    with pytest.warns(graft.PeftWarning, match="Run 'x' failed at step 2: .*Run 'x': a batch has no rows"):
         runs.step()
-    runs.remove("x")
     assert len(runs.run()["plain"].curve) == 2
     with pytest.raises(graft.ConfigError, match="has no rows"):
         runs.evaluate(["plain"], [empty])
+
+
+def bad(kind):
+    """Batches, the third of which no model of ours takes."""
+    data = batches(6)
+    third = {k: v.clone() for k, v in data[2].items()}
+    if kind == "token":
+        third["input_ids"][1, 2] = models.VOCAB
+    elif kind == "label":
+        third["labels"][1, 2] = models.VOCAB
+    elif kind == "mask":
+        third["attention_mask"] = torch.ones(3, 7)
+    else:
+        del third["labels"]
+    return [*data[:2], third, *data[3:]]
+
+
+@pytest.mark.parametrize("kind", ["token", "label", "mask", "no labels"])
+@pytest.mark.parametrize("at_once", [4096, 40], ids=["one pass", "several"])
+def test_a_bad_batch_ends_its_run_alone(undisturbed, kind, at_once, tmp_path):
+    runs = MultiTrain(tiny(), at_once=at_once)
+    for name in NAMES[:2]:
+        added(runs, name)
+    x = runs.add("x", lora(lora_dropout=0.1), data=bad(kind), seed=9)
+    for name in NAMES[2:]:
+        added(runs, name)
+    with pytest.warns(graft.PeftWarning, match="Run 'x' failed at step 3: the model cannot take its batch .*Remove it"):
+        runs.run()
+    assert_as(undisturbed, runs, *NAMES)
+    assert (x.state, x.step, [point.step for point in x.curve]) == ("failed", 2, [1, 2]) and type(
+        x.error
+    ).__name__ in x.why
+    with pytest.raises(type(x.error)):
+        raise x.error
+    assert sys.version_info < (3, 11) or "Run 'x': the model cannot take its batch." in x.error.__notes__
+    alone = MultiTrain(tiny())
+    alone.add("x", lora(lora_dropout=0.1), data=batches(6), seed=9, steps=2)
+    assert same(x.parameters, alone.run()["x"].parameters)
+    runs.save(tmp_path)
+    again = MultiTrain.resume(tiny(), tmp_path).add("x", lora(lora_dropout=0.1), data=bad(kind), seed=9)
+    assert (again.state, again.why, again.error) == ("failed", x.why, None)
+
+
+def test_a_round_of_bad_batches_raises_and_leaves_all_where_they_were():
+    """Nobody waits for these runs; and a mistake in all data is an error at once."""
+    runs = MultiTrain(tiny())
+    one, two = (runs.add(name, lora(), data=bad("token"), seed=i) for i, name in enumerate(("x", "y")))
+    runs.step()
+    runs.step()
+    for _ in range(2):
+        with pytest.raises(IndexError, match="out of range") as caught:
+            runs.step()
+        assert sys.version_info < (3, 11) or caught.value.__notes__ == ["Run 'x': the model cannot take its batch."]
+        assert [(run.state, run.step, run.loader.taken) for run in (one, two)] == [("running", 2, 2)] * 2
+    runs.remove("y")
+    one.loader.data[2] = batches(6)[2]
+    one.loader.stand(0, 2, one.loader.began, one.draws.states)  # else it has the batch that it took
+    assert runs.run()["x"].step == 6
+
+
+def test_what_no_batch_raises_alone_is_told(monkeypatch):
+    runs = MultiTrain(tiny())
+    for name in ("plain", "gathers", "timed"):
+        added(runs, name)
+    forward = type(runs.base).forward
+
+    def few(self, input_ids, **inputs):
+        if len(input_ids) > 4:
+            raise ValueError("too many rows")
+        return forward(self, input_ids, **inputs)
+
+    monkeypatch.setattr(type(runs.base), "forward", few)
+    runs._arguments = runs._arguments.of(tiny())
+    with pytest.warns(
+        graft.PeftWarning, match=r"A pass of \['plain', .*too many rows.*, and none of them does so alone"
+    ):
+        runs.step()
+    assert [run.state for run in runs.all()] == ["running"] * 3
+
+
+def raises(*_):
+    raise Broken
+
+
+class Rows(list):
+    def __iter__(self):
+        raise Broken
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes")
+@pytest.mark.parametrize("options, note", [
+    ({"loss": raises}, "Run 'x': its loss raised this."),
+    ({"data": Rows()}, "Run 'x': reading the data raised this."),
+    ({"stop": raises}, "Run 'x': its stop raised this."),
+    ({"valid": Rows([0]), "every": 1}, r"The validation data of runs \['x'\]: reading the data raised this."),
+    ({"valid": bad("token")[2:], "every": 1}, r"A look at validation data of \['x'\] raised this."),
+    ({"optimizer": type("Odd", (torch.optim.SGD,), {"step": raises})}, "Run 'x' failed at step 1: an error"),
+])  # fmt: skip
+def test_errors_name_the_run(options, note):
+    runs = MultiTrain(tiny())
+    runs.add("y", lora(), data=batches(2))
+    runs.add("x", lora(), **{"data": batches(2)} | options)
+    with pytest.raises((Broken, IndexError)) as caught:
+        runs.run()
+    assert re.match(note, caught.value.__notes__[0])
 
 
 # threads

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -124,12 +124,26 @@ def told(value: object, part: Part) -> object:
     return repr(value) if plain else id(part.batch)
 
 
-def groups(parts: Sequence[Part], arguments: Arguments, at_once: int) -> list[list[Part]]:
-    """Divide parts into passes of batches that can share one, of up to `at_once` tokens with their padding."""
+def groups(
+    parts: Sequence[Part],
+    arguments: Arguments,
+    at_once: int,
+    refuse: Callable[[Part, Exception], None] | None = None,
+) -> list[list[Part]]:
+    """Divide parts into passes of batches that can share one, of up to `at_once` tokens with their padding.
+
+    refuse: gets each part that the model cannot take, with its error, and it is left out; None: the error is raised.
+    """
     found: dict[tuple[object, ...], list[list[Part]]] = {}
     sizes: dict[int, tuple[int, int]] = {}  # rows and longest row, by group
     for part in parts:
-        rows, tokens, alike = shape_of(part, arguments)
+        try:
+            rows, tokens, alike = shape_of(part, arguments)
+        except ConfigError as error:
+            if refuse is None:
+                raise
+            refuse(part, error)
+            continue
         passes = found.setdefault(alike, [[]])
         n, longest = sizes.get(id(passes[-1]), (0, 0))
         if passes[-1] and (n + rows) * max(longest, tokens) > at_once:

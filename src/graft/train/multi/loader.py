@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, annotate
 from graft.io.fingerprint import hashed, tensor_digest
 from graft.train.multi.draws import Draws, States
 
@@ -67,7 +67,8 @@ class Loader:
                     f"{self.whose}: a batch must be a mapping of the model's arguments to tensors, got a "
                     f"{type(found).__name__}: give the DataLoader a collate_fn that makes one."
                 )
-        except BaseException:
+        except BaseException as error:
+            annotate(error, f"{self.whose}: reading the data raised this.")
             self.draws.states = before
             self._torn = not isinstance(self.data, Iterator)
             raise

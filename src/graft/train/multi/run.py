@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from graft.core.errors import AdapterNotFoundError, ConfigError
+from graft.core.errors import AdapterNotFoundError, ConfigError, annotate
 from graft.train.multi.bank import Row
 from graft.train.multi.draws import Draws
 from graft.train.multi.flat import Flat, in_order, may_flatten, watched
@@ -70,6 +70,7 @@ class Run:
         valid: its losses on validation data.
         state: "running", "ended", "stopped" (by its `stop`) or "failed".
         why: in words, why it does not run any more; else None.
+        error: what the model raised of its batch, if that has ended it in this process.
         until: a step at which it waits; None: it goes on to its end. It may be set at any time.
     """
 
@@ -101,6 +102,7 @@ class Run:
         self.begun, self.begun_schedule = settings_of(self.optimizer), kind_of(self.schedule)
         self.step, self.state = 0, RUNNING
         self.why: str | None = None
+        self.error: Exception | None = None
         self.until: int | None = None
         self.curve: list[Point] = []
         self.valid: list[Valid] = []
@@ -191,11 +193,12 @@ class Run:
         Raises:
             ConfigError: the loss is no number, or no gradient leads to it.
         """
-        if self.draws_in_loss:
-            with self.draws:
+        try:
+            with self.draws if self.draws_in_loss else nullcontext():
                 loss = self.loss(output, batch)
-        else:
-            loss = self.loss(output, batch)
+        except Exception as error:
+            annotate(error, f"Run '{self.name}': its loss raised this.")
+            raise
         if not isinstance(loss, Tensor) or loss.dim():
             found = f"has the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
             raise ConfigError(f"Run '{self.name}': its loss {found}; return a mean, a tensor ().")
@@ -275,7 +278,7 @@ class Run:
             self.step += 1
             self.curve.append(Point(self.step, loss, lr, norm))
         except BaseException as error:
-            self.fail(f"an error stopped its optimizer or schedule in the middle ({error!r})", loss)
+            annotate(error, self.fail(f"an error stopped its optimizer or schedule in the middle ({error!r})", loss))
             raise
         self.let_go()
         self.unseen = True

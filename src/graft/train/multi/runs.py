@@ -19,7 +19,17 @@ from torch.optim import Optimizer
 
 from graft.combine.adding import changes_base
 from graft.config.base import PeftConfig
-from graft.core.errors import AdapterNameError, AdapterNotFoundError, CheckpointError, ConfigError, PeftWarning, warn
+from graft.core.errors import (
+    AdapterNameError,
+    AdapterNotFoundError,
+    CheckpointError,
+    ConfigError,
+    PeftWarning,
+    annotate,
+    drop_frames,
+    shortened,
+    warn,
+)
 from graft.core.layer import Host
 from graft.inject.beside import add_task_heads
 from graft.inject.find import bias_in
@@ -105,6 +115,7 @@ class MultiTrain:
         self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
         self._number = 0
         self._lock = threading.RLock()  # held by `alone`
+        self._refused: dict[str, Exception] = {}  # what batches of this round the model cannot take, by run
         self._within = False  # some runs have taken their batch of a round, and others have not
         self._stepping = False
         self._modes = [(m, m.training) for m in self.base.modules()]
@@ -483,8 +494,11 @@ class MultiTrain:
         self._mode(True)
         parts = [part for run in going if (part := run.batch()) is not None]
         self._seat([run for run in going if run.state == RUNNING])
-        for group in groups([self._complete(part) for part in parts], self.arguments, self.at_once):
+        self._refused = {}
+        for group in groups(self._completed(parts), self.arguments, self.at_once, self._refuse):
             self._pass(group, self._gradients, self._took)
+        if self._refused:
+            self._end_refused(len(self._refused) == len(parts))
         due = [run for run in going if run.state == RUNNING and run.due]
         if not due:
             return
@@ -506,7 +520,12 @@ class MultiTrain:
         for run in runs:
             if not self._has(run):  # the `stop` of another one has removed it
                 continue
-            if run.state == RUNNING and run.stop is not None and run.stop(run):
+            try:
+                stops = run.state == RUNNING and run.stop is not None and run.stop(run)
+            except Exception as error:
+                annotate(error, f"Run '{run.name}': its stop raised this.")
+                raise
+            if stops:
                 run.end(STOPPED, f"its stop said so at step {run.step}")
             if run.state != RUNNING:
                 step.ended[run.name] = run.why or ""
@@ -560,54 +579,110 @@ class MultiTrain:
             return part
         return Part(part.name, batch | {"decoder_input_ids": make(labels=batch["labels"])})
 
-    def _pass(self, group: list[Part], run: Callable[[list[Part]], T], take: Callable[[list[Part], T], None]) -> None:
+    def _completed(self, parts: Sequence[Part]) -> list[Part]:
+        """Return these parts, completed, but for those that cannot be."""
+        found = []
+        for part in parts:
+            try:
+                found.append(self._complete(part))
+            except Exception as error:
+                self._refuse(part, error)
+        return found
+
+    def _refuse(self, part: Part, error: Exception) -> None:
+        """Note that the model cannot take the batch of a run."""
+        annotate(error, f"Run '{part.name}': the model cannot take its batch.")
+        self._refused[part.name] = error
+
+    def _end_refused(self, all_of_them: bool) -> None:
+        """End the runs whose batch the model cannot take, as failed; if the round has no others, raise the first error.
+
+        Then all runs are where they were, and nobody waits for them.
+        """
+        for name, error in self._refused.items():
+            if all_of_them:
+                raise error
+            run = self._runs[name]
+            text = run.fail(f"the model cannot take its batch ({shortened(repr(error))})", float("nan"))
+            run.error = error
+            warn(f"{text} The others go on. Remove it, mend its data, and add it anew.", PeftWarning)
+
+    def _pass(
+        self,
+        group: list[Part],
+        run: Callable[[list[Part]], T],
+        take: Callable[[list[Part], T], None],
+        within: bool = False,
+    ) -> None:
         """Run these batches together, and take what comes of them; if memory ends, half of them at a time.
 
-        One batch that has no memory ends its run in training. At a look at validation data the error stands.
+        One batch that has no memory ends its run in training. At a look at validation data the error stands. Any other
+        error in training halves them, too, until it is known whose batch raises alone.
+
+        within: this is a half.
         """
         draws = [self._runs[part.name].draws for part in group]
         before = [own.states for own in draws]
         try:
             found = run(group)
-        except (RuntimeError, MemoryError) as error:
-            if not no_memory(error) or (len(group) == 1 and not torch.is_grad_enabled()):
+        except Exception as error:
+            memory = no_memory(error)
+            if not torch.is_grad_enabled() and (not memory or len(group) == 1):
+                annotate(error, f"A look at validation data of {[part.name for part in group]} raised this.")
                 raise
-            full = str(error)
+            drop_frames(error)
+            failure = error
         else:
             take(group, found)
             return
-        for own, states in zip(draws, before):  # after the handler: the error kept the tensors of the pass alive
+        for own, states in zip(draws, before):
             own.states = states
         if torch.is_grad_enabled():
             self._banks.begin([part.name for part in group])
+        if len(group) == 1 and not memory:
+            self._refuse(group[0], failure)
+            return
         if len(group) == 1:
             text = self._runs[group[0].name].fail(
-                f"its batch alone takes more memory than there is ({full})", float("nan")
+                f"its batch alone takes more memory than there is ({failure})", float("nan")
             )
             warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
             return
-        half = len(group) // 2
-        _, counts = joined(group[:half], self.arguments)
-        self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
+        half, known = len(group) // 2, len(self._refused)
+        if memory:
+            _, counts = joined(group[:half], self.arguments)
+            self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
         for some in (group[:half], group[half:]):
-            self._pass(some, run, take)
+            self._pass(some, run, take, within=True)
+        if not (memory or within) and len(self._refused) == known:
+            names = [part.name for part in group]
+            warn(f"A pass of {names} raised {shortened(repr(failure))}, and none of them does so alone.", PeftWarning)
 
-    def _gradients(self, group: list[Part]) -> tuple[list[Tensor], list[int]]:
+    def _gradients(self, group: list[Part]) -> tuple[list[Tensor], list[int]] | Exception:
         """Have the parameters get the gradients of these batches; return for each its loss, and how many tokens it has.
 
-        What an error leaves of the pass goes with it.
+        Return the error that a loss of `add` has raised. What an error leaves of the pass goes with it.
         """
         self._banks.begin([part.name for part in group])
         with self._fanned(group) as fan:
             outputs, tokens = self._fanned_outputs(group, fan)
             added = [registry_of(self.model).call.loss_of(part.name) for part in group]
             runs = [self._runs[part.name] for part in group]
-            losses = [run.loss_of(y, part.batch, more) for run, y, part, more in zip(runs, outputs, group, added)]
+            losses = list[Tensor]()
+            for run, output, part, more in zip(runs, outputs, group, added):
+                try:
+                    losses.append(run.loss_of(output, part.batch, more))
+                except Exception as error:
+                    if not run.draws_in_loss or no_memory(error):
+                        raise
+                    return error
             torch.autograd.backward(losses)
         return losses, tokens
 
-    def _took(self, group: list[Part], found: tuple[list[Tensor], list[int]]) -> None:
+    def _took(self, group: list[Part], found: tuple[list[Tensor], list[int]] | Exception) -> None:
         """Take the gradients of a pass into the runs."""
+        if isinstance(found, Exception):
+            raise found
         self._banks.gather([part.name for part in group])
         for part, loss, count in zip(group, *found):
             self._runs[part.name].took(loss)

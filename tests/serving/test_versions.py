@@ -10,6 +10,7 @@ import torch
 
 import graft
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, ServerTimeoutError
+from graft.files.errors import UnknownModelError
 from graft.model.adapter_tensors import AdapterTensors
 from graft.serving import Versions
 
@@ -32,7 +33,7 @@ class Server:
     def unload(self, name):
         if self.fails("unload", name):
             raise OSError(name)
-        del self.held[name]
+        self.held.pop(name, None)
 
 
 def tensors(n):
@@ -134,6 +135,101 @@ def test_half_of_the_replicas():
     with pytest.raises(ConnectionError):
         versions.publish(tensors(1))
     assert not server.held and versions.current is None
+
+
+class Half(Server):
+    """A server of which one replica loads a version, and the next one fails; both do not unload."""
+
+    def __init__(self, places):
+        super().__init__(places)
+        self.broken = False
+
+    def load(self, name, made):
+        super().load(name, made)
+        if self.broken:
+            raise ConnectionError("the second replica")
+
+
+def test_a_failed_load_that_cannot_be_undone_is_told_and_tried_again():
+    server = Half(2)
+    versions = Versions("policy", server.load, server.unload)
+    first = versions.publish(tensors(1))
+    server.broken, server.fails = True, lambda what, name: what == "unload"
+    with (
+        pytest.warns(PeftWarning, match=r"'policy-v2-0002' could not be unloaded, .* next publish\(\) tries it again"),
+        pytest.raises(ConnectionError, match="the second replica"),
+    ):
+        versions.publish(tensors(2))
+    assert versions.names == [first] and versions.leftovers == ["policy-v2-0002"]
+    with versions.using() as name:  # requests do not wait for it
+        assert name == first
+    assert list(server.held) == [first, "policy-v2-0002"]
+    server.broken, server.fails = False, lambda what, name: what == "unload" and "0002" in name
+    with pytest.warns(PeftWarning, match="'policy-v2-0002'"), pytest.raises(AssertionError, match="no place"):
+        versions.publish(tensors(3))
+    assert versions.leftovers[-1] == "policy-v2-0002"
+    server.fails = lambda what, name: False
+    fourth = versions.publish(tensors(4))  # the leftover goes first, and leaves its place
+    assert list(server.held) == versions.names == [fourth] and not versions.leftovers
+
+
+@pytest.mark.parametrize("error", [AdapterNotFoundError, UnknownModelError])
+def test_what_the_server_does_not_have_is_no_leftover(error):
+    def refuse(name, made):
+        raise ConnectionError("refused")
+
+    def unload(name):
+        raise error(f"There is no {name}.")
+
+    versions = Versions("policy", refuse, unload)
+    with pytest.raises(ConnectionError, match="refused"):
+        versions.publish(tensors(1))
+    assert not versions.leftovers
+
+
+def test_a_late_load_that_cannot_be_undone_is_tried_again():
+    server, goes_on, tried = Server(3), threading.Event(), threading.Event()
+
+    def load(name, made):
+        if "0002" in name:
+            assert goes_on.wait(60)
+        server.load(name, made)
+
+    def unload(name):
+        try:
+            server.unload(name)
+        finally:
+            tried.set()
+
+    versions = Versions("policy", load, unload, 2, timeout=0.1)
+    first = versions.publish(tensors(1))
+    with pytest.raises(ServerTimeoutError):
+        versions.publish(tensors(2))
+    server.fails = lambda what, name: what == "unload"
+    goes_on.set()
+    assert tried.wait(60)
+    for _ in range(600):
+        if versions.leftovers:
+            break
+        time.sleep(0.01)
+    late = "policy-v2-0002"
+    assert versions.leftovers == [late] and list(server.held) == [first, late]
+    server.fails = lambda what, name: False
+    third = versions.publish(tensors(3))
+    assert list(server.held) == versions.names == [first, third] and not versions.leftovers
+
+
+def test_requests_do_not_unload_what_others_leave():
+    """Leaving a block unloads the version that it used, not those that could not be unloaded before."""
+    server, asked = Server(9), []
+    versions = Versions("policy", server.load, lambda name: (asked.append(name), server.unload(name)))
+    first = versions.publish(tensors(1))
+    server.fails = lambda what, name: what == "unload"
+    with pytest.warns(PeftWarning):
+        versions.publish(tensors(2))
+    with versions.using():
+        pass
+    assert asked == [first]
 
 
 def test_one_in_use_stays():

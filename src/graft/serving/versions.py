@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from threading import Event, Lock, RLock, Thread
 
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, ServerTimeoutError, warn
+from graft.files.errors import UnknownModelError
 from graft.model.adapter_tensors import AdapterTensors
 
 
@@ -29,9 +30,14 @@ class Versions:
     Args:
         name: the beginning of their names.
         load: takes a name and the tensors, and returns when all replicas of the server have them.
-        unload: takes a name, which no replica has when it returns.
+        unload: takes a name, which no replica has when it returns. If none had it, it returns, or raises
+            AdapterNotFoundError or UnknownModelError.
         keep: how many versions stay, the current one included: staleness + 1.
         timeout: seconds that a load or an unload may take; None: as long as they do.
+
+    Attributes:
+        names: of the versions on the server, the current one last.
+        leftovers: of versions whose load failed and that could not be taken off: each `publish` tries it again.
 
     Raises:
         ConfigError: `keep` is below 1, or `timeout` is not positive.
@@ -51,7 +57,8 @@ class Versions:
             raise ConfigError(f"timeout={timeout}: a number of seconds above 0, or None.")
         self.name, self.load, self.unload, self.keep, self.timeout = name, load, unload, keep, timeout
         self.number = 0  # of the last version that was tried
-        self.names: list[str] = []  # of the versions on the server, the current one last
+        self.names: list[str] = []
+        self.leftovers: list[str] = []
         self._used: Counter[str] = Counter()
         self._publishing, self._lock = Lock(), RLock()
 
@@ -67,21 +74,28 @@ class Versions:
             ConfigError: there are no tensors: this process is not the first of those that hold the adapter.
             ServerTimeoutError: the load took longer than `timeout`, or raised a TimeoutError.
             Whatever else `load` raises. After any of these the version is taken off the server again, as soon as the
-                load has come to an end, and the current one stays.
+                load has come to an end, and the current one stays. A warning tells if it cannot be taken off.
         """
         if not tensors.tensors:
             raise ConfigError(f"There are no tensors to publish as '{self.name}': the first process has them.")
         with self._publishing:
             self.number += 1
             name = f"{self.name}-v{self.number}-{tensors.digest[:4]}"
-            self._within(lambda: self.load(name, tensors), f"load version '{name}'", lambda: self.unload(name))
+            with self._lock:
+                leftovers, self.leftovers = self.leftovers, []
+            self._unload(leftovers, self.leftovers)  # first, since each takes a place
+            self._within(lambda: self.load(name, tensors), f"load version '{name}'", name)
             with self._lock:
                 self.names.append(name)
-            self._drop()
+                old = self._take(self.names[: -self.keep])
+            self._unload(old, self.names)
             return name
 
-    def _within(self, run: Callable[[], object], what: str, undo: Callable[[], object] | None = None) -> None:
-        """Ask the server for something, for `timeout` seconds at most; if it fails or comes too late, undo it."""
+    def _within(self, run: Callable[[], object], what: str, name: str = "") -> None:
+        """Ask the server for something, for `timeout` seconds at most.
+
+        If that fails or comes too late, version `name` is unloaded: at once, or by the thread that came too late.
+        """
         failed: list[BaseException] = []
         late: list[bool] = []
         ended = Event()
@@ -93,9 +107,12 @@ class Versions:
                 failed.append(e)
             with self._lock:
                 ended.set()
-            if late and undo is not None:
-                with suppress(Exception):  # there may be nothing to undo
-                    undo()
+            if late and name:
+                try:
+                    self._ask_to_unload(name)
+                except Exception:
+                    with self._lock:
+                        self.leftovers.append(name)  # the next `publish` tells
 
         if self.timeout is None:
             tried()
@@ -114,9 +131,8 @@ class Versions:
             )
         if not failed:
             return
-        if undo is not None:
-            with suppress(Exception):
-                self._within(undo, f"undo to {what}")
+        if name:
+            self._unload([name], self.leftovers)
         e = failed[0]
         if isinstance(e, TimeoutError):
             raise ServerTimeoutError(f"The server did not {what} in time: {e!r}.") from e
@@ -142,20 +158,32 @@ class Versions:
         finally:
             with self._lock:
                 self._used[name] -= 1
-            self._drop()
+                old = self._take([name] if name in self.names[: -self.keep] else [])
+            self._unload(old, self.names)
 
-    def _drop(self) -> None:
-        """Unload the versions that are old and not in use; those that cannot be stay in `names`, for the next time."""
-        with self._lock:
-            old = [name for name in self.names[: -self.keep] if not self._used[name]]
-            self.names = [name for name in self.names if name not in old]
-        for name in old:
+    def _take(self, names: list[str]) -> list[str]:
+        """Take the names that are not in use out of `self.names`, and return them. The caller holds the lock."""
+        free = [name for name in names if not self._used[name]]
+        self.names[:] = [name for name in self.names if name not in free]
+        return free
+
+    def _unload(self, names: list[str], kept: list[str]) -> None:
+        """Unload versions; warn of each that cannot be, and put its name before those in `kept`, for the next time."""
+        for name in names:
             try:
-                self._within(lambda name=name: self.unload(name), f"unload version '{name}'")  # type: ignore[misc]
+                self._within(lambda name=name: self._ask_to_unload(name), f"unload version '{name}'")  # type: ignore[misc]
             except Exception as e:
                 with self._lock:
-                    self.names.insert(0, name)
-                warn(f"Version '{name}' could not be unloaded, and takes a place on the server: {e!r}", PeftWarning)
+                    kept.insert(0, name)
+                warn(
+                    f"Version '{name}' could not be unloaded, and takes a place on the server: {e!r}. The next "
+                    "publish() tries it again.",
+                    PeftWarning,
+                )
+
+    def _ask_to_unload(self, name: str) -> None:
+        with suppress(AdapterNotFoundError, UnknownModelError):
+            self.unload(name)
 
     def state_dict(self) -> dict[str, int]:
         """Return what a resumed training needs, so that no name comes again."""

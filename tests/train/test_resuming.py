@@ -24,7 +24,7 @@ from graft.config import atomic
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, ConfigError
 from graft.io.seal import KEY
 from graft.io.tensors import digest_of, write_safetensors
-from graft.train import state_file
+from graft.train import resuming, state_file
 from graft.train.resuming import FILE, NOTE
 from tests import fresh, models
 from tests.train.resumed_loop import CASES, Training
@@ -322,12 +322,12 @@ def test_killed_at_any_moment(saves, moment, left, syncs, tmp_path):
 # contents that no training could go on with
 
 
-def forge(folder, change):
+def forge(folder, change, of=resuming):
     """Change the note and the tensors of a file, and give it the digest that fits."""
-    tensors = load((folder / FILE).read_bytes())
-    note = json.loads(tensors.pop(NOTE).numpy().tobytes())
+    tensors = load((folder / of.FILE).read_bytes())
+    note = json.loads(tensors.pop(of.NOTE).numpy().tobytes())
     change(note, tensors)
-    state_file.write(str(folder / FILE), NOTE, note, tensors)
+    state_file.write(str(folder / of.FILE), of.NOTE, note, tensors)
 
 
 def edited(*path, value):
@@ -342,14 +342,12 @@ def edited(*path, value):
     return change
 
 
-def torch_state(left, place):
-    def change(note, tensors):
-        state = bytearray(tensors["generator/cpu"].numpy().tobytes())
-        struct.pack_into("<i", state, 8, left)
-        struct.pack_into("<Q", state, 16, place)
-        tensors["generator/cpu"] = torch.frombuffer(state, dtype=torch.uint8)
-
-    return change
+def torch_state(state, left, place):
+    """Return a state of torch's generator with other positions."""
+    data = bytearray(state.numpy().tobytes())
+    struct.pack_into("<i", data, 8, left)
+    struct.pack_into("<Q", data, 16, place)
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def replaced(start, of, every=True):
@@ -373,8 +371,8 @@ FORGED = {
     "position of python": edited(*PYTHON, 1, "__tuple__", 624, value=2**31),
     "normal of python": edited(*PYTHON, 2, value="x"),
     "random states": edited("random", value=[]),
-    "position of torch": torch_state(624, 600),
-    "position of torch behind its numbers": torch_state(1, 700),
+    "position of torch": replaced("generator/cpu", lambda t: torch_state(t, 624, 600)),
+    "position of torch behind its numbers": replaced("generator/cpu", lambda t: torch_state(t, 1, 700)),
     "state of torch": replaced("generator/cpu", lambda t: t[:100]),
     "dtype of torch's state": replaced("generator/cpu", lambda t: t.float()),
     "no state of torch": lambda note, tensors: tensors.pop("generator/cpu"),

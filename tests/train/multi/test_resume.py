@@ -20,6 +20,7 @@ from graft.train.multi.loader import Loader
 from tests import fresh, models
 from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same, tiny
 from tests.train.multi.killed import STEPS
+from tests.train.test_resuming import edited, forge, torch_state
 
 ROOT = Path(__file__).parents[3]
 
@@ -281,6 +282,59 @@ def test_damaged_files(saved, damage):
     with pytest.raises(CheckpointError, match=str(path)):
         runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
     assert runs.model is None
+
+
+nan = float("nan")
+MOMENT = ("optimizer", "state", "__pairs__", 0, 1)
+FORGED = {
+    **{name: edited(name, value=7) for name in run_file.FIELDS},
+    "rate": edited("optimizer", "param_groups", 0, "lr", value=1e30),
+    "rate as text": edited("optimizer", "param_groups", 0, "lr", value="x"),
+    "parameters": edited("optimizer", "param_groups", 0, "params", value=[0, 0]),
+    "group": edited("optimizer", "param_groups", value=[]),
+    "states": edited("optimizer", "state", value=[]),
+    "state of nobody": edited("optimizer", "state", value={"__pairs__": [[99, {}]]}),
+    "no moment": edited(*MOMENT, value={"step": 3}),
+    "shape of a moment": edited(*MOMENT, "exp_avg", value={"__tensor__": "NUMBER"}),
+    "many steps": edited("step", value=2**60),
+    "steps without a curve": edited("step", value=2),
+    "curve": edited("curve", 0, value=[1, "x", 0.1, 0.1]),
+    "state of a run": edited("state", value=["unknown", None]),
+    "long position": edited("position", "taken", value=2**50),
+    "epoch": edited("position", "epoch", value=-1),
+    "began": edited("position", "began", value=[]),
+    "draws": edited("draws", value=[]),
+    "losses": edited("under_way", "losses", value=[{"__tensor__": "NUMBER"}] * 9),
+    "gradients": edited("under_way", "gradients", value=[]),
+    "values": edited("values", value={}),
+    "value": lambda note, tensors: note["values"].update({key: {"__tensor__": "NUMBER"} for key in note["values"]}),
+    "NaN": lambda note, tensors: tensors.update({k: t * nan for k, t in tensors.items() if t.is_floating_point()}),
+    "generator": lambda note, tensors: tensors.update({k: t[:9] for k, t in tensors.items() if t.dtype == torch.uint8}),
+    "position of a generator": lambda note, tensors: tensors.update(
+        {k: torch_state(t, 624, 600) for k, t in tensors.items() if t.dtype == torch.uint8}
+    ),
+    "base": edited("base", value={"weights": {"a": ["x"]}}),
+    "schedule": edited("schedule", value={"last_epoch": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_contents_change_nothing(saved, name):
+    def change(note, tensors):
+        tensors["NUMBER"] = torch.tensor(3.0)
+        FORGED[name](note, tensors)
+
+    base = tiny()
+    before = {key: t.clone() for key, t in base.state_dict().items()}
+    drawn = torch.get_rng_state()
+    runs = MultiTrain.resume(base, saved)
+    forge(saved / "plain", change, run_file)
+    with pytest.raises((CheckpointError, ConfigError)):
+        runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    assert runs.model is None and torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(t, before[key]) for key, t in base.state_dict().items())
+    runs.add("other", SPECS["plain"].config, **SPECS["plain"].options(2))
+    runs.run()
 
 
 def test_a_folder_without_runs(tmp_path):

@@ -16,7 +16,7 @@ import torch
 
 import graft
 from examples import sweep
-from graft.core.errors import ConfigError
+from graft.core.errors import CheckpointError, ConfigError
 from graft.train.multi import MultiTrain, run_file, search
 from graft.train.multi.sweep import TABLE
 from tests.train.multi.alone import BITS, Spec, alone, as_alone, batches, lora, tiny
@@ -213,6 +213,35 @@ def test_other_data_of_a_function_in_the_folder(tmp_path):
         swept(tmp_path, data=lambda setting: batches(8, seed=1), model=base)
     assert difference(before, snapshot(base)) == ""
     swept(tmp_path, data=lambda setting: batches(8))
+
+
+ODD = {
+    "no JSON": "{", "a list": [], "no rows": {"sweep": {}}, "rows": {"sweep": {}, "trials": 3},
+    "a row": {"sweep": {}, "trials": [3]}, "another number": lambda t: t["trials"].pop(),
+    "a name": lambda t: t["trials"][0].update(name="x"), "a path": lambda t: t["trials"][0].update(name="../x"),
+    "losses": lambda t: t["trials"][0].update(losses=["x"]), "steps": lambda t: t["trials"][0].update(steps=-1),
+    "state": lambda t: t["trials"][0].update(state=[]), "curve": lambda t: t["trials"][0].update(curve=[[1]]),
+    "deep": "[" * 100_000, "a key twice": '{"sweep": {}, "sweep": {}, "trials": []}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_table_that_is_damaged(name, tmp_path):
+    arguments = dict(space={"lr": [1e-3, 1e-2]}, data=batches(4), steps=2, rungs=1, folder=tmp_path)
+    swept(**arguments)
+    path = tmp_path / TABLE
+    document = json.loads(path.read_text())
+    odd = ODD[name]
+    if callable(odd):
+        odd(document)
+        odd = document
+    elif isinstance(odd, dict):
+        odd = odd | {"sweep": document["sweep"]}
+    path.write_text(odd if isinstance(odd, str) else json.dumps(odd))
+    held = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match=r"sweep\.json"):
+        swept(**arguments)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == held
 
 
 def test_settings_that_are_no_json(tmp_path, monkeypatch):

@@ -5,19 +5,46 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graft.config.reading import Json
-from graft.core.errors import ConfigError
+from graft.core.errors import CheckpointError, ConfigError, some
+from graft.io.check import fault
+from graft.io.fingerprint import check_note as check_fingerprint
 from graft.io.save import base_fingerprint
-from graft.train.multi.run import Point, Run, Valid
+from graft.train.multi.run import ENDED, FAILED, RUNNING, STOPPED, Point, Run, Valid
+from graft.train.state_check import (
+    OWN,
+    REMEDY,
+    check_fields,
+    check_finite,
+    check_generator,
+    check_like,
+    check_moments,
+    has,
+    is_count,
+    is_known,
+    is_number,
+)  # fmt: skip
 from graft.train.state_file import check_base, pack, read, slots, unpack, write
 
 FILE, NOTE = "run.safetensors", "run.json"
+FIELDS = {
+    "config": has(dict), "base": has(dict), "settings": has(dict), "values": has(dict), "optimizer": has(dict),
+    "schedule": lambda state: state is None or type(state) is dict, "draws": has(list, Tensor),
+    "position": has(dict), "under_way": has(dict), "step": is_count, "state": has(list), "unseen": has(bool),
+    "curve": has(list, list), "valid": has(list, list),
+    "first": lambda first: first is None or (type(first) is tuple and len(first) == 2 and type(first[0]) is str),
+}  # fmt: skip
+STATES = (RUNNING, ENDED, STOPPED, FAILED)
+POSITION = {"epoch": is_count, "taken": is_count, "began": has(list, Tensor)}
+UNDER_WAY = {"losses": has(list, Tensor), "gradients": lambda all_: all_ is None or type(all_) is list}
 
 
 def folders_in(folder: str) -> list[str]:
@@ -54,7 +81,9 @@ def load(name: str, folder: str) -> Json | None:
     path = os.path.join(folder, name, FILE)
     if not os.path.exists(path):
         return None
-    return read(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
+    note = read(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
+    check_fields(note, FIELDS, path)
+    return note
 
 
 def state_of(run: Run, model: nn.Module) -> Json:
@@ -109,8 +138,12 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
 
     Raises:
         BaseModelMismatchError: it was made on another base.
-        ConfigError: it has another config, other settings, or data with another first batch. Nothing has changed then.
+        ConfigError: it has another config, other settings, or data with another first batch.
+        CheckpointError: the file holds what no run could go on with, or optimizer or schedule refuse their state.
+            In any case the adapter's values have not changed.
     """
+    path = os.path.join(where, run.name, FILE)
+    check_fingerprint(state["base"], f"{path}: the fingerprint of the base")
     check_base(state["base"], base_fingerprint(model, run.name), f"Run '{run.name}' in {where}")
     own = {"config": run.config_values, "settings": settings(run)}
     for what, now in own.items():
@@ -122,7 +155,8 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
                 f"Run '{run.name}' in {where} was begun with {'; '.join(differ)}: add it as it was, or under another "
                 "name."
             )
-    first = state.get("first")
+    check_contents(run, model, state, path)
+    first = state["first"]
     if first is not None and not run.loader.begins_with(first):
         raise ConfigError(
             f"Run '{run.name}' in {where} was begun with other data: their first batch was another one. Add it with "
@@ -130,12 +164,15 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
         )
     if run.steps is not None and state["step"] > run.steps:
         raise ConfigError(f"Run '{run.name}' in {where} has made {state['step']} steps, and is to make {run.steps}.")
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.schedule is not None:
-        run.schedule.load_state_dict(state["schedule"])
+    for thing, name in (run.optimizer, "optimizer"), (run.schedule, "schedule"):
+        try:
+            if thing is not None:
+                thing.load_state_dict(state[name])
+        except Exception as e:  # of a class that graft does not know
+            raise CheckpointError(f"{path}: a {type(thing).__name__} refuses its state ({e!r}). {REMEDY}") from e
     run.take_up(**state["under_way"])
     run.step, (run.state, run.why) = state["step"], state["state"]
-    run.unseen = state.get("unseen", False)
+    run.unseen = state["unseen"]
     run.curve, run.valid = [Point(*p) for p in state["curve"]], [Valid(*v) for v in state["valid"]]
     if run.may_go_on:
         run.state, run.why = "running", None
@@ -143,3 +180,70 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
     to(**state["position"], now=state["draws"])
     for key, slot in slots(model, run.name):
         slot.assign(state["values"][key])
+
+
+def check_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
+    """Raise CheckpointError for contents of a run's file that would be put into place and that nothing could use."""
+    check_fields(state["position"], POSITION, f"{path}: the position in the data")
+    check_fields(state["under_way"], UNDER_WAY, f"{path}: the step under way")
+    losses, gradients = state["under_way"]["losses"], state["under_way"]["gradients"]
+    shapes = [p.shape for p in run.parameters]
+    right = {
+        "state": len(state["state"]) == 2 and state["state"][0] in STATES and isinstance(state["state"][1], str | None),
+        "curve": len(state["curve"]) == state["step"] and all(map(is_row(4), state["curve"])),
+        "valid": all(map(is_row(2), state["valid"])),
+        "position": state["position"]["taken"] <= (state["step"] + 1) * run.accumulate,  # it may have failed there
+        "losses": len(losses) < run.accumulate and all(loss.shape == () and is_number(loss) for loss in losses),
+        "gradients": (gradients is not None) == bool(losses) and len(gradients or shapes) == len(shapes) and all(
+            g is None or (isinstance(g, Tensor) and g.shape == shape and fault(g) is None)
+            for g, shape in zip(gradients or (), shapes)
+        ),
+    }  # fmt: skip
+    if wrong := [name for name, is_right in right.items() if not is_right]:
+        raise CheckpointError(f"{path}: {some(wrong)} are of another kind than a run has. {REMEDY}")
+    check_values(state["values"], {key: slot.tensor for key, slot in slots(model, run.name)}, path)
+    check_finite({"losses": torch.stack(losses)} if losses else {}, f"{path}: the step under way")
+    check_finite({f"{i}": g for i, g in enumerate(gradients or ())}, f"{path}: the gradients")
+    check_optimizer(run, state["optimizer"], path)
+    if (state["schedule"] is None) != (run.schedule is None):
+        raise CheckpointError(f"{path} has a schedule and the run has none, or the reverse. {REMEDY}")
+    if run.schedule is not None:
+        known = is_known(run.schedule, OWN)
+        check_like(state["schedule"], run.schedule.state_dict(), f"{path}: the schedule", known)
+    for states in (state["draws"], state["position"]["began"], *([state["first"][1]] if state["first"] else [])):
+        if not isinstance(states, list) or len(states) != len(run.draws.states):
+            raise CheckpointError(f"{path} has states of another number of generators than the run. {REMEDY}")
+        for generator in states:
+            check_generator(generator, path)
+
+
+def is_row(length: int) -> Callable[[list[object]], bool]:
+    """Return a function that says whether a list is a step, and so many numbers in all."""
+    return lambda row: len(row) == length and is_count(row[0]) and all(type(n) in (int, float) for n in row)
+
+
+def check_values(values: Json, here: dict[str, Tensor], path: str) -> None:
+    """Raise CheckpointError unless values are tensors of the names, shapes and dtypes that are here, and finite."""
+    if not values.keys() == here.keys():
+        raise CheckpointError(
+            f"{path} holds other tensors than the adapter has: {some(sorted(values.keys() ^ here.keys()))}. {REMEDY}"
+        )
+    for name, t in here.items():
+        value = values[name]
+        if not isinstance(value, Tensor) or fault(value) or (value.shape, value.dtype) != (t.shape, t.dtype):
+            raise CheckpointError(f"{path}: '{name}' is no tensor of shape {tuple(t.shape)} and {t.dtype}. {REMEDY}")
+    check_finite(values, f"{path}: the values")
+
+
+def check_optimizer(run: Run, state: Json, path: str) -> None:
+    """Raise CheckpointError unless the optimizer of a run can go on with a `state_dict`."""
+    check_fields(state, {"state": has(dict, dict), "param_groups": has(list, dict)}, f"{path}: the optimizer")
+    optimizer, groups = run.optimizer, run.optimizer.state_dict()["param_groups"]
+    check_like(state["param_groups"], groups, f"{path}: the optimizer's groups", is_known(optimizer, OWN))
+    group_of = {i: group for group in groups for i in group["params"]}
+    numbers = [i for group in state["param_groups"] for i in group.get("params", ())]
+    if numbers != [*group_of] or not state["state"].keys() <= group_of.keys():
+        raise CheckpointError(f"{path}: the optimizer has other parameters than the run. {REMEDY}")
+    for i, p in zip(group_of, (p for group in optimizer.param_groups for p in group["params"])):
+        of_p = state["state"].get(i, {})
+        check_moments(of_p, p.shape, optimizer, group_of[i], f"{path}: the optimizer's state of parameter {i}")

@@ -22,19 +22,26 @@ from torch import nn
 from graft.config.atomic import replace, write_text
 from graft.config.base import PeftConfig
 from graft.config.reading import Json, open_file, parsed
-from graft.core.errors import ConfigError
+from graft.core.errors import CheckpointError, ConfigError
 from graft.inject.report import as_cell
 from graft.train.multi import run_file
 from graft.train.multi.loader import first_digest
 from graft.train.multi.run import FAILED, Run, Valid
+from graft.train.multi.run_file import STATES, is_row
 from graft.train.multi.runs import AT_ONCE, MultiTrain, refuse_base_change
 from graft.train.multi.search import Setting, best_of, budgets, settings_in
 from graft.train.multi.table import Progress
+from graft.train.state_check import check_fields, has, is_count
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 TABLE = "sweep.json"
+ROW = {
+    "name": has(str), "state": lambda state: state in ("waiting", "dropped", "kept", *STATES),
+    "steps": is_count, "losses": has(list, float),
+    "curve": lambda points: has(list, list)(points) and all(map(is_row(4), points)),
+}  # fmt: skip
 Rows = list[Json]
 Exchange = Callable[[Rows], Sequence[Rows]]  # of a process's rows: those of all processes
 
@@ -389,6 +396,7 @@ class Job:
 
         Raises:
             ConfigError: it has another sweep.
+            CheckpointError: its table is damaged. Nothing has changed then.
         """
         self.note = run_file.described(note | {"settings": [t.setting for t in self.trials]})
         path = None if self.folder is None else os.path.join(self.folder, TABLE)
@@ -397,11 +405,16 @@ class Job:
             return
         with open_file(path) as f:
             document = parsed(f.read(), path)
-        differ = [key for key, value in self.note.items() if document.get("sweep", {}).get(key) != value]
+        check_fields(document, {"sweep": has(dict), "trials": has(list, dict)}, path)
+        differ = [key for key, value in self.note.items() if document["sweep"].get(key) != value]
         if differ:
             raise ConfigError(f"{path} is of another sweep, with other {', '.join(differ)}: give another folder.")
+        for row in document["trials"]:
+            check_fields(row, ROW, f"{path}: a row")
+        if [row["name"] for row in document["trials"]] != [trial.name for trial in self.trials]:
+            raise CheckpointError(f"{path} has rows of other names than its settings. Give another folder.")
         for trial, row in zip(self.trials, document["trials"]):
-            trial.learn(row)
+            trial.learn({key: row[key] for key in ROW})
 
     def save(self) -> None:
         if self.folder is not None and self.runs.names:

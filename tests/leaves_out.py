@@ -30,4 +30,5 @@ KERNELS_ON_CPUS = not_under("transformers", "4", "Mamba's mixers hand weights to
 EMBEDDINGS_APART = not_under("transformers", "4", "a T5 has one module for both of its embeddings")
 LATER_EPOCHS = not_under("transformers", "4", "Trainer takes other batches where it resumes within a later epoch")
 FP8_ON_CPUS = not_under("transformers", "4", "it loads weights in FP8 where there is a GPU alone, dequantized, too")
+PLANS = not_under("transformers", "4", "its models ask for autocast on the meta device, where torch has none")
 OPEN_SETTINGS = not_under("transformers", "4", "a GenerationConfig has a default for what it leaves open")

@@ -11,6 +11,9 @@ import graft
 from graft.command import plan  # noqa: F401  it registers itself
 from graft.command.app import app
 from graft.files.errors import OptionError
+from tests.leaves_out import PLANS
+
+pytestmark = PLANS
 
 
 @pytest.fixture
@@ -32,13 +35,11 @@ def test_plan_shows_layers_memory_and_what_fits(adapter, tmp_path):
     found = json.loads(run(*args, "--gpu", "2GB", "--json").stdout)
     assert found["layers"] == 4 and found["trainable"] == 2 * (4 * 64 + 4 * 48)
     assert found["memory"]["total"] > found["memory"]["weights"] > 0
-    ways = {(w["checkpointing"], w["bits"]): w for w in found["gpu"]["fits"]}
-    assert ways[True, None]["least"] < ways[False, None]["least"] and ways[False, None]["largest_batch"] > 2
-    assert found["gpu"]["largest_rank"] == 1024
-    small = json.loads(run(*args, "--gpu", "600MB", "--json").stdout)["gpu"]  # less than a context takes
-    assert small["largest_rank"] == 0 and not any(w["largest_batch"] for w in small["fits"])
-    text = run(*args, "--gpu", "2GB", "--trial").stdout
-    assert "batches up to" in text and "activations" in text and "Time on cpu" in text
+    assert found["gpu"] == {"bytes": 2 * 10**9, "fits": True}
+    text = run(*args, "--gpu", "2GB").stdout
+    assert "activations" in text and "It fits into 2 GB." in text
+    text = run(*args, "--gpu", "600MB").stdout  # less than a context takes
+    assert "It does not fit into 0.6 GB: try --checkpointing" in " ".join(text.split())
 
 
 def test_plan_of_packed_experts(tmp_path):
@@ -53,10 +54,9 @@ def test_plan_of_packed_experts(tmp_path):
     named = json.loads(run(*args, "--base", "mxfp4").stdout)
     config.quantization_config = {"quant_method": "mxfp4"}
     config.save_pretrained(tmp_path)
-    found = json.loads(run(*args, "--gpu", "2GB").stdout)
+    found = json.loads(run(*args).stdout)
     assert found["memory"]["base"] == "mxfp4" and found["trainable"] == plain["trainable"]
     assert found["memory"]["weights"] == named["memory"]["weights"] < plain["memory"]["weights"]
-    assert {w["bits"] for w in found["gpu"]["fits"]} == {"mxfp4"}
     assert json.loads(run(*args, "--base", "none").stdout)["memory"]["weights"] == plain["memory"]["weights"]
     with pytest.raises(OptionError, match="--base is one of nf4"):
         run(*args, "--base", "q4")

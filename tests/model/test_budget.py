@@ -22,11 +22,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import graft
 from graft.core.errors import ConfigError
-from graft.model.budget import Training, block_kinds, budget, coverage, largest_batch, loss_of, seconds
+from graft.model.budget import Training, block_kinds, budget, coverage, loss_of
 from graft.storage import stacks
-from tests.leaves_out import FUSED_EXPERTS
+from tests.leaves_out import FUSED_EXPERTS, PLANS
 from tests.storage.packed_experts import BOTH, EXPERTS, KINDS, WIDTH, blocks, made
 
+pytestmark = PLANS
 LLAMA = dict(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
 MODELS = {
     "llama": lambda n: LlamaForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=n)),
@@ -163,19 +164,6 @@ def test_what_trains_is_counted_once_and_optimizers_differ():
         budget(of, 1, optimizer="lion")
 
 
-@pytest.mark.parametrize("memory", [1.5, 4.0, 20.0])
-def test_the_largest_batch_fits_and_the_next_does_not(memory):
-    of = training("llama", layers=4, length=64)
-
-    def total(rows):
-        return budget(of, rows).total
-
-    free = memory * total(1)
-    most = largest_batch(total, free)
-    assert total(most) <= 0.97 * free < total(most + 1)
-    assert largest_batch(total, budget(of, 1).weights) == 0
-
-
 def test_a_model_of_pictures_is_refused():
     config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
     of = Training(lambda n: ViTModel(config), 2, CONFIGS["lora"](), 16)
@@ -183,26 +171,16 @@ def test_a_model_of_pictures_is_refused():
         budget(of, 1)
 
 
-def test_a_step_is_timed_by_a_block(monkeypatch):
-    """On a clock that each block moves on by a second, and the rest of the model by three."""
-    now = 0.0
+def test_a_model_that_does_not_run_on_meta_says_so():
+    class PickyForCausalLM(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            with torch.autocast(out.loss.device.type, enabled=False):
+                return out
 
-    def moves(by):
-        def move(*_):
-            nonlocal now
-            now += by
-
-        return move
-
-    def made(blocks):
-        model = MODELS["llama"](blocks)
-        model.lm_head.register_forward_hook(moves(3.0))
-        for block in model.model.layers:
-            block.register_forward_hook(moves(1.0))
-        return model
-
-    monkeypatch.setattr("graft.model.budget.time.perf_counter", lambda: now)
-    assert seconds(Training(made, 12, CONFIGS["lora"](), 8, torch.float32), 1, False, "cpu") == 15.0
+    of = Training(lambda n: PickyForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=n)), 2, CONFIGS["lora"](), 16)
+    with pytest.raises(ConfigError, match=r"PickyForCausalLM cannot run on tensors without values.*transformers 5"):
+        budget(of, 1)
 
 
 def test_blocks_without_an_adapter_are_counted():

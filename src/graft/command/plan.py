@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import copy
-from bisect import bisect_right
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from graft.model.budget import Training
 
 DTYPES = ("float32", "float16", "bfloat16")
-RANKS = tuple(2**n for n in range(2, 11))
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -50,9 +46,7 @@ def plan(
         bool, typer.Option("--checkpointing", help="Blocks run again in the backward pass.")
     ] = False,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, sgd.")] = "adamw",
-    trial: Annotated[bool, typer.Option("--trial", help="Time a step, by running one block and two.")] = False,
-    device: Annotated[str, typer.Option(help="On which --trial runs.")] = "cpu",
-    gpu: Annotated[str | None, typer.Option(help="Memory of a GPU, 24GB: say what fits.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Memory of a GPU, 24GB: say whether the step fits.")] = None,
     as_json: show.Json = False,
     quiet: show.Quiet = False,
 ) -> None:
@@ -66,7 +60,7 @@ def plan(
     from graft.files.merging.skeleton import skeleton
     from graft.files.sources import find_base
     from graft.model.api import plan as planned
-    from graft.model.budget import budget, seconds
+    from graft.model.budget import SPARE, budget
 
     if dtype not in DTYPES:
         raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
@@ -83,12 +77,7 @@ def plan(
     how = {"batch": batch, "seq": length, "dtype": dtype, "checkpointing": checkpointing, "base": packed}
     found["memory"] = memory.as_dict() | how
     if gpu is not None:
-        found["gpu"] = {
-            "bytes": size(gpu), "fits": fits(training, optimizer, size(gpu), packed),
-            "largest_rank": largest_rank(training, batch, checkpointing, optimizer, size(gpu), packed),
-        }  # fmt: skip
-    if trial:
-        found["time"] = {"seconds": seconds(training, batch, checkpointing, device), "device": device}
+        found["gpu"] = {"bytes": size(gpu), "fits": memory.total <= size(gpu) * (1 - SPARE)}
     if as_json:
         print_json(found)
     elif not quiet:
@@ -173,39 +162,6 @@ def period(kinds: list[str]) -> int:
     return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), 1)
 
 
-def fits(training: Training, optimizer: str, gpu: int, packed: str | None = None) -> list[Json]:
-    """Return the largest batch for each way of training, and what a step with one row takes."""
-    from graft.model.budget import budget, largest_batch
-
-    found = []
-    for bits, checkpointing in product((packed,) if packed else (None, 4), (False, True)):
-
-        def total(rows: int, checkpointing: bool = checkpointing, bits: int | str | None = bits) -> float:
-            return budget(training, rows, checkpointing, optimizer, bits).total
-
-        most = largest_batch(total, gpu)
-        found.append({"checkpointing": checkpointing, "bits": bits, "least": total(1), "largest_batch": most})
-    return found
-
-
-def largest_rank(
-    training: Training, batch: int, checkpointing: bool, optimizer: str, gpu: int, packed: str | None = None
-) -> int | None:
-    """Return the largest rank of a few that fits a step; 0 if none does, None if the method has none."""
-    from graft.model.budget import SPARE, budget
-
-    if not hasattr(training.config, "r"):
-        return None
-
-    def total(rank: int) -> float:
-        size: Json = {"r": rank}  # which not every config has
-        other = replace(training, config=replace(training.config, **size), steps={})
-        return budget(other, batch, checkpointing, optimizer, packed).total
-
-    n = bisect_right(RANKS, gpu * (1 - SPARE), key=total)
-    return RANKS[n - 1] if n else 0
-
-
 def print_report(report: InjectReport, found: Json) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -231,15 +187,6 @@ def print_report(report: InjectReport, found: Json) -> None:
             table.add_row(title, f"{memory[name] / 1e9:.3f}", style="bold" if name == "total" else "")
     console.print(table)
     if "gpu" in found:
-        console.print(f"In {found['gpu']['bytes'] / 1e9:g} GB:")
-        for way in found["gpu"]["fits"]:
-            how = f"{'with' if way['checkpointing'] else 'without'} checkpointing, base in " + (
-                f"{way['bits']} bits" if isinstance(way["bits"], int) else way["bits"] or memory["dtype"]
-            )
-            most = way["largest_batch"]
-            console.print(f"  {how}: " + (f"batches up to {most}" if most else "does not fit"))
-        most = found["gpu"]["largest_rank"]
-        if most is not None:
-            console.print("  the step above: " + (f"ranks up to {most}" if most else "does not fit with any rank"))
-    if "time" in found:
-        console.print(f"Time on {found['time']['device']}: {found['time']['seconds']:.3g} s, by one block and two.")
+        memory = f"{found['gpu']['bytes'] / 1e9:g} GB"
+        remedy = "try --checkpointing, --base nf4 or a smaller --batch."
+        console.print(f"It fits into {memory}." if found["gpu"]["fits"] else f"It does not fit into {memory}: {remedy}")

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory and time that training an adapter takes, measured: no formula is assumed.
+"""The memory that training an adapter takes, measured: no formula is assumed.
 
-For memory a training step runs on the meta device, where tensors have no values, and all that lives in it is counted.
-What a block takes is the difference between the model with one block and with two; so it is for time, on a real device.
+A training step runs on the meta device, where tensors have no values, and all that lives in it is counted. What a block
+takes is the difference between the model with one block and with two.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
-from threading import Lock
 from typing import Any
 
 import torch
@@ -92,7 +90,6 @@ class Training:
     dtype: torch.dtype = torch.bfloat16
     on_gpu: bool = False
     period: int = 1
-    steps: dict[tuple[int, bool], Step] = field(default_factory=dict)
 
     def model(self, blocks: int, device: str = "meta", checkpointing: bool = False) -> PeftModel:
         """Return the model with so many blocks and an adapter, ready to train."""
@@ -128,12 +125,8 @@ class Training:
             a, b = self.step(MANY // 2, checkpointing), self.step(MANY, checkpointing)
             more = (batch - MANY) / (MANY - MANY // 2)
             return Step(b.activations + more * (b.activations - a.activations), b.peak + more * (b.peak - a.peak))
-        if (batch, checkpointing) not in self.steps:
-            of = cache(lambda n: measured(self.model(n, "meta", checkpointing), batch, self.length, self.on_gpu))
-            self.steps[batch, checkpointing] = Step(
-                self.extrapolated(lambda n: of(n).activations), self.extrapolated(lambda n: of(n).peak)
-            )
-        return self.steps[batch, checkpointing]
+        of = cache(lambda n: measured(self.model(n, "meta", checkpointing), batch, self.length, self.on_gpu))
+        return Step(self.extrapolated(lambda n: of(n).activations), self.extrapolated(lambda n: of(n).peak))
 
 
 @contextmanager
@@ -216,42 +209,17 @@ def measured(model: PeftModel, batch: int, length: int, on_gpu: bool) -> Step:
     """Run a training step on the meta device, and count the memory that lives in it."""
     live = Live(model)
     try:
-        with autocast_on_meta(), FusedAttention(on_gpu), live:
+        with FusedAttention(on_gpu), live:
             loss = loss_of(model, torch.zeros(batch, length, dtype=torch.long, device="meta"))
             activations = live.bytes
             torch.autograd.backward(loss)  # unlike `loss.backward`, within both modes: blocks may run again
-    except NotImplementedError as e:
-        raise ConfigError(f"{type(model.get_base_model()).__name__} computes what depends on values: {e}") from None
+    except RuntimeError as e:
+        name = type(model.get_base_model()).__name__
+        raise ConfigError(
+            f"{name} cannot run on tensors without values, as a plan needs: {e} Models of transformers 4 ask for "
+            "autocast there: install transformers 5."
+        ) from None
     return Step(activations, live.peak)
-
-
-AUTOCAST = Lock()  # one at a time has its class in torch's place
-
-
-@contextmanager
-def autocast_on_meta() -> Iterator[None]:
-    """Let models ask for autocast by the device of their inputs, as rotary embeddings of transformers 4 do to switch it
-    off: torch refuses to make one for the meta device, where there is none."""
-    real = torch.autocast
-
-    class Autocast(real):  # type: ignore[misc,valid-type]
-        def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-            self.none = device_type == "meta"
-            if not self.none:
-                super().__init__(device_type, *args, **kwargs)
-
-        def __enter__(self) -> object:
-            return self if self.none else super().__enter__()
-
-        def __exit__(self, *raised: Any) -> object:
-            return None if self.none else super().__exit__(*raised)
-
-    with AUTOCAST:
-        torch.autocast = Autocast  # type: ignore[misc]
-        try:
-            yield
-        finally:
-            torch.autocast = real  # type: ignore[misc]
 
 
 class Live(TorchDispatchMode):
@@ -357,51 +325,6 @@ def loss_of(model: PeftModel, ids: Tensor) -> Tensor:
         loss: Tensor = model(**inputs, labels=ids).loss
         return loss
     return model(**inputs)[0].float().mean()  # type: ignore[no-any-return]
-
-
-def seconds(training: Training, batch: int, checkpointing: bool, device: str, steps: int = 3) -> float:
-    """Return the time of a training step on a device: the shortest of `steps`, by one block and by two."""
-
-    def measure(blocks: int) -> float:
-        model = training.model(blocks, device, checkpointing)
-        ids = torch.zeros(batch, training.length, dtype=torch.long, device=device)
-        took = []
-        for _ in range(steps + 1):  # the first finds caches cold
-            model.zero_grad()
-            start = time.perf_counter()
-            loss_of(model, ids).backward()
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            took.append(time.perf_counter() - start)
-        return min(took[1:])
-
-    return training.extrapolated(measure)
-
-
-def largest_batch(total: Callable[[int], float], memory: float) -> int:
-    """Return the largest batch that fits; 0 if none does. Memory is nearly a line, which bends where another moment
-    becomes the fullest.
-
-    Args:
-        total: rows → bytes that a step with so many takes.
-    """
-    free = memory * (1 - SPARE)
-    if total(1) > free:
-        return 0
-
-    def last(a: int, b: int) -> int:
-        """Return the last number of rows at which the line through two is not above what is free."""
-        return a + int((free - total(a)) * (b - a) // (total(b) - total(a)))
-
-    fits, fails = 1, last(1, 2) + 1
-    while total(fails) <= free:
-        fits, fails = fails, 2 * fails
-    while fails - fits > 1:
-        guess = last(fits, fails)
-        for rows in (guess, guess + 1, (fits + fails) // 2):  # the first two end it where memory is a line
-            if fits < rows < fails:
-                fits, fails = (rows, fails) if total(rows) <= free else (fits, rows)
-    return fits
 
 
 def coverage(matched: list[str], kinds: dict[str, str]) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,10 @@ import pytest
 SEED = "1"
 LONG = set(Path(__file__).with_name("quick_without.txt").read_text().split())
 # one test in so many of a function runs: laws meet every method, layer and storage in a few milliseconds each
-SHARES = {"tests/conformance/": 5, "tests/storage/": 8, "tests/kernels/": 8, "tests/core/": 3, "tests/": 40}
+SHARES = {
+    "tests/conformance/": 3, "tests/storage/": 5, "tests/kernels/": 5, "tests/core/": 1, "tests/io/": 5,
+    "tests/inject/": 5, "tests/methods/": 8, "tests/": 25,
+}  # fmt: skip
 
 
 def draw_tests(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -81,7 +81,8 @@ def load(name: str, folder: str) -> Json | None:
     path = os.path.join(folder, name, FILE)
     if not os.path.exists(path):
         return None
-    note = read(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
+    older = {"first": None}  # fields that files of earlier states of graft lack
+    note = older | read(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
     check_fields(note, FIELDS, path)
     return note
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TABLE = "sweep.json"
+DIGESTS = {"data", "valid"}  # of the first batches; tables of earlier states of graft have none
 ROW = {
     "name": has(str), "state": lambda state: state in ("waiting", "dropped", "kept", *STATES),
     "steps": is_count, "losses": has(list, float),
@@ -406,7 +407,9 @@ class Job:
         with open_file(path) as f:
             document = parsed(f.read(), path)
         check_fields(document, {"sweep": has(dict), "trials": has(list, dict)}, path)
-        differ = [key for key, value in self.note.items() if document["sweep"].get(key) != value]
+        recorded = document["sweep"]
+        known = {key: value for key, value in self.note.items() if key in recorded or key not in DIGESTS}
+        differ = [key for key, value in known.items() if recorded.get(key) != value]
         if differ:
             raise ConfigError(f"{path} is of another sweep, with other {', '.join(differ)}: give another folder.")
         for row in document["trials"]:

@@ -169,7 +169,7 @@ def test_a_config_that_selects_nothing_is_found(places, run):
     assert code == 1 and "unused-target" in said
 
 
-@pytest.mark.parametrize("to", ["mlx", "kohya", "litgpt", "torchtune", "gguf"])
+@pytest.mark.parametrize("to", ["mlx", "kohya", "adapterhub", "gguf"])
 def test_a_full_disk_leaves_nothing(to, places, run, tmp_path, monkeypatch):
     """In a process whose files may have a kilobyte: what writes them does not always say so."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python's would be cut off, and raise at the next import

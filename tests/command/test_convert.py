@@ -31,7 +31,12 @@ def test_a_file_becomes_another(tmp_path):
 @pytest.mark.parametrize(
     "words, code, said",
     [
-        (["mlx_dora", "--to", "litgpt", "--base", "base_llama"], 5, "DoRA's magnitude: model.layers.1.mlp.down_proj"),
+        (
+            ["mlx_dora", "--to", "adapterhub", "--base", "base_llama"],
+            5,
+            "DoRA's magnitude: model.layers.1.mlp.down_proj",
+        ),
+        (["mlx_lora", "--to", "torchtune"], 2, "The format 'torchtune' is read, and not written. Formats"),
         (["lycoris_locon", "--to", "peft"], 2, "--base"),
         (["lycoris_locon", "--to", "peft", "--base", "base_llama"], 4, "has no modules for"),
         (["base_net", "--to", "peft"], 3, "no adapter of a format that graft reads"),
@@ -47,5 +52,7 @@ def test_refusals(tmp_path, words, code, said):
 
 def test_lossy_says_what_it_leaves_out(tmp_path):
     base = FIXTURES / "base_llama"
-    done = graft("convert", FIXTURES / "mlx_dora", "--to", "litgpt", "--base", base, "--lossy", "-o", tmp_path / "out")
+    done = graft(
+        "convert", FIXTURES / "mlx_dora", "--to", "adapterhub", "--base", base, "--lossy", "-o", tmp_path / "out"
+    )
     assert "lost: DoRA's magnitude: model.layers.1.mlp.down_proj\n" in done.stdout

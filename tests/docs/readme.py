@@ -11,7 +11,7 @@ from benchmarks import results
 from benchmarks.results import Run
 from benchmarks.rows import BENCHES
 from benchmarks.tables import line, ratio, show
-from graft.files.formats import FORMATS
+from graft.files.formats import FORMATS, WRITTEN
 from graft.files.serving import servers
 from graft.methods import ROWS
 from graft.serving.verify import FAULTS
@@ -45,7 +45,7 @@ def counted() -> list[list[str]]:
                 ("layer methods that differ by row of a batch", "rows of a batch"),
             )
         ),
-        ["formats of adapter files, both ways", str(len(FORMATS)), "1", here],
+        ["formats of adapter files, read/written", f"{len(FORMATS)}/{len(WRITTEN)}", "1", here],
         ["servers whose reading of adapters `graft check` knows", str(len(servers())), "–", here],
         ["faults that `graft verify` tells apart on a running server", str(len(FAULTS)), "–", "`make test-serving`"],
         suite(),

@@ -207,7 +207,7 @@ def test_an_unknown_server(tmp_path):
 
 
 def test_a_format_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "FORMATS", ("peft",))
+    monkeypatch.setattr(formats, "WRITTEN", ("peft",))
     with pytest.raises(OptionError, match="gguf"):
         exported("plain", tmp_path, "llama.cpp")
     assert not os.listdir(tmp_path)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The libraries themselves load what graft writes in their formats, and compute the change of weights that it has."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -61,63 +59,3 @@ def test_lycoris(tmp_path, name):
         if path in before:
             found[path] = (weight_in_forward(m).detach().double() - before[path].double()).numpy()
     assert_same(found, wanted(name), 4e-6)
-
-
-@pytest.mark.parametrize("name", ["torchtune_lora", "torchtune_dora", "mlx_lora"])
-def test_torchtune(tmp_path, name):
-    from torchtune.models import convert_weights
-    from torchtune.models.llama2 import lora_llama2
-    from torchtune.modules.peft import get_merged_lora_ckpt
-
-    convert(FIXTURES / name, "peft", tmp_path / "peft", BASE)
-    convert(tmp_path / "peft", "torchtune", tmp_path / "out", BASE)
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    heads = dict(num_heads=4, num_kv_heads=2, dim=16)
-    theirs = {v: k for k, v in convert_weights._TO_PEFT_TARGET_MODULES.items()}
-    targets = {theirs[t] for t in config["target_modules"]}
-    model = lora_llama2(
-        sorted(targets & {"q_proj", "k_proj", "v_proj", "output_proj"}),
-        apply_lora_to_mlp=bool(targets & {"w1", "w2", "w3"}),
-        apply_lora_to_output="output" in targets, vocab_size=32, num_layers=2, num_heads=4, num_kv_heads=2,
-        embed_dim=16, intermediate_dim=24, max_seq_len=64, lora_rank=config["r"], lora_alpha=config["lora_alpha"],
-        use_dora=config["use_dora"],
-    )  # fmt: skip
-    model.load_state_dict(convert_weights.hf_to_tune(llama_weights(str(BASE)), **heads), strict=False)
-    held = torch.load(tmp_path / "out" / "adapter_model.pt")
-    assert not model.load_state_dict(held, strict=False).unexpected_keys
-    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    merged = get_merged_lora_ckpt(state, rank=config["r"], alpha=config["lora_alpha"])
-    assert_same(near(differences(convert_weights.tune_to_hf(merged, **heads))), wanted(name))
-
-
-@pytest.mark.parametrize("name", ["litgpt_lora", "mlx_lora", "torchtune_lora"])
-def test_litgpt(tmp_path, name):
-    from collections import defaultdict
-
-    from litgpt.lora import GPT, Config, lora_filter, merge_lora_weights
-    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
-    from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
-    from litgpt.scripts.merge_lora import load_lora_metadata
-
-    convert(FIXTURES / name, "peft", tmp_path / "peft", BASE)
-    out = tmp_path / "out"
-    convert(tmp_path / "peft", "litgpt", out, BASE)
-    with open(out / "hyperparameters.yaml", "a") as f:  # what litgpt's own runs say, too
-        f.write("checkpoint_dir: nowhere\nprecision: null\n")
-    run, _, _ = load_lora_metadata(out)
-    config = Config.from_file(out / "model_config.yaml", **run)
-    model = GPT(config)
-    theirs, weights = {}, llama_weights(str(BASE))
-    copy_weights_hf_llama(
-        config, defaultdict(lambda: defaultdict(dict)), theirs, {k: v.clone() for k, v in weights.items()}
-    )
-    model.load_state_dict(theirs, strict=False)
-    held = torch.load(out / "lit_model.pth.lora")["model"]
-    assert not model.load_state_dict(held, strict=False).unexpected_keys
-    assert held.keys() <= {k for k, v in model.state_dict().items() if lora_filter(k, v)}
-    merge_lora_weights(model)
-    after: dict = {}
-    copy_weights_llama(
-        config, after, {k.replace("linear.", ""): v for k, v in model.state_dict().items() if not lora_filter(k, v)}
-    )
-    assert_same(near(differences({k: after[k] for k in weights})), wanted(name))

@@ -21,7 +21,7 @@ from graft.core.errors import CheckpointError
 from graft.files import output
 from graft.files.convert import ENDS, convert
 from graft.files.errors import OutputExistsError
-from graft.files.formats import FORMATS, module_of
+from graft.files.formats import WRITTEN
 from graft.files.merging.merge import merge
 from tests.trust.folders import files
 
@@ -330,7 +330,7 @@ def test_force_replaces_what_the_verb_has_written_whole_or_damaged(places, run, 
     assert files(here / "out") == wanted
 
 
-WRITERS = [name for name in FORMATS if hasattr(module_of(name), "write") and name != "pyreft"]
+WRITERS = [name for name in WRITTEN if name != "pyreft"]
 
 
 @pytest.mark.parametrize("to", WRITERS)

@@ -12,14 +12,14 @@ import typer
 from graft.command import show
 from graft.command.app import CHANGE, app, print_json
 from graft.files.errors import OptionError
-from graft.files.formats import FORMATS
+from graft.files.formats import WRITTEN
 
 
 @app.command(rich_help_panel=CHANGE)
 def convert(
     adapter: show.Adapter,
     to: Annotated[
-        str, typer.Option(autocompletion=lambda: [*FORMATS], help=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.")
+        str, typer.Option(autocompletion=lambda: [*WRITTEN], help=f"{', '.join(WRITTEN[:-1])} or {WRITTEN[-1]}.")
     ],
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="A file or folder; next to the adapter if not given.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from graft.core.errors import BaseModelMismatchError
 from graft.files import names
 from graft.files.bases import base_of, wider
-from graft.files.formats import Base, is_model, module_of, read, recognise
+from graft.files.formats import Base, is_model, read, recognise, writer_of
 from graft.files.holding import PEFT, fit, one_scale
 from graft.files.lycoris import as_peft
 from graft.files.neutral import AdapterFile
@@ -68,7 +68,7 @@ def convert(
         OptionError: `out` is the source or the base, or lies in one of them.
     """
     source = os.fspath(source)
-    form, of = module_of(to), recognise(source)
+    form, of = writer_of(to), recognise(source)
     target = os.path.abspath(beside(source, to) if out is None else os.fspath(out))
     if to in ENDS and out is not None and os.path.isdir(target) and not force and not is_model(target):
         target = os.path.join(target, f"adapter{ENDS[to]}")

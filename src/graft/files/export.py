@@ -16,7 +16,7 @@ from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, some
 from graft.files.algebra import block_diagonal
 from graft.files.errors import LossError
-from graft.files.formats import Base, module_of
+from graft.files.formats import Base, writer_of
 from graft.files.holding import padded
 from graft.files.inspect import check_finite
 from graft.files.names import check_shapes
@@ -63,7 +63,7 @@ def export(adapter: AdapterFile, server: str, base: Base, path: str) -> Exported
     """
     target = server_named(server)
     made, report = plain(adapter, target, base)
-    module_of(target.formats[0]).write(made, path, base)
+    writer_of(target.formats[0]).write(made, path, base)
     return report
 
 

@@ -22,6 +22,7 @@ from graft.files.tensors import read_header
 
 # in the order in which they look at a path
 FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "pyreft", "kohya", "diffusers")
+WRITTEN = tuple(name for name in FORMATS if name not in ("torchtune", "litgpt"))  # whose libraries have ended
 
 
 NEMO = "adapter_metadata.json"  # beside the weights that NeMo 2 saves
@@ -54,7 +55,7 @@ class Format(Protocol):
     """A module of this package."""
 
     NAME: str  # as `--to` takes it
-    FOLDER: tuple[tuple[str, ...], tuple[str, ...]]  # names, as in a shell, of files that it writes: weights, others
+    FOLDER: tuple[tuple[str, ...], tuple[str, ...]]  # names, as in a shell, of its files: weights, others
 
     def recognises(self, path: str) -> bool:
         """Return True if a file or folder is of this format; a look at names and a header, never at values."""
@@ -62,14 +63,27 @@ class Format(Protocol):
     def read(self, path: str, base: Base | None = None) -> AdapterFile: ...
 
     def write(self, adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-        """Write a file or folder, whole or not at all; return what was lost, empty unless `lossy`."""
+        """Write a file or folder, whole or not at all; return what was lost, empty unless `lossy`.
+
+        Of formats in `WRITTEN`.
+        """
 
 
 def module_of(name: str) -> ModuleType:
     """Return the module of a format by its name."""
-    if name not in FORMATS:
-        raise OptionError(f"There is no format {name!r}; there are {', '.join(FORMATS)}.")
     return import_module(f"graft.files.formats.{name}")
+
+
+def writer_of(name: str) -> ModuleType:
+    """Return the module of a format that graft writes, by its name.
+
+    Raises:
+        OptionError: there is no such format, or graft only reads it.
+    """
+    if name not in WRITTEN:
+        what = f"The format {name!r} is read, and not written" if name in FORMATS else f"There is no format {name!r}"
+        raise OptionError(f"{what}. Formats that graft writes: {', '.join(WRITTEN)}.")
+    return module_of(name)
 
 
 def recognise(path: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchtune: a folder with adapter_model.pt and a config; its own names, and the rows of q and k as pairs.
+"""torchtune, read only: a folder with adapter_model.pt and a config; its own names, and the rows of q and k as pairs.
 
 The PEFT files that torchtune 0.6 writes beside it are wrong for DoRA, whose magnitude it leaves in the other order, and
 for Qwen, whose rows it permutes though they are no pairs: graft reads adapter_model.pt.
@@ -7,37 +7,32 @@ for Qwen, whose rows it permutes though they are no pairs: graft reads adapter_m
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from dataclasses import replace as with_
+from dataclasses import replace
 
-from graft.config.atomic import replace, write_text
 from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.errors import BaseNeededError, LossError
 from graft.files.formats import Base, one_file
-from graft.files.formats.peft import numbers_at, plain
-from graft.files.holding import Holds, both, check_lost, fit, misfit
+from graft.files.formats.peft import numbers_at
+from graft.files.holding import both, misfit
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.pickles import mentions, read_torch, tensors_of, to_torch, write_torch
-from graft.files.rope import heads_of, interleaved, two_halves
+from graft.files.pickles import mentions, read_torch, tensors_of
+from graft.files.rope import heads_of, two_halves
 from graft.files.tensors import Tensor
 
 NAME = "torchtune"
 FILE, CONFIG = "adapter_model.pt", "adapter_config.json"
 FOLDER = (FILE,), (CONFIG,)
-HOLDS = Holds("alpha", False, frozenset({"magnitude"}))
 NAMES = {  # torchtune's → transformers', of llama's family and Qwen2; Phi's fused layers have no names of their own
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
     "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }  # fmt: skip
-BACK = {theirs: own for own, theirs in NAMES.items()}
 LEAVES = {"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "magnitude"}
 KEY = re.compile(rf"(?P<path>.+)\.(?P<leaf>{'|'.join(map(re.escape, LEAVES))})")
 OWN = re.compile(r"(?:decoder\.)?layers\.(?P<number>\d+)\.(?P<rest>.+)")
-THEIRS = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<rest>.+)")
 PAIRS = {"llama", "mistral", "gemma", "gemma2"}  # model types whose q and k torchtune keeps as pairs
 HALVES = {"qwen2"}
 
@@ -101,7 +96,7 @@ def low_rank(out: AdapterFile, name: str, tensors: dict[str, Tensor], config: Js
     if heads is None:
         return made
     magnitude = None if made.magnitude is None else two_halves(made.magnitude, heads)
-    return with_(made, B=two_halves(B, heads), magnitude=magnitude)
+    return replace(made, B=two_halves(B, heads), magnitude=magnitude)
 
 
 def heads_in(name: str, base: Base | None) -> int | None:
@@ -125,44 +120,3 @@ def heads_in(name: str, base: Base | None) -> int | None:
     if kind not in PAIRS:
         raise LossError(f"graft does not know torchtune's order of the rows of {name} for model type {kind!r}.")
     return heads_of(base, leaf == "k_proj")
-
-
-def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write a folder with adapter_model.pt and adapter_config.json. Ranks are filled up, scales folded into B.
-
-    Raises:
-        LossError: torchtune has no name for a module.
-    """
-    made, lost = fit(adapter, HOLDS, NAME, lossy, base)
-    names = {module: named(module) for module in made.modules}
-    lost += [f"no name in torchtune: {module}" for module, name in names.items() if name is None]
-    modules = {module: m for module, m in made.low_rank.items() if names[module]}
-    check_lost(adapter, NAME, lost, lossy, modules)
-    tensors: dict[str, object] = {}
-    for module, m in modules.items():
-        heads = heads_in(module, base)
-        B, magnitude = m.B, m.magnitude
-        if heads is not None:
-            B, magnitude = interleaved(B, heads), None if magnitude is None else interleaved(magnitude, heads)
-        tensors |= {f"{names[module]}.lora_a.weight": to_torch(m.A), f"{names[module]}.lora_b.weight": to_torch(B)}
-        if magnitude is not None:
-            tensors[f"{names[module]}.magnitude"] = to_torch(magnitude)
-    first = next(iter(modules.values()))
-    config = {
-        "peft_type": "LORA", "r": first.rank, "lora_alpha": plain(first.scale * first.rank),
-        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
-        "base_model_name_or_path": adapter.base, "use_dora": any(m.magnitude is not None for m in modules.values()),
-    }  # fmt: skip
-    os.makedirs(path, exist_ok=True)
-    write_torch(os.path.join(path, FILE), tensors)
-    replace(os.path.join(path, CONFIG), write_text(json.dumps(config, indent=2, sort_keys=True) + "\n"))
-    return lost
-
-
-def named(path: str) -> str | None:
-    """Return torchtune's path of a module; None: it has none."""
-    if path == "lm_head":
-        return "output"
-    match = THEIRS.fullmatch(path)
-    own = None if match is None else BACK.get(match["rest"])
-    return None if match is None or own is None else f"layers.{match['number']}.{own}"

@@ -37,6 +37,9 @@ VERBS = {
     "error": "inspect nowhere",
 }
 KINDS = ((dict, "object"), (list, "list"), (str, "text"), ((int, float, type(None)), "number"))
+GONE = {  # what documents no longer hold, by name and beginning of the place
+    "plan": ("/gpu/fits", "/gpu/largest_rank"),  # one step is planned, and no other is searched for
+}
 OWN_NUMBERS = ("check", "plan", "verify")  # that follow from data, or from versions of other packages
 
 

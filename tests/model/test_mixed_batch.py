@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import graft
@@ -276,3 +277,14 @@ def test_the_first_tensor_counts_the_rows_wherever_it_stands():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(model(x, adapter_names=["default"] * 2), model(x=x, adapter_names=["default"] * 2))
+
+
+def test_a_batch_norm_keeps_rows_of_other_adapters_apart():
+    """It takes its statistics from all rows that it runs on: of each adapter, its own."""
+    base = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).train()
+    plain = graft.LoraConfig(target_modules=["0"])
+    alone = graft.get_peft_model(copy.deepcopy(base), copy.deepcopy(plain))
+    model = graft.get_peft_model(base, graft.LNTuningConfig(target_modules=["1"]), "norm", mixed=True)
+    model.add_adapter("plain", plain)
+    x = torch.randn(8, 8)
+    assert_close(model(x, adapter_names=["plain"] * 4 + ["norm"] * 4)[:4], alone(x[:4]))

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _NormBase
 
 from graft.core import fused
 from graft.core.effect import Factors, matrix
 from graft.core.errors import RoutingError
 from graft.core.method import as_it_is
+from graft.core.ops import find_op
 from graft.core.plan import (
     Block,
     Folded,
@@ -91,8 +93,10 @@ class Mixed:
         self.last: BatchGroups | None = None
         # A norm uses its input several times. Gradients of rows that no adapter changes are summed with those of other
         # uses one by one, as where no adapter acts; a part of the input would sum its own first.
-        leaf = not layer.op.known and not [*layer.base_module.children()]
-        self.whole_base = leaf and not self.aside and len(plans) < len(keys)
+        base = layer.base_module
+        op = find_op(base) if self.aside else layer.op
+        leaf = not op.known and not [*base.children()] and not isinstance(base, _NormBase)  # which mixes rows
+        self.whole_base = leaf and len(plans) < len(keys)
         self.joins: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
 
     def run(self, rows: Rows, *args: object, **kwargs: object) -> object:

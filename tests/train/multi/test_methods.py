@@ -28,6 +28,7 @@ CONFIGS = {
     "budget": graft.AdaLoraConfig(target_modules=QV, total_step=100, init_r=4, target_r=2, lora_dropout=0.1),
     "ranks": lora(r=4, use_dylora=True),
     "norms": graft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "own norms": lora(r=4, modules_to_save=["norm"]),
     "prompts": graft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2),  # which uses all four again
     "attention": lora(r=4, target_modules=[*QV, "k_proj", "o_proj"], lora_dropout=0.2),
     "square": graft.LoraXsConfig(target_modules=QV, r=4, lora_dropout=0.1),
@@ -37,7 +38,7 @@ CONFIGS = {
 @pytest.mark.filterwarnings("ignore:AdaLoRA adapter")
 @pytest.mark.parametrize("names", [
     ["few tokens", "narrow", "budget"], ["depth", "ranks", "experts"], ["beside", "square", "norms"],
-    ["after attention", "inverse"], ["prompts", "attention"],
+    ["after attention", "inverse"], ["prompts", "attention"], ["own norms", "ranks"],
 ], ids=" ".join)  # fmt: skip
 def test_each_is_as_alone(names):
     specs = {name: Spec(CONFIGS[name], seed=len(name)) for name in names} | {"low": Spec(lora(lora_dropout=0.2))}

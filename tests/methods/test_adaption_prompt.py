@@ -374,6 +374,29 @@ def test_rows_of_others_may_adapt_the_layers_of_the_attention(name):
         assert_close(mixed[row : row + 1], alone, rtol=1e-5, atol=1e-5)
 
 
+@every
+@pytest.mark.parametrize("first", ["low", "block", "norms"])
+@torch.no_grad()
+def test_on_a_model_that_carries_others(name, first):
+    """The prompt is as wide as on a plain one, and found in blocks that carry adapters."""
+    gpt2 = name == "gpt2"
+    configs = {
+        "low": graft.LoraConfig(target_modules=["c_attn" if gpt2 else "q_proj"], fan_in_fan_out=gpt2),
+        "block": graft.BottleneckConfig(reduction_factor=4),
+        "norms": graft.LNTuningConfig(target_modules=["ln_1" if gpt2 else "input_layernorm"]),
+    }
+    model = graft.get_peft_model(make(name), configs[first], "first", mixed=True).eval()
+    with seeded(1):
+        model.add_adapter("default", config())
+    with seeded(1):
+        plain = graft.get_peft_model(make(name), config()).eval()
+    opened(model)
+    opened(plain)
+    batch = models.inputs("llama", 3)
+    found = model(**batch, adapter_names=["default"] * 3).logits
+    assert_close(found, plain(**batch).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_copied_models_do_the_same(dtype):
     model = opened(adapt(base=make(dtype=dtype)))

@@ -17,6 +17,8 @@ from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.ops import find_op
 from graft.core.published import COMPARISON, Published
+from graft.methods.places import walk
+from graft.storage import innermost
 
 
 @dataclass(kw_only=True)
@@ -69,7 +71,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         if cfg.adapter_len is None or cfg.adapter_layers is None:
             needed = "adapter_len" if cfg.adapter_len is None else "adapter_layers"
             raise ConfigError(f"Please specify `{needed}` in `peft_config`: there is no default.")
-        paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == name]
+        paths = [path for path, _ in walk(model) if path.rpartition(".")[2] == name]
         if len(paths) < cfg.adapter_layers:
             raise ConfigError(
                 f"Config specifies more adapter layers '{cfg.adapter_layers}' than the model has '{len(paths)}'. "
@@ -88,7 +90,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, cfg = self.site, self.cfg
-        projection = site.module.get_submodule("c_attn" if fused(site.module) else "q_proj")
+        projection = innermost(site.module.get_submodule("c_attn" if fused(site.module) else "q_proj"))
         hidden, dtype = find_op(projection).dims(projection)[1], site.weight.where()[1]
         return dict(
             adaption_prompt=nn.Parameter(torch.empty(1, cfg.adapter_len or 0, hidden, dtype=dtype)),

@@ -165,3 +165,22 @@ def test_a_restart_changes_the_base_of_later_runs():
     runs = MultiTrain(model)
     with pytest.raises(ConfigError, match=r"'x' changes the base \(restart\(\)\)"):
         runs.add("y", lora(), data=batches(1))
+
+
+@pytest.mark.filterwarnings("ignore:target_modules entry", "ignore:You have passed exclude_modules")
+@pytest.mark.parametrize("config, names", [
+    (lora(target_modules=["q_proj", "down_proj"]), r"\[model.layers.0.mlp.down_proj\]"),
+    (lora(target_modules="all-linear"), r"\[model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj"),
+    (graft.IA3Config(), r"\[model.layers.0.mlp.down_proj\]"),
+], ids=["named", "all", "by default"])  # fmt: skip
+def test_layers_that_another_run_trains_whole_are_refused(config, names):
+    """The run would train without them, and nobody would notice."""
+    runs = MultiTrain(tiny())
+    runs.add("whole", lora(modules_to_save=["mlp"]), data=batches(1))
+    with pytest.raises(ConfigError, match=rf"Run 'x' would train {names}.*, and run 'whole' trains .*mlp' whole"):
+        runs.add("x", copy.deepcopy(config), data=batches(1))
+    assert runs.names == ["whole"] and [*runs.model.peft_config] == ["whole"]
+    mlp = ["gate_proj", "up_proj", "down_proj"]
+    for i, other in enumerate((lora(), lora(target_modules="all-linear", exclude_modules=mlp))):
+        runs.add(f"x{i}", other, data=batches(1))
+    assert [len(runs[name].parameters) for name in ("x0", "x1")] == [8, 16]

@@ -7,7 +7,7 @@ import copy
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
@@ -28,12 +28,16 @@ from graft.core.errors import (
     annotate,
     drop_frames,
     shortened,
+    some,
     warn,
 )
 from graft.core.layer import Host
 from graft.inject.beside import add_task_heads
 from graft.inject.find import bias_in
+from graft.inject.match import Matcher
 from graft.inject.parts import registry_of
+from graft.inject.survey import Wrapper
+from graft.inject.targets import ALL_LINEAR, is_linear
 from graft.io import files
 from graft.io.save import base_fingerprint
 from graft.methods import method_of
@@ -272,6 +276,7 @@ class MultiTrain:
         registry, own_config = registry_of(model), model.peft_config[name]
         trained = any(p.requires_grad for _, p in model.adapter_parameters(name))
         try:
+            refuse_covered_targets(name, config or own_config, own_config, registry.wrappers)
             registry.set_requires_grad(name, True)
             parameters = [p for _, p in model.adapter_parameters(name)]
             drawn = loss is not None or description is not None
@@ -541,9 +546,9 @@ class MultiTrain:
         for run in runs:
             if run.looks_now:
                 by_data.setdefault(id(run.validation), []).append(run)
-        for some in by_data.values():
-            found = self.evaluate([run.name for run in some], some[0].validation or ())
-            for run in some:
+        for sharing in by_data.values():
+            found = self.evaluate([run.name for run in sharing], sharing[0].validation or ())
+            for run in sharing:
                 run.valid.append(Valid(run.step, found[run.name]))
                 step.valid[run.name] = found[run.name]
 
@@ -627,6 +632,8 @@ class MultiTrain:
             found = run(group)
         except Exception as error:
             memory = no_memory(error)
+            if isinstance(error, Warning):  # which the caller has made an error
+                raise
             if not torch.is_grad_enabled() and (not memory or len(group) == 1):
                 annotate(error, f"A look at validation data of {[part.name for part in group]} raised this.")
                 raise
@@ -652,8 +659,8 @@ class MultiTrain:
         if memory:
             _, counts = joined(group[:half], self.arguments)
             self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
-        for some in (group[:half], group[half:]):
-            self._pass(some, run, take, within=True)
+        for section in (group[:half], group[half:]):
+            self._pass(section, run, take, within=True)
         if not (memory or within) and len(self._refused) == known:
             names = [part.name for part in group]
             warn(f"A pass of {names} raised {shortened(repr(failure))}, and none of them does so alone.", PeftWarning)
@@ -936,6 +943,28 @@ def refuse_base_change(name: str, config: PeftConfig) -> None:
             f"Run '{name}': {setting} changes the base, so that the files of other runs would not fit a fresh one. "
             "Leave it out, or train this adapter by itself, made by get_peft_model()."
         )
+
+
+def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: Mapping[str, Wrapper]) -> None:
+    """Raise ConfigError if a run would train layers in modules that others train whole, where it gets none.
+
+    Args:
+        asked: the config as `add` got it.
+        config: the same with the targets that it has on this model.
+    """
+    if not hasattr(config, "target_modules"):
+        return
+    everything, matcher = getattr(asked, "target_modules", None) == ALL_LINEAR, Matcher(config)
+    for key, wrapper in wrappers.items():
+        if wrapper.takes_rows or name in wrapper.adapters:
+            continue
+        inner = ((f"{key}.{path}", m) for path, m in wrapper.base_module.named_modules() if path)
+        wanted = ("matched", "untargeted") if everything else ("matched",)
+        if hidden := [p for p, m in inner if matcher(p).outcome in wanted and (is_linear(m) or not everything)]:
+            raise ConfigError(
+                f"Run '{name}' would train {some(hidden)}, and run '{wrapper.adapters[0]}' trains '{key}' whole. Leave "
+                "them out of the targets, or train the two in separate MultiTrains."
+            )
 
 
 def check_made(name: str, optimizer: Optimizer, schedule: object, parameters: Sequence[nn.Parameter]) -> None:

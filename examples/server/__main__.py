@@ -23,6 +23,10 @@ def main() -> None:
     parser.add_argument("--adapter", metavar="NAME=FOLDER", action="append", default=[], help="may come several times")
     parser.add_argument("--host", default="127.0.0.1", help="no request is asked who it is: keep to this machine")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--allow-host", metavar="NAME", action="append", default=[], help="a name by which clients know this server"
+    )
+    parser.add_argument("--connections", type=int, default=1000, help="open at once; more are answered 503")
     parser.add_argument("--most", type=int, default=16, help="rows in a batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -31,7 +35,8 @@ def main() -> None:
     for pair in args.adapter:
         name, _, folder = pair.partition("=")
         models.load(name, folder)
-    uvicorn.run(make_app(models), host=args.host, port=args.port)
+    app = make_app(models, {"localhost", args.host, *args.allow_host})
+    uvicorn.run(app, host=args.host, port=args.port, limit_concurrency=args.connections)
 
 
 if __name__ == "__main__":

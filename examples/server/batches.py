@@ -17,6 +17,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 import graft
 
+CONTEXT = 5  # tokens before the new ones
+PATIENCE = 8  # tokens that wait for the rest of a character
+
 
 class Piece(NamedTuple):
     """What a token adds to an answer."""
@@ -39,12 +42,15 @@ class Row:
     seed: int | None = None
     stops: Sequence[str] = ()
     made: list[int] = field(default_factory=list)
-    told: int = 0  # characters
     over: bool = False  # it has ended, or nobody waits for it
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator()
         self.generator.manual_seed(self.generator.seed() if self.seed is None else self.seed)
+        self.searches = [Search(stop) for stop in self.stops]
+        self.held = ""  # text that may begin a stop
+        self.window = self.prompt[-CONTEXT:]  # the last tokens
+        self.settled = len(self.window)  # of these, those whose text is known
 
     def drawn(self, scores: Tensor) -> Tensor:
         """Return scores (vocabulary,) whose largest is a draw from softmax(scores / temperature): Gumbel's trick."""
@@ -62,31 +68,61 @@ class Row:
         ended = "stop" if token in ends else None
         if not ended:
             self.made.append(token)
-        text = self.text(tokenizer)
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            text, ended = text[: min(found)], "stop"
-        elif not ended and len(self.made) == self.limit:
-            ended = "length"
-        elif not ended:
-            text = text[: len(text) - unsettled(text, self.stops)]
+            self.window.append(token)
+            ended = "length" if len(self.made) == self.limit else None
+        text = self.text(tokenizer, ended is not None)
+        self.held += text
+        back = [n for search in self.searches if (n := search.feed(text))]
+        if back:
+            text, ended = self.held[: -max(back)], "stop"
+        elif ended:
+            text = self.held
+        else:
+            text = self.held[: len(self.held) - max((search.matched for search in self.searches), default=0)]
+        self.held = self.held[len(text) :]
         if ended:  # else as it is: its client may have left meanwhile
             self.over = True
-        self.tell(Piece(text[self.told :], [] if token in ends else [token], ended))
-        self.told = max(self.told, len(text))
+        self.tell(Piece(text, [] if token in ends else [token], ended))
 
-    def text(self, tokenizer: Any) -> str:
-        """Return the answer's text as it follows the prompt: several tokenizers drop a space at the beginning."""
+    def text(self, tokenizer: Any, last: bool) -> str:
+        """Return the text of the tokens since the last call; none while a character lacks bytes, but for `last` ones.
+
+        Only a window of tokens is decoded: time is linear in the answer's length. Those before the new ones are there
+        since several tokenizers drop a space at the beginning.
+        """
         if tokenizer is None:
             return ""
-        known, whole = (tokenizer.decode(self.prompt[-5:] + ids, skip_special_tokens=True) for ids in ([], self.made))
-        return whole[len(known) :]
+        before, text = (tokenizer.decode(ids, skip_special_tokens=True)
+                        for ids in (self.window[: self.settled], self.window))  # fmt: skip
+        if text.endswith("\ufffd") and not last and len(self.window) - self.settled < PATIENCE:
+            return ""
+        self.window = self.window[-CONTEXT:]
+        self.settled = len(self.window)
+        return text[len(before) :]
 
 
-def unsettled(text: str, stops: Sequence[str]) -> int:
-    """Return how many characters at the end may yet change, or turn out to begin a stop."""
-    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return max(len(text) - len(text.rstrip("\ufffd")), *begun, 0)
+class Search:
+    """The search for a stop in a text that comes in pieces: Knuth, Morris and Pratt's, in linear time."""
+
+    def __init__(self, stop: str):
+        self.stop, self.matched = stop, 0  # characters at the end of the text with which the stop may begin
+        self.shorter = [0]  # length of a beginning → the next shorter one that is its end, too
+        for n in range(1, len(stop)):
+            self.shorter.append(self.step(self.shorter[-1], stop[n]))
+
+    def step(self, matched: int, character: str) -> int:
+        """Return how much of the stop matches after one more character."""
+        while matched and self.stop[matched] != character:
+            matched = self.shorter[matched - 1]
+        return matched + (self.stop[matched] == character)
+
+    def feed(self, text: str) -> int:
+        """Return how many characters before the end of `text` the stop begins; 0 if it is not there."""
+        for n, character in enumerate(text):
+            self.matched = self.step(self.matched, character)
+            if self.matched == len(self.stop):
+                return len(self.stop) + len(text) - n - 1
+        return 0
 
 
 class Draw(LogitsProcessor):
@@ -119,13 +155,26 @@ class Batches:
 
     Args:
         longest: tokens of a text that the model has positions for.
+        room: rows that may wait.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, ends: Sequence[int], most: int, longest: float = math.inf):
+    def __init__(
+        self, model: Any, tokenizer: Any, ends: Sequence[int], most: int, longest: float = math.inf, room: int = 512
+    ):
         self.model, self.tokenizer, self.ends, self.most, self.longest = model, tokenizer, ends, most, longest
+        self.room, self.adding = room, threading.Lock()
         self.sizes: Counter[int] = Counter()  # of batches: rows → how many
         self.waiting: queue.SimpleQueue[Row] = queue.SimpleQueue()
         threading.Thread(target=self.run, name="batches", daemon=True).start()
+
+    def add(self, rows: Sequence[Row]) -> bool:
+        """Have rows wait for their turn; return False if there is no room for all of them."""
+        with self.adding:
+            if self.waiting.qsize() + len(rows) > self.room:
+                return False
+            for row in rows:
+                self.waiting.put(row)
+            return True
 
     def run(self) -> None:
         first = None  # of the next batch

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ from examples.server.batches import Batches, Row
 
 class Refused(Exception):
     """A request that cannot be met, and why."""
+
+
+class Busy(Exception):
+    """A request that may be met later."""
+
+
+PATIENCE = 60  # seconds that a load or unload waits for another
+MOST_CHARACTERS = 32  # of a text for each token that the base has a position for
 
 
 class Models:
@@ -31,8 +41,8 @@ class Models:
         self.name, self.folders = name, {name: base}
         self.changing = threading.Lock()  # one load or unload at a time
         tokenizer = any(Path(base, file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
-        self.tokenizer = AutoTokenizer.from_pretrained(base) if tokenizer else None
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False) if tokenizer else None
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False).to(device)
         ends = model.generation_config.eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
         model.generation_config = GenerationConfig(pad_token_id=0)  # how to go on, requests say and nobody else
@@ -43,9 +53,19 @@ class Models:
         self.model.delete_adapter("none")  # adapters of any methods may come
         self.batches = Batches(self.model, self.tokenizer, ends, most, self.longest)
 
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Wait until no other load or unload runs; raise Busy if that takes too long."""
+        if not self.changing.acquire(timeout=PATIENCE):
+            raise Busy("Other adapters are being loaded or unloaded: try again.")
+        try:
+            yield
+        finally:
+            self.changing.release()
+
     def load(self, name: str, folder: str) -> None:
         """Load an adapter. Answers go on meanwhile: only the exchange at the end waits for the batch that runs."""
-        with self.changing:
+        with self.change():
             if name in self.folders or name == "__base__":
                 raise Refused(f"The name {name!r} is taken: unload that adapter first, or give this one another name.")
             if not Path(folder, "adapter_config.json").is_file():  # no hub is asked
@@ -63,7 +83,7 @@ class Models:
 
     def unload(self, name: str) -> None:
         """Unload an adapter when the batch that runs has ended. New requests for it are refused from now on."""
-        with self.changing:
+        with self.change():
             if name not in self.folders or name == self.name:
                 raise graft.AdapterNotFoundError(f"There is no adapter {name!r}.")
             folder = self.folders.pop(name)
@@ -87,6 +107,8 @@ class Models:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise Refused(f"{self.name} has no tokenizer: give the prompt as a list of token ids.")
+            if len(prompt) > MOST_CHARACTERS * self.longest:  # which takes the tokenizer a while
+                raise Refused(f"The prompt's {len(prompt)} characters are too many for {self.longest} tokens.")
             prompt = self.tokenizer(prompt).input_ids
         if not prompt or not all(0 <= token < self.vocabulary for token in prompt):
             raise Refused(f"A prompt has at least one token, of 0 to {self.vocabulary - 1}.")

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import queue
+import random
 import re
 import subprocess
 import sys
@@ -15,9 +18,12 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cache
+from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -33,7 +39,7 @@ from transformers import (
 )
 
 import graft
-from examples.server.batches import Batches, Row, unsettled
+from examples.server.batches import Batches, Row, Search
 from tests.models import make, seeded
 
 ROOT = Path(__file__).parents[2]
@@ -322,6 +328,180 @@ def test_nobody_waits_for_the_answer_to_a_client_that_went_away(client, alone, s
     assert ask(client.with_options(timeout=30), "blue", "Once", 5)[1] == alone("blue", "Once", 5)
 
 
+# requests that no client means well by
+
+
+def send(address: str, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
+    """Send a request with these headers alone; return the status and the body of the answer."""
+    place = urlsplit(address)
+    with closing(HTTPConnection(place.hostname, place.port, timeout=60)) as connection:
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in {"host": place.netloc, **headers}.items():
+            connection.putheader(name, value)
+        if body is not None:
+            connection.putheader("content-type", "application/json")
+            connection.putheader("content-length", str(len(body)))
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+@served
+def test_pages_of_other_sites_ask_nothing(address, folder):
+    """A name that a page lets point to this machine, and requests across origins."""
+    port = urlsplit(address).port
+    loading = json.dumps({"lora_name": "evil", "lora_path": str(folder / "black")}).encode()
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "",
+        "[::1",
+    ):
+        for method, path, body in (
+            ("GET", "/health", None), ("GET", "/v1/models", None), ("POST", "/v1/load_lora_adapter", loading),
+            ("POST", "/v1/completions", b'{"model": "red", "prompt": "a"}'), ("GET", "/openapi.json", None),
+        ):  # fmt: skip
+            assert send(address, method, path, body, host=host)[0] in (400, 403), (host, path)
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{port + 1}"):
+        assert send(address, "POST", "/v1/load_lora_adapter", loading, origin=origin)[0] == 403
+    assert "evil" not in send(address, "GET", "/v1/models")[1]
+    for host in (f"127.0.0.1:{port}", "127.0.0.1", "localhost", f"LocalHost:{port}", "[::1]", "192.168.1.7:80"):
+        assert send(address, "GET", "/health", host=host)[0] == 200, host
+    assert send(address, "GET", "/health", host="localhost", origin="http://localhost")[0] == 200
+
+
+COMPLETION = {"model": "red", "prompt": "a", "max_tokens": 1}
+HOSTILE = {  # name: (body, status)
+    "prompts": (COMPLETION | {"prompt": ["a"] * 100_000}, 400),
+    "prompts of a token": (COMPLETION | {"prompt": [[5]] * 100_000}, 400),
+    "prompts of no kind": (COMPLETION | {"prompt": [{}] * 100_000}, 400),
+    "tokens of no kind": (COMPLETION | {"prompt": [5, *["a"] * 100_000]}, 400),
+    "a list of those": (COMPLETION | {"prompt": [[5.5] * 100_000]}, 400),
+    "two kinds": (COMPLETION | {"prompt": ["a", [5]]}, 400),
+    "too many tokens": (COMPLETION | {"prompt": [5] * 200_000}, 400),
+    "a long stop": (COMPLETION | {"stop": "a" * 300_000}, 400),
+    "long stops": (COMPLETION | {"stop": ["a" * 200_000] * 4}, 400),
+    "stops": (COMPLETION | {"stop": ["a"] * 100_000}, 400),
+    "stops of no kind": (COMPLETION | {"stop": [5] * 100_000}, 400),
+    "a long name": (COMPLETION | {"model": "a" * 900_000}, 400),
+    "fields": (COMPLETION | {f"a{n}": 1 for n in range(60_000)}, 400),
+    "a user": (COMPLETION | {"user": "a" * 900_000}, 400),
+    "numbers": (COMPLETION | {"max_tokens": 10**400, "seed": 10**400}, 400),
+    "NaN": (COMPLETION | {"temperature": float("nan"), "top_p": float("nan")}, 400),
+    "infinity": (COMPLETION | {"temperature": float("inf")}, 400),
+    "a surrogate": (b'{"model": "red", "prompt": "\\ud800"}', 400),
+    "a surrogate in a list": (b'{"model": "red", "prompt": ["a", "\\udfff"]}', 400),
+    "lists in lists": (b"[" * 200_000, 400),
+    "objects in objects": (b'{"a":' * 100_000, 400),
+    "digits": (b'{"model": "red", "prompt": "a", "seed": ' + b"1" * 500_000 + b"}", 400),
+    "no JSON": (b"\xff" * 900_000, 400),
+    "bytes": (b" " * 2_000_000, 413),
+}
+
+
+def peak(folder: Path) -> int:
+    """The server's largest memory so far, in kB."""
+    number = re.search(r"process \[(\d+)\]", (folder / "log").read_text())[1]
+    return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{number}/status").read_text())[1])
+
+
+@served
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_request_is_refused_and_holds_nobody_up(name, address, folder):
+    what, status = HOSTILE[name]
+    body = what if isinstance(what, bytes) else json.dumps(what).encode()
+    send(address, "POST", "/v1/completions", json.dumps(COMPLETION).encode())
+    before = peak(folder) if sys.platform == "linux" else 0
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(send, address, "POST", "/v1/completions", body)
+        waits = []
+        while not answer.done():
+            begin = time.monotonic()
+            assert send(address, "GET", "/health")[0] == 200
+            waits.append(time.monotonic() - begin)
+    assert answer.result()[0] == status and len(answer.result()[1]) < 1000, answer.result()
+    assert max(waits, default=0) < 2
+    assert sys.platform != "linux" or peak(folder) - before < 60_000
+
+
+@served
+@pytest.mark.parametrize("name, path", [
+    ("\ud800", "RED"), ("evil", "\ud800"), ("", "RED"), ("a" * 300, "RED"), ("evil", "/" + "a" * 5000),
+    ("evil", "/dev/zero"), ("evil", "a\0b"), (5, "RED"), ("evil", ["RED"]),
+])  # fmt: skip
+def test_names_and_folders_that_cannot_be(name, path, address, folder):
+    path = str(folder / "red") if path == "RED" else path
+    body = json.dumps({"lora_name": name, "lora_path": path}).encode()
+    assert send(address, "POST", "/v1/load_lora_adapter", body)[0] == 400
+    status, models = send(address, "GET", "/v1/models")
+    assert status == 200 and [model["id"] for model in json.loads(models)["data"]] == ["base", "red", "green", "blue"]
+
+
+@served
+def test_a_body_without_a_length_is_bounded(address):
+    def parts():
+        for _ in range(40):
+            yield b" " * 50_000
+
+    place = urlsplit(address)
+    with closing(HTTPConnection(place.hostname, place.port, timeout=60)) as connection:
+        try:
+            connection.request("POST", "/v1/completions", parts(), {"content-type": "application/json"})
+            assert connection.getresponse().status == 400
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it does not wait for the rest
+
+
+@served
+def test_a_long_text_is_tokenized_while_others_are_answered(address):
+    begin = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            send, address, "POST", "/v1/completions", json.dumps(COMPLETION | {"prompt": "a" * 900_000}).encode()
+        )
+        while not answer.done():
+            asked = time.monotonic()
+            assert send(address, "GET", "/health")[0] == 200
+            assert time.monotonic() - asked < 2
+    assert answer.result()[0] == 400 and "exceed 100000" in answer.result()[1] and time.monotonic() - begin < 30
+
+
+@served
+def test_more_prompts_than_there_is_room_for_are_refused():
+    from examples.server.app import Answer, Completion
+    from examples.server.models import Busy
+
+    class Models:
+        batches = Batches.__new__(Batches)  # its thread has not begun
+        vars(batches).update(waiting=queue.SimpleQueue(), room=5, adding=threading.Lock())
+
+        def row(self, name: str, prompt: object, limit: int, **how: object) -> Row:
+            return Row([5], "__base__", limit=limit, **how)
+
+    async def ask(count: int) -> None:
+        Answer(Completion(model="a", prompt=["b"] * count)).begin(Models())
+
+    asyncio.run(ask(3))
+    with pytest.raises(Busy, match="5 prompts wait"):
+        asyncio.run(ask(3))
+    asyncio.run(ask(2))
+    assert Models.batches.waiting.qsize() == 5
+
+
+def test_a_change_that_waits_too_long_for_another(monkeypatch):
+    from examples.server import models as module
+
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    served_models = module.Models.__new__(module.Models)
+    vars(served_models).update(changing=threading.Lock(), folders={"base": "b"}, name="base")
+    with served_models.change(), pytest.raises(module.Busy, match="try again"):
+        served_models.unload("red")
+    with pytest.raises(graft.AdapterNotFoundError):
+        served_models.unload("red")
+
+
 # batches, and tokens of an answer
 
 
@@ -386,12 +566,67 @@ def test_text_is_told_when_it_is_settled():
             answer.take(token, [1], tokenizer)
     texts = [piece.text for piece in told]
     assert texts[:4] == ["a", "", "ß", " "] and "".join(texts) == "aß STO " and told[-1].ended == "stop"
-    assert unsettled("abST", ["STOP", "T"]) == 2 and unsettled("ab\ufffd", []) == 1 and unsettled("ab", ["c"]) == 0
+
+
+def test_stops_are_found_as_they_would_be_in_the_whole_text():
+    draw = random.Random(0)
+    for _ in range(2000):
+        stop, text = ("".join(draw.choices("ab", k=draw.randint(1, n))) for n in (6, 30))
+        search, seen = Search(stop), 0
+        while seen < len(text):
+            piece = text[seen : seen + draw.randint(1, 4)]
+            seen += len(piece)
+            back = search.feed(piece)
+            at = text[:seen].find(stop)
+            assert back == (seen - at if at >= 0 else 0)
+            if back:
+                break
+            begun = max(n for n in range(len(stop)) if text[:seen].endswith(stop[:n]))
+            assert search.matched == begun
+
+
+def test_a_search_takes_linear_time():
+    begin = time.monotonic()
+    search = Search("a" * 300_000 + "b")
+    assert search.feed("a" * 600_000) == 0 and search.feed("b") == 300_001
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_make_up_the_text_of_all_tokens(seed):
+    """Of any bytes, those that are no text among them."""
+    tokenizer, draw = bytes_tokenizer(), random.Random(seed)
+    tokens = (
+        tokenizer("é" * 30 + "👍🏽 x ").input_ids
+        + [draw.randint(2, 257) for _ in range(60)]
+        + tokenizer("end").input_ids
+    )
+    answer, told = row(prompt=tokenizer("Once é").input_ids, limit=len(tokens))
+    for token in tokens:
+        answer.take(token, [1], tokenizer)
+    text = "".join(piece.text for piece in told)
+    assert text.startswith("é" * 30 + "👍🏽 x ") and text.endswith("end") and told[-1].ended == "length"
+    assert text == tokenizer.decode(tokens)
+
+
+def test_a_long_answer_takes_linear_time():
+    class Slow:
+        asked = 0
+
+        def decode(self, ids, **_):
+            self.asked += len(ids)
+            return "x" * len(ids)
+
+    tokenizer = Slow()
+    answer, told = row(limit=5000)
+    for _ in range(5000):
+        answer.take(7, [], tokenizer)
+    assert tokenizer.asked < 5000 * 20 and "".join(piece.text for piece in told) == "x" * 5000
 
 
 def test_a_client_that_leaves_while_its_token_is_told_stays_away(monkeypatch):
     answer, _ = row()
-    monkeypatch.setattr(answer, "text", lambda tokenizer: setattr(answer, "over", True) or "")
+    monkeypatch.setattr(answer, "text", lambda tokenizer, last: setattr(answer, "over", True) or "")
     answer.take(7, [], None)
     assert answer.over
 

@@ -16,9 +16,11 @@ import torch
 import graft
 from tests.golden.cases import BASES, CASES, HERE, OUTPUTS, load, run, sampled, unpack
 from tests.golden.continued import CONTINUED
-from tests.golden.verbs import GONE, OWN_NUMBERS, VERBS, document, kinds_in, numbers_in
+from tests.golden.verbs import GONE, OWN_NUMBERS, VERBS, clear, document, kinds_in, numbers_in
+from tests.leaves_out import FUSED_EXPERTS, PLANS
 
 pytestmark = [pytest.mark.graft_only, pytest.mark.filterwarnings("ignore")]
+STACKED = ("qwen3_moe", "gpt_oss", "mixtral")  # bases whose experts are stacks of matrices
 NOTED = "arrow_config"  # a field that says for people what was there when it was saved
 
 
@@ -43,12 +45,16 @@ def cases_of(state, kind):
 
 
 def groups(kind):
-    """Return state, method and names of cases, by method."""
+    """Return state, method and names of cases, by method; those on stacks of experts by themselves."""
     found = defaultdict(list)
     for state in states(kind):
-        for name in cases_of(state, kind):
-            found[state, name.partition("-")[0]].append(name)
-    return [pytest.param(*key, names, id="-".join(key)) for key, names in found.items()]
+        for name, case in cases_of(state, kind).items():
+            found[state, name.partition("-")[0], case["base"] in STACKED].append(name)
+    marks = {False: (), True: FUSED_EXPERTS}
+    return [
+        pytest.param(state, method, names, id=f"{state}-{method}{'-experts' * stacked}", marks=marks[stacked])
+        for (state, method, stacked), names in found.items()
+    ]
 
 
 def file_of(folder):
@@ -110,15 +116,22 @@ def test_continued(state, name, unpacked, tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("state", states("verbs"))
-def test_verbs(state, tmp_path, monkeypatch):
-    root = unpack(HERE / state / "verbs.tar.gz", tmp_path)
+@pytest.mark.parametrize(
+    "state, name",
+    [
+        pytest.param(state, name, marks=PLANS if name == "plan" else ())
+        for state in states("verbs")
+        for name in cases_of(state, "verbs")
+    ],
+)
+def test_verbs(state, name, unpacked, monkeypatch):
+    root, wanted = unpacked(state, "verbs"), cases_of(state, "verbs")[name]
     monkeypatch.chdir(root)
-    for name, wanted in cases_of(state, "verbs").items():
-        found = document(VERBS[name], root)
-        kinds = kinds_in(found)  # a document may say more than it did
-        held = {at: k for at, k in kinds_in(wanted).items() if not at.startswith(GONE.get(name, ()))}
-        assert {at: k for at, k in held.items() if kinds.get(at) != k} == {}, name
-        if name not in OWN_NUMBERS:
-            then, now = numbers_in(wanted), numbers_in(found)
-            assert {at: now[at] for at in then} == pytest.approx(then, rel=1e-3, abs=1e-6), name
+    clear(root)
+    found = document(VERBS[name], root)
+    kinds = kinds_in(found)  # a document may say more than it did
+    held = {at: k for at, k in kinds_in(wanted).items() if not at.startswith(GONE.get(name, ()))}
+    assert {at: k for at, k in held.items() if kinds.get(at) != k} == {}
+    if name not in OWN_NUMBERS:
+        then, now = numbers_in(wanted), numbers_in(found)
+        assert {at: now[at] for at in then} == pytest.approx(then, rel=1e-3, abs=1e-6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models of the families whose experts transformers holds as stacks."""
+"""Tiny models of families whose experts transformers holds as stacks, or whose files have other names."""
 
 from __future__ import annotations
 
@@ -53,6 +53,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # class of the model, witho
                                      intermediate_size=24, n_shared_experts=1, head_dim=8, n_group=1, topk_group=1,
                                      moe_shared_expert_intermediate_size=12, layers_block_type=["attention", "moe"])),
 }  # fmt: skip
+FLAT = {n: v for n, v in SIZES.items() if n != "num_key_value_heads"} | dict(intermediate_size=24)
+SEEN: dict[str, Any] = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+)
+SECTIONS = dict(rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]})
+RENAMED: dict[str, tuple[str, str, dict[str, Any]]] = {  # whose files have other names: class, its config, sizes
+    "llava": ("LlavaForConditionalGeneration", "Llava", dict(
+        vision_config=SEEN | dict(model_type="clip_vision_model"), text_config=SIZES | dict(intermediate_size=24))),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "Qwen2VL", dict(
+        text_config=SIZES | SECTIONS, vision_config=dict(depth=1, embed_dim=16, hidden_size=16, num_heads=2))),
+    "vit": ("ViTForImageClassification", "ViT", SEEN),
+    "swin": ("SwinForImageClassification", "Swin", dict(
+        image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoX", FLAT),
+    "gte": ("GteForMaskedLM", "Gte", FLAT),  # transformers cuts q, k and v out of one tensor
+    "aria": ("AriaTextForCausalLM", "AriaText", SIZES | dict(
+        intermediate_size=24, moe_num_experts=3, moe_topk=2, moe_num_shared_experts=1)),
+}  # fmt: skip
 TEXT = {"Qwen3_5Moe", "Gemma4", "Llama4"}  # whose text model has a config of its own
 
 
@@ -69,6 +87,10 @@ def _original(family: str) -> Any:
 def _built(family: str, sizes: dict[str, Any]) -> Any:
     import transformers as t
 
+    if family in RENAMED:
+        kind, config, own = RENAMED[family]
+        with seeded(0):
+            return getattr(t, kind)(getattr(t, f"{config}Config")(**own)).eval()
     name, own = FAMILIES[family]
     made = SIZES | own | sizes
     config = getattr(t, f"{name}TextConfig" if name in TEXT else f"{name}Config")(**made)

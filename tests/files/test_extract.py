@@ -17,7 +17,9 @@ from graft.files.base import base_files
 from graft.files.errors import OptionError
 from graft.files.formats import peft as form
 from graft.files.formats import read
-from tests import models
+from tests import families, models
+from tests.families import RENAMED
+from tests.leaves_out import FUSED_EXPERTS
 from tests.pair import LIBS, close
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -175,3 +177,109 @@ def test_a_checkpoint_that_has_diverged(shape, tmp_path):
     with pytest.raises(NonFiniteError, match=r"a\.weight.*exclude"):
         extract.extract(new, old)
     assert [row.name for row in extract.extract(new, old, exclude="a.*").rows] == ["b.weight"]
+
+
+@torch.no_grad()
+def move(model):
+    """Change every parameter that PEFT's files have a place for: what LoRA takes by a matrix of rank 2."""
+    g, seen = torch.Generator().manual_seed(5), set()
+    for name, p in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if id(p) in seen or any(True for _ in module.children()):
+            continue
+        seen.add(id(p))
+        if p.dim() == 3 and "experts" in name:
+            p += torch.randn(len(p), p.shape[1], 2, generator=g) @ torch.randn(len(p), 2, p.shape[2], generator=g) / 10
+        elif p.dim() > 1 and hasattr(module, "kernel_size" if p.dim() > 2 else "in_features"):
+            A, B = torch.randn(2, p[0].numel(), generator=g), torch.randn(len(p), 2, generator=g)
+            p += (B @ A / 10).view_as(p)
+        elif name.endswith((".weight", ".bias")) and p.dim() < 3:
+            p += torch.randn(p.shape, generator=g) / 10
+
+
+@FUSED_EXPERTS
+@pytest.mark.parametrize("family", [*RENAMED, "mixtral", "gpt_oss", "llama4", "granitemoe", "nemotron_h"])
+def test_an_extract_is_loaded_and_merged_by_all(family, tmp_path):
+    """Of models whose files have other names than their modules, stacks in pieces, and stacks stored (in, out)."""
+    tuned = families.base(family)
+    tuned.save_pretrained(tmp_path / "base")
+    move(tuned)
+    tuned.save_pretrained(tmp_path / "tuned")
+    made = extract.extract(base_files(tmp_path / "tuned"), base_files(tmp_path / "base"), rank=30)
+    assert form.write(made.adapter, str(tmp_path / "a")) == []
+    wanted = tuned.state_dict()
+    again = type(tuned).from_pretrained
+    found = [lib.PeftModel.from_pretrained(again(tmp_path / "base"), tmp_path / "a").merge_and_unload() for lib in LIBS]
+    if family != "gte":  # whose file has q, k and v in one
+        graft.merge_files(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged")
+        found.append(again(tmp_path / "merged"))
+    for model in found:
+        state = model.state_dict()
+        for name, t in wanted.items():
+            close(state[name], t, 1e-5)
+
+
+TIES = ["ee", "e", "h", "eh"]  # what training moves: the tied pair, or one of the two, or both by different values
+
+
+@pytest.mark.parametrize("embed", ["lora", "full"])
+@pytest.mark.parametrize("how", TIES)
+@pytest.mark.parametrize("base_is_tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_pairs_that_training_ties_or_unties(kind, base_is_tied, how, embed, tmp_path):
+    """In memory and in files, the head that was trained stays the head, and the embeddings stay theirs."""
+    base = tied(kind, base_is_tied)
+    base.save_pretrained(tmp_path / "base")
+    tuned = tied(kind, how == "ee")
+    tuned.load_state_dict(base.state_dict(), strict=False)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for part in dict.fromkeys(how):
+            weight = (tuned.get_input_embeddings() if part == "e" else tuned.get_output_embeddings()).weight
+            weight.copy_(weight + torch.randn(weight.shape, generator=g) / 5)
+    tuned.save_pretrained(tmp_path / "tuned")
+    made = extract.extract(base_files(tmp_path / "tuned"), base_files(tmp_path / "base"), rank=40, embed=embed)
+    assert made.adapter.config["ensure_weight_tying"] == (base_is_tied and how == "ee")
+    form.write(made.adapter, str(tmp_path / "a"))
+    ids = torch.arange(8)[None]
+    wanted = tuned.eval()(ids).logits
+    for lib in LIBS:
+        loaded = lib.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "a").eval()
+        close(loaded(ids).logits, wanted, 2e-5)
+        if lib is graft:
+            close(loaded.merge_and_unload()(ids).logits, wanted, 2e-5)
+    graft.merge_files(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged")
+    close(type(base).from_pretrained(tmp_path / "merged").eval()(ids).logits, wanted, 2e-5)
+
+
+def tied(kind, together):
+    import transformers as t
+
+    sizes = dict(vocab_size=33, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config = {
+        "llama": lambda: t.LlamaConfig(**sizes), "bert": lambda: t.BertConfig(**sizes),
+        "gpt2": lambda: t.GPT2Config(vocab_size=33, n_embd=16, n_layer=1, n_head=2, n_positions=16),
+    }[kind]()  # fmt: skip
+    config.tie_word_embeddings = together
+    heads = {"llama": t.LlamaForCausalLM, "bert": t.BertForMaskedLM, "gpt2": t.GPT2LMHeadModel}
+    with models.seeded(0):
+        return heads[kind](config).eval()
+
+
+def test_without_a_model_names_tell(tmp_path):
+    """Of a base that no library knows: by the names of the files, as far as they are known."""
+    old = {"transformer.wte.weight": torch.randn(10, 4), "transformer.h.0.attn.c_proj.weight": torch.randn(4, 4),
+           "mlp.experts.down_proj": torch.randn(3, 5, 4)}  # fmt: skip
+    new = {name: t + torch.randn(t.shape) for name, t in old.items()}
+    kinds = {"gpt2": "GPT2LMHeadModel", "gpt_oss": "XForCausalLM"}
+    for kind, architecture in kinds.items():
+        base, tuned = (write(tmp_path / f"{kind}{i}", t, model_type=kind, architectures=[architecture])
+                       for i, t in enumerate((old, new)))  # fmt: skip
+        (tmp_path / f"{kind}0" / "config.json").unlink()
+        made = extract.extract(tuned, base, rank=5, embed="lora").adapter
+        assert {"transformer.wte", "lm_head"} <= made.modules.keys()
+        assert made.config["fan_in_fan_out"] == (kind == "gpt2")
+        stack = made.modules["mlp.experts.down_proj"]
+        delta = new["mlp.experts.down_proj"] - old["mlp.experts.down_proj"]
+        delta = delta.mT if kind == "gpt_oss" else delta
+        close(torch.from_numpy(stack.B.read()) @ torch.from_numpy(stack.A.read()), delta, 1e-5)

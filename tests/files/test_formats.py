@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from graft.core.errors import CheckpointError
 from graft.files import formats
-from graft.files.bases import Skeleton, base_of
+from graft.files.base import Skeleton
+from graft.files.bases import base_of
 from graft.files.convert import convert
 from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, LossError

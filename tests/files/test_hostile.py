@@ -19,7 +19,8 @@ from safetensors.torch import load_file as load_torch_file
 from graft.config import atomic
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.files import formats
-from graft.files.bases import Skeleton, base_of
+from graft.files.base import Skeleton
+from graft.files.bases import base_of
 from graft.files.convert import convert
 from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, LossError, OptionError, OutputExistsError

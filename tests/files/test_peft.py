@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import graft
 from graft.core.errors import CheckpointError
-from graft.files.bases import Skeleton
+from graft.files.base import Skeleton
 from graft.files.errors import LossError
 from graft.files.formats import peft as form
 from graft.files.formats import read, recognise

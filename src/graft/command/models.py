@@ -23,7 +23,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         CheckpointError: the folder holds no model, a damaged one, or one without all tensors of that class.
         ConfigError: transformers is not there, or has no such class.
     """
-    from graft.files.merging.skeleton import quiet
+    from graft.files.skeleton import quiet
 
     files = base_files(path)
     try:

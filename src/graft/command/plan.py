@@ -57,7 +57,7 @@ def plan(
     Example: graft plan models/llama --rank 16 --batch 4 --seq 2048 --gpu 24GB
     """
     from graft.command.merge import size
-    from graft.files.merging.skeleton import skeleton
+    from graft.files.skeleton import skeleton
     from graft.files.sources import find_base
     from graft.model.api import plan as planned
     from graft.model.budget import SPARE, budget

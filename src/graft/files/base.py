@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from graft.config.notes import LARGEST
 from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor, read_header
+
+if TYPE_CHECKING:
+    from torch import nn
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -44,12 +48,14 @@ class BaseFiles:
         config: of config.json.
         tensors: the checkpoint's own names → tensors, none of which is read yet.
         files: the checkpoint's own names → file that holds it, relative to the folder.
+        views: what `graft.files.bases.by_model` returns, once it was asked.
     """
 
     path: str
     config: Json = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    views: list[Skeleton | None] = field(default_factory=list, compare=False)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -58,6 +64,25 @@ class BaseFiles:
     @property
     def modules(self) -> Iterable[str]:
         return dict.fromkeys(name.rpartition(".")[0] for name in self.tensors)
+
+
+@dataclass
+class Skeleton:
+    """A model of which names and shapes are known, and values only of some tensors."""
+
+    path: str
+    config: Json = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
+    adapters: Mapping[str, object] = field(default_factory=dict)  # configs of those that it carries, by name
+    model: nn.Module | None = None  # itself, if it is there
+    parts: Mapping[str, Known] = field(default_factory=dict)  # of a pipeline, by name
+    shift: tuple[str, str] = ("", "")  # what its names begin with, and in its stead those of the model
+    views: list[Skeleton | None] = field(default_factory=list, compare=False)  # as of `BaseFiles`
+
+
+Known = BaseFiles | Skeleton
 
 
 def base_files(path: str | os.PathLike[str]) -> BaseFiles:

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING
 
 from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
-from graft.files.base import BaseFiles, base_files
-from graft.files.tensors import Tensor
+from graft.files.base import BaseFiles, Known, Skeleton, base_files
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 PIPELINE, CONFIG = "model_index.json", "config.json"
 COMPONENTS = ("unet", "transformer", "text_encoder")  # of a pipeline, that adapters are for; more end in a number
@@ -44,89 +43,91 @@ def base_of(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
         return pipeline(path)
     config = os.path.join(path, CONFIG)
     if os.path.exists(config) and not any(name.endswith(".safetensors") for name in os.listdir(path)):
+        from graft.files.by_model import from_config
+
         return from_config(path, read_object(config))
     return base_files(path)
 
 
 def pipeline(path: str) -> Skeleton:
     """Return the models of a diffusers pipeline as one: the name of its part stands before each tensor's."""
-    out = Skeleton(path, read_object(os.path.join(path, PIPELINE)))
-    for part in sorted(os.listdir(path)):
-        folder = os.path.join(path, part)
-        if os.path.exists(os.path.join(folder, CONFIG)) and part.startswith(COMPONENTS):
-            model = base_of(folder)
-            out.shapes |= {f"{part}.{name}": shape for name, shape in model.shapes.items()}
-            out.tensors |= {f"{part}.{name}": tensor for name, tensor in model.tensors.items()}
-            out.modules += [f"{part}.{name}" for name in model.modules]
-    if not out.modules:
+    folders = [part for part in sorted(os.listdir(path)) if part.startswith(COMPONENTS)]
+    parts = {part: base_of(os.path.join(path, part)) for part in folders if is_model(os.path.join(path, part))}
+    if not any(True for part in parts.values() for _ in part.modules):
         raise CheckpointError(f"{path} holds no models of a pipeline.")
+    return together(path, read_object(os.path.join(path, PIPELINE)), parts)
+
+
+def is_model(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, CONFIG))
+
+
+def together(path: str, config: Json, parts: Mapping[str, Known]) -> Skeleton:
+    """Return the models of a pipeline's parts as one."""
+    out = Skeleton(path, config, parts=parts)
+    for part, model in parts.items():
+        out.shapes |= {f"{part}.{name}": shape for name, shape in model.shapes.items()}
+        out.tensors |= {f"{part}.{name}": tensor for name, tensor in model.tensors.items()}
+        out.modules += [f"{part}.{name}" for name in model.modules]
     return out
 
 
-@dataclass
-class Skeleton:
-    """A model of which names and shapes are known, and values only of some tensors."""
+def by_model(base: Known) -> Skeleton | None:
+    """Return a base of files by the names of its model's parameters, see `graft.files.by_model`; None: no library
+    here knows the model, or the base has its names already."""
+    if not base.views:
+        if isinstance(base, BaseFiles):
+            from graft.files.by_model import of_files
 
-    path: str
-    config: Json = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    modules: list[str] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # those that have values
-    adapters: Mapping[str, object] = field(default_factory=dict)  # configs of those that it carries, by name
-    model: nn.Module | None = None  # itself, if it is there
+            made = of_files(base)
+        else:
+            parts = {name: by_model(part) for name, part in base.parts.items()}
+            whole = {name: part or base.parts[name] for name, part in parts.items()}
+            made = together(base.path, base.config, whole) if any(parts.values()) else None
+        base.views.append(made)
+    return base.views[0]
 
 
-Known = BaseFiles | Skeleton
+def fitted(base: Known, paths: Iterable[str]) -> Known:
+    """Return a base by the names that an adapter has for its modules, or for most of them.
 
-
-def skeleton(model: nn.Module, path: str) -> Skeleton:
-    """Return the names and shapes of a model, an `nn.Module` on any device.
-
-    Args:
-        path: what to call it in errors.
+    These are the files' own, those of the model, or either with one prefix more or less: heads stand around models.
+    Of a quantized base the model's come first, since its weights are of other shapes than their codes.
     """
-    config = getattr(model, "config", None) or {}
-    fields = dict(config) if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
-    if "architectures" in fields and not fields["architectures"]:  # as a save writes it
-        fields["architectures"] = [type(model).__name__]
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    return Skeleton(path, fields, shapes, [name for name, _ in model.named_modules() if name], model=model)
+    wanted = set(paths)
+
+    def lacks(known: Known) -> int:
+        return len(wanted.difference(known.modules, known.shapes))
+
+    best = (by_model(base) if "quantization_config" in base.config else None) or base
+    for view in (lambda: base, lambda: by_model(base)):  # the model is made only if it is needed
+        if lacks(best) and (known := view()) is not None:
+            best = min(best, known, shifted(known, wanted), key=lacks)
+    return best
 
 
-def wider(base: object) -> Skeleton | None:
-    """Return a base of files with the names of the model that its config describes; None: no library makes it.
+def shifted(base: Known, wanted: Set[str]) -> Known:
+    """Return a base whose names have one prefix more or less: that by which it has most of the wanted modules.
 
-    A model may call its modules otherwise than its files do, and has those that share a weight with others.
+    It is the base itself if there is none, or if several do equally.
     """
-    if not isinstance(base, BaseFiles):
-        return None
-    try:
-        made = from_config(base.path, base.config)
-    except CheckpointError:
-        return None
-    modules = [*dict.fromkeys([*made.modules, *base.modules])]
-    return Skeleton(base.path, base.config, made.shapes | base.shapes, modules, base.tensors)
+    names = {*base.modules, *base.shapes}
+    found = Counter(("", prefix) for name in names for prefix, tail in cuts(name) if tail in wanted)
+    found += Counter((prefix, "") for path in wanted for prefix, tail in cuts(path) if tail in names)
+    (best, n), *others = found.most_common(2) or [(("", ""), 0)]
+    if not n or (others and others[0][1] == n):
+        return base
+    more, less = best
+
+    def new(name: str) -> str:
+        return more + name.removeprefix(less)
+
+    return Skeleton(
+        base.path, base.config, {new(name): shape for name, shape in base.shapes.items()}, [*map(new, base.modules)],
+        {new(name): tensor for name, tensor in base.tensors.items()}, shift=best,
+    )  # fmt: skip
 
 
-def from_config(path: str, config: Json) -> Skeleton:
-    """Return the model that a config describes, built on the meta device by its library.
-
-    Raises:
-        CheckpointError: the library is not installed, or does not know the model.
-    """
-    import torch
-
-    try:
-        if name := config.get("_class_name"):
-            import diffusers
-
-            with torch.device("meta"):
-                return skeleton(getattr(diffusers, name).from_config(config), path)
-        import transformers
-
-        made = transformers.AutoConfig.from_pretrained(path)
-        kind = getattr(transformers, (config.get("architectures") or [""])[0], None)
-        with torch.device("meta"):
-            return skeleton(transformers.AutoModel.from_config(made) if kind is None else kind(made), path)
-    except (ImportError, AttributeError, ValueError, KeyError, TypeError, OSError) as e:
-        raise CheckpointError(f"{path} holds no weights, and no model can be made of its config: {e}") from e
+def cuts(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the ways to cut a dotted name in two, with the dot in the first part."""
+    return ((name[: i + 1], name[i + 1 :]) for i, c in enumerate(name) if c == ".")

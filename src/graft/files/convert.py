@@ -6,13 +6,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from graft.core.errors import BaseModelMismatchError
 from graft.files import names
-from graft.files.bases import base_of, wider
-from graft.files.formats import Base, is_model, read, recognise, writer_of
+from graft.files.base import Known
+from graft.files.bases import base_of
+from graft.files.formats import is_model, read, recognise, writer_of
 from graft.files.holding import PEFT, fit, one_scale
 from graft.files.lycoris import as_peft
-from graft.files.neutral import AdapterFile
 from graft.files.output import appearing, check_output
 
 ENDS = {"kohya": ".safetensors", "gguf": ".gguf", "diffusers": ".safetensors"}  # of formats that are one file
@@ -42,7 +41,7 @@ def convert(
     source: str | os.PathLike[str],
     to: str,
     out: str | os.PathLike[str] | None = None,
-    base: str | os.PathLike[str] | Base | None = None,
+    base: str | os.PathLike[str] | Known | None = None,
     lossy: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -77,15 +76,14 @@ def convert(
     known_base = [base] if isinstance(base, (str, os.PathLike)) else []
     check_output(target, [source, *known_base], force)
     known = base_of(base) if isinstance(base, (str, os.PathLike)) else base
-    try:
-        adapter = checked(source, known, to)
-    except BaseModelMismatchError:
-        if (known := wider(known)) is None:
-            raise
-        adapter = checked(source, known, to)
+    adapter = read(source, known)
+    if known is not None and not adapter.flat:
+        known = names.check(adapter, known)
+        if to == "peft":
+            adapter, known = names.todays(adapter, known)
     lost: list[str] = []
     if to == "peft":
-        adapter, lost = fit(adapter, PEFT, to, lossy, known)
+        adapter, lost = fit(as_peft(adapter, known), PEFT, to, lossy, known)
     rounding = one_scale(replace(adapter, modules=dict(adapter.modules)), form.HOLDS) if to != "peft" else 0.0
     with appearing(target, not dry_run) as made:
         lost += form.write(adapter, made, known, lossy)
@@ -99,13 +97,3 @@ def beside(source: str, to: str) -> str:
     if os.path.isfile(stem):
         stem = os.path.splitext(stem)[0]
     return f"{stem}-{to}{ENDS.get(to, '')}"
-
-
-def checked(source: str, base: Base | None, to: str) -> AdapterFile:
-    """Read an adapter, for PEFT in the names that it has for LyCORIS' methods, and compare it with the base."""
-    adapter = read(source, base)
-    if to == "peft":
-        adapter = as_peft(adapter, base)
-    if base is not None and not adapter.flat:
-        names.check(adapter, base)
-    return adapter

@@ -15,6 +15,7 @@ import numpy as np
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, some
 from graft.files.algebra import block_diagonal
+from graft.files.bases import by_model
 from graft.files.errors import LossError
 from graft.files.formats import Base, writer_of
 from graft.files.holding import padded
@@ -71,6 +72,8 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
     """Return an adapter in that form, and what changed."""
     check(adapter, server)
     check_finite(adapter)
+    if not {*base.modules}.issuperset(adapter.modules):  # the model's modules have other names than its files
+        base = by_model(base) or base
     check_beside(adapter, base)
     loras = {path: factors(path, of, adapter.config) for path, of in adapter.modules.items()}
     names = {path: named(path, base) for path in loras}
@@ -143,7 +146,7 @@ def check(adapter: AdapterFile, server: Server) -> None:
 def check_beside(adapter: AdapterFile, base: Base) -> None:
     """Raise LossError unless the base's weights that stand in the file are those of the base."""
     for name in beside(adapter):
-        own, there = adapter.full[name], getattr(base, "tensors", {}).get(name)
+        own, there = adapter.full[name], base.tensors.get(name)
         if there is None:
             raise BaseModelMismatchError(f"{adapter.path} holds '{name}' of its base, which {base.path} does not have.")
         if own.shape != there.shape or not np.allclose(own.read(), there.read(), SAME, SAME * 1e-2):

@@ -8,36 +8,32 @@ what it leaves out, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, some
 from graft.files import algebra
 from graft.files.algebra import Svd
 from graft.files.base import BaseFiles
 from graft.files.errors import LossError, OptionError
-from graft.files.names import CONV1D
+from graft.files.layers import Layers, module_of, same
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.resize import check, resize
-from graft.files.tensors import Tensor, rearranged
+from graft.files.tensors import Bytes, Tensor, rearranged
 
 if TYPE_CHECKING:
     from graft.files.neutral import Kind
 
 LARGE = 2048  # rows and columns: above, the SVD is randomized
 OVERSAMPLING, ROUNDS = 10, 2
-TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
-EMBEDDINGS = (*TOKENS, "wpe", "position_embeddings", "token_type_embeddings", "embed_positions")
-CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
-HEAD = "lm_head.weight"
-FLOATS = ("F64", "F32", "F16", "BF16")
 RANK = 32  # if no option limits ranks
 WIDEST = 256  # of which `max_mb` chooses
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,8 @@ def extract(
     """Return an adapter that makes a fine-tuned model of its base, as nearly as its ranks allow.
 
     Matrices, convolutions and stacks of experts become LoRA; norms, biases and what has another size are kept whole.
-    One matrix and its difference are in memory at a time.
+    Names are those of the base's model, if a library here knows it. One matrix and its difference are in memory at a
+    time, of a stack of experts also the stack as the files have it.
 
     Args:
         rank: at most, of all modules; 32 if nothing else is given.
@@ -85,8 +82,9 @@ def extract(
         progress: takes the name of each tensor before it is read.
 
     Raises:
-        BaseModelMismatchError: the checkpoints are not of one architecture.
+        BaseModelMismatchError: the checkpoints are not of one architecture, or one is quantized.
         CheckpointError: they are the same.
+        LossError: a parameter changed for which PEFT's files have no place.
         NonFiniteError: what differs holds NaN or infinite numbers.
         OptionError: several of rank, energy and max_mb, or a value out of range.
     """
@@ -97,21 +95,18 @@ def extract(
     check(dict(rank=rank, energy=energy, max_mb=max_mb), None)
     if max_mb is not None:
         rank = WIDEST
-    twice = twins(tuned, base)
-    compare(tuned, base, twice)
+    layers = Layers(tuned, base)
+    compare(layers, tuned.path, base.path)
     made = Extraction(AdapterFile("peft", tuned.path, base=base.path))
-    for name in sorted(tuned.tensors):
-        if name in twice or not wanted(name, include, exclude):
-            continue
-        progress(name)
-        take(made, name, tuned.tensors[name], base.tensors.get(name), tuned.config, rank, energy, embed)
+    for name in sorted(layers.new):
+        if name not in layers.twins and wanted(name, include, exclude):
+            progress(name)
+            take(made, name, layers, rank, energy, embed)
     if not made.rows:
         raise CheckpointError(f"{tuned.path} and {base.path} do not differ where include and exclude let them.")
-    complete(made.adapter, tuned)
-    made.adapter.config["fan_in_fan_out"] = is_conv1d(tuned.config)
-    if twice or is_tied(base):
-        made.adapter.config["ensure_weight_tying"] = True
-        tie(made.adapter, tuned.config)
+    made.adapter.config["ensure_weight_tying"] = tie(made.adapter, layers)
+    complete(made.adapter, layers)
+    made.adapter.config["fan_in_fan_out"] = any(map(layers.is_conv1d, layers.old))
     if max_mb is not None and made.adapter.modules:
         made.adapter, cut = resize(made.adapter, max_mb=max_mb)
         left = {f"{row.module}.weight": row for row in cut} | {row.module: row for row in cut}
@@ -121,74 +116,59 @@ def extract(
     return made
 
 
-def is_tied(base: BaseFiles) -> bool:
-    """Return True if the head is the embedding. Where a model ties, transformers 4 writes neither a head nor that."""
-    said = base.config.get("tie_word_embeddings")
-    return generates(base.config) and HEAD not in base.tensors if said is None else bool(said)
+def tie(adapter: AdapterFile, layers: Layers) -> bool:
+    """Give the further names of tied tensors the change of the first, since files hold all.
+
+    Return True if the base's model ties some that have changed.
+    """
+    changed = False
+    for name, first in layers.twins.items():
+        lora = adapter.low_rank.get(module_of(first)) if first.endswith(".weight") else None
+        changed = changed or first in adapter.full or lora is not None
+        if first in adapter.full:
+            adapter.full[name] = adapter.full[first]
+        elif lora is not None:
+            if lora.kind == "embedding" and not layers.is_embedding(name):
+                A, B = (rearranged(t, lambda v: v.T, *t.shape[::-1]) for t in (lora.B, lora.A))
+                lora = LowRank(A, B, lora.scale)
+            adapter.modules[module_of(name)] = lora
+    return changed and layers.is_tied
 
 
-def generates(config: Json) -> bool:
-    return any(kind.endswith(("LMHeadModel", "ForCausalLM")) for kind in config.get("architectures") or ())
-
-
-def tie(adapter: AdapterFile, config: Json) -> None:
-    """Give the head of a model for generation the change of its embedding: files hold both."""
-    if not generates(config):
-        return
-    for path, lora in adapter.low_rank.items():
-        if lora.kind == "embedding" and path.rpartition(".")[2] in TOKENS:
-            A, B = (rearranged(t, lambda v: v.T, *t.shape[::-1]) for t in (lora.B, lora.A))
-            adapter.modules["lm_head"] = LowRank(A, B, lora.scale)
-    for name, value in [*adapter.full.items()]:
-        if module_of(name).rpartition(".")[2] in TOKENS:
-            adapter.full[HEAD] = value
-
-
-def complete(adapter: AdapterFile, tuned: BaseFiles) -> None:
+def complete(adapter: AdapterFile, layers: Layers) -> None:
     """Add what stands beside tensors that are kept whole: files hold modules whole, and the biases of all targets.
 
     Raises:
         LossError: a parameter of a module that holds others changed, for which PEFT's files have no place.
     """
-    if bare := sorted(n for n in adapter.full if n.rpartition(".")[2] not in ("weight", "bias")):
+    adapted = {module_of(path) for path, lora in adapter.low_rank.items() if lora.kind == "experts"}
+    bare = [name for name in adapter.full if layers.holds(name) or module_of(name) in adapted]
+    if bare:
         raise LossError(
-            f"PEFT's files have no place for parameters of their own: {some(bare)}. Leave them out by exclude."
+            f"PEFT's files have no place for parameters of their own: {some(sorted(bare))}. Leave them out by exclude."
         )
-    biases = {f"{path}.bias" for path in adapter.modules} & {*tuned.tensors}
+    biases = {f"{path}.bias" for path in adapter.modules} & layers.new.keys()
     modules = {module_of(name) for name in adapter.full} - {*adapter.modules}
-    beside = {f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")} & {*tuned.tensors}
+    beside = {name for name in layers.new if module_of(name) in modules}
     for name in beside | (biases if biases & {*adapter.full} else set()):
-        adapter.full[name] = tuned.tensors[name]
+        adapter.full[name] = layers.new[name]
 
 
 def wanted(name: str, include: str | None, exclude: str | None) -> bool:
     return (include is None or fnmatchcase(name, include)) and not (exclude is not None and fnmatchcase(name, exclude))
 
 
-def twins(tuned: BaseFiles, base: BaseFiles) -> set[str]:
-    """Return the head if it is the input embedding, value by value: a tied pair is compared once."""
-    head = tuned.tensors.get(HEAD)
-    if head is None or not (base.config.get("tie_word_embeddings") or HEAD not in base.tensors):
-        return set()
-    tokens = [t for name, t in tuned.tensors.items() if module_of(name).rpartition(".")[2] in TOKENS]
-    same = any(t.shape == head.shape and t.dtype == head.dtype and t.load() == head.load() for t in tokens)
-    return {HEAD} if same else set()
-
-
-def compare(tuned: BaseFiles, base: BaseFiles, twice: set[str]) -> None:
-    """Raise BaseModelMismatchError if two checkpoints are not of one architecture."""
-    ours, theirs = ({n for n, t in m.tensors.items() if t.dtype in FLOATS} for m in (tuned, base))
-    head = {HEAD} | twice  # a tied pair may be written once
-    missing, added = sorted(theirs - ours - head), sorted(ours - theirs - head)
-    packed = [
-        n for n, t in (*tuned.tensors.items(), *base.tensors.items()) if t.dtype not in FLOATS and n in ours | theirs
-    ]
-    other = [
-        n for n in ours & theirs if tuned.shapes[n] != base.shapes[n] and not resized(tuned.shapes[n], base.shapes[n])
-    ]
+def compare(layers: Layers, tuned: str, base: str) -> None:
+    """Raise BaseModelMismatchError if two checkpoints, of these paths, are not of one architecture."""
+    new, old = layers.new, layers.old
+    ours, theirs = ({n for n, t in m.items() if t.dtype in FLOATS} for m in (new, old))
+    missing, added = sorted(theirs - ours), sorted(ours - theirs)
+    packed = [n for m in (new, old) for n, t in m.items() if t.dtype not in FLOATS and n in ours | theirs]
+    packed += layers.quantized
+    other = [n for n in ours & theirs if new[n].shape != old[n].shape and not resized(new[n].shape, old[n].shape)]
     if missing or added or other or packed or not ours & theirs:
         raise BaseModelMismatchError(
-            f"{tuned.path} is no fine-tuned {base.path}: "
+            f"{tuned} is no fine-tuned {base}: "
             + "; ".join(
                 f"{what} {some(names, 3)}"
                 for what, names in (
@@ -205,46 +185,50 @@ def resized(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return len(a) == len(b) and len(a) in (1, 2) and a[1:] == b[1:]
 
 
-def module_of(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def take(
-    made: Extraction, name: str, new: Tensor, old: Tensor | None, config: Mapping[str, object], rank: int | None,
-    energy: float | None, embed: str,
-) -> None:  # fmt: skip
+def take(made: Extraction, name: str, layers: Layers, rank: int | None, energy: float | None, embed: str) -> None:
     """Add what one tensor has become to an adapter."""
-    if old is None or old.shape != new.shape:
+    new, old = layers.new[name], layers.old[name]
+    if old.shape != new.shape:
         made.adapter.full[name] = new
-        size = measured(name, new.read().astype("f8"))
-        made.rows.append(Extracted(name, "full", size, 1.0))
+        made.rows.append(Extracted(name, "full", measured(name, new.read().astype("f8")), 1.0))
         return
-    if new.dtype == old.dtype and new.load() == old.load():
+    if same(new, old):
         made.same += 1
         return
-    before = old.read()
-    whole = float(np.linalg.norm(before))
-    delta = np.subtract(new.read(), before, dtype=np.promote_types(before.dtype, "f4"))
-    del before
-    size = measured(name, delta)
+    kind, path = layers.kind(name, embed), module_of(name) if name.endswith(".weight") else name
+    turned = (kind == "linear" and layers.is_conv1d(name)) or (kind == "experts" and layers.is_transposed(name))
+    size = whole = kept = 0.0
+    found = []
+    for after, before in zip(*(matrices(t, kind) for t in (new, old)), strict=True):
+        W = before.read()
+        delta = np.subtract(after.read(), W, dtype=np.promote_types(W.dtype, "f4"))
+        whole, size = np.hypot(whole, np.linalg.norm(W)), np.hypot(size, measured(name, delta))
+        if kind is not None:
+            found.append(largest(delta.T if turned else delta.reshape(len(delta), -1), rank, energy))
+            kept += float((found[-1].s.astype("f8") ** 2).sum())
     if size == 0:
         made.same += 1
         return
-    relative = size / whole if whole else float("inf")
-    kind = kind_of(name, delta, embed)
+    relative = float(size / whole) if whole else float("inf")
     if kind is None:
         made.adapter.full[name] = new
-        made.rows.append(Extracted(name, "full", size, relative))
+        made.rows.append(Extracted(name, "full", float(size), relative))
         return
-    path = module_of(name) if name.endswith(".weight") else name
-    turned = kind == "linear" and is_conv1d(config) and path.rpartition(".")[2] in CONV1D_NAMES
-    matrices = list(delta) if kind == "experts" else [delta.T if turned else delta.reshape(len(delta), -1)]
-    found = [largest(matrix, rank, energy) for matrix in matrices]
     k = max(len(svd.s) for svd in found)
-    lora = algebra.with_factors(shaped(kind, delta, turned), found, k)
-    share = sum(float((svd.s.astype("f8") ** 2).sum()) for svd in found) / size**2
-    made.adapter.modules[path] = lora
-    made.rows.append(Extracted(name, "lora", size, relative, k, min(share, 1.0)))
+    made.adapter.modules[path] = algebra.with_factors(shaped(kind, new.shape, turned), found, k)
+    made.rows.append(Extracted(name, "lora", float(size), relative, k, min(kept / float(size) ** 2, 1.0)))
+
+
+def matrices(t: Tensor, kind: Kind | None) -> list[Tensor]:
+    """Return the matrices of a stack, or the tensor itself if it is none."""
+    if kind != "experts":
+        return [t]
+    data, n = t.load(), t.nbytes // t.shape[0]
+
+    def load(i: int) -> Bytes:
+        return memoryview(data)[n * i : n * (i + 1)]
+
+    return [Tensor(t.shape[1:], t.dtype, partial(load, i)) for i in range(t.shape[0])]
 
 
 def measured(name: str, values: np.ndarray) -> float:
@@ -257,31 +241,14 @@ def measured(name: str, values: np.ndarray) -> float:
     return float(np.linalg.norm(values))
 
 
-def kind_of(name: str, delta: np.ndarray, embed: str) -> Kind | None:
-    """Return the kind of LoRA that a tensor's change becomes; None: it is kept whole."""
-    leaf = module_of(name).rpartition(".")[2]
-    if not name.endswith(".weight"):
-        return "experts" if delta.ndim == 3 and ".experts." in name else None
-    if delta.ndim < 2 or min(delta.shape[:2]) == 1:
-        return None
-    if leaf in EMBEDDINGS:
-        return "embedding" if embed == "lora" else None
-    if leaf == "lm_head" and embed == "full":
-        return None
-    return "linear" if delta.ndim == 2 else "conv"
-
-
-def is_conv1d(config: Mapping[str, object]) -> bool:
-    return config.get("model_type") in CONV1D
-
-
-def shaped(kind: Kind, delta: np.ndarray, turned: bool) -> LowRank:
-    """Return empty factors whose shapes say how those of `delta` shall stand."""
-    shape = delta.shape[::-1] if turned else delta.shape
+def shaped(kind: Kind, shape: tuple[int, ...], turned: bool) -> LowRank:
+    """Return empty factors whose shapes say how those of a change of this shape shall stand."""
 
     def empty(*sizes: int) -> Tensor:
         return Tensor(sizes, "F32", bytes)
 
+    if turned:
+        shape = (*shape[:-2], *shape[:-3:-1])
     if kind == "experts":
         return LowRank(empty(shape[0], 1, shape[2]), empty(shape[0], shape[1], 1), 1.0, kind)
     if kind == "embedding":

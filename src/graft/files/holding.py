@@ -141,7 +141,7 @@ def with_magnitudes(adapter: AdapterFile, base: Base | None, to: str, of_rows: b
         if len(bare) == len(modules):
             continue
         for path, module in bare.items():
-            weight = None if base is None else getattr(base, "tensors", {}).get(f"{path}.weight")
+            weight = None if base is None else base.tensors.get(f"{path}.weight")
             if weight is None or weight.dtype not in ("F64", "F32", "F16", "BF16") or module.kind == "experts":
                 raise LossError(
                     f"{to} has a magnitude for all modules or for none, and '{path}' of {adapter.path} has none: give "

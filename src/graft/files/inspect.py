@@ -14,10 +14,12 @@ from graft.config.notes import CONFIG
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, NonFiniteError, some
 from graft.files import algebra
-from graft.files.bases import Known
+from graft.files.base import Known
+from graft.files.bases import fitted
 from graft.files.errors import BaseNeededError, OptionError, PackageNeededError
+from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.sources import licence_in, names_in
+from graft.files.sources import licence_in
 from graft.files.tensors import FLOATS, Tensor
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -117,44 +119,53 @@ def of_module(path: str, module: LowRank | Other, spectrum: bool) -> Json:
 
 def compared(modules: list[Json], adapter: AdapterFile, base: Known) -> None:
     """Add to each module what its change is beside the base's weight."""
-    found = names_in((m["module"] for m in modules), base.shapes)
+    base = fitted(base, adapter.modules)
     for m in modules:
         low = algebra.as_low_rank(adapter.modules[m["module"]])
-        if low is None or one_by_one(m["module"], low, found, base):
+        if low is None or one_by_one(m["module"], low, base):
             continue
-        W = weight(m["module"], found, base, low)
+        W = weight(m["module"], adapter, base, low)
         m["weight_norm"] = float(np.linalg.norm(W))
         if low.magnitude is not None:
             m["norm"] = float(np.linalg.norm(algebra.with_magnitude(low, W)))
         m["relative"] = m["norm"] / m["weight_norm"] if m["weight_norm"] else None
 
 
-def one_by_one(path: str, low: LowRank, found: dict[str, str], base: Known) -> bool:
+def one_by_one(path: str, low: LowRank, base: Known) -> bool:
     """Return True if a base's files have the matrices of a stack one by one, under names of their own."""
-    return low.kind == "experts" and path not in found and any(".experts." in name for name in base.shapes)
+    return low.kind == "experts" and path not in base.shapes and any(".experts." in name for name in base.shapes)
 
 
-def weight(path: str, found: dict[str, str], base: Known, low: LowRank) -> np.ndarray:
+def name_of(path: str, base: Known) -> str | None:
+    """Return the name of the weight of a module, or of a parameter that is adapted itself; None: the base has none."""
+    return next((name for name in (f"{path}.weight", path) if name in base.shapes), None)
+
+
+def weight(path: str, adapter: AdapterFile, base: Known, low: LowRank) -> np.ndarray:
     """Return the weight that a module changes, turned as its change is: (out, in), of an embedding (vocabulary, dim).
+
+    Args:
+        base: by the adapter's names, see `graft.files.bases.fitted`.
 
     Raises:
         BaseModelMismatchError: the base has none, or one of another shape.
         BaseNeededError: of the base only names are known.
     """
     rows, columns = algebra.sizes(low)
-    if path not in found:
+    if (name := name_of(path, base)) is None:
         raise BaseModelMismatchError(f"{base.path} has no weight for '{path}'.")
-    shape = base.shapes[found[path]]
+    shape = base.shapes[name]
     own = (columns, rows) if low.kind == "embedding" else (rows, columns)
     stack = low.kind == "experts"
     flat = (shape[-2], shape[-1]) if stack else (shape[0], prod(shape[1:]))
     if flat not in (own, own[::-1]) or (stack and shape[0] != low.A.shape[0]):
         raise BaseModelMismatchError(f"'{path}' is {shape} in {base.path}, and the adapter is made for {own}.")
-    if found[path] not in base.tensors:
+    if name not in base.tensors:
         raise BaseNeededError(f"{base.path} has no weights, only their names: give the base model with its files.")
-    W = base.tensors[found[path]].read()
+    W = base.tensors[name].read()
     W = W if stack else W.reshape(flat)
-    return W if flat == own else W.swapaxes(-1, -2)
+    turned = flat != own or (rows == columns and low.kind == "linear" and is_stored_in_out(adapter, base.config))
+    return W.swapaxes(-1, -2) if turned else W
 
 
 def groups(modules: list[Json]) -> list[Json]:

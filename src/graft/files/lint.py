@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -16,12 +16,13 @@ from graft.config.hub import looks_like_repository
 from graft.config.reading import ending, parsed, pattern
 from graft.core.errors import BaseModelMismatchError, ConfigError, some
 from graft.files import algebra
-from graft.files.bases import Known
+from graft.files.base import Known
+from graft.files.bases import fitted
 from graft.files.errors import BaseNeededError
 from graft.files.formats.peft import SCALED, unnamed
-from graft.files.inspect import one_by_one, tensors_of, weight
+from graft.files.inspect import name_of, one_by_one, tensors_of, weight
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.sources import CARD, licence_in, names_in
+from graft.files.sources import CARD, licence_in
 from graft.files.tensors import FLOATS, Tensor
 
 Severity = Literal["error", "warning", "note"]
@@ -52,7 +53,6 @@ class Look:
 
     adapter: AdapterFile
     base: Known | None = None
-    names: dict[str, str] = field(default_factory=dict)  # module → its weight's name in the base
 
     @cached_property
     def low(self) -> dict[str, LowRank]:
@@ -75,7 +75,7 @@ class Look:
         """Return the base's weight of a module; None if none fits, of which another rule tells, or it has no values."""
         assert self.base is not None
         try:
-            return weight(path, self.names, self.base, self.low[path])
+            return weight(path, self.adapter, self.base, self.low[path])
         except (BaseModelMismatchError, BaseNeededError):
             return None
 
@@ -90,9 +90,7 @@ def lint(adapter: AdapterFile, base: Known | None = None) -> list[Finding]:
     Args:
         base: lets the rules look that compare with it, the slow one for intruder dimensions among them.
     """
-    look = Look(adapter, base)
-    if base is not None:
-        look.names = names_in(adapter.modules, base.shapes)
+    look = Look(adapter, None if base is None else fitted(base, adapter.modules))
     order = ("error", "warning", "note")
     found = [
         Finding(rule.name, rule.severity, text, rule.remedy, tuple(where))
@@ -221,10 +219,10 @@ def base_mismatch(look: Look) -> Found:
     assert look.base is not None
     wrong, texts = [], []
     for path, lora in look.low.items():
-        if one_by_one(path, lora, look.names, look.base):
+        if one_by_one(path, lora, look.base):
             continue
         try:
-            weight(path, look.names, look.base, lora)
+            weight(path, look.adapter, look.base, lora)
         except BaseNeededError:
             continue
         except BaseModelMismatchError as e:
@@ -234,9 +232,8 @@ def base_mismatch(look: Look) -> Found:
         yield f"{len(wrong)} of {len(look.low)} modules do not fit: {texts[0]}", wrong
     note = look.adapter.metadata.get("graft_base")
     shapes = (parsed(note, "the fingerprint") or {}).get("weights", {}) if note else {}
-    other = [p for p, s in shapes.items() if p in look.names and tuple(s) != look.base.shapes[look.names[p]]]
-    shapes_of_base = {p: look.base.shapes[look.names[p]] for p in other}
-    other = [p for p, s in shapes_of_base.items() if tuple(shapes[p]) != (*s[:-2], *s[:-3:-1])]  # stored (in, out)
+    here = {p: look.base.shapes[name] for p in shapes if (name := name_of(p, look.base)) is not None}
+    other = [p for p, s in here.items() if tuple(shapes[p]) not in (s, (*s[:-2], *s[:-3:-1]))]  # stored (in, out)
     if other and not wrong:
         yield f"the file's fingerprint is of other shapes: {some(other, 3)}", other
 

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.files.base import Known
+from graft.files.bases import by_model, fitted
 from graft.files.neutral import AdapterFile, LowRank
 
 if TYPE_CHECKING:
@@ -65,30 +69,46 @@ def missing(adapter: AdapterFile, names: Iterable[str], base: Base) -> BaseModel
     )
 
 
-def check(adapter: AdapterFile, base: Base) -> None:
-    """Compare an adapter's modules and shapes with a base model's.
-
-    A path may have more or fewer modules in front than the base's files have: heads stand around models.
+def check(adapter: AdapterFile, base: Known) -> Known:
+    """Compare an adapter's modules and shapes with a base model's; return the base by the adapter's names.
 
     Raises:
         BaseModelMismatchError: there is no such module, or its weight has another shape.
     """
-    modules = set(base.modules)
-    tails: dict[str, str | None] = {}
-    here: dict[str, LowRank] = {}
-    absent = []
-    for path, module in adapter.modules.items():
-        if module.kind == "experts":  # parameters, or modules that files have one by one
-            continue
-        found = path if path in modules else inside(path, modules, tails)
-        if found is None:
-            absent.append(path)
-            continue
-        if isinstance(module, LowRank):
-            here[found] = module
+    known = fitted(base, adapter.modules)
+    modules = set(known.modules)
+    # of experts, some bases have the parameter and others a module for each
+    absent = [path for path, module in adapter.modules.items() if path not in modules and module.kind != "experts"]
     if absent:
         raise missing(adapter, absent, base)
-    check_shapes(here, adapter, base)
+    check_shapes(adapter.low_rank, adapter, known)
+    return known
+
+
+def todays(adapter: AdapterFile, base: Known) -> tuple[AdapterFile, Known]:
+    """Return an adapter, and its base, by the names of the base's model, where the adapter has those of its files."""
+    view = by_model(base)
+    if view is None or set(view.modules).issuperset(adapter.modules):
+        return adapter, base
+    names = {id(tensor): name for name, tensor in view.tensors.items()}
+    pairs = ((key, names[id(tensor)]) for key, tensor in base.tensors.items() if id(tensor) in names)
+    return renamed(adapter, {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in pairs}), view
+
+
+def renamed(adapter: AdapterFile, new: Mapping[str, str]) -> AdapterFile:
+    """Return an adapter with other names for its modules.
+
+    Args:
+        new: old path → new path.
+    """
+
+    def name(old: str) -> str:
+        module, _, leaf = old.rpartition(".")
+        return f"{new[module]}.{leaf}" if module in new else old
+
+    modules = {new.get(path, name(path)): module for path, module in adapter.modules.items()}
+    full = {name(key): value for key, value in adapter.full.items()}
+    return replace(adapter, modules=modules, full=full, rows={name(key): value for key, value in adapter.rows.items()})
 
 
 def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base) -> None:
@@ -108,20 +128,10 @@ def check_shapes(loras: Mapping[str, LowRank], adapter: AdapterFile, base: Base)
         )
 
 
-def inside(path: str, modules: set[str], tails: dict[str, str | None]) -> str | None:
-    """Return the one module that `path` means if it, or the base's name, has further modules in front; else None."""
-    rest = path
-    while "." in rest:
-        rest = rest.partition(".")[2]
-        if rest in modules:
-            return rest
-    if not tails:
-        for module in modules:
-            rest = module
-            while "." in rest:
-                rest = rest.partition(".")[2]
-                tails[rest] = None if rest in tails else module
-    return tails.get(path)
+def is_stored_in_out(adapter: AdapterFile, base_config: Json) -> bool:
+    """Return True if square weights of linear layers are stored (in, out), by the adapter's config or the base's."""
+    flag = adapter.config.get("fan_in_fan_out")
+    return base_config.get("model_type") in CONV1D if flag is None else bool(flag)
 
 
 def fits(lora: LowRank, shape: tuple[int, ...], transposed: bool = False) -> bool:

@@ -59,8 +59,8 @@ def as_trained(
             "it (--base)."
         )
     from graft.config.base import PeftConfig
-    from graft.files.merging.skeleton import skeleton
     from graft.files.pickles import from_torch, to_torch
+    from graft.files.skeleton import skeleton
     from graft.io.servers import arranged
 
     model = getattr(base, "model", None) or skeleton(base.path)

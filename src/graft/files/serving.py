@@ -18,7 +18,8 @@ from functools import cache, cached_property
 from graft.config import pair
 from graft.config.reading import Json
 from graft.core.errors import some
-from graft.files.bases import Known
+from graft.files.base import Known
+from graft.files.bases import by_model
 from graft.files.errors import UnknownServerError
 from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile, LowRank, Other
@@ -107,13 +108,22 @@ class Subject:
     @cached_property
     def strangers(self) -> list[str]:
         """The modules that the model which the server runs does not have."""
-        if self.base is None:
-            return []
-        known = {*self.base.modules}
         paths = [module_of(path, module) for path, module in self.adapter.modules.items()]
-        if not known.issuperset(paths):
-            known |= names_of_class(self.base)
-        return [path for path in paths if path not in known]
+        return [] if self.base is None else [path for path in paths if path not in self.modules]
+
+    @cached_property
+    def modules(self) -> set[str]:
+        """The base's modules, by its files and, if these lack some of the adapter's, by its model too.
+
+        Files of multimodal models have other names in part: `language_model.model.layers` in the file,
+        `model.language_model.layers` in the model.
+        """
+        if self.base is None:
+            return set()
+        known = {*self.base.modules}
+        paths = {module_of(path, module) for path, module in self.adapter.modules.items()}
+        more = None if known.issuperset(paths) else by_model(self.base)
+        return known if more is None else known.union(more.modules)
 
 
 Condition = Callable[[Subject], Iterable[str]]
@@ -448,7 +458,7 @@ def some_layers_only(s: Subject) -> Iterable[str]:
     """A kind of module that not every layer has an adapter on."""
     kinds = layers_by_kind(s.low_rank)
     every = {layer for layers in kinds.values() for layer in layers}
-    there = dict.fromkeys(kinds, every) if s.base is None else layers_by_kind(s.base.modules)
+    there = dict.fromkeys(kinds, every) if s.base is None else layers_by_kind(s.modules)
     for kind, layers in kinds.items():
         if missing := there.get(kind, layers) - layers:
             yield f"{kind.replace('#', 'N')} on {len(layers)} of {len(layers | missing)} layers"
@@ -486,14 +496,14 @@ def module_of(path: str, module: LowRank | Other) -> str:
 @condition
 def modules_missing(s: Subject) -> Iterable[str]:
     """Of a name that no module of the base has."""
-    names = set() if s.base is None else {last(m) for m in s.base.modules}
+    names = {last(m) for m in s.modules}
     return [path for path in s.strangers if last(path) not in names]
 
 
 @condition
 def layers_missing(s: Subject) -> Iterable[str]:
     """Beyond the base's last layer."""
-    kinds = {} if s.base is None else layers_by_kind(s.base.modules)
+    kinds = layers_by_kind(s.modules)
     return [path for path in s.strangers if (numbered := in_layer(path)) and numbered[0] in kinds]
 
 
@@ -502,18 +512,6 @@ def prefixes_differ(s: Subject) -> Iterable[str]:
     """Of a name that modules of the base have, elsewhere: the adapter was trained with another class of the model."""
     apart = {*modules_missing(s), *layers_missing(s)}
     return [path for path in s.strangers if path not in apart]
-
-
-def names_of_class(base: Known) -> set[str]:
-    """Return the modules of the class that the base's config names, as transformers builds it; none if it cannot.
-
-    Checkpoints of multimodal models have other names in part: `language_model.model.layers` in the file,
-    `model.language_model.layers` in the model.
-    """
-    from graft.files.merging.skeleton import skeleton  # loads torch
-
-    model = skeleton(base.path)
-    return set() if model is None else {name for name, _ in model.named_modules()}
 
 
 def last(path: str) -> str:

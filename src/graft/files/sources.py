@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH
 from graft.config.reading import open_file, read_object
 from graft.core.errors import CheckpointError
-from graft.files.base import base_files
-from graft.files.bases import Skeleton
+from graft.files.base import Skeleton, base_files
 from graft.files.errors import BaseNeededError
 from graft.files.formats import read
 from graft.files.neutral import AdapterFile
@@ -134,33 +133,3 @@ def licence_in(folder: str) -> str | None:
     head = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
     found = head and re.search(r"^license:\s*['\"]?([\w.+-]+)", head[1], re.MULTILINE)
     return found[1] if found else None
-
-
-def names_in(wanted: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Return parameters by the names that a checkpoint has for them: its own, or with one prefix more or less.
-
-    Args:
-        wanted: paths of modules, of whose weights the names are looked up, or of parameters.
-    """
-    wanted = list(wanted)
-    for prefix in prefixes(wanted, shapes):
-        found = {}
-        for path in wanted:
-            name = path.removeprefix(prefix[1:]) if prefix.startswith("-") else prefix + path
-            key = next((k for k in (f"{name}.weight", name) if k in shapes), None)
-            if key is not None:
-                found[path] = key
-        if found:
-            return found
-    return {}
-
-
-def prefixes(wanted: list[str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return what may stand before names: nothing, what the checkpoint has more, or ("-…") has not."""
-    if not wanted:
-        return []
-    first = wanted[0]
-    more = sorted(k[: -len(f"{first}.weight")] for k in shapes if k.endswith(f".{first}.weight"))
-    parts = first.split(".")
-    less = ["-" + ".".join(parts[:i]) + "." for i in range(1, len(parts))]
-    return ["", *more, *less]

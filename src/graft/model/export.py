@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +19,12 @@ from graft.files.formats import peft
 from graft.files.serving import server_named
 from graft.inject.parts import reads
 from graft.io import files
-from graft.io.base import get_base_model_state_dict
 from graft.io.fingerprint import fingerprint, weights_of
 from graft.model.checkpoints import check, contents, folder_of, names_to_save
 from graft.model.convert import convert_to_lora, found
+from graft.model.in_memory import names_in
 
 ENERGY = 0.9999  # part of ‖ΔW‖² that a method which is no LoRA keeps
-
-
-class BaseInMemory:
-    """The names and shapes of a live base model."""
-
-    def __init__(self, model: nn.Module):
-        base = model.get_base_model()
-        config, tensors = getattr(base, "config", None), get_base_model_state_dict(model)
-        self.path = str(base.__dict__.get("name_or_path") or type(base).__name__)
-        self.config: dict[str, object] = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
-        if not self.config.get("architectures"):  # as a save writes it
-            self.config["architectures"] = [type(base).__name__]
-        self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-
-    @property
-    def modules(self) -> Iterable[str]:
-        return dict.fromkeys(name.rpartition(".")[0] for name in self.shapes)
 
 
 def export_adapters(
@@ -96,7 +78,7 @@ def export(model: nn.Module, adapter: str, server: str, path: str, rank: int | f
         files.save_adapter(folder, tensors, config, True, fingerprint(weights_of(parts, base)))
         file = peft.read(folder)
         file.path = f"adapter '{adapter}'"
-        report = export_file(file, server, BaseInMemory(model), os.fspath(path))
+        report = export_file(file, server, names_in(model), os.fspath(path))
     report.error = error
     if error is not None:
         report.notes.insert(0, f"ΔW became a product of factors, with a relative error of {error:.2g}")

@@ -4,30 +4,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.core.errors import some
-from graft.core.merging import unmerged
-from graft.files.bases import Skeleton, skeleton
+from graft.core.errors import BaseModelMismatchError, some
+from graft.files.base import Skeleton
 from graft.files.components import part_for
 from graft.files.errors import LossError
 from graft.files.formats import read
 from graft.files.formats.peft import config_of, tensors_of
 from graft.files.holding import PEFT, fit
 from graft.files.lycoris import as_peft
-from graft.files.names import check
-from graft.files.pickles import from_torch, to_torch
-from graft.files.tensors import Tensor
-from graft.inject.survey import survey
+from graft.files.names import check, renamed
+from graft.files.neutral import AdapterFile
+from graft.files.pickles import to_torch
+from graft.inject.experts import Conversions
 from graft.io.files import Loaded
-from graft.io.tensors import name_of
 from graft.model.checkpoints import AdapterInMemory
+from graft.model.in_memory import names_in
 from graft.model.mixed import PeftMixedModel
 from graft.model.peft_model import PeftModel
 
@@ -60,12 +58,14 @@ def load_adapter(
         LossError: the file has what graft has no method for, and `lossy` is False.
     """
     known = names_in(model)
-    adapter = read(path, known)
+    try:
+        adapter = part_at(path, known)
+    except BaseModelMismatchError:
+        if (before := former_names(known)) is None:
+            raise
+        adapter = renamed(part_at(path, with_names(known, before)), {old: new for new, old in before.items()})
     if adapter.format != "peft" or adapter.pipeline:
-        adapter = part_for(adapter, known)
-        check(adapter, known)
-        adapter = as_peft(adapter, known)
-        adapter, _ = fit(adapter, PEFT, "peft", lossy, known)
+        adapter, _ = fit(as_peft(adapter, known), PEFT, "peft", lossy, known)
     lost: list[str] = []
     tensors = {name: to_torch(t) for name, t in tensors_of(adapter, lost).items()}
     if lost and not lossy:
@@ -79,28 +79,33 @@ def load_adapter(
     return model
 
 
-def names_in(model: nn.Module) -> Skeleton:
-    """Return names, shapes and values of a model as they are without adapters."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    out = skeleton(base, f"the model ({type(base).__name__})")
-    layers = survey(base).layers
-    inside = tuple(f"{path}." for path in layers)
-    out.adapters = model.peft_config if isinstance(model, PeftModel) else {}
-    out.modules = [name for name in out.modules if not name.startswith(inside)] if inside else out.modules
-    for name, p in [*base.named_parameters(remove_duplicate=False)]:
-        of_layer = next((path for path in inside if name.startswith(path)), None)
-        plain = name.replace(".base_layer.", ".") if of_layer else name
-        if of_layer and ".base_layer." not in name:
-            out.shapes.pop(name, None)
-            continue
-        out.shapes[plain] = tuple(p.shape)
-        if p.device.type != "meta" and p.is_floating_point() and type(p.data) is type(p.detach()):
-            layer = layers.get(plain.removesuffix(".weight")) if of_layer else None
-            read = (lambda p=p: p.data) if layer is None else partial(unmerged, layer)
-            out.tensors[plain] = Tensor(tuple(p.shape), name_of(p.dtype), partial(values_of, read, plain))
-    return out
+def part_at(path: str | os.PathLike[str], known: Skeleton) -> AdapterFile:
+    """Return the adapter of a file, of a pipeline's that of the part which a model is, after a look at its names."""
+    adapter = read(path, known)
+    if adapter.format != "peft" or adapter.pipeline:
+        adapter = part_for(adapter, known)
+        here, there = getattr(check(adapter, known), "shift", ("", ""))
+        if here != there:
+            paths = [*adapter.modules, *(name.rpartition(".")[0] for name in (*adapter.full, *adapter.rows))]
+            adapter = renamed(adapter, {path: there + path.removeprefix(here) for path in paths})
+    return adapter
 
 
-def values_of(read: Callable[[], torch.Tensor], name: str) -> bytes:
-    """Return the bytes of a weight, from its device: only a format that needs values asks."""
-    return bytes(from_torch(read().detach(), name).load())
+def former_names(known: Skeleton) -> dict[str, str] | None:
+    """Return the names that a model's modules had in earlier versions of transformers, by today's; None: the same."""
+    conversions = Conversions(known.model)
+    names = {path: conversions.before(path) for path in known.modules}
+    return names if any(old != new for new, old in names.items()) else None
+
+
+def with_names(known: Skeleton, names: Mapping[str, str]) -> Skeleton:
+    """Return a model with other names for its modules."""
+
+    def other(name: str) -> str:
+        module, _, leaf = name.rpartition(".")
+        return f"{names[module]}.{leaf}" if module in names else name
+
+    return replace(
+        known, shapes={other(name): shape for name, shape in known.shapes.items()}, modules=[*names.values()],
+        tensors={other(name): tensor for name, tensor in known.tensors.items()},
+    )  # fmt: skip

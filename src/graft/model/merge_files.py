@@ -27,8 +27,8 @@ from graft.files.merging import heads
 from graft.files.merging.folds import Change, Job, Read, whole
 from graft.files.merging.merge import Merged, merge
 from graft.files.merging.numbers import to_file
-from graft.files.merging.skeleton import nothing, skeleton, weightless
 from graft.files.neutral import LowRank
+from graft.files.skeleton import nothing, skeleton, weightless
 from graft.inject.survey import survey
 from graft.model.peft_model import PeftModel
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Protocol
@@ -13,13 +12,15 @@ from typing import Protocol
 from graft.config.atomic import is_special
 from graft.config.file import holders
 from graft.config.pair import CONFIG_NAME
-from graft.config.reading import Json
-from graft.core.errors import CheckpointError, NonFiniteError, shortened, some
+from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, shortened, some
+from graft.files.base import Known
+from graft.files.bases import by_model
 from graft.files.errors import OptionError
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import mentions
 from graft.files.tensors import read_header
 
+Base = Known  # what a format may ask of: names and shapes; values only where it says so
 # in the order in which they look at a path
 FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "pyreft", "kohya", "diffusers")
 WRITTEN = tuple(name for name in FORMATS if name not in ("torchtune", "litgpt"))  # whose libraries have ended
@@ -36,19 +37,6 @@ SIGNS = {  # in names of tensors → what the file is
     "adapter_query.weight": "an adapter of the original LLaMA-Adapter, which graft does not read: it has a gate for "
     "each head, of which it takes the tanh, and adaption prompts have one number for all heads",
 }
-
-
-class Base(Protocol):
-    """What a format may ask of a base model, which need not be loaded: the names and shapes of its tensors."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def config(self) -> Json: ...  # config.json
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...  # "model.layers.0.mlp.up_proj.weight" → its shape
-    @property
-    def modules(self) -> Iterable[str]: ...
 
 
 class Format(Protocol):
@@ -136,7 +124,12 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
     """
     path = os.fspath(path)
     form: Format = module_of(recognise(path))
-    adapter = form.read(path, base)
+    try:
+        adapter = form.read(path, base)
+    except BaseModelMismatchError:
+        if (known := None if base is None else by_model(base)) is None:
+            raise
+        adapter = form.read(path, known)  # whose modules may have other names than its files
     if not isinstance(adapter.base, str | None):
         raise CheckpointError(f"{path} names {shortened(repr(adapter.base))} as its base model, and no text. Edit it.")
     for module, factors in adapter.modules.items():

@@ -214,7 +214,7 @@ def low_rank(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | Othe
 
 def whole(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base | None) -> None:
     """Put a tensor that was trained whole into `full`, if the base has values; else keep the difference."""
-    base_value = getattr(base, "tensors", {}).get(key)
+    base_value = None if base is None else base.tensors.get(key)
     path = key.rpartition(".")[0]
     if base_value is None:
         of_module = out.modules.setdefault(path, Other(FULL, {}))

@@ -636,7 +636,7 @@ def targets_of(paths: list[str], base: Base | None) -> list[str]:
     if base is not None:
         known = set(base.modules)
         leaves = {p.rpartition(".")[2] for p in paths}
-        if {m for m in known if m.rpartition(".")[2] in leaves} <= set(paths):
+        if {m for m in known if m.rpartition(".")[2] in leaves} == set(paths):
             return sorted(leaves)
     return sorted(paths)
 

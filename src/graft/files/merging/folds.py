@@ -14,9 +14,9 @@ from graft.core.errors import BaseModelMismatchError
 from graft.files.errors import LossError, OptionError
 from graft.files.formats.peft import unnamed
 from graft.files.merging.numbers import wide
-from graft.files.merging.places import Places, Spot
-from graft.files.names import CONV1D
+from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank
+from graft.files.places import Places, Spot
 from graft.files.tensors import Tensor
 from graft.kernels.decomposed import row_norms
 from graft.methods.lora.loftq import quantized
@@ -190,8 +190,7 @@ def square_is_turned(job: Job, path: str, lora: LowRank, spot: Spot) -> bool:
         return spot.expert is None and job.stacked(path)
     if lora.kind == "conv":
         return False
-    flag = job.adapter.config.get("fan_in_fan_out")
-    return job.config.get("model_type") in CONV1D and flag is not False if flag is None else bool(flag)
+    return is_stored_in_out(job.adapter, job.config)
 
 
 def sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:

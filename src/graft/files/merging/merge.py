@@ -25,13 +25,13 @@ from graft.files.formats import read
 from graft.files.merging import heads
 from graft.files.merging.folds import Change, Job, changes
 from graft.files.merging.numbers import FLOATS, TORCH, measured, to_bytes
-from graft.files.merging.places import Places
-from graft.files.merging.skeleton import skeleton
 from graft.files.merging.stream import Out, Workplace, sha256_of
 from graft.files.merging.ties import Tied, alike, tied_groups
 from graft.files.merging.weights import BaseWeights, weights_of
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.output import CERTIFICATE, check_output
+from graft.files.places import Places
+from graft.files.skeleton import skeleton
 from graft.files.tensors import Bytes
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -7,15 +7,18 @@ that all names lack, or have too much.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from graft.core.errors import BaseModelMismatchError, some
+from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.files.errors import LossError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 Shape = tuple[int, ...]
@@ -46,17 +49,19 @@ class Places:
     def __init__(self, shapes: Mapping[str, Shape], model: Callable[[], PreTrainedModel | None]):
         self.shapes, self.model = shapes, model
         self.prefixes: tuple[str, str] | None = None  # that names have, and in its stead the checkpoint
+        self.computed: dict[str, Computed] = {}
 
     @cached_property
     def by_transformers(self) -> dict[str, list[Spot]]:
         model = self.model()
-        return {} if model is None else renamed(model, self.shapes)
+        return {} if model is None else renamed(model, self.shapes, self.computed)
 
     def settle(self, names: Collection[str], adapter: str) -> dict[str, list[Spot]]:
         """Return the spots of each of these parameters, in one way for all that do not stand under their own names.
 
         Raises:
             BaseModelMismatchError: the checkpoint does not hold some of them.
+            LossError: transformers computes some of other tensors.
         """
         found = {name: [Spot(name)] for name in names if name in self.shapes}
         left = [name for name in names if name not in found]
@@ -70,6 +75,11 @@ class Places:
                 less = len(key) < len(name)
                 self.prefixes = (name.removesuffix(key), "") if less else ("", key.removesuffix(name))
         missing = [name for name in left if name not in theirs]
+        if missing and self.computed:
+            raise LossError(
+                f"transformers computes {some(missing, 4)} of other tensors of the base's checkpoint, which files of a "
+                f"merged model would have to hold: merge '{adapter}' in memory, by merge_and_unload(), and save that."
+            )
         if missing:
             raise BaseModelMismatchError(
                 f"The base's checkpoint does not hold {len(missing)} of the {len(names)} tensors that adapter "
@@ -105,29 +115,72 @@ def with_prefix(names: Iterable[str], keys: Collection[str]) -> dict[str, str]:
     return fits[0] if len(fits) == 1 else {}
 
 
-def renamed(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> dict[str, list[Spot]]:
-    """Return the spots of a transformers model's parameters, as transformers loads them."""
+@dataclass
+class Computed:
+    """Parameters that transformers computes from tensors of a checkpoint, in another way than one below another.
+
+    Attributes:
+        first: the first of them; the others follow from the conversion.
+        keys: the checkpoint's names, each with the pattern of the conversion that it fits.
+    """
+
+    first: str
+    conversion: Any
+    model: PreTrainedModel
+    keys: list[tuple[str, str]] = field(default_factory=list)
+
+    def values(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the parameters by name, made of these tensors of the checkpoint, which may be without memory."""
+        conversion = copy.deepcopy(self.conversion)
+        for key, pattern in self.keys:
+            conversion.add_tensor(self.first, key, pattern, tensors[key])
+        try:
+            made = conversion.convert(self.first, model=self.model, config=self.model.config)
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as e:
+            names = some([key for key, _ in self.keys], 3)
+            raise CheckpointError(f"transformers cannot make '{self.first}' of {names} in the checkpoint: {e}") from e
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def renamed(
+    model: PreTrainedModel, shapes: Mapping[str, Shape], computed: dict[str, Computed] | None = None
+) -> dict[str, list[Spot]]:
+    """Return the spots of a transformers model's parameters, as transformers loads them.
+
+    Args:
+        computed: gets the parameters that have no spots, by the first of each conversion.
+    """
+    own = model.state_dict()
     try:
         from transformers import conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+        from transformers.core_model_loading import (
+            WeightRenaming,
+            apply_renamings,
+            dot_natural_key,
+            rename_source_key,
+        )
     except ImportError:  # before 5
         return by_patterns(getattr(type(model), "_checkpoint_conversion_mapping", None) or {}, shapes)
     conversions = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters: list[Any] = [c for c in conversions if not isinstance(c, WeightRenaming)]
-    own = model.state_dict()
     found: dict[str, list[Spot]] = {}
     stacks: dict[str, dict[str, list[str]]] = {}  # parameter → pattern of a part → its keys
     orders: dict[str, list[str]] = {}
     for key in sorted(shapes, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if target not in own and key in own:
+            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, own)
         if pattern is None:
             found.setdefault(target, []).append(Spot(key))
             continue
-        converter = next(c for c in converters if pattern in c.source_patterns and c.rename_source_key(key)[1])
+        name = apply_renamings(key, renamings)
+        converter = next(c for c in converters if c.rename_source_key(name)[1] == pattern)
         if steps(converter) in (("MergeModulelist",), ("MergeModulelist", "Concatenate")):
             stacks.setdefault(target, {}).setdefault(pattern, []).append(key)
             orders[target] = list(converter.source_patterns)
+        elif computed is not None:
+            computed.setdefault(target, Computed(target, converter, model)).keys.append((key, pattern))
     for target, parts in stacks.items():
         start, spots = 0, list[Spot]()
         for pattern in orders[target]:
@@ -147,9 +200,6 @@ def by_patterns(patterns: Mapping[str, str], shapes: Mapping[str, Shape]) -> dic
     """Return the spots by a class's `_checkpoint_conversion_mapping`: the first pattern that fits renames a key."""
     found: dict[str, list[Spot]] = {}
     for key in shapes:
-        for pattern, put in patterns.items():
-            name, n = re.subn(pattern, put, key)
-            if n:
-                found.setdefault(name, []).append(Spot(key))
-                break
+        names = (re.subn(pattern, put, key) for pattern, put in patterns.items())
+        found.setdefault(next((name for name, n in names if n), key), []).append(Spot(key))
     return found

@@ -44,7 +44,7 @@ def skeleton(path: str, architecture: str | None = None) -> PreTrainedModel | No
         try:
             with torch.device("meta"):
                 model: PreTrainedModel = transformers.AutoModel.from_config(config) if kind is None else kind(config)
-        except (ValueError, KeyError, ImportError) as e:
+        except (ValueError, KeyError, ImportError, TypeError, AttributeError) as e:
             raise CheckpointError(f"transformers cannot make the model of {path}: {e}") from None
     return model
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
@@ -10,7 +11,11 @@ import pytest
 
 import graft
 from graft.config import atomic
+from graft.train.multi import MultiTrain, run_file
+from graft.train.multi.sweep import TABLE
 from tests.threads import in_child
+from tests.train.multi.alone import SPECS, tiny
+from tests.train.multi.test_sweep import swept
 from tests.trust.folders import BIN, CARD, CONFIG, TENSORS, adapter, files, held, killed
 
 SECRET = b"not for others"
@@ -88,6 +93,58 @@ def test_a_pipe_in_place_of_the_card_does_not_hang(places):
     with pytest.warns(graft.PeftWarning, match="a pipe, and stays as it is"):
         adapter(2).save_pretrained(folder)
     assert held(folder) == (2, 2) and (folder / CARD).is_fifo()
+
+
+# folders of runs and sweeps
+
+
+def begun():
+    runs = MultiTrain(tiny())
+    runs.add("plain", SPECS["plain"].config, **SPECS["plain"].options(4))
+    return runs
+
+
+def test_a_run_is_not_saved_through_a_link(places):
+    folder, elsewhere = places
+    for save in (lambda: begun().save(folder), lambda: begun().run(save=folder)):
+        for link in ("plain", ".locks"):
+            (folder / link).symlink_to(elsewhere)
+            with pytest.raises(graft.CheckpointError, match=f"{link}' is a symbolic link"):
+                save()
+            (folder / link).unlink()
+        (folder / ".locks").mkdir()
+        (folder / ".locks" / "plain.lock").symlink_to(elsewhere / "secret")
+        with pytest.raises(graft.CheckpointError, match="lock' is a symbolic link"):
+            save()
+        (folder / ".locks" / "plain.lock").unlink()
+        (folder / ".locks").rmdir()
+    assert not [*folder.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["s0", "s4", TABLE, ".locks"])
+def test_a_sweep_writes_and_deletes_nothing_through_a_link(places, name):
+    folder, elsewhere = places
+    (folder / name).symlink_to(elsewhere / ("secret" if name == TABLE else ""))
+    with pytest.raises(graft.CheckpointError, match=f"{name}' is a symbolic link"):
+        swept(folder)
+    assert {*os.listdir(folder)} - {".locks"} == {name} - {".locks"}  # files of locks stay
+
+
+def test_a_table_of_others_names_no_folder_outside(places):
+    """What a sweep deletes, and where it saves, follows from its own settings."""
+    folder, elsewhere = places
+    swept(folder)
+    (elsewhere / run_file.FILE).write_bytes(SECRET)
+    document = json.loads((folder / TABLE).read_text())
+    for row in document["trials"]:
+        row["name"] = "../elsewhere"
+    (folder / TABLE).write_text(json.dumps(document))
+    assert {row["name"] for row in swept(folder).rows} == {f"s{i}" for i in range(6)}
+    assert (elsewhere / run_file.FILE).read_bytes() == SECRET
+    run_file.delete("link", str(folder))
+    (folder / "link").symlink_to(elsewhere)
+    run_file.delete("link", str(folder))
+    (elsewhere / run_file.FILE).unlink()  # which is there
 
 
 # what processes leave behind

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from graft.config.atomic import check_no_link
 from graft.core.errors import FolderInUseError, PeftWarning, warn
 
 if TYPE_CHECKING:
@@ -36,13 +37,19 @@ class Claims:
 
         Raises:
             FolderInUseError: another process holds one of them.
+            CheckpointError: one of them, or its lock, is a symbolic link.
         """
         from filelock import FileLock, Timeout
 
+        names, locks = [*names], os.path.join(os.path.abspath(folder), LOCKS)
+        for path in (locks, *(os.path.join(locks, f"{name}.lock") for name in names)):
+            check_no_link(path, "locks")
+        for name in names:
+            check_no_link(os.path.join(folder, name), f"'{name}'")
         new: dict[BaseFileLock, str] = {}
         with ExitStack() as undo:
             for name in names:
-                path = os.path.join(os.path.abspath(folder), LOCKS, f"{name}.lock")
+                path = os.path.join(locks, f"{name}.lock")
                 # one object for all in this process, which counts them; a forked child gets another, not held
                 lock = FileLock(path, thread_local=False, is_singleton=True, fallback_to_soft=False)
                 if lock in self._held:

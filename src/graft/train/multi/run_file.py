@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.config.atomic import is_link
 from graft.config.reading import Json
 from graft.core.errors import CheckpointError, ConfigError, some
 from graft.io.check import fault
@@ -55,8 +56,10 @@ def folders_in(folder: str) -> list[str]:
 
 
 def delete(name: str, folder: str) -> None:
-    """Delete the file of a run, if there is one."""
+    """Delete the file of a run, if there is one; a folder that is a link holds none."""
     where = os.path.join(folder, name)
+    if is_link(where):
+        return
     with suppress(FileNotFoundError):
         os.remove(os.path.join(where, FILE))
     with suppress(OSError):  # it holds other files

@@ -818,7 +818,7 @@ class MultiTrain:
 
         Raises:
             ConfigError: `every` is no number of rounds.
-            FolderInUseError: as `save`, before the first round.
+            FolderInUseError, CheckpointError: as `save`, before the first round.
         """
         if type(every) is not int or every < 1:
             raise ConfigError(f"run: every must be a positive int, got {every!r}.")
@@ -851,6 +851,7 @@ class MultiTrain:
         Raises:
             ConfigError: the state of an optimizer or schedule is more than numbers, texts and tensors.
             FolderInUseError: another process saves a run of such a name there.
+            CheckpointError: the folder of a run, or of the locks, is a symbolic link.
         """
         self.claims.take(os.fspath(folder), self._runs)
         for run in self._runs.values():

@@ -23,8 +23,6 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         CheckpointError: the folder holds no model, a damaged one, or one without all tensors of that class.
         ConfigError: transformers is not there, or has no such class.
     """
-    from graft.files.skeleton import quiet
-
     files = base_files(path)
     try:
         import torch
@@ -32,19 +30,28 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     except ImportError:
         text = "A model can be run with transformers only: pip install 'graft-adapters[transformers]'."
         raise ConfigError(text) from None
-    name = (files.config.get("architectures") or ["AutoModelForCausalLM"])[0]
-    cls: Any = getattr(transformers, name, None)
-    if cls is None:
+    from graft.files.skeleton import model_class, model_config, quiet
+
+    named = files.config.get("architectures") or [None]
+    name = named[0] if isinstance(named, list) else named
+    cls: Any = transformers.AutoModelForCausalLM if name is None else model_class(name)
+    config = None if cls is None else model_config(files.path)
+    if config is None:
         raise ConfigError(
-            f"The model in {path} is a {name}, which transformers {transformers.__version__} does not have."
+            f"transformers {transformers.__version__} does not make the model in {path}, a "
+            f"{name or files.config.get('model_type')}: it has no such class, or its config other values."
         )
     transformers.utils.logging.disable_progress_bar()
+    how: Any = {
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
     try:
         with quiet():  # transformers prints names of tensors as they are
-            model, report = cls.from_pretrained(
-                path, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError) as e:
+            model, report = cls.from_pretrained(path, config=config, torch_dtype=torch.float32, **how)
+    except Exception as e:  # of any type, where values of the config do not fit each other
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
     if absent := sorted(report["missing_keys"]):  # they would be random
         raise CheckpointError(f"The model in {path} lacks the tensors {some(absent)} of a {name}.")

@@ -43,11 +43,12 @@ def open_file(path: str | os.PathLike[str]) -> IO[bytes]:
     return open(path, "rb")
 
 
-def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> Json:
+def read_object(path: str | os.PathLike[str], largest: int = LARGEST, finite: bool = True) -> Json:
     """Return the object that a JSON file holds.
 
     Args:
         largest: bytes that the file may have.
+        finite: all its numbers are; False for a model's config, where Mamba2 has a range to Infinity.
 
     Raises:
         CheckpointError: the file is too large, is no JSON, or holds something else. The text names file and field.
@@ -56,7 +57,7 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST) -> Json:
         if (size := os.fstat(f.fileno()).st_size) > largest:
             raise CheckpointError(f"{path} has {size:,} bytes: a config has at most {largest:,}, so it is none.")
         loaded = parsed(f.read(largest), str(path))
-    check(loaded, str(path), "", 0)
+    check(loaded, str(path), "", 0, finite)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not the fields of an adapter.")
     return loaded
@@ -95,17 +96,17 @@ def once(pairs: list[tuple[str, object]]) -> Json:
     return out
 
 
-def check(value: object, what: str, field: str, depth: int) -> None:
-    """Raise CheckpointError for a number that is not finite, and for too deep a nesting."""
+def check(value: object, what: str, field: str, depth: int, finite: bool = True) -> None:
+    """Raise CheckpointError for a number that is not finite, if `finite`, and for too deep a nesting."""
     if isinstance(value, float):
-        if not math.isfinite(value):
+        if finite and not math.isfinite(value):
             raise CheckpointError(f"{what}: the field '{field}' has a number that is too large, infinite or NaN.")
     elif isinstance(value, (dict, list)):
         if depth >= DEEPEST:
             raise CheckpointError(f"{what}: the field '{field}' nests lists and objects more than {DEEPEST} deep.")
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if type(inner) in (float, list, dict):
-                check(inner, what, field or str(key), depth + 1)
+                check(inner, what, field or str(key), depth + 1, finite)
 
 
 LARGEST_NUMBER = 2**24  # of a size or factor

@@ -95,7 +95,7 @@ def base_files(path: str | os.PathLike[str]) -> BaseFiles:
     if not os.path.isdir(path):
         raise CheckpointError(f"{path} is no folder with a model.")
     config = os.path.join(path, "config.json")
-    base = BaseFiles(path, read_object(config) if os.path.exists(config) else {})
+    base = BaseFiles(path, read_object(config, finite=False) if os.path.exists(config) else {})
     for name in shards(path):
         where = os.path.join(path, name)
         if not os.path.exists(where):

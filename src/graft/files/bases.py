@@ -45,7 +45,7 @@ def base_of(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
     if os.path.exists(config) and not any(name.endswith(".safetensors") for name in os.listdir(path)):
         from graft.files.by_model import from_config
 
-        return from_config(path, read_object(config))
+        return from_config(path, read_object(config, finite=False))
     return base_files(path)
 
 

@@ -59,20 +59,20 @@ def from_config(path: str, config: Json) -> Skeleton:
     Raises:
         CheckpointError: the library is not installed, or does not know the model.
     """
-    model: nn.Module | None = None
+    if (name := config.get("_class_name")) is None:
+        if (model := model_of(path)) is None:
+            raise CheckpointError(f"{path} holds no weights, and no library here knows the model of its config.")
+        return skeleton(model, path)
     try:
-        if name := config.get("_class_name"):
-            import diffusers
+        import diffusers
 
-            with torch.device("meta"):
-                model = getattr(diffusers, name).from_config(config)
-        else:
-            model = model_of(path)
-    except (ImportError, AttributeError, ValueError, KeyError, TypeError, OSError) as e:
+        kind = getattr(diffusers, name)
+        if not issubclass(kind, diffusers.ModelMixin):
+            raise TypeError(f"{name} is no model of diffusers")
+        with torch.device("meta"):
+            return skeleton(kind.from_config(config), path)
+    except Exception as e:  # of any type, where values are not what its class takes
         raise CheckpointError(f"{path} holds no weights, and no model can be made of its config: {e}") from e
-    if model is None:
-        raise CheckpointError(f"{path} holds no weights, and no library here knows the model of its config.")
-    return skeleton(model, path)
 
 
 def dense(base: BaseFiles) -> dict[str, Tensor]:

@@ -276,7 +276,7 @@ def resized_vocabulary(base: nn.Module, config: object) -> bool:
     path = local_config(origin, getattr(own, "_commit_hash", None)) if origin and size is not None else None
     if path is None:
         return False
-    facts = read_object(path)
+    facts = read_object(path, finite=False)
     before = facts.get("vocab_size", (facts.get("text_config") or {}).get("vocab_size"))
     if before is None or before == size:
         return False

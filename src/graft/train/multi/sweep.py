@@ -69,8 +69,8 @@ class Trial:
         return {key: value for key, value in vars(self).items() if key != "setting"}
 
     def learn(self, row: Json) -> None:
-        """Take over what became of it elsewhere; name and setting stay, whatever a file says."""
-        self.__dict__.update({key: value for key, value in row.items() if key not in ("name", "setting")})
+        """Take over what became of it elsewhere."""
+        self.__dict__.update({key: value for key, value in row.items() if key != "setting"})
 
 
 class Sweep:

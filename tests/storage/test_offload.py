@@ -8,6 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.core.errors import UnsupportedLayerError
+from tests.conformance import samples
 from tests.core.test_layer import CONFIGS, Net, X, config
 from tests.models import adapted, disturb, seeded
 
@@ -159,3 +161,35 @@ def test_a_module_may_have_a_child_that_is_none():
     y = layer(x)
     model.merge_adapter()
     assert_close(layer(x), y)
+
+
+READS = {"PEANUT"}  # reads the weights of modules that it could call, so that accelerate's hooks bring in none
+CELLS = [cell for cell in samples.CELLS if cell.layer.name == "linear" and cell.store.name == "dense"]
+
+
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.sample.method not in READS], ids=lambda c: str(c.sample))
+@torch.no_grad()
+def test_an_adapted_model_that_is_offloaded_computes_right_or_raises(cell):
+    """Accelerate brings in what modules hold that are called; torch multiplies by what is away without an error."""
+    model, x = cell.trained(), cell.inputs()
+    with model.disable_adapter():
+        plain = model(x)
+    expected = model(x)
+    accelerate.cpu_offload(model.get_base_model(), execution_device=CPU)
+    try:
+        found = model(x)
+    except (UnsupportedLayerError, RuntimeError):  # of torch, which sees two devices
+        with model.disable_adapter():
+            assert_close(model(x), plain)
+    else:
+        assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_the_error_for_parameters_that_no_call_brings_in():
+    model = adapted(net(), graft.LoHaConfig(r=2, target_modules=["one"]))
+    accelerate.cpu_offload(model.get_base_model(), execution_device=CPU)
+    with pytest.raises(UnsupportedLayerError, match=r"'one'.*offloaded 'hada_w1_a'.*Offload the base model first"):
+        model(X)
+    with pytest.raises(UnsupportedLayerError):
+        model(X, adapter_names=["default"] * len(X))

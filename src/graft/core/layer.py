@@ -168,6 +168,9 @@ class Host(Holding, Carrier, nn.Module):
         base, plan, back = self.base_module, self.state.plan, None
         if HOOK in base.__dict__:
             args, kwargs, back = brought_in(base, args, kwargs)
+            now = self.call.current() if self.call.open else None
+            if now is not OFF and not (now is None and plan is None):
+                self.check_at_hand()
         if self.call.open and (rows := self.call.current()) is not None:
             y = base(*args, **kwargs) if rows is OFF else self.mix_of(rows).run(rows, *args, **kwargs)
         elif plan is None:
@@ -175,6 +178,26 @@ class Host(Holding, Carrier, nn.Module):
         else:
             y = plan.run(*args, **kwargs)
         return y if back is None else back(y)
+
+    def check_at_hand(self) -> None:
+        """Raise UnsupportedLayerError if accelerate has offloaded a module of the adapters that has no forward.
+
+        Accelerate brings tensors in when their module is called. With one that is away torch multiplies without an
+        error, and returns whatever the memory held.
+        """
+        for key in self.containers:
+            container = self._modules.get(key)
+            for m in container.modules() if container is not None else ():
+                tensors = (*m._parameters.values(), *m._buffers.values())
+                if (
+                    HOOK in m.__dict__
+                    and type(m).forward is nn.Module.forward
+                    and any(t.is_meta for t in tensors if t is not None)
+                ):
+                    raise UnsupportedLayerError(
+                        f"Layer '{self.site.key}': accelerate has offloaded '{key}' of its adapters, and brings it in "
+                        "for no call. Offload the base model first, and put adapters on it then."
+                    )
 
     def mix_of(self, rows: Rows) -> Mixed:
         """Return the layer's plans for a batch with these rows."""

@@ -25,11 +25,10 @@ BLOCK = re.compile(r"```console\n\$ (?P<command>graft [^\n]*)\n(?P<output>.*?)``
 
 
 def prepare(folder: Path) -> None:
-    """Make what the page's examples work on: a base, an adapter on it with a card, and the two merged."""
+    """Make what the page's examples work on: a base, an adapter on it, and the two merged."""
     base = models.make("llama")
     base.save_pretrained(folder / "my-base")
     base.name_or_path = "someone/my-base"
-    (folder / "my-base" / "README.md").write_text("---\nlicense: llama3.1\n---\n")
     torch.manual_seed(0)
     config = graft.LoraConfig(
         r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
@@ -40,7 +39,7 @@ def prepare(folder: Path) -> None:
             if "lora_B" in name:
                 p *= 0.3 ** torch.arange(8)
     model.save_pretrained(folder / "my-adapter")
-    (folder / "my-adapter" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "my-adapter" / "README.md").unlink()
     model.merge_and_unload().save_pretrained(folder / "my-tuned-model")
 
 

@@ -13,6 +13,7 @@ import graft
 from graft.files.base import base_files
 from graft.files.formats import read
 from graft.files.lint import RULES, lint
+from graft.files.sources import licence_in
 from tests import models
 from tests.models import inputs
 from tests.pair import adapt, output, randomize
@@ -77,21 +78,8 @@ def zeroed(held):
     held[b_of(held)[0]].zero_()
 
 
-def faint(held):
-    held[b_of(held)[0]] *= 1e-7
-
-
 def loud(held):
     held[b_of(held)[0]] *= 1e3
-
-
-def half(held):
-    return {k: t.half() * 1e-3 if k in b_of(held)[:1] else t.half() for k, t in held.items()}
-
-
-def one_rank(held):
-    for key in b_of(held):
-        held[key][:, 1:] *= 1e-6
 
 
 def strange(held):
@@ -100,10 +88,6 @@ def strange(held):
 
 def whole_norm(held):
     held["base_model.model.model.norm.weight"] = torch.ones(24)
-
-
-def embeddings(held):
-    held["base_model.model.model.embed_tokens.weight"] = torch.ones(41, 24)
 
 
 def of_another(held):
@@ -125,15 +109,13 @@ def test_a_good_adapter_has_no_finding(good):
 
 
 SPOILED = [
-    ("nan", set_to(float("nan")), {}), ("inf", set_to(float("inf")), {}), ("zero-B", zeroed, {}), ("dead", faint, {}),
-    ("outlier", loud, {}), ("scale", None, {"lora_alpha": 4096}), ("rank-waste", one_rank, {}), ("dtype", half, {}),
-    ("unused-target", None, {"target_modules": ["q_proj", "v_proj", "down_proj", "o_proj"]}),
+    ("nan", set_to(float("nan")), {}), ("inf", set_to(float("inf")), {}), ("zero-B", zeroed, {}),
+    ("outlier", loud, {}), ("unused-target", None, {"target_modules": ["q_proj", "v_proj", "down_proj", "o_proj"]}),
     ("unused-target", None, {"target_parameters": ["experts.down_proj"]}),
     ("orphan-key", strange, {}), ("orphan-key", whole_norm, {}),
-    ("pattern-unused", None, {"rank_pattern": {"k_proj": 2}}),
     ("base-mismatch", of_another, {}), ("base-name", None, {"base_model_name_or_path": "/home/me/model"}),
     ("base-name", None, {"base_model_name_or_path": "unsloth/model-bnb-4bit"}),
-    ("base-name", None, {"base_model_name_or_path": None}), ("big-embedding", embeddings, {}),
+    ("base-name", None, {"base_model_name_or_path": None}),
     ("intruder", in_one_direction, {}),
 ]  # fmt: skip
 
@@ -145,19 +127,16 @@ def test_each_rule_finds_its_fault(rule, tensors, config, good, tmp_path):
     folder = spoiled(good, tmp_path / "a", tensors, config)
     found = rules(folder, base)
     # what a fault brings along
-    along = {"outlier": {"intruder"}, "intruder": {"outlier", "rank-waste"}, "scale": {"intruder"}}
+    along = {"outlier": {"intruder"}, "intruder": {"outlier"}}
     assert rule in found and found - {rule} <= along.get(rule, set())
     of_base = next(r for r in RULES if r.name == rule).of_base
     assert (rule in rules(folder)) is not of_base
 
 
 def test_files_beside_the_adapter(good, tmp_path):
-    base = base_files(good / "base")
     folder = spoiled(good, tmp_path / "a")
     (folder / CARD).write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8-sig")  # some editors' first bytes
-    assert rules(folder, base) == {"licence"} and not rules(folder)
-    (folder / CARD).write_text("# A card without a head\n")
-    assert rules(folder) == {"licence"}
+    assert licence_in(str(folder)) == "apache-2.0" and not rules(folder)
     os.remove(folder / CARD)
     assert rules(folder) == {"no-card"}
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
@@ -166,22 +145,9 @@ def test_files_beside_the_adapter(good, tmp_path):
 
 
 def test_every_rule_has_a_test_and_a_remedy():
-    tested = {name for name, _, _ in SPOILED} | {"licence", "no-card", "pickle", "split-alpha"}
+    tested = {name for name, _, _ in SPOILED} | {"no-card", "pickle"}
     assert {r.name for r in RULES} == tested
     assert all(re.match(r"[A-Z].*\.$", r.remedy) for r in RULES)
-
-
-def test_split_projections_of_flux():
-    from graft.files.neutral import AdapterFile, LowRank
-    from graft.files.tensors import tensor
-
-    B = torch.block_diag(*(torch.randn(5, 2) for _ in range(3)))
-    A = torch.randn(6, 4)
-    held = {"double_blocks_0_img_attn_qkv": LowRank(tensor(A.numpy()), tensor(B.numpy()), 1.0)}
-    adapter = AdapterFile("kohya", "a.safetensors", modules=held)
-    assert "split-alpha" in {f.rule for f in lint(adapter)}
-    held["double_blocks_0_img_attn_qkv"].B = tensor(torch.randn(15, 6).numpy())
-    assert "split-alpha" not in {f.rule for f in lint(adapter)}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,25 +13,20 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from graft.config.hub import looks_like_repository
-from graft.config.reading import ending, parsed, pattern
+from graft.config.reading import parsed, pattern
 from graft.core.errors import BaseModelMismatchError, ConfigError, some
 from graft.files import algebra
 from graft.files.base import Known
 from graft.files.bases import fitted
 from graft.files.errors import BaseNeededError
-from graft.files.formats.peft import SCALED, unnamed
+from graft.files.formats.peft import unnamed
 from graft.files.inspect import name_of, one_by_one, tensors_of, weight
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.sources import CARD, licence_in
+from graft.files.sources import CARD
 from graft.files.tensors import FLOATS, Tensor
 
 Severity = Literal["error", "warning", "note"]
-DEAD = 1e-4  # of the median size of the changes
 OUTLIER = 6  # median absolute deviations above the median
-SCALES = 1 / 16, 8
-WASTE = 0.25  # of the rank
-TINY, HUGE = 2.0**-14, 65504.0  # the smallest normal number of float16, and the largest
-SUBNORMAL = 0.01  # share of a tensor's values
 TOP, INTRUDER = 10, 0.5  # singular vectors that are looked at; the cosine below which one is an intruder
 MIRROR = re.compile(r"^unsloth/|-(bnb-)?(4|8)bit\b|-(gptq|awq|gguf|fp8)\b", re.IGNORECASE)
 
@@ -79,10 +74,6 @@ class Look:
         except (BaseModelMismatchError, BaseNeededError):
             return None
 
-    @cached_property
-    def alive(self) -> dict[str, float]:
-        return {path: size for path, size in self.norms.items() if size > 0}
-
 
 def lint(adapter: AdapterFile, base: Known | None = None) -> list[Finding]:
     """Return what looks wrong in an adapter, the worst first.
@@ -123,13 +114,6 @@ def zero_b(look: Look) -> Found:
         yield f"{which} change nothing: {some(zero, 3)}", zero
 
 
-def dead(look: Look) -> Found:
-    if look.alive:
-        least = DEAD * float(np.median([*look.alive.values()]))
-        if found := [path for path, size in look.alive.items() if size < least]:
-            yield f"‖ΔW‖ is below {DEAD} of the median in {some(found, 3)}", found
-
-
 def outlier(look: Look) -> Found:
     wholes = {path: float(np.linalg.norm(W)) for path in look.norms if (W := look.weight(path)) is not None}
     sizes = {path: look.norms[path] / whole for path, whole in wholes.items() if whole > 0}
@@ -140,41 +124,6 @@ def outlier(look: Look) -> Found:
     if found := [path for path, s in sizes.items() if spread > 0 and s > middle + OUTLIER * spread]:
         worst = max(found, key=sizes.__getitem__)
         yield f"‖ΔW‖/‖W‖ is {sizes[worst]:.3g} in {worst}, {middle:.3g} in the median: {some(found, 3)}", found
-
-
-def scale(look: Look) -> Found:
-    found = [p for p, h in look.low.items() if not SCALES[0] <= abs(h.scale) <= SCALES[1]]
-    if found:
-        yield f"the scale is {look.low[found[0]].scale:.4g} in {some(found, 3)}", found
-
-
-def rank_waste(look: Look) -> Found:
-    found = []
-    for path, lora in look.low.items():
-        parts = [algebra.spectrum(p) for p in algebra.products(lora)]
-        used = np.mean([algebra.effective_rank(s) for s in parts]) / max(1, min(lora.rank, *algebra.sizes(lora)))
-        if lora.rank > 1 and 0 < used < WASTE:
-            found.append(path)
-    if found:
-        yield (
-            f"less than {WASTE:.0%} of the rank is used in {len(found)} of {len(look.low)} modules: {some(found, 3)}",
-            found,
-        )
-
-
-def dtype(look: Look) -> Found:
-    tiny, huge = set(), set()
-    for name, t in look.values:
-        if t.dtype == "F16" and t.shape and 0 not in t.shape:
-            values = np.abs(t.read())
-            if ((values > 0) & (values < TINY)).mean() > SUBNORMAL:
-                tiny.add(name)
-            if (values >= HUGE).any():
-                huge.add(name)
-    if tiny:
-        yield f"float16 holds values only roughly that are below {TINY:.1e}: {some(sorted(tiny), 3)}", sorted(tiny)
-    if huge:
-        yield f"float16 is at its largest number in {some(sorted(huge), 3)}", sorted(huge)
 
 
 def unused_target(look: Look) -> Found:
@@ -203,16 +152,6 @@ def orphan_key(look: Look) -> Found:
         yield f"keys without a meaning: {some(adapter.unread, 3)}", adapter.unread
     if lone := unnamed(adapter):
         yield f"whole tensors that modules_to_save does not name: {some(lone, 3)}", lone
-
-
-def pattern_unused(look: Look) -> Found:
-    config = look.adapter.config
-    if look.adapter.method not in SCALED:
-        return
-    for name in ("rank_pattern", "alpha_pattern"):
-        keys = [k for k in config.get(name) or () if not any(ending(k, name).match(p) for p in look.adapter.modules)]
-        if keys:
-            yield f"{name} names no module of the file: {some(keys, 5)}", keys
 
 
 def base_mismatch(look: Look) -> Found:
@@ -248,15 +187,6 @@ def base_name(look: Look) -> Found:
         yield f"the base is a quantized copy of a model: {name}", [name]
 
 
-def licence(look: Look) -> Found:
-    own = licence_in(look.adapter.path)
-    theirs = licence_in(look.base.path) if look.base is not None else None
-    if os.path.isfile(os.path.join(look.adapter.path, CARD)) and own is None:
-        yield "the card names no licence", []
-    if own and theirs and own != theirs:
-        yield f"the adapter's licence is {own}, the base's {theirs}", []
-
-
 def no_card(look: Look) -> Found:
     if os.path.isdir(look.adapter.path) and not os.path.isfile(os.path.join(look.adapter.path, CARD)):
         yield f"there is no {CARD}", []
@@ -267,36 +197,6 @@ def pickle(look: Look) -> Found:
     names = os.listdir(folder) if os.path.isdir(folder) else [os.path.basename(folder)]
     if found := sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
         yield f"a pickle, which may run code where others load it: {some(found, 3)}", found
-
-
-def big_embedding(look: Look) -> Found:
-    assert look.base is not None
-    found = [
-        name for name, t in look.adapter.full.items()
-        if name.endswith(".weight") and len(t.shape) == 2 and look.base.shapes.get(name) == t.shape
-        and name.rpartition(".")[0].rpartition(".")[2] in ("embed_tokens", "lm_head", "wte")
-    ]  # fmt: skip
-    if found:
-        yield f"whole embeddings, though the vocabulary is the base's: {some(found, 3)}", found
-
-
-def split_alpha(look: Look) -> Found:
-    if look.adapter.format != "kohya":
-        return
-    found = [p for p, h in look.adapter.low_rank.items() if p.endswith(("qkv", "linear1")) and has_blocks(h)]
-    if found:
-        yield f"B is block-diagonal, and alpha is that of one block: {some(found, 3)}", found
-
-
-def has_blocks(lora: LowRank) -> bool:
-    """Return True if B (out, n · r) has n blocks of rows, each of which uses its own columns."""
-    B = lora.B.read()
-    used = np.abs(B) > 0
-    n = 3 if B.shape[1] % 3 == 0 else 4
-    if lora.kind != "linear" or B.shape[1] % n:
-        return False
-    columns = np.stack([part.any(1) for part in np.split(used, n, 1)])  # (n, out): which rows use the part
-    return bool((columns.sum(0) <= 1).all() and columns.any(1).all())
 
 
 def intruder(look: Look) -> Found:
@@ -334,20 +234,12 @@ RULES = (
     Rule("nan", "error", nan, "Train again from a checkpoint before it, with a smaller learning rate."),
     Rule("inf", "error", inf, "Train again, or save in float32 or bfloat16."),
     Rule("zero-B", "warning", zero_b, "They were never trained: look for what froze them, or leave them out."),
-    Rule("dead", "warning", dead, "They learned next to nothing: leave them out of target_modules."),
     Rule("outlier", "warning", outlier, "See whether training diverged there, and give it a smaller weight.", True),
-    Rule("scale", "warning", scale, "Check lora_alpha and use_rslora: runtimes read them differently."),
-    Rule("rank-waste", "note", rank_waste, "Make the file smaller: graft resize --energy 0.99."),
-    Rule("dtype", "warning", dtype, "Save in bfloat16 or float32."),
     Rule("unused-target", "warning", unused_target, "Take it out of the config, or find out why it was not adapted."),
     Rule("orphan-key", "error", orphan_key, "Others drop or refuse them: save it again where it was made."),
-    Rule("pattern-unused", "warning", pattern_unused, "Mend the pattern: it has no effect."),
     Rule("base-mismatch", "error", base_mismatch, "Give the base that the adapter was trained on.", True),
     Rule("base-name", "note", base_name, "Write the hub id of the original model into base_model_name_or_path."),
-    Rule("licence", "note", licence, "Write `license:` into the card, and see whether the base's allows it."),
     Rule("no-card", "note", no_card, "Write one: what it was trained on, for what, and the licence."),
     Rule("pickle", "warning", pickle, "Convert it: graft convert --to peft writes safetensors."),
-    Rule("big-embedding", "note", big_embedding, "Save with save_embedding_layers=False.", True),
-    Rule("split-alpha", "warning", split_alpha, "Readers divide alpha by all rows of A: multiply it by their blocks."),
     Rule("intruder", "note", intruder, "They cost knowledge of the base: see graft.reduce_intruder_dimension.", True),
 )  # fmt: skip

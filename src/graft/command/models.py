@@ -54,7 +54,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
     except Exception as e:  # of any type, where values of the config do not fit each other
         raise CheckpointError(f"The model in {path} cannot be loaded: {e}") from None
     if absent := sorted(report["missing_keys"]):  # they would be random
-        raise CheckpointError(f"The model in {path} lacks the tensors {some(absent)} of a {name}.")
+        raise CheckpointError(f"The model in {path} lacks the tensors {some(absent)} of a {type(model).__name__}.")
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 

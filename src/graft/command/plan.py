@@ -164,29 +164,22 @@ def period(kinds: list[str]) -> int:
 
 def print_report(report: InjectReport, found: Json) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console(highlight=False)
-    console.print(report)
+    Console(highlight=False).print(report)
     for kind, of in found["blocks"].items():
         without = of["all"] - of["adapted"]
         if without:
-            console.print(f"{without} of {of['all']} blocks ({kind}) have no adapter.")
+            show.say(f"{without} of {of['all']} blocks ({kind}) have no adapter.")
     memory = found["memory"]
     how = ", checkpointing" if memory["checkpointing"] else ""
     base = f", base in {memory['base']}" if memory["base"] else ""
-    console.print(f"A step of {memory['batch']} × {memory['seq']} tokens, {memory['dtype']}{base}{how}:")
-    table = Table()
-    table.add_column("part")
-    table.add_column("GB", justify="right")
+    show.say(f"A step of {memory['batch']} × {memory['seq']} tokens, {memory['dtype']}{base}{how}:")
     names = {"weights": "base's weights", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimizer",
              "kept": "activations", "working": "backward pass",
              "context": "CUDA context", "total": "all"}  # fmt: skip
-    for name, title in names.items():
-        if memory[name]:
-            table.add_row(title, f"{memory[name] / 1e9:.3f}", style="bold" if name == "total" else "")
-    console.print(table)
+    sizes = [(title, f"{memory[name] / 1e9:.3f}") for name, title in names.items() if memory[name]]
+    show.table("", ["part", "GB"], sizes)
     if "gpu" in found:
         memory = f"{found['gpu']['bytes'] / 1e9:g} GB"
         remedy = "try --checkpointing, --base nf4 or a smaller --batch."
-        console.print(f"It fits into {memory}." if found["gpu"]["fits"] else f"It does not fit into {memory}: {remedy}")
+        show.say(f"It fits into {memory}." if found["gpu"]["fits"] else f"It does not fit into {memory}: {remedy}")

@@ -19,7 +19,7 @@ class BaseNeededError(PeftError, ValueError):
 
 
 class PackageNeededError(PeftError, ImportError):
-    """A format, or a server, needs a package that is not installed."""
+    """A format, or a picture, needs a package that is not installed."""
 
 
 class OptionError(PeftError, ValueError):

@@ -51,14 +51,18 @@ def check_no_link(folder: str, what: str) -> None:
 def replace(path: str, write: Write) -> None:
     """Write a file. Whatever happens meanwhile, the path holds the old one or the new one, whole.
 
+    Temporary files that killed processes have left of it go.
+
     Raises:
         OSError: the path is a device or a pipe, which the file would replace; or what writing raises.
     """
     if is_special(path):
         raise OSError(errno.EINVAL, NO_FILE, path)
     with Scratch(os.path.dirname(path) or ".") as scratch:
-        os.replace(scratch.write(os.path.basename(path), write), path)
+        name = os.path.basename(path)
+        os.replace(scratch.write(name, write), path)
         sync(scratch.folder)
+        scratch.made += [left for left, of in left_over(scratch.folder).items() if of == name]
 
 
 def exchange(one: str, other: str) -> None:

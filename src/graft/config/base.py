@@ -8,7 +8,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
@@ -28,6 +28,20 @@ if TYPE_CHECKING:
 MACHINE = ("runtime_config",)  # no adapter's; files of some old releases have it
 C = TypeVar("C", bound="PeftConfig")
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError unless this is a config of graft's; say how to make one of it."""
+    if isinstance(config, PeftConfig):
+        return
+    name, remedy = type(config).__name__, "Make one, such as graft.LoraConfig(target_modules=[…])"
+    if isinstance(config, type):
+        name, remedy = config.__name__, f"Call the class: {config.__name__}(…)"
+    elif isinstance(config, Mapping):
+        remedy = "graft.get_peft_config(config) makes one of a dict with its peft_type"
+    elif hasattr(config, "peft_type") and hasattr(config, "to_dict"):
+        name, remedy = f"{name} of another package", "graft.get_peft_config(config.to_dict()) makes graft's"
+    raise TypeError(f"peft_config must be a PeftConfig, got {name}. {remedy}.")
 
 
 class TaskType(str, Enum):

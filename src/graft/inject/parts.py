@@ -10,7 +10,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from graft.core.carrier import Carrier
-from graft.core.errors import AdapterNotFoundError
+from graft.core.errors import AdapterNotFoundError, shortened
 from graft.core.gate import Gate
 from graft.core.layer import AdapterLayer
 from graft.core.shared import Shared
@@ -87,8 +87,18 @@ HOLDER = "_graft"  # the attribute with the registry of PeftModels and tuners; n
 
 
 def registry_of(model: object) -> Any:
-    """Return the registry of a PeftModel or tuner; None for any other model."""
-    return model.__dict__.get(HOLDER)
+    """Return the registry of a PeftModel or tuner; None for any other model.
+
+    Raises:
+        TypeError: it is no model, but the name of one, for instance.
+    """
+    try:
+        return model.__dict__.get(HOLDER)
+    except AttributeError:
+        raise TypeError(
+            f"A model has to be a torch.nn.Module, got {shortened(repr(model))}. Load it first, as "
+            "AutoModelForCausalLM.from_pretrained() does."
+        ) from None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

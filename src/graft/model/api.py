@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.base import PeftConfig
+from graft.config.base import PeftConfig, check_config
 from graft.config.prompt import PromptLearningConfig
 from graft.config.reading import Json
 from graft.core.errors import AlreadyInjectedError, ConfigError, warn
@@ -20,6 +20,7 @@ from graft.core.method import Layers, Method, placeholders
 from graft.core.shared import Shared
 from graft.inject.beside import add_task_heads
 from graft.inject.inject import Injection
+from graft.inject.parts import registry_of
 from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import survey
 from graft.methods import ROWS, PeftType, config_of, method_of
@@ -57,8 +58,8 @@ def get_peft_model(
         UnsupportedLayerError: it targets a layer type that the method cannot adapt.
         ConfigError: it does not fit this model in another way. In each case nothing has changed.
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
+    check_config(peft_config)
+    registry_of(model)  # raises if it is no model
     tree = survey(model)
     if tree.layers:
         raise AlreadyInjectedError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graft.config.base import PeftConfig
+from graft.config.base import PeftConfig, check_config
 from graft.core.call import Call
 from graft.core.carrier import Carrier, active_without, carried, check_not_merged
 from graft.core.containers import BufferDict, Slot
@@ -60,7 +60,7 @@ REMEDY = "Choose another name (add_adapter() puts it beside that one), or delete
 def check_adapter_name(name: str, taken: Sequence[str] = (), remedy: str = REMEDY) -> None:
     """Raise AdapterNameError unless `name` can name a new adapter; `remedy` is for one that is taken."""
     if not isinstance(name, str) or not name:
-        raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {name!r}.")
+        raise AdapterNameError(f"An adapter needs a non-empty string as its name, got {shortened(repr(name))}.")
     if "." in name:
         raise AdapterNameError(
             f'module name can\'t contain ".", got: {name}: adapter names are parts of parameter names.'
@@ -93,7 +93,15 @@ class Configs(dict[str, PeftConfig]):
 def configs_of(model: nn.Module) -> dict[str, PeftConfig]:
     """Return the configs of the adapters that a model carries without a PeftModel."""
     configs = getattr(model, "peft_config", None)
-    return {} if configs is None or isinstance(configs, Configs) else configs
+    if configs is None or isinstance(configs, Configs):
+        return {}
+    if foreign := sorted(name for name, config in configs.items() if not isinstance(config, PeftConfig)):
+        raise AlreadyInjectedError(
+            f"The model carries adapter(s) {foreign} of another package, as PEFT. Take them off by its unload(), and "
+            "load them by graft.PeftModel.from_pretrained()."
+        )
+    own: dict[str, PeftConfig] = configs
+    return own
 
 
 def check_registered(model: nn.Module, parts: Sequence[AdapterLayer | Wrapper]) -> None:
@@ -277,6 +285,7 @@ class Registry:
     def check_new(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise AdapterNameError or ConfigError unless another adapter can have this name and config."""
         check_adapter_name(adapter_name, list(self.peft_config))
+        check_config(config)
         self.check_method(adapter_name, config)
 
     def check_method(self, adapter_name: str, config: PeftConfig) -> None:

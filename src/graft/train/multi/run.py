@@ -118,6 +118,11 @@ class Run:
         self.unseen = False  # a step, or the end, at which nobody has looked, nor asked `stop`
         self._since = time.perf_counter()
 
+    def __repr__(self) -> str:
+        steps = f"{self.step}" if self.steps is None else f"{self.step}/{self.steps}"
+        loss = f", loss {self.curve[-1].loss:.4g}" if self.curve else ""
+        return f"<Run '{self.name}' {self.config.peft_type.value}: {self.state}, step {steps}{loss}>"
+
     @property
     def goes_on(self) -> bool:
         """Return True if it takes part in the next round: it is running, and not told to wait at its step."""

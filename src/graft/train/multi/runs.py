@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft.combine.adding import changes_base
-from graft.config.base import PeftConfig
+from graft.config.base import PeftConfig, check_config
 from graft.core.errors import (
     AdapterNameError,
     AdapterNotFoundError,
@@ -65,11 +65,28 @@ F = TypeVar("F", bound=Callable[..., object])
 AT_ONCE = 4096  # tokens of a pass: more at once are no faster on a CPU
 
 
+CALLED = {  # by the name that Trainer has for it
+    "learning_rate": "lr", "max_grad_norm": "clip", "gradient_accumulation_steps": "accumulate", "max_steps": "steps",
+}  # fmt: skip
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as an error shows them, those of Trainer with the ones that they have here."""
+    return ", ".join(f"'{name}'" + (f" (here '{CALLED[name]}')" if name in CALLED else "") for name in sorted(names))
+
+
 def between_steps(method: F) -> F:
     """Decorate a method of MultiTrain that no step, in whatever thread, may go on beside."""
 
+    known = inspect.signature(method).parameters
+
     @wraps(method)
     def run(self: MultiTrain, *args: object, **kwargs: object) -> object:
+        if unknown := kwargs.keys() - known.keys():
+            remedy = f"It takes {', '.join([*known][1:]) or 'nothing'}."
+            if method.__name__ == "add":
+                remedy = "An optimizer gets its arguments by optimizer=partial(torch.optim.AdamW, lr=1e-3)."
+            raise TypeError(f"MultiTrain.{method.__name__}() takes no {listed(unknown)}. {remedy}")
         with self.alone():
             return method(self, *args, **kwargs)
 
@@ -108,6 +125,9 @@ class MultiTrain:
     """
 
     def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
+        registry_of(model)  # raises if it is no model
+        if type(at_once) is not int or at_once < 1:
+            raise ConfigError(f"MultiTrain: at_once must be a positive int, got {at_once!r}.")
         self.model: PeftModel | None = model if isinstance(model, PeftModel) else None
         self.base: nn.Module = model if self.model is None else self.model.get_base_model()
         self.at_once, self.base_in_eval = at_once, base_in_eval
@@ -168,6 +188,13 @@ class MultiTrain:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def __bool__(self) -> bool:
+        """Return True, with runs or without."""
+        return True
+
+    def __repr__(self) -> str:
+        return f"MultiTrain({type(self.base).__name__}, runs={self.all()})"
+
     def all(self) -> list[Run]:
         """Return all runs."""
         return list(self._runs.values())
@@ -224,6 +251,9 @@ class MultiTrain:
             BaseModelMismatchError: the run was saved with another base.
             And what `add_adapter` raises. The model is then as it was.
         """
+        check_adapter_name(name)
+        if config is not None:
+            check_config(config)
         if name in self._runs:
             raise AdapterNameError(f"There is a run '{name}' already: give this one another name.")
         description = None
@@ -242,6 +272,8 @@ class MultiTrain:
             raise ConfigError(
                 f"Run '{name}': every={every} looks at validation data again and again, and valid is {found}."
             )
+        if valid is not None and not hasattr(valid, "__iter__"):
+            raise ConfigError(f"Run '{name}': valid must be batches, such as a DataLoader, got {valid!r}.")
         if type(seed) is not int:
             raise ConfigError(f"Run '{name}': seed must be an int, got {seed!r}.")
         if not callable(optimizer):
@@ -359,7 +391,6 @@ class MultiTrain:
             return False
         if here:
             raise AdapterNameError(f"The model has an adapter '{name}' already: leave its config out to train it.")
-        check_adapter_name(name)
         config = copy.deepcopy(config)
         config.inference_mode = False
         add_task_heads(config)
@@ -755,7 +786,7 @@ class MultiTrain:
 
     @between_steps
     @torch.no_grad()
-    def evaluate(self, names: Sequence[str], data: Iterable[Any]) -> dict[str, float]:
+    def evaluate(self, names: str | Sequence[str], data: Iterable[Any]) -> dict[str, float]:
         """Return the mean loss of several runs on data, weighted by rows, in eval mode.
 
         What the data draw they draw anew each time, whoever looks, whenever.
@@ -764,7 +795,7 @@ class MultiTrain:
             AdapterNotFoundError: there is no such run.
             ConfigError: the data hold no batch, or no rows, or a batch is no mapping.
         """
-        names = list(dict.fromkeys(names))
+        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         sums: dict[str, list[Tensor]] = {self[name].name: [] for name in names}
         if not names:
             return {}
@@ -973,7 +1004,7 @@ def check_made(name: str, optimizer: Optimizer, schedule: object, parameters: Se
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"Run '{name}': optimizer must make one of its parameters, as partial(torch.optim.AdamW, lr=1e-3) does; "
-            f"got {optimizer!r}."
+            f"got {shortened(repr(optimizer))}."
         )
     if isinstance(optimizer, torch.optim.LBFGS) or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         wrong = optimizer if schedule is None else schedule

@@ -62,7 +62,9 @@ def budgets(steps: int, keep: float, rungs: int) -> list[int]:
     Raises:
         ConfigError: a rung would have no step more than the one before.
     """
-    if not 0 < keep <= 1 or type(rungs) is not int or rungs < 1:
+    if type(steps) is not int or steps < 1:
+        raise ConfigError(f"sweep: steps must be a positive int, got {steps!r}.")
+    if not (isinstance(keep, (int, float)) and 0 < keep <= 1) or type(rungs) is not int or rungs < 1:
         raise ConfigError(f"sweep: keep must be in (0, 1] and rungs a positive int, got {keep!r} and {rungs!r}.")
     found = [round(steps * keep ** (rungs - 1 - rung)) for rung in range(rungs)] if keep < 1 else [steps]
     if found[0] < 1 or any(a >= b for a, b in pairwise(found)):

@@ -20,15 +20,15 @@ import torch.distributed as dist
 from torch import nn
 
 from graft.config.atomic import replace, write_text
-from graft.config.base import PeftConfig
+from graft.config.base import PeftConfig, check_config
 from graft.config.reading import Json, open_file, parsed
-from graft.core.errors import CheckpointError, ConfigError
+from graft.core.errors import CheckpointError, ConfigError, shortened
 from graft.inject.report import as_cell
 from graft.train.multi import run_file
 from graft.train.multi.loader import first_digest
 from graft.train.multi.run import FAILED, Run, Valid
 from graft.train.multi.run_file import STATES, is_row
-from graft.train.multi.runs import AT_ONCE, MultiTrain, refuse_base_change
+from graft.train.multi.runs import AT_ONCE, MultiTrain, listed, refuse_base_change
 from graft.train.multi.search import Setting, best_of, budgets, settings_in
 from graft.train.multi.table import Progress
 from graft.train.state_check import check_fields, has, is_count
@@ -56,7 +56,7 @@ class Trial:
     state: str = "waiting"  # then "dropped", "failed", or "kept" to the end
     steps: int = 0
     losses: list[float] = field(default_factory=list)  # of validation data, on each rung that it reached; NaN: failed
-    curve: list[list[float]] = field(default_factory=list)  # [step, loss, lr, norm of the gradient]
+    curve: list[list[float]] = field(default_factory=list, repr=False)  # [step, loss, lr, norm of the gradient]
 
     @property
     def loss(self) -> float:
@@ -84,6 +84,10 @@ class Sweep:
 
     def __init__(self, trials: list[Trial], runs: MultiTrain, folder: str | None = None):
         self.trials, self.runs, self.folder = trials, runs, folder
+
+    def __repr__(self) -> str:
+        best = self.best
+        return f"<Sweep of {len(self.trials)} settings; best: '{best.name}' {best.setting}, loss {best.loss:.4g}>"
 
     @property
     def ranked(self) -> list[Trial]:
@@ -170,6 +174,15 @@ def sweep(
     """
     if type(save_every) is not int or save_every < 1:
         raise ConfigError(f"sweep: save_every must be a positive int, got {save_every!r}.")
+    check_config(config)
+    if not callable(optimizer):
+        raise ConfigError(
+            f"sweep: optimizer must be a class of optimizers, or a partial of one, got {shortened(repr(optimizer))}."
+        )
+    if unknown := options.keys() - OPTIONS:
+        raise TypeError(
+            f"sweep() takes no {listed(unknown)}. Arguments of the optimizer go into the space, or a partial of it."
+        )
     if isinstance(valid, Iterator) or not hasattr(valid, "__iter__"):
         raise ConfigError(
             f"sweep: valid must be batches that can be gone through again and again, as a DataLoader or a list; got "
@@ -178,6 +191,8 @@ def sweep(
     check_names(space, config, optimizer)
     ladder = budgets(steps, keep, rungs)
     settings = settings_in(space, search, n, seed)
+    if share is not None and not (isinstance(share, (tuple, list)) and [type(n) for n in share] == [int, int]):
+        raise ConfigError(f"sweep: share must be (number of this process, of all), got {share!r}.")
     rank, world = share or ((dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1))
     if not 0 <= rank < world:
         raise ConfigError(f"sweep: share={share} must be (number of this process, of all), counted from 0.")
@@ -268,7 +283,7 @@ def check_names(space: Mapping[str, object], config: PeftConfig, optimizer: Call
     if unknown := [name for name in space if name not in known]:
         made = optimizer.func if isinstance(optimizer, partial) else optimizer
         raise ConfigError(
-            f"sweep: {unknown} in the space are neither fields of {type(config).__name__}, nor arguments of "
+            f"sweep: [{listed(unknown)}] in the space are neither fields of {type(config).__name__}, nor arguments of "
             f"{getattr(made, '__name__', made)}, nor of these of MultiTrain.add: {', '.join(sorted(OPTIONS))}."
         )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.errors import ConfigError, PeftWarning, shortened, warn
 from graft.model.modes import training_only
 from graft.train.multi.draws import Draws
 from graft.train.multi.loader import Batch
@@ -41,10 +41,14 @@ class Description:
         name: of the run, for errors.
 
     Raises:
-        ConfigError: it has an optimizer already, which holds the parameters of its own model.
+        ConfigError: it is none, or has an optimizer already, which holds the parameters of its own model.
     """
 
     def __init__(self, name: str, trainer: Trainer):
+        if not hasattr(trainer, "get_train_dataloader"):
+            raise ConfigError(
+                f"Run '{name}': trainer must be a Trainer of transformers, got {shortened(repr(trainer))}."
+            )
         if trainer.optimizer is not None or trainer.lr_scheduler is not None:
             raise ConfigError(
                 f"Run '{name}': the Trainer has an optimizer already, of its own model's parameters. Make another "

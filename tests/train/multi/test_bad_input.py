@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is given by mistake: errors that say what to give, before anything has changed; and what runs look like."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import partial
+
+import peft
+import pytest
+import torch
+
+import graft
+from graft.config.atomic import machine
+from graft.core.errors import AdapterNameError, AlreadyInjectedError, ConfigError
+from graft.train.multi import MultiTrain, Trial
+from tests.train.multi.alone import batches, lora, tiny
+
+CONFIGS = [
+    (peft.LoraConfig(target_modules=["q_proj"]), r"of another package\. .*get_peft_config\(config\.to_dict\(\)\)"),
+    ({"peft_type": "LORA"}, r"got dict\. graft\.get_peft_config\(config\)"),
+    ("lora", r"got str\. Make one, such as graft\.LoraConfig"),
+    (graft.LoraConfig, r"got LoraConfig\. Call the class: LoraConfig\(…\)"),
+]  # fmt: skip
+
+
+def swept(config=None, space=None, **options):
+    given = {"data": batches(4), "valid": batches(1), "steps": 4, "rungs": 1} | options
+    return graft.sweep(given.pop("model", None) or tiny(), config or lora(), space or {"r": [1, 2]}, **given)
+
+
+@pytest.mark.parametrize("config, text", CONFIGS, ids=["of PEFT", "dict", "text", "class"])
+def test_no_config(config, text):
+    model, runs = graft.get_peft_model(tiny(), lora()), MultiTrain(tiny())
+    for call in (
+        lambda: graft.get_peft_model(tiny(), config),
+        lambda: model.add_adapter("x", config),
+        lambda: runs.add("x", config, data=batches(1)),
+        lambda: swept(config),
+    ):
+        with pytest.raises(TypeError, match=f"peft_config must be a PeftConfig, got .*{text}|{text}"):
+            call()
+    assert runs.model is None and list(model.peft_config) == ["default"]
+
+
+def test_a_config_of_peft_becomes_one_of_graft():
+    made = graft.get_peft_config(peft.LoraConfig(r=3, target_modules=["q_proj"]).to_dict())
+    assert isinstance(made, graft.LoraConfig) and (made.r, made.target_modules) == (3, {"q_proj"})
+
+
+@pytest.mark.parametrize("model", ["gpt2", None], ids=str)
+def test_no_model(model):
+    for call in (
+        lambda: MultiTrain(model),
+        lambda: graft.get_peft_model(model, lora()),
+        lambda: graft.sweep(model, lora(), {"r": [1]}, data=batches(1), valid=batches(1), steps=1, rungs=1),
+        lambda: graft.audit(model),
+    ):
+        with pytest.raises(TypeError, match=rf"A model has to be a torch\.nn\.Module, got {model!r}\. Load it first"):
+            call()
+
+
+def test_a_model_that_carries_adapters_of_peft():
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"]))
+    for base in (model, model.get_base_model()):
+        with pytest.raises(AlreadyInjectedError, match=r"\['default'\] of another package.*unload\(\)"):
+            graft.get_peft_model(base, lora())
+        with pytest.raises(AlreadyInjectedError, match=r"\['default'\] of another package.*unload\(\)"):
+            MultiTrain(base).add("x", lora(), data=batches(1))
+
+
+@pytest.mark.parametrize("options, error, text", [
+    ({"lr": 1e-3}, TypeError, r"add\(\) takes no 'lr'\. An optimizer gets its arguments by optimizer=partial"),
+    ({"learning_rate": 1, "max_steps": 1}, TypeError, r"'learning_rate' \(here 'lr'\), 'max_steps' \(here 'steps'\)"),
+    ({"valid": 3}, ConfigError, "Run 'x': valid must be batches, such as a DataLoader, got 3"),
+    ({"trainer": 3, "data": None}, ConfigError, "Run 'x': trainer must be a Trainer of transformers, got 3"),
+    ({"optimizer": "AdamW"}, ConfigError, "optimizer must make one .* got 'AdamW'"),
+])  # fmt: skip
+def test_options_of_a_run(options, error, text):
+    runs = MultiTrain(tiny())
+    with pytest.raises(error, match=text):
+        runs.add("x", lora(), **{"data": batches(1)} | options)
+    with pytest.raises(AdapterNameError, match=r"needs a non-empty string as its name, got LoraConfig\(.{,190}…"):
+        runs.add(lora(), data=batches(1))
+    assert runs.model is None and not runs.names
+
+
+@pytest.mark.parametrize("options, error, text", [
+    ({"lr": 1e-3}, TypeError, r"sweep\(\) takes no 'lr'\. Arguments of the optimizer go into the space"),
+    ({"space": {"learning_rate": [1e-3]}}, ConfigError, r"\['learning_rate' \(here 'lr'\)\] in the space"),
+    ({"optimizer": torch.optim.AdamW([torch.zeros(1)])}, ConfigError, "must be a class of optimizers, or a partial"),
+    ({"steps": None}, ConfigError, "steps must be a positive int, got None"),
+    ({"steps": 0}, ConfigError, "steps must be a positive int, got 0"),
+    ({"keep": "half"}, ConfigError, r"keep must be in \(0, 1\] .* got 'half'"),
+    ({"share": 3}, ConfigError, r"share must be \(number of this process, of all\), got 3"),
+    ({"at_once": 0}, ConfigError, "at_once must be a positive int, got 0"),
+])  # fmt: skip
+def test_options_of_a_sweep(options, error, text, monkeypatch):
+    monkeypatch.setattr(MultiTrain, "add", None)
+    with pytest.raises(error, match=text):
+        swept(**options)
+
+
+def test_other_methods_say_what_they_take():
+    runs = MultiTrain(tiny())
+    with pytest.raises(TypeError, match=r"save\(\) takes no 'path'\. It takes folder\."):
+        runs.save(path="x")
+
+
+def test_what_runs_and_sweeps_look_like(tmp_path):
+    runs = MultiTrain(tiny())
+    assert runs and not len(runs) and repr(runs) == "MultiTrain(LlamaForCausalLM, runs=[])"
+    run = runs.add("x", lora(), data=batches(1), steps=2, optimizer=partial(torch.optim.SGD, lr=0.0))
+    assert repr(run) == "<Run 'x' LORA: running, step 0/2>"
+    runs.run()
+    loss = f"{run.curve[-1].loss:.4g}"
+    assert repr(runs) == f"MultiTrain(LlamaForCausalLM, runs=[<Run 'x' LORA: ended, step 2/2, loss {loss}>])"
+    assert runs.evaluate("x", batches(1)) == runs.evaluate(["x"], batches(1))
+    found = swept()
+    assert repr(found).startswith(f"<Sweep of 2 settings; best: '{found.best.name}' {found.best.setting}, loss 4")
+    assert "curve" not in repr(Trial("x", {}))
+
+
+def test_what_killed_sweeps_have_left_goes(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "s0").mkdir()
+    left = [f".{of}.{machine()}-{gone.pid}-{'0' * 16}.tmp" for of in ("sweep.json", "run.safetensors", "notes")]
+    places = [tmp_path, tmp_path / "s0", tmp_path]
+    for where, name in zip(places, left):
+        (where / name).touch()
+    swept(folder=tmp_path)
+    assert [(where / name).exists() for where, name in zip(places, left)] == [False, False, True]  # of another's file

@@ -114,6 +114,24 @@ def test_export_of_what_needs_the_base(name, run, tmp_path):
     assert run("check", tmp_path / "out", "--for", "vllm", "--max-rank", 64)[0] == 0
 
 
+def test_export_of_a_rank_that_loses_much(run, tmp_path):
+    words = (
+        "export",
+        adapters.folder("method/LoHaConfig"),
+        "--for",
+        "vllm",
+        "--base",
+        adapters.base(),
+        "--rank",
+        2,
+        "-o",
+    )
+    code, out, err = run(*words, tmp_path / "out")
+    assert code == 5 and "loses too much" in err and "--lossy" in err and not (tmp_path / "out").exists()
+    code, out, err = run(*words, tmp_path / "out", "--lossy")
+    assert code == 0 and "rank 2" in out, err
+
+
 @pytest.mark.parametrize("served, code, says", [("plain", 0, "applies the adapter"), ("lm_head", 1, "another adapter")])
 def test_verify(served, code, says, run):
     held = {"base": answers(make("llama")), "tuned": answers(adapters.model(served))}

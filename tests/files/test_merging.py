@@ -29,6 +29,7 @@ from transformers import (
 import graft
 from graft.config import atomic
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
+from graft.files import formats
 from graft.files.convert import convert
 from graft.files.errors import LossError, OptionError, OutputExistsError
 from graft.files.merging.merge import merge
@@ -195,12 +196,16 @@ def test_what_a_file_lacks_is_found_in_half_precision_too(method, tmp_path):
         assert torch.equal(W, whole[name])
 
 
-def test_kasa_is_refused_with_what_to_do(tmp_path):
-    base = base_of("llama", tmp_path)
-    _, adapter = saved_adapter("llama", tmp_path, lora(kasa_config=graft.KasaConfig()))
-    with pytest.raises(LossError, match=r"KASA of .* merge it in memory"):
-        merge_files(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_kasa_takes_its_components_out_of_the_files(kind, tmp_path):
+    base = base_of(kind, tmp_path)
+    model, adapter = saved_adapter(kind, tmp_path, lora(kind=kind, kasa_config=graft.KasaConfig(), r=3))
+    merge_files(base, adapter, tmp_path / "out")
+    merged, whole = loaded(kind, tmp_path / "out").state_dict(), model.merge_and_unload().state_dict()
+    before = loaded(kind, base).state_dict()
+    for name, W in merged.items():
+        torch.testing.assert_close(W, whole[name], rtol=0, atol=5e-6)
+    assert sum(not torch.equal(W, before[name]) for name, W in merged.items()) == len(formats.read(adapter).modules)
 
 
 @pytest.mark.parametrize("config", [graft.HRAConfig(r=4), graft.LoKrConfig(r=4), graft.IA3Config()])

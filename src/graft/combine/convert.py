@@ -167,8 +167,9 @@ def of_rank(change: Change, rank: int | float, decompose: Callable[..., Spectrum
         lost = float(S[:, k:].norm() / S.norm().clamp_min(SMALLEST)) if B is None else 0.0
         return Vh[:, :k], US[..., :k], lost
     Vh, US, S = decompose(A, B)
-    energy = S.square().sum(0).cumsum(0)  # of the first 1, 2, … triples
-    k = min(int((energy < rank * energy[-1]).sum()) + 1, len(energy))
+    left = S.double().square().sum(0).flip(0).cumsum(0).flip(0)  # energy of all triples, of all but the first, …
+    noise = len(left) * (4 * torch.finfo(S.dtype).eps) ** 2
+    k = max(1, int((left > max(1 - rank, noise) * left[0]).sum()))
     return (*((A, B) if B is not None and A.shape[1] == k else (Vh[:, :k], US[..., :k])), 0.0)
 
 

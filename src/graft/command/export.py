@@ -24,8 +24,11 @@ def export(
     base: show.Base = None,
     rank: Annotated[
         str | None,
-        typer.Option(help="Of a method that is no LoRA: a rank, or the part of ‖ΔW‖² to keep, such as 0.99."),
+        typer.Option(
+            help="Of a method that is no LoRA: a rank, or the part of ‖ΔW‖² to keep. Else the lowest that holds it."
+        ),
     ] = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Write a rank that leaves out much of ‖ΔW‖.")] = False,
     force: show.Force = False,
     dry_run: show.DryRun = False,
     as_json: show.Json = False,
@@ -33,9 +36,9 @@ def export(
 ) -> None:
     """Write an adapter so that a server reads it right: plain LoRA, which adds the same to the same base.
 
-    The scale stands in B, all modules have one rank, target_modules are suffixes; PiSSA and OLoRA get twice the rank,
-    for the base as it was. Any other method that has a ΔW becomes a product of factors, and the error is printed.
-    What plain LoRA cannot hold (DoRA, modules_to_save) is refused with exit code 5: merge it.
+    The scale stands in B, all modules have one rank, target_modules are suffixes; PiSSA, OLoRA and KaSA get twice the
+    rank, for the base as it was. Any other method that has a ΔW becomes a product of factors, of the lowest rank that
+    holds it. What plain LoRA cannot hold (DoRA, modules_to_save) is refused with exit code 5: merge it.
 
     Example: graft export out/adapter --for vllm --base models/llama -o out/for_vllm
     """
@@ -53,13 +56,13 @@ def export(
     model = base_files(folder)
     file = read(source, model)
     with appearing(output, not dry_run) as out:
-        if rank_or_share is None and (file.method == "LORA" and file.changed_base is None):
+        if rank_or_share is None and (file.method in ("LORA", "ADALORA") and file.changed_base is None):
             report = files.export(file, server, model, out)
         else:
             from graft.command.models import load_base, on
             from graft.model.export import export as of_model
 
-            report = of_model(on(load_base(folder), source), "default", server, out, rank_or_share)
+            report = of_model(on(load_base(folder), source), "default", server, out, rank_or_share, lossy)
     if as_json:
         print_json({"output": None if dry_run else output, **vars(report)})
     elif not quiet:

@@ -14,7 +14,9 @@ import numpy as np
 
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, some
-from graft.files.algebra import block_diagonal
+from graft.files import kasa
+from graft.files.algebra import as_low_rank, block_diagonal
+from graft.files.base import Skeleton
 from graft.files.bases import by_model
 from graft.files.errors import LossError
 from graft.files.formats import Base, writer_of
@@ -70,6 +72,7 @@ def export(adapter: AdapterFile, server: str, base: Base, path: str) -> Exported
 
 def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile, Exported]:
     """Return an adapter in that form, and what changed."""
+    adapter = as_lora(adapter, base)
     check(adapter, server)
     check_finite(adapter)
     if not {*base.modules}.issuperset(adapter.modules):  # the model's modules have other names than its files
@@ -112,14 +115,24 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
     return made, report
 
 
+def as_lora(adapter: AdapterFile, base: Base) -> AdapterFile:
+    """Return an adapter whose AdaLoRA is LoRA, and whose KaSA is LoRA on the base as it was."""
+    if not isinstance(base, Skeleton) or base.model is None:  # else KaSA has changed it already
+        adapter = kasa.as_lora(adapter, base)
+    if adapter.method != "ADALORA":
+        return adapter
+    made = {path: as_low_rank(module) or module for path, module in adapter.modules.items()}
+    return replace(adapter, method="LORA", modules=made)
+
+
 def check(adapter: AdapterFile, server: Server) -> None:
     """Raise LossError for what LoRA alone cannot do."""
     subject = Subject(adapter, server)
     found = [what for name in MERGED for what in CONDITIONS[name](subject)]
     if found:
         raise LossError(
-            f"{adapter.path} holds {some(found)}, which plain LoRA cannot hold: merge it into the base (graft merge; "
-            "KaSA in memory, by merge_and_unload()), and serve the model."
+            f"{adapter.path} holds {some(found)}, which plain LoRA cannot hold. Merge it into the base (graft merge), "
+            "or of KaSA in memory save it, and export the file."
         )
     for row in data()["servers"][server.name]["rows"]:
         there = [*CONDITIONS[row["when"]](subject)] if row["when"] in PLACES and row["remedy"] == "merge" else []

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import PeftWarning, warn
+from graft.core.errors import PeftWarning
 from graft.core.folding import change_of
 from graft.files.convert import ENDS
 from graft.files.errors import LossError
@@ -24,7 +25,9 @@ from graft.model.checkpoints import check, contents, folder_of, names_to_save
 from graft.model.convert import convert_to_lora, found
 from graft.model.in_memory import names_in
 
-ENERGY = 0.9999  # part of ‖ΔW‖² that a method which is no LoRA keeps
+ENERGY = 1 - 1e-8  # part of ‖ΔW‖² that each layer of a method which is no LoRA keeps
+LOSS = 1e-3  # part of ‖ΔW‖ of a layer; who wants to lose more says so
+RANK = 512  # the largest that servers take
 
 
 def export_adapters(
@@ -42,23 +45,21 @@ def export_adapters(
             if end is not None:
                 os.makedirs(path, exist_ok=True)
                 path = os.path.join(path, f"adapter{end}")
-            report = export(model, name, server, path)
-            if report.error is not None and report.error > 1e-3:
-                warn(
-                    f"Adapter '{name}' is no LoRA: what was written differs from its ΔW by {report.error:.1%}.",
-                    PeftWarning,
-                )
+            export(model, name, server, path)
 
 
 @reads
-def export(model: nn.Module, adapter: str, server: str, path: str, rank: int | float | None = None) -> Exported:
+def export(
+    model: nn.Module, adapter: str, server: str, path: str, rank: int | float | None = None, lossy: bool = False
+) -> Exported:
     """Write an adapter of a model for a server.
 
     Args:
-        rank: of a method that is no LoRA: as `graft.convert_to_lora` takes it.
+        rank: of a method that is no LoRA: as `graft.convert_to_lora` takes it; None: the lowest that holds each layer.
+        lossy: write a rank that leaves out more than a thousandth of a layer's ‖ΔW‖.
 
     Raises:
-        LossError: no LoRA does what the adapter does.
+        LossError: no LoRA does what the adapter does, or none of this rank, or only one above servers' limits of ranks.
         TypeError: the adapter has no ΔW.
     """
     config, error = model.peft_config[adapter], None
@@ -70,9 +71,11 @@ def export(model: nn.Module, adapter: str, server: str, path: str, rank: int | f
     if config.peft_type == "LORA" and rank is None:
         tensors, config = contents(model, adapter, None, False, None)
     else:
-        made, tensors = convert_to_lora(model, ENERGY if rank is None else rank, adapter)
-        made.base_model_name_or_path, error = config.base_model_name_or_path, error_of(model, adapter, tensors)
-        config = made
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "As LoRA of rank", PeftWarning)  # the error below says it
+            made, tensors = convert_to_lora(model, ENERGY if rank is None else rank, adapter)
+        error = check_loss(model, adapter, tensors, rank, lossy)
+        made.base_model_name_or_path, config = config.base_model_name_or_path, made
     parts, _, base, _ = found(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
         files.save_adapter(folder, tensors, config, True, fingerprint(weights_of(parts, base)))
@@ -86,22 +89,40 @@ def export(model: nn.Module, adapter: str, server: str, path: str, rank: int | f
 
 
 @torch.no_grad()
-def error_of(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> float:
-    """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the tensors of `convert_to_lora`, whose scaling is 1."""
+def check_loss(
+    model: nn.Module, adapter: str, tensors: dict[str, Tensor], rank: int | float | None, lossy: bool
+) -> float:
+    """Return ‖ΔW - B A‖ / ‖ΔW‖ over all layers, for the tensors of `convert_to_lora`, whose scaling is 1.
+
+    Raises:
+        LossError: a layer loses more than `LOSS` and what its dtype rounds, unless `lossy`; or without a `rank`, one is
+            above the limits of servers.
+    """
     parts, prefix, *_ = found(model, adapter)
-    lost = whole = 0.0
+    lost = whole = worst = 0.0
+    where, ranks = "", dict[str, int]()
     for key, layer in parts.layers.items():
-        A, B, _ = change_of(layer.methods[adapter])
-        delta = A if B is None else B @ A
-        made = product(tensors, f"{prefix}{key}")
-        if made is not None:
-            lost += float((delta.flatten(0, 1) - made.to(delta).reshape(-1, delta.shape[-1])).square().sum())
-            whole += float(delta.square().sum())
+        A, B = (tensors.get(f"{prefix}{key}.lora_{name}.weight") for name in "AB")
+        if A is None or B is None:
+            continue
+        change, ranks[key] = change_of(layer.methods[adapter]), len(A)
+        delta = (change.A if change.B is None else change.B @ change.A).flatten(0, 1)
+        made = (B.flatten(1).float() @ A.flatten(1).float()).to(delta).reshape(-1, delta.shape[-1])
+        off, size = float((delta - made).square().sum()), float(delta.square().sum())
+        lost, whole = lost + off, whole + size
+        bound = LOSS + torch.finfo(B.dtype).eps / 2
+        if size and (off / size) ** 0.5 / bound > worst:
+            worst, where = (off / size) ** 0.5 / bound, f"'{key}' loses {(off / size) ** 0.5:.1%} of its ‖ΔW‖"
+    if worst > 1 and not lossy:
+        raise LossError(
+            f"As LoRA of rank {rank}, adapter '{adapter}' loses too much: {where}. Leave --rank out, which takes the "
+            "lowest rank that holds it, merge it (graft merge), or pass lossy=True (--lossy)."
+        )
+    highest = max(ranks, key=lambda key: ranks[key], default="")
+    if rank is None and ranks and ranks[highest] > RANK:
+        raise LossError(
+            f"Adapter '{adapter}' ({model.peft_config[adapter].peft_type.value}) needs rank {ranks[highest]} on "
+            f"'{highest}', and servers take {RANK} at most. Merge it (graft merge), or pass a lower rank and lossy=True"
+            " (--lossy)."
+        )
     return (lost / whole) ** 0.5 if whole else 0.0
-
-
-def product(tensors: dict[str, Tensor], stem: str) -> Tensor | None:
-    A, B = (tensors.get(f"{stem}.lora_{name}.weight") for name in "AB")
-    if A is None or B is None:
-        return None
-    return B.flatten(1).float() @ A.flatten(1).float()

@@ -53,11 +53,6 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
     adapter = job.adapter
     if adapter.method in peft.PROMPTS:
         raise LossError(f"{adapter.method} of {job.name} is an input of the model, which no weight can take over.")
-    if any(module.method == "KASA" for module in adapter.modules.values()):
-        raise LossError(
-            f"KASA of {job.name} begins by taking small singular values out of the base, which files do not repeat: "
-            "merge it in memory, with PeftModel.from_pretrained(…).merge_and_unload(), and save that model."
-        )
     layers = loaded(job, base)
     found: list[Change] = []
     asked: dict[object, bool] = {}

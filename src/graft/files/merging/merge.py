@@ -19,6 +19,7 @@ import torch
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, some
+from graft.files import kasa
 from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
 from graft.files.errors import LossError, OptionError
 from graft.files.formats import read
@@ -191,7 +192,7 @@ class Work:
                 f"Nothing is known of {len(adapter.unread)} tensors of {path}, and merging would drop them: "
                 f"{some(adapter.unread, 4)}."
             )
-        return adapter
+        return kasa.as_lora(adapter, self.base)
 
     def _add(self, job: Job, others: Others | None) -> None:
         adapter = job.adapter

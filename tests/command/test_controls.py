@@ -153,9 +153,17 @@ def test_the_table_of_runs():
     assert all(line.isprintable() for line in text.split("\n")) and "[/]" in text
 
 
-def test_status_and_numbers_of_a_model(capsys):
-    from tests.models import make
+def test_the_card_of_a_saved_adapter(tmp_path):
+    base = adapters.make("llama")
+    base.name_or_path = base.config._name_or_path = f"someone/{EVIL}"
+    graft.get_peft_model(base, graft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "someone/" in card and all(line.isprintable() for line in card.split("\n"))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == f"someone/{EVIL}"
 
+
+def test_status_and_numbers_of_a_model(capsys):
+    make = adapters.make
     model = graft.get_peft_model(make("llama"), graft.LoraConfig(target_modules=["q_proj"]), adapter_name=f"a{EVIL}")
     model.print_trainable_parameters()
     print(

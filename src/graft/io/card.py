@@ -33,6 +33,7 @@ def write_card(model: nn.Module, folder: str) -> None:
     path = os.path.join(folder, "README.md")
     base = model.get_base_model()
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or base.__dict__.get("name_or_path")
+    name = escape_controls(str(name)) if name else None
     kind = model.peft_type.value
     before = None
     if os.path.isfile(path) and not os.path.islink(path):  # a link may lead to a text that is not for others to see
@@ -41,10 +42,7 @@ def write_card(model: nn.Module, folder: str) -> None:
         card = ModelCard(before)
     else:
         text = TEXT.format(
-            base=escape_controls(name or type(base).__name__),
-            kind=kind,
-            version=FORMAT_VERSION,
-            cls=type(model).__name__,
+            base=name or type(base).__name__, kind=kind, version=FORMAT_VERSION, cls=type(model).__name__
         )
         card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n{text}")
     tags = set(card.data.get("tags") or []) | set(getattr(base, "model_tags", None) or [])

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import random
 import socket
 import threading
 import time
@@ -231,3 +233,46 @@ def test_keys_that_no_header_holds_are_not_shown(key):
 def test_timeouts_that_cannot_be(timeout):
     with pytest.raises(OptionError, match="timeout"):
         Connection("http://127.0.0.1:9", timeout)
+
+
+ODD = [*BAD_NUMBERS, -1, 5, 1e308, "", "\ud800", "token_id:3", [[]], [None], {"id": 5}, "9" * 4000, 3.7, False]
+
+
+def mutated(draw, reply):
+    """Return an answer with a few values replaced or gone."""
+    places = [([reply], 0)]
+    for inside, key in places:
+        value = inside[key]
+        keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        places += [(value, key) for key in keys]
+    for inside, key in draw.choices(places, k=draw.choice([1, 1, 1, 3])):
+        if draw.random() < 0.8:
+            with suppress(IndexError):  # it has become shorter
+                inside[key] = draw.choice(ODD)
+        elif isinstance(inside, dict):
+            inside.pop(key, None)
+        elif key < len(inside):
+            del inside[key]
+    return places[0][0][0] if places[0][0] else None
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_mutated_answers_are_right_or_told(kind):
+    draw, told = random.Random(0), 0
+    right = {
+        "vllm": values((None, *[-1.0] * 5), [f"token_id:{i}" for i in PROMPT]),
+        "sglang": entries(),
+        "llama.cpp": top(),
+    }
+    now = [None]
+    with serving({"base": None, "tuned": None}, kind, lambda h: say(now[0], PATHS[kind], "/detokenize")(h)) as url:
+        connection = Connection(url, 5)
+        for _ in range(120):
+            now[0] = mutated(draw, copy.deepcopy(right[kind]))
+            try:
+                (seen,) = ask(connection, kind, "tuned", [PROMPT], base=False)
+                assert seen and all(type(v) is float and math.isfinite(v) for v in seen.values())
+            except (ServerError, BaseModelMismatchError) as error:
+                assert str(error).isprintable() and len(str(error)) < 1000, now[0]
+                told += 1
+    assert 60 < told < 120

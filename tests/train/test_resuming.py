@@ -485,14 +485,18 @@ def test_a_loader_or_scheduler_that_refuses_leaves_all_as_it_was(tmp_path):
     assert everything(again) == before and loader.at == {"first": 7, "second": 7}
 
 
+def adamw_of_a_tensor(parameters):
+    return torch.optim.AdamW(parameters, lr=torch.tensor(0.1))
+
+
 @pytest.mark.parametrize(
     "make", [
         partial(torch.optim.Adagrad, lr=0.1), partial(torch.optim.RMSprop, lr=0.1, momentum=0.5, centered=True),
         partial(torch.optim.Adadelta, lr=0.1), partial(torch.optim.Adamax, lr=0.1), partial(torch.optim.ASGD, lr=0.1),
         partial(torch.optim.Rprop, lr=0.1), partial(torch.optim.NAdam, lr=0.1), partial(torch.optim.RAdam, lr=0.1),
         partial(torch.optim.Adam, lr=0.1, amsgrad=True), partial(SGD, lr=0.1), partial(torch.optim.Adafactor, lr=0.1),
-        lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1)), "lorafa", "muon", "loraplus", "lorapro",
-    ], ids=str,
+        adamw_of_a_tensor, "lorafa", "muon", "loraplus", "lorapro",
+    ], ids=lambda make: getattr(make, "__name__", str(make)),
 )  # fmt: skip
 def test_every_optimizer_of_torch_and_graft_goes_on(make, tmp_path):
     """What the checks know of each class is what it keeps: names, types and shapes."""

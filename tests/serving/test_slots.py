@@ -556,7 +556,7 @@ def test_models_that_cannot_have_slots(folders):
         lambda: AdapterSlots(slots.model, 2, 4, TARGETS),
         lambda: graft.get_peft_model(slots.model, graft.LoraConfig(target_modules=TARGETS)),
     ):
-        with pytest.raises(UnsupportedLayerError):
+        with pytest.raises(UnsupportedLayerError, match=r"has slots of AdapterSlots, whose remove\(\)"):
             again()
     assert_close(out(slots, "a"), expected(carrying(folders), "a"))
 

@@ -178,7 +178,8 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
     """Raise UnsupportedLayerError unless these methods can adapt their sites."""
     for key, method in methods.items():
         site, adapter = method.site, method.name
-        why = why_not_attention(site.module) or why_not_parallel(method) or method.check() or by_itself(method)
+        why = getattr(site.module, "why_not_adapted", None) or why_not_attention(site.module)
+        why = why or why_not_parallel(method) or method.check() or by_itself(method)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"

@@ -84,6 +84,7 @@ class SlotLayer(nn.Module):
     output_is_new: bool  # the base layer's output may be overwritten
     methods: ClassVar[dict[str, object]] = {}
     merged_adapters = ()
+    why_not_adapted = "It has slots of AdapterSlots, whose remove() takes them off"
     A: Tensor  # (slots + 1, rank, in) of the first group; A1, A2, …: of the others; place 0 of each holds zeros
     B: Tensor  # (slots + 1, rank, out): a row of B is contiguous, which makes `bmm` three times as fast
     places: Tensor  # (groups, all slots + 1): the place of each slot in a group, 0 in groups that have it not

@@ -640,6 +640,7 @@ class MultiTrain:
                 raise error
             run = self._runs[name]
             text = run.fail(f"the model cannot take its batch ({shortened(repr(error))})", float("nan"))
+            drop_frames(error)
             run.error = error
             warn(f"{text} The others go on. Remove it, mend its data, and add it anew.", PeftWarning)
 
@@ -668,7 +669,8 @@ class MultiTrain:
             if not torch.is_grad_enabled() and (not memory or len(group) == 1):
                 annotate(error, f"A look at validation data of {[part.name for part in group]} raised this.")
                 raise
-            drop_frames(error)
+            if memory or len(group) > 1:
+                drop_frames(error)
             failure = error
         else:
             take(group, found)

@@ -35,8 +35,9 @@ from graft.files.errors import LossError, OptionError, OutputExistsError
 from graft.files.merging.merge import merge
 from graft.files.merging.stream import Workplace
 from graft.model.merge_files import merge_files
-from tests import fresh
+from tests import fresh, samples
 from tests.leaves_out import FUSED_EXPERTS
+from tests.models import adapted
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of ties and of PiSSA, which other tests have
@@ -206,6 +207,83 @@ def test_kasa_takes_its_components_out_of_the_files(kind, tmp_path):
     for name, W in merged.items():
         torch.testing.assert_close(W, whole[name], rtol=0, atol=5e-6)
     assert sum(not torch.equal(W, before[name]) for name, W in merged.items()) == len(formats.read(adapter).modules)
+
+
+FIRST = {sample.adapter: sample for sample in reversed([*samples.LAWS, *samples.CALLED]) if sample.prepare is None}
+ROWS = [s for s in samples.SAMPLES if s.model == "llama" and s.name in ("unsaved", "lm_head", "alora", "replicated")]
+IN_MEMORY_ONLY = ("FROD-unsaved-llama", "LORA-replicated-llama")  # of which files say too little
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory):
+    """A folder with a model whose sizes all methods take."""
+    folder = tmp_path_factory.mktemp("wide")
+    LlamaForCausalLM(
+        LlamaConfig(**SMALL | dict(hidden_size=60, num_attention_heads=3, num_key_value_heads=3))
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("sample", [*FIRST.values(), *ROWS], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_what_memory_cannot_merge_files_do_not_and_all_else_to_the_same_values(sample, wide_base, tmp_path):
+    config = sample.make() if sample in FIRST.values() else sample.config(graft)
+    config.target_modules = {"q_proj"} if config.target_modules in ({"layer"}, ["layer"]) else config.target_modules
+    adapted(LlamaForCausalLM.from_pretrained(wide_base), config).save_pretrained(tmp_path / "a")
+    model = graft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(wide_base), tmp_path / "a")
+    if str(sample) in IN_MEMORY_ONLY:
+        with pytest.raises(LossError, match=r"merge it in memory|on a model in memory"):
+            merge_files(wide_base, tmp_path / "a", tmp_path / "out")
+        return
+    try:
+        whole = model.merge_and_unload()
+    except NotImplementedError:
+        with pytest.raises((LossError, BaseModelMismatchError)):
+            merge_files(wide_base, tmp_path / "a", tmp_path / "out")
+        assert os.listdir(tmp_path) == ["a"]
+        return
+    merge_files(wide_base, tmp_path / "a", tmp_path / "out")
+    base = LlamaForCausalLM.from_pretrained(wide_base)
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out"), whole, base, ulps=100)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"alora_invocation_tokens": [1]}, {"arrow_config": graft.ArrowConfig(top_k=1)},
+               {"layer_replication": [(0, 2), (0, 2)]}],
+    ids=str,
+)  # fmt: skip
+def test_factors_that_do_another_thing_than_add_are_refused(fields, tmp_path):
+    base = base_of("llama", tmp_path)
+    _, adapter = saved_adapter("llama", tmp_path, lora(target_modules=["q_proj"], task_type="CAUSAL_LM", **fields))
+    for run in (merge, merge_files):
+        with pytest.raises(LossError, match="which no weight of the base can take over: keep it unmerged"):
+            run(base, [adapter], tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
+def test_two_adapters_that_replace_the_same_are_refused(tmp_path):
+    """As where both are merged in memory."""
+    base = base_of("llama", tmp_path)
+
+    def pair(*configs):
+        return [saved_adapter("llama", tmp_path, c, name=f"{c.peft_type}{i}", seed=i)[1] for i, c in enumerate(configs)]
+
+    norms = pair(*[graft.LNTuningConfig(target_modules=["norm"])] * 2)
+    tokens = pair(*[graft.TrainableTokensConfig(token_indices=[3, n]) for n in (5, 3 + 4)])
+    rows = pair(*[lora(trainable_token_indices=[n, 9]) for n in (1, 2)])
+    for adapters, what in (
+        (norms, "model.norm.weight"),
+        (tokens, "rows of 'model.embed"),
+        (rows, "rows of 'model.embed"),
+    ):
+        with pytest.raises(OptionError, match=f"each replace .*{what}"):
+            merge_files(base, adapters, tmp_path / "out")
+    apart = pair(*[graft.TrainableTokensConfig(token_indices=[n, n + 1]) for n in (3, 5)])
+    merge_files(base, apart, tmp_path / "out")
+    model = graft.PeftModel.from_pretrained(loaded("llama", base), apart[0], "a")
+    model.load_adapter(apart[1], "b")
+    model.base_model.set_adapter(["a", "b"])
+    assert_same(loaded("llama", tmp_path / "out"), model.merge_and_unload(), loaded("llama", base))
 
 
 @pytest.mark.parametrize("config", [graft.HRAConfig(r=4), graft.LoKrConfig(r=4), graft.IA3Config()])

@@ -35,10 +35,12 @@ PARTS = {
     "extra": "what a variant of LoRA keeps beside its factors",
     "alora_invocation_tokens": "the tokens after which aLoRA begins to act",
     "layer_replication": "layers of the base that it repeats",
+    "arrow_config": "a router among other adapters",
 }
 FIELDS = (
     "alora_invocation_tokens",
     "layer_replication",
+    "arrow_config",
 )  # of PEFT's config, by which the same factors do another thing
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,15 +54,19 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
     adapter = job.adapter
     if adapter.method in peft.PROMPTS:
         raise LossError(f"{adapter.method} of {job.name} is an input of the model, which no weight can take over.")
-    layers = loaded(job, base)
+    if adapter.method == "FROD" and not adapter.shared:
+        raise LossError(
+            f"FROD of {job.name} has a basis of all weights of a kind, which its file lacks (save_projection=False): "
+            "merge it in memory, with PeftModel.from_pretrained(…).merge_and_unload(), and save that model."
+        )
+    layers = {path: layer for path, layer in loaded(job, base).items() if NAME in layer.methods}
     found: list[Change] = []
     asked: dict[object, bool] = {}
-    for path, module in adapter.modules.items():
-        if isinstance(module, LowRank):
+    if absent := [p for p, module in adapter.modules.items() if p not in layers and not isinstance(module, LowRank)]:
+        raise job.misfit(absent[0], "there is no such layer in the model")
+    for path, layer in layers.items():  # which may have all their tensors in common, as UniLoRA's
+        if isinstance(adapter.modules.get(path), LowRank):
             continue
-        layer = layers.get(path)
-        if layer is None or NAME not in layer.methods:
-            raise job.misfit(path, "there is no such layer in the model")
         m = layer.methods[NAME]
         effect = m.effect
         why = fixed(layer, [m]) or ("it acts on a module without a weight" if getattr(effect, "block", False) else None)
@@ -69,7 +74,7 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
             raise LossError(f"{adapter.method} of {job.name} cannot be merged at '{path}': {why}.")
         if isinstance(effect, Replace):
             for name, p in effect.module().named_parameters():
-                found += whole(job, f"{path}.{name}", to_file(p))
+                found += [replace(change, alone=True) for change in whole(job, f"{path}.{name}", to_file(p))]
         else:
             found += of_layer(job, path, layer, m, asked)
     return found

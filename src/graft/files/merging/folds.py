@@ -13,6 +13,7 @@ from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError
 from graft.files.errors import LossError, OptionError
 from graft.files.formats.peft import unnamed
+from graft.files.holding import FIELDS, PARTS
 from graft.files.merging.numbers import wide
 from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank
@@ -38,6 +39,8 @@ class Change:
         of: the adapter's tensors that it comes from.
         new: the checkpoint has no such tensor; `fold` gets an empty one.
         replaces: nothing stays of the value.
+        rows: those of an embedding that it replaces.
+        alone: no other adapter may change the tensor.
     """
 
     key: str
@@ -47,6 +50,8 @@ class Change:
     of: tuple[object, ...] = ()
     new: bool = False
     replaces: bool = False
+    rows: frozenset[int] = frozenset()
+    alone: bool = False
 
 
 @dataclass
@@ -74,8 +79,14 @@ def changes(job: Job) -> list[Change]:
 
     Raises:
         BaseModelMismatchError: something has no place in the checkpoint, or another shape there.
+        LossError: no weight does what the adapter does, or its file does not say what it did to the base.
     """
     found = list[Change]()
+    if named := [PARTS[name] for name in FIELDS if job.adapter.config.get(name)]:
+        raise LossError(
+            f"Adapter '{job.name}' has {named[0]}, which no weight of the base can take over: keep it unmerged, on a "
+            "model in memory."
+        )
     if job.adapter.changed_base is not None:
         raise LossError(
             f"Adapter '{job.name}' was trained on a base that init_lora_weights='{job.adapter.changed_base}' changed, "
@@ -281,12 +292,16 @@ def rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: list[Spot]
     replacement = job.adapter.full.get(name)
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
     at = torch.from_numpy(indices.read().copy()).long()
+    distinct, place = at.unique(return_inverse=True)
     if len(shape) != 2 or values.shape[1] != shape[1] or (len(at) and int(at.max()) >= shape[0]):
         raise job.misfit(name, f"it brings rows {tuple(values.shape)} up to number {int(at.max())}, of {shape}")
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
         made = wide(values).to(W.dtype)
+        if len(distinct) < len(at):  # a token that is named several times has the mean of its rows
+            made = torch.zeros(len(distinct), made.shape[1], dtype=made.dtype).index_add_(0, place, made)
+            made = (made / place.bincount()[:, None])[place]
         W[at] = made if job.weight == 1 else W[at].lerp(made, job.weight)
         return W
 
-    return Change(spot.key, name, fold, shape, ("rows", indices, values))
+    return Change(spot.key, name, fold, shape, ("rows", indices, values), rows=frozenset(distinct.tolist()))

@@ -204,7 +204,7 @@ class Work:
                 raise LossError(f"{adapter.method} of {job.name} is not low rank: merge it with graft.merge_files.")
             found += others(job, self.base)
         if not found:
-            raise CheckpointError(f"{job.name} changes nothing: there is nothing to merge.")
+            raise CheckpointError(f"{job.name} ({adapter.method}) changes no weight: there is nothing to merge.")
         together = self.tied.spread(found, adapter)
         for change in together:
             before = self.changed.setdefault(change.key, [])
@@ -214,6 +214,11 @@ class Work:
                 raise OptionError(
                     f"{job.name} takes '{change.key}' for {change.shape}, and an adapter merged before it makes that "
                     f"{before[-1].shape}: merge one of the two, or train this one on the merged model."
+                )
+            if any(change.alone or c.alone or change.rows & c.rows for c in before):
+                what = f"rows of '{change.key}'" if change.rows else f"'{change.key}'"
+                raise OptionError(
+                    f"{job.name} and an adapter before it each replace {what}, which has one value: merge one of them."
                 )
             if before and change.replaces and not alike(before, [change]):
                 self.notes.append(f"'{change.key}' is as {job.name} brings it: what came before changes nothing there.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
 from graft.config.reading import Json
-from graft.core.base_config import input_embeddings, model_type, output_embeddings
+from graft.core.base_config import input_embeddings, output_embeddings
 from graft.core.containers import Transient
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite, Tap
@@ -166,18 +166,17 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
             lacks.
     """
     places: dict[str, Place] = {}
-    paths = [path for path, _ in walk(model) if path]
     overridden = {
         name: getattr(cfg, name) for name in ("attention_modules", "mlp_modules", "block_modules")
         if getattr(cfg, name) is not None
     }  # fmt: skip
     blocks = [] if overridden and not cfg.is_parallel else blocks_of(model)
-    numbers = {*range(len(blocks))}
+    modules, numbers = dict(walk(model)), {*range(len(blocks))}
     for i, block in enumerate(blocks):
         if i not in cfg.leave_out:
-            places |= of_block(cfg, i, block, block.norm_after_mlp(model_type(model)))
+            places |= of_block(cfg, i, block.follow(modules[block.path]))
     for name, wanted in overridden.items():
-        for path in named(paths, wanted, name):
+        for path in named(filter(None, modules), wanted, name):
             number = next((int(part) for part in path.split(".") if part.isdecimal()), 0)
             numbers.add(number)
             if number not in cfg.leave_out:
@@ -190,21 +189,29 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
     return places
 
 
-def of_block(cfg: BottleneckConfig, i: int, block: Block, norm: str | None) -> dict[str, Place]:
-    """Return the places in one block. norm: the one after the MLP's residual, where norms stand there."""
+def of_block(cfg: BottleneckConfig, i: int, block: Block) -> dict[str, Place]:
+    """Return the places in one block, which has been followed.
+
+    Raises:
+        UnsupportedLayerError: the adapter needs the residual of the MLP, and no module gets it.
+    """
     places: dict[str, Place] = {}
     after = Place("after", block.width, i)
     if cfg.is_parallel:
-        tap = block.first if norm else block.norm_before_mlp()
-        if tap is None:
-            raise NoMatchingPeftModuleError(f"Block '{block.path}' has no norm before its MLP, whose input is needed.")
-        return {tap: Place("tap", block.width, i, (block.mlp,)), block.mlp: Place("beside", block.width, i)}
-    ends = (*(block.attentions if cfg.mh_adapter else ()), *(block.crosses if cfg.cross_adapter else ()))
-    places.update(dict.fromkeys(ends, after))
+        if block.residual is None:
+            raise UnsupportedLayerError(
+                f"A parallel bottleneck needs the residual of block '{block.path}', which no module gets as its input. "
+                "Choose another preset than par_bn."
+            )
+        return {
+            block.residual: Place("tap", block.width, i, (block.mlp,)), block.mlp: Place("beside", block.width, i)
+        }  # fmt: skip
+    for cross, adapts in ((False, cfg.mh_adapter), (True, cfg.cross_adapter)):
+        places.update(dict.fromkeys(block.ends_of(cross) if adapts else (), after))
     if cfg.output_adapter and not cfg.original_ln_before:
         places[block.mlp] = after
-    elif cfg.output_adapter and norm is not None and cfg.original_ln_after:
-        places[norm] = Place("norm", block.width, i)
+    elif cfg.output_adapter and block.norm is not None and cfg.original_ln_after:
+        places[block.norm] = Place("norm", block.width, i)
     elif cfg.output_adapter:
         places[block.path] = after
     return places

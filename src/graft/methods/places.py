@@ -5,39 +5,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 
 from graft.config.reading import pattern
 from graft.core.base_config import text_config
 from graft.core.carrier import carrier_of
-from graft.core.errors import ConfigError, NoMatchingPeftModuleError, some
+from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError, some
 from graft.core.ops import find_op
+from graft.methods.flow import UnfollowedError, flow_of
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS = re.compile(r"cross|enc.*(attn|attention)", re.IGNORECASE)
-MLP = re.compile(r"mlp|ffn|feed_?forward|moe|DenseReluDense", re.IGNORECASE)
+MLP = re.compile(r"mlp|ffn|^ff$|feed_?forward|moe|DenseReluDense", re.IGNORECASE)
 NORM = re.compile(r"norm|(^|_)ln(_|$)", re.IGNORECASE)
+BESIDE = re.compile(rf"{NORM.pattern}|mamba|ssm", re.IGNORECASE)  # parts of a block that are no MLP
+PARTS = re.compile(r"encoder|decoder|(down|mid|up)_blocks?(\.#)?")  # of a model, with blocks of one kind
 # last names of the layers that bring a sublayer back to the width of the block
 END = re.compile(
     r"(o_proj|out_proj|proj_out|dense|c_proj|o|wo|out_lin|lin2|linear2|fc2|fc_out|down_proj|dense_4h_to_h|w2|"
-    r"ffn_output)"
-)
-# norms that stand after their sublayers, by model type: the one after the MLP
-POST_LN = {
-    **dict.fromkeys(
-        ["bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "deberta-v2", "layoutlm", "ernie"],
-        "output.LayerNorm",
-    ),
-    "distilbert": "output_layer_norm",
-    "albert": "full_layer_layer_norm",
-    "bart": "final_layer_norm",
-}
-# of norms that stand before their sublayers, that of the MLP: the first of these names that a block has
-BEFORE_MLP = re.compile(
-    r"pre_feedforward_layernorm|pre_mlp_layernorm|ln_mlp|post_attention_layernorm|ln_2|layernorm_after|norm2|layer_norm2|"
-    r"ffn_norm|final_layer_norm"
+    r"ffn_output|\d+)"
 )
 
 
@@ -46,32 +37,46 @@ class Block:
     """A block of a transformer, by paths in the model.
 
     Attributes:
-        width: of its hidden states.
-        attentions: the layers that end its attentions to itself.
-        crosses: those that end its attentions to an encoder.
+        width: the width of its hidden states.
+        ends: by attention, the layer that ends it.
+        crosses: the attentions to an encoder.
         mlp: the layer that ends its MLP, or the MLP itself where several do (experts).
-        first: the first layer of the MLP.
-        norms: in the order in which the block defines them.
+        norm: the norm of the sum of MLP and residual, if its output is the block's; None before `follow`.
+        residual: the module whose input is that residual; None before `follow`.
     """
 
     path: str
     width: int
-    attentions: tuple[str, ...]
-    crosses: tuple[str, ...]
+    ends: Mapping[str, str]
+    crosses: frozenset[str]
     mlp: str
-    first: str
-    norms: tuple[str, ...] = ()
+    norm: str | None = None
+    residual: str | None = None
 
-    def norm_after_mlp(self, model_type: str) -> str | None:
-        """Return the norm after the MLP and its residual; None if norms stand before their sublayers."""
-        path = f"{self.path}.{POST_LN.get(model_type)}"
-        return path if path in self.norms else None
+    def ends_of(self, cross: bool) -> list[str]:
+        """Return the layers that end the attentions to an encoder, or those that end the others."""
+        return [end for attention, end in self.ends.items() if (attention in self.crosses) is cross]
 
-    def norm_before_mlp(self) -> str | None:
-        """Return the norm before the MLP, whose input is the residual."""
-        found = [n for n in self.norms if BEFORE_MLP.fullmatch(n.rpartition(".")[2])]
-        ranked = sorted(found, key=lambda n: BEFORE_MLP.pattern.split("|").index(n.rpartition(".")[2]))
-        return ranked[0] if ranked else self.norms[-1] if self.norms else None
+    def follow(self, module: nn.Module) -> Block:
+        """Return the block with the norm, the residual and the attentions to an encoder that its code tells.
+
+        Raises:
+            UnsupportedLayerError: the block adds its MLP to no residual, or not in its first output.
+            UnfollowedError: its code does not tell.
+        """
+        inside = f"{self.path}."
+        norms = [p for p, m in walk(module) if NORM.search(p.rpartition(".")[2]) or type(m).__name__.endswith("Norm")]
+        attentions = [p.removeprefix(inside) for p in self.ends]
+        try:
+            flow = flow_of(module, attentions, norms, self.mlp.removeprefix(inside))
+        except UnsupportedLayerError as e:
+            raise type(e)(
+                f"Block '{self.path}' ({type(module).__name__}): {e}. Name the modules by target_modules, or those of "
+                "a bottleneck by attention_modules, mlp_modules or block_modules."
+            ) from e
+        norm, residual = (p and inside + p for p in (flow.norm, flow.residual))
+        crosses = self.crosses | {inside + p for p in flow.crosses if len(attentions) > 1}
+        return replace(self, crosses=crosses, norm=norm, residual=residual)
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -97,7 +102,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
         op = find_op(module)
         if op.linear:
             linears[path] = op.dims(module)
-    found = blocks_in(linears, modules)
+    found = blocks_in(linears, modules, text_width(getattr(model, "config", None)))
     if not found:
         raise NoMatchingPeftModuleError(
             f"{type(model).__name__} has no blocks with an attention and an MLP whose names tell: name the modules in "
@@ -112,34 +117,53 @@ def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block
     Raises:
         ConfigError: the model has no block of such a number.
         NoMatchingPeftModuleError: it has none that can be told.
+        UnsupportedLayerError: the first output of a block does not continue its first input.
     """
     blocks = blocks_of(model)
-    if isinstance(layers, str):
-        return blocks
-    if any(not 0 <= i < len(blocks) for i in layers):
-        raise ConfigError(f"layers={layers}: the model has blocks 0 to {len(blocks) - 1}.")
-    return [blocks[i] for i in layers]
+    if not isinstance(layers, str):
+        if any(not 0 <= i < len(blocks) for i in layers):
+            raise ConfigError(f"layers={layers}: the model has blocks 0 to {len(blocks) - 1}.")
+        blocks = [blocks[i] for i in layers]
+    modules = dict(walk(model))
+    for block in blocks:
+        with suppress(UnfollowedError):  # which nothing here depends on
+            block.follow(modules[block.path])
+    return blocks
 
 
-def blocks_in(linears: Mapping[str, tuple[int, int]], modules: Collection[str]) -> list[Block]:
-    """Return the blocks of a model, by the sizes (out, in) of its linear layers and the paths of all modules."""
-    inside: dict[str, list[str]] = {}  # by block
-    plain = [path for path in linears if not ATTENTION.search(path)]
-    mlps = [path for path in modules if MLP.search(path.rpartition(".")[2])]
+def blocks_in(
+    linears: Mapping[str, tuple[int, int]], modules: Collection[str], hidden: int | None = None
+) -> list[Block]:
+    """Return the blocks of a model: of several lists of blocks the longest, those of width `hidden` first.
+
+    Args:
+        linears: the sizes (out, in) of its linear layers.
+        modules: the paths of all modules.
+        hidden: see `text_width`.
+    """
+    attended: set[str] = set()  # paths that end in a number, with an attention below them
+    more: set[str] = set()  # such paths with other layers below them
     for path in linears:
-        for block in numbered(path) if ATTENTION.search(path) else ():
-            if any(p.startswith(f"{block}.") for p in (*plain, *mlps)):
-                inside.setdefault(block, [])
-                break
-    for block in inside:
-        inside[block] = [path for path in linears if path.startswith(f"{block}.")]
+        for block in numbered(path):
+            (attended if ATTENTION.search(path[len(block) :]) else more).add(block)
+    for path in modules:
+        if MLP.search(path.rpartition(".")[2]):
+            more.update(block for block in numbered(path) if not ATTENTION.search(path[len(block) :]))
+    inside: dict[str, list[str]] = {}  # by block
+    for path in linears:
+        if block := next(
+            (b for b in numbered(path) if b in attended and b in more and ATTENTION.search(path[len(b) :])), ""
+        ):
+            inside.setdefault(block, [])
+    for path in linears:
+        for block in numbered(path):
+            if block in inside:
+                inside[block].append(path)
     lists: dict[str, list[str]] = {}
     for block in inside:
-        lists.setdefault(re.sub(r"\d+", "#", block), []).append(block)
-    longest = max(lists, key=lambda name: len(lists[name]), default="")
-    both = longest.replace("encoder", "decoder")
-    chosen = [block for name, blocks in lists.items() if name.replace("encoder", "decoder") == both for block in blocks]
-    return [made(block, inside[block], linears, modules) for block in chosen]
+        lists.setdefault(PARTS.sub("", re.sub(r"\d+", "#", block)), []).append(block)
+    found = [[made(block, inside[block], linears, modules) for block in blocks] for blocks in lists.values()]
+    return max(found, key=lambda blocks: (blocks[0].width == hidden, len(blocks)), default=[])
 
 
 def numbered(path: str) -> list[str]:
@@ -154,28 +178,29 @@ def made(block: str, own: list[str], linears: Mapping[str, tuple[int, int]], mod
     for path in own:
         parts = path[len(block) + 1 :].split(".")
         at = next((i for i, part in enumerate(parts) if ATTENTION.search(part)), None)
-        if at is None:
+        if at is not None:
+            at += parts[at + 1].isdecimal() if at + 1 < len(parts) else 0  # one of a list of attentions
+            groups.setdefault(".".join([block, *parts[: at + 1]]), []).append(path)
+        elif not any(BESIDE.search(part) for part in parts[:-1]):
             rest.append(path)
-        else:
-            groups.setdefault(".".join(parts[: at + 1]), []).append(path)
-    sizes = linears[next(iter(groups.values()))[0]]  # of the first projection of queries
+    first = next(iter(groups.values()))
+    sizes = linears[first[0]]  # of the first projection of queries
     width = sizes[1] if any(linears[p][0] == sizes[1] for p in own) else min(sizes)  # a file may hold (in, out)
-    crosses = [group for group in groups if CROSS.search(group) and len(groups) > 1]
+    width = next((linears[p][0] for p in reversed(first) if END.fullmatch(p.rpartition(".")[2])), width)
     within = [path for path in modules if path.startswith(f"{block}.")]
-    several = next((path for path in within if path.endswith(".experts")), None)
-    if several is not None or not rest:
-        mlp = several.rpartition(".")[0] if several else next(p for p in within if MLP.search(p.rpartition(".")[2]))
-        first = mlp
+    inner = [path for path in within if not ATTENTION.search(path[len(block) :])]
+    experts = next((path for path in inner if path.endswith(".experts")), None)
+    if experts is not None or not rest:
+        mlp = experts.rpartition(".")[0] if experts else next(p for p in inner if MLP.search(p.rpartition(".")[2]))
     else:
-        mlp, first = end(rest, linears, width), rest[0]
+        called = [path for path in rest if any(map(MLP.search, path[len(block) :].split(".")))]
+        mlp = end(called or rest, linears, width)
     return Block(
         block,
         width,
-        tuple(end(paths, linears, width) for group, paths in groups.items() if group not in crosses),
-        tuple(end(groups[group], linears, width) for group in crosses),
+        {group: end(paths, linears, width) for group, paths in groups.items()},
+        frozenset(group for group in groups if CROSS.search(group[len(block) :]) and len(groups) > 1),
         mlp,
-        first,
-        tuple(path for path in within if NORM.search(path.rpartition(".")[2])),
     )
 
 
@@ -206,5 +231,19 @@ def named(paths: Iterable[str], names: Collection[str] | str, field: str) -> lis
 
 def hidden_size(model: nn.Module) -> int | None:
     """Return the width of a model's hidden states, as its config says; None if it does not."""
-    config = text_config(model)
+    return width_in(text_config(model))
+
+
+def text_width(config: Any) -> int | None:
+    """Return the width of a model's text, of a config that says it beside that of images or sound; else None.
+
+    config: an object, or what is in a config.json.
+    """
+    if isinstance(config, Mapping):
+        return width_in(SimpleNamespace(**config["text_config"])) if "text_config" in config else None
+    text = text_config(SimpleNamespace(config=config))
+    return None if text is config else width_in(text)
+
+
+def width_in(config: object) -> int | None:
     return next((v for n in ("hidden_size", "d_model", "n_embd", "dim") if (v := getattr(config, n, None))), None)

@@ -6,19 +6,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields as fields_of
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from graft.config.reading import Json
-from graft.core.errors import CheckpointError, some
+from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.files.base import Known
+from graft.files.bases import by_model
 from graft.files.errors import BaseNeededError
 from graft.files.formats import Base
 from graft.files.neutral import AdapterFile, Other
 from graft.files.pickles import from_torch, to_torch
 from graft.files.tensors import Tensor
 from graft.methods.bottleneck import PLACES, BottleneckConfig, embedded, of_block
-from graft.methods.places import Block, blocks_in
+from graft.methods.places import Block, blocks_in, text_width, walk
 from graft.methods.reft import ReftConfig
 
 KEY = re.compile(r"(?P<place>.+?)\.adapters\.(?P<name>[^.]+)\.(?P<leaf>.+)")
@@ -53,6 +55,7 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
     blocks, base = blocks_of(path, base)
     if fields["config"].get("architecture") == "reft":
         return read_reft(path, fields, by_name, blocks)
+    blocks = followed(path, blocks, base)
     cfg = config_of(path, fields["config"])
     out = AdapterFile("adapterhub", path, "BOTTLENECK", base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -89,7 +92,26 @@ def blocks_of(path: str, base: Base | None) -> tuple[list[Block], Base]:
         for key, shape in base.shapes.items()
         if key.endswith(".weight") and len(shape) == 2
     }
-    return blocks_in(linears, list(base.modules)), base
+    return blocks_in(linears, list(base.modules), text_width(base.config)), base
+
+
+def followed(path: str, blocks: list[Block], base: Base) -> list[Block]:
+    """Return blocks of a base as its code runs them: a loaded model's, or those of one that its config describes.
+
+    Raises:
+        BaseNeededError: no library makes a model of the base.
+        BaseModelMismatchError: the model has other blocks than the base's files.
+    """
+    view: Any = base if getattr(base, "model", None) is not None else by_model(cast(Known, base))
+    if view is None or view.model is None:
+        raise BaseNeededError(
+            f"{path} stands where the code of its base tells, and no library here makes a model of {base.path}. Load "
+            "the model, and the adapter onto it: graft.load_adapter(model, path)."
+        )
+    modules = dict(walk(view.model))
+    if missing := [block.path for block in blocks if block.path not in modules]:
+        raise BaseModelMismatchError(f"{base.path} has blocks {some(missing)} in its files that its model lacks.")
+    return [block.follow(modules[block.path]) for block in blocks]
 
 
 def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: list[Block]) -> AdapterFile:
@@ -141,6 +163,7 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
             f"{path} fuses adapters {names}, which say where it stands, and the model lacks {missing}: load them by "
             "these names before, into a PeftMixedModel."
         )
+    blocks = followed(path, blocks, base)
     out = AdapterFile("adapterhub", path, "ADAPTER_FUSION", base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in by_name.items():
@@ -149,7 +172,7 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
         if match is None or block is None:
             out.unread.append(key)
         elif not all(blocks.index(block) in known[name].leave_out for name in names):  # there it does nothing
-            site = site_of(match["place"], block, known[names[0]], base)
+            site = site_of(match["place"], block, known[names[0]])
             modules.setdefault(site, {})[f"fusion_{match['leaf']}"] = values
     own = dict(adapters=names, value=bool(theirs.get("value", True)), regularization=bool(theirs.get("regularization")))
     own["dropout"] = theirs.get("dropout_prob") or base.config.get("attention_probs_dropout_prob") or 0.0
@@ -204,23 +227,21 @@ def placed(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Base) -> 
     leaf = None if match is None else leaf_of(match["leaf"], cfg)
     if match is None or block is None or leaf is None:
         return None
-    return site_of(match["place"], block, cfg, base), leaf
+    return site_of(match["place"], block, cfg), leaf
 
 
-def site_of(place: str, block: Block, cfg: BottleneckConfig, base: Base) -> str:
+def site_of(place: str, block: Block, cfg: BottleneckConfig) -> str:
     """Return the module of a block at which a module of theirs stands."""
     sublayer = SUBLAYER.search(f".{place}")
     if sublayer:
-        last = 2 if block.crosses else 1
+        last = len(block.ends)
         kind = {0: "attention", last: "mlp"}.get(int(sublayer[1]), "cross")
     else:
         kind = "cross" if "cross" in place else "attention" if "attention" in place else "mlp"
     if kind != "mlp":
-        return (block.crosses if kind == "cross" else block.attentions)[0]
-    norm = block.norm_after_mlp(str(base.config.get("model_type")))
-    places = of_block(cfg, 0, block, norm)
-    ends = {*block.attentions, *block.crosses}
-    return next(path for path, found in places.items() if found.role != "tap" and path not in ends)
+        return block.ends_of(kind == "cross")[0]
+    places = of_block(cfg, 0, block)
+    return next(path for path, found in places.items() if found.role != "tap" and path not in block.ends.values())
 
 
 def leaf_of(leaf: str, cfg: BottleneckConfig) -> str | None:

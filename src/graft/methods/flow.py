@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follow the values through a block of a transformer: which sums they enter, and which norms act on these sums."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.fx import Graph, Node
+from torch.fx.proxy import GraphAppendingTracer, Proxy
+
+from graft.core.carrier import carrier_of
+from graft.core.errors import UnsupportedLayerError, shortened
+from graft.core.ops import find_op
+from graft.core.wrappers import place_inside
+
+# names of functions and methods, by the inputs that their results continue: all of them, or the first
+SUMS = frozenset({"add", "iadd", "add_"})
+FACTORS = frozenset({"mul", "imul", "mul_"})
+CASTS = frozenset({"to", "float", "type_as"})
+PASSES = CASTS | {"sub", "truediv", "div", "clamp", "dropout", "getitem", "view", "reshape"}
+ENCODER = "encoder_hidden_states"  # the argument of a block for the states of an encoder
+
+
+class UnfollowedError(UnsupportedLayerError):
+    """The code of a block cannot run without values."""
+
+
+class Flow(NamedTuple):
+    """The sum of a block's MLP and its residual, by paths in the block.
+
+    Attributes:
+        norm: the norm of this sum, if its output is the block's output.
+        residual: the module that gets the residual as its input; None if no module does.
+        crosses: the attentions to the states of an encoder.
+    """
+
+    norm: str | None
+    residual: str | None
+    crosses: frozenset[str]
+
+
+class Value(Proxy):
+    """A value that does not exist: as a sequence, it has two items."""
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Recorder(GraphAppendingTracer):
+    """Records the calls of a block on values that do not exist. A condition on such a value is False.
+
+    Args:
+        ends: the modules, by path, whose output is no sum with their input: attentions and linear layers.
+        norms: by path.
+        around: run the code of modules around `ends` alone; those next to them record that they are called.
+    """
+
+    def __init__(self, ends: Collection[str], norms: Collection[str], around: bool):
+        super().__init__(Graph())
+        self.ends, self.norms = set(ends), set(norms)
+        self.inner = tuple(ends) if around else None
+
+    def proxy(self, node: Node) -> Proxy:
+        return Value(node, self)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        return False
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        value: Any = obj
+        return iter([value[0], value[1]])
+
+    def create_arg(self, a: Any) -> Any:
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:  # an object that holds no value of the block
+            return None
+
+    def value(self, name: str) -> Proxy:
+        """Return a value that does not exist, of an argument."""
+        return self.create_proxy("placeholder", name, (), {})
+
+    def copy(self, module: nn.Module, path: str = "") -> nn.Module:
+        """Return a copy of a module without adapters, hooks and wrappers. It is not in training; tensors stay shared.
+
+        Ends, norms and modules of torch without children record that they are called. The code of others runs.
+        """
+        while (carrier := carrier_of(module)) is not None or place_inside(module) is not None:
+            if carrier is None:
+                path = f"{path}.{place_inside(module)}".lstrip(".")
+            module = next(module.children()) if carrier is None else carrier.base_module
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        copy = object.__new__(type(module))
+        copy.__dict__.update(module.__dict__, training=False)
+        copy.__dict__.pop("forward", None)  # of a library that moves weights before each call
+        copy.__dict__.update({name: {} for name in module.__dict__ if name.endswith("_hooks")})
+        if path and find_op(module).linear:
+            self.ends.add(path)
+        runs = bool(children) or not type(module).__module__.startswith("torch.")
+        if self.inner is not None:
+            runs = any(p.startswith(f"{path}.") for p in self.inner)
+        if path and (not runs or path in self.ends or path in self.norms):
+            copy.__dict__["forward"] = lambda *args, **kwargs: self.create_proxy("call_module", path, args, kwargs)
+        else:
+            inside = {name: self.copy(child, f"{path}.{name}".lstrip(".")) for name, child in children.items()}
+            copy.__dict__["_modules"] = {**module._modules, **inside}
+        return copy
+
+    def run(self, block: nn.Module, optional: Callable[[inspect.Parameter], bool]) -> tuple[Node, Any]:
+        """Return the first input of a copy, and what it returns. optional: which arguments with defaults it gets."""
+        forward: Any = type(block).forward
+        _, first, *others = inspect.signature(forward).parameters.values()
+        x = self.value(first.name)
+        named = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        needed = [p.name for p in named if p.default is p.empty or optional(p)]
+        return x.node, self.create_arg(forward(block, x, **{name: self.value(name) for name in needed}))
+
+    def parts(self, value: Node, names: Collection[str] = SUMS | FACTORS, normed: bool = False) -> list[Node]:
+        """Return the inputs that a value continues as they are, scaled or added up.
+
+        Args:
+            names: the functions that continue all inputs.
+            normed: norms continue theirs, too.
+        """
+        name, inputs = name_of(value), value.all_input_nodes
+        if value.op == "call_module":
+            return [] if name in self.ends or (name in self.norms and not normed) else inputs
+        return inputs if name in names else inputs[:1] if name in PASSES else []
+
+    def terms(self, total: Node, names: Collection[str] = SUMS | FACTORS, normed: bool = False) -> set[Node]:
+        """Return a sum, what it adds, and the terms of that: see `parts`."""
+        left, seen = [total], {total}
+        while left:
+            more = [n for n in self.parts(left.pop(), names, normed) if n not in seen]
+            left += more
+            seen.update(more)
+        return seen
+
+
+def flow_of(block: nn.Module, attentions: Collection[str], norms: Collection[str], mlp: str) -> Flow:
+    """Return how values flow through a block. The block's own code runs, without values.
+
+    Args:
+        attentions: paths in the block.
+        norms: paths in the block.
+        mlp: the path of the layer that ends the MLP, or of the MLP.
+
+    Raises:
+        UnsupportedLayerError: the block's first output is no sum with the MLP, or continues another input than the
+            first.
+        UnfollowedError: the code needs values.
+    """
+    recorder, x, returned = record(block, attentions, norms, mlp)
+    last = out = first_of(returned)
+    while len(parts := recorder.parts(last)) == 1:
+        last = parts[0]
+    norm = name_of(last) if last.op == "call_module" and last.target in norms else None
+    total = out if norm is None else last.all_input_nodes[0]
+    summands, normed = recorder.terms(total), recorder.terms(out, normed=True)
+    calls = [node for node in out.graph.nodes if node.op == "call_module"]
+    end = next((node for node in reversed(calls) if node.target == mlp and node in normed), None)
+    if end is None or not any(name_of(node) in SUMS for node in summands):
+        raise UnsupportedLayerError(f"its first output is no sum with the output of '{mlp}'")
+    streams = {name_of(node) for node in recorder.terms(total, SUMS | {"cat"}) if node.op == "placeholder"}
+    if streams - {x.target}:
+        raise UnsupportedLayerError(f"its first output is one of several streams, {' and '.join(sorted(streams))}")
+    crosses = frozenset(name_of(node) for node in calls if node.target in attentions and is_cross(node, x))
+    return Flow(norm, residual_of(end, summands), crosses)
+
+
+def record(
+    block: nn.Module, attentions: Collection[str], norms: Collection[str], mlp: str
+) -> tuple[Recorder, Node, Any]:
+    """Return what a block records, with its first input and its output. See `flow_of`."""
+    attempts: list[tuple[bool, Callable[[inspect.Parameter], bool]]] = [
+        (False, lambda p: p.name == ENCODER and len(attentions) > 1),
+        (False, lambda p: "Tensor" in str(p.annotation)),
+        (True, lambda p: False),
+    ]
+    error: Exception | None = None
+    for around, optional in attempts:
+        recorder = Recorder([*attentions, mlp], norms, around)
+        try:
+            return recorder, *recorder.run(recorder.copy(block), optional)
+        except Exception as e:  # any that the code of a model raises without values
+            error = error or e
+    raise UnfollowedError(f"its code cannot be followed: {type(error).__name__}: {shortened(str(error))}") from error
+
+
+def name_of(node: Node) -> str:
+    """Return the path of a module that is called, or the name of a function, a method or an argument."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def first_of(out: Any) -> Node:
+    """Return the first value of an output: itself, or the first in a tuple, or in a sum that begins with one."""
+    while not isinstance(out, Node) or (name_of(out) in SUMS and isinstance(out.args[0], (tuple, list))):
+        out = out.args[0] if isinstance(out, Node) else out[0] if isinstance(out, (tuple, list)) and out else None
+        if out is None:
+            raise UnsupportedLayerError("its first output is no sum: it returns none")
+    return out
+
+
+def residual_of(end: Node, summands: Collection[Node]) -> str | None:
+    """Return the module, on the way to the end of the MLP, whose input is a summand; None if it is no module."""
+    while inputs := end.all_input_nodes:
+        value = inputs[0]
+        while value not in summands and name_of(value) in CASTS:
+            value = value.all_input_nodes[0]
+        if value in summands:
+            return name_of(end) if end.op == "call_module" else None
+        end = value
+    return None
+
+
+def is_cross(attention: Node, x: Node) -> bool:
+    """Return True if an input of an attention is computed from an encoder's states, and not from the block's input."""
+    return any(ENCODER in sources and x.target not in sources for sources in map(sources_of, attention.all_input_nodes))
+
+
+def sources_of(node: Node) -> set[object]:
+    """Return the arguments, functions and modules that a value is computed from."""
+    left, seen = [node], {node}
+    while left:
+        more = [n for n in left.pop().all_input_nodes if n not in seen]
+        left += more
+        seen.update(more)
+    return {n.target for n in seen}

@@ -125,7 +125,7 @@ def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block
             raise ConfigError(f"layers={layers}: the model has blocks 0 to {len(blocks) - 1}.")
         blocks = [blocks[i] for i in layers]
     modules = dict(walk(model))
-    for block in blocks:
+    for block in {type(modules[block.path]): block for block in blocks}.values():
         with suppress(UnfollowedError):  # which nothing here depends on
             block.follow(modules[block.path])
     return blocks

@@ -2,6 +2,7 @@
 """Adapters of AdapterHub's library compute what they compute there: files and outputs of its own, on six models."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
+from graft.files.convert import convert
+from graft.files.errors import BaseNeededError
 from tests.leaves_out import EMBEDDINGS_APART
 
 HERE = Path(__file__).parent / "fixtures" / "adapterhub"
@@ -94,3 +97,18 @@ def test_reft_that_lacks_a_tensor(tmp_path):
     torch.save(held, where / "pytorch_adapter.bin")
     with pytest.raises(graft.CheckpointError, match=r"lacks 'learned_source.bias' of 'layers.0'"):
         graft.load_adapter(base("llama"), where)
+
+
+@pytest.mark.parametrize("label", ["pfeiffer", "parallel"])
+@torch.no_grad()
+def test_a_base_of_files_tells_the_places_too(label, tmp_path):
+    held = load_file(HERE / "bert" / "outputs.safetensors")
+    given = {k[3:]: v for k, v in held.items() if k.startswith("in.")}
+    source, made = folder("bert", label, tmp_path / label), tmp_path / "made"
+    convert(source, "peft", made, base=HERE / "bert")
+    model = graft.PeftModel.from_pretrained(base("bert"), made).eval()
+    assert_close(output(model, given), held[label], rtol=2e-5, atol=2e-5)
+    unknown = shutil.copytree(HERE / "bert", tmp_path / "unknown")
+    (unknown / "config.json").write_text('{"model_type": "none"}')
+    with pytest.raises(BaseNeededError, match=r"no library here makes a model of .*unknown.*graft.load_adapter"):
+        convert(source, "peft", tmp_path / "other", base=unknown)

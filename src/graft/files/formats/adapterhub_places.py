@@ -6,13 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields as fields_of
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, some
-from graft.files.base import Known
 from graft.files.bases import by_model
 from graft.files.errors import BaseNeededError
 from graft.files.formats import Base
@@ -102,7 +101,7 @@ def followed(path: str, blocks: list[Block], base: Base) -> list[Block]:
         BaseNeededError: no library makes a model of the base.
         BaseModelMismatchError: the model has other blocks than the base's files.
     """
-    view: Any = base if getattr(base, "model", None) is not None else by_model(cast(Known, base))
+    view: Any = base if getattr(base, "model", None) is not None else by_model(base)
     if view is None or view.model is None:
         raise BaseNeededError(
             f"{path} stands where the code of its base tells, and no library here makes a model of {base.path}. Load "

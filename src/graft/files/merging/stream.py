@@ -133,19 +133,24 @@ class Workplace:
         self.parents = missing(parent)
         os.makedirs(parent, exist_ok=True)
         take_folder(self.room)
-        if others := [name for name, is_own in self._entries() if not is_own]:
-            raise OutputExistsError(
-                f"{self.room}, where work in progress goes, holds {some(others, 4)}, which no merge has written: "
-                "remove it, or give another place for the result."
-            )
+        with suppress(FileNotFoundError):  # another process has just deleted its files
+            self._check_own()
         with self._alone():
+            self._check_own()  # once more, now that nobody else writes there
             try:
-                self.check()  # once more, now that nobody else writes it
+                self.check()
                 self._take_up(shards, changed)
                 yield
             except Exception:
                 self.clear()
                 raise
+
+    def _check_own(self) -> None:
+        if others := [name for name, is_own in self._entries() if not is_own]:
+            raise OutputExistsError(
+                f"{self.room}, where work in progress goes, holds {some(others, 4)}, which no merge has written: "
+                "remove it, or give another place for the result."
+            )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -154,14 +159,18 @@ class Workplace:
         except ImportError:  # Windows, where nobody notices a second process
             yield
             return
-        lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+        gone = OutputExistsError(f"Another process has just merged into {self.output}.")  # while this one waited
+        try:
+            lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+        except FileNotFoundError:
+            raise gone from None
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputExistsError(f"Another process is merging into {self.output} now.") from None
             if not os.path.exists(self.lock_file) or not os.path.samestat(os.fstat(lock), os.stat(self.lock_file)):
-                raise OutputExistsError(f"Another process has just merged into {self.output}.")  # while this one waited
+                raise gone
             yield
         finally:
             os.close(lock)

@@ -149,6 +149,14 @@ def test_an_architecture_is_a_class_of_models(base, names):
         load_base(base)
 
 
+def test_an_adapter_in_the_folder_does_not_lead_to_another_base(base, adapters):
+    """transformers would load the one that its config names."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapters / "lora" / name, base)
+    with pytest.raises(CheckpointError, match="a model and an adapter"):
+        load_base(base)
+
+
 def test_names_that_are_classes_of_models():
     assert model_class("LlamaModel").__name__ == "LlamaModel"
     assert model_class("PreTrainedModel") and not any(map(model_class, ("pipeline", "Trainer", "", None, 5, "NoSuch")))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from graft.config.pair import CONFIG_NAME
 from graft.core.errors import CheckpointError, ConfigError, some
 from graft.files.base import base_files
 from graft.files.formats import recognise
@@ -24,6 +25,10 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         ConfigError: transformers is not there, or has no such class.
     """
     files = base_files(path)
+    if os.path.exists(os.path.join(files.path, CONFIG_NAME)):  # transformers would load the base that it names instead
+        raise CheckpointError(
+            f"{path} holds a model and an adapter, {CONFIG_NAME}. Give a folder with the model alone."
+        )
     try:
         import torch
         import transformers

@@ -112,6 +112,7 @@ SPOILED = [
     ("nan", set_to(float("nan")), {}), ("inf", set_to(float("inf")), {}), ("zero-B", zeroed, {}),
     ("outlier", loud, {}), ("unused-target", None, {"target_modules": ["q_proj", "v_proj", "down_proj", "o_proj"]}),
     ("unused-target", None, {"target_parameters": ["experts.down_proj"]}),
+    ("not-whole", None, {"use_dora": True}),
     ("orphan-key", strange, {}), ("orphan-key", whole_norm, {}),
     ("base-mismatch", of_another, {}), ("base-name", None, {"base_model_name_or_path": "/home/me/model"}),
     ("base-name", None, {"base_model_name_or_path": "unsloth/model-bnb-4bit"}),
@@ -127,7 +128,8 @@ def test_each_rule_finds_its_fault(rule, tensors, config, good, tmp_path):
     folder = spoiled(good, tmp_path / "a", tensors, config)
     found = rules(folder, base)
     # what a fault brings along
-    along = {"outlier": {"intruder"}, "intruder": {"outlier"}}
+    along = {"outlier": {"intruder"}, "intruder": {"outlier"}, "unused-target": {"not-whole"},
+             "not-whole": {"unused-target"}}  # fmt: skip
     assert rule in found and found - {rule} <= along.get(rule, set())
     of_base = next(r for r in RULES if r.name == rule).of_base
     assert (rule in rules(folder)) is not of_base

@@ -57,7 +57,8 @@ CASES = {  # condition → adapter that fulfils it, server, options, text of wha
 }
 OTHERS = {  # conditions that have tests of their own
     "added_tokens", "fields_missing", "scale_is_not_told", "dora_of_kohya", "experts", "modules_missing",
-    "layers_missing", "prefixes_differ", "stacks_of_sglang", "transformer_of_kohya",
+    "layers_missing", "prefixes_differ", "stacks_of_sglang", "transformer_of_kohya", "not_whole", "unknown_keys",
+    "stacks_of_peft",
 }  # fmt: skip
 
 
@@ -87,7 +88,11 @@ def test_a_condition_that_is_not(name):
 def test_every_condition_is_tested_and_used():
     assert {*CASES} | OTHERS == {*CONDITIONS}
     assert not {*CASES} & OTHERS
-    assert {row["when"] for of in data()["servers"].values() for row in of["rows"]} == {*CONDITIONS}
+    assert {row["when"] for row in all_rows()} == {*CONDITIONS}
+
+
+def all_rows():
+    return [*data()["every"], *(row for of in data()["servers"].values() for row in of["rows"])]
 
 
 @pytest.mark.parametrize("name", servers())
@@ -97,7 +102,7 @@ def test_the_data(name):
         {"version", "date", "formats", "rows"} <= {*of} <= {"version", "date", "formats", "rows", "max_rank", "heads"}
     )
     assert max(Counter(row["when"] for row in of["rows"]).values()) == 1
-    for row in of["rows"]:
+    for row in (*data()["every"], *of["rows"]):
         assert {"when", "verdict", "does", "remedy"} <= {*row} <= {"when", "verdict", "does", "remedy", "evidence"}
         assert row["verdict"] in VERDICTS and row["does"]
         remedy = data()["remedies"][row["remedy"]].format(server="S", adapter="A", format="F", base="B")
@@ -105,7 +110,7 @@ def test_the_data(name):
 
 
 def test_no_remedy_is_left_over():
-    used = {row["remedy"] for of in data()["servers"].values() for row in of["rows"]}
+    used = {row["remedy"] for row in all_rows()}
     assert used == {*data()["remedies"]}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from graft.files import names
 from graft.files.base import Known
 from graft.files.bases import base_of
+from graft.files.complete import check_whole
 from graft.files.formats import is_model, read, recognise, writer_of
 from graft.files.holding import PEFT, fit, one_scale
 from graft.files.lycoris import as_peft
@@ -81,6 +82,7 @@ def convert(
         known = names.check(adapter, known)
         if to == "peft":
             adapter, known = names.todays(adapter, known)
+    check_whole(adapter, known)
     lost: list[str] = []
     if to == "peft":
         adapter, lost = fit(as_peft(adapter, known), PEFT, to, lossy, known)

@@ -18,16 +18,18 @@ from graft.files import kasa
 from graft.files.algebra import as_low_rank, block_diagonal
 from graft.files.base import Skeleton
 from graft.files.bases import by_model
+from graft.files.complete import check_whole
 from graft.files.errors import LossError
 from graft.files.formats import Base, writer_of
 from graft.files.holding import padded
 from graft.files.inspect import check_finite
-from graft.files.names import check_shapes
+from graft.files.names import check_shapes, kind_of
 from graft.files.neutral import AdapterFile, LowRank, Other
-from graft.files.serving import CONDITIONS, Server, Subject, beside, data, in_layer, server_named
+from graft.files.serving import CONDITIONS, Server, Subject, beside, data, server_named
 from graft.files.tensors import tensor
 
-MERGED = ("dora", "bias", "whole_norms", "whole_modules", "token_rows", "kasa", "experts")  # conditions without a form
+MERGED = ("dora", "bias", "whole_norms", "whole_modules", "token_rows", "kasa")  # conditions without a form
+LAYOUTS = ("vllm", "sglang")  # servers with layouts of experts that graft writes
 PLACES = ("embeddings", "output_head", "kernels")  # conditions of modules that some servers do not adapt
 SAME = 2**-7  # relative: a base in half precision is the same base
 SAME_PATH = "language_model"  # a part of paths that classes of one multimodal model have or do not have
@@ -72,6 +74,7 @@ def export(adapter: AdapterFile, server: str, base: Base, path: str) -> Exported
 
 def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile, Exported]:
     """Return an adapter in that form, and what changed."""
+    check_whole(adapter)
     adapter = as_lora(adapter, base)
     check(adapter, server)
     check_finite(adapter)
@@ -84,6 +87,7 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
         raise BaseModelMismatchError(f"Two modules of {adapter.path} are one of the base's: {some(sorted(names))}.")
     by_name = {names[path]: of for path, of in loras.items()}
     check_shapes(by_name, adapter, base)
+    check_whole(adapter, base)
     rank = max(of.A.shape[0] for of in by_name.values())
     targets, added = covered(by_name, base, server)
     shapes = {kind_of(path): of for path, of in by_name.items()}
@@ -134,6 +138,10 @@ def check(adapter: AdapterFile, server: Server) -> None:
             f"{adapter.path} holds {some(found)}, which plain LoRA cannot hold. Merge it into the base (graft merge), "
             "or of KaSA in memory save it, and export the file."
         )
+    if stacks := [*CONDITIONS["experts"](subject)]:
+        remedies, name = data()["remedies"], "layout" if server.name in LAYOUTS else "merge"
+        remedy = remedies[name].format(server=server.name, adapter=adapter.path, base="BASE")
+        raise LossError(f"{adapter.path} holds stacks of experts, {some(stacks)}: {remedy}.")
     for row in data()["servers"][server.name]["rows"]:
         there = [*CONDITIONS[row["when"]](subject)] if row["when"] in PLACES and row["remedy"] == "merge" else []
         if there:
@@ -256,12 +264,6 @@ def named(path: str, base: Base) -> str:
 
 def without(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != SAME_PATH)
-
-
-def kind_of(path: str) -> str:
-    """Return a path without the number of its layer."""
-    numbered = in_layer(path)
-    return numbered[0] if numbered else path
 
 
 def covered(modules: Iterable[str], base: Base, server: Server) -> tuple[list[str], list[str]]:

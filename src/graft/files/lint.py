@@ -18,6 +18,7 @@ from graft.core.errors import BaseModelMismatchError, ConfigError, some
 from graft.files import algebra
 from graft.files.base import Known
 from graft.files.bases import fitted
+from graft.files.complete import gaps
 from graft.files.errors import BaseNeededError
 from graft.files.formats.peft import unnamed
 from graft.files.inspect import name_of, one_by_one, tensors_of, weight
@@ -154,6 +155,11 @@ def orphan_key(look: Look) -> Found:
         yield f"whole tensors that modules_to_save does not name: {some(lone, 3)}", lone
 
 
+def not_whole(look: Look) -> Found:
+    if lost := gaps(look.adapter, look.base):
+        yield f"the file lacks {some(lost, 3)}, which its config names", lost
+
+
 def base_mismatch(look: Look) -> Found:
     assert look.base is not None
     wrong, texts = [], []
@@ -236,6 +242,7 @@ RULES = (
     Rule("zero-B", "warning", zero_b, "They were never trained: look for what froze them, or leave them out."),
     Rule("outlier", "warning", outlier, "See whether training diverged there, and give it a smaller weight.", True),
     Rule("unused-target", "warning", unused_target, "Take it out of the config, or find out why it was not adapted."),
+    Rule("not-whole", "error", not_whole, "Save or download it again, or take what it lacks out of its config."),
     Rule("orphan-key", "error", orphan_key, "Others drop or refuse them: save it again where it was made."),
     Rule("base-mismatch", "error", base_mismatch, "Give the base that the adapter was trained on.", True),
     Rule("base-name", "note", base_name, "Write the hub id of the original model into base_model_name_or_path."),

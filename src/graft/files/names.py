@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -146,3 +147,27 @@ def fits(lora: LowRank, shape: tuple[int, ...], transposed: bool = False) -> boo
     of_update = (B[0], *(lora.mid.shape[2:] if lora.mid else A[2:]))
     made = (of_update[0], A[1], *of_update[1:])
     return shape == made or (transposed and shape == made[::-1]) or (shape[:2] == made[:2] and set(shape[2:]) == {1})
+
+
+# layers
+
+
+def layers_by_kind(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Return the numbers of the layers that have a module, by its path without the number."""
+    out: dict[str, set[str]] = {}
+    for path in paths:
+        if numbered := in_layer(path):
+            out.setdefault(numbered[0], set()).add(numbered[1])
+    return out
+
+
+def in_layer(path: str) -> tuple[str, str] | None:
+    """Return a path with "#" for the number of its layer, and the number."""
+    found = re.search(r"\.(\d+)\.", path)
+    return (f"{path[: found.start(1)]}#{path[found.end(1) :]}", found[1]) if found else None
+
+
+def kind_of(path: str) -> str:
+    """Return a path without the number of its layer."""
+    numbered = in_layer(path)
+    return numbered[0] if numbered else path

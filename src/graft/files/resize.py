@@ -12,6 +12,7 @@ import numpy as np
 from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files import algebra
+from graft.files.complete import check_whole
 from graft.files.errors import LossError, OptionError
 from graft.files.holding import padded
 from graft.files.inspect import check_finite
@@ -67,6 +68,7 @@ def resize(
         NonFiniteError: it holds NaN or infinite numbers.
     """
     check(dict(rank=rank, energy=energy, ratio=ratio, max_mb=max_mb), max_rank)
+    check_whole(adapter)
     loras = factors_in(adapter)
     check_finite(adapter)
     profiles = {path: profile(h) for path, h in loras.items()}

@@ -20,8 +20,9 @@ from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files.base import Known
 from graft.files.bases import by_model
+from graft.files.complete import gaps
 from graft.files.errors import UnknownServerError
-from graft.files.names import check_shapes
+from graft.files.names import check_shapes, in_layer, layers_by_kind
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import read_header
 
@@ -180,7 +181,7 @@ def check(
     found = []
     for server in asked:
         subject = Subject(adapter, server, options or Options(), base)
-        for row in data()["servers"][server.name]["rows"]:
+        for row in (*data()["every"], *data()["servers"][server.name]["rows"]):
             if what := list(CONDITIONS[row["when"]](subject)):
                 where = "BASE" if base is None else base.path
                 known = dict(server=server.name, adapter=adapter.path, format=server.formats[0], base=where)
@@ -216,6 +217,16 @@ def added_tokens(s: Subject) -> Iterable[str]:
 def fields_missing(s: Subject) -> Iterable[str]:
     if s.adapter.format == "peft" and s.adapter.method == "LORA":
         yield from (name for name in ("r", "lora_alpha", "target_modules") if s.config.get(name) is None)
+
+
+@condition
+def not_whole(s: Subject) -> Iterable[str]:
+    return (f"it lacks {what}" for what in gaps(s.adapter, s.base))
+
+
+@condition
+def unknown_keys(s: Subject) -> Iterable[str]:
+    return s.adapter.unread
 
 
 # conditions: what the adapter is
@@ -361,6 +372,15 @@ def experts(s: Subject) -> Iterable[str]:
 
 
 @condition
+def stacks_of_peft(s: Subject) -> Iterable[str]:
+    """Experts as PEFT has them, for a base of which the server wants them one by one."""
+    from graft.io.servers import STACKED_IN_VLLM  # loads torch
+
+    kind = "" if s.base is None else str(s.base.config.get("model_type"))
+    return () if kind.startswith(STACKED_IN_VLLM) else experts(s)
+
+
+@condition
 def kernels(s: Subject) -> Iterable[str]:
     for path, lora in s.low_rank.items():
         if lora.kind == "conv" and any(n > 1 for n in lora.A.shape[2:]):
@@ -462,21 +482,6 @@ def some_layers_only(s: Subject) -> Iterable[str]:
     for kind, layers in kinds.items():
         if missing := there.get(kind, layers) - layers:
             yield f"{kind.replace('#', 'N')} on {len(layers)} of {len(layers | missing)} layers"
-
-
-def layers_by_kind(paths: Iterable[str]) -> dict[str, set[str]]:
-    """Return the numbers of the layers that have a module, by its path without the number."""
-    out: dict[str, set[str]] = {}
-    for path in paths:
-        if numbered := in_layer(path):
-            out.setdefault(numbered[0], set()).add(numbered[1])
-    return out
-
-
-def in_layer(path: str) -> tuple[str, str] | None:
-    """Return a path with "#" for the number of its layer, and the number."""
-    found = re.search(r"\.(\d+)\.", path)
-    return (f"{path[: found.start(1)]}#{path[found.end(1) :]}", found[1]) if found else None
 
 
 @condition

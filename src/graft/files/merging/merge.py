@@ -21,6 +21,7 @@ from graft.config.reading import Json
 from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, some
 from graft.files import kasa
 from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
+from graft.files.complete import check_whole
 from graft.files.errors import LossError, OptionError
 from graft.files.formats import read
 from graft.files.merging import heads
@@ -198,6 +199,7 @@ class Work:
         adapter = job.adapter
         self.tied.look_at(adapter)
         found = changes(job)
+        check_whole(adapter, self.base)
         unusual = {path: module for path, module in adapter.modules.items() if not isinstance(module, LowRank)}
         if unusual or adapter.shared:
             if others is None:

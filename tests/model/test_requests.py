@@ -355,6 +355,23 @@ def test_a_call_that_waits_for_another_composition_has_it(first, second):
     assert changes.value() is None and torch.equal(later.value(), after(X))
 
 
+def test_the_composition_of_a_call_is_checked_when_the_call_begins():
+    """Its adapters may come or go while it waits."""
+    model = two_adapters("HRA")
+    gate = registry_of(model).call.gate
+    with gate.change("a change"):
+        request = Thread(lambda: model(X, compose=graft.Stack("ann", "new")), "request")
+        until(lambda: gate.waiting)
+        model.add_adapter("new", CONFIGS["HRA"])
+        disturb(model)
+    assert torch.equal(request.value(), model(X, compose=graft.Stack("ann", "new")))
+    with gate.change("a change"):
+        request = Thread(lambda: model(X, compose=graft.Stack("ann", "new")), "request")
+        until(lambda: gate.waiting)
+        model.delete_adapter("new")
+    assert isinstance(request.value(), graft.RoutingError) and "['new'], which are not loaded" in str(request.result)
+
+
 def test_the_reason_names_the_call_and_the_remedy():
     model, errors = two_adapters(), []
 

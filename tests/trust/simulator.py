@@ -53,13 +53,15 @@ class Net(nn.Module):
 
 
 def config(kind: str, targets: list[str]) -> Any:
+    """Return the config of an adapter that begins with values of its own, which calls in other threads may see."""
     if kind in ("LORA", "DORA"):
-        return graft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=kind == "DORA")
+        options = dict(r=2, lora_alpha=3, use_dora=kind == "DORA", init_lora_weights=False)
+        return graft.LoraConfig(target_modules=targets, **options)
     if kind == "LOHA":
-        return graft.LoHaConfig(r=2, alpha=5, target_modules=targets)
+        return graft.LoHaConfig(r=2, alpha=5, target_modules=targets, init_weights=False)
     if kind == "HIRA":
-        return graft.HiraConfig(r=2, target_modules=targets)
-    return graft.IA3Config(target_modules=targets, feedforward_modules=[])
+        return graft.HiraConfig(r=2, target_modules=targets, init_weights=False)
+    return graft.IA3Config(target_modules=targets, feedforward_modules=[], init_ia3_weights=False)
 
 
 def value_of(active: Sequence[Together]) -> Any:
@@ -97,10 +99,10 @@ class Life:
 
     def begin(self, net: nn.Module, name: str, kind: str, dice: random.Random) -> None:
         """Make a model with one adapter of a net."""
-        self.model: Any = graft.get_peft_model(
-            net, config(kind, dice.choice(TARGETS)), name, mixed=self.kind is None
-        ).eval()
-        self.fill(name, kind, dice)
+        with seeded(dice.randrange(2**16)):
+            made = graft.get_peft_model(net, config(kind, dice.choice(TARGETS)), name, mixed=self.kind is None)
+        self.model: Any = made.eval()
+        self.remember(name, kind)
         self.reference.set([Together((name,))])
 
     # what there is, and choices
@@ -141,12 +143,9 @@ class Life:
                 found[key] = [t.weight if isinstance(t, nn.Module) else t for t in held]
         return found
 
-    def fill(self, name: str, kind: str, dice: random.Random) -> None:
-        """Give an adapter's tensors values, and tell the reference."""
+    def remember(self, name: str, kind: str) -> None:
+        """Tell the reference of an adapter that has come to the model."""
         held = self.tensors(name, kind)
-        with seeded(dice.randrange(2**16)), torch.no_grad():
-            for t in (t for ts in held.values() for t in ts):
-                t.copy_(torch.randn(t.shape, dtype=t.dtype) * 0.5)
         self.reference.add(name, Adapter(kind, {key: [t.detach().clone() for t in ts] for key, ts in held.items()}))
 
     def say(self, text: str) -> None:
@@ -161,8 +160,9 @@ class Life:
             with pytest.raises(graft.AdapterNameError):
                 self.model.add_adapter(name, config(kind, targets))
             return
-        self.model.add_adapter(name, config(kind, targets))
-        self.fill(name, kind, dice)
+        with seeded(dice.randrange(2**16)):
+            self.model.add_adapter(name, config(kind, targets))
+        self.remember(name, kind)
 
     def delete(self, dice: random.Random) -> None:
         name = dice.choice(NAMES)
@@ -676,19 +676,19 @@ def shortest(seed: int, steps: Sequence[int], error: BaseException) -> list[int]
             size //= 2
 
 
-def report_of(seed: int, steps: Sequence[int]) -> str | None:
-    """Live the steps of a seed; return what failed, in as few steps as show it, and how to replay it. None: nothing."""
-    error, life = fate(seed, steps)
-    if error is None:
-        return None
+def report_of(seed: int, error: Exception, life: Life) -> str:
+    """Return what failed in a life, in as few steps as show it, and how to replay it."""
     taken = [int(line.partition(":")[0]) for line in life.story]
-    fewest = shortest(seed, taken, error)
-    again, life = fate(seed, fewest)
-    numbers = ",".join(map(str, fewest))
-    text = "".join(traceback.format_exception(again)) if again else f"{error!r} did not come again: threads?"
+    again, story = fate(seed, taken)[0], life.story
+    if again is not None:
+        taken = shortest(seed, taken, again)
+        again, fewer = fate(seed, taken)
+        story = fewer.story
+    note = "" if again else " It did not come again: threads take turns as they like."
+    numbers = ",".join(map(str, taken))
     return "\n".join([
         f"Life {seed} ({life.kind or 'mixed'}) failed; python -m tests.trust.simulator --seed {seed} --steps {numbers}",
-        *life.story, text,
+        *story, "".join(traceback.format_exception(again or error)) + note,
     ])  # fmt: skip
 
 
@@ -702,9 +702,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if options.seed is not None:
         steps = range(STEPS) if options.steps is None else [*map(int, options.steps.split(","))]
-        report = report_of(options.seed, steps)
-        print(report or "nothing failed")
-        sys.exit(report is not None)
+        error, life = fate(options.seed, steps)
+        print("nothing failed" if error is None else report_of(options.seed, error, life))
+        sys.exit(error is not None)
     begin, first, failures, passed = time.monotonic(), random.randrange(10**6), 0, Counter[str]()
     for seed in itertools.count(first):
         if time.monotonic() - begin > options.seconds:
@@ -713,7 +713,7 @@ def main() -> None:
         passed += life.passed
         if error is not None:
             failures += 1
-            print(report_of(seed, range(STEPS)), flush=True)
+            print(report_of(seed, error, life), flush=True)
     print(f"{seed - first} lives from seed {first}: {failures} failed; {dict(passed.most_common())}")
     sys.exit(failures > 0)
 

@@ -18,8 +18,8 @@ GROUPS, LIVES = 16, 200 if EVERYTHING else 20  # lives of a group
 def test_lives(group):
     first = 10**6 * int(os.environ.get("GRAFT_TESTS_SEED", "0")) + group * LIVES
     for seed in range(first, first + LIVES):
-        error, _ = fate(seed, range(STEPS))
-        assert error is None, report_of(seed, range(STEPS))
+        error, life = fate(seed, range(STEPS))
+        assert error is None, report_of(seed, error, life)
 
 
 def test_every_step_and_every_method_is_drawn(tmp_path):
@@ -37,7 +37,7 @@ def test_a_failure_is_shown_in_few_steps_that_replay(monkeypatch):
 
     monkeypatch.setattr(Life, "unmerge", forget)
     seed = next(seed for seed in range(100) if fate(seed, range(STEPS))[0] is not None)
-    report = report_of(seed, range(STEPS))
+    report = report_of(seed, *fate(seed, range(STEPS)))
     told, *story = report.splitlines()
     steps = [int(number) for number in told.rsplit("--steps ", 1)[1].split(",")]
     assert f"--seed {seed} " in told and len(steps) < 10

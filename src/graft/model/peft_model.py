@@ -379,6 +379,8 @@ class PeftModel(nn.Module):
                 known, value = value, composition_for(registry, compose, names)
                 if value != known:
                     continue  # another one is active since, for which this call waited
+                if compose is not None:
+                    registry.check_composition(compose)
                 if value is not None:
                     own = {*self.special_peft_forward_args, *registry.arguments}
                     inputs, kwargs, names = composed(value, inputs, kwargs, own)

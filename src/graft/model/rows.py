@@ -72,7 +72,7 @@ def composition_for(registry: Registry, value: Composition | None, names: object
 
     Raises:
         TypeError: it is no composition.
-        RoutingError: the call has names of rows as well, or an adapter cannot be a part of it.
+        RoutingError: the call has names of rows as well.
     """
     if value is None:
         active = registry.composition
@@ -81,7 +81,6 @@ def composition_for(registry: Registry, value: Composition | None, names: object
         raise TypeError(f"compose takes a Stack, an Average or a Parallel, got {value!r}.")
     if names is not None:
         raise RoutingError("compose is for all rows of a call, adapter_names for each: pass one of them.")
-    registry.check_composition(value)
     return value
 
 

@@ -126,7 +126,7 @@ def who(function: object) -> str:
     return f"{getattr(written, '__globals__', {}).get('__name__', '')}.{getattr(code, 'co_qualname', code.co_name)}"
 
 
-def annotate(error: BaseException, text: str) -> None:
+def annotate_error(error: BaseException, text: str) -> None:
     """Add a line to what an error shows. Python 3.10 has no such lines: nothing happens there."""
     if hasattr(error, "add_note"):
         error.add_note(text)

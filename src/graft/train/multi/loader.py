@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graft.core.errors import ConfigError, annotate
+from graft.core.errors import ConfigError, annotate_error
 from graft.io.fingerprint import hashed, tensor_digest
 from graft.train.multi.draws import Draws, States
 
@@ -68,7 +68,7 @@ class Loader:
                     f"{type(found).__name__}: give the DataLoader a collate_fn that makes one."
                 )
         except BaseException as error:
-            annotate(error, f"{self.whose}: reading the data raised this.")
+            annotate_error(error, f"{self.whose}: reading the data raised this.")
             self.draws.states = before
             self._torn = not isinstance(self.data, Iterator)
             raise
@@ -81,7 +81,7 @@ class Loader:
         if found is END:
             return None
         if self.first is None and not self.epoch and not self.taken:
-            self.first = digest_of_batch(dict(found)), before
+            self.first = digest_batch(dict(found)), before
         self.taken += 1
         self._last = dict(found), before, self.draws.states
         return dict(found)
@@ -137,7 +137,7 @@ class Loader:
         self._torn = False
 
 
-def digest_of_batch(batch: Batch) -> str:
+def digest_batch(batch: Batch) -> str:
     """Return the digest of a batch: of its tensors' values, and of all that JSON has; other objects count by class."""
 
     def note(value: object) -> object:
@@ -146,7 +146,7 @@ def digest_of_batch(batch: Batch) -> str:
     return hashed(json.dumps(batch, default=note, skipkeys=True, sort_keys=True))
 
 
-def first_digest(whose: str, data: Iterable[object]) -> str:
+def digest_first_batch(whose: str, data: Iterable[object]) -> str:
     """Return the digest of the first batch of data that can be gone through again and again.
 
     Raises:

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from graft.core.errors import AdapterNotFoundError, ConfigError, annotate
+from graft.core.errors import AdapterNotFoundError, ConfigError, annotate_error
 from graft.train.multi.bank import Row
 from graft.train.multi.draws import Draws
 from graft.train.multi.flat import Flat, in_order, may_flatten, watched
@@ -202,7 +202,7 @@ class Run:
             with self.draws if self.draws_in_loss else nullcontext():
                 loss = self.loss(output, batch)
         except Exception as error:
-            annotate(error, f"Run '{self.name}': its loss raised this.")
+            annotate_error(error, f"Run '{self.name}': its loss raised this.")
             raise
         if not isinstance(loss, Tensor) or loss.dim():
             found = f"has the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
@@ -283,7 +283,9 @@ class Run:
             self.step += 1
             self.curve.append(Point(self.step, loss, lr, norm))
         except BaseException as error:
-            annotate(error, self.fail(f"an error stopped its optimizer or schedule in the middle ({error!r})", loss))
+            annotate_error(
+                error, self.fail(f"an error stopped its optimizer or schedule in the middle ({error!r})", loss)
+            )
             raise
         self.let_go()
         self.unseen = True

@@ -124,12 +124,12 @@ def settings(run: Run) -> Json:
     }
 
 
-def described(value: object) -> Any:
+def to_json_value(value: object) -> Any:
     """Return a value as JSON has it; objects, functions and classes by name, the same in any process."""
-    return json.loads(json.dumps(value, default=said))
+    return json.loads(json.dumps(value, default=name_object))
 
 
-def said(value: object) -> object:
+def name_object(value: object) -> object:
     """Return what JSON has not as lists and text."""
     if isinstance(value, partial):
         return [value.func, *value.args, value.keywords]

@@ -25,7 +25,7 @@ from graft.core.errors import (
     CheckpointError,
     ConfigError,
     PeftWarning,
-    annotate,
+    annotate_error,
     drop_frames,
     shortened,
     some,
@@ -70,7 +70,7 @@ CALLED = {  # by the name that Trainer has for it
 }  # fmt: skip
 
 
-def listed(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
     """Return names as an error shows them, those of Trainer with the ones that they have here."""
     return ", ".join(f"'{name}'" + (f" (here '{CALLED[name]}')" if name in CALLED else "") for name in sorted(names))
 
@@ -86,7 +86,7 @@ def between_steps(method: F) -> F:
             remedy = f"It takes {', '.join([*known][1:]) or 'nothing'}."
             if method.__name__ == "add":
                 remedy = "An optimizer gets its arguments by optimizer=partial(torch.optim.AdamW, lr=1e-3)."
-            raise TypeError(f"MultiTrain.{method.__name__}() takes no {listed(unknown)}. {remedy}")
+            raise TypeError(f"MultiTrain.{method.__name__}() takes no {list_names(unknown)}. {remedy}")
         with self.alone():
             return method(self, *args, **kwargs)
 
@@ -139,7 +139,7 @@ class MultiTrain:
         self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
         self._number = 0
         self._lock = threading.RLock()  # held by `alone`
-        self._refused: dict[str, Exception] = {}  # what batches of this round the model cannot take, by run
+        self._batch_errors: dict[str, Exception] = {}  # what batches of this round the model cannot take, by run
         self._within = False  # some runs have taken their batch of a round, and others have not
         self._stepping = False
         self._modes = [(m, m.training) for m in self.base.modules()]
@@ -312,13 +312,13 @@ class MultiTrain:
             registry.set_requires_grad(name, True)
             parameters = [p for _, p in model.adapter_parameters(name)]
             drawn = loss is not None or description is not None
-            loss_name = run_file.described(loss)
+            loss_name = run_file.to_json_value(loss)
             if description is not None:
                 windows = data = description.data(draws)
                 steps = description.steps(windows)
                 optimizer, schedule = partial(description.optimizer, model), partial(description.schedule, steps=steps)
                 judge = self._own_loss(name, needed=valid is not None)
-                loss, loss_name = description.loss(self.base, judge), run_file.described(description.loss_name)
+                loss, loss_name = description.loss(self.base, judge), run_file.to_json_value(description.loss_name)
             else:
                 loss = judge = self._own_loss(name) if loss is None else loss
             with draws:
@@ -367,11 +367,11 @@ class MultiTrain:
             refuse_base_change(name, config)
         for other, cfg in {} if self.model is None else self.model.peft_config.items():
             restarted = other in registry_of(self.model).taken_in
-            setting = "restart()" if restarted else base_change(cfg)
+            setting = "restart()" if restarted else find_base_change(cfg)
             if setting is not None and {*self._runs, name} != {other}:
                 raise ConfigError(
                     f"Run '{name}' cannot train here: adapter '{other}' changes the base ({setting}), so that the "
-                    "files of other runs would not fit a fresh one. Train it on a base of its own."
+                    "files of other runs would not fit a fresh one. Train it on another copy of the base."
                 )
 
     def _own_loss(self, name: str, needed: bool = True) -> Any:
@@ -530,11 +530,11 @@ class MultiTrain:
         self._mode(True)
         parts = [part for run in going if (part := run.batch()) is not None]
         self._seat([run for run in going if run.state == RUNNING])
-        self._refused = {}
-        for group in groups(self._completed(parts), self.arguments, self.at_once, self._refuse):
+        self._batch_errors = {}
+        for group in groups(self._complete_parts(parts), self.arguments, self.at_once, self._note_batch_error):
             self._pass(group, self._gradients, self._took)
-        if self._refused:
-            self._end_refused(len(self._refused) == len(parts))
+        if self._batch_errors:
+            self._fail_runs(len(self._batch_errors) == len(parts))
         due = [run for run in going if run.state == RUNNING and run.due]
         if not due:
             return
@@ -559,7 +559,7 @@ class MultiTrain:
             try:
                 stops = run.state == RUNNING and run.stop is not None and run.stop(run)
             except Exception as error:
-                annotate(error, f"Run '{run.name}': its stop raised this.")
+                annotate_error(error, f"Run '{run.name}': its stop raised this.")
                 raise
             if stops:
                 run.end(STOPPED, f"its stop said so at step {run.step}")
@@ -615,27 +615,27 @@ class MultiTrain:
             return part
         return Part(part.name, batch | {"decoder_input_ids": make(labels=batch["labels"])})
 
-    def _completed(self, parts: Sequence[Part]) -> list[Part]:
+    def _complete_parts(self, parts: Sequence[Part]) -> list[Part]:
         """Return these parts, completed, but for those that cannot be."""
         found = []
         for part in parts:
             try:
                 found.append(self._complete(part))
             except Exception as error:
-                self._refuse(part, error)
+                self._note_batch_error(part, error)
         return found
 
-    def _refuse(self, part: Part, error: Exception) -> None:
+    def _note_batch_error(self, part: Part, error: Exception) -> None:
         """Note that the model cannot take the batch of a run."""
-        annotate(error, f"Run '{part.name}': the model cannot take its batch.")
-        self._refused[part.name] = error
+        annotate_error(error, f"Run '{part.name}': the model cannot take its batch.")
+        self._batch_errors[part.name] = error
 
-    def _end_refused(self, all_of_them: bool) -> None:
+    def _fail_runs(self, all_of_them: bool) -> None:
         """End the runs whose batch the model cannot take, as failed; if the round has no others, raise the first error.
 
         Then all runs are where they were, and nobody waits for them.
         """
-        for name, error in self._refused.items():
+        for name, error in self._batch_errors.items():
             if all_of_them:
                 raise error
             run = self._runs[name]
@@ -667,7 +667,7 @@ class MultiTrain:
             if isinstance(error, Warning):  # which the caller has made an error
                 raise
             if not torch.is_grad_enabled() and (not memory or len(group) == 1):
-                annotate(error, f"A look at validation data of {[part.name for part in group]} raised this.")
+                annotate_error(error, f"A look at validation data of {[part.name for part in group]} raised this.")
                 raise
             if memory or len(group) > 1:
                 drop_frames(error)
@@ -680,7 +680,7 @@ class MultiTrain:
         if torch.is_grad_enabled():
             self._banks.begin([part.name for part in group])
         if len(group) == 1 and not memory:
-            self._refuse(group[0], failure)
+            self._note_batch_error(group[0], failure)
             return
         if len(group) == 1:
             text = self._runs[group[0].name].fail(
@@ -688,13 +688,13 @@ class MultiTrain:
             )
             warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
             return
-        half, known = len(group) // 2, len(self._refused)
+        half, known = len(group) // 2, len(self._batch_errors)
         if memory:
             _, counts = joined(group[:half], self.arguments)
             self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
         for section in (group[:half], group[half:]):
             self._pass(section, run, take, within=True)
-        if not (memory or within) and len(self._refused) == known:
+        if not (memory or within) and len(self._batch_errors) == known:
             names = [part.name for part in group]
             warn(f"A pass of {names} raised {shortened(repr(failure))}, and none of them does so alone.", PeftWarning)
 
@@ -961,7 +961,7 @@ def refuse_beside_trainer(name: str, options: dict[str, object]) -> None:
         raise ConfigError(f"Run '{name}': its trainer says what {', '.join(both)} is: leave that out.")
 
 
-def base_change(config: PeftConfig) -> str | None:
+def find_base_change(config: PeftConfig) -> str | None:
     """Return the setting by which an adapter changes or trains the base's own weights; None if it does not."""
     bias = bias_in(config)
     return changes_base(config) or (None if bias == "none" else f"bias={bias!r}")
@@ -969,7 +969,7 @@ def base_change(config: PeftConfig) -> str | None:
 
 def refuse_base_change(name: str, config: PeftConfig) -> None:
     """Raise ConfigError if a new adapter changes the base, which runs share."""
-    setting = base_change(config)
+    setting = find_base_change(config)
     if setting is None and (ranges := getattr(config, "layer_replication", None)):
         setting = f"layer_replication={ranges}"
     if setting is not None:

@@ -25,10 +25,10 @@ from graft.config.reading import Json, open_file, parsed
 from graft.core.errors import CheckpointError, ConfigError, shortened
 from graft.inject.report import as_cell
 from graft.train.multi import run_file
-from graft.train.multi.loader import first_digest
+from graft.train.multi.loader import digest_first_batch
 from graft.train.multi.run import FAILED, Run, Valid
 from graft.train.multi.run_file import STATES, is_row
-from graft.train.multi.runs import AT_ONCE, MultiTrain, listed, refuse_base_change
+from graft.train.multi.runs import AT_ONCE, MultiTrain, list_names, refuse_base_change
 from graft.train.multi.search import Setting, best_of, budgets, settings_in
 from graft.train.multi.table import Progress
 from graft.train.state_check import check_fields, has, is_count
@@ -181,7 +181,7 @@ def sweep(
         )
     if unknown := options.keys() - OPTIONS:
         raise TypeError(
-            f"sweep() takes no {listed(unknown)}. Arguments of the optimizer go into the space, or a partial of it."
+            f"sweep() takes no {list_names(unknown)}. Arguments of the optimizer go into the space, or a partial of it."
         )
     if isinstance(valid, Iterator) or not hasattr(valid, "__iter__"):
         raise ConfigError(
@@ -228,9 +228,9 @@ def sweep(
     )
     arguments = {"optimizer": optimizer, "seed": seed, "options": options}
     if folder is not None:
-        arguments["valid"] = first_digest("sweep: valid", valid)
+        arguments["valid"] = digest_first_batch("sweep: valid", valid)
         if not callable(data) and not isinstance(data, Iterator):
-            arguments["data"] = first_digest("sweep", data)
+            arguments["data"] = digest_first_batch("sweep", data)
     mine = range(rank, len(trials), world)
     with job.alone(mine):
         try:
@@ -283,8 +283,8 @@ def check_names(space: Mapping[str, object], config: PeftConfig, optimizer: Call
     if unknown := [name for name in space if name not in known]:
         made = optimizer.func if isinstance(optimizer, partial) else optimizer
         raise ConfigError(
-            f"sweep: [{listed(unknown)}] in the space are neither fields of {type(config).__name__}, nor arguments of "
-            f"{getattr(made, '__name__', made)}, nor of these of MultiTrain.add: {', '.join(sorted(OPTIONS))}."
+            f"sweep: [{list_names(unknown)}] in the space are neither fields of {type(config).__name__}, nor arguments "
+            f"of {getattr(made, '__name__', made)}, nor of these of MultiTrain.add: {', '.join(sorted(OPTIONS))}."
         )
 
 
@@ -414,7 +414,7 @@ class Job:
             ConfigError: it has another sweep.
             CheckpointError: its table is damaged. Nothing has changed then.
         """
-        self.note = run_file.described(note | {"settings": [t.setting for t in self.trials]})
+        self.note = run_file.to_json_value(note | {"settings": [t.setting for t in self.trials]})
         path = None if self.folder is None else os.path.join(self.folder, TABLE)
         if path is None or not os.path.exists(path):
             self.write()  # another sweep is to see whose the folder is
@@ -444,7 +444,7 @@ class Job:
             return
         os.makedirs(self.folder, exist_ok=True)
         document = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
-        text = json.dumps(document, indent=1, default=run_file.said)
+        text = json.dumps(document, indent=1, default=run_file.name_object)
         replace(os.path.join(self.folder, TABLE), write_text(text + "\n"))
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):

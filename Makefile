@@ -12,7 +12,7 @@ PACKAGES = $(patsubst tests/packages/%.txt,%,$(wildcard tests/packages/*.txt))
 unexport PYTHONDONTWRITEBYTECODE  # else each process of a test compiles graft and its tests again
 
 .PHONY: quick test test-slow test-device device-report test-all coverage test-oldest test-newest test-storages test-distributed \
-	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations drawn simulate fuzz check dist release bench \
+	test-clients test-peft test-formats test-oracles test-trainers test-serving mutations drawn simulate fuzz fuzz-files check dist release bench \
 	demo demo-sweep demo-lm demo-4bit compare compare-texts rates examples guide-serving docs docs-look clean
 
 $(VENV)/.test: pyproject.toml $(VERSIONS) examples/demo/carriers.txt examples/guides/carriers.txt
@@ -224,6 +224,10 @@ simulate: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -W ignore -m tests.trust.fuzz --n 10000 $(FUZZ)
+
+# files of every format, of trainings, runs, sweeps and merges
+fuzz-files: $(VENV)/.test
+	$(BIN)/python -W ignore -m tests.trust.fuzz --kinds files --n 2000 $(FUZZ)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

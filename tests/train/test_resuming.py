@@ -394,6 +394,8 @@ FORGED = {
     ),
     "moment as number": edited("states", A, "exp_avg", value=3.0),
     "moments NaN": replaced("exp_avg/", lambda t: t * nan),
+    "squares below 0": replaced("exp_avg_sq/", lambda t: -t),
+    "moments in half precision": replaced("exp_avg/", lambda t: t.half()),
     "moment of integers": replaced("exp_avg/", lambda t: t.long(), every=False),
     "steps": replaced("step/", lambda t: t + 1e30),
     "steps below 0": replaced("step/", lambda t: t - 100),

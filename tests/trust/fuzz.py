@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load damaged, foreign and malicious adapter folders, and say what became of each.
+"""Use damaged, foreign and malicious files, and say what became of each.
 
     python -m tests.trust.fuzz --n 10000          count the outcomes
     python -m tests.trust.fuzz --only 4711        show one case
+    python -m tests.trust.fuzz --kinds files      other files: formats, trainings, runs, sweeps, merges
 
 An outcome is one of:
 
@@ -10,9 +11,11 @@ An outcome is one of:
 - told: an error of graft's own, and the model is as it was; or a warning.
 - untold: an error of another kind.
 - silent: the model does not hold what the file says, or does not run, and nothing said so.
-- partial: the call failed and the model has changed.
+- partial: the call failed and the model, or what the call should write, has changed.
+- outside: files around have changed.
 - executed: code from the folder ran.
 - hanging: it took longer than `LIMIT`.
+- crashed: the process died.
 - large: it took more than `MEMORY`.
 """
 
@@ -29,16 +32,17 @@ import os
 import random
 import resource
 import shutil
+import stat
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +53,7 @@ from tests.prompts import samples as prompts
 from tests.trust.damage import DAMAGES, MARK, choose
 from tests.trust.good import BIN, CONFIG, TENSORS, Folder, Seed, base, seeds
 
-LIMIT = 20.0  # seconds of one case
+LIMIT = 10.0  # seconds of one case
 MEMORY = 512 * 2**20  # bytes of one case
 ROOM = 4 * 2**30  # bytes of address space that a worker may add: what asks for more fails
 GOOD = ("right", "told")
@@ -66,45 +70,91 @@ class Outcome:
     why: str = ""
     seconds: float = 0.0
     grown: int = 0  # bytes of memory
+    seeds: str = ""  # kind of seeds
 
 
 # one case
 
 
-def run(case: int, start: int, place: str) -> Outcome:
-    """Make the folder of a case, load it and judge what became of it."""
+class Kind(Protocol):
+    """Seeds of one kind, how they are damaged, and what becomes of them."""
+
+    def make(self, rng: random.Random, room: Path) -> tuple[str, Callable[[], tuple[str, str]]]:
+        """Write the files of a case into a room; return what they are, and a function that uses them and judges."""
+
+
+class Folders:
+    """Adapter folders of every method, loaded in every way."""
+
+    def make(self, rng: random.Random, room: Path) -> tuple[str, Callable[[], tuple[str, str]]]:
+        seed = rng.choice(seeds())
+        names = choose(rng)
+        way = rng.choice(WAYS)
+        folder = dict(seed.files)
+        for name in names:
+            try:
+                DAMAGES[name][1](rng, folder)
+            except Exception:
+                continue  # an earlier damage left nothing to damage
+        where = room / "adapter"
+        write(where, folder)
+        return f"{seed.name} {'+'.join(names)} {way}", lambda: judged(seed, way, str(where))
+
+
+def kinds_of(names: str) -> list[Kind]:
+    """Return the kinds of these names, with commas between; `files` are all but folders."""
+    from tests.trust import fuzz_files
+
+    known: dict[str, Kind] = {"folders": Folders(), **fuzz_files.KINDS}
+    wanted = [*fuzz_files.KINDS] if names == "files" else names.split(",")
+    return [known[name] for name in wanted]
+
+
+def run(case: int, start: int, place: str, kinds: Sequence[Kind]) -> Outcome:
+    """Make the files of a case, use them and judge what became of it."""
     rng = random.Random(f"{start}-{case}")
-    seed = rng.choice(seeds())
-    names = choose(rng)
-    way = rng.choice(WAYS)
-    folder = dict(seed.files)
-    for name in names:
-        try:
-            DAMAGES[name][1](rng, folder)
-        except Exception:
-            continue  # an earlier damage left nothing to damage
-    where = Path(place, "adapter")
-    shutil.rmtree(where, ignore_errors=True)
-    write(where, folder)
+    kind = kinds[case % len(kinds)]
+    room = Path(place, "room")
+    shutil.rmtree(room, ignore_errors=True)
+    shutil.copytree(Path(place, "around"), room / "around", symlinks=True)
+    what, judge = kind.make(rng, room)
     mark = Path(os.environ[MARK])
     mark.unlink(missing_ok=True)
+    around = tree(room / "around")
     resident, begun = reset(), time.perf_counter()
-    kind, why = judged(seed, way, str(where))
+    verdict, why = judge()
     seconds, grown = time.perf_counter() - begun, peak() - resident
     if mark.exists():
-        kind = "executed"
+        verdict = "executed"
+    elif tree(room / "around") != around:
+        verdict = "outside"
     elif grown > MEMORY or "allocate memory" in why or "MemoryError" in why:
-        kind = "large"
-    return Outcome(kind, case, f"{seed.name} {'+'.join(names)} {way}", why, seconds, grown)
+        verdict = "large"
+    return Outcome(verdict, case, what, why, seconds, grown, type(kind).__name__.lower())
+
+
+def tree(folder: Path) -> dict[str, object]:
+    """Return what a folder holds, without following links: modes, where links lead, bytes."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        facts = path.lstat()
+        content = os.readlink(path) if path.is_symlink() else path.read_bytes() if stat.S_ISREG(facts.st_mode) else None
+        found[str(path.relative_to(folder))] = (facts.st_mode, content)
+    return found
 
 
 def write(where: Path, folder: Folder) -> None:
-    where.mkdir()
+    """Write files by their paths; a name that ends with a slash is a folder, other values than bytes are functions."""
+    where.mkdir(exist_ok=True)
     for name, data in folder.items():
+        path = where / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("/"):
-            (where / name).mkdir()
+            path.mkdir(exist_ok=True)
+        elif callable(data):  # makes a link or a pipe
+            data(path)
         else:
-            (where / name).write_bytes(data)
+            path.write_bytes(data)
 
 
 def judged(seed: Seed, way: str, where: str) -> tuple[str, str]:
@@ -323,9 +373,10 @@ def alike(value: Any) -> Any:
 # many cases
 
 
-def prepare(place: str) -> None:
+def prepare(place: str, kinds: str) -> None:
     os.environ[MARK] = os.path.join(place, "mark")
-    for seed in seeds():
+    write(Path(place, "around"), {"file": b"mine", "folder/inner": b"mine, too", "empty/": b"", "model.bin": b"\0" * 9})
+    for seed in seeds() if "folders" in kinds else ():
         path = Path(place, "good", seed.name)
         if not path.exists():
             path.mkdir(parents=True)
@@ -347,18 +398,20 @@ def reset() -> int:
     return int(text.split("VmRSS:")[1].split()[0]) * 1024
 
 
-def work(pipe: Any, start: int) -> None:
+def work(pipe: Any, start: int, names: str) -> None:
     """Run the cases that come through a pipe, in a process of its own."""
     torch.set_num_threads(1)
     sys.stdin = io.StringIO()
     with tempfile.TemporaryDirectory() as place:
-        prepare(place)
-        run(-1, start, place)  # imports
+        prepare(place, names)
+        kinds = kinds_of(names)
+        for i in range(len(kinds)):
+            run(-1 - i, start, place, kinds)  # imports
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
         pipe.send("ready")
         while (case := pipe.recv()) is not None:
-            pipe.send(run(case, start, place))
+            pipe.send(run(case, start, place, kinds))
             if case % 200 == 0:
                 gc.collect()
 
@@ -366,14 +419,14 @@ def work(pipe: Any, start: int) -> None:
 class Worker:
     """A process that runs cases; a new one takes its place where one hangs or dies."""
 
-    def __init__(self, start: int):
-        self.start = start
+    def __init__(self, start: int, kinds: str, how: str = "spawn"):
+        self.start, self.kinds, self.how = start, kinds, how
         self.begin()
 
     def begin(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(self.how)
         self.pipe, there = context.Pipe()
-        self.process = context.Process(target=work, args=(there, self.start), daemon=True)
+        self.process = context.Process(target=work, args=(there, self.start, self.kinds), daemon=True)
         self.process.start()
         there.close()
         self.pipe.recv()
@@ -383,21 +436,26 @@ class Worker:
         try:
             if self.pipe.poll(LIMIT):
                 return self.pipe.recv()  # type: ignore[no-any-return]
-            outcome = Outcome("hanging", case, "", f"longer than {LIMIT} s")
+            outcome = Outcome("hanging", case, "", f"longer than {LIMIT} s", LIMIT, 0, self.seeds_of(case))
         except EOFError:
-            outcome = Outcome("large", case, "", "the process died")
+            outcome = Outcome("crashed", case, "", "the process died", 0.0, 0, self.seeds_of(case))
         self.process.kill()
         self.process.join()
         self.begin()
         return outcome
+
+    def seeds_of(self, case: int) -> str:
+        kinds = kinds_of(self.kinds)
+        return type(kinds[case % len(kinds)]).__name__.lower()
 
     def end(self) -> None:
         self.pipe.send(None)
         self.process.join(10)
 
 
-def outcomes(cases: Iterator[int] | range, start: int) -> Iterator[Outcome]:
-    worker = Worker(start)
+def outcomes(cases: Iterable[int], start: int, kinds: str = "folders", how: str = "spawn") -> Iterator[Outcome]:
+    """Yield what became of cases. how: the process begins; by "fork" only if this one has computed nothing."""
+    worker = Worker(start, kinds, how)
     try:
         for case in cases:
             yield worker.run(case)
@@ -405,30 +463,36 @@ def outcomes(cases: Iterator[int] | range, start: int) -> Iterator[Outcome]:
         worker.end()
 
 
-def main() -> None:
+def main() -> bool:
+    """Return True if all outcomes are good."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=10_000, help="number of cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--start", type=int, default=0, help="begin of the random numbers")
     parser.add_argument("--only", type=int, help="run this case alone, in this process")
+    parser.add_argument("--kinds", default="folders", help="of seeds, with commas between; files: all but folders")
     parser.add_argument("--log", help="file for the outcomes that are not good")
     args = parser.parse_args()
     if args.only is not None:
         with tempfile.TemporaryDirectory() as place:
-            prepare(place)
-            print(run(args.only, args.start, place))
-        return
-    counts: Counter[str] = Counter()
+            prepare(place, args.kinds)
+            outcome = run(args.only, args.start, place, kinds_of(args.kinds))
+            print(outcome)
+        return outcome.kind in GOOD
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     slowest = Outcome("", 0, "")
     log = open(args.log, "w") if args.log else sys.stdout  # noqa: SIM115
-    for outcome in outcomes(range(args.first, args.first + args.n), args.start):
-        counts[outcome.kind] += 1
+    for outcome in outcomes(range(args.first, args.first + args.n), args.start, args.kinds, "fork"):
+        counts[outcome.seeds][outcome.kind] += 1
         slowest = max(slowest, outcome, key=lambda o: o.seconds)
         if outcome.kind not in GOOD:
             print(outcome, file=log, flush=True)
-    print(json.dumps(dict(counts)), f"good: {sum(counts[k] for k in GOOD) / math.fsum(counts.values()):.3%}")
+    for seeds_, found in sorted(counts.items()):
+        share = sum(found[k] for k in GOOD) / math.fsum(found.values())
+        print(f"{seeds_}: {json.dumps(dict(found))} good: {share:.3%}")
     print(f"slowest: {slowest.seconds:.1f} s, {slowest}")
+    return all(set(found) <= set(GOOD) for found in counts.values())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(not main())

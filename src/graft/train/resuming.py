@@ -539,7 +539,9 @@ class Resume:
             check_like(options.get("initial_lr", 0.0), 0.0, f"{path}: the option 'initial_lr'", exact, "initial_lr")
         for p, i, name in self.parameters_with_state():
             where = f"{path}: the optimizer's state of '{name}'"
-            check_moments(self.note["states"][name], shape_of(p), inner, self.optimizer_states.groups[i], where)
+            check_moments(
+                self.note["states"][name], shape_of(p), p.dtype, inner, self.optimizer_states.groups[i], where
+            )
         if self.note["schedule"] is not None and "scheduler" not in fresh:
             known = is_known(self.scheduler, "torch.optim.")
             check_like(self.note["schedule"], self.scheduler.state_dict(), f"{path}: the schedule", known)

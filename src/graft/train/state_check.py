@@ -35,6 +35,8 @@ MORE = {"amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 COUNTERS = {"step", "eta", "mu", "mu_product"}  # numbers; all else that KEPT and MORE name has the parameter's shape
 TENSORS = {name for names in (*KEPT.values(), *MORE.values()) for name in names.split()} - COUNTERS
 TENSORS |= {"momentum_buffer", "variance", "row_var", "col_var"}
+SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta", "exp_inf", "step_size"}  # from 0 on
+SQUARES |= {"variance", "row_var", "col_var"}
 OWN = ("torch.optim.", "graft.optim")  # modules of classes whose state is known
 
 RATES = {"lr", "initial_lr", "base_lrs", "_last_lr", "min_lrs", "max_lr", "min_lr", "eta_min"}
@@ -152,10 +154,12 @@ def is_known(thing: object, modules: str | Sequence[str]) -> bool:
     return type(thing).__module__.startswith(modules if isinstance(modules, str) else tuple(modules))
 
 
-def check_moments(state: object, shape: torch.Size, optimizer: object, group: Mapping[str, Any], what: str) -> None:
-    """Raise CheckpointError unless an optimizer can go on with its state of a parameter of a shape.
+def check_moments(
+    state: object, shape: torch.Size, dtype: torch.dtype, optimizer: object, group: Mapping[str, Any], what: str
+) -> None:
+    """Raise CheckpointError unless an optimizer can go on with its state of a parameter of a shape and dtype.
 
-    Of classes of torch and graft names, types and shapes are known; of others numbers are finite.
+    Of classes of torch and graft names, types, shapes and signs are known; of others numbers are finite.
 
     Raises:
         NonFiniteError: a tensor or number is NaN or infinite.
@@ -175,8 +179,10 @@ def check_moments(state: object, shape: torch.Size, optimizer: object, group: Ma
     for name, value in state.items():
         if name in COUNTERS:
             right = isinstance(value, counts) and is_number(value) and 0 <= float(value) <= MOST_STEPS  # type: ignore[arg-type]
+            right = right and not (isinstance(value, Tensor) and not value.is_floating_point())
         elif name in TENSORS and isinstance(value, Tensor):
-            right = value.shape == shapes.get(name, shape) and value.is_floating_point()
+            right = value.shape == shapes.get(name, shape) and torch.promote_types(value.dtype, dtype) == value.dtype
+            right = right and (name not in SQUARES or not bool((value < 0).any()))
         elif name in TENSORS:
             right = name == "momentum_buffer" and value is None
         else:
@@ -195,6 +201,14 @@ def needed(kind: str, group: Mapping[str, Any]) -> list[str]:
         *more,
         *(["momentum_buffer"] if kind == "RMSprop" and group["momentum"] else []),
     ]
+
+
+def is_other(a: object, b: object) -> bool:
+    """Return True if two values of settings differ, or cannot be compared, as a tensor of several numbers."""
+    try:
+        return bool(a != b)
+    except RuntimeError:
+        return True
 
 
 def check_finite(values: Mapping[str, object], what: str) -> None:

@@ -17,7 +17,7 @@ from graft.config.atomic import folder_for
 from graft.config.base import FORMAT_VERSION
 from graft.config.file import ConfigFile, whole_model
 from graft.config.reading import Json, ending, open_file, pattern, read_object
-from graft.core.errors import CheckpointError, PeftWarning, some, warn
+from graft.core.errors import CheckpointError, PeftWarning, shortened, some, warn
 from graft.files import pickles
 from graft.files.bases import COMPONENTS
 from graft.files.components import joined, parts_of
@@ -331,7 +331,9 @@ def numbers_at(config: Json, path: str, name: str) -> tuple[int, float]:
                 break
         value = RANK if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (field == "r" and value < 1):
-            raise CheckpointError(f"adapter_config.json: {field} of '{path}' is {value!r}, which is no number for it.")
+            raise CheckpointError(
+                f"adapter_config.json: {field} of '{path}' is {shortened(repr(value))}, which is no number for it."
+            )
         numbers.append(value)
     return numbers[0], numbers[1]
 

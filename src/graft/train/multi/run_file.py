@@ -32,6 +32,7 @@ from graft.train.state_check import (
     is_count,
     is_known,
     is_number,
+    is_other,
 )  # fmt: skip
 from graft.train.state_file import check_base, pack, read, slots, unpack, write
 
@@ -153,7 +154,7 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
     for what, now in own.items():
         tensors = dict[str, Tensor]()
         now = unpack(json.loads(json.dumps(pack(now, tensors, ""))), tensors)  # as a file holds it
-        differ = [f"{k} = {state[what][k]!r}, now {v!r}" for k, v in now.items() if state[what].get(k, v) != v]
+        differ = [f"{k} = {state[what][k]!r}, now {v!r}" for k, v in now.items() if is_other(state[what].get(k, v), v)]
         if differ:
             raise ConfigError(
                 f"Run '{run.name}' in {where} was begun with {'; '.join(differ)}: add it as it was, or under another "
@@ -250,4 +251,4 @@ def check_optimizer(run: Run, state: Json, path: str) -> None:
         raise CheckpointError(f"{path}: the optimizer has other parameters than the run. {REMEDY}")
     for i, p in zip(group_of, (p for group in optimizer.param_groups for p in group["params"])):
         of_p = state["state"].get(i, {})
-        check_moments(of_p, p.shape, optimizer, group_of[i], f"{path}: the optimizer's state of parameter {i}")
+        check_moments(of_p, p.shape, p.dtype, optimizer, group_of[i], f"{path}: the optimizer's state of parameter {i}")

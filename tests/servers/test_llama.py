@@ -36,7 +36,7 @@ from tests.servers.common import broken, model
 HOME = Path(os.environ.get("GRAFT_LLAMA", "."))
 pytestmark = pytest.mark.skipif("GRAFT_LLAMA" not in os.environ, reason="needs llama.cpp, built: make test-serving")
 APPLIED = ["scaled", "regex", "paths", "one layer", "lm_head", "embedding"]
-EXPORTED = [*APPLIED, "patterns", "rslora", "pissa", "olora", "velora", "monteclora", "qalora", "bdlora"]
+EXPORTED = [*APPLIED, "patterns", "rslora", "pissa", "olora", "velora", "monteclora", "qalora", "bdlora", "kasa"]
 BY_THEIRS = {  # their converter on graft's folder → the verdict of the server that loads what it writes
     **dict.fromkeys(["scaled", "regex", "paths", "one layer", "lm_head"], "applied"),
     "patterns": "alpha_pattern not read", "rslora": "scale off",
@@ -172,7 +172,7 @@ def test_what_check_says_is_refused(name, base, words, gguf, folder, tmp_path):
         raise AssertionError("it is loaded")
 
 
-@pytest.mark.parametrize("name", ["dora", "bias", "rows", "kasa", "whole head", "whole norm"])
+@pytest.mark.parametrize("name", ["dora", "bias", "rows", "whole head", "whole norm"])
 def test_what_no_file_holds(name, base, folder, tmp_path):
     held = base_files(base)
     with pytest.raises(LossError):

@@ -42,7 +42,7 @@ ENVIRONMENT = {
     "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3000",
 }  # fmt: skip
 APPLIED = ["scaled", "patterns", "rslora", "regex", "paths", "one layer"]  # as they stand
-EXPORTED = [*APPLIED, "pissa", "olora", "velora", "monteclora", "qalora", "bdlora"]
+EXPORTED = [*APPLIED, "pissa", "olora", "velora", "monteclora", "qalora", "bdlora", "kasa"]
 REFUSED = [
     "dora",
     "bias",

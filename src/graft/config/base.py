@@ -8,9 +8,10 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -42,6 +43,16 @@ def check_config(config: object) -> None:
     elif hasattr(config, "peft_type") and hasattr(config, "to_dict"):
         name, remedy = f"{name} of another package", "graft.get_peft_config(config.to_dict()) makes graft's"
     raise TypeError(f"peft_config must be a PeftConfig, got {name}. {remedy}.")
+
+
+SYNONYMS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+
+
+def suggest_field(name: str, names: Sequence[str]) -> str:
+    """Return a question that names the field which a keyword means; an empty text if none is like it."""
+    ends = [field for field in names if field.endswith(f"_{name}")]
+    similar = [SYNONYMS[name]] if SYNONYMS.get(name) in names else ends or get_close_matches(name, names, 1)
+    return f". Did you mean '{similar[0]}'?" if similar else ""
 
 
 class TaskType(str, Enum):
@@ -83,6 +94,19 @@ class PeftConfig:
     taken_on_loading: ClassVar[frozenset[str]] = frozenset()  # options of a load that `take` knows
     results: ClassVar[tuple[str, ...]] = ()  # fields that training writes: they belong to an adapter's values
     counters: ClassVar[tuple[str, ...]] = ()  # numbers that are no sizes: seeds, and steps of training
+
+    if not TYPE_CHECKING:  # type checkers read the fields
+
+        def __new__(cls, *_: object, **values: object) -> PeftConfig:
+            """Make a config. Raises ConfigTypeError for a keyword that is no field, with the field that is meant."""
+            owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+            is_dataclass = "__dataclass_fields__" in vars(owner)  # an __init__ written by hand may take more
+            for name in values.keys() - cls.__dataclass_fields__.keys() if is_dataclass else ():
+                raise ConfigTypeError(
+                    f"{cls.__name__}.__init__() got an unexpected keyword argument '{name}'"
+                    + suggest_field(name, [f.name for f in fields(cls) if f.init])
+                )
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.peft_version is None:

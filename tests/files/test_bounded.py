@@ -182,3 +182,22 @@ def test_an_index_of_odd_files(tmp_path):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(document))
         with pytest.raises(PeftError, match=r"index\.json"):
             base_files(tmp_path)
+
+
+def test_numbers_of_thousands_of_digits_in_names(tmp_path):
+    """Python reads no such number: of a block in a config of pyreft, of a control vector, of an AdapterHub's key."""
+    pyreft = FIXTURES.parents[1] / "methods" / "fixtures" / "pyreft" / "loreft"
+    shutil.copytree(pyreft, tmp_path / "pyreft")
+    config = tmp_path / "pyreft" / "config.json"
+    fields = json.loads(config.read_text())
+    fields["representations"] = [[None, f"model.layers[{'9' * 5000}].output", "pos", 1]] * len(fields["sorted_keys"])
+    config.write_text(json.dumps(fields))
+    llama = base_for("mlx_lora")
+    with pytest.raises(CheckpointError, match="has an intervention"):
+        formats.read(tmp_path / "pyreft", llama)
+    architecture = field(b"general.architecture", 8, struct.pack("<Q", 13) + b"controlvector")
+    name = b"direction." + b"9" * 5000
+    info = struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 0, 0, 0)
+    (tmp_path / "a.gguf").write_bytes(gguf(architecture, count=1, tensors=info) + bytes(64))
+    with pytest.raises(CheckpointError, match="without a direction"):
+        formats.read(tmp_path / "a.gguf", llama)

@@ -62,7 +62,7 @@ def test_onto_a_model(tmp_path):
 
 
 def test_an_alora_keeps_the_tokens_from_which_it_acts(tmp_path, monkeypatch):
-    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["layers.0.self_attn.q_proj"]}
     stem, rng = "base_model.model.model.layers.0.self_attn.q_proj", np.random.default_rng(0)
     source = tmp_path / "alora"
     source.mkdir()
@@ -158,7 +158,7 @@ def test_an_embedding_and_one_alpha_for_several_scales(tmp_path):
     save_file({k: v.astype("f4") for k, v in tensors.items()}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "r": 2, "lora_alpha": 7, "use_rslora": true, "rank_pattern": {"q_proj": 3}, '
-        '"target_modules": ["q_proj", "embed_tokens"]}'
+        '"target_modules": ["layers.0.self_attn.q_proj", "embed_tokens"]}'
     )
     base = base_of(LLAMA)
     done = convert(folder, "gguf", tmp_path / "a.gguf", base)

@@ -195,7 +195,7 @@ def parametrized(*shape: int) -> torch.nn.Module:
 
 def block_of(place: str, blocks: list[Block]) -> Block | None:
     """Return the block that the path of a module of theirs begins with."""
-    number = re.search(r"\d+", place)
+    number = re.search(r"\d{1,9}", place)
     parts = [b for b in blocks if ("decoder" in b.path) == ("decoder" in place)] or blocks
     return None if number is None or int(number[0]) >= len(parts) else parts[int(number[0])]
 

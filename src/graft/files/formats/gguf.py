@@ -17,7 +17,7 @@ import numpy as np
 
 from graft.config.atomic import replace
 from graft.config.reading import LARGEST_NUMBER, Json, open_file
-from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.core.errors import BaseModelMismatchError, CheckpointError, shortened, some
 from graft.files.errors import BaseNeededError, LossError, PackageNeededError
 from graft.files.formats import Base, gguf_control, one_file
 from graft.files.formats.gguf_file import MAGIC, contents, package
@@ -55,6 +55,7 @@ ARCHITECTURES = {
     "CohereForCausalLM": ("command-r", False),
     "GPT2LMHeadModel": ("gpt2", False),
 }
+MOST_BLOCKS = 10_000
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors' names → those of ggml
 
 
@@ -170,6 +171,10 @@ def names_of(base: Base) -> dict[str, str]:
     gguf = package()
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch_of(base)[0])
     blocks = base.config.get("num_hidden_layers") or base.config.get("n_layer")
+    if not isinstance(blocks, int | None) or not 0 <= (blocks or 0) <= MOST_BLOCKS:
+        raise CheckpointError(
+            f"The config of {base.path} says {shortened(repr(blocks))} blocks. Give a model's config."
+        )
     table = gguf.get_tensor_name_map(arch, int(blocks or 0))
     found = {path: table.get_name(path) for path in base.modules}
     return {path: name for path, name in found.items() if name is not None}

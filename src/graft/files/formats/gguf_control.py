@@ -16,7 +16,7 @@ from graft.files.neutral import AdapterFile, Other
 from graft.files.tensors import Tensor, tensor
 
 ARCHITECTURE = "controlvector"
-DIRECTION = re.compile(r"direction\.(\d+)")
+DIRECTION = re.compile(r"direction\.(\d{1,9})")
 VECTOR = "steering_vector"
 
 

@@ -37,7 +37,7 @@ KINDS = {  # class of pyreft → (orthogonality, subtract_projection) of ReftCon
     "NodireftIntervention": (False, False),
 }  # fmt: skip
 SOURCE = {"reft_A{}.weight": ("weight", "learned_source.weight"), "reft_A{}.bias": ("bias", "learned_source.bias")}
-BLOCK = re.compile(r"(?:.*\.)?\w+\[(\d+)\](?:\.output)?")  # "model.layers[3].output"
+BLOCK = re.compile(r"(?:.*\.)?\w+\[(\d{1,9})\](?:\.output)?")  # "model.layers[3].output"
 SAID = ("prefix_positions", "suffix_positions", "tied_weights", "non_linearity", "dropout")
 
 

@@ -198,7 +198,9 @@ def move(model):
 
 
 @FUSED_EXPERTS
-@pytest.mark.parametrize("family", [*RENAMED, "mixtral", "gpt_oss", "llama4", "granitemoe", "nemotron_h"])
+@pytest.mark.parametrize(
+    "family", [*RENAMED, "mixtral", "qwen3_moe", "glm4_moe", "gpt_oss", "llama4", "granitemoe", "nemotron_h"]
+)
 def test_an_extract_is_loaded_and_merged_by_all(family, tmp_path):
     """Of models whose files have other names than their modules, stacks in pieces, and stacks stored (in, out)."""
     tuned = families.base(family)

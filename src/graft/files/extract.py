@@ -106,6 +106,8 @@ def extract(
         raise CheckpointError(f"{tuned.path} and {base.path} do not differ where include and exclude let them.")
     made.adapter.config["ensure_weight_tying"] = tie(made.adapter, layers)
     complete(made.adapter, layers)
+    linear = (path for path, lora in made.adapter.low_rank.items() if lora.kind == "linear")
+    made.adapter.by_parameter = frozenset(filter(layers.is_called_as_experts, linear))
     made.adapter.config["fan_in_fan_out"] = any(map(layers.is_conv1d, layers.old))
     if max_mb is not None and made.adapter.modules:
         made.adapter, cut = resize(made.adapter, max_mb=max_mb)

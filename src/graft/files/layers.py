@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from graft.files.base import BaseFiles
     from graft.files.neutral import Kind
+    from graft.inject.experts import Conversions
 
 # names, for bases of which no library makes a model
 TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
@@ -39,6 +40,7 @@ class Layers:
 
     def __init__(self, tuned: BaseFiles, base: BaseFiles):
         self.config, self.model = base.config, None
+        self._conversions: Conversions | None = None
         self.new, self.old = dict(tuned.tensors), dict(base.tensors)
         self.quantized = [m.path for m in (tuned, base) if "quantization_config" in m.config]
         if not self.quantized and (known := by_model(base)) is not None:
@@ -88,6 +90,16 @@ class Layers:
             return None if self.model is None else self.model.get_submodule(module_of(name))
         except AttributeError:
             return None
+
+    def is_called_as_experts(self, path: str) -> bool:
+        """Return True if PEFT takes a module's name for that of a matrix of experts, and rewrites a config with it."""
+        if self.model is None:
+            return False
+        if self._conversions is None:
+            from graft.inject.experts import Conversions
+
+            self._conversions = Conversions(self.model)
+        return self._conversions.by_peft and path.rpartition(".")[2] in self._conversions.names
 
     def is_embedding(self, name: str) -> bool:
         module = self._module(name)

@@ -83,6 +83,8 @@ class AdapterFile:
         changed_base: an initialisation that changed the base, by PEFT's name, where the file does not say how: ΔW is
             that of a base which only this initialisation makes.
         selected: the modules that the targets in `config` select; None where it is no config of PEFT.
+        by_parameter: modules that a config of PEFT names as parameters ("mlp.gate_proj.weight"), since PEFT takes their
+            names for those of experts.
         served: stacks of experts stand in the file as servers have them.
         pipeline: paths begin with the part of a pipeline: "unet.", "text_encoder_2.".
         flat: `modules` has the file's own names, which are no paths: only a base model's names make paths of them.
@@ -104,6 +106,7 @@ class AdapterFile:
     base: str | None = None  # its name or path, where the file says it
     changed_base: str | None = None
     selected: frozenset[str] | None = None
+    by_parameter: frozenset[str] = frozenset()
 
     @property
     def beside(self) -> list[tuple[str, Tensor]]:

@@ -583,13 +583,15 @@ def config_of(adapter: AdapterFile, base: Base | None) -> Json:
     """Return the fields of adapter_config.json: those that were read, as far as they are still true."""
     config = dict(adapter.config) if adapter.config.get("peft_type") == adapter.method else new_config(adapter)
     if adapter.selected != frozenset(adapter.modules):
-        paths = [p for p, h in adapter.modules.items() if h.kind != "experts"]
+        parameters = {p: as_target(p, adapter) for p, h in adapter.modules.items() if h.kind == "experts"}
+        parameters |= {p: as_target(p, adapter) for p in adapter.modules if p in adapter.by_parameter}
+        paths = [p for p in adapter.modules if p not in parameters]
         config["target_modules"] = targets_of(paths, base) if adapter.modules else NONE
         for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             if config.get(field) is not None:
                 config[field] = None
         if adapter.method == "LORA":
-            config["target_parameters"] = [p for p in adapter.modules if p not in paths] or None
+            config["target_parameters"] = [*parameters.values()] or None
     if adapter.method in SCALED:
         set_numbers(config, adapter)
     if changes_base(config) and adapter.changed_base is None and not any(h.shift for h in adapter.low_rank.values()):
@@ -643,10 +645,17 @@ def targets_of(paths: list[str], base: Base | None) -> list[str]:
     return sorted(paths)
 
 
+def as_target(path: str, adapter: AdapterFile) -> str:
+    """Return what a config calls a module, or a parameter."""
+    return f"{path}.weight" if path in adapter.by_parameter else path
+
+
 def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     """Let rank, alpha and their patterns say what each module has, unless they do."""
     name = SCALED[adapter.method]
-    wanted = {p: numbers for p, h in adapter.modules.items() if (numbers := rank_and_scale(h, adapter)) is not None}
+    wanted = {
+        as_target(p, adapter): n for p, h in adapter.modules.items() if (n := rank_and_scale(h, adapter)) is not None
+    }
     if not wanted:
         return
     root = bool(config.get("use_rslora"))

@@ -114,6 +114,9 @@ def test_equal_to_peft(name, method, density):
 
 @pytest.mark.parametrize("rule", [rules.magnitude_prune, rules.dare_linear, rules.ties, rules.dare_ties])
 def test_a_negative_density_is_refused(rule):
+    for odd in (float("nan"), "x"):
+        with pytest.raises(graft.ConfigError, match=r"Density should be >= 0"):
+            rule([torch.ones(2)], [1.0], odd)
     with pytest.raises(graft.ConfigError, match=r"Density should be >= 0, got -0\.5"):
         rule([torch.ones(2)], [1.0], -0.5)
 

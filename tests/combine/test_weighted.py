@@ -402,3 +402,21 @@ def test_rows_that_the_head_would_share_with_the_embedding_and_cannot():
     with pytest.raises(graft.ConfigError, match="'lm_head' shares its weight with the embedding"):
         model.add_weighted_adapter(["x", "y"], [0.7, 0.6], "new")
     assert before.keys() == model.state_dict().keys() and "new" not in model.peft_config
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (dict(combination_type="svd", svd_rank=2.0), "svd_rank must be an int, got 2.0"),
+        (dict(combination_type="svd", svd_clamp="x"), "`svd_clamp` is a quantile, between 0 and 1, got x"),
+        (dict(combination_type="ties", density="x"), "Density should be >= 0, got x"),
+    ],
+)
+def test_numbers_that_are_none(options, text):
+    model = graft.get_peft_model(models.make("mlp"), graft.LoraConfig(target_modules=["fc1"]))
+    model.add_adapter("b", graft.LoraConfig(target_modules=["fc1"]))
+    with pytest.raises((graft.ConfigError, graft.ConfigTypeError), match=text):
+        model.add_weighted_adapter(["default", "b"], [1, 1], "c", **options)
+    with pytest.raises(graft.ConfigTypeError, match=r"top_k must be an int, got 2\.5"):
+        graft.reduce_intruder_dimension(model, top_k=2.5)
+    assert set(model.peft_config) == {"default", "b"}

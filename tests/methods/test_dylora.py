@@ -88,7 +88,7 @@ def test_what_cannot_be():
     with pytest.raises(graft.ConfigError, match="between 1 and 4, that of layer '0', got 5"):
         graft.truncate_lora(model, 5)
     for rank in (2.0, "2", None):
-        with pytest.raises(graft.ConfigTypeError, match=r"as the rank of adapter 'default'\. Give a whole number"):
+        with pytest.raises(graft.ConfigTypeError, match="rank must be an int"):
             graft.truncate_lora(model, rank)
     with pytest.raises(graft.ConfigError, match="'default' is not plain LoRA or DyLoRA"):
         graft.truncate_lora(graft.get_peft_model(net(), graft.LoHaConfig(target_modules=["0"])), 1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graft.combine.forms import Form, Term
+from graft.config.fields import whole_number
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 
 # elementwise
@@ -93,8 +94,8 @@ def elect(tensors: Sequence[Tensor], weights: Sequence[float], majority_sign_met
 
 
 def check_density(density: float) -> None:
-    """Raise ConfigError for a negative density."""
-    if density < 0:
+    """Raise ConfigError for a density that is negative, NaN or no number."""
+    if not isinstance(density, (int, float)) or not density >= 0:
         raise ConfigError(f"Density should be >= 0, got {density}")
 
 
@@ -199,9 +200,9 @@ class Recipe:
             check_density(self.density)
             if self.density >= 1:
                 warn(f"The density {self.density} is greater than or equal to 1, no pruning will be performed.")
-        if self.rank is not None and self.rank < 1:
+        if self.rank is not None and whole_number(self.rank, "svd_rank") < 1:
             raise ConfigError(f"`svd_rank` should be a positive integer value but the value passed is {self.rank}")
-        if self.clamp is not None and not 0 <= self.clamp <= 1:
+        if self.clamp is not None and not (isinstance(self.clamp, (int, float)) and 0 <= self.clamp <= 1):
             raise ConfigError(f"`svd_clamp` is a quantile, between 0 and 1, got {self.clamp}.")
         if self.majority not in ("total", "frequency"):
             majority_sign((), self.majority)

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from graft.config.base import PeftConfig
-from graft.core.errors import ConfigError, PeftWarning, warn
+from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, shortened, warn
 
 T = TypeVar("T")
 MOST_LISTS = 100  # entries of layers_pattern; each is tried on every module
@@ -115,3 +116,11 @@ def settings(value: T | dict[str, object] | None) -> T:
 def require_positive_rank(r: int, where: str = "") -> None:
     if r <= 0:
         raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}{where}")
+
+
+def whole_number(value: object, name: str) -> int:
+    """Return a value as an int, of any type that stands for one, such as NumPy's. Raises ConfigTypeError for others."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigTypeError(f"{name} must be an int, got {shortened(repr(value))}.") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import operator
 import os
 import random
 from collections.abc import Iterator
@@ -23,13 +22,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft.config.atomic import folder_for, replace, write_text
+from graft.config.fields import whole_number
 from graft.config.reading import Json
 from graft.core.containers import Slot
 from graft.core.errors import (
     AdapterKeyError,
     CheckpointError,
     ConfigError,
-    ConfigTypeError,
     DistributedError,
     PeftError,
     some,
@@ -267,7 +266,7 @@ class Taken:
         options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer_states.groups]
         self.note: Json = {
             "format": FORMAT,
-            "step": number(step),
+            "step": whole_number(step, "step"),
             "extra": pack(extra, tensors, "extra"),
             "processes": processes(),
             "optimizer": called(optimizer_states.inner),
@@ -398,13 +397,6 @@ def peft_model_in(model: object, who: str) -> Any:
 def check_scheduler(scheduler: object) -> None:
     if scheduler is not None and not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
         raise ConfigError(f"A {type(scheduler).__name__} is no scheduler: that comes third, then the loader.")
-
-
-def number(step: object) -> int:
-    try:
-        return operator.index(step)  # type: ignore[arg-type]
-    except TypeError:
-        raise ConfigTypeError(f"step must be an int, got {step!r}.") from None
 
 
 def called(thing: object) -> str:

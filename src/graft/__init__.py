@@ -19,7 +19,7 @@ _NAMES: dict[str, str] = {
     for module, names in {
         "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError AlreadyInjectedError "
         "BaseModelMismatchError CalibrationError CheckpointError ConfigError ConfigTypeError DistributedError "
-        "FolderInUseError InUseError NoMatchingPeftModuleError PeftError PeftWarning RoutingError "
+        "FolderInUseError InUseError LossError NoMatchingPeftModuleError PeftError PeftWarning RoutingError "
         "UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
         "graft.core.method": "Method",

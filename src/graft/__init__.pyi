@@ -19,6 +19,7 @@ from graft.core.errors import ConfigTypeError as ConfigTypeError
 from graft.core.errors import DistributedError as DistributedError
 from graft.core.errors import FolderInUseError as FolderInUseError
 from graft.core.errors import InUseError as InUseError
+from graft.core.errors import LossError as LossError
 from graft.core.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from graft.core.errors import PeftError as PeftError
 from graft.core.errors import PeftWarning as PeftWarning
@@ -390,6 +391,7 @@ __all__ = [
     "LoraRuntimeConfig",
     "LoraXsConfig",
     "LoraXsModel",
+    "LossError",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "Method",
     "MissConfig",

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import graft
 from graft.command import app, plan
-from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, PeftError
-from graft.files.errors import BaseNeededError, LossError, OutputExistsError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, LossError, PeftError
+from graft.files.errors import BaseNeededError, OutputExistsError
 
 MLX = Path(__file__).parents[1] / "files" / "fixtures" / "mlx_lora"
 

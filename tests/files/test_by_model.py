@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import graft
-from graft.core.errors import BaseModelMismatchError
+from graft.core.errors import BaseModelMismatchError, LossError
 from graft.files.base import base_files
 from graft.files.bases import base_of, by_model, fitted
 from graft.files.by_model import by_name
 from graft.files.convert import convert
 from graft.files.diff import difference
-from graft.files.errors import BaseNeededError, LossError
+from graft.files.errors import BaseNeededError
 from graft.files.export import export
 from graft.files.formats import read
 from graft.files.inspect import inspect

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
-from graft.core.errors import CheckpointError
+from graft.core.errors import CheckpointError, LossError
 from graft.files.base import base_files
 from graft.files.complete import gaps
 from graft.files.convert import convert
-from graft.files.errors import LossError
 from graft.files.export import export
 from graft.files.formats import read
 from graft.files.lint import lint

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import graft
-from graft.core.errors import BaseModelMismatchError, ConfigError
+from graft.core.errors import BaseModelMismatchError, ConfigError, LossError
 from graft.files import formats
 from graft.files.base import base_files
-from graft.files.errors import LossError, OptionError
+from graft.files.errors import OptionError
 from graft.files.export import export
 from graft.files.serving import check
 from graft.model.export import export as export_of_model

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from graft.core.errors import CheckpointError
+from graft.core.errors import CheckpointError, LossError
 from graft.files import formats
 from graft.files.base import Skeleton
 from graft.files.bases import base_of
 from graft.files.convert import convert
 from graft.files.diff import difference
-from graft.files.errors import BaseNeededError, LossError
+from graft.files.errors import BaseNeededError
 from graft.files.formats import gguf, kohya, peft
 from graft.files.resize import resize
 from tests.files.dense import changes

@@ -17,13 +17,13 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 
 from graft.config import atomic
-from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
 from graft.files import formats
 from graft.files.base import Skeleton
 from graft.files.bases import base_of
 from graft.files.convert import convert
 from graft.files.diff import difference
-from graft.files.errors import BaseNeededError, LossError, OptionError, OutputExistsError
+from graft.files.errors import BaseNeededError, OptionError, OutputExistsError
 from graft.files.inspect import inspect
 from graft.files.lint import lint
 from graft.files.neutral import AdapterFile, LowRank

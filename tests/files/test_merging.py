@@ -28,10 +28,10 @@ from transformers import (
 
 import graft
 from graft.config import atomic
-from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
 from graft.files import formats
 from graft.files.convert import convert
-from graft.files.errors import LossError, OptionError, OutputExistsError
+from graft.files.errors import OptionError, OutputExistsError
 from graft.files.merging.merge import merge
 from graft.files.merging.stream import Workplace
 from graft.model.merge_files import merge_files

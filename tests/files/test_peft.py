@@ -14,9 +14,8 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 import graft
-from graft.core.errors import CheckpointError
+from graft.core.errors import CheckpointError, LossError
 from graft.files.base import Skeleton
-from graft.files.errors import LossError
 from graft.files.formats import peft as form
 from graft.files.formats import read, recognise
 from graft.files.neutral import Other

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 import graft
-from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftWarning
+from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, PeftWarning
 from graft.files import formats
 from graft.files.convert import convert
-from graft.files.errors import BaseNeededError, LossError
+from graft.files.errors import BaseNeededError
 from graft.files.formats.adapterhub_places import parametrized
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS

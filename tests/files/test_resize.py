@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
+from graft.core.errors import LossError
 from graft.files import algebra
 from graft.files.diff import difference
-from graft.files.errors import LossError, OptionError
+from graft.files.errors import OptionError
 from graft.files.formats import peft as form
 from graft.files.formats import read
 from graft.files.inspect import inspect

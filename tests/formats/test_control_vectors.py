@@ -12,10 +12,10 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 import graft
-from graft.core.errors import BaseModelMismatchError
+from graft.core.errors import BaseModelMismatchError, LossError
 from graft.files import formats
 from graft.files.convert import convert
-from graft.files.errors import BaseNeededError, LossError
+from graft.files.errors import BaseNeededError
 from tests.looks import layers
 
 HERE = Path(__file__).parents[1] / "methods" / "fixtures"

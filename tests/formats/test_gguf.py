@@ -11,11 +11,11 @@ import torch
 from safetensors.numpy import save_file
 
 import graft
-from graft.core.errors import BaseModelMismatchError, CheckpointError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError
 from graft.files import formats
 from graft.files.bases import base_of
 from graft.files.convert import convert
-from graft.files.errors import BaseNeededError, LossError, PackageNeededError
+from graft.files.errors import BaseNeededError, PackageNeededError
 from tests.files.dense import changes
 from tests.files.test_formats import FIXTURES, assert_same, wanted
 

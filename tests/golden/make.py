@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import graft
+from graft.core.errors import LossError
 from graft.files.convert import convert
-from graft.files.errors import LossError
 from graft.files.serving import servers
 from graft.io.servers import LAYOUTS
 from graft.methods import ROWS

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
-from graft.files.errors import LossError
+from graft.core.errors import LossError
 from tests.families import FAMILIES, IDS, base
 from tests.leaves_out import FUSED_EXPERTS
 from tests.looks import layers

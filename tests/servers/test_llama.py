@@ -20,10 +20,11 @@ import torch
 
 import graft
 from examples.start import wait_for_server
+from graft.core.errors import LossError
 from graft.files import formats
 from graft.files.base import base_files
 from graft.files.convert import convert
-from graft.files.errors import LossError, ServerError, UnknownModelError
+from graft.files.errors import ServerError, UnknownModelError
 from graft.files.export import export
 from graft.files.serving import check
 from graft.files.tensors import read_header, tensor, write_safetensors

@@ -19,19 +19,13 @@ import typer
 from graft.core.errors import (
     AdapterKeyError,
     BaseModelMismatchError,
+    LossError,
     NoMatchingPeftModuleError,
     PeftError,
     UnsupportedLayerError,
     escape_controls,
 )
-from graft.files.errors import (
-    BaseNeededError,
-    LossError,
-    OptionError,
-    OutputExistsError,
-    PackageNeededError,
-    UnknownModelError,
-)
+from graft.files.errors import BaseNeededError, OptionError, OutputExistsError, PackageNeededError, UnknownModelError
 
 FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5
 CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits

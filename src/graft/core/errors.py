@@ -91,6 +91,10 @@ class ServerTimeoutError(PeftError, TimeoutError):
     """A server did not answer in time."""
 
 
+class LossError(PeftError, ValueError):
+    """A format, a server or a smaller rank cannot hold all that an adapter has."""
+
+
 class NonFiniteError(CheckpointError):
     """A checkpoint holds NaN or an infinite number."""
 

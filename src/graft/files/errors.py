@@ -6,10 +6,6 @@ from __future__ import annotations
 from graft.core.errors import ConfigError, PeftError
 
 
-class LossError(PeftError, ValueError):
-    """A format, or a smaller rank, cannot hold all that an adapter has."""
-
-
 class OutputExistsError(PeftError, FileExistsError):
     """There is something already where a result would be written."""
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, some
+from graft.core.errors import BaseModelMismatchError, LossError, some
 from graft.files import kasa
 from graft.files.algebra import as_low_rank, block_diagonal
 from graft.files.base import Skeleton
 from graft.files.bases import by_model
 from graft.files.complete import check_whole
-from graft.files.errors import LossError
 from graft.files.formats import Base, writer_of
 from graft.files.holding import padded
 from graft.files.inspect import check_finite
@@ -27,10 +26,12 @@ from graft.files.names import check_shapes, kind_of
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.serving import CONDITIONS, Server, Subject, beside, data, server_named
 from graft.files.tensors import tensor
+from graft.io.written import TRAINING_ONLY
 
 MERGED = ("dora", "bias", "whole_norms", "whole_modules", "token_rows", "kasa")  # conditions without a form
 LAYOUTS = ("vllm", "sglang")  # servers with layouts of experts that graft writes
 PLACES = ("embeddings", "output_head", "kernels")  # conditions of modules that some servers do not adapt
+KNOWN = ("lora_shift.", *TRAINING_ONLY)  # tensors that become factors, or are left out
 SAME = 2**-7  # relative: a base in half precision is the same base
 SAME_PATH = "language_model"  # a part of paths that classes of one multimodal model have or do not have
 
@@ -158,7 +159,7 @@ def check(adapter: AdapterFile, server: Server) -> None:
             f"{adapter.path} belongs to a base that {adapter.changed_base} has changed, and does not say how: load it "
             "by graft onto the base as it was, and save it."
         )
-    unknown = [f"{path}.{name}" for path, of in adapter.low_rank.items() for name in of.extra if not known_extra(name)]
+    unknown = [f"{p}.{name}" for p, of in adapter.low_rank.items() for name in of.extra if not name.startswith(KNOWN)]
     rest = [*adapter.unread, *adapter.shared, *unknown]
     if adapter.method != "LORA" or rest or not adapter.modules:
         raise LossError(f"{adapter.path} ({adapter.method}) is no LoRA, or not only: {some(rest)}.")
@@ -175,11 +176,6 @@ def check_beside(adapter: AdapterFile, base: Base) -> None:
                 f"{adapter.path} holds a '{name}' of other rows or values than the base's: merge it (graft merge), and "
                 "serve the model."
             )
-
-
-def known_extra(name: str) -> bool:
-    """Return True for tensors that a base's change consists of, or that count in training only."""
-    return name.startswith(("lora_shift.", "lora_velora_", "lora_monteclora_"))
 
 
 def factors(path: str, module: LowRank | Other, config: dict[str, object]) -> LowRank:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, some
+from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError, some
 from graft.files import algebra
 from graft.files.algebra import Svd
 from graft.files.base import BaseFiles
-from graft.files.errors import LossError, OptionError
+from graft.files.errors import OptionError
 from graft.files.layers import Layers, module_of, same
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.resize import check, resize

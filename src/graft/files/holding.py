@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from graft.core.errors import CheckpointError, some
+from graft.core.errors import CheckpointError, LossError, some
 from graft.files.algebra import as_low_rank, products, with_core
-from graft.files.errors import LossError
 from graft.files.formats.peft import PREFIXES, VARIANTS, named_as_there
 from graft.files.names import CONV1D
 from graft.files.neutral import AdapterFile, LowRank, Other

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from graft.core.errors import BaseModelMismatchError, CheckpointError, some
-from graft.files.errors import LossError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, some
 
 if TYPE_CHECKING:
     import torch

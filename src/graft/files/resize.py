@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graft.config.reading import Json
-from graft.core.errors import some
+from graft.core.errors import LossError, some
 from graft.files import algebra
 from graft.files.complete import check_whole
-from graft.files.errors import LossError, OptionError
+from graft.files.errors import OptionError
 from graft.files.holding import padded
 from graft.files.inspect import check_finite
 from graft.files.neutral import AdapterFile, LowRank, Other

@@ -12,6 +12,7 @@ from graft.config.reading import Json
 from graft.core.errors import ConfigError, PeftWarning, warn
 
 MARK = "lora_B_layout"  # what Unsloth notes in configs: one of the last two names below
+TRAINING_ONLY = ("lora_velora_", "lora_monteclora_")  # beginnings of names: tensors that count in training only
 NAMES: dict[str, Json] = {
     "peft": dict(exchanged=False, by_expert=False),
     "exchanged": dict(exchanged=True),

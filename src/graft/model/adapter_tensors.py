@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from graft.combine.adding import rank_patterns
 from graft.config.base import FORMAT_VERSION, PeftConfig
 from graft.config.reading import Json
-from graft.core.errors import ConfigError, some
+from graft.core.errors import ConfigError, LossError, some
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method, Use
 from graft.core.ops import Opaque
 from graft.core.wrappers import clean
-from graft.files.errors import LossError
-from graft.files.export import known_extra
 from graft.inject.parts import Nests, Parts, reads, unwrapped
 from graft.inject.stage import group_in
 from graft.io import files, save
 from graft.io.fingerprint import Note, hashed
 from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, Block, Blocks, Pair, differs
 from graft.io.tensors import digest_of
+from graft.io.written import TRAINING_ONLY
 from graft.methods.lora.config import LoraConfig
 from graft.model.checkpoints import check, folder_of, names_to_save
 from graft.storage.parallel import layout_of
@@ -180,7 +179,7 @@ def reasons(view: View, config: PeftConfig | None, model: nn.Module) -> Iterator
 def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
     m: Method = layer.methods[view.adapter]
     containers = {slot.container for slot in layer.slots(view.adapter) if slot.saved}
-    strange = sorted(name for name in containers - FACTORS if not known_extra(f"{name}."))
+    strange = sorted(name for name in containers - FACTORS if not name.startswith(TRAINING_ONLY))
     biased = any(slot.container == "lora_B" and slot.path == "bias" for slot in layer.slots(view.adapter))
     if m.effect.product is None:
         yield f"{type(m).__name__} does more than to add B A"

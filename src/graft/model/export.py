@@ -10,10 +10,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import PeftWarning
+from graft.core.errors import LossError, PeftWarning
 from graft.core.folding import change_of
 from graft.files.convert import ENDS
-from graft.files.errors import LossError
 from graft.files.export import Exported
 from graft.files.export import export as export_file
 from graft.files.formats import peft

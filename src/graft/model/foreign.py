@@ -11,10 +11,9 @@ from typing import Any
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.core.errors import BaseModelMismatchError, some
+from graft.core.errors import BaseModelMismatchError, LossError, some
 from graft.files.base import Skeleton
 from graft.files.components import part_for
-from graft.files.errors import LossError
 from graft.files.formats import read
 from graft.files.formats.peft import config_of, tensors_of
 from graft.files.holding import PEFT, fit

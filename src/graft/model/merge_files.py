@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from graft.core.effect import Replace, Rewrite
-from graft.core.errors import BaseModelMismatchError
+from graft.core.errors import BaseModelMismatchError, LossError
 from graft.core.folding import evaluating, fold_step
 from graft.core.holding import Where
 from graft.core.layer import AdapterLayer
@@ -22,7 +22,6 @@ from graft.core.merging import fixed
 from graft.core.method import Method, Use
 from graft.core.random import made_on
 from graft.files.base import BaseFiles
-from graft.files.errors import LossError
 from graft.files.formats import peft
 from graft.files.merging import heads
 from graft.files.merging.folds import Change, Job, Read, whole

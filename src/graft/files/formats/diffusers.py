@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graft.config.reading import Json, check, parsed
-from graft.core.errors import CheckpointError
+from graft.core.errors import CheckpointError, LossError
 from graft.files.bases import COMPONENTS
 from graft.files.components import is_pipeline, parts_of
-from graft.files.errors import BaseNeededError, LossError, PackageNeededError
+from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import key_of, numbers_at, plain
 from graft.files.holding import Holds, both, fit, misfit, scale_of

@@ -17,8 +17,8 @@ import numpy as np
 
 from graft.config.atomic import replace
 from graft.config.reading import LARGEST_NUMBER, Json, open_file
-from graft.core.errors import BaseModelMismatchError, CheckpointError, shortened, some
-from graft.files.errors import BaseNeededError, LossError, PackageNeededError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, shortened, some
+from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, gguf_control, one_file
 from graft.files.formats.gguf_file import MAGIC, contents, package
 from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit

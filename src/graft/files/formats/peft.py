@@ -17,12 +17,12 @@ from graft.config.atomic import folder_for
 from graft.config.base import FORMAT_VERSION
 from graft.config.file import ConfigFile, whole_model
 from graft.config.reading import Json, ending, open_file, pattern, read_object
-from graft.core.errors import CheckpointError, PeftWarning, shortened, some, warn
+from graft.core.errors import CheckpointError, LossError, PeftWarning, shortened, some, warn
 from graft.files import pickles
 from graft.files.bases import COMPONENTS
 from graft.files.components import joined, parts_of
 from graft.files.components import split as split_by_part
-from graft.files.errors import BaseNeededError, LossError
+from graft.files.errors import BaseNeededError
 from graft.files.neutral import AdapterFile, Kind, LowRank, Other
 from graft.files.served import as_trained, is_served, with_todays_names
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json, read_object
-from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
-from graft.files.errors import LossError
+from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, PeftWarning, some, warn
 from graft.files.formats import Base
 from graft.files.holding import Holds, check_lost, fit
 from graft.files.neutral import AdapterFile, Other

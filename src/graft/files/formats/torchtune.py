@@ -12,8 +12,8 @@ import re
 from dataclasses import replace
 
 from graft.config.reading import Json, read_object
-from graft.core.errors import CheckpointError
-from graft.files.errors import BaseNeededError, LossError
+from graft.core.errors import CheckpointError, LossError
+from graft.files.errors import BaseNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import numbers_at
 from graft.files.holding import both, misfit

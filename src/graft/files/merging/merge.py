@@ -18,11 +18,11 @@ import torch
 
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, CheckpointError, NonFiniteError, some
+from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError, some
 from graft.files import kasa
 from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
 from graft.files.complete import check_whole
-from graft.files.errors import LossError, OptionError
+from graft.files.errors import OptionError
 from graft.files.formats import read
 from graft.files.merging import heads
 from graft.files.merging.folds import Change, Job, changes

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING
 
 from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.base import BaseFiles, Known, Skeleton, base_files
+from graft.files.places import shift_of
 
 if TYPE_CHECKING:
     pass
@@ -107,27 +107,15 @@ def fitted(base: Known, paths: Iterable[str]) -> Known:
 
 
 def shifted(base: Known, wanted: Set[str]) -> Known:
-    """Return a base whose names have one prefix more or less: that by which it has most of the wanted modules.
-
-    It is the base itself if there is none, or if several do equally.
-    """
-    names = {*base.modules, *base.shapes}
-    found = Counter(("", prefix) for name in names for prefix, tail in cuts(name) if tail in wanted)
-    found += Counter((prefix, "") for path in wanted for prefix, tail in cuts(path) if tail in names)
-    (best, n), *others = found.most_common(2) or [(("", ""), 0)]
-    if not n or (others and others[0][1] == n):
+    """Return a base whose names have the one prefix more or less by which it has most of the wanted modules."""
+    here, there = shift_of(wanted, {*base.modules, *base.shapes})
+    if here == there:
         return base
-    more, less = best
 
     def new(name: str) -> str:
-        return more + name.removeprefix(less)
+        return here + name.removeprefix(there)
 
     return Skeleton(
         base.path, base.config, {new(name): shape for name, shape in base.shapes.items()}, [*map(new, base.modules)],
-        {new(name): tensor for name, tensor in base.tensors.items()}, shift=best,
+        {new(name): tensor for name, tensor in base.tensors.items()}, shift=(here, there),
     )  # fmt: skip
-
-
-def cuts(name: str) -> Iterator[tuple[str, str]]:
-    """Yield the ways to cut a dotted name in two, with the dot in the first part."""
-    return ((name[: i + 1], name[i + 1 :]) for i, c in enumerate(name) if c == ".")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ class Places:
 
     def __init__(self, shapes: Mapping[str, Shape], model: Callable[[], PreTrainedModel | None]):
         self.shapes, self.model = shapes, model
-        self.prefixes: tuple[str, str] | None = None  # that names have, and in its stead the checkpoint
+        self.shift = ("", "")  # prefix that names have, and in its stead the checkpoint
         self.computed: dict[str, Computed] = {}
 
     @cached_property
@@ -67,12 +68,9 @@ class Places:
         if not left:
             return found
         theirs = {name: self.by_transformers[name] for name in left if name in self.by_transformers}
-        if len(theirs) < len(left) and not theirs and not found:
-            prefixed = with_prefix(left, self.shapes)
-            theirs = {name: [Spot(key)] for name, key in prefixed.items()}
-            for name, key in prefixed.items():
-                less = len(key) < len(name)
-                self.prefixes = (name.removesuffix(key), "") if less else ("", key.removesuffix(name))
+        if not theirs and not found:
+            self.shift = shift_of({*left}, self.shapes.keys())
+            theirs = {name: spots for name in left if (spots := self.find(name)) is not None}
         missing = [name for name in left if name not in theirs]
         if missing and self.computed:
             raise LossError(
@@ -93,25 +91,25 @@ class Places:
             return [Spot(name)]
         if name in self.by_transformers:
             return self.by_transformers[name]
-        own, theirs = self.prefixes or ("", "")
+        own, theirs = self.shift
         key = theirs + name.removeprefix(own)
         return [Spot(key)] if name.startswith(own) and key in self.shapes else None
 
 
-def with_prefix(names: Iterable[str], keys: Collection[str]) -> dict[str, str]:
-    """Return the names as the checkpoint has them, if one prefix more or less makes all of them keys; else {}."""
-    names = list(names)
-    first = f".{names[0]}"
-    more = {key[: len(key) - len(first) + 1] for key in keys if key.endswith(first)}
-    less = {names[0][: i + 1] for i, c in enumerate(names[0]) if c == "." and names[0][i + 1 :] in keys}
-    fits = [{name: prefix + name for name in names} for prefix in sorted(more)]
-    fits += [
-        {name: name[len(prefix) :] for name in names}
-        for prefix in sorted(less)
-        if all(name.startswith(prefix) for name in names)
-    ]
-    fits = [fit for fit in fits if all(key in keys for key in fit.values())]
-    return fits[0] if len(fits) == 1 else {}
+def shift_of(wanted: Set[str], names: Set[str]) -> tuple[str, str]:
+    """Return the prefix of wanted names and the one in its stead by which most of them are among `names`.
+
+    One of the two is empty; both are if nothing makes any of them a name, or several prefixes do equally.
+    """
+    found = Counter(("", prefix) for name in names for prefix, tail in cuts(name) if tail in wanted)
+    found += Counter((prefix, "") for name in wanted for prefix, tail in cuts(name) if tail in names)
+    (best, n), *others = found.most_common(2) or [(("", ""), 0)]
+    return ("", "") if others and others[0][1] == n else best
+
+
+def cuts(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the ways to cut a dotted name in two, with the dot in the first part."""
+    return ((name[: i + 1], name[i + 1 :]) for i, c in enumerate(name) if c == ".")
 
 
 @dataclass

@@ -550,6 +550,40 @@ def test_every_schedule_goes_on(make, tmp_path):
     assert same(again.run(2).values(), whole.values())
 
 
+class Rule:
+    """A function of a schedule that remembers."""
+
+    def __init__(self):
+        self.seen, self.best = [], None
+
+    def __call__(self, step):
+        self.seen.append(step)
+        self.best = 0.5
+        return 0.9**step
+
+
+def test_objects_and_numbers_of_others_go_on(tmp_path):
+    """A rule with a state that grows, rates of NumPy's, and back to a save before the first look at a loss."""
+
+    def parts():
+        training = Training()
+        for group in training.optimizer.param_groups:
+            group["lr"] = np.float64(group["lr"])
+        training.scheduler = LambdaLR(training.optimizer, Rule())
+        return training
+
+    training, again = parts().run(3), parts()
+    graft.save_training(tmp_path, *training.parts, step=3)
+    graft.resume(tmp_path, *again.parts)
+    seen = [made.scheduler.lr_lambdas[0].seen for made in (training, again)]
+    assert seen[0] == seen[1] == [0, 0, 1, 1, 2, 2, 3, 3]
+    training.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(training.optimizer)
+    graft.save_training(tmp_path, *training.parts, step=3)
+    training.scheduler.step(0.3)
+    graft.resume(tmp_path, *training.parts)
+    assert training.scheduler.best == float("inf")
+
+
 def test_a_schedule_that_waits_for_a_better_loss(tmp_path):
     """Its best loss is infinite before the first."""
     for steps in (0, 2):

@@ -58,7 +58,7 @@ from graft.train.state_check import (
     is_count,
     is_known,
 )
-from graft.train.state_file import check_base, pack, read, slots, write
+from graft.train.state_file import as_read, check_base, pack, read, slots, write
 
 FILE, NOTE = "training.safetensors", "training.json"
 FORMAT = 1
@@ -527,7 +527,7 @@ class Resume:
             options = {k: v for k, v in then.items() if k != "params" and k not in OF_THIS_MACHINE}
             exact = is_known(inner, OWN)
             for name in options.keys() & group.keys():
-                check_like(options[name], group[name], f"{path}: the option '{name}'", exact, name)
+                check_like(options[name], as_read(group[name]), f"{path}: the option '{name}'", exact, name)
             check_like(options.get("initial_lr", 0.0), 0.0, f"{path}: the option 'initial_lr'", exact, "initial_lr")
         for p, i, name in self.parameters_with_state():
             where = f"{path}: the optimizer's state of '{name}'"
@@ -536,7 +536,7 @@ class Resume:
             )
         if self.note["schedule"] is not None and "scheduler" not in fresh:
             known = is_known(self.scheduler, "torch.optim.")
-            check_like(self.note["schedule"], self.scheduler.state_dict(), f"{path}: the schedule", known)
+            check_like(self.note["schedule"], as_read(self.scheduler.state_dict()), f"{path}: the schedule", known)
         if self.mine is not None and "generators" not in fresh:
             check_random(self.mine["random"], path)
             here = generators(self.loader)

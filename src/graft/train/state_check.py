@@ -40,6 +40,8 @@ SQUARES |= {"variance", "row_var", "col_var"}
 OWN = ("torch.optim.", "graft.optim")  # modules of classes whose state is known
 
 RATES = {"lr", "initial_lr", "base_lrs", "_last_lr", "min_lrs", "max_lr", "min_lr", "eta_min"}
+UNBOUNDED = {"best", "mode_worse"}  # losses of ReduceLROnPlateau, before the first
+FUNCTIONS = "lr_lambdas"  # of schedules: what objects of the user's hold
 NOT_NEGATIVE = {"eps", "weight_decay", "momentum", "last_epoch", "_step_count"}
 
 
@@ -116,19 +118,21 @@ def check_generator(state: object, what: str, device: str = "cpu") -> None:
 def check_like(value: object, here: object, what: str, exact: bool, name: str = "") -> None:
     """Raise CheckpointError unless a value of a file can stand in place of one that is here.
 
-    Numbers are finite where those here are, rates and some others within their range; texts are the same.
+    Numbers are finite where those here are, but for the best loss so far; rates and some others are within their range;
+    texts are the same.
 
     Args:
+        here: as a file would hold it, see `as_read`.
         exact: lists are as long and dicts have the same keys. False: of a class that graft does not know, whose None
             may be anything.
         name: of the option, for its range.
     """
-    if here is None and (not exact or value == {}):  # torch has {} for an object whose function here is a plain one
+    if here is None and not exact:
         return
     if is_number(here) and is_number(value):
-        n, finite = float(value), math.isfinite(float(here))  # type: ignore[arg-type]
+        n, finite = float(value), math.isfinite(float(here)) and name not in UNBOUNDED  # type: ignore[arg-type]
         low, high = 0.0 if name in RATES | NOT_NEGATIVE else -math.inf, LARGEST_NUMBER if name in RATES else math.inf
-        right = low <= n <= high and (math.isfinite(n) or not finite) and (name != "betas" or 0 <= n < 1)
+        right = low <= n <= high and (math.isfinite(n) or not (finite and exact)) and (name != "betas" or 0 <= n < 1)
     elif isinstance(here, (list, tuple)) and type(value) is type(here):
         right = not exact or len(value) == len(here)
         for inner, inner_here in zip(value, here) if right else ():
@@ -136,7 +140,7 @@ def check_like(value: object, here: object, what: str, exact: bool, name: str = 
     elif isinstance(here, dict) and isinstance(value, dict):
         right = not exact or value.keys() == here.keys()
         for key in value.keys() & here.keys() if right else ():
-            check_like(value[key], here[key], f"{what}, '{key}'", exact, key)
+            check_like(value[key], here[key], f"{what}, '{key}'", exact and key != FUNCTIONS, key)
     elif isinstance(here, Tensor):
         right = isinstance(value, Tensor) and value.shape == here.shape and value.dtype == here.dtype
     else:

@@ -105,6 +105,12 @@ def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None 
     raise ConfigError(f"{where}: {type(value).__name__} cannot be written to a file without pickle.")
 
 
+def as_read(value: object) -> Any:
+    """Return a value as `read` gives it back: NumPy's numbers and enums are Python's."""
+    tensors = dict[str, Tensor]()
+    return unpack(json.loads(json.dumps(pack(value, tensors, ""))), tensors)
+
+
 def unpack(value: object, tensors: dict[str, Tensor], path: str = "", depth: int = 0) -> Any:
     """Return what `pack` took.
 

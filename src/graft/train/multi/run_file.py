@@ -34,7 +34,7 @@ from graft.train.state_check import (
     is_number,
     is_other,
 )  # fmt: skip
-from graft.train.state_file import check_base, pack, read, slots, unpack, write
+from graft.train.state_file import as_read, check_base, pack, read, slots, write
 
 FILE, NOTE = "run.safetensors", "run.json"
 FIELDS = {
@@ -152,8 +152,7 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
     check_base(state["base"], base_fingerprint(model, run.name), f"Run '{run.name}' in {where}")
     own = {"config": run.config_values, "settings": settings(run)}
     for what, now in own.items():
-        tensors = dict[str, Tensor]()
-        now = unpack(json.loads(json.dumps(pack(now, tensors, ""))), tensors)  # as a file holds it
+        now = as_read(now)
         differ = [f"{k} = {state[what][k]!r}, now {v!r}" for k, v in now.items() if is_other(state[what].get(k, v), v)]
         if differ:
             raise ConfigError(
@@ -214,7 +213,7 @@ def check_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
         raise CheckpointError(f"{path} has a schedule and the run has none, or the reverse. {REMEDY}")
     if run.schedule is not None:
         known = is_known(run.schedule, OWN)
-        check_like(state["schedule"], run.schedule.state_dict(), f"{path}: the schedule", known)
+        check_like(state["schedule"], as_read(run.schedule.state_dict()), f"{path}: the schedule", known)
     for states in (state["draws"], state["position"]["began"], *([state["first"][1]] if state["first"] else [])):
         if not isinstance(states, list) or len(states) != len(run.draws.states):
             raise CheckpointError(f"{path} has states of another number of generators than the run. {REMEDY}")
@@ -243,7 +242,7 @@ def check_values(values: Json, here: dict[str, Tensor], path: str) -> None:
 def check_optimizer(run: Run, state: Json, path: str) -> None:
     """Raise CheckpointError unless the optimizer of a run can go on with a `state_dict`."""
     check_fields(state, {"state": has(dict, dict), "param_groups": has(list, dict)}, f"{path}: the optimizer")
-    optimizer, groups = run.optimizer, run.optimizer.state_dict()["param_groups"]
+    optimizer, groups = run.optimizer, as_read(run.optimizer.state_dict()["param_groups"])
     check_like(state["param_groups"], groups, f"{path}: the optimizer's groups", is_known(optimizer, OWN))
     group_of = {i: group for group in groups for i in group["params"]}
     numbers = [i for group in state["param_groups"] for i in group.get("params", ())]

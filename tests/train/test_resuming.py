@@ -396,6 +396,7 @@ FORGED = {
     "moments NaN": replaced("exp_avg/", lambda t: t * nan),
     "squares below 0": replaced("exp_avg_sq/", lambda t: -t),
     "moments in half precision": replaced("exp_avg/", lambda t: t.half()),
+    "moments in double precision": replaced("exp_avg/", lambda t: t.double(), every=False),
     "moment of integers": replaced("exp_avg/", lambda t: t.long(), every=False),
     "steps": replaced("step/", lambda t: t + 1e30),
     "steps below 0": replaced("step/", lambda t: t - 100),

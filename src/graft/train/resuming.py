@@ -529,11 +529,10 @@ class Resume:
             for name in options.keys() & group.keys():
                 check_like(options[name], as_read(group[name]), f"{path}: the option '{name}'", exact, name)
             check_like(options.get("initial_lr", 0.0), 0.0, f"{path}: the option 'initial_lr'", exact, "initial_lr")
+        masters = mastered(v.tensor for v in self.values.values())
         for p, i, name in self.parameters_with_state():
-            where = f"{path}: the optimizer's state of '{name}'"
-            check_moments(
-                self.note["states"][name], shape_of(p), p.dtype, inner, self.optimizer_states.groups[i], where
-            )
+            where, dtype = f"{path}: the optimizer's state of '{name}'", torch.float32 if id(p) in masters else p.dtype
+            check_moments(self.note["states"][name], shape_of(p), dtype, inner, self.optimizer_states.groups[i], where)
         if self.note["schedule"] is not None and "scheduler" not in fresh:
             known = is_known(self.scheduler, "torch.optim.")
             check_like(self.note["schedule"], as_read(self.scheduler.state_dict()), f"{path}: the schedule", known)

@@ -165,6 +165,9 @@ def check_moments(
 
     Of classes of torch and graft names, types, shapes and signs are known; of others numbers are finite.
 
+    Args:
+        dtype: of the values that train: of masters, where an optimizer keeps those.
+
     Raises:
         NonFiniteError: a tensor or number is NaN or infinite.
     """
@@ -185,7 +188,7 @@ def check_moments(
             right = isinstance(value, counts) and is_number(value) and 0 <= float(value) <= MOST_STEPS  # type: ignore[arg-type]
             right = right and not (isinstance(value, Tensor) and not value.is_floating_point())
         elif name in TENSORS and isinstance(value, Tensor):
-            right = value.shape == shapes.get(name, shape) and torch.promote_types(value.dtype, dtype) == value.dtype
+            right = value.shape == shapes.get(name, shape) and value.dtype == dtype
             right = right and (name not in SQUARES or not bool((value < 0).any()))
         elif name in TENSORS:
             right = name == "momentum_buffer" and value is None

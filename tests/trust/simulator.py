@@ -19,12 +19,13 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import graft
@@ -557,12 +558,15 @@ class Life:
             assert any(is_same(result, each) for each in wanted), f"{call.what}: {result} is none of {wanted}"
 
     def call_for(self, dice: random.Random, quiet: bool) -> Call:
-        kind = dice.choice(["plain", "rows", "compose", *(["block", "block"] if quiet else [])])
+        kind = dice.choice(["plain", "rows", "compose", "save", *(["block", "block"] if quiet else [])])
         model = self.model
         if kind == "plain" or not self.names:
             return Call("plain", lambda: model(X), lambda state: state.run(X))
         if kind == "block":
             return Call("block", lambda: off(model), lambda state: state.run(X, Together()))
+        if kind == "save":
+            name, folder = dice.choice(self.names), Path(tempfile.mkdtemp(dir=self.folder))
+            return Call(f"save {name}", lambda: saved(model, name, folder), lambda state: held(state, name))
         if kind == "rows":
             names = [dice.choice(self.names) for _ in range(len(X))]
             return Call(
@@ -612,6 +616,23 @@ def off(model: Any) -> Tensor:
         return model(X)
 
 
+def saved(model: Any, name: str, folder: Path) -> Tensor:
+    """Save an adapter; return the lengths of the tensors in its file."""
+    model.save_pretrained(folder, selected_adapters=[name])
+    return lengths(load_file(folder / name / "adapter_model.safetensors").values())
+
+
+def held(state: Reference, name: str) -> Tensor:
+    """Return the lengths of an adapter's tensors in a state of the reference."""
+    if name not in state.adapters:
+        raise graft.AdapterNotFoundError(name)
+    return lengths(t for ts in state.adapters[name].tensors.values() for t in ts)
+
+
+def lengths(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([t.norm() for t in tensors]).sort().values
+
+
 def refusing(state: Reference, names: Sequence[str], compute: Callable[[], Tensor]) -> Tensor:
     """Compute for a call that names adapters, which is refused while some are merged, and if one is not there."""
     if state.merged or not state.adapters.keys() >= {*names}:
@@ -637,7 +658,7 @@ WEIGHTS = {  # how often a step is drawn
     "add": 4, "delete": 2, "activate": 3, "activate_one": 2, "compose": 3, "compose_one_call": 2, "refuse_average": 1,
     "switch": 2, "switch_within_a_block": 1, "merge": 4, "merge_broken": 1, "unmerge": 3, "train": 4,
     "train_and_resume": 1, "rows": 3, "save": 3, "load": 3, "kill": 1, "reload": 1, "copied": 1, "cast": 1, "unload": 1,
-    "merge_and_unload": 1, "combine": 2, "threads": 1,
+    "merge_and_unload": 1, "combine": 2, "threads": 2,
 }  # fmt: skip
 
 

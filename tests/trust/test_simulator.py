@@ -11,7 +11,7 @@ from tests.trust.dense import CONTAINERS
 from tests.trust.simulator import STEPS, WEIGHTS, Life, fate, report_of
 
 pytestmark = [pytest.mark.graft_only, pytest.mark.filterwarnings("ignore")]
-GROUPS, LIVES = 16, 200 if EVERYTHING else 20  # lives of a group
+GROUPS, LIVES = 16, 200 if EVERYTHING else 16  # lives of a group
 
 
 @pytest.mark.parametrize("group", range(GROUPS))

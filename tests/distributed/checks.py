@@ -501,7 +501,8 @@ def goes_on(layout: str, folder: str) -> None:
         os.makedirs(more)
         tensors = load_file(f"{place}/{resuming.FILE}")
         note = json.loads(tensors.pop(resuming.NOTE).numpy().tobytes())
-        write(f"{more}/{resuming.FILE}", resuming.NOTE, note | {"processes": 3}, tensors)
+        note |= {"processes": 3, "of_ranks": note["of_ranks"] * 2}
+        write(f"{more}/{resuming.FILE}", resuming.NOTE, note, tensors)
     dist.barrier()
     with pytest.raises(ConfigError, match="3 processes trained it, and here are 2"):
         graft.resume(more, peft, *parts)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
 from graft.core.carrier import carrier_of
@@ -88,7 +89,7 @@ def find(job: Job) -> None:
     variant.split_budget([m.alone for m in (*in_order, *(job.methods[key] for key in tied))])
     check_sites(job.methods, tree, job.mixed)
     if not cfg.inference_mode and (job.options.values is None or job.options.values.names):
-        check_unwrapped([method.site for method in job.methods.values()], adapter)
+        check_unwrapped(tree.modules.items(), adapter)
     lend(in_order)
     saved = modules_to_save_of(cfg, tree, job.report)
     job.beside |= heads_of(saved, job)
@@ -209,15 +210,20 @@ def why_not_parallel(method: Method) -> str | None:
     return why
 
 
-def check_unwrapped(sites: list[Site], adapter: str) -> None:
-    """Raise DistributedError if FSDP has the weights in hand: nobody would average the gradients of a new adapter."""
-    for site in sites:
-        if MANAGED in site.module.__dict__:
-            raise DistributedError(
-                f"Adapter '{adapter}' would train on '{site.key}', which FSDP manages already, and nobody would "
-                "average the gradients of parameters that FSDP has not seen: the processes would drift apart. Inject "
-                "adapters before fully_shard (or FullyShardedDataParallel); for inference set inference_mode=True."
-            )
+def check_unwrapped(modules: Iterable[tuple[str, nn.Module]], adapter: str) -> None:
+    """Raise DistributedError if FSDP manages one of a model's modules: nobody would average a new adapter's gradients.
+
+    modules: all of the model, with their paths.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    key = next((key for key, module in modules if MANAGED in module.__dict__), None)
+    if key is not None:
+        raise DistributedError(
+            f"Adapter '{adapter}' would train on a model of which FSDP manages '{key}' already: nobody would average "
+            "the adapter's gradients, and the processes would drift apart. Inject adapters before fully_shard (or "
+            "FullyShardedDataParallel); for inference set inference_mode=True."
+        )
 
 
 def by_itself(method: Method) -> str | None:

@@ -24,6 +24,7 @@ from graft.core.gate import prepares
 from graft.core.method import Method, as_it_is
 from graft.core.rows import Finish, Run
 from graft.inject.build import size
+from graft.inject.find import check_unwrapped
 from graft.inject.inject import Injection
 from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of, unwrapped
@@ -85,7 +86,7 @@ class Prompts(Registry):
         cfg = copy.copy(config)
         made = Injection(model, cfg, NoLayers, adapter_name, keys=()).find()
         made.count_beside()
-        prompts._fit(cfg)
+        prompts._fit(cfg, adapter_name)
         with torch.random.fork_rng(devices=()):
             made.report.matched.append(matched(prompts._made(cfg)))
         return made.report
@@ -106,7 +107,7 @@ class Prompts(Registry):
         """Add a prompt, inactive. A call that fails changes nothing."""
         self.check_new(adapter_name, config)
         cfg = copy.copy(config)
-        self._fit(cfg)
+        self._fit(cfg, adapter_name)
         if options.values is not None:
             options.values.check_room(size(lambda: {"": self._made(cfg)}))
         draw_alike(self.model.modules())
@@ -143,8 +144,14 @@ class Prompts(Registry):
         words = self.stacks["main"].words
         return self.method(cfg, getattr(words, "original_module", words))
 
-    def _fit(self, cfg: PromptLearningConfig) -> None:
-        """Complete the config against the model, or raise ConfigError if it does not fit."""
+    def _fit(self, cfg: PromptLearningConfig, adapter_name: str) -> None:
+        """Complete the config against the model, or raise ConfigError if it does not fit.
+
+        Raises:
+            DistributedError: FSDP has wrapped the model, and the prompt would train.
+        """
+        if not cfg.inference_mode:
+            check_unwrapped(self.model.named_modules(), adapter_name)
         if cfg.task_type is None:
             raise ConfigError(
                 f"{cfg.peft_type.value} needs a task_type, such as CAUSAL_LM: what becomes of inputs and labels "

@@ -283,7 +283,7 @@ def check_averaged(registry: Watched) -> None:
         refuse([n for n, p in trained.items() if id(p) not in owned], "DistributedDataParallel", REMEDY)
     still = [name for name, slot, wanted in found if wanted and is_flat(slot.tensor) and not trains(slot.tensor)]
     refuse(still, "FullyShardedDataParallel", f"{REMEDY}, or use_orig_params=True")
-    if any([is_managed(layer.base_layer) for layer in registry.layers.values()]):
+    if any(map(is_managed, registry.model.modules())):
         late = [name for name, slot, _ in found if trains(slot.tensor) and is_late(slot)]
         refuse(late, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
     ids = mastered([*registry.model.parameters(), *trained.values()])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 STYLES = "transformers.distributed.tensor_parallel"  # where transformers has them, from 5.17 on
+OF_EXPERTS = "transformers.distributed.expert_parallel"  # of whole experts, some on each process: `ep_size`
 WHOLE = ("EmbeddingParallel", "TensorParallelLayer")  # take and return what the module alone would
 
 
@@ -35,6 +36,7 @@ class Style(NamedTuple):
 
     name: str  # in a plan
     kind: str  # name of its class
+    home: str  # module of its class
     it: Any  # the style itself; None where the forward does not hold it
     mesh: Any
 
@@ -42,19 +44,19 @@ class Style(NamedTuple):
 def style_of(module: nn.Module) -> Style | None:
     """Return the style by which a module is parallel; None if it is not."""
     forward = module.__dict__.get("forward")
-    if type(forward) is FunctionType and forward.__module__ == STYLES:
+    if type(forward) is FunctionType and forward.__module__ in (STYLES, OF_EXPERTS):
         kind, _, made = forward.__qualname__.partition(".install_forward")
         if made:
             closure = dict(zip(forward.__code__.co_freevars, (c.cell_contents for c in forward.__closure__ or ())))
             it = closure.get("self")
-            kind = kind if it is None else type(it).__name__
-            return Style(_name(kind, it), kind, it, closure.get("mesh"))
+            kind, home = kind if it is None else type(it).__name__, forward.__module__
+            return Style(_name(kind, it, home), kind, home, it, closure.get("mesh", closure.get("ep_mesh")))
     plan = module.__dict__.get("_hf_tp_plan")
-    return None if plan is None else Style(str(plan), "", None, module.__dict__.get("_hf_device_mesh"))
+    return None if plan is None else Style(str(plan), "", STYLES, None, module.__dict__.get("_hf_device_mesh"))
 
 
-def _name(kind: str, it: object) -> str:
-    known = sys.modules[STYLES].ALL_PARALLEL_STYLES
+def _name(kind: str, it: object, home: str) -> str:
+    known = sys.modules[home].ALL_PARALLEL_STYLES
     names = [name for name in known if known[name] is it or (it is None and type(known[name]).__name__ == kind)]
     return names[0] if names else kind
 
@@ -128,10 +130,8 @@ def standalone(module: nn.Module) -> nn.Module:
         piece = piece_of(m, find_op(m))
         if style.kind not in WHOLE and (piece is None or piece.inputs is not None or piece.outputs is not None):
             name = f"'{path}' in it" if path else f"The {type(m).__name__}"
-            raise UnsupportedLayerError(
-                f"{name} is tensor parallel by the style '{style.name}', and a copy of it, which would train whole, "
-                "has no place in the model. Load the model without tp_plan, or with a plan that leaves the module out."
-            )
+            why = "a copy of it, which would train whole, has no place in the model"
+            raise UnsupportedLayerError(f"{name}: {_refused(style, why)}.")
     cut = [p for p in module.parameters() if is_sharded(p)]
     made = offload.standalone(module, {id(p): nn.Parameter(whole(p.detach()).clone(), p.requires_grad) for p in cut})
     for path, *_ in styles:
@@ -155,6 +155,8 @@ def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
 
 
 def _refused(style: Style, why: str) -> str:
+    if style.home == OF_EXPERTS:
+        return f"It is expert parallel by the style '{style.name}', and {why}. Load the model without ep_size"
     return (
         f"It is tensor parallel by the style '{style.name}', and {why}. Load the model without tp_plan, or with a plan "
         "that leaves the module out"

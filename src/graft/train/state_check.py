@@ -8,6 +8,7 @@ import math
 import random
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -100,10 +101,12 @@ def check_generator(state: object, what: str, device: str = "cpu") -> None:
     """
     right = isinstance(state, Tensor)
     if isinstance(state, Tensor):
-        try:
-            torch.Generator(device).set_state(state)
-        except (RuntimeError, TypeError):
-            right = False
+        with suppress(RuntimeError):  # a device without generators that one can make
+            scratch = torch.Generator(device)
+            try:
+                scratch.set_state(state)
+            except (RuntimeError, TypeError):
+                right = False
         if right and device == "cpu" and len(state) == SIZE:
             data = state.numpy().tobytes()
             left, _, place = TWISTER.unpack_from(data)

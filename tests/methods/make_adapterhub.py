@@ -16,6 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 WHOLE = {("bert", "houlsby"), ("bert", "compacter"), ("llama", "loreft")}
+WHOLLY = ("bert", "roberta", "llama", "gpt2", "t5", "vit")  # models with adapters of all kinds
+PICTURES = ("vit", "beit", "clip_vision_model")
+TWOFOLD = ("t5", "mt5", "bart", "mbart", "plbart", "whisper")
 SIZES = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
 
 
@@ -29,14 +32,65 @@ def models():
         vocab_size=17, n_embd=8, n_layer=2, n_head=2, n_positions=16, n_inner=12, bos_token_id=0, eos_token_id=0
     )
     t5 = dict(vocab_size=17, d_model=8, d_ff=12, d_kv=4, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    ids = dict(bos_token_id=1, eos_token_id=2)
+    speech = ids | dict(
+        vocab_size=17, d_model=8, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, pad_token_id=0,
+        decoder_attention_heads=2, encoder_ffn_dim=12, decoder_ffn_dim=12, decoder_start_token_id=1,
+    )  # fmt: skip
+    bart = dict(max_position_embeddings=16, forced_eos_token_id=2, **speech)
+    image = dict(image_size=8, patch_size=4, num_channels=1, **SIZES)
+    gemma = dict(head_dim=4, pad_token_id=0, **ids, **llama)
     return {
         "bert": t.BertModel(t.BertConfig(**bert)),
         "roberta": t.RobertaModel(t.RobertaConfig(**bert)),
         "llama": t.LlamaModel(t.LlamaConfig(**llama)),
         "gpt2": t.GPT2Model(t.GPT2Config(**gpt2)),
         "t5": t.T5ForConditionalGeneration(t.T5Config(**t5)),
-        "vit": t.ViTModel(t.ViTConfig(image_size=8, patch_size=4, num_channels=1, **SIZES)),
-    }
+        "vit": t.ViTModel(t.ViTConfig(**image)),
+        # with fewer adapters: see `configs`
+        "albert": t.AlbertModel(t.AlbertConfig(embedding_size=6, **bert)),
+        "bart": t.BartModel(t.BartConfig(**bart)),
+        "mbart": t.MBartModel(t.MBartConfig(**bart)),
+        "plbart": t.PLBartModel(t.PLBartConfig(**bart)),
+        "beit": t.BeitModel(t.BeitConfig(layer_scale_init_value=0.5, **image)),
+        "bert-generation": t.BertGenerationEncoder(t.BertGenerationConfig(**ids, **bert)),
+        "clip_text_model": t.CLIPTextModel(
+            t.CLIPTextConfig(
+                vocab_size=17, max_position_embeddings=16, bos_token_id=0, eos_token_id=2, projection_dim=8, **SIZES
+            )
+        ),
+        "clip_vision_model": t.CLIPVisionModel(t.CLIPVisionConfig(projection_dim=8, **image)),
+        "deberta-v2": t.DebertaV2Model(
+            t.DebertaV2Config(
+                relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm", share_att_key=True,
+                position_buckets=8, **bert,
+            )
+        ),
+        "distilbert": t.DistilBertModel(
+            t.DistilBertConfig(vocab_size=17, dim=8, n_layers=2, n_heads=2, hidden_dim=12, max_position_embeddings=16)
+        ),
+        "electra": t.ElectraModel(t.ElectraConfig(embedding_size=6, **bert)),
+        "gemma2": t.Gemma2Model(t.Gemma2Config(**gemma)),
+        "gemma3_text": t.Gemma3TextModel(t.Gemma3TextConfig(**gemma)),
+        "gptj": t.GPTJModel(
+            t.GPTJConfig(
+                vocab_size=17, n_embd=8, n_layer=2, n_head=2, n_positions=16, n_inner=12, rotary_dim=2, bos_token_id=0,
+                eos_token_id=0,
+            )
+        ),
+        "mistral": t.MistralModel(t.MistralConfig(**llama)),
+        "mt5": t.MT5ForConditionalGeneration(t.MT5Config(**t5)),
+        "phi": t.PhiModel(t.PhiConfig(**ids, **llama)),
+        "qwen2": t.Qwen2Model(t.Qwen2Config(**llama)),
+        "qwen3": t.Qwen3Model(t.Qwen3Config(head_dim=4, **llama)),
+        "whisper": t.WhisperModel(
+            t.WhisperConfig(
+                num_mel_bins=4, max_source_positions=8, max_target_positions=16, suppress_tokens=None,
+                begin_suppress_tokens=None, **speech,
+            )
+        ),
+        "xlm-roberta": t.XLMRobertaModel(t.XLMRobertaConfig(**bert)),
+    }  # fmt: skip
 
 
 def configs(name: str):
@@ -55,12 +109,15 @@ def configs(name: str):
         "noreft": a.NoReftConfig(r=2, prefix_positions=1, suffix_positions=1, tied_weights=True),
         "direft": a.DiReftConfig(r=2, prefix_positions=3, non_linearity="gelu"),
     }
-    if name != "vit":
+    if name not in PICTURES:
         made["invertible"] = a.SeqBnInvConfig(**same)
-    if name == "t5":  # whose decoder ReFT gives the positions of the encoder
+    if name in TWOFOLD:  # whose decoder ReFT gives the positions of the encoder
         made = {label: config for label, config in made.items() if not label.endswith("reft")}
         made["cross"] = a.DoubleSeqBnConfig(cross_adapter=True, **same)
-    return made
+    if name == "phi":  # at which the library itself raises
+        del made["parallel"]
+    few = ("houlsby", "pfeiffer", "parallel", "invertible", "loreft", "cross")
+    return made if name in WHOLLY else {label: config for label, config in made.items() if label in few}
 
 
 @torch.no_grad()
@@ -74,14 +131,16 @@ def fill(model, seed: int, scale: float = 0.4) -> None:
 
 def inputs(name: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(7)
-    if name == "vit":
+    if name in PICTURES:
         return dict(pixel_values=torch.randn(2, 1, 8, 8))
+    if name == "whisper":
+        return dict(input_features=torch.randn(2, 4, 16), decoder_input_ids=torch.randint(1, 17, (2, 5)))
     ids = torch.randint(1, 17, (2, 6))
     mask = torch.ones_like(ids)
-    if name not in ("llama", "gpt2"):
+    if name in ("bert", "roberta", "t5", "albert", "bart", "electra", "xlm-roberta"):
         mask[1, 4:] = 0
     out = dict(input_ids=ids, attention_mask=mask)
-    if name == "t5":
+    if name in TWOFOLD:
         out["decoder_input_ids"] = torch.randint(1, 17, (2, 5))
     return out
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of AdapterHub's library compute what they compute there: files and outputs of its own, on six models."""
+"""Adapters of AdapterHub's library compute what they compute there, by files and outputs of its own, or are refused."""
 
 import json
 import shutil
@@ -15,10 +15,16 @@ from torch.testing import assert_close
 import graft
 from graft.files.convert import convert
 from graft.files.errors import BaseNeededError
+from graft.files.formats.adapterhub_places import COMPARED
 from tests.leaves_out import EMBEDDINGS_APART
 
 HERE = Path(__file__).parent / "fixtures" / "adapterhub"
-MODELS = ["bert", "roberta", "llama", "gpt2", "t5", "vit"]
+MODELS = sorted(folder.name for folder in HERE.iterdir())
+ELSEWHERE = {  # what the library puts elsewhere than graft
+    "albert": ["houlsby"], "beit": ["houlsby", "parallel"], "gemma2": ["pfeiffer", "invertible"],
+    "gemma3_text": ["pfeiffer", "invertible"], "gptj": ["parallel"], "phi": ["pfeiffer", "invertible"],
+    "clip_text_model": ["invertible"], "whisper": ["invertible"],
+}  # fmt: skip
 
 
 @cache
@@ -28,16 +34,17 @@ def said(name):
 
 
 CASES = [
-    pytest.param(name, label, marks=EMBEDDINGS_APART if (name, label) == ("t5", "invertible") else ())
+    pytest.param(name, label, marks=EMBEDDINGS_APART if label == "invertible" and name in ("t5", "mt5") else ())
     for name in MODELS
     for label in said(name)
+    if label not in ELSEWHERE.get(name, ())
 ]
 
 
 def base(name):
     import transformers as t
 
-    kind = t.AutoModelForSeq2SeqLM if name == "t5" else t.AutoModel
+    kind = t.AutoModelForSeq2SeqLM if name in ("t5", "mt5") else t.AutoModel
     return kind.from_pretrained(HERE / name, attn_implementation="eager").eval()
 
 
@@ -77,6 +84,28 @@ def test_an_adapter_computes_what_it_computes_there(name, label, tmp_path):
     assert_close(y, held[label], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name, label", [(name, label) for name, labels in ELSEWHERE.items() for label in labels])
+def test_what_stands_elsewhere_there_is_refused(name, label, tmp_path):
+    model = base(name)
+    with pytest.raises(graft.CheckpointError, match=r"another place in a model of type|has no embedding"):
+        graft.load_adapter(model, folder(name, label, tmp_path / label))
+    assert not any(isinstance(m, graft.AdapterLayer) for m in model.modules())
+
+
+@pytest.mark.parametrize("label", ["houlsby", "loreft"])
+def test_models_that_no_fixture_compares_are_refused(label, tmp_path, monkeypatch):
+    assert set(COMPARED) == set(MODELS)
+    model = base("bert")
+    monkeypatch.setattr(type(model.config), "model_type", "xmod")
+    with pytest.raises(graft.CheckpointError, match=r"type 'xmod', in which no test compares"):
+        graft.load_adapter(model, folder("bert", label, tmp_path / label))
+
+
+def test_reft_of_an_encoder_and_a_decoder_is_refused(tmp_path):
+    with pytest.raises(graft.CheckpointError, match="the positions of the encoder"):
+        graft.load_adapter(base("t5"), folder("llama", "loreft", tmp_path / "a"))
+
+
 def test_a_compacters_file_lacks_what_its_layers_share():
     with pytest.raises(graft.CheckpointError, match=r"phm_rule.*does not save"):
         graft.load_adapter(base("bert"), HERE / "bert" / "compacter")
@@ -109,6 +138,6 @@ def test_a_base_of_files_tells_the_places_too(label, tmp_path):
     model = graft.PeftModel.from_pretrained(base("bert"), made).eval()
     assert_close(output(model, given), held[label], rtol=2e-5, atol=2e-5)
     unknown = shutil.copytree(HERE / "bert", tmp_path / "unknown")
-    (unknown / "config.json").write_text('{"model_type": "none"}')
+    (unknown / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(BaseNeededError, match=r"no library here makes a model of .*unknown.*graft.load_adapter"):
         convert(source, "peft", tmp_path / "other", base=unknown)

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError
+from tests.leaves_out import EMBEDDINGS_APART
 from tests.looks import layers, registry_of
 from tests.models import adapted, checkpoint, disturb, inputs, make, output, seeded
 
@@ -133,3 +134,28 @@ def test_bfloat16_keeps_the_dtype_of_the_model():
     y = output(model, inputs("llama"))
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "bottleneck_" in n)
+
+
+@pytest.mark.parametrize("name", ["Bart", "Marian", pytest.param("T5", marks=EMBEDDINGS_APART)])
+@torch.no_grad()
+def test_an_invertible_adapter_is_the_encoders(name):
+    """Also on a model with a head, before which no inverse acts: the decoder's states are not its own."""
+    import transformers as t
+
+    sizes = dict(vocab_size=17, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+    sizes |= dict(decoder_attention_heads=2, encoder_ffn_dim=12, decoder_ffn_dim=12, max_position_embeddings=16)
+    sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    if name == "T5":
+        sizes = dict(vocab_size=17, d_model=8, d_ff=12, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    kind = getattr(t, {"Bart": "BartForConditionalGeneration", "Marian": "MarianMTModel"}.get(name, f"{name}Model"))
+    model = kind(getattr(t, f"{name}Config")(**sizes)).eval()
+    adapted = graft.get_peft_model(model, graft.BottleneckConfig.preset("seq_bn_inv", **SMALL)).eval()
+    found = {
+        path: layer for path, layer in layers(adapted).items() if "default" in getattr(layer, "bottleneck_inv", ())
+    }
+    (path,) = found
+    assert path.endswith({"Bart": "encoder.layernorm_embedding"}.get(name, "encoder.embed_tokens"))
+    seen = []
+    found[path].register_forward_hook(lambda _m, _x, y: seen.append(y.shape))
+    adapted(input_ids=torch.ones(2, 5, dtype=torch.long), decoder_input_ids=torch.ones(2, 3, dtype=torch.long))
+    assert seen == [(2, 5, 8)]

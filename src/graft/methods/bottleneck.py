@@ -7,7 +7,8 @@ Adapters Strike Back, 2406.06820 (AdapterPlus); Compacter, 2106.04647; MAD-X, 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leakyrelu": F.leaky_relu, "relu6": F.relu6, "elu": F.elu, "mish": F.mish, "linear": lambda x: x,
 }  # fmt: skip
 ENDS = ("embedding", "head")
+ENCODERS = re.compile(r"(.*\.)?encoder\.(.*\.)?(embed_tokens|word_embeddings)")  # embeddings of words
 PLACES = "places"  # target_modules of a config that names none: they are found from the model's structure
 
 
@@ -225,34 +227,40 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
         UnsupportedLayerError: the decoder has the encoder's.
     """
     modules = dict(walk(model))
-    if "encoder.embed_tokens" in modules and modules["encoder.embed_tokens"] is modules.get("decoder.embed_tokens"):
+    embedding: Any = bare(input_embeddings(model))
+    twofold = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    path = embedded([path for path, module in modules.items() if module is embedding], modules, twofold)
+    if path is None:
+        raise NoMatchingPeftModuleError(f"{type(model).__name__} has no input embeddings for an invertible adapter.")
+    if twofold and modules[path] is modules.get(path.replace("encoder", "decoder")):
         raise UnsupportedLayerError(
             f"The encoder and the decoder of {type(model).__name__} have one module for their embeddings, and an "
             "invertible adapter is the encoder's alone: use transformers 5, under which each has its own, or a config "
             "with inv_adapter=None."
         )
     paths = {id(module): path for path, module in modules.items()}
-    embedding: Any = bare(input_embeddings(model))
-    path = embedded([path for path, module in modules.items() if module is embedding], modules)
-    if path is None:
-        raise NoMatchingPeftModuleError(f"{type(model).__name__} has no input embeddings for an invertible adapter.")
     places = {path: Place("embedding", embedding.weight.shape[1])}
-    head = paths.get(id(bare(output_embeddings(model)))) if "decoder" not in modules else None
+    head = None if twofold else paths.get(id(bare(output_embeddings(model))))
     if head and cfg.inverse_before_head:
         places[head] = Place("head", embedding.weight.shape[1])
     return places
 
 
-def embedded(paths: list[str], modules: Collection[str]) -> str | None:
-    """Return the module whose output is what enters the first block, of `paths` of the embedding of words."""
-    if "encoder.embed_tokens" in modules:
-        return "encoder.embed_tokens"
+def embedded(paths: Iterable[str], modules: Collection[str], twofold: bool) -> str | None:
+    """Return the module whose output enters the first block, of `paths` of the embedding of words; None if none does.
+
+    twofold: the model has an encoder and a decoder, and the block is the encoder's.
+    """
+    if twofold:
+        paths = [path for path in modules if ENCODERS.fullmatch(path)]
     for path in paths:
         around, _, _ = path.rpartition(".")
         if around.rpartition(".")[2] == "embeddings":  # with positions and their norm
             return around
-        drop = f"{around}.drop".lstrip(".")  # of the sum with positions
-        return drop if f"{around}.wpe".lstrip(".") in modules and drop in modules else path
+        drop, norm = (f"{around}.{name}".lstrip(".") for name in ("drop", "layernorm_embedding"))
+        if drop in modules and f"{around}.wpe".lstrip(".") in modules:  # of the sum with positions
+            return drop
+        return norm if norm in modules else path
     return None
 
 

@@ -39,6 +39,15 @@ ONLY: dict[str, tuple[object, ...]] = {
 FUSION: dict[str, tuple[object, ...]] = {
     "query": (True,), "key": (True,), "query_before_ln": (False,), "residual_before": (False,), "temperature": (False,),
 }  # fmt: skip
+# fields by which AdapterHub's library means another place than graft, by type of model: of those that tests compare
+COMPARED: dict[str, dict[str, object]] = {
+    "albert": {"mh_adapter": True}, "bart": {}, "beit": {"original_ln_before": False}, "bert": {},
+    "bert-generation": {}, "clip_text_model": {}, "clip_vision_model": {}, "deberta-v2": {}, "distilbert": {},
+    "electra": {}, "gemma2": {"original_ln_before": True}, "gemma3_text": {"original_ln_before": True}, "gpt2": {},
+    "gptj": {"is_parallel": True}, "llama": {}, "mbart": {}, "mistral": {}, "mt5": {},
+    "phi": {"original_ln_before": True, "is_parallel": True}, "plbart": {}, "qwen2": {}, "qwen3": {}, "roberta": {},
+    "t5": {}, "vit": {}, "whisper": {}, "xlm-roberta": {},
+}  # fmt: skip
 TURNED = "parametrizations.weight"  # torch's, of a weight that it keeps orthonormal
 NORMS = {"original_ln_before": False, "original_ln_after": True, "residual_before_ln": True}  # and their defaults
 KNOWN = ((True, True, True), (False, True, True), (True, False, False))  # Pfeiffer, Houlsby, AdapterPlus
@@ -53,9 +62,11 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
     """
     blocks, base = blocks_of(path, base)
     if fields["config"].get("architecture") == "reft":
+        check_compared(path, base, None)
         return read_reft(path, fields, by_name, blocks)
-    blocks = followed(path, blocks, base)
     cfg = config_of(path, fields["config"])
+    check_compared(path, base, cfg)
+    blocks = followed(path, blocks, base)
     out = AdapterFile("adapterhub", path, "BOTTLENECK", base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in by_name.items():
@@ -73,6 +84,29 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
         )
     own = {f.name: getattr(cfg, f.name) for f in fields_of(BottleneckConfig) if f.name in fields["config"]}
     return complete(out, modules, own)
+
+
+def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
+    """Raise CheckpointError if an adapter was not compared with AdapterHub's library on a model of the base's type, or
+    differs there. cfg: None for ReFT.
+    """
+    kind = str(base.config.get("model_type"))
+    if kind not in COMPARED:
+        raise CheckpointError(
+            f"{path} is for a model of type {kind!r}, in which no test compares graft's places with those of "
+            "AdapterHub's library. Train it anew, or take one of the types in docs/formats.md."
+        )
+    if cfg is None and base.config.get("is_encoder_decoder"):
+        raise CheckpointError(
+            f"{path} is ReFT of an encoder and a decoder, to which AdapterHub's library gives the positions of the "
+            "encoder. Train it anew: graft.ReftConfig."
+        )
+    wrong = [f"{name}={value}" for name, value in COMPARED[kind].items() if cfg and getattr(cfg, name) == value]
+    if wrong:
+        raise CheckpointError(
+            f"{path} has {' and '.join(wrong)}, by which AdapterHub's library means another place in a model of type "
+            f"{kind!r} than graft. Train it anew: graft.BottleneckConfig."
+        )
 
 
 def complete(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options: Json) -> AdapterFile:
@@ -162,6 +196,8 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
             f"{path} fuses adapters {names}, which say where it stands, and the model lacks {missing}: load them by "
             "these names before, into a PeftMixedModel."
         )
+    for name in names:
+        check_compared(path, base, known[name])
     blocks = followed(path, blocks, base)
     out = AdapterFile("adapterhub", path, "ADAPTER_FUSION", base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -261,8 +297,8 @@ def embedding(base: Base) -> str:
     """Return the module whose output is the embedding of the input."""
     ends = ("word_embeddings", "embed_tokens", "wte")
     found = [m for m in base.modules if m.rpartition(".")[2] in ends]
-    place = embedded(found, set(base.modules))
-    if place is None and "shared" in base.modules:
+    place = embedded(found, set(base.modules), bool(base.config.get("is_encoder_decoder")))
+    if place is None and any(f".{module}".endswith(".shared") for module in base.modules):
         raise CheckpointError(
             f"The encoder and the decoder of {base.path} have one module for their embeddings, and the invertible "
             "adapter of the file is the encoder's alone: use transformers 5, under which each has its own."

@@ -30,20 +30,22 @@ def by_key(code: types.CodeType) -> dict[Key, types.CodeType]:
 def patch_process(path: str, old: str, new: str) -> bool:
     """Replace the code of every function of a file whose code differs between two texts. Return False if none could be.
 
-    Empties the caches of graft's functions, since they may hold results of the old code.
+    Unfreezes the objects of the garbage collector. Empties the caches of graft's functions, which may hold results of
+    the old code.
     """
     codes = compile(old, path, "exec"), compile(new, path, "exec")
     before, after = by_key(codes[0]), by_key(codes[1])
     differing = {key for key in before if key in after and before[key] != after[key]}
     done = False
-    for function in [f for f in gc.get_objects() if isinstance(f, types.FunctionType)]:
+    gc.unfreeze()  # tests/conftest.py freezes them, and then nothing lists them
+    for function in [f for f in gc.get_objects() if type(f) is types.FunctionType]:
         key = function.__code__.co_name, function.__code__.co_firstlineno
         if function.__code__.co_filename != path or key not in differing:
             continue
         if function.__code__.co_freevars == after[key].co_freevars:
             function.__code__ = after[key]
             done = True
-    for cached in [c for c in gc.get_objects() if isinstance(c, functools._lru_cache_wrapper)]:
+    for cached in [c for c in gc.get_objects() if type(c) is functools._lru_cache_wrapper]:
         if getattr(cached, "__module__", "").startswith("graft"):
             cached.cache_clear()
     return done

@@ -26,7 +26,7 @@ from tests.drawn.changes import Change
 from tests.drawn.mapping import PACKAGE, ROOT, Record
 from tests.drawn.patching import patch_process
 
-FINAL = {"failed", "survived", "unpatched"}  # what a child tells last
+FINAL = {"failed", "survived", "unpatched", "broken"}  # what a child tells last
 HANGS = 60.0  # seconds after which a test hangs
 
 
@@ -74,6 +74,8 @@ class Runner:
             with os.fdopen(write, "w", buffering=1) as pipe:
                 try:
                     run_child(change, items, pipe.write)
+                except BaseException as error:
+                    pipe.write(f"broken {error!r}\n".replace("\n", " ") + "\n")
                 finally:
                     pipe.flush()
                     os._exit(0)
@@ -96,7 +98,9 @@ class Runner:
                     test = name or test
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        return {"failed": test or None, "unpatched": "no function"}.get(verdict)
+        if verdict == "broken" or (verdict == "failed" and not test):
+            raise RuntimeError(f"{change}: the process ended before a test began: {test}")
+        return {"failed": test, "unpatched": "no function"}.get(verdict)
 
     def run_copy(self, change: Change, tests: list[str]) -> str | None:
         """Run tests in a new Python from a copy with the change. Return the first that fails, or None."""

@@ -14,7 +14,7 @@ import graft
 from benchmarks.measure import Effort, Goal, Row
 from benchmarks.memory import peak
 from graft.command.plan import of_model
-from graft.model.budget import Training, budget, loss_of
+from graft.files.budget import Training, budget, loss_of
 
 # The shapes of published models, by the fields of their config.json that say them.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

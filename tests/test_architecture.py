@@ -14,20 +14,28 @@ import pytest
 
 import graft
 from graft.methods import METHODS
+from graft.model.rooms import FUNCTIONS, import_from_room
 
 SOURCE = Path(graft.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # package → what it may import besides itself, torch, the standard library and other distributions
 FLOORS = [  # the lowest first
-    "kernels", "core", "storage config", "methods prompts", "inject", "combine io", "files", "model",
+    "kernels", "core", "storage config", "methods prompts", "inject", "combine io", "model", "files optim",
+    "serving train",
 ]  # fmt: skip
 MAY_IMPORT: dict[str, set[str | None]] = {}
-for floor in [*FLOORS, "serving optim train"]:
+for floor in FLOORS:
     MAY_IMPORT |= {name: {*MAY_IMPORT} for name in floor.split()}
 MAY_IMPORT["command"] = {*MAY_IMPORT, None}
 MAY_IMPORT["__main__"] = {"command"}
 MAY_IMPORT["compat"] = {*MAY_IMPORT, None}  # None: the public names
+# rooms outside the library, by the packages that they are in
+ROOMS = {"files": "toolbox", "command": "toolbox", "__main__": "toolbox", "train": "training", "train.multi": "many",
+         "serving": "serving", "compat": "compat"}  # fmt: skip
+# how many names of the library's inside each room imports at most: a limit only shrinks
+# the aims are 60, 25, 70, 45 and 55 names, of at most eight modules that a line in each marks as supported inside
+WIDTHS = {"toolbox": 120, "many": 46, "training": 119, "serving": 67, "compat": 58}
 HEAVY = ("transformers", "peft", "bitsandbytes", "rich", "huggingface_hub", "safetensors", "accelerate", "matplotlib")
 
 
@@ -93,6 +101,69 @@ def test_a_package_imports_only_what_is_below_it():
         if of := package(module):
             wrong = {name for name in own(path, nested=True) if package(name) not in MAY_IMPORT[of] | {of}}
             assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+# doors
+
+
+def room_of(module: str) -> str:
+    """Return the room of a module: one of `ROOMS`, "library", or "face" for `graft` itself."""
+    parts = module.split(".")[1:]
+    names = [".".join(parts[:n]) for n in (2, 1)]
+    return next((ROOMS[name] for name in names if name in ROOMS), "library" if parts else "face")
+
+
+def names_from_library(room: str) -> set[tuple[str, str]]:
+    """Return the names that a room's modules import from inside the library, each with its module; "*" is a module."""
+    names = set()
+    for module, path in MODULES.items():
+        for node in nodes(path) if room_of(module) == room else ():
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {(full, "*") if full in MODULES else (node.module, name) for name, full in inner.items()}
+            elif isinstance(node, ast.Import):
+                names |= {(alias.name, "*") for alias in node.names}
+    return {(module, name) for module, name in names if module in MODULES and room_of(module) == "library"}
+
+
+def test_no_import_leads_from_the_library_to_a_room():
+    """Imports inside functions and for type checkers count."""
+    for module, path in MODULES.items():
+        if room_of(module) == "library":
+            rooms = {name for name in own(path, nested=True) if room_of(name) != "library"}
+            assert not rooms, f"{module} imports {sorted(rooms)}"
+
+
+def test_one_table_names_what_the_library_looks_up_in_rooms():
+    rooms = "|".join(ROOMS)
+    named = re.compile(rf"graft\.({rooms})(\.\w+)*|({rooms})(\.\w+)+:\w+")
+    for module, path in MODULES.items():
+        if room_of(module) == "library" and module != "graft.model.rooms":
+            strings = {n.value for n in nodes(path) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            assert not {text for text in strings if named.fullmatch(text)}, f"{module}: see graft.model.rooms"
+    for name, module in FUNCTIONS.items():
+        assert import_from_room(name).__module__ == module and room_of(module) not in ("library", "face")
+
+
+@pytest.mark.parametrize("room", WIDTHS)
+def test_a_door_grows_no_wider(room):
+    names = names_from_library(room)
+    print(f"{room}: {len(names)} names from {len({module for module, _ in names})} modules of the library")
+    assert len(names) <= WIDTHS[room], f"use what {room} has already, or the public names: {sorted(names)}"
+
+
+def test_each_room_says_what_it_is_for():
+    """The docstring names its entry points and its most important files, which are there, in at most ten lines."""
+    for package in (*ROOMS, "compat.peft"):
+        if package not in ("__main__", "compat"):
+            path = MODULES[f"graft.{package}"]
+            text = ast.get_docstring(tree_of(path)) or ""
+            files = re.findall(r"^- `(\w+\.py)`: ", text, re.M)
+            assert "ntry point" in text and len(files) == 3 and len(text.splitlines()) <= 10, package
+            assert all((path.parent / name).exists() for name in files), package
+
+
+# what each floor may import of others
 
 
 @pytest.mark.parametrize("floor, below", [("kernels", set()), ("core", {"kernels"})])

@@ -27,6 +27,8 @@ from graft.core.errors import RoutingError as RoutingError
 from graft.core.errors import UnsupportedLayerError as UnsupportedLayerError
 from graft.core.layer import AdapterLayer as AdapterLayer
 from graft.core.method import Method as Method
+from graft.files.load import load_adapter as load_adapter
+from graft.files.merging.methods import merge_files as merge_files
 from graft.inject.beside import ModulesToSaveWrapper as ModulesToSaveWrapper
 from graft.inject.report import InjectReport as InjectReport
 from graft.io.base import get_base_model_state_dict as get_base_model_state_dict
@@ -120,9 +122,7 @@ from graft.model.convert import save_as_lora as save_as_lora
 from graft.model.convert import truncate_lora as truncate_lora
 from graft.model.experts import XLoraTuner as XLoraTuner
 from graft.model.experts import create_arrow_model as create_arrow_model
-from graft.model.foreign import load_adapter as load_adapter
 from graft.model.functional import calling as calling
-from graft.model.merge_files import merge_files as merge_files
 from graft.model.merging import merge_report as merge_report
 from graft.model.mixed import PeftMixedModel as PeftMixedModel
 from graft.model.peft_model import PeftModel as PeftModel

@@ -17,8 +17,8 @@ from graft.files import formats
 from graft.files.base import base_files
 from graft.files.errors import OptionError
 from graft.files.export import export
+from graft.files.export_model import export as export_of_model
 from graft.files.serving import check
-from graft.model.export import export as export_of_model
 from tests.files import adapters
 from tests.models import inputs, make, output, seeded
 
@@ -289,7 +289,7 @@ def test_a_rank_that_loses_much_is_an_error_that_names_the_layer(tmp_path):
 
 def test_a_rank_above_the_limits_of_servers(tmp_path, monkeypatch):
     model = adapters.moved(make("llama"), graft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    monkeypatch.setattr("graft.model.export.RANK", 8)
+    monkeypatch.setattr("graft.files.export_model.RANK", 8)
     with pytest.raises(LossError, match=r"\(IA3\) needs rank \d+ on 'model\.layers\..*take 8 at most.*graft merge"):
         export_of_model(model, "default", "vllm", str(tmp_path))
     assert not os.listdir(tmp_path)

@@ -226,7 +226,7 @@ def test_adalora_becomes_lora(to, dtype, tmp_path):
     import torch
 
     import graft
-    from tests.model.test_foreign import llama
+    from tests.files.test_load import llama
 
     model = graft.get_peft_model(llama(), graft.AdaLoraConfig(total_step=9, target_modules=["q_proj", "up_proj"]))
     for name, p in model.named_parameters():

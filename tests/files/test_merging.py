@@ -33,8 +33,8 @@ from graft.files import formats
 from graft.files.convert import convert
 from graft.files.errors import OptionError, OutputExistsError
 from graft.files.merging.merge import merge
+from graft.files.merging.methods import merge_files
 from graft.files.merging.stream import Workplace
-from graft.model.merge_files import merge_files
 from tests import fresh, samples
 from tests.leaves_out import FUSED_EXPERTS
 from tests.models import adapted

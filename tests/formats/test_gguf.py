@@ -51,7 +51,7 @@ def test_files_of_others_there_and_back(tmp_path, name):
 
 
 def test_onto_a_model(tmp_path):
-    from tests.model.test_foreign import llama
+    from tests.files.test_load import llama
 
     model = llama()
     before = {k: v.clone() for k, v in model.state_dict().items()}

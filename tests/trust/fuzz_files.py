@@ -40,7 +40,7 @@ from graft.io.tensors import digest_of, write_safetensors
 from graft.train.multi import MultiTrain
 from graft.train.multi.sweep import TABLE
 from tests.files.test_formats import BASES
-from tests.model.test_foreign import llama
+from tests.files.test_load import llama
 from tests.train.multi.alone import SPECS, batches, lora, tiny
 from tests.train.resumed_loop import CASES, Training
 from tests.trust.damage import Payload, anything, bomb, packed, saved, unpacked

@@ -26,8 +26,8 @@ from graft.command import app
 from graft.command.models import load_base
 from graft.core.errors import CheckpointError, ConfigError
 from graft.files.bases import base_of
+from graft.files.merging.methods import merge_files
 from graft.files.skeleton import model_class, model_config, skeleton
-from graft.model.merge_files import merge_files
 from tests.models import adapted
 
 LLAMA = Path(__file__).parents[1] / "files" / "fixtures" / "base_llama"

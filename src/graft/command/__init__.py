@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `graft VERB`: a thin layer over `graft.files`, a file for each verb."""
+"""The command `graft VERB`, the toolbox on a command line: a thin layer over `graft.files`, a file for each verb.
+
+It starts without torch: a verb imports the modules that it needs when it runs. Entry point: `main`.
+
+- `app.py`: the list of verbs, their exit codes, and errors in one line.
+- `show.py`: the options that all verbs share, tables and numbers as text.
+- `models.py`: models for the verbs that run one, by transformers.
+"""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def export(
             report = files.export(file, server, model, out)
         else:
             from graft.command.models import load_base, on
-            from graft.model.export import export as of_model
+            from graft.files.export_model import export as of_model
 
             report = of_model(on(load_base(folder), source), "default", server, out, rank_or_share, lossy)
     if as_json:

@@ -39,8 +39,8 @@ def merge(
 
     Example: graft merge models/llama out/adapter -o models/llama-merged --certificate
     """
+    from graft.files.merging.methods import merge_files
     from graft.files.sources import find_base, local
-    from graft.model.merge_files import merge_files
 
     sources = [local(adapter) for adapter in adapters]
     account = merge_files(

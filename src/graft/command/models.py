@@ -66,7 +66,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
 
 def on(base: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
     """Put an adapter of any format onto a model, in eval mode."""
-    from graft.model.foreign import load_adapter
+    from graft.files.load import load_adapter
     from graft.model.peft_model import PeftModel
 
     if recognise(os.fspath(adapter)) == "peft":  # whose own reader knows methods that are in no other format, too

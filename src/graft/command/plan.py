@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from graft.config.base import PeftConfig
+    from graft.files.budget import Training
     from graft.inject.report import InjectReport
-    from graft.model.budget import Training
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -57,10 +57,10 @@ def plan(
     Example: graft plan models/llama --rank 16 --batch 4 --seq 2048 --gpu 24GB
     """
     from graft.command.merge import size
+    from graft.files.budget import SPARE, budget
     from graft.files.skeleton import skeleton
     from graft.files.sources import find_base
     from graft.model.api import plan as planned
-    from graft.model.budget import SPARE, budget
 
     if dtype not in DTYPES:
         raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
@@ -87,7 +87,7 @@ def plan(
 def format_of(config: Json, option: str | None) -> str | None:
     """Return how a base is packed, a key of FORMATS: as one says, else as its config.json does; None if it is not."""
     from graft.files.bases import packing
-    from graft.model.budget import FORMATS
+    from graft.files.budget import FORMATS
 
     if option is not None:
         known = [name for name in FORMATS if isinstance(name, str)] + ["none"]
@@ -123,7 +123,7 @@ def adapter_config(path: Path | None, method: str, rank: int | None, targets: st
 
 def account(model: PreTrainedModel, report: InjectReport) -> Json:
     """Return what the report says, for programs: how many blocks of each kind have an adapter."""
-    from graft.model.budget import block_kinds, coverage
+    from graft.files.budget import block_kinds, coverage
 
     blocks = coverage([m.name for m in report.matched], block_kinds(model))
     return {
@@ -138,7 +138,7 @@ def of_model(model: PreTrainedModel, adapter: PeftConfig, length: int, dtype: st
     """Return what trains: the adapter, on the model with as many blocks as one asks for."""
     import torch
 
-    from graft.model.budget import Training
+    from graft.files.budget import Training
 
     text = model.config.get_text_config()
     name = next((n for n in LAYERS if isinstance(getattr(text, n, None), int)), None)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""graft under names that other libraries know."""
+"""The compat room: graft under names that other libraries know. Its only package is `graft.compat.peft`."""

@@ -27,6 +27,7 @@ from graft.model import checkpoints
 from graft.model.compose import Composition, names_in
 from graft.model.modes import modes_unless_it_fails
 from graft.model.registry import Registry, check_adapter_name, parameters_of, unless_it_fails
+from graft.model.rooms import import_from_room
 from graft.model.rows import RowNames, composed, composition_for, draws_of, names_of_rows, rows_of, spread, untouched
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
@@ -516,8 +517,7 @@ class PeftModel(nn.Module):
             save_in(self, save_directory, selected_adapters, layout, is_main_process)
             return
         if for_server is not None:
-            from graft.model.export import export_adapters
-
+            export_adapters = import_from_room("export_adapters")
             export_adapters(self, save_directory, selected_adapters, for_server, is_main_process)
             return
         saved = list(self.peft_config) if selected_adapters is None else selected_adapters

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many LoRA adapters on one model: a hundred in fixed buffers, a thousand in host memory, any mix in one batch."""
+"""The serving room: many LoRA adapters on one model in fixed buffers, any mix in one batch, and new versions of them.
+
+Entry points: `AdapterSlots`, `Versions` for a server that answers while a policy trains, and `graft.hotswap_adapter`.
+
+- `slots.py`: `AdapterSlots`, with a hundred adapters on the device and a thousand in host memory.
+- `hotswap.py`: new values for an adapter of a compiled model.
+- `versions.py`: versions of an adapter on a running server.
+"""
 
 from graft.serving.slots import AdapterSlots, SlotReport
 from graft.serving.versions import Versions

@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers for training scripts."""
+"""The training room: starts that are measured on data, callbacks for transformers' Trainer, and trainings that resume.
+
+Entry points: the functions below, `graft.save_training` and `graft.resume`, `graft.preprocess_corda` and its like,
+`graft.initialize_lora_eva_weights`, `graft.replace_lora_weights_loftq`.
+
+- `resuming.py`: a training to a file and back, by names of parameters.
+- `callbacks.py`: callbacks and mixins for a Trainer.
+- `calibration.py`: starts of adapters from gradients and inputs of layers.
+"""
 
 from graft.train.callbacks import (
     FineGatesTrainerMixin,

@@ -4,7 +4,7 @@
 import shutil
 from pathlib import Path
 
-from tests.model.test_foreign import FIXTURES, llama
+from tests.files.test_load import FIXTURES, llama
 
 base = llama().eval().requires_grad_(False)
 for there, here in (("torchtune_dora", "torchtune/epoch_0"), ("mlx_lora", "mlx/adapters")):

@@ -1,35 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""graft under PEFT's names.
+"""The compat room: `import peft` gives graft, for programs and libraries that are written for PEFT.
 
-    import graft.compat.peft
-    graft.compat.peft.install()
+Entry points: `install` before the first import of peft, `uninstall`, `installed`; for a script, and all processes that
+it starts, `python -m graft.compat.peft script.py`. docs/moving_from_peft.md describes versions and clients.
 
-    from peft import LoraConfig, get_peft_model  # graft's
-    from peft.tuners.lora import LoraLayer       # isinstance(layer, LoraLayer) holds for graft's LoRA layers
-
-or, without touching a script, for it and all processes that it starts:
-
-    python -m graft.compat.peft train.py --lr 1e-3          # or -m module
-    python -m graft.compat.peft -m torch.distributed.run --nproc-per-node 2 train.py
-    python -m graft.compat.peft -m accelerate.commands.launch train.py
-    eval "$(python -m graft.compat.peft --env)"             # for whatever this shell starts
-
-These set GRAFT_AS_PEFT=1 and PYTHONPATH, which children inherit; in code, `install(children=True)` does. With the
-variable alone, `import graft` installs the alias. For an environment as a whole, `pip install packaging/as-peft` puts a
-distribution `peft` in PEFT's place; nothing installs it by itself.
-
-Call `install` before the first import of peft. In modules of transformers, accelerate, TRL and diffusers that have
-looked for it already, `install` sets the names by which they hold the answer (`late.py`). Another module that has
-looked and keeps the answer is an ImportError that names it.
-
-The package metadata says 0.22.0, because transformers 5.24 accepts nothing older, and 0.20.0 beside older ones, which
-LLaMA-Factory and ms-swift accept; graft's interface and files are those of 0.21.2. `--peft-version 0.21.2` before the
-script, GRAFT_PEFT_VERSION or `install(version="0.21.2")` have it say what another client wants.
-`importlib.util.find_spec` and `importlib.metadata.version` find the alias whether PEFT is installed or not.
-
-Names that graft lacks raise an ImportError that says so. Layer classes (LoraLayer, lora.Linear, …) serve isinstance; a
-class derived from one can be defined, and making one, patching one, or issubclass on the class of a layer is an error
-that says what to do instead. Pickles name graft's modules.
+- `names.py`: the names in each module of PEFT, as data.
+- `modules.py`: the finder that makes modules called peft, and hands out graft's objects.
+- `layers.py`: PEFT's layer classes, for isinstance.
 """
 
 from __future__ import annotations

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many adapters trained at once on one base, each as it would be trained alone."""
+"""The room of many trainings: many adapters train at once on one base, each exactly as by itself.
+
+Entry points: `graft.MultiTrain`, to which `add` gives runs, and `graft.sweep`, which looks for settings.
+
+- `runs.py`: `MultiTrain`, its steps and its folder.
+- `run.py`: one run, an adapter with its batches, optimizer and schedule; it knows no other run.
+- `joint.py`: one pass of the model for the batches of several runs.
+"""
 
 from graft.train.multi.run import Point, Run, Valid
 from graft.train.multi.runs import MultiTrain, Step

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
+from graft.files import live_model
 from graft.files.bases import base_of
-from graft.model import in_memory
 from tests.files.make_fixtures import LLAMA, net
 from tests.trees import tree
 
@@ -112,7 +112,7 @@ def test_a_model_that_was_never_saved_has_the_architecture_of_its_class():
     model = llama()
     model.config.architectures = None
     for made in (model, graft.get_peft_model(model, graft.LoraConfig(target_modules=["q_proj"]))):
-        assert in_memory.names_in(made).config["architectures"] == ["LlamaForCausalLM"]
+        assert live_model.names_in(made).config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_another_model_stays_as_it_was():
@@ -125,7 +125,7 @@ def test_another_model_stays_as_it_was():
 
 def test_weights_of_the_model_are_not_copied_where_names_are_enough(monkeypatch):
     asked = []
-    monkeypatch.setattr(in_memory, "values_of", lambda read, name: asked.append(name))
+    monkeypatch.setattr(live_model, "values_of", lambda read, name: asked.append(name))
     graft.load_adapter(llama(), FIXTURES / "mlx_lora")
     assert asked == []
 
@@ -134,9 +134,9 @@ def test_weights_are_those_of_the_base_while_an_adapter_is_merged():
     config = graft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     model = graft.get_peft_model(llama(), config)
     name = "model.layers.0.self_attn.q_proj.weight"
-    before = in_memory.names_in(model).tensors[name].read().copy()
+    before = live_model.names_in(model).tensors[name].read().copy()
     model.merge_adapter()
-    now = in_memory.names_in(model).tensors[name].read()
+    now = live_model.names_in(model).tensors[name].read()
     assert (
         abs(now - before).max()
         < 1e-6

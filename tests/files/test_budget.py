@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import graft
 from graft.core.errors import ConfigError
-from graft.model.budget import Training, block_kinds, budget, coverage, loss_of
+from graft.files.budget import Training, block_kinds, budget, coverage, loss_of
 from graft.storage import stacks
 from tests.leaves_out import FUSED_EXPERTS, PLANS
 from tests.storage.packed_experts import BOTH, EXPERTS, KINDS, WIDTH, blocks, made
@@ -142,7 +142,7 @@ def test_a_base_of_packed_experts(kind, monkeypatch):
     assert plain.adapter == 4 * 2 * EXPERTS * r * (2 * WIDTH + 3 * (WIDTH // 2))
     stack = 4 * EXPERTS * WIDTH * WIDTH  # gate_up_proj
     assert packed.working - plain.working == stack  # less than a chunk
-    monkeypatch.setattr("graft.model.budget.CHUNK", 1)
+    monkeypatch.setattr("graft.files.budget.CHUNK", 1)
     assert budget(of, 1, bits=kind).working - plain.working == stack / EXPERTS
     with pytest.raises(ConfigError, match="bits is one of 4, 8, nf4"):
         budget(of, 1, bits="q4")

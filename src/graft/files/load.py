@@ -17,6 +17,7 @@ from graft.files.components import part_for
 from graft.files.formats import read
 from graft.files.formats.peft import config_of, tensors_of
 from graft.files.holding import PEFT, fit
+from graft.files.live_model import names_in
 from graft.files.lycoris import as_peft
 from graft.files.names import check, renamed
 from graft.files.neutral import AdapterFile
@@ -24,7 +25,6 @@ from graft.files.pickles import to_torch
 from graft.inject.experts import Conversions
 from graft.io.files import Loaded
 from graft.model.checkpoints import AdapterInMemory
-from graft.model.in_memory import names_in
 from graft.model.mixed import PeftMixedModel
 from graft.model.peft_model import PeftModel
 

@@ -16,13 +16,13 @@ from graft.files.convert import ENDS
 from graft.files.export import Exported
 from graft.files.export import export as export_file
 from graft.files.formats import peft
+from graft.files.live_model import names_in
 from graft.files.serving import server_named
 from graft.inject.parts import reads
 from graft.io import files
 from graft.io.fingerprint import fingerprint, weights_of
 from graft.model.checkpoints import check, contents, folder_of, names_to_save
 from graft.model.convert import convert_to_lora, found
-from graft.model.in_memory import names_in
 
 ENERGY = 1 - 1e-8  # part of ‖ΔW‖² that each layer of a method which is no LoRA keeps
 LOSS = 1e-3  # part of ‖ΔW‖ of a layer; who wants to lose more says so

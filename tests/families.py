@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from tests.models import seeded
+from tests.models import clone, seeded
 
 SIZES = dict(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
 IDS = torch.arange(28).view(2, 14) % 31
@@ -76,7 +75,7 @@ TEXT = {"Qwen3_5Moe", "Gemma4", "Llama4"}  # whose text model has a config of it
 
 def base(family: str, **sizes: Any) -> Any:
     """Return a fresh model in eval mode whose experts count."""
-    return copy.deepcopy(_original(family)) if not sizes else _built(family, sizes)
+    return clone(_original(family), {}) if not sizes else _built(family, sizes)
 
 
 @cache

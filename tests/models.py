@@ -108,6 +108,9 @@ def make(name: str) -> nn.Module:
     return clone(_original(name), {})
 
 
+PLAIN = (bool, int, float, str, type(None))
+
+
 def clone(module: nn.Module, memo: dict) -> nn.Module:
     """`copy.deepcopy` of a module in a third of the time: most of what a module has are empty dictionaries."""
     if id(module) in memo:
@@ -118,7 +121,7 @@ def clone(module: nn.Module, memo: dict) -> nn.Module:
             value = {name: None if child is None else clone(child, memo) for name, child in value.items()}
         elif type(value) in (dict, OrderedDict) and not value:
             value = type(value)()
-        else:
+        elif type(value) not in PLAIN:
             value = copy.deepcopy(value, memo)
         new.__dict__[key] = value
     return new

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -139,7 +138,7 @@ def _original(model: str) -> nn.Module:
 
 def make(model: str) -> nn.Module:
     """A fresh base model in eval mode, with the same weights every time."""
-    return copy.deepcopy(_original(model))
+    return models.clone(_original(model), {})
 
 
 def adapt(lib, sample: Sample, adapter: str = "default", *, base: nn.Module | None = None, **options):

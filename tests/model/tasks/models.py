@@ -21,7 +21,7 @@ import graft
 from graft.config.targets import LORA
 from graft.methods import IN_PEFT
 from tests.covering import Sometimes
-from tests.models import LENGTH, STD, VOCAB, TinyModel, pairs, seed, seeded, tokens, transformer
+from tests.models import LENGTH, STD, VOCAB, TinyModel, clone, pairs, seed, seeded, tokens, transformer
 from tests.models import MODELS as TINY
 from tests.samples import LAWS
 
@@ -171,7 +171,7 @@ def _original(name: str) -> nn.Module:
 
 def make(name: str) -> nn.Module:
     """A fresh model in eval mode, with the same weights every time."""
-    return copy.deepcopy(_original(name))
+    return clone(_original(name), {})
 
 
 # methods

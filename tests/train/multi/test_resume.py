@@ -16,7 +16,7 @@ from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigErr
 from graft.train import state_file
 from graft.train.multi import MultiTrain, run_file
 from graft.train.multi.draws import Draws
-from graft.train.multi.loader import Loader
+from graft.train.multi.loader import Loader, digest_batch
 from tests import fresh, models
 from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same, tiny
 from tests.train.multi.killed import STEPS
@@ -400,7 +400,8 @@ def mean(output, batch, x=1):
 @pytest.mark.parametrize("one, other, text", [
     (mean_square, mean, "loss = 'mean_square', now 'mean'"), (None, mean, "loss = None, now 'mean'"),
     (partial(mean, x=1), partial(mean, x=2), r"loss = \['mean', {'x': 1}\], now \['mean', {'x': 2}\]"),
-], ids=["named", "own", "partial"])  # fmt: skip
+    (partial(mean, x={(0, 1): 2}), partial(mean, x=2), r"loss = \['mean', {'x': {}}\], now"),
+], ids=["named", "own", "partial", "keys that JSON has not"])  # fmt: skip
 def test_another_loss_than_before(tmp_path, one, other, text):
     runs = MultiTrain(tiny())
     runs.add("x", lora(), data=batches(4), loss=one)
@@ -436,3 +437,15 @@ def test_values_as_json_and_back(value):
 def test_specs_differ_in_all_that_a_run_depends_on():
     fields = [f for f in Spec._fields if f not in ("config", "batch", "dropout")]
     assert all(len({str(getattr(spec, f)) for spec in SPECS.values()}) > 1 for f in fields)
+
+
+def test_digests_of_batches():
+    """Of any: what has no bytes to read, and what JSON has not, counts by its class."""
+    x, nested = torch.zeros(2, 3), torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged)
+    odd = [x.to_sparse(), x.to("meta"), nested, object(), {1: 2, "a": x}]
+    digests = [digest_batch({"x": value}) for value in odd]
+    assert len({*digests}) == len(odd) - 1  # the first two are of one class
+    assert (
+        digest_batch({"a": x, "b": 1}) == digest_batch({"b": 1, "a": x.clone()}) != digest_batch({"a": x + 1, "b": 1})
+    )
+    assert len({digest_batch({"x": t}) for t in (x, x.double(), x.view(3, 2), x.bool(), [x], 0.0)}) == 6

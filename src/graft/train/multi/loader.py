@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graft.core.errors import ConfigError, annotate_error
@@ -138,12 +139,14 @@ class Loader:
 
 
 def digest_batch(batch: Batch) -> str:
-    """Return the digest of a batch: of its tensors' values, and of all that JSON has; other objects count by class."""
+    """Return the digest of a batch: of its dense tensors' values, and of what JSON has; the rest counts by class."""
 
     def note(value: object) -> object:
-        return [*value.shape, tensor_digest(value)] if isinstance(value, Tensor) else type(value).__qualname__
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
+        return [*value.shape, tensor_digest(value)] if dense else type(value).__qualname__  # type: ignore[attr-defined,arg-type]
 
-    return hashed(json.dumps(batch, default=note, skipkeys=True, sort_keys=True))
+    items = sorted(batch.items(), key=lambda item: str(item[0]))
+    return hashed(json.dumps(items, default=note, skipkeys=True))
 
 
 def digest_first_batch(whose: str, data: Iterable[object]) -> str:

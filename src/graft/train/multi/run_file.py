@@ -127,7 +127,7 @@ def settings(run: Run) -> Json:
 
 def to_json_value(value: object) -> Any:
     """Return a value as JSON has it; objects, functions and classes by name, the same in any process."""
-    return json.loads(json.dumps(value, default=name_object))
+    return json.loads(json.dumps(value, default=name_object, skipkeys=True))
 
 
 def name_object(value: object) -> object:

@@ -444,7 +444,7 @@ class Job:
             return
         os.makedirs(self.folder, exist_ok=True)
         document = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
-        text = json.dumps(document, indent=1, default=run_file.name_object)
+        text = json.dumps(document, indent=1, default=run_file.name_object, skipkeys=True)
         replace(os.path.join(self.folder, TABLE), write_text(text + "\n"))
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):

@@ -36,6 +36,14 @@ ROOMS = {"files": "toolbox", "command": "toolbox", "__main__": "toolbox", "train
 # how many names of the library's inside each room imports at most: a limit only shrinks
 # the aims are 60, 25, 70, 45 and 55 names, of at most eight modules that a line in each marks as supported inside
 WIDTHS = {"toolbox": 120, "many": 46, "training": 119, "serving": 67, "compat": 58}
+# the rooms that each room imports, besides the library and the public names; the list of a room only shrinks
+NEIGHBOURS = {
+    "toolbox": {"serving"},
+    "many": {"training"},
+    "training": {"toolbox"},
+    "serving": {"toolbox"},
+    "compat": set(),
+}
 HEAVY = ("transformers", "peft", "bitsandbytes", "rich", "huggingface_hub", "safetensors", "accelerate", "matplotlib")
 
 
@@ -143,6 +151,15 @@ def test_one_table_names_what_the_library_looks_up_in_rooms():
             assert not {text for text in strings if named.fullmatch(text)}, f"{module}: see graft.model.rooms"
     for name, module in FUNCTIONS.items():
         assert import_from_room(name).__module__ == module and room_of(module) not in ("library", "face")
+
+
+@pytest.mark.parametrize("room", NEIGHBOURS)
+def test_a_room_imports_no_more_rooms(room):
+    for module, path in MODULES.items():
+        if room_of(module) == room:
+            others = {name for name in own(path, nested=True) if room_of(name) not in ("library", "face", room)}
+            wrong = {name for name in others if room_of(name) not in NEIGHBOURS[room]}
+            assert not wrong, f"{module} imports {sorted(wrong)}"
 
 
 @pytest.mark.parametrize("room", WIDTHS)
@@ -301,7 +318,10 @@ def calls(path: Path) -> Iterator[str]:
 def test_only_ops_run_a_layer_with_another_weight():
     running = re.compile(r"(^|\.)(linear|embedding|conv[123]d)$")
     for module, path in MODULES.items():
-        if package(module) in ("core", "methods", "prompts", "inject", "io", "model") and module != "graft.core.ops":
+        if (
+            package(module) in ("core", "methods", "prompts", "inject", "io", "model", "files")
+            and module != "graft.core.ops"
+        ):
             wrong = [name for name in calls(path) if running.search(name) and name.startswith(("F.", "torch.", "nn.f"))]
             assert not wrong, f"{module} calls {wrong}"
 
@@ -395,7 +415,7 @@ def test_private_state_stays_in_its_file():
 def test_only_storage_looks_into_a_module_for_its_tensors():
     """`find_store` and its rows decide how a weight is held; elsewhere nobody asks for its type."""
     for module, path in MODULES.items():
-        if package(module) in ("core", "methods", "inject", "combine", "io", "model", "serving"):
+        if package(module) in ("core", "methods", "inject", "combine", "io", "model", "serving", "files"):
             for node in nodes(path):
                 if isinstance(node, ast.Attribute) and node.attr in ("qweight", "quant_state", "SCB", "tensor_impl"):
                     raise AssertionError(f"{module}:{node.lineno} {ast.unparse(node)}")

@@ -43,7 +43,6 @@ from graft.io.fingerprint import in_common
 from graft.io.rendezvous import Meeting, agreed, exchanged, gathered, rank
 from graft.io.save import base_fingerprint
 from graft.storage.parallel import fill, master, mastered, processes, shape_of
-from graft.train.multi.draws import generators_in
 from graft.train.optimizer_states import OptimizerStates, check_spread, states_of
 from graft.train.state_check import (
     OWN,
@@ -58,7 +57,7 @@ from graft.train.state_check import (
     is_count,
     is_known,
 )
-from graft.train.state_file import as_read, check_base, pack, read, slots, write
+from graft.train.state_file import as_read, check_base, generators_in, pack, read, slots, write
 
 FILE, NOTE = "training.safetensors", "training.json"
 FORMAT = 1

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from graft.config.atomic import replace
 from graft.config.reading import Json, parsed
@@ -137,3 +137,11 @@ def unpack(value: object, tensors: dict[str, Tensor], path: str = "", depth: int
             raise
         raise CheckpointError(f"The note in {path} is damaged: {shortened(repr(e))}.") from None
     return {k: inner(v) for k, v in value.items()}
+
+
+def generators_in(data: object) -> list[Generator]:
+    """Return the generators that a loader and its samplers hold, each once."""
+    sampler = getattr(data, "batch_sampler", None)
+    holders = [data, getattr(data, "sampler", None), sampler, getattr(sampler, "sampler", None)]
+    found = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), Generator)}
+    return list(found.values())

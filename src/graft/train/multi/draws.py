@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from graft.core.draws import LOCK
+from graft.train.state_file import generators_in
 
 States = list[Tensor]
 
@@ -51,11 +52,3 @@ class Draws:
         for generator, state in zip(self.lent, before[1:]):
             generator.set_state(state)
         LOCK.release()
-
-
-def generators_in(data: object) -> list[Generator]:
-    """Return the generators that a loader and its samplers hold, each once."""
-    sampler = getattr(data, "batch_sampler", None)
-    holders = [data, getattr(data, "sampler", None), sampler, getattr(sampler, "sampler", None)]
-    found = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), Generator)}
-    return list(found.values())

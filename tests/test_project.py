@@ -179,3 +179,9 @@ def test_the_smoke_test_refuses_the_source_tree():
         env={"PYTHONPATH": str(ROOT / "src")},
     )
     assert done.returncode == 1 and "not from what was installed" in done.stderr
+
+
+def test_actions_are_pinned_by_digest():
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    used = re.findall(r"uses: (\S+)", text)
+    assert used and all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action) for action in used)

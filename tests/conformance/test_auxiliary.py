@@ -255,6 +255,25 @@ def test_compositions_have_their_rows(model):
     assert_close(model.auxiliary_loss("b"), by_hand(model, "b", x[:1], names=["a", "b"]))
 
 
+def test_a_parallel_weighs_each_by_its_copies(model):
+    """As it does the model's loss, which is the mean over the copies."""
+    x = inputs(2)
+    value = graft.Parallel("a", graft.Stack("a", "b"), "b")
+    model(x, compose=value)
+    pair = {name: by_hand(model, name, x, names=["a", "b"]) for name in "ab"}
+    expected = {name: (by_hand(model, name, x) + pair[name]) / 3 for name in "ab"}  # two of three copies
+    for name in "ab":
+        assert_close(model.auxiliary_loss(name), expected[name])
+    loss = model(x, labels=labels(2), compose=value).loss
+    assert_close(loss, plain(model, x, labels=labels(2), compose=value) + sum(expected.values()))
+    model.set_adapter(value)
+    model(x)
+    assert_close(model.auxiliary_loss("a"), expected["a"])
+    assert_close(model.auxiliary_loss(), sum(expected.values()))
+    model(x, compose=graft.Stack("a", "b"))
+    assert_close(model.auxiliary_loss("a"), pair["a"])
+
+
 def test_disabled_adapters_have_none(model):
     x = inputs()
     with model.disable_adapter():

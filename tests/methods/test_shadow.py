@@ -195,6 +195,31 @@ def test_a_mixed_batch_trains():
     close_dicts(*grads, 1e-4)
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_the_loss_of_a_mixed_batch_is_of_the_rows_of_each(task):
+    """The shadow loss of an adapter is what it has alone on its rows, whatever rows others have."""
+    tokens = task == "CAUSAL_LM"
+    base = models.make("llama") if tokens else LlamaForSequenceClassification(models.make("llama").config)
+    model = with_shadow(base=base, task_type=task)
+    if tokens:  # the other task takes one adapter
+        model.add_adapter("b", graft.ShadowConfig(task_type=task))
+    moved(model).train()
+    labels, names = (IDS, ["b", "default", "b"]) if tokens else (torch.tensor([0, 1, 0]), ["default", "__base__"] * 2)
+    names = names[: len(labels)]
+
+    def own(output, labels):
+        y = output.logits
+        y, labels = (y[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) if tokens else (y, labels)
+        return output.loss - nn.functional.cross_entropy(y, labels)
+
+    found, expected = own(model(**X, labels=labels, adapter_names=names), labels), 0.0
+    for name in {*names} - {"__base__"}:
+        rows = [i for i, n in enumerate(names) if n == name]
+        model.set_adapter(name)
+        expected += own(model(**{k: v[rows] for k, v in X.items()}, labels=labels[rows]), labels[rows])
+    close(found, expected, 1e-5)
+
+
 # generation
 
 

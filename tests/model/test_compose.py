@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 import graft
 from graft.core.errors import RoutingError
+from tests import models
+from tests.models import seeded
 
 NAMES = ("one", "two", "three")
 
@@ -299,3 +302,41 @@ def test_a_composition_ends_with_a_member():
     with pytest.warns(UserWarning, match=r"'one' was a part of Average\('one', 'two'"):
         model.delete_adapter("one")
     torch.testing.assert_close(model(x), want)
+
+
+OWN_LOSSES = {
+    "MoE-LoRA": lambda: graft.MoeLoraConfig(target_modules=["q_proj", "up_proj"], num_experts=3, router_loss=True),
+    "MixLoRA": lambda: graft.MixLoraConfig(num_experts=3),
+    "AdaLoRA": lambda: graft.AdaLoraConfig(target_modules=["q_proj"], total_step=9),
+    "SHADOW": lambda: graft.ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore::graft.PeftWarning")
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_losses_that_adapters_add_are_means_over_the_copies(name):
+    """So that each adapter gets 1/n of the gradient that it would get alone."""
+    model = graft.get_peft_model(models.make("llama"), OWN_LOSSES[name](), "one")
+    trains = NAMES[:1] if name == "AdaLoRA" else NAMES[:2]  # of which one adapter trains
+    model.add_adapter("two", replace(OWN_LOSSES[name](), inference_mode=len(trains) == 1))
+    model.set_requires_grad(list(trains))
+    with torch.no_grad(), seeded(2):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape), alpha=0.1)
+    model.train()
+    ids = models.inputs("llama")["input_ids"]
+
+    def of(value):
+        loss = model(input_ids=ids, labels=ids, compose=value).loss
+        if loss.requires_grad:
+            loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return loss.detach(), found
+
+    alone = [of(graft.Stack(adapter)) for adapter in NAMES[:2]]
+    loss, found = of(graft.Parallel("one", "two"))
+    torch.testing.assert_close(loss, sum(loss for loss, _ in alone) / 2)
+    halves = {n: g / 2 for _, gradients in alone for n, g in gradients.items()}
+    torch.testing.assert_close(found, halves, atol=1e-6, rtol=1e-3)

@@ -256,6 +256,11 @@ class Run:
     generates: bool = False  # the model's `generate` runs, and it its forward several times
     copies: int = 1  # of each row, which `generate` makes
     adapters: Sequence[str] = ()  # those that act and are of the class whose `around` is called
+    shares: Mapping[str, float] = field(default_factory=dict)  # of the batch's copies on which adapters act: all else
+
+    def share(self, adapter: str) -> float:
+        """Return what an adapter's own loss counts: the share of the batch's copies on which the adapter acts."""
+        return self.shares.get(adapter, 1.0)
 
     def said(self, name: str, model: nn.Module) -> Any:
         """Return what the call says under a name: to graft, or to the model, by its signature; None if nothing."""

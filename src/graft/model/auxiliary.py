@@ -23,10 +23,10 @@ def losses_of(
     run: Run,
     model: nn.Module,
 ) -> dict[str, Tensor]:
-    """Return the losses of a run, (), by adapter."""
+    """Return the losses of a run, (), by adapter. Of a Parallel each counts as its adapter's copies of the batch do."""
     share = share_of_step(run, model)
     return {
-        name: methods[name].auxiliary(configs[name], [tokens(one, run, model) for one in own]) * share
+        name: methods[name].auxiliary(configs[name], [tokens(one, run, model) for one in own]) * share * run.share(name)
         for name, own in noted.items()
     }
 

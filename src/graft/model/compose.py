@@ -93,7 +93,7 @@ class Average(Composition):
 class Parallel(Composition):
     """Adapters, Stacks and Averages, each of which gets a copy of the batch: rows of the first come first.
 
-    `graft.split` cuts the output. A loss is the mean over the copies. It cannot merge.
+    `graft.split` cuts the output. A loss is the mean over the copies, those that adapters add with it. It cannot merge.
 
     Raises:
         RoutingError: no children, or one that is none of these.
@@ -121,6 +121,14 @@ def keys_of(value: str | Composition) -> list[str | Together]:
     if isinstance(value, Stack) and len(value.children) > 1:
         return [Together(value.children)]
     return [*names_in(value)]
+
+
+def shares_of(value: Composition | None) -> dict[str, float]:
+    """Return the share of a batch's copies on which each adapter of a Parallel acts; {} for other values."""
+    if not isinstance(value, Parallel):
+        return {}
+    children = [names_in(child) for child in value.children]
+    return {name: sum(name in child for child in children) / len(children) for name in value.names}
 
 
 def check_known(names: Sequence[str], configs: Mapping[str, PeftConfig], value: Composition) -> None:

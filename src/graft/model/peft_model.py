@@ -24,7 +24,7 @@ from graft.inject.parts import HOLDER, reads, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
 from graft.model import checkpoints
-from graft.model.compose import Composition, names_in
+from graft.model.compose import Composition, names_in, shares_of
 from graft.model.modes import modes_unless_it_fails
 from graft.model.registry import Registry, check_adapter_name, parameters_of, unless_it_fails
 from graft.model.rooms import import_from_room
@@ -385,7 +385,7 @@ class PeftModel(nn.Module):
                 if value is not None:
                     own = {*self.special_peft_forward_args, *registry.arguments}
                     inputs, kwargs, names = composed(value, inputs, kwargs, own)
-                output, context = self._run(function, names, inputs, kwargs, generates)
+                output, context = self._run(function, names, inputs, kwargs, generates, shares_of(value))
             break
         if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
             registry.call.keep_for_backward(output, context)
@@ -400,8 +400,12 @@ class PeftModel(nn.Module):
         inputs: tuple[object, ...],
         kwargs: dict[str, object],
         generates: bool,
+        shares: dict[str, float],
     ) -> tuple[object, CallContext]:
-        """Do as `_call`, within a call; return the output, and what the call said of its rows."""
+        """Do as `_call`, within a call; return the output, and what the call said of its rows.
+
+        shares: of the copies of the batch, those on which each adapter acts.
+        """
         registry = self._registry
         if generates:
             registry.check_generate(kwargs)
@@ -416,7 +420,7 @@ class PeftModel(nn.Module):
             check_averaged(registry)
             registry.averaged = True
         used = None if rows is None else [BASE if n is None else n for n in rows.names]
-        run = Run(inputs, kwargs, own, rows, generates)
+        run = Run(inputs, kwargs, own, rows, generates, shares=shares)
         run.copies = copies_of(registry.model, inputs, kwargs) if generates else 1
         with untouched(draws), call.using(rows, draws), self._heads_of(used), registry.acting(run) as finish:
             if run.copies > 1 and call.context:

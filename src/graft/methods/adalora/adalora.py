@@ -261,9 +261,9 @@ class AdaLoRA(Method[AdaLoraConfig]):
                 warn_if_forgotten(tuner)
             loss = getattr(output, "loss", None)
             if tuner.training and isinstance(loss, Tensor):
-                output.loss = loss + sum(own() for own in orthogonal_losses(tuner, names).values())
+                output.loss = loss + sum(own() for own in orthogonal_losses(tuner, names, run).values())
             elif tuner.training and not run.generates:
-                call.here.losses.update(orthogonal_losses(tuner, names))
+                call.here.losses.update(orthogonal_losses(tuner, names, run))
             return output
 
         yield with_loss

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
 from graft.core.method import Method
+from graft.core.rows import Run
 from graft.core.tuner import Tuner
 from graft.kernels.waits import constant
 from graft.storage.parallel import fill, layout_of, shape_of, whole
@@ -174,9 +175,12 @@ def reapply(methods: dict[str, Method], cfg: Schedule) -> None:
             fill(m.lora_E, whole(m.lora_E).masked_fill(gone[:, None], 0.0))
 
 
-def orthogonal_losses(tuner: Tuner, names: Iterable[str]) -> dict[str, Callable[[], Tensor]]:
-    """Return what computes the loss of each of these adapters that trains and has one."""
-    found = {name: (methods, tuner.peft_config[name].orth_reg_weight) for name, methods in all_trainable(tuner, names)}
+def orthogonal_losses(tuner: Tuner, names: Iterable[str], run: Run) -> dict[str, Callable[[], Tensor]]:
+    """Return functions that compute the losses, in a run, of those of these adapters that train and have one."""
+    found = {
+        name: (methods, tuner.peft_config[name].orth_reg_weight * run.share(name))
+        for name, methods in all_trainable(tuner, names)
+    }
     return {name: partial(orthogonal_loss, *own) for name, own in found.items() if own[1] > 0}
 
 

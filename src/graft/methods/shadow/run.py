@@ -74,7 +74,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
         return
     names = run.adapters
     if not run.generates:
-        one = Pass(tuner, call, names, run.inputs, run.kwargs)
+        one = Pass(tuner, call, names, run.inputs, run.kwargs, run)
         with call.giving(facts={FACT: one.states}):
             yield one.finish
         return
@@ -86,7 +86,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if get_ident() != thread:  # others may run the model as well
             return None
-        one = Pass(tuner, call, names, args, kwargs)
+        one = Pass(tuner, call, names, args, kwargs, run)
         passes[:] = [one]
         call.put(call.context._replace(facts={**call.context.facts, FACT: one.states}))
         return args, kwargs
@@ -110,9 +110,9 @@ class Pass:
     """One forward pass: its arguments, the states of its blocks, and what its output is completed by."""
 
     def __init__(
-        self, tuner: Tuner, call: Call, names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, Any]
+        self, tuner: Tuner, call: Call, names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, Any], run: Run
     ):
-        self.tuner, self.names = tuner, names
+        self.tuner, self.names, self.share = tuner, names, run.share
         self.rows = call.rows  # also when a backward pass runs a block again
         self.arguments = by_name(tuner.model, args, kwargs)
         if any(self.arguments.get(name) is not None and kwargs.get(name) is None for name in NAMES):
@@ -170,20 +170,23 @@ class Pass:
         """Return the model's output with the shadow network's loss, and with its cache."""
         if self.shadows:
             output = with_cache(output, self.shadows)
-        labels = self.arguments.get("labels")
-        if labels is None:
-            return output
-        for name in self.names:
-            output = self.with_loss(output, name, labels)
+        for name in () if self.arguments.get("labels") is None else self.names:
+            output = self.with_loss(output, name)
         return output
 
-    def with_loss(self, output: Any, name: str, labels: Tensor) -> object:
+    def with_loss(self, output: Any, name: str) -> object:
+        """Return an output whose loss has that of an adapter's shadow network, of the rows that use the adapter."""
         cfg = self.tuner.peft_config[name]
-        loss = shadow_loss(self.tuner, cfg, name, self.starts[name], self.arguments)
+        own: dict[str, Any] = {"state": self.starts[name]}
+        own |= {key: self.arguments.get(key) for key in ("labels", "input_ids")}
+        if self.rows is not None:
+            index = {t.device: self.rows.on(t.device).index_of(name) for t in own.values() if t is not None}
+            own = {key: t if t is None else t.index_select(0, index[t.device]) for key, t in own.items()}
+        loss = shadow_loss(self.tuner, cfg, name, own.pop("state"), own)
         if loss is None:
             return output
         self.tuner.states[name] = loss.detach()
-        weighed = cfg.auxiliary_loss_weight * loss
+        weighed = cfg.auxiliary_loss_weight * self.share(name) * loss
         if isinstance(output, tuple):
             return (output[0] + weighed.to(output[0].device), *output[1:])
         output.loss = output.loss + weighed.to(output.loss.device)

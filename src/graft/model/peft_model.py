@@ -463,7 +463,8 @@ class PeftModel(nn.Module):
         if quantized:
             return
         if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
+            if getattr(model, "_require_grads_hook", None) is None:  # else it would forget the hook that it has
+                model.enable_input_require_grads()
         elif (embeddings := input_embeddings(model)) is not None:
             embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
 

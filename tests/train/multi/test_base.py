@@ -12,6 +12,7 @@ import torch
 import graft
 from graft.core.errors import ConfigError
 from graft.train.multi import MultiTrain
+from tests import models
 from tests.train.multi.alone import batches, lora, same, tiny
 from tests.trust.fuzz import difference, snapshot
 
@@ -96,6 +97,17 @@ def test_a_sweep_that_raises_gives_the_head_back():
     with pytest.raises(ZeroDivisionError):
         graft.sweep(base, WHOLE["head"], {"r": [2, 4]}, **options)
     assert difference(before, snapshot(base)) == ""
+
+
+def test_hooks_of_the_base_stay_as_many():
+    base = tiny()
+    models.checkpoint(base)
+    model = graft.get_peft_model(base, lora())
+    base = model.unload()  # transformers 4 leaves the hook to the adapter's model
+    before = len(base.get_input_embeddings()._forward_hooks)
+    for _ in range(2):
+        trained(base, lora()).run().unload()
+    assert len(base.get_input_embeddings()._forward_hooks) == before <= 1
 
 
 def test_what_is_merged_comes_out():

@@ -432,6 +432,11 @@ class Worker:
         self.pipe.recv()
 
     def run(self, case: int) -> Outcome:
+        """Return what became of a case. One that hangs runs again: the machine may have stood still."""
+        outcome = self.run_once(case)
+        return self.run_once(case) if outcome.kind == "hanging" else outcome
+
+    def run_once(self, case: int) -> Outcome:
         self.pipe.send(case)
         try:
             if self.pipe.poll(LIMIT):

@@ -183,3 +183,38 @@ def main(out: Path) -> None:
             model.delete_adapter(label)
         save_file(tensors, folder / "adapters.safetensors", {"configs": json.dumps(said)})
         save_file({k: v.contiguous() for k, v in held.items()}, folder / "outputs.safetensors")
+
+
+HEADS = {  # of the library, for the models of `main`
+    "bert-pooled": lambda model: model.add_classification_head("a", num_labels=3, layers=1, use_pooler=True),
+    "bert-tagging": lambda model: model.add_tagging_head("a", num_labels=3),
+    "bert-answers": lambda model: model.add_qa_head("a"),
+    "bert-plain": lambda model: model.add_classification_head("a", num_labels=3),
+    "roberta-plain": lambda model: model.add_classification_head("a", num_labels=3),
+}
+
+
+def heads(out: Path) -> None:
+    """Make `fixtures/adapterhub_heads`: a head of each kind with a bottleneck, and what the library computes."""
+    import adapters
+
+    for label, add_head in HEADS.items():
+        folder = out / "adapterhub_heads" / label
+        folder.mkdir(parents=True)
+        model = adapters.AutoAdapterModel.from_pretrained(out / "adapterhub" / label.partition("-")[0])
+        add_head(model)
+        model.add_adapter("a", config=adapters.SeqBnConfig(reduction_factor=2))
+        model.eval()
+        fill({k: p for k, p in model.named_parameters() if ".a." in k}, 2)
+        model.set_active_adapters("a")
+        model.active_head = "a"
+        model.save_adapter(str(folder), "a")
+        for file in folder.glob("*.json"):
+            file.write_text(
+                json.dumps(json.loads(file.read_text()) | {"model_name": ""}, indent=2, sort_keys=True) + "\n"
+            )
+        given = inputs("bert")
+        with torch.no_grad():
+            y = model(**given)
+        logits = y.logits if "logits" in y else torch.stack([y.start_logits, y.end_logits])
+        save_file({f"in.{k}": v for k, v in given.items()} | {"y": logits}, folder / "outputs.safetensors")

@@ -17,6 +17,7 @@ from graft.files.convert import convert
 from graft.files.errors import BaseNeededError
 from graft.files.formats.adapterhub_places import COMPARED
 from tests.leaves_out import EMBEDDINGS_APART
+from tests.models import seeded
 
 HERE = Path(__file__).parent / "fixtures" / "adapterhub"
 MODELS = sorted(folder.name for folder in HERE.iterdir())
@@ -141,3 +142,80 @@ def test_a_base_of_files_tells_the_places_too(label, tmp_path):
     (unknown / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(BaseNeededError, match=r"no library here makes a model of .*unknown.*graft.load_adapter"):
         convert(source, "peft", tmp_path / "other", base=unknown)
+
+
+HEADS = {  # of AdapterHub's library → the model with the same head, and its layers
+    "bert-pooled": ("BertForSequenceClassification", ["classifier"]),
+    "bert-tagging": ("BertForTokenClassification", ["classifier"]),
+    "bert-answers": ("BertForQuestionAnswering", ["qa_outputs"]),
+    "roberta-plain": ("RobertaForSequenceClassification", ["classifier.dense", "classifier.out_proj"]),
+}
+
+
+def with_head(label, kind, where):
+    """A model of a kind with the weights of the fixture's base, the folder of an adapter with a head, and outputs."""
+    import transformers as t
+
+    weights = base(label.partition("-")[0]).state_dict()
+    config = t.AutoConfig.from_pretrained(HERE / label.partition("-")[0])
+    config.num_labels = 2 if label == "bert-answers" else 3
+    with seeded(5):
+        model = getattr(t, kind)(config).eval()
+    model.base_model.load_state_dict(weights, strict=False)
+    held = load_file(HERE.parent / "adapterhub_heads" / label / "outputs.safetensors")
+    return model, shutil.copytree(HERE.parent / "adapterhub_heads" / label, where), held
+
+
+@pytest.mark.parametrize("label", HEADS)
+@torch.no_grad()
+def test_a_head_goes_where_the_model_has_the_same(label, tmp_path):
+    kind, names = HEADS[label]
+    model, path, held = with_head(label, kind, tmp_path / "a")
+    adapted = graft.load_adapter(model, path).eval()
+    given = {k[3:]: v for k, v in held.items() if k.startswith("in.")}
+    y = adapted(**given)
+    logits = y.logits if "logits" in y else torch.stack([y.start_logits, y.end_logits])
+    assert_close(logits, held["y"], rtol=2e-5, atol=2e-5)
+    assert adapted.peft_config["default"].modules_to_save == names
+    with adapted.disable_adapter():  # the base's own head
+        plain = adapted(**given)
+    again = with_head(label, kind, tmp_path / "b")[0](**given)
+    assert all(torch.equal(plain[key], again[key]) for key in plain)
+
+
+@pytest.mark.parametrize(
+    "label, kind",
+    [
+        ("bert-plain", "BertForSequenceClassification"),  # whose head has one layer, of the pooler's output
+        ("bert-pooled", "BertForTokenClassification"),  # of the same shape, of each token
+        ("bert-tagging", "BertForSequenceClassification"),
+        ("roberta-plain", "RobertaForTokenClassification"),
+        ("bert-pooled", "BertModel"),
+    ],
+)
+def test_a_head_that_the_model_lacks_is_refused(label, kind, tmp_path):
+    model, path, _ = with_head(label, kind, tmp_path / "a")
+    with pytest.raises(graft.LossError, match=r"pytorch_model_head.bin: heads.a.1.weight.*lossy=True"):
+        graft.load_adapter(model, path)
+    assert not any(isinstance(m, graft.AdapterLayer) for m in model.modules())
+    assert graft.load_adapter(model, path, lossy=True).peft_config["default"].modules_to_save is None
+
+
+@torch.no_grad()
+def test_a_head_by_the_models_own_names(tmp_path):
+    """As the library saves one of transformers' models, which have no heads of its own."""
+    model, path, held = with_head("bert-pooled", "BertForSequenceClassification", tmp_path / "a")
+    head = {f"classifier.{k.rpartition('.')[2]}": v for k, v in torch.load(path / "pytorch_model_head.bin").items()}
+    torch.save(head, path / "pytorch_model_head.bin")
+    (path / "head_config.json").write_text('{"config": null, "model_class": "BertForSequenceClassification"}')
+    adapted = graft.load_adapter(model, path).eval()
+    given = {k[3:]: v for k, v in held.items() if k.startswith("in.")}
+    assert_close(adapted(**given).logits, held["y"], rtol=2e-5, atol=2e-5)
+    model, path, _ = with_head("bert-pooled", "BertForSequenceClassification", tmp_path / "b")
+    torch.save({k: v.clone() for k, v in model.classifier.state_dict(prefix="classifier.").items()}, path / "head.bin")
+    for name, of in (
+        ("pytorch_model_head.bin", path / "head.bin"),
+        ("head_config.json", tmp_path / "a/head_config.json"),
+    ):
+        shutil.copy(of, path / name)
+    assert graft.load_adapter(model, path).peft_config["default"].modules_to_save is None  # the base has it

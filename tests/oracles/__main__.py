@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 TESTS = Path(__file__).parents[1]
 KEPT = {"methods": TESTS / "methods" / "fixtures", "files": TESTS / "files" / "fixtures"}
 METHODS = {  # library → what makes its fixtures of methods in a folder, as module:function of tests.methods
-    "adapters": ("make_adapterhub:main", "make_fusion:main"),
+    "adapters": ("make_adapterhub:main", "make_adapterhub:heads", "make_fusion:main"),
     "pyreft": ("make_reft_steering:of_pyreft",),
     "repeng": ("make_reft_steering:of_repeng",),
     "lycoris": ("make_tlora:main",),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -31,6 +31,17 @@ FOLDER = (
     (*FILES, *FUSION_FILES),
     (CONFIG, FUSION, "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"),
 )
+HEAD, HEAD_FILES = "head_config.json", ("model_head.safetensors", "pytorch_model_head.bin")
+# that library's own heads, by kind and number of layers → models with the same head, its layers, and what it has to say
+HEADS: dict[tuple[str, int], tuple[str, tuple[str, ...], Json]] = {
+    ("classification", 1): ("(Bert|Albert)ForSequenceClassification", ("classifier",), {"use_pooler": True}),
+    ("classification", 2): (
+        "(XLM)?RobertaForSequenceClassification", ("classifier.dense", "classifier.out_proj"),
+        {"use_pooler": False, "activation_function": "tanh"},
+    ),
+    ("tagging", 1): (".*ForTokenClassification", ("classifier",), {}),
+    ("question_answering", 1): (".*ForQuestionAnswering", ("qa_outputs",), {}),
+}  # fmt: skip
 HOLDS = Holds("alpha", False, methods=frozenset({"IA3"}))
 PLACES = {  # ends of the paths that a config of theirs can name → its field, and a word of attn_matrices
     "query": ("selfattn_lora", "q"), "q_proj": ("selfattn_lora", "q"), "key": ("selfattn_lora", "k"),
@@ -52,13 +63,20 @@ def recognises(path: str) -> bool:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a folder.
+    """Read a folder. A head that the base has the same of is trained whole; any other is unread.
 
     Raises:
         CheckpointError: a file is not there or damaged, or the adapter is none of these.
         BaseNeededError: a bottleneck or ReFT, whose places the base's names tell; or a fusion without the model that
             has its bottlenecks.
     """
+    out = read_adapter(path, base)
+    add_head(out, base)
+    return out
+
+
+def read_adapter(path: str, base: Base | None) -> AdapterFile:
+    """Read a folder without its head: see `read`."""
     if os.path.isfile(os.path.join(path, FUSION)):
         return adapterhub_places.read_fusion(
             path, read_object(os.path.join(path, FUSION)), tensors_in(path, FUSION_FILES), base
@@ -97,10 +115,52 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 def tensors_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
     """Return the tensors of the first of these files that a folder has."""
-    file = next((where for name in files if os.path.exists(where := os.path.join(path, name))), None)
+    file = first_of(path, files)
     if file is None:
         raise CheckpointError(f"{path} holds neither {' nor '.join(files)}.")
     return read_file(file)[0]
+
+
+def first_of(path: str, files: tuple[str, ...]) -> str | None:
+    return next((where for name in files if os.path.exists(where := os.path.join(path, name))), None)
+
+
+def add_head(out: AdapterFile, base: Base | None) -> None:
+    """Add the head in an adapter's folder to the adapter, as whole tensors, less those whose values the base has.
+
+    If the base has no such head, its tensors are added to `unread`.
+    """
+    file = first_of(out.path, HEAD_FILES)
+    if file is None:
+        return
+    tensors = read_file(file)[0]
+    config = os.path.join(out.path, HEAD)
+    said = read_object(config).get("config") if os.path.exists(config) else None
+    names = {key: key for key in tensors} if said is None else head_names(tensors, said, base)
+    if names is None or (base is not None and any(base.shapes.get(names[k]) != t.shape for k, t in tensors.items())):
+        out.unread += [f"{os.path.basename(file)}: {key}" for key in tensors]
+        return
+    there: Mapping[str, Tensor] = getattr(base, "tensors", {})
+    for key, name in names.items():
+        if name not in there or not np.array_equal(there[name].read(), tensors[key].read()):
+            out.full[name] = tensors[key]
+    if out.full and "peft_type" in out.config:
+        out.config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in out.full})
+
+
+def head_names(tensors: Iterable[str], config: Json, base: Base | None) -> dict[str, str] | None:
+    """Return the names of a base's tensors, by those of the same head of that library; None: it has no such head."""
+    kind = str(config.get("head_type")).removeprefix("multilabel_")
+    pattern, layers, facts = HEADS.get((kind, config.get("layers", 0)), ("", (), {}))
+    model = getattr(base, "model", None)
+    of_base = (base.config.get("architectures") or [""])[0] if base else ""
+    if not re.fullmatch(pattern, str(of_base) if model is None else type(model).__name__):
+        return None
+    ends = [key.rsplit(".", 2) for key in tensors]
+    numbers = sorted({int(number) for _, number, _ in ends if number.isdecimal()})
+    if any(config.get(name) != value for name, value in facts.items()) or len(numbers) != len(layers):
+        return None
+    return {key: f"{layers[numbers.index(int(number))]}.{leaf}" for key, (_, number, leaf) in zip(tensors, ends)}
 
 
 def low_rank(path: str, module: str, factors: dict[str, Tensor], r: int, alpha: float) -> LowRank:

@@ -277,3 +277,30 @@ def test_a_model_that_was_there_before_the_trainer(installs):
             assert {installs}
         """
     )
+
+
+@pytest.mark.parametrize("installs", [True, False])
+def test_smoothed_labels_are_shifted(installs):
+    """Trainer computes that loss itself, by labels that it keeps from the model."""
+    run(
+        f"""
+        import tempfile, warnings
+        import graft, graft.compat.peft as alias
+        if {installs}:
+            alias.install()
+        from transformers import Trainer, TrainingArguments
+        from transformers.trainer_pt_utils import LabelSmoother
+        from tests import models
+        warnings.simplefilter("ignore")
+        config = graft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        for mixed in {{False, {installs}}}:
+            model = graft.get_peft_model(models.make("llama"), config, mixed=mixed)
+            assert repr(model).startswith("PeftM") and repr(model).count("LlamaForCausalLM(") == 1
+            ids = models.inputs("llama")["input_ids"][:1]
+            arguments = TrainingArguments(tempfile.mkdtemp(), max_steps=1, report_to=[], use_cpu=True,
+                                          disable_tqdm=True, label_smoothing_factor=0.1, save_strategy="no")
+            found = Trainer(model, arguments, train_dataset=[dict(input_ids=ids[0], labels=ids[0])]).train()
+            wanted = LabelSmoother(0.1)(dict(logits=models.make("llama")(ids).logits), ids, shift_labels=True)
+            assert abs(found.training_loss - float(wanted)) < 1e-5, (found.training_loss, wanted)
+        """
+    )

@@ -203,6 +203,13 @@ class PeftModel(nn.Module):
         """The base model's own method, which graft does not replace."""
         return self.get_base_model().prepare_inputs_for_generation
 
+    def _get_name(self) -> str:
+        """Return the name of the base's class, by which a Trainer that does not know graft shifts smoothed labels."""
+        return str(self.get_base_model()._get_name())
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base takes `num_items_in_batch`; Trainer would ask `forward`, which takes any keyword."""

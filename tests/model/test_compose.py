@@ -264,6 +264,55 @@ def test_parts_of_rewrites_in_an_average_come_from_one_output():
     torch.testing.assert_close(seen["y"][1], (base + parts["one"])[1])
 
 
+@pytest.mark.parametrize("preset", ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "compacter++"])
+def test_bottlenecks_of_a_model_whose_norms_stand_after_the_residual_are_averaged(preset):
+    """`seq_bn` acts on what the norm gets: LN(s + Σ w u(LN s)), by each adapter's own u on the base's s and LN s."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=40)
+    config = graft.BottleneckConfig.preset(preset, reduction_factor=4)
+    model = graft.get_peft_model(BertModel(BertConfig(**sizes)).eval(), config, "one")
+    model.add_adapter("two", config)
+    for name, p in model.named_parameters():
+        if "bottleneck" in name:
+            nn.init.normal_(p, std=0.5)
+    model.eval()
+    ids = torch.randint(1, 40, (3, 5))
+    value = graft.Average("one", "two", weights=[0.7, 0.5])
+    wants = {name: model(ids, compose=graft.Stack(name)).last_hidden_state for name in NAMES[:2]}
+    rows = model(ids, adapter_names=[value, "one", "__base__"]).last_hidden_state
+    whole = model(ids, compose=value).last_hidden_state
+    torch.testing.assert_close(rows[0], whole[0])
+    torch.testing.assert_close(rows[1], wants["one"][1])
+    with model.disable_adapter():
+        torch.testing.assert_close(rows[2], model(ids).last_hidden_state[2])
+    torch.testing.assert_close(model(ids, compose=graft.Average("two")).last_hidden_state, wants["two"])
+    parallel = graft.split(model(ids, compose=graft.Parallel(value, "two")), 2)
+    torch.testing.assert_close(parallel[0].last_hidden_state, whole)
+    model.set_adapter(value)
+    model(ids).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    if preset == "seq_bn":
+        layer = model.base_model.model.encoder.layer[1].output.LayerNorm
+        s, norm = torch.randn(2, 3, 16), layer.base_layer
+        y = norm(s)
+        parts = [layer.methods[name].u(y) for name in NAMES[:2]]
+        torch.testing.assert_close(layer(s), norm(s + 0.7 * parts[0] + 0.5 * parts[1]))
+
+
+def test_an_average_refuses_invertible_adapters():
+    from transformers import BertConfig, BertModel
+
+    sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
+    config = graft.BottleneckConfig.preset("seq_bn_inv", reduction_factor=4)
+    model = graft.get_peft_model(BertModel(BertConfig(**sizes)).eval(), config, "one")
+    model.add_adapter("two", config)
+    with pytest.raises(RoutingError, match=r"Adapter 'one' of layer 'embeddings' \(Bottleneck\) does more than add"):
+        model.set_adapter(graft.Average("one", "two"))
+    assert model.active_adapters == ["one"]
+
+
 def test_bad_compositions_change_nothing():
     model, x = adapters(lora)
     before = model(x)
@@ -272,8 +321,14 @@ def test_bad_compositions_change_nothing():
         (lambda: graft.Average("one", "two", weights=[1.0]), "2 adapters got 1 weights"),
         (lambda: graft.Average("one", weights=[float("nan")]), "finite numbers"),
         (lambda: graft.Stack("one", "one"), "twice"),
-        (lambda: graft.Stack("one", graft.Parallel("two")), "names of adapters"),
-        (lambda: graft.Parallel(graft.Parallel("one")), "names of adapters"),
+        (
+            lambda: graft.Stack("one", graft.Parallel("two")),
+            r"Parallel\('two'\) is a composition.*Name its adapters in",
+        ),
+        (lambda: graft.Stack("one", graft.Average("two")), "only a Parallel has .* within.*_weighted_adapter makes"),
+        (lambda: graft.Stack("one", graft.Stack("two")), "in one Stack, in their order"),
+        (lambda: graft.Average("one", graft.Stack("two")), "Name its adapters in the Average"),
+        (lambda: graft.Parallel(graft.Parallel("one")), "children of both in one Parallel"),
         (lambda: model.set_adapter(graft.Average("one", "no")), r"names \['no'\], which are not loaded"),
         (lambda: model(x, compose=graft.Parallel("one", graft.Stack("no"))), "not loaded"),
         (lambda: model(x, compose=graft.Stack("one"), adapter_names=["one"] * 3), "pass one of them"),

@@ -341,8 +341,9 @@ class Update(Effect):
         return replace(self, delta=delta, factors=factors, branch=branch, bias=bias, pieces=pieces)
 
 
-def with_part(part: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    return y + part(x, y)
+def with_part(part: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """Return the last value with the part that a function makes of all of them."""
+    return values[-1] + part(*values)
 
 
 ONE_OUTPUT = "in an average its part comes from the output that the others get, too, which no weight does"
@@ -363,6 +364,8 @@ class Rewrite(Effect):
         post: (x, y) → y', from the input before `pre` and the output.
         part: (x, y) → Δy, in place of `post`, which is then y + Δy. Gates can weigh it; all parts that they weigh come
             from one output.
+        ahead: x → Δx, in place of `pre`, which is then x + Δx; of a block. All that an average weighs come from one
+            input.
         apart: `post` acts on the output without its bias.
         looks_up: `post` gives rows of another table as the module, which takes ids, would output them.
         block: the site is a module with several inputs, of which `pre` gets the first; what `post` gets is its output,
@@ -374,6 +377,7 @@ class Rewrite(Effect):
     pre: Callable[[Tensor], Tensor] | None = None
     post: Callable[[Tensor, Tensor], Tensor] | None = None
     part: Callable[[Tensor, Tensor], Tensor] | None = None
+    ahead: Callable[[Tensor], Tensor] | None = None
     apart: bool = False
     looks_up: bool = False
     block: bool = False
@@ -384,6 +388,10 @@ class Rewrite(Effect):
             if self.post is not None or self.apart:
                 raise TypeError("a Rewrite with `part` has no `post` of its own, and nothing apart")
             object.__setattr__(self, "post", partial(with_part, part))
+        if (ahead := self.ahead) is not None:
+            if self.pre is not None or not self.block:
+                raise TypeError("a Rewrite with `ahead` has no `pre` of its own, and is of a block")
+            object.__setattr__(self, "pre", partial(with_part, ahead))
         if self.merged is not_merged and self.fixed is None:
             object.__setattr__(self, "fixed", NO_WEIGHT)
 
@@ -416,10 +424,11 @@ class Rewrite(Effect):
         return self.folds or self.looks_up
 
     def times(self, weight: float) -> Effect | None:
-        if self.part is None or not self.weighable:
+        if (self.pre is not None and self.ahead is None) or (self.post is not None and self.part is None) or self.folds:
             return None
+        part, ahead = (f and partial(times, f, weight) for f in (self.part, self.ahead))
         fixed = self.fixed or ONE_OUTPUT
-        return replace(self, part=partial(times, self.part, weight), post=None, merged=not_merged, fixed=fixed)
+        return replace(self, part=part, ahead=ahead, pre=None, post=None, merged=not_merged, fixed=fixed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -589,7 +589,15 @@ class Level(Chain):
 
 
 class LevelBlock(Block):
-    """The same, of a module with several inputs."""
+    """The same, of a module with several inputs. What acts on its input all comes from one input."""
+
+    def before(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the input that the module gets, with the parts of all steps, and what each step got."""
+        inner = x
+        for _, effect in self.steps:
+            if isinstance(effect, Rewrite) and effect.ahead is not None:
+                inner = inner + effect.ahead(x)
+        return inner.to(x.dtype), [x] * len(self.steps)
 
     def after(self, inputs: list[Tensor], y: Tensor) -> Tensor:
         if self.layer.call.weights() is not None:
@@ -601,7 +609,8 @@ def level(plan: Plan, x: Tensor, y: Tensor) -> Tensor:
     """Return y with the parts of all steps, each of y itself."""
     out = y
     for m, effect in plan.steps:
-        out = out + plan.part(m, effect, x, y)
+        if not isinstance(effect, Rewrite) or effect.part is not None:
+            out = out + plan.part(m, effect, x, y)
     return out.to(y.dtype)
 
 

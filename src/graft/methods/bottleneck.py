@@ -387,7 +387,7 @@ class Bottleneck(Method[BottleneckConfig]):
         if place.role == "tap":
             return Tap(place.readers)
         if place.role == "norm":
-            return Rewrite(pre=self.before_norm, block=True)
+            return Rewrite(ahead=self.before_norm, block=True)
         if place.role == "head":
             return Rewrite(pre=self.before_head)
         if place.role == "embedding":
@@ -479,8 +479,8 @@ class Bottleneck(Method[BottleneckConfig]):
         return out
 
     def before_norm(self, s: Tensor) -> Tensor:
-        """Return s + u(LN s), which the norm then gets in place of s."""
-        return s + self.u(self.layer.base_layer(s))
+        """Return u(LN s): the norm then gets it on top of s."""
+        return self.u(self.layer.base_layer(s))
 
 
 @torch.no_grad()

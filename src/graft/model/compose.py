@@ -17,6 +17,11 @@ T = TypeVar("T")
 SHARED = ("cache_position",)  # arguments of models that no row has for itself
 MAIN = ("input_ids", "inputs_embeds", "pixel_values")  # others, such as positions, may be one for all rows
 ITEMS = "num_items_in_batch"  # tokens of an optimizer step, of which a loss is the mean: each has its copies
+NESTED = {  # remedies, by the outer composition and the inner one
+    ("Stack", "Average"): "If its adapters have a ΔW, add_weighted_adapter makes one of them, which the Stack can name",
+    ("Stack", "Stack"): "Name the adapters of both in one Stack, in their order",
+    ("Parallel", "Parallel"): "Name the children of both in one Parallel",
+}
 
 
 class Composition:
@@ -36,6 +41,14 @@ class Composition:
         return type(self).__name__
 
     def _check(self, child: object) -> None:
+        if isinstance(child, Composition):
+            remedy = NESTED.get(
+                (self._name, child._name), f"Name its adapters in the {self._name}, or call with it alone"
+            )
+            raise RoutingError(
+                f"{self._name} takes names of adapters, and {child!r} is a composition: only a Parallel has a Stack or "
+                f"an Average within. {remedy}."
+            )
         if not isinstance(child, str):
             raise RoutingError(f"{self._name} takes names of adapters, got {child!r}.")
         if child == BASE:

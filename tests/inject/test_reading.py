@@ -169,6 +169,35 @@ def test_mixers_have_default_targets(name):
     assert_close(model.merge_and_unload()(IDS).logits, out)
 
 
+WITHOUT_WEIGHT = {  # methods that act where a layer is called, and have no weight for a kernel: what their calls need
+    "EWORA": (lambda: graft.EworaConfig(r=2), {}),
+    "MOELORA": (lambda: graft.MoeLoraConfig(r=2), {}),
+    "MTLLORA": (lambda: graft.MtlLoraConfig(r=2, n_tasks=2), dict(task_ids=torch.tensor([0, 1]))),
+    "LILY": (lambda: graft.LilyConfig(r=2), {}),
+    "POLY": (lambda: graft.PolyConfig(r=2, n_tasks=2, n_skills=2), dict(task_ids=torch.tensor([0, 1]))),
+    "ALORA": (lambda: graft.LoraConfig(r=2, task_type="CAUSAL_LM", alora_invocation_tokens=[3]), {}),
+}
+
+
+@KERNELS_ON_CPUS
+@pytest.mark.filterwarnings("ignore:The invocation tokens")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=missing(name)) for name in FAMILIES])
+@pytest.mark.parametrize("method", WITHOUT_WEIGHT)
+def test_defaults_leave_out_what_a_kernel_may_take(method, name, tmp_path):
+    """A first training step runs, and the file says which layers have the adapter."""
+    make, more = WITHOUT_WEIGHT[method]
+    with seeded(1):
+        model = graft.get_peft_model(family(name), make()).train()
+    model(input_ids=IDS, labels=IDS, **more).loss.backward()
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    assert trained and any(g is not None for g in trained)
+    read = name not in ("jamba", "lfm2", "lfm2_moe", "qwen3_next", "zamba")  # others may hand it to a kernel
+    assert ("out_proj" in model.peft_config["default"].target_modules) != read
+    model.save_pretrained(tmp_path)
+    again = graft.PeftModel.from_pretrained(family(name), tmp_path)
+    assert again.targeted_module_names == model.targeted_module_names
+
+
 @KERNELS_ON_CPUS
 @pytest.mark.parametrize("name", ["mamba2", "bamba", "falcon_h1", "zamba2", "granitemoehybrid"])
 def test_the_kernel_of_mamba_2_gets_the_adapted_weight(name, monkeypatch):

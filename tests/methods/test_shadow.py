@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification
+from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM
 
 import graft
 from graft.core.rows import parameters_of
@@ -459,3 +459,12 @@ def test_layers_that_are_no_blocks_are_refused_before_anything_changes():
         ):
             graft.get_peft_model(before, graft.ShadowConfig(target_modules=targets))
     assert before.state_dict().keys() == models.make("llama").state_dict().keys()
+
+
+def test_a_base_whose_config_counts_its_layers_in_a_property():
+    """Mamba's `layer_types` follow from the number of layers, and cannot be set."""
+    sizes = dict(vocab_size=41, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4)
+    model = graft.get_peft_model(MambaForCausalLM(MambaConfig(**sizes)), graft.ShadowConfig(task_type="CAUSAL_LM"))
+    assert len(model.base_model.shadow_backbone["default"].layers) == 1
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)

@@ -59,7 +59,10 @@ def find(job: Job) -> None:
     if job.keys is None:
         if hasattr(cfg, "target_parameters"):
             left = experts.convert(cfg, model, tree, None if job.options.values is None else job.options.values.names)
+        named = cfg.target_modules is not None
         resolve_targets(cfg, method, model, tree.modules)
+        if not named and isinstance(cfg.target_modules, set) and tree.readers:
+            leave_out_read(cfg, method, adapter, tree)
     method.prepare(cfg, model)
     if job.keys is None:
         targets.tied = expand(cfg, method, model, tree)
@@ -98,6 +101,18 @@ def find(job: Job) -> None:
     targeted = [tree.modules[key] for key in job.methods if key in tree.modules]
     job.biases = biases_of(cfg, model, targeted, saved)
     job.report.other_trainable = sum(getattr(b, "bias", b).numel() for b in job.biases)
+
+
+def leave_out_read(cfg: Targeted, method: type[Method], adapter: str, tree: Tree) -> None:
+    """Take default targets out of a config whose weights modules read, such as kernels, where the method acts in calls
+    of a layer alone. Nothing is taken out if that leaves no target."""
+    kind, read, names = method.variant(cfg), set(), set(cfg.target_modules or ())
+    for name in names:
+        key = next((key for key in tree.modules if f".{key}".endswith(f".{name}")), None)
+        site = None if key is None else site_of(key, tree.modules[key], tree)
+        if site is not None and site.is_read and unfolded(made_for(site, kind, cfg.at(site.key), adapter)) is not None:
+            read.add(name)
+    cfg.target_modules = names - read or names
 
 
 def made_for(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:

@@ -199,7 +199,7 @@ def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
     for name, value in sizes.items():
         if value is not None:
             setattr(config, name, value)
-    if getattr(config, "layer_types", None) is not None:
+    if vars(config).get("layer_types") is not None:  # others count layers of one kind, as Mamba's
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     network: Any = type(base)(config)
     takes_embeddings = "inputs_embeds" in signature(network.forward).parameters

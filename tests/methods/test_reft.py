@@ -7,14 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 from transformers import AutoModel
 
 import graft
-from graft.core.errors import ConfigError
+from graft.core.errors import ConfigError, RoutingError
 from graft.methods.reft import orthonormal
+from graft.train.multi import MultiTrain
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS
 from tests.models import adapted, checkpoint, inputs, make, output, seeded
+from tests.train.multi.alone import Spec, alone, as_alone, rows, tiny
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ENDS = dict(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0)
@@ -82,6 +85,131 @@ def test_generate_changes_the_prompt_alone(cached, rows):
         cache, new = out.past_key_values, out.logits[:, -1:].argmax(-1)
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
     assert ours.shape[1] == n + 4 and torch.equal(ours, ids)
+
+
+def answers(ids, *lengths):
+    """Labels whose prompts have these lengths."""
+    return torch.stack([row.index_fill(0, torch.arange(n), -100) for row, n in zip(ids, lengths)])
+
+
+def states(model, **batch):
+    """What the last block gives out."""
+    seen = []
+    layer = layers(model)["model.layers.1"]
+    handle = layer.register_forward_hook(lambda _m, _a, y: seen.append(y if torch.is_tensor(y) else y[0]))
+    model(**batch)
+    handle.remove()
+    return seen[0]
+
+
+def test_a_suffix_trains_at_the_end_of_the_prompt():
+    model, ids = with_two(prefix_positions=0), inputs("llama")["input_ids"]
+    model(input_ids=ids, labels=answers(ids, 4, 2, 5)).loss.backward()
+    grads = [p.grad for n, p in model.named_parameters() if ".default" in n]
+    assert len(grads) == 6 and all(g.abs().max() > 1e-5 for g in grads)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("rows", [None, ["other", "__base__", "default"]], ids=["", "mixed"])
+@pytest.mark.parametrize("side", ["left", "right", None], ids=str)
+@torch.no_grad()
+def test_training_changes_the_tokens_that_generating_changes(side, rows, training):
+    """The states of a prompt with its answer are those of the prompt alone, whose end generate sees."""
+    model, ids, lengths = with_two().train(training), inputs("llama")["input_ids"], (4, 2, 5)
+    options = {} if rows is None else dict(adapter_names=rows)
+    batch = dict(input_ids=ids, labels=answers(ids, *lengths))
+    if side is not None:
+        wide, mask = padded(ids, torch.ones_like(ids), side == "left")
+        labels, _ = padded(batch["labels"] + 100, mask, side == "left")
+        places = mask.cumsum(1).sub(1).clamp(min=0)
+        batch = dict(input_ids=wide, attention_mask=mask, labels=labels - 100, position_ids=places)
+    first = 2 if side == "left" else 0
+    both = states(model, **batch, **options)
+    labels = batch.pop("labels")
+    for said in (lengths, list(lengths), torch.tensor(lengths)):
+        assert torch.equal(states(model, **batch, **options, reft_prompt_lengths=said), both)
+        zero = torch.zeros_like(labels)
+        assert torch.equal(states(model, **batch, **options, labels=zero, reft_prompt_lengths=said), both)
+    for row, n in enumerate(lengths):
+        alone = {} if rows is None else dict(adapter_names=rows[row : row + 1])
+        expected = states(model, input_ids=ids[row : row + 1, :n], **alone)
+        assert_close(both[row, first : first + n], expected[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_labels_that_tell_no_prompt_change_nothing():
+    model, ids = with_two(), inputs("llama")["input_ids"]
+    expected = states(model, input_ids=ids)
+    for labels in (ids, torch.full_like(ids, -100), ids.index_fill(1, torch.tensor([5, 6]), -100)):
+        assert torch.equal(states(model, input_ids=ids, labels=labels), expected)
+    assert torch.equal(states(model, input_ids=ids, reft_prompt_lengths=99), expected)
+    model, batch = adapted(make("bert-tok"), graft.ReftConfig(**ENDS)), inputs("bert-tok")  # it cannot generate
+    classes = torch.full_like(batch["input_ids"], -100).index_fill(1, torch.tensor([3]), 1)
+    assert torch.equal(model(**batch | {"labels": classes}).logits, model(**batch).logits)
+
+
+@torch.no_grad()
+def test_a_decoder_trains_at_the_tokens_from_which_it_generates():
+    model, batch = with_two("t5"), inputs("t5")
+    last = layers(model)["decoder.block.1"]
+    seen = []
+    handle = last.register_forward_hook(lambda _m, _a, y: seen.append(y if torch.is_tensor(y) else y[0]))
+    start = batch.pop("decoder_input_ids")
+    for n in (1, 3):
+        model(**batch, decoder_input_ids=start, labels=answers(start, *[n - 1] * 3))
+        model(**batch, decoder_input_ids=start, reft_prompt_lengths=n)
+        model(**batch, decoder_input_ids=start[:, :n])
+        trained, said, generates = seen[-3:]
+        assert torch.equal(trained, said)
+        assert_close(trained[:, :n], generates, rtol=1e-4, atol=1e-4)
+    handle.remove()
+
+
+@torch.no_grad()
+def test_generate_takes_lengths_of_prompts():
+    """Also for beams, which have copies of the rows."""
+    model, ids = with_two(prefix_positions=0), inputs("llama")["input_ids"]
+    options = dict(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0, num_beams=2)
+    options |= dict(return_dict_in_generate=True, output_scores=True)
+    ends = [model.generate(**options, reft_prompt_lengths=n) for n in ([4, 2, 5], ids.shape[1], [4, 2, 5])]
+    assert torch.equal(ends[0].sequences, ends[2].sequences)
+    assert torch.equal(ends[1].scores[0], model.generate(**options).scores[0])
+    assert (ends[0].scores[0] - ends[1].scores[0]).abs().max() > 1e-4
+    anew = model.generate(**options, reft_prompt_lengths=[4, 2, 5], use_cache=False)
+    assert_close(ends[0].scores[0], anew.scores[0])
+    assert torch.equal(ends[0].sequences, anew.sequences)
+
+
+@pytest.mark.parametrize(
+    "lengths, text",
+    [(0, "below 1"), (1.5, "not whole"), ([1, 2], r"shape \(2,\) for a batch of 3 rows"), ("a", "a number, or one")],
+    ids=str,
+)
+def test_lengths_that_are_none(lengths, text):
+    model = with_two()
+    with pytest.raises(RoutingError, match=f"reft_prompt_lengths .*{text}"):
+        model(**inputs("llama"), reft_prompt_lengths=lengths)
+
+
+class Prompted(Spec):
+    """A run whose rows have prompts of three lengths."""
+
+    def data(self):
+        samples = [
+            row | {"labels": row["labels"].index_fill(0, torch.arange(1 + i % 3), -100)}
+            for i, row in enumerate(rows(self.seed, self.tokens))
+        ]
+        return DataLoader(samples, self.batch, shuffle=True)
+
+
+def test_runs_at_once_train_at_the_ends_of_their_prompts():
+    specs = [Prompted(graft.ReftConfig(**{**ENDS, "prefix_positions": 0}), seed=i) for i in range(2)]
+    runs = MultiTrain(tiny())
+    for i, spec in enumerate(specs):
+        runs.add(f"r{i}", spec.config, **spec.options(3))
+    runs.run()
+    for i, spec in enumerate(specs):
+        assert as_alone(runs[f"r{i}"].parameters, alone(spec, 3)[0])
 
 
 @torch.no_grad()

@@ -245,6 +245,11 @@ class Method(Generic[C]):
         yield as_it_is
 
     @classmethod
+    def arguments_of(cls, batch: Mapping[str, object], model: nn.Module) -> dict[str, Tensor]:
+        """Return the arguments of this method that a batch with labels tells, for callers that run without labels."""
+        return {}
+
+    @classmethod
     def auxiliary(cls, cfg: C, noted: Sequence[Tokens]) -> Tensor:
         """Return the loss of an adapter, (), of what its layers noted in a run (`call.note`): of its own rows."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from graft.config.reading import Json
 from graft.core.dropout import dropout_for
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.published import Published
+from graft.core.rows import PerRow, Run
 from graft.methods.bottleneck import ACTIVATIONS
-from graft.methods.states import OnStates, StatesConfig
+from graft.methods.states import MASKS, OnStates, StatesConfig, is_encoder_decoder, numbers_by_row
 
 
 @dataclass(kw_only=True)
@@ -23,8 +25,12 @@ class ReftConfig(StatesConfig):
 
     `target_modules` in place of `layers`: the adapter acts on the outputs of these modules.
 
-    A decoder that follows an encoder generates from a prompt of one token, while it trains on whole targets: there
-    `prefix_positions=1` or the numbers of the encoder's `layers` have both act on the same tokens.
+    The prompt of a row ends before its first label other than -100, if the call of a model that can generate has labels
+    of tokens. Rows whose first token has a label, and calls without labels, are all prompt. `reft_prompt_lengths=` in a
+    call says another length: a number of tokens without padding, or one for each row.
+
+    A decoder that follows an encoder trains on the tokens up to its first label: as a rule the start token alone, from
+    which `generate` begins, too. Where that begins with more tokens (Whisper), give their number to the training calls.
 
     Raises:
         ConfigError: a number out of range.
@@ -76,12 +82,17 @@ def orthonormal(V: Tensor) -> Tensor:
     return R.to(V.dtype)
 
 
+LENGTHS = "reft_prompt_lengths"
+IGNORED = -100  # the label of tokens without a loss
+
+
 class Reft(OnStates[ReftConfig]):
     """h + Rᵀ(σ(A h + b) - R h) at the first and last tokens of the prompt."""
 
     prefix = "reft_"
     published_lr = Published(6e-4, 4e-3, "arXiv 2404.03592, r 4 to 8 (to 9e-4), and its README (4e-3)")
     acts = "ReFT acts on vectors"
+    arguments = (LENGTHS,)
 
     reft_A: nn.Linear  # (r, H), of the first tokens; of both ends if tied
     reft_R: nn.Parameter  # (r, H): any rows, also in files; R is their orthonormal form
@@ -127,7 +138,9 @@ class Reft(OnStates[ReftConfig]):
         positions = self.positions
         if positions is not None and not positions.acts:
             return delta.view(y.shape)
-        if h.dim() != 3 or (positions is not None and positions.start is not None and len(positions.start) != len(h)):
+        lengths = self.layer.call.fact(LENGTHS) if self.continues else None
+        told = [t for t in (None if positions is None else positions.start, lengths) if t is not None]
+        if h.dim() != 3 or any(len(t) != len(h) for t in told):
             raise RoutingError(
                 f"Layer '{self.site.key}' has an output of shape {tuple(y.shape)}: ReFT adapter '{self.name}' needs "
                 "one row for each sample, and its tokens."
@@ -137,6 +150,8 @@ class Reft(OnStates[ReftConfig]):
         length = start + T
         if positions is not None and positions.start is not None and positions.length is not None:
             start, length = positions.start.to(h.device), positions.length.to(h.device)
+        if lengths is not None:
+            length = torch.minimum(length, lengths.to(h.device))
         p, q = min(cfg.prefix_positions, T), min(cfg.suffix_positions, T)
         first, last = (torch.arange(n, device=h.device) for n in (p, q))
         if p:
@@ -147,6 +162,40 @@ class Reft(OnStates[ReftConfig]):
             unit = "".join(self.of_suffix)
             delta = self.added(unit, h, (start + length - q)[:, None] + last, acts, delta)
         return delta.view(y.shape)
+
+    @classmethod
+    def arguments_of(cls, batch: Mapping[str, object], model: nn.Module) -> dict[str, Tensor]:
+        """Return how many tokens each row's prompt has by the labels of a batch, (batch,), without padding.
+
+        Return {} if there are no labels of tokens, or the model cannot generate.
+        """
+        labels = batch.get("labels")
+        generates = getattr(model, "can_generate", None)
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or generates is None or not generates():
+            return {}
+        decodes = is_encoder_decoder(model)
+        mask = batch.get(list(MASKS[decodes].values())[-1])
+        real = torch.ones_like(labels, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.shape == labels.shape:
+            real = mask.to(labels.device) != 0
+        answer = (labels != IGNORED).int()
+        before = answer.cumsum(1) - (answer if decodes else 0)  # a decoder's label is of the token after its place
+        lengths = (real & (before == 0)).sum(1)
+        return {LENGTHS: torch.where(lengths > 0, lengths, real.sum(1))}
+
+    @classmethod
+    def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
+        """Return the length of each row's prompt, if the call says it or its labels tell.
+
+        Raises:
+            RoutingError: the lengths are no positive whole numbers, or not one for each row.
+        """
+        value = run.own.get(LENGTHS)
+        if value is None:
+            return {**cls.arguments_of(run.by_name(model), model)}
+        text = "has a number that is not whole, or below 1. Give the number of tokens of each row's prompt."
+        numbers = numbers_by_row(LENGTHS, value, run, lambda n: (n >= 1) & (n == n.floor()), text)
+        return {LENGTHS: numbers.long()}
 
     def added(self, unit: str, h: Tensor, index: Tensor, acts: Tensor, delta: Tensor) -> Tensor:
         """Return delta with the changes of h at positions (rows, n), where they count."""

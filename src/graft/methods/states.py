@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import get_ident
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
 from graft.core.effect import Effect, Rewrite
+from graft.core.errors import RoutingError
 from graft.core.method import Method
 from graft.core.rows import Finish, PerRow, Run, by_name
+from graft.kernels.waits import demand
 from graft.methods.bottleneck import PLACES
 from graft.methods.places import chosen_blocks, hidden_size
 
@@ -74,13 +76,36 @@ MASKS = {False: {FACT: "attention_mask"}, True: {FACT: "attention_mask", OF_DECO
 
 def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[str, Positions]:
     """Return the positions that the arguments of a forward pass tell."""
-    twofold = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in MASKS[twofold].items()}
+    masks = MASKS[is_encoder_decoder(model)]
+    facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in masks.items()}
     cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
     if hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
-        last = OF_DECODER if twofold else FACT
+        last = list(masks)[-1]
         facts[last] = replace(facts[last], acts=False)
     return facts
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return True if the model's config says that a decoder follows an encoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def numbers_by_row(name: str, value: object, run: Run, holds: Callable[[Tensor], Tensor], text: str) -> Tensor:
+    """Return the value of an argument as a number for each row, (batch,), on the device of the batch.
+
+    Raises:
+        RoutingError: they are no numbers, or not one for each row, or `holds` is not true of all: with that text.
+    """
+    try:
+        c = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+        raise RoutingError(f"{name} takes a number, or one for each row, got {value!r}.") from e
+    rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    batch = len(rows[0]) if rows else 1
+    if c.dim() > 1 or (c.dim() == 1 and len(c) != batch):
+        raise RoutingError(f"{name} has shape {tuple(c.shape)} for a batch of {batch} rows.")
+    demand(holds(c).all(), lambda: RoutingError(f"{name} {text}"), f"{name} {text}")
+    return (c.to(rows[0].device, non_blocking=True) if rows else c).expand(batch)  # once, and not in each layer
 
 
 class OnStates(Method[S]):
@@ -118,15 +143,20 @@ class OnStates(Method[S]):
         raise NotImplementedError
 
     @property
+    def continues(self) -> bool:
+        """True for a layer that sees the text that `generate` continues, False for one of an encoder before it."""
+        return self.layer.call.fact(OF_DECODER) is None or "decoder." in f"{self.site.key}."
+
+    @property
     def positions(self) -> Positions | None:
         """Where the prompt of each row stands: of the encoder's text or the decoder's; None outside of a call."""
-        own = self.layer.call.fact(OF_DECODER) if "decoder." in f"{self.site.key}." else None
+        own = self.layer.call.fact(OF_DECODER) if self.continues else None
         found: Positions | None = self.layer.call.fact(FACT) if own is None else own
         return found
 
     @classmethod
-    def facts(cls, run: Run) -> dict[str, PerRow]:
-        """Return further facts about each row of a run."""
+    def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
+        """Return further facts about each row of a run of the base model."""
         return {}
 
     @classmethod
@@ -137,7 +167,10 @@ class OnStates(Method[S]):
             if tuner.disabled:
                 yield finish
                 return
-            facts: dict[str, PerRow] = {**facts_of(run.by_name(tuner.model), tuner.model), **cls.facts(run)}
+            facts: dict[str, PerRow] = {
+                **facts_of(run.by_name(tuner.model), tuner.model),
+                **cls.facts(run, tuner.model),
+            }
             with call.giving(facts=facts), following(tuner.model, call, run):
                 yield finish
 

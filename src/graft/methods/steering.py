@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.rows import PerRow, Run
-from graft.kernels.waits import demand
-from graft.methods.states import OnStates, StatesConfig
+from graft.methods.states import OnStates, StatesConfig, numbers_by_row
 
 COEFFICIENT = "steering_coefficient"
 
@@ -81,7 +80,7 @@ class Steering(OnStates[SteeringConfig]):
         return delta * acts[..., None]
 
     @classmethod
-    def facts(cls, run: Run) -> dict[str, PerRow]:
+    def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
         """Return the coefficient of each row, if the call says any.
 
         Raises:
@@ -97,14 +96,5 @@ def coefficients(value: object, run: Run) -> Tensor:
     Raises:
         RoutingError: there is another number of them, or one is not finite.
     """
-    try:
-        c = torch.as_tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
-        raise RoutingError(f"{COEFFICIENT} takes a number, or one for each row, got {value!r}.") from e
-    rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
-    batch = len(rows[0]) if rows else 1
-    if c.dim() > 1 or (c.dim() == 1 and len(c) != batch):
-        raise RoutingError(f"{COEFFICIENT} has shape {tuple(c.shape)} for a batch of {batch} rows.")
-    text = f"{COEFFICIENT} has a number that is NaN or infinite. Give finite numbers."
-    demand(c.isfinite().all(), lambda: RoutingError(text), text)
-    return (c.to(rows[0].device, non_blocking=True) if rows else c).expand(batch)  # once, and not in each layer
+    text = "has a number that is NaN or infinite. Give finite numbers."
+    return numbers_by_row(COEFFICIENT, value, run, torch.isfinite, text)

@@ -608,12 +608,14 @@ class MultiTrain:
             run.sit(None)
 
     def _complete(self, part: Part) -> Part:
-        """Add the decoder's inputs that a model makes of labels."""
+        """Add the arguments that a model and its adapters make of labels: the decoder's inputs, lengths of prompts."""
         batch = part.batch
         make = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
-        if make is None or "labels" not in batch or "decoder_input_ids" in batch:
-            return part
-        return Part(part.name, batch | {"decoder_input_ids": make(labels=batch["labels"])})
+        if make is not None and "labels" in batch and "decoder_input_ids" not in batch:
+            batch = batch | {"decoder_input_ids": make(labels=batch["labels"])}
+        for method in dict.fromkeys(registry_of(self._adapted).surrounding.values()):
+            batch = {**method.arguments_of(batch, self.base), **batch}
+        return Part(part.name, batch)
 
     def _complete_parts(self, parts: Sequence[Part]) -> list[Part]:
         """Return these parts, completed, but for those that cannot be."""

@@ -88,6 +88,50 @@ def test_who_gives_the_timestep():
         assert torch.equal(model(x, None), base()(x, None))
 
 
+def test_a_mixed_model_gives_the_timestep_in_a_block():
+    with seeded(1):
+        model = graft.get_peft_model(base(), graft.LoraConfig(target_modules=["conv"]), "plain", mixed=True).eval()
+        with pytest.raises(AttributeError, match="timestep"):
+            model.timestep(3)
+        model.add_adapter("t", graft.TLoraConfig(target_modules=["inner"], init_weights=False))
+    model.set_adapter("t")
+    x = ORACLE["x"]
+    with model.timestep(700):
+        inside = model.base_model.model(x, 3)
+    assert torch.equal(inside, model(x, 700)) and not torch.equal(inside, model(x, 3))
+    model.set_adapter("plain")
+    model.delete_adapter("t")
+    with pytest.raises(AttributeError, match="timestep"):
+        model.timestep(3)
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_copies_of_a_batch_have_the_timesteps_of_its_rows(active):
+    model, x, steps = made(init_weights=False), ORACLE["x"], torch.tensor([5, 990, 400])
+    with seeded(3):
+        model.add_adapter("two", graft.TLoraConfig(r=4, target_modules=["inner"], init_weights=False))
+    value = graft.Parallel("two", "default")
+    wants = [model(x, steps, compose=graft.Stack(name)) for name in value.children]
+    assert not torch.equal(*wants)
+    call = {} if active else {"compose": value}
+    if active:
+        model.set_adapter(value)
+    with model.timestep(steps):
+        for got in (model(x, 0, **call), model(sample=x, timestep=0, **call)):
+            assert_close(got, torch.cat(wants))
+        assert_close(model(x, 0, compose=graft.Stack("two")), wants[0])
+    assert_close(model(x, steps, **call), torch.cat(wants))
+    for rows in (dict(adapter_names=["two", "default", "two"]), dict(compose=value)):
+        for wrong in (steps[:2], torch.cat([steps, steps[:2]])):
+            with (
+                pytest.raises(graft.RoutingError, match="Give one timestep for each row"),
+                model.timestep(wrong),
+            ):
+                model(x, 0, **rows)
+    with model.timestep(400):
+        assert_close(model(x, 0, **call)[2], wants[0][2])
+
+
 def test_what_a_call_lacks():
     model, x = made(), ORACLE["x"]
     with pytest.raises(graft.RoutingError, match=r"know the timestep"):

@@ -303,3 +303,24 @@ def test_a_failed_adapter_of_another_method_leaves_the_first():
         model.add_adapter("b", bad)
     assert torch.equal(model(X), expected)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
+def test_a_mixed_model_has_what_the_models_of_its_methods_have():
+    """Methods of one name run for each method; adapters of others are refused."""
+    with seeded(1):
+        model = graft.get_peft_model(net(), config("ADALORA"), "a", mixed=True)
+        assert not hasattr(model, "get_nb_savable_parameters")
+        model.add_adapter("b", config("ADAMSS", use_asa=True, init_warmup=0, final_warmup=9, mask_interval=9))
+    model.set_adapter(["a", "b"])
+    model(X).square().sum().backward()
+    model.base_model.update_and_allocate(1)
+    states = registry_of(model).states
+    assert set(states) == {"a", "b"}
+    assert model.trainable_adapter_name == "a"
+    with pytest.raises(graft.ConfigError, match="'b' is ADAMSS, which has no `resize_"):
+        model.base_model.resize_modules_by_rank_pattern({}, "b")
+    model.add_adapter("c", config("VBLORA"))
+    alone = graft.get_peft_model(net(), config("VBLORA"), "c")
+    assert model.get_nb_savable_parameters("c")[0] == alone.get_nb_savable_parameters("c")[0]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(X), model(X))

@@ -198,6 +198,11 @@ class TLoRA(Method[TLoraConfig]):
             fact = call.fact(TIMESTEP)
             if fact is None:
                 fact = per_row(run.said(TIMESTEP, tuner.model))
+            if run.rows is not None and not isinstance(fact, Same) and len(fact) != run.rows.batch:
+                raise RoutingError(
+                    f"The call has {run.rows.batch} rows and {len(fact)} timesteps. Give one timestep for each row, or "
+                    "one for all."
+                )
             most = min(tuner.peft_config[name].max_timestep for name in run.adapters)
             t = fact.value if isinstance(fact, Same) else fact
             text = f"timestep must be between 0 and max_timestep={most:g} of adapters {list(run.adapters)}."

@@ -163,9 +163,9 @@ def batch_of(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
 
 
 def copied(
-    inputs: tuple[object, ...], kwargs: Mapping[str, object], copies: int, own: Collection[str]
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Return arguments for a batch of `copies` batches, one after the other.
+    batch: int, inputs: tuple[object, ...], kwargs: Mapping[str, object], copies: int, own: Collection[str]
+) -> tuple[tuple[object, ...], dict[str, Any]]:
+    """Return arguments, or facts, of a batch of `batch` rows for `copies` such batches, one after the other.
 
     own: arguments of graft, whose lists have an item for each row.
 
@@ -174,7 +174,6 @@ def copied(
     """
     if copies == 1:
         return inputs, dict(kwargs)
-    batch = batch_of(inputs, kwargs)
 
     def of(value: Any, name: str) -> object:
         if name == ITEMS and isinstance(value, (int, Tensor)):

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graft.config.base import PeftConfig
 from graft.core.carrier import check_not_merged
 from graft.core.errors import ConfigError
-from graft.inject.parts import registry_of
-from graft.methods import METHODS
+from graft.inject.parts import HOLDER, registry_of
+from graft.methods import METHODS, method_of
 from graft.model.compose import Composition
 from graft.model.peft_model import PeftModel
-from graft.model.tuner import Tuner, tuner_of
+from graft.model.tuner import Tuner, for_tuner, tuner_of
 from graft.model.tuner_type import step
 
 if TYPE_CHECKING:
@@ -28,6 +28,33 @@ class MixedModel(Tuner):
     """
 
     _method = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the method or the property that the model class of a loaded adapter's method has (`timestep` of
+        T-LoRA); else the attribute of a tuner. Where methods have different ones, they run one after the other."""
+        registry = self.__dict__.get(HOLDER)
+        if registry is None or name in self._modules:
+            return super().__getattr__(name)
+        owners = {n: method_of(config.peft_type) for n, config in registry.peft_config.items()}
+        functions = list(dict.fromkeys(m.tuner_methods[name] for m in owners.values() if name in m.tuner_methods))
+        if not functions:
+            return super().__getattr__(name)
+        bound = [for_tuner(function) for function in functions]
+        if isinstance(bound[0], property):
+            return bound[0].__get__(self)
+
+        def run(*args: object, **kwargs: object) -> object:
+            """Call the function, or all of that name. Raises ConfigError for an adapter whose method has none."""
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, str) and value in owners and name not in owners[value].tuner_methods:
+                    kind = registry.peft_config[value].peft_type.value
+                    raise ConfigError(
+                        f"Adapter '{value}' is {kind}, which has no `{name}`. Name an adapter of a method that has it."
+                    )
+            results = [function(self, *args, **kwargs) for function in bound]
+            return results[0]
+
+        return run
 
     @step
     def _create_and_replace(self, peft_config: PeftConfig, *args: object, **kwargs: object) -> None:

@@ -389,10 +389,12 @@ class PeftModel(nn.Module):
                     continue  # another one is active since, for which this call waited
                 if compose is not None:
                     registry.check_composition(compose)
+                given: AbstractContextManager[None] = nullcontext()
                 if value is not None:
                     own = {*self.special_peft_forward_args, *registry.arguments}
-                    inputs, kwargs, names = composed(value, inputs, kwargs, own)
-                output, context = self._run(function, names, inputs, kwargs, generates, shares_of(value))
+                    inputs, kwargs, names, given = composed(registry.call, value, inputs, kwargs, own)
+                with given:
+                    output, context = self._run(function, names, inputs, kwargs, generates, shares_of(value))
             break
         if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
             registry.call.keep_for_backward(output, context)

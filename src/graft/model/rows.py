@@ -85,12 +85,14 @@ def composition_for(registry: Registry, value: Composition | None, names: object
 
 
 def composed(
-    value: Composition, inputs: tuple[object, ...], kwargs: dict[str, object], own: set[str]
-) -> tuple[tuple[object, ...], dict[str, object], list[str | Composition]]:
-    """Return the arguments of a call, with copies of its rows for a Parallel, and what acts on each row."""
+    call: Call, value: Composition, inputs: tuple[object, ...], kwargs: dict[str, object], own: set[str]
+) -> tuple[tuple[object, ...], dict[str, object], list[str | Composition], AbstractContextManager[None]]:
+    """Return the arguments of a call, with copies of its rows for a Parallel, what acts on each row, and a block in
+    which facts that were given around the call have these copies, too."""
     batch, children = batch_of(inputs, kwargs), value.children if isinstance(value, Parallel) else (value,)
-    inputs, kwargs = copied(inputs, kwargs, len(children), own)
-    return inputs, kwargs, [child for child in children for _ in range(batch)]
+    inputs, kwargs = copied(batch, inputs, kwargs, len(children), own)
+    _, facts = copied(batch, (), call.context.facts, len(children), own)
+    return inputs, kwargs, [child for child in children for _ in range(batch)], call.giving(facts=facts)
 
 
 def draws_of(generators: object, rows: Rows | None) -> Draws | None:

@@ -224,9 +224,12 @@ def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) ->
     Raises:
         AdapterNotFoundError: there is no such adapter, or none is active.
     """
-    name = next(iter(tuner.active_adapters), None) if adapter_name is None else adapter_name
+    shadows = (name for name in tuner.active_adapters if tuner.peft_config[name].peft_type == "SHADOW")
+    name = next(shadows, None) if adapter_name is None else adapter_name
     if name is None:
-        raise AdapterNotFoundError(f"No adapter is active: name one. Loaded adapters: {', '.join(tuner.peft_config)}.")
+        raise AdapterNotFoundError(
+            f"No shadow adapter is active: name one. Loaded adapters: {', '.join(tuner.peft_config)}."
+        )
     tuner.check_known([name])
     return detach(tuner, name, copy)
 

@@ -213,4 +213,5 @@ def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
 
 def last_loss(tuner: Tuner) -> Tensor | None:
     """The shadow network's own loss in the last call with labels, detached; None if there was none."""
-    return next((tuner.states[name] for name in tuner.active_adapters if name in tuner.states), None)
+    names = (name for name in tuner.active_adapters if tuner.peft_config[name].peft_type == "SHADOW")
+    return next((tuner.states[name] for name in names if name in tuner.states), None)

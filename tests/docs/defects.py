@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,12 +72,18 @@ def module(path: Path) -> tuple[ast.Module, dict[str, ast.AST], dict[str, tuple[
     return tree, defined, imported
 
 
+@functools.cache
+def names_in(node: ast.AST) -> set[str]:
+    """Return the names that the code reads or has as its parameters."""
+    nodes = list(ast.walk(node))
+    names = {n.id for n in nodes if isinstance(n, ast.Name)}
+    return names | {a.arg for n in nodes if isinstance(n, ast.arguments) for a in n.args}
+
+
 def uses_peft(path: Path, node: ast.AST, seen: set[tuple[Path, str]]) -> bool:
     """Return True if the code, or what it calls or takes as a fixture, names the package."""
     _, defined, imported = module(path)
-    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    names |= {a.arg for n in ast.walk(node) if isinstance(n, ast.arguments) for a in n.args}
-    for name in names:
+    for name in names_in(node):
         package, there = imported.get(name, ("", ""))
         if package.split(".")[0] == "peft":
             return True
@@ -114,8 +120,8 @@ def part_of(row: Row) -> str:
     return folders[max((f for f in folders if row.file.startswith(f"{f}/")), key=len)]
 
 
-def text() -> str:
-    found = sorted(rows(), key=lambda row: (row.file, row.case.strip("`").lower()))
+def text(rows: Iterable[Row]) -> str:
+    found = sorted(rows, key=lambda row: (row.file, row.case.strip("`").lower()))
     both = sum(row.runs_peft for row in found)
     lines = [f"{len(found)} rows. In the tests of {both} of them, which have a star, PEFT itself runs.", ""]
     for part in PARTS:
@@ -124,9 +130,9 @@ def text() -> str:
     return "\n".join(lines).rstrip()
 
 
-def page() -> str:
-    return put(PAGE.read_text(), "printed by tests/docs/defects.py", text())
+def page(rows: Iterable[Row]) -> str:
+    return put(PAGE.read_text(), "printed by tests/docs/defects.py", text(rows))
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(rows()))

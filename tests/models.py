@@ -119,8 +119,12 @@ def clone(module: nn.Module, memo: dict) -> nn.Module:
     for key, value in vars(module).items():
         if key == "_modules":
             value = {name: None if child is None else clone(child, memo) for name, child in value.items()}
-        elif type(value) in (dict, OrderedDict) and not value:
+        elif type(value) in (dict, OrderedDict, set) and not value:
             value = type(value)()
+        elif id(value) in memo:  # the config, of which every module has a reference
+            value = memo[id(value)]
+        elif key == "_parameters":
+            value = {name: None if p is None else p.__deepcopy__(memo) for name, p in value.items()}
         elif type(value) not in PLAIN:
             value = copy.deepcopy(value, memo)
         new.__dict__[key] = value

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import graft
@@ -159,3 +160,24 @@ def test_an_invertible_adapter_is_the_encoders(name):
     found[path].register_forward_hook(lambda _m, _x, y: seen.append(y.shape))
     adapted(input_ids=torch.ones(2, 5, dtype=torch.long), decoder_input_ids=torch.ones(2, 3, dtype=torch.long))
     assert seen == [(2, 5, 8)]
+
+
+@torch.no_grad()
+def test_files_of_invertible_adapters_are_equal_under_every_name(tmp_path):
+    """Those of before have the adapter's name in them, and load as well."""
+    config, batch = graft.BottleneckConfig.preset("seq_bn_inv", **SMALL), inputs("llama")
+    for name in ("default", "other"):
+        model = adapted(make("llama"), {name: copy.deepcopy(config)}, scale=0.2)
+        model.save_pretrained(tmp_path / name)
+    first, second = tmp_path / "default", tmp_path / "other" / "other"
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    want = output(model, batch)
+    for name in ("default", "third"):
+        assert torch.equal(output(graft.PeftModel.from_pretrained(make("llama"), second, name).eval(), batch), want)
+    state = load_file(second / "adapter_model.safetensors")
+    assert sum("bottleneck_inv.F.0.weight" in key for key in state) == 2
+    old = {key.replace("bottleneck_inv.", "bottleneck_inv.other."): t for key, t in state.items()}
+    save_file(old, second / "adapter_model.safetensors")
+    for name in ("other", "third"):
+        assert torch.equal(output(graft.PeftModel.from_pretrained(make("llama"), second, name).eval(), batch), want)

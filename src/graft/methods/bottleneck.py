@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -319,6 +319,7 @@ class Bottleneck(Method[BottleneckConfig]):
     prefix = "bottleneck_"
     published_lr = Published(1e-4, 1e-4, "AdapterFusion, arXiv 2005.00247, adapters of single tasks")
     compresses_targets = False
+    files: ClassVar[dict[str, str]] = {"bottleneck_inv": "{0}{1}"}  # without the adapter's name, which deep ones get
 
     bottleneck_norm: nn.LayerNorm
     bottleneck_down: nn.Module  # (d, H)

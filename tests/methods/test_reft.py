@@ -16,7 +16,7 @@ from graft.methods.reft import orthonormal
 from graft.train.multi import MultiTrain
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS
-from tests.models import adapted, checkpoint, inputs, make, output, seeded
+from tests.models import STD, VOCAB, adapted, checkpoint, inputs, make, output, seeded, transformer
 from tests.train.multi.alone import Spec, alone, as_alone, rows, tiny
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -315,3 +315,68 @@ def test_pyreft_computes_the_same(kind):
         for name in ("weight", "bias"):
             getattr(layer.reft_A["default"], name).copy_(held[f"{i}.A.{name}"])
     assert_close(model(IDS).last_hidden_state, held["y"], rtol=2e-5, atol=2e-5)
+
+
+_TOKENS = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+_MAMBA = dict(_TOKENS, state_size=8, initializer_range=STD)
+WITH_STATES = {
+    "mamba": transformer("MambaConfig", "MambaForCausalLM", **_MAMBA),
+    "falcon_mamba": transformer("FalconMambaConfig", "FalconMambaForCausalLM", **_MAMBA),
+    "mamba2": transformer(
+        "Mamba2Config", "Mamba2ForCausalLM", num_heads=4, head_dim=16, n_groups=1, chunk_size=8, **_MAMBA
+    ),
+}
+rwkv = transformer("RwkvConfig", "RwkvForCausalLM", attention_hidden_size=32, context_length=64, **_TOKENS)
+ON_STATES = [
+    graft.ReftConfig(target_modules=["0", "1"], **ENDS),
+    graft.SteeringConfig(target_modules=["0", "1"], min_token_index=1),
+]
+BLOCKS = [*ON_STATES, graft.LoraConfig(target_modules=["out_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")]
+
+
+def with_states(made, config):
+    with seeded(0):
+        return adapted(made().eval(), {"default": config}, scale=1)
+
+
+@pytest.mark.parametrize("config", BLOCKS, ids=lambda c: c.peft_type)
+@pytest.mark.parametrize("name", WITH_STATES)
+@torch.no_grad()
+def test_caches_of_states_generate_as_without(name, config):
+    model = with_states(WITH_STATES[name], config)
+    for ids in (torch.tensor([[7, 5, 8, 9], [3, 4, 5, 6]]), torch.tensor([[5], [5]])):
+        mask = torch.ones_like(ids)
+        options = dict(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        options |= dict(return_dict_in_generate=True, output_logits=True)
+        cached, anew = (model.generate(**options, use_cache=cache) for cache in (True, False))
+        assert torch.equal(cached.sequences, anew.sequences)
+        assert_close(cached.logits, anew.logits, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            plain = model.generate(**options)
+        assert (torch.stack(plain.logits) - torch.stack(cached.logits)).abs().max() > 1e-2
+        if config.peft_type != "LORA":  # whose positions count from the end of what a call sees
+            out = model(input_ids=ids, use_cache=True)
+            out = model(input_ids=cached.sequences[:, ids.shape[1] :][:, :1], cache=out.cache, use_cache=True)
+            assert_close(out.logits[:, -1], anew.logits[1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_shadow_generates_without_a_cache_of_states():
+    model, ids = with_states(WITH_STATES["mamba"], graft.ShadowConfig(task_type="CAUSAL_LM")), torch.tensor([[7, 5]])
+    options = dict(input_ids=ids, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    with pytest.raises(NotImplementedError, match="Pass use_cache=False"):
+        model.generate(**options)
+    assert model.generate(**options, use_cache=False).shape == (1, 4)
+
+
+@torch.no_grad()
+def test_a_state_that_does_not_tell_is_after_the_prompt():
+    """RWKV's numbers with its state differ from those without, also those of the base: compare with calls in a row."""
+    model, ids = with_states(rwkv, ON_STATES[0]), torch.tensor([[7, 5, 8, 9]])
+    ours = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    out = model(input_ids=ids, use_cache=True)
+    with model.disable_adapter():
+        for _ in range(3):
+            ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
+            out = model(input_ids=ids[:, -1:], state=out.state, use_cache=True)
+    assert torch.equal(ours, ids)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
+from graft.core.caches import CACHES
 from graft.core.rows import parameters_of
-from graft.methods.xlora import CACHES
 from tests import models
 from tests.looks import layers, registry_of
 from tests.models import adapted, seeded

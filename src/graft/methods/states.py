@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
+from graft.core.caches import cache_in, has_state, tokens_seen
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import RoutingError
 from graft.core.method import Method
@@ -69,7 +70,6 @@ class Positions:
 
 
 FACT, OF_DECODER = "reft", "reft of a decoder"
-CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 TOKENS = {FACT: ("input_ids", "inputs_embeds"), OF_DECODER: ("decoder_input_ids", "decoder_inputs_embeds")}
 MASKS = {False: {FACT: "attention_mask"}, True: {FACT: "attention_mask", OF_DECODER: "decoder_attention_mask"}}
 
@@ -78,8 +78,8 @@ def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[str, Pos
     """Return the positions that the arguments of a forward pass tell."""
     masks = MASKS[is_encoder_decoder(model)]
     facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in masks.items()}
-    cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
-    if hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0:
+    cache = cache_in(arguments)
+    if tokens_seen(cache) or has_state(cache):
         last = list(masks)[-1]
         facts[last] = replace(facts[last], acts=False)
     return facts
@@ -175,9 +175,14 @@ class OnStates(Method[S]):
                 yield finish
 
 
+def tokens_in(arguments: Mapping[str, object], name: str) -> Tensor | None:
+    """Return the tokens, or embeddings, among a model's arguments for which a fact of that name is."""
+    return next((t for t in map(arguments.get, TOKENS[name]) if isinstance(t, Tensor)), None)
+
+
 def ended(fact: Positions, name: str, arguments: Mapping[str, object]) -> Positions:
     """Return the positions of a prompt without a mask with its end, after which `generate` goes on."""
-    tokens = next((t for t in map(arguments.get, TOKENS[name]) if isinstance(t, Tensor)), None)
+    tokens = tokens_in(arguments, name)
     if fact.start is not None or tokens is None:
         return fact
     length = tokens.new_full((len(tokens),), tokens.shape[1], dtype=torch.long)
@@ -192,6 +197,7 @@ def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         return
     thread = get_ident()
     first: dict[str, Positions] = {}
+    lengths: dict[str, int] = {}  # of the inputs of the first step
 
     def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if get_ident() != thread:  # others may run the model as well
@@ -200,6 +206,12 @@ def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         now = facts_of(arguments, model)
         if not first:
             first.update({name: ended(fact, name, arguments) for name, fact in now.items()})
+            lengths.update({name: t.shape[1] for name in now if (t := tokens_in(arguments, name)) is not None})
+        else:  # without a cache the inputs grow: others hold a state that does not tell (RWKV)
+            name = list(now)[-1]
+            tokens = tokens_in(arguments, name)
+            if tokens is not None and tokens.shape[1] <= lengths.get(name, 0):
+                now[name] = replace(now[name], acts=False)
         steps = {name: fact if not fact.acts else first[name] for name, fact in now.items()}
         call.put(call.context._replace(facts={**call.context.facts, **steps}))
 

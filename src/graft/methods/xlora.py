@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.config.hub import fetch
 from graft.config.pair import CONFIG_NAME
+from graft.core.caches import cache_in
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Layers, Method
 from graft.core.rows import BASE, Finish, Rows, Run, by_name
@@ -290,7 +291,6 @@ API = {
 
 
 CLASSIFIER = "internal_xlora_classifier"
-CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 
 
 class XLora(Method[XLoraConfig]):
@@ -345,7 +345,7 @@ def weigh(tuner: Classified, call: Call, args: tuple[Any, ...], kwargs: dict[str
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config
     told = by_name(tuner.model, args, kwargs)
-    if any(told.get(name) is not None for name in CACHES):
+    if cache_in(told) is not None:
         raise RoutingError("X-LoRA weighs experts by the whole text, and takes no cache: pass all tokens.")
     kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
     kwargs.pop("labels", None)

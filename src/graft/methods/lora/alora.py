@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graft.core.caches import cache_in, has_state, tokens_seen
 from graft.core.call import Call
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
@@ -27,7 +28,6 @@ from graft.kernels.waits import constant
 from graft.methods.lora.lora import LoRA
 
 ALL = 1 << 30  # more positions than any input has
-CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 
 
 @dataclass
@@ -87,11 +87,10 @@ def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> 
         if inputs is None:
             return
         new = inputs.shape[1]
-        cache: Any = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-        if hasattr(cache, "get_seq_length"):
-            seen = int(cache.get_seq_length())
-        else:  # none, or one that does not tell
-            seen = length if new < length else 0
+        cache = cache_in(kwargs)
+        seen = tokens_seen(cache)
+        if seen is None:  # no cache, or one that does not tell
+            seen = length if new < length or has_state(cache) else 0
         for step in steps:
             step.passed = ALL if seen >= length else seen + new - length
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graft.core.caches import tokens_seen
 from graft.core.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
@@ -74,9 +75,13 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
     if isinstance(cache, packed_class()):
         kwargs[name] = cache.base  # type: ignore[attr-defined]
         return cache.shadows  # type: ignore[attr-defined,no-any-return]
-    if not hasattr(cache, "get_seq_length"):
-        raise NotImplementedError(f"SHADOW needs a Cache of transformers as `{name}`, not a {type(cache).__name__}.")
-    if cache.get_seq_length():
+    seen = tokens_seen(cache)
+    if seen is None:
+        raise NotImplementedError(
+            f"SHADOW needs a Cache of transformers that holds tokens as `{name}`, and this {type(cache).__name__} does "
+            "not. Pass use_cache=False."
+        )
+    if seen:
         raise ValueError(
             f"`{name}` holds tokens that the shadow network has not seen: pass on what an output of this model "
             "holds, or an empty cache."

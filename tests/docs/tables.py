@@ -32,6 +32,7 @@ KINDS = {  # column → layers of the law suite
     "grouped": ("conv2d-grouped", "conv2d-depthwise"),
 }
 HEAD = ["config", "PEFT's", *KINDS, "merges", "several at once", "rows of a batch", "as LoRA"]
+STATE_SPACES = ("SDT",)  # samples are of their LoRA, on layers that are no state space
 BY_NAME = {layer.name: layer for layer in LAYERS}
 
 
@@ -78,7 +79,7 @@ def row(name: str) -> list[str]:
 
 def single() -> list[str]:
     """The methods that act on single layers."""
-    return [name for name in METHODS if any(s.method == name for s in SAMPLES)]
+    return [name for name in METHODS if name not in STATE_SPACES and any(s.method == name for s in SAMPLES)]
 
 
 def table() -> str:
@@ -91,7 +92,7 @@ def table() -> str:
     return (
         f"{len(ROWS)} methods. PEFT 0.21.2 has {len(IN_PEFT)} of them, all but {own}. Those that act on single layers:"
         f"\n\n{text}\n\n"
-        f"On attentions, blocks, or over other adapters: {others}. Prompts: {prompts}."
+        f"On attentions, blocks, state spaces, or over other adapters: {others}. Prompts: {prompts}."
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import graft
-from graft.core.errors import CalibrationError, CheckpointError, ConfigError, NoMatchingPeftModuleError
+from graft.core.errors import CalibrationError, CheckpointError, ConfigError, ConfigTypeError, NoMatchingPeftModuleError
 from graft.methods.sdt import strongest
 from tests.inject.test_reading import IDS, SSM, base
 from tests.looks import layers
@@ -100,6 +100,20 @@ def test_a_fresh_one_is_the_identity_and_forward_is_merged(name, tmp_path):
     assert moved == {
         k for k in was if k.endswith(("A_log", "x_proj.weight", "mixer.out_proj.weight", "mamba.out_proj.weight"))
     }
+
+
+def test_what_a_state_space_takes_as_the_page_says():
+    """Several at once, one for all rows, no LoRA."""
+    model = with_sdt("mamba", init_weights=False)
+    model.add_adapter("two", graft.SdtConfig(**OPTIONS, init_weights=False))
+    model.base_model.set_adapter(["default", "two"])
+    both, batch = changed(model)(IDS).logits, len(IDS)
+    with pytest.raises(graft.RoutingError, match=r"mixer.A_log'.* Give all rows of a batch one adapter"):
+        model(IDS, adapter_names=["default", *["two"] * (batch - 1)])
+    assert not model.supports_lora_conversion()
+    with pytest.raises(ConfigTypeError, match=r"do not support LoRA conversion: SDT"):
+        graft.convert_to_lora(model, rank=2)
+    assert_close(model.merge_and_unload()(IDS).logits, both)
 
 
 def test_only_the_chosen_entries_move():

@@ -109,6 +109,16 @@ def pytest_collection_modifyitems(config, items):
         items[:] = draw_tests(items)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Collect no garbage meanwhile, since all that is made stays: a third less time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish(session):
     """Collect garbage less often than by default, since a model is a thousand objects: 7 % less time."""
     keep()

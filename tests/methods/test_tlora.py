@@ -120,6 +120,8 @@ def test_copies_of_a_batch_have_the_timesteps_of_its_rows(active):
         for got in (model(x, 0, **call), model(sample=x, timestep=0, **call)):
             assert_close(got, torch.cat(wants))
         assert_close(model(x, 0, compose=graft.Stack("two")), wants[0])
+    for given in (steps, steps.tolist(), (*steps.tolist(),)):
+        assert_close(model(x, timestep=given, **call), torch.cat(wants))
     assert_close(model(x, steps, **call), torch.cat(wants))
     for rows in (dict(adapter_names=["two", "default", "two"]), dict(compose=value)):
         for wrong in (steps[:2], torch.cat([steps, steps[:2]])):

@@ -167,7 +167,7 @@ def copied(
 ) -> tuple[tuple[object, ...], dict[str, Any]]:
     """Return arguments, or facts, of a batch of `batch` rows for `copies` such batches, one after the other.
 
-    own: arguments of graft, whose lists have an item for each row.
+    own: arguments of graft and its methods, whose lists and tuples have an item for each row.
 
     Raises:
         RoutingError: an argument holds tensors of the rows in an object of another kind, such as a filled cache.
@@ -181,7 +181,7 @@ def copied(
         if isinstance(value, Tensor):
             mine = value.dim() and len(value) == batch and name not in SHARED
             return value.repeat(copies, *[1] * (value.dim() - 1)) if mine else value
-        if name in own and isinstance(value, list) and len(value) == batch:
+        if name in own and isinstance(value, (list, tuple)) and len(value) == batch:
             return value * copies
         if type(value) in (list, tuple):
             return type(value)(of(item, name) for item in value)

@@ -23,6 +23,7 @@ from graft.inject.job import Options
 from graft.inject.parts import HOLDER, reads, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
+from graft.methods import method_of
 from graft.model import checkpoints
 from graft.model.compose import Composition, names_in, shares_of
 from graft.model.modes import modes_unless_it_fails
@@ -391,7 +392,8 @@ class PeftModel(nn.Module):
                     registry.check_composition(compose)
                 given: AbstractContextManager[None] = nullcontext()
                 if value is not None:
-                    own = {*self.special_peft_forward_args, *registry.arguments}
+                    methods = [method_of(config.peft_type) for config in self.peft_config.values()]
+                    own = {*self.special_peft_forward_args, *(name for m in methods for name in m.arguments)}
                     inputs, kwargs, names, given = composed(registry.call, value, inputs, kwargs, own)
                 with given:
                     output, context = self._run(function, names, inputs, kwargs, generates, shares_of(value))

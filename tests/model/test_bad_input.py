@@ -2,8 +2,10 @@
 """Bad input: a specific exception that names adapter, layer and remedy, and a model left as it was."""
 
 import json
+import re
 from contextlib import contextmanager
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -496,3 +498,96 @@ def test_saving_to_a_file(tmp_path):
     with refused(model, (ValueError, AssertionError), "directory"):
         model.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+# things of other kinds in the place of a config or a model
+
+CONFIGS = {
+    "theirs": (lambda: peft.LoraConfig(target_modules=["fc1"]), "LoraConfig of another package. graft.get_peft_config"),
+    "prompt": (lambda: peft.PromptTuningConfig(num_virtual_tokens=2), "PromptTuningConfig of another package. graft."),
+    "dict": (lambda: {"r": 3, "target_modules": ["fc1"]}, "dict. graft.get_peft_config(config) makes one"),
+    "text": (lambda: "LORA", "str. Make one, such as graft.LoraConfig"),
+    "nothing": (lambda: None, "NoneType. Make one"),
+    "class": (lambda: graft.LoraConfig, "LoraConfig. Call the class"),
+}
+TAKE_CONFIGS = {
+    "get_peft_model": lambda model, config, folder: graft.get_peft_model(model, config),
+    "mixed": lambda model, config, folder: graft.get_peft_model(model, config, mixed=True),
+    "PeftModel": lambda model, config, folder: graft.PeftModel(model, config),
+    "PeftMixedModel": lambda model, config, folder: graft.PeftMixedModel(model, config),
+    "inject": lambda model, config, folder: graft.inject_adapter_in_model(config, model),
+    "plan": lambda model, config, folder: graft.plan(model, config),
+    "suggest_lr": lambda model, config, folder: graft.suggest_lr(config),
+    "from_pretrained": lambda model, config, folder: graft.PeftModel.from_pretrained(model, folder, config=config),
+    "corda": lambda model, config, folder: graft.preprocess_corda(model, config, print),
+    "loraga": lambda model, config, folder: graft.preprocess_loraga(model, config, print),
+    "lorasb": lambda model, config, folder: graft.preprocess_lorasb(model, config, print, 0.1),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("door", TAKE_CONFIGS)
+def test_what_is_no_config(door, kind, tmp_path):
+    """The error says what came, and what to give."""
+    make, text = CONFIGS[kind]
+    model = models.make("mlp")
+    if door == "from_pretrained":
+        if kind == "nothing":
+            return  # then the file's
+        adapt(graft, LORA).save_pretrained(tmp_path)
+    with refused(model, (TypeError, ValueError), f"must be a PeftConfig, got {text}"):
+        TAKE_CONFIGS[door](model, make(), tmp_path)
+    if door == "get_peft_model":
+        adapted = adapt(graft, LORA, base=model)
+        with refused(adapted, TypeError, f"must be a PeftConfig, got {text}"):
+            adapted.add_adapter("second", make())
+
+
+def with_theirs():
+    return peft.get_peft_model(models.make("mlp"), peft.LoraConfig(target_modules=["fc1"]))
+
+
+MODELS = {
+    "theirs": (with_theirs, graft.AlreadyInjectedError, "['default'] of another package, as PEFT. Take them off"),
+    "in theirs": (lambda: with_theirs().base_model.model, graft.AlreadyInjectedError, "of another package"),
+    "name": (lambda: "gpt2", TypeError, "A model has to be a torch.nn.Module, got 'gpt2'. Load it first"),
+    "nothing": (lambda: None, TypeError, "A model has to be a torch.nn.Module, got None"),
+    "class": (lambda: nn.Linear, TypeError, "got the class Linear. Make an object of it"),
+}
+TAKE_MODELS = {
+    "get_peft_model": lambda model, folder: graft.get_peft_model(model, lora()),
+    "inject": lambda model, folder: graft.inject_adapter_in_model(lora(), model),
+    "plan": lambda model, folder: graft.plan(model, lora()),
+    "from_pretrained": lambda model, folder: graft.PeftModel.from_pretrained(model, folder),
+    "load_adapter": lambda model, folder: graft.load_adapter(model, folder),
+    "audit": lambda model, folder: graft.audit(model),
+    "state dict": lambda model, folder: graft.get_peft_model_state_dict(model),
+    "set state dict": lambda model, folder: graft.set_peft_model_state_dict(model, {}),
+    "tensors": lambda model, folder: graft.adapter_tensors(model),
+    "layer status": lambda model, folder: graft.get_layer_status(model),
+    "model status": lambda model, folder: graft.get_model_status(model),
+    "merge report": lambda model, folder: graft.merge_report(model),
+    "convert": lambda model, folder: graft.convert_to_lora(model),
+    "hot-swap": lambda model, folder: graft.hotswap_adapter(model, folder, "default"),
+    "compiled": lambda model, folder: graft.prepare_model_for_compiled_hotswap(model),
+}
+TAKE_BASES = {
+    "4 bits": lambda model, folder: graft.prepare_model_for_kbit_training(model),
+    "cast": lambda model, folder: graft.cast_mixed_precision_params(model, torch.bfloat16),
+    "kappa": lambda model, folder: graft.find_kappa_target_modules(model),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("door", [*TAKE_MODELS, *TAKE_BASES])
+def test_what_is_no_model(door, kind, tmp_path):
+    """The error says what came, and what to give; another package's adapters stay as they are."""
+    make, error, text = MODELS[kind]
+    if door in TAKE_BASES and "theirs" in kind:
+        return
+    adapt(graft, LORA).save_pretrained(tmp_path)
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()} if isinstance(model, nn.Module) else {}
+    with pytest.raises(error, match=re.escape(text)):
+        (TAKE_MODELS | TAKE_BASES)[door](model, tmp_path)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())

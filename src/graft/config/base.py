@@ -33,8 +33,14 @@ FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
 
 def check_config(config: object) -> None:
     """Raise TypeError unless this is a config of graft's; say how to make one of it."""
+    if (why := why_no_config(config)) is not None:
+        raise TypeError(f"peft_config must be a PeftConfig, {why}")
+
+
+def why_no_config(config: object) -> str | None:
+    """Return what a value in the place of a config is, and how to make one of it; None for a config of graft's."""
     if isinstance(config, PeftConfig):
-        return
+        return None
     name, remedy = type(config).__name__, "Make one, such as graft.LoraConfig(target_modules=[…])"
     if isinstance(config, type):
         name, remedy = config.__name__, f"Call the class: {config.__name__}(…)"
@@ -42,7 +48,7 @@ def check_config(config: object) -> None:
         remedy = "graft.get_peft_config(config) makes one of a dict with its peft_type"
     elif hasattr(config, "peft_type") and hasattr(config, "to_dict"):
         name, remedy = f"{name} of another package", "graft.get_peft_config(config.to_dict()) makes graft's"
-    raise TypeError(f"peft_config must be a PeftConfig, got {name}. {remedy}.")
+    return f"got {name}. {remedy}."
 
 
 SYNONYMS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}

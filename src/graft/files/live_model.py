@@ -23,8 +23,8 @@ def names_in(model: Any) -> Skeleton:
     """Return names, shapes and values of a model as they are without adapters."""
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model
-    out = skeleton(base, f"the model ({type(base).__name__})")
     layers = survey(base).layers
+    out = skeleton(base, f"the model ({type(base).__name__})")
     inside = tuple(f"{path}." for path in layers)
     out.adapters = model.peft_config if is_adapted else {}
     out.modules = [name for name in out.modules if not name.startswith(inside)] if inside else out.modules

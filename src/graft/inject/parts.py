@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from graft.config.base import PeftConfig
 from graft.core.carrier import Carrier
-from graft.core.errors import AdapterNotFoundError, shortened
+from graft.core.errors import AdapterNotFoundError, AlreadyInjectedError
 from graft.core.gate import Gate
 from graft.core.layer import AdapterLayer
 from graft.core.shared import Shared
 from graft.core.wrappers import inside
-from graft.inject.survey import Wrapper, survey
+from graft.inject.survey import Wrapper, check_model, survey
 from graft.prompts.base import Prompt
 from graft.storage import parameter_names
 
@@ -90,15 +91,20 @@ def registry_of(model: object) -> Any:
     """Return the registry of a PeftModel or tuner; None for any other model.
 
     Raises:
-        TypeError: it is no model, but the name of one, for instance.
+        TypeError: as `check_model`.
     """
-    try:
-        return model.__dict__.get(HOLDER)
-    except AttributeError:
-        raise TypeError(
-            f"A model has to be a torch.nn.Module, got {shortened(repr(model))}. Load it first, as "
-            "AutoModelForCausalLM.from_pretrained() does."
-        ) from None
+    check_model(model)
+    return model.__dict__.get(HOLDER)
+
+
+def check_foreign(model: nn.Module) -> None:
+    """Raise AlreadyInjectedError if a model carries adapters of another package, such as PEFT."""
+    configs = getattr(model, "peft_config", None)
+    if foreign := sorted(name for name, config in (configs or {}).items() if not isinstance(config, PeftConfig)):
+        raise AlreadyInjectedError(
+            f"The model carries adapter(s) {foreign} of another package, as PEFT. Take them off by its unload(), and "
+            "load them by graft.PeftModel.from_pretrained()."
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -109,10 +115,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def gate_in(model: nn.Module) -> Gate | None:
-    """Return the gate of a model's calls and changes; None if it has no adapter."""
+    """Return the gate of a model's calls and changes; None if it has no adapter.
+
+    Raises:
+        AlreadyInjectedError: it has adapters of another package.
+    """
     model = unwrapped(model)
     registry = registry_of(model)
     if registry is None:
+        check_foreign(model)
         tree = survey(model)
         registry = next(iter((*tree.layers.values(), *tree.wrappers.values())), None)
     return None if registry is None else registry.call.gate

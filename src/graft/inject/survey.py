@@ -17,6 +17,7 @@ from torch import nn
 
 from graft.core import merging
 from graft.core.carrier import carrier_of, layer_in
+from graft.core.errors import shortened
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
@@ -246,9 +247,25 @@ class Tree:
         return readers([("", self.root), *self.modules.items()])
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError if a value is no model, but the name or the class of one, for instance."""
+    if isinstance(model, type):
+        raise TypeError(f"A model has to be a torch.nn.Module, got the class {model.__name__}. Make an object of it.")
+    if not hasattr(model, "__dict__"):
+        raise TypeError(
+            f"A model has to be a torch.nn.Module, got {shortened(repr(model))}. Load it first, as "
+            "AutoModelForCausalLM.from_pretrained() does."
+        )
+
+
 def survey(model: nn.Module) -> Tree:
     """Walk `model` once, but not into layers, unless they are blocks, and wrappers. One without adapters counts as the
-    module beneath it."""
+    module beneath it.
+
+    Raises:
+        TypeError: as `check_model`.
+    """
+    check_model(model)
     tree = Tree(root=model)
     seen: dict[nn.Module, str] = {}
 

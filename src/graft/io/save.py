@@ -25,7 +25,7 @@ from graft.core.names import is_bias
 from graft.core.wrappers import bare, clean, unprefixed, walk
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.match import Names
-from graft.inject.parts import Nests, Parts, registry_of, unwrapped
+from graft.inject.parts import Nests, Parts, check_foreign, registry_of, unwrapped
 from graft.inject.stage import absent_from, group_in
 from graft.inject.survey import survey
 from graft.io.base import names_in_file, original
@@ -49,6 +49,7 @@ def parts_of(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module]:
         parts = registry.parts_of(adapter)
         is_tuner = getattr(registry, "holder", None) is model
         return parts, "model." if is_tuner else parts.prefix, registry.model
+    check_foreign(model)
     tree = survey(model)
     layers = {k: layer for k, layer in tree.layers.items() if adapter in layer.methods}
     wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}

@@ -20,7 +20,7 @@ from graft.core.method import Layers, Method, placeholders
 from graft.core.shared import Shared
 from graft.inject.beside import add_task_heads
 from graft.inject.inject import Injection
-from graft.inject.parts import registry_of
+from graft.inject.parts import check_foreign, registry_of, unwrapped
 from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import survey
 from graft.methods import ROWS, PeftType, config_of, method_of
@@ -127,6 +127,8 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
     Raises:
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would.
     """
+    check_config(config)
+    check_foreign(unwrapped(model))
     method = method_of(config.peft_type)
     config = copy.copy(config)
     with warnings.catch_warnings():

@@ -22,7 +22,7 @@ from graft.core.finite import is_plain, largest
 from graft.core.folding import delta_of, evaluating, fold_step
 from graft.core.method import Use
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.inject.parts import Parts, registry_of, unwrapped
+from graft.inject.parts import Parts, check_foreign, registry_of, unwrapped
 from graft.inject.report import generic
 from graft.inject.survey import survey
 from graft.io.entries import entries
@@ -182,6 +182,7 @@ def audit(
     model = unwrapped(model)
     registry = registry_of(model)
     if registry is None:
+        check_foreign(model)
         tree = survey(model)
         carriers: list[Carrier] = [*tree.layers.values(), *tree.wrappers.values()]
         names = list(dict.fromkeys(name for carrier in carriers for name in carrier.adapters))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from graft.config.atomic import check_no_link
-from graft.config.base import FORMAT_VERSION, PeftConfig
+from graft.config.base import FORMAT_VERSION, PeftConfig, why_no_config
 from graft.config.hub import hub_keywords
 from graft.config.prompt import NAMES as OF_THE_BASE
 from graft.core.containers import place
@@ -67,8 +67,8 @@ def read(
     source["check_digest"] = options.get("check_digest", True)
     if config is None:
         config, loaded = files.load_pair(**source)
-    elif not isinstance(config, PeftConfig):
-        raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
+    elif (why := why_no_config(config)) is not None:
+        raise ValueError(f"The input config must be a PeftConfig, {why}")
     else:
         loaded = files.load_weights(**source)
         if loaded.noted is None or loaded.noted.config is None:  # graft did not write it

@@ -19,7 +19,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.names import several
 from graft.core.ops import find_op
 from graft.inject.beside import RowsLayer
-from graft.inject.parts import registry_of, unwrapped
+from graft.inject.parts import check_foreign, registry_of, unwrapped
 from graft.inject.survey import is_block, nest_of, survey
 from graft.model.registry import Registry
 from graft.storage import DENSE, Quantized, holds_codes, innermost, release
@@ -232,6 +232,7 @@ def merge_report(model: nn.Module) -> dict[str, float]:
     registry = registry_of(unwrapped(model))
     if registry is not None:
         return dict(getattr(registry, "shares_kept", {}))
+    check_foreign(model)
     merged = {key: layer for key, layer in survey(model).layers.items() if layer.merged_adapters}
     return dict(zip(merged, merging.shares_kept(list(merged.values()))))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graft.config.base import PeftConfig
+from graft.config.base import PeftConfig, check_config
 from graft.config.hub import IDLE_LOADING, IDLE_SAVING, LOADING, warn_unknown
 from graft.config.prompt import PromptLearningConfig
 from graft.core.base_config import input_embeddings
@@ -79,6 +79,7 @@ class PeftModel(nn.Module):
     ):
         super().__init__()
         check_adapter_name(adapter_name)
+        check_config(peft_config)
         options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads, provisional=provisional)
         with unless_it_fails(peft_config):
             self._extend_config(peft_config)

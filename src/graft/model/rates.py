@@ -14,7 +14,7 @@ from typing import TypedDict
 
 from torch import nn
 
-from graft.config.base import PeftConfig
+from graft.config.base import PeftConfig, check_config
 from graft.config.reading import Json
 from graft.core.base_config import model_type
 from graft.core.method import Method
@@ -112,6 +112,7 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
         config: of the adapter.
         model: the base. Only searches on models of its type count then, if the method's source has rates; None: all.
     """
+    check_config(config)
     adapter, published = adapter_of(config), published_lr(config)
     like = alike(config)
     if not like:

@@ -30,7 +30,7 @@ from graft.core.names import one_or_several
 from graft.core.rows import BASE, Finish, Run, Together
 from graft.inject.find import biases_of
 from graft.inject.job import Options
-from graft.inject.parts import Parts, registry_of
+from graft.inject.parts import Parts, check_foreign, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, Wrapper, survey
 from graft.io.rendezvous import Note
@@ -95,11 +95,7 @@ def configs_of(model: nn.Module) -> dict[str, PeftConfig]:
     configs = getattr(model, "peft_config", None)
     if configs is None or isinstance(configs, Configs):
         return {}
-    if foreign := sorted(name for name, config in configs.items() if not isinstance(config, PeftConfig)):
-        raise AlreadyInjectedError(
-            f"The model carries adapter(s) {foreign} of another package, as PEFT. Take them off by its unload(), and "
-            "load them by graft.PeftModel.from_pretrained()."
-        )
+    check_foreign(model)
     own: dict[str, PeftConfig] = configs
     return own
 

@@ -12,7 +12,7 @@ from graft.core.carrier import carrier_of
 from graft.core.containers import slots_of
 from graft.core.layer import AdapterLayer
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.inject.parts import Nests, registry_of, unwrapped
+from graft.inject.parts import Nests, check_foreign, registry_of, unwrapped
 from graft.inject.survey import survey
 
 T = TypeVar("T")
@@ -78,6 +78,7 @@ def _layers(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
 
 def with_layers(model: nn.Module, caller: str) -> nn.Module:
     model = unwrapped(model)
+    check_foreign(model)
     if getattr(registry_of(model), "prompt_encoder", None) is not None:
         raise TypeError(
             f"{caller}() got an invalid PeftModel instance; prompt methods put no adapters on layers: see "

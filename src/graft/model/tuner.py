@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graft.config.base import PeftConfig
+from graft.config.base import PeftConfig, check_config
 from graft.core.base_config import model_config
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method
@@ -280,6 +280,7 @@ def inject_adapter_in_model(
         ValueError: the method needs a PeftModel, as prompts do, and methods whose layers share tensors.
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model`; nothing has changed.
     """
+    check_config(peft_config)
     method = method_of(peft_config.peft_type)
     if peft_config.is_prompt_learning:
         raise ValueError(

@@ -21,7 +21,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.wrappers import clean
 from graft.inject.inject import collector_paused
 from graft.inject.match import Matcher
-from graft.inject.parts import Parts, gate_of, unwrapped
+from graft.inject.parts import Parts, gate_in, gate_of, unwrapped
 from graft.inject.survey import survey
 from graft.io.entries import Entry, entries
 from graft.io.files import Loaded
@@ -378,6 +378,7 @@ def prepare_model_for_compiled_hotswap(
     Raises:
         ConfigError: there is no LoRA adapter, one has a larger rank, or the model is compiled. Nothing has changed.
     """
+    gate_in(model)  # raises for what is no model, or carries adapters of another package
     if check_compiled not in ("error", "warn", "ignore"):
         raise ConfigError(
             f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.archives import weights_in
 from graft.config.atomic import replace
+from graft.config.base import check_config
 from graft.config.fields import settings
 from graft.core.errors import CalibrationError, CheckpointError, ConfigError, some
 from graft.core.method import Method
@@ -34,6 +35,7 @@ def linear_methods(
         ConfigError: the config asks for another initialisation, or targets no linear layer.
         as `get_peft_model`, for what would not fit.
     """
+    check_config(config)
     if (said := getattr(config, field, None)) != how:
         raise ConfigError(f"This prepares {field}='{how}', and the config says {said!r}.")
     found = Injection(model, config, method_of(config.peft_type), "default").find().methods
@@ -208,6 +210,7 @@ def preprocess_loraga(
         ConfigError: the config is not of LoRA-GA, or a layer is quantized.
         CheckpointError: the cache is damaged, or of another model.
     """
+    check_config(lora_config)
     if lora_config.lora_ga_config is None:
         raise ConfigError(
             "If you want to use LoRA-GA, please initialize the LoraConfig with init_lora_weights='lora_ga' and "

@@ -15,7 +15,7 @@ from graft.core.folding import delta_of, evaluating
 from graft.core.layer import AdapterLayer
 from graft.core.random import kaiming_bound
 from graft.inject.parts import registry_of, unwrapped
-from graft.methods.lora.config import LoraConfig
+from graft.methods.lora import LoraConfig
 from graft.methods.lora.lora import LoRA
 from graft.storage.parallel import layout_of
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
+from graft.core.rows import Run
 from graft.methods import METHODS
 from graft.methods.adalora.allocator import orthogonal_losses
 from tests.covering import Sometimes, law
@@ -208,10 +209,11 @@ def test_two_adapters_of_adalora_train():
     model.set_adapter(["a", "b"])
     trains = {n.split(".")[-2 if n.endswith("weight") else -1] for n, p in model.named_parameters() if p.requires_grad}
     assert trains == {"a", "b"}
-    both = orthogonal_losses(registry_of(model), "ab")
+    run = Run((), {}, {})
+    both = orthogonal_losses(registry_of(model), "ab", run)
     for name in "ab":
         model.set_adapter(name)
-        single = orthogonal_losses(registry_of(model), model.active_adapters)
+        single = orthogonal_losses(registry_of(model), model.active_adapters, run)
         assert single.keys() == {name} and both[name]() > 0
         assert_close(both[name](), single[name]())
 

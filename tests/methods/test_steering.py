@@ -2,10 +2,13 @@
 """Steering vectors on whole models: the formula, coefficients of a call, vectors from pairs."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModel
 
@@ -15,7 +18,7 @@ from graft.core.rows import Run
 from graft.methods.steering import coefficients
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS, PAIRS, Letters
-from tests.models import adapted, inputs, make, output, seeded
+from tests.models import adapted, inputs, make, output, seeded, transformer
 
 HERE = Path(__file__).parent / "fixtures"
 
@@ -70,6 +73,75 @@ def test_generate_with_a_cache_is_that_without():
     model, ids = with_vectors(min_token_index=2), inputs("llama")["input_ids"]
     options = dict(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
+
+
+TINY = dict(vocab_size=41, hidden_size=24, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+CACHED = {  # a cache of tokens, of tokens in its second layer only, and of states
+    "llama": lambda: make("llama"),
+    "minimax": transformer(
+        "MiniMaxConfig", "MiniMaxForCausalLM", intermediate_size=36, num_attention_heads=3, num_key_value_heads=3,
+        head_dim=8, num_local_experts=2, layer_types=["linear_attention", "full_attention"], **TINY,
+    ),
+    "mamba": transformer("MambaConfig", "MambaForCausalLM", state_size=4, **TINY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [3, 9], ids=["in the prompt", "after it"])
+@pytest.mark.parametrize("name", CACHED)
+@torch.no_grad()
+def test_the_first_token_counts_from_the_prompts_begin(name, first):
+    """Also in steps of `generate` that see one token, of which a cache holds those before; padding does not count."""
+    with seeded(0):
+        base = CACHED[name]().eval()
+    places = dict(target_modules=["layers.0", "layers.1"]) if name == "mamba" else {}
+    model = adapted(base, graft.SteeringConfig(min_token_index=first, **places), scale=1)
+    ids = torch.cat([torch.zeros(3, 1, dtype=torch.long), inputs("llama")["input_ids"]], 1)
+    options = dict(input_ids=ids, attention_mask=(torch.arange(8) > 0).long().expand(3, 8), max_new_tokens=4)
+    options |= dict(do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+    cached, anew = (torch.stack(model.generate(**options, use_cache=cache).logits) for cache in (True, False))
+    assert_close(cached, anew, rtol=1e-3, atol=1e-3)
+    with model.disable_adapter():
+        plain = torch.stack(model.generate(**options).logits)
+    assert ((cached - plain).abs().amax((1, 2)) > 1e-3).tolist() == [first < 8, first < 8, first < 9, True]
+
+
+@torch.no_grad()
+def test_the_first_token_of_a_decoder():
+    base, batch = make("t5"), {k: v for k, v in inputs("t5").items() if "decoder" not in k}
+    model = adapted(base, graft.SteeringConfig(min_token_index=2, layers=[2, 3]), scale=1)
+    options = dict(batch, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    cached, anew = (torch.stack(model.generate(**options, use_cache=cache).logits) for cache in (True, False))
+    assert_close(cached, anew, rtol=1e-4, atol=1e-4)
+    plain = torch.stack(make("t5").generate(**options).logits)
+    assert ((cached - plain).abs().amax((1, 2)) > 1e-3).tolist() == [False, False, True, True]
+
+
+def test_states_whose_rows_are_not_first():
+    base = transformer("XLNetConfig", "XLNetModel", vocab_size=41, d_model=24, n_layer=1, n_head=3, d_inner=36)()
+    model = graft.get_peft_model(base, graft.SteeringConfig(target_modules=["layer.0"], min_token_index=1))
+    ids = inputs("llama")["input_ids"]
+    with pytest.raises(RoutingError, match="min_token_index=1 of adapter 'default' needs one row for each sample"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+class Pair(NamedTuple):
+    states: torch.Tensor
+    rest: str
+
+
+class Named(nn.Module):
+    """A block whose output has names, as Reformer's."""
+
+    def forward(self, x):
+        return Pair(2 * x, "rest")
+
+
+def test_outputs_with_names_keep_them():
+    base = nn.Sequential(Named())
+    base.config = SimpleNamespace(hidden_size=3, to_dict=lambda: {})
+    out = graft.get_peft_model(base, graft.SteeringConfig(target_modules=["0"]))(torch.ones(2, 3))
+    assert isinstance(out, Pair) and out.rest == "rest"
+    assert_close(out.states, torch.full((2, 3), 2.0))
 
 
 def pairs():

@@ -671,8 +671,11 @@ def first_of(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, o
 
 
 def with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the output of a module with its tensor, or the first item of its tuple, changed."""
-    return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
+    """Return the output of a module with its tensor, or the first item of its tuple, named or not, changed."""
+    if isinstance(output, Tensor):
+        return change(output)
+    items = (change(output[0]), *output[1:])
+    return type(output)(*items) if hasattr(output, "_fields") else items
 
 
 class Instead(Plan):

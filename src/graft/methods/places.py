@@ -25,6 +25,7 @@ MLP = re.compile(r"mlp|ffn|^ff$|feed_?forward|moe|DenseReluDense", re.IGNORECASE
 NORM = re.compile(r"norm|(^|_)ln(_|$)", re.IGNORECASE)
 BESIDE = re.compile(rf"{NORM.pattern}|mamba|ssm", re.IGNORECASE)  # parts of a block that are no MLP
 PARTS = re.compile(r"encoder|decoder|(down|mid|up)_blocks?(\.#)?")  # of a model, with blocks of one kind
+OTHERS = re.compile(r"visi|visual|image|audio|speech|sound|video", re.IGNORECASE)  # parts of a model next to its text
 # last names of the layers that bring a sublayer back to the width of the block
 END = re.compile(
     r"(o_proj|out_proj|proj_out|dense|c_proj|o|wo|out_lin|lin2|linear2|fc2|fc_out|down_proj|dense_4h_to_h|w2|"
@@ -163,7 +164,9 @@ def blocks_in(
     for block in inside:
         lists.setdefault(PARTS.sub("", re.sub(r"\d+", "#", block)), []).append(block)
     found = [[made(block, inside[block], linears, modules) for block in blocks] for blocks in lists.values()]
-    return max(found, key=lambda blocks: (blocks[0].width == hidden, len(blocks)), default=[])
+    wide = [blocks for blocks in found if blocks[0].width == hidden]
+    of_text = [blocks for blocks in wide if not OTHERS.search(blocks[0].path)]
+    return max(of_text or wide or found, key=len, default=[])
 
 
 def numbered(path: str) -> list[str]:

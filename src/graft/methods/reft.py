@@ -136,7 +136,7 @@ class Reft(OnStates[ReftConfig]):
         h = y[:, None] if y.dim() == 2 else y
         delta = torch.zeros_like(h, dtype=self.dtype)
         positions = self.positions
-        if positions is not None and not positions.acts:
+        if positions is not None and positions.passed is not None:
             return delta.view(y.shape)
         lengths = self.layer.call.fact(LENGTHS) if self.continues else None
         told = [t for t in (None if positions is None else positions.start, lengths) if t is not None]

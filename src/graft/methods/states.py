@@ -46,7 +46,7 @@ class Positions:
 
     start: Tensor | None  # (batch,)
     length: Tensor | None  # (batch,)
-    acts: bool = True  # False: the prompt has passed
+    passed: Tensor | None = None  # (), how many tokens have passed: the model sees what follows them; None: it sees all
 
     @classmethod
     def of(cls, mask: object) -> Positions:
@@ -70,6 +70,7 @@ class Positions:
 
 
 FACT, OF_DECODER = "reft", "reft of a decoder"
+MANY = 1 << 30  # more tokens than any input has
 TOKENS = {FACT: ("input_ids", "inputs_embeds"), OF_DECODER: ("decoder_input_ids", "decoder_inputs_embeds")}
 MASKS = {False: {FACT: "attention_mask"}, True: {FACT: "attention_mask", OF_DECODER: "decoder_attention_mask"}}
 
@@ -79,9 +80,9 @@ def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[str, Pos
     masks = MASKS[is_encoder_decoder(model)]
     facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in masks.items()}
     cache = cache_in(arguments)
-    if tokens_seen(cache) or has_state(cache):
+    if passed := tokens_seen(cache) or (MANY if has_state(cache) else 0):
         last = list(masks)[-1]
-        facts[last] = replace(facts[last], acts=False)
+        facts[last] = replace(facts[last], passed=torch.tensor(passed, device="cpu"))
     return facts
 
 
@@ -191,28 +192,34 @@ def ended(fact: Positions, name: str, arguments: Mapping[str, object]) -> Positi
 
 @contextmanager
 def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
-    """Give the facts of each step of `generate`: the first sees the prompt, further ones with a cache do nothing."""
+    """Give the facts of each step of `generate`: the first sees the prompt, further ones with a cache what follows."""
     if not run.generates:
         yield
         return
     thread = get_ident()
     first: dict[str, Positions] = {}
-    lengths: dict[str, int] = {}  # of the inputs of the first step
+    last = list(MASKS[is_encoder_decoder(model)])[-1]
+    prompt = seen = 0  # tokens of the first step, and of all steps so far
 
     def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        nonlocal prompt, seen
         if get_ident() != thread:  # others may run the model as well
             return
         arguments = by_name(model, args, kwargs)
-        now = facts_of(arguments, model)
-        if not first:
+        now, tokens = facts_of(arguments, model), tokens_in(arguments, last)
+        new = 0 if tokens is None else tokens.shape[1]
+        begins = not first
+        if begins:
             first.update({name: ended(fact, name, arguments) for name, fact in now.items()})
-            lengths.update({name: t.shape[1] for name in now if (t := tokens_in(arguments, name)) is not None})
-        else:  # without a cache the inputs grow: others hold a state that does not tell (RWKV)
-            name = list(now)[-1]
-            tokens = tokens_in(arguments, name)
-            if tokens is not None and tokens.shape[1] <= lengths.get(name, 0):
-                now[name] = replace(now[name], acts=False)
-        steps = {name: fact if not fact.acts else first[name] for name, fact in now.items()}
+            prompt = new
+        steps = dict(first)
+        # without a cache the inputs grow: others hold a state that does not tell (RWKV)
+        if now[last].passed is not None or (0 < new <= prompt and not begins):
+            seen = tokens_seen(cache_in(arguments)) or seen
+            steps[last] = replace(first[last], passed=torch.tensor(seen, device="cpu"))
+        else:
+            seen = 0
+        seen += new
         call.put(call.context._replace(facts={**call.context.facts, **steps}))
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)

@@ -69,14 +69,25 @@ class Steering(OnStates[SteeringConfig]):
         return self.from_first(delta)
 
     def from_first(self, delta: Tensor) -> Tensor:
-        """Return what is added, (rows, …, H), at the tokens from `min_token_index` on."""
-        first = self.cfg.min_token_index
-        positions = self.positions
-        if not first or delta.dim() != 3 or (positions is not None and not positions.acts):
+        """Return what is added, (rows, …, H), at the tokens from `min_token_index` on.
+
+        Raises:
+            RoutingError: the output has no row for each sample.
+        """
+        least, positions = self.cfg.min_token_index, self.positions
+        if not least or delta.dim() != 3:
             return delta
         at = torch.arange(delta.shape[1], device=delta.device)[None]
-        start = 0 if positions is None or positions.start is None else positions.start.to(delta.device)[:, None]
-        acts: Tensor = at >= start + first
+        if positions is not None and positions.passed is not None:
+            at = at + positions.passed
+        if positions is not None and positions.start is not None:
+            if len(positions.start) != len(delta):
+                raise RoutingError(
+                    f"Layer '{self.site.key}' has an output of shape {tuple(delta.shape)}: min_token_index={least} of "
+                    f"adapter '{self.name}' needs one row for each sample, and its tokens."
+                )
+            at = at - positions.start.to(delta.device)[:, None]
+        acts: Tensor = at >= least
         return delta * acts[..., None]
 
     @classmethod

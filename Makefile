@@ -234,6 +234,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.house.budget
 
 $(VENV)/dist/.tools:
 	$(PYTHON) -m venv $(VENV)/dist

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Places of adapters in blocks, by what the block computes: which sums, which norms of these, and for which stream."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.methods.flow import UnfollowedError
-from graft.methods.places import Block, blocks_of, walk
+from graft.methods.places import Block, blocks_of, chosen_blocks, walk
 from tests.looks import layers
 from tests.models import STD, checkpoint, inputs, make, seeded
 
@@ -324,6 +327,22 @@ def test_a_model_of_images_and_text_has_the_blocks_of_its_text():
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=39)
     model = LlavaForConditionalGeneration(config)
     assert [block.path for block in blocks_of(model)] == [f"model.language_model.layers.{i}" for i in range(2)]
+
+
+def test_the_code_of_a_block_keeps_no_model():
+    """Nor does that of one which cannot be followed, without a collection of garbage."""
+    for make_one in (lambda: Crossed(8, 6), lambda: Counting(8, 6), lambda: make("llama").model.layers[0]):
+        make_one()  # the first of a kind may be kept
+        model = nn.Sequential(make_one())
+        alive = [weakref.ref(p) for p in model.parameters()]
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            chosen_blocks(model, "all")
+            del model
+            assert not any(p() is not None for p in alive)
+        finally:
+            (gc.enable if enabled else gc.disable)()
 
 
 def test_the_code_of_a_block_leaves_nothing_behind():

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.fx import Graph, Node
-from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch.fx.proxy import Attribute, GraphAppendingTracer, Proxy
 
 from graft.core.carrier import carrier_of
 from graft.core.errors import UnsupportedLayerError, shortened
@@ -42,11 +44,30 @@ class Flow(NamedTuple):
     crosses: frozenset[str]
 
 
-class Value(Proxy):
-    """A value that does not exist: as a sequence, it has two items."""
+class Items:
+    """A value that does not exist, as a sequence: of as many items as the code that asks unpacks, or of two."""
 
     def __len__(self) -> int:
         return 2
+
+    def __iter__(self) -> Iterator[Any]:
+        caller, n = sys._getframe(1), 2  # without a frame that holds itself, as torch's own way leaves
+        for step in dis.get_instructions(caller.f_code):
+            if step.offset == caller.f_lasti and step.opname == "UNPACK_SEQUENCE":
+                n = step.argval
+        value: Any = self
+        return iter([value[i] for i in range(n)])
+
+
+class Field(Items, Attribute):
+    """An attribute of a value, such as its shape."""
+
+
+class Value(Items, Proxy):
+    """A value that does not exist."""
+
+    def __getattr__(self, name: str) -> Attribute:
+        return Field(self, name)
 
 
 class Recorder(GraphAppendingTracer):
@@ -68,10 +89,6 @@ class Recorder(GraphAppendingTracer):
 
     def to_bool(self, obj: Proxy) -> bool:
         return False
-
-    def iter(self, obj: Proxy) -> Iterator[Any]:
-        value: Any = obj
-        return iter([value[0], value[1]])
 
     def create_arg(self, a: Any) -> Any:
         try:
@@ -180,14 +197,14 @@ def record(
         (False, lambda p: "Tensor" in str(p.annotation)),
         (True, lambda p: False),
     ]
-    error: Exception | None = None
+    said = ""
     for around, optional in attempts:
         recorder = Recorder([*attentions, mlp], norms, around)
         try:
             return recorder, *recorder.run(recorder.copy(block), optional)
         except Exception as e:  # any that the code of a model raises without values
-            error = error or e
-    raise UnfollowedError(f"its code cannot be followed: {type(error).__name__}: {shortened(str(error))}") from error
+            said = said or f"{type(e).__name__}: {shortened(str(e))}"
+    raise UnfollowedError(f"its code cannot be followed: {said}")
 
 
 def name_of(node: Node) -> str:

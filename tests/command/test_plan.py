@@ -72,3 +72,26 @@ def test_plan_of_a_model_whose_language_part_has_its_own_config(tmp_path):
     config.save_pretrained(tmp_path)
     found = json.loads(run("plan", tmp_path, "--seq", "16", "--json").stdout)
     assert found["blocks"]["LlamaDecoderLayer"] == {"all": 4, "adapted": 4} and found["memory"]["kept"] > 0
+
+
+@pytest.mark.parametrize(
+    "method, layers",
+    [("SHADOW", 2), ("LN_TUNING", 5), ("BOTTLENECK", 2), ("BEFT", 2), ("IA3", 6), ("POLY", 14), ("MTLLORA", 14)],
+)
+def test_a_method_has_its_own_places(method, layers, tmp_path):
+    """Blocks, norms or some projections; methods like LoRA get all linear layers."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, vocab_size=96)
+    LlamaConfig(**sizes, num_hidden_layers=2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    found = json.loads(run("plan", tmp_path, "--method", method, "--rank", "4", "--seq", "8", "--json").stdout)
+    assert (found["method"], found["layers"]) == (method, layers) and found["memory"]["total"] > 0
+    if method == "IA3":
+        named = run("plan", tmp_path, "--method", method, "--targets", "all-linear", "--seq", "8", "--json")
+        assert json.loads(named.stdout)["layers"] == 14
+
+
+def test_a_prompt_gets_the_task_of_the_model(tmp_path):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, vocab_size=96)
+    LlamaConfig(**sizes, num_hidden_layers=2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "base")
+    graft.PromptTuningConfig(num_virtual_tokens=3).save_pretrained(tmp_path / "prompt")
+    found = json.loads(run("plan", tmp_path / "base", "--config", tmp_path / "prompt", "--seq", "8", "--json").stdout)
+    assert found["trainable"] == 3 * 32

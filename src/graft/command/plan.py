@@ -34,7 +34,9 @@ def plan(
     ] = None,
     method: Annotated[str, typer.Option(help="peft_type of the method.")] = "LORA",
     rank: Annotated[int | None, typer.Option("--rank", "-r", min=1, help="16 if the method asks for one.")] = None,
-    targets: Annotated[str, typer.Option(help="Names by commas, or all-linear.")] = "all-linear",
+    targets: Annotated[
+        str | None, typer.Option(help="Names by commas, or all-linear; else that, or the places of the method.")
+    ] = None,
     parameters: Annotated[str, typer.Option(help="Stacks of experts, as experts.gate_up_proj,experts.down_proj.")] = "",
     base: Annotated[
         str | None, typer.Option(help="How the base is packed: nf4, mxfp4, nvfp4, fp8, none; as config.json says.")
@@ -70,6 +72,7 @@ def plan(
         raise CheckpointError(f"{model} has no config.json of a model that the installed transformers knows.")
     packed = format_of(read_object(Path(folder, "config.json")), base)
     adapter = adapter_config(config, method, rank, targets, parameters)
+    adapter.task_type = adapter.task_type or task_of(whole)
     report = planned(whole, adapter)
     found = account(whole, report)
     training = of_model(whole, adapter, length, dtype, gpu is not None)
@@ -97,8 +100,19 @@ def format_of(config: Json, option: str | None) -> str | None:
     return packing(config)
 
 
-def adapter_config(path: Path | None, method: str, rank: int | None, targets: str, parameters: str = "") -> PeftConfig:
-    """Return the config of the adapter: of a file, or of the options."""
+def task_of(model: PreTrainedModel) -> str | None:
+    """Return the task type of a language model, which prompts need; None for other models."""
+    if model.config.is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def adapter_config(
+    path: Path | None, method: str, rank: int | None, targets: str | None, parameters: str = ""
+) -> PeftConfig:
+    """Return the config of the adapter: of a file, or of the options. Without targets it is for all linear layers, or
+    for the places that the method has of its own, such as whole blocks or norms."""
+    from graft import method_of
     from graft.config.base import PeftConfig
     from graft.model.api import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -110,7 +124,11 @@ def adapter_config(path: Path | None, method: str, rank: int | None, targets: st
     if method.upper() not in kinds:
         raise OptionError(f"--method is one of {', '.join(sorted(kinds))}, not {method!r}.")
     kind = kinds[method.upper()]
-    names: Json = {"target_modules": targets if targets == "all-linear" else show.listed(targets)}
+    if targets is None and "nemotron_h" in getattr(method_of(method.upper()), "targets", ()):  # as LoRA's
+        targets = "all-linear"
+    names: Json = (
+        {} if targets is None else {"target_modules": targets if targets == "all-linear" else show.listed(targets)}
+    )
     if parameters:
         names["target_parameters"] = show.listed(parameters)
     fields = kind.__dataclass_fields__

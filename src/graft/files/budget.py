@@ -320,6 +320,8 @@ def loss_of(model: PeftModel, ids: Tensor) -> Tensor:
     if takes != "input_ids":
         raise ConfigError(f"{task} takes {takes}: what a step takes is measured for models of token ids only.")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if any(hasattr(config, name) for config in model.peft_config.values() for name in ("n_tasks", "num_tasks")):
+        inputs["task_ids"] = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     takes_tokens = task.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration"))
     if takes_tokens or getattr(base.config, "is_encoder_decoder", False):
         loss: Tensor = model(**inputs, labels=ids).loss

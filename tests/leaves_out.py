@@ -27,6 +27,7 @@ EMPTY_FILES = not_under("safetensors", "0.4", "it reads no file without tensors"
 CACHES_OF_LLAMA4 = not_under("transformers", "4", "Llama 4 alone says other things with its cache than without")
 CHUNKS_OF_PADDED = not_under("transformers", "4", "a prompt in chunks has positions that count its padding")
 KERNELS_ON_CPUS = not_under("transformers", "4", "Mamba's mixers hand weights to their kernel on CUDA devices alone")
+STATES_OF_MAMBA = not_under("transformers", "4", "Mamba's state is no cache, and after one token says other things")
 EMBEDDINGS_APART = not_under("transformers", "4", "a T5 has one module for both of its embeddings")
 LATER_EPOCHS = not_under("transformers", "4", "Trainer takes other batches where it resumes within a later epoch")
 FP8_ON_CPUS = not_under("transformers", "4", "it loads weights in FP8 where there is a GPU alone, dequantized, too")

@@ -14,6 +14,7 @@ import graft
 from graft.core.errors import ConfigError, RoutingError
 from graft.methods.reft import orthonormal
 from graft.train.multi import MultiTrain
+from tests.leaves_out import STATES_OF_MAMBA
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS
 from tests.models import STD, VOCAB, adapted, checkpoint, inputs, make, output, seeded, transformer
@@ -339,6 +340,7 @@ def with_states(made, config):
         return adapted(made().eval(), {"default": config}, scale=1)
 
 
+@STATES_OF_MAMBA
 @pytest.mark.parametrize("config", BLOCKS, ids=lambda c: c.peft_type)
 @pytest.mark.parametrize("name", WITH_STATES)
 @torch.no_grad()
@@ -360,6 +362,7 @@ def test_caches_of_states_generate_as_without(name, config):
             assert_close(out.logits[:, -1], anew.logits[1], rtol=1e-4, atol=1e-4)
 
 
+@STATES_OF_MAMBA
 @torch.no_grad()
 def test_shadow_generates_without_a_cache_of_states():
     model, ids = with_states(WITH_STATES["mamba"], graft.ShadowConfig(task_type="CAUSAL_LM")), torch.tensor([[7, 5]])

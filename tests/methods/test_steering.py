@@ -99,7 +99,7 @@ def test_the_first_token_counts_from_the_prompts_begin(name, first):
     options = dict(input_ids=ids, attention_mask=(torch.arange(8) > 0).long().expand(3, 8), max_new_tokens=4)
     options |= dict(do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
     cached, anew = (torch.stack(model.generate(**options, use_cache=cache).logits) for cache in (True, False))
-    assert_close(cached, anew, rtol=1e-3, atol=1e-3)
+    assert_close(cached, anew, rtol=1e-3, atol=5e-3)
     with model.disable_adapter():
         plain = torch.stack(model.generate(**options).logits)
     assert ((cached - plain).abs().amax((1, 2)) > 1e-3).tolist() == [first < 8, first < 8, first < 9, True]

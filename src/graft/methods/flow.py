@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import dis
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -50,6 +52,12 @@ class Items:
     def __len__(self) -> int:
         return 2
 
+    def __getitem__(self, i: Any) -> Any:
+        """Return an item, which is the same value each time."""
+        of: Any = self
+        made = of.tracer.create_proxy("call_function", operator.getitem, (self, i), {})
+        return of.tracer.proxy(of.tracer.items.setdefault((of.node, i), made.node)) if isinstance(i, int) else made
+
     def __iter__(self) -> Iterator[Any]:
         caller, n = sys._getframe(1), 2  # without a frame that holds itself, as torch's own way leaves
         for step in dis.get_instructions(caller.f_code):
@@ -74,15 +82,21 @@ class Recorder(GraphAppendingTracer):
     """Records the calls of a block on values that do not exist. A condition on such a value is False.
 
     Args:
-        ends: the modules, by path, whose output is no sum with their input: attentions and linear layers.
+        attentions: by path.
         norms: by path.
-        around: run the code of modules around `ends` alone; those next to them record that they are called.
+        mlp: the module that ends the MLP, by path.
+        around: run the code of modules around attentions and that end alone; those next to them record that they are
+            called.
+        tuples: attentions return a tuple of one item.
     """
 
-    def __init__(self, ends: Collection[str], norms: Collection[str], around: bool):
+    def __init__(self, attentions: Collection[str], norms: Collection[str], mlp: str, around: bool, tuples: bool):
         super().__init__(Graph())
-        self.ends, self.norms = set(ends), set(norms)
-        self.inner = tuple(ends) if around else None
+        self.attentions, self.norms = frozenset(attentions), frozenset(norms)
+        self.ends = {*attentions, mlp}  # modules whose output is no sum with their input; linear layers are added
+        self.inner = tuple(self.ends) if around else None
+        self.tuples = tuples
+        self.items: dict[tuple[Node, int], Node] = {}
 
     def proxy(self, node: Node) -> Proxy:
         return Value(node, self)
@@ -120,11 +134,16 @@ class Recorder(GraphAppendingTracer):
         if self.inner is not None:
             runs = any(p.startswith(f"{path}.") for p in self.inner)
         if path and (not runs or path in self.ends or path in self.norms):
-            copy.__dict__["forward"] = lambda *args, **kwargs: self.create_proxy("call_module", path, args, kwargs)
+            copy.__dict__["forward"] = partial(self.note, path)
         else:
             inside = {name: self.copy(child, f"{path}.{name}".lstrip(".")) for name, child in children.items()}
             copy.__dict__["_modules"] = {**module._modules, **inside}
         return copy
+
+    def note(self, path: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Record a call of a module."""
+        made = self.create_proxy("call_module", path, args, kwargs)
+        return (made,) if self.tuples and path in self.attentions else made
 
     def run(self, block: nn.Module, optional: Callable[[inspect.Parameter], bool]) -> tuple[Node, Any]:
         """Return the first input of a copy, and what it returns. optional: which arguments with defaults it gets."""
@@ -192,14 +211,15 @@ def record(
     block: nn.Module, attentions: Collection[str], norms: Collection[str], mlp: str
 ) -> tuple[Recorder, Node, Any]:
     """Return what a block records, with its first input and its output. See `flow_of`."""
-    attempts: list[tuple[bool, Callable[[inspect.Parameter], bool]]] = [
-        (False, lambda p: p.name == ENCODER and len(attentions) > 1),
-        (False, lambda p: "Tensor" in str(p.annotation)),
-        (True, lambda p: False),
+    attempts: list[tuple[bool, bool, Callable[[inspect.Parameter], bool]]] = [
+        (False, False, lambda p: p.name == ENCODER and len(attentions) > 1),
+        (False, False, lambda p: "Tensor" in str(p.annotation)),
+        (True, False, lambda p: False),
+        (False, True, lambda p: False),
     ]
     said = ""
-    for around, optional in attempts:
-        recorder = Recorder([*attentions, mlp], norms, around)
+    for around, tuples, optional in attempts:
+        recorder = Recorder(attentions, norms, mlp, around, tuples)
         try:
             return recorder, *recorder.run(recorder.copy(block), optional)
         except Exception as e:  # any that the code of a model raises without values

@@ -46,6 +46,7 @@ FAMILIES = {  # name of the model, without its ending → the norm after its MLP
     "Olmo2": (PRE, {}),
     "Qwen3": (PRE, {}),
     "RobertaPreLayerNorm": (PRE, {}),
+    "JetMoe": (PRE, dict(num_local_experts=2, num_experts_per_tok=1, kv_channels=8)),  # also of its attention
 }
 
 

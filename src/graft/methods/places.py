@@ -142,6 +142,7 @@ def blocks_in(
         modules: the paths of all modules.
         hidden: see `text_width`.
     """
+    linears = {path: sizes for path, sizes in linears.items() if "router" not in path.split(".")}
     attended: set[str] = set()  # paths that end in a number, with an attention below them
     more: set[str] = set()  # such paths with other layers below them
     for path in linears:
@@ -201,7 +202,7 @@ def made(block: str, own: list[str], linears: Mapping[str, tuple[int, int]], mod
     return Block(
         block,
         width,
-        {group: end(paths, linears, width) for group, paths in groups.items()},
+        {at: at if f"{at}.experts" in within else end(paths, linears, width) for at, paths in groups.items()},
         frozenset(group for group in groups if CROSS.search(group[len(block) :]) and len(groups) > 1),
         mlp,
     )

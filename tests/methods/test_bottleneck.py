@@ -2,6 +2,7 @@
 """Bottlenecks on whole models: places, files, rows, checkpointing. AdapterHub's numbers are in test_adapterhub.py."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +182,13 @@ def test_files_of_invertible_adapters_are_equal_under_every_name(tmp_path):
     save_file(old, second / "adapter_model.safetensors")
     for name in ("other", "third"):
         assert torch.equal(output(graft.PeftModel.from_pretrained(make("llama"), second, name).eval(), batch), want)
+
+
+@pytest.mark.parametrize("old, new", [("pfeiffer", "seq_bn"), ("houlsby", "double_seq_bn")])
+def test_presets_have_the_names_of_their_papers_too(old, new):
+    assert graft.BottleneckConfig.preset(old) == graft.BottleneckConfig.preset(new)
+
+
+def test_the_page_lists_the_presets():
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    assert [name for name in PRESETS if f"`{name}`" not in page] == []

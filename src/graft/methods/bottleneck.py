@@ -134,8 +134,8 @@ PFEIFFER: Json = dict(init_weights="bert")
 HOULSBY: Json = dict(mh_adapter=True, original_ln_before=False, non_linearity="swish", init_weights="bert")
 COMPACTER: Json = dict(phm_layer=True, reduction_factor=32, non_linearity="gelu", init_weights="bert")
 PRESETS: dict[str, Json] = {
-    "seq_bn": PFEIFFER,
-    "double_seq_bn": HOULSBY,
+    **dict.fromkeys(("seq_bn", "pfeiffer"), PFEIFFER),
+    **dict.fromkeys(("double_seq_bn", "houlsby"), HOULSBY),
     "par_bn": dict(
         is_parallel=True, original_ln_before=False, reduction_factor=2, scaling=4.0, init_weights="mam_adapter"
     ),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -226,10 +226,24 @@ def steps_under_way(tuner: Tuner, step: str) -> Steps:
     return steps
 
 
+_CLASSES: dict[str, type[Tuner]] = {}  # no cache of a function: two threads would make two classes
+
+
 def tuner_of(peft_type: str) -> Any:
     """Return the Tuner subclass of a peft_type, under PEFT's name for it; for a prompt method, the encoder's class."""
     name = getattr(peft_type, "value", peft_type)
-    return method_of(name) if name in PROMPTS else _tuner_class(name)
+    method = method_of(name)
+    if name in PROMPTS or name in _CLASSES:
+        return _CLASSES.get(name, method)
+    from graft.combine import weighted  # not needed to import graft
+
+    module, base = METHODS[name].base.split(":")
+    members = {"_method": method, "uses_shared_state": method.shares, "__module__": __name__, "__doc__": Tuner.__doc__}
+    own = {**method.tuner_methods, "add_weighted_adapter": weighted.function_for(name)}
+    members |= {key: for_tuner(value) for key, value in own.items()}
+    members["_create_and_replace"] = Tuner._create_and_replace  # each has its own, to be replaced for its method alone
+    new = type(METHODS[name].tuner, (getattr(import_module(f"graft.{module}"), base),), members)
+    return _CLASSES.setdefault(name, new)
 
 
 def for_tuner(function: Any) -> Any:
@@ -243,18 +257,6 @@ def for_tuner(function: Any) -> Any:
         return function(registry_of(self), *args, **kwargs)
 
     return run
-
-
-@cache
-def _tuner_class(name: str) -> type[Tuner]:
-    from graft.combine import weighted  # not needed to import graft
-
-    method, (module, base) = method_of(name), METHODS[name].base.split(":")
-    members = {"_method": method, "uses_shared_state": method.shares, "__module__": __name__, "__doc__": Tuner.__doc__}
-    own = {**method.tuner_methods, "add_weighted_adapter": weighted.function_for(name)}
-    members |= {key: for_tuner(value) for key, value in own.items()}
-    members["_create_and_replace"] = Tuner._create_and_replace  # each has its own, to be replaced for its method alone
-    return type(METHODS[name].tuner, (getattr(import_module(f"graft.{module}"), base),), members)
 
 
 def __getattr__(name: str) -> Any:  # `pickle` finds the generated classes here

@@ -70,9 +70,9 @@ _NAMES: dict[str, str] = {
         "graft.train.eva": "get_eva_state_dict initialize_lora_eva_weights",
         "graft.train.loftq": "replace_lora_weights_loftq",
         "graft.train.helpers": "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right",
-        "graft.train.multi.runs": "MultiTrain",
+        "graft.many.runs": "MultiTrain",
         "graft.train.resuming": "Resumed resume save_training",
-        "graft.train.multi.sweep": "sweep",
+        "graft.many.sweep": "sweep",
         "graft.train.kappa": "KappaTuneSelector find_kappa_target_modules",
     }.items()
     for name in names.split()

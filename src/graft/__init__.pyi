@@ -39,6 +39,8 @@ from graft.io.files import load_peft_weights as load_peft_weights
 from graft.io.load import LoadReport as LoadReport
 from graft.io.load import set_peft_model_state_dict as set_peft_model_state_dict
 from graft.io.save import get_peft_model_state_dict as get_peft_model_state_dict
+from graft.many.runs import MultiTrain as MultiTrain
+from graft.many.sweep import sweep as sweep
 from graft.methods import method_of as method_of
 from graft.methods.adalora.adalora import AdaLoraConfig as AdaLoraConfig
 from graft.methods.adamss import AdamssConfig as AdamssConfig
@@ -177,8 +179,6 @@ from graft.train.helpers import prepare_model_for_kbit_training as prepare_model
 from graft.train.kappa import KappaTuneSelector as KappaTuneSelector
 from graft.train.kappa import find_kappa_target_modules as find_kappa_target_modules
 from graft.train.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
-from graft.train.multi.runs import MultiTrain as MultiTrain
-from graft.train.multi.sweep import sweep as sweep
 from graft.train.resuming import Resumed as Resumed
 from graft.train.resuming import resume as resume
 from graft.train.resuming import save_training as save_training

@@ -21,7 +21,7 @@ import graft
 from graft.command import app
 from graft.core import errors
 from graft.inject.report import InjectReport, Matched
-from graft.train.multi.table import table_of
+from graft.many.table import table_of
 from tests.files import adapters
 from tests.serving.server import answers, serving
 

@@ -23,7 +23,7 @@ import graft
 from graft import optim
 from graft.files.errors import OutputExistsError
 from graft.files.merging.merge import merge
-from graft.train.multi import MultiTrain
+from graft.many import MultiTrain
 from tests.golden.cases import base_at, inputs_at, sampled
 from tests.models import seeded
 

@@ -12,13 +12,13 @@ from transformers import AutoModel
 
 import graft
 from graft.core.errors import ConfigError, RoutingError
+from graft.many import MultiTrain
 from graft.methods.reft import orthonormal
-from graft.train.multi import MultiTrain
 from tests.leaves_out import STATES_OF_MAMBA
 from tests.looks import layers
+from tests.many.alone import Spec, alone, as_alone, rows, tiny
 from tests.methods.make_reft_steering import IDS
 from tests.models import STD, VOCAB, adapted, checkpoint, inputs, make, output, seeded, transformer
-from tests.train.multi.alone import Spec, alone, as_alone, rows, tiny
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ENDS = dict(r=2, prefix_positions=2, suffix_positions=1, dropout=0.0)

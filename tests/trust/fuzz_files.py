@@ -37,11 +37,11 @@ from graft.files.merging.merge import merge
 from graft.files.resize import resize
 from graft.io.seal import KEY
 from graft.io.tensors import digest_of, write_safetensors
-from graft.train.multi import MultiTrain
-from graft.train.multi.sweep import TABLE
+from graft.many import MultiTrain
+from graft.many.sweep import TABLE
 from tests.files.test_formats import BASES
 from tests.files.test_load import llama
-from tests.train.multi.alone import SPECS, batches, lora, tiny
+from tests.many.alone import SPECS, batches, lora, tiny
 from tests.train.resumed_loop import CASES, Training
 from tests.trust.damage import Payload, anything, bomb, packed, saved, unpacked
 from tests.trust.fuzz import HUGE, difference, is_told, shown, snapshot, tree, write
@@ -608,7 +608,7 @@ def swept(base: Any, folder: Path) -> Any:
 @cache
 def half_a_sweep() -> Folder:
     """Return the files of a sweep that was killed within its second rung."""
-    module = import_module("graft.train.multi.sweep")
+    module = import_module("graft.many.sweep")
     with TemporaryDirectory() as place:
         rounds = module.Job.rounds
 

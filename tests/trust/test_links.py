@@ -11,11 +11,11 @@ import pytest
 
 import graft
 from graft.config import atomic
-from graft.train.multi import MultiTrain, run_file
-from graft.train.multi.sweep import TABLE
+from graft.many import MultiTrain, run_file
+from graft.many.sweep import TABLE
+from tests.many.alone import SPECS, tiny
+from tests.many.test_sweep import swept
 from tests.threads import in_child
-from tests.train.multi.alone import SPECS, tiny
-from tests.train.multi.test_sweep import swept
 from tests.trust.folders import BIN, CARD, CONFIG, TENSORS, adapter, files, held, killed
 
 SECRET = b"not for others"

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, PeftWarning, shortened, warn
+from graft.many.draws import Draws
+from graft.many.loader import Batch
+from graft.many.losses import Loss
+from graft.many.run import WINDOW
 from graft.model.modes import training_only
-from graft.train.multi.draws import Draws
-from graft.train.multi.loader import Batch
-from graft.train.multi.losses import Loss
-from graft.train.multi.run import WINDOW
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

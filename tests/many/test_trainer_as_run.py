@@ -11,8 +11,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 import graft
 from graft.core.errors import ConfigError
-from graft.train.multi import MultiTrain
-from tests.train.multi.alone import SPECS, alone, as_alone, batches, lora, rows, tiny
+from graft.many import MultiTrain
+from tests.many.alone import SPECS, alone, as_alone, batches, lora, rows, tiny
 
 
 def trainer_of(tmp_path, model, kind=Trainer, options=None, **more):

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import graft
-from graft.train.multi import MultiTrain
+from graft.many import MultiTrain
 from tests import models
 from tests.covering import law, pairs, product
-from tests.train.multi.alone import SPECS, batches, lora, rows, same, tiny
+from tests.many.alone import SPECS, batches, lora, rows, same, tiny
 
 NAMES = ("plain", "gathers", "timed", "long", "drops")  # of which "long" has passes of its own, and some draw
 STEPS = 6

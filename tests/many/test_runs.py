@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import graft
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError, NoMatchingPeftModuleError
-from graft.train.multi import MultiTrain
-from graft.train.multi.joint import Arguments, Part, groups, joined
+from graft.many import MultiTrain
+from graft.many.joint import Arguments, Part, groups, joined
 from tests import models
-from tests.train.multi.alone import BITS, SPECS, Spec, alone, as_alone, batches, lora, same, tiny
+from tests.many.alone import BITS, SPECS, Spec, alone, as_alone, batches, lora, same, tiny
 
 
 def together(specs, steps=12, **options):
@@ -667,7 +667,7 @@ def test_a_base_whose_rows_depend_on_each_other():
 def test_the_table_says_how_runs_stand():
     from rich.console import Console
 
-    from graft.train.multi.table import Progress
+    from graft.many.table import Progress
 
     runs = together({"plain": SPECS["plain"]}, 3)
     console, now = Console(record=True, width=120, file=StringIO()), [0.0]

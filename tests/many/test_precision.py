@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, MptConfig, MptForCausalLM
 
-from graft.train.multi import MultiTrain, runs
+from graft.many import MultiTrain, runs
 from tests import models
-from tests.train.multi.alone import batches, lora, tiny
+from tests.many.alone import batches, lora, tiny
 
 CONFIGS = {"few": lora(r=4), "wide": lora(r=8, lora_alpha=20, target_modules=["q_proj", "down_proj"])}
 ROUNDING = 2**-8  # of a value in bfloat16, relative, at most

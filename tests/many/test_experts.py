@@ -12,11 +12,11 @@ from torch import Tensor
 
 import graft
 from graft.kernels import experts as kernel
-from graft.train.multi import MultiTrain
+from graft.many import MultiTrain
 from tests.leaves_out import FUSED_EXPERTS
+from tests.many.alone import same
 from tests.models import seeded
 from tests.storage.packed_experts import BOTH, gpt_oss, made, mixtral
-from tests.train.multi.alone import same
 
 pytestmark = FUSED_EXPERTS
 STEPS = 8

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from graft.train.multi.bank import Row, ends_at_line, places_of
+from graft.many.bank import Row, ends_at_line, places_of
 
 ELEMENTWISE = frozenset(
     {

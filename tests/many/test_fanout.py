@@ -17,9 +17,9 @@ from transformers import (
     MptForCausalLM,
 )
 
-from graft.train.multi import MultiTrain
+from graft.many import MultiTrain
 from tests import models
-from tests.train.multi.alone import batches, lora, tiny
+from tests.many.alone import batches, lora, tiny
 
 TOP = {"layers_to_transform": [1]}
 VALID = batches(2, seed=9)  # runs look together at one set of data

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from graft.inject.report import as_cell
-from graft.train.multi.run import Run
+from graft.many.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console

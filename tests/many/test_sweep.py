@@ -17,12 +17,12 @@ import torch
 import graft
 from examples import sweep
 from graft.core.errors import CheckpointError, ConfigError
-from graft.train.multi import MultiTrain, run_file, search
-from graft.train.multi.sweep import TABLE
-from tests.train.multi.alone import BITS, Spec, alone, as_alone, batches, lora, tiny
+from graft.many import MultiTrain, run_file, search
+from graft.many.sweep import TABLE
+from tests.many.alone import BITS, Spec, alone, as_alone, batches, lora, tiny
 from tests.trust.fuzz import difference, snapshot
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SPACE = {"r": [2, 4], "lr": [1e-3, 1e-2, 3e-2], "accumulate": [1]}
 VALID = batches(2)
 OPTIONS = dict(steps=8, keep=1 / 2, rungs=3, seed=3)

@@ -40,21 +40,21 @@ from graft.inject.survey import Wrapper
 from graft.inject.targets import ALL_LINEAR, is_linear
 from graft.io import files
 from graft.io.save import base_fingerprint
+from graft.many import run_file
+from graft.many.bank import Banks
+from graft.many.claims import Claims
+from graft.many.draws import Draws
+from graft.many.fanout import Fan, alike, fan_of
+from graft.many.joint import Arguments, Cut, Part, groups, joined, main_of
+from graft.many.loader import Loader, one_position
+from graft.many.losses import Loss, own_loss
+from graft.many.run import RUNNING, STOPPED, Run, Valid
+from graft.many.trainer import Description
 from graft.methods import method_of
 from graft.model.api import get_peft_model
 from graft.model.checkpoints import contents
 from graft.model.peft_model import PeftModel
 from graft.model.registry import check_adapter_name
-from graft.train.multi import run_file
-from graft.train.multi.bank import Banks
-from graft.train.multi.claims import Claims
-from graft.train.multi.draws import Draws
-from graft.train.multi.fanout import Fan, alike, fan_of
-from graft.train.multi.joint import Arguments, Cut, Part, groups, joined, main_of
-from graft.train.multi.loader import Loader, one_position
-from graft.train.multi.losses import Loss, own_loss
-from graft.train.multi.run import RUNNING, STOPPED, Run, Valid
-from graft.train.multi.trainer import Description
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -861,7 +861,7 @@ class MultiTrain:
             self.claims.take(os.fspath(save), self._runs)
         shown: AbstractContextManager[Progress | None] = nullcontext()
         if progress:
-            from graft.train.multi.table import Progress
+            from graft.many.table import Progress
 
             shown = Progress(self.all)
         with shown as table:

@@ -13,8 +13,8 @@ import torch
 import graft
 from graft.config.atomic import machine
 from graft.core.errors import AdapterNameError, AlreadyInjectedError, ConfigError
-from graft.train.multi import MultiTrain, Trial
-from tests.train.multi.alone import batches, lora, tiny
+from graft.many import MultiTrain, Trial
+from tests.many.alone import batches, lora, tiny
 
 CONFIGS = [
     (peft.LoraConfig(target_modules=["q_proj"]), r"of another package\. .*get_peft_config\(config\.to_dict\(\)\)"),

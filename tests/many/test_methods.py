@@ -11,9 +11,9 @@ import torch
 
 import graft
 from graft.core.errors import ConfigError
-from graft.train.multi import MultiTrain
+from graft.many import MultiTrain
 from tests import models
-from tests.train.multi.alone import Spec, alone, as_alone, batches, lora, same, tiny
+from tests.many.alone import Spec, alone, as_alone, batches, lora, same, tiny
 
 QV = ["q_proj", "v_proj"]
 bottleneck = partial(graft.BottleneckConfig, reduction_factor=4)

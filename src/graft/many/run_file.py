@@ -19,7 +19,7 @@ from graft.core.errors import CheckpointError, ConfigError, some
 from graft.io.check import fault
 from graft.io.fingerprint import check_note as check_fingerprint
 from graft.io.save import base_fingerprint
-from graft.train.multi.run import ENDED, FAILED, RUNNING, STOPPED, Point, Run, Valid
+from graft.many.run import ENDED, FAILED, RUNNING, STOPPED, Point, Run, Valid
 from graft.train.state_check import (
     OWN,
     REMEDY,

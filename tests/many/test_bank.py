@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.utils import get_total_norm
 
-from graft.train.multi.bank import Banks
+from graft.many.bank import Banks
 from tests.model import test_isolation
 from tests.model.test_isolation import Run, lora
 from tests.models import seeded

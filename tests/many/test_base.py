@@ -11,9 +11,9 @@ import torch
 
 import graft
 from graft.core.errors import ConfigError
-from graft.train.multi import MultiTrain
+from graft.many import MultiTrain
 from tests import models
-from tests.train.multi.alone import batches, lora, same, tiny
+from tests.many.alone import batches, lora, same, tiny
 from tests.trust.fuzz import difference, snapshot
 
 ADAM = partial(torch.optim.AdamW, lr=1e-2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graft.core.errors import ConfigError, annotate_error
 from graft.io.fingerprint import hashed, tensor_digest
-from graft.train.multi.draws import Draws, States
+from graft.many.draws import Draws, States
 
 Batch = dict[str, Any]
 END: Any = object()  # of an epoch

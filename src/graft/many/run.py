@@ -19,12 +19,12 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from graft.core.errors import AdapterNotFoundError, ConfigError, annotate_error
-from graft.train.multi.bank import Row
-from graft.train.multi.draws import Draws
-from graft.train.multi.flat import Flat, in_order, may_flatten, watched
-from graft.train.multi.joint import Part
-from graft.train.multi.loader import Batch, Loader
-from graft.train.multi.losses import Loss
+from graft.many.bank import Row
+from graft.many.draws import Draws
+from graft.many.flat import Flat, in_order, may_flatten, watched
+from graft.many.joint import Part
+from graft.many.loader import Batch, Loader
+from graft.many.losses import Loss
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler

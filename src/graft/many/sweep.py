@@ -24,13 +24,13 @@ from graft.config.base import PeftConfig, check_config
 from graft.config.reading import Json, open_file, parsed
 from graft.core.errors import CheckpointError, ConfigError, shortened
 from graft.inject.report import as_cell
-from graft.train.multi import run_file
-from graft.train.multi.loader import digest_first_batch
-from graft.train.multi.run import FAILED, Run, Valid
-from graft.train.multi.run_file import STATES, is_row
-from graft.train.multi.runs import AT_ONCE, MultiTrain, list_names, refuse_base_change
-from graft.train.multi.search import Setting, best_of, budgets, settings_in
-from graft.train.multi.table import Progress
+from graft.many import run_file
+from graft.many.loader import digest_first_batch
+from graft.many.run import FAILED, Run, Valid
+from graft.many.run_file import STATES, is_row
+from graft.many.runs import AT_ONCE, MultiTrain, list_names, refuse_base_change
+from graft.many.search import Setting, best_of, budgets, settings_in
+from graft.many.table import Progress
 from graft.train.state_check import check_fields, has, is_count
 
 if TYPE_CHECKING:

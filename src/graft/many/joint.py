@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graft.core.base_config import text_config
 from graft.core.errors import ConfigError
-from graft.train.multi.loader import Batch
+from graft.many.loader import Batch
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 TARGETS = ("start_positions", "end_positions")  # and all that has "label" in its name: no arguments of the pass

@@ -15,17 +15,17 @@ import pytest
 
 import graft
 from graft.core.errors import FolderInUseError
-from graft.train.multi import MultiTrain
-from graft.train.multi.claims import LOCKS, Claims
-from graft.train.multi.sweep import TABLE
+from graft.many import MultiTrain
+from graft.many.claims import LOCKS, Claims
+from graft.many.sweep import TABLE
+from tests.many.alone import SPECS, batches, tiny
+from tests.many.test_sweep import swept
 from tests.threads import in_child, start
-from tests.train.multi.alone import SPECS, batches, tiny
-from tests.train.multi.test_sweep import swept
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 OTHER = """
 import sys
-from tests.train.multi.test_claims import MultiTrain, begun, swept
+from tests.many.test_claims import MultiTrain, begun, swept
 runs = begun("plain")
 runs.step()
 runs.save(sys.argv[1] + "/runs")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that trains runs and is killed: `python -m tests.train.multi.killed FOLDER STEP NAMES…`.
+"""A process that trains runs and is killed: `python -m tests.many.killed FOLDER STEP NAMES…`.
 
 It goes on with what the folder holds, and saves after each round; at STEP it kills itself in the middle of a save.
 """
@@ -11,8 +11,8 @@ import sys
 import torch
 
 from graft.config import atomic
-from graft.train.multi import MultiTrain, run_file
-from tests.train.multi.alone import SPECS, tiny
+from graft.many import MultiTrain, run_file
+from tests.many.alone import SPECS, tiny
 
 STEPS = 10
 

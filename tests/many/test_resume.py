@@ -13,16 +13,16 @@ from torch.utils.data import DataLoader
 
 import graft
 from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError
+from graft.many import MultiTrain, run_file
+from graft.many.draws import Draws
+from graft.many.loader import Loader, digest_batch
 from graft.train import state_file
-from graft.train.multi import MultiTrain, run_file
-from graft.train.multi.draws import Draws
-from graft.train.multi.loader import Loader, digest_batch
 from tests import fresh, models
-from tests.train.multi.alone import SPECS, Spec, batches, lora, rows, same, tiny
-from tests.train.multi.killed import STEPS
+from tests.many.alone import SPECS, Spec, batches, lora, rows, same, tiny
+from tests.many.killed import STEPS
 from tests.train.test_resuming import edited, forge, torch_state
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def undisturbed(name, steps=STEPS):
@@ -33,7 +33,7 @@ def undisturbed(name, steps=STEPS):
 
 
 def child(folder, at, *names):
-    return fresh.run("-m", "tests.train.multi.killed", folder, at, *names, cwd=ROOT)
+    return fresh.run("-m", "tests.many.killed", folder, at, *names, cwd=ROOT)
 
 
 @pytest.mark.slow

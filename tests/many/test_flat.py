@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn, optim
 
-from graft.train.multi import MultiTrain
-from graft.train.multi.bank import Banks
-from graft.train.multi.flat import ELEMENTWISE, Flat, in_order, may_flatten
+from graft.many import MultiTrain
+from graft.many.bank import Banks
+from graft.many.flat import ELEMENTWISE, Flat, in_order, may_flatten
+from tests.many.alone import BITS, SPECS, Spec, alone, as_alone, lora, tiny
 from tests.models import seeded
-from tests.train.multi.alone import BITS, SPECS, Spec, alone, as_alone, lora, tiny
 
 SHAPES = [(3, 7), (33,), (5, 1, 11), (64, 9), (1,)]
 OPTIONS = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command's frame: exit codes, errors in one line, and what every verb does with `--json` and `--quiet`.
+"""The command's frame: it makes verbs of functions, prints their results and errors, and sets the exit code.
 
 Exit codes: 0 done; 1 problems were found; 2 wrong usage; 3 an input is unreadable or damaged; 4 it does not fit the
 base; 5 refused, since something would be lost.
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from inspect import Parameter, Signature, getdoc, signature
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import typer
 
@@ -38,6 +41,16 @@ VERBS = (  # modules of this package, in the order of `graft --help`
     "inspect", "diff", "lint", "resize", "extract", "merge", "convert", "check", "export", "verify", "plan",
 )  # fmt: skip
 
+COMMON = {  # texts of the parameters that several verbs have
+    "adapter": "Folder, file, or hub id (user/repo@revision).",
+    "base": "Folder or hub id of the base; else that of the adapter's config.",
+    "output": "Where the result goes.",
+    "force": "Replace what stands at the output.",
+    "dry_run": "Compute and report, and write nothing.",
+    "as_json": "Print one JSON document.",
+    "quiet": "Print nothing but errors.",
+}
+NAMES = {"as_json": ("--json",), "quiet": ("--quiet", "-q"), "output": ("--output", "-o")}
 LOOK, CHANGE, SERVE, PLAN = "Look at adapters", "Change them", "Have them served", "Before training"  # of `--help`
 HELP = """
 Adapters as files: look at them, compare, change, convert and prove them.
@@ -54,6 +67,71 @@ app = typer.Typer(
     name="graft", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown", help=HELP,
     epilog=CODES_TEXT,
 )  # fmt: skip
+
+
+Verb = TypeVar("Verb", bound=Callable[..., "Result"])
+
+
+class Result(NamedTuple):
+    """The result of a verb.
+
+    Attributes:
+        document: of --json.
+        report: a function that prints the result for people.
+        has_problems: the exit code is 1.
+    """
+
+    document: object
+    report: Callable[[], None]
+    has_problems: bool = False
+
+
+def verb(panel: str) -> Callable[[Verb], Verb]:
+    """Return a decorator that adds a function to the verbs of the command, under a heading of `graft --help`.
+
+    Positional parameters of the function are arguments of the verb, parameters by keyword are its options. The `Args`
+    of its docstring are their help, or else COMMON. Each verb has --json and --quiet; a function with a parameter
+    `quiet` gets True for either.
+    """
+
+    def add(function: Verb) -> Verb:
+        text, _, described = (getdoc(function) or "").partition("\nArgs:\n")
+        texts = COMMON | {
+            name: " ".join(words.split())
+            for name, words in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", described, re.M)
+        }
+        hints = get_type_hints(function, include_extras=True) | {"as_json": bool, "quiet": bool}
+        shared = [Parameter(name, Parameter.KEYWORD_ONLY, default=False) for name in ("as_json", "quiet")]
+        arguments = [p for p in signature(function).parameters.values() if p.name != "quiet"]
+        parameters = [describe(p, hints[p.name], texts.get(p.name, "")) for p in (*arguments, *shared)]
+
+        def run(as_json: bool, quiet: bool, **options: Any) -> None:
+            silent = {"quiet": as_json or quiet} if "quiet" in signature(function).parameters else {}
+            result = function(**options, **silent)
+            if as_json:
+                print_json(result.document)
+            elif not quiet:
+                result.report()
+            if result.has_problems:
+                raise typer.Exit(FOUND)
+
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(function.__name__, help=text, rich_help_panel=panel)(run)
+        return function
+
+    return add
+
+
+def describe(parameter: Parameter, hint: Any, text: str) -> Parameter:
+    """Return a parameter as typer reads it: with its names and its help."""
+    if parameter.kind is not Parameter.KEYWORD_ONLY:
+        hint = Annotated[hint, typer.Argument()]
+    elif not hasattr(hint, "__metadata__"):
+        hint = Annotated[hint, typer.Option(*NAMES.get(parameter.name, (f"--{parameter.name.replace('_', '-')}",)))]
+    (info,) = hint.__metadata__
+    info.help = info.help or text
+    return parameter.replace(annotation=hint)
 
 
 def print_version(asked: bool) -> None:

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from graft.command import show
-from graft.command.app import FOUND, SERVE, app, print_json
+from graft.command.app import SERVE, Result, verb
 from graft.core.errors import escape_controls
 from graft.files.errors import OptionError
 from graft.files.serving import Finding, Options, servers
@@ -25,29 +25,26 @@ def by_commas(incomplete: str) -> list[str]:
 COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
 
 
-@app.command(rich_help_panel=SERVE)
+@verb(SERVE)
 def check(
-    adapter: show.Adapter,
-    servers_: Annotated[
-        str,
-        typer.Option(
-            "--for", help="Servers, by commas: vllm,sglang,llama.cpp,lorax,mlx,diffusers,…", autocompletion=by_commas
-        ),
-    ],
-    base: show.Base = None,
-    max_rank: Annotated[int | None, typer.Option(min=1, help="--max-lora-rank of the server.")] = None,
-    targets: Annotated[
-        str | None, typer.Option("--lora-target-modules", help="The server's option of that name, by commas.")
-    ] = None,
-    as_json: show.Json = False,
-    quiet: show.Quiet = False,
-) -> None:
+    adapter: str,
+    *,
+    servers_: Annotated[str, typer.Option("--for", autocompletion=by_commas)],
+    base: str | None = None,
+    max_rank: Annotated[int | None, typer.Option(min=1)] = None,
+    targets: Annotated[str | None, typer.Option("--lora-target-modules")] = None,
+) -> Result:
     """Say what servers would do with an adapter: refuse it, compute something else, ignore it.
 
     A server that ignores an adapter answers as its base, without a word. What is known of each stands in a file of
     data, with the version that was run or read and the date. Exit code 1 if one would not apply the adapter as it is.
 
     Example: graft check out/adapter --for vllm,sglang --base models/llama
+
+    Args:
+        servers_: Servers, by commas: vllm,sglang,llama.cpp,lorax,mlx,diffusers,…
+        max_rank: --max-lora-rank of the server.
+        targets: The server's option of that name, by commas.
     """
     from graft.files import serving
     from graft.files.bases import base_of
@@ -60,12 +57,8 @@ def check(
     source = local(adapter)
     model = own_names(source) if base is None else base_of(find_base(base))
     found = serving.check(adapter_at(source, model), names, model, options)
-    if as_json:
-        print_json({"adapter": str(adapter), "servers": names, "findings": [asdict(f) for f in found]})
-    elif not quiet:
-        report(names, found, model is not None)
-    if not all(f.ok for f in found):
-        sys.exit(FOUND)
+    document = {"adapter": adapter, "servers": names, "findings": [asdict(f) for f in found]}
+    return Result(document, partial(report, names, found, model is not None), not all(f.ok for f in found))
 
 
 def report(names: list[str], found: list[Finding], compared: bool) -> None:

@@ -3,44 +3,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from graft.command import show
-from graft.command.app import FOUND, LOOK, app, print_json
-from graft.config.reading import Json
+from graft.command.app import LOOK, Result, verb
 
 
-@app.command("diff", rich_help_panel=LOOK)
-def diff(
-    a: show.Adapter,
-    b: show.Adapter,
-    base: show.Base = None,
-    tol: Annotated[float, typer.Option(help="Relative ‖ΔW_a - ΔW_b‖ that counts as equal.")] = 1e-6,
-    as_json: show.Json = False,
-    quiet: show.Quiet = False,
-) -> None:
+@verb(LOOK)
+def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Result:
     """Compare two adapters by what they do to each weight, whatever their format and ranks. Exit code 1: unequal.
 
     Example: graft diff before after --tol 1e-3
+
+    Args:
+        a: Folder, file, or hub id (user/repo@revision).
+        b: Folder, file, or hub id (user/repo@revision).
+        tol: Relative ‖ΔW_a - ΔW_b‖ that counts as equal.
     """
     if base is None:
         show.one_thread()
-    from graft.files.bases import base_of
     from graft.files.diff import difference
     from graft.files.sources import adapter_at, local, with_base
 
-    sources = local(a), local(b)
+    one, two = local(a), local(b)
+    found = with_base(one, base, lambda model: difference(adapter_at(one, model), adapter_at(two, model), tol))
 
-    def run(path: str | None) -> Json:
-        known = None if path is None else base_of(path)
-        return difference(adapter_at(sources[0], known), adapter_at(sources[1], known), tol)
-
-    found = with_base(sources[0], base, run)
-    if as_json:
-        print_json(found)
-    elif not quiet:
+    def report() -> None:
         show.table("Settings", ["field", "a", "b"], [(name, *map(repr, two)) for name, two in found["config"].items()])
         show.facts([("only in a", found["only_a"]), ("only in b", found["only_b"])])
         show.table(
@@ -53,8 +39,8 @@ def diff(
         show.table("Tensors", ["tensor", "relative difference"], [t.values() for t in found["tensors"]])
         more = "".join(f", another {name}" for name in found["acts_otherwise"])
         show.say("equal" if found["equal"] else f"not equal: largest relative difference {found['largest']:.4g}{more}")
-    if not found["equal"]:
-        raise typer.Exit(FOUND)
+
+    return Result(found, report, not found["equal"])
 
 
 def degrees(angle: float | None) -> str | None:

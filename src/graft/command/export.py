@@ -8,32 +8,23 @@ from typing import Annotated
 import typer
 
 from graft.command import show
-from graft.command.app import SERVE, app, print_json
+from graft.command.app import SERVE, Result, verb
 from graft.files.errors import OptionError
 from graft.files.serving import server_named, servers
 
 
-@app.command(rich_help_panel=SERVE)
+@verb(SERVE)
 def export(
-    adapter: show.Adapter,
-    server: Annotated[
-        str,
-        typer.Option("--for", help="The server: vllm, sglang, llama.cpp, mlx, …", autocompletion=lambda: [*servers()]),
-    ],
-    output: show.Output,
-    base: show.Base = None,
-    rank: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a method that is no LoRA: a rank, or the part of ‖ΔW‖² to keep. Else the lowest that holds it."
-        ),
-    ] = None,
-    lossy: Annotated[bool, typer.Option("--lossy", help="Write a rank that leaves out much of ‖ΔW‖.")] = False,
-    force: show.Force = False,
-    dry_run: show.DryRun = False,
-    as_json: show.Json = False,
-    quiet: show.Quiet = False,
-) -> None:
+    adapter: str,
+    *,
+    server: Annotated[str, typer.Option("--for", autocompletion=lambda: [*servers()])],
+    output: str,
+    base: str | None = None,
+    rank: str | None = None,
+    lossy: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Result:
     """Write an adapter so that a server reads it right: plain LoRA, which adds the same to the same base.
 
     The scale stands in B, all modules have one rank, target_modules are suffixes; PiSSA, OLoRA and KaSA get twice the
@@ -41,6 +32,11 @@ def export(
     holds it. What plain LoRA cannot hold (DoRA, modules_to_save) is refused with exit code 5: merge it.
 
     Example: graft export out/adapter --for vllm --base models/llama -o out/for_vllm
+
+    Args:
+        server: The server: vllm, sglang, llama.cpp, mlx, …
+        rank: Of a method that is no LoRA: a rank, or the part of ‖ΔW‖² to keep. Else the lowest that holds it.
+        lossy: Write a rank that leaves out much of ‖ΔW‖.
     """
     from graft.files import export as files
     from graft.files.base import base_files
@@ -63,15 +59,16 @@ def export(
             from graft.files.export_model import export as of_model
 
             report = of_model(on(load_base(folder), source), "default", server, out, rank_or_share, lossy)
-    if as_json:
-        print_json({"output": None if dry_run else output, **vars(report)})
-    elif not quiet:
+
+    def print_report() -> None:
         where = "(dry run)" if dry_run else output
         show.say(f"{where}: rank {report.rank} on {report.modules} modules, for {server}")
         for note in report.notes:
             show.say(f"  {note}")
         if report.rounding:
             show.say(f"  the dtype of the file rounds B by {report.rounding:.1g} of it")
+
+    return Result({"output": None if dry_run else output, **vars(report)}, print_report)
 
 
 def number(text: str) -> int | float:

@@ -3,48 +3,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from functools import partial
 
 from graft.command import show
-from graft.command.app import LOOK, app, print_json
+from graft.command.app import LOOK, Result, verb
 from graft.config.reading import Json
 
 
-@app.command("inspect", rich_help_panel=LOOK)
-def inspect(
-    adapter: show.Adapter,
-    base: show.Base = None,
-    spectrum: Annotated[bool, typer.Option("--spectrum", help="Singular values and ranks of each module.")] = False,
-    plot: Annotated[str | None, typer.Option(help="Draw spectra and sizes into a picture.")] = None,
-    as_json: show.Json = False,
-    quiet: show.Quiet = False,
-) -> None:
+@verb(LOOK)
+def inspect(adapter: str, *, base: str | None = None, spectrum: bool = False, plot: str | None = None) -> Result:
     """Show what an adapter holds: method, base, ranks and scales by group of modules, bytes, sizes of the changes.
 
     Example: graft inspect my-adapter --spectrum
+
+    Args:
+        spectrum: Singular values and ranks of each module.
+        plot: Draw spectra and sizes into a picture.
     """
     if base is None:
         show.one_thread()
-    from graft.files.bases import base_of
     from graft.files.inspect import inspect as report_of
     from graft.files.inspect import plot as draw
     from graft.files.sources import adapter_at, local, with_base
 
-    source = local(adapter)
-
-    def run(path: str | None) -> Json:
-        model = None if path is None else base_of(path)
-        return report_of(adapter_at(source, model), model, spectrum or plot is not None)
-
-    report = with_base(source, base, run)
+    source, with_spectra = local(adapter), spectrum or plot is not None
+    report = with_base(source, base, lambda model: report_of(adapter_at(source, model), model, with_spectra))
     if plot is not None:
         draw(report, plot)
-    if as_json:
-        print_json(report)
-    elif not quiet:
-        print_report(report, spectrum)
+    return Result(report, partial(print_report, report, spectrum))
 
 
 def print_report(report: Json, spectrum: bool) -> None:

@@ -4,40 +4,47 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from graft.command import show
-from graft.command.app import CHANGE, app, print_json
+from graft.command.app import CHANGE, Result, verb
 from graft.config.reading import Json
 from graft.files.errors import OptionError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-@app.command(rich_help_panel=CHANGE)
+@verb(CHANGE)
 def merge(
-    base: Annotated[str, typer.Argument(help="Folder or hub id of the base model: config.json and safetensors files.")],
-    adapters: Annotated[list[str], typer.Argument(help="Adapters, merged in this order: folders, files, hub ids.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    weights: Annotated[str | None, typer.Option(help="A weight for each adapter, by commas: 0.7,0.3")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16 for all; else each its own.")] = None,
-    shard_size: Annotated[str | None, typer.Option(help="Largest file: 5GB. Else the base's files.")] = None,
-    certificate: Annotated[bool, typer.Option("--certificate", help="Write merge.json.")] = False,
-    keep_quantized: Annotated[bool, typer.Option("--keep-quantized", help="A quantized base stays so.")] = False,
-    force: show.Force = False,
-    dry_run: show.DryRun = False,
-    quiet: show.Quiet = False,
-    as_json: show.Json = False,
-) -> None:
+    base: str,
+    adapters: list[str],
+    *,
+    output: Path,
+    weights: str | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    certificate: bool = False,
+    keep_quantized: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Result:
     """Merge adapters into the files of their base model, one weight at a time.
 
     The model is never in memory: one weight in float32 is, and what it is written as. A run that was
     killed goes on when the same command runs again.
 
     Example: graft merge models/llama out/adapter -o models/llama-merged --certificate
+
+    Args:
+        base: Folder or hub id of the base model: config.json and safetensors files.
+        adapters: Adapters, merged in this order: folders, files, hub ids.
+        output: Folder to write.
+        weights: A weight for each adapter, by commas: 0.7,0.3
+        dtype: float32, float16 or bfloat16 for all; else each its own.
+        shard_size: Largest file: 5GB. Else the base's files.
+        certificate: Write merge.json.
+        keep_quantized: A quantized base stays so.
     """
     from graft.files.merging.methods import merge_files
     from graft.files.sources import find_base, local
@@ -52,10 +59,7 @@ def merge(
         "output": str(output), "written": not dry_run, "shards": account.shards, "tensors": account.tensors,
         "notes": account.notes, "resumed": account.resumed,
     }  # fmt: skip
-    if as_json:
-        print_json(found)
-    elif not quiet:
-        report(found)
+    return Result(found, partial(report, found))
 
 
 def numbers(text: str) -> list[float]:

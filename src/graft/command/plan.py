@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graft.command import show
-from graft.command.app import PLAN, app, print_json
+from graft.command.app import PLAN, Result, verb
 from graft.config.reading import Json, read_object
 from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
@@ -26,37 +27,43 @@ DTYPES = ("float32", "float16", "bfloat16")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-@app.command(rich_help_panel=PLAN)
+@verb(PLAN)
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder with config.json, or hub id; weights are not needed.")],
-    config: Annotated[
-        Path | None, typer.Option(help="adapter_config.json, or its folder; else the options below.")
-    ] = None,
-    method: Annotated[str, typer.Option(help="peft_type of the method.")] = "LORA",
-    rank: Annotated[int | None, typer.Option("--rank", "-r", min=1, help="16 if the method asks for one.")] = None,
-    targets: Annotated[
-        str | None, typer.Option(help="Names by commas, or all-linear; else that, or the places of the method.")
-    ] = None,
-    parameters: Annotated[str, typer.Option(help="Stacks of experts, as experts.gate_up_proj,experts.down_proj.")] = "",
-    base: Annotated[
-        str | None, typer.Option(help="How the base is packed: nf4, mxfp4, nvfp4, fp8, none; as config.json says.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 1,
-    length: Annotated[int, typer.Option("--seq", min=1, help="Tokens of a row.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="Of the base: float32, float16, bfloat16.")] = "bfloat16",
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Blocks run again in the backward pass.")
-    ] = False,
-    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, sgd.")] = "adamw",
-    gpu: Annotated[str | None, typer.Option(help="Memory of a GPU, 24GB: say whether the step fits.")] = None,
-    as_json: show.Json = False,
-    quiet: show.Quiet = False,
-) -> None:
+    model: str,
+    *,
+    config: Path | None = None,
+    method: str = "LORA",
+    rank: Annotated[int | None, typer.Option("--rank", "-r", min=1)] = None,
+    targets: str | None = None,
+    parameters: str = "",
+    base: str | None = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    length: Annotated[int, typer.Option("--seq", min=1)] = 1024,
+    dtype: str = "bfloat16",
+    checkpointing: bool = False,
+    optimizer: str = "adamw",
+    gpu: str | None = None,
+) -> Result:
     """Show what an adapter would adapt, and the memory that a training step takes, part by part.
 
     Activations are measured where autograd keeps them, on tensors without memory; weights are never made.
 
     Example: graft plan models/llama --rank 16 --batch 4 --seq 2048 --gpu 24GB
+
+    Args:
+        model: Folder with config.json, or hub id; weights are not needed.
+        config: adapter_config.json, or its folder; else the options below.
+        method: peft_type of the method.
+        rank: 16 if the method asks for one.
+        targets: Names by commas, or all-linear; else that, or the places of the method.
+        parameters: Stacks of experts, as experts.gate_up_proj,experts.down_proj.
+        base: How the base is packed: nf4, mxfp4, nvfp4, fp8, none; as config.json says.
+        batch: Rows of a step.
+        length: Tokens of a row.
+        dtype: Of the base: float32, float16, bfloat16.
+        checkpointing: Blocks run again in the backward pass.
+        optimizer: adamw, adamw_8bit, sgd.
+        gpu: Memory of a GPU, 24GB: say whether the step fits.
     """
     from graft.command.merge import size
     from graft.files.budget import SPARE, budget
@@ -81,10 +88,7 @@ def plan(
     found["memory"] = memory.as_dict() | how
     if gpu is not None:
         found["gpu"] = {"bytes": size(gpu), "fits": memory.total <= size(gpu) * (1 - SPARE)}
-    if as_json:
-        print_json(found)
-    elif not quiet:
-        print_report(report, found)
+    return Result(found, partial(print_report, report, found))
 
 
 def format_of(config: Json, option: str | None) -> str | None:

@@ -1,24 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs share: their common options, tables for people, and numbers as text."""
+"""Output of the verbs for people: lines, tables, and numbers as text."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated
-
-import typer
 
 from graft.core.errors import escape_controls
-
-Adapter = Annotated[str, typer.Argument(help="Folder, file, or hub id (user/repo@revision).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Output = Annotated[str, typer.Option("--output", "-o", help="Where the result goes.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Compute and report, and write nothing.")]
-Base = Annotated[str | None, typer.Option(help="Folder or hub id of the base; else that of the adapter's config.")]
 
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")  # of numpy's linear algebra
 UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))

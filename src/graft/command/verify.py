@@ -3,35 +3,31 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from graft.command import show
-from graft.command.app import FOUND, SERVE, app, print_json
+from graft.command.app import SERVE, Result, verb
 
 LEAST = 1e-6
 
 
-@app.command(rich_help_panel=SERVE)
+@verb(SERVE)
 def verify(
-    adapter: Annotated[str, typer.Option(help="The adapter, of any format, as it was trained or exported.")],
-    url: Annotated[str, typer.Option(help="Of the server: http://host:port")],
-    base: show.Base = None,
-    model: Annotated[str, typer.Option(help="The adapter's name on the server.")] = "adapter",
-    base_name: Annotated[str, typer.Option(help="The base's name there.")] = "base",
-    server: Annotated[
-        str | None, typer.Option(help="vllm, sglang, llama.cpp or openai, if the server does not tell.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="In which the server computes: float32, float16, bfloat16.")] = "float32",
-    tolerance: Annotated[float | None, typer.Option(min=0, help="Of a log-probability, in the mean.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for each answer.")] = 60,
-    api_key: Annotated[str | None, typer.Option(envvar="GRAFT_API_KEY", help="Sent as a bearer token.")] = None,
-    device: Annotated[str, typer.Option(help="On which graft computes.")] = "cpu",
-    as_json: show.Json = False,
-    quiet: show.Quiet = False,
-) -> None:
+    *,
+    adapter: str,
+    url: str,
+    base: str | None = None,
+    model: str = "adapter",
+    base_name: str = "base",
+    server: str | None = None,
+    dtype: str = "float32",
+    tolerance: Annotated[float | None, typer.Option(min=0)] = None,
+    timeout: Annotated[float, typer.Option(min=0.01)] = 60,
+    api_key: Annotated[str | None, typer.Option(envvar="GRAFT_API_KEY")] = None,
+    device: str = "cpu",
+) -> Result:
     """Ask a running server for log-probabilities, and compare them with graft's own on the same weights.
 
     Prompts of token ids go to the base's name and to the adapter's. The verdict: applied; not applied; scale off by k;
@@ -39,6 +35,18 @@ def verify(
     server's base is another.
 
     Example: graft verify --url http://localhost:8000 --model tuned --adapter out/adapter --base models/llama
+
+    Args:
+        adapter: The adapter, of any format, as it was trained or exported.
+        url: Of the server: http://host:port
+        model: The adapter's name on the server.
+        base_name: The base's name there.
+        server: vllm, sglang, llama.cpp or openai, if the server does not tell.
+        dtype: In which the server computes: float32, float16, bfloat16.
+        tolerance: Of a log-probability, in the mean.
+        timeout: Seconds for each answer.
+        api_key: Sent as a bearer token.
+        device: On which graft computes.
     """
     from graft.command.models import load_base, on
     from graft.files.sources import local, need_base
@@ -52,16 +60,15 @@ def verify(
     source = local(adapter)
     own = load_base(need_base(source, base), device=device)
     found = compare(connection, own, lambda _: on(own, source), model, base_name, dtype, tolerance, kind)
-    if as_json:
-        print_json(found.as_dict())
-    elif not quiet:
+
+    def report() -> None:
         show.say(found.text)
         show.say(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
         show.say(f"  {figure(found.noise)}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
         for what, by in sorted(found.deviations.items(), key=lambda item: item[1]):
             show.say(f"    {what:<20} {figure(by)}")
-    if not found.ok:
-        sys.exit(FOUND)
+
+    return Result(found.as_dict(), report, not found.ok)
 
 
 def figure(value: float) -> str:

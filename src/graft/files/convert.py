@@ -74,9 +74,8 @@ def convert(
         target = os.path.join(target, f"adapter{ENDS[to]}")
     elif to == "kohya" and not target.endswith(ENDS[to]) and not os.path.lexists(target):
         target += ENDS[to]  # by which its readers know it
-    known_base = [base] if isinstance(base, (str, os.PathLike)) else []
-    check_output(target, [source, *known_base], force)
     known = base_of(base) if isinstance(base, (str, os.PathLike)) else base
+    check_output(target, [source, *([] if known is None else [known.path])], force)
     adapter = read(source, known)
     if known is not None and not adapter.flat:
         known = names.check(adapter, known)

@@ -12,7 +12,8 @@ from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH
 from graft.config.reading import open_file, read_object
 from graft.core.errors import CheckpointError
-from graft.files.base import Skeleton, base_files
+from graft.files.base import Known, Skeleton, base_files
+from graft.files.bases import base_of
 from graft.files.errors import BaseNeededError
 from graft.files.formats import read
 from graft.files.neutral import AdapterFile
@@ -96,21 +97,21 @@ def need_base(adapter: str, base: str | None) -> str:
     return find_base(name)
 
 
-def with_base(adapter: str, base: str | None, run: Callable[[str | None], Result]) -> Result:
-    """Return `run` of the path of `base`. If `base` is None, `run` gets the adapter's own base if it needs one.
+def with_base(adapter: str, base: str | None, run: Callable[[Known | None], Result]) -> Result:
+    """Return `run` of the model `base`. If `base` is None, `run` gets the adapter's own base if it needs one.
 
     Raises:
         BaseNeededError: `run` needs a base, and there is none.
-        CheckpointError: the base is not here. Errors of `run` pass through.
+        CheckpointError: the base is not here, or damaged. Errors of `run` pass through.
     """
     if base is not None:
-        return run(find_base(base))
+        return run(base_of(find_base(base)))
     try:
         return run(None)
     except BaseNeededError:
         if name_base(adapter) is None:
             raise
-    return run(need_base(adapter, None))
+    return run(base_of(need_base(adapter, None)))
 
 
 def own_names(adapter: str) -> Skeleton | None:

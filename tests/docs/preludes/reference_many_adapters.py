@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
-from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft

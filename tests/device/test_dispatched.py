@@ -10,7 +10,7 @@ from torch import nn
 
 import graft
 from graft.inject.parts import registry_of
-from graft.kernels.waits import near
+from graft.kernels.waits import copy_on_device
 from graft.model import watch
 from tests import models
 from tests.device.dispatch import (
@@ -163,16 +163,16 @@ def test_what_devices_share_follows_writes_and_loads():
 def test_copies_are_kept_as_long_as_they_hold():
     t = torch.randn(3, device=FIRST)
     with torch.inference_mode():
-        copied = near(t, SECOND)
-    assert near(t, SECOND) is copied and near(t, FIRST) is t and not copied.is_inference()
+        copied = copy_on_device(t, SECOND)
+    assert copy_on_device(t, SECOND) is copied and copy_on_device(t, FIRST) is t and not copied.is_inference()
     t.add_(1)
-    equal(near(t, SECOND).cpu(), t.cpu())
+    equal(copy_on_device(t, SECOND).cpu(), t.cpu())
     p = nn.Parameter(torch.ones(3, device=FIRST))
-    near(p, SECOND).sum().backward()
+    copy_on_device(p, SECOND).sum().backward()
     assert p.grad.device == FIRST
     with torch.no_grad():
         p.data.add_(1)
-        assert near(p, SECOND).eq(2).all()
+        assert copy_on_device(p, SECOND).eq(2).all()
 
 
 def test_what_an_adapter_begins_with_is_noted_of_both_devices(monkeypatch):

@@ -534,7 +534,7 @@ def of_a_product():
 def of_dora():
     x, W, b, A, B, ratio = drawn((80, 12), (20, 12), (20,), (3, 12), (20, 3), (20,))
     W, b = W.detach(), b.detach()
-    y = decomposed.linear(lambda x: x @ W.T + b, lambda g, W: g @ W, x, W, b, A, B, ratio, 1.3, 0.1)
+    y = decomposed.dora_linear(lambda x: x @ W.T + b, lambda g, W: g @ W, x, W, b, A, B, ratio, 1.3, 0.1)
     return y, (x, A, B, ratio)
 
 
@@ -545,12 +545,12 @@ def of_dropout():
 
 def of_hadamard():
     factors = drawn((20, 3), (3, 12), (20, 3), (3, 12))
-    return one_product.product(*factors), factors
+    return one_product.multiply_hadamard(*factors), factors
 
 
 def of_narrow():
     (A,) = drawn((3, 20))
-    return narrow.product(A, torch.randn(20, 12, device=DEVICE, dtype=torch.bfloat16)), (A,)
+    return narrow.multiply_widened(A, torch.randn(20, 12, device=DEVICE, dtype=torch.bfloat16)), (A,)
 
 
 def of_scaled():
@@ -568,8 +568,8 @@ def of_one_product():
 def of_segments():
     x, A, B = drawn((160, 12), (3, 12), (20, 3))
     W = torch.randn(20, 12, device=DEVICE)
-    groups = segments.groups_of([segments.Segment(80, A, B), segments.Segment(80, None, None)], None, A.dtype)
-    return segments.linear(lambda x: x @ W.T, lambda g, W: g @ W, W, x, groups), (x, A, B)
+    groups = segments.group_segments([segments.Segment(80, A, B), segments.Segment(80, None, None)], None, A.dtype)
+    return segments.segments_linear(lambda x: x @ W.T, lambda g, W: g @ W, W, x, groups), (x, A, B)
 
 
 def of_layers():

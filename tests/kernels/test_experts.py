@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from graft.kernels import experts
-from graft.kernels.experts import Block, Part, Stack
+from graft.kernels.experts import ExpertBlock, LowRankUpdate, UpdatedStack
 
 TOKENS, WIDTH, INNER, EXPERTS, USED = 9, 6, 5, 4, 2
 
@@ -14,7 +14,7 @@ TOKENS, WIDTH, INNER, EXPERTS, USED = 9, 6, 5, 4, 2
 class Held:
     """A dense stack that counts what it hands out, as if that were dequantized."""
 
-    own_dtype = None
+    compute_dtype = None
 
     def __init__(self, W):
         self.W, self.shape, self.counts = W, tuple(W.shape), [0] * len(W)
@@ -36,7 +36,9 @@ def problem(biased=True, missing=False):
     if missing:
         index[0, 1], index[3, 0] = EXPERTS, EXPERTS + 2
     biases = (random(EXPERTS, 2 * INNER, seed=3), random(EXPERTS, WIDTH, seed=4)) if biased else (None, None)
-    block = Block("up", "down", lambda y: y[..., ::2].tanh() * y[..., 1::2], *biases, torch.tanh if biased else None)
+    block = ExpertBlock(
+        "up", "down", lambda y: y[..., ::2].tanh() * y[..., 1::2], *biases, torch.tanh if biased else None
+    )
     return block, up, down, random(TOKENS, WIDTH, seed=5), index, random(TOKENS, USED, seed=6).softmax(1)
 
 
@@ -45,7 +47,7 @@ def parts(groups, gated):
     for i, r in enumerate((2, 3)):
         for name, (a, b) in {"up": (WIDTH, 2 * INNER), "down": (INNER, WIDTH)}.items():
             gate = random(TOKENS, seed=20 + i) if gated else None
-            out[name].append(Part(random(EXPERTS, r, a, seed=i), random(EXPERTS, b, r, seed=10 + i),
+            out[name].append(LowRankUpdate(random(EXPERTS, r, a, seed=i), random(EXPERTS, b, r, seed=10 + i),
                                   i if groups else None, gate))  # fmt: skip
     return out
 
@@ -62,13 +64,13 @@ def test_groups_of_rows_are_one_token_after_the_other(monkeypatch, size, missing
     trained = [x, weights, *(t for some in held.values() for p in some for t in (p.A, p.B, p.gate) if t is not None)]
     for t in trained:
         t.requires_grad_()
-    stacks = {"up": Stack(up, held["up"]), "down": Stack(down, held["down"])}
-    found = experts.routed(block, x, index, weights, stacks, group, 3 if groups else 1)
+    stacks = {"up": UpdatedStack(up, held["up"]), "down": UpdatedStack(down, held["down"])}
+    found = experts.run_experts(block, x, index, weights, stacks, group, 3 if groups else 1)
     used = [int(e in index) for e in range(EXPERTS)]
     assert up.counts == down.counts == used and up.largest == min(size, sum(used))
     grads = torch.autograd.grad(found.sin().sum(), trained)
     assert up.counts == down.counts == [2 * n for n in used]
-    expected = experts.plain(block, x, index, weights, stacks, group)
+    expected = experts.plain_run_experts(block, x, index, weights, stacks, group)
     assert_close(found, expected)
     assert_close(grads, torch.autograd.grad(expected.sin().sum(), trained))
 
@@ -78,8 +80,8 @@ def test_without_gradients_nothing_is_dequantized_twice():
     held = parts(False, False)
     for p in (*held["up"], *held["down"]):
         p.B.requires_grad_()
-    stacks = {"up": Stack(up, held["up"]), "down": Stack(down, held["down"])}
-    experts.routed(block, x, index, weights, stacks).sum().backward()  # the input of `up` needs no gradient
+    stacks = {"up": UpdatedStack(up, held["up"]), "down": UpdatedStack(down, held["down"])}
+    experts.run_experts(block, x, index, weights, stacks).sum().backward()  # the input of `up` needs no gradient
     used = [int(e in index) for e in range(EXPERTS)]
     assert up.counts == used and down.counts == [2 * n for n in used]
     assert held["up"][0].B.grad.any() and not held["up"][0].B.grad[EXPERTS - 1].any()
@@ -87,13 +89,16 @@ def test_without_gradients_nothing_is_dequantized_twice():
 
 def test_half_precision_computes_updates_in_their_own_dtype_and_sums_in_float32():
     block, up, down, x, index, weights = problem(biased=False)
-    low = {k: [Part(p.A.float(), p.B.float()) for p in some] for k, some in parts(False, False).items()}
-    stacks = {"up": Stack(up, low["up"]), "down": Stack(down, low["down"])}
-    wide = {k: Stack(s.codes, [Part(p.A.double(), p.B.double()) for p in s.parts]) for k, s in stacks.items()}
-    expected = experts.plain(block, x, index, weights, wide)
-    half = experts.routed(block, x.bfloat16(), index, weights.float(), stacks)
+    low = {k: [LowRankUpdate(p.A.float(), p.B.float()) for p in some] for k, some in parts(False, False).items()}
+    stacks = {"up": UpdatedStack(up, low["up"]), "down": UpdatedStack(down, low["down"])}
+    wide = {
+        k: UpdatedStack(s.codes, [LowRankUpdate(p.A.double(), p.B.double()) for p in s.parts])
+        for k, s in stacks.items()
+    }
+    expected = experts.plain_run_experts(block, x, index, weights, wide)
+    half = experts.run_experts(block, x.bfloat16(), index, weights.float(), stacks)
     with torch.autocast("cpu", torch.bfloat16):
-        auto = experts.routed(block, x.float(), index, weights.float(), stacks)
+        auto = experts.run_experts(block, x.float(), index, weights.float(), stacks)
     assert half.dtype == torch.bfloat16 and auto.dtype == torch.float32
     for y in (half, auto):
         assert (y - expected).norm() < 0.03 * expected.norm()

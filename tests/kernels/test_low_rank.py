@@ -201,7 +201,7 @@ def dora(p=0.0):
         def base(x):
             return nn.functional.linear(x, W, b)
 
-        return decomposed.linear(base, input_gradient, x, W, b, A, B, ratio, SCALE, p)
+        return decomposed.dora_linear(base, input_gradient, x, W, b, A, B, ratio, SCALE, p)
 
     return run
 
@@ -212,7 +212,7 @@ def masked(function, p, seed):
 
     def run(x, W, b, A, B, ratio):
         if function is dora:
-            return decomposed.plain(x, W, b, A, B, ratio, SCALE, mask)
+            return decomposed.plain_dora_linear(x, W, b, A, B, ratio, SCALE, mask)
         return plain(nn.functional.linear(x, W, b), x * mask, A, B, SCALE)
 
     return run
@@ -272,9 +272,12 @@ def test_products_of_few_elements():
         x, W, g = torch.randn(30, 12).double(), torch.randn(20, 12).double(), torch.randn(30, 20).double()
     for p in (0.001, 0.05, 0.5):
         found = low_rank.places(x.numel(), p, 5, x.device)
-        assert_close(sparse.part(x, W, found), sparse.plain_part(x, W, found))
-        assert_close(sparse.entries(g, W, found), sparse.plain_entries(g, W, found))
-    half = sparse.part(x.bfloat16(), W.bfloat16(), found), sparse.entries(g.bfloat16(), W.bfloat16(), found)
+        assert_close(sparse.multiply_sampled(x, W, found), sparse.plain_multiply_sampled(x, W, found))
+        assert_close(sparse.product_entries(g, W, found), sparse.plain_product_entries(g, W, found))
+    half = (
+        sparse.multiply_sampled(x.bfloat16(), W.bfloat16(), found),
+        sparse.product_entries(g.bfloat16(), W.bfloat16(), found),
+    )
     assert [t.dtype for t in half] == [torch.float32] * 2
 
 
@@ -434,7 +437,7 @@ def test_a_weight_that_trains_gets_its_gradient():
         W = weight.detach().clone().requires_grad_()
         y = nn.functional.linear(x, W, layer.base_layer.bias) if not dora else None
         if dora:
-            out = decomposed.plain(x, W, layer.bias, A, B, m.factors().gain.detach(), 1.0)
+            out = decomposed.plain_dora_linear(x, W, layer.bias, A, B, m.factors().gain.detach(), 1.0)
         else:
             out = y + x @ A.T @ B.T
         out.square().sum().backward()
@@ -560,16 +563,16 @@ def test_groups_equal_the_plain_formula():
         x, y = torch.randn(6, 4, 12), torch.randn(6, 4, 20)
         factors = [(torch.randn(3, 12), torch.randn(20, 3), s) for s in (1.37, 0.4)]
     order = torch.tensor([4, 0, 5, 2])
-    expected = mixed.plain(y, x, factors, order, [2, 2])
+    expected = mixed.plain_add_groups(y, x, factors, order, [2, 2])
     assert torch.equal(expected[[1, 3]], y[[1, 3]])
     for i, (A, B, s) in zip(order.tolist(), [f for f in factors for _ in range(2)]):
         assert_close(expected[i], y[i] + s * x[i] @ A.T @ B.T)
-    assert mixed.fits(y, x, factors, [2, 2])
+    assert mixed.can_add_groups(y, x, factors, [2, 2])
     assert_close(mixed.add_groups(y, x, factors, order, [2, 2]), expected)
-    assert not mixed.fits(y, x, factors, [1, 3])
-    assert not mixed.fits(y, x, [*factors, (torch.randn(2, 12), torch.randn(20, 2), 1.0)], [2, 2, 2])
+    assert not mixed.can_add_groups(y, x, factors, [1, 3])
+    assert not mixed.can_add_groups(y, x, [*factors, (torch.randn(2, 12), torch.randn(20, 2), 1.0)], [2, 2, 2])
     wide_factors = (torch.empty(3, 200_000), torch.empty(20, 3), 1.0)
-    assert not mixed.fits(y, x, [wide_factors, wide_factors], [2, 2])
+    assert not mixed.can_add_groups(y, x, [wide_factors, wide_factors], [2, 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -587,10 +590,10 @@ def test_groups_without_gradients(dtype):
     with torch.inference_mode():
         for some, order, sizes, in_order in cases:
             order = torch.tensor(order)
-            expected = mixed.plain(
+            expected = mixed.plain_add_groups(
                 y.double(), x.double(), [(A.double(), B.double(), s) for A, B, s in some], order, sizes
             )
-            assert mixed.fits(y, x, some, sizes)
+            assert mixed.can_add_groups(y, x, some, sizes)
             found = mixed.add_groups(y.clone(), x, some, order, sizes, in_order)
             assert found.dtype == dtype
             tolerance = 1e-5 if dtype == torch.float32 else 2**-8

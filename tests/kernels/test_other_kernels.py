@@ -60,7 +60,7 @@ def not_worse(fused, plain, values):
 def reflections():
     with seeded(1):
         x, u = randn((2, ROWS // 2, 12), (12, 5))
-    return x, *orthogonal.compact(u.detach())
+    return x, *orthogonal.compact_reflections(u.detach())
 
 
 def test_the_compact_form_is_the_product_of_the_reflections():
@@ -69,7 +69,7 @@ def test_the_compact_form_is_the_product_of_the_reflections():
     H = torch.eye(12).double()
     for column in u.T:
         H = H - 2 * (H @ column)[:, None] * column / column.square().sum()
-    U, T = orthogonal.compact(u)
+    U, T = orthogonal.compact_reflections(u)
     assert_close(torch.eye(12).double() - U @ T @ U.T, H)
 
 
@@ -78,7 +78,7 @@ def test_reflecting_equals_the_plain_formula(x_grad):
     x, U, T = reflections()
     values = x.detach().requires_grad_(x_grad), U.requires_grad_(), T.requires_grad_()
     assert worth_it(x)
-    exact = results(orthogonal.plain_householder, wide(values))
+    exact = results(orthogonal.plain_reflect, wide(values))
     assert max(errors(results(orthogonal.reflect, values), exact)) < 1e-6
     assert len(exact) == 3 + x_grad
 
@@ -87,7 +87,7 @@ def test_reflecting_in_half_precision_errs_no_more():
     x, U, T = reflections()
     not_worse(
         orthogonal.reflect,
-        orthogonal.plain_householder,
+        orthogonal.plain_reflect,
         [x.detach().bfloat16().requires_grad_(), U, T.requires_grad_()],
     )
 
@@ -136,10 +136,10 @@ def turns(dtype=torch.float32):
 
 def test_turning_equals_the_plain_formula():
     values = turns()
-    exact = results(orthogonal.plain_planar, wide(values))
-    assert max(errors(results(orthogonal.turn, values), exact)) < 1e-6
+    exact = results(orthogonal.plain_rotate_pairs, wide(values))
+    assert max(errors(results(orthogonal.rotate_pairs, values), exact)) < 1e-6
     with torch.no_grad():
-        assert_close(orthogonal.turn(*values).double(), exact[0], rtol=1e-5, atol=1e-6)
+        assert_close(orthogonal.rotate_pairs(*values).double(), exact[0], rtol=1e-5, atol=1e-6)
     z, c, s = wide(values)
     R = torch.diag(c.flatten().detach())
     for k in range(3):
@@ -150,7 +150,7 @@ def test_turning_equals_the_plain_formula():
 
 
 def test_turning_in_half_precision_errs_no_more():
-    not_worse(orthogonal.turn, orthogonal.plain_planar, turns(torch.bfloat16))
+    not_worse(orthogonal.rotate_pairs, orthogonal.plain_rotate_pairs, turns(torch.bfloat16))
 
 
 # low rank, scaled by vectors
@@ -267,7 +267,7 @@ def modulating(W, bias, W0):
 
     def two(x, B, A):
         w, s, wide_x, w0 = (t.to(A.dtype) for t in (W, bias, x, W0))
-        return one_product.plain(w, s, wide_x, w0 * (B @ A)).to(x.dtype)
+        return one_product.plain_linear_with(w, s, wide_x, w0 * (B @ A)).to(x.dtype)
 
     return one, two
 
@@ -320,7 +320,7 @@ def test_one_product_with_a_modulated_weight_and_an_addend_equals_three(x_grad):
         return one_product.Modulated(w0, *factors).linear_with(w, s, x, nn.functional.linear, input_gradient)
 
     def three(x, s, B, A, D, C):
-        return one_product.plain(W.to(x.dtype), s, x, W0.to(x.dtype) * (B @ A) + D @ C)
+        return one_product.plain_linear_with(W.to(x.dtype), s, x, W0.to(x.dtype) * (B @ A) + D @ C)
 
     values = [x, s, B, A, D, C]
     exact = results(three, wide(values))
@@ -346,7 +346,7 @@ def test_a_rescaled_weight_in_one_product(shape):
 
     def reference(x, s, a, b):
         w = W.to(x.dtype)
-        return one_product.plain(w, s, x, a * w + b)
+        return one_product.plain_linear_with(w, s, x, a * w + b)
 
     values = [x, s, a, b]
     assert max(errors(results(one, values), results(reference, wide(values)))) < 1e-5
@@ -365,9 +365,9 @@ def test_a_product_with_a_narrow_weight(part, monkeypatch):
     with seeded(10):
         (A,), (W,) = randn((3, OUT)), randn((OUT, IN), grad=False)
     half = W.bfloat16()
-    exact = results(lambda A: narrow.plain(A, half), wide([A]))
-    assert max(errors(results(lambda A: narrow.product(A, half), [A]), exact)) < 1e-6
-    assert torch.equal(narrow.product(A, W), A @ W)
+    exact = results(lambda A: narrow.plain_widened_product(A, half), wide([A]))
+    assert max(errors(results(lambda A: narrow.multiply_widened(A, half), [A]), exact)) < 1e-6
+    assert torch.equal(narrow.multiply_widened(A, W), A @ W)
 
 
 # derivatives
@@ -379,12 +379,12 @@ def test_first_and_second_derivatives():
         d, b, *factors = randn((3,), (6,), (6, 2), (2, 8), (6, 2), (2, 8), dtype=torch.float64)
         c, s = randn((2, 2, 2), (2, 2, 2), dtype=torch.float64)
         W, A, B, y = randn((6, 8), (3, 8), (6, 3), (ROWS, 6), dtype=torch.float64, grad=False)
-    U, T = (t.detach().requires_grad_() for t in orthogonal.compact(u))
+    U, T = (t.detach().requires_grad_() for t in orthogonal.compact_reflections(u))
     linear = nn.functional.linear
     for function, values in (
         (orthogonal.reflect, (x, U, T)),
         (orthogonal.rotate, (x, R)),
-        (orthogonal.turn, (x, c, s)),
+        (orthogonal.rotate_pairs, (x, c, s)),
         (lambda Q: orthogonal.orthogonal(Q, 5), (orthogonal.skew(v * 0.1, 4),)),
         (lambda Q: orthogonal.orthogonal(Q, None), (orthogonal.skew(v * 0.1, 4),)),
         (lambda x, d, b: low_rank.add_scaled(y.clone(), x @ A.T, B, d, b), (x, d, b)),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from graft.kernels.segments import Segment, groups_of, linear
+from graft.kernels.segments import Segment, group_segments, segments_linear
 from tests.models import seeded
 
 INPUT = 96
@@ -31,7 +31,7 @@ class Side:
 
 def results(base, x, groups, leaves):
     given = x.clone().requires_grad_()
-    y = linear(base, lambda g, W: g @ W, base.weight.detach(), given, groups)
+    y = segments_linear(base, lambda g, W: g @ W, base.weight.detach(), given, groups)
     with seeded(1):
         weights = torch.randn_like(y)
     return y, torch.autograd.grad((y * weights).sum(), [given, *leaves], create_graph=True)
@@ -44,13 +44,13 @@ def test_stacked_is_one_by_one(rows, r, out):
     with seeded(0):
         base, side, x = nn.Linear(INPUT, out).requires_grad_(False), Side(3, out, r), torch.randn(3 * rows, INPUT)
     segments = [Segment(rows, A, B, 1.37) for A, B in side.rows]
-    groups = groups_of(segments, side, x.dtype)
+    groups = group_segments(segments, side, x.dtype)
     if len(groups) > 1:
         assert r == 1 or rows * r * out < 400, "torch takes other products for these"
         return
     y, (dx, dA, dB) = results(base, x, groups, (side.A, side.B))
     leaves = [t for row in side.rows for t in row]
-    apart, (dx_apart, *grads) = results(base, x, groups_of(segments, None, x.dtype), leaves)
+    apart, (dx_apart, *grads) = results(base, x, group_segments(segments, None, x.dtype), leaves)
     assert torch.equal(y, apart) and torch.equal(dx, dx_apart)
     assert all(map(torch.equal, dA, grads[::2])) and all(map(torch.equal, dB, grads[1::2]))
 
@@ -59,7 +59,10 @@ def test_a_second_derivative():
     with seeded(0):
         base, side, x = nn.Linear(INPUT, 32).requires_grad_(False), Side(3, 32, 8), torch.randn(15, INPUT)
     segments, leaves = [Segment(5, A, B, 1.37) for A, B in side.rows], [t for row in side.rows for t in row]
-    one, other = ([side.A, side.B], groups_of(segments, side, x.dtype)), (leaves, groups_of(segments, None, x.dtype))
+    one, other = (
+        ([side.A, side.B], group_segments(segments, side, x.dtype)),
+        (leaves, group_segments(segments, None, x.dtype)),
+    )
     assert len(one[1]) == 1 < len(other[1])
     (dA, dB), found = (
         torch.autograd.grad(sum(g.square().sum() for g in results(base, x, groups, own)[1]), own)

@@ -52,7 +52,7 @@ class Shaped:
 
 def circulant(m, n, b):
     def make(w):
-        return Shaped(Circulant(w, 1.0, (m * b, n * b)), lambda x: transforms.product(x, w))
+        return Shaped(Circulant(w, 1.0, (m * b, n * b)), lambda x: transforms.multiply_circulant(x, w))
 
     return make, (m, n, b)
 
@@ -60,7 +60,7 @@ def circulant(m, n, b):
 def kron(l, m, k, n):
     def make(c):
         a, b = c[: l * m].view(l, m), c[l * m :].view(k, n)
-        return Shaped(Kronecker(a, b, (l * k, m * n)), lambda x: structured.product(x, a, b))
+        return Shaped(Kronecker(a, b, (l * k, m * n)), lambda x: structured.multiply_kronecker(x, a, b))
 
     return make, (l * m + k * n,)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from graft.kernels.summed import Summed, summed
+from graft.kernels.summed import Summed, make_sum
 from tests.models import seeded
 
 with seeded(0):
@@ -48,9 +48,9 @@ FORMED = {
 @pytest.mark.parametrize("how", [*APART, *FORMED])
 @pytest.mark.parametrize("flipped", [False, True], ids=["", "stored the other way"])
 def test_it_is_the_sum(how, flipped, monkeypatch):
-    S = summed(W, PARTS)
+    S = make_sum(W, PARTS)
     if flipped:  # W, A and B of the transposed matrices, shown transposed
-        S = summed(W.mT.contiguous(), [(B.mT, A.mT, s) for A, B, s in PARTS], True)
+        S = make_sum(W.mT.contiguous(), [(B.mT, A.mT, s) for A, B, s in PARTS], True)
     if how in APART:
         monkeypatch.setattr(Summed, "materialize", lambda self: pytest.fail("formed the sum"))
     result = (APART | FORMED)[how](S)
@@ -61,7 +61,7 @@ def test_it_is_the_sum(how, flipped, monkeypatch):
 @torch.inference_mode()
 def test_groups_in_inference_mode():
     """Offsets that a model computes there, which change in place without a sign."""
-    S, offsets = summed(W, PARTS), OFFSETS + 0
+    S, offsets = make_sum(W, PARTS), OFFSETS + 0
     assert offsets.is_inference()
     for _ in range(2):
         assert_close(
@@ -71,7 +71,7 @@ def test_groups_in_inference_mode():
 
 
 def test_facts_are_those_of_the_sum():
-    for S, D in ((summed(W, PARTS), DENSE), (summed(W, PARTS, True), DENSE.mT)):
+    for S, D in ((make_sum(W, PARTS), DENSE), (make_sum(W, PARTS, True), DENSE.mT)):
         assert (S.shape, S.dtype, S.device, S.dim(), len(S), S.numel()) == (
             D.shape, D.dtype, D.device, D.dim(), len(D), D.numel()
         )  # fmt: skip
@@ -86,18 +86,18 @@ def test_gradients(how):
         APART[how](make(parts)).square().sum().backward()
         return [t.grad for t in leaves]
 
-    ours = gradients(lambda parts: summed(W, parts))
+    ours = gradients(lambda parts: make_sum(W, parts))
     theirs = gradients(lambda parts: W + sum(s * B @ A for A, B, s in parts))
     for a, b in zip(ours, theirs):
         assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_half_precision_and_autocast():
-    S = summed(W.bfloat16(), PARTS)
+    S = make_sum(W.bfloat16(), PARTS)
     y = F.linear(X.bfloat16(), S[1])
     assert y.dtype == torch.bfloat16
     assert_close(y.float(), F.linear(X, DENSE[1]), rtol=0.05, atol=0.3)
     with torch.autocast("cpu", torch.bfloat16):
-        y, wanted = F.linear(X, summed(W, PARTS)[1]), F.linear(X, DENSE[1])
+        y, wanted = F.linear(X, make_sum(W, PARTS)[1]), F.linear(X, DENSE[1])
     assert y.dtype == wanted.dtype
     assert_close(y, wanted, rtol=0.05, atol=0.3)

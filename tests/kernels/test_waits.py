@@ -17,7 +17,7 @@ def whole(call):
 @WHOLE_GRAPHS
 def test_a_check_of_values_does_not_break_a_graph():
     def checked(x):
-        waits.demand((x > 0).all(), lambda: ValueError("no"), "all must be positive")
+        waits.raise_unless((x > 0).all(), lambda: ValueError("no"), "all must be positive")
         return x + 1
 
     assert torch.equal(whole(checked)(torch.ones(2)), torch.full((2,), 2.0))

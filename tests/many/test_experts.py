@@ -80,5 +80,5 @@ def test_a_product_of_few_rows_is_that_of_many(rows):
         x, W = torch.randn(9, 64), torch.randn(64, 96)
     for matrix in (W, W.mT.contiguous().mT):  # as in the backward pass, and as in the forward pass
         for start in range(10 - rows):
-            found = kernel.product(x[start : start + rows], matrix, torch.empty(rows, 96))
+            found = kernel.multiply_rows(x[start : start + rows], matrix, torch.empty(rows, 96))
             assert torch.equal(found, (x @ matrix)[start : start + rows])

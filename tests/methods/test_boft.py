@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
-from graft.kernels.orthogonal import butterfly, shuffled
+from graft.kernels.orthogonal import butterfly, butterfly_order
 from tests import models
 from tests.looks import layers
 from tests.pair import LIBS, close, outcome, output, randomize
@@ -19,7 +19,7 @@ from tests.samples import first
 @pytest.mark.parametrize("blocks, size", [(4, 2), (8, 4), (8, 2)])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_orders_are_permutations(blocks, size, level):
-    order = shuffled(blocks * size, size, level)
+    order = butterfly_order(blocks * size, size, level)
     assert sorted(order.tolist()) == list(range(blocks * size))
     if level == 0:
         assert order.tolist() == list(range(blocks * size))
@@ -39,7 +39,7 @@ def dense(R, orders):
 def test_factors_act_as_their_matrices(transpose):
     torch.manual_seed(0)
     R = torch.randn(3, 4, 4, 4, dtype=torch.float64)
-    orders = torch.stack([torch.stack((o, o.argsort())) for o in (shuffled(16, 4, level) for level in range(3))])
+    orders = torch.stack([torch.stack((o, o.argsort())) for o in (butterfly_order(16, 4, level) for level in range(3))])
     x, M = torch.randn(5, 16, dtype=torch.float64), dense(R, orders)
     close(butterfly(x, R, orders, transpose), x @ (M.T if transpose else M))
 
@@ -148,7 +148,7 @@ def test_several_factors(factor, tmp_path):
     assert B.shape == (factor, 8, 2, 2)
     S = (B - B.mT) / 2
     blocks = torch.linalg.solve(torch.eye(2) + S, torch.eye(2) - S, left=False)
-    orders = [torch.stack((o, o.argsort())) for o in (shuffled(16, 2, level) for level in range(factor))]
+    orders = [torch.stack((o, o.argsort())) for o in (butterfly_order(16, 2, level) for level in range(factor))]
     R = dense(blocks, orders)
     close(R @ R.T, torch.eye(16))
     expected = (x @ R @ layer.base_layer.weight.T) * layer.boft_s["default"].flatten() + layer.base_layer.bias

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.kernels.narrow import plain, product
+from graft.kernels.narrow import multiply_widened, plain_widened_product
 from tests import models
 from tests.looks import layers
 from tests.pair import LIBS, adapt, close, output, randomize
@@ -108,7 +108,7 @@ def test_a_product_with_a_frozen_weight(dtype):
     torch.manual_seed(0)
     Z, W = torch.randn(12, 3, requires_grad=True), torch.randn(12, 20).to(dtype)
     g = torch.randn(3, 20)
-    for f in (product, plain):
+    for f in (multiply_widened, plain_widened_product):
         y = f(Z.T, W)
         close(y, Z.T @ W.float())
         (grad,) = torch.autograd.grad((y * g).sum(), Z)

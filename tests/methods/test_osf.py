@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.kernels.narrow import _by_sum, inside, outside
+from graft.kernels.narrow import _project_by_sum, project_gradient_inside, project_gradient_outside
 from tests import models
 from tests.looks import layers
 from tests.pair import LIBS, adapt, close, outcome, output, randomize
@@ -82,14 +82,14 @@ def test_peft_loses_the_projection_in_half_precision():
     assert (U.T @ theirs["U_low"].float()).norm() > 0.05 * theirs["U_low"].float().norm()
 
 
-@pytest.mark.parametrize("project, within", [(inside, True), (outside, False)])
+@pytest.mark.parametrize("project, within", [(project_gradient_inside, True), (project_gradient_outside, False)])
 def test_a_projected_gradient(project, within):
     torch.manual_seed(0)
     Q = torch.linalg.qr(torch.randn(7, 3, dtype=torch.float64)).Q
     p, weight = torch.randn(7, 2, dtype=torch.float64, requires_grad=True), torch.randn(7, 2, dtype=torch.float64)
     assert torch.equal(project(p, Q), p)
     found = []
-    for f in (project, lambda p, Q: _by_sum(p, Q, within)):
+    for f in (project, lambda p, Q: _project_by_sum(p, Q, within)):
         (grad,) = torch.autograd.grad((f(p, Q).square() * weight).sum(), p)
         found.append(grad)
     close(*found)

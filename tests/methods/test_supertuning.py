@@ -92,7 +92,9 @@ def test_the_product_with_few_entries(rows, sparsity, transposed):
     x = torch.randn(rows, 50, dtype=torch.float64, requires_grad=True)
     g = torch.randn(rows, 40, dtype=torch.float64)
     delta = sparse.Scattered(values, places, (40, 50))
-    expected = one_product.plain(W, None, x, torch.zeros(2000).double().index_put((places,), values).view(W.shape))
+    expected = one_product.plain_linear_with(
+        W, None, x, torch.zeros(2000).double().index_put((places,), values).view(W.shape)
+    )
     call, back = nn.functional.linear, lambda g, W: g @ W
     found = [delta.linear_with(W, None, x, call, back)]
     part = delta.product(x)

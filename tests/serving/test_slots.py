@@ -415,7 +415,7 @@ def test_a_slot_that_could_not_be_filled_is_free(folders, tmp_path, monkeypatch)
         raise torch.OutOfMemoryError("full")
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr("graft.serving.slots.carried", full)
+        patch.setattr("graft.serving.slots.move_to_devices", full)
         out(slots, "b")
     assert list(slots.report().resident) == ["c"]
     for name in "ab":

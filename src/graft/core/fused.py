@@ -96,7 +96,7 @@ def joined(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
             return None
         A, B = scaled(A, B, f)
         W, b = layer.weight_now, base.bias
-        return decomposed.linear(base, op.input_gradient, x, W, b, A, B, f.gain, scale_of(f), p)
+        return decomposed.dora_linear(base, op.input_gradient, x, W, b, A, B, f.gain, scale_of(f), p)
     if f.inner is not None or f.outer is not None:
         if f.inner is not None and f.outer is not None and is_fixed(A, B):
             return _around_fixed(layer, A, B, f, x, p)

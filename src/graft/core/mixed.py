@@ -38,8 +38,8 @@ from graft.core.rows import CallContext, Key, Rows, Together, members
 from graft.core.unchanged import Unchanged
 from graft.kernels.eager import autocast_dtype, eager, has_no_hooks
 from graft.kernels.low_rank import new_seed
-from graft.kernels.mixed import add_groups, fits
-from graft.kernels.segments import LINE, Group, Segment, Stacks, aligned, at_line, groups_of, linear
+from graft.kernels.mixed import add_groups, can_add_groups
+from graft.kernels.segments import LINE, Group, Segment, Stacks, align, group_segments, is_at_line, segments_linear
 
 
 def runs_of(alike: Sequence[Segment | None]) -> list[slice]:
@@ -164,7 +164,7 @@ class Mixed:
             return rows.as_they_came(self.shared(x, groups))
         alike = self.segments(rows, x, drawing) if alone else None
         if alike is not None and None not in alike:
-            groups = groups_of(alike, stacks, x.dtype)  # type: ignore[arg-type]
+            groups = group_segments(alike, stacks, x.dtype)  # type: ignore[arg-type]
             if stacks is not None:
                 self.keep(stacks, rows, x, alike, groups)  # type: ignore[arg-type]
             return rows.as_they_came(self.shared(x, groups))
@@ -177,20 +177,20 @@ class Mixed:
                 outputs.append(bases[run.start])
                 continue
             if alike is not None and alike[run.start] is not None:
-                outputs.append(self.shared(part, groups_of(alike[run], stacks, x.dtype)))  # type: ignore[arg-type]
+                outputs.append(self.shared(part, group_segments(alike[run], stacks, x.dtype)))  # type: ignore[arg-type]
                 continue
             key, index = rows.segments[run.start]
             with self.seeing(index) if layer.op.known else self.alone(index, key), drawing(key):
-                outputs.append(self.one(key, aligned(part), args, kwargs))
+                outputs.append(self.one(key, align(part), args, kwargs))
         outputs = widened(outputs, layer.site.key) if self.aside else outputs
-        return rows.as_they_came(torch.cat([aligned(y) for y in outputs]))
+        return rows.as_they_came(torch.cat([align(y) for y in outputs]))
 
     def may_share(self, x: Tensor) -> bool:
         """Return True if adapters may share the call of the base, as far as that depends on the layer and its input."""
         layer = self.layer
         if not (self.sums and layer.may_fuse and torch.is_grad_enabled()) or layer.base_trains or not layer.op.linear:
             return False
-        return autocast_dtype(x.device) is None and at_line(x)
+        return autocast_dtype(x.device) is None and is_at_line(x)
 
     def segments(
         self, rows: Rows, x: Tensor, drawing: Callable[[Key], AbstractContextManager[None]]
@@ -260,7 +260,7 @@ class Mixed:
     def shared(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
         """Run the base once for adapters that add to its output."""
         layer = self.layer
-        return linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, groups)
+        return segments_linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, groups)
 
     def only(self, rows: Rows) -> Plan | None:
         """Return the plan that all rows use, of a weight that its module uses in its own ways.
@@ -375,7 +375,7 @@ class Mixed:
             if found is None or found[2]:
                 return None
             factors.append((*fused.scaled(found[0], found[1], f), fused.scale_of(f)))
-        return add_groups(y, x, factors, order, sizes, in_order) if fits(y, x, factors, sizes) else None
+        return add_groups(y, x, factors, order, sizes, in_order) if can_add_groups(y, x, factors, sizes) else None
 
 
 def widened(parts: list[Any], key: str) -> list[Tensor]:

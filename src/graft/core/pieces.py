@@ -29,7 +29,7 @@ from graft.core.plan import Chain, Plan, Step, Sum, applied, part_of, seen
 from graft.core.protocols import Layer
 from graft.core.random import states
 from graft.core.site import Site
-from graft.kernels.cuts import Cut, cut_up, joined, summed, with_summed_grad
+from graft.kernels.cuts import Cut, cut_tensor, join_pieces, sum_gradient, sum_partial_results
 from graft.kernels.low_rank import dropout
 
 
@@ -107,11 +107,11 @@ def run(layer: Layer, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Return the module's output with another (whole, canonical) weight and bias."""
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     if piece.outputs is not None:
-        x, W = with_summed_grad(x, piece.outputs), cut_up(W, piece.outputs, 0)
-        b = None if b is None else cut_up(b, piece.outputs, 0)
+        x, W = sum_gradient(x, piece.outputs), cut_tensor(W, piece.outputs, 0)
+        b = None if b is None else cut_tensor(b, piece.outputs, 0)
     if piece.inputs is None:
         return op.call(base, x, W, b)
-    y = summed(op.call(base, x, cut_up(W, piece.inputs, 1), None), piece.inputs)
+    y = sum_partial_results(op.call(base, x, cut_tensor(W, piece.inputs, 1), None), piece.inputs)
     return y if b is None else y + b
 
 
@@ -122,8 +122,8 @@ def drops(layer: Layer, module: nn.Module | None) -> bool:
 def dropped(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
     """Return the piece of an input with the same inputs taken out on all processes, those that one would take out."""
     piece = layer.site.piece
-    p, whole = share_dropped(module), joined(x, piece.inputs)
-    return cut_up(module(whole) if p is None else dropout(whole, p), piece.inputs)
+    p, whole = share_dropped(module), join_pieces(x, piece.inputs)
+    return cut_tensor(module(whole) if p is None else dropout(whole, p), piece.inputs)
 
 
 def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
@@ -134,22 +134,22 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
         x = dropped(layer, f.dropout, x)
     A, B = tensor_of(f.A), tensor_of(f.B)
     if A is None:
-        z = f.A(joined(x, piece.inputs))  # type: ignore[operator]
+        z = f.A(join_pieces(x, piece.inputs))  # type: ignore[operator]
     elif piece.inputs is None:
         z = op.down(base, x, A)
     else:
-        z = summed(op.down(base, x, cut_up(A, piece.inputs, 1)), piece.inputs)
+        z = sum_partial_results(op.down(base, x, cut_tensor(A, piece.inputs, 1)), piece.inputs)
     z = z if f.inner is None else z * f.inner
     if B is None:
         y = f.B(z)  # type: ignore[operator]
         for factor in (f.outer, f.scale):
             y = y if factor is None else y * factor
-        return cut_up(y, piece.outputs)
+        return cut_tensor(y, piece.outputs)
     z = z if f.scale is None else z * f.scale  # a whole tensor, so that the scale's gradient is whole
     B = B if f.outer is None else f.outer[:, None] * B
     if piece.outputs is None:
         return op.up(base, z, B)
-    return op.up(base, with_summed_grad(z, piece.outputs), cut_up(B, piece.outputs, 0))
+    return op.up(base, sum_gradient(z, piece.outputs), cut_tensor(B, piece.outputs, 0))
 
 
 def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
@@ -162,11 +162,11 @@ def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor)
         if isinstance(delta, Tensor):
             y = run(layer, m.cast(x), delta.to(m.dtype), bias)
         else:
-            y = cut_up(applied(layer, m, delta, bias, m.cast(joined(x, piece.inputs))), piece.outputs)
+            y = cut_tensor(applied(layer, m, delta, bias, m.cast(join_pieces(x, piece.inputs))), piece.outputs)
         return y if effect.factors is None else y + low_rank_piece(layer, m, effect.factors(), x)
     if isinstance(effect, Rewrite):
-        y = joined(y, piece.outputs)
-    return cut_up(part_of(layer, m, effect, joined(x, piece.inputs), y), piece.outputs)
+        y = join_pieces(y, piece.outputs)
+    return cut_tensor(part_of(layer, m, effect, join_pieces(x, piece.inputs), y), piece.outputs)
 
 
 class OfPieces(Plan):
@@ -228,18 +228,18 @@ class ChainOfPieces(OfPieces, Chain):
         self, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor:
         piece = self.layer.site.piece
-        whole = joined(x, piece.inputs)
-        inner = x if effect.pre is None else cut_up(effect.pre(whole).to(x.dtype), piece.inputs)
+        whole = join_pieces(x, piece.inputs)
+        inner = x if effect.pre is None else cut_tensor(effect.pre(whole).to(x.dtype), piece.inputs)
         return self.after(n, m, effect, seen(self.layer, m, effect, whole), self.through(n, inner, args, kwargs))
 
     def after(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
         if effect.post is None:
             return y
         piece = self.layer.site.piece
-        out = joined(y, piece.outputs)
+        out = join_pieces(y, piece.outputs)
         b = self.bias(n) if effect.apart else None
         out = effect.post(x, out) if b is None else effect.post(x, out - b) + b
-        return cut_up(out.to(y.dtype), piece.outputs)
+        return cut_tensor(out.to(y.dtype), piece.outputs)
 
     def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
         return low_rank_piece(self.layer, m, f, x)
@@ -248,7 +248,7 @@ class ChainOfPieces(OfPieces, Chain):
         return run(self.layer, x, W, b)
 
     def channels(self, v: Tensor) -> Tensor:
-        return cut_up(v, self.layer.site.piece.outputs, 0)
+        return cut_tensor(v, self.layer.site.piece.outputs, 0)
 
     def dropped(self, module: nn.Module, x: Tensor) -> Tensor:
         return dropped(self.layer, module, x)

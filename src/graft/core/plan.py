@@ -25,9 +25,9 @@ from graft.core.ops import Opaque
 from graft.core.protocols import Layer
 from graft.core.routing import Own, route
 from graft.kernels.eager import eager, once, watched
-from graft.kernels.experts import Formed, Part
+from graft.kernels.experts import FormedUpdate, LowRankUpdate
 from graft.kernels.low_rank import dropout
-from graft.kernels.summed import summed
+from graft.kernels.summed import make_sum
 
 
 def again(layer: Layer, run: Callable[..., Tensor], *args: object) -> Tensor:
@@ -487,7 +487,7 @@ class Folded(Plan):
                 parts.append(Own(formed_part([effect.pieces], layer.training, group), gate))
             elif effect.product is not None:
                 A, B = same_inputs(effect.product()).matrices()
-                parts.append(Own(Part(*self.op.each(A, B, self.op.stack(layer.site.module)), group), gate))
+                parts.append(Own(LowRankUpdate(*self.op.each(A, B, self.op.stack(layer.site.module)), group), gate))
         return parts
 
     def stand_in(self) -> Tensor | None:
@@ -502,13 +502,13 @@ class Folded(Plan):
         for product in self.products:
             A, B = same_inputs(product()).matrices()
             parts.append((*(op.each(A, B, len(W)) if W.dim() > 2 else (A, B)), 1.0))
-        return summed(W, parts, op.transposed)
+        return make_sum(W, parts, op.transposed)
 
 
-def formed_part(pieces: Sequence[Pieces], trains: bool, group: int | None) -> Formed:
+def formed_part(pieces: Sequence[Pieces], trains: bool, group: int | None) -> FormedUpdate:
     """Return what adapters of a stack add to it together, made one matrix at a time."""
     making = Making(pieces, trains)
-    return Formed(making.tensors, making, group, None, making.reads or len(pieces) > 1, making.shared)
+    return FormedUpdate(making.tensors, making, group, None, making.reads or len(pieces) > 1, making.shared)
 
 
 class Whole(Plan):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import RoutingError
 from graft.core.rows import Rows
-from graft.kernels.experts import Formed, Part
+from graft.kernels.experts import FormedUpdate, LowRankUpdate
 from graft.kernels.waits import constant
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ HANDED = "_graft_handed"  # mark on the innermost module, while layers around it
 class Own(NamedTuple):
     """A part of a stack, before the number of tokens is known."""
 
-    part: Part | Formed  # without a gate
+    part: LowRankUpdate | FormedUpdate  # without a gate
     gate: Callable[[int], Tensor] | None = None  # number of tokens → (tokens,)
 
 
@@ -64,7 +64,7 @@ class Handed:
     groups: Groups | None = None
     parts: dict[str, Sequence[Own]] = field(default_factory=dict)
 
-    def parts_of(self, name: str, tokens: int) -> list[Part | Formed]:
+    def parts_of(self, name: str, tokens: int) -> list[LowRankUpdate | FormedUpdate]:
         own = self.parts.get(name, ())
         return [p.part if p.gate is None else p.part._replace(gate=p.gate(tokens)) for p in own]
 

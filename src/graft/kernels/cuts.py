@@ -39,27 +39,29 @@ class Cut(NamedTuple):
         return max(0, min(self.chunk, self.size // self.stripes - rank * self.chunk))
 
 
-def piece_of(t: Tensor, cut: Cut, dim: int) -> Tensor:
+def take_piece(t: Tensor, cut: Cut, dim: int) -> Tensor:
     """Return this process's piece of a whole tensor, without its own backward pass."""
     striped = t.movedim(dim, 0).unflatten(0, (cut.stripes, -1))
     piece = striped.narrow(1, min(cut.rank * cut.chunk, striped.shape[1]), cut.length(cut.rank))
     return piece.flatten(0, 1).movedim(0, dim)
 
 
-def whole_of(piece: Tensor, cut: Cut, dim: int) -> Tensor:
+def gather_whole(piece: Tensor, cut: Cut, dim: int) -> Tensor:
     """Return the whole tensor of which each process of the group passes its piece."""
-    own = piece.movedim(dim, 0).unflatten(0, (cut.stripes, -1)).movedim(1, 0)  # (length, stripes, …)
-    sent = (
-        own if len(own) == cut.chunk else nn.functional.pad(own, (0, 0) * (own.dim() - 1) + (0, cut.chunk - len(own)))
+    stripes = piece.movedim(dim, 0).unflatten(0, (cut.stripes, -1)).movedim(1, 0)  # (length, stripes, …)
+    padded = (
+        stripes
+        if len(stripes) == cut.chunk
+        else nn.functional.pad(stripes, (0, 0) * (stripes.dim() - 1) + (0, cut.chunk - len(stripes)))
     )
-    sent = sent.contiguous()
-    found = [torch.empty_like(sent) for _ in range(cut.world)]
-    dist.all_gather(found, sent, group=cut.group)
-    both = torch.cat([t[: cut.length(rank)] for rank, t in enumerate(found)])  # (size / stripes, stripes, …)
-    return both.movedim(0, 1).flatten(0, 1).movedim(0, dim).contiguous()
+    padded = padded.contiguous()
+    gathered = [torch.empty_like(padded) for _ in range(cut.world)]
+    dist.all_gather(gathered, padded, group=cut.group)
+    whole = torch.cat([t[: cut.length(rank)] for rank, t in enumerate(gathered)])  # (size / stripes, stripes, …)
+    return whole.movedim(0, 1).flatten(0, 1).movedim(0, dim).contiguous()
 
 
-def total(t: Tensor, cut: Cut) -> Tensor:
+def sum_over_group(t: Tensor, cut: Cut) -> Tensor:
     t = t.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(t, group=cut.group)
     return t
@@ -69,28 +71,28 @@ class _Piece(Function):
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
         ctx.cut, ctx.dim = cut, dim
-        return piece_of(t, cut, dim).contiguous()
+        return take_piece(t, cut, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
-        return whole_of(g, ctx.cut, ctx.dim), None, None
+        return gather_whole(g, ctx.cut, ctx.dim), None, None
 
 
 class _Whole(Function):
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut, dim: int) -> Tensor:
         ctx.cut, ctx.dim = cut, dim
-        return whole_of(t, cut, dim)
+        return gather_whole(t, cut, dim)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
-        return piece_of(g, ctx.cut, ctx.dim).contiguous(), None, None
+        return take_piece(g, ctx.cut, ctx.dim).contiguous(), None, None
 
 
 class _Sum(Function):
     @staticmethod
     def forward(ctx: Context, t: Tensor, cut: Cut) -> Tensor:
-        return total(t, cut)
+        return sum_over_group(t, cut)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
@@ -105,24 +107,24 @@ class _WithSummedGrad(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> object:
-        return total(g, ctx.cut), None
+        return sum_over_group(g, ctx.cut), None
 
 
-def cut_up(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
+def cut_tensor(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
     """Return this process's piece of a whole tensor; the tensor itself where nothing is cut."""
     return t if cut is None else _Piece.apply(t, cut, dim)
 
 
-def joined(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
+def join_pieces(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
     """Return the whole tensor from the processes' pieces."""
     return t if cut is None else _Whole.apply(t, cut, dim)
 
 
-def summed(t: Tensor, cut: Cut) -> Tensor:
+def sum_partial_results(t: Tensor, cut: Cut) -> Tensor:
     """Return the whole tensor that is the sum of what the processes computed from their pieces."""
     return _Sum.apply(t, cut)
 
 
-def with_summed_grad(t: Tensor, cut: Cut) -> Tensor:
+def sum_gradient(t: Tensor, cut: Cut) -> Tensor:
     """Return a whole tensor for a product with a piece, whose gradient is the sum of those of all processes."""
     return _WithSummedGrad.apply(t, cut)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graft.kernels import low_rank, sparse
-from graft.kernels.cuts import Cut, piece_of, total, whole_of
+from graft.kernels.cuts import Cut, gather_whole, sum_over_group, take_piece
 from graft.kernels.eager import Context, Function
 from graft.kernels.low_rank import gradients, seed_for
 from graft.kernels.sparse import gathers
@@ -33,20 +33,20 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, rows: Cut | None = None, columns:
     """
     dtype = torch.promote_types(W.dtype, torch.float32)
     W, A, B = W.to(dtype), A.to(dtype), B.to(dtype)
-    own = B if rows is None else piece_of(B, rows, 0)
+    B_rows = B if rows is None else take_piece(B, rows, 0)
     square = torch.linalg.vector_norm(W, dim=1).square()
-    product = W @ (A if columns is None else piece_of(A, columns, 1)).T
+    product = W @ (A if columns is None else take_piece(A, columns, 1)).T
     if columns is not None:
-        square, product = total(square, columns), total(product, columns)
-    both = torch.addmm(2 * product, own, A @ A.T)
-    norms = (square + (both * own).sum(1)).clamp_(min=0).sqrt_()
-    return norms if rows is None else whole_of(norms, rows, 0)
+        square, product = sum_over_group(square, columns), sum_over_group(product, columns)
+    both = torch.addmm(2 * product, B_rows, A @ A.T)
+    norms = (square + (both * B_rows).sum(1)).clamp_(min=0).sqrt_()
+    return norms if rows is None else gather_whole(norms, rows, 0)
 
 
 SPARSE_TO = 0.15  # share of dropped inputs up to which W x' is W x less the product of the few dropped ones
 
 
-def plain(
+def plain_dora_linear(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, ratio: Tensor, scale: float, mask: Tensor | int = 1
 ) -> Tensor:
     """The reference. x (…, in), W (out, in), A (r, in), B (out, r), b and ratio (out,); mask: dropout's factors."""
@@ -55,7 +55,7 @@ def plain(
     return out if b is None else out + b
 
 
-def linear(
+def dora_linear(
     base: Callable[[Tensor], Tensor],
     input_gradient: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
@@ -67,12 +67,15 @@ def linear(
     scale: float,
     p: float,
 ) -> Tensor:
-    """Compute `plain` in the dtype of base(x) = W x + b. base, input_gradient, W: as in `low_rank_linear`."""
-    return _Linear.apply(x, W, b, A, B, ratio, base, input_gradient, scale, p, seed_for(p))
+    """Compute `plain_dora_linear` in the dtype of base(x) = W x + b.
+
+    base, input_gradient, W: as in `low_rank_linear`.
+    """
+    return _DoraLinear.apply(x, W, b, A, B, ratio, base, input_gradient, scale, p, seed_for(p))
 
 
-class _Linear(Function):
-    """`linear`, which keeps x, h = x' Aᵀ and z, the part that `ratio` scales, for the backward pass."""
+class _DoraLinear(Function):
+    """`dora_linear`, which keeps x, h = x' Aᵀ and z, the part that `ratio` scales, for the backward pass."""
 
     @staticmethod
     def forward(
@@ -86,7 +89,7 @@ class _Linear(Function):
         few = 0 < p <= SPARSE_TO and gathers(x)
         if p:
             if few:
-                u = sparse.part(flat, W, low_rank.places(flat.numel(), p, seed, x.device)).to(wide.dtype)
+                u = sparse.multiply_sampled(flat, W, low_rank.places(flat.numel(), p, seed, x.device)).to(wide.dtype)
                 u = torch.sub(wide, u, out=u)
                 u = (u if b is None else u.sub_(b)).mul_(1 / (1 - p))
             else:
@@ -107,7 +110,7 @@ class _Linear(Function):
         scale, p, seed = ctx.options
         need = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
         if torch.is_grad_enabled():  # for a second derivative
-            return _again(ctx, g)
+            return _differentiable_gradients(ctx, g)
         rows = g.reshape(-1, g.shape[-1]).to(z.dtype)
         d_ratio = dx = None
         if ctx.needs_input_grad[5]:
@@ -117,7 +120,7 @@ class _Linear(Function):
         if need[0] and ctx.few:
             part = rows * ((ratio - 1) / (1 - p))
             places = low_rank.places(x.numel(), p, seed, x.device)
-            less = sparse.entries(part, W, places)
+            less = sparse.product_entries(part, W, places)
             dx = ctx.input_gradient(part.add_(rows).to(W.dtype), W)
             dx.view(-1).index_add_(0, places, less.to(dx.dtype), alpha=-1)
         scaled = rows * ratio
@@ -130,16 +133,16 @@ class _Linear(Function):
         return dx, None, None, dA, dB, d_ratio, None, None, None, None, None
 
 
-def _again(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_gradients(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return gradients that have gradients: those of the plain products."""
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
     scale, p, seed = ctx.options
     mask = low_rank.dropout_mask(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1
-    out = plain(x, W, b, A, B, ratio, scale, mask)
-    wanted = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
+    out = plain_dora_linear(x, W, b, A, B, ratio, scale, mask)
+    indices = [i for i in (0, 3, 4, 5) if ctx.needs_input_grad[i]]
     inputs = (x, W, b, A, B, ratio)
-    found = torch.autograd.grad(out, [inputs[i] for i in wanted], g.to(out.dtype), create_graph=True)
+    values = torch.autograd.grad(out, [inputs[i] for i in indices], g.to(out.dtype), create_graph=True)
     grads: list[Tensor | None] = [None] * 11
-    for i, grad in zip(wanted, found):
+    for i, grad in zip(indices, values):
         grads[i] = grad
     return tuple(grads)

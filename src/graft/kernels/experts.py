@@ -24,17 +24,17 @@ FEW = 4  # rows: products of fewer are other functions, so that a row would depe
 Span = tuple[int, int, int]  # an expert, and its rows from here to there
 
 
-class Codes(Protocol):
+class MatrixStack(Protocol):
     """A stack of matrices, however it is held."""
 
     @property
     def shape(self) -> tuple[int, int, int]: ...  # (experts, out, in)
     @property
-    def own_dtype(self) -> torch.dtype | None: ...  # in which to compute; None: that of the inputs
+    def compute_dtype(self) -> torch.dtype | None: ...  # in which to compute; None: that of the inputs
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Sequence[Tensor]: ...  # matrices (out, in)
 
 
-class Part(NamedTuple):
+class LowRankUpdate(NamedTuple):
     """A low-rank update of a stack."""
 
     A: Tensor  # (experts, r, in)
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 Form = Callable[[int, Sequence[Tensor], Tensor | None], tuple[Tensor, ...]]
 
 
-class Formed(NamedTuple):
+class FormedUpdate(NamedTuple):
     """An update of a stack that is made of smaller tensors, one matrix at a time, and again in the backward pass."""
 
     tensors: Sequence[Tensor]  # (experts, …)
@@ -58,12 +58,12 @@ class Formed(NamedTuple):
     shared: Sequence[Tensor] = ()  # tensors of all experts that `form` reads where they stand
 
 
-class Stack(NamedTuple):
-    codes: Codes
-    parts: Sequence[Part | Formed] = ()
+class UpdatedStack(NamedTuple):
+    codes: MatrixStack
+    parts: Sequence[LowRankUpdate | FormedUpdate] = ()
 
 
-class Block(NamedTuple):
+class ExpertBlock(NamedTuple):
     """What experts do with their stacks: down(act(up x)), each with a bias if it has one, and a norm after them."""
 
     up: str  # names of the stacks
@@ -115,17 +115,17 @@ class Routes(NamedTuple):
                 yield expert, a, b
 
     @property
-    def used(self) -> int:
+    def row_count(self) -> int:
         """The number of rows that have an expert."""
         return sum(self.sizes)
 
 
-def routed(
-    block: Block,
+def run_experts(
+    block: ExpertBlock,
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    stacks: Mapping[str, Stack],
+    stacks: Mapping[str, UpdatedStack],
     group: Tensor | None = None,
     groups: int = 1,
 ) -> Tensor:
@@ -140,44 +140,44 @@ def routed(
         groups: their number.
     """
     routes = Routes.of(index, stacks[block.up].codes.shape[0], group, groups)
-    y = project(x, routes, stacks[block.up], gather=True)
+    y = multiply_stack(x, routes, stacks[block.up], gather=True)
     if block.up_bias is not None:
         y = y + block.up_bias[routes.experts].to(y.dtype)
-    y = project(block.act(y), routes, stacks[block.down])
+    y = multiply_stack(block.act(y), routes, stacks[block.down])
     if block.down_bias is not None:
         y = y + block.down_bias[routes.experts].to(y.dtype)
     if block.norm is not None:
         y = block.norm(y)
     counts = weights.reshape(-1)[routes.order]
-    if routes.used < len(counts):
-        counts = counts.masked_fill(torch.arange(len(counts), device=counts.device) >= routes.used, 0)
+    if routes.row_count < len(counts):
+        counts = counts.masked_fill(torch.arange(len(counts), device=counts.device) >= routes.row_count, 0)
     y = (y * counts[:, None])[routes.order.argsort()].view(*index.shape, -1)
     return y.sum(1, dtype=torch.promote_types(y.dtype, torch.float32)).to(x.dtype)
 
 
-def project(x: Tensor, routes: Routes, stack: Stack, gather: bool = False) -> Tensor:
+def multiply_stack(x: Tensor, routes: Routes, stack: UpdatedStack, gather: bool = False) -> Tensor:
     """Return what a stack and its parts make of each row, (rows, out); zeros for rows without an expert.
 
     Args:
         x: (rows, in), or with `gather` (tokens, in).
     """
     auto = autocast_dtype(x.device)
-    dtype = auto or stack.codes.own_dtype or x.dtype
+    dtype = auto or stack.codes.compute_dtype or x.dtype
     tensors: list[Tensor | None] = []
     makers = []
     for part in stack.parts:
         gate = None if part.gate is None else part.gate[routes.tokens]
         spans = {e: (a, b) for e, a, b in routes.spans(part.group)}
-        if isinstance(part, Part):
-            own = [t if auto is None else t.to(auto) for t in (part.A, part.B)]
-            makers.append(Maker(spans, own[0].dtype, None))
+        if isinstance(part, LowRankUpdate):
+            part_tensors = [t if auto is None else t.to(auto) for t in (part.A, part.B)]
+            makers.append(Maker(spans, part_tensors[0].dtype, None))
         else:
-            own = [*part.tensors, *part.shared]
+            part_tensors = [*part.tensors, *part.shared]
             wide = auto or part.tensors[0].dtype
             makers.append(Maker(spans, wide, part.form, part.reads, len(part.tensors), part.shared))
-        tensors += [None if gate is None else gate.to(makers[-1].dtype), *own]
-    job = Job(stack.codes, dtype, [*routes.spans()], makers, len(routes.order))
-    return _Project.apply(x, routes.tokens if gather else None, job, *tensors)
+        tensors += [None if gate is None else gate.to(makers[-1].dtype), *part_tensors]
+    job = StackProduct(stack.codes, dtype, [*routes.spans()], makers, len(routes.order))
+    return _StackProduct.apply(x, routes.tokens if gather else None, job, *tensors)
 
 
 class Maker(NamedTuple):
@@ -187,7 +187,7 @@ class Maker(NamedTuple):
     dtype: torch.dtype  # in which it computes
     form: Form | None  # None: the tensors are A and B
     reads: bool = False
-    own: int = 2  # tensors that have a part for each expert
+    per_expert: int = 2  # tensors that have a part for each expert
     shared: Sequence[Tensor] = ()
 
     def make(self, e: int, tensors: Sequence[Tensor], W: Tensor | None) -> Sequence[Tensor]:
@@ -197,7 +197,7 @@ class Maker(NamedTuple):
         with torch.autocast(tensors[0].device.type, enabled=False):
             return [t.to(self.dtype) for t in self.form(e, tensors, W)]
 
-    def grads(
+    def make_with_gradients(
         self, e: int, tensors: Sequence[Tensor], W: Tensor | None, need: Sequence[bool]
     ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Sequence[Tensor | None]]]:
         """Return what `make` does, and the function from its gradients to those of the tensors (None: not needed)."""
@@ -205,27 +205,27 @@ class Maker(NamedTuple):
             return tensors, lambda of_made: of_made
         leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, need)]
         with torch.enable_grad():
-            made = self.make(e, leaves, W)
+            update = self.make(e, leaves, W)
         inputs = [*leaves, *self.shared]
-        wanted = [i for i, (t, own) in enumerate(zip(inputs, need)) if own]
+        wanted = [i for i, (t, needed) in enumerate(zip(inputs, need)) if needed]
 
         def back(of_made: Sequence[Tensor]) -> Sequence[Tensor | None]:
             out: list[Tensor | None] = [None] * len(inputs)
-            pairs = [(m, g) for m, g in zip(made, of_made) if m.requires_grad]
+            pairs = [(m, g) for m, g in zip(update, of_made) if m.requires_grad]
             if pairs and wanted:
                 some, grads = zip(*pairs)
-                found = torch.autograd.grad(some, [inputs[i] for i in wanted], grads, allow_unused=True)
-                for i, grad in zip(wanted, found):
+                values = torch.autograd.grad(some, [inputs[i] for i in wanted], grads, allow_unused=True)
+                for i, grad in zip(wanted, values):
                     out[i] = grad
             return out
 
-        return [t.detach() for t in made], back
+        return [t.detach() for t in update], back
 
 
-class Job(NamedTuple):
+class StackProduct(NamedTuple):
     """What the host knows of a product."""
 
-    codes: Codes
+    codes: MatrixStack
     dtype: torch.dtype
     spans: list[Span]
     makers: list[Maker]
@@ -235,7 +235,7 @@ class Job(NamedTuple):
     def reads(self) -> bool:
         return any(maker.reads for maker in self.makers)
 
-    def each(self, use: Callable[[Tensor | None, int, int, int], object], dense: bool = True) -> None:
+    def visit_matrices(self, use: Callable[[Tensor | None, int, int, int], object], dense: bool = True) -> None:
         """Call `use` with each matrix in use (None if not `dense`), expert and rows; it must not keep the matrix."""
         if not dense:
             for span in self.spans:
@@ -249,46 +249,49 @@ class Job(NamedTuple):
                 use(W, *span)
             del W  # before the next chunk is made
 
-    def apart(self, tensors: Sequence[Any]) -> list[tuple[Maker, int, Tensor | None, Sequence[Tensor]]]:
+    def split_tensors(self, tensors: Sequence[Any]) -> list[tuple[Maker, int, Tensor | None, Sequence[Tensor]]]:
         """Return of each part its maker, where its tensors begin among all, its gate, and its tensors."""
         out, i = [], 0
         for maker in self.makers:
-            end = i + 1 + maker.own + len(maker.shared)
+            end = i + 1 + maker.per_expert + len(maker.shared)
             out.append((maker, i, tensors[i], tensors[i + 1 : end]))
             i = end
         return out
 
 
-def product(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
+def multiply_rows(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
     """Return x W in `out`, (rows, n), each row with the bits that it has among more of them."""
     if len(x) >= FEW:
         return torch.mm(x, W, out=out)
     return out.copy_((nn.functional.pad(x, (0, 0, 0, FEW - len(x))) @ W)[: len(x)])
 
 
-class _Project(Function):
+class _StackProduct(Function):
     @staticmethod
-    def forward(ctx: Context, x: Tensor, at: Tensor | None, job: Job, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, at: Tensor | None, job: StackProduct, *tensors: Tensor | None) -> Tensor:
         def rows(a: int, b: int) -> Tensor:
             return x[a:b] if at is None else x[at[a:b]]
 
         y = x.new_zeros(job.rows, job.codes.shape[1], dtype=job.dtype)
-        parts = job.apart(tensors)
+        parts = job.split_tensors(tensors)
         low: dict[tuple[int, int], Tensor] = {}  # (rows, r) of each part and expert
 
         def run(W: Any, e: int, a: int, b: int) -> None:
-            product(rows(a, b).to(W.dtype), W.T, y[a:b])
-            for i, (maker, _, gate, own) in enumerate(parts):
+            multiply_rows(rows(a, b).to(W.dtype), W.T, y[a:b])
+            for i, (maker, _, gate, part_tensors) in enumerate(parts):
                 if e not in maker.spans:
                     continue
                 a, b = maker.spans[e]
-                made, v = maker.make(e, [t[e] for t in own[: maker.own]], W), rows(a, b).to(maker.dtype)
-                z = v @ made[0].T
-                if len(made) > 1:  # each h in memory of its own: its place would change its bits
-                    low[i, e], z = z, z @ made[1].T
+                update, v = (
+                    maker.make(e, [t[e] for t in part_tensors[: maker.per_expert]], W),
+                    rows(a, b).to(maker.dtype),
+                )
+                z = v @ update[0].T
+                if len(update) > 1:  # each h in memory of its own: its place would change its bits
+                    low[i, e], z = z, z @ update[1].T
                 y[a:b] += (z if gate is None else z * gate[a:b, None]).to(y.dtype)
 
-        job.each(run)
+        job.visit_matrices(run)
         ctx.save_for_backward(x, at, *tensors, *low.values())
         ctx.job, ctx.low = job, [*low]
         return y
@@ -301,7 +304,7 @@ class _Project(Function):
         need_x, _, _, *need = ctx.needs_input_grad
         dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if need_x else None
         grads = [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, need)]
-        parts = job.apart(tensors)
+        parts = job.split_tensors(tensors)
 
         def add(a: int, b: int, d: Tensor) -> None:
             assert dx is not None
@@ -312,39 +315,39 @@ class _Project(Function):
 
         def run(W: Any, e: int, a: int, b: int) -> None:
             if need_x:
-                add(a, b, product(g[a:b], W, g.new_empty(b - a, W.shape[1])))
-            for i, (maker, first, gate, own) in enumerate(parts):
+                add(a, b, multiply_rows(g[a:b], W, g.new_empty(b - a, W.shape[1])))
+            for i, (maker, first, gate, part_tensors) in enumerate(parts):
                 if e not in maker.spans:
                     continue
                 a, b = maker.spans[e]
-                wanted = need[first + 1 : first + 1 + len(own)]
-                made, back = maker.grads(e, [t[e] for t in own[: maker.own]], W, wanted)
+                wanted = need[first + 1 : first + 1 + len(part_tensors)]
+                update, back = maker.make_with_gradients(e, [t[e] for t in part_tensors[: maker.per_expert]], W, wanted)
                 v, z = (x[a:b] if at is None else x[at[a:b]]).to(maker.dtype), g[a:b].to(maker.dtype)
                 dgate, out, h = grads[first], z, low.get((i, e), v)
-                z = z @ made[-1]
+                z = z @ update[-1]
                 if dgate is not None:
                     dgate[a:b] = (z * h).sum(1)
                 if gate is not None:
                     out, z = out * gate[a:b, None], z * gate[a:b, None]
                 if any(wanted):
-                    found = back([out.T @ v] if len(made) == 1 else [z.T @ v, out.T @ h])
-                    for j, grad in enumerate(found):
+                    part_grads = back([out.T @ v] if len(update) == 1 else [z.T @ v, out.T @ h])
+                    for j, grad in enumerate(part_grads):
                         total = grads[first + 1 + j]
                         if total is not None and grad is not None:
-                            (total[e] if j < maker.own else total).add_(grad)
+                            (total[e] if j < maker.per_expert else total).add_(grad)
                 if need_x:
-                    add(a, b, z if len(made) == 1 else z @ made[0])
+                    add(a, b, z if len(update) == 1 else z @ update[0])
 
-        job.each(run, dense=need_x or job.reads)
+        job.visit_matrices(run, dense=need_x or job.reads)
         return None if dx is None else dx.to(x.dtype), None, None, *grads
 
 
-def plain(
-    block: Block,
+def plain_run_experts(
+    block: ExpertBlock,
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    stacks: Mapping[str, Stack],
+    stacks: Mapping[str, UpdatedStack],
     group: Tensor | None = None,
 ) -> Tensor:
     """The reference: token by token, with dense matrices."""
@@ -355,11 +358,13 @@ def plain(
         y = W @ v
         for part in parts:
             if part.group is None or (group is not None and part.group == int(group[t])):
-                made = (
-                    (part.A[e], part.B[e]) if isinstance(part, Part) else part.form(e, [u[e] for u in part.tensors], W)
+                update = (
+                    (part.A[e], part.B[e])
+                    if isinstance(part, LowRankUpdate)
+                    else part.form(e, [u[e] for u in part.tensors], W)
                 )
-                z = made[0] @ v
-                for B in made[1:]:
+                z = update[0] @ v
+                for B in update[1:]:
                     z = B @ z
                 y = y + z * (1 if part.gate is None else part.gate[t])
         bias = block.up_bias if name == block.up else block.down_bias

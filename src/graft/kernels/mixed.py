@@ -16,7 +16,7 @@ STACKED = 2**20  # numbers in the stacked factors: to copy more costs more than 
 Factors = Sequence[tuple[Tensor, Tensor, float]]  # A (r, in), B (out, r), scaling
 
 
-def plain(y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int]) -> Tensor:
+def plain_add_groups(y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int]) -> Tensor:
     """The reference: y with s · x Aᵀ Bᵀ added to the rows of each (A, B, s).
 
     y (batch, …, out), x (batch, …, in). order: the rows of the first adapter, then of the second, …; sizes: how many
@@ -28,38 +28,41 @@ def plain(y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence
     return out
 
 
-def fits(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
+def can_add_groups(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
     """Return True if `add_groups` can serve them: all of one dtype and, with gradients, cheap to stack."""
     A = factors[0][0]
     if any(a.dtype != A.dtype or b.dtype != A.dtype for a, b, _ in factors):
         return False
-    return not torch.is_grad_enabled() or (_alike(factors, sizes) and _small(factors))
+    return not torch.is_grad_enabled() or (_have_one_shape(factors, sizes) and _is_cheap_to_stack(factors))
 
 
 def add_groups(
     y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int], in_order: bool = False
 ) -> Tensor:
-    """Compute `plain` in y's memory, if it `fits`. in_order: `order` counts all rows from the first to the last."""
+    """Compute `plain_add_groups` in y's memory, for factors that `can_add_groups` takes.
+
+    in_order: `order` counts all rows from the first to the last.
+    """
     groups = (x if in_order else x.index_select(0, order)).to(factors[0][0].dtype)
-    if _alike(factors, sizes) and (in_order or _small(factors)):
+    if _have_one_shape(factors, sizes) and (in_order or _is_cheap_to_stack(factors)):
         return _add_stacked(y, groups, factors, None if in_order else order)
     counts = [size * (groups[0].numel() // x.shape[-1]) for size in sizes]
     parts, linear = groups.flatten(0, -2).split(counts), nn.functional.linear
     if y.dtype == groups.dtype and not torch.is_grad_enabled():
         into = y if in_order else y.index_select(0, order)
-        for own, part, (A, B, s) in zip(into.view(-1, y.shape[-1]).split(counts), parts, factors):
-            own.addmm_(down(part, A), B.T, alpha=s)
+        for rows, part, (A, B, s) in zip(into.view(-1, y.shape[-1]).split(counts), parts, factors):
+            rows.addmm_(down(part, A), B.T, alpha=s)
         return y if in_order else y.index_copy_(0, order, into)
-    return _add(y, order, torch.cat([linear(down(part, A) * s, B) for part, (A, B, s) in zip(parts, factors)]))
+    return _add_rows(y, order, torch.cat([linear(down(part, A) * s, B) for part, (A, B, s) in zip(parts, factors)]))
 
 
-def _alike(factors: Factors, sizes: Sequence[int]) -> bool:
+def _have_one_shape(factors: Factors, sizes: Sequence[int]) -> bool:
     """Return True if one batched product covers them all."""
     first = factors[0][0]
     return len(set(sizes)) == 1 and all(A.shape == first.shape for A, _, _ in factors)
 
 
-def _small(factors: Factors) -> bool:
+def _is_cheap_to_stack(factors: Factors) -> bool:
     A, B, _ = factors[0]
     return len(factors) * (A.numel() + B.numel()) <= STACKED
 
@@ -78,10 +81,10 @@ def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | No
     if in_place:
         y.view(len(factors), -1, y.shape[-1]).baddbmm_(h, B.mT)
         return y
-    return _add(y, order, torch.bmm(h, B.mT))
+    return _add_rows(y, order, torch.bmm(h, B.mT))
 
 
-def _add(y: Tensor, order: Tensor | None, added: Tensor) -> Tensor:
+def _add_rows(y: Tensor, order: Tensor | None, added: Tensor) -> Tensor:
     """Add rows to those of `order` (None: to all), in y's memory, with one rounding; return y."""
     if order is None:
         added = added.view(y.shape)

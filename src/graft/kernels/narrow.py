@@ -11,24 +11,24 @@ from graft.kernels.eager import Context, Function, only_backward
 PART = 1 << 20  # numbers of the weight that are wide at a time
 
 
-def plain(A: Tensor, W: Tensor) -> Tensor:
+def plain_widened_product(A: Tensor, W: Tensor) -> Tensor:
     """The reference. A (r, m), W (m, n) → (r, n), in the dtype of A."""
     return A @ W.to(A.dtype)
 
 
-def product(A: Tensor, W: Tensor) -> Tensor:
-    """Compute `plain`. W gets no gradient."""
+def multiply_widened(A: Tensor, W: Tensor) -> Tensor:
+    """Compute `plain_widened_product`. W gets no gradient."""
     if W.dtype == A.dtype or not only_backward():
-        return plain(A, W)
-    return _Product.apply(A, W)
+        return plain_widened_product(A, W)
+    return _WidenedProduct.apply(A, W)
 
 
-class _Product(Function):
+class _WidenedProduct(Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(A: Tensor, W: Tensor) -> Tensor:
-        return torch.cat([plain(A, part) for part in parts(W)], 1)
+        return torch.cat([plain_widened_product(A, part) for part in split_columns(W)], 1)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -36,40 +36,40 @@ class _Product(Function):
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, ...]:
-        some = parts(ctx.saved_tensors[0])
+        some = split_columns(ctx.saved_tensors[0])
         widths = [part.shape[1] for part in some]
         return sum(h @ part.to(g.dtype).T for h, part in zip(g.split(widths, 1), some)), None
 
 
-def parts(W: Tensor) -> tuple[Tensor, ...]:
+def split_columns(W: Tensor) -> tuple[Tensor, ...]:
     """Return W in columns of not too many numbers."""
     return W.split(max(1, PART // max(1, W.shape[0])), 1)
 
 
-def outside(p: Tensor, Q: Tensor) -> Tensor:
+def project_gradient_outside(p: Tensor, Q: Tensor) -> Tensor:
     """Return p, whose gradient g becomes g - Q Qᵀ g. p (n, k); the columns of Q (n, j) are orthonormal."""
-    return _Projected.apply(p, Q, False) if only_backward() else _by_sum(p, Q, False)
+    return _GradientProjection.apply(p, Q, False) if only_backward() else _project_by_sum(p, Q, False)
 
 
-def inside(p: Tensor, Q: Tensor) -> Tensor:
+def project_gradient_inside(p: Tensor, Q: Tensor) -> Tensor:
     """Return p, whose gradient g becomes Q Qᵀ g."""
-    return _Projected.apply(p, Q, True) if only_backward() else _by_sum(p, Q, True)
+    return _GradientProjection.apply(p, Q, True) if only_backward() else _project_by_sum(p, Q, True)
 
 
-def projected(g: Tensor, Q: Tensor, within: bool) -> Tensor:
+def project_columns(g: Tensor, Q: Tensor, within: bool) -> Tensor:
     """Return the part of g (n, k) in the space of Q's columns, or the part outside."""
     Q = Q.to(g.dtype)
     part = Q @ (Q.T @ g)
     return part if within else g - part
 
 
-def _by_sum(p: Tensor, Q: Tensor, within: bool) -> Tensor:
+def _project_by_sum(p: Tensor, Q: Tensor, within: bool) -> Tensor:
     """The reference: what is projected is zero, and only its gradient matters."""
     still = p.detach()
-    return still + projected(p - still, Q, within)
+    return still + project_columns(p - still, Q, within)
 
 
-class _Projected(Function):
+class _GradientProjection(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -84,4 +84,4 @@ class _Projected(Function):
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None, None]:
         (Q,) = ctx.saved_tensors
-        return projected(g, Q, ctx.within), None, None
+        return project_columns(g, Q, ctx.within), None, None

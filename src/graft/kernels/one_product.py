@@ -23,7 +23,7 @@ class Addend(Protocol):
     """ΔW (out, n): a NamedTuple of tensors, and of facts."""
 
     def __iter__(self) -> Iterator[object]: ...
-    def added(self, W: Tensor) -> Tensor: ...  # W + ΔW, in the dtype in which to compute
+    def add_to(self, W: Tensor) -> Tensor: ...  # W + ΔW, in the dtype in which to compute
 
     # of all fields, from the gradient of the output (rows, out) and x (rows, n). need: which fields get one
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> Sequence[Tensor | None]: ...
@@ -57,7 +57,7 @@ class _OneProduct(Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, W, *[f if isinstance(f, Tensor) else None for f in fields])
         ctx.facts = [None if isinstance(f, Tensor) else f for f in fields]
-        total = kind(*fields).added(W)
+        total = kind(*fields).add_to(W)
         ctx.options = kind, input_gradient, total.dtype, None if bias is None else bias.dtype
         bias = None if bias is None else bias.to(total.dtype)
         return call(x.to(total.dtype), total, bias).to(x.dtype)
@@ -69,13 +69,13 @@ class _OneProduct(Function):
         delta = kind(*[fact if t is None else t for t, fact in zip(tensors, ctx.facts)])
         need_x, _, need_bias, _, _, _, *need = ctx.needs_input_grad
         rows, flat = (t.reshape(-1, t.shape[-1]).to(dtype) for t in (g, x))
-        dx = input_gradient(rows, delta.added(W)).to(x.dtype).view(x.shape) if need_x else None
+        dx = input_gradient(rows, delta.add_to(W)).to(x.dtype).view(x.shape) if need_x else None
         dbias = rows.sum(0).to(bias_dtype) if need_bias else None
-        own = delta.gradients(rows, flat, need) if any(need) else [None] * len(need)
-        return dx, None, dbias, None, None, None, *own
+        field_grads = delta.gradients(rows, flat, need) if any(need) else [None] * len(need)
+        return dx, None, dbias, None, None, None, *field_grads
 
 
-def plain(W: Tensor, bias: Tensor | None, x: Tensor, delta: Tensor) -> Tensor:
+def plain_linear_with(W: Tensor, bias: Tensor | None, x: Tensor, delta: Tensor) -> Tensor:
     """The reference for every ΔW, which is there. W and delta (out, n), x (…, n), bias (out,) → (…, out)."""
     y = x @ W.T + x @ delta.T
     return y if bias is None else y + bias
@@ -86,7 +86,7 @@ class Dense(NamedTuple):
 
     delta: Tensor  # (out, n)
 
-    def added(self, W: Tensor) -> Tensor:
+    def add_to(self, W: Tensor) -> Tensor:
         return W + self.delta
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor]:
@@ -109,7 +109,7 @@ class Factored(NamedTuple):
     B: Tensor  # (out, r)
     scale: float
 
-    def added(self, W: Tensor) -> Tensor:
+    def add_to(self, W: Tensor) -> Tensor:
         return torch.addmm(W, self.B, self.A, alpha=self.scale)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -145,7 +145,7 @@ class Hadamard(NamedTuple):
     shape: tuple[int, ...]  # of ΔW
 
     def dense(self) -> Tensor:
-        return self.scale * product(*self[:4]).reshape(self.shape)
+        return self.scale * multiply_hadamard(*self[:4]).reshape(self.shape)
 
     def columns(self, ids: Tensor) -> Tensor:
         """Return the columns of ΔW that `ids` (…) name: (…, out)."""
@@ -160,19 +160,22 @@ class Hadamard(NamedTuple):
         """Return x (W + ΔW)ᵀ + bias; None where the sum would round ΔW."""
         return linear_with(W, bias, x, self, call, input_gradient) if W.dtype == self.a.dtype else None
 
-    def added(self, W: Tensor) -> Tensor:
+    def add_to(self, W: Tensor) -> Tensor:
         return torch.addcmul(W, self.a @ self.b, self.c @ self.d, value=self.scale)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
         return *factor_gradients((g.T @ x) * self.scale, *self[:4]), None, None
 
 
-def product(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Compute `plain`; keep only the factors for the backward pass, as the products are as large as the weight."""
-    return _Product.apply(a, b, c, d) if only_backward() else plain_hadamard(a, b, c, d)
+def multiply_hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Compute `plain_hadamard`; keep only the factors for the backward pass.
+
+    The products are as large as the weight.
+    """
+    return _HadamardProduct.apply(a, b, c, d) if only_backward() else plain_hadamard(a, b, c, d)
 
 
-class _Product(Function):
+class _HadamardProduct(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -212,8 +215,8 @@ class Modulated(NamedTuple):
 
     def columns(self, ids: Tensor) -> Tensor:
         """Return the columns of ΔW that `ids` (…) name: (…, out)."""
-        own = embedding(ids, self.W.T) * (embedding(ids, self.A.T) @ self.B.T)
-        return own if self.D is None else own + embedding(ids, self.C.T) @ self.D.T  # type: ignore[union-attr]
+        columns = embedding(ids, self.W.T) * (embedding(ids, self.A.T) @ self.B.T)
+        return columns if self.D is None else columns + embedding(ids, self.C.T) @ self.D.T  # type: ignore[union-attr]
 
     def product(self, x: Tensor) -> None:
         """Return None: for few rows, too, the matrix has to be formed."""
@@ -224,7 +227,7 @@ class Modulated(NamedTuple):
         """Return x (W + ΔW)ᵀ + bias; None if the factors have a narrower dtype than W."""
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
 
-    def added(self, W: Tensor) -> Tensor:
+    def add_to(self, W: Tensor) -> Tensor:
         """Return W + ΔW in the dtype of the factors."""
         P = product_like(self.B, self.A, W)
         S = torch.addcmul(W, self.W, P) if W.dtype == P.dtype else (self.W * P).add_(W)
@@ -258,8 +261,12 @@ class Rescaled(NamedTuple):
 
     def columns(self, ids: Tensor) -> Tensor:
         """Return the columns of ΔW that `ids` (…) name: (…, out)."""
-        own = embedding(ids, self.W.T)
-        return torch.zeros_like(own) if self.a is None or self.b is None else own * self.a.flatten() + self.b.flatten()
+        columns = embedding(ids, self.W.T)
+        return (
+            torch.zeros_like(columns)
+            if self.a is None or self.b is None
+            else columns * self.a.flatten() + self.b.flatten()
+        )
 
     def product(self, x: Tensor) -> None:
         """Return None: for few rows, too, the matrix has to be formed."""
@@ -311,11 +318,11 @@ class Difference(NamedTuple):
         """Return x (W + ΔW)ᵀ + bias; None if the factors have a narrower dtype than W."""
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.A, W) else None
 
-    def added(self, W: Tensor) -> Tensor:
+    def add_to(self, W: Tensor) -> Tensor:
         """Return W + ΔW in the dtype of A and the memory layout of W, which may be stored as (in, out)."""
         B, A, B0, A0, shape = self
         if W.T.is_contiguous() and not W.is_contiguous():
-            return Difference(A.T, B.T, A0.T, B0.T, shape[::-1]).added(W.T).T
+            return Difference(A.T, B.T, A0.T, B0.T, shape[::-1]).add_to(W.T).T
         return torch.addmm(torch.addmm(W.contiguous().to(A.dtype), B, A), B0, A0, alpha=-1)
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:

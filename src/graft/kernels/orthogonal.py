@@ -29,7 +29,7 @@ def constrain(v: Tensor, eps: float) -> Tensor:
     return v * (limit / norm).clamp(max=1)
 
 
-def constrained(v: Tensor, eps: float) -> Tensor:
+def constrain_in_backward(v: Tensor, eps: float) -> Tensor:
     """Do as `constrain`, for projected descent: the gradient at the projected point counts as that of v, and the
     backward pass moves v there, so that the next step starts from that point. The forward pass writes nothing."""
     out = v + (constrain(v.detach(), eps) - v.detach())
@@ -73,7 +73,7 @@ class _Orthogonal(Function):
             ctx.save_for_backward(R)
             return R
         ctx.save_for_backward(Q)
-        return torch.baddbmm(_eye(Q), Q, _inner(Q, terms)[-1])
+        return torch.baddbmm(_eye(Q), Q, _horner_sums(Q, terms)[-1])
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor, None]:
@@ -82,19 +82,19 @@ class _Orthogonal(Function):
             J = (saved + _eye(saved)).mT
             return J @ g @ J * -0.5, None
         Q, dQ = saved, torch.zeros_like(saved)
-        for P in reversed(_inner(Q, ctx.terms)):
+        for P in reversed(_horner_sums(Q, ctx.terms)):
             dQ = torch.baddbmm(dQ, g, P.mT)
             g = Q.mT @ g
         return dQ + g, None
 
 
-def _inner(Q: Tensor, terms: int) -> list[Tensor]:
+def _horner_sums(Q: Tensor, terms: int) -> list[Tensor]:
     """Return 2I + Q, 2I + Q (2I + Q), …: the series is I + Q times the last, so that no power of Q stands alone."""
     two = 2 * _eye(Q)
-    found = [two + Q]
+    sums = [two + Q]
     for _ in range(max(terms, 4) - 3):
-        found.append(torch.baddbmm(two, Q, found[-1]))
-    return found
+        sums.append(torch.baddbmm(two, Q, sums[-1]))
+    return sums
 
 
 def _eye(Q: Tensor) -> Tensor:
@@ -109,10 +109,10 @@ def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
     """Compute `plain_rotate` by one batched product; keep x as it came."""
-    return _Rotate.apply(x, R) if worth_it(x) else _rotated(x, R)
+    return _Rotate.apply(x, R) if worth_it(x) else _rotate_blocks(x, R)
 
 
-def _rotated(x: Tensor, R: Tensor) -> Tensor:
+def _rotate_blocks(x: Tensor, R: Tensor) -> Tensor:
     blocks = x.to(R.dtype).reshape(-1, *R.shape[:2]).transpose(0, 1)  # (blocks, rows, b)
     return torch.bmm(blocks, R).transpose(0, 1).reshape(x.shape).to(x.dtype)
 
@@ -121,20 +121,20 @@ class _Rotate(Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, R)
-        return _rotated(x, R)
+        return _rotate_blocks(x, R)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[object, object]:
         x, R = ctx.saved_tensors
         g = g.to(R.dtype)
-        dx = _rotated(g, R.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dx = _rotate_blocks(g, R.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None
         left, right = (t.reshape(-1, *R.shape[:2]) for t in (x.to(R.dtype), g))
         return dx, torch.bmm(left.permute(1, 2, 0), right.transpose(0, 1))
 
 
-def shuffled(n: int, size: int, level: int) -> Tensor:
+def butterfly_order(n: int, size: int, level: int) -> Tensor:
     """Return the order (n,) in which a butterfly factor takes its inputs: of 2^level blocks, half blocks of the first
     half and of the second in turn."""
     return torch.arange(n).view(-1, 2, 1 << level, size // 2).transpose(1, 2).flatten()
@@ -160,7 +160,7 @@ def gram_distance(P: Tensor) -> Tensor:
     return torch.linalg.norm(P @ P.T - torch.eye(len(P), device=P.device, dtype=P.dtype))
 
 
-def compact(u: Tensor) -> tuple[Tensor, Tensor]:
+def compact_reflections(u: Tensor) -> tuple[Tensor, Tensor]:
     """Return (U, T) of (I - 2 û_1 û_1ᵀ) (I - 2 û_2 û_2ᵀ) …, û_k the normalised columns of u. u, U (n, r), T (r, r)."""
     U = u / u.norm(dim=0)
     half = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
@@ -181,15 +181,15 @@ def gram_schmidt(u: Tensor) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def plain_householder(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
+def plain_reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
     """The reference: x Hᵀ, computed in the dtype of U. x (…, n), U (n, r), T (r, r)."""
     z = x.to(U.dtype)
     return (z - (z @ U) @ T.T @ U.T).to(x.dtype)
 
 
 def reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
-    """Compute `plain` without a temporary of full width; keep x as it came and r numbers per row."""
-    return _Reflect.apply(x, U, T) if worth_it(x) else plain_householder(x, U, T)
+    """Compute `plain_reflect` without a temporary of full width; keep x as it came and r numbers per row."""
+    return _Reflect.apply(x, U, T) if worth_it(x) else plain_reflect(x, U, T)
 
 
 class _Reflect(Function):
@@ -216,7 +216,7 @@ class _Reflect(Function):
         return dx, dU, dT
 
 
-def plain_planar(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+def plain_rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
     """The reference: c ⊙ z + s ⊙ z′, z′ with the two of each pair exchanged, computed in the dtype of c.
 
     z (…, n), c and s (n / g, 2, g / 2). A rotation has s (-sin, sin).
@@ -225,14 +225,14 @@ def plain_planar(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return torch.addcmul(pairs * c, pairs.flip(-2), s).flatten(-3).to(z.dtype)
 
 
-def turn(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """Compute `plain`, for many rows without a copy of the halves; keep z as it came."""
+def rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Compute `plain_rotate_pairs`, for many rows without a copy of the halves; keep z as it came."""
     if torch.is_grad_enabled():
-        return _Turn.apply(z, c, s) if worth_it(z) else plain_planar(z, c, s)
-    return _turned(z, c, s) if z.numel() >= FUSED_FROM * z.shape[-1] and eager() else plain_planar(z, c, s)
+        return _RotatePairs.apply(z, c, s) if worth_it(z) else plain_rotate_pairs(z, c, s)
+    return _rotate_pairs(z, c, s) if z.numel() >= FUSED_FROM * z.shape[-1] and eager() else plain_rotate_pairs(z, c, s)
 
 
-def _turned(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
+def _rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
     pairs = z.to(c.dtype).view(*z.shape[:-1], *c.shape)
     y = pairs * c
     y[..., 0, :].addcmul_(pairs[..., 1, :], s[:, 0])
@@ -240,11 +240,11 @@ def _turned(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return y.flatten(-3).to(z.dtype)
 
 
-class _Turn(Function):
+class _RotatePairs(Function):
     @staticmethod
     def forward(ctx: Context, z: Tensor, c: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(z, c, s)
-        return _turned(z, c, s)
+        return _rotate_pairs(z, c, s)
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -255,4 +255,4 @@ class _Turn(Function):
         rows = tuple(range(z.dim() - 1))
         dc = (out * pairs).sum(rows) if need_c else None
         ds = torch.stack(((g1 * z2).sum(rows), (g2 * z1).sum(rows)), 1) if need_s else None
-        return _turned(g, c, s.flip(1)) if need_z else None, dc, ds
+        return _rotate_pairs(g, c, s.flip(1)) if need_z else None, dc, ds

@@ -18,29 +18,29 @@ NARROW, SMALL = 2, 400  # vectors, and multiplications: with fewer, products of 
 LINE = 64  # bytes: products of tensors that begin elsewhere than at a multiple have other bits
 
 
-def at_line(x: Tensor) -> bool:
+def is_at_line(x: Tensor) -> bool:
     """Return True if x begins at such a multiple."""
     return x.data_ptr() % LINE == 0
 
 
-def aligned(x: Tensor) -> Tensor:
+def align(x: Tensor) -> Tensor:
     """Return x as it would be alone, in memory that begins at a line; its gradient, too."""
-    return _Aligned.apply(x) if x.requires_grad and torch.is_grad_enabled() else _aligned(x)
+    return _Align.apply(x) if x.requires_grad and torch.is_grad_enabled() else _align_memory(x)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x if at_line(x) else x.clone()
+def _align_memory(x: Tensor) -> Tensor:
+    return x if is_at_line(x) else x.clone()
 
 
-class _Aligned(Function):
+class _Align(Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
-        own = _aligned(x)
-        return x.view_as(x) if own is x else own
+        copy = _align_memory(x)
+        return x.view_as(x) if copy is x else copy
 
     @staticmethod
     def backward(ctx: Context, g: Tensor) -> Tensor:
-        return _aligned(g)
+        return _align_memory(g)
 
 
 class Segment(NamedTuple):
@@ -79,28 +79,28 @@ class Group(NamedTuple):
     seed: int
 
     @property
-    def few(self) -> bool:
+    def is_small(self) -> bool:
         """Return True if each has so few rows that alone it runs without an autograd.Function."""
         return self.stop - self.start < FUSED_FROM * self.width
 
-    def of(self, x: Tensor) -> Tensor:
+    def rows_of(self, x: Tensor) -> Tensor:
         """Return their rows of x (rows, n)."""
         return x if self.stop - self.start == len(x) else x[self.start : self.stop]
 
 
-def plain(y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
+def plain_segments_linear(y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
     """The reference, from y = base(x). y (rows, out), x (rows, in)."""
     parts, end = [], 0
     for start, stop, n, A, B, scale, p, seed in groups:
-        own, part, (A, B) = y[start:stop], x[start:stop], (A, B) if n > 1 else (A[None], B[None])
+        group_rows, part, (A, B) = y[start:stop], x[start:stop], (A, B) if n > 1 else (A[None], B[None])
         parts.append(y[end:start])
-        for into, piece, a, b in zip(own.chunk(n), part.chunk(n), A, B):
+        for into, piece, a, b in zip(group_rows.chunk(n), part.chunk(n), A, B):
             parts.append((into + (dropped(piece, p, seed).to(a.dtype) @ a.T @ b.T) * scale).to(y.dtype))
         end = stop
     return torch.cat([*parts, y[end:]])
 
 
-def linear(
+def segments_linear(
     base: Callable[[Tensor], Tensor],
     input_gradient: Callable[[Tensor, Tensor], Tensor],
     W: Tensor,
@@ -114,29 +114,31 @@ def linear(
         x: (…, in), whose rows, counted over all dimensions but the last, are those that `groups_of` has counted.
     """
     factors = [t for g in groups for t in (g.A, g.B)]
-    return _Linear.apply(x, W, base, input_gradient, groups, *factors)
+    return _SegmentsLinear.apply(x, W, base, input_gradient, groups, *factors)
 
 
-def groups_of(segments: Sequence[Segment], stacks: Stacks | None, dtype: torch.dtype) -> list[Group]:
+def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: torch.dtype) -> list[Group]:
     """Return the segments with an adapter, those side by side together whose factors are stacked.
 
     dtype: of their rows. Products of one adapter take factors of another dtype as well, shared ones do not.
     """
-    found, start, i = [], 0, 0
+    groups, start, i = [], 0, 0
     while i < len(segments):
         (rows, A, B, scale, p, seed), count = segments[i], 1
         if A is not None and B is not None:
             share = stacks if A.dtype == B.dtype == dtype else None
-            while share and i + count < len(segments) and _joins(segments[i + count - 1], segments[i + count], share):
+            while (
+                share and i + count < len(segments) and _can_share(segments[i + count - 1], segments[i + count], share)
+            ):
                 count += 1
             if share and count > 1:
                 A, B = share.stack(A, count), share.stack(B, count)
-            found.append(Group(start, start + count * rows, count, A, B, scale, p, seed))
+            groups.append(Group(start, start + count * rows, count, A, B, scale, p, seed))
         start, i = start + count * rows, i + count
-    return found
+    return groups
 
 
-def _joins(a: Segment, b: Segment, stacks: Stacks) -> bool:
+def _can_share(a: Segment, b: Segment, stacks: Stacks) -> bool:
     if a.A is None or a.B is None or b.A is None or b.B is None or a.p or b.p or (a.rows, a.scale) != (b.rows, b.scale):
         return False
     (r, n), m = a.A.shape, len(a.B)
@@ -145,7 +147,7 @@ def _joins(a: Segment, b: Segment, stacks: Stacks) -> bool:
     return stacks.follows(a.A, b.A) and stacks.follows(a.B, b.B)
 
 
-class _Linear(Function):
+class _SegmentsLinear(Function):
     @staticmethod
     def forward(
         ctx: Context,
@@ -159,7 +161,9 @@ class _Linear(Function):
         y, narrow = base(x), []
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for group in groups:
-            narrow.append((_add_stacked if group.width > 1 else _add)(group.of(out), group.of(flat), group))
+            narrow.append(
+                (_add_stacked if group.width > 1 else _add_group)(group.rows_of(out), group.rows_of(flat), group)
+            )
         ctx.save_for_backward(x, W, *narrow, *factors)
         ctx.groups, ctx.base, ctx.input_gradient = groups, base, input_gradient
         return y
@@ -170,19 +174,19 @@ class _Linear(Function):
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         rows = g.reshape(-1, g.shape[-1])
         if torch.is_grad_enabled():  # for a second derivative
-            return _again(ctx, x, W, saved[len(ctx.groups) :], rows)
+            return _differentiable_gradients(ctx, x, W, saved[len(ctx.groups) :], rows)
         flat, grads = x.reshape(-1, x.shape[-1]), list[Tensor | None]()
         dx = ctx.input_gradient(rows, W.to(g.dtype)) if need_x else None
         for i, (group, h) in enumerate(zip(ctx.groups, saved)):
-            into, run = None if dx is None else group.of(dx), _stacked if group.width > 1 else _gradients
-            grads += run(group.of(rows), group.of(flat), h, group, into, need[2 * i : 2 * i + 2])
+            into, run = None if dx is None else group.rows_of(dx), _gradients_stacked if group.width > 1 else _gradients
+            grads += run(group.rows_of(rows), group.rows_of(flat), h, group, into, need[2 * i : 2 * i + 2])
         return None if dx is None else dx.to(x.dtype).view(x.shape), None, None, None, None, *grads
 
 
-def _add(y: Tensor, x: Tensor, group: Group) -> Tensor:
+def _add_group(y: Tensor, x: Tensor, group: Group) -> Tensor:
     """Add what an adapter adds to its rows to y, in its memory; return h = x Aᵀ. y (rows, out)."""
     A, B = group.A, group.B
-    if group.few and y.dtype == A.dtype == x.dtype:
+    if group.is_small and y.dtype == A.dtype == x.dtype:
         h = nn.functional.linear(x, A)
         y.add_(nn.functional.linear(h, B), alpha=group.scale)
         return h
@@ -195,7 +199,7 @@ def _add_stacked(y: Tensor, x: Tensor, group: Group) -> Tensor:
     """Do the same for several adapters: h (width, rows of each, r)."""
     B, n = group.B.mT, group.width
     y, h = y.view(n, -1, y.shape[-1]), down_each(x.view(n, -1, x.shape[-1]), group.A)
-    if group.few:
+    if group.is_small:
         y.add_(torch.bmm(h, B), alpha=group.scale)
     else:
         y.baddbmm_(h, B, alpha=group.scale)
@@ -208,7 +212,7 @@ Two = tuple[Tensor | None, Tensor | None]
 def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
     """Return the gradients of A and B of an adapter, and add that of x to dx, in its memory."""
     A, B, scale = group.A, group.B, group.scale
-    if not group.few:
+    if not group.is_small:
         _, dA, dB = gradients(g, x, A, B, h, scale, group.p, group.seed, need=(dx is not None, need[0], need[1]), dx=dx)
         return dA, dB
     g = g if scale == 1 else g * scale
@@ -218,12 +222,12 @@ def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None,
     return dh.mT @ x, dB
 
 
-def _stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
+def _gradients_stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
     """Do the same for several adapters: (width, r, in) and (width, out, r)."""
     A, B, n, scale = group.A, group.B, group.width, group.scale
     g, x = g.view(n, -1, g.shape[-1]), x.view(n, -1, x.shape[-1])
     dx = None if dx is None else dx.view(n, -1, dx.shape[-1])
-    if group.few:
+    if group.is_small:
         g = g if scale == 1 else g * scale
         dh, dB = torch.bmm(g, B), torch.bmm(g.mT, h)
         if dx is not None:
@@ -237,16 +241,18 @@ def _stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, n
     return torch.bmm(dh, x), dB.mT
 
 
-def _again(ctx: Context, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_gradients(
+    ctx: Context, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor
+) -> tuple[Tensor | None, ...]:
     """Return gradients that have gradients: those of the plain products."""
     it = iter(factors)
     groups = [group._replace(A=next(it), B=next(it)) for group in ctx.groups]
     y = ctx.base(x)
-    y = plain(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), groups)
+    y = plain_segments_linear(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), groups)
     inputs = (x, None, None, None, None, *factors)
-    wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-    found = torch.autograd.grad(y, [inputs[i] for i in wanted], g.view_as(y), create_graph=True)
+    indices = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+    values = torch.autograd.grad(y, [inputs[i] for i in indices], g.view_as(y), create_graph=True)
     grads: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip(wanted, found):
+    for i, grad in zip(indices, values):
         grads[i] = grad
     return tuple(grads)

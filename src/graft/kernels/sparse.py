@@ -27,35 +27,35 @@ def gathers(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def plain_part(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
-    """The reference of `part`."""
+def plain_multiply_sampled(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
+    """The reference of `multiply_sampled`."""
     some = torch.zeros_like(x)
     some.view(-1)[places] = x.reshape(-1)[places]
     return some @ W.T
 
 
-def plain_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
-    """The reference of `entries`, and what stands for it where torch has no sampled product."""
+def plain_product_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
+    """The reference of `product_entries`, and what stands for it where torch has no sampled product."""
     return (g @ W).reshape(-1).index_select(0, places)
 
 
-def starts(places: Tensor, rows: int, n: int) -> Tensor:
+def row_starts(places: Tensor, rows: int, n: int) -> Tensor:
     """Return where each row of x begins in `places`, which are in order. (rows + 1,)"""
     return torch.searchsorted(places, torch.arange(0, (rows + 1) * n, n, device=places.device))
 
 
-def part(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
+def multiply_sampled(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
     """Multiply x, with zeros but at `places`, by Wᵀ. x (rows, n), W (out, n) → (rows, out), at least float32."""
     dtype = torch.promote_types(W.dtype, torch.float32)
     rows, n = x.shape
     values = x.reshape(-1).index_select(0, places).to(dtype)
     table = W.T.to(dtype).contiguous()
-    first = starts(places, rows, n)[:-1]
+    first = row_starts(places, rows, n)[:-1]
     return F.embedding_bag(places % n, table, first, mode="sum", per_sample_weights=values)
 
 
 @cache
-def quiet() -> None:
+def silence_beta_warning() -> None:
     """Hear torch's remark that sparse tensors are in beta, which it makes once: only products come of these."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,15 +63,19 @@ def quiet() -> None:
         torch.sparse_csr_tensor(of([0, 1]), of([0]), of([1.0]), (1, 1))
 
 
-def entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
+def product_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
     """Return (g W) at `places` only. g (rows, out), W (out, n) → (places,), at least float32."""
     dtype = torch.promote_types(W.dtype, torch.float32)
     if g.device.type not in SAMPLED:
-        return plain_entries(g.to(dtype), W.to(dtype), places)
-    quiet()
+        return plain_product_entries(g.to(dtype), W.to(dtype), places)
+    silence_beta_warning()
     shape = g.shape[0], W.shape[1]
     pattern = torch.sparse_csr_tensor(
-        starts(places, *shape), places % shape[1], torch.zeros_like(places, dtype=dtype), shape, check_invariants=False
+        row_starts(places, *shape),
+        places % shape[1],
+        torch.zeros_like(places, dtype=dtype),
+        shape,
+        check_invariants=False,
     )
     return torch.sparse.sampled_addmm(pattern, g.to(dtype), W.to(dtype)).values()
 
@@ -107,7 +111,7 @@ class Scattered(NamedTuple):
         """Return x (W + ΔW)ᵀ + bias; None if the values have a narrower dtype than W."""
         return linear_with(W, bias, x, self, call, input_gradient) if holds(self.values, W) else None
 
-    def added(self, W: Tensor) -> Tensor:
+    def add_to(self, W: Tensor) -> Tensor:
         """Return W + ΔW in the dtype of the values and the memory layout of W, which may be stored as (in, out)."""
         values, places, _ = self
         if torch.is_grad_enabled():  # for a second derivative
@@ -115,19 +119,19 @@ class Scattered(NamedTuple):
         n, in_memory = W.shape[1], W if W.is_contiguous() else W.T
         if in_memory is not W:
             places = places % n * len(W) + places // n
-        made = in_memory.to(values.dtype, copy=True).contiguous()
-        made.view(-1).index_add_(0, places, values)
-        return made if in_memory is W else made.T
+        total = in_memory.to(values.dtype, copy=True).contiguous()
+        total.view(-1).index_add_(0, places, values)
+        return total if in_memory is W else total.T
 
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        return scattered_entries(g, x, self.places), None, None
+        return gradient_entries(g, x, self.places), None, None
 
 
-def scattered_entries(g: Tensor, x: Tensor, places: Tensor) -> Tensor:
+def gradient_entries(g: Tensor, x: Tensor, places: Tensor) -> Tensor:
     """Return gᵀ x at `places`. g (rows, out), x (rows, n), places (k,)."""
     size = g.shape[1] * x.shape[1]
     if torch.is_grad_enabled() or len(places) > SPARSE * size or not gathers(x):
         return (g.T @ x).reshape(-1).index_select(0, places)
     order = places.argsort()
-    found = entries(g.T.contiguous(), x, places[order])
-    return torch.empty_like(found).index_copy_(0, order, found)
+    values = product_entries(g.T.contiguous(), x, places[order])
+    return torch.empty_like(values).index_copy_(0, order, values)

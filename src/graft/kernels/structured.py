@@ -44,8 +44,8 @@ class Inputs(NamedTuple):
         k, width, r = self.A.shape
         chunks = self.A.unflatten(-1, (k, -1)).permute(2, 0, 3, 1)  # (j, n, chunk, in / k)
         place = torch.eye(k, dtype=chunks.dtype, device=chunks.device)
-        own = (chunks[:, :, :, None] * place[:, None, :, None]).reshape(k * r, k * width)
-        return own if self.general is None else torch.cat((own, self.general.weight))
+        blocks = (chunks[:, :, :, None] * place[:, None, :, None]).reshape(k * r, k * width)
+        return blocks if self.general is None else torch.cat((blocks, self.general.weight))
 
 
 class Outputs(NamedTuple):
@@ -56,8 +56,8 @@ class Outputs(NamedTuple):
 
     def __call__(self, z: Tensor) -> Tensor:
         k, r, width = self.B.shape
-        own = z[..., : k * r].reshape(-1, k, r).transpose(0, 1)
-        y = torch.bmm(own, self.B).transpose(0, 1).reshape(*z.shape[:-1], k * width)
+        blocks = z[..., : k * r].reshape(-1, k, r).transpose(0, 1)
+        y = torch.bmm(blocks, self.B).transpose(0, 1).reshape(*z.shape[:-1], k * width)
         return y if self.general is None else y + self.general(z[..., k * r :])
 
     @property
@@ -65,8 +65,8 @@ class Outputs(NamedTuple):
         """The matrix, (out, k r + s)."""
         k, r, width = self.B.shape
         place = torch.eye(k, dtype=self.B.dtype, device=self.B.device)
-        own = (self.B.mT[:, :, None] * place[:, None, :, None]).reshape(k * width, k * r)
-        return own if self.general is None else torch.cat((own, self.general.weight), 1)
+        blocks = (self.B.mT[:, :, None] * place[:, None, :, None]).reshape(k * width, k * r)
+        return blocks if self.general is None else torch.cat((blocks, self.general.weight), 1)
 
 
 class Shards(NamedTuple):
@@ -123,35 +123,35 @@ class Kronecker(NamedTuple):
         return (a[..., :, None] * b[..., None, :]).flatten(-2)
 
 
-def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def multiply_kronecker(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return x (a ⊗ b)ᵀ, in the dtype of autocast if it is on; keep x, a and b for the backward pass.
 
     x (…, m n), a (l, m), b (k, n) → (…, l k).
     """
     dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, torch.promote_types(a.dtype, b.dtype))
-    function = _Product.apply if only_backward() else multiplied
+    function = _KroneckerProduct.apply if only_backward() else multiply_kronecker_rows
     return function(x.to(dtype), a.to(dtype), b.to(dtype))
 
 
-def last_first(a: Tensor, b: Tensor) -> bool:
+def is_b_first(a: Tensor, b: Tensor) -> bool:
     """Return True if it is cheaper to multiply by b before a."""
     (l, m), (k, n) = a.shape, b.shape
     return m * k * (n + l) <= l * n * (m + k)
 
 
-def multiplied(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def multiply_kronecker_rows(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return a X bᵀ for each row X (m, n) of x, flat."""
     X = x.reshape(-1, a.shape[1], b.shape[1])
-    Y = a @ (X @ b.T) if last_first(a, b) else (a @ X) @ b.T
+    Y = a @ (X @ b.T) if is_b_first(a, b) else (a @ X) @ b.T
     return Y.reshape(*x.shape[:-1], a.shape[0] * b.shape[0])
 
 
-class _Product(Function):
+class _KroneckerProduct(Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return multiplied(x, a, b)
+        return multiply_kronecker_rows(x, a, b)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -162,7 +162,7 @@ class _Product(Function):
         x, a, b = ctx.saved_tensors
         X, G = x.reshape(-1, a.shape[1], b.shape[1]), g.reshape(-1, a.shape[0], b.shape[0])
         dx = da = db = None
-        if last_first(a, b):
+        if is_b_first(a, b):
             T = a.T @ G  # (rows, m, k)
             if ctx.needs_input_grad[0]:
                 dx = (T @ b).view(x.shape)
@@ -205,13 +205,13 @@ def plain_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
 
 
 def between_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
-    """Compute `plain`; keep nothing but what it gets for the backward pass. A gets no gradient."""
+    """Compute `plain_diagonals`; keep nothing but what it gets for the backward pass. A gets no gradient."""
     if not (torch.is_grad_enabled() and eager()):
         return plain_diagonals(left, A, right)
-    return _Between.apply(left, A, right)
+    return _BetweenDiagonals.apply(left, A, right)
 
 
-class _Between(Function):
+class _BetweenDiagonals(Function):
     @staticmethod
     def forward(ctx: Context, left: Tensor, A: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(left, A, right)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight W + Σ s · B A that is never formed where a module multiplies by it: `summed` gives a tensor that stands for
-the sum, of one matrix or of a stack, such as that of experts.
+"""A weight W + Σ s · B A that is never formed where a module multiplies by it.
+
+`make_sum` returns a tensor that represents the sum, of one matrix or of a stack, such as that of experts.
 
 Selecting from a stack, transposing, and products with inputs use W, A and B apart, so that the cost is that of the
 matrices in use. Any other operation sees the sum itself.
@@ -20,8 +21,8 @@ from torch import Tensor
 from graft.kernels.low_rank import autocast
 from graft.kernels.waits import differences
 
-Part = tuple[Tensor, Tensor, float]  # A (…, r, in), B (…, out, r), s
-Given = dict[str, object] | None  # keyword arguments
+SumPart = tuple[Tensor, Tensor, float]  # A (…, r, in), B (…, out, r), s
+Keywords = dict[str, object] | None  # keyword arguments
 signature = cache(inspect.signature)
 
 
@@ -29,17 +30,17 @@ class Summed(Tensor):
     """W + Σ s · B A with W (…, out, in); `flipped`: with the last two dimensions of the sum exchanged."""
 
     W: Tensor
-    parts: list[Part]
+    parts: list[SumPart]
     flipped: bool
 
     @staticmethod
-    def __new__(cls, W: Tensor, parts: list[Part], flipped: bool) -> Summed:
+    def __new__(cls, W: Tensor, parts: list[SumPart], flipped: bool) -> Summed:
         shown = W.mT if flipped else W
-        made: Summed = Tensor._make_wrapper_subclass(
+        tensor: Summed = Tensor._make_wrapper_subclass(
             cls, shown.shape, strides=shown.stride(), dtype=W.dtype, device=W.device, requires_grad=False
         )
-        made.W, made.parts, made.flipped = W, parts, flipped
-        return made
+        tensor.W, tensor.parts, tensor.flipped = W, parts, flipped
+        return tensor
 
     def materialize(self) -> Tensor:
         """Return the sum as a plain tensor, in the dtype of W."""
@@ -58,36 +59,36 @@ class Summed(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Given = None
+        cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Keywords = None
     ) -> object:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if function in FACTS:
                 return function(*args, **kwargs)
-            apart = APART.get(function) or BY_NAME.get(getattr(function, "__name__", ""))
-            if apart is not None and (not kwargs or takes(apart, args, kwargs)):
-                out = apart(function, *args, **kwargs)
+            handler = HANDLERS.get(function) or HANDLERS_BY_NAME.get(getattr(function, "__name__", ""))
+            if handler is not None and (not kwargs or can_bind(handler, args, kwargs)):
+                out = handler(function, *args, **kwargs)
                 if out is not NotImplemented:
                     return out
-            return function(*form(args), **form(kwargs))
+            return function(*form_sums(args), **form_sums(kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Given = None
+        cls, function: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Keywords = None
     ) -> object:
-        return function(*form(args), **form(kwargs or {}))
+        return function(*form_sums(args), **form_sums(kwargs or {}))
 
 
-def takes(apart: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+def can_bind(handler: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     """Return True if what stands for an operation takes the arguments of a call by the names that it gives them."""
     try:
-        signature(apart).bind(None, *args, **kwargs)
+        signature(handler).bind(None, *args, **kwargs)
     except TypeError:
         return False
     return True
 
 
-def summed(W: Tensor, parts: list[Part], flipped: bool = False) -> Tensor:
+def make_sum(W: Tensor, parts: list[SumPart], flipped: bool = False) -> Tensor:
     """Return a tensor that stands for W + Σ s · B A.
 
     Args:
@@ -98,14 +99,14 @@ def summed(W: Tensor, parts: list[Part], flipped: bool = False) -> Tensor:
     return Summed(W, parts, flipped)
 
 
-def form(value: object) -> Any:
+def form_sums(value: object) -> Any:
     """Put the sums themselves in the place of what stands for them."""
     if isinstance(value, Summed):
         return value.materialize()
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(form(v) for v in value)
+        return type(value)(form_sums(v) for v in value)
     if isinstance(value, dict):
-        return {key: form(v) for key, v in value.items()}
+        return {key: form_sums(v) for key, v in value.items()}
     return value
 
 
@@ -127,14 +128,14 @@ def _t(function: object, W: Summed) -> object:
     return Summed(W.W, W.parts, not W.flipped) if W.dim() == 2 or function == MT else NotImplemented
 
 
-def _same(function: object, W: Summed, *args: object, **kwargs: object) -> object:
+def _return_sum(function: object, W: Summed, *args: object, **kwargs: object) -> object:
     return W
 
 
 def _linear(function: object, x: Tensor, weight: object, bias: Tensor | None = None) -> object:
     if not isinstance(weight, Summed) or weight.dim() != 2 or isinstance(x, Summed):
         return NotImplemented
-    y = _right(torch.matmul, x, Summed(weight.W, weight.parts, not weight.flipped))
+    y = _multiply_right(torch.matmul, x, Summed(weight.W, weight.parts, not weight.flipped))
     return y if y is NotImplemented or bias is None else y + bias
 
 
@@ -143,14 +144,14 @@ def _matmul(function: Any, x: Any, y: Any) -> Any:
     if isinstance(x, Summed) and isinstance(y, Summed):
         return NotImplemented
     if isinstance(y, Summed):
-        return _right(function, x, y)
+        return _multiply_right(function, x, y)
     if x.dim() < 2 or y.dim() < 2:
         return NotImplemented
-    out = _right(function, y.mT, Summed(x.W, x.parts, not x.flipped))
+    out = _multiply_right(function, y.mT, Summed(x.W, x.parts, not x.flipped))
     return out if out is NotImplemented else out.mT
 
 
-def _right(function: Any, x: Tensor, M: Summed) -> Any:
+def _multiply_right(function: Any, x: Tensor, M: Summed) -> Any:
     if not M.flipped or x.dim() < 2:  # x M with M (in, out) as shown: the sum is stored as (out, in)
         if x.dim() < 2:
             return NotImplemented
@@ -158,7 +159,7 @@ def _right(function: Any, x: Tensor, M: Summed) -> Any:
     return M.times(x, function)
 
 
-def _grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any:
+def _multiply_grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any:
     """Multiply rows of x, sorted by expert, by the matrices of a stack. offs: where the rows of each end."""
     offs = kwargs.get("offs", args[0] if args else None)
     if not isinstance(M, Summed) or isinstance(x, Summed) or offs is None or M.dim() != 3:
@@ -177,28 +178,28 @@ def _grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any
     return y
 
 
-def _got(name: str) -> object:
+def _get(name: str) -> object:
     return getattr(Tensor, name).__get__
 
 
-MT = _got("mT")
+MT = _get("mT")
 FACTS = {
-    _got("shape"), _got("dtype"), _got("device"), _got("ndim"), _got("requires_grad"), _got("is_leaf"), _got("layout"),
-    _got("is_cuda"), _got("is_cpu"), _got("is_sparse"), _got("is_quantized"), _got("is_meta"), _got("grad_fn"),
-    _got("itemsize"), _got("_backward_hooks"),
+    _get("shape"), _get("dtype"), _get("device"), _get("ndim"), _get("requires_grad"), _get("is_leaf"), _get("layout"),
+    _get("is_cuda"), _get("is_cpu"), _get("is_sparse"), _get("is_quantized"), _get("is_meta"), _get("grad_fn"),
+    _get("itemsize"), _get("_backward_hooks"),
     Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
     Tensor.get_device, Tensor.is_contiguous, Tensor.element_size, Tensor.ndimension, torch.is_floating_point,
     torch.numel,
 }  # fmt: skip
-APART: dict[object, Callable[..., object]] = {
+HANDLERS: dict[object, Callable[..., object]] = {
     Tensor.__getitem__: _select,
     Tensor.transpose: _transpose,
     torch.transpose: _transpose,
     Tensor.t: _t,
     torch.t: _t,
-    _got("T"): _t,
+    _get("T"): _t,
     MT: _t,
-    Tensor.contiguous: _same,
+    Tensor.contiguous: _return_sum,
     F.linear: _linear,
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
@@ -209,8 +210,8 @@ APART: dict[object, Callable[..., object]] = {
     torch.mm: _matmul,
     Tensor.mm: _matmul,
 }
-BY_NAME: dict[str, Callable[..., object]] = {
-    "grouped_mm": _grouped,
-    "_grouped_mm": _grouped,
-    "grouped_mm_fallback": _grouped,
+HANDLERS_BY_NAME: dict[str, Callable[..., object]] = {
+    "grouped_mm": _multiply_grouped,
+    "_grouped_mm": _multiply_grouped,
+    "grouped_mm_fallback": _multiply_grouped,
 }

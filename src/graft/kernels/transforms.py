@@ -38,29 +38,29 @@ class Circulant(NamedTuple):
         return self.scale * picked.transpose(0, 1).reshape(*ids.shape, m * b)
 
 
-def plain_circular(x: Tensor, w: Tensor) -> Tensor:
+def plain_multiply_circulant(x: Tensor, w: Tensor) -> Tensor:
     """The reference. x (…, in), w (out / b, in / b, b) → (…, out)."""
     m, n, b = w.shape
     return x @ Circulant(w, 1.0, (m * b, n * b)).dense().T
 
 
-def product(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute scale · `plain`, in float32 at least; keep x and w for the backward pass."""
+def multiply_circulant(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+    """Compute scale · `plain_multiply_circulant`, in float32 at least; keep x and w for the backward pass."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
     if not x.numel():  # transforms take no empty batch
-        return scale * plain_circular(x.to(dtype), w.to(dtype))
-    function = _Circular.apply if only_backward() else correlate
+        return scale * plain_multiply_circulant(x.to(dtype), w.to(dtype))
+    function = _CirculantProduct.apply if only_backward() else correlate
     return function(x.to(dtype), w.to(dtype), scale)
 
 
-def spectrum(x: Tensor, parts: int) -> Tensor:
+def block_spectra(x: Tensor, parts: int) -> Tensor:
     """Return the transforms of the parts of x (…, parts · b), by frequency: (b / 2 + 1, rows, parts)."""
     rows = x.reshape(-1, parts, x.shape[-1] // parts).contiguous()  # torch 2.6 transforms no expanded tensors
     return torch.fft.rfft(rows).permute(2, 0, 1)
 
 
-def signal(X: Tensor, shape: tuple[int, ...], b: int) -> Tensor:
-    """Return the inverse of `spectrum`, in this shape."""
+def invert_spectra(X: Tensor, shape: tuple[int, ...], b: int) -> Tensor:
+    """Return the inverse of `block_spectra`, in this shape."""
     return torch.fft.irfft(X.permute(1, 2, 0), n=b).reshape(shape)
 
 
@@ -68,10 +68,10 @@ def correlate(x: Tensor, w: Tensor, scale: float) -> Tensor:
     """Return scale · x Cᵀ."""
     m, n, b = w.shape
     W = torch.fft.rfft(w * scale).permute(2, 1, 0)  # (frequency, n, m)
-    return signal(spectrum(x, n) @ W.conj(), (*x.shape[:-1], m * b), b)
+    return invert_spectra(block_spectra(x, n) @ W.conj(), (*x.shape[:-1], m * b), b)
 
 
-class _Circular(Function):
+class _CirculantProduct(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -87,11 +87,11 @@ class _Circular(Function):
     def backward(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         m, n, b = w.shape
-        G, dx, dw = spectrum(g, m), None, None  # (frequency, rows, m)
+        G, dx, dw = block_spectra(g, m), None, None  # (frequency, rows, m)
         if ctx.needs_input_grad[0]:
-            dx = signal(G @ torch.fft.rfft(w * ctx.scale).permute(2, 0, 1), x.shape, b)
+            dx = invert_spectra(G @ torch.fft.rfft(w * ctx.scale).permute(2, 0, 1), x.shape, b)
         if ctx.needs_input_grad[1]:
-            dw = torch.fft.irfft((G.mH @ spectrum(x, n)).permute(1, 2, 0), n=b) * ctx.scale
+            dw = torch.fft.irfft((G.mH @ block_spectra(x, n)).permute(1, 2, 0), n=b) * ctx.scale
         return dx, dw, None
 
 
@@ -105,11 +105,11 @@ class Waves(NamedTuple):
         return self.n // 2 + 1
 
     def analysis(self, x: Tensor) -> Parts:
-        X = turned(torch.fft.rfft(x.contiguous()))  # torch 2.6 transforms no expanded tensors
+        X = transpose_complex(torch.fft.rfft(x.contiguous()))  # torch 2.6 transforms no expanded tensors
         return X.real.contiguous(), X.imag.contiguous()
 
     def synthesis(self, z: Parts) -> Tensor:
-        return torch.fft.irfft(turned(torch.complex(z[0], z[1])), n=self.n)
+        return torch.fft.irfft(transpose_complex(torch.complex(z[0], z[1])), n=self.n)
 
     def factors(self, index: Tensor) -> Tensor:
         alone = (index == 0) | (2 * index == self.n)  # every other f stands for -f, too
@@ -120,7 +120,7 @@ class Waves(NamedTuple):
         return turn.cos(), -turn.sin()
 
 
-def turned(X: Tensor) -> Tensor:
+def transpose_complex(X: Tensor) -> Tensor:
     """Return the transpose of a complex matrix."""
     if torch.is_grad_enabled() or X.dtype != torch.complex64 or not eager():
         return X.T
@@ -141,7 +141,7 @@ class Spectrum(NamedTuple):
         F = wide.new_zeros(self.size).index_put((self.places[0], self.places[1]), wide)
         return torch.fft.ifft2(F).real.reshape(self.shape) * self.scale
 
-    def halved(self) -> Sparse:
+    def to_half_spectrum(self) -> Sparse:
         """Return the sum by frequencies f ≤ n / 2: (u, v) and (-u, -v) have one real part."""
         (out, fan_in), (u, v) = self.size, self.places
         back = 2 * u > out
@@ -154,11 +154,11 @@ class Spectrum(NamedTuple):
 
     def times(self, x: Tensor) -> Tensor:
         """Return x ΔWᵀ. x (…, in) → (…, out)."""
-        return self.halved().times(x)
+        return self.to_half_spectrum().times(x)
 
     def columns(self, ids: Tensor) -> Tensor:
         """Return the columns of ΔW that `ids` (…) name: (…, out)."""
-        return self.halved().columns(ids)
+        return self.to_half_spectrum().columns(ids)
 
 
 class Wavelet(NamedTuple):
@@ -185,13 +185,13 @@ class Wavelet(NamedTuple):
         reach = 2 * self.half - 1
         wide = pad(x, (self.first, 2 * self.half - self.n)).T.contiguous()
         taps = [wide[k : k + reach : 2] for k in range(len(self.low))]
-        return [torch.cat([summed(f, taps) for f in (self.low, self.high)])]
+        return [torch.cat([sum_weighted(f, taps) for f in (self.low, self.high)])]
 
     def synthesis(self, z: Parts) -> Tensor:
         more = self.first // 2
         low, high = (pad(band, (0, 0, more, more)) for band in z[0].split(self.half))
         taps = [b[more - k : more - k + self.half + more] for b in (low, high) for k in range(more + 1)]
-        both = [summed((*self.low[odd::2], *self.high[odd::2]), taps) for odd in (0, 1)]
+        both = [sum_weighted((*self.low[odd::2], *self.high[odd::2]), taps) for odd in (0, 1)]
         return torch.stack(both, 1).flatten(0, 1)[self.first : self.first + self.n].T
 
     def factors(self, index: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class Plain(NamedTuple):
         return [(index[:, None] == q).to(dtype)]
 
 
-def summed(weights: tuple[float, ...], terms: list[Tensor]) -> Tensor:
+def sum_weighted(weights: tuple[float, ...], terms: list[Tensor]) -> Tensor:
     """Return the weighted sum of the terms."""
     total = terms[0] * weights[0]
     for w, t in zip(weights[1:], terms[1:]):
@@ -235,7 +235,7 @@ def summed(weights: tuple[float, ...], terms: list[Tensor]) -> Tensor:
     return total
 
 
-AT_ONCE = 1 << 18  # numbers that `sampled` gathers at once: few enough for the cache
+AT_ONCE = 1 << 18  # numbers that `sample_products` gathers at once: few enough for the cache
 
 
 Parts = Sequence[Tensor]  # for each part, (size, samples)
@@ -282,25 +282,25 @@ class Sparse(NamedTuple):
         return self.S.synthesis(z).reshape(*ids.shape, self.S.n)
 
     def times(self, x: Tensor) -> Tensor:
-        """Compute `plain`, in float32 at least; keep x and the entries for the backward pass."""
+        """Compute `plain_transformed`, in float32 at least; keep x and the entries for the backward pass."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.values.dtype), torch.float32)
         if not x.numel():  # transforms take no empty batch
             return x.to(dtype).new_zeros(*x.shape[:-1], self.S.n) + 0 * (x.sum() + self.values.sum())
-        function = _Product.apply if only_backward() else plain_transformed
+        function = _TransformedProduct.apply if only_backward() else plain_transformed
         return function(x.to(dtype), self.values.to(dtype), self.rows, self.cols, self.S, self.T)
 
 
 def plain_transformed(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: Basis, T: Basis) -> Tensor:
     """The reference of `Sparse.times`. x (…, n of T) → (…, n of S)."""
     flat = x.reshape(-1, x.shape[-1])
-    return through(values, cols, T.analysis(flat), rows, S).reshape(*x.shape[:-1], -1)
+    return synthesize_entries(values, cols, T.analysis(flat), rows, S).reshape(*x.shape[:-1], -1)
 
 
-def through(values: Tensor, source: Tensor, z: Parts, target: Tensor, S: Basis) -> Tensor:
+def synthesize_entries(values: Tensor, source: Tensor, z: Parts, target: Tensor, S: Basis) -> Tensor:
     """Add values[p, e] times row source[e] of z to row target[e] of zeros, and return the synthesis of that."""
     values = values * S.factors(target)
     if eager():
-        order, starts = sorted_by(target, S.size)
+        order, starts = sort_targets(target, S.size)
         pick, values = source[order], values[:, order]
         return S.synthesis(
             [embedding_bag(pick, p, starts, mode="sum", per_sample_weights=v) for p, v in zip(z, values)]
@@ -309,16 +309,16 @@ def through(values: Tensor, source: Tensor, z: Parts, target: Tensor, S: Basis) 
     return S.synthesis(list(sums))
 
 
-def sorted_by(target: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def sort_targets(target: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return the order that sorts `target`, and where each number below `size` begins in it."""
     order = target.argsort()
     return order, torch.searchsorted(target[order], torch.arange(size, device=order.device))
 
 
-def sampled(G: Parts, rows: Tensor, z: Parts, cols: Tensor) -> Tensor:
+def sample_products(G: Parts, rows: Tensor, z: Parts, cols: Tensor) -> Tensor:
     """Return Σ_samples G[p][rows[e]] z[p][cols[e]], (parts, entries)."""
     if eager() and not torch.is_grad_enabled():
-        order, starts = sorted_by(rows, len(G[0]))
+        order, starts = sort_targets(rows, len(G[0]))
         values, pick = [p.new_zeros(len(rows)).requires_grad_() for p in z], cols[order]
         with torch.enable_grad():  # they are the derivatives of such sums by their weights
             sums = [embedding_bag(pick, p, starts, mode="sum", per_sample_weights=v) for p, v in zip(z, values)]
@@ -328,7 +328,7 @@ def sampled(G: Parts, rows: Tensor, z: Parts, cols: Tensor) -> Tensor:
     return torch.stack([torch.cat([(g[r] * p[c]).sum(1) for r, c in pairs]) for g, p in zip(G, z)])
 
 
-class _Product(Function):
+class _TransformedProduct(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -345,7 +345,9 @@ class _Product(Function):
         x, values, rows, cols = ctx.saved_tensors
         G, dx, dvalues = ctx.S.analysis(g.reshape(-1, g.shape[-1])), None, None
         if ctx.needs_input_grad[0]:
-            dx = through(values, rows, G, cols, ctx.T).reshape(x.shape).contiguous()  # as one of several rows' is
+            dx = (
+                synthesize_entries(values, rows, G, cols, ctx.T).reshape(x.shape).contiguous()
+            )  # as one of several rows' is
         if ctx.needs_input_grad[1]:
-            dvalues = sampled(G, rows, ctx.T.analysis(x.reshape(-1, x.shape[-1])), cols)
+            dvalues = sample_products(G, rows, ctx.T.analysis(x.reshape(-1, x.shape[-1])), cols)
         return dx, dvalues, None, None, None, None

@@ -58,7 +58,7 @@ def differences(ends: Tensor, rows: int) -> list[int]:
 _read: tuple[Callable[[], Tensor | None], int | None, list[int]] = (lambda: None, 0, [])
 
 
-def demand(condition: Tensor, error: Callable[[], Exception], text: str) -> None:
+def raise_unless(condition: Tensor, error: Callable[[], Exception], text: str) -> None:
     """Raise the error unless the condition, (), is true. CUDA looks itself, and stops with the text: the host does not
     wait for the values. A compiled graph looks as well, and so stays whole. Other devices have no such check."""
     if condition.is_cuda or is_dynamo_compiling():
@@ -67,7 +67,7 @@ def demand(condition: Tensor, error: Callable[[], Exception], text: str) -> None
         raise error()
 
 
-def carried(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
+def move_to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
     """Return each tensor on its device, by one copy for all that go to one device with one dtype."""
     out = list(tensors)
     groups: dict[tuple[torch.device, torch.dtype, torch.device], list[int]] = {}
@@ -85,7 +85,7 @@ def carried(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[
 COPIES = WeakTensorKeyDictionary()
 
 
-def near(t: Tensor, device: torch.device) -> Tensor:
+def copy_on_device(t: Tensor, device: torch.device) -> Tensor:
     """Return `t` on the device of a layer that is elsewhere: itself, or a copy, which is kept until other values are
     written to `t`.
 

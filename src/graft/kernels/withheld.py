@@ -19,11 +19,11 @@ class Withheld(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, error: Callable[[], Exception]) -> Withheld:
-        made: Withheld = Tensor._make_wrapper_subclass(
+        tensor: Withheld = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
-        made.error = error
-        return made
+        tensor.error = error
+        return tensor
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Withheld({tuple(self.shape)}, {self.dtype})"
@@ -39,7 +39,7 @@ class Withheld(Tensor):
         if function in FACTS:
             with DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
-        refuse(args, kwargs)
+        raise_first_error(args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -49,16 +49,16 @@ class Withheld(Tensor):
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> NoReturn:
-        refuse(args, kwargs)
+        raise_first_error(args, kwargs)
 
 
-def refuse(args: tuple[object, ...], kwargs: dict[str, object] | None) -> NoReturn:
+def raise_first_error(args: tuple[object, ...], kwargs: dict[str, object] | None) -> NoReturn:
     """Raise the error of the first tensor that is withheld among the arguments of an operation."""
-    found: list[object] = [*args, *(kwargs or {}).values()]
-    while found:
-        value = found.pop(0)
+    values: list[object] = [*args, *(kwargs or {}).values()]
+    while values:
+        value = values.pop(0)
         if isinstance(value, Withheld):
             raise value.error()
         if isinstance(value, (list, tuple)):
-            found += value
+            values += value
     raise TypeError("an operation on a tensor that is withheld")

@@ -16,7 +16,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
-from graft.kernels.orthogonal import butterfly, orthogonal, shuffled
+from graft.kernels.orthogonal import butterfly, butterfly_order, orthogonal
 
 
 @dataclass(kw_only=True)
@@ -90,7 +90,7 @@ class BOFT(Method[BOFTConfig]):
         )
         if F == 1:
             return values
-        orders = [shuffled(n, b, level) for level in range(F)]
+        orders = [butterfly_order(n, b, level) for level in range(F)]
         return values | dict(boft_orders=Transient(torch.stack([torch.stack((o, o.argsort())) for o in orders])))
 
     def init(self) -> None:

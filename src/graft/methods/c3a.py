@@ -16,7 +16,7 @@ from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.published import COMPARISON, Published
-from graft.kernels.transforms import Circulant, product
+from graft.kernels.transforms import Circulant, multiply_circulant
 
 
 @dataclass(kw_only=True)
@@ -86,4 +86,4 @@ class C3A(Method[C3AConfig]):
         return Circulant(self.c3a_kernel, 1 / self.site.fan_in, self.site.shape)
 
     def branch(self, x: Tensor) -> Tensor:
-        return product(x, self.c3a_kernel, 1 / self.site.fan_in)
+        return multiply_circulant(x, self.c3a_kernel, 1 / self.site.fan_in)

@@ -15,7 +15,7 @@ from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Product, Update
 from graft.core.method import Method, Use
-from graft.kernels.narrow import product
+from graft.kernels.narrow import multiply_widened
 
 
 @dataclass(kw_only=True)
@@ -76,7 +76,7 @@ class DEFT(Method[DeftConfig]):
             return
         with torch.no_grad():
             _, Z = self.projections()
-            self.deft_R.copy_(product(Z.T, self.W0) / self.scaling)
+            self.deft_R.copy_(multiply_widened(Z.T, self.W0) / self.scaling)
 
     @property
     def W0(self) -> Tensor:
@@ -93,7 +93,7 @@ class DEFT(Method[DeftConfig]):
 
     def factors(self) -> Factors:
         Q, Z = self.projections()
-        A0, B = -product(Z.T, self.W0).to(self.dtype), Q.to(self.dtype)
+        A0, B = -multiply_widened(Z.T, self.W0).to(self.dtype), Q.to(self.dtype)
         if self.cfg.para:
             return Factors(A0, B)
         own, op = self.scaling * self.deft_R, self.site.op

@@ -20,7 +20,7 @@ from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.method import Layers, Method, Tensors, Use
 from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
-from graft.kernels.waits import near
+from graft.kernels.waits import copy_on_device
 from graft.methods.projections import check_places, maybe_transient, warn_unsaved
 
 
@@ -204,7 +204,7 @@ class FRoD(Method[FrodConfig]):
     def shared(self) -> tuple[Tensor, Tensor]:
         """V (in, in), and the rows and columns of the entries of S (2, entries)."""
         device = self.frod_U.device
-        V, places = (near(container[self.name], device) for container in self.layer.frod_shared)
+        V, places = (copy_on_device(container[self.name], device) for container in self.layer.frod_shared)
         return V, places
 
     def rotate(self) -> Tensor | None:

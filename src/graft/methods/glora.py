@@ -15,7 +15,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Update
 from graft.core.method import Method
 from graft.core.published import COMPARISON, Published
-from graft.kernels.narrow import product
+from graft.kernels.narrow import multiply_widened
 from graft.kernels.one_product import Modulated, Rescaled
 
 
@@ -119,4 +119,4 @@ class GLoRA(Method[GloraConfig]):
         if C.kind == "none":
             return shift
         c = C.Xd @ C.Xu if C.kind == "lora" else C.X
-        return shift + product(c.T, self.layer.W0.flatten(1).T)[0]
+        return shift + multiply_widened(c.T, self.layer.W0.flatten(1).T)[0]

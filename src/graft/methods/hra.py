@@ -15,7 +15,7 @@ from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
 from graft.core.method import Method
 from graft.core.published import Published
-from graft.kernels.orthogonal import compact, gram_schmidt, reflect
+from graft.kernels.orthogonal import compact_reflections, gram_schmidt, reflect
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ class HRA(Method[HRAConfig]):
         if self.hra_apply_GS:
             U, T = gram_schmidt(u), 2 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
         else:
-            U, T = compact(u)
+            U, T = compact_reflections(u)
         return U.to(dtype), T.to(dtype)
 
     def pre(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.core.effect import Effect, Update
 from graft.core.published import COMPARISON, Published
-from graft.kernels.structured import Kronecker, factorization, product
+from graft.kernels.structured import Kronecker, factorization, multiply_kronecker
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
 
@@ -97,5 +97,5 @@ class LoKr(Lycoris[LoKrConfig]):
 
     def branch(self, x: Tensor) -> Tensor:
         w1, w2 = self.pair()
-        y, mask = product(x, w1, w2), self.row_mask(w1, self.rank_dropout_scale)
+        y, mask = multiply_kronecker(x, w1, w2), self.row_mask(w1, self.rank_dropout_scale)
         return y if mask is None else y * mask

@@ -13,7 +13,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, warn, warn_of
 from graft.core.method import Method
-from graft.kernels.orthogonal import constrained, orthogonal, rotate, skew
+from graft.kernels.orthogonal import constrain_in_backward, orthogonal, rotate, skew
 
 MOST_TERMS = 1000  # of the Cayley-Neumann series
 
@@ -124,7 +124,7 @@ class OFT(Method[OFTConfig]):
         """Return the blocks of R, (blocks, b, b); one if they share it."""
         v: Tensor = self.rotation.weight
         if self.eps is not None:
-            v = constrained(v, self.eps)
+            v = constrain_in_backward(v, self.eps)
         wide = torch.promote_types(v.dtype, torch.float32)  # solvers have no half precision
         R = orthogonal(skew(v.to(wide), self.block_size), self.terms)
         if self.module_dropout and self.layer.training:

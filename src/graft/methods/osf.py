@@ -18,7 +18,7 @@ from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
 from graft.core.method import Method, Use
 from graft.core.published import COMPARISON, Published
-from graft.kernels.narrow import inside, outside
+from graft.kernels.narrow import project_gradient_inside, project_gradient_outside
 from graft.kernels.one_product import Difference
 
 
@@ -115,8 +115,8 @@ class OSF(Method[OSFConfig]):
         out, n, *_ = self.sizes
         U, V = own["U_low"], own["V_low"]
         if torch.is_grad_enabled():
-            U = outside(U, self.osf_U_high) if out > n else inside(U, U0)
-            V = outside(V.T, self.osf_V_high.T).T if out < n else inside(V.T, V0.T).T
+            U = project_gradient_outside(U, self.osf_U_high) if out > n else project_gradient_inside(U, U0)
+            V = project_gradient_outside(V.T, self.osf_V_high.T).T if out < n else project_gradient_inside(V.T, V0.T).T
         S0, dtype = self.osf_S_init, U.dtype
         if U0.dtype != dtype:  # FSDP casts parameters for a call, and leaves buffers as they are
             U0, S0, V0 = U0.to(dtype), S0.to(dtype), V0.to(dtype)

@@ -16,7 +16,7 @@ from graft.config.targets import LORA
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method
-from graft.kernels.narrow import product
+from graft.kernels.narrow import multiply_widened
 
 F = nn.functional
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as transformers names them
@@ -81,7 +81,7 @@ class PEANuT(Method[PeanutConfig]):
 
     def factors(self) -> Factors:
         act = activation(self.cfg.act_fn)
-        z = act(product(self.peanut_A.weight, self.layer.W0.flatten(1)))
+        z = act(multiply_widened(self.peanut_A.weight, self.layer.W0.flatten(1)))
         skips = []
         for encoder in self.peanut_encoders:
             skips.append(z)

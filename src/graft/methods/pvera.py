@@ -17,7 +17,7 @@ from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
 from graft.kernels.eager import eager
 from graft.kernels.low_rank import new_seed
-from graft.kernels.waits import near
+from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
 
@@ -85,7 +85,7 @@ class PVeRA(Method[PveraConfig]):
 
     def factors(self) -> Factors:
         r, d, b = self.cfg.r, self.pvera_lambda_d, self.pvera_lambda_b
-        A, B = near(self.pvera_A, d.device), near(self.pvera_B, d.device)
+        A, B = copy_on_device(self.pvera_A, d.device), copy_on_device(self.pvera_B, d.device)
         A, B = A[:, : self.site.fan_in], B[: self.site.out_features]
         A, B = A.to(d.dtype), B.to(d.dtype)  # FSDP casts parameters for a call, and leaves buffers as they are
         if not (self.layer.training or self.cfg.sample_at_inference):
@@ -95,7 +95,7 @@ class PVeRA(Method[PveraConfig]):
     def sample(self, x: Tensor) -> Tensor:
         """Return μ + ε σ, with r channels, for an input that dropout has seen."""
         op, d = self.site.op, self.pvera_lambda_d
-        A = near(self.pvera_A, d.device)[:, : self.site.fan_in]
+        A = copy_on_device(self.pvera_A, d.device)[:, : self.site.fan_in]
         x = self.cast(x)
         h = op.down(self.layer.base_layer, x, A.to(d.dtype if op.takes_ids else x.dtype)) * op.channels(d)
         mean, log_variance = h.chunk(2, dim=1 - len(self.site.shape))

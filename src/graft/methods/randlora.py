@@ -16,7 +16,7 @@ from graft.core.method import Layers, Method
 from graft.core.published import Published
 from graft.core.random import kaiming_bound
 from graft.kernels.structured import between_diagonals
-from graft.kernels.waits import near
+from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DRAWN, ProjectionConfig, check_wide, maybe_transient
 
 
@@ -93,7 +93,7 @@ class RandLoRA(Method[RandLoraConfig]):
         n, d, D = self.sizes
         # rank by product, and product by rank: PEFT pairs the two in the order in which each has them
         gamma = self.randlora_gamma
-        A, B = near(self.randlora_A, gamma.device), near(self.randlora_B, gamma.device)
+        A, B = copy_on_device(self.randlora_A, gamma.device), copy_on_device(self.randlora_B, gamma.device)
         dtype = gamma.dtype  # FSDP casts parameters for a call, and leaves buffers as they are
         small = between_diagonals(self.randlora_lambda, A[:, 0, :d].to(dtype), gamma)
         large = B[:D, :n].flatten(1).to(dtype)

@@ -16,7 +16,7 @@ from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.published import COMPARISON, Published
-from graft.kernels.orthogonal import turn
+from graft.kernels.orthogonal import rotate_pairs
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 # numbers of angles, and of scales, that a pair has: (2 if c and s have their own, 2 if both channels have their own)
@@ -104,4 +104,4 @@ class Road(Method[RoadConfig]):
         theta, alpha = (p.to(dtype).view(-1, of, each, half).unbind(1) for p in both)
         c, s = alpha[0] * theta[0].cos(), alpha[-1] * theta[-1].sin()  # (groups, each, half)
         c, s = torch.cat((c[:, :1], c[:, -1:]), 1), torch.cat((-s[:, :1], s[:, -1:]), 1)
-        return turn(z, c, s) if dim == -1 else turn(z.movedim(dim, -1), c, s).movedim(-1, dim)
+        return rotate_pairs(z, c, s) if dim == -1 else rotate_pairs(z.movedim(dim, -1), c, s).movedim(-1, dim)

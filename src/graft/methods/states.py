@@ -18,7 +18,7 @@ from graft.core.effect import Effect, Rewrite
 from graft.core.errors import RoutingError
 from graft.core.method import Method
 from graft.core.rows import Finish, PerRow, Run, by_name
-from graft.kernels.waits import demand
+from graft.kernels.waits import raise_unless
 from graft.methods.bottleneck import PLACES
 from graft.methods.places import chosen_blocks, hidden_size
 
@@ -105,7 +105,7 @@ def numbers_by_row(name: str, value: object, run: Run, holds: Callable[[Tensor],
     batch = len(rows[0]) if rows else 1
     if c.dim() > 1 or (c.dim() == 1 and len(c) != batch):
         raise RoutingError(f"{name} has shape {tuple(c.shape)} for a batch of {batch} rows.")
-    demand(holds(c).all(), lambda: RoutingError(f"{name} {text}"), f"{name} {text}")
+    raise_unless(holds(c).all(), lambda: RoutingError(f"{name} {text}"), f"{name} {text}")
     return (c.to(rows[0].device, non_blocking=True) if rows else c).expand(batch)  # once, and not in each layer
 
 

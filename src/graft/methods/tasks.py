@@ -15,7 +15,7 @@ from graft.core.errors import RoutingError
 from graft.core.method import Method
 from graft.core.rows import Finish, Run
 from graft.core.tuner import Tuner
-from graft.kernels.waits import demand
+from graft.kernels.waits import raise_unless
 
 TASKS = "task_ids"
 
@@ -42,7 +42,7 @@ def checked(run: Run, model: nn.Module, known: int) -> Tensor:
             return RoutingError(f"{available}. Found task id = {int(high) if high >= known else int(low)}")
 
         available = f"Only {known} tasks available"
-        demand((low >= 0) & (high < known), unknown, available)
+        raise_unless((low >= 0) & (high < known), unknown, available)
     rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     if rows and len(tasks) not in {len(t) for t in rows}:
         raise RoutingError(f"There are {len(tasks)} task_ids for a batch of {len(rows[0])} rows.")

@@ -22,7 +22,7 @@ from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Use
 from graft.core.published import Published
 from graft.core.rows import Finish, Run, Same
-from graft.kernels.waits import demand
+from graft.kernels.waits import raise_unless
 from graft.methods.loraxs import largest
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class TLoRA(Method[TLoraConfig]):
             most = min(tuner.peft_config[name].max_timestep for name in run.adapters)
             t = fact.value if isinstance(fact, Same) else fact
             text = f"timestep must be between 0 and max_timestep={most:g} of adapters {list(run.adapters)}."
-            demand(((t >= 0) & (t <= most)).all(), lambda: RoutingError(text), text)
+            raise_unless(((t >= 0) & (t <= most)).all(), lambda: RoutingError(text), text)
             with call.giving(facts={TIMESTEP: beside_rows(fact, run)}):
                 yield finish
 

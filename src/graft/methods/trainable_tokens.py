@@ -16,7 +16,7 @@ from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Use
 from graft.core.published import COMPARISON, Published
-from graft.kernels.waits import near
+from graft.kernels.waits import copy_on_device
 
 
 @dataclass(kw_only=True)
@@ -108,7 +108,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
         A token that is named several times has the mean of its rows, each of which gets its whole gradient, as in PEFT.
         """
-        rows = near(self.trainable_tokens_delta, self.sorted_tokens.device)
+        rows = copy_on_device(self.trainable_tokens_delta, self.sorted_tokens.device)
         if not self.repeats:
             return rows
         first = torch.searchsorted(self.sorted_tokens, self.order_to_token())  # (k,): one number for each token

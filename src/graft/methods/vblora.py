@@ -21,7 +21,7 @@ from graft.core.published import COMPARISON, Published
 from graft.core.random import skip
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
-from graft.kernels.waits import demand
+from graft.kernels.waits import raise_unless
 
 if TYPE_CHECKING:
     from graft.core.call import Call
@@ -213,7 +213,7 @@ def refuse_truncated(m: Any) -> None:
         return
     known, m.looked_at = vars(m).get("looked_at") is logits, logits
     whole = ~logits.flatten(0, -2)[0].isneginf().any()
-    demand(whole if known else whole.cpu(), lambda: RuntimeError(text), text)
+    raise_unless(whole if known else whole.cpu(), lambda: RuntimeError(text), text)
 
 
 def logits_of(site: Site, cfg: VBLoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -14,7 +14,7 @@ from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.method import Layers, Method
 from graft.core.published import COMPARISON, Published
-from graft.kernels.waits import near
+from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
 
@@ -66,7 +66,7 @@ class VeRA(Method[VeraConfig]):
 
     def factors(self) -> Factors:
         d, b = self.vera_lambda_d, self.vera_lambda_b
-        A, B = near(self.vera_A, d.device), near(self.vera_B, d.device)
+        A, B = copy_on_device(self.vera_A, d.device), copy_on_device(self.vera_B, d.device)
         A, B = A[:, : self.site.fan_in], B[: self.site.out_features]
         A, B = A.to(d.dtype), B.to(d.dtype)  # FSDP casts parameters for a call, and leaves buffers as they are
         return Factors(A, B, dropout=self.vera_dropout, inner=d, outer=b)

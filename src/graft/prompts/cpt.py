@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError
-from graft.kernels.waits import constant, demand
+from graft.kernels.waits import constant, raise_unless
 from graft.prompts.base import IGNORED_LABEL, STORED, Prompt, pick, words_of
 
 # kind of a token: its type modulo 4 (labels count up in steps of 4, one step per example; 0 itself is padding)
@@ -133,7 +133,7 @@ class CPTEmbedding(Prompt):
             "No token is a label: the types of the input count on from the largest of cpt_tokens_type_mask, which "
             f"is {max(self.cfg.cpt_tokens_type_mask)} and must be a multiple of 4."
         )
-        demand(is_label.any(), lambda: ValueError(none), none)
+        raise_unless(is_label.any(), lambda: ValueError(none), none)
         mask = is_label & (targets != IGNORED_LABEL)
         weights = self._decay(kinds, is_label) if self.cfg.opt_weighted_loss_type == "decay" else torch.ones_like(kinds)
         logits = logits[:, :-1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import warn
 from graft.core.ops import find_op
-from graft.kernels.cuts import Cut, cut_up
+from graft.kernels.cuts import Cut, cut_tensor
 from graft.storage import innermost, piece_of
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def unclear_heads(stack: nn.Module) -> str | None:
 def own_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
     """Return the pairs of the heads that this process has."""
     return [
-        p if p is None else (cut_up(p[0], cuts.get(i), 1), cut_up(p[1], cuts.get(i), 1)) for i, p in enumerate(pairs)
+        p if p is None else (cut_tensor(p[0], cuts.get(i), 1), cut_tensor(p[1], cuts.get(i), 1))
+        for i, p in enumerate(pairs)
     ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.archives import weights_in
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.wrappers import clean
-from graft.kernels.waits import demand
+from graft.kernels.waits import raise_unless
 from graft.prompts.base import STORED
 from graft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
@@ -87,7 +87,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
         if ids.dim() > 1 or ids.dtype not in (torch.int64, torch.int32):
             raise wrong()
-        demand(((ids >= 0) & (ids < self.num_tasks)).all(), wrong, allowed)
+        raise_unless(((ids >= 0) & (ids < self.num_tasks)).all(), wrong, allowed)
         ids = ids.to(self.prefix_task_cols.device, non_blocking=True)
         factor = self.prefix_task_cols[ids] @ self.prefix_task_rows[ids]
         return super().forward(None) * factor

@@ -34,7 +34,7 @@ from graft.inject.parts import gate_in, gate_of, registry_of
 from graft.inject.survey import Tree, survey
 from graft.io.files import Loaded
 from graft.io.save import config_of, get_peft_model_state_dict
-from graft.kernels.waits import carried
+from graft.kernels.waits import move_to_devices
 from graft.methods.lora import LoRA, LoraConfig
 from graft.model.checkpoints import read as read_adapter
 from graft.model.registry import check_adapter_name
@@ -500,7 +500,7 @@ class AdapterSlots:
                         values.append(value)
                         layer.gained.add(slot)
         with torch.inference_mode(False), torch.no_grad():
-            torch._foreach_copy_(targets, carried(values, [t.device for t in targets]))
+            torch._foreach_copy_(targets, move_to_devices(values, [t.device for t in targets]))
             torch._foreach_mul_(scaled, scalings)
             if empty:
                 torch._foreach_zero_(empty)

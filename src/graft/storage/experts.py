@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.routing import Handed
-from graft.kernels.experts import Block, Stack, routed
+from graft.kernels.experts import ExpertBlock, UpdatedStack, run_experts
 from graft.storage import stacks
 from graft.storage.dense import PLAIN, Dense
 from graft.storage.offload import computes_on, is_away
@@ -42,23 +42,23 @@ class Dense3:
         return tuple(self.W.shape)  # type: ignore[return-value]
 
     @property
-    def own_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> torch.dtype:
         return self.W.dtype
 
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         return [self.W[e].to(dtype) for e in experts]
 
 
-def block_of(m: nn.Module) -> Block | None:
+def block_of(m: nn.Module) -> ExpertBlock | None:
     """Return how a module uses its stacks; None if graft does not know."""
     if stacks.MODULES.find(type(m)) is stacks.MXFP4:
-        return Block("gate_up_proj", "down_proj", clamped(m), m.gate_up_proj_bias, m.down_proj_bias)
+        return ExpertBlock("gate_up_proj", "down_proj", clamped(m), m.gate_up_proj_bias, m.down_proj_bias)
     if not all(hasattr(m, flag) for flag in FLAGS):
         return None
     up = "gate_up_proj" if m.has_gate else "up_proj"
     up_bias, down_bias = (getattr(m, f"{up}_bias"), m.down_proj_bias) if m.has_bias else (None, None)
     norm = m.post_expert_norm if getattr(m, "has_post_expert_norm", False) else None
-    return Block(up, "down_proj", getattr(m, GATE) if m.has_gate else m.act_fn, up_bias, down_bias, norm)
+    return ExpertBlock(up, "down_proj", getattr(m, GATE) if m.has_gate else m.act_fn, up_bias, down_bias, norm)
 
 
 def clamped(m: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -98,9 +98,9 @@ def run(m: nn.Module, handed: Handed, args: tuple[Any, ...], kwargs: dict[str, A
             "of other processes come. Give all rows of a batch one adapter."
         )
     group = handed.group_of(len(x), x.device)
-    used = {name: Stack(codes_of(m, name), handed.parts_of(name, len(x))) for name in (block.up, block.down)}
+    used = {name: UpdatedStack(codes_of(m, name), handed.parts_of(name, len(x))) for name in (block.up, block.down)}
     count = 1 if handed.groups is None else handed.groups.count
-    return routed(block, x, index, weights, used, group, count)
+    return run_experts(block, x, index, weights, used, group, count)
 
 
 def in_order(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import Op
 from graft.core.pieces import Piece
 from graft.core.table import TypeTable
-from graft.kernels.cuts import Cut, joined, piece_of, whole_of
+from graft.kernels.cuts import Cut, gather_whole, join_pieces, take_piece
 from graft.storage.dense import Dense
 
 if TYPE_CHECKING:
@@ -87,16 +87,16 @@ class Megatron(Dense):
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         t, place = getattr(m, name), self.place(m, name)
-        return t if place is None else joined(t, *place)
+        return t if place is None else join_pieces(t, *place)
 
     @torch.no_grad()
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         place = self.place(m, name)
-        return super().write(m, name, W if place is None else piece_of(W, *place), shared)
+        return super().write(m, name, W if place is None else take_piece(W, *place), shared)
 
     def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
         place = self.place(m, name)
-        return state if place is None else whole_of(state, *place)
+        return state if place is None else gather_whole(state, *place)
 
     def protect(self, y: Tensor) -> Tensor:
         raise UnsupportedLayerError(

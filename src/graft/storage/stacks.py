@@ -27,7 +27,7 @@ class PackedMatrices:
 
     name: ClassVar[str]
     fixed: ClassVar[str | None] = None  # why graft cannot write it
-    own_dtype: ClassVar[torch.dtype | None] = None  # packed stacks compute in the dtype of their inputs
+    compute_dtype: ClassVar[torch.dtype | None] = None  # packed stacks compute in the dtype of their inputs
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> PackedMatrices:

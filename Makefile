@@ -124,7 +124,7 @@ $(VENV)-clients/.installed: pyproject.toml $(wildcard examples/*/carriers.txt)
 
 test-clients: $(VENV)-clients/.installed
 	GRAFT_TESTS_CLIENTS=1 $(VENV)-clients/bin/python -m pytest tests/clients
-	$(VENV)-clients/bin/python -m pytest tests/docs/test_blocks.py -k 'training or four_bits'
+	$(VENV)-clients/bin/python -m pytest tests/docs/test_blocks.py -k 'training or storages'
 	$(VENV)-clients/bin/python -m pytest tests/compat/test_late.py -k clients
 	$(VENV)-clients/bin/python -m pytest tests/test_face.py -k pyright
 

@@ -132,7 +132,7 @@ def same_on_all(tensors: dict[str, Tensor]) -> None:
     "LoRA on `rowwise` layers of a tensor parallel model; DoRA; LoHa",
     peft="RuntimeError of torch",
     graft="as on one process",
-    why="docs/distributed_tp.md",
+    why="docs/reference/distributed.md",
 )
 def law(style: str, sample: Any) -> None:
     target, plan = STYLES[style]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/storages.md and docs/storages_matrix.md, as `python -m tests.docs.storages` prints them."""
+"""The tables of docs/reference/storages.md and storages_matrix.md, as `python -m tests.docs.storages` prints them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graft.storage import STORES, TENSORS
 from tests.docs.marks import put
 from tests.samples import LAWS, mergeable
 
-PAGE = Path(__file__).parents[2] / "docs" / "storages.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "storages.md"
 MATRIX = PAGE.with_name("storages_matrix.md")
 PEFTS = Path(__file__).with_name("peft_storages.md")  # measured with PEFT 0.21.2
 COLUMNS = {  # of PEFT's table → our row

@@ -27,7 +27,7 @@ class Quantized(Dense):
     name = "quantized"
     exact = live = False
     parts: tuple[str, ...] = ("weight",)  # attributes of the module that make up the packed weight
-    writes = True  # graft knows how to quantize anew: a column of docs/storages.md
+    writes = True  # graft knows how to quantize anew: a column of docs/reference/storages.md
     calibrated: str | None = None  # why there is no writing: "its weight is … codes that were calibrated"
 
     def values(self, m: nn.Module) -> Tensor:

@@ -19,15 +19,15 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import typer
 
-from graft.core.errors import (
+from graft import (
     AdapterKeyError,
     BaseModelMismatchError,
     LossError,
     NoMatchingPeftModuleError,
     PeftError,
     UnsupportedLayerError,
-    escape_controls,
 )
+from graft.core.errors import escape_controls
 from graft.files.errors import BaseNeededError, OptionError, OutputExistsError, PackageNeededError, UnknownModelError
 
 FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5

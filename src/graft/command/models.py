@@ -6,15 +6,16 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from graft import CheckpointError, ConfigError
 from graft.config.pair import CONFIG_NAME
-from graft.core.errors import CheckpointError, ConfigError, some
+from graft.core.errors import some
 from graft.files.base import base_files
 from graft.files.formats import recognise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from graft.model.peft_model import PeftModel
+    from graft import PeftModel
 
 
 def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedModel:
@@ -66,8 +67,8 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
 
 def on(base: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
     """Put an adapter of any format onto a model, in eval mode."""
+    from graft import PeftModel
     from graft.files.load import load_adapter
-    from graft.model.peft_model import PeftModel
 
     if recognise(os.fspath(adapter)) == "peft":  # whose own reader knows methods that are in no other format, too
         return PeftModel.from_pretrained(base, adapter).eval()

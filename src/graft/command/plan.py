@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graft import CheckpointError
 from graft.command import show
 from graft.command.app import PLAN, Result, verb
 from graft.config.reading import Json, read_object
-from graft.core.errors import CheckpointError
 from graft.files.errors import OptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from graft.config.base import PeftConfig
+    from graft import InjectReport, PeftConfig
     from graft.files.budget import Training
-    from graft.inject.report import InjectReport
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -65,11 +64,11 @@ def plan(
         optimizer: adamw, adamw_8bit, sgd.
         gpu: Memory of a GPU, 24GB: say whether the step fits.
     """
+    from graft import plan as planned
     from graft.command.merge import size
     from graft.files.budget import SPARE, budget
     from graft.files.skeleton import skeleton
     from graft.files.sources import find_base
-    from graft.model.api import plan as planned
 
     if dtype not in DTYPES:
         raise OptionError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
@@ -116,9 +115,7 @@ def adapter_config(
 ) -> PeftConfig:
     """Return the config of the adapter: of a file, or of the options. Without targets it is for all linear layers, or
     for the places that the method has of its own, such as whole blocks or norms."""
-    from graft import method_of
-    from graft.config.base import PeftConfig
-    from graft.model.api import PEFT_TYPE_TO_CONFIG_MAPPING
+    from graft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, method_of
 
     if path is not None:
         config = PeftConfig.from_pretrained(str(path.parent if path.is_file() else path))

@@ -11,19 +11,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from graft import CheckpointError
 from graft.config.notes import LARGEST
 from graft.config.reading import Json, read_object
-from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor, read_header
 
 if TYPE_CHECKING:
     from torch import nn
 
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+INDEX: str = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 # names of files in a model's folder, as in a shell
 WEIGHTS = (WHOLE, "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
-NEEDED = (  # beside its weights, by transformers or sentence-transformers; and what a licence asks to be passed on
+# files next to the weights that transformers or sentence-transformers need, or that a licence asks to pass on
+NEEDED: tuple[str, ...] = (
     "config.json", "generation_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json",

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING
 
+from graft import CheckpointError
 from graft.config.reading import Json, read_object
-from graft.core.errors import CheckpointError
 from graft.files.base import BaseFiles, Known, Skeleton, base_files
 from graft.files.places import shift_of
 

@@ -23,12 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from graft.config.base import PeftConfig
-from graft.core.errors import ConfigError
+from graft import ConfigError, PeftConfig, PeftModel, get_peft_model
 from graft.kernels.eager import Context
 from graft.kernels.experts import BUDGET as CHUNK
-from graft.model.api import get_peft_model
-from graft.model.peft_model import PeftModel
 
 CONTEXT = 600e6  # bytes: what a CUDA context and its libraries take
 MANY = 16  # rows, from which on what a step takes is a line

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from graft import CheckpointError, UnsupportedLayerError
 from graft.config.reading import Json
-from graft.core.errors import CheckpointError, UnsupportedLayerError
 from graft.files.base import BaseFiles, Skeleton
 from graft.files.merging.numbers import NAMES, TORCH, of_file, to_file
 from graft.files.merging.weights import weights_of

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+from graft import CheckpointError, ConfigError
 from graft.config.reading import Json
-from graft.core.errors import CheckpointError, ConfigError, some
+from graft.core.errors import some
 from graft.files.base import Known
 from graft.files.bases import fitted
 from graft.files.names import kind_of

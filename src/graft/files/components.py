@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from graft.core.errors import BaseModelMismatchError
+from graft import BaseModelMismatchError
 from graft.files.bases import COMPONENTS
 from graft.files.names import check_shapes
 from graft.files.neutral import AdapterFile

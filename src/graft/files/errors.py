@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from graft.core.errors import ConfigError, PeftError
+from graft import ConfigError, PeftError
 
 
 class OutputExistsError(PeftError, FileExistsError):

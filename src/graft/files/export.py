@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from graft import BaseModelMismatchError, LossError
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, LossError, some
+from graft.core.errors import some
 from graft.files import kasa
 from graft.files.algebra import as_low_rank, block_diagonal
 from graft.files.base import Skeleton

@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import LossError, PeftWarning
+from graft import LossError, PeftWarning, convert_to_lora
 from graft.core.folding import change_of
 from graft.files.convert import ENDS
 from graft.files.export import Exported
@@ -22,7 +22,7 @@ from graft.inject.parts import reads
 from graft.io import files
 from graft.io.fingerprint import fingerprint, weights_of
 from graft.model.checkpoints import check, contents, folder_of, names_to_save
-from graft.model.convert import convert_to_lora, found
+from graft.model.convert import found
 
 ENERGY = 1 - 1e-8  # part of ‖ΔW‖² that each layer of a method which is no LoRA keeps
 LOSS = 1e-3  # part of ‖ΔW‖ of a layer; who wants to lose more says so

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from graft.core.errors import CheckpointError, LossError, some
+from graft import CheckpointError, LossError
+from graft.core.errors import some
 from graft.files.algebra import as_low_rank, products, with_core
 from graft.files.formats.peft import PREFIXES, VARIANTS, named_as_there
 from graft.files.names import CONV1D

@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from graft import BaseModelMismatchError, ConfigError
 from graft.config.hub import looks_like_repository
 from graft.config.reading import parsed, pattern
-from graft.core.errors import BaseModelMismatchError, ConfigError, some
+from graft.core.errors import some
 from graft.files import algebra
 from graft.files.base import Known
 from graft.files.bases import fitted

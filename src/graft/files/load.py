@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from graft.config.base import PeftConfig
-from graft.core.errors import BaseModelMismatchError, LossError, some
+from graft import BaseModelMismatchError, LossError, PeftConfig, PeftMixedModel, PeftModel
+from graft.core.errors import some
 from graft.files.base import Skeleton
 from graft.files.components import part_for
 from graft.files.formats import read
@@ -25,8 +25,6 @@ from graft.files.pickles import to_torch
 from graft.inject.experts import Conversions
 from graft.io.files import Loaded
 from graft.model.checkpoints import AdapterInMemory
-from graft.model.mixed import PeftMixedModel
-from graft.model.peft_model import PeftModel
 
 
 def load_adapter(

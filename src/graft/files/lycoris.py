@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from graft.core.errors import CheckpointError
+from graft import CheckpointError
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import tensor
 

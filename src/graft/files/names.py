@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from graft import BaseModelMismatchError, CheckpointError
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.core.errors import some
 from graft.files.base import Known
 from graft.files.bases import by_model, fitted
 from graft.files.neutral import AdapterFile, LowRank

@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+from graft import CheckpointError, PeftError
 from graft.config.atomic import NO_FILE, exchange, is_link, is_special
-from graft.core.errors import CheckpointError, PeftError, some
+from graft.core.errors import some
 from graft.files.base import INDEX, NEEDED, TORCH_INDEX, WEIGHTS, entries, matches, shards
 from graft.files.errors import OptionError, OutputExistsError
 from graft.files.formats import FORMATS, module_of

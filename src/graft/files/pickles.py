@@ -7,10 +7,10 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
+from graft import CheckpointError
 from graft.config.archives import content_of, record_in
 from graft.config.atomic import replace
 from graft.config.reading import open_file
-from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor, read_header
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, some
+from graft import BaseModelMismatchError, CheckpointError, LossError
+from graft.core.errors import some
 
 if TYPE_CHECKING:
     import torch

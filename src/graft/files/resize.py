@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from graft import LossError
 from graft.config.reading import Json
-from graft.core.errors import LossError, some
+from graft.core.errors import some
 from graft.files import algebra
 from graft.files.complete import check_whole
 from graft.files.errors import OptionError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from graft.core.errors import BaseModelMismatchError
+from graft import BaseModelMismatchError
 from graft.files.errors import BaseNeededError
 from graft.files.tensors import Tensor, rearranged
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from graft import CheckpointError
 from graft.config.reading import Json
-from graft.core.errors import CheckpointError
 from graft.files.errors import BaseNeededError
 from graft.files.tensors import Tensor
 
@@ -58,7 +58,7 @@ def as_trained(
             f"{what} has experts as servers hold them, and only the base model says which of its rows are whose: give "
             "it (--base)."
         )
-    from graft.config.base import PeftConfig
+    from graft import PeftConfig
     from graft.files.pickles import from_torch, to_torch
     from graft.files.skeleton import skeleton
     from graft.io.servers import arranged

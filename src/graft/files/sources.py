@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from graft import CheckpointError
 from graft.config.hub import fetch, not_asked
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH
 from graft.config.reading import open_file, read_object
-from graft.core.errors import CheckpointError
 from graft.files.base import Known, Skeleton, base_files
 from graft.files.bases import base_of
 from graft.files.errors import BaseNeededError

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import IO, TYPE_CHECKING
 
+from graft import CheckpointError
 from graft.config.atomic import Write
 from graft.config.atomic import replace as put_in_place
 from graft.config.notes import LARGEST, LFS, header
 from graft.config.reading import Json, open_file, parsed
-from graft.core.errors import CheckpointError, shortened
+from graft.core.errors import shortened
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from graft import FolderInUseError, PeftWarning
 from graft.config.atomic import check_no_link
-from graft.core.errors import FolderInUseError, PeftWarning, warn
+from graft.core.errors import warn
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

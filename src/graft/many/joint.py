@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graft import ConfigError
 from graft.core.base_config import text_config
-from graft.core.errors import ConfigError
 from graft.many.loader import Batch
 
 MASK, POSITIONS = "attention_mask", "position_ids"

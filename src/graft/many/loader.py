@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.core.errors import ConfigError, annotate_error
+from graft import ConfigError
+from graft.core.errors import annotate_error
 from graft.io.fingerprint import hashed, tensor_digest
 from graft.many.draws import Draws, States
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from graft import ConfigError
 from graft.config.targets import TASK_HEADS
-from graft.core.errors import ConfigError
 from graft.inject.parts import Parts
 
 Loss = Callable[..., Tensor]  # of (the output of a run's rows, its batch): their mean, ()

@@ -18,7 +18,8 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from graft.core.errors import AdapterNotFoundError, ConfigError, annotate_error
+from graft import AdapterNotFoundError, ConfigError
+from graft.core.errors import annotate_error
 from graft.many.bank import Row
 from graft.many.draws import Draws
 from graft.many.flat import Flat, in_order, may_flatten, watched
@@ -29,9 +30,10 @@ from graft.many.losses import Loss
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
-    from graft.config.base import PeftConfig
+    from graft import PeftConfig
 
-RUNNING, ENDED, STOPPED, FAILED = "running", "ended", "stopped", "failed"
+STATES: tuple[str, ...] = ("running", "ended", "stopped", "failed")
+RUNNING, ENDED, STOPPED, FAILED = STATES
 
 
 WINDOW = "batches_of_this_step"  # a batch may say it, where the end of an epoch leaves fewer

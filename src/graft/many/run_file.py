@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft import CheckpointError, ConfigError
 from graft.config.atomic import is_link
 from graft.config.reading import Json
-from graft.core.errors import CheckpointError, ConfigError, some
+from graft.core.errors import some
 from graft.io.check import fault
 from graft.io.fingerprint import check_note as check_fingerprint
 from graft.io.save import base_fingerprint
-from graft.many.run import ENDED, FAILED, RUNNING, STOPPED, Point, Run, Valid
+from graft.many.run import STATES, Point, Run, Valid
 from graft.train.state_check import (
     OWN,
     REMEDY,
@@ -44,7 +45,6 @@ FIELDS = {
     "curve": has(list, list), "valid": has(list, list),
     "first": lambda first: first is None or (type(first) is tuple and len(first) == 2 and type(first[0]) is str),
 }  # fmt: skip
-STATES = (RUNNING, ENDED, STOPPED, FAILED)
 POSITION = {"epoch": is_count, "taken": is_count, "began": has(list, Tensor)}
 UNDER_WAY = {"losses": has(list, Tensor), "gradients": lambda all_: all_ is None or type(all_) is list}
 

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graft.combine.adding import changes_base
-from graft.config.base import PeftConfig, check_config
-from graft.core.errors import (
+from graft import (
     AdapterNameError,
     AdapterNotFoundError,
     CheckpointError,
     ConfigError,
+    PeftConfig,
+    PeftModel,
     PeftWarning,
-    annotate_error,
-    drop_frames,
-    shortened,
-    some,
-    warn,
+    get_peft_model,
+    method_of,
 )
+from graft.combine.adding import changes_base
+from graft.config.base import check_config
+from graft.core.errors import annotate_error, drop_frames, shortened, some, warn
 from graft.core.layer import Host
 from graft.inject.beside import add_task_heads
 from graft.inject.find import bias_in
@@ -50,10 +50,7 @@ from graft.many.loader import Loader, one_position
 from graft.many.losses import Loss, own_loss
 from graft.many.run import RUNNING, STOPPED, Run, Valid
 from graft.many.trainer import Description
-from graft.methods import method_of
-from graft.model.api import get_peft_model
 from graft.model.checkpoints import contents
-from graft.model.peft_model import PeftModel
 from graft.model.registry import check_adapter_name
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import pairwise, product
 from typing import Any
 
-from graft.core.errors import ConfigError
+from graft import ConfigError
 
 Setting = dict[str, Any]
 

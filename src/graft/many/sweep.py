@@ -19,15 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from graft import CheckpointError, ConfigError, PeftConfig
 from graft.config.atomic import replace, write_text
-from graft.config.base import PeftConfig, check_config
+from graft.config.base import check_config
 from graft.config.reading import Json, open_file, parsed
-from graft.core.errors import CheckpointError, ConfigError, shortened
+from graft.core.errors import shortened
 from graft.inject.report import as_cell
 from graft.many import run_file
 from graft.many.loader import digest_first_batch
-from graft.many.run import FAILED, Run, Valid
-from graft.many.run_file import STATES, is_row
+from graft.many.run import FAILED, STATES, Run, Valid
+from graft.many.run_file import is_row
 from graft.many.runs import AT_ONCE, MultiTrain, list_names, refuse_base_change
 from graft.many.search import Setting, best_of, budgets, settings_in
 from graft.many.table import Progress

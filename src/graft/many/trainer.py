@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import ConfigError, PeftWarning, shortened, warn
+from graft import ConfigError, PeftWarning
+from graft.core.errors import shortened, warn
 from graft.many.draws import Draws
 from graft.many.loader import Batch
 from graft.many.losses import Loss

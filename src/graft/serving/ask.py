@@ -17,8 +17,9 @@ from threading import TIMEOUT_MAX, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
+from graft import BaseModelMismatchError
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, escape_controls, shortened
+from graft.core.errors import escape_controls, shortened
 from graft.files.errors import OptionError, ServerError, UnknownModelError
 
 LARGEST = 16_000_000  # bytes of an answer

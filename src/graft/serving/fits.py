@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import AdapterKeyError, ConfigError, some
+from graft import AdapterKeyError, ConfigError, LoraConfig
+from graft.core.errors import some
 from graft.inject.match import Matcher
 from graft.inject.parts import Parts
 from graft.io.files import Loaded
 from graft.io.load import Values
 from graft.kernels.decomposed import row_norms
 from graft.methods.ia3 import is_feedforward
-from graft.methods.lora import LoraConfig
 from graft.methods.lora.sub_configs import CONVERTED
 from graft.serving.layer import SlotLayer
 
 if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
+    from graft import PeftConfig
 
 # fields of a LoraConfig that add something to A and B or run them in another way, and the value that leaves them off
 PLAIN: dict[str, tuple[object, ...]] = {

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWarning
 from graft.config.hub import HUB_KEYWORDS, warn_unknown
-from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, some, warn
-from graft.core.layer import AdapterLayer
+from graft.core.errors import some, warn
 from graft.core.wrappers import clean
 from graft.inject.inject import collector_paused
 from graft.inject.match import Matcher
@@ -27,12 +27,12 @@ from graft.io.entries import Entry, entries
 from graft.io.files import Loaded
 from graft.io.load import Values
 from graft.io.save import config_of, parts_of
-from graft.methods.lora import LoRA, LoraConfig
+from graft.methods.lora import LoRA
 from graft.model import checkpoints
 from graft.storage.parallel import fill_all, layout_of, shape_of
 
 if TYPE_CHECKING:
-    from graft.core.method import Method
+    from graft import Method
 
 T = TypeVar("T")
 MUST_AGREE = (

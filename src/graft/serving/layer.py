@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from graft import RoutingError
 from graft.core.containers import moved
-from graft.core.errors import RoutingError
 from graft.core.ops import is_stock
 from graft.core.site import Site, Store
 from graft.kernels.eager import eager, has_no_hooks

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.config.base import PeftConfig
-from graft.config.hub import HUB_KEYWORDS
-from graft.core.errors import (
+from graft import (
     AdapterNotFoundError,
     AlreadyInjectedError,
     CheckpointError,
     ConfigError,
     InUseError,
+    LoraConfig,
+    PeftConfig,
     RoutingError,
     UnsupportedLayerError,
-    some,
+    get_peft_model_state_dict,
 )
+from graft.config.hub import HUB_KEYWORDS
+from graft.core.errors import some
 from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import refuse_pieces
 from graft.core.rows import BASE, copies_of
@@ -33,9 +35,9 @@ from graft.inject.inject import Injection, attach
 from graft.inject.parts import gate_in, gate_of, registry_of
 from graft.inject.survey import Tree, survey
 from graft.io.files import Loaded
-from graft.io.save import config_of, get_peft_model_state_dict
+from graft.io.save import config_of
 from graft.kernels.waits import move_to_devices
-from graft.methods.lora import LoRA, LoraConfig
+from graft.methods.lora import LoRA
 from graft.model.checkpoints import read as read_adapter
 from graft.model.registry import check_adapter_name
 from graft.serving.fits import A_, Known, SlotFactors, by_layer, check_config, fitted

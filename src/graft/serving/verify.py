@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from graft import BaseModelMismatchError
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError
 from graft.files.errors import OptionError
 from graft.model.functional import layers_with_scaling, rescaled
 from graft.serving.ask import Connection, Seen, ask, server_of

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Lock, RLock, Thread
 
-from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, ServerTimeoutError, warn
+from graft import AdapterNotFoundError, AdapterTensors, ConfigError, PeftWarning
+from graft.core.errors import ServerTimeoutError, warn
 from graft.files.errors import UnknownModelError
-from graft.model.adapter_tensors import AdapterTensors
 
 
 class Versions:

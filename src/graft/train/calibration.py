@@ -10,19 +10,25 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from graft import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    CordaConfig,
+    LoraConfig,
+    LoraXsConfig,
+    Method,
+    method_of,
+)
 from graft.config.archives import weights_in
 from graft.config.atomic import replace
 from graft.config.base import check_config
 from graft.config.fields import settings
-from graft.core.errors import CalibrationError, CheckpointError, ConfigError, some
-from graft.core.method import Method
+from graft.core.errors import some
 from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection
-from graft.methods import method_of
-from graft.methods.lora import LoraConfig
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
-from graft.methods.lora.sub_configs import CordaConfig
-from graft.methods.loraxs import STEP, LoraXsConfig
+from graft.methods.loraxs import STEP
 from graft.model.modes import in_mode, training_only
 
 

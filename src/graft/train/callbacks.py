@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graft.core.errors import ConfigError
+from graft import AuditReport, ConfigError, audit
 from graft.inject.parts import registry_of, unwrapped
 from graft.methods.finegates import sparsity_loss
 from graft.methods.lora.lora import monteclora_loss
-from graft.model.audit import SECTIONS, AuditReport, audit, parts_of_active
+from graft.model.audit import SECTIONS, parts_of_active
 from graft.model.tuner import tuner_of
 from graft.model.watch import gradients_elsewhere
 

@@ -7,9 +7,9 @@ import os
 import re
 from zipfile import is_zipfile
 
+from graft import CheckpointError
 from graft.config.notes import LARGEST
 from graft.config.reading import open_file, parsed
-from graft.core.errors import CheckpointError
 from graft.files.tensors import read_header
 from graft.train.resuming import load
 

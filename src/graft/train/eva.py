@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.core.errors import CalibrationError, ConfigError, PeftWarning, some, warn
-from graft.core.layer import AdapterLayer
+from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
+from graft.core.errors import some, warn
 from graft.core.pieces import refuse_pieces
 from graft.inject.inject import attach
 from graft.inject.match import minimal_names

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import PeftWarning, warn
-from graft.core.layer import AdapterLayer
+from graft import AdapterLayer, PeftWarning
+from graft.core.errors import warn
 from graft.inject.parts import unwrapped
 from graft.prompts.base import Prompt
 from graft.prompts.base import shift_tokens_right as shift_tokens_right

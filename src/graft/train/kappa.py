@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from graft import PeftWarning
 from graft.core.carrier import layer_in
-from graft.core.errors import PeftWarning, warn
+from graft.core.errors import warn
 from graft.inject.survey import survey
 from graft.inject.targets import is_linear
 from graft.storage import find_store

@@ -10,11 +10,11 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from graft import AdapterLayer, CheckpointError, ConfigError, PeftWarning
 from graft.config.hub import fetch
 from graft.config.notes import LARGEST
 from graft.config.reading import read_object
-from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
-from graft.core.layer import AdapterLayer
+from graft.core.errors import warn
 from graft.core.merging import lifted
 from graft.core.ops import Op
 from graft.inject.parts import registry_of

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graft.core.errors import ConfigError, DistributedError
+from graft import ConfigError, DistributedError
 from graft.storage.parallel import DISTRIBUTED, layout_of, mastered, spread
 
 State = dict[str, Any]

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graft.core.errors import ConfigError, UnsupportedLayerError
+from graft import AdapterLayer, ConfigError, LoraConfig, UnsupportedLayerError
 from graft.core.folding import delta_of, evaluating
-from graft.core.layer import AdapterLayer
 from graft.core.random import kaiming_bound
 from graft.inject.parts import registry_of, unwrapped
-from graft.methods.lora import LoraConfig
 from graft.methods.lora.lora import LoRA
 from graft.storage.parallel import layout_of
 
 if TYPE_CHECKING:
-    from graft.core.method import Method
+    from graft import Method
     from graft.model.layer_registry import LayerRegistry
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graft.core.errors import CheckpointError, ConfigError, warn
+from graft import CheckpointError, ConfigError
+from graft.core.errors import warn
 from graft.storage.parallel import layout_of
 from graft.train.callbacks import Listener
 from graft.train.checkpoints import last_checkpoint

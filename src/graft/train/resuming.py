@@ -21,18 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graft import AdapterKeyError, CheckpointError, ConfigError, DistributedError, PeftError
 from graft.config.atomic import folder_for, replace, write_text
 from graft.config.fields import whole_number
 from graft.config.reading import Json
 from graft.core.containers import Slot
-from graft.core.errors import (
-    AdapterKeyError,
-    CheckpointError,
-    ConfigError,
-    DistributedError,
-    PeftError,
-    some,
-)
+from graft.core.errors import some
 from graft.core.random import accelerator
 from graft.core.wrappers import clean
 from graft.inject.build import put

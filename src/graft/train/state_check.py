@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graft import CheckpointError
 from graft.config.reading import LARGEST_NUMBER
-from graft.core.errors import CheckpointError, NonFiniteError, some
+from graft.core.errors import NonFiniteError, some
 from graft.io.check import fault, nonfinite
 
 REMEDY = "Take an earlier checkpoint."

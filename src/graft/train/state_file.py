@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from graft import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.config.atomic import replace
 from graft.config.reading import Json, parsed
 from graft.core.containers import Slot
-from graft.core.errors import BaseModelMismatchError, CheckpointError, ConfigError, shortened
+from graft.core.errors import shortened
 from graft.inject.parts import registry_of
 from graft.io.files import read_safetensors
 from graft.io.fingerprint import Note, difference, same_values

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import CalibrationError, ConfigError
+from graft import CalibrationError, ConfigError
 from graft.inject.parts import registry_of
 from graft.methods.states import Positions
 from graft.methods.steering import Steering

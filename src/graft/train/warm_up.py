@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from graft.core.errors import CalibrationError, ConfigError, some
+from graft import CalibrationError, ConfigError, SdtConfig, method_of
+from graft.core.errors import some
 from graft.inject.inject import Injection
-from graft.methods import method_of
-from graft.methods.sdt import A_LOG, CHANGE, SDT, X_PROJ, SdtConfig
+from graft.methods.sdt import A_LOG, CHANGE, SDT, X_PROJ
 from graft.model.modes import training_only
 
 

@@ -8,9 +8,9 @@ import os
 import runpy
 import sys
 
+from graft import ConfigError
 from graft.compat.peft import install
 from graft.compat.peft.children import exports, version_to_say
-from graft.core.errors import ConfigError
 
 USAGE = "usage: python -m graft.compat.peft [--peft-version X.Y.Z] ((script.py | -m module) [arguments …] | --env)"
 

@@ -15,9 +15,9 @@ import shlex
 import sys
 from collections.abc import Mapping
 
+from graft import ConfigError
 from graft.compat.peft.modules import VERSION, metadata
 from graft.config.atomic import replace, write_text
-from graft.core.errors import ConfigError
 
 VARIABLE = "GRAFT_AS_PEFT"  # "1": `import graft` calls install(children=True)
 VERSION_VARIABLE = "GRAFT_PEFT_VERSION"  # what `install` says where it is not told

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import PeftWarning, warn
+from graft import PeftWarning
+from graft.core.errors import warn
 from graft.inject import experts
 from graft.inject.survey import survey
 from graft.methods.adaption_prompt import AdaptionPrompt
@@ -19,7 +20,7 @@ from graft.storage import innermost
 from graft.storage.offload import at_hand
 
 if TYPE_CHECKING:
-    from graft.config.base import PeftConfig
+    from graft import PeftConfig
 
 TRANSFORMERS_MODEL_CONFIG = AdaptionPrompt.targets  # by model_type; callers ask which there are
 VARIANT_KWARG_KEYS = ["alora_offsets"]  # arguments of a layer's forward that are its adapters'

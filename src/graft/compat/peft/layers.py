@@ -19,17 +19,25 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from graft import (
+    AdapterLayer,
+    Method,
+    ModulesToSaveWrapper,
+    PeftWarning,
+    RoutingError,
+    UnsupportedLayerError,
+    method_of,
+)
 from graft.compat.peft.names import OF_STORES
 from graft.core.call import Call
-from graft.core.errors import PeftWarning, RoutingError, UnsupportedLayerError, warn
-from graft.core.layer import SWAPS, AdapterLayer, ParamWrapper
+from graft.core.errors import warn
+from graft.core.layer import SWAPS, ParamWrapper
 from graft.core.merging import DELTA, why_no_delta_weight, with_delta_weight
-from graft.core.method import Method
 from graft.core.ops import OPS
 from graft.core.plan import Folded, Plan
 from graft.core.rows import BASE, Together
-from graft.inject.beside import ModulesToSaveWrapper, TrainableTokensWrapper
-from graft.methods import METHODS, method_of
+from graft.inject.beside import TrainableTokensWrapper
+from graft.methods import METHODS
 from graft.storage import STORES
 
 SAME = {"Conv1D": "Linear"}  # layer types that share a class in PEFT
@@ -209,7 +217,7 @@ def by_hand(cls: Any, base_layer: nn.Module, adapter_name: str, *args: object, *
     Raises:
         TypeError: there is no config of the class's method, or its layers are around other modules.
     """
-    from graft.model.tuner import inject_adapter_in_model
+    from graft import inject_adapter_in_model
 
     names = (*(("parameter_name",) if cls.kind == WRAPPER else ()), "config", "r", "lora_alpha")
     options: dict[str, object] = dict(zip(names, args)) | kwargs

@@ -15,10 +15,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from graft import PeftWarning, method_of
 from graft.compat.peft.layers import BNB, kind_names, layer_class, layer_names
 from graft.compat.peft.names import BESIDE, MAPPINGS, MODULES, OF_METHODS, OF_STORES, WHERE, WITH_BNB
-from graft.core.errors import PeftWarning, warn
-from graft.methods import ROWS, method_of
+from graft.core.errors import warn
+from graft.methods import ROWS
 
 ROOT = "peft"
 VERSION = "0.22.0"  # the least that transformers 5.24 accepts; graft's interface is that of 0.21.2

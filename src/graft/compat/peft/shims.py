@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from graft import AdapterLayer, method_of
 from graft.config.base import matches_end
 from graft.config.reading import pattern
 from graft.config.targets import EMBEDDING_NAMES
-from graft.core.layer import AdapterLayer
 from graft.core.merging import not_merged
 from graft.core.names import one_or_several
 from graft.inject.experts import merges, part_of
@@ -27,7 +27,7 @@ from graft.inject.survey import survey
 from graft.inject.targets import ALL_LINEAR, HEAD_NAMES, all_linear, tied_to_embedding
 from graft.io.layouts import Stack, as_here, fits, scaled, stacked
 from graft.io.written import Layout, say
-from graft.methods import METHODS, method_of
+from graft.methods import METHODS
 from graft.methods.lora.alora import last
 from graft.methods.trainable_tokens import input_embedding
 from graft.storage import find_store
@@ -35,8 +35,7 @@ from graft.storage import find_store
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    from graft.config.base import PeftConfig
-    from graft.methods.lora.config import LoraConfig
+    from graft import LoraConfig, PeftConfig
 
     Conversion = WeightConverter | WeightRenaming
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from graft import CheckpointError
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json, read_object
-from graft.core.errors import CheckpointError
 from graft.files.formats import Base, adapterhub_places
 from graft.files.formats.peft import plain
 from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit

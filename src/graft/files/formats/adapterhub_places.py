@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
+from graft import BaseModelMismatchError, BottleneckConfig, CheckpointError, ReftConfig
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, CheckpointError, some
+from graft.core.errors import some
 from graft.files.bases import by_model
 from graft.files.errors import BaseNeededError
 from graft.files.formats import Base
 from graft.files.neutral import AdapterFile, Other
 from graft.files.pickles import from_torch, to_torch
 from graft.files.tensors import Tensor
-from graft.methods.bottleneck import PLACES, BottleneckConfig, embedded, of_block
+from graft.methods.bottleneck import PLACES, embedded, of_block
 from graft.methods.places import Block, blocks_in, text_width, walk
-from graft.methods.reft import ReftConfig
 
 KEY = re.compile(r"(?P<place>.+?)\.adapters\.(?P<name>[^.]+)\.(?P<leaf>.+)")
 INVERTIBLE = re.compile(

@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from graft import CheckpointError, LossError
 from graft.config.reading import Json, check, parsed
-from graft.core.errors import CheckpointError, LossError
 from graft.files.bases import COMPONENTS
 from graft.files.components import is_pipeline, parts_of
 from graft.files.errors import BaseNeededError, PackageNeededError

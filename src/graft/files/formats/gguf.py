@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from graft import BaseModelMismatchError, CheckpointError, LossError
 from graft.config.atomic import replace
 from graft.config.reading import LARGEST_NUMBER, Json, open_file
-from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, shortened, some
+from graft.core.errors import shortened, some
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, gguf_control, one_file
 from graft.files.formats.gguf_file import MAGIC, contents, package

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from graft import BaseModelMismatchError, CheckpointError
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, CheckpointError
 from graft.files.formats import Base
 from graft.files.holding import check_lost
 from graft.files.neutral import AdapterFile, Other

@@ -11,8 +11,9 @@ from math import prod
 from types import ModuleType
 from typing import IO, Any
 
+from graft import CheckpointError
 from graft.config.reading import Json, open_file
-from graft.core.errors import CheckpointError, shortened
+from graft.core.errors import shortened
 from graft.files.errors import PackageNeededError
 from graft.files.tensors import BITS, Tensor, part_reader, version_of
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from graft.core.errors import BaseModelMismatchError, CheckpointError, PeftError
+from graft import BaseModelMismatchError, CheckpointError, PeftError
 from graft.files import names
 from graft.files.components import is_pipeline, joined, method_of, part_for
 from graft.files.formats import Base, one_file

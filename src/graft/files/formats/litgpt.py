@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from graft import CheckpointError
 from graft.config.reading import LARGEST_NUMBER, Json, check, open_file
-from graft.core.errors import CheckpointError, shortened, some
+from graft.core.errors import shortened, some
 from graft.files.formats import Base
 from graft.files.holding import both, by_module, misfit
 from graft.files.neutral import AdapterFile, LowRank

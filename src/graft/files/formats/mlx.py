@@ -8,9 +8,9 @@ import os
 import re
 from dataclasses import replace as with_
 
+from graft import CheckpointError
 from graft.config.atomic import replace, write_text
 from graft.config.reading import read_object
-from graft.core.errors import CheckpointError
 from graft.files.formats import Base
 from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit, with_magnitudes
 from graft.files.neutral import AdapterFile, Kind, LowRank, Other

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
 
+from graft import CheckpointError, LossError, PeftWarning
 from graft.config import notes, pair
 from graft.config.atomic import folder_for
 from graft.config.base import FORMAT_VERSION
 from graft.config.file import ConfigFile, whole_model
 from graft.config.reading import Json, ending, open_file, pattern, read_object
-from graft.core.errors import CheckpointError, LossError, PeftWarning, shortened, some, warn
+from graft.core.errors import shortened, some, warn
 from graft.files import pickles
 from graft.files.bases import COMPONENTS
 from graft.files.components import joined, parts_of
@@ -36,7 +37,7 @@ NAME = "peft"
 _FILES = (pair.SAFETENSORS, pair.TORCH), (pair.CONFIG_NAME, "README.md")
 FOLDER = tuple((*names, *(f"{part}*/{name}" for part in COMPONENTS for name in names)) for names in _FILES)
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # how the names of tensors begin
-PREFIXES = {  # of the names of a method's tensors on a module
+PREFIXES: dict[str, str] = {  # of the names of a method's tensors on a module
     "LORA": "lora_", "ADALORA": "lora_", "IA3": "ia3_", "VERA": "vera_", "PVERA": "pvera_", "LOHA": "hada_",
     "OFT": "oft_", "HRA": "hra_", "HIRA": "hira_", "MISS": "miss_", "VBLORA": "vblora_", "GRALORA": "gralora_",
     "DELORA": "delora_", "C3A": "c3a_", "FOURIERFT": "fourierft_", "WAVEFT": "waveft_", "LOKR": "lokr_",
@@ -55,7 +56,8 @@ OF_PROMPT = ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows")
 NONE = "dummy-target-modules"  # as target_modules: the adapter is what stands beside LoRA
 BESIDE = re.compile(r"\.(modules_to_save|original_module)(?=\.)")  # of a head: again, and the base's own, in some files
 TOKENS = "token_adapter"  # a module of PEFT around an embedding whose rows train
-VARIANTS = {"kasa_config": "KASA", "use_bdlora": "BDLORA", "use_qalora": "QALORA"}  # whose A and B are not LoRA's
+# variants of LoRA whose A and B are not LoRA's
+VARIANTS: dict[str, str] = {"kasa_config": "KASA", "use_bdlora": "BDLORA", "use_qalora": "QALORA"}
 BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
 SCALED = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # methods of the scale alpha / r → its field
 FIRST = ("gate_up_proj", "w1", "w13", "up_proj", "down_proj", "w2", "w3")  # parameters of experts as modules hold them

@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from graft import BaseModelMismatchError, CheckpointError, LossError, PeftWarning
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json, read_object
-from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, PeftWarning, some, warn
+from graft.core.errors import some, warn
 from graft.files.formats import Base
 from graft.files.holding import Holds, check_lost, fit
 from graft.files.neutral import AdapterFile, Other
@@ -182,8 +183,9 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: it is no ReFT, acts elsewhere than after blocks, or has an activation, which pyreft's files do not
             say.
     """
+    from graft import ReftConfig
     from graft.files.formats.adapterhub_places import blocks_of
-    from graft.methods.reft import ReftConfig, orthonormal
+    from graft.methods.reft import orthonormal
 
     if adapter.method != "REFT":
         raise LossError(f"The format {NAME} holds ReFT alone, and {adapter.path} is {adapter.method}.")

@@ -11,8 +11,8 @@ import os
 import re
 from dataclasses import replace
 
+from graft import CheckpointError, LossError
 from graft.config.reading import Json, read_object
-from graft.core.errors import CheckpointError, LossError
 from graft.files.errors import BaseNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import numbers_at

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 import torch
 
+from graft import CheckpointError
 from graft.config.reading import Json, parsed
-from graft.core.errors import CheckpointError
 from graft.files.base import BaseFiles
 from graft.files.merging.numbers import of_file, to_file
 from graft.files.merging.weights import BaseWeights

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from graft import UnsupportedLayerError
 from graft.config.reading import Json
-from graft.core.errors import UnsupportedLayerError
 from graft.files.base import BaseFiles
 from graft.files.merging.numbers import of_file, to_file
 from graft.files.merging.weights import BaseWeights

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from graft import UnsupportedLayerError
 from graft.config.reading import Json
-from graft.core.errors import UnsupportedLayerError
 from graft.files.base import BaseFiles
 from graft.files.merging.numbers import of_file, to_file
 from graft.files.merging.weights import BaseWeights

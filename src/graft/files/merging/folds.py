@@ -9,8 +9,8 @@ from math import prod
 
 import torch
 
+from graft import BaseModelMismatchError, LossError
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, LossError
 from graft.files.errors import OptionError
 from graft.files.formats.peft import unnamed
 from graft.files.holding import FIELDS, PARTS

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from graft import BaseModelMismatchError, CheckpointError, LossError
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json
-from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError, some
+from graft.core.errors import NonFiniteError, some
 from graft.files import kasa
 from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
 from graft.files.complete import check_whole

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from graft import AdapterLayer, BaseModelMismatchError, LossError, Method, PeftModel
 from graft.core.effect import Replace, Rewrite
-from graft.core.errors import BaseModelMismatchError, LossError
 from graft.core.folding import evaluating, fold_step
 from graft.core.holding import Where
-from graft.core.layer import AdapterLayer
 from graft.core.merging import fixed
-from graft.core.method import Method, Use
+from graft.core.method import Use
 from graft.core.random import made_on
 from graft.files.base import BaseFiles
 from graft.files.formats import peft
@@ -30,7 +29,6 @@ from graft.files.merging.numbers import to_file
 from graft.files.neutral import LowRank
 from graft.files.skeleton import nothing, skeleton, weightless
 from graft.inject.survey import survey
-from graft.model.peft_model import PeftModel
 
 NAME = "default"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from graft import CheckpointError
 from graft.config.reading import Json
-from graft.core.errors import CheckpointError
 from graft.files.tensors import Tensor
 from graft.io.check import NARROW
 

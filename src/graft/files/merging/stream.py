@@ -14,10 +14,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 
+from graft import CheckpointError
 from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange, replace, sync, write_text
 from graft.config.notes import LARGEST, header
 from graft.config.reading import Json, open_file, read_object
-from graft.core.errors import CheckpointError, some
+from graft.core.errors import some
 from graft.files.base import entries, matches
 from graft.files.errors import OutputExistsError
 from graft.files.merging.numbers import MEASURES

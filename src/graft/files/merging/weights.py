@@ -8,8 +8,8 @@ from importlib import import_module
 
 import torch
 
+from graft import UnsupportedLayerError
 from graft.config.reading import Json
-from graft.core.errors import UnsupportedLayerError
 from graft.files.base import BaseFiles
 from graft.files.merging.numbers import of_file
 from graft.files.tensors import Tensor

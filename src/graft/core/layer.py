@@ -28,7 +28,7 @@ from graft.core.peft_names import PeftNames
 from graft.core.plan import Apart, Plan, plan_of, refuse_gates
 from graft.core.rows import OFF, Rows
 from graft.core.site import Site, Store, Weight
-from graft.core.wrappers import HOOK, brought_in
+from graft.core.wrappers import HOOK, brought_in, end_offloading
 from graft.kernels.cuts import Cut
 from graft.kernels.eager import eager, has_no_hooks
 from graft.kernels.withheld import Withheld
@@ -168,9 +168,9 @@ class Host(Holding, Carrier, nn.Module):
         base, plan, back = self.base_module, self.state.plan, None
         if HOOK in base.__dict__:
             args, kwargs, back = brought_in(base, args, kwargs)
-            now = self.call.current() if self.call.open else None
-            if now is not OFF and not (now is None and plan is None):
-                self.check_at_hand()
+            self.end_offloading()
+        elif not self.op.known and not is_dynamo_compiling():  # a block: hooks are on the modules in it
+            self.end_offloading()
         if self.call.open and (rows := self.call.current()) is not None:
             y = base(*args, **kwargs) if rows is OFF else self.mix_of(rows).run(rows, *args, **kwargs)
         elif plan is None:
@@ -179,25 +179,11 @@ class Host(Holding, Carrier, nn.Module):
             y = plan.run(*args, **kwargs)
         return y if back is None else back(y)
 
-    def check_at_hand(self) -> None:
-        """Raise UnsupportedLayerError if accelerate has offloaded a module of the adapters that has no forward.
-
-        Accelerate brings tensors in when their module is called. With one that is away torch multiplies without an
-        error, and returns whatever the memory held.
-        """
-        for key in self.containers:
-            container = self._modules.get(key)
-            for m in container.modules() if container is not None else ():
-                tensors = (*m._parameters.values(), *m._buffers.values())
-                if (
-                    HOOK in m.__dict__
-                    and type(m).forward is nn.Module.forward
-                    and any(t.is_meta for t in tensors if t is not None)
-                ):
-                    raise UnsupportedLayerError(
-                        f"Layer '{self.site.key}': accelerate has offloaded '{key}' of its adapters, and brings it in "
-                        "for no call. Offload the base model first, and put adapters on it then."
-                    )
+    def end_offloading(self) -> None:
+        """Bring the tensors of the adapters that accelerate has offloaded in for good, those that layers share too."""
+        for name, module in self._modules.items():
+            if name != self.inner_name and module is not None:
+                end_offloading(module)
 
     def mix_of(self, rows: Rows) -> Mixed:
         """Return the layer's plans for a batch with these rows."""

@@ -7,9 +7,9 @@ of the modules that it dispatches."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,58 @@ def parameters_in(module: nn.Module) -> dict[str, Tensor]:
 
 
 HOOK = "_hf_hook"  # accelerate's mark on a module
+
+
+class Hook(Protocol):
+    """The attributes of accelerate's AlignDevicesHook."""
+
+    execution_device: torch.device | str | int
+    offload_buffers: bool
+    weights_map: Mapping[str, Tensor]
+    tied_params_names: set[str]
+
+    def pre_forward(self, module: nn.Module) -> object: ...
+    def post_forward(self, module: nn.Module, output: object) -> object: ...
+
+
+def hooks_of(m: nn.Module) -> list[Hook]:
+    """Return accelerate's hooks that bring the module's own tensors in for a call and offload them again."""
+    hook: Any = m.__dict__.get(HOOK)
+    return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
+
+
+def copy_offloaded(m: nn.Module, name: str) -> Tensor:
+    """Return a copy of an offloaded tensor of a module, on the device on which the module computes."""
+    hook = hooks_of(m)[0]
+    return hook.weights_map[name].to(hook.execution_device, copy=True)
+
+
+def take_hook_off(m: nn.Module) -> None:
+    """Take accelerate's hook off a module, whose tensors stay where they are."""
+    for name in (HOOK, "_old_forward", "forward"):
+        m.__dict__.pop(name, None)
+
+
+def bring_for_good(m: nn.Module, source: nn.Module) -> None:
+    """Replace the tensors of a module on the meta device by those that the hooks of `source` hold."""
+    for name, p in m._parameters.items():
+        if p is not None and p.is_meta:
+            m._parameters[name] = nn.Parameter(copy_offloaded(source, name), p.requires_grad)
+    for name, b in m._buffers.items():
+        if b is not None and b.is_meta:
+            m._buffers[name] = copy_offloaded(source, name)
+
+
+def end_offloading(root: nn.Module) -> None:
+    """Bring all offloaded tensors below `root` in for good, and take accelerate's hooks off their modules.
+
+    Accelerate brings the tensors of a module in when the module is called. Methods read many tensors without a call,
+    and torch multiplies by those that are away without an error.
+    """
+    for m in root.modules():
+        if hooks_of(m):
+            bring_for_good(m, m)
+            take_hook_off(m)
 
 
 def brought_in(

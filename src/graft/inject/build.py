@@ -25,6 +25,7 @@ from graft.core.ops import META
 from graft.core.random import made_on
 from graft.core.shared import Shared
 from graft.core.site import Site
+from graft.core.wrappers import hooks_of
 from graft.inject.beside import Head, ModulesToSaveWrapper, RowsLayer
 from graft.inject.job import Job, Receiver
 from graft.inject.parts import Parts
@@ -32,7 +33,7 @@ from graft.inject.report import Matched
 from graft.inject.stage import agree, check_alone, draw
 from graft.methods.trainable_tokens import TrainableTokens
 from graft.storage import hold_bias, place_of
-from graft.storage.offload import hooks_of, offloaded_in
+from graft.storage.offload import offloaded_in
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig

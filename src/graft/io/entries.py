@@ -19,11 +19,11 @@ from graft.config.reading import pattern
 from graft.core.containers import Slot, parameter_dict
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
-from graft.core.wrappers import clean
+from graft.core.wrappers import clean, hooks_of
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.parts import Nests, Parts
 from graft.prompts.base import Prompt
-from graft.storage.offload import hooks_of, put
+from graft.storage.offload import put
 from graft.storage.parallel import fill, layout_of, shape_of, spread, tensors_below, whole_copy
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
 from graft.core.merging import unmerged, unmerged_bias
 from graft.core.method import Use
 from graft.core.names import is_bias
-from graft.core.wrappers import bare, clean, unprefixed, walk
+from graft.core.wrappers import bare, clean, copy_offloaded, unprefixed, walk
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.match import Names
 from graft.inject.parts import Nests, Parts, check_foreign, registry_of, unwrapped
@@ -32,7 +32,7 @@ from graft.io.base import names_in_file, original
 from graft.io.entries import Entry, entries
 from graft.io.fingerprint import Note, digests, fingerprint, weights_of
 from graft.io.rendezvous import all_here, check_entries, check_value, gathered, ranks_of
-from graft.storage.offload import brought, offloaded_in
+from graft.storage.offload import offloaded_in
 from graft.storage.parallel import tensors_below, whole_copy
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def get_peft_model_state_dict(
     values |= {key: t if state is None else state.get(key, state.get(bare(key), t)) for key, t in more.items()}
     if any([t.is_meta for t in values.values()]):
         away = offloaded_in(model)
-        values |= {key: brought(*away[id(t)]) for key, t in values.items() if id(t) in away}
+        values |= {key: copy_offloaded(*away[id(t)]) for key, t in values.items() if id(t) in away}
     if state is not None or not all_here(values.values()):
         values |= gathered(values)
         check_entries(all_entries, values, parts, adapter_name)

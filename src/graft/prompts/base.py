@@ -17,6 +17,7 @@ from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot, slots_of
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.published import Published
+from graft.core.wrappers import end_offloading
 from graft.storage import place_of
 from graft.storage.parallel import fill, layout_of, shape_of
 
@@ -152,14 +153,16 @@ class Encoders(Carrier, nn.ModuleDict):
     key = PLACE
     replaces = False
 
-    if TYPE_CHECKING:
-
-        def __getitem__(self, key: str) -> Prompt: ...
-
     def __init__(self, call: Call) -> None:
         super().__init__()
         self.state = State(call)
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: parameters that never train
+
+    def __getitem__(self, key: str) -> Prompt:
+        """Return the prompt of an adapter. Tensors of it that accelerate has offloaded are brought in for good."""
+        prompt: Prompt = super().__getitem__(key)  # type: ignore[assignment]
+        end_offloading(prompt)
+        return prompt
 
     @property
     def call(self) -> Call | None:

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graft.core.ops import replaced_forward
 from graft.core.table import TypeTable, qualified
-from graft.core.wrappers import MANAGED, parameters_in
-from graft.storage.offload import at_hand, brought, device_of, hooks_of, is_hooked, is_tied
+from graft.core.wrappers import MANAGED, copy_offloaded, hooks_of, parameters_in
+from graft.storage.offload import at_hand, device_of, is_hooked, is_tied
 from graft.storage.parallel import layout_of, whole
 
 NUMBERS = frozenset(
@@ -104,7 +104,7 @@ class Dense:
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         t: Tensor = getattr(m, name)
         if t.is_meta and hooks_of(m):
-            return brought(m, name)
+            return copy_offloaded(m, name)
         return t if t.numel() else whole(t)  # ZeRO-3 empties it between calls
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:

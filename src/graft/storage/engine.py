@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from graft.core.wrappers import hooks_of
 from graft.storage.dense import Dense
-from graft.storage.offload import hooks_of
 
 
 class Engine(Dense):

@@ -4,30 +4,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-class Hook(Protocol):
-    """What accelerate's AlignDevicesHook holds."""
-
-    execution_device: torch.device | str | int
-    offload_buffers: bool
-    weights_map: Mapping[str, Tensor]
-    tied_params_names: set[str]
-
-    def pre_forward(self, module: nn.Module) -> object: ...
-    def post_forward(self, module: nn.Module, output: object) -> object: ...
-
-
-def hooks_of(m: nn.Module) -> list[Hook]:
-    """Return accelerate's hooks that bring the module's own tensors in for a call and offload them again."""
-    hook: Any = m.__dict__.get("_hf_hook")
-    return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
+from graft.core.wrappers import Hook, bring_for_good, hooks_of, take_hook_off
 
 
 def device_of(m: nn.Module) -> torch.device | None:
@@ -115,24 +99,12 @@ def standalone(module: nn.Module, copies: dict[int, object] | None = None) -> nn
     made = copy.deepcopy(module, {**(copies or {}), **{id(m.__dict__.get("_hf_hook")): None for m in old}})
     for source, m in zip(old, without_hooks(made).modules()):
         if is_away(source):
-            for name, p in m._parameters.items():
-                if p is not None and p.is_meta:
-                    m._parameters[name] = nn.Parameter(brought(source, name), p.requires_grad)
-            for name, b in m._buffers.items():
-                if b is not None and b.is_meta:
-                    m._buffers[name] = brought(source, name)
+            bring_for_good(m, source)
     return made
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
     """Take accelerate's hooks off a module and those in it, whose tensors stay where they are; return it."""
     for m in module.modules():
-        for name in ("_hf_hook", "_old_forward", "forward"):
-            m.__dict__.pop(name, None)
+        take_hook_off(m)
     return module
-
-
-def brought(m: nn.Module, name: str) -> Tensor:
-    """Return an offloaded tensor of a module, on the device on which the module computes."""
-    hook = hooks_of(m)[0]
-    return hook.weights_map[name].to(hook.execution_device, copy=True)

@@ -291,7 +291,7 @@ def test_configs_and_layers():
         with pytest.raises(TypeError, match=r"following modules are supported: `torch\.nn\.Linear`"):
             lib.get_peft_model(models.make("embedding"), lib.PolyConfig(target_modules=["emb"]))
     for name in ("n_tasks", "n_skills", "n_splits"):
-        with pytest.raises(graft.ConfigError, match=f"`{name}` must be a positive integer"):
+        with pytest.raises(graft.ConfigError, match=f"`{name}` must be positive, got 0"):
             graft.PolyConfig(**{name: 0})
     with pytest.raises(graft.ConfigError, match="in_features=10 of layer 'lin0' must be divisible by n_splits=4"):
         graft.get_peft_model(models.make("mlp"), graft.PolyConfig(target_modules=["lin0"], n_splits=4))

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
-from graft.core.caches import CACHES
-from graft.core.rows import parameters_of
+from graft.core.rows import CACHES, parameters_of
 from tests import models
 from tests.looks import layers, registry_of
 from tests.models import adapted, seeded

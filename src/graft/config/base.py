@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +18,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from graft.config.atomic import replace, write_text
+from graft.config.bounds import check_bounds, check_numbers
 from graft.config.file import ConfigFile
 from graft.config.hub import hub_keywords
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, found_in
-from graft.config.reading import Json, check_numbers, ending, read_object
+from graft.config.reading import Json, ending, read_object
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 MACHINE = ("runtime_config",)  # no adapter's; files of some old releases have it
 C = TypeVar("C", bound="PeftConfig")
-FORMAT_VERSION = "0.21.2"  # the PEFT release whose files are written
+FORMAT_VERSION = "0.21.2"  # files are those of this release of PEFT
 
 
 def check_config(config: object) -> None:
@@ -38,7 +40,7 @@ def check_config(config: object) -> None:
 
 
 def why_no_config(config: object) -> str | None:
-    """Return what a value in the place of a config is, and how to make one of it; None for a config of graft's."""
+    """Return a text that describes a value and how to make a config of it; None for a config of graft's."""
     if isinstance(config, PeftConfig):
         return None
     name, remedy = type(config).__name__, "Make one, such as graft.LoraConfig(target_modules=[…])"
@@ -390,6 +392,7 @@ def validate(config: DataclassInstance) -> None:
             setattr(config, f.name, os.fspath(path))
     check_types(config)
     check_numbers(config, hints(type(config)))
+    check_bounds(config)
 
 
 def fill_nulls(config: DataclassInstance) -> None:
@@ -405,12 +408,12 @@ def fill_nulls(config: DataclassInstance) -> None:
 
 
 def check_types(config: DataclassInstance) -> None:
-    """Raise ConfigTypeError for the first field of a dataclass whose value its annotation does not allow."""
+    """Raise ConfigTypeError for the first value in a dataclass that the field's annotation does not allow."""
     wanted = hints(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
         if value is not f.default and not fits(value, wanted[f.name]):
-            allowed = str(f.type).replace("NoneType", "None")
+            allowed = re.sub(r"^Annotated\[(.*), \w+(\(.*\))?\]$", r"\1", str(f.type)).replace("NoneType", "None")
             raise ConfigTypeError(
                 f"{type(config).__name__}.{f.name} must be {allowed}, got {described(value)} of type "
                 f"{type(value).__name__}."
@@ -437,7 +440,7 @@ def fits(value: object, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if origin in (list, set):  # each may stand for the other
+    if origin in (list, set):  # a list is fine for a set, and a set for a list
         return isinstance(value, (list, tuple, set, frozenset)) and all(fits(v, args[0]) for v in value)
     if origin is tuple:
         return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(fits, value, args))

@@ -25,7 +25,7 @@ class Targets(PeftConfig):
         None  # names, suffixes, one regex, "all-linear", or None: the default of the architecture
     )
     target_parameters: list[str] | None = None  # parameters by their own names: matrices, and stacks (experts)
-    modules_to_save: list[str] | None = None  # trained whole and saved beside the adapter
+    modules_to_save: list[str] | None = None  # trained whole and saved with the adapter
     beyond: ClassVar[frozenset[str]] = frozenset({"target_parameters"})
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Chosen(PeftConfig):
 @dataclass(kw_only=True)
 class LayerRange(PeftConfig):
     layers_to_transform: list[int] | int | None = None  # indices of the layers to adapt; None: all
-    layers_pattern: list[str] | str | None = None  # name of the list in which the indices count, such as "layers"
+    layers_pattern: list[str] | str | None = None  # name of the list that the indices count, such as "layers"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,14 +74,6 @@ class LayerRange(PeftConfig):
 class RankPattern(PeftConfig):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)  # rank by layer name or regex
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_patterns()
-
-    def _check_patterns(self) -> None:
-        for pattern, r in (self.rank_pattern or {}).items():
-            require_positive_rank(r, f" in rank_pattern['{pattern}']")
 
 
 @dataclass(kw_only=True)
@@ -113,13 +105,8 @@ def settings(value: T | dict[str, object] | None) -> T:
     return value
 
 
-def require_positive_rank(r: int, where: str = "") -> None:
-    if r <= 0:
-        raise ConfigError(f"`r` should be a positive integer value but the value passed is {r}{where}")
-
-
 def whole_number(value: object, name: str) -> int:
-    """Return a value as an int, of any type that stands for one, such as NumPy's. Raises ConfigTypeError for others."""
+    """Convert a whole number of any type, such as NumPy's, to an int. Raises ConfigTypeError for others."""
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from graft.config.base import PeftConfig
+from graft.config.bounds import POSITIVE
 from graft.config.reading import Json
 from graft.core.errors import ConfigError
 
@@ -16,7 +17,6 @@ NAMES = {
     "token_dim": ("hidden_size", "n_embd", "d_model"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
-SIZES = ("num_virtual_tokens", *NAMES, "num_transformer_submodules", "encoder_hidden_size")
 
 
 @dataclass(kw_only=True)
@@ -27,11 +27,11 @@ class PromptLearningConfig(PeftConfig):
         ConfigError: a size is not positive.
     """
 
-    num_virtual_tokens: int | None = None
-    token_dim: int | None = None  # size of an embedding; or of one layer's keys, where the prompt is keys and values
-    num_transformer_submodules: int | None = None  # 2 for an encoder and a decoder, else 1
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
+    num_virtual_tokens: Annotated[int | None, POSITIVE] = None
+    token_dim: Annotated[int | None, POSITIVE] = None  # size of an embedding, or of one layer's keys
+    num_transformer_submodules: Annotated[int | None, POSITIVE] = None  # 2 for an encoder and a decoder, else 1
+    num_attention_heads: Annotated[int | None, POSITIVE] = None
+    num_layers: Annotated[int | None, POSITIVE] = None
     modules_to_save: list[str] | None = None  # trained whole and saved beside the prompt
 
     is_prompt_learning: ClassVar[bool] = True
@@ -39,10 +39,6 @@ class PromptLearningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in SIZES:
-            value = getattr(self, name, None)
-            if value is not None and value <= 0:
-                raise ConfigError(f"`{name}` must be positive, got {value}.")
         if (self.num_transformer_submodules or 1) > 2:
             raise ConfigError(
                 "`num_transformer_submodules` must be 1, or 2 for an encoder and a decoder, got "

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, Targets
 from graft.config.targets import ADAMSS
 from graft.core.containers import Transient
 from graft.core.effect import Factors, Product
@@ -40,9 +41,9 @@ class AdamssConfig(Targets, LayerRange):
     """
 
     peft_type: str = "ADAMSS"
-    r: int = 100  # how many singular vectors span the space
-    num_subspaces: int = 5  # clusters of rows of each layer
-    subspace_rank: int = 1  # of the product of a cluster
+    r: Annotated[int, COUNT] = 100  # how many singular vectors span the space
+    num_subspaces: Annotated[int, COUNT] = 5  # clusters of rows of each layer
+    subspace_rank: Annotated[int, COUNT] = 1  # of the product of a cluster
     init_weights: Literal["orthogonal"] | bool | None = "orthogonal"  # None or False: B begins random, not 0
     use_asa: bool = False  # let fewer and fewer subspaces train
     asa_target_subspaces: int = 50  # how many do in the end, of all layers together
@@ -63,14 +64,10 @@ class AdamssConfig(Targets, LayerRange):
             if getattr(self, name) is None:
                 setattr(self, name, type(self).__dataclass_fields__[name].default)
         super().__post_init__()
-        require_positive_rank(self.r)
         if self.init_weights is False:
             self.init_weights = None
         if self.init_weights not in ("orthogonal", None):
             raise ConfigError(f"`init_weights` must be 'orthogonal' or None, got {self.init_weights!r}")
-        for name in ("num_subspaces", "subspace_rank"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` should be a positive integer value, got {getattr(self, name)}")
         if not self.use_asa:
             return
         for name, what in (

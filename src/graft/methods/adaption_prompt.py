@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graft.config.bounds import POSITIVE
 from graft.config.fields import Chosen
 from graft.core.base_config import model_type
 from graft.core.effect import Effect, Update
@@ -31,17 +32,10 @@ class AdaptionPromptConfig(Chosen):
 
     peft_type: str = "ADAPTION_PROMPT"
     target_modules: str | None = None  # name of the attentions; None: by architecture
-    adapter_len: int | None = None  # tokens per layer
-    adapter_layers: int | None = None  # how many blocks, counted from the output
+    adapter_len: Annotated[int | None, POSITIVE] = None  # tokens per layer
+    adapter_layers: Annotated[int | None, POSITIVE] = None  # how many blocks, counted from the output
 
     is_adaption_prompt: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("adapter_len", "adapter_layers"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"`{name}` must be positive, got {value}.")
 
 
 class AdaptionPrompt(Method[AdaptionPromptConfig]):

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import POSITIVE
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.containers import Transient
@@ -26,7 +27,7 @@ class BOFTConfig(Targeted, LayerRange):
     peft_type: str = "BOFT"
     boft_block_size: int = 4
     boft_block_num: int = 0
-    boft_n_butterfly_factor: int = 1  # 1: R is block-diagonal
+    boft_n_butterfly_factor: Annotated[int, POSITIVE] = 1  # 1: R is block-diagonal
     boft_dropout: float = 0.0  # replaces blocks of one factor by the identity in training
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, boft_only
@@ -40,8 +41,6 @@ class BOFTConfig(Targeted, LayerRange):
                 f"Either `boft_block_size` ({size}) or `boft_block_num` ({blocks}) must be non-zero, and not both. Set "
                 "the one that does not apply to 0."
             )
-        if self.boft_n_butterfly_factor < 1:
-            raise ConfigError(f"`boft_n_butterfly_factor` must be positive, got {self.boft_n_butterfly_factor}.")
 
 
 class BOFT(Method[BOFTConfig]):

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graft.config.bounds import BELOW_1, POSITIVE
 from graft.config.fields import Chosen, Targeted
 from graft.config.reading import Json
 from graft.core.base_config import input_embeddings, output_embeddings
@@ -58,14 +59,14 @@ class BottleneckConfig(Targeted, Chosen):
     scaling: float | Literal["learned", "channel"] = 1.0  # s; "channel": one for each feature
     use_gating: bool = False  # weigh by a gate for each row
     ln_before: bool = False  # one more norm, before Down
-    dropout: float = 0.0
-    stochastic_depth: float = 0.0  # share of rows that it leaves as they are, in training
+    dropout: Annotated[float, BELOW_1] = 0.0
+    stochastic_depth: Annotated[float, BELOW_1] = 0.0  # share of rows that it leaves as they are, in training
     leave_out: list[int] = field(default_factory=list)  # numbers of blocks, encoder first
     init_weights: Literal["bert", "mam_adapter", "houlsby"] = "mam_adapter"  # this one starts as nothing
     phm_layer: bool = False  # Compacter: Down and Up are sums of Kronecker products
-    phm_dim: int = 4  # n, how many
+    phm_dim: Annotated[int, POSITIVE] = 4  # n, how many
     inv_adapter: Literal["nice"] | None = None  # an invertible adapter after the embedding
-    inv_adapter_reduction_factor: float = 2
+    inv_adapter_reduction_factor: Annotated[float, POSITIVE] = 2
     inverse_before_head: bool = True  # its inverse acts before the output embedding
     attention_modules: list[str] | str | None = None  # in place of those found: whose outputs `mh_adapter` adapts
     mlp_modules: list[str] | str | None = None  # whose outputs `output_adapter` adapts
@@ -75,16 +76,10 @@ class BottleneckConfig(Targeted, Chosen):
         super().__post_init__()
         self.places: dict[str, Place] = {}  # no fields: these hold for one model only
         self.width: int | None = None
-        for r in (*self.factors, self.inv_adapter_reduction_factor):
-            if not r > 0:
-                raise ConfigError(f"`reduction_factor` must be positive, got {r}.")
+        for r in self.factors:
+            POSITIVE.check("reduction_factor", r)
         if self.non_linearity.lower() not in ACTIVATIONS:
             raise ConfigError(f"Unknown non_linearity {self.non_linearity!r}. Known: {', '.join(ACTIVATIONS)}.")
-        for name in ("dropout", "stochastic_depth"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
-        if self.phm_dim < 1:
-            raise ConfigError(f"`phm_dim` must be positive, got {self.phm_dim}.")
         if self.is_parallel and (self.mh_adapter or self.cross_adapter or not self.output_adapter):
             raise ConfigError("Parallel bottlenecks stand beside the MLP only: leave mh_adapter and cross_adapter off.")
         if self.original_ln_before and not self.is_parallel and (self.mh_adapter or self.cross_adapter):

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import COUNT
 from graft.config.fields import LayerRange, Targets
 from graft.config.targets import FOURIER
 from graft.core.effect import Effect, Update
-from graft.core.errors import ConfigError
 from graft.core.method import Method
 from graft.core.published import COMPARISON, Published
 from graft.kernels.transforms import Circulant, multiply_circulant
@@ -28,19 +28,13 @@ class C3AConfig(Targets, LayerRange):
     """
 
     peft_type: str = "C3A"
-    block_size: int = 256  # b; must divide the widths of all layers
+    block_size: Annotated[int, COUNT] = 256  # b; must divide the widths of all layers
     bias: str = "none"  # which base biases train: none, all, c3a_only
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)  # b by layer name or regex
     # False: "xavier_uniform"; True: zeros
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] | None = "xavier_uniform"
 
     patterns: ClassVar[dict[str, str]] = {"block_size_pattern": "block_size"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for b in (self.block_size, *(self.block_size_pattern or {}).values()):
-            if b <= 0:
-                raise ConfigError(f"`block_size` should be a positive integer value but the value passed is {b}")
 
 
 class C3A(Method[C3AConfig]):

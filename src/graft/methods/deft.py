@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Product, Update
@@ -23,7 +24,7 @@ class DeftConfig(Targeted, LayerRange):
     """DEFT: what the weight does in the space of P's columns is replaced by P R."""
 
     peft_type: str = "DEFT"
-    r: int = 8
+    r: Annotated[int, COUNT] = 8
     decomposition_method: Literal["relu", "qr"] = "relu"  # how P becomes the pair of projections
     init_scale: float = 1.0  # of a random R
     alpha: int | None = None  # R counts alpha / r times; None: once
@@ -32,10 +33,6 @@ class DeftConfig(Targeted, LayerRange):
     deft_dropout: float = 0.0  # acts on the input of R
     init_weights: bool = True  # R makes up for what P takes out; else random
     bias: str = "none"  # which base biases train: none, all, deft_only
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
 
 
 class DEFT(Method[DeftConfig]):

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, RankPattern, Targeted
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
@@ -24,7 +25,7 @@ class DeloraConfig(Targeted, LayerRange, RankPattern):
     """DeLoRA: ΔW of rank r whose terms have the strength λ / r, whatever the lengths of their vectors."""
 
     peft_type: str = "DELORA"
-    r: int = 8
+    r: Annotated[int, COUNT] = 8
     delora_lambda: float = 15  # λ in the beginning; it trains
     module_dropout: float = 0.0  # of the input
     bias: Literal["none", "all", "delora_only"] = "none"  # which base biases train
@@ -32,10 +33,6 @@ class DeloraConfig(Targeted, LayerRange, RankPattern):
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)  # λ by layer name or regex
 
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
 
 
 class DeLoRA(Method[DeloraConfig]):

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
+from graft.config.bounds import BELOW_1, COUNT, POSITIVE
+from graft.config.fields import LayerRange, RankPattern, Targeted
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
@@ -26,9 +28,9 @@ class EworaConfig(Targeted, LayerRange, RankPattern):
     """
 
     peft_type: str = "EWORA"
-    r: int = 256  # of each expert; the paper divides its rank by the number of experts
-    num_experts: int = 8  # of each layer
-    ewora_dropout: float = 0.0  # of the input of each expert, drawn for each
+    r: Annotated[int, COUNT] = 256  # of each expert; the paper divides its rank by the number of experts
+    num_experts: Annotated[int, POSITIVE] = 8  # of each layer
+    ewora_dropout: Annotated[float, BELOW_1] = 0.0  # of the input of each expert, drawn for each
     init_weights: bool = True  # B of zeros; False: random, for tests
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, ewora_only
@@ -38,11 +40,6 @@ class EworaConfig(Targeted, LayerRange, RankPattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
-        if self.num_experts < 1:
-            raise ConfigError(f"`num_experts` must be positive, got {self.num_experts}.")
-        if not 0 <= self.ewora_dropout < 1:
-            raise ConfigError(f"`ewora_dropout` must be at least 0 and below 1, got {self.ewora_dropout}.")
         for name in ("use_dora", "megatron_config", "layer_replication"):
             if getattr(self, name):
                 raise ConfigError(f"`{name}` means nothing to EWoRA: leave it out.")

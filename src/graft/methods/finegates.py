@@ -7,16 +7,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import FRACTION, NOT_NEGATIVE
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.each import each_of
 from graft.core.effect import Effect, Rewrite
-from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn_of
+from graft.core.errors import AdapterNotFoundError, PeftWarning, warn_of
 from graft.core.method import Method
 from graft.core.published import Published
 
@@ -33,22 +34,14 @@ class FineGatesConfig(Targeted, LayerRange):
     """
 
     peft_type: str = "FINEGATES"
-    target_sparsity: float = 0.2  # share of gates that the loss wants closed
-    sparsity_loss_weight: float = 1e-2  # of `_get_finegates_loss()`, which the training loop adds to its loss
+    target_sparsity: Annotated[float, FRACTION] = 0.2  # share of gates that the loss wants closed
+    sparsity_loss_weight: Annotated[float, NOT_NEGATIVE] = 1e-2  # of `_get_finegates_loss()`, for the training loop
     gate_init_mean: float = 0.9  # of z; the gate is tanh z + 1/2, cut to [0, 1]: open from 0.55 on
-    gate_init_std: float = 0.1
-    gate_noise_std: float = 0.0  # added to gates in training; without noise few that begin open ever learn
+    gate_init_std: Annotated[float, NOT_NEGATIVE] = 0.1
+    gate_noise_std: Annotated[float, NOT_NEGATIVE] = 0.0  # of noise in training; without it few open gates learn
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, finegates_only
     init_weights: bool | None = None  # False: z of N(0, 1), for tests
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.target_sparsity <= 1:
-            raise ConfigError(f"`target_sparsity` must be between 0 and 1, got {self.target_sparsity}.")
-        for name in ("sparsity_loss_weight", "gate_init_std", "gate_noise_std"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"`{name}` must not be negative, got {getattr(self, name)}.")
 
 
 def found(tuner: Tuner, adapter_names: str | list[str] | None) -> list[FineGates]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import FRACTION, Bound
 from graft.config.fields import LayerRange, Targets
 from graft.config.targets import FROD
 from graft.core.containers import Attached, Transient
@@ -22,6 +23,8 @@ from graft.core.published import COMPARISON, Published
 from graft.core.site import Site
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import check_places, maybe_transient, warn_unsaved
+
+SPARSITY = Bound(FRACTION.allows, "`{name}` should be between 0 and 1, got {value}.")
 
 
 @dataclass(kw_only=True)
@@ -35,7 +38,7 @@ class FrodConfig(Targets, LayerRange):
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, frod_only
     init_weights: bool = True  # False: random, away from W
-    sparse_rate: float = 0.01  # share of the entries beside the diagonal that train
+    sparse_rate: Annotated[float, SPARSITY] = 0.01  # share of the entries beside the diagonal that train
     regularization_alpha: float = 0.001  # of the inverse in the search for V
     progressbar: bool = True  # accepted for PEFT's files: there is none
     runtime_offload_base_weight: bool = False  # accepted for PEFT's files: the base weight stays where it is
@@ -44,8 +47,6 @@ class FrodConfig(Targets, LayerRange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparse_rate <= 1:
-            raise ConfigError(f"`sparse_rate` should be between 0 and 1, got {self.sparse_rate}")
         if not self.save_projection:
             warn_unsaved("frod_V and frod_s_indices")
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import BELOW_1
 from graft.config.fields import Chosen, Targeted
 from graft.core.carrier import layer_in
 from graft.core.containers import Transient
@@ -42,7 +43,7 @@ class AdapterFusionConfig(Targeted, Chosen):
     adapters: list[str] = field(default_factory=list)  # names of the bottlenecks
     value: bool = True  # what they add goes through a matrix, which starts as the identity
     regularization: bool = True  # add 0.01 · ‖W_value - I‖² of each place to the loss
-    dropout: float = 0.0  # of the scores, before the softmax
+    dropout: Annotated[float, BELOW_1] = 0.0  # of the scores, before the softmax
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,8 +51,6 @@ class AdapterFusionConfig(Targeted, Chosen):
         self.adapters = list(self.adapters or ())
         if len(set(self.adapters)) < len(self.adapters):
             raise ConfigError(f"AdapterFusion takes the names of adapters, each once, got adapters={self.adapters}.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"`dropout` must be at least 0 and below 1, got {self.dropout}.")
 
 
 class Fused(NamedTuple):

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import Targets, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import Targets
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Update
 from graft.core.method import Method
@@ -28,16 +29,12 @@ class GloraConfig(Targets):
     """
 
     peft_type: str = "GLORA"
-    r: int = 8
+    r: Annotated[int, COUNT] = 8
     bias: str = "none"  # which base biases train: none, all, glora_only
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"  # a product of rank r; a number per row; one
     config_C: Literal["lora", "vector", "none"] = "lora"
     config_D_E: Literal["vector", "constant", "none"] = "constant"
     init_weights: bool = True  # the identity; else random
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
 
 
 class Support(nn.Module):

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.bounds import COUNT, NOT_NEGATIVE
+from graft.config.fields import LayerRange, Targets
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
@@ -30,24 +31,17 @@ class GraloraConfig(Targets, LayerRange):
     """
 
     peft_type: str = "GRALORA"
-    r: int = 32  # rank of each row, and of each column, of blocks
-    hybrid_r: int = 0  # rank of a plain low-rank update beside the blocks
+    r: Annotated[int, COUNT] = 32  # rank of each row, and of each column, of blocks
+    hybrid_r: Annotated[int, NOT_NEGATIVE] = 0  # rank of a plain low-rank update beside the blocks
     alpha: float = 64  # the scaling is alpha / (r + hybrid_r)
     gralora_dropout: float = 0.0
-    gralora_k: int = 2  # the weight has k × k blocks; must divide r and the widths of all layers
+    gralora_k: Annotated[int, COUNT] = 2  # the weight has k × k blocks; must divide r and the widths of all layers
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: str = "none"  # which base biases train: none, all, gralora_only
     init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
-        if self.hybrid_r < 0:
-            raise ConfigError(f"`hybrid_r` must be 0 or more, got {self.hybrid_r}")
-        if self.gralora_k <= 0:
-            raise ConfigError(
-                f"`gralora_k` should be a positive integer value but the value passed is {self.gralora_k}"
-            )
         if self.r % self.gralora_k:
             raise ConfigError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 

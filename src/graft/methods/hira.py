@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, RankPattern, Targeted, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, RankPattern, Targeted
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
@@ -24,14 +25,10 @@ class HiraConfig(Targeted, LayerRange, RankPattern):
     """HiRA: ΔW = W ⊙ (B A), of any rank that W has, from factors of rank r."""
 
     peft_type: str = "HIRA"
-    r: int = 32
+    r: Annotated[int, COUNT] = 32
     hira_dropout: float = 0.0
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     init_weights: bool | Literal["gaussian"] | None = True  # values of A; B is zero. False or None: both random
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
 
 
 class HiRA(Method[HiraConfig]):

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
@@ -23,14 +25,10 @@ class HRAConfig(Targeted, LayerRange):
     """HRA: W H, H = Π (I - 2 û_k û_kᵀ) over r Householder reflections of the input."""
 
     peft_type: str = "HRA"
-    r: int = 8  # number of reflections; even ones start as pairs that cancel
+    r: Annotated[int, COUNT] = 8  # number of reflections; even ones start as pairs that cancel
     apply_GS: bool = False  # make the vectors orthogonal first (Gram-Schmidt)
     init_weights: bool = True
     bias: str = "none"  # which base biases train: none, all, hra_only
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
 
 
 class HRA(Method[HRAConfig]):

@@ -7,13 +7,14 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT, at_least
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Update
-from graft.core.errors import ConfigError
 from graft.core.method import Method
 
 
@@ -26,19 +27,11 @@ class LilyConfig(Targeted, LayerRange):
     """
 
     peft_type: str = "LILY"
-    r: int = 32
-    stride_A: int = 1  # so many consecutive layers of a kind share A
-    num_B: int = 2  # up-projections that all layers of a kind share
+    r: Annotated[int, COUNT] = 32
+    stride_A: Annotated[int, COUNT] = 1  # so many consecutive layers of a kind share A
+    num_B: Annotated[int, at_least(2)] = 2  # up-projections that all layers of a kind share
     scaling: float = 1.0
     init_weights: bool = True  # B is zero; else random
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
-        if self.stride_A < 1:
-            raise ConfigError(f"`stride_A` should be a positive integer value but the value passed is {self.stride_A}")
-        if self.num_B < 2:
-            raise ConfigError(f"`num_B` should be at least 2, for there to be a mixture, but it is {self.num_B}")
 
 
 def entry_of(targets: str | Iterable[str] | None, key: str) -> str:

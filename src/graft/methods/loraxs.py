@@ -8,12 +8,13 @@ arXiv 2411.19557: A and B are singular vectors of AdamW's first step of the weig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.each import Matrix
@@ -31,7 +32,7 @@ class LoraXsConfig(Targeted, LayerRange):
     """LoRA-XS: r × r numbers between the largest singular vectors of the weight, which do not train."""
 
     peft_type: str = "LORAXS"
-    r: int = 8
+    r: Annotated[int, COUNT] = 8
     lora_alpha: float = 8  # the update counts alpha / r times
     lora_dropout: float = 0.0
     save_projection: bool = True  # put A and B into files, which then do not depend on the decomposition
@@ -39,7 +40,6 @@ class LoraXsConfig(Targeted, LayerRange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
         if self.init_weights == "sb" and not self.save_projection:
             raise ConfigError("init_weights='sb' begins with data, which a load lacks: leave save_projection on.")
 

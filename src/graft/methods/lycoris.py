@@ -5,27 +5,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from torch import Tensor
 
-from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, RankPatterns, Targeted
 from graft.config.targets import LORA
 from graft.core.method import Method
 
 
 @dataclass(kw_only=True)
 class LycorisConfig(Targeted, LayerRange, RankPatterns):
-    r: int = 8
+    r: Annotated[int, COUNT] = 8
     alpha: float = 8  # ΔW has the factor alpha / r
     rank_dropout: float = 0.0  # drops output rows of ΔW in training
     module_dropout: float = 0.0  # drops all of ΔW in training
     use_effective_conv2d: bool = False  # factor convolution kernels as well (FedPara, proposition 3)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
 
 
 L = TypeVar("L", bound=LycorisConfig)
@@ -39,7 +36,7 @@ class Lycoris(Method[L]):
     module_dropout: float
 
     def check(self) -> str | None:
-        require_positive_rank(self.cfg.r)
+        COUNT.check("r", self.cfg.r)
         return super().check()
 
     def facts(self) -> dict[str, object]:

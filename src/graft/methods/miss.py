@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Rewrite
-from graft.core.errors import ConfigError, warn
+from graft.core.errors import warn
 from graft.core.method import Method
 from graft.kernels.structured import Repeated, Shards
 
@@ -24,17 +25,14 @@ class MissConfig(Targeted, LayerRange):
     """MiSS: all shards of r input features share one block D (r, out): ΔW = [Dᵀ Dᵀ …]."""
 
     peft_type: str = "MISS"
-    r: int = 64  # width of a shard
+    r: Annotated[int, COUNT] = 64  # width of a shard
     miss_dropout: float = 0.0
-    mini_r: int = 1  # for "mini": how many outputs a block has
+    mini_r: Annotated[int, COUNT] = 1  # for "mini": how many outputs a block has
     bias: str = "none"  # which base biases train: none, all, miss_only
     init_weights: bool | Literal["bat", "mini"] = True  # a variant; True: plain, False: with a random D
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
-        if self.mini_r <= 0:
-            raise ConfigError(f"`mini_r` should be a positive integer value but the value passed is {self.mini_r}")
         if self.init_weights == "bat" and self.miss_dropout:
             warn("miss_dropout has no effect with init_weights='bat', which has no product of the input by itself.")
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.bounds import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE
+from graft.config.fields import LayerRange, RankPatterns, Targeted
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Replace, Update
-from graft.core.errors import ConfigError, NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
+from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
 from graft.core.method import Method, Tokens
 from graft.core.ops import find_op
 from graft.core.published import Published
@@ -37,15 +38,15 @@ class MixLoraConfig(Targeted, LayerRange, RankPatterns):
     """
 
     peft_type: str = "MIXLORA"
-    r: int = 8  # of each expert
+    r: Annotated[int, COUNT] = 8  # of each expert
     lora_alpha: float = 8  # an expert's LoRA counts alpha / r times
-    lora_dropout: float = 0.0
-    num_experts: int = 8  # of each MLP
+    lora_dropout: Annotated[float, BELOW_1] = 0.0
+    num_experts: Annotated[int, POSITIVE] = 8  # of each MLP
     top_k: int = 2  # experts that each token runs
     mlp_modules: list[str] | str | None = None  # names of MLPs, or one regex; None: by their names and what they hold
-    router_init_range: float = 0.02  # standard deviation of a router's start
+    router_init_range: Annotated[float, NOT_NEGATIVE] = 0.02  # standard deviation of a router's start
     router_loss: bool = True  # training adds a loss by which all experts get tokens
-    router_aux_loss_coef: float = 1e-3  # its weight
+    router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
     init_weights: bool = True  # B of zeros; False: random, for tests
 
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
@@ -54,13 +55,7 @@ class MixLoraConfig(Targeted, LayerRange, RankPatterns):
         super().__post_init__()
         self.within: dict[str, str] = {}  # no fields, but of one model: layer → MLP
         self.routers: dict[str, int] = {}  # MLP → width
-        require_positive_rank(self.r)
         check_experts(self.top_k, self.num_experts)
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
-        for name in ("router_init_range", "router_aux_loss_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"`{name}` must not be negative, got {getattr(self, name)}.")
 
 
 def mlp_of(path: str) -> str | None:

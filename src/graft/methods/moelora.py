@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.bounds import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE
+from graft.config.fields import LayerRange, RankPatterns, Targeted
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
@@ -34,15 +35,15 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
     """
 
     peft_type: str = "MOELORA"
-    r: int = 8  # of each expert
+    r: Annotated[int, COUNT] = 8  # of each expert
     lora_alpha: float = 8  # an expert counts alpha / r times
-    lora_dropout: float = 0.0  # of the experts' input
-    num_experts: int = 8  # of each layer
+    lora_dropout: Annotated[float, BELOW_1] = 0.0  # of the experts' input
+    num_experts: Annotated[int, POSITIVE] = 8  # of each layer
     experts_pattern: dict[str, int] | None = field(default_factory=dict)  # number by layer name or regex, as in MoLA
     top_k: int | None = 2  # experts that act on a token; None: all
     shared_A: bool = False  # the experts of a layer have one A
     router_loss: bool = False  # training adds a loss by which all experts get tokens
-    router_aux_loss_coef: float = 1e-3  # its weight
+    router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
     init_weights: bool = True  # B of zeros; False: random, for tests
 
     patterns: ClassVar[dict[str, str]] = {
@@ -53,22 +54,15 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
         check_experts(self.top_k, self.num_experts, self.experts_pattern)
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
-        if not 0 <= self.router_aux_loss_coef < math.inf:
-            raise ConfigError(f"`router_aux_loss_coef` must not be negative, got {self.router_aux_loss_coef}.")
         if self.router_loss and self.top_k is None:
             raise ConfigError("`router_loss` is of routers that choose: with top_k=None all experts act on each token.")
 
 
 def check_experts(top_k: int | None, experts: int, pattern: dict[str, int] | None = None) -> None:
-    """Raise ConfigError if a layer has no expert, or fewer than a router chooses."""
+    """Raise ConfigError if a layer has fewer experts than a router chooses."""
     places = {"": experts} | {f" in experts_pattern['{key}']": n for key, n in (pattern or {}).items()}
     for place, n in places.items():
-        if n < 1:
-            raise ConfigError(f"`num_experts` must be positive, got {n}{place}.")
         if top_k is not None and not 1 <= top_k <= n:
             raise ConfigError(f"`top_k` is {top_k}, and a router chooses between 1 and all of its experts: {n}{place}.")
 

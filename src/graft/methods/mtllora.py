@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT, POSITIVE
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
@@ -29,19 +31,12 @@ class MtlLoraConfig(Targeted, LayerRange):
     """
 
     peft_type: str = "MTLLORA"
-    n_tasks: int = 1
-    r: int = 8
+    n_tasks: Annotated[int, POSITIVE] = 1
+    r: Annotated[int, COUNT] = 8
     lora_alpha: float = 8  # the update counts alpha / r times
-    n_up_projection: int = 1  # matrices B, which a task mixes
-    weights_sharpness: float = 0.05  # temperature of the mixture
+    n_up_projection: Annotated[int, POSITIVE] = 1  # matrices B, which a task mixes
+    weights_sharpness: Annotated[float, POSITIVE] = 0.05  # temperature of the mixture
     init_weights: bool = True  # B of zeros; False: random, for tests
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
-        for name in ("n_tasks", "n_up_projection", "weights_sharpness"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
 
 class MtlLoRA(ByTask[MtlLoraConfig]):

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import NOT_NEGATIVE, must_be
 from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Rewrite
@@ -15,7 +17,8 @@ from graft.core.errors import ConfigError, warn, warn_of
 from graft.core.method import Method
 from graft.kernels.orthogonal import constrain_in_backward, orthogonal, rotate, skew
 
-MOST_TERMS = 1000  # of the Cayley-Neumann series
+# of the Cayley-Neumann series
+TERMS = must_be("a positive integer, at most 1000", lambda number: 1 <= number <= 1000)
 
 
 @dataclass(kw_only=True)
@@ -30,10 +33,10 @@ class OFTConfig(Targeted, LayerRange):
     bias: str = "none"  # which base biases train: none, all, oft_only
     init_weights: bool = True
     coft: bool = False  # constrained: Q stays within eps of 0
-    eps: float = 6e-5
+    eps: Annotated[float, NOT_NEGATIVE] = 6e-5
     block_share: bool = False  # one block, used throughout
     use_cayley_neumann: bool = True  # a power series in place of the exact Cayley transform
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: Annotated[int, TERMS] = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,11 +44,6 @@ class OFTConfig(Targeted, LayerRange):
             raise ConfigError(
                 f"Either `r` or `oft_block_size` must be non-zero, and not both: r={self.r}, "
                 f"oft_block_size={self.oft_block_size}. Set the one that does not apply to 0."
-            )
-        if not 1 <= self.num_cayley_neumann_terms <= MOST_TERMS or self.eps < 0:
-            raise ConfigError(
-                f"`num_cayley_neumann_terms` must be from 1 to {MOST_TERMS}, and `eps` not negative: they are "
-                f"{self.num_cayley_neumann_terms} and {self.eps}."
             )
 
     @classmethod

@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT, NOT_NEGATIVE
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
@@ -34,17 +35,14 @@ class PeanutConfig(Targeted, LayerRange):
     """
 
     peft_type: str = "PEANUT"
-    r: int = 32
-    depth: int = 0  # number of encoders, and of decoders
+    r: Annotated[int, COUNT] = 32
+    depth: Annotated[int, NOT_NEGATIVE] = 0  # number of encoders, and of decoders
     act_fn: str = "relu"  # σ, by its name in transformers
     scaling: float = 1.0
     init_weights: bool = True  # B is zero; else random
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
-        if self.depth < 0:
-            raise ConfigError(f"`depth` should be a non-negative integer but the value passed is {self.depth}")
         activation(self.act_fn)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
-from graft.config.fields import Targeted, require_positive_rank
+from graft.config.bounds import COUNT, POSITIVE
+from graft.config.fields import Targeted
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
@@ -32,12 +33,12 @@ class PolyConfig(Targeted):
     """
 
     peft_type: str = "POLY"
-    r: int = 8  # rank of each skill
+    r: Annotated[int, COUNT] = 8  # rank of each skill
     init_weights: bool = True  # B starts at 0
     poly_type: Literal["poly"] = "poly"
-    n_tasks: int = 1
-    n_skills: int = 4  # of each layer
-    n_splits: int = 1  # of its inputs and outputs
+    n_tasks: Annotated[int, POSITIVE] = 1
+    n_skills: Annotated[int, POSITIVE] = 4  # of each layer
+    n_splits: Annotated[int, POSITIVE] = 1  # of its inputs and outputs
 
     def __post_init__(self) -> None:
         if self.poly_type not in ("poly", None):
@@ -45,10 +46,6 @@ class PolyConfig(Targeted):
                 f"Unsupported poly_type: {self.poly_type}. Currently, only the following types are supported: `poly`."
             )
         super().__post_init__()
-        require_positive_rank(self.r)
-        for name in ("n_tasks", "n_skills", "n_splits"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
 
 
 EPS = 1e-12

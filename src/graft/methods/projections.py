@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.method import Layers, Tensors
@@ -22,7 +23,7 @@ DRAWN = ("projection_prng_key", "save_projection", "r")  # in these, adapters th
 class ProjectionConfig(Targets, LayerRange):
     """The fields of a method whose layers share random matrices A and B."""
 
-    r: int
+    r: Annotated[int, COUNT]
     projection_prng_key: int = 0  # seed of A and B
     save_projection: bool = True  # put A and B into files, too, which then do not depend on the generator
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
@@ -32,7 +33,6 @@ class ProjectionConfig(Targets, LayerRange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
         if not self.save_projection:
             warn_unsaved(self.matrices)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT, Bound
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.containers import Exact
 from graft.core.dropout import dropout_for
@@ -20,8 +21,9 @@ from graft.core.method import Method, Tensors, Use
 from graft.core.random import seeded
 from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew
+from graft.methods.oft import TERMS
 
-MOST_TERMS = 1000  # of the Cayley-Neumann series
+EPS = Bound(lambda eps: 0 < eps < 1, "`{name}` must be in (0, 1) when set; got {value}.")
 
 
 @dataclass(kw_only=True)
@@ -29,7 +31,7 @@ class PsoftConfig(Targeted, LayerRange):
     """PSOFT: rotation and scaling within the space of the weight's r largest singular components."""
 
     peft_type: str = "PSOFT"
-    r: int = 32
+    r: Annotated[int, COUNT] = 32
     psoft_alpha: int = 32  # the update counts alpha / r times
     psoft_dropout: float = 0.0
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
@@ -41,15 +43,14 @@ class PsoftConfig(Targeted, LayerRange):
     psoft_mag_b: bool = True  # a factor per row of R
     psoft_mag_a: bool = True  # a factor per column of R
     use_cayley_neumann: bool = False  # a power series in place of the exact Cayley transform
-    num_cayley_neumann_terms: int = 5
-    cayley_neumann_eps: float | None = None  # in (0, 1): the largest Frobenius norm of Q
+    num_cayley_neumann_terms: Annotated[int, TERMS] = 5
+    cayley_neumann_eps: Annotated[float | None, EPS] = None  # in (0, 1): the largest Frobenius norm of Q
     init_weights: bool = True  # the identity; else random
 
     counters: ClassVar[tuple[str, ...]] = ("random_seed",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
         eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
         niter = self.psoft_svd_lowrank_niter
         for name, value, condition, met in (
@@ -59,12 +60,6 @@ class PsoftConfig(Targeted, LayerRange):
         ):
             if value and not met:
                 warn(f"`{name}` is only used when `{condition}`. It has no effect here.")
-        if eps is not None and not 0 < eps < 1:
-            raise ConfigError(f"`cayley_neumann_eps` must be in (0, 1) when set; got {eps}.")
-        if not 1 <= terms <= MOST_TERMS:
-            raise ConfigError(
-                f"`num_cayley_neumann_terms` must be a positive integer, at most {MOST_TERMS}; got {terms}."
-            )
         if self.psoft_alpha == 0:
             raise ConfigError("`psoft_alpha` must not be 0: B holds the singular values divided by alpha / r.")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import require_positive_rank
+from graft.config.bounds import BELOW_1, COUNT
 from graft.config.reading import Json
 from graft.core.dropout import dropout_for
 from graft.core.errors import ConfigError, RoutingError
@@ -39,22 +40,19 @@ class ReftConfig(StatesConfig):
     peft_type: str = "REFT"
     prefix_positions: int = 3  # how many tokens, from the first
     suffix_positions: int = 0  # how many, up to the last; they win where both meet
-    r: int = 1
+    r: Annotated[int, COUNT] = 1
     orthogonality: bool = True  # the rows of R are orthonormal
     subtract_projection: bool = True  # False: without - R h
     tied_weights: bool = False  # one A, R for both ends
     non_linearity: str | None = None  # σ
-    dropout: float = 0.05  # of the whole state there
+    dropout: Annotated[float, BELOW_1] = 0.05  # of the whole state there
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
         if min(self.prefix_positions, self.suffix_positions) < 0 or not self.prefix_positions + self.suffix_positions:
             raise ConfigError("`prefix_positions` and `suffix_positions` must not be negative, nor both 0.")
         if self.non_linearity is not None and self.non_linearity.lower() not in ACTIVATIONS:
             raise ConfigError(f"Unknown non_linearity {self.non_linearity!r}. Known: {', '.join(ACTIVATIONS)}.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"`dropout` must be at least 0 and below 1, got {self.dropout}.")
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> ReftConfig:

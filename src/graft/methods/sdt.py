@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import BELOW_1, COUNT, must_be
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import SDT as TARGETS
 from graft.core.containers import Filed
 from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Update
-from graft.core.errors import ConfigError
 from graft.core.method import Method, Tensors
 from graft.core.published import Published
 from graft.kernels.sparse import Scattered
@@ -28,6 +28,7 @@ from graft.methods.shira import with_places
 
 A_LOG, X_PROJ = "A_log", "x_proj"
 CHANGE = "_graft_sdt_change"  # of A_log in the warm-up: an attribute of the mixer and of its x_proj, until `init`
+SHARE = must_be("above 0 and at most 1", lambda share: 0 < share <= 1)
 
 
 @dataclass(kw_only=True)
@@ -42,23 +43,17 @@ class SdtConfig(Targeted, LayerRange):
     """
 
     peft_type: str = "SDT"
-    channels: float = 0.01  # share of the channels of a mixer that train, one at least
-    states: float = 0.25  # share of the states of such a channel, one at least; the paper has 0.05 to 0.25
-    r: int = 8  # of LoRA beside
+    channels: Annotated[float, SHARE] = 0.01  # share of the channels of a mixer that train, one at least
+    states: Annotated[float, SHARE] = 0.25  # share of a channel's states, one at least; in the paper 0.05 to 0.25
+    r: Annotated[int, COUNT] = 8  # of LoRA beside
     lora_alpha: float = 8  # LoRA's update counts alpha / r times
-    lora_dropout: float = 0.0  # of LoRA
+    lora_dropout: Annotated[float, BELOW_1] = 0.0  # of LoRA
     target_parameters: list[str] | None = None  # None: A_log of each mixer
     init_weights: bool = True  # zeros; False: random ones at random places, for tests
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.mixers: dict[str, Mixer] = {}  # no field: they are those of one model
-        require_positive_rank(self.r)
-        for name in ("channels", "states"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"`{name}` must be above 0 and at most 1, got {getattr(self, name)}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
 
 
 class Mixer(NamedTuple):

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import Targets, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import Targets
 from graft.config.targets import PHI_ATTENTION
 from graft.core.containers import Filed
 from graft.core.errors import CheckpointError, ConfigError, warn
@@ -30,7 +31,7 @@ class ShiraConfig(Targets):
     """
 
     peft_type: str = "SHIRA"
-    r: int = 32  # as many numbers train as in LoRA of this rank
+    r: Annotated[int, COUNT] = 32  # as many numbers train as in LoRA of this rank
     mask_type: str = "random"  # or any other name, for a `mask_fn` of your own
     random_seed: int | None = None
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
@@ -40,7 +41,6 @@ class ShiraConfig(Targets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
         self.mask_fn: Callable[..., Tensor] | None = random_mask if self.mask_type == "random" else None
         if self.mask_fn is None and not self.inference_mode:
             warn(
@@ -82,7 +82,7 @@ class SHiRA(Method[ShiraConfig]):
         return int(self.cfg.r) * (self.site.out_features + self.site.fan_in)
 
     def check(self) -> str | None:
-        require_positive_rank(self.cfg.r)
+        COUNT.check("r", self.cfg.r)
         have = self.site.out_features * self.site.fan_in
         if self.site.op.known and self.size > have:
             raise ConfigError(

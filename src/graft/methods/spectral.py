@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from graft.config.bounds import COUNT
 from graft.config.fields import LayerRange, Targeted
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Update
@@ -20,7 +21,7 @@ from graft.kernels.eager import watched
 
 @dataclass(kw_only=True)
 class SpectralConfig(Targeted, LayerRange):
-    n_frequency: int
+    n_frequency: Annotated[int, COUNT]
     random_loc_seed: int | None = 777  # of the places, which no file holds; so there has to be one
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)  # n by layer name or regex
@@ -32,9 +33,6 @@ class SpectralConfig(Targeted, LayerRange):
         super().__post_init__()
         if self.random_loc_seed is None:
             raise ConfigError("`random_loc_seed` must be a number: nothing else says where the coefficients stand.")
-        for n in (self.n_frequency, *(self.n_frequency_pattern or {}).values()):
-            if n <= 0:
-                raise ConfigError(f"`n_frequency` should be a positive integer value but the value passed is {n}")
 
 
 S = TypeVar("S", bound=SpectralConfig)

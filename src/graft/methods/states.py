@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import Chosen, Targeted
-from graft.core.caches import cache_in, has_state, tokens_seen
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import RoutingError
 from graft.core.method import Method
-from graft.core.rows import Finish, PerRow, Run, by_name
+from graft.core.rows import Finish, PerRow, Run, by_name, cache_in, has_state, tokens_seen
 from graft.kernels.waits import raise_unless
 from graft.methods.bottleneck import PLACES
 from graft.methods.places import chosen_blocks, hidden_size

@@ -7,11 +7,13 @@ Representation Engineering, 2310.01405, scales the result back to the norm that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from graft.core.errors import ConfigError, RoutingError
+from graft.config.bounds import NOT_NEGATIVE
+from graft.core.errors import RoutingError
 from graft.core.rows import PerRow, Run
 from graft.methods.states import OnStates, StatesConfig, numbers_by_row
 
@@ -31,12 +33,7 @@ class SteeringConfig(StatesConfig):
     peft_type: str = "STEERING"
     coefficient: float = 1.0  # c, unless a call says another by `steering_coefficient`
     normalize: bool = False  # scale back to the norm of h
-    min_token_index: int = 0  # the first token of each row that changes, padding left out
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.min_token_index < 0:
-            raise ConfigError(f"`min_token_index` must not be negative, got {self.min_token_index}.")
+    min_token_index: Annotated[int, NOT_NEGATIVE] = 0  # the first token of each row that changes, padding left out
 
 
 class Steering(OnStates[SteeringConfig]):

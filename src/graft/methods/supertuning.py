@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import BELOW_1, COUNT
 from graft.config.fields import Targets
 from graft.config.targets import LORA
 from graft.core.containers import Transient
@@ -29,24 +31,18 @@ class SupertuningConfig(Targets):
     """Super-Tuning: a share of 1 - sparsity of the entries of each weight train, those of largest magnitude."""
 
     peft_type: str = "SUPERTUNING"
-    sparsity: float = 0.99  # share of the entries that stay; in [0, 1)
+    sparsity: Annotated[float, BELOW_1] = 0.99  # share of the entries that stay; in [0, 1)
     select_top: bool = True  # False: the entries of smallest magnitude
-    r: int | None = None  # rank of a LoRA update beside them; None: there is none
+    r: Annotated[int | None, COUNT] = None  # rank of a LoRA update beside them; None: there is none
     lora_alpha: float | None = None  # its update counts alpha / r times; None: twice
-    lora_dropout: float = 0.0  # acts on its input
+    lora_dropout: Annotated[float, BELOW_1] = 0.0  # acts on its input
     init_weights: bool = True  # zero updates; else random
     save_precomputed_indices: bool = True  # put the places into files, which then do not depend on the weight
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"`sparsity` must be in the range [0, 1), got {self.sparsity}.")
-        if self.r is not None and self.r <= 0:
-            raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}")
         if self.r is None and self.lora_alpha is not None:
             raise ConfigError("`lora_alpha` is set, but `r` is None: there is no low-rank update to scale.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"`lora_dropout` must be in the range [0, 1), got {self.lora_dropout}.")
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         if not self.save_precomputed_indices:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT, NOT_NEGATIVE
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import LORA
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
@@ -28,8 +29,8 @@ class SvftConfig(Targeted, LayerRange):
     """
 
     peft_type: str = "SVFT"
-    r: int | None = None  # singular vectors on each side; None: all
-    off_diag: int = 0  # diagonals on each side of the main one; it says how many numbers train
+    r: Annotated[int | None, COUNT] = None  # singular vectors on each side; None: all
+    off_diag: Annotated[int, NOT_NEGATIVE] = 0  # diagonals on each side of the main one; it says how many numbers train
     pattern: Literal["banded", "random", "top_k"] = "banded"  # where they stand; top_k: where the vectors are alike
     seed: int = 0  # of random places
     # put the vectors into files, which then weigh as much as the model's layers; without them a load finds them again,
@@ -38,13 +39,6 @@ class SvftConfig(Targeted, LayerRange):
     init_weights: bool = True  # zeros; False: N(0, 1) / √n, for tests
 
     counters: ClassVar[tuple[str, ...]] = ("seed",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r is not None:
-            require_positive_rank(self.r)
-        if self.off_diag < 0:
-            raise ConfigError(f"`off_diag` must not be negative, got {self.off_diag}.")
 
 
 class SVFT(Method[SvftConfig]):

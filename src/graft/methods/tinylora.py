@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.bounds import COUNT, FRACTION
+from graft.config.fields import LayerRange, Targets
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
-from graft.core.errors import ConfigError
 from graft.core.method import Layers, Method, Use
 from graft.core.published import COMPARISON, Published
 from graft.methods.projections import maybe_transient
@@ -25,9 +25,9 @@ class TinyLoraConfig(Targets, LayerRange):
     vectors of the weight."""
 
     peft_type: str = "TINYLORA"
-    r: int = 2  # how many singular vectors
-    u: int = 64  # numbers that train, for each group of layers
-    weight_tying: float = 0.0  # from 0, a vector for each layer, to 1, one for all
+    r: Annotated[int, COUNT] = 2  # how many singular vectors
+    u: Annotated[int, COUNT] = 64  # numbers that train, for each group of layers
+    weight_tying: Annotated[float, FRACTION] = 0.0  # from 0, a vector for each layer, to 1, one for all
     projection_seed: int = 42  # of the random matrices
     save_projection: bool = True  # put them into files, too, which then do not depend on the generator
     init_v_bound: float = 0.02  # of the vectors, if they begin random
@@ -37,14 +37,6 @@ class TinyLoraConfig(Targets, LayerRange):
     init_weights: bool | Literal["uniform"] = True  # vectors of zeros; False or "uniform": random
 
     counters: ClassVar[tuple[str, ...]] = ("projection_seed",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
-        if self.u <= 0:
-            raise ConfigError(f"`u` should be a positive integer value but the value passed is {self.u}")
-        if not 0 <= self.weight_tying <= 1:
-            raise ConfigError(f"`weight_tying` should be between 0 and 1 but the value passed is {self.weight_tying}")
 
 
 class TinyLoRA(Method[TinyLoraConfig]):

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank
+from graft.config.bounds import COUNT, POSITIVE
+from graft.config.fields import LayerRange, RankPatterns, Targeted
 from graft.config.targets import LORA
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, RoutingError
@@ -41,25 +42,21 @@ class TLoraConfig(Targeted, LayerRange, RankPatterns):
     """
 
     peft_type: str = "TLORA"
-    r: int = 4
+    r: Annotated[int, COUNT] = 4
     lora_alpha: float = 1  # the update counts alpha / r times
     sig_type: Literal["principal", "last", "middle"] = "principal"  # which singular triples it begins with
     use_data_init: bool = True  # those of the weight; else of a random matrix
     min_rank: int = 1  # ranks that act at max_timestep
-    alpha_rank_scale: float = 1.0  # exponent of the share of ranks; above 1, fewer act
-    max_timestep: float = 1000  # of pure noise, in the units of the model's own argument: Flux counts up to 1
+    alpha_rank_scale: Annotated[float, POSITIVE] = 1.0  # exponent of the share of ranks; above 1, fewer act
+    max_timestep: Annotated[float, POSITIVE] = 1000  # of pure noise, in the model's own units: Flux has 1
     init_weights: bool = True  # False: singular values that differ from their start, for tests
 
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
         if not 1 <= self.min_rank <= self.r:
             raise ConfigError(f"`min_rank` must be between 1 and r={self.r}, got {self.min_rank}.")
-        for name in ("alpha_rank_scale", "max_timestep"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
 
 @contextmanager

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targets, require_positive_rank
+from graft.config.bounds import COUNT, NOT_NEGATIVE, POSITIVE, one_of
+from graft.config.fields import LayerRange, Targets
 from graft.config.targets import LORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
-from graft.core.errors import ConfigError
 from graft.core.method import Layers, Method, Tensors
 from graft.core.published import COMPARISON, Published
 from graft.core.random import skip
@@ -27,28 +27,17 @@ class UniLoraConfig(Targets, LayerRange):
     """UniLoRA: LoRA whose numbers, in all layers, are those of one trained vector θ, each many times over."""
 
     peft_type: str = "UNILORA"
-    r: int = 4
-    proj_seed: int = 42  # of the places that each number of θ has
-    theta_d_length: int = 256
+    r: Annotated[int, COUNT] = 4
+    proj_seed: Annotated[int, NOT_NEGATIVE] = 42  # of the places that each number of θ has
+    theta_d_length: Annotated[int, COUNT] = 256
     unilora_dropout: float = 0.0
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, unilora_only
-    init_theta_d_bound: float = 0.02  # θ begins uniform within it
+    bias: Annotated[str, one_of("none", "all", "unilora_only")] = "none"  # which base biases train
+    init_theta_d_bound: Annotated[float, POSITIVE] = 0.02  # θ begins uniform within it
     init_weights: bool = True  # False: normal
     save_indices: bool = False  # put the places into files, which then do not depend on what else is adapted
 
     counters: ClassVar[tuple[str, ...]] = ("proj_seed",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive_rank(self.r)
-        for name in ("theta_d_length", "init_theta_d_bound"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` should be positive, but the value passed is {getattr(self, name)}")
-        if self.bias not in ("none", "all", "unilora_only"):
-            raise ConfigError(f"`bias` must be one of none, all, unilora_only, got {self.bias!r}")
-        if self.proj_seed < 0:
-            raise ConfigError(f"`proj_seed` must not be negative, got {self.proj_seed}")
 
 
 class Places:

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT, POSITIVE, Bound
+from graft.config.fields import LayerRange, Targeted
 from graft.config.targets import VBLORA
 from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from graft.core.call import Call
     from graft.core.rows import Finish, Run
     from graft.core.tuner import Tuner
+SIZE = Bound(POSITIVE.allows, "`{name}` {value} should be a positive integer value")
 
 
 @dataclass(kw_only=True)
@@ -34,10 +36,10 @@ class VBLoRAConfig(Targeted, LayerRange):
     """VB-LoRA: ΔW = B A, whose numbers are mixtures of a few vectors from a bank that all layers share."""
 
     peft_type: str = "VBLORA"
-    r: int = 4
-    num_vectors: int = 256  # in the bank
-    vector_length: int = 256  # must divide the widths of all layers
-    topk: int = 2  # how many vectors a mixture has
+    r: Annotated[int, COUNT] = 4
+    num_vectors: Annotated[int, SIZE] = 256  # in the bank
+    vector_length: Annotated[int, SIZE] = 256  # must divide the widths of all layers
+    topk: Annotated[int, SIZE] = 2  # how many vectors a mixture has
     save_only_topk_weights: bool = False  # small files, from which training cannot go on
     vblora_dropout: float = 0.0
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
@@ -47,10 +49,6 @@ class VBLoRAConfig(Targeted, LayerRange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
-        for name in ("topk", "num_vectors", "vector_length"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` {getattr(self, name)} should be a positive integer value")
         if self.topk > self.num_vectors:
             raise ConfigError(f"`topk` {self.topk} is more than `num_vectors` {self.num_vectors}")
 

@@ -14,22 +14,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
+from graft.config.bounds import FRACTION, POSITIVE, Bound
 from graft.config.hub import fetch
 from graft.config.pair import CONFIG_NAME
-from graft.core.caches import cache_in
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Layers, Method
-from graft.core.rows import BASE, Finish, Rows, Run, by_name
+from graft.core.rows import BASE, Finish, Rows, Run, by_name, cache_in
 
 if TYPE_CHECKING:
     from graft.core.call import Call
     from graft.core.protocols import Layer
+DEPTH = Bound(POSITIVE.allows, "X-LoRA depth must be strictly positive.")
 
 
 @dataclass(kw_only=True)
@@ -41,16 +42,16 @@ class XLoraConfig(PeftConfig):
     """
 
     peft_type: str = "XLORA"
-    hidden_size: int | None = None  # of the base model's hidden states; None: 4096
+    hidden_size: Annotated[int | None, POSITIVE] = None  # of the base model's hidden states; None: 4096
     adapters: dict[str, str] | None = None  # name of an expert → folder or hub repository
     enable_softmax: bool = True  # over the experts
     enable_softmax_topk: bool = False  # over those that are kept
     layerwise_scalings: bool = False  # each layer has its own weights
-    xlora_depth: int = 1  # linear layers of the classifier
-    xlora_size: int = 2048  # its width, if it has several layers
-    xlora_dropout_p: float = 0.2  # in the classifier
+    xlora_depth: Annotated[int, DEPTH] = 1  # linear layers of the classifier
+    xlora_size: Annotated[int, POSITIVE] = 2048  # its width, if it has several layers
+    xlora_dropout_p: Annotated[float, FRACTION] = 0.2  # in the classifier
     use_trainable_adapters: bool = False  # experts train as well
-    softmax_temperature: float = 1.0
+    softmax_temperature: Annotated[float, POSITIVE] = 1.0
     top_k_lora: int | None = None  # so many experts act on a token; None: all
     scaling_pass_value: float = 0.0  # weight of every expert in the pass that the classifier reads
     global_scaling_weight: float = 1.0  # times every weight
@@ -76,13 +77,6 @@ class XLoraConfig(PeftConfig):
             warn("`enable_softmax_topk` and `enable_softmax` are both enabled. This will result in worse performance.")
         if self.top_k_lora is not None and self.top_k_lora < 1:
             warn("`top_k_lora` value must be at least 1.")
-        if self.xlora_depth <= 0:
-            raise ConfigError("X-LoRA depth must be strictly positive.")
-        for name in ("hidden_size", "xlora_size", "softmax_temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        if not 0 <= self.xlora_dropout_p <= 1:
-            raise ConfigError(f"`xlora_dropout_p` must be between 0 and 1, got {self.xlora_dropout_p}.")
 
     def to_json(self, auto_mapping_dict: dict[str, object] | None = None) -> str:
         """Return the text of adapter_config.json, with the experts in their order, which means something."""

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import NOT_NEGATIVE
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError
 from graft.kernels.waits import constant, raise_unless
@@ -29,8 +30,8 @@ class CPTConfig(PromptLearningConfig):
     cpt_tokens_type_mask: list[int] | None = None  # 1 input template, 2 input, 3 output template, 4 label; next 5 …
     opt_weighted_loss_type: Literal["none", "decay"] | None = "none"  # "decay": earlier examples weigh less
     opt_loss_decay_factor: float = 1.0  # factor per example
-    opt_projection_epsilon: float = 0.1  # radius of input tokens, for embeddings of 2048 numbers
-    opt_projection_format_epsilon: float = 0.1  # radius of template tokens
+    opt_projection_epsilon: Annotated[float, NOT_NEGATIVE] = 0.1  # radius of input tokens, for 2048 numbers each
+    opt_projection_format_epsilon: Annotated[float, NOT_NEGATIVE] = 0.1  # radius of template tokens
     tokenizer_name_or_path: str | None = None  # without effect
 
     def __post_init__(self) -> None:
@@ -49,11 +50,8 @@ class CPTConfig(PromptLearningConfig):
                 "cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length. "
                 f"They have {n}, {len(self.cpt_mask)} and {len(self.cpt_tokens_type_mask)} numbers."
             )
-        decays = ("opt_loss_decay_factor",) if self.opt_weighted_loss_type == "decay" else ()
-        for name in ("opt_projection_epsilon", "opt_projection_format_epsilon", *decays):
-            value = getattr(self, name)
-            if value < 0:
-                raise ConfigError(f"`{name}` must be a number and not negative, got {value}.")
+        if self.opt_weighted_loss_type == "decay":
+            NOT_NEGATIVE.check("opt_loss_decay_factor", self.opt_loss_decay_factor)
 
 
 class CPTEmbedding(Prompt):

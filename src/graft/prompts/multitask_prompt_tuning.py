@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graft.config.archives import weights_in
+from graft.config.bounds import POSITIVE
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.wrappers import clean
 from graft.kernels.waits import raise_unless
@@ -40,15 +41,9 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     prompt_tuning_init: Any = MultitaskPromptTuningInit.RANDOM  # a MultitaskPromptTuningInit
     prompt_tuning_init_state_dict_path: str | None = None  # weights file of the trained prompt
     prompt_tuning_init_task: int = 0  # number of its task, for EXACT_SOURCE_TASK
-    num_ranks: int = 1  # rank of the factor per task
-    num_tasks: int = 1
+    num_ranks: Annotated[int, POSITIVE] = 1  # rank of the factor per task
+    num_tasks: Annotated[int, POSITIVE] = 1
     inits: ClassVar[type[Enum]] = MultitaskPromptTuningInit
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_ranks", "num_tasks"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
 
 class MultitaskPromptEmbedding(PromptEmbedding):

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
+from graft.config.bounds import POSITIVE
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError, warn
 from graft.prompts.base import Prompt, pick
@@ -27,8 +28,8 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     peft_type: str = "P_TUNING"
     encoder_reparameterization_type: Any = PromptEncoderReparameterizationType.MLP  # or "LSTM"
-    encoder_hidden_size: int | None = None  # None: token_dim
-    encoder_num_layers: int = 2  # layers of the LSTM
+    encoder_hidden_size: Annotated[int | None, POSITIVE] = None  # None: token_dim
+    encoder_num_layers: Annotated[int, POSITIVE] = 2  # layers of the LSTM
     encoder_dropout: float = 0.0  # dropout of the LSTM
 
     def __post_init__(self) -> None:
@@ -42,8 +43,6 @@ class PromptEncoderConfig(PromptLearningConfig):
                 "Prompt encoder type not recognized. Please use one of MLP (recommended) or LSTM, not "
                 f"{self.encoder_reparameterization_type!r}."
             ) from None
-        if self.encoder_num_layers <= 0:
-            raise ConfigError(f"`encoder_num_layers` must be positive, got {self.encoder_num_layers}.")
 
 
 class PromptEncoder(Prompt):

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from graft.config.bounds import POSITIVE
 from graft.config.prompt import PromptLearningConfig
 from graft.core.published import COMPARISON, Published
 from graft.prompts.base import Prompt, pick
@@ -19,7 +20,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     """Prefix tuning: num_virtual_tokens learned keys and values in front of every layer's own."""
 
     peft_type: str = "PREFIX_TUNING"
-    encoder_hidden_size: int | None = None  # width of the projection; None: token_dim
+    encoder_hidden_size: Annotated[int | None, POSITIVE] = None  # width of the projection; None: token_dim
     prefix_projection: bool = False  # a small network, which no file holds, computes keys and values
     init_weights: Literal["zero"] | None = None  # "zero": keys and values of zeros
     holds_keys: ClassVar[bool] = True

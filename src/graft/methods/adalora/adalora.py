@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from graft.config.bounds import Bound, at_least, must_be
 from graft.config.reading import Json
 from graft.config.targets import ADALORA
 from graft.core.call import Call
@@ -39,6 +40,11 @@ from graft.storage.parallel import layout_of, whole
 if TYPE_CHECKING:
     from graft.core.rows import Run
 
+SMOOTHING = must_be("between 0 and 1", lambda beta: 0 < beta < 1)
+PENALTY = Bound(
+    lambda weight: weight >= 0, "`{name}` should be greater than or equal to 0, but the value passed is {value}"
+)
+
 
 @dataclass(kw_only=True)
 class AdaLoraConfig(LoraConfig):
@@ -49,14 +55,14 @@ class AdaLoraConfig(LoraConfig):
     """
 
     peft_type: str = "ADALORA"
-    target_r: int = 8  # average rank at the end
-    init_r: int = 12  # rank of every layer at the start
-    tinit: int = 0  # steps before pruning begins
-    tfinal: int = 0  # steps at the end, in which ranks stay as they are
-    deltaT: int = 1  # steps between two allocations
-    beta1: float = 0.85  # smoothing of the sensitivity
-    beta2: float = 0.85  # smoothing of its uncertainty
-    orth_reg_weight: float = 0.5  # weight of the loss that keeps A and B orthogonal
+    target_r: Annotated[int, at_least(1)] = 8  # average rank at the end
+    init_r: Annotated[int, at_least(1)] = 12  # rank of every layer at the start
+    tinit: Annotated[int, at_least(0)] = 0  # steps before pruning begins
+    tfinal: Annotated[int, at_least(0)] = 0  # steps at the end, in which ranks stay as they are
+    deltaT: Annotated[int, at_least(1)] = 1  # steps between two allocations
+    beta1: Annotated[float, SMOOTHING] = 0.85  # smoothing of the sensitivity
+    beta2: Annotated[float, SMOOTHING] = 0.85  # smoothing of its uncertainty
+    orth_reg_weight: Annotated[float, PENALTY] = 0.5  # weight of the loss that keeps A and B orthogonal
     total_step: int | None = None  # number of training steps; required
     rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # result: what each layer kept
 
@@ -72,20 +78,11 @@ class AdaLoraConfig(LoraConfig):
         super().__post_init__()
         if self.total_step is None or self.total_step <= 0:
             raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
-        for name, least in {"init_r": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
                 "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase "
                 f"`total_step`: tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}."
             )
-        if self.orth_reg_weight < 0:
-            text = "`orth_reg_weight` should be greater than or equal to 0, but the value passed is"
-            raise ConfigError(f"{text} {self.orth_reg_weight}")
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
         if self.target_r > self.init_r:
             warn(
                 f"target_r={self.target_r} is more than init_r={self.init_r}, the rank at the start: nothing will be "
@@ -93,9 +90,6 @@ class AdaLoraConfig(LoraConfig):
             )
         if self.r != 8:
             warn("Note that `r` is not used in AdaLora and will be ignored. Use `init_r`.")
-
-    def _check_patterns(self) -> None:
-        """Check nothing: the rank pattern holds masks here."""
 
     def saved_dict(self) -> Json:
         values = super().saved_dict()

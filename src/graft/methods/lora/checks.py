@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from graft.config.fields import require_positive_rank
+from graft.config.bounds import COUNT
 from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.site import Site
 from graft.methods.lora.config import LoraConfig
@@ -27,7 +27,7 @@ def refuse_mamba(cfg: LoraConfig, model: nn.Module) -> None:
 
 def check_site(site: Site, cfg: LoraConfig) -> None:
     """Raise ConfigError for a rank or a bias that this layer cannot have."""
-    require_positive_rank(cfg.r)
+    COUNT.check("r", cfg.r)
     if site.op.opaque:
         check_parameter(site, cfg)
     if cfg.lora_bias and site.op.takes_ids:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.config.fields import LayerRange, RankPatterns, Targeted, require_positive_rank, sub_config
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, RankPatterns, Targeted, sub_config
 from graft.core.errors import ConfigError, warn
 from graft.core.ops import OPS, Op
 from graft.methods.lora.sub_configs import (
@@ -121,7 +122,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     """
 
     peft_type: str = "LORA"
-    r: int = 8  # rank
+    r: Annotated[int, COUNT] = 8  # rank
     lora_alpha: float = 8
     lora_dropout: float = 0.0  # on the input of A
     fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
@@ -165,7 +166,6 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive_rank(self.r)
         if self.use_dora and self.megatron_config:
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if self.megatron_config and not str(self.megatron_core).startswith("megatron."):

@@ -1,104 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a LoraConfig chooses between, and the configs within it that set how one variant works."""
+"""The variants and initialisations of a LoraConfig, and the configs within it that set how one of them works."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from graft.config.base import validate
+from graft.config.bounds import NOT_NEGATIVE, POSITIVE, Bound, at_least, must_be, one_of
 from graft.core.errors import ConfigError
 
+TOP_K = Bound(POSITIVE.allows, "top_k cannot be negative.")
+TEMPERATURE = Bound(POSITIVE.allows, "router_temperature must be greater than 0.")
+GROUPS = Bound(POSITIVE.allows, "`{name}` should be positive, got {value}.")
+ABOVE_0 = Bound(POSITIVE.allows, "`{name}` must be greater than 0.")
+RHO = must_be(">= 1.0", lambda rho: rho >= 1)
+TAU = must_be("between 0.0 and 1.0", lambda tau: 0 <= tau <= 1)
+DIRECTION = one_of("ArBr", "A2rBr", "ArB2r", "random")
+SCALE = one_of("stable", "weight_svd", "gd_scale", "unit")
 DIRECTIONS = ("batch_average", "batch_average_once", "random")
 
 
 @dataclass
-class KasaConfig:
+class Settings:
+    """A config within another.
+
+    Raises:
+        ConfigError: a value out of range.
+        ConfigTypeError: a value of the wrong type.
+    """
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass
+class KasaConfig(Settings):
     """Weights of KaSA's regularisation, `LoraModel._get_kasa_loss()`, which the training loop adds to its loss.
 
     Raises:
         ConfigError: a weight is negative.
     """
 
-    beta: float = 1e-4  # of ‖d‖²
-    gamma: float = 1e-3  # of ‖Bᵀ B - 1‖ + ‖A Aᵀ - 1‖
-
-    def __post_init__(self) -> None:
-        validate(self)
-        for name in ("beta", "gamma"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"`{name}` must be non-negative, got {getattr(self, name)}.")
+    beta: Annotated[float, NOT_NEGATIVE] = 1e-4  # of ‖d‖²
+    gamma: Annotated[float, NOT_NEGATIVE] = 1e-3  # of ‖Bᵀ B - 1‖ + ‖A Aᵀ - 1‖
 
 
 @dataclass
-class ArrowConfig:
+class ArrowConfig(Settings):
     """Arrow (arXiv 2405.11157): the most fitting experts for each token; GenKnowSub (2025.acl-short.54).
 
     Raises:
         ConfigError: a number is not positive.
     """
 
-    top_k: int = 3  # experts for each token
-    router_temperature: float = 1.0  # of the softmax over them
+    top_k: Annotated[int, TOP_K] = 3  # experts for each token
+    router_temperature: Annotated[float, TEMPERATURE] = 1.0  # of the softmax over them
     use_gks: bool = False  # experts act without general knowledge
     task_adapter_names: list[str] | None = field(default=None, init=False)  # `create_arrow_model` notes both
     gks_adapter_names: list[str] | None = field(default=None, init=False)
     rng_seed: int | None = None  # of the power iteration's start
 
-    def __post_init__(self) -> None:
-        validate(self)
-        if self.top_k <= 0:
-            raise ConfigError("top_k cannot be negative.")
-        if self.router_temperature <= 0:
-            raise ConfigError("router_temperature must be greater than 0.")
-
 
 @dataclass
-class BdLoraConfig:
+class BdLoraConfig(Settings):
     """Which factors BD-LoRA makes block-diagonal: the ones that a server splits over its devices.
 
     For row-sharded modules (output and down projections) that is A, for column-sharded ones (q, k, v, up, gate) B.
 
     Raises:
-        ConfigError: a pattern stands in both lists, or `nblocks` is not positive.
+        ConfigError: a pattern is in both lists, or `nblocks` is not positive.
     """
 
     target_modules_bd_a: list[str] | None = None  # parts of the paths of modules whose A is block-diagonal
     target_modules_bd_b: list[str] | None = None  # the same for B
-    nblocks: int = 1  # how many blocks such a factor has
+    nblocks: Annotated[int, GROUPS] = 1  # how many blocks such a factor has
     match_strict: bool = True  # an adapted module that fits no pattern is an error; else it gets plain LoRA
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         a, b = self.target_modules_bd_a, self.target_modules_bd_b
         if set(a or ()) & set(b or ()):
             raise ConfigError(f"Found overlapping modules in target_modules_bd lists: {a} (A) and {b} (B).")
-        if self.nblocks <= 0:
-            raise ConfigError(f"`nblocks` should be positive, got {self.nblocks}.")
 
 
 @dataclass
-class VeloraConfig:
-    """What VeLoRA keeps of the inputs of A for the backward pass.
+class VeloraConfig(Settings):
+    """The parts of the inputs of A that VeLoRA keeps for the backward pass.
 
     Raises:
         ConfigError: a value out of range.
     """
 
-    num_groups: int = 64  # numbers that are kept of each input vector: more are more exact and take more memory
-    scale: float = 1.0  # of what is put together again from them
+    num_groups: Annotated[int, GROUPS] = 64  # numbers kept of each input vector: more take more memory
+    scale: Annotated[float, GROUPS] = 1.0  # of the inputs put together again from them
     init_type: str = "batch_average"  # the direction of the projection: of each batch, of the first, random
 
     def __post_init__(self) -> None:
-        validate(self)
-        for name in ("num_groups", "scale"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` should be positive, got {getattr(self, name)}.")
+        super().__post_init__()
         if self.init_type not in DIRECTIONS:
             raise ConfigError(f"Unsupported `init_type` {self.init_type!r}. Supported values are {DIRECTIONS}.")
 
 
 @dataclass
-class MontecloraConfig:
+class MontecloraConfig(Settings):
     """How MonteCLoRA draws A in training, and weights of its loss, `LoraModel._get_monteclora_loss()`, which
     `graft.train.MontecloraTrainerMixin` or the training loop adds.
 
@@ -106,69 +111,44 @@ class MontecloraConfig:
         ConfigError: a value out of range.
     """
 
-    num_samples: int = 8  # matrices that one draw of A averages
+    num_samples: Annotated[int, ABOVE_0] = 8  # matrices that one draw of A averages
     use_entropy: bool = False  # the loss has Σ w² of their weights w
-    dirichlet_prior: float = 0.1  # concentration of the prior of w
+    dirichlet_prior: Annotated[float, ABOVE_0] = 0.1  # concentration of the prior of w
     sample_scaler: float = 1e-4  # of the noise
     kl_loss_weight: float = 1e-5  # of the distance from the priors
-    buffer_size: int = 150  # draws that PEFT makes ahead; graft makes each when it is used
-
-    def __post_init__(self) -> None:
-        validate(self)
-        for name in ("num_samples", "dirichlet_prior", "buffer_size"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` must be greater than 0.")
-
-
-def require(name: str, value: object, known: tuple[object, ...]) -> None:
-    """Raise ConfigError unless `value` is one of those known."""
-    if value not in known:
-        raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, known))}, got {value!r}.")
+    buffer_size: Annotated[int, ABOVE_0] = 150  # draws that PEFT makes ahead; graft makes each when it is used
 
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(Settings):
     """LoftQ (arXiv 2310.08659): the base weight is quantized, and A, B begin with what that loses.
 
     Raises:
         ConfigError: a value out of range.
     """
 
-    loftq_bits: int = 4  # 4: NF4 in blocks of 64; 8: integers, a scale for each row
-    loftq_iter: int = 1  # rounds of quantizing and decomposing
-
-    def __post_init__(self) -> None:
-        validate(self)
-        require("loftq_bits", self.loftq_bits, (4, 8))
-        if self.loftq_iter < 1:
-            raise ConfigError(f"`loftq_iter` must be at least 1, got {self.loftq_iter}.")
+    loftq_bits: Annotated[int, one_of(4, 8)] = 4  # 4: NF4 in blocks of 64; 8: integers, a scale for each row
+    loftq_iter: Annotated[int, at_least(1)] = 1  # rounds of quantizing and decomposing
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(Settings):
     """EVA (arXiv 2410.07170): A begins with principal components of a layer's inputs; ranks go where variance is.
 
     Raises:
         ConfigError: a value out of range.
     """
 
-    rho: float = 2.0  # a layer's rank can grow to rho · r
-    tau: float = 0.99  # cosine similarity of a component before and after a batch from which on it has converged
+    rho: Annotated[float, RHO] = 2.0  # a layer's rank can grow to rho · r
+    tau: Annotated[float, TAU] = 0.99  # cosine similarity from batch to batch, from which on a component has converged
     use_label_mask: bool = True  # leave out tokens whose label is `label_mask_value`
     label_mask_value: int = -100
     whiten: bool = False  # divide components by the roots of their singular values
     adjust_scaling_factors: bool = True  # change alpha with the rank, so that the scaling stays
 
-    def __post_init__(self) -> None:
-        validate(self)
-        if self.rho < 1.0:
-            raise ConfigError(f"`rho` must be >= 1.0, got {self.rho}.")
-        if not 0.0 <= self.tau <= 1.0:
-            raise ConfigError(f"`tau` must be between 0.0 and 1.0, got {self.tau}.")
-
 
 @dataclass
-class CordaConfig:
+class CordaConfig(Settings):
     """CorDA (arXiv 2406.05223): A, B begin with singular triples of W C, where C is the covariance of the inputs.
 
     Raises:
@@ -177,34 +157,23 @@ class CordaConfig:
 
     cache_file: str | None = None  # the triples, written once and read afterwards
     covariance_file: str | None = None  # the covariances, likewise; they serve any rank
-    corda_method: str = "ipm"  # ipm: the largest triples, to learn a task; kpm: the smallest, to keep knowledge
+    corda_method: Annotated[str, one_of("ipm", "kpm")] = "ipm"  # the largest triples, to learn; the smallest, to keep
     verbose: bool = False  # show a progress bar
     use_float16_for_covariance: bool = False
     prune_temporary_fields: bool = True  # accepted as in PEFT; graft leaves no such fields on modules
 
-    def __post_init__(self) -> None:
-        validate(self)
-        require("corda_method", self.corda_method, ("ipm", "kpm"))
-
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(Settings):
     """LoRA-GA (arXiv 2407.05000): A, B begin with singular vectors of the weight's gradient.
 
     Raises:
         ConfigError: an unknown name, or `stable_gamma` is not positive.
     """
 
-    direction: str = "ArB2r"  # which of the 2r vectors A and B take: ArBr, A2rBr, ArB2r or random
-    scale: str = "stable"  # stable, weight_svd, gd_scale or unit
-    stable_gamma: int = 16  # of "stable"
-
-    def __post_init__(self) -> None:
-        validate(self)
-        require("direction", self.direction, ("ArBr", "A2rBr", "ArB2r", "random"))
-        require("scale", self.scale, ("stable", "weight_svd", "gd_scale", "unit"))
-        if self.stable_gamma <= 0:
-            raise ConfigError(f"`stable_gamma` must be positive, got {self.stable_gamma}.")
+    direction: Annotated[str, DIRECTION] = "ArB2r"  # which of the 2r vectors A and B take: ArBr, A2rBr, ArB2r or random
+    scale: Annotated[str, SCALE] = "stable"  # stable, weight_svd, gd_scale or unit
+    stable_gamma: Annotated[int, POSITIVE] = 16  # of "stable"
 
 
 VARIANTS = {  # field, or value of init_lora_weights, that selects it → "module:Class" beside this

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graft.core.caches import tokens_seen
 from graft.core.errors import AdapterNotFoundError
+from graft.core.rows import tokens_seen
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
 from graft.config.archives import weights_in
-from graft.config.fields import LayerRange, Targeted, require_positive_rank
+from graft.config.bounds import COUNT
+from graft.config.fields import LayerRange, Targeted
 from graft.config.reading import read_object
 from graft.core.base_config import text_config
 from graft.core.errors import ConfigError
@@ -34,27 +35,22 @@ class ShadowConfig(Targeted, LayerRange):
     """
 
     peft_type: str = "SHADOW"
-    r: int = 8  # width of Down
+    r: Annotated[int, COUNT] = 8  # width of Down
     shadow_alpha: float = 0.1  # α
     shadow_dropout: float = 0.2  # of Down's output
     init_weights: bool = True  # Up is zero: the adapter starts as nothing
     shadow_model: str = MIRROR  # or a folder, or a name on the hub
-    shadow_num_hidden_layers: int | None = None  # of a mirror; None: 1
-    shadow_hidden_size: int | None = None  # of a mirror; None, here and below: as the base model
-    shadow_num_attention_heads: int | None = None
-    shadow_intermediate_size: int | None = None
+    shadow_num_hidden_layers: Annotated[int | None, COUNT] = None  # of a mirror; None: 1
+    shadow_hidden_size: Annotated[int | None, COUNT] = None  # of a mirror; None, here and below: as the base model
+    shadow_num_attention_heads: Annotated[int | None, COUNT] = None
+    shadow_intermediate_size: Annotated[int | None, COUNT] = None
     share_embeddings: bool = True  # a mirror as wide as the base model uses its word embeddings
-    update_hidden_size: int | None = None  # width of T and of the gate's network; None: r
+    update_hidden_size: Annotated[int | None, COUNT] = None  # width of T and of the gate's network; None: r
     auxiliary_loss_weight: float = 0.05  # of the shadow network's own loss
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.hidden_size = 0  # no field: it is that of one model
-        require_positive_rank(self.r)
-        for name in ("update_hidden_size", *(f"shadow_{size}" for size in SIZES)):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {value}")
         names = [f"shadow_{size}" for size in SIZES if getattr(self, f"shadow_{size}") is not None]
         if self.shadow_model != MIRROR and names:
             raise ConfigError(

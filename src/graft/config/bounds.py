@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds of the values in configs: those of single fields, which annotations hold, and those of all numbers."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from graft.config.reading import LARGEST_NUMBER
+from graft.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+LARGEST_COUNTER = 2**63 - 1  # of a seed, or of steps
+MOST_NAMES = 100_000  # entries of a list
+MOST_PATTERNS = 10_000  # entries of a dict; each is tried on every layer
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The values that a config's field may have besides None: `p: Annotated[float, FRACTION] = 0.5`.
+
+    Args:
+        allows: returns True for such a value.
+        text: of the error. {name} is the field, {value} its value, {where} the pattern that has it.
+    """
+
+    allows: Callable[[Any], bool]
+    text: str
+
+    def check(self, name: str, value: object, where: str = "") -> None:
+        """Raise ConfigError if field `name` may not have a value; `where` says which pattern has the value."""
+        if value is not None and not self.allows(value):
+            raise ConfigError(self.text.format(name=name, value=value, where=where))
+
+
+def must_be(words: str, allows: Callable[[Any], bool]) -> Bound:
+    """Return a bound. Its error names the allowed values in `words`."""
+    return Bound(allows, f"`{{name}}` must be {words}, got {{value}}{{where}}.")
+
+
+def at_least(least: float) -> Bound:
+    return must_be(f"at least {least}", lambda number: number >= least)
+
+
+def one_of(*values: object) -> Bound:
+    return Bound(values.__contains__, f"`{{name}}` must be one of {', '.join(map(repr, values))}, got {{value!r}}.")
+
+
+POSITIVE = must_be("positive", lambda number: number > 0)
+COUNT = Bound(POSITIVE.allows, "`{name}` should be a positive integer value but the value passed is {value}{where}")
+NOT_NEGATIVE = must_be("non-negative", lambda number: number >= 0)
+FRACTION = must_be("between 0 and 1", lambda number: 0 <= number <= 1)
+BELOW_1 = must_be("at least 0 and below 1", lambda number: 0 <= number < 1)
+
+
+@cache
+def bounds_of(cls: type) -> dict[str, Bound]:
+    """Return the bounds in the annotations of a class and its bases, by field."""
+    bounds: dict[str, Bound] = {}
+    for base in reversed(cls.__mro__):
+        for name, hint in typing.get_type_hints(base, include_extras=True).items():
+            bounds.update((name, mark) for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Bound))
+    return bounds
+
+
+def check_bounds(config: DataclassInstance) -> None:
+    """Raise ConfigError for the first value outside its field's bound. Overrides by layer have that bound, too."""
+    bounds = bounds_of(type(config))
+    for name, bound in bounds.items():
+        bound.check(name, getattr(config, name))
+    for pattern_field, name in getattr(config, "patterns", {}).items():
+        for pattern, value in (getattr(config, pattern_field) or {}).items() if name in bounds else ():
+            bounds[name].check(name, value, f" in {pattern_field}['{pattern}']")
+
+
+def check_numbers(config: DataclassInstance, hints: dict[str, object]) -> None:
+    """Raise ConfigError for the first dropout outside [0, 1], number that is too large or not finite, or long list.
+
+    Args:
+        hints: the types of the config's fields. Those of any type hold what others read, and are not looked into.
+    """
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is None or isinstance(value, (str, bool)) or anything(hints[f.name]):
+            continue
+        if f.name.endswith("dropout") and not 0 <= value <= 1:
+            raise ConfigError(f"`{f.name}` must be a probability, between 0 and 1, got {value}.")
+        if isinstance(value, (list, set, dict)):
+            most = MOST_PATTERNS if isinstance(value, dict) else MOST_NAMES
+            if len(value) > most:
+                raise ConfigError(f"`{f.name}` has {len(value):,} entries: {most:,} is the most.")
+        most = LARGEST_COUNTER if f.name in getattr(config, "counters", ()) else LARGEST_NUMBER
+        for number in numbers(value):
+            if number != number or number in (float("inf"), -float("inf")):
+                raise ConfigError(f"`{f.name}` must be a finite number, got {number}.")
+            if not -most <= number <= most:
+                raise ConfigError(f"`{f.name}` must be between {-most:,} and {most:,}, got {brief(number)}.")
+
+
+def anything(hint: object) -> bool:
+    """Return True if a type says nothing of the contents of a value."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(anything(part) for part in typing.get_args(hint))
+    return hint in (Any, dict)
+
+
+def numbers(value: object) -> Iterator[int | float]:
+    """Yield the numbers that a value is or contains."""
+    if isinstance(value, (int, float)):
+        if not isinstance(value, bool):
+            yield value
+    elif isinstance(value, (list, tuple, set, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from numbers(inner)
+
+
+def brief(number: int | float) -> str:
+    return str(number) if isinstance(number, float) or number.bit_length() < 80 else "a number of many digits"

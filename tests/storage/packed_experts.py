@@ -6,7 +6,7 @@ import copy
 import torch
 from torch import nn
 
-from graft.storage import stacks
+from graft.storage import float8, stacks
 from tests.inject.test_parameters import SIZES
 from tests.models import seeded
 
@@ -54,7 +54,7 @@ def mxfp4(model):
         for name in ("gate_up_proj", "down_proj"):
             W = getattr(dense, name).detach().mT
             scale = (W.unflatten(2, (-1, 32)).abs().amax(3).log2().floor() - 2 + 127).to(torch.uint8)
-            codes = torch.stack([stacks.fp4(w, (s.float() - 127).exp2())[0] for w, s in zip(W, scale)])
+            codes = torch.stack([float8.fp4(w, float8.numbers(s))[0] for w, s in zip(W, scale)])
             setattr(experts, f"{name}_precision_config", Precision(scale))
             getattr(experts, name).data = codes
             getattr(experts, f"{name}_bias").data = getattr(dense, f"{name}_bias").detach().clone()

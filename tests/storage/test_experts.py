@@ -4,6 +4,7 @@
 import copy
 import inspect
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,17 @@ def test_single_matrices_have_the_bits_that_the_package_reads(kind, dtype):
             else:
                 expected = _dequantize_fp8_weight(held.weight, held.scale, held.block, torch.float32).to(dtype)
             assert torch.equal(found, expected[[3, 1]]) and found.any()
+
+
+def test_scales_may_be_bytes_of_exponents():
+    (_, m), *_ = blocks(both("fp4")[0])
+    held = stacks.matrices_of(m, "down_proj")
+    in_bytes = replace(held, scale=held.scale.float().log2().add(127).to(torch.uint8))
+    for e in range(held.shape[0]):
+        assert torch.equal(in_bytes.matrix(e, torch.float32), held.matrix(e, torch.float32))
+    grown = [stack.remade(lambda e: 40 * held.matrix(e, torch.float32)) for stack in (held, in_bytes)]
+    assert grown[1].scale.dtype == torch.uint8 and not torch.equal(grown[1].scale, in_bytes.scale)
+    assert torch.equal(*(stack.dense([0, 2], torch.float32) for stack in grown))
 
 
 @pytest.mark.parametrize("targets", [BOTH, []], ids=["both", "none"])

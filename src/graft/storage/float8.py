@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stores of transformers' layers that hold 8-bit floats, or 4-bit ones, with a scale for each block or row."""
+"""Floats of 8 and 4 bits with a scale for each block or row: their codec, and the stores of transformers' layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.ops import UNKNOWN, Op
-from graft.storage.integers import unpacked
 from graft.storage.quantized import OwnModule
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # E2M1, by code
+
+MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes of 4-bit floats
+TOP = 7.0  # what rounds to the largest of them and is no nearer to a larger scale
 
 
 class Float8(OwnModule):
-    """8-bit floats, times a scale.
+    """8-bit floats with a scale for each block, or one for all; 4-bit floats with a scale for each 32 of a row.
 
     Args:
         scale: the name of the scales.
@@ -27,33 +29,22 @@ class Float8(OwnModule):
         self.name, self.scale, self.parts = name, scale, ("weight", scale)
 
     def values(self, m: nn.Module) -> Tensor:
-        W = m.weight
-        if W.element_size() > 1:  # it has not been quantized
-            return W.detach().clone()
-        if W.dtype == torch.int8:
-            W = torch.tensor(FP4, device=W.device)[unpacked(W.view(torch.uint8), 4)]
-        return W.float() * self.scales(m, W.shape)
+        if m.weight.element_size() > 1:  # it has not been quantized
+            return m.weight.detach().clone()
+        return decode(m.weight, self.scales(m), getattr(m, "block_size", None))
 
-    def scales(self, m: nn.Module, shape: Sequence[int]) -> Tensor:
-        """Return the scales, so that they broadcast over the weight."""
-        scale = getattr(m, self.scale)
-        return scale.float().reshape(-1, 1)
-
-    def sizes(self, m: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
-        """Return the rows and columns that share a scale."""
-        one = getattr(m, self.scale).numel() == 1
-        return (shape[0], shape[1]) if one else (1, shape[1])
+    def scales(self, m: nn.Module) -> Tensor:
+        """Return the scales as `spread` takes them."""
+        return getattr(m, self.scale)
 
     def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         if m.weight.element_size() > 1:
             return {"weight": nn.Parameter(W.to(m.weight.dtype), requires_grad=m.weight.requires_grad)}
-        old, rows, columns = getattr(m, self.scale), *self.sizes(m, W.shape)
-        scale = rounded_up(largest(W.float(), rows, columns) / LARGEST, old.dtype)
-        codes = W.float() / spread(numbers(scale), rows, columns, W.shape)
-        made = scale.reshape(old.shape)
+        old = getattr(m, self.scale)
+        codes, scale = encode(W, m.weight, self.scales(m), getattr(m, "block_size", None))
         return {
-            "weight": nn.Parameter(codes.clamp(-LARGEST, LARGEST).to(m.weight.dtype), requires_grad=False),
-            self.scale: nn.Parameter(made, requires_grad=old.requires_grad),
+            "weight": nn.Parameter(codes, requires_grad=False),
+            self.scale: nn.Parameter(scale.view(old.shape), requires_grad=old.requires_grad),
         }
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
@@ -61,22 +52,6 @@ class Float8(OwnModule):
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
         return m.weight.dtype if m.weight.element_size() > 1 else None
-
-
-class Blocks(Float8):
-    """FP8Linear: a scale for each block, or one for all; 4-bit floats with a scale for each 32 of a row."""
-
-    def scales(self, m: nn.Module, shape: Sequence[int]) -> Tensor:
-        scale = numbers(getattr(m, self.scale))
-        return scale.reshape(1, 1) if scale.numel() == 1 else spread(scale, *self.sizes(m, shape), shape)
-
-    def sizes(self, m: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
-        scale = getattr(m, self.scale)
-        if scale.numel() == 1:
-            return shape[0], shape[1]
-        if m.weight.dtype == torch.int8 or m.block_size is None:
-            return -(-shape[0] // scale.shape[0]), -(-shape[1] // scale.shape[1])
-        return tuple(m.block_size)
 
     def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
         if name == "weight" and m.weight.dtype == torch.int8:
@@ -88,18 +63,70 @@ class Blocks(Float8):
         return m.weight.dtype == torch.int8
 
 
+class Rows(Float8):
+    """8-bit floats, with a scale for each row, whatever the shape of the scales."""
+
+    def scales(self, m: nn.Module) -> Tensor:
+        return super().scales(m).reshape(-1, 1)
+
+
+def decode(codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> Tensor:
+    """Return the values of a matrix (out, in) in float32.
+
+    Args:
+        codes: floats of 8 bits (out, in); or bytes (out, in/2) of two floats of 4 bits, the low half first.
+        scale: see `spread`.
+        block: the rows and columns of 8-bit floats that share a scale; None: the scales divide the matrix evenly.
+    """
+    W, block = (codes.float(), block) if codes.is_floating_point() else (unpack_pairs(codes, FP4, True), None)
+    return W.mul_(spread(scale, W.shape, block))
+
+
+def encode(W: Tensor, codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of a matrix W (out, in), as `decode` takes them, like those of an old matrix."""
+    W = W.float()
+    if not codes.is_floating_point():
+        made, grow = fp4(W, numbers(scale))
+        grown = scale + grow.to(scale.dtype) if scale.dtype == torch.uint8 else (scale.float() * grow.exp2())
+        return made.view(codes.dtype), grown.to(scale.dtype)
+    most = torch.finfo(codes.dtype).max
+    made = rounded_up(largest(W, scale, block) / most, scale.dtype)
+    new = scale.clone()
+    new.view(-1, scale.shape[-1] if scale.dim() == 2 else 1)[: len(made), : made.shape[1]] = made
+    return (W / spread(new, W.shape, block)).clamp(-most, most).to(codes.dtype), new
+
+
 def numbers(scale: Tensor) -> Tensor:
     """Return scales in float32; bytes are exponents of two, from -127."""
     return (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
 
 
-def spread(scale: Tensor, rows: int, columns: int, shape: Sequence[int]) -> Tensor:
-    """Return for each number of a weight (out, in) the scale of its block."""
-    return scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
+def block_sizes(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None = None) -> tuple[int, int]:
+    """Return the rows and columns of a weight (out, in) that share a scale."""
+    if scale.numel() == 1:
+        return shape[0], shape[1]
+    return (
+        (block[0], block[1]) if block else (-(-shape[0] // len(scale)), -(-shape[1] // (scale.numel() // len(scale))))
+    )
 
 
-def largest(W: Tensor, rows: int, columns: int) -> Tensor:
-    """Return the largest magnitude in each block of W; those at the border may be smaller."""
+def spread(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None = None) -> Tensor:
+    """Return scales in float32, so that they broadcast over a weight (out, in).
+
+    Args:
+        scale: one, (out), (out, 1), (out, groups), or one for each block.
+        block: as of `decode`.
+    """
+    if scale.numel() == 1:
+        return numbers(scale).reshape(1, 1)
+    rows, columns = block_sizes(scale, shape, block)
+    whole = numbers(scale).reshape(len(scale), -1).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return whole[: shape[0], : shape[1]]
+
+
+def largest(W: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> Tensor:
+    """Return the largest magnitude in each block of W (out, in); blocks at the border may be smaller. See `spread`."""
+    rows, columns = block_sizes(scale, W.shape, block)
     down, right = -W.shape[0] % rows, -W.shape[1] % columns
     W = nn.functional.pad(W, (0, right, 0, down))
     blocks = W.reshape(W.shape[0] // rows, rows, W.shape[1] // columns, columns).abs()
@@ -114,11 +141,49 @@ def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (power + 127).to(torch.uint8) if dtype == torch.uint8 else power.exp2().to(dtype)
 
 
+@lru_cache(maxsize=32)
+def pairs(values: tuple[float, ...], low_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what two codes in a byte stand for, by the byte, as one number of twice the width: (256,)."""
+    table = torch.tensor(values, dtype=dtype, device=device)
+    byte = torch.arange(256, device=device)
+    both = [table[byte & 15], table[byte >> 4]]
+    return torch.stack(both if low_first else both[::-1], 1).view({2: torch.int32, 4: torch.int64}[dtype.itemsize])[
+        :, 0
+    ]
+
+
+def unpack_pairs(
+    codes: Tensor, values: tuple[float, ...], low_first: bool, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the values of bytes (…, n), (…, 2n), by one gather for each pair."""
+    with torch.inference_mode(False):
+        table = pairs(values, low_first, dtype, codes.device)
+    return table[codes.view(torch.uint8).int()].view(dtype)
+
+
+def fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes of 4-bit floats (out, in/2) for W (out, in), and the powers of two by which scales must grow.
+
+    Scales that fit stay: new ones would move other numbers of their blocks.
+
+    Args:
+        scale: (out, in/32) or so.
+    """
+    blocks = W.float().unflatten(1, (scale.shape[1], -1))  # (out, blocks, n)
+    top = blocks.abs().amax(2)
+    grow = torch.where(top > 0, top / (TOP * scale), 0).log2().ceil().clamp(min=0)
+    scaled = blocks / (scale * grow.exp2())[..., None]
+    middles = torch.tensor(MIDDLES, device=W.device)
+    codes = torch.bucketize(scaled.abs().contiguous(), middles).to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
+    codes = codes.flatten(1)
+    return codes[:, ::2] | codes[:, 1::2] << 4, grow
+
+
 TRANSFORMERS = "transformers.integrations"
 MODULES = {
-    f"{TRANSFORMERS}.finegrained_fp8.FP8Linear": Blocks("fp8", "weight_scale_inv"),
-    f"{TRANSFORMERS}.finegrained_fp8.FP8GroupedLinear": Blocks("fp8", "weight_scale_inv"),
-    f"{TRANSFORMERS}.fbgemm_fp8.FbgemmFp8Linear": Float8("fbgemm_fp8", "weight_scale"),
-    f"{TRANSFORMERS}.compressed_tensors.CompressedTensorsFP8Linear": Float8("compressed-tensors", "weight_scale"),
+    f"{TRANSFORMERS}.finegrained_fp8.FP8Linear": Float8("fp8", "weight_scale_inv"),
+    f"{TRANSFORMERS}.finegrained_fp8.FP8GroupedLinear": Float8("fp8", "weight_scale_inv"),
+    f"{TRANSFORMERS}.fbgemm_fp8.FbgemmFp8Linear": Rows("fbgemm_fp8", "weight_scale"),
+    f"{TRANSFORMERS}.compressed_tensors.CompressedTensorsFP8Linear": Rows("compressed-tensors", "weight_scale"),
 }
 OPS: dict[str, Op] = {f"{TRANSFORMERS}.finegrained_fp8.FP8GroupedLinear": UNKNOWN}  # a stack: (…, groups, in)

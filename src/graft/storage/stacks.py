@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -13,10 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.table import TypeTable
-from graft.storage.float8 import FP4, LARGEST, largest, rounded_up, spread
-
-MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes of 4-bit floats
-TOP = 7.0  # what rounds to the largest of them and is no nearer to a larger scale
+from graft.storage.float8 import FP4, decode, encode, unpack_pairs
 
 
 @dataclass(frozen=True)
@@ -86,42 +82,6 @@ class PackedMatrices:
         raise NotImplementedError
 
 
-@lru_cache(maxsize=32)
-def pairs(values: tuple[float, ...], low_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what two codes in a byte stand for, by the byte, as one number of twice the width: (256,)."""
-    table = torch.tensor(values, dtype=dtype, device=device)
-    byte = torch.arange(256, device=device)
-    both = [table[byte & 15], table[byte >> 4]]
-    return torch.stack(both if low_first else both[::-1], 1).view({2: torch.int32, 4: torch.int64}[dtype.itemsize])[
-        :, 0
-    ]
-
-
-def unpacked(codes: Tensor, values: tuple[float, ...], low_first: bool, dtype: torch.dtype) -> Tensor:
-    """Return the values of bytes (…, n), (…, 2n), by one gather for each pair."""
-    with torch.inference_mode(False):
-        table = pairs(values, low_first, dtype, codes.device)
-    return table[codes.view(torch.uint8).int()].view(dtype)
-
-
-def fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes of 4-bit floats (out, in/2) for W (out, in), and the powers of two by which scales must grow.
-
-    Scales that fit stay: new ones would move other numbers of their blocks.
-
-    Args:
-        scale: (out, in/32) or so.
-    """
-    blocks = W.float().unflatten(1, (scale.shape[1], -1))  # (out, blocks, n)
-    top = blocks.abs().amax(2)
-    grow = torch.where(top > 0, top / (TOP * scale), 0).log2().ceil().clamp(min=0)
-    scaled = blocks / (scale * grow.exp2())[..., None]
-    middles = torch.tensor(MIDDLES, device=W.device)
-    codes = torch.bucketize(scaled.abs().contiguous(), middles).to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
-    codes = codes.flatten(1)
-    return codes[:, ::2] | codes[:, 1::2] << 4, grow
-
-
 @dataclass(frozen=True)
 class MXFP4(PackedMatrices):
     """transformers' experts of gpt-oss: 4-bit floats, with a power of two for each 32 of a row.
@@ -157,14 +117,13 @@ class MXFP4(PackedMatrices):
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         exact = dtype if dtype.itemsize == 4 or dtype == torch.bfloat16 else torch.float32
-        values = unpacked(self.weight[expert], FP4, True, exact).unflatten(1, (-1, 32))
+        values = unpack_pairs(self.weight[expert], FP4, True, exact).unflatten(1, (-1, 32))
         return torch.ldexp(values, self.scale[expert].int()[..., None] - 127).flatten(1).to(dtype)
 
     def remade(self, matrix: Callable[[int], Tensor]) -> MXFP4:
         weight, scale = in_rows(self.weight).clone(), in_rows(self.scale).clone()
         for e in range(len(weight)):
-            weight[e], grow = fp4(matrix(e), (scale[e].float() - 127).exp2())
-            scale[e] += grow.to(torch.uint8)
+            weight[e], scale[e] = encode(matrix(e), weight[e], scale[e])
         return MXFP4(self.shape, weight, scale)
 
     def put(self, m: nn.Module, name: str) -> None:
@@ -216,30 +175,13 @@ class FineFP8(PackedMatrices):
     def device(self) -> torch.device:
         return self.weight.device
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """The rows and columns that share a scale."""
-        if self.weight.dtype == torch.int8 or self.block is None:
-            return -(-self.shape[1] // self.scale.shape[1]), -(-self.shape[2] // self.scale.shape[2])
-        return self.block
-
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
-        W, scale = self.weight[expert], self.scale[expert].float()
-        values = unpacked(W, FP4, True, torch.float32) if W.dtype == torch.int8 else W.float()
-        return values.mul_(spread(scale, *self.sizes, self.shape[1:])).to(dtype)
+        return decode(self.weight[expert], self.scale[expert], self.block).to(dtype)
 
     def remade(self, matrix: Callable[[int], Tensor]) -> FineFP8:
         weight, scale = self.weight.clone(), self.scale.clone()
         for e in range(len(weight)):
-            W = matrix(e).float()
-            if weight.dtype == torch.int8:
-                codes, grow = fp4(W, scale[e].float())
-                weight[e], scale[e] = codes.view(torch.int8), (scale[e].float() * grow.exp2()).to(scale.dtype)
-                continue
-            made = rounded_up(largest(W, *self.sizes) / LARGEST, scale.dtype)
-            scale[e][: len(made)] = made
-            blocks = spread(scale[e].float(), *self.sizes, W.shape)
-            weight[e] = (W / blocks).clamp(-LARGEST, LARGEST).to(weight.dtype)
+            weight[e], scale[e] = encode(matrix(e), weight[e], scale[e], self.block)
         return replace(self, weight=weight, scale=scale)
 
     def put(self, m: nn.Module, name: str) -> None:
@@ -295,7 +237,7 @@ class Bnb4(PackedMatrices):
         size, block = out_features * in_features, self.state.blocksize
         codes = self.codes.view(torch.uint8).flatten()[expert * size // 2 : (expert + 1) * size // 2]
         table = tuple(self.state.code.tolist()) if self.state.code.device.type == "cpu" else codes_of(self.state)
-        values = unpacked(codes, table, False, torch.float32).view(-1, block)
+        values = unpack_pairs(codes, table, False).view(-1, block)
         values.mul_(self._scales(expert * size // block, (expert + 1) * size // block)[:, None])
         W = values.to(self.state.dtype).to(dtype)
         return W.view(in_features, out_features).T if self.flipped else W.view(out_features, in_features)

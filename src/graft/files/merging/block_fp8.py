@@ -6,7 +6,7 @@ The quantized tensor `x.weight` stands beside `x.weight_scale_inv`, by which its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -16,7 +16,7 @@ from graft.files.base import BaseFiles
 from graft.files.merging.numbers import of_file, to_file
 from graft.files.merging.weights import BaseWeights
 from graft.files.tensors import Tensor
-from graft.storage.float8 import LARGEST, largest, rounded_up
+from graft.storage import float8
 
 SCALE = "_scale_inv"
 CODES = ("F8_E4M3", "F8_E5M2")
@@ -44,34 +44,15 @@ class Form(BaseWeights):
                 del self.shapes[part]
 
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
-        W, scale = of_file(parts[name]).float(), factors(of_file(parts[f"{name}{SCALE}"]))
-        return W.mul_(self._spread(scale, W.shape))
+        return float8.decode(of_file(parts[name]), *self._scale(name, parts))
 
-    def _sizes(self, scale: torch.Tensor, shape: Sequence[int]) -> tuple[int, int]:
-        """Return the rows and columns of a block."""
-        if self.block is not None and scale.shape == tuple(-(-n // b) for n, b in zip(shape, self.block)):
-            return self.block
-        rows, columns = scale.shape if scale.dim() == 2 else (1, 1)
-        return -(-shape[0] // rows), -(-shape[1] // columns)
-
-    def _spread(self, scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        if scale.numel() == 1:
-            return scale.reshape(1, 1)
-        rows, columns = self._sizes(scale, shape)
-        return scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
+    def _scale(self, name: str, parts: Mapping[str, Tensor]) -> tuple[torch.Tensor, tuple[int, int] | None]:
+        """Return the scales of a weight and its blocks; None if they are of other sizes than config.json says."""
+        scale = of_file(parts[f"{name}{SCALE}"])
+        fits = self.block and scale.shape == tuple(-(-n // b) for n, b in zip(self.shapes[name], self.block))
+        return scale, self.block if fits else None
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
-        old = of_file(self.base.tensors[f"{name}{SCALE}"])
-        rows, columns = tuple(W.shape) if old.numel() == 1 else self._sizes(old, W.shape)
-        kind = of_file(self.base.tensors[name]).dtype
-        most = LARGEST if kind == torch.float8_e4m3fn else torch.finfo(kind).max
-        scale = rounded_up(largest(W.float(), rows, columns) / most, old.dtype)
-        spread = self._spread(factors(scale), W.shape)
-        codes = (W.float() / spread).clamp_(-most, most).to(kind)
-        made = {name: to_file(codes), f"{name}{SCALE}": to_file(scale.reshape(old.shape))}
-        return made | {part: self.base.tensors[part] for part in self.packed[name][2:]}
-
-
-def factors(scale: torch.Tensor) -> torch.Tensor:
-    """Return scales as float32; bytes are exponents."""
-    return (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
+        old = self.parts(name)
+        codes, scale = float8.encode(W, of_file(old[name]), *self._scale(name, old))
+        return old | {name: to_file(codes), f"{name}{SCALE}": to_file(scale)}

@@ -7,7 +7,7 @@ no code 0, `x.weight_zero_point`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from graft.files.base import BaseFiles
 from graft.files.merging.numbers import of_file, to_file
 from graft.files.merging.weights import BaseWeights
 from graft.files.tensors import Tensor
-from graft.storage.float8 import largest
+from graft.storage import float8
 
 ENDS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape",
         "input_scale", "input_zero_point", "output_scale", "output_zero_point")  # fmt: skip
@@ -73,8 +73,8 @@ class Form(BaseWeights):
         W = codes.float()
         scale = of_file(parts[f"{name}_scale"])
         if (zero := self._zero(name, parts, scale)) is not None:
-            W -= spread(zero, W.shape)
-        return (W * spread(scale.float(), W.shape)).to(scale.dtype).float()  # as the layer computes it
+            W -= float8.spread(zero, W.shape)
+        return (W * float8.spread(scale, W.shape)).to(scale.dtype).float()  # as the layer computes it
 
     def _zero(self, name: str, parts: Mapping[str, Tensor], scale: torch.Tensor) -> torch.Tensor | None:
         if f"{name}_zero_point" not in parts:
@@ -91,13 +91,13 @@ class Form(BaseWeights):
         most = 448.0 if kind == torch.float8_e4m3fn else 2.0 ** (self.bits[name] - 1) - 1
         # the scales of the old weight where they reach, so that what did not change keeps its codes
         if zero is None:
-            reach = grouped_max(W, scale)
+            reach = float8.largest(W.float(), scale).reshape(scale.shape)
             grown = torch.where(reach > scale.float() * (most + 0.5), reach / most, scale.float()).to(scale.dtype)
         else:
             grown = reaching(W, scale.float(), zero, most).to(scale.dtype)
-        codes = W.float() / spread(grown.float(), W.shape)
+        codes = W.float() / float8.spread(grown, W.shape)
         if zero is not None:
-            codes += spread(zero, W.shape)
+            codes += float8.spread(zero, W.shape)
         if kind == torch.float8_e4m3fn:
             made = codes.clamp_(-most, most).to(kind)
         else:
@@ -122,23 +122,6 @@ def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     raised = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, -codes.shape[1] % each))
     words = (raised.view(len(codes), -1, each) << torch.arange(0, 32, bits)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def spread(scale: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return scales (1), (rows, 1), (rows, groups) or of blocks over a weight."""
-    if scale.numel() == 1:
-        return scale.reshape(1, 1)
-    scale = scale.reshape(scale.shape[0], -1)
-    rows, columns = (-(-n // m) for n, m in zip(shape, scale.shape))
-    return scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
-
-
-def grouped_max(W: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the largest magnitude of what shares a scale, in the shape of the scales."""
-    if scale.numel() == 1:
-        return W.abs().amax().float().reshape(scale.shape)
-    rows, columns = (-(-n // m) for n, m in zip(W.shape, scale.reshape(scale.shape[0], -1).shape))
-    return largest(W.float(), rows, columns).reshape(scale.shape)
 
 
 def reaching(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: float) -> torch.Tensor:

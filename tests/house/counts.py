@@ -64,18 +64,26 @@ class SourceFile:
             if isinstance(node, owners) and ast.get_docstring(node, clean=False) and isinstance(node.body[0], ast.Expr)
         ]
 
+    @cached_property
+    def tokens(self) -> list[tokenize.TokenInfo]:
+        return list(tokenize.generate_tokens(io.StringIO(self.text).readline))
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Docstrings, comments, and the messages of errors and warnings."""
+        return list(self.find_texts())
+
     def count_lines(self) -> int:
         """Return the number of lines without docstrings, comments and blank lines."""
         lines: set[int] = set()
-        for token in self.tokens():
+        for token in self.tokens:
             if token.type not in QUIET:
-                lines.update(range(token.start[0], token.end[0] + 1))
+                lines.add(token.start[0])
+                if token.end[0] > token.start[0]:
+                    lines.update(range(token.start[0], token.end[0] + 1))
         for docstring in self.docstrings:
             lines.difference_update(range(docstring.lineno, (docstring.end_lineno or docstring.lineno) + 1))
         return len(lines)
-
-    def tokens(self) -> Iterator[tokenize.TokenInfo]:
-        return tokenize.generate_tokens(io.StringIO(self.text).readline)
 
     def module_names(self) -> set[str]:
         """Return the names of the functions and classes of the module, without those of interfaces."""
@@ -91,7 +99,7 @@ class SourceFile:
         names = [node.id for node in self.nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
         return [name for name in names if name in VAGUE]
 
-    def texts(self) -> Iterator[str]:
+    def find_texts(self) -> Iterator[str]:
         """Yield docstrings, comments, and the messages of errors and warnings."""
         for docstring in self.docstrings:
             yield docstring.value.value  # type: ignore[attr-defined]
@@ -100,15 +108,15 @@ class SourceFile:
             if isinstance(node, ast.Raise) or getattr(called, "id", getattr(called, "attr", "")) in ("warn", "warning"):
                 texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
                 yield " ".join(texts)
-        for token in self.tokens():
+        for token in self.tokens:
             if token.type == tokenize.COMMENT:
                 yield token.string.lstrip("# ")
 
     def count_words(self) -> int:
-        return sum(len(text.split()) for text in self.texts())
+        return sum(len(text.split()) for text in self.texts)
 
     def count_hard_turns(self) -> int:
-        return sum(count_hard_turns(text) for text in self.texts())
+        return sum(count_hard_turns(text) for text in self.texts)
 
 
 def is_participle(name: str) -> bool:

@@ -37,14 +37,11 @@ hold_temporary_files_in_memory()
 
 import sys
 
-import numpy
 import pytest
-import torch
 
 from tests.quick import draw_tests
 from tests.warned import WARNED
 
-torch.set_num_threads(1)
 os.fsync = lambda fd: None  # what outlives a power cut, no test can see; a disk takes milliseconds for each
 
 SEED = int(os.environ.get("GRAFT_TESTS_SEED", "0"))
@@ -53,16 +50,24 @@ ran = itertools.count()
 SUBJECT = os.environ.get("GRAFT_TESTS_SUBJECT", "graft")
 if SUBJECT != "graft":
     sys.modules["graft"] = __import__(SUBJECT)
-else:
-    from graft.model import watch
 
-    watch._said = True  # some test of this process loads Trainer; what a model says then, compat/test_late.py shows
+
+def prepare_process() -> None:
+    """Import torch, have it use one thread, and have graft take its word about Trainer as said."""
+    import torch
+
+    torch.set_num_threads(1)
+    if SUBJECT == "graft":
+        from graft.model import watch
+
+        watch._said = True  # some test of this process loads Trainer; what a model says then, compat/test_late.py shows
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     if next(ran) % 100 == 99:
         keep()
+    numpy, torch = sys.modules["numpy"], sys.modules["torch"]
     random.seed(SEED)
     numpy.random.seed(SEED)
     torch.default_generator.manual_seed(SEED)  # torch.manual_seed visits every accelerator, 2 ms a call
@@ -71,6 +76,8 @@ def pytest_runtest_setup(item):
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        prepare_process()  # not in the process that only gives out tests: the others would wait for it
     config.addinivalue_line(
         "markers", "graft_only: what graft does and PEFT does not; left out when PEFT is the subject"
     )
@@ -96,17 +103,20 @@ def expected(says):
 
 
 def pytest_collection_modifyitems(config, items):
+    if os.environ.get("GRAFT_TESTS") == "quick":
+        items[:] = draw_tests([item for item in items if not item.get_closest_marker("slow")])
     places = [(tuple(known.where.split()), known.says) for known in WARNED]
+    some = tuple(start for where, _ in places for start in where)
     for item in items:
         place = item.nodeid.removeprefix("tests/")
+        if not place.startswith(some):
+            continue
         if says := tuple(said for where, said in places if place.startswith(where)):
             item.add_marker(expected(says))
     if SUBJECT != "graft":
         dropped = [item for item in items if item.get_closest_marker("graft_only")]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
-    if os.environ.get("GRAFT_TESTS") == "quick":
-        items[:] = draw_tests(items)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -121,7 +131,7 @@ def pytest_collection(session):
 
 def pytest_collection_finish(session):
     """Collect garbage less often than by default, since a model is a thousand objects: 7 % less time."""
-    keep()
+    gc.freeze()
     gc.set_threshold(10_000)
 
 

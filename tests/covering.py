@@ -51,38 +51,55 @@ def pairs(case: Case) -> list[Hashable]:
 Features = Callable[[Any], Sequence[Hashable]]
 
 
-def cover(law: str, cells: Sequence[Any], features: Features) -> list[Any]:
-    """A few cells that have all the features that any cell has, in their order.
+class Matrix:
+    """Cells and their features, read once for all laws that meet them."""
 
-    Greedy: again and again the cell with the most features that are not covered yet. What a cell adds only shrinks, so
-    that a cell which still adds what the heap says is the best.
-    """
-    if EVERYTHING:
-        return list(cells)
-    order = sorted(range(len(cells)), key=lambda i: zlib.crc32(f"{law} {cells[i]}".encode()))
-    have = {i: {f for f in features(cells[i]) if not isinstance(f, Sometimes) or f.by(law)} for i in order}
-    left = set().union(*have.values()) if have else set()
-    heap = [(-len(have[i]), rank, i) for rank, i in enumerate(order)]
-    heapq.heapify(heap)
-    chosen = []
-    while left:
-        said, rank, best = heap[0]
-        if (adds := len(have[best] & left)) < -said:
-            heapq.heapreplace(heap, (-adds, rank, best))
-            continue
-        heapq.heappop(heap)
-        chosen.append(best)
-        left -= have[best]
-    return [cells[i] for i in sorted(chosen)]
+    def __init__(self, cells: Sequence[Any], features: Features):
+        self.cells = cells
+        self.names = [str(cell).encode() for cell in cells]
+        met = [features(cell) for cell in cells]
+        self.always = [{f for f in row if not isinstance(f, Sometimes)} for row in met]
+        self.sometimes = [[f for f in row if isinstance(f, Sometimes)] for row in met]
+
+    def cover(self, law: str) -> list[Any]:
+        """Return a few cells that have all the features that any cell has, in their order.
+
+        Greedy: again and again the cell with the most features that are not covered yet. A cell adds ever fewer, so
+        that a cell which still adds as many as the heap says is the best.
+        """
+        start = zlib.crc32(f"{law} ".encode())
+        order = sorted(range(len(self.cells)), key=lambda i: zlib.crc32(self.names[i], start))
+        features = {f for row in self.sometimes for f in row}
+        meets = {f for f in features if f.by(law)}
+        have = [always.union(meets.intersection(row)) for always, row in zip(self.always, self.sometimes, strict=True)]
+        left = set().union(*have)
+        heap = [(-len(have[i]), rank, i) for rank, i in enumerate(order)]
+        heapq.heapify(heap)
+        chosen = []
+        while left:
+            said, rank, best = heap[0]
+            if (adds := len(have[best] & left)) < -said:
+                heapq.heapreplace(heap, (-adds, rank, best))
+                continue
+            heapq.heappop(heap)
+            chosen.append(best)
+            left -= have[best]
+        return [self.cells[i] for i in sorted(chosen)]
+
+
+def cover(law: str, cells: Sequence[Any], features: Features) -> list[Any]:
+    """Return a few cells that have all the features that any cell has; all of them for `make test-all`."""
+    return list(cells) if EVERYTHING else Matrix(cells, features).cover(law)
 
 
 def law(
     names: str, cells: Sequence[Any], features: Features, more: tuple[Features, pytest.MarkDecorator] | None = None
 ) -> Callable[[Any], Any]:
     """Decorate a test with the cells that its law meets; those with `more` features, too, under a mark."""
+    matrix = None if EVERYTHING else Matrix(cells, features)
 
     def decorate(test: Any) -> Any:
-        met = cover(test.__name__, cells, features)
+        met = matrix.cover(test.__name__) if matrix else list(cells)
         added = [c for c in cover(test.__name__, cells, more[0]) if c not in met] if more else []
         marked = [pytest.param(*(c if "," in names else [c]), marks=more[1], id=str(c)) for c in added]
         return pytest.mark.parametrize(names, [*met, *marked], ids=str)(test)

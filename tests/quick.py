@@ -17,8 +17,8 @@ SEED = "1"
 LONG = set(Path(__file__).with_name("quick_without.txt").read_text().split())
 # one test in so many of a function runs: laws meet every method, layer and storage in a few milliseconds each
 SHARES = {
-    "tests/conformance/test_together.py": 9, "tests/conformance/": 3, "tests/storage/": 5, "tests/kernels/": 5, "tests/core/": 1, "tests/io/": 5,
-    "tests/inject/": 5, "tests/methods/": 8, "tests/": 25,
+    "tests/conformance/test_together.py": 9, "tests/conformance/": 3, "tests/storage/": 5, "tests/kernels/": 5,
+    "tests/core/": 1, "tests/io/": 5, "tests/inject/": 5, "tests/methods/": 8, "tests/": 25,
 }  # fmt: skip
 
 

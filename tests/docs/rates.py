@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of learning rates in docs/methods.md, from the package's rows and what methods say of their sources."""
+"""The table of learning rates in docs/reference/methods.md, from the package's rows and what methods say of their sources."""
 
 from __future__ import annotations
 

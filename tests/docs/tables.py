@@ -2,7 +2,7 @@
 """What pages say of each method, printed from the code: `python -m tests.docs.tables` writes it into them,
 and into README.
 
-Printed anew: the table of docs/methods.md, and the entries of docs/reference/configs.md. A method that the list of all
+Printed anew: the table of docs/reference/methods.md, and the entries of docs/reference/configs.md. A method that the list of all
 methods lacks gets a row there, of the first sentence of its config's docstring and the paper that its file names.
 """
 
@@ -23,7 +23,7 @@ from tests.looks import layers
 from tests.samples.laws import Sample
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE, CONFIGS = DOCS / "methods.md", DOCS / "reference" / "configs.md"
+PAGE, CONFIGS = DOCS / "reference" / "methods.md", DOCS / "reference" / "configs.md"
 MARK = "printed by tests/docs/tables.py"
 KINDS = {  # column → layers of the law suite
     "linear": ("linear", "Conv1D"),

@@ -2,8 +2,8 @@
 """What pages say of each method, printed from the code: `python -m tests.docs.tables` writes it into them,
 and into README.
 
-Printed anew: the table of docs/reference/methods.md, and the entries of docs/reference/configs.md. A method that the list of all
-methods lacks gets a row there, of the first sentence of its config's docstring and the paper that its file names.
+Printed anew: the table of docs/reference/methods.md, and the entries of docs/reference/configs.md. A method without a row
+in the list of all methods gets one: the first sentence of its config's docstring and the paper that its file names.
 """
 
 from __future__ import annotations

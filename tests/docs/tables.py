@@ -2,7 +2,7 @@
 """What pages say of each method, printed from the code: `python -m tests.docs.tables` writes it into them,
 and into README.
 
-Printed anew: the table of docs/reference/methods.md, and the entries of docs/reference/configs.md. A method without a row
+Printed anew: the table of docs/reference/methods.md, and the entries of reference/configs.md. A method without a row
 in the list of all methods gets one: the first sentence of its config's docstring and the paper that its file names.
 """
 

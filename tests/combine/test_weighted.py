@@ -420,3 +420,36 @@ def test_numbers_that_are_none(options, text):
     with pytest.raises(graft.ConfigTypeError, match=r"top_k must be an int, got 2\.5"):
         graft.reduce_intruder_dimension(model, top_k=2.5)
     assert set(model.peft_config) == {"default", "b"}
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "exact", "svd", "ties_svd"])
+@pytest.mark.parametrize("weight", [1e39, 3e38, float("nan")])
+def test_weights_that_float32_does_not_hold(kind, weight):
+    """1e39 is a number in Python; 3e38 is one in float32, and its products are none."""
+    model = loras(graft, targets=["lin"])
+    before = snapshot(model)
+    with torch.no_grad():
+        for p in layer(model, "lin").lora_B["x"].parameters():
+            p.mul_(1e25)
+    options = {"density": 0.5} if kind == "ties_svd" else {}
+    with pytest.raises(graft.ConfigError, match=r"not finite on layer 'lin'|finite in float32, got"):
+        model.add_weighted_adapter(["x", "y"], [weight, 1.0], "new", kind, **options)
+    assert before.keys() == model.state_dict().keys() and "new" not in model.peft_config
+
+
+def test_weights_of_vectors_that_float32_does_not_hold():
+    model = graft.get_peft_model(models.make("mlp"), graft.IA3Config(target_modules=["fc1"], feedforward_modules=[]))
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.constant_(p, 10.0)
+    for weight in (1e39, 3e38):
+        with pytest.raises(graft.ConfigError, match=r"not finite on layer|finite in float32, got"):
+            model.add_weighted_adapter(["default"], [weight], "new")
+    assert set(model.peft_config) == {"default"}
+
+
+@pytest.mark.parametrize("scale", [1e39, float("inf"), float("nan")])
+def test_scales_that_float32_does_not_hold(scale):
+    model = loras(graft, targets=["lin"])
+    with pytest.raises(graft.ConfigError, match="cannot scale an adapter by"):
+        layer(model, "lin").set_scale("x", scale)

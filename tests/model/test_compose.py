@@ -320,6 +320,7 @@ def test_bad_compositions_change_nothing():
         (lambda: graft.Stack(), "no adapters"),
         (lambda: graft.Average("one", "two", weights=[1.0]), "2 adapters got 1 weights"),
         (lambda: graft.Average("one", weights=[float("nan")]), "finite numbers"),
+        (lambda: graft.Average("one", weights=[1e39]), "finite numbers"),
         (lambda: graft.Stack("one", "one"), "twice"),
         (
             lambda: graft.Stack("one", graft.Parallel("two")),

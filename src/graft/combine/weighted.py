@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from graft.combine.adding import Tensors, put, warn_if_base_changed
 from graft.combine.forms import FORMS, Form, UpdateForm
 from graft.combine.rules import TYPES, Recipe
 from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError, escape_controls
+from graft.core.finite import is_finite
 from graft.core.folding import wide
 from graft.core.gate import prepares
 from graft.inject.stage import draw
@@ -108,7 +108,7 @@ def add_weighted_adapter(
     Raises:
         AdapterNotFoundError: one of the adapters is not loaded.
         AdapterNameError: `adapter_name` is taken, or cannot be a name.
-        ConfigError: the adapters or options do not go together.
+        ConfigError: the adapters or options do not go together; a weight or a result is not finite in float32.
         NotImplementedError: adapters of this kind have no combination of this type.
     """
     names, weights = checked(tuner, adapters, weights)
@@ -140,8 +140,13 @@ def add_weighted_adapter(
         draw_start(tuner, adapter_name, cfg, list(parts))
     values = {}
     for key, found in parts.items():
-        A, B, energy = recipe.combine(terms.pop(key), ranks[key])
+        try:
+            A, B, energy = recipe.combine(terms.pop(key), ranks[key])
+        except torch.linalg.LinAlgError as e:
+            raise not_finite(names, weights, key) from e
         values[key] = form.write(A, B, found, cfg)
+        if not all(t.isfinite().all() for t in values[key].values()):
+            raise not_finite(names, weights, key)
         if energy is not None:
             report.energy[key] = energy
     put(tuner, adapter_name, cfg, values, owner, rows)
@@ -159,7 +164,7 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
     Raises:
         AdapterNotFoundError: one of the adapters is not loaded.
         AdapterNameError: `adapter_name` is taken, or cannot be a name.
-        ConfigError: the adapters do not go together.
+        ConfigError: the adapters do not go together; a weight or a result is not finite in float32.
     """
     names, weights = checked(tuner, adapters, weights)
     configs = [tuner.peft_config[name] for name in names]
@@ -177,6 +182,8 @@ def add_weighted_vectors(tuner: Any, adapters: list[str], weights: list[float], 
             )
         l = rules.linear([wide(m.ia3_l) for m, _ in parts], [w for _, w in parts])
         values[key] = {("ia3_l", ""): l + (sum(weights) - sum(w for _, w in parts))}
+        if not values[key]["ia3_l", ""].isfinite().all():
+            raise not_finite(names, weights, key)
     put(tuner, adapter_name, cfg, values, owner, {})
     return WeightedReport(adapter_name, "linear")
 
@@ -252,9 +259,17 @@ def checked(tuner: Tuner, adapters: list[str], weights: list[float]) -> tuple[li
             )
     if len(numbers) != len(names):
         raise ConfigError(f"Got {len(names)} adapters, {names}, and {len(numbers)} weights: one for each is needed.")
-    if not all(map(math.isfinite, numbers)):
-        raise ConfigError(f"weights must be finite, got {numbers}.")
+    if not all(map(is_finite, numbers)):
+        raise ConfigError(f"weights must be finite in float32, got {numbers}. Give smaller ones.")
     return names, numbers
+
+
+def not_finite(names: list[str], weights: list[float], key: str) -> ConfigError:
+    """Return the error for a combination that overflows float32, or that has NaN in it."""
+    return ConfigError(
+        f"The combination of {names} with weights {weights} is not finite on layer '{key}'. Give smaller weights, or "
+        "look for NaN in the adapters."
+    )
 
 
 def parts_of(

@@ -11,6 +11,11 @@ from torch import Tensor
 NARROW = 1  # bytes of a float8 number, of which torch takes no norm
 
 
+def is_finite(number: float) -> bool:
+    """Return True if float32, the dtype of adapters, holds a number as a finite one."""
+    return abs(number) <= torch.finfo(torch.float32).max
+
+
 @torch.no_grad()
 def largest(tensors: Sequence[Tensor]) -> list[float]:
     """Return the largest magnitude in each tensor: inf or nan if one is not finite, 0 for one without numbers.

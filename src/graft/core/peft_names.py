@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from graft.core.containers import Exact, moved
 from graft.core.effect import Update
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, RoutingError, warn
+from graft.core.finite import is_finite
 from graft.core.folding import delta_of, evaluating, why_none
 from graft.core.gate import changes, everything
 from graft.core.merging import lifted
@@ -301,7 +301,7 @@ def check_scale(layer: Layer, scale: float | None, divides: bool = False) -> Non
 
     Tensors pass: to read one, the host would wait for its device.
     """
-    if isinstance(scale, (int, float)) and not (math.isfinite(scale) and (scale or not divides)):
+    if isinstance(scale, (int, float)) and not (is_finite(scale) and (scale or not divides)):
         raise ConfigError(f"Layer '{layer.site.key}' cannot scale an adapter by {scale}. Give another number.")
 
 

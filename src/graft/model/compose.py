@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from graft.config.base import PeftConfig
 from graft.core.errors import RoutingError
+from graft.core.finite import is_finite
 from graft.core.rows import BASE, Together, tensors_in
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class Average(Composition):
         numbers = [1 / len(children)] * len(children) if weights is None else list(weights)
         if len(numbers) != len(children):
             raise RoutingError(f"Average of {len(children)} adapters got {len(numbers)} weights: give one for each.")
-        wrong = [w for w in numbers if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w)]
+        wrong = [w for w in numbers if isinstance(w, bool) or not isinstance(w, (int, float)) or not is_finite(w)]
         if wrong:
             raise RoutingError(f"Average takes finite numbers as weights, got {wrong[0]!r}.")
         self.weights = tuple(float(w) for w in numbers)

@@ -55,4 +55,5 @@ def test_lossy_says_what_it_leaves_out(tmp_path):
     done = graft(
         "convert", FIXTURES / "mlx_dora", "--to", "adapterhub", "--base", base, "--lossy", "-o", tmp_path / "out"
     )
+    assert done.stdout.startswith("mlx → adapterhub: 3 modules,")
     assert "lost: DoRA's magnitude: model.layers.1.mlp.down_proj\n" in done.stdout

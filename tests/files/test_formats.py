@@ -104,6 +104,14 @@ def test_what_a_config_has_factors_do_otherwise_is_not_lost(tmp_path, to, field)
     assert again.lost == [] and field.items() <= json.loads((tmp_path / "again" / path.name).read_text()).items()
 
 
+@pytest.mark.parametrize("name, to, modules", [("mlx_dora", "adapterhub", 3), ("torchtune_dora", "adapterhub", 8),
+                                               ("lycoris_dora", "mlx", 4), ("kohya_sd", "adapterhub", 1)])  # fmt: skip
+def test_a_conversion_counts_the_modules_that_it_wrote(tmp_path, name, to, modules):
+    base = base_for(name)
+    done = convert(FIXTURES / name, to, tmp_path / "out", base, lossy=True)
+    assert done.lost and done.modules == modules == len(formats.read(tmp_path / "out", base).modules)
+
+
 @pytest.mark.parametrize("to", ["peft", "mlx"])
 def test_magnitudes_of_some_modules_only(tmp_path, to):
     """Which kohya's files can have; where all modules have one or none, the norm of W + ΔW changes nothing."""

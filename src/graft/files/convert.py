@@ -13,6 +13,7 @@ from graft.files.complete import check_whole
 from graft.files.formats import is_model, read, recognise, writer_of
 from graft.files.holding import PEFT, fit, one_scale
 from graft.files.lycoris import as_peft
+from graft.files.neutral import LostModule
 from graft.files.output import appearing, check_output
 
 ENDS = {"kohya": ".safetensors", "gguf": ".gguf", "diffusers": ".safetensors"}  # of formats that are one file
@@ -87,9 +88,9 @@ def convert(
         adapter, lost = fit(as_peft(adapter, known), PEFT, to, lossy, known)
     rounding = one_scale(replace(adapter, modules=dict(adapter.modules)), form.HOLDS) if to != "peft" else 0.0
     with appearing(target, not dry_run) as made:
-        lost += form.write(adapter, made, known, lossy)
-    gone = [path for path in adapter.modules if any(line.endswith((f": {path}", f" on {path}")) for line in lost)]
-    return Converted(source, target, of, to, len(adapter.modules) - len(gone), lost, rounding)
+        losses = form.write(adapter, made, known, lossy)
+    written = len(adapter.modules) - sum(isinstance(line, LostModule) for line in losses)
+    return Converted(source, target, of, to, written, lost + losses, rounding)
 
 
 def beside(source: str, to: str) -> str:

@@ -16,7 +16,7 @@ from graft.core.errors import some
 from graft.files.algebra import as_low_rank, products, with_core
 from graft.files.formats.peft import PREFIXES, VARIANTS, named_as_there
 from graft.files.names import CONV1D
-from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.neutral import AdapterFile, LostModule, LowRank, Other
 from graft.files.tensors import Tensor, rearranged, tensor
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ def fit(
             out.modules[path] = module
             continue
         if (low_rank := as_low_rank(module)) is None:
-            lost.append(f"{module.method} on {path}")
+            lost.append(LostModule(f"{module.method} on {path}"))
             continue
         module = low_rank
         if module.kind not in ("linear", *holds.parts):
-            lost.append(f"{PARTS[module.kind]}: {path}")
+            lost.append(LostModule(f"{PARTS[module.kind]}: {path}"))
             continue
         if module.mid is not None and "mid" not in holds.parts:
             module = without_mid(module)

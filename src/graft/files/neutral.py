@@ -66,6 +66,10 @@ class Other:
         return next((self.tensors[k].shape[0] for k in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if k in self.tensors), 0)
 
 
+class LostModule(str):
+    """A line on a module that a format leaves out whole. A line on a part of a module is a plain text."""
+
+
 @dataclass
 class AdapterFile:
     """An adapter that was read from a file, or is about to be written to one.

@@ -16,7 +16,7 @@ from graft.config.reading import Json, read_object
 from graft.files.formats import Base, adapterhub_places
 from graft.files.formats.peft import plain
 from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
-from graft.files.neutral import AdapterFile, LowRank, Other
+from graft.files.neutral import AdapterFile, LostModule, LowRank, Other
 from graft.files.pickles import read_file, to_torch, write_torch
 from graft.files.tensors import Tensor, tensor
 
@@ -190,7 +190,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     for module, m in modules.items():
         place = place_of(module)
         if place is None or (isinstance(m, Other) and m.tensors["ia3_l"].shape[-1] != 1):
-            lost.append(f"no place in the config of AdapterHub: {module}")
+            lost.append(LostModule(f"no place in the config of AdapterHub: {module}"))
             continue
         fields[place[0]] = True
         letters |= {place[1]} if place[1] else set()

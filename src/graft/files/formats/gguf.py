@@ -23,7 +23,7 @@ from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, gguf_control, one_file
 from graft.files.formats.gguf_file import MAGIC, contents, package
 from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
-from graft.files.neutral import AdapterFile, Kind, LowRank
+from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank
 from graft.files.rope import heads_of, interleaved, two_halves
 from graft.files.tensors import Tensor, rearranged, tensor
 
@@ -199,7 +199,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     arch, _ = arch_of(base)
     made, lost = fit(adapter, HOLDS, NAME, lossy)
     names = names_of(base)
-    lost += [f"no name in llama.cpp: {module}" for module in made.modules if module not in names]
+    lost += [LostModule(f"no name in llama.cpp: {module}") for module in made.modules if module not in names]
     modules = {names[path]: module for path, module in made.low_rank.items() if path in names}
     check_lost(adapter, NAME, lost, lossy, modules)
     first = next(iter(modules.values()))

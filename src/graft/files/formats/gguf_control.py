@@ -12,7 +12,7 @@ from graft import BaseModelMismatchError, CheckpointError
 from graft.config.reading import Json
 from graft.files.formats import Base
 from graft.files.holding import check_lost
-from graft.files.neutral import AdapterFile, Other
+from graft.files.neutral import AdapterFile, LostModule, Other
 from graft.files.tensors import Tensor, tensor
 
 ARCHITECTURE = "controlvector"
@@ -69,7 +69,8 @@ def vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tuple[dict[
         if number and vector is not None:
             found[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
         elif vector is None or vector.read().any():
-            lost.append(f"{module}, which is {'the first block' if module in numbers else 'no block'}")
+            place = "the first block" if module in numbers else "no block"
+            lost.append(LostModule(f"{module}, which is {place}"))
     check_lost(adapter, "gguf", lost, lossy, found)
     hint = {f"{ARCHITECTURE}.model_hint": str(base.config.get("model_type", ""))}
     fields: Json = hint | {f"{ARCHITECTURE}.layer_count": len(found)}

@@ -24,7 +24,7 @@ from graft.files.bases import COMPONENTS
 from graft.files.components import joined, parts_of
 from graft.files.components import split as split_by_part
 from graft.files.errors import BaseNeededError
-from graft.files.neutral import AdapterFile, Kind, LowRank, Other
+from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, Other
 from graft.files.served import as_trained, is_served, with_todays_names
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
 from graft.io import seal
@@ -474,7 +474,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     if parts := split_by_part(adapter):
         lost = []
         for part, of_part in parts.items():
-            lost += [f"{part}: {line}" for line in write(of_part, os.path.join(path, part), None, lossy)]
+            lost += [type(line)(f"{part}: {line}") for line in write(of_part, os.path.join(path, part), None, lossy)]
         return lost
     lost = [f"{key} (unread)" for key in adapter.unread]
     tensors = tensors_of(adapter, lost)
@@ -510,11 +510,11 @@ def tensors_of(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
         stem = f"{wrapped}{place_of(path, adapter)}"
         if isinstance(of_module, LowRank):
             if adapter.method != "LORA":
-                lost.append(f"{path} (LoRA beside {adapter.method})")
+                lost.append(LostModule(f"{path} (LoRA beside {adapter.method})"))
             else:
                 out |= {f"{stem}.{name}": t for name, t in tensors_of_lora(of_module).items()}
         elif of_module.method not in alike or adapter.method not in PREFIXES:
-            lost.append(f"{path} ({of_module.method})")
+            lost.append(LostModule(f"{path} ({of_module.method})"))
         else:
             out |= {f"{stem}.{name}": t for name, t in of_module.tensors.items()}
     for name, t in adapter.full.items():

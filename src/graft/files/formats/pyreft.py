@@ -19,7 +19,7 @@ from graft.config.reading import Json, read_object
 from graft.core.errors import some, warn
 from graft.files.formats import Base
 from graft.files.holding import Holds, check_lost, fit
-from graft.files.neutral import AdapterFile, Other
+from graft.files.neutral import AdapterFile, LostModule, Other
 from graft.files.pickles import from_torch, read_torch, tensors_of, to_torch, write_torch
 from graft.files.tensors import Tensor
 
@@ -194,7 +194,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     cfg = ReftConfig(**{name: value for name, value in adapter.config.items() if name in known and name != "peft_type"})
     made, lost = fit(adapter, HOLDS, NAME, lossy)
     lost += [f"non_linearity={cfg.non_linearity}"] if cfg.non_linearity is not None else []
-    lost += [f"{module}, which is no block" for module in made.modules if module not in numbers]
+    lost += [LostModule(f"{module}, which is no block") for module in made.modules if module not in numbers]
     modules = {numbers[path]: m for path, m in made.modules.items() if path in numbers and isinstance(m, Other)}
     check_lost(adapter, NAME, lost, lossy, modules)
     kind = next(name for name, fits in KINDS.items() if fits == (cfg.orthogonality, cfg.subtract_projection))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
-from graft.files import live_model
+from graft.files import load
 from graft.files.bases import base_of
 from tests.files.make_fixtures import LLAMA, net
 from tests.trees import tree
@@ -112,7 +112,7 @@ def test_a_model_that_was_never_saved_has_the_architecture_of_its_class():
     model = llama()
     model.config.architectures = None
     for made in (model, graft.get_peft_model(model, graft.LoraConfig(target_modules=["q_proj"]))):
-        assert live_model.names_in(made).config["architectures"] == ["LlamaForCausalLM"]
+        assert load.names_in(made).config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_another_model_stays_as_it_was():
@@ -125,7 +125,7 @@ def test_another_model_stays_as_it_was():
 
 def test_weights_of_the_model_are_not_copied_where_names_are_enough(monkeypatch):
     asked = []
-    monkeypatch.setattr(live_model, "values_of", lambda read, name: asked.append(name))
+    monkeypatch.setattr(load, "values_of", lambda read, name: asked.append(name))
     graft.load_adapter(llama(), FIXTURES / "mlx_lora")
     assert asked == []
 
@@ -134,9 +134,9 @@ def test_weights_are_those_of_the_base_while_an_adapter_is_merged():
     config = graft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     model = graft.get_peft_model(llama(), config)
     name = "model.layers.0.self_attn.q_proj.weight"
-    before = live_model.names_in(model).tensors[name].read().copy()
+    before = load.names_in(model).tensors[name].read().copy()
     model.merge_adapter()
-    now = live_model.names_in(model).tensors[name].read()
+    now = load.names_in(model).tensors[name].read()
     assert (
         abs(now - before).max()
         < 1e-6

@@ -11,8 +11,7 @@ import torch
 from graft import CheckpointError, UnsupportedLayerError
 from graft.config.reading import Json
 from graft.files.base import BaseFiles, Skeleton
-from graft.files.merging.numbers import NAMES, TORCH, of_file, to_file
-from graft.files.merging.weights import weights_of
+from graft.files.merging.weights import NAMES, TORCH, of_file, to_file, weights_of
 from graft.files.places import Computed, Spot, renamed
 from graft.files.skeleton import skeleton as model_of
 from graft.files.tensors import EIGHT_BITS, FLOATS, Bytes, Tensor

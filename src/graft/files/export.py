@@ -15,7 +15,6 @@ import numpy as np
 from graft import BaseModelMismatchError, LossError
 from graft.config.reading import Json
 from graft.core.errors import some
-from graft.files import kasa
 from graft.files.algebra import as_low_rank, block_diagonal
 from graft.files.base import Skeleton
 from graft.files.bases import by_model
@@ -23,6 +22,7 @@ from graft.files.complete import check_whole
 from graft.files.formats import Base, writer_of
 from graft.files.holding import padded
 from graft.files.inspect import check_finite
+from graft.files.lycoris import kasa_as_lora
 from graft.files.names import check_shapes, kind_of
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.serving import CONDITIONS, Server, Subject, beside, data, server_named
@@ -124,7 +124,7 @@ def plain(adapter: AdapterFile, server: Server, base: Base) -> tuple[AdapterFile
 def as_lora(adapter: AdapterFile, base: Base) -> AdapterFile:
     """Return an adapter whose AdaLoRA is LoRA, and whose KaSA is LoRA on the base as it was."""
     if not isinstance(base, Skeleton) or base.model is None:  # else KaSA has changed it already
-        adapter = kasa.as_lora(adapter, base)
+        adapter = kasa_as_lora(adapter, base)
     if adapter.method != "ADALORA":
         return adapter
     made = {path: as_low_rank(module) or module for path, module in adapter.modules.items()}

@@ -16,7 +16,7 @@ from graft.files.convert import ENDS
 from graft.files.export import Exported
 from graft.files.export import export as export_file
 from graft.files.formats import peft
-from graft.files.live_model import names_in
+from graft.files.load import names_in
 from graft.files.serving import server_named
 from graft.inject.parts import reads
 from graft.io import files

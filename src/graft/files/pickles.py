@@ -76,7 +76,7 @@ def from_torch(t: torch.Tensor, what: str) -> Tensor:
     Raises:
         CheckpointError: it is no plain tensor of real numbers.
     """
-    from graft.files.merging.numbers import NAMES, to_file
+    from graft.files.merging.weights import NAMES, to_file
     from graft.io.check import fault
 
     if (why := fault(t)) is not None or t.dtype not in NAMES:
@@ -86,7 +86,7 @@ def from_torch(t: torch.Tensor, what: str) -> Tensor:
 
 def to_torch(t: Tensor) -> torch.Tensor:
     """Return a tensor of a file as torch's own, of the same dtype."""
-    from graft.files.merging.numbers import of_file
+    from graft.files.merging.weights import of_file
 
     return of_file(t).clone()
 

@@ -18,11 +18,11 @@ from typing import Any
 from graft import CheckpointError, LossError
 from graft.config.reading import Json, check, parsed
 from graft.files.bases import COMPONENTS
-from graft.files.components import is_pipeline, parts_of
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import key_of, numbers_at, plain
 from graft.files.holding import Holds, both, fit, misfit, scale_of
+from graft.files.names import is_pipeline, parts_of
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.pickles import mentions, read_file, tensors_of
 from graft.files.tensors import Tensor, read_header, reshaped, write_safetensors

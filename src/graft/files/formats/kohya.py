@@ -11,9 +11,9 @@ import numpy as np
 
 from graft import BaseModelMismatchError, CheckpointError, PeftError
 from graft.files import names
-from graft.files.components import is_pipeline, joined, method_of, part_for
 from graft.files.formats import Base, one_file
 from graft.files.holding import Holds, both, fit, misfit, scale_of
+from graft.files.names import is_pipeline, joined, method_of, part_for
 from graft.files.neutral import AdapterFile, Kind, LowRank, Other
 from graft.files.pickles import mentions, read_file
 from graft.files.tensors import Tensor, read_header, reshaped, tensor, write_safetensors

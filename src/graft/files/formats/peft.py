@@ -21,9 +21,9 @@ from graft.config.reading import Json, ending, open_file, pattern, read_object
 from graft.core.errors import shortened, some, warn
 from graft.files import pickles
 from graft.files.bases import COMPONENTS
-from graft.files.components import joined, parts_of
-from graft.files.components import split as split_by_part
 from graft.files.errors import BaseNeededError
+from graft.files.names import joined, parts_of
+from graft.files.names import split_parts as split_by_part
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, Other
 from graft.files.served import as_trained, is_served, with_todays_names
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers

@@ -14,8 +14,7 @@ import torch
 from graft import CheckpointError
 from graft.config.reading import Json, parsed
 from graft.files.base import BaseFiles
-from graft.files.merging.numbers import of_file, to_file
-from graft.files.merging.weights import BaseWeights
+from graft.files.merging.weights import BaseWeights, of_file, to_file
 from graft.files.tensors import Tensor
 
 KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -15,8 +15,7 @@ import torch
 from graft import UnsupportedLayerError
 from graft.config.reading import Json
 from graft.files.base import BaseFiles
-from graft.files.merging.numbers import of_file, to_file
-from graft.files.merging.weights import BaseWeights
+from graft.files.merging.weights import BaseWeights, of_file, to_file
 from graft.files.tensors import Tensor
 from graft.storage import float8
 

@@ -14,7 +14,7 @@ from graft.config.reading import Json
 from graft.files.errors import OptionError
 from graft.files.formats.peft import unnamed
 from graft.files.holding import FIELDS, PARTS
-from graft.files.merging.numbers import wide
+from graft.files.merging.weights import wide
 from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.places import Places, Spot

@@ -20,17 +20,15 @@ from graft import BaseModelMismatchError, CheckpointError, LossError
 from graft.config.atomic import replace, write_text
 from graft.config.reading import Json
 from graft.core.errors import NonFiniteError, some
-from graft.files import kasa
 from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
 from graft.files.complete import check_whole
 from graft.files.errors import OptionError
 from graft.files.formats import read
-from graft.files.merging import heads
+from graft.files.lycoris import kasa_as_lora
 from graft.files.merging.folds import Change, Job, changes
-from graft.files.merging.numbers import FLOATS, TORCH, measured, to_bytes
 from graft.files.merging.stream import Out, Workplace, sha256_of
-from graft.files.merging.ties import Tied, alike, tied_groups
-from graft.files.merging.weights import BaseWeights, weights_of
+from graft.files.merging.ties import Tied, alike, name_architecture, resize_vocabulary, tied_groups
+from graft.files.merging.weights import FLOATS, TORCH, BaseWeights, measured, to_bytes, weights_of
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.output import CERTIFICATE, check_output
 from graft.files.places import Places
@@ -194,7 +192,7 @@ class Work:
                 f"Nothing is known of {len(adapter.unread)} tensors of {path}, and merging would drop them: "
                 f"{some(adapter.unread, 4)}."
             )
-        return kasa.as_lora(adapter, self.base)
+        return kasa_as_lora(adapter, self.base)
 
     def _add(self, job: Job, others: Others | None) -> None:
         adapter = job.adapter
@@ -374,8 +372,8 @@ class Work:
             kind = next(name for name, code in DTYPES.items() if code == self.dtype)
             config |= {name: kind for name in ("dtype", "torch_dtype") if name in config} or {"dtype": kind}
         self.tied.mark(config)
-        heads.resize(config, self.changed, self.base_weights.shapes)
-        return heads.architecture(config, self.changed, self.adapters)
+        resize_vocabulary(config, self.changed, self.base_weights.shapes)
+        return name_architecture(config, self.changed, self.adapters)
 
 
 def needed(base: BaseFiles, notes: list[str]) -> list[str]:

@@ -22,10 +22,10 @@ from graft.core.method import Use
 from graft.core.random import made_on
 from graft.files.base import BaseFiles
 from graft.files.formats import peft
-from graft.files.merging import heads
 from graft.files.merging.folds import Change, Job, Read, whole
 from graft.files.merging.merge import Merged, merge
-from graft.files.merging.numbers import to_file
+from graft.files.merging.ties import head_class
+from graft.files.merging.weights import to_file
 from graft.files.neutral import LowRank
 from graft.files.skeleton import nothing, skeleton, weightless
 from graft.inject.survey import survey
@@ -79,7 +79,7 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
 
 def loaded(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
     """Return the layers of an adapter on the base's model, whose weights are zeros that take no memory."""
-    kind = heads.head_class(base.config, job.adapter) if job.adapter.full else None
+    kind = head_class(base.config, job.adapter) if job.adapter.full else None
     model = skeleton(base.path, kind)
     if model is None:
         raise BaseModelMismatchError(

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a checkpoint holds its weights: plain, or in a quantized form, by the method that config.json names."""
+"""Weights of a checkpoint as torch tensors, plain or in a quantized form, and the measures of merged ones."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 import torch
 
-from graft import UnsupportedLayerError
+from graft import CheckpointError, UnsupportedLayerError
 from graft.config.reading import Json
 from graft.files.base import BaseFiles
-from graft.files.merging.numbers import of_file
 from graft.files.tensors import Tensor
+from graft.io.check import NARROW
 
 
 class BaseWeights:
@@ -74,3 +77,81 @@ def weights_of(base: BaseFiles) -> BaseWeights:
         )
     made: BaseWeights = import_module(f"graft.files.merging.{FORMS[method]}").Form(base, config)
     return made
+
+
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {kind: name for name, kind in TORCH.items() if kind is not None}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def of_file(t: Tensor) -> torch.Tensor:
+    """Return the values in the file's dtype. They may be read only: make a copy before writing to them."""
+    kind = TORCH.get(t.dtype)
+    if kind is None:
+        raise CheckpointError(f"This torch has no dtype for {t.dtype}.")
+    data = t.load()
+    if not len(data):
+        return torch.empty(t.shape, dtype=kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that bytes cannot be written to
+        return torch.frombuffer(data, dtype=torch.uint8).view(kind).view(t.shape)
+
+
+def wide(t: Tensor) -> torch.Tensor:
+    """Return the values as float32, or float64 if they are that; new memory."""
+    values = of_file(t)
+    kind = torch.float32 if values.dtype in NARROW else torch.promote_types(values.dtype, torch.float32)
+    return values.to(kind, copy=True)
+
+
+def to_bytes(values: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor, little-endian as torch's on every machine that it runs on."""
+    array: Any = values.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def to_file(values: torch.Tensor) -> Tensor:
+    return Tensor(tuple(values.shape), NAMES[values.dtype], lambda: to_bytes(values))
+
+
+MEASURES = ("update", "weight", "largest_difference", "largest_relative_difference", "unchanged", "kept")
+AT_ONCE = 2**18  # numbers: copies of a few rows, not of a weight
+
+
+@torch.no_grad()
+def measured(before: torch.Tensor, exact: torch.Tensor, after: torch.Tensor) -> Json:
+    """Compare a merged weight with the one that was asked for.
+
+    Args:
+        before: the weight without adapters.
+        exact: W + ΔW in float32 or float64.
+        after: what the output holds.
+
+    Returns:
+        update: ‖ΔW‖; weight: ‖W‖; largest_difference, largest_relative_difference: of single numbers, stored against
+        exact; unchanged: the share of the changed numbers that are stored as they were, since their change was below
+        half a unit of the dtype; kept: the share of ΔW that is stored, <W' - W, ΔW> / ‖ΔW‖².
+    """
+    update = weight = largest = relative = share = 0.0
+    changed = lost = 0
+    rows = max(1, AT_ONCE // max(1, exact[:1].numel())) if exact.dim() else 1
+    for at in range(0, len(exact) if exact.dim() else 1, rows):
+        cut = slice(at, at + rows) if exact.dim() else ...
+        wanted = exact[cut].double()
+        old, new = before[cut].double(), after[cut].double()
+        delta, error = wanted - old, (new - wanted).abs()
+        update += float(delta.square().sum())
+        weight += float(old.square().sum())
+        share += float(((new - old) * delta).sum())
+        largest = max(largest, float(error.max()))
+        relative = max(relative, float((error / wanted.abs().clamp_min(torch.finfo(torch.float32).tiny)).max()))
+        moves = delta != 0
+        changed += int(moves.sum())
+        lost += int((moves & (new == old.to(after.dtype).double())).sum())
+    unchanged, kept = lost / changed if changed else 0.0, share / update if update else 1.0
+    return dict(zip(MEASURES, (math.sqrt(update), math.sqrt(weight), largest, relative, unchanged, kept)))

@@ -15,7 +15,7 @@ from graft.core.shared import Shared
 
 
 class Tuner(Protocol):
-    """A model with adapters. Each attribute is described where `LayerRegistry` defines it."""
+    """A model with adapters. Each attribute is described where `Registry` defines it."""
 
     @property
     def model(self) -> nn.Module: ...  # the user's, of any class

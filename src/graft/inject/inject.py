@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -152,9 +152,9 @@ def nest(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Module) -
     attach(places, inner)
 
 
-def check_bias(cfg: PeftConfig, others: Collection[object]) -> None:
+def check_bias(cfg: PeftConfig) -> None:
     """Raise if a second adapter wants to train biases."""
-    if others and find.bias_in(cfg) != "none":
+    if find.bias_in(cfg) != "none":
         raise ValueError(
             f"{ROWS[cfg.peft_type.value].tuner} supports only 1 adapter with bias. "
             "When using multiple adapters, set bias to 'none' for all adapters."

@@ -59,11 +59,11 @@ class Options:
     values: Values | None = None  # a checkpoint's, in place of initial ones
     heads: dict[str, nn.Module] | None = None  # modules for `modules_to_save`, by name, instead of copies of the base's
     state_dict: dict[str, Tensor] | None = None  # adapt exactly the layers that it has tensors for
-    provisional: bool = False  # the caller may still take it off: see `MergingRegistry.provisional`
+    provisional: bool = False  # the caller may still take it off: see `Registry.provisional`
 
 
-def nobody() -> None:
-    """Do nothing: no calls of the model are under way."""
+def do_nothing() -> None:
+    """Do nothing: no calls of the model are under way, and nobody follows its changes."""
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Job:
     tree: Tree = None  # type: ignore[assignment]
     mixed: bool = False
     prompt: Prompt | None = None
-    close: Callable[[], None] = nobody
+    close: Callable[[], None] = do_nothing
     steps: Any = None  # Steps
 
     # found by `find.find`

@@ -113,7 +113,7 @@ def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = Fa
             "another name into another model."
         )
     if is_trainable:
-        registry.check_trainable(adapter)
+        registry.check_trainable(adapter, own)
     warn_other_config(adapter, values.path, own, config)
     parts = registry.parts_of(adapter)
     prompt = parts.prompt or nn.Module()

@@ -25,20 +25,18 @@ from graft.inject.report import InjectReport
 from graft.inject.survey import Tree, survey
 from graft.io import files
 from graft.io.load import Values
-from graft.methods import method_of
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.sub_configs import ArrowConfig
 from graft.methods.xlora import CLASSIFIER, XLoraClassifier, XLoraConfig, check_top_k
 from graft.model.compose import Composition
-from graft.model.layer_registry import LayerRegistry
 from graft.model.peft_model import PeftModel
-from graft.model.registry import Configs, check_adapter_name
+from graft.model.registry import Configs, Registry, check_adapter_name
 from graft.model.tuner import Tuner
 
 OTHERS = ("base_model.lora_model.", f"base_model.{CLASSIFIER}.")  # in PEFT's files of experts, which are not only that
 
 
-class XLoraRegistry(LayerRegistry):
+class XLoraRegistry(Registry):
     """The registry of an X-LoRA adapter and its experts, which are adapters by their own names and run with it."""
 
     owner = ""  # name of the X-LoRA adapter
@@ -47,9 +45,12 @@ class XLoraRegistry(LayerRegistry):
     places: dict[str, int]  # path of a layer → its place among the classifier's weights
     expert_places: dict[str, int]
 
-    def method_for(self, config: PeftConfig) -> type[Method]:
-        method: type[Method] = method_of(config.peft_type)
-        return method
+    def __init__(self, model: nn.Module, method: type[Method], tree: Tree | None, holder: nn.Module):
+        if getattr(getattr(model, "config", None), "use_cache", False):
+            raise ConfigError(
+                "`use_cache` must be False: X-LoRA weighs experts by the whole text. Set it in the config."
+            )
+        super().__init__(model, method, tree, holder)
 
     @property
     def classifier(self) -> XLoraClassifier:
@@ -97,7 +98,7 @@ class XLoraRegistry(LayerRegistry):
                 parts = self.parts_of(adapter_name)
                 put(parts, adapter_name, options.values.of(parts, adapter_name))
         self.peft_config = Configs({adapter_name: config, **self.peft_config})
-        self._note(adapter_name, config)
+        self._register(adapter_name, config)
         self.reports[adapter_name] = report
         return report
 
@@ -225,12 +226,7 @@ class XLoraRegistry(LayerRegistry):
 class XLoraTuner(Tuner):
     """See `Tuner`; and the classifier, as `internal_xlora_classifier`."""
 
-    def _registry_for(self, model: nn.Module, tree: Tree | None) -> XLoraRegistry:
-        if getattr(getattr(model, "config", None), "use_cache", False):
-            raise ConfigError(
-                "`use_cache` must be False: X-LoRA weighs experts by the whole text. Set it in the config."
-            )
-        return XLoraRegistry(self, model, self._method, tree)
+    _registry_class = XLoraRegistry
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager, nullcontext
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -14,16 +12,10 @@ from graft.core import merging
 from graft.core.base_config import input_embeddings, output_embeddings, text_config, tokens_of
 from graft.core.carrier import carrier_of
 from graft.core.errors import warn
-from graft.core.gate import changes, everything
 from graft.core.layer import AdapterLayer
-from graft.core.names import several
-from graft.core.ops import find_op
-from graft.inject.beside import RowsLayer
 from graft.inject.parts import check_foreign, registry_of, unwrapped
 from graft.inject.survey import is_block, nest_of, survey
-from graft.model.registry import Registry
-from graft.storage import DENSE, Quantized, holds_codes, innermost, release
-from graft.storage.codes import dtype_beside, mark_plain, unmark
+from graft.storage import innermost, release
 
 
 def union(names: Iterable[list[str]]) -> list[str]:
@@ -31,196 +23,60 @@ def union(names: Iterable[list[str]]) -> list[str]:
     return list(dict.fromkeys(name for some in names for name in some))
 
 
-class MergingRegistry(Registry):
-    """The registry of adapters that the weights of the base model can take over."""
+def merge_layers(
+    layers: list[AdapterLayer], choice: list[str] | None, safe_merge: bool, undoable: bool, progress: bool
+) -> Mapping[str, float] | None:
+    """Write adapters (None: those active on each layer) into the base weights of layers, all or nothing.
 
-    frozen_before: set[str] | None = None  # names of the base's parameters; None: leave all as they are
-    shares_kept: Mapping[str, float] = MappingProxyType({})  # by key of a layer, of what the last merge wrote
+    Return the share of the update that each weight holds, by the layer's key; None if there is nothing to merge.
+    """
+    from tqdm import tqdm
 
-    @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        """The adapters merged into some layer."""
-        return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.state.merged))
-
-    def mergeable_layers(self) -> list[AdapterLayer]:
-        return [*self.layers.values(), *(w for w in self.wrappers.values() if isinstance(w, RowsLayer))]
-
-    @changes(everything)
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters (None: those active on each layer) into the base weights; `unmerge_adapter` takes them out.
-
-        Args:
-            safe_merge: compute every merged weight first and check that it is finite, which takes as long as merging.
-                Without it only the adapters' own tensors are checked, not whether a sum overflows half precision.
-
-        Raises:
-            AdapterNotFoundError: one of them is not loaded.
-            ValueError: values are not finite, a name is there twice, or adapters are disabled. Nothing is merged then.
-            NotImplementedError: some layer cannot hold them merged. Nothing is merged then.
-        """
-        self._merge(adapter_names, safe_merge, undoable=True)
-
-    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
-        from tqdm import tqdm
-
-        choice = None if adapter_names is None else several(adapter_names, "adapter_names")
-        self.check_known(choice or ())
-        layers, done = self.mergeable_layers(), self.merged_adapters
-        active = {layer: [n for n in layer.active_adapters if n in layer.methods] for layer in layers}
-        wanted = active if choice is None else {layer: [n for n in choice if n in layer.methods] for layer in layers}
-        chosen = {layer: [n for n in names if n not in layer.merged_adapters] for layer, names in wanted.items()}
-        chosen = {layer: names for layer, names in chosen.items() if names}
-        names = union(chosen.values())
-        replaces = any(merging.replaces(layer, here) for layer, here in chosen.items())
-        merging.warn_merged(done, union(wanted.values()), names, replaces)
-        if not names:
-            return
-        asked: merging.Asked = set()
-        replaced = {layer: f for layer in chosen if (f := merging.theirs(layer, "merge")) is not None}
-        own = {layer: here for layer, here in chosen.items() if layer not in replaced}
-        for layer, here in own.items():
-            merging.check(layer, here, safe_merge, undoable, asked)
-        merging.check_finite(own)
-        left = {
-            layer: [n for n in active[layer] if n not in chosen.get(layer, ()) and n not in layer.merged_adapters]
-            for layer in (chosen if undoable else layers)
-        }
-        if silent := union(left.values()):
-            until = "the merged model is without them"
-            if undoable:
-                until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
-            warn(f"Active adapters {silent} are not merged: {until}.")
-        by_delta = {layer: own.pop(layer) for layer in [*own] if merging.theirs(layer, merging.DELTA) is not None}
-        before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta, *(own if undoable else ()))}
-        try:  # first a client's `merge`, which may raise: the merges after it may keep no undo
-            for layer, merge in replaced.items():
-                merge(safe_merge=safe_merge, adapter_names=chosen[layer])
-            for layer, here in by_delta.items():
-                layer.merge_checked(here, True)
-            if undoable:
-                for layer, here in tqdm(own.items(), desc="Merging", unit="layer", disable=not progress):
-                    layer.merge_checked(here, True)
-        except BaseException:
-            for layer, merged in before.items():
-                if layer.state.merged != merged:
-                    merging.unmerge(layer)
-                    layer.merge_checked(merged, True) if merged else layer.changed()
-            raise
-        if not undoable:
+    done = union(layer.state.merged for layer in layers)
+    active = {layer: [n for n in layer.active_adapters if n in layer.methods] for layer in layers}
+    wanted = active if choice is None else {layer: [n for n in choice if n in layer.methods] for layer in layers}
+    chosen = {layer: [n for n in names if n not in layer.merged_adapters] for layer, names in wanted.items()}
+    chosen = {layer: names for layer, names in chosen.items() if names}
+    names = union(chosen.values())
+    replaces = any(merging.replaces(layer, here) for layer, here in chosen.items())
+    merging.warn_merged(done, union(wanted.values()), names, replaces)
+    if not names:
+        return None
+    asked: merging.Asked = set()
+    replaced = {layer: f for layer in chosen if (f := merging.theirs(layer, "merge")) is not None}
+    own = {layer: here for layer, here in chosen.items() if layer not in replaced}
+    for layer, here in own.items():
+        merging.check(layer, here, safe_merge, undoable, asked)
+    merging.check_finite(own)
+    left = {
+        layer: [n for n in active[layer] if n not in chosen.get(layer, ()) and n not in layer.merged_adapters]
+        for layer in (chosen if undoable else layers)
+    }
+    if silent := union(left.values()):
+        until = "the merged model is without them"
+        if undoable:
+            until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
+        warn(f"Active adapters {silent} are not merged: {until}.")
+    by_delta = {layer: own.pop(layer) for layer in [*own] if merging.theirs(layer, merging.DELTA) is not None}
+    before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta, *(own if undoable else ()))}
+    try:  # first a client's `merge`, which may raise: the merges after it may keep no undo
+        for layer, merge in replaced.items():
+            merge(safe_merge=safe_merge, adapter_names=chosen[layer])
+        for layer, here in by_delta.items():
+            layer.merge_checked(here, True)
+        if undoable:
             for layer, here in tqdm(own.items(), desc="Merging", unit="layer", disable=not progress):
-                layer.merge_checked(here, False)
-        self.shares_kept = merging.warn_lost(self.mergeable_layers())
-
-    @changes(everything)
-    def unmerge_adapter(self) -> None:
-        """Take all merged adapters out of the base weights again."""
-        if not self.merged_adapters:
-            warn("Already unmerged. Nothing to do.")
-        for layer in self.mergeable_layers():
-            if layer.merged_adapters:
-                layer.unmerge()
-        self.shares_kept = {}
-
-    @changes(everything)
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        dequantize: bool = False,
-    ) -> nn.Module:
-        """Merge for good and return the plain model.
-
-        Args:
-            dequantize: hold the weights of adapted layers as plain tensors from then on, where they are packed (4-bit
-                codes and the like). Merging is then exact, also into weights that cannot be quantized anew.
-        """
-        with self._dequantized(adapter_names) if dequantize else nullcontext(False) as some:
-            self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
-        plain = self.unload()
-        if dequantize and not any(map(holds_codes, plain.modules())):
-            unmark(plain)
-        elif some:
-            mark_plain(plain)
-        return plain
-
-    @contextmanager
-    def _dequantized(self, adapter_names: list[str] | None) -> Iterator[bool]:
-        """Hold packed weights of the layers of these adapters as plain tensors, and tell whether there are any; as
-        before if the block raises."""
-        done = self.merged_adapters
-        choice = None if adapter_names is None else several(adapter_names, "adapter_names")
-        layers = [
-            layer
-            for layer in self.mergeable_layers()
-            if not layer.methods.keys().isdisjoint([*done, *(layer.active_adapters if choice is None else choice)])
-        ]
-        packed = [(layer, layer.store) for layer in layers if isinstance(layer.store, Quantized)]
-        for layer, store in packed:
-            if (why := store.unread(layer.base_layer)) is not None:
-                raise NotImplementedError(f"Cannot dequantize layer '{layer.site.key}': {why}.")
-        for layer in layers:
-            if layer.op.packed is not None:
-                raise NotImplementedError(
-                    f"Cannot dequantize layer '{layer.site.key}': its module understands nothing but codes. Load the "
-                    "base dequantized (in transformers: dequantize=True in its quantization_config) and merge there."
-                )
-        if done:
-            self.unmerge_adapter()
-        before = [(layer, layer.base_layer, layer.op, store) for layer, store in packed]
-        dtype = dtype_beside(survey(self.model).owners)
-        try:
-            for layer, store in packed:
-                plain = store.dense(layer.base_layer, dtype)
-                layer.move(plain, find_op(plain), DENSE)
-            if done:
-                self._merge(done, False, undoable=True)
-            yield bool(packed)
-        except BaseException:
-            if self.merged_adapters:
-                self.unmerge_adapter()
-            for layer, module, op, store in before:
-                layer.move(module, op, store)
-            if done:
-                self._merge(done, False, undoable=True)
-            raise
-
-    @changes(everything)
-    def unload(self, keep_modules: bool = True) -> nn.Module:
-        """Return the model without adapter layers, of which the parameters train that did before the first adapter.
-
-        A base that had adapters before it came here stays frozen. Modules in `modules_to_save` keep the active
-        adapter's values, also while adapters are disabled.
-
-        Args:
-            keep_modules: False: the base's own modules come back in their place, and merged adapters are unmerged.
-        """
-        if not keep_modules:
-            if self.merged_adapters:
-                self.unmerge_adapter()
-            for part in self.carriers():
-                part.state.active = []
-        unload(self.model, self.frozen_before)
-        self.layers, self.wrappers = {}, {}
-        return self.model
-
-    @contextmanager
-    def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
-        """Take an adapter that was injected with `Options.provisional` off again if the block raises.
-
-        then_keep: it may stay afterwards; else who asked for this may still take it off.
-        """
-        try:
-            yield
-        except BaseException:
-            for layer in self.parts_of(adapter_name).layers.values():
-                layer.rollback()
-            self.delete_adapter(adapter_name)
-            if not self.peft_config:
-                self.unload()
-            raise
-        for layer in self.layers.values() if then_keep else ():
-            layer.keep()
+                layer.merge_checked(here, True)
+    except BaseException:
+        for layer, merged in before.items():
+            if layer.state.merged != merged:
+                merging.unmerge(layer)
+                layer.merge_checked(merged, True) if merged else layer.changed()
+        raise
+    if not undoable:
+        for layer, here in tqdm(own.items(), desc="Merging", unit="layer", disable=not progress):
+            layer.merge_checked(here, False)
+    return merging.warn_lost(layers)
 
 
 def merge_report(model: nn.Module) -> dict[str, float]:

@@ -27,7 +27,7 @@ from graft.methods import method_of
 from graft.model import checkpoints
 from graft.model.compose import Composition, names_in, shares_of
 from graft.model.modes import modes_unless_it_fails
-from graft.model.registry import Registry, check_adapter_name, parameters_of, unless_it_fails
+from graft.model.registry import Registry, check_adapter_name, unless_it_fails
 from graft.model.rooms import import_from_room
 from graft.model.rows import RowNames, composed, composition_for, draws_of, names_of_rows, rows_of, spread, untouched
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -86,7 +86,8 @@ class PeftModel(nn.Module):
             if isinstance(peft_config, PromptLearningConfig):
                 from graft.model.prompts import Prompts  # not needed for adapters on layers
 
-                registry: Registry = (prompts := Prompts(model, peft_config, adapter_name, options, tree))
+                registry: Registry = (prompts := Prompts(model, peft_config, tree))
+                prompts.start(adapter_name, peft_config, options)
                 self.base_model, self.prompt_encoder = model, prompts.prompt_encoder
             else:
                 self.base_model = self._tuner_class(peft_config)(
@@ -237,7 +238,7 @@ class PeftModel(nn.Module):
         Raises:
             AdapterNotFoundError: it is not loaded.
         """
-        return parameters_of(self, self._registry, adapter_name)
+        return self._registry.parameters_of(self, adapter_name)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
@@ -366,7 +367,7 @@ class PeftModel(nn.Module):
         return self._prompts("get_prompt_embedding_to_save").file_prompt(adapter_name)
 
     def _prompts(self, asked: str) -> Prompts:
-        if not self._registry.method.config.is_prompt_learning:
+        if "prompt_encoder" not in self._modules:
             raise TypeError(
                 f"{asked}() is of prompt methods, such as PROMPT_TUNING, and the adapters of this model are "
                 f"{self.peft_type.value}."

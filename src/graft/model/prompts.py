@@ -30,7 +30,7 @@ from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.report import InjectReport, Matched
 from graft.inject.stage import absent_from, draw_alike
-from graft.inject.survey import Tree
+from graft.inject.survey import Tree, survey
 from graft.methods import method_of
 from graft.model.merging import unload
 from graft.model.modes import in_mode
@@ -54,35 +54,26 @@ class Prompts(Registry):
     """The registry of a model's prompts."""
 
     peft_config: dict[str, PromptLearningConfig]  # type: ignore[assignment]
+    method: type[Prompt]
     several = "only one prompt can be in front of the input at a time"
-    frozen_before: set[str] | None = None  # names of the base's parameters; None: leave all as they are
 
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PromptLearningConfig,
-        adapter_name: str,
-        options: Options,
-        tree: Tree | None = None,
-    ):
-        self._begin(model, peft_config, tree)
-        self.add_adapter(adapter_name, peft_config, options)
-        for stack in self.stacks.values():
-            attach(stack)
-        self.set_adapter(adapter_name, peft_config.inference_mode)
-
-    def _begin(self, model: nn.Module, config: PromptLearningConfig, tree: Tree | None = None) -> None:
-        self.checkpointing = self.begin(model, tree).checkpointing
-        self.method: type[Prompt] = method_of(config.peft_type)
+    def __init__(self, model: nn.Module, config: PromptLearningConfig, tree: Tree | None = None):
+        super().__init__(model, method_of(config.peft_type), tree)
         self.arguments = set(self.method.arguments)
         self.prompt_encoder = Encoders(self.call)
         self.stacks = stacks_of(model)
 
+    def start(self, adapter_name: str, config: PromptLearningConfig, options: Options) -> None:
+        """Add the first prompt, active, and hook the stacks of the model."""
+        self.add_adapter(adapter_name, config, options)
+        for stack in self.stacks.values():
+            attach(stack)
+        self.set_adapter(adapter_name, config.inference_mode)
+
     @classmethod
     def plan(cls, model: nn.Module, config: PromptLearningConfig, adapter_name: str) -> InjectReport:
         """Return the report of a first prompt on `model`."""
-        prompts = cls.__new__(cls)
-        prompts._begin(model, config)
+        prompts = cls(model, config)
         cfg = copy.copy(config)
         made = Injection(model, cfg, NoLayers, adapter_name, keys=()).find()
         made.count_beside()
@@ -97,7 +88,7 @@ class Prompts(Registry):
 
     def parts_of(self, adapter_name: str) -> Parts:
         parts = super().parts_of(adapter_name)
-        parts.prompt = self.prompt_encoder[adapter_name]
+        parts.shared, parts.prompt = None, self.prompt_encoder[adapter_name]
         return parts
 
     # adapters
@@ -111,11 +102,12 @@ class Prompts(Registry):
         if options.values is not None:
             options.values.check_room(size(lambda: {"": self._made(cfg)}))
         draw_alike(self.model.modules())
+        tree, self.tree = self.tree, None
         prompt, disabled = self._made(cfg), self.switched_off
         prompt.to(self.stacks["main"].device)
         done = Injection(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
-            options=options, keys=(), prompt=prompt, close=self.close,
+            tree=tree or survey(self.model), options=options, keys=(), prompt=prompt, close=self.close,
         ).run()  # fmt: skip
         own = matched(prompt)
         prompt.train(self.model.training)

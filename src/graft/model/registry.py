@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of a model's adapters: which it has, which are active, and their carriers."""
+"""The registry of a model's adapters, which owns their life cycle: add, load, activate, merge, save, delete."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.config.base import PeftConfig, check_config
-from graft.core.call import Call
+from graft.core.call import Call, Noted
 from graft.core.carrier import Carrier, active_without, carried, check_not_merged
 from graft.core.containers import BufferDict, Slot
 from graft.core.errors import (
@@ -20,23 +22,37 @@ from graft.core.errors import (
     AdapterNotFoundError,
     AlreadyInjectedError,
     ConfigError,
+    UnsupportedLayerError,
     shortened,
     warn,
+    who,
 )
-from graft.core.gate import ACTIVE, Names, changes, deletion, everything
+from graft.core.gate import ACTIVE, Names, changes, deletion, everything, prepares
 from graft.core.layer import AdapterLayer, Host
-from graft.core.method import Method
-from graft.core.names import one_or_several
-from graft.core.rows import BASE, Finish, Run, Together
+from graft.core.method import Method, as_it_is
+from graft.core.names import one_or_several, several
+from graft.core.ops import find_op
+from graft.core.rows import BASE, Finish, Run, Together, parameters_of
+from graft.core.shared import Shared
+from graft.inject.beside import RowsLayer
 from graft.inject.find import biases_of
-from graft.inject.job import Options
+from graft.inject.inject import Injection, check_bias
+from graft.inject.job import Options, do_nothing
 from graft.inject.parts import Parts, check_foreign, registry_of
 from graft.inject.report import InjectReport
-from graft.inject.survey import Tree, Wrapper, survey
+from graft.inject.steps import Steps
+from graft.inject.survey import Tree, survey
+from graft.io.base import original
 from graft.io.rendezvous import Note
+from graft.methods import ROWS, method_of
+from graft.model import merging
+from graft.model.auxiliary import losses_of, with_loss
 from graft.model.compose import Average, Composition, Parallel, Stack, check_known, keys_of
+from graft.model.tuner_type import INJECT, replaced
 from graft.model.watch import Watch
 from graft.prompts.base import Prompt
+from graft.storage import DENSE, Quantized, holds_codes
+from graft.storage.codes import dtype_beside, mark_plain, unmark
 
 _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
 
@@ -100,20 +116,6 @@ def configs_of(model: nn.Module) -> dict[str, PeftConfig]:
     return own
 
 
-def check_registered(model: nn.Module, parts: Sequence[AdapterLayer | Wrapper]) -> None:
-    """Raise AlreadyInjectedError if `model` carries adapters of another PeftModel's registry.
-
-    Adapters of a model without a PeftModel stand in the model's own `peft_config`.
-    """
-    registered = configs_of(model)
-    foreign = sorted({name for part in parts for name in part.adapters if name not in registered})
-    if foreign:
-        raise AlreadyInjectedError(
-            f"The model carries adapter(s) {foreign} of another PeftModel, which has them in its registry. For another "
-            "adapter beside them call load_adapter() or add_adapter() of that PeftModel; to start over, its unload()."
-        )
-
-
 @contextmanager
 def unless_it_fails(config: PeftConfig) -> Iterator[None]:
     """Restore a config's fields if the block raises."""
@@ -126,116 +128,245 @@ def unless_it_fails(config: PeftConfig) -> Iterator[None]:
         raise
 
 
-def parameters_of(module: nn.Module, registry: Registry, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of one adapter that can train, with their names in `module`, in its order.
+class NothingAround:
+    """A run that no method surrounds. A class: the compiler of torch 2.6 does not look into generators."""
 
-    Raises:
-        AdapterNotFoundError: it is not loaded.
-    """
-    registry.check_known([adapter])
-    slots = {name: list(registry.slots_of(name)) for name in registry.peft_config}
-    own = {id(slot.tensor) for slot in slots[adapter] if slot.trains and slot.is_parameter}
-    adapted = [layer.base_module for layer in registry.parts_of(adapter).layers.values()]
-    biases = biases_of(registry.peft_config[adapter], registry.model, adapted, list(registry.wrappers))
-    own |= {id(bias) for bias in biases} - {id(slot.tensor) for group in slots.values() for slot in group}
-    return ((name, p) for name, p in module.named_parameters() if id(p) in own)
+    def __enter__(self) -> Finish:
+        return as_it_is
+
+    def __exit__(self, *raised: object) -> None:
+        pass
 
 
 class Registry:
-    """The registry of a model's adapters, which act on layers (`LayerRegistry`) or are prompts (`Prompts`).
+    """The registry of a model's adapters on layers, of one method or of any. `Prompts` and X-LoRA's are subclasses.
 
-    A plain object beside the model: in PeftModel or tuner its names would hide those of the base model.
+    A plain object next to the model: in PeftModel or tuner its names would hide those of the base model.
     """
 
-    method: type[Method] | type[Prompt]  # the Method or Prompt class
-    model: nn.Module  # the base model
-    layers: dict[str, AdapterLayer]
-    wrappers: dict[str, Wrapper]
-    call: Call
-    checkpointing: bool  # the model has gradient checkpointing on
-    peft_config: dict[str, PeftConfig]
-    reports: dict[str, InjectReport]
-    active_adapters: list[str]
-    composition: Composition | None  # the Average or Parallel that they form
-    checked: set[Together]  # adapters that can act together so
-    on_change: Callable[[], None] | None = None  # called when other adapters run
-    merged_adapters: Sequence[str] = ()
-    states: dict[str, Any]  # state of methods during training, by adapter
+    several = "use model.base_model.set_adapter([...]) to activate several"  # for errors
+    on_change: Callable[[], object] = staticmethod(do_nothing)  # called when other adapters run
+    steps: Steps | None = None  # of the injection under way, if some were replaced
+    pending: Options | None = None  # of an injection that a replaced `inject_adapter` is asked for
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
-    watched: set[str]  # adapters for which that was set up
-    trained: set[str]  # adapters that were active in a backward pass
-    averaged = False  # the gradients of what trains now will be averaged over processes
+    averaged = False  # the gradients of the parameters that train now will be averaged over processes
     in_ddp = False  # it ran within a DDP, the last time that somebody looked
-    frozen: set[str]  # adapters that never train, and that no save takes unless it is told to
-    taken_in: set[str]  # adapters of which the base weights hold a part for good, that no file of theirs has
-    starts: dict[str, Note]  # notes of the values with which adapters began, by adapter
-    arguments: set[str]  # of a call of the model that are the methods' own
-    several: str  # for errors: how to activate several adapters
+    frozen_before: set[str] | None = None  # names of the base's parameters; None: leave all as they are
+    shares_kept: Mapping[str, float] = MappingProxyType({})  # by key of a layer, of the weights of the last merge
 
-    def begin(self, model: nn.Module, tree: Tree | None = None) -> Tree:
-        """Register the adapters that `model` carries. Return a survey of it: `tree`, if the caller made one."""
+    def __init__(
+        self,
+        model: nn.Module,
+        method: type[Method] | type[Prompt] | None,
+        tree: Tree | None = None,
+        holder: Any = None,
+    ):
+        """Register the adapters that `model` carries.
+
+        Args:
+            method: of all adapters; None: any.
+            tree: a survey of the model, if the caller made one.
+            holder: the tuner, which holds the tensors that layers share.
+
+        Raises:
+            AlreadyInjectedError: it is a PeftModel, or carries adapters of another PeftModel's registry.
+        """
         if registry_of(model) is not None:
             raise AlreadyInjectedError(
                 "The model is a PeftModel already. For another adapter of the method it has, call its add_adapter(); "
                 "for another method, or to start over, pass its get_base_model()."
             )
-        found = tree or survey(model)
-        known = [*found.layers.values(), *found.wrappers.values()]
-        check_registered(model, known)
-        self.model, self.layers, self.wrappers = model, found.layers, found.wrappers
-        self.call = known[0].call if known else Call()
-        self.peft_config, self.reports, self.active_adapters, self.states = Configs(), {}, [], {}
-        self.watched, self.trained, self.frozen, self.starts = set(), set(), set(), {}
-        self.taken_in = set()
-        self.composition, self.checked = None, set()
-        return found
+        self.tree: Tree | None = tree or survey(model)  # for the first injection, None afterwards
+        self.model, self.holder, self.method, self.mixed = model, holder, method, method is None
+        self.layers, self.wrappers = self.tree.layers, self.tree.wrappers
+        self.checkpointing = self.tree.checkpointing  # gradient checkpointing is on
+        carriers = [*self.layers.values(), *self.wrappers.values()]
+        configs = configs_of(model)  # of adapters without a PeftModel
+        if foreign := sorted({name for part in carriers for name in part.adapters if name not in configs}):
+            raise AlreadyInjectedError(
+                f"The model carries adapter(s) {foreign} of another PeftModel, which has them in its registry. For "
+                "another adapter beside them call load_adapter() or add_adapter() of that PeftModel; to start over, "
+                "its unload()."
+            )
+        self.call = carriers[0].call if carriers else Call()
+        self.shared = Shared()
+        self.shared.state.call = self.call
+        self.peft_config: dict[str, PeftConfig] = Configs()
+        self.reports: dict[str, InjectReport] = {}
+        self.active_adapters: list[str] = []
+        self.composition: Composition | None = None  # the Average or Parallel that they form
+        self.checked: set[Together] = set()  # adapters that can act together so
+        self.states: dict[str, Any] = {}  # state of methods during training, by adapter
+        self.starts: dict[str, Note] = {}  # notes of the values with which adapters began, by adapter
+        self.watched: set[str] = set()  # adapters that a watch was made for
+        self.trained: set[str] = set()  # adapters that were active in a backward pass
+        self.frozen: set[str] = set()  # adapters that never train, and that no save takes unless it is told to
+        self.taken_in: set[str] = set()  # adapters of which the base weights hold a part that no file of theirs has
+        self.surrounding: dict[str, type[Method]] = {}  # classes that surround runs of the model, by adapter
+        self.losing: dict[str, type[Method]] = {}  # classes that have a loss of their own, by adapter
+        self.arguments: set[str] = set()  # of a call of the model that are the methods' own
+        for name, config in configs.items() if holder is not None else ():
+            self._register(name, config)
 
-    @property
-    def training(self) -> bool:
-        return self.model.training
+    def _register(self, adapter_name: str, config: PeftConfig) -> None:
+        """Note the config of an adapter, and the parts that its method has in a run of the model."""
+        self.peft_config[adapter_name] = config
+        method = method_of(config.peft_type).variant(config)
+        for known, has in ((self.surrounding, method.surrounds), (self.losing, method.has_loss)):
+            known.pop(adapter_name, None)
+            if has:
+                known[adapter_name] = method
+        if method.arguments:
+            self.arguments |= {*method.arguments}.difference(parameters_of(self.model))  # the base gets its own
 
-    def calling(self, what: str, rows: Names = None) -> AbstractContextManager[object]:
-        """Return a context: a call of the model, during which nothing changes. A compiler does not see it.
+    # carriers
 
-        rows: the adapters that the rows of a mixed batch name; None: those count that are active.
-        """
-        if torch.compiler.is_compiling():
-            return nullcontext()
-        return self.call.gate.call(what, self._used if rows is None else lambda: rows)
+    def carriers(self) -> Iterator[Carrier]:
+        """Yield all carriers of adapters."""
+        yield from self.layers.values()
+        yield from self.wrappers.values()
+        if self.shared.containers:
+            yield self.shared
 
-    def _used(self) -> tuple[str, ...]:
-        """Return what a call uses that names no adapters."""
-        return (ACTIVE, *self.active_adapters)
-
-    def close(self, touches: Names = ()) -> None:
-        """Wait until no call is under way, in the middle of a change that this thread has prepared."""
-        with self.call.gate.change("a change", touches):
-            pass
+    def parts_of(self, adapter_name: str) -> Parts:
+        """Return the carriers of an adapter."""
+        return Parts(
+            {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
+            {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
+            self.shared,
+            all_layers=self.layers,
+        )
 
     def slots_of(self, adapter: str) -> Iterator[Slot]:
         """Yield the slots of an adapter's tensors on all its carriers."""
         for part, name in carried(self.carriers(), [adapter]):
             yield from part.slots(name)
 
-    def carriers(self) -> Iterator[Carrier]:
-        """Yield all carriers of adapters."""
-        yield from self.layers.values()
-        yield from self.wrappers.values()
+    def parameters_of(self, module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of one adapter that can train, with their names in `module`, in its order.
 
-    @property
-    def disabled(self) -> bool:
-        """True while there are carriers and all are switched off, or disabled for what this thread calls."""
-        return self.switched_off or self.call.off
+        Raises:
+            AdapterNotFoundError: it is not loaded.
+        """
+        self.check_known([adapter])
+        slots = {name: list(self.slots_of(name)) for name in self.peft_config}
+        own = {id(slot.tensor) for slot in slots[adapter] if slot.trains and slot.is_parameter}
+        adapted = [layer.base_module for layer in self.parts_of(adapter).layers.values()]
+        biases = biases_of(self.peft_config[adapter], self.model, adapted, list(self.wrappers))
+        own |= {id(bias) for bias in biases} - {id(slot.tensor) for group in slots.values() for slot in group}
+        return ((name, p) for name, p in module.named_parameters() if id(p) in own)
 
-    @property
-    def switched_off(self) -> bool:
-        """True while there are carriers and all are switched off."""
-        off = [part.state.disabled for part in self.carriers()]
-        return bool(off) and all(off)
+    # add
 
-    def changed_training(self) -> None:
-        """Note that other parameters may train."""
-        self.averaged = False
+    @prepares
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: PeftConfig,
+        options: Options,
+    ) -> InjectReport:
+        """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`."""
+        self.check_new(adapter_name, config)
+        if INJECT in replaced(self.holder, method_of(config.peft_type)):
+            return self._ask_to_inject(adapter_name, config, options)
+        return self._inject(adapter_name, config, options)
+
+    def _ask_to_inject(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
+        """Call a replaced `inject_adapter`, whose call of the original injects.
+
+        Raises:
+            UnsupportedLayerError: it does not call the original. Whatever it raises: nothing has changed.
+        """
+        holder = self.holder
+        arguments: dict[str, object] = dict(low_cpu_mem_usage=options.on_meta)  # what PEFT hands on
+        arguments |= {} if self.peft_config else dict(state_dict=options.state_dict)
+        self.peft_config[adapter_name], self.pending = config, options
+        try:
+            with self.provisional(adapter_name, not options.provisional):
+                holder.inject_adapter(self.model, adapter_name, **arguments)
+                if adapter_name not in self.reports:
+                    raise UnsupportedLayerError(
+                        f"{type(holder).__name__}.inject_adapter was replaced by {who(holder.inject_adapter)}, which "
+                        f"has not called the original for adapter '{adapter_name}': graft injects there alone."
+                    )
+        finally:
+            self.pending = None
+        return self.reports[adapter_name]
+
+    def _inject(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
+        """Inject an adapter that has been checked, and register it: in a change that is being prepared."""
+        if getattr(config, "bias", "none") != "none":
+            self.close(None)  # the base's biases get the values of the file
+        tree, self.tree, disabled = self.tree, None, self.switched_off
+        method = method_of(config.peft_type)
+        steps = [name for name in replaced(self.holder, method) if name != INJECT]
+        done = Injection(
+            self.model,
+            config,
+            method,
+            adapter_name,
+            call=self.call,
+            shared=self.shared,
+            others=self.alike(config),
+            tree=tree,  # type: ignore[arg-type]  # None: it makes one
+            mixed=self.mixed,
+            close=self.close,
+            steps=Steps(self.holder, steps) if steps else None,
+            options=options,
+            keys=None if options.state_dict is None else self._keys_in(options.state_dict, config),
+        ).run()
+        for name, container in self.shared.modules().items() if method.shares else ():
+            if name not in self.holder._modules:
+                self.holder.add_module(name, container)
+        self.take_in(done.parts, disabled)
+        if self.frozen_before is None:
+            self.frozen_before = done.frozen_before
+        self._register(adapter_name, config)
+        self.reports[adapter_name] = done.report
+        return done.report
+
+    @prepares
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add the adapter whose config the caller has put into `peft_config` under that name, as PEFT's callers do.
+
+        Raises:
+            ValueError: `model` is not the tuner's own.
+            AdapterNotFoundError: there is no such config.
+            AdapterNameError: layers carry an adapter of that name.
+        """
+        if model is not self.model:
+            raise ValueError("inject_adapter injects into the tuner's own model; make another tuner for another model.")
+        self.check_known([adapter_name])
+        if any(adapter_name in part.adapters for part in self.carriers()):
+            raise AdapterNameError(f"Adapter with name '{adapter_name}' already exists: its layers carry it.")
+        config, asked = self.peft_config.pop(adapter_name), self.pending
+        if asked is None:
+            options = Options(autocast_adapter_dtype, low_cpu_mem_usage, state_dict=state_dict)
+        else:
+            options = replace(asked, on_meta=low_cpu_mem_usage, state_dict=state_dict, provisional=True)
+        try:
+            self.check_new(adapter_name, config)
+            self._inject(adapter_name, config, options)
+        except BaseException:
+            if asked is not None:
+                self.peft_config[adapter_name] = config  # which `_ask_to_inject` takes back
+            raise
+
+    def alike(self, config: PeftConfig) -> dict[str, PeftConfig]:
+        """Return the configs of the adapters of the same method, by name."""
+        method = method_of(config.peft_type)
+        return {name: c for name, c in self.peft_config.items() if method_of(c.peft_type) is method}
+
+    def _keys_in(self, state_dict: dict[str, Tensor], config: PeftConfig) -> set[str]:
+        mark = f".{method_of(config.peft_type).prefix}"
+        return {original(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}
 
     def take_in(self, parts: Parts, disabled: bool) -> None:
         """Register the carriers of a new adapter, and forget those that have no adapter left.
@@ -255,38 +386,45 @@ class Registry:
             if disabled:
                 part.enable_adapters(False)
 
-    def provisional(self, adapter_name: str, then_keep: bool = True) -> AbstractContextManager[None]:
-        """Return a context: an adapter that has come is taken off again if the block raises."""
-        return nullcontext()
+    @contextmanager
+    def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
+        """Take an adapter that was injected with `Options.provisional` off again if the block raises.
 
-    def parts_of(self, adapter_name: str) -> Parts:
-        """Return the carriers of an adapter."""
-        return Parts(
-            {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
-            {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
-            all_layers=self.layers,
-        )
+        then_keep: it may stay afterwards; else who asked for this may still take it off.
+        """
+        try:
+            yield
+        except BaseException:
+            for layer in self.parts_of(adapter_name).layers.values():
+                layer.rollback()
+            self.delete_adapter(adapter_name)
+            if not self.peft_config:
+                self.unload()
+            raise
+        for layer in self.layers.values() if then_keep else ():
+            layer.keep()
 
-    def add_adapter(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
-        """Add an adapter, inactive. A call that fails changes nothing."""
-        raise NotImplementedError
-
-    def acting(self, run: Run) -> AbstractContextManager[Finish]:
-        """Surround a run of the model, whose `kwargs` may change; yield a function for its output."""
-        raise NotImplementedError
-
-    def check_generate(self, kwargs: dict[str, object]) -> None:
-        """Raise for arguments of `generate` that do not work with the adapters."""
+    # checks
 
     def check_new(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise AdapterNameError or ConfigError unless another adapter can have this name and config."""
         check_adapter_name(adapter_name, list(self.peft_config))
         check_config(config)
         self.check_method(adapter_name, config)
+        if not config.inference_mode:
+            self.check_trainable(adapter_name, config)
+        if self.peft_config:
+            check_bias(config)
 
     def check_method(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise ConfigError unless an adapter of this config's method can stand beside the others."""
-        if config.peft_type != self.method.config.peft_type:
+        if self.method is None:
+            if config.is_prompt_learning:
+                raise ConfigError(
+                    f"The provided `peft_type` '{config.peft_type.value}' is not compatible with the `PeftMixedModel`: "
+                    "it acts on no layers. Use get_peft_model without mixed=True."
+                )
+        elif config.peft_type != self.method.config.peft_type:
             mine = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type
             prompts = config.is_prompt_learning or self.method.config.is_prompt_learning
             raise ConfigError(
@@ -300,8 +438,17 @@ class Registry:
                 )
             )
 
-    def check_trainable(self, adapter_name: str) -> None:
-        """Raise ConfigError unless this adapter can train beside those that do."""
+    def check_trainable(self, adapter_name: str, config: PeftConfig) -> None:
+        """Raise ConfigError if the method lets one adapter train at a time, and another one does."""
+        if self.mixed or not method_of(config.peft_type).over_layers:  # a mixed model has no allocator
+            return
+        others = [n for n, c in self.alike(config).items() if n != adapter_name and not c.inference_mode]
+        if others:
+            raise ConfigError(
+                f"{ROWS[config.peft_type.value].tuner} supports only 1 trainable adapter. When using multiple "
+                "adapters, set inference_mode to True for all adapters except the one you want to train. "
+                f"Trainable: {others}."
+            )
 
     def check_known(self, names: Sequence[str]) -> None:
         """Raise AdapterNotFoundError if the model lacks one of these adapters."""
@@ -310,11 +457,7 @@ class Registry:
             loaded = ", ".join(self.peft_config) or "none"
             raise AdapterNotFoundError(f"Adapter {', '.join(unknown)} not found. Loaded adapters: {loaded}.")
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return True if plain LoRA can hold what an adapter does to all of its layers, of which there are some: see
-        `graft.convert_to_lora`."""
-        layers = [layer for layer in self.layers.values() if adapter_name in layer.methods]
-        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+    # activate
 
     # those before them as well, which train no more
     @changes(lambda self, adapter_name, *_, **__: (ACTIVE, *self.active_adapters, *names_for(adapter_name)))
@@ -332,7 +475,8 @@ class Registry:
             composition = None if isinstance(adapter_name, Stack) else adapter_name
         else:
             self.check_known(names)
-            self.check_together(names)
+            if len(names) > 1:
+                self.check_together(names)
         if self.merged_adapters and not (
             composition == self.composition
             and names == self.active_adapters
@@ -340,22 +484,22 @@ class Registry:
         ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
-        weights, apart = how(composition)
+        weights, apart = (None, False) if composition is None else how(composition)
         for part in self.carriers():
             part.activate(names, not inference_mode, weights, apart)
-        self._freeze(names)
+        if not self.frozen.isdisjoint(names):
+            self._freeze(names)
         self.active_adapters, self.composition = names, composition
         if not self.watched.issuperset(names):
             self.watched.update(names)
             self.watch = Watch(self)
-        self.changed_training()
-        self._changed()
+        self.averaged = False  # until somebody looks again
+        self.on_change()
 
     def check_together(self, names: Sequence[str]) -> None:
         """Raise ValueError if two of these adapters cannot be active together."""
-        if len(names) > 1:
-            for part in self.carriers():
-                part.check_active(names)
+        for part in self.carriers():
+            part.check_active(names)
 
     def check_composition(self, value: Composition) -> None:
         """Raise unless its adapters are loaded and can act together so.
@@ -367,21 +511,224 @@ class Registry:
         check_known(value.names, self.peft_config, value)
         for key in keys_of(value):
             if isinstance(key, Together) and key not in self.checked:
-                self.check_together(key.names)
+                if len(key.names) > 1:
+                    self.check_together(key.names)
                 for part in self.carriers() if key.weights is not None else ():
                     if isinstance(part, Host):
                         part.plan_for(key.names, key.weights)
                 self.checked.add(key)
 
-    def mergeable_layers(self) -> list[AdapterLayer]:
-        return []
+    @changes(lambda _, adapter_names, *__, **___: one_or_several(adapter_names, "set_requires_grad"))
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the parameters of any adapters, active or not, train or not."""
+        names = one_or_several(adapter_names, "set_requires_grad")
+        self.check_known(names)
+        for part in self.carriers():
+            part.set_requires_grad(names, requires_grad)
+        if not self.frozen.isdisjoint(names):
+            self._freeze(names)
+        self.averaged = False
 
+    def trains(self, adapter_name: str) -> bool:
+        """Return True if some parameter of an adapter requires gradients."""
+        return any(p.requires_grad for part in self.carriers() for p in part.parameters_of(adapter_name))
+
+    def _freeze(self, names: Sequence[str]) -> None:
+        """Take back what let frozen adapters train."""
+        frozen_names = [name for name in names if name in self.frozen]
+        for part in self.carriers() if frozen_names else ():
+            part.set_requires_grad(frozen_names, False)
+
+    @property
+    def disabled(self) -> bool:
+        """True while there are carriers and all are switched off, or disabled for what this thread calls."""
+        return self.switched_off or self.call.off
+
+    @property
+    def switched_off(self) -> bool:
+        """True while there are carriers and all are switched off."""
+        off = [part.state.disabled for part in self.carriers()]
+        return bool(off) and all(off)
+
+    # on and off
+
+    @changes(everything)
+    def enable_adapter_layers(self) -> None:
+        for part in self.carriers():
+            part.enable_adapters(True)
+        self.on_change()
+
+    @changes(everything)
+    def disable_adapter_layers(self) -> None:
+        self._warn_of_biases()
+        for part in self.carriers():
+            part.enable_adapters(False)
+        self.on_change()
+
+    @contextmanager
+    def disabled_here(self) -> Iterator[None]:
+        """Let the base model run alone within the block, for this thread. Unmerge merged adapters; they stay unmerged.
+
+        Raises:
+            InUseError: adapters are merged, and this thread is in a call, or others' calls do not end.
+        """
+        if len({part.state.disabled for part in self.carriers()}) > 1:
+            warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. "
+                "This is most likely unintentional. They are put back as they were after the block."
+            )
+        self._warn_of_biases()
+        try:
+            with self.call.disabled():  # from here on no thread can merge
+                if self.merged_adapters:
+                    with self.call.gate.change("disable_adapter() of merged adapters"):
+                        if self.merged_adapters:
+                            self.unmerge_adapter()
+                self.on_change()
+                yield
+        finally:
+            self.on_change()
+
+    def _warn_of_biases(self) -> None:
+        for config in (self.peft_config.get(name) for name in self.active_adapters):
+            bias = getattr(config, "bias", "none")
+            if bias != "none":
+                warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
+                    "output as the base model would without adaption."
+                )
+
+    # merge
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters merged into some layer."""
+        return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.state.merged))
+
+    def mergeable_layers(self) -> list[AdapterLayer]:
+        return [*self.layers.values(), *(w for w in self.wrappers.values() if isinstance(w, RowsLayer))]
+
+    @changes(everything)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters (None: those active on each layer) into the base weights; `unmerge_adapter` takes them out.
+
+        Args:
+            safe_merge: compute every merged weight first and check that it is finite, which takes as long as merging.
+                Without it only the adapters' own tensors are checked, not whether a sum overflows half precision.
+
+        Raises:
+            AdapterNotFoundError: one of them is not loaded.
+            ValueError: values are not finite, a name is there twice, or adapters are disabled. Nothing is merged then.
+            NotImplementedError: some layer cannot hold them merged. Nothing is merged then.
+        """
+        self._merge(adapter_names, safe_merge, undoable=True)
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
+        choice = None if adapter_names is None else several(adapter_names, "adapter_names")
+        self.check_known(choice or ())
+        shares = merging.merge_layers(self.mergeable_layers(), choice, safe_merge, undoable, progress)
+        self.shares_kept = self.shares_kept if shares is None else shares
+
+    @changes(everything)
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights again."""
+        if not self.merged_adapters:
+            warn("Already unmerged. Nothing to do.")
+        for layer in self.mergeable_layers():
+            if layer.merged_adapters:
+                layer.unmerge()
+        self.shares_kept = {}
 
-    def _changed(self) -> None:
-        if self.on_change is not None:
-            self.on_change()
+    @changes(everything)
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        """Merge for good and return the plain model.
+
+        Args:
+            dequantize: hold the weights of adapted layers as plain tensors from then on, where they are packed (4-bit
+                codes and the like). Merging is then exact, also into weights that cannot be quantized anew.
+        """
+        with self._dequantized(adapter_names) if dequantize else nullcontext(False) as some:
+            self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
+        plain = self.unload()
+        if dequantize and not any(map(holds_codes, plain.modules())):
+            unmark(plain)
+        elif some:
+            mark_plain(plain)
+        return plain
+
+    @contextmanager
+    def _dequantized(self, adapter_names: list[str] | None) -> Iterator[bool]:
+        """Hold packed weights of the layers of these adapters as plain tensors, and tell whether there are any; as
+        before if the block raises."""
+        done = self.merged_adapters
+        choice = None if adapter_names is None else several(adapter_names, "adapter_names")
+        layers = [
+            layer
+            for layer in self.mergeable_layers()
+            if not layer.methods.keys().isdisjoint([*done, *(layer.active_adapters if choice is None else choice)])
+        ]
+        packed = [(layer, layer.store) for layer in layers if isinstance(layer.store, Quantized)]
+        for layer, store in packed:
+            if (why := store.unread(layer.base_layer)) is not None:
+                raise NotImplementedError(f"Cannot dequantize layer '{layer.site.key}': {why}.")
+        for layer in layers:
+            if layer.op.packed is not None:
+                raise NotImplementedError(
+                    f"Cannot dequantize layer '{layer.site.key}': its module understands nothing but codes. Load the "
+                    "base dequantized (in transformers: dequantize=True in its quantization_config) and merge there."
+                )
+        if done:
+            self.unmerge_adapter()
+        before = [(layer, layer.base_layer, layer.op, store) for layer, store in packed]
+        dtype = dtype_beside(survey(self.model).owners)
+        try:
+            for layer, store in packed:
+                plain = store.dense(layer.base_layer, dtype)
+                layer.move(plain, find_op(plain), DENSE)
+            if done:
+                self._merge(done, False, undoable=True)
+            yield bool(packed)
+        except BaseException:
+            if self.merged_adapters:
+                self.unmerge_adapter()
+            for layer, module, op, store in before:
+                layer.move(module, op, store)
+            if done:
+                self._merge(done, False, undoable=True)
+            raise
+
+    @changes(everything)
+    def unload(self, keep_modules: bool = True) -> nn.Module:
+        """Return the model without adapter layers, of which the parameters train that did before the first adapter.
+
+        A base that had adapters before it came here stays frozen. Modules in `modules_to_save` keep the active
+        adapter's values, also while adapters are disabled.
+
+        Args:
+            keep_modules: False: the base's own modules come back in their place, and merged adapters are unmerged.
+        """
+        if not keep_modules:
+            if self.merged_adapters:
+                self.unmerge_adapter()
+            for part in self.carriers():
+                part.state.active = []
+        merging.unload(self.model, self.frozen_before)
+        self.layers, self.wrappers = {}, {}
+        return self.model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return True if plain LoRA can hold what an adapter does to all of its layers, of which there are some: see
+        `graft.convert_to_lora`."""
+        layers = [layer for layer in self.layers.values() if adapter_name in layer.methods]
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
+    # delete
 
     @changes(lambda self, adapter_name: deletion(adapter_name, self.active_adapters))
     def delete_adapter(self, adapter_name: str) -> None:
@@ -409,70 +756,80 @@ class Registry:
                 warn(f"Adapter '{adapter_name}' was a part of {composition!r}, which ends: set_adapter() anew.")
             self.set_adapter(active_without(adapter_name, self.active_adapters, self.peft_config))
 
-    @changes(lambda _, adapter_names, *__, **___: one_or_several(adapter_names, "set_requires_grad"))
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let the parameters of any adapters, active or not, train or not."""
-        names = one_or_several(adapter_names, "set_requires_grad")
-        self.check_known(names)
-        for part in self.carriers():
-            part.set_requires_grad(names, requires_grad)
-        self._freeze(names)
-        self.changed_training()
+    # run
 
-    def trains(self, adapter_name: str) -> bool:
-        """Return True if some parameter of an adapter requires gradients."""
-        return any(p.requires_grad for part in self.carriers() for p in part.parameters_of(adapter_name))
+    @property
+    def training(self) -> bool:
+        return self.model.training
 
-    def _freeze(self, names: Sequence[str]) -> None:
-        """Take back what let frozen adapters train."""
-        frozen_names = [name for name in names if name in self.frozen]
-        for part in self.carriers() if frozen_names else ():
-            part.set_requires_grad(frozen_names, False)
+    def calling(self, what: str, rows: Names = None) -> AbstractContextManager[object]:
+        """Return a context: a call of the model, during which nothing changes. A compiler does not see it.
 
-    # on and off
+        rows: the adapters that the rows of a mixed batch name; None: those count that are active.
+        """
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        return self.call.gate.call(what, self._used if rows is None else lambda: rows)
 
-    @changes(everything)
-    def enable_adapter_layers(self) -> None:
-        for part in self.carriers():
-            part.enable_adapters(True)
-        self._changed()
+    def _used(self) -> tuple[str, ...]:
+        """Return what a call uses that names no adapters."""
+        return (ACTIVE, *self.active_adapters)
 
-    @changes(everything)
-    def disable_adapter_layers(self) -> None:
-        self._warn_of_biases()
-        for part in self.carriers():
-            part.enable_adapters(False)
-        self._changed()
+    def close(self, touches: Names = ()) -> None:
+        """Wait until no call is under way, in the middle of a change that this thread has prepared."""
+        with self.call.gate.change("a change", touches):
+            pass
+
+    def acting(self, run: Run) -> AbstractContextManager[Finish]:
+        names = self.active_adapters if run.rows is None else run.rows.names
+        found: dict[type[Method], list[str]] = {}
+        for name in names if self.surrounding else ():
+            if name is not None and name in self.surrounding:
+                found.setdefault(self.surrounding[name], []).append(name)
+        losing = torch.is_grad_enabled() and not run.generates and any(name in self.losing for name in names)
+        return self._around(run, found, losing) if found or losing else NothingAround()
 
     @contextmanager
-    def disabled_here(self) -> Iterator[None]:
-        """Let the base model run alone within the block, for this thread. Unmerge merged adapters; they stay unmerged.
+    def _around(self, run: Run, found: dict[type[Method], list[str]], losing: bool) -> Iterator[Finish]:
+        with ExitStack() as stack:
+            steps = []
+            for method, run.adapters in found.items():
+                steps.append(stack.enter_context(method.around(self, self.call, run)))
+            if losing:
+                noted = stack.enter_context(self.call.noting())
+                steps.append(lambda output: self._with_losses(output, noted, run))
+
+            def finish(output: object) -> object:
+                for step in steps:
+                    output = step(output)
+                return output
+
+            yield finish
+
+    def _with_losses(self, output: object, noted: Mapping[str, Sequence[Noted]], run: Run) -> object:
+        """Return the output with the adapters' losses in its own; keep them if it has none."""
+        losses = losses_of(noted, self.losing, self.peft_config, run, self.model)
+        both = with_loss(output, sum(losses.values())) if losses else output
+        if both is None:
+            self.call.here.losses.update(losses)
+        return output if both is None else both
+
+    def auxiliary_loss(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """Return what adapters add to the loss of this thread's last call, (), where its output had no loss to add to.
+
+        It is for loops that compute the loss themselves. 0.0 for calls in eval mode, without gradients, or of adapters
+        that have no loss of their own; and if the model's output has a `loss`, which holds it already.
+
+        Args:
+            adapter_names: those of which to return the sum; None: all.
 
         Raises:
-            InUseError: adapters are merged, and this thread is in a call, or others' calls do not end.
+            AdapterNotFoundError: there is no such adapter.
         """
-        if len({part.state.disabled for part in self.carriers()}) > 1:
-            warn(
-                "The model contains some adapter layers that are enabled and others that are disabled. "
-                "This is most likely unintentional. They are put back as they were after the block."
-            )
-        self._warn_of_biases()
-        try:
-            with self.call.disabled():  # from here on no thread can merge
-                if self.merged_adapters:
-                    with self.call.gate.change("disable_adapter() of merged adapters"):
-                        if self.merged_adapters:
-                            self.unmerge_adapter()
-                self._changed()
-                yield
-        finally:
-            self._changed()
+        losses = self.call.here.losses
+        names = list(losses) if adapter_names is None else one_or_several(adapter_names, "auxiliary_loss")
+        self.check_known(names)
+        return sum((self.call.loss_of(name) for name in names if name in losses), 0.0)
 
-    def _warn_of_biases(self) -> None:
-        for config in (self.peft_config.get(name) for name in self.active_adapters):
-            bias = getattr(config, "bias", "none")
-            if bias != "none":
-                warn(
-                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
-                    "output as the base model would without adaption."
-                )
+    def check_generate(self, kwargs: dict[str, object]) -> None:
+        """Raise for arguments of `generate` that do not work with the adapters."""

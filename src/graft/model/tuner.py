@@ -23,15 +23,15 @@ from graft.inject.steps import Steps
 from graft.inject.survey import Tree, survey
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.checkpoints import cast_adapter_dtype, fill
-from graft.model.layer_registry import LayerRegistry
-from graft.model.tuner_type import INTERNALS, TunerType, not_here, replaced, step
+from graft.model.registry import Registry
+from graft.model.tuner_type import INJECT, INTERNALS, TunerType, not_here, replaced, step
 from graft.model.watch import tell_once
 
 
 def of_registry(name: str) -> Callable[..., object]:
     """Return the method of that name of a tuner's registry, which may be of any class, as one of the tuner."""
 
-    @wraps(getattr(LayerRegistry, name))
+    @wraps(getattr(Registry, name))
     def run(self: nn.Module, *args: object, **kwargs: object) -> object:
         return getattr(self.__dict__[HOLDER], name)(*args, **kwargs)
 
@@ -41,13 +41,14 @@ def of_registry(name: str) -> Callable[..., object]:
 class Tuner(nn.Module, metaclass=TunerType):
     """The user's model as `.model`, with adapters on its layers. Attributes that PEFT's tuners lack are the model's.
 
-    What it does with adapters, its registry does: methods of that name and text are those of `LayerRegistry`.
+    What it does with adapters, its registry does: methods of that name and text are those of `Registry`.
 
     `tuner_of` makes the subclasses (`LoraModel`, …) from the table of methods; they differ only in their method. By
     itself a tuner leaves adapters in the base's dtype; a PeftModel trains them in float32.
     """
 
     _method: type[Method] | None  # None: adapters of any method
+    _registry_class: type[Registry] = Registry
     uses_shared_state = False  # layers share tensors that stand here: `inject_adapter_in_model` refuses the method
 
     def __init__(
@@ -79,9 +80,6 @@ class Tuner(nn.Module, metaclass=TunerType):
             registry.add_adapter(adapter_name, peft_config, options)
         registry.set_adapter(adapter_name, inference_mode=registry.peft_config[adapter_name].inference_mode)
         model.peft_config = registry.peft_config  # type: ignore[assignment]
-
-    def _registry_for(self, model: nn.Module, tree: Tree | None) -> LayerRegistry:
-        return LayerRegistry(self, model, self._method, tree)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -186,9 +184,9 @@ class Tuner(nn.Module, metaclass=TunerType):
         return "" if self._method is None else self._method.prefix
 
 
-def begin(tuner: Tuner, model: nn.Module, tree: Tree | None = None) -> LayerRegistry:
+def begin(tuner: Tuner, model: nn.Module, tree: Tree | None = None) -> Registry:
     """Put a tuner around a model, which stays as it is; return the tuner's registry."""
-    registry = tuner.__dict__[HOLDER] = tuner._registry_for(model, tree)
+    registry = tuner.__dict__[HOLDER] = tuner._registry_class(model, tuner._method, tree, tuner)
     tuner.model = model
     return registry
 
@@ -201,10 +199,10 @@ def steps_for(model: nn.Module, config: PeftConfig) -> Steps | None:
         nn.Module.__init__(tuner)
     else:
         tuner = registry.holder
-    theirs = replaced(tuner, method)
-    if theirs and registry is None:
+    steps = [name for name in replaced(tuner, method) if name != INJECT]
+    if steps and registry is None:
         begin(tuner, model)
-    return Steps(tuner, theirs) if theirs else None
+    return Steps(tuner, steps) if steps else None
 
 
 def targets_of(tuner: Tuner, config: PeftConfig) -> Callable[[str], bool]:

@@ -39,15 +39,14 @@ def step(function: F) -> F:
 INJECT = "inject_adapter"  # the injection as a whole, around the steps of it
 
 
-def is_replaced(tuner: nn.Module, method: object, name: str) -> bool:
-    """Return True if a step was replaced on a tuner, its class, or the class for a method."""
-    classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
-    return name in tuner.__dict__ or any(getattr(c, name) not in STEPS[name] for c in classes)
-
-
 def replaced(tuner: nn.Module, method: object) -> list[str]:
-    """Return the names of the replaced steps that an injection asks for what to adapt."""
-    return [name for name in STEPS if name != INJECT and is_replaced(tuner, method, name)]
+    """Return the names of the steps that were replaced on a tuner, its class, or the class for a method."""
+    classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
+    return [
+        name
+        for name, originals in STEPS.items()
+        if name in tuner.__dict__ or any(getattr(c, name) not in originals for c in classes)
+    ]
 
 
 def not_here(name: str, holder: str) -> str:

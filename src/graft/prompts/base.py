@@ -48,6 +48,7 @@ class Prompt(nn.Module):
     # attributes that every Method has, too
     prefix: ClassVar[str] = "prompt_encoder"
     shares: ClassVar[bool] = False
+    over_layers: ClassVar[str | None] = None
     published_lr: ClassVar[Published | None] = None
 
     embedding: Any

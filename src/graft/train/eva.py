@@ -22,8 +22,8 @@ from graft.inject.parts import registry_of
 from graft.inject.survey import Place, survey
 from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute
-from graft.model.layer_registry import LayerRegistry
 from graft.model.modes import in_mode
+from graft.model.registry import Registry
 from graft.storage import place_of
 from graft.train.calibration import linear_methods, require_all
 
@@ -237,7 +237,7 @@ def digest(rows: Tensor) -> tuple[object, ...]:
     return (*rows.shape, rows.dtype, int((words * places).sum()), int(words.sum()))
 
 
-def apply(registry: LayerRegistry, adapter: str, values: dict[str, Tensor]) -> None:
+def apply(registry: Registry, adapter: str, values: dict[str, Tensor]) -> None:
     """Set A of each layer, with its rank, and describe that in the config."""
     layers = {key: layer for key, layer in registry.layers.items() if adapter in layer.methods}
     check(adapter, layers, values)
@@ -306,7 +306,7 @@ def begin_anew(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tenso
         method.lora_A.weight.data.copy_(A)
 
 
-def take_off(registry: LayerRegistry, layer: AdapterLayer, key: str, adapter: str, places: Iterable[Place]) -> None:
+def take_off(registry: Registry, layer: AdapterLayer, key: str, adapter: str, places: Iterable[Place]) -> None:
     """Take an adapter off a layer, and the layer off its module if it has no other."""
     layer.forget(adapter)
     if not layer.methods:

@@ -19,7 +19,7 @@ from graft.storage.parallel import layout_of
 
 if TYPE_CHECKING:
     from graft import Method
-    from graft.model.layer_registry import LayerRegistry
+    from graft.model.registry import Registry
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
                     prune(moment, keep)
 
 
-def adapter_of(registry: LayerRegistry) -> str:
+def adapter_of(registry: Registry) -> str:
     """Return the name of the one adapter of a model."""
     names = [] if registry is None else list(registry.peft_config)
     if len(names) != 1:

@@ -19,7 +19,8 @@ from tests.docs.blocks import ROOT
 from tests.serving.server import answers, serving
 
 PAGE = ROOT / "docs" / "command.md"
-PAGES = (PAGE, ROOT / "docs" / "command_merge.md", ROOT / "docs" / "command_serving.md")
+REFERENCE = ROOT / "docs" / "reference" / "command.md"
+PAGES = (PAGE, REFERENCE, ROOT / "docs" / "from_training_to_a_server.md")
 PORT = "127.0.0.1:8000"  # of a server on a page
 BLOCK = re.compile(r"```console\n\$ (?P<command>graft [^\n]*)\n(?P<output>.*?)```", re.S)
 

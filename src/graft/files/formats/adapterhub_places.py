@@ -94,7 +94,7 @@ def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
     if kind not in COMPARED:
         raise CheckpointError(
             f"{path} is for a model of type {kind!r}, in which no test compares graft's places with those of "
-            "AdapterHub's library. Train it anew, or take one of the types in docs/formats.md."
+            "AdapterHub's library. Train it anew, or take one of the types in docs/reference/formats.md."
         )
     if cfg is None and base.config.get("is_encoder_decoder"):
         raise CheckpointError(

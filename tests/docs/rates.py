@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Published
 from graft.methods import ROWS, method_of
 from graft.methods.lora.lora import VARIANTS, beside
 from graft.model.rates import Row, best, good, rows

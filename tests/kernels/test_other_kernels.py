@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graft
 import graft.core.fused as fused_forms
-from graft.core.dropout import share_dropped
+from graft.core.lean import share_dropped
 from graft.kernels import low_rank, narrow, one_product, orthogonal
 from graft.kernels.low_rank import FUSED_FROM, worth_it
 from graft.kernels.one_product import Difference, Factored, linear_with

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graft.core.dropout import share_dropped
 from graft.core.effect import HALF, Effect, Factors, Pieces, Rewrite, Update, dense, matrix
+from graft.core.lean import share_dropped
 from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.dropout import share_dropped
 from graft.core.effect import Compact, Factors, Product, Unformed
-from graft.core.lean import Linear
+from graft.core.lean import Linear, share_dropped
 from graft.core.protocols import Layer
 from graft.kernels import decomposed, one_product
 from graft.kernels.eager import has_no_hooks, once

@@ -12,6 +12,8 @@ from typing import TypeVar
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from graft.kernels.eager import has_no_hooks, watched
+
 _NEW = nn.Module().__dict__
 _HOOKS = {k: type(v) for k, v in _NEW.items() if "hooks" in k and isinstance(v, dict)}
 _PLAIN = {k: v for k, v in _NEW.items() if not isinstance(v, (dict, set))}
@@ -71,3 +73,14 @@ class Identity(nn.Identity):
 @lean
 class ModuleDict(nn.ModuleDict):
     pass
+
+
+def share_dropped(dropout: nn.Module) -> float | None:
+    """Return the share of inputs that a method's dropout takes out now. None for a module that the layer has to call:
+    one that is not torch's, has hooks, drops everything, or whose draws a dispatch mode has to see."""
+    kind = type(dropout)
+    if not has_no_hooks(dropout) or kind not in (Identity, nn.Identity, nn.Dropout):
+        return None
+    if kind is not nn.Dropout or not dropout.training or not dropout.p:
+        return 0.0
+    return None if dropout.p == 1 or watched() else dropout.p

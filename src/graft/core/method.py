@@ -19,7 +19,6 @@ from graft.core.base_config import model_type
 from graft.core.effect import Delta, Effect, Factors, Update
 from graft.core.errors import CalibrationError, ConfigError
 from graft.core.ops import META, OPS
-from graft.core.published import Published
 from graft.core.site import Site
 from graft.core.tuner import Tuner
 
@@ -117,6 +116,27 @@ class Layers(Generic[C]):
                         f"drawn alike. {key} is {getattr(self.cfg, key)}, but adapter '{name}' has "
                         f"{getattr(other, key)}."
                     )
+
+
+class Published(NamedTuple):
+    """The learning rates with which a method's authors trained it.
+
+    Attributes:
+        low, high: the least and the largest; equal where the source has one.
+        source: paper (arXiv id) or code, where in it, and the optimizer unless it is Adam or AdamW.
+    """
+
+    low: float
+    high: float
+    source: str
+
+
+COMPARISON = "PEFT's method comparison, on MetaMathQA with Llama 3.2 3B"
+
+
+def dropout_for(share: float) -> nn.Module:
+    """Return a module that drops this share of its input in training; one that does nothing for 0."""
+    return nn.Dropout(share) if share > 0 else nn.Identity()
 
 
 class Method(Generic[C]):

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.core.dropout import share_dropped
 from graft.core.effect import Effect, Factors, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import lazy_delta
 from graft.core.fused import tensor_of
+from graft.core.lean import share_dropped
 from graft.core.method import Method
 from graft.core.plan import Chain, Plan, Step, Sum, applied, part_of, seen
 from graft.core.protocols import Layer

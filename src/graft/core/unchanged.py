@@ -8,9 +8,9 @@ from operator import is_
 
 from torch import nn
 
-from graft.core.dropout import share_dropped
 from graft.core.effect import Factors
 from graft.core.fused import LINEARS, weight_of
+from graft.core.lean import share_dropped
 from graft.core.method import Method
 from graft.kernels.eager import has_no_hooks
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from graft.config.targets import TASK_HEADS
+from graft.config.fields import TASK_HEADS
 from graft.core.carrier import Carrier, Shell, carrier_of, layer_in
 from graft.core.containers import tensors_of
 from graft.core.effect import Effect, Replace

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graft.config.targets import MIXERS
+from graft.config.fields import MIXERS
 from graft.core import merging
 from graft.core.base_config import input_embeddings, model_type
 from graft.core.carrier import carrier_of, layer_in

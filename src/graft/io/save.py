@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from graft.config.fields import EMBEDDING_NAMES
 from graft.config.reading import read_object
-from graft.config.targets import EMBEDDING_NAMES
 from graft.core.base_config import input_embeddings, output_embeddings, text_config
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn

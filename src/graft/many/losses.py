@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from graft import ConfigError
-from graft.config.targets import TASK_HEADS
+from graft.config.fields import TASK_HEADS
 from graft.inject.parts import Parts
 
 Loss = Callable[..., Tensor]  # of (the output of a run's rows, its batch): their mean, ()

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, Targets
-from graft.config.targets import ADAMSS
+from graft.config.fields import ADAMSS, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from graft.core.merging import unmerged_bias
-from graft.core.method import Method, Tensors, Use
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Method, Published, Tensors, Use
 from graft.core.random import seeded
 from graft.core.tuner import Tuner
 from graft.methods.adalora.allocator import Importance

@@ -15,9 +15,8 @@ from graft.config.fields import Chosen
 from graft.core.base_config import model_type
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
-from graft.core.method import Method
+from graft.core.method import COMPARISON, Method, Published
 from graft.core.ops import find_op
-from graft.core.published import COMPARISON, Published
 from graft.methods.places import walk
 from graft.storage import innermost
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from graft.config.fields import BEFT as TARGETS
 from graft.config.fields import Targets
-from graft.config.targets import BEFT as TARGETS
 from graft.core.effect import Effect, Update
 from graft.core.errors import PeftWarning, warn_of
 from graft.core.method import Method

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import POSITIVE
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import LORA
+from graft.config.fields import LORA, LayerRange, Targeted
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError

@@ -21,11 +21,9 @@ from graft.config.fields import Chosen, Targeted
 from graft.config.reading import Json
 from graft.core.base_config import input_embeddings, output_embeddings
 from graft.core.containers import Transient
-from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError
-from graft.core.method import Layers, Method
-from graft.core.published import Published
+from graft.core.method import Layers, Method, Published, dropout_for
 from graft.methods.places import Block, blocks_of, hidden_size, named, walk
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, Targets
-from graft.config.targets import FOURIER
+from graft.config.fields import FOURIER, LayerRange, Targets
 from graft.core.effect import Effect, Update
-from graft.core.method import Method
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Method, Published
 from graft.kernels.transforms import Circulant, multiply_circulant
 
 

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Product, Update
-from graft.core.method import Method, Use
+from graft.core.method import Method, Use, dropout_for
 from graft.kernels.narrow import multiply_widened
 
 

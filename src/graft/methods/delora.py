@@ -11,11 +11,9 @@ import torch
 from torch import nn
 
 from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, RankPattern, Targeted
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA, LayerRange, RankPattern, Targeted
 from graft.core.effect import Factors
-from graft.core.method import Method, Use
+from graft.core.method import Method, Use, dropout_for
 
 SHORTEST = 1e-4  # a shorter vector keeps its length: B starts at zero
 

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import BELOW_1, COUNT, POSITIVE
-from graft.config.fields import LayerRange, RankPattern, Targeted
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
-from graft.core.method import Method
+from graft.core.method import Method, dropout_for
 
 
 @dataclass(kw_only=True)

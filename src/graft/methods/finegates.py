@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import FRACTION, NOT_NEGATIVE
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import LORA
+from graft.config.fields import LORA, LayerRange, Targeted
 from graft.core.each import each_of
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import AdapterNotFoundError, PeftWarning, warn_of
-from graft.core.method import Method
-from graft.core.published import Published
+from graft.core.method import Method, Published
 
 if TYPE_CHECKING:
     from graft.core.tuner import Tuner

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graft.config.targets import FOURIER
-from graft.core.published import Published
+from graft.config.fields import FOURIER
+from graft.core.method import Published
 from graft.kernels.transforms import Spectrum
 from graft.methods.spectral import Spectral, SpectralConfig
 

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import FRACTION, Bound
-from graft.config.fields import LayerRange, Targets
-from graft.config.targets import FROD
+from graft.config.fields import FROD, LayerRange, Targets
 from graft.core.containers import Attached, Transient
-from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of
-from graft.core.method import Layers, Method, Tensors, Use
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, Use, dropout_for
 from graft.core.site import Site
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import check_places, maybe_transient, warn_unsaved

@@ -18,11 +18,9 @@ from graft.config.bounds import BELOW_1
 from graft.config.fields import Chosen, Targeted
 from graft.core.carrier import layer_in
 from graft.core.containers import Transient
-from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method, Tokens
-from graft.core.published import Published
+from graft.core.method import Method, Published, Tokens, dropout_for
 from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, Place
 
 STRENGTH = 0.01  # of the regularisation

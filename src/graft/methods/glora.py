@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT
-from graft.config.fields import Targets
-from graft.config.targets import LORA
+from graft.config.fields import LORA, Targets
 from graft.core.effect import Effect, Update
-from graft.core.method import Method
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Method, Published
 from graft.kernels.narrow import multiply_widened
 from graft.kernels.one_product import Modulated, Rescaled
 

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT, NOT_NEGATIVE
-from graft.config.fields import LayerRange, Targets
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method
+from graft.core.method import COMPARISON, Method, Published, dropout_for
 from graft.core.ops import linear
-from graft.core.published import COMPARISON, Published
 from graft.kernels.structured import Inputs, Outputs
 
 

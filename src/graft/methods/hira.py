@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, RankPattern, Targeted
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
-from graft.core.method import Method
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Method, Published, dropout_for
 from graft.kernels.one_product import Modulated
 
 

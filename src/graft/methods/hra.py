@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import LORA
+from graft.config.fields import LORA, LayerRange, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
-from graft.core.method import Method
-from graft.core.published import Published
+from graft.core.method import Method, Published
 from graft.kernels.orthogonal import compact_reflections, gram_schmidt, reflect
 
 

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import Targeted, as_set
+from graft.config.fields import IA3 as TARGETS
+from graft.config.fields import IA3_FEEDFORWARD, Targeted, as_set
 from graft.config.reading import pattern
-from graft.config.targets import IA3 as TARGETS
-from graft.config.targets import IA3_FEEDFORWARD
 from graft.core.base_config import model_type
 from graft.core.containers import Attached
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
-from graft.core.method import Method
-from graft.core.published import Published
+from graft.core.method import Method, Published
 
 
 @dataclass(kw_only=True)

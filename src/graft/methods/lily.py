@@ -12,8 +12,7 @@ from typing import Annotated
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT, at_least
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import LORA
+from graft.config.fields import LORA, LayerRange, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.method import Method
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from graft.config.fields import Targeted
-from graft.config.targets import LN_TUNING
+from graft.config.fields import LN_TUNING, Targeted
 from graft.core.effect import Effect, Replace
 from graft.core.method import Method
 from graft.storage import codes_in, standalone

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, Update
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Published
 from graft.kernels.structured import Kronecker, factorization, multiply_kronecker
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 

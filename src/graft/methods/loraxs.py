@@ -14,14 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA, LayerRange, Targeted
 from graft.core.each import Matrix
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Use
-from graft.core.published import Published
+from graft.core.method import Method, Published, Use, dropout_for
 from graft.methods.projections import maybe_transient
 
 STEP = "_graft_lorasb_step"  # attribute of a base layer: (out, in), by `graft.preprocess_lorasb`

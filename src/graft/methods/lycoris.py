@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, RankPatterns, Targeted
-from graft.config.targets import LORA
+from graft.config.fields import LORA, LayerRange, RankPatterns, Targeted
 from graft.core.method import Method
 
 

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from graft.config.bounds import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE
 from graft.config.fields import LayerRange, RankPatterns, Targeted
-from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Replace, Update
 from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
-from graft.core.method import Method, Tokens
+from graft.core.method import Method, Published, Tokens, dropout_for
 from graft.core.ops import find_op
-from graft.core.published import Published
 from graft.methods.moelora import balance, check_experts, weighed
 from graft.methods.places import ATTENTION, MLP, named, walk
 

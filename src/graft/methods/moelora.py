@@ -16,14 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE
-from graft.config.fields import LayerRange, RankPatterns, Targeted
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Tokens
+from graft.core.method import Method, Published, Tokens, dropout_for
 from graft.core.ops import Op
-from graft.core.published import Published
 
 
 @dataclass(kw_only=True)

@@ -9,15 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from graft.config.fields import OSF as TARGETS
 from graft.config.fields import Targets
 from graft.config.reading import pattern
-from graft.config.targets import OSF as TARGETS
 from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Use
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Method, Published, Use
 from graft.kernels.narrow import project_gradient_inside, project_gradient_outside
 from graft.kernels.one_product import Difference
 

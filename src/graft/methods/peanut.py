@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT, NOT_NEGATIVE
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import LORA
+from graft.config.fields import LORA, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method

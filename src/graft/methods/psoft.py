@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT, Bound
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import LORA
+from graft.config.fields import LORA, LayerRange, Targeted
 from graft.core.containers import Exact
-from graft.core.dropout import dropout_for
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Tensors, Use
+from graft.core.method import Method, Tensors, Use, dropout_for
 from graft.core.random import seeded
 from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew

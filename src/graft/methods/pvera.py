@@ -9,11 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.targets import PVERA
-from graft.core.dropout import dropout_for
+from graft.config.fields import PVERA
 from graft.core.effect import Factors, Product
-from graft.core.method import Layers, Method
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Layers, Method, Published, dropout_for
 from graft.core.site import Site
 from graft.kernels.eager import eager
 from graft.kernels.low_rank import new_seed

@@ -9,11 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA
 from graft.core.effect import Factors
-from graft.core.method import Layers, Method
-from graft.core.published import Published
+from graft.core.method import Layers, Method, Published, dropout_for
 from graft.core.random import kaiming_bound
 from graft.kernels.structured import between_diagonals
 from graft.kernels.waits import copy_on_device

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from graft.config.bounds import BELOW_1, COUNT
 from graft.config.reading import Json
-from graft.core.dropout import dropout_for
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.published import Published
+from graft.core.method import Published, dropout_for
 from graft.core.rows import PerRow, Run
 from graft.methods.bottleneck import ACTIVATIONS
 from graft.methods.states import MASKS, OnStates, StatesConfig, is_encoder_decoder, numbers_by_row

@@ -10,12 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import Targets
-from graft.config.targets import LORA
+from graft.config.fields import LORA, Targets
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
-from graft.core.method import Method
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Method, Published
 from graft.kernels.orthogonal import rotate_pairs
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import BELOW_1, COUNT, must_be
+from graft.config.fields import SDT as TARGETS
 from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import SDT as TARGETS
 from graft.core.containers import Filed
-from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Update
-from graft.core.method import Method, Tensors
-from graft.core.published import Published
+from graft.core.method import Method, Published, Tensors, dropout_for
 from graft.kernels.sparse import Scattered
 from graft.methods.places import walk
 from graft.methods.shira import with_places

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT
-from graft.config.fields import Targets
-from graft.config.targets import PHI_ATTENTION
+from graft.config.fields import PHI_ATTENTION, Targets
 from graft.core.containers import Filed
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lifted
-from graft.core.method import Method, Tensors, Use
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Method, Published, Tensors, Use
 from graft.core.site import Site
 from graft.kernels.sparse import Scattered
 

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import BELOW_1, COUNT
-from graft.config.fields import Targets
-from graft.config.targets import LORA
+from graft.config.fields import LORA, Targets
 from graft.core.containers import Transient
-from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Tensors, Use
+from graft.core.method import Method, Tensors, Use, dropout_for
 from graft.core.ops import linear
 from graft.kernels.sparse import Scattered
 from graft.methods.projections import check_places

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT, NOT_NEGATIVE
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import LORA
+from graft.config.fields import LORA, LayerRange, Targeted
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Tensors, Use
-from graft.core.published import Published
+from graft.core.method import Method, Published, Tensors, Use
 from graft.methods.loraxs import largest
 from graft.methods.projections import check_places, maybe_transient
 

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT, FRACTION
-from graft.config.fields import LayerRange, Targets
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA, LayerRange, Targets
 from graft.core.effect import Factors
-from graft.core.method import Layers, Method, Use
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Layers, Method, Published, Use, dropout_for
 from graft.methods.projections import maybe_transient
 
 

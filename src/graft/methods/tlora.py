@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT, POSITIVE
-from graft.config.fields import LayerRange, RankPatterns, Targeted
-from graft.config.targets import LORA
+from graft.config.fields import LORA, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method, Use
-from graft.core.published import Published
+from graft.core.method import Method, Published, Use
 from graft.core.rows import Finish, Run, Same
 from graft.kernels.waits import raise_unless
 from graft.methods.loraxs import largest

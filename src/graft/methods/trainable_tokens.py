@@ -14,8 +14,7 @@ from graft.core.base_config import input_embeddings
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Use
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Method, Published, Use
 from graft.kernels.waits import copy_on_device
 
 

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT, NOT_NEGATIVE, POSITIVE, one_of
-from graft.config.fields import LayerRange, Targets
-from graft.config.targets import LORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import LORA, LayerRange, Targets
 from graft.core.effect import Factors
-from graft.core.method import Layers, Method, Tensors
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, dropout_for
 from graft.core.random import skip
 from graft.core.site import Site
 from graft.methods.projections import check_places, maybe_transient

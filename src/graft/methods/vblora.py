@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import COUNT, POSITIVE, Bound
-from graft.config.fields import LayerRange, Targeted
-from graft.config.targets import VBLORA
-from graft.core.dropout import dropout_for
+from graft.config.fields import VBLORA, LayerRange, Targeted
 from graft.core.effect import Factors
 from graft.core.errors import CheckpointError, ConfigError
-from graft.core.method import Layers, Method, Tensors
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, dropout_for
 from graft.core.random import skip
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched

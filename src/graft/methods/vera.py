@@ -9,11 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.targets import PHI_ATTENTION
-from graft.core.dropout import dropout_for
+from graft.config.fields import PHI_ATTENTION
 from graft.core.effect import Factors
-from graft.core.method import Layers, Method
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Layers, Method, Published, dropout_for
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
 

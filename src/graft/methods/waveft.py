@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from graft.config.targets import WAVELET
+from graft.config.fields import WAVELET
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.kernels.transforms import Basis, Plain, Sparse, Wavelet
 from graft.methods.spectral import Spectral, SpectralConfig

@@ -17,8 +17,7 @@ from torch import nn
 from graft.config.base import PeftConfig, check_config
 from graft.config.reading import Json
 from graft.core.base_config import model_type
-from graft.core.method import Method
-from graft.core.published import Published
+from graft.core.method import Method, Published
 from graft.methods import method_of
 from graft.prompts.base import Prompt
 

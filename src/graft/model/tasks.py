@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from graft.config.base import PeftConfig
+from graft.config.fields import TASK_HEADS
 from graft.config.hub import fetch, hub_keywords
-from graft.config.targets import TASK_HEADS
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shortened, warn
 from graft.inject.beside import add_task_heads
 from graft.inject.parts import registry_of

@@ -16,7 +16,7 @@ from graft.core.call import Call
 from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot, slots_of
 from graft.core.errors import CheckpointError, ConfigError
-from graft.core.published import Published
+from graft.core.method import Published
 from graft.core.wrappers import end_offloading
 from graft.storage import place_of
 from graft.storage.parallel import fill, layout_of, shape_of

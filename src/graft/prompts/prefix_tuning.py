@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.bounds import POSITIVE
 from graft.config.prompt import PromptLearningConfig
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Published
 from graft.prompts.base import Prompt, pick
 
 

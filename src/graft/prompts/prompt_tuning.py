@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.published import Published
+from graft.core.method import Published
 from graft.prompts.base import Prompt, words_of
 from graft.storage.parallel import shape_of
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import graft
-from graft.config.targets import LORA
+from graft.config.fields import LORA
 from graft.methods import IN_PEFT
 from tests.covering import Sometimes
 from tests.models import LENGTH, STD, VOCAB, TinyModel, clone, pairs, seed, seeded, tokens, transformer

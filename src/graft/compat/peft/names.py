@@ -15,7 +15,7 @@ HELD: dict[str, str] = {
     "graft.methods.xlora": "XLoraClassifier",
     "graft.prompts.base": "BasePromptEncoder=Prompt",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
-    "graft.config.targets": "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
+    "graft.config.fields": "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
     "graft.io.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
     "graft.serving.hotswap": "check_hotswap_configs_compatible=check_compatible",
     "graft.combine.rules": "dare_linear dare_ties magnitude_based_pruning=keep_largest magnitude_prune "

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from graft import AdapterLayer, method_of
 from graft.config.base import matches_end
+from graft.config.fields import EMBEDDING_NAMES
 from graft.config.reading import pattern
-from graft.config.targets import EMBEDDING_NAMES
 from graft.core.merging import not_merged
 from graft.core.names import one_or_several
 from graft.inject.experts import merges, part_of

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from graft.config.bounds import Bound, at_least, must_be
+from graft.config.fields import ADALORA
 from graft.config.reading import Json
-from graft.config.targets import ADALORA
 from graft.core.call import Call
 from graft.core.containers import Transient
-from graft.core.dropout import dropout_for
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Method, Tensors
-from graft.core.published import Published
+from graft.core.method import Method, Published, Tensors, dropout_for
 from graft.core.rows import Finish
 from graft.core.tuner import Tuner
 from graft.kernels.orthogonal import gram_distance

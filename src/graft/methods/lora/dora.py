@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graft.core.effect import Effect, Factors, Update
-from graft.core.method import Use
-from graft.core.published import Published
+from graft.core.method import Published, Use
 from graft.kernels.decomposed import row_norms
 from graft.kernels.eager import eager
 from graft.kernels.versions import version_of

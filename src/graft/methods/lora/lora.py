@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.targets import LORA
+from graft.config.fields import LORA
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import AdapterNotFoundError
 from graft.core.lean import Identity, bare
-from graft.core.method import Method, Tensors
-from graft.core.published import Published
+from graft.core.method import Method, Published, Tensors
 from graft.core.tuner import Tuner
 from graft.methods.lora import checks, shift
 from graft.methods.lora.config import LoraConfig

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from graft.core.call import Call
-from graft.core.dropout import dropout_for
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Layers, Method
-from graft.core.published import COMPARISON, Published
+from graft.core.method import COMPARISON, Layers, Method, Published, dropout_for
 from graft.core.rows import Finish
 from graft.core.tuner import Tuner
 from graft.methods.shadow import network

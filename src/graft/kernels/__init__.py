@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels: pure functions on tensors, each beside a plain reference."""
+"""Lower floor: pure functions on tensors, each with a plain reference."""

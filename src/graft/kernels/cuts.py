@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that several processes hold in pieces, and the way from whole tensors to pieces and back.
+"""Tensors that several processes hold in pieces: cutting, gathering and summing, with backward passes.
 
-A tensor is *whole* if each process holds all of it, and its gradient is then whole as well; or it is a *piece*, with
-the gradient of that piece. Each function here leads from one to the other, with the backward pass that keeps this so.
-What computes only with whole tensors needs nothing else, and its parameters get equal gradients on all processes.
+A tensor is *whole* if each process holds all of it; then its gradient is whole as well. Or it is a *piece*, with the
+gradient of that piece. Each function here turns one into the other, with the backward pass that keeps this so. Code
+that computes only with whole tensors needs none of them: its parameters get equal gradients on all processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Cut(NamedTuple):
-    """One dimension of a tensor, cut into a piece for each process: torch's chunks, the last perhaps shorter."""
+    """One dimension of a tensor that is cut into a piece for each process, as torch.chunk cuts: the last may be
+    shorter.
+    """
 
     group: ProcessGroup | None  # its process group
     rank: int  # of this process, in the group
@@ -40,14 +42,21 @@ class Cut(NamedTuple):
 
 
 def take_piece(t: Tensor, cut: Cut, dim: int) -> Tensor:
-    """Return this process's piece of a whole tensor, without its own backward pass."""
+    """Return a view of this process's piece of a whole tensor.
+
+    Autograd sees a plain slice: `cut_tensor` has the right gradient.
+    """
     striped = t.movedim(dim, 0).unflatten(0, (cut.stripes, -1))
     piece = striped.narrow(1, min(cut.rank * cut.chunk, striped.shape[1]), cut.length(cut.rank))
     return piece.flatten(0, 1).movedim(0, dim)
 
 
 def gather_whole(piece: Tensor, cut: Cut, dim: int) -> Tensor:
-    """Return the whole tensor of which each process of the group passes its piece."""
+    """Return the whole tensor, contiguous, from the pieces that the processes of the group pass.
+
+    All processes have to call it. Shorter pieces are padded for the exchange. It records no gradient: `join_pieces`
+    does.
+    """
     stripes = piece.movedim(dim, 0).unflatten(0, (cut.stripes, -1)).movedim(1, 0)  # (length, stripes, …)
     padded = (
         stripes
@@ -62,6 +71,7 @@ def gather_whole(piece: Tensor, cut: Cut, dim: int) -> Tensor:
 
 
 def sum_over_group(t: Tensor, cut: Cut) -> Tensor:
+    """Return the sum of a tensor over the processes of the group, in new memory. All processes have to call it."""
     t = t.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(t, group=cut.group)
     return t
@@ -111,20 +121,29 @@ class _WithSummedGrad(Function):
 
 
 def cut_tensor(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
-    """Return this process's piece of a whole tensor; the tensor itself where nothing is cut."""
+    """Return this process's piece of a whole tensor; the tensor itself if `cut` is None.
+
+    The backward pass gathers the gradients of all pieces, so that all processes have to run it.
+    """
     return t if cut is None else _Piece.apply(t, cut, dim)
 
 
 def join_pieces(t: Tensor, cut: Cut | None, dim: int = -1) -> Tensor:
-    """Return the whole tensor from the processes' pieces."""
+    """Return the whole tensor from the pieces that the processes pass; the tensor itself if `cut` is None.
+
+    Each process gets the gradient of its piece. All processes have to call it.
+    """
     return t if cut is None else _Whole.apply(t, cut, dim)
 
 
 def sum_partial_results(t: Tensor, cut: Cut) -> Tensor:
-    """Return the whole tensor that is the sum of what the processes computed from their pieces."""
+    """Return the sum of the processes' partial results, such as products with pieces; gradients pass unchanged."""
     return _Sum.apply(t, cut)
 
 
 def sum_gradient(t: Tensor, cut: Cut) -> Tensor:
-    """Return a whole tensor for a product with a piece, whose gradient is the sum of those of all processes."""
+    """Return a whole tensor unchanged, for a product with a piece.
+
+    The backward pass sums its gradient over all processes.
+    """
     return _WithSummedGrad.apply(t, cut)

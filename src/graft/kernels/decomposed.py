@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product with DoRA's weight, ratio ⊙ (W + scale · B A), for a linear layer whose own weight takes no gradient.
+"""The product with DoRA's weight, ratio ⊙ (W + scale · B A), for a linear layer with a frozen weight.
 
 Dropout acts on the low-rank part and on the change (ratio - 1) ⊙ W x, not on W x itself:
-x ↦ W x + b + (ratio - 1) ⊙ W x' + ratio ⊙ scale · B A x', where x' = dropout(x).
+    x ↦ W x + b + (ratio - 1) ⊙ W x' + ratio ⊙ scale · B A x', where x' = dropout(x).
 
-
-Its ratio needs the norm of W + scale · B A, which is had without forming that sum."""
+The ratio needs the norms of the rows of W + scale · B A. `row_norms` computes them without forming that sum.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def plain_row_norms(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, rows: Cut | None = None, columns: Cut | None = None) -> Tensor:
-    """Return ‖W + BA‖ per row, in at least float32: the terms of ‖w‖² + 2⟨W Aᵀ, B⟩ + b A Aᵀ bᵀ may cancel.
+    """Return ‖W + BA‖ per row, (out,), in at least float32: the terms of ‖w‖² + 2⟨W Aᵀ, B⟩ + b A Aᵀ bᵀ may cancel.
 
-    rows, columns: the cut by which W is this process's piece; no gradients then.
+    rows, columns: the cuts if W is this process's piece of a weight. Then the processes exchange sums, the result is
+    the norm of all rows, and there are no gradients.
     """
     dtype = torch.promote_types(W.dtype, torch.float32)
     W, A, B = W.to(dtype), A.to(dtype), B.to(dtype)
@@ -43,7 +44,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, rows: Cut | None = None, columns:
     return norms if rows is None else gather_whole(norms, rows, 0)
 
 
-SPARSE_TO = 0.15  # share of dropped inputs up to which W x' is W x less the product of the few dropped ones
+SPARSE_TO = 0.15  # up to this share of dropped inputs, W x' is computed as W x minus the product of the dropped ones
 
 
 def plain_dora_linear(
@@ -134,7 +135,7 @@ class _DoraLinear(Function):
 
 
 def _differentiable_gradients(ctx: Context, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Return gradients that have gradients: those of the plain products."""
+    """Return the gradients by autograd through `plain_dora_linear`, so that they have gradients themselves."""
     x, W, b, A, B, ratio, *_ = ctx.saved_tensors
     scale, p, seed = ctx.options
     mask = low_rank.dropout_mask(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape) / (1 - p) if p else 1

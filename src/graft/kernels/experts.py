@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block of experts, of which each token uses a few: its stacks of matrices are dense or packed, and rows have
-updates of their own.
+"""Blocks of experts, a few of them for each token; the weights of the experts are stacks, dense or packed.
 
-Rows are sorted by expert. Of a packed stack a chunk of matrices is dequantized at a time, and again in the backward
-pass, so that no more than one chunk is ever dense.
+Rows are sorted by expert, and may have updates of their adapters. A packed stack is dequantized in chunks of at most
+`BUDGET` bytes, in the forward pass and again in the backward pass: no more than one chunk is ever dense.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ Span = tuple[int, int, int]  # an expert, and its rows from here to there
 
 
 class MatrixStack(Protocol):
-    """A stack of matrices, however it is held."""
+    """A stack of matrices, dense or packed, that returns single matrices."""
 
     @property
     def shape(self) -> tuple[int, int, int]: ...  # (experts, out, in)
     @property
-    def compute_dtype(self) -> torch.dtype | None: ...  # in which to compute; None: that of the inputs
+    def compute_dtype(self) -> torch.dtype | None: ...  # of the products; None: that of the inputs
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Sequence[Tensor]: ...  # matrices (out, in)
 
 
@@ -39,8 +38,8 @@ class LowRankUpdate(NamedTuple):
 
     A: Tensor  # (experts, r, in)
     B: Tensor  # (experts, out, r)
-    group: int | None = None  # of the tokens that it is for; None: all
-    gate: Tensor | None = None  # (tokens,): what it adds counts so much
+    group: int | None = None  # the tokens that it changes; None: all
+    gate: Tensor | None = None  # (tokens,): factor of the update for each token
 
 
 # (expert, its tensors, its matrix if the update `reads` it) → ΔW (out, in), or A (r, in) and B (out, r)
@@ -59,12 +58,14 @@ class FormedUpdate(NamedTuple):
 
 
 class UpdatedStack(NamedTuple):
+    """A stack of matrices, and the updates of its adapters."""
+
     codes: MatrixStack
     parts: Sequence[LowRankUpdate | FormedUpdate] = ()
 
 
 class ExpertBlock(NamedTuple):
-    """What experts do with their stacks: down(act(up x)), each with a bias if it has one, and a norm after them."""
+    """The computation of an expert: down(act(up x)), each product with an optional bias, then an optional norm."""
 
     up: str  # names of the stacks
     down: str
@@ -75,7 +76,7 @@ class ExpertBlock(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Rows, one for each token and expert that it uses, sorted by expert, and those of an expert by group."""
+    """Rows sorted by expert, and within an expert by group: one row for each token and each expert that it uses."""
 
     order: Tensor  # (rows,): places in (tokens · k)
     tokens: Tensor  # (rows,)
@@ -85,11 +86,14 @@ class Routes(NamedTuple):
 
     @classmethod
     def of(cls, index: Tensor, experts: int, group: Tensor | None = None, groups: int = 1) -> Routes:
-        """Sort by expert.
+        """Return the rows that router indices describe, sorted by expert and group.
+
+        Waits for the device to learn the sizes.
 
         Args:
-            index: (tokens, k); rows of experts that are none of `experts` come last, and count nothing.
-            group: (tokens,), below `groups`.
+            index: (tokens, k), the experts of each token. An index outside 0 … experts - 1 is of an expert of another
+                process; its rows come last and add nothing.
+            group: (tokens,), the group of each token, below `groups`.
         """
         flat = index.reshape(-1)
         key = torch.where((flat < 0) | (flat >= experts), experts, flat).long()
@@ -101,7 +105,9 @@ class Routes(NamedTuple):
         return cls(order, order // index.shape[1], (key // groups).clamp(max=experts - 1), sizes, groups)
 
     def spans(self, group: int | None = None) -> Iterator[Span]:
-        """Yield the experts in use, with their rows; of one group of tokens, or all."""
+        """Yield (expert, start, stop) for each expert with rows; with `group`, only the rows of that group of
+        tokens.
+        """
         end = 0
         for expert in range(len(self.sizes) // self.groups):
             sizes = self.sizes[expert * self.groups : (expert + 1) * self.groups]
@@ -116,7 +122,7 @@ class Routes(NamedTuple):
 
     @property
     def row_count(self) -> int:
-        """The number of rows that have an expert."""
+        """The number of rows with an expert of this process."""
         return sum(self.sizes)
 
 
@@ -131,13 +137,16 @@ def run_experts(
 ) -> Tensor:
     """Return the output of a block of experts, (tokens, width), in the dtype of x.
 
+    Each token's output is the sum over its experts, weighted by `weights`, summed in at least float32. Experts of other
+    processes add zero.
+
     Args:
         x: (tokens, width).
         index: (tokens, k), the experts of each token.
-        weights: (tokens, k), how much each counts.
-        stacks: by name.
-        group: (tokens,), by which tokens have parts.
-        groups: their number.
+        weights: (tokens, k), the weight of each of these experts.
+        stacks: by the names that `block` has.
+        group: (tokens,), the group of each token: an update with a group acts on its tokens only.
+        groups: the number of groups.
     """
     routes = Routes.of(index, stacks[block.up].codes.shape[0], group, groups)
     y = multiply_stack(x, routes, stacks[block.up], gather=True)
@@ -156,7 +165,10 @@ def run_experts(
 
 
 def multiply_stack(x: Tensor, routes: Routes, stack: UpdatedStack, gather: bool = False) -> Tensor:
-    """Return what a stack and its parts make of each row, (rows, out); zeros for rows without an expert.
+    """Return the product of each row with its expert's updated matrix, (rows, out); zeros for rows without an expert.
+
+    Computes in autocast's dtype if it is on, else in the stack's `compute_dtype`, else in that of x; updates in their
+    own. Gradients flow to x and to the tensors of the updates, none to the stack.
 
     Args:
         x: (rows, in), or with `gather` (tokens, in).
@@ -181,17 +193,20 @@ def multiply_stack(x: Tensor, routes: Routes, stack: UpdatedStack, gather: bool 
 
 
 class Maker(NamedTuple):
-    """What the host knows of a part: how to make its update of an expert's matrix, of tensors of all experts."""
+    """The facts of one update of a stack: how to form it for an expert's matrix, and its rows.
+
+    It holds no parameters.
+    """
 
     spans: dict[int, tuple[int, int]]  # rows, by expert
-    dtype: torch.dtype  # in which it computes
+    dtype: torch.dtype  # of the update's tensors and products
     form: Form | None  # None: the tensors are A and B
     reads: bool = False
     per_expert: int = 2  # tensors that have a part for each expert
     shared: Sequence[Tensor] = ()
 
     def make(self, e: int, tensors: Sequence[Tensor], W: Tensor | None) -> Sequence[Tensor]:
-        """Return ΔW, or A and B, from the expert's own tensors."""
+        """Return ΔW, or A and B, of expert e, formed without autocast in `dtype`. `tensors` are that expert's."""
         if self.form is None:
             return tensors
         with torch.autocast(tensors[0].device.type, enabled=False):
@@ -200,7 +215,10 @@ class Maker(NamedTuple):
     def make_with_gradients(
         self, e: int, tensors: Sequence[Tensor], W: Tensor | None, need: Sequence[bool]
     ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Sequence[Tensor | None]]]:
-        """Return what `make` does, and the function from its gradients to those of the tensors (None: not needed)."""
+        """Return the result of `make`, and a function from its gradients to the gradients of the tensors.
+
+        The gradients are those of `tensors`, then of `shared`; None for one that `need` excludes.
+        """
         if self.form is None:
             return tensors, lambda of_made: of_made
         leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, need)]
@@ -223,7 +241,7 @@ class Maker(NamedTuple):
 
 
 class StackProduct(NamedTuple):
-    """What the host knows of a product."""
+    """The facts of one product with a stack: its matrices, rows and updates."""
 
     codes: MatrixStack
     dtype: torch.dtype
@@ -236,7 +254,10 @@ class StackProduct(NamedTuple):
         return any(maker.reads for maker in self.makers)
 
     def visit_matrices(self, use: Callable[[Tensor | None, int, int, int], object], dense: bool = True) -> None:
-        """Call `use` with each matrix in use (None if not `dense`), expert and rows; it must not keep the matrix."""
+        """Call `use(matrix, expert, start, stop)` for each expert with rows; the matrix is None if not `dense`.
+
+        Matrices come in chunks of at most `BUDGET` bytes. `use` must not keep its matrix.
+        """
         if not dense:
             for span in self.spans:
                 use(None, *span)
@@ -250,7 +271,7 @@ class StackProduct(NamedTuple):
             del W  # before the next chunk is made
 
     def split_tensors(self, tensors: Sequence[Any]) -> list[tuple[Maker, int, Tensor | None, Sequence[Tensor]]]:
-        """Return of each part its maker, where its tensors begin among all, its gate, and its tensors."""
+        """Return for each update its maker, the position of its gate among all tensors, its gate, and its tensors."""
         out, i = [], 0
         for maker in self.makers:
             end = i + 1 + maker.per_expert + len(maker.shared)
@@ -260,7 +281,10 @@ class StackProduct(NamedTuple):
 
 
 def multiply_rows(x: Tensor, W: Tensor, out: Tensor) -> Tensor:
-    """Return x W in `out`, (rows, n), each row with the bits that it has among more of them."""
+    """Write x W to `out` (rows, n) and return it.
+
+    Fewer than `FEW` rows are padded, so that a row's bits do not depend on the others.
+    """
     if len(x) >= FEW:
         return torch.mm(x, W, out=out)
     return out.copy_((nn.functional.pad(x, (0, 0, 0, FEW - len(x))) @ W)[: len(x)])
@@ -287,7 +311,7 @@ class _StackProduct(Function):
                     rows(a, b).to(maker.dtype),
                 )
                 z = v @ update[0].T
-                if len(update) > 1:  # each h in memory of its own: its place would change its bits
+                if len(update) > 1:  # each h in separate memory: a view's alignment would change its bits
                     low[i, e], z = z, z @ update[1].T
                 y[a:b] += (z if gate is None else z * gate[a:b, None]).to(y.dtype)
 
@@ -350,7 +374,7 @@ def plain_run_experts(
     stacks: Mapping[str, UpdatedStack],
     group: Tensor | None = None,
 ) -> Tensor:
-    """The reference: token by token, with dense matrices."""
+    """The reference of `run_experts`: token by token, with dense matrices."""
 
     def product(name: str, v: Tensor, e: int, t: int) -> Tensor:
         codes, parts = stacks[name]

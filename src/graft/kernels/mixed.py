@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank updates of a batch whose rows use different adapters."""
+"""Low-rank updates for batches with rows of different adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def plain_add_groups(y: Tensor, x: Tensor, factors: Factors, order: Tensor, size
 
 
 def can_add_groups(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int]) -> bool:
-    """Return True if `add_groups` can serve them: all of one dtype and, with gradients, cheap to stack."""
+    """Return True if `add_groups` takes these factors: all have one dtype and, where autograd records, one shape, equal
+    numbers of rows, and at most `STACKED` numbers.
+    """
     A = factors[0][0]
     if any(a.dtype != A.dtype or b.dtype != A.dtype for a, b, _ in factors):
         return False
@@ -39,7 +41,9 @@ def can_add_groups(y: Tensor, x: Tensor, factors: Factors, sizes: Sequence[int])
 def add_groups(
     y: Tensor, x: Tensor, factors: Factors, order: Tensor, sizes: Sequence[int], in_order: bool = False
 ) -> Tensor:
-    """Compute `plain_add_groups` in y's memory, for factors that `can_add_groups` takes.
+    """Compute `plain_add_groups` in y's memory, for factors that `can_add_groups` takes. Return y.
+
+    Adapters of one shape and equal numbers of rows share one batched product; else a loop runs over the adapters.
 
     in_order: `order` counts all rows from the first to the last.
     """
@@ -57,18 +61,24 @@ def add_groups(
 
 
 def _have_one_shape(factors: Factors, sizes: Sequence[int]) -> bool:
-    """Return True if one batched product covers them all."""
+    """Return True if all adapters have factors of one shape and equally many rows, so that one batched product serves
+    them.
+    """
     first = factors[0][0]
     return len(set(sizes)) == 1 and all(A.shape == first.shape for A, _, _ in factors)
 
 
 def _is_cheap_to_stack(factors: Factors) -> bool:
+    """Return True if the stacked factors have at most `STACKED` numbers."""
     A, B, _ = factors[0]
     return len(factors) * (A.numel() + B.numel()) <= STACKED
 
 
 def _add_stacked(y: Tensor, groups: Tensor, factors: Factors, order: Tensor | None) -> Tensor:
-    """Add all by one batched product. order: None if all of y's rows are in order."""
+    """Add all updates to y by one batched product, in y's memory, and return y.
+
+    order: None if y's rows are in order.
+    """
     A, B = torch.stack([A for A, _, _ in factors]), torch.stack([B for _, B, _ in factors])
     h = down_each(groups.reshape(len(factors), -1, groups.shape[-1]), A)
     scales = [s for _, _, s in factors]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with a frozen weight of few digits: widened part by part and never kept so, or in more digits."""
+"""Products with a frozen weight in a narrow dtype, which is converted part by part; and projections of gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def plain_widened_product(A: Tensor, W: Tensor) -> Tensor:
 
 
 def multiply_widened(A: Tensor, W: Tensor) -> Tensor:
-    """Compute `plain_widened_product`. W gets no gradient."""
+    """Compute `plain_widened_product` without a copy of all of W in the wider dtype. W gets no gradient.
+
+    Forward-mode derivatives and tracers get the plain product.
+    """
     if W.dtype == A.dtype or not only_backward():
         return plain_widened_product(A, W)
     return _WidenedProduct.apply(A, W)
@@ -42,29 +45,35 @@ class _WidenedProduct(Function):
 
 
 def split_columns(W: Tensor) -> tuple[Tensor, ...]:
-    """Return W in columns of not too many numbers."""
+    """Return W in chunks of columns of at most `PART` numbers, or of one column."""
     return W.split(max(1, PART // max(1, W.shape[0])), 1)
 
 
 def project_gradient_outside(p: Tensor, Q: Tensor) -> Tensor:
-    """Return p, whose gradient g becomes g - Q Qᵀ g. p (n, k); the columns of Q (n, j) are orthonormal."""
+    """Return p itself, with a backward pass that turns its gradient g into g - Q Qᵀ g.
+
+    p (n, k); the columns of Q (n, j) are orthonormal.
+    """
     return _GradientProjection.apply(p, Q, False) if only_backward() else _project_by_sum(p, Q, False)
 
 
 def project_gradient_inside(p: Tensor, Q: Tensor) -> Tensor:
-    """Return p, whose gradient g becomes Q Qᵀ g."""
+    """Return p itself, with a backward pass that turns its gradient g into Q Qᵀ g.
+
+    Shapes as in `project_gradient_outside`.
+    """
     return _GradientProjection.apply(p, Q, True) if only_backward() else _project_by_sum(p, Q, True)
 
 
 def project_columns(g: Tensor, Q: Tensor, within: bool) -> Tensor:
-    """Return the part of g (n, k) in the space of Q's columns, or the part outside."""
+    """Return the part of g (n, k) in the space of Q's columns if `within`, else the part outside of it."""
     Q = Q.to(g.dtype)
     part = Q @ (Q.T @ g)
     return part if within else g - part
 
 
 def _project_by_sum(p: Tensor, Q: Tensor, within: bool) -> Tensor:
-    """The reference: what is projected is zero, and only its gradient matters."""
+    """The reference: p plus a zero with a projected gradient. The value of p stays."""
     still = p.detach()
     return still + project_columns(p - still, Q, within)
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layer x (W + ΔW)ᵀ + b: one product where x Wᵀ + x ΔWᵀ takes two; and the ΔW that are not formed for it.
+"""The linear layer x (W + ΔW)ᵀ + b as one product, in place of x Wᵀ + x ΔWᵀ; and classes of ΔW that it takes.
 
-Each ΔW says how to add it to W, and the gradients of its parts: (a b) ⊙ (c d); W ⊙ (B A) + D C; a ⊙ W + b 1ᵀ, with a
-number for each row; the difference B A - B₀ A₀ of two products of high rank."""
+Each ΔW knows how to add itself to W, and the gradients of its fields: - `Dense`: a matrix; - `Factored`: s · B A; -
+`Hadamard`: (a b) ⊙ (c d); - `Modulated`: W ⊙ (B A) + D C; - `Rescaled`: a ⊙ W + b 1ᵀ, with a number for each row; -
+`Difference`: B A - B₀ A₀, two products of high rank.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ class Addend(Protocol):
     """ΔW (out, n): a NamedTuple of tensors, and of facts."""
 
     def __iter__(self) -> Iterator[object]: ...
-    def add_to(self, W: Tensor) -> Tensor: ...  # W + ΔW, in the dtype in which to compute
+    def add_to(self, W: Tensor) -> Tensor: ...  # W + ΔW, in the dtype of the product
 
     # of all fields, from the gradient of the output (rows, out) and x (rows, n). need: which fields get one
     def gradients(self, g: Tensor, x: Tensor, need: Sequence[bool]) -> Sequence[Tensor | None]: ...
@@ -32,9 +34,9 @@ class Addend(Protocol):
 def linear_with(
     W: Tensor, bias: Tensor | None, x: Tensor, delta: Addend, call: Call, input_gradient: InputGradient
 ) -> Tensor:
-    """Return x (W + ΔW)ᵀ + bias; keep x, W and the fields of ΔW, of which the backward pass forms the sum again.
+    """Return x (W + ΔW)ᵀ + bias in the dtype of x, computed in the dtype of W + ΔW and rounded once.
 
-    Compute in the dtype of the sum, and round the output once. W gets no gradient.
+    The backward pass forms W + ΔW again: only x, W and the fields of ΔW are kept. W gets no gradient.
 
     Args:
         W: (out, n).
@@ -45,7 +47,7 @@ def linear_with(
 
 
 def holds(numbers: Tensor, W: Tensor) -> bool:
-    """Return True if the dtype of ΔW's numbers has all values of W's, so that the sum rounds none of W."""
+    """Return True if the dtype of `numbers` represents every value of W's dtype, so that W + ΔW rounds nothing of W."""
     return torch.promote_types(W.dtype, numbers.dtype) == numbers.dtype
 
 
@@ -76,13 +78,13 @@ class _OneProduct(Function):
 
 
 def plain_linear_with(W: Tensor, bias: Tensor | None, x: Tensor, delta: Tensor) -> Tensor:
-    """The reference for every ΔW, which is there. W and delta (out, n), x (…, n), bias (out,) → (…, out)."""
+    """The reference for every ΔW, given as a matrix. W and delta (out, n), x (…, n), bias (out,) → (…, out)."""
     y = x @ W.T + x @ delta.T
     return y if bias is None else y + bias
 
 
 class Dense(NamedTuple):
-    """A ΔW that is there."""
+    """A ΔW that is a plain matrix."""
 
     delta: Tensor  # (out, n)
 
@@ -274,9 +276,9 @@ class Rescaled(NamedTuple):
     def linear_with(
         self, W: Tensor, bias: Tensor | None, x: Tensor, call: Call, input_gradient: InputGradient
     ) -> Tensor | None:
-        """Return x (W + ΔW)ᵀ + bias, from x Wᵀ. Return None if W is another weight than that of ΔW.
+        """Return x (W + ΔW)ᵀ + bias from x Wᵀ, rescaled. Return None if W is another tensor than the W of ΔW.
 
-        input_gradient is unused: nothing here but operations with a backward pass of their own.
+        input_gradient is unused: autograd records these operations.
         """
         if W.data_ptr() != self.W.data_ptr():
             return None

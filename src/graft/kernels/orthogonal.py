@@ -30,8 +30,11 @@ def constrain(v: Tensor, eps: float) -> Tensor:
 
 
 def constrain_in_backward(v: Tensor, eps: float) -> Tensor:
-    """Do as `constrain`, for projected descent: the gradient at the projected point counts as that of v, and the
-    backward pass moves v there, so that the next step starts from that point. The forward pass writes nothing."""
+    """Return the value of `constrain`, with a backward pass for projected gradient descent.
+
+    The gradient at the constrained point becomes the gradient of v. The backward pass overwrites v with that point, so
+    that the next step starts there; the forward pass writes nothing. No overwriting under functional transforms.
+    """
     out = v + (constrain(v.detach(), eps) - v.detach())
     if out.requires_grad and not functional():
 
@@ -43,7 +46,7 @@ def constrain_in_backward(v: Tensor, eps: float) -> Tensor:
 
 
 def cayley(Q: Tensor, terms: int | None) -> Tensor:
-    """Return (I - Q)(I + Q)⁻¹; with `terms`, PEFT's truncated series of its inverse, I + 2Q + 2Q² + … + Qⁿ⁻¹."""
+    """Return (I - Q)(I + Q)⁻¹. With `terms`, return PEFT's truncated series of it instead, I + 2Q + 2Q² + … + Qⁿ⁻¹."""
     I = torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
     if terms is None:
         return torch.linalg.solve_ex(I + Q, I - Q, left=False)[0]  # I + Q has an inverse: no check, which would wait
@@ -59,7 +62,9 @@ def cayley(Q: Tensor, terms: int | None) -> Tensor:
 
 
 def orthogonal(Q: Tensor, terms: int | None) -> Tensor:
-    """Compute `cayley`; keep no powers of Q for the backward pass."""
+    """Compute `cayley`; if autograd records outside of autocast and compilers, keep no powers of Q for the backward
+    pass.
+    """
     fused = terms not in (1, 2) and torch.is_grad_enabled() and eager() and autocast_dtype(Q.device) is None
     return _Orthogonal.apply(Q, terms) if fused else cayley(Q, terms)
 
@@ -108,7 +113,7 @@ def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
-    """Compute `plain_rotate` by one batched product; keep x as it came."""
+    """Compute `plain_rotate` by one batched product. For many rows, keep x in its own dtype for the backward pass."""
     return _Rotate.apply(x, R) if worth_it(x) else _rotate_blocks(x, R)
 
 
@@ -135,8 +140,10 @@ class _Rotate(Function):
 
 
 def butterfly_order(n: int, size: int, level: int) -> Tensor:
-    """Return the order (n,) in which a butterfly factor takes its inputs: of 2^level blocks, half blocks of the first
-    half and of the second in turn."""
+    """Return the permutation (n,) that a butterfly factor applies to its inputs.
+
+    The inputs are 2^level blocks. Half blocks of the first half of a block and of its second half alternate.
+    """
     return torch.arange(n).view(-1, 2, 1 << level, size // 2).transpose(1, 2).flatten()
 
 
@@ -161,7 +168,10 @@ def gram_distance(P: Tensor) -> Tensor:
 
 
 def compact_reflections(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (U, T) of (I - 2 û_1 û_1ᵀ) (I - 2 û_2 û_2ᵀ) …, û_k the normalised columns of u. u, U (n, r), T (r, r)."""
+    """Return (U, T) of a product of Householder reflections in compact form, I - U T Uᵀ.
+
+    The product is (I - 2 û_1 û_1ᵀ) (I - 2 û_2 û_2ᵀ) …, with û_k the normalised columns of u. u, U (n, r), T (r, r).
+    """
     U = u / u.norm(dim=0)
     half = torch.eye(u.shape[1], dtype=u.dtype, device=u.device) / 2
     # T⁻¹ = ½ I + striu(UᵀU)
@@ -169,7 +179,10 @@ def compact_reflections(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram_schmidt(u: Tensor) -> Tensor:
-    """Make the columns of u orthonormal one after another; one that depends on those before it becomes 0."""
+    """Return u with its columns made orthonormal, one after another.
+
+    A column that depends on those before it becomes 0.
+    """
     columns: list[Tensor] = []
     for column in u.unbind(1):
         v = column
@@ -188,7 +201,10 @@ def plain_reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
 
 
 def reflect(x: Tensor, U: Tensor, T: Tensor) -> Tensor:
-    """Compute `plain_reflect` without a temporary of full width; keep x as it came and r numbers per row."""
+    """Compute `plain_reflect` without a temporary of full width.
+
+    For many rows, keep x and r numbers per row for the backward pass.
+    """
     return _Reflect.apply(x, U, T) if worth_it(x) else plain_reflect(x, U, T)
 
 
@@ -217,7 +233,7 @@ class _Reflect(Function):
 
 
 def plain_rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """The reference: c ⊙ z + s ⊙ z′, z′ with the two of each pair exchanged, computed in the dtype of c.
+    """The reference: c ⊙ z + s ⊙ z′, computed in the dtype of c; z′ is z with the two numbers of each pair exchanged.
 
     z (…, n), c and s (n / g, 2, g / 2). A rotation has s (-sin, sin).
     """
@@ -226,7 +242,7 @@ def plain_rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
 
 
 def rotate_pairs(z: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """Compute `plain_rotate_pairs`, for many rows without a copy of the halves; keep z as it came."""
+    """Compute `plain_rotate_pairs`; for many rows without a copy of the halves, keeping z in its own dtype."""
     if torch.is_grad_enabled():
         return _RotatePairs.apply(z, c, s) if worth_it(z) else plain_rotate_pairs(z, c, s)
     return _rotate_pairs(z, c, s) if z.numel() >= FUSED_FROM * z.shape[-1] and eager() else plain_rotate_pairs(z, c, s)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer for rows that use different low-rank adapters, each to the bits of `low_rank_linear` on its own rows.
+"""A linear layer for rows of different low-rank adapters, each with the bits of `low_rank_linear` on its rows alone.
 
-The layer runs once for all. Adapters of one shape whose tensors are stacked share their products; others take turns."""
+The base layer runs once for all rows. Adapters of one shape with stacked tensors share their products; others run one
+after another.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,15 @@ LINE = 64  # bytes: products of tensors that begin elsewhere than at a multiple 
 
 
 def is_at_line(x: Tensor) -> bool:
-    """Return True if x begins at such a multiple."""
+    """Return True if the memory of x begins at a multiple of `LINE` bytes."""
     return x.data_ptr() % LINE == 0
 
 
 def align(x: Tensor) -> Tensor:
-    """Return x as it would be alone, in memory that begins at a line; its gradient, too."""
+    """Return x, or a copy if its memory does not begin at a multiple of `LINE` bytes; its gradient likewise.
+
+    So a product of a slice has the bits of the same product alone.
+    """
     return _Align.apply(x) if x.requires_grad and torch.is_grad_enabled() else _align_memory(x)
 
 
@@ -44,7 +49,7 @@ class _Align(Function):
 
 
 class Segment(NamedTuple):
-    """Rows that follow each other, and what their adapter adds to them: scale · dropout(x) Aᵀ Bᵀ."""
+    """Consecutive rows and the update of their adapter: scale · dropout(x) Aᵀ Bᵀ."""
 
     rows: int
     A: Tensor | None  # (r, in); None: no adapter
@@ -62,12 +67,12 @@ class Stacks(Protocol):
         ...
 
     def stack(self, first: Tensor, n: int) -> Tensor:
-        """Return `first` and those next after it as one leaf (n, …), whose gradient is theirs."""
+        """Return `first` and the tensors after it as one leaf (n, …) that passes its gradient on to them."""
         ...
 
 
 class Group(NamedTuple):
-    """Segments that share their products."""
+    """Consecutive segments that share their products."""
 
     start: int  # the first of their rows
     stop: int
@@ -80,11 +85,11 @@ class Group(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Return True if each has so few rows that alone it runs without an autograd.Function."""
+        """True if each segment has fewer than `FUSED_FROM` rows, so that alone it runs without an autograd.Function."""
         return self.stop - self.start < FUSED_FROM * self.width
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """Return their rows of x (rows, n)."""
+        """Return the group's rows of x (rows, n); x itself if these are all."""
         return x if self.stop - self.start == len(x) else x[self.start : self.stop]
 
 
@@ -107,20 +112,20 @@ def segments_linear(
     x: Tensor,
     groups: Sequence[Group],
 ) -> Tensor:
-    """Return base(x) with what the adapters add to their rows. W gets no gradient.
+    """Return base(x) with the updates of the adapters added to their rows. W gets no gradient.
 
     Args:
         base, input_gradient, W: as in `low_rank_linear`.
-        x: (…, in), whose rows, counted over all dimensions but the last, are those that `groups_of` has counted.
+        x: (…, in). `group_segments` has counted its rows over all dimensions but the last.
     """
     factors = [t for g in groups for t in (g.A, g.B)]
     return _SegmentsLinear.apply(x, W, base, input_gradient, groups, *factors)
 
 
 def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: torch.dtype) -> list[Group]:
-    """Return the segments with an adapter, those side by side together whose factors are stacked.
+    """Return the segments with an adapter as groups: neighbours with stacked factors become one, others stay alone.
 
-    dtype: of their rows. Products of one adapter take factors of another dtype as well, shared ones do not.
+    dtype: of the rows. Factors of another dtype are not shared.
     """
     groups, start, i = [], 0, 0
     while i < len(segments):
@@ -139,6 +144,9 @@ def group_segments(segments: Sequence[Segment], stacks: Stacks | None, dtype: to
 
 
 def _can_share(a: Segment, b: Segment, stacks: Stacks) -> bool:
+    """Return True if two neighbours may share products: equal rows, scales and shapes, no dropout, stacked factors, and
+    sizes at which shared products have the bits of single ones.
+    """
     if a.A is None or a.B is None or b.A is None or b.B is None or a.p or b.p or (a.rows, a.scale) != (b.rows, b.scale):
         return False
     (r, n), m = a.A.shape, len(a.B)
@@ -184,7 +192,7 @@ class _SegmentsLinear(Function):
 
 
 def _add_group(y: Tensor, x: Tensor, group: Group) -> Tensor:
-    """Add what an adapter adds to its rows to y, in its memory; return h = x Aᵀ. y (rows, out)."""
+    """Add an adapter's update to its rows y (rows, out), in y's memory. Return h = x Aᵀ for the backward pass."""
     A, B = group.A, group.B
     if group.is_small and y.dtype == A.dtype == x.dtype:
         h = nn.functional.linear(x, A)
@@ -196,7 +204,7 @@ def _add_group(y: Tensor, x: Tensor, group: Group) -> Tensor:
 
 
 def _add_stacked(y: Tensor, x: Tensor, group: Group) -> Tensor:
-    """Do the same for several adapters: h (width, rows of each, r)."""
+    """Add the updates of several adapters to y, in its memory. Return h (width, rows of each, r)."""
     B, n = group.B.mT, group.width
     y, h = y.view(n, -1, y.shape[-1]), down_each(x.view(n, -1, x.shape[-1]), group.A)
     if group.is_small:
@@ -210,7 +218,7 @@ Two = tuple[Tensor | None, Tensor | None]
 
 
 def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
-    """Return the gradients of A and B of an adapter, and add that of x to dx, in its memory."""
+    """Return the gradients of A and B of an adapter. Add the gradient of x to dx in its memory, unless dx is None."""
     A, B, scale = group.A, group.B, group.scale
     if not group.is_small:
         _, dA, dB = gradients(g, x, A, B, h, scale, group.p, group.seed, need=(dx is not None, need[0], need[1]), dx=dx)
@@ -223,7 +231,7 @@ def _gradients(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None,
 
 
 def _gradients_stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor | None, need: Sequence[bool]) -> Two:
-    """Do the same for several adapters: (width, r, in) and (width, out, r)."""
+    """Do as `_gradients` for several adapters: (width, r, in) and (width, out, r)."""
     A, B, n, scale = group.A, group.B, group.width, group.scale
     g, x = g.view(n, -1, g.shape[-1]), x.view(n, -1, x.shape[-1])
     dx = None if dx is None else dx.view(n, -1, dx.shape[-1])
@@ -244,7 +252,7 @@ def _gradients_stacked(g: Tensor, x: Tensor, h: Tensor, group: Group, dx: Tensor
 def _differentiable_gradients(
     ctx: Context, x: Tensor, W: Tensor, factors: Sequence[Any], g: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients that have gradients: those of the plain products."""
+    """Return the gradients by autograd through `plain_segments_linear`, so that they have gradients themselves."""
     it = iter(factors)
     groups = [group._replace(A=next(it), B=next(it)) for group in ctx.groups]
     y = ctx.base(x)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with structured matrices, which nothing forms: blocks of low rank, repeated shards, Kronecker products,
+"""Products with structured matrices without forming them: low-rank blocks, repeated shards, Kronecker products, and
 diagonals around a fixed matrix.
 
-Block (j, n) of a matrix of k × k blocks is (A_n[:, j] B_j[n, :])ᵀ. A_n (in / k, r) maps part n of the input to r
-numbers, of which chunk j goes to part j of the output; there B_j (r, out / k) takes the chunks of all n."""
+A matrix of k × k low-rank blocks has (A_n[:, j] B_j[n, :])ᵀ as block (j, n). A_n (in / k, r) maps part n of the input
+to r numbers. Chunk j of them goes to part j of the output, where B_j (r, out / k) takes the chunks of all n.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +141,7 @@ def is_b_first(a: Tensor, b: Tensor) -> bool:
 
 
 def multiply_kronecker_rows(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return a X bᵀ for each row X (m, n) of x, flat."""
+    """Return a X bᵀ, flattened, for each row of x taken as a matrix X (m, n)."""
     X = x.reshape(-1, a.shape[1], b.shape[1])
     Y = a @ (X @ b.T) if is_b_first(a, b) else (a @ X) @ b.T
     return Y.reshape(*x.shape[:-1], a.shape[0] * b.shape[0])
@@ -182,9 +183,9 @@ class _KroneckerProduct(Function):
 
 
 def factorization(n: int, factor: int) -> tuple[int, int]:
-    """Return (a, b), a ≤ b and a b = n, as near to each other as it goes with a ≤ `factor`; -1 sets no limit.
+    """Return (a, b) with a b = n, a ≤ b, as near to each other as possible with a ≤ `factor`; -1 sets no limit.
 
-    If `factor` divides n, a is `factor`, and may be the larger one.
+    If `factor` divides n, a is `factor`, even if that is larger than b.
     """
     if factor > 0 and n % factor == 0:
         return factor, n // factor
@@ -205,7 +206,7 @@ def plain_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
 
 
 def between_diagonals(left: Tensor, A: Tensor, right: Tensor) -> Tensor:
-    """Compute `plain_diagonals`; keep nothing but what it gets for the backward pass. A gets no gradient."""
+    """Compute `plain_diagonals`; keep only the arguments for the backward pass. A gets no gradient."""
     if not (torch.is_grad_enabled() and eager()):
         return plain_diagonals(left, A, right)
     return _BetweenDiagonals.apply(left, A, right)

@@ -27,7 +27,11 @@ signature = cache(inspect.signature)
 
 
 class Summed(Tensor):
-    """W + Σ s · B A with W (…, out, in); `flipped`: with the last two dimensions of the sum exchanged."""
+    """The tensor W + Σ s · B A, with W (…, out, in), that is formed only where an operation needs it.
+
+    Operations of `HANDLERS` use W, A and B apart; others get the sum. `flipped`: the last two dimensions of the sum are
+    exchanged.
+    """
 
     W: Tensor
     parts: list[SumPart]
@@ -50,7 +54,7 @@ class Summed(Tensor):
         return W.mT if self.flipped else W
 
     def times(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return x (W + Σ s · B A)ᵀ. product: (x, M) → x M, for M (…, in, out)."""
+        """Return x (W + Σ s · B A)ᵀ without forming the sum. product: (x, M) → x M, for M (…, in, out)."""
         y = product(x, self.W.mT)
         for A, B, s in self.parts:
             A, B = autocast(x, A, B)
@@ -80,7 +84,7 @@ class Summed(Tensor):
 
 
 def can_bind(handler: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
-    """Return True if what stands for an operation takes the arguments of a call by the names that it gives them."""
+    """Return True if a handler has parameters for the arguments of a call, keywords included."""
     try:
         signature(handler).bind(None, *args, **kwargs)
     except TypeError:
@@ -89,7 +93,7 @@ def can_bind(handler: Callable[..., object], args: tuple[object, ...], kwargs: d
 
 
 def make_sum(W: Tensor, parts: list[SumPart], flipped: bool = False) -> Tensor:
-    """Return a tensor that stands for W + Σ s · B A.
+    """Return a tensor that represents W + Σ s · B A, and is formed only where an operation needs it.
 
     Args:
         W: (…, out, in).
@@ -100,7 +104,7 @@ def make_sum(W: Tensor, parts: list[SumPart], flipped: bool = False) -> Tensor:
 
 
 def form_sums(value: object) -> Any:
-    """Put the sums themselves in the place of what stands for them."""
+    """Return a value with each `Summed` replaced by the sum itself, within lists, tuples and dicts too."""
     if isinstance(value, Summed):
         return value.materialize()
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -152,6 +156,7 @@ def _matmul(function: Any, x: Any, y: Any) -> Any:
 
 
 def _multiply_right(function: Any, x: Tensor, M: Summed) -> Any:
+    """Return x M, or NotImplemented for an x of one dimension."""
     if not M.flipped or x.dim() < 2:  # x M with M (in, out) as shown: the sum is stored as (out, in)
         if x.dim() < 2:
             return NotImplemented
@@ -160,7 +165,12 @@ def _multiply_right(function: Any, x: Tensor, M: Summed) -> Any:
 
 
 def _multiply_grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any:
-    """Multiply rows of x, sorted by expert, by the matrices of a stack. offs: where the rows of each end."""
+    """Return the products of rows of x, sorted by expert, with the matrices of a stack.
+
+    offs: the end of each expert's rows.
+
+    Return NotImplemented if M is no `Summed` stack or offsets are missing.
+    """
     offs = kwargs.get("offs", args[0] if args else None)
     if not isinstance(M, Summed) or isinstance(x, Summed) or offs is None or M.dim() != 3:
         return NotImplemented

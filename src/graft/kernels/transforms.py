@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updates by fast transforms: circulant blocks, few frequencies, wavelets, and sums Σ_p S_p M_p T_pᵀ.
+"""Updates by fast transforms: circulant blocks, few frequencies, wavelets, and sums Σ_p S_p M_p T_pᵀ with sparse M.
 
-Each M has few entries, and the work never grows with the size of the matrix."""
+The work never grows with the number of elements of the matrix.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from graft.kernels.waits import constant
 
 
 class Circulant(NamedTuple):
-    """The matrix whose blocks w, (out / b, in / b, b), describes, not formed yet."""
+    """The matrix with circulant blocks, described by w (out / b, in / b, b), not formed yet."""
 
     w: Tensor
     scale: float
@@ -45,7 +46,9 @@ def plain_multiply_circulant(x: Tensor, w: Tensor) -> Tensor:
 
 
 def multiply_circulant(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
-    """Compute scale · `plain_multiply_circulant`, in float32 at least; keep x and w for the backward pass."""
+    """Compute scale · `plain_multiply_circulant` by FFT, in float32 at least; keep only x and w for the
+    backward pass.
+    """
     dtype = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
     if not x.numel():  # transforms take no empty batch
         return scale * plain_multiply_circulant(x.to(dtype), w.to(dtype))
@@ -54,18 +57,18 @@ def multiply_circulant(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def block_spectra(x: Tensor, parts: int) -> Tensor:
-    """Return the transforms of the parts of x (…, parts · b), by frequency: (b / 2 + 1, rows, parts)."""
+    """Return the Fourier transforms of the parts of x (…, parts · b), by frequency: (b / 2 + 1, rows, parts)."""
     rows = x.reshape(-1, parts, x.shape[-1] // parts).contiguous()  # torch 2.6 transforms no expanded tensors
     return torch.fft.rfft(rows).permute(2, 0, 1)
 
 
 def invert_spectra(X: Tensor, shape: tuple[int, ...], b: int) -> Tensor:
-    """Return the inverse of `block_spectra`, in this shape."""
+    """Return the inverse of `block_spectra`, reshaped to `shape`."""
     return torch.fft.irfft(X.permute(1, 2, 0), n=b).reshape(shape)
 
 
 def correlate(x: Tensor, w: Tensor, scale: float) -> Tensor:
-    """Return scale · x Cᵀ."""
+    """Return scale · x Cᵀ by FFT, with C the circulant matrix of w; autograd records each step."""
     m, n, b = w.shape
     W = torch.fft.rfft(w * scale).permute(2, 1, 0)  # (frequency, n, m)
     return invert_spectra(block_spectra(x, n) @ W.conj(), (*x.shape[:-1], m * b), b)
@@ -112,7 +115,7 @@ class Waves(NamedTuple):
         return torch.fft.irfft(transpose_complex(torch.complex(z[0], z[1])), n=self.n)
 
     def factors(self, index: Tensor) -> Tensor:
-        alone = (index == 0) | (2 * index == self.n)  # every other f stands for -f, too
+        alone = (index == 0) | (2 * index == self.n)  # every other f has the same cosine as -f
         return torch.where(alone, float(self.n), self.n / 2)
 
     def at(self, index: Tensor, q: Tensor, dtype: torch.dtype) -> Parts:
@@ -121,7 +124,10 @@ class Waves(NamedTuple):
 
 
 def transpose_complex(X: Tensor) -> Tensor:
-    """Return the transpose of a complex matrix."""
+    """Return the transpose of a complex matrix.
+
+    Without gradients, complex64 is transposed as float64, which is faster.
+    """
     if torch.is_grad_enabled() or X.dtype != torch.complex64 or not eager():
         return X.T
     return X.contiguous().view(torch.float64).T.contiguous().view(X.dtype)  # torch has a fast way for real numbers
@@ -142,7 +148,7 @@ class Spectrum(NamedTuple):
         return torch.fft.ifft2(F).real.reshape(self.shape) * self.scale
 
     def to_half_spectrum(self) -> Sparse:
-        """Return the sum by frequencies f ≤ n / 2: (u, v) and (-u, -v) have one real part."""
+        """Return the same matrix from the frequencies f ≤ n / 2 alone: (u, v) and (-u, -v) have one real part."""
         (out, fan_in), (u, v) = self.size, self.places
         back = 2 * u > out
         u, v = torch.where(back, out - u, u), torch.where(back, -v % fan_in, v)
@@ -297,7 +303,7 @@ def plain_transformed(x: Tensor, values: Tensor, rows: Tensor, cols: Tensor, S: 
 
 
 def synthesize_entries(values: Tensor, source: Tensor, z: Parts, target: Tensor, S: Basis) -> Tensor:
-    """Add values[p, e] times row source[e] of z to row target[e] of zeros, and return the synthesis of that."""
+    """Return the synthesis by S of sums: row target[e] is the sum of values[p, e] times row source[e] of z, over e."""
     values = values * S.factors(target)
     if eager():
         order, starts = sort_targets(target, S.size)
@@ -310,13 +316,17 @@ def synthesize_entries(values: Tensor, source: Tensor, z: Parts, target: Tensor,
 
 
 def sort_targets(target: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the order that sorts `target`, and where each number below `size` begins in it."""
+    """Return the permutation that sorts `target`, and the position in it at which each number below `size` begins."""
     order = target.argsort()
     return order, torch.searchsorted(target[order], torch.arange(size, device=order.device))
 
 
 def sample_products(G: Parts, rows: Tensor, z: Parts, cols: Tensor) -> Tensor:
-    """Return Σ_samples G[p][rows[e]] z[p][cols[e]], (parts, entries)."""
+    """Return Σ_samples G[p][rows[e]] z[p][cols[e]] for each part p and entry e, (parts, entries).
+
+    Eager code without gradients uses the backward pass of embedding_bag; else chunks of `AT_ONCE` numbers are
+    multiplied.
+    """
     if eager() and not torch.is_grad_enabled():
         order, starts = sort_targets(rows, len(G[0]))
         values, pick = [p.new_zeros(len(rows)).requires_grad_() for p in z], cols[order]

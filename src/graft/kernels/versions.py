@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a tensor's values are still those from which something was made. torch counts none of inference mode."""
+"""Counts of writes to tensors, so that caches notice new values. torch counts none for tensors of inference mode."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from torch import Tensor
 
 
 def version_of(t: Tensor) -> int:
-    """Return how often a tensor was written to; of those of inference mode, how often graft wrote to it."""
+    """Return a number that grows with each write to a tensor; for one of inference mode, only with writes by
+    `write_all`.
+    """
     return getattr(t, "_graft_writes", 0) if t.is_inference() else t._version
 
 
 def write_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy values into tensors of this process, in one go, those of inference mode included."""
+    """Copy values into tensors, (tensor, value) each, at once and without gradients.
+
+    Tensors of inference mode get a new version, which torch does not count.
+    """
     pairs = list(pairs)
     untracked = [t for t, _ in pairs if t.is_inference()]
     with torch.inference_mode() if untracked else torch.no_grad():

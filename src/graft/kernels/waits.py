@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways not to wait for a device in a step or a forward: numbers of the host, checks of values, copies that are kept."""
+"""Ways to avoid waiting for a device in a step or a forward: constants, checks of values, and cached copies."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ KEPT = 256  # constants
 
 
 def constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    """Return numbers as a tensor, which nobody may write to. Copied to the device once, while it is among the `KEPT`
-    used last."""
+    """Return numbers as a tensor, which nobody may write to.
+
+    The `KEPT` constants used last are cached, so that each is copied to the device once. No cache under compilers,
+    transforms and dispatch modes.
+    """
     if device is None or not eager() or watched():  # a compiler cannot trace the last
         return torch.tensor(values, dtype=dtype, device=device)
     return _constant(values, dtype, device)
@@ -32,17 +35,20 @@ def _constant(values: tuple[object, ...], dtype: torch.dtype, device: torch.devi
 
 
 def vector(numbers: Sequence[object], like: Tensor) -> Tensor:
-    """Return numbers, or tensors () of one each, as a vector of the dtype of `like`, on its device."""
+    """Return numbers, or tensors () of one number each, as a vector with the dtype and device of `like`.
+
+    Nobody may write to it.
+    """
     if any(isinstance(n, Tensor) for n in numbers):  # scalings that a hot-swap changes
         return torch.stack([torch.as_tensor(n, dtype=like.dtype, device=like.device) for n in numbers])
     return constant(tuple(numbers), like.dtype, like.device)
 
 
 def differences(ends: Tensor, rows: int) -> list[int]:
-    """Return the sizes of groups of rows that end at `ends`; on the meta device, of groups of `rows` that are even.
+    """Return the sizes of groups of rows that end at `ends`; on the meta device, sizes as even as possible.
 
-    Waits for the device: once for all products of one layer, which hand over the same tensor, or once for each in
-    inference mode.
+    Waits for the device. The sizes of the last tensor are cached: several products of one layer pass the same `ends`
+    and wait once; tensors of inference mode are read anew each time.
     """
     global _read
     if ends.is_meta:
@@ -59,8 +65,11 @@ _read: tuple[Callable[[], Tensor | None], int | None, list[int]] = (lambda: None
 
 
 def raise_unless(condition: Tensor, error: Callable[[], Exception], text: str) -> None:
-    """Raise the error unless the condition, (), is true. CUDA looks itself, and stops with the text: the host does not
-    wait for the values. A compiled graph looks as well, and so stays whole. Other devices have no such check."""
+    """Raise the error unless the condition, a tensor (), is true.
+
+    On CUDA the device checks it, and stops with `text`: the host does not wait. So it does in a compiled graph, which
+    stays whole.
+    """
     if condition.is_cuda or is_dynamo_compiling():
         torch._assert_async(condition, text)
     elif not condition:
@@ -68,7 +77,7 @@ def raise_unless(condition: Tensor, error: Callable[[], Exception], text: str) -
 
 
 def move_to_devices(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
-    """Return each tensor on its device, by one copy for all that go to one device with one dtype."""
+    """Return each tensor on its device, with one copy for all tensors that share source, dtype and destination."""
     out = list(tensors)
     groups: dict[tuple[torch.device, torch.dtype, torch.device], list[int]] = {}
     for i, (t, device) in enumerate(zip(tensors, devices)):
@@ -86,10 +95,10 @@ COPIES = WeakTensorKeyDictionary()
 
 
 def copy_on_device(t: Tensor, device: torch.device) -> Tensor:
-    """Return `t` on the device of a layer that is elsewhere: itself, or a copy, which is kept until other values are
-    written to `t`.
+    """Return `t` on a device: `t` itself if it is there, else a copy, which is cached until `t` is written to.
 
-    No copy of a parameter is kept, and gradients flow to it.
+    Parameters, tensors that need a gradient, and tensors of inference mode are copied at each call; gradients flow
+    through.
     """
     if t.device == device:
         return t

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tensor that tells its shape, dtype and the like, and that nobody may compute with."""
+"""A tensor with shape, dtype and device only: every other operation raises a given error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from graft.kernels.summed import FACTS
 
 
 class Withheld(Tensor):
-    """The facts of a tensor; an operation raises what `error` returns."""
+    """A tensor without values: facts such as its shape are readable; each operation raises the error that `error`
+    returns.
+    """
 
     error: Callable[[], Exception]
 
@@ -53,7 +55,7 @@ class Withheld(Tensor):
 
 
 def raise_first_error(args: tuple[object, ...], kwargs: dict[str, object] | None) -> NoReturn:
-    """Raise the error of the first tensor that is withheld among the arguments of an operation."""
+    """Raise the error of the first `Withheld` among the arguments of an operation, within lists and tuples too."""
     values: list[object] = [*args, *(kwargs or {}).values()]
     while values:
         value = values.pop(0)

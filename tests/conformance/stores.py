@@ -50,13 +50,13 @@ class RoundedStore:
     name = "rounded"
     exact = live = False
 
-    def unread(self, m, name):
+    def why_unreadable(self, m, name):
         return None
 
-    def fixed(self, m, name):
+    def why_unwritable(self, m, name):
         return None
 
-    def at_hand(self, layer, written):
+    def bring_in(self, layer, written):
         return nullcontext()
 
     def read(self, m, name):
@@ -86,7 +86,7 @@ class RoundedStore:
 class ReadOnlyStore(RoundedStore):
     name = "read-only"
 
-    def fixed(self, m, name):
+    def why_unwritable(self, m, name):
         return "read-only weights cannot be rewritten"
 
     def write(self, *args):
@@ -98,10 +98,10 @@ class ReadOnlyStore(RoundedStore):
 class OpaqueStore(ReadOnlyStore):
     name = "opaque"
 
-    def unread(self, m, name):
+    def why_unreadable(self, m, name):
         return "opaque weights cannot be read"
 
-    fixed = unread
+    why_unwritable = why_unreadable
 
     def read(self, *args):
         raise AssertionError("read")

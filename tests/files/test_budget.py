@@ -150,7 +150,7 @@ def test_a_base_of_packed_experts(kind, monkeypatch):
 
 def sizes_of(module):
     """Bytes of the codes and scales of a module of experts."""
-    held = [stacks.matrices_of(module, name) for name in ("gate_up_proj", "down_proj")]
+    held = [stacks.find_matrices(module, name) for name in ("gate_up_proj", "down_proj")]
     return sum(h.weight.nbytes + h.scale.nbytes for h in held)
 
 

@@ -51,7 +51,7 @@ def by_hand(module, own, gates, x, index, weights):
     """
 
     def product(name, v, t, e):
-        held = stacks.matrices_of(module, name)
+        held = stacks.find_matrices(module, name)
         W = getattr(module, name)[e] if held is None else held.matrix(e, torch.float32)
         return W @ v + sum(gates[name, adapter][t] * (B[e] @ (A[e] @ v)) for adapter, A, B in own[name])
 

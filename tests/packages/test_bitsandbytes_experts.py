@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_the_dequantized_base(kind, make, monk
     base = packed(make, **KINDS[kind])
     for _, m in blocks(base):
         for name in NAMES:
-            held = stacks.matrices_of(m, name)
+            held = stacks.find_matrices(m, name)
             W = held.dense([0, 2], torch.float32)
             assert torch.equal(W, (getattr(m, name).mT if held.flipped else getattr(m, name))[[0, 2]])
     dense = with_lora(twin(base, make))
@@ -96,9 +96,9 @@ def test_packing_by_matrix_has_the_bits_of_the_package(kind, make):
     dense, base = made(make, width=WIDTH), packed(make, **KINDS[kind])
     (_, m), (_, source) = blocks(base)[0], blocks(dense)[0]
     for name in NAMES:
-        W, held = getattr(source, name).data, stacks.matrices_of(m, name)
-        other = held.remade(lambda e, W=W, flipped=held.flipped: (W[e].T if flipped else W[e]).exp())
-        found = other.remade(lambda e, W=W, flipped=held.flipped: W[e].T if flipped else W[e])
+        W, held = getattr(source, name).data, stacks.find_matrices(m, name)
+        other = held.remake(lambda e, W=W, flipped=held.flipped: (W[e].T if flipped else W[e]).exp())
+        found = other.remake(lambda e, W=W, flipped=held.flipped: W[e].T if flipped else W[e])
         assert torch.equal(found.codes, held.codes) and not torch.equal(other.codes, held.codes)
         before, after = held.state.as_dict(), found.state.as_dict()
         assert before.keys() == after.keys()

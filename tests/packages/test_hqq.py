@@ -141,4 +141,4 @@ def test_the_module_stays_and_its_state_can_be_saved():
 def test_a_layer_without_a_weight_yet_is_refused():
     empty = HQQLinear(None, BaseQuantizeConfig(nbits=4), compute_dtype=torch.float32, device="cpu")
     empty.in_features, empty.out_features = IN, 96
-    assert find_store(empty).unread(empty) == "it is not quantized yet"
+    assert find_store(empty).why_unreadable(empty) == "it is not quantized yet"

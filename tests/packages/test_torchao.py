@@ -102,7 +102,7 @@ def test_a_new_weight_is_made_as_the_old_one_was(setting, dtype):
     old, new = (by(SETTINGS[setting])(linear().to(dtype)), linear().to(dtype))
     new.weight.data *= 1.25
     goal = by(SETTINGS[setting])(new).weight
-    made = find_store(old).packed(old, new.weight.data)["weight"]
+    made = find_store(old).pack(old, new.weight.data)["weight"]
     assert isinstance(made, nn.Parameter) and not made.requires_grad and same_settings(made, goal)
     for name in goal.__tensor_flatten__()[0]:
         ours, theirs = getattr(made, name), getattr(goal, name)

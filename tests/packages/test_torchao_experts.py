@@ -64,7 +64,7 @@ def test_packing_by_matrix_has_the_bits_of_the_package(make, outer):
         scale = {"none": None, "one": per_tensor_amax_to_scale(tops.amax()), "each": per_tensor_amax_to_scale(tops)}
         expected = NVFP4Tensor.to_nvfp4(W, per_tensor_scale=scale[outer])
         setattr(m, name, nn.Parameter(NVFP4Tensor.to_nvfp4(W * 0.7, per_tensor_scale=scale[outer]), False))
-        held = stacks.matrices_of(m, name)
-        found = held.remade(lambda e, W=W, flipped=held.flipped: W[e].T if flipped else W[e]).weight
+        held = stacks.find_matrices(m, name)
+        found = held.remake(lambda e, W=W, flipped=held.flipped: W[e].T if flipped else W[e]).weight
         assert torch.equal(found.qdata, expected.qdata) and torch.equal(found.scale.float(), expected.scale.float())
         assert found.dtype == expected.dtype and found.shape == expected.shape

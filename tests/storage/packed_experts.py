@@ -54,7 +54,7 @@ def mxfp4(model):
         for name in ("gate_up_proj", "down_proj"):
             W = getattr(dense, name).detach().mT
             scale = (W.unflatten(2, (-1, 32)).abs().amax(3).log2().floor() - 2 + 127).to(torch.uint8)
-            codes = torch.stack([float8.fp4(w, float8.numbers(s))[0] for w, s in zip(W, scale)])
+            codes = torch.stack([float8.encode_fp4(w, float8.decode_scales(s))[0] for w, s in zip(W, scale)])
             setattr(experts, f"{name}_precision_config", Precision(scale))
             getattr(experts, name).data = codes
             getattr(experts, f"{name}_bias").data = getattr(dense, f"{name}_bias").detach().clone()
@@ -78,7 +78,7 @@ def fp8(model, block=(16, 24), expert_dtype="fp8", scale_fmt="float"):
         for name in ("gate_up_proj", "down_proj"):
             getattr(experts, f"{name}_scale_inv").data.fill_(0.03 if expert_dtype == "fp8" else 0.125)
             W = getattr(dense, name).detach()
-            held = stacks.matrices_of(experts, name).remade(W.__getitem__)
+            held = stacks.find_matrices(experts, name).remake(W.__getitem__)
             held.put(experts, name)
         model.set_submodule(path, experts)
     return model
@@ -92,7 +92,7 @@ def dense_twin(model, make):
     assert all("experts" in n for n in missing)
     for (_, dense), (_, packed) in zip(blocks(twin), blocks(model)):
         for name in ("gate_up_proj", "down_proj"):
-            held = stacks.matrices_of(packed, name)
+            held = stacks.find_matrices(packed, name)
             W = held.dense(range(held.shape[0]), torch.float32)
             getattr(dense, name).data = (W.mT if getattr(dense, "is_transposed", False) else W).contiguous()
             if hasattr(dense, f"{name}_bias"):

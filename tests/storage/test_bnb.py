@@ -211,8 +211,10 @@ def test_a_written_weight_is_packed_as_the_old_one(storage):
 
 def test_codes_that_were_cast():
     held = four(linear(), torch.bfloat16)
-    assert find_store(held).unread(held, "weight") is None
-    assert "its codes were cast from torch.bfloat16 to torch.float32" in find_store(held).unread(held.float(), "weight")
+    assert find_store(held).why_unreadable(held, "weight") is None
+    assert "its codes were cast from torch.bfloat16 to torch.float32" in find_store(held).why_unreadable(
+        held.float(), "weight"
+    )
 
 
 def bits(t):
@@ -229,7 +231,7 @@ def test_a_weight_that_fsdp_has_made_a_plain_parameter_of():
     store.write(held, "weight", 2 * W, False)
     assert_close(identity(held), 2 * W)
     held.weight = nn.Parameter(held.weight.data[:100], requires_grad=False)
-    assert "its codes are 200 of 30720: they are sharded" in store.unread(held, "weight")
+    assert "its codes are 200 of 30720: they are sharded" in store.why_unreadable(held, "weight")
 
 
 @pytest.mark.differs(

@@ -38,7 +38,7 @@ class EightStore(Quantized):
     def values(self, m):
         return m.codes * m.scale
 
-    def packed(self, m, W):
+    def pack(self, m, W):
         return dict(zip(self.parts, coded(W)))
 
     def compute_dtype(self, m):

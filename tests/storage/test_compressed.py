@@ -96,5 +96,5 @@ def test_what_reads_the_weight_waits_for_the_first_call():
     with pytest.raises(UnsupportedLayerError, match=r"compressed until the model is called.*dequantize=True"):
         graft.get_peft_model(model, lora(use_dora=True))
     model(X)
-    assert find_store(model.a).unread(model.a, "weight") is None
+    assert find_store(model.a).why_unreadable(model.a, "weight") is None
     assert_close(graft.get_peft_model(model, lora(use_dora=True))(X), model(X))

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import find_op
-from graft.storage import refusal
+from graft.storage import why_no_adapter
 from tests.models import disturb, seeded
 
 PYTORCH = "transformer_engine.pytorch"
@@ -154,8 +154,8 @@ def test_a_parametrized_layer_of_a_package_is_still_that_packages():
     module.sequence_parallel = True
     parametrize.register_parametrization(module, "bias", nn.Identity())
     assert type(module).__module__.startswith("torch.")
-    assert "sequence parallel" in str(refusal(module, find_op(module), False))
+    assert "sequence parallel" in str(why_no_adapter(module, find_op(module), False))
     module = Net(False, return_bias=True).layer
     parametrize.register_parametrization(module, "bias", nn.Identity())
     assert type(module).__module__.startswith("torch.")
-    assert "returns its bias" in str(refusal(module, find_op(module), False))
+    assert "returns its bias" in str(why_no_adapter(module, find_op(module), False))

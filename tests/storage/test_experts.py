@@ -54,7 +54,7 @@ def test_single_matrices_have_the_bits_that_the_package_reads(kind, dtype):
 
     for _, m in blocks(both(kind)[0]):
         for name in ("gate_up_proj", "down_proj"):
-            held = stacks.matrices_of(m, name)
+            held = stacks.find_matrices(m, name)
             found = held.dense([3, 1], dtype)
             if kind == "mxfp4":
                 codes = held.weight.unflatten(2, (-1, 16))
@@ -70,11 +70,11 @@ def test_single_matrices_have_the_bits_that_the_package_reads(kind, dtype):
 
 def test_scales_may_be_bytes_of_exponents():
     (_, m), *_ = blocks(both("fp4")[0])
-    held = stacks.matrices_of(m, "down_proj")
+    held = stacks.find_matrices(m, "down_proj")
     in_bytes = replace(held, scale=held.scale.float().log2().add(127).to(torch.uint8))
     for e in range(held.shape[0]):
         assert torch.equal(in_bytes.matrix(e, torch.float32), held.matrix(e, torch.float32))
-    grown = [stack.remade(lambda e: 40 * held.matrix(e, torch.float32)) for stack in (held, in_bytes)]
+    grown = [stack.remake(lambda e: 40 * held.matrix(e, torch.float32)) for stack in (held, in_bytes)]
     assert grown[1].scale.dtype == torch.uint8 and not torch.equal(grown[1].scale, in_bytes.scale)
     assert torch.equal(*(stack.dense([0, 2], torch.float32) for stack in grown))
 
@@ -175,7 +175,7 @@ def test_other_methods_merge_into_packed_stacks(monkeypatch):
     for (path, m), (_, twin) in zip(inner, twins):
         for name in NAMES:
             change = getattr(twin, name) - before[f"{path}.{name}"]
-            found = stacks.matrices_of(m, name).dense(range(len(change)), torch.float32) - before[f"{path}.{name}"]
+            found = stacks.find_matrices(m, name).dense(range(len(change)), torch.float32) - before[f"{path}.{name}"]
             assert (found - change).norm() < 0.5 * change.norm()
     assert min(graft.merge_report(packed).values()) > 0.9
     packed.unmerge_adapter()
@@ -277,7 +277,7 @@ NAMES = ("gate_up_proj", "down_proj")
 
 def dense_of(inner):
     """Return the dense stacks, by the key of their layer."""
-    held = {f"{path}.{name}": stacks.matrices_of(m, name) for path, m in inner for name in NAMES}
+    held = {f"{path}.{name}": stacks.find_matrices(m, name) for path, m in inner for name in NAMES}
     return {key: h.dense(range(h.shape[0]), torch.float32) for key, h in held.items()}
 
 
@@ -371,12 +371,12 @@ def test_mxfp4_keeps_the_scales_of_the_base():
     """New ones would move numbers that the update does not touch."""
     packed, _ = both("mxfp4")
     (_, m), *_ = blocks(packed)
-    before = stacks.matrices_of(m, "down_proj")
+    before = stacks.find_matrices(m, "down_proj")
     W = before.dense(range(5), torch.float32)
-    assert torch.equal(before.remade(W.__getitem__).dense(range(5), torch.float32), W)
+    assert torch.equal(before.remake(W.__getitem__).dense(range(5), torch.float32), W)
     unit = 2.0 ** (float(before.scale[2, 3, 0]) - 127)
     W[2, 3, 4] = 7.5 * unit
-    after = before.remade(W.__getitem__)
+    after = before.remake(W.__getitem__)
     moved = (after.dense(range(5), torch.float32) != before.dense(range(5), torch.float32)).nonzero()
     assert after.scale[2, 3, 0] == before.scale[2, 3, 0] + 1 and (after.scale != before.scale).sum() == 1
     assert {(int(e), int(row)) for e, row, _ in moved} == {(2, 3)}

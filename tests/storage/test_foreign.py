@@ -230,7 +230,7 @@ class Turned(conv1d()):
 def test_layers_of_other_shapes_are_read(kind):
     with seeded(0):
         layer = kind(4, 6) if kind is Turned else kind(6, 4)
-    assert find_store(layer) is FOREIGN and FOREIGN.unread(layer, "weight") is None
+    assert find_store(layer) is FOREIGN and FOREIGN.why_unreadable(layer, "weight") is None
     W = FOREIGN.read(layer, "weight")
     assert_close(W, layer.weight if kind is Turned else layer.codes)
     model = disturb(graft.get_peft_model(nn.Sequential(layer), lora(use_dora=True))).eval()
@@ -245,7 +245,7 @@ def test_nothing_is_kept_of_what_was_read():
     layer.train()
     layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
     before = dict(vars(layer)), torch.random.get_rng_state()
-    assert FOREIGN.unread(layer, "weight") is None
+    assert FOREIGN.why_unreadable(layer, "weight") is None
     W = FOREIGN.read(layer, "weight")
     assert_close(W, layer.weight * layer.scale)
     assert vars(layer) == before[0] and torch.equal(torch.random.get_rng_state(), before[1])

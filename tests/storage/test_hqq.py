@@ -131,7 +131,7 @@ def test_a_failed_call_leaves_biases_as_they_were(tmp_path):
 
 def test_a_layer_without_a_weight_yet_is_refused():
     empty = HQQLinear(None, {**CONFIG, "offload_meta": False}, torch.float32, "cpu")
-    assert find_store(empty).unread(empty) == "it is not quantized yet"
+    assert find_store(empty).why_unreadable(empty) == "it is not quantized yet"
 
 
 def test_what_would_train_packed_weights_is_refused():

@@ -117,7 +117,7 @@ def test_mixed_batches():
 def test_a_layer_that_rounds_inputs_alone_has_no_packed_weight():
     layer = hold(linear(), frozen=False)
     layer.weight_qtype = None
-    assert find_store(layer).unread(layer) == "it has no quantized weight"
+    assert find_store(layer).why_unreadable(layer) == "it has no quantized weight"
 
 
 def test_what_would_train_packed_weights_is_refused():

@@ -21,7 +21,7 @@ from graft.core.folding import wide
 from graft.core.gate import prepares
 from graft.inject.stage import draw
 from graft.methods import method_of
-from graft.storage.parallel import whole_at
+from graft.storage.parallel import gather_slots
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -56,7 +56,7 @@ def reads_whole(combine: Callable[..., WeightedReport]) -> Callable[..., Weighte
     def call(tuner: Tuner, adapters: list[str], *args: object, **kwargs: object) -> WeightedReport:
         layers = [*tuner.layers.values(), *(w for w in tuner.wrappers.values() if w.takes_rows)]
         named = [(layer, name) for layer in layers for name in adapters if name in layer.methods]
-        with whole_at([slot for layer, name in named for slot in layer.slots(name)]):
+        with gather_slots([slot for layer, name in named for slot in layer.slots(name)]):
             return combine(tuner, adapters, *args, **kwargs)
 
     return call

@@ -138,7 +138,7 @@ def change_of(m: Method, effect: Effect | None = None) -> Change:
     """Return the change that a method makes to its layer without other adapters, which `why_none` has allowed."""
     layer, effect, op = m.layer, effect or m.effect, m.site.op
     groups = op.groups(m.site.module)
-    with layer.base_weight.at_hand(layer), evaluating(layer):
+    with layer.base_weight.bring_in(layer), evaluating(layer):
         if effect.pieces is not None:
             return change_of_each(effect.pieces, layer.site.shape[0])
         if effect.product is not None:

@@ -361,7 +361,7 @@ class AdapterLayer(PeftNames, Host):
             )
             return
         weight = replace(self.base_weight, shared=False)
-        why = weight.unread() or weight.fixed()
+        why = weight.why_unreadable() or weight.why_unwritable()
         if why is not None:
             raise UnsupportedLayerError(
                 f"An adapter cannot be initialised from the weight of layer '{self.site.key}', which it would change: "
@@ -369,11 +369,11 @@ class AdapterLayer(PeftNames, Host):
             )
 
         def restore() -> None:
-            with weight.at_hand(self, writes=True):
+            with weight.bring_in(self, writes=True):
                 weight.restore(before)
 
         rewriting = self.call.gate.change(f"rewriting the weight of layer '{self.key}'")
-        with rewriting, merging.lifted(self), weight.at_hand(self, writes=True):
+        with rewriting, merging.lifted(self), weight.bring_in(self, writes=True):
             before = weight.snapshot()
             self.on_rollback(restore)
             weight.write(W)

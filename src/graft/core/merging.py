@@ -120,7 +120,7 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
     if replaces(layer, names):  # one stands in for another
         check_together(layer, methods)
         modules = [m.effect.module() for m in methods if isinstance(m.effect, Replace)]
-        with layer.base_weight.at_hand(layer) if safe else nullcontext():
+        with layer.base_weight.bring_in(layer) if safe else nullcontext():
             if safe and not all(p.isfinite().all() for module in modules for p in module.parameters()):
                 raise ValueError(_broken(layer, names))
         return
@@ -129,7 +129,7 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
     if getattr(layer.base_layer, "bias", None) is None and any([shifts_bias(layer, m, asked) for m in methods]):
         raise NotImplementedError(_no_bias(layer, names))
     if safe:
-        with layer.base_weight.at_hand(layer):
+        with layer.base_weight.bring_in(layer):
             everything, start = in_order(layer, names)
             finite = stays_finite(layer, everything if start is None else start, from_w0=start is None)
         if not finite:
@@ -149,8 +149,12 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
     base = layer.base_weight
     if not all([effect.inside for effect in effects]) and (why := layer.op.fixed(layer.get_base_layer())) is not None:
         return why
-    why = base.fixed()
-    bias = None if why is not None or getattr(base.module, "bias", None) is None else replace(base, name="bias").fixed()
+    why = base.why_unwritable()
+    bias = (
+        None
+        if why is not None or getattr(base.module, "bias", None) is None
+        else replace(base, name="bias").why_unwritable()
+    )
     if bias is not None:
         with evaluating(layer):
             shifted = any([effect.additive and effect.shift() is not None for effect in effects])
@@ -171,7 +175,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
     if kind in asked or m.effect.pieces is not None:
         return False
     asked.add(kind)
-    with layer.base_weight.at_hand(layer), evaluating(layer), torch.no_grad():
+    with layer.base_weight.bring_in(layer), evaluating(layer), torch.no_grad():
         if not isinstance(m.effect, Rewrite):
             return m.effect.shift() is not None
         W = layer.weight_now
@@ -180,7 +184,7 @@ def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
 
 def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     """Return True if what stands against merging is that the weight is packed, and can be read."""
-    packed = not layer.store.exact and layer.base_weight.unread() is None
+    packed = not layer.store.exact and layer.base_weight.why_unreadable() is None
     packed = packed and layer.op.fixed(layer.get_base_layer()) is None and layer.op.packed is None
     return packed and all(m.effect.fixed is None for m in methods)
 
@@ -320,7 +324,7 @@ def merge(layer: Layer, names: list[str], undoable: bool) -> None:
 
 
 def _fold_in(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
-    with layer.base_weight.at_hand(layer, writes=True), evaluating(layer):
+    with layer.base_weight.bring_in(layer, writes=True), evaluating(layer):
         _write(layer, names, steps, undoable)
     layer.state.merged += names
 
@@ -494,7 +498,7 @@ def unmerge(layer: Layer) -> None:
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):
         _change_places(layer, state.merged[0])
-    with layer.base_weight.at_hand(layer, writes=True) if state.undo else nullcontext():
+    with layer.base_weight.bring_in(layer, writes=True) if state.undo else nullcontext():
         for kind, previous, bias in reversed(state.undo):
             if kind == "subtract":
                 _subtract(layer, previous)

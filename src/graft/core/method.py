@@ -291,7 +291,7 @@ class Method(Generic[C]):
         if not (site.op.known or effect.any_module):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
         reads = effect.reads or Use.READS in self.uses_weight() or site.op.opaque
-        why = site.weight.unread() if reads else None
+        why = site.weight.why_unreadable() if reads else None
         if why is not None:
             return f"{name} needs its weight, and {why}"
         return None

@@ -21,9 +21,9 @@ class Store(Protocol):
     live: bool  # `read` gives the tensor itself, and the core may add to it in place
     exact: bool  # writing and reading back loses nothing, so that subtraction takes an update out again
 
-    def unread(self, m: nn.Module, name: str) -> str | None: ...  # why a call cannot read this tensor, if so
-    def fixed(self, m: nn.Module, name: str) -> str | None: ...  # why merging cannot read and write it, if so
-    def at_hand(self, layer: Any, written: nn.Module | None) -> AbstractContextManager[None]: ...
+    def why_unreadable(self, m: nn.Module, name: str) -> str | None: ...  # why a call cannot read this tensor, if so
+    def why_unwritable(self, m: nn.Module, name: str) -> str | None: ...  # why merging cannot read and write it, if so
+    def bring_in(self, layer: Any, written: nn.Module | None) -> AbstractContextManager[None]: ...
     def read(self, m: nn.Module, name: str) -> Tensor: ...
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool) -> nn.Module | None: ...
     def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor: ...  # the values of a snapshot
@@ -43,14 +43,14 @@ class Weight:
     store: Store
     shared: bool = False  # tied to another module
 
-    def unread(self) -> str | None:
-        return self.store.unread(self.module, self.name)
+    def why_unreadable(self) -> str | None:
+        return self.store.why_unreadable(self.module, self.name)
 
-    def fixed(self) -> str | None:
-        return self.store.fixed(self.module, self.name)
+    def why_unwritable(self) -> str | None:
+        return self.store.why_unwritable(self.module, self.name)
 
-    def at_hand(self, layer: object, writes: bool = False) -> AbstractContextManager[None]:
-        return self.store.at_hand(layer, self.module if writes else None)
+    def bring_in(self, layer: object, writes: bool = False) -> AbstractContextManager[None]:
+        return self.store.bring_in(layer, self.module if writes else None)
 
     def read(self) -> Tensor:
         """Return the tensor as the module stores it."""

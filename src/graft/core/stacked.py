@@ -23,7 +23,7 @@ class Stack(Protocol):
     def dtype(self) -> torch.dtype | None: ...  # of the dense stack; None: float32
     def in_rows(self) -> Stack: ...  # of which single matrices can be read
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor: ...
-    def remade(self, matrix: Callable[[int], Tensor]) -> Stack: ...  # a new stack
+    def remake(self, matrix: Callable[[int], Tensor]) -> Stack: ...  # a new stack
 
 
 def changed(stack: Stack, fold: Fold, expert: int) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def merged(stack: Stack, fold: Fold) -> tuple[Stack, Tensor]:
         W, wide = changed(stack, fold, expert)
         return wide.to(W.dtype)
 
-    new = stack.remade(matrix)
+    new = stack.remake(matrix)
     shares = []
     for expert in range(stack.shape[0]):
         W, wide = changed(stack, fold, expert)

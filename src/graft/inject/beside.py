@@ -21,7 +21,7 @@ from graft.core.rows import OFF, members
 from graft.core.site import Site
 from graft.kernels.withheld import Withheld
 from graft.methods.trainable_tokens import TrainableTokens
-from graft.storage import codes_in, find_store, place_of, standalone
+from graft.storage import find_device_and_dtype, find_store, standalone, why_copy_cannot_train
 
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -49,7 +49,7 @@ class Head(Method[HeadConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         base, own = self.site.module, self.cfg.module
-        own = standalone(base) if own is None else own.to(*place_of(base))
+        own = standalone(base) if own is None else own.to(*find_device_and_dtype(base))
         for p in own.parameters():
             p.requires_grad = p.is_floating_point() or p.is_complex()
         return dict(modules_to_save=own)
@@ -179,7 +179,7 @@ def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> 
             f"modules_to_save cannot be applied to modules of type {type(module)} ('{key}'){why}. Adapter '{adapter}': "
             "name other modules, or load it into another model."
         )
-    if (codes := codes_in(module)) is not None:
+    if (codes := why_copy_cannot_train(module)) is not None:
         raise UnsupportedLayerError(
             f"modules_to_save cannot be applied to '{key}': {codes}. Adapter '{adapter}': target it instead, or load "
             "the base model without quantizing it."

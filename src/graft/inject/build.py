@@ -32,8 +32,8 @@ from graft.inject.parts import Parts
 from graft.inject.report import Matched
 from graft.inject.stage import agree, check_alone, draw
 from graft.methods.trainable_tokens import TrainableTokens
-from graft.storage import hold_bias, place_of
-from graft.storage.offload import offloaded_in
+from graft.storage import find_device_and_dtype, make_bias_parameter
+from graft.storage.offload import find_offloaded
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -103,7 +103,7 @@ def build(job: Job) -> None:
     try:
         for i, bias in enumerate(job.biases):
             if isinstance(bias, nn.Module):
-                job.biases[i], release = hold_bias(bias)
+                job.biases[i], release = make_bias_parameter(bias)
                 job.takebacks.append(release)
         share(job)
         check_alone(job)
@@ -300,7 +300,7 @@ def add_layers(job: Job) -> None:
 
 def warn_of_offloaded(job: Job) -> None:
     """Warn of biases that are to train, and that accelerate's hooks take from where no optimizer writes to."""
-    away = offloaded_in(job.model) if job.options.values is None and any(b.is_meta for b in job.biases) else {}
+    away = find_offloaded(job.model) if job.options.values is None and any(b.is_meta for b in job.biases) else {}
     lost = [b for b in job.biases if id(b) in away]
     if lost:
         warn(
@@ -330,7 +330,7 @@ def add_beside(job: Job) -> None:
 
 def check_one_device(method: Method, source: Method) -> None:
     """Raise ConfigError unless a module and the embedding that it is tied to can share an adapter's memory."""
-    here, there = place_of(method.site.module)[0], place_of(source.site.module)[0]
+    here, there = find_device_and_dtype(method.site.module)[0], find_device_and_dtype(source.site.module)[0]
     if here != there:
         raise ConfigError(
             f"Layer '{method.site.key}' is on {here}, and '{source.site.key}', to which it is tied, on {there}: "

@@ -23,7 +23,7 @@ from graft.core.ops import find_op
 from graft.inject.match import Matcher, minimal_names
 from graft.inject.survey import Tree
 from graft.inject.targets import ALL_LINEAR, all_linear
-from graft.storage import DENSE, find_store, innermost, packed_names, packed_shape
+from graft.storage import DENSE, find_packed_shape, find_store, innermost, list_packed_names
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
@@ -143,7 +143,9 @@ def stacks(tree: Tree, conversions: Conversions | None = None) -> Iterator[Stack
         if not path.rpartition(".")[2].endswith("experts"):
             continue
         base = innermost(module)
-        packed = {name: shape[0] for name in packed_names(base) if (shape := packed_shape(base, name)) is not None}
+        packed = {
+            name: shape[0] for name in list_packed_names(base) if (shape := find_packed_shape(base, name)) is not None
+        }
         dense = {} if packed else {n: len(p) for n, p in base._parameters.items() if p is not None and p.dim() == 3}
         for name, size in (packed | dense).items():
             if name != "weight":

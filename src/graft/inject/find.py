@@ -42,7 +42,7 @@ from graft.inject.targets import (
     tied_to_embedding,
 )
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
-from graft.storage import innermost, loose_bias, refusal
+from graft.storage import has_loose_bias, innermost, why_no_adapter
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -218,7 +218,7 @@ def why_not_parallel(method: Method) -> str | None:
     """Return why a method cannot adapt a module of which each process has a piece; None if it can."""
     site, effect = method.site, method.effect
     inside = effect.whole or effect.input_of is not None or site.op.opaque
-    why = refusal(site.module, site.op, inside)
+    why = why_no_adapter(site.module, site.op, inside)
     alters = isinstance(effect, Rewrite) and (effect.folds or effect.post is not None)
     if why is None and alters and site.piece is not None and site.piece.leaves_bias(site.module):
         return f"{type(method).__name__} acts on the output with its bias, which the module leaves to its caller to add"
@@ -250,7 +250,7 @@ def by_itself(method: Method) -> str | None:
         return f"The weight is used without a call of the layer, so that {type(method).__name__} would have no effect"
     if (reason := unfolded(method)) is not None:
         return reason
-    why = site.weight.unread()
+    why = site.weight.why_unreadable()
     return None if why is None else f"{type(method).__name__} needs its weight, and {why}"
 
 
@@ -361,7 +361,7 @@ def biases_of(
     else:  # "<method>_only": those of the adapted layers
         layers = [getattr(module, "base_layer", module) for module in adapted]
         parameters = [b for m in layers if isinstance(b := getattr(m, "bias", None), nn.Parameter)]
-    return [*parameters, *dict.fromkeys(m for m in layers if loose_bias(m))]
+    return [*parameters, *dict.fromkeys(m for m in layers if has_loose_bias(m))]
 
 
 def check_rows(

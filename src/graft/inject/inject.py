@@ -20,7 +20,7 @@ from graft.inject.parts import inside_out
 from graft.inject.stage import draw_alike
 from graft.inject.survey import Place, Tree, survey
 from graft.methods import ROWS
-from graft.storage import innermost, ready
+from graft.storage import innermost, prepare_packed
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -76,7 +76,7 @@ class Injection(Job):
     def commit(self) -> None:
         """Attach layers and wrappers; freeze the base under its first adapter. Nothing here can fail."""
         tree = self.tree
-        ready(tree.modules.values())
+        prepare_packed(tree.modules.values())
         if not tree.layers and not tree.wrappers:
             self.frozen_before = frozen(self.model, tree)
             for p in tree.owners:

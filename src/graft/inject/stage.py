@@ -19,7 +19,7 @@ from graft.core.random import made_on, set_states, states
 from graft.core.site import Site
 from graft.inject.job import Job
 from graft.inject.match import Matcher
-from graft.storage import group_of, innermost
+from graft.storage import find_group, innermost
 from graft.storage.flat import sendable
 from graft.storage.parallel import processes
 
@@ -160,7 +160,7 @@ def group_in(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
     """Return the group of processes that compute a model in pieces; None if no other process has a part in it."""
     if processes() == 1:
         return None
-    return next((g for m in modules if (g := group_of(m)) is not None), None)
+    return next((g for m in modules if (g := find_group(m)) is not None), None)
 
 
 def draw_alike(modules: Iterable[nn.Module]) -> None:

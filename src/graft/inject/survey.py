@@ -24,15 +24,15 @@ from graft.core.site import Site
 from graft.core.wrappers import inside, place_inside
 from graft.inject.beside import ModulesToSaveWrapper, RowsLayer
 from graft.storage import (
-    experts_of,
+    count_numbers,
+    find_experts_function,
+    find_packed_shape,
+    find_piece,
     find_store,
+    find_store_of_tensor,
     find_tensor_store,
     innermost,
     is_transposed,
-    numel,
-    of_tensor,
-    packed_shape,
-    piece_of,
 )
 
 Path = tuple[str, ...]  # of attributes, from a module on; ITEM for one of a list
@@ -296,7 +296,7 @@ def survey(model: nn.Module) -> Tree:
             if p is not None:
                 n = owners[p] = owners.get(p, 0) + 1
                 if n == 1:
-                    numbers += numel(p)
+                    numbers += count_numbers(p)
 
     def look_into(module: nn.Module, path: str) -> None:
         if (carrier := carrier_of(module)) is not None:
@@ -412,8 +412,10 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
     shared = weight is not None and tree.owners.get(weight, 0) > 1
     is_read, is_called = used_by(key, tree)
     own = tree.ops.get(type(module))
-    op, store = (find_op(module), find_store(module)) if own is None else (own, of_tensor(module, "weight"))
-    return Site(key, module, op, store, shared=shared, is_read=is_read, is_called=is_called, piece=piece_of(module, op))
+    op, store = (find_op(module), find_store(module)) if own is None else (own, find_store_of_tensor(module, "weight"))
+    return Site(
+        key, module, op, store, shared=shared, is_read=is_read, is_called=is_called, piece=find_piece(module, op)
+    )
 
 
 def used_by(key: str, tree: Tree) -> tuple[bool, bool]:
@@ -434,10 +436,10 @@ def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str
     """
     weight: Any = module._parameters.get(name)
     shared = weight is not None and tree.owners.get(weight, 0) > 1
-    packed = packed_shape(module, name)
+    packed = find_packed_shape(module, name)
     flat = packed is None and weight.dim() < 3
     op = Opaque(name, not flat and is_transposed(module), packed)
-    experts = None if flat else experts_of(module)
+    experts = None if flat else find_experts_function(module)
     return Site(
         key or f"{path}.{name}", module, op, find_tensor_store(module, name), name, shared, path, experts=experts
     )

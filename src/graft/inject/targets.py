@@ -20,7 +20,7 @@ from graft.inject.job import Job
 from graft.inject.match import Matcher, Names, minimal_names, unmatched
 from graft.inject.report import Skipped
 from graft.inject.survey import Tree, kind_of, parameter_site, site_of, uncovered
-from graft.storage import DENSE, experts_of, find_store, innermost, packed_names
+from graft.storage import DENSE, find_experts_function, find_store, innermost, list_packed_names
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -197,7 +197,7 @@ def search_parameters(job: Job, cfg: Any) -> tuple[Found, Idle]:
     paths: list[str] = []
     for key, module in job.tree.modules.items():
         base = innermost(module)
-        names = dict.fromkeys([*base._parameters, *getattr(base, "parametrizations", ()), *packed_names(base)])
+        names = dict.fromkeys([*base._parameters, *getattr(base, "parametrizations", ()), *list_packed_names(base)])
         for name in names:
             path = f"{key}.{name}"
             verdict = matcher(path)
@@ -244,8 +244,8 @@ def check_parameter(job: Job, path: str, key: str, module: nn.Module, name: str)
             "module itself is adapted or trained whole. Take it out of target_modules, or its parameter out of "
             "target_parameters"
         )
-    elif name in packed_names(base):
-        if experts_of(base) is None:
+    elif name in list_packed_names(base):
+        if find_experts_function(base) is None:
             why = (
                 f"The stack '{path}' is packed, and graft does not know how a {kind_of(module)} uses it: load the base "
                 "model dequantized"

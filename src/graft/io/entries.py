@@ -23,8 +23,15 @@ from graft.core.wrappers import clean, hooks_of
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.parts import Nests, Parts
 from graft.prompts.base import Prompt
-from graft.storage.offload import put
-from graft.storage.parallel import fill, layout_of, shape_of, spread, tensors_below, whole_copy
+from graft.storage.offload import write_offloaded
+from graft.storage.parallel import (
+    copy_unwrapped,
+    find_parameters_below,
+    find_whole_shape,
+    layout_of,
+    shard_like,
+    write_whole,
+)
 
 T = TypeVar("T")
 WRAPPED, PROMPT_WRAPPED = "base_model.model.", "base_model."  # prefixes of a PeftModel's keys
@@ -67,12 +74,12 @@ class Entry:
         """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
         self.look()
         if not self.tensor.is_meta:
-            fill(self.tensor, value)
+            write_whole(self.tensor, value)
             return
         if hooks_of(self.owner):
-            put(self.owner, self.attribute, value)
+            write_offloaded(self.owner, self.attribute, value)
             return
-        value = spread(value, self.tensor)
+        value = shard_like(value, self.tensor)
         device = None if self.layer is None else self.layer.where[0]
         if value.device != device or value.dtype != self.tensor.dtype:
             value = value.to(device=device, dtype=self.tensor.dtype)
@@ -153,11 +160,11 @@ def tied_rows(parts: Parts, adapter: str, prefix: str) -> Iterator[str]:
 
 def file_tensors(prompt: Prompt) -> dict[str, Tensor]:
     """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
-    tensors = tensors_below(prompt)
+    tensors = find_parameters_below(prompt)
     if all([layout_of(t) is None for t in tensors.values()]):
         return prompt.stored()
-    empty = {name: torch.empty(shape_of(t), dtype=t.dtype, device="meta") for name, t in tensors.items()}
-    return whole_copy(prompt, empty).stored()
+    empty = {name: torch.empty(find_whole_shape(t), dtype=t.dtype, device="meta") for name, t in tensors.items()}
+    return copy_unwrapped(prompt, empty).stored()
 
 
 def aliases(parts: Parts, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:

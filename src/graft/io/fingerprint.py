@@ -29,7 +29,7 @@ from graft.inject.survey import survey
 from graft.io.base import get_base_model_state_dict, original
 from graft.storage import find_store
 from graft.storage.dense import plain_tensors
-from graft.storage.parallel import is_sharded, is_whole, layout_of, numbers_at, shape_of
+from graft.storage.parallel import find_whole_shape, gather_numbers, is_sharded, is_whole, layout_of
 
 
 def digests(base: nn.Module, names: Container[str] | None = None, without: Container[str] = ()) -> dict[str, str]:
@@ -238,10 +238,10 @@ def sample(weight: Weight, together: bool = False) -> list[float] | None:
         return None
     parameter = parameters_in(base).get(name)
     if parameter is not None and not parameter.is_meta and layout_of(parameter) is not None:
-        n = shape_of(parameter).numel()
-        picked = numbers_at(parameter, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None
+        n = find_whole_shape(parameter).numel()
+        picked = gather_numbers(parameter, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None
         return None if picked is None else rounded(picked)
-    if site.store.unread(base, name):
+    if site.store.why_unreadable(base, name):
         return None
     W = site.store.read(base, name).detach()
     if W.is_meta or not is_whole(W):

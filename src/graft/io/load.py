@@ -44,9 +44,9 @@ from graft.io.servers import arranged
 from graft.io.tensors import resized, torn_apart
 from graft.io.written import TODAY
 from graft.storage import innermost
-from graft.storage.offload import is_tied, offloaded_in
-from graft.storage.offload import put as put_away
-from graft.storage.parallel import fill, shape_of
+from graft.storage.offload import find_offloaded, is_tied
+from graft.storage.offload import write_offloaded as put_away
+from graft.storage.parallel import find_whole_shape, write_whole
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -91,7 +91,7 @@ class BaseEntry(NamedTuple):
 
     def assign(self, value: Tensor) -> None:
         if self.offloaded is None:
-            fill(self.tensor, value)
+            write_whole(self.tensor, value)
         else:
             put_away(*self.offloaded, value)
 
@@ -140,7 +140,7 @@ class Values:
         """
         prefix = PROMPT_WRAPPED if self.config.is_prompt_learning else WRAPPED
         original = getattr(module, "original_module", module)
-        shapes = {n: shape_of(p) for n, p in original.named_parameters()}
+        shapes = {n: find_whole_shape(p) for n, p in original.named_parameters()}
         shapes_in_file = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
         other = {n: s for n, s in shapes_in_file.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
         torn = torn_apart(shapes, shapes | other) if other else None
@@ -206,7 +206,7 @@ class Values:
         for layer, pairs in groups:
             if layer is None:  # layers may restore values that are as large as what they share
                 both = [
-                    (in_memory(entry.label), self.tensors[name].shape, shape_of(entry.tensor))
+                    (in_memory(entry.label), self.tensors[name].shape, find_whole_shape(entry.tensor))
                     for entry, name in pairs
                     if name
                 ]
@@ -216,7 +216,7 @@ class Values:
             for layer, pairs in groups
             if layer is None
             for entry, name in pairs
-            if name is not None and entry.container and self.tensors[name].shape == shape_of(entry.tensor)
+            if name is not None and entry.container and self.tensors[name].shape == find_whole_shape(entry.tensor)
         }
         for layer, pairs in groups:
             if layer is not None:
@@ -231,8 +231,10 @@ class Values:
                     self.report.missing_keys.append(in_memory(entry.label))
                     continue
                 used.add(name)
-                if self.tensors[name].shape != shape_of(entry.tensor):
-                    mismatched.append((in_memory(entry.label), self.tensors[name].shape, shape_of(entry.tensor)))
+                if self.tensors[name].shape != find_whole_shape(entry.tensor):
+                    mismatched.append(
+                        (in_memory(entry.label), self.tensors[name].shape, find_whole_shape(entry.tensor))
+                    )
                 else:
                     found.append((entry, name))
         used |= names & {n for layer, pairs in groups if layer is None for entry, _ in pairs for n in entry.also}
@@ -249,7 +251,7 @@ class Values:
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
         own: list[tuple[Receiver, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
-        away = offloaded_in(self.model) if any(t.is_meta for t in base.values()) else {}
+        away = find_offloaded(self.model) if any(t.is_meta for t in base.values()) else {}
         tied = [name for name, t in base.items() if id(t) in away and is_tied(*away[id(t)])]
         if tied:
             raise BaseModelMismatchError(
@@ -351,8 +353,8 @@ class Values:
                 for inner in ("base_layer", "original_module", ROWS):
                     by_name[f"{prefix}{stem}.{inner}.{leaf}"] = p
         out = {n: by_name[n] for n in sorted(names) if n in by_name}  # spreading takes all processes, in one order
-        wrong = [n for n in out if shape_of(out[n]) != self.tensors[n].shape]
-        return out, [(n, self.tensors[n].shape, shape_of(out.pop(n))) for n in wrong]
+        wrong = [n for n in out if find_whole_shape(out[n]) != self.tensors[n].shape]
+        return out, [(n, self.tensors[n].shape, find_whole_shape(out.pop(n))) for n in wrong]
 
     @cached_property
     def absent(self) -> dict[str, str]:

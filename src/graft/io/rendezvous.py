@@ -25,7 +25,7 @@ from graft.inject.build import add_adapter
 from graft.inject.parts import Parts
 from graft.io.entries import Entry
 from graft.io.fingerprint import hashed
-from graft.storage.parallel import is_plain, is_whole, layout_of, processes, shape_of, whole
+from graft.storage.parallel import find_whole_shape, gather_tensor, has_no_layout, is_whole, layout_of, processes
 
 T = TypeVar("T")
 CALL = "save_pretrained()"
@@ -37,7 +37,7 @@ GATHER = (
 
 def all_here(tensors: Iterable[Tensor]) -> bool:
     """Return True if each tensor is plain and has numbers, which is quick to see: no part, and no stand-in."""
-    return all([is_plain(t) and t.numel() for t in tensors])
+    return all([has_no_layout(t) and t.numel() for t in tensors])
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,9 +52,9 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     spread = {name: spread[name] for name in sorted(spread)}  # in one order everywhere
     ranks = ranks_of(spread.values())
     if len(ranks) > 1:
-        shapes = [f"{name} {tuple(shape_of(t))} {t.dtype}" for name, t in spread.items()]
+        shapes = [f"{name} {tuple(find_whole_shape(t))} {t.dtype}" for name, t in spread.items()]
         Meeting(CALL, f"{len(shapes)} tensors ({hashed(' '.join(shapes))}) such as {shapes[0]}", ranks)
-    return {name: whole(t) for name, t in spread.items()}
+    return {name: gather_tensor(t) for name, t in spread.items()}
 
 
 def ranks_of(tensors: Iterable[Tensor]) -> list[int]:
@@ -78,7 +78,7 @@ def check_entries(entries: list[Entry], values: dict[str, Tensor], parts: Parts,
 
 def is_odd(tensor: Tensor, value: Tensor) -> bool:
     """Return True if a tensor is empty in the stead of another, or a value has another shape than it."""
-    if value is tensor and is_plain(tensor):
+    if value is tensor and has_no_layout(tensor):
         return not is_whole(tensor)
     layout = layout_of(tensor)
     if layout is not None:
@@ -89,7 +89,7 @@ def is_odd(tensor: Tensor, value: Tensor) -> bool:
 def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: torch.Size | None = None) -> None:
     """Check a value for `tensor`, whose shape is `shape` if that is known; else its own, unless it is a part itself."""
     if shape is None and (layout_of(tensor) is not None or is_whole(tensor)):
-        shape = shape_of(tensor)
+        shape = find_whole_shape(tensor)
     if value.shape == shape or (shape is None and value.numel()):
         return
     wanted = "" if shape is None else f" and not {tuple(shape)}"

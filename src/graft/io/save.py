@@ -32,8 +32,8 @@ from graft.io.base import names_in_file, original
 from graft.io.entries import Entry, entries
 from graft.io.fingerprint import Note, digests, fingerprint, weights_of
 from graft.io.rendezvous import all_here, check_entries, check_value, gathered, ranks_of
-from graft.storage.offload import offloaded_in
-from graft.storage.parallel import tensors_below, whole_copy
+from graft.storage.offload import find_offloaded
+from graft.storage.parallel import copy_unwrapped, find_parameters_below
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -86,13 +86,13 @@ def get_peft_model_state_dict(
     more = {f"{prefix}{name}": t for name, t in base_tensors(base, parts, config, save_embedding_layers).items()}
     if parts.prompt is not None and state is not None:
         parts, state = with_values(parts, parts.prompt, state, adapter_name), None
-    elif parts.prompt is not None and (found := gathered(tensors_below(parts.prompt))):
-        parts = replace(parts, prompt=whole_copy(parts.prompt, found))
+    elif parts.prompt is not None and (found := gathered(find_parameters_below(parts.prompt))):
+        parts = replace(parts, prompt=copy_unwrapped(parts.prompt, found))
     all_entries = list(entries(parts, adapter_name, prefix))
     values = {e.file: e.tensor if state is None else value_in(state, e, adapter_name) for e in all_entries}
     values |= {key: t if state is None else state.get(key, state.get(bare(key), t)) for key, t in more.items()}
     if any([t.is_meta for t in values.values()]):
-        away = offloaded_in(model)
+        away = find_offloaded(model)
         values |= {key: copy_offloaded(*away[id(t)]) for key, t in values.items() if id(t) in away}
     if state is not None or not all_here(values.values()):
         values |= gathered(values)
@@ -141,7 +141,7 @@ def ranks_of_adapters(model: nn.Module, adapters: list[str]) -> list[int]:
     for adapter in adapters:
         parts, _, base = parts_of(model, adapter)
         if parts.prompt is not None:  # a file knows its base by weights that may be in parts, too
-            tensors += [*tensors_below(parts.prompt).values(), *tensors_below(base).values()]
+            tensors += [*find_parameters_below(parts.prompt).values(), *find_parameters_below(base).values()]
         tensors += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
     return ranks_of(tensors)
 
@@ -177,8 +177,8 @@ def tensors_for_file(
 def with_values(parts: Parts, prompt: Prompt, state: dict[str, Tensor], adapter: str) -> Parts:
     """Return a copy of `parts` whose prompt and modules to save have a state dict's values."""
     stem = f"{prompt.prefix}.{adapter}"
-    values = {n: taken(state, f"{stem}.{n}", t, adapter) for n, t in tensors_below(prompt).items()}
-    here = replace(parts, wrappers=copy.deepcopy(parts.wrappers), prompt=whole_copy(prompt, values))
+    values = {n: taken(state, f"{stem}.{n}", t, adapter) for n, t in find_parameters_below(prompt).items()}
+    here = replace(parts, wrappers=copy.deepcopy(parts.wrappers), prompt=copy_unwrapped(prompt, values))
     for key, wrapper in here.wrappers.items():
         for name, tensor in wrapper.state_dict(keep_vars=True).items():
             if f".{adapter}." in f".{name}.":
@@ -201,7 +201,7 @@ def base_tensors(
     bias = getattr(config, "bias", "none")
     if bias == "all":
         in_file, is_added = names_in_file(parts), added_by(parts)
-        biases = {name: p for name, p in tensors_below(base).items() if is_bias(name) and not is_added(name)}
+        biases = {name: p for name, p in find_parameters_below(base).items() if is_bias(name) and not is_added(name)}
         out |= {in_file(name): p for name, p in biases.items()}
         out |= {name: b for name, b in _biases(parts).items() if name in out}
     elif bias != "none":
@@ -254,14 +254,14 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
         seen.add(module)
         if layer_in(module) is module:
             if any(module is m or module.base_layer is m for m in layers):
-                out |= {f"{key}.base_layer.{n}": p for n, p in tensors_below(module.base_layer).items()}
-                if module.base_weight.unread() is None:
+                out |= {f"{key}.base_layer.{n}": p for n, p in find_parameters_below(module.base_layer).items()}
+                if module.base_weight.why_unreadable() is None:
                     out[f"{key}.base_layer.weight"] = unmerged(module)
         elif not targeted and any(module is m for m in layers):
             rows = module.shown if isinstance(module, TrainableTokensWrapper) else None
             stem, own = (key, module) if rows is None else (f"{key}.{module.inner_name}.base_layer", rows.base_layer)
-            out |= {f"{stem}.{n}": p for n, p in tensors_below(own).items()}
-            if rows is not None and rows.base_weight.unread() is None:
+            out |= {f"{stem}.{n}": p for n, p in find_parameters_below(own).items()}
+            if rows is not None and rows.base_weight.why_unreadable() is None:
                 out[f"{stem}.weight"] = unmerged(rows)
     return out
 

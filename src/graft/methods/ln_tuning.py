@@ -11,7 +11,7 @@ from torch import nn
 from graft.config.fields import LN_TUNING, Targeted
 from graft.core.effect import Effect, Replace
 from graft.core.method import Method
-from graft.storage import codes_in, standalone
+from graft.storage import standalone, why_copy_cannot_train
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class LNTuning(Method[LNTuningConfig]):
     ln_tuning_layers: nn.Module
 
     def check(self) -> str | None:
-        why = codes_in(self.site.module)
+        why = why_copy_cannot_train(self.site.module)
         return super().check() if why is None else f"LN tuning trains a copy of the layer, and {why}"
 
     def describe(self) -> Effect:

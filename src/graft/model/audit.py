@@ -399,7 +399,7 @@ def norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
     base = layer.base_layer
     if layer.site.piece is not None or any([layout_of(t) is not None for t in base.parameters()]):
         return ()  # processes would have to read it together
-    if layer.base_weight.unread():
+    if layer.base_weight.why_unreadable():
         return ()
     with evaluating(layer):
         W = layer.W0

@@ -15,7 +15,7 @@ from graft.core.errors import warn
 from graft.core.layer import AdapterLayer
 from graft.inject.parts import check_foreign, registry_of, unwrapped
 from graft.inject.survey import is_block, nest_of, survey
-from graft.storage import innermost, release
+from graft.storage import innermost, release_packed
 
 
 def union(names: Iterable[list[str]]) -> list[str]:
@@ -101,7 +101,7 @@ def unload(model: nn.Module, frozen: Set[str] | None) -> None:
     """
     before = vocabulary(model)
     restore(model)
-    release(model.modules())
+    release_packed(model.modules())
     if "peft_config" in model.__dict__:
         del model.peft_config
     resize(model, before)

@@ -33,7 +33,7 @@ from graft.model.rows import RowNames, composed, composition_for, draws_of, name
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
-from graft.storage import numel
+from graft.storage import count_numbers
 
 if TYPE_CHECKING:
     from graft.model.prompts import Prompts
@@ -228,7 +228,7 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trainable, all) parameters. Packed 4-bit weights count with the numbers they hold."""
-        sizes = [(numel(p), p.requires_grad) for p in self.parameters()]
+        sizes = [(count_numbers(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter]]:

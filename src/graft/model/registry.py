@@ -52,7 +52,7 @@ from graft.model.tuner_type import INJECT, replaced
 from graft.model.watch import Watch
 from graft.prompts.base import Prompt
 from graft.storage import DENSE, Quantized, holds_codes
-from graft.storage.codes import dtype_beside, mark_plain, unmark
+from graft.storage.codes import find_unpacked_dtype, mark_plain_layers, remove_quantization_marks
 
 _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(container)}
 
@@ -657,9 +657,9 @@ class Registry:
             self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
         plain = self.unload()
         if dequantize and not any(map(holds_codes, plain.modules())):
-            unmark(plain)
+            remove_quantization_marks(plain)
         elif some:
-            mark_plain(plain)
+            mark_plain_layers(plain)
         return plain
 
     @contextmanager
@@ -675,7 +675,7 @@ class Registry:
         ]
         packed = [(layer, layer.store) for layer in layers if isinstance(layer.store, Quantized)]
         for layer, store in packed:
-            if (why := store.unread(layer.base_layer)) is not None:
+            if (why := store.why_unreadable(layer.base_layer)) is not None:
                 raise NotImplementedError(f"Cannot dequantize layer '{layer.site.key}': {why}.")
         for layer in layers:
             if layer.op.packed is not None:
@@ -686,7 +686,7 @@ class Registry:
         if done:
             self.unmerge_adapter()
         before = [(layer, layer.base_layer, layer.op, store) for layer, store in packed]
-        dtype = dtype_beside(survey(self.model).owners)
+        dtype = find_unpacked_dtype(survey(self.model).owners)
         try:
             for layer, store in packed:
                 plain = store.dense(layer.base_layer, dtype)

@@ -38,7 +38,7 @@ from graft.io.rendezvous import Note
 from graft.kernels.eager import autocast_dtype
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved
 from graft.storage.flat import is_flat, trains
-from graft.storage.parallel import is_sharded, layout_of, mastered, processes
+from graft.storage.parallel import find_master_ids, is_sharded, layout_of, processes
 
 
 class Watched(Protocol):
@@ -286,7 +286,7 @@ def check_averaged(registry: Watched) -> None:
     if any(map(is_managed, registry.model.modules())):
         late = [name for name, slot, _ in found if trains(slot.tensor) and is_late(slot)]
         refuse(late, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
-    ids = mastered([*registry.model.parameters(), *trained.values()])
+    ids = find_master_ids([*registry.model.parameters(), *trained.values()])
     if ids:
         refuse([n for n, p in trained.items() if id(p) not in ids], "DeepSpeed", "call deepspeed.initialize again")
     if any([layout_of(slot.tensor) is not None or is_managed(slot.owner) for _, slot, _ in found]):
@@ -297,7 +297,7 @@ def has_copies(registry: Watched) -> bool:
     """Return True if each process is known to hold all of one adapter, which they train together."""
     if processes() < 2:
         return False
-    return registry.in_ddp or bool(mastered(registry.model.parameters()))
+    return registry.in_ddp or bool(find_master_ids(registry.model.parameters()))
 
 
 def refuse(names: list[str], who: str, remedy: str) -> None:

@@ -18,8 +18,8 @@ from graft.core.containers import Slot, slots_of
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.method import Published
 from graft.core.wrappers import end_offloading
-from graft.storage import place_of
-from graft.storage.parallel import fill, layout_of, shape_of
+from graft.storage import find_device_and_dtype
+from graft.storage.parallel import find_whole_shape, layout_of, write_whole
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -88,8 +88,8 @@ class Prompt(nn.Module):
         `value` is the prompt from now on; a network that computed it goes, since no file holds one.
         """
         old = self.embedding.weight
-        if shape_of(old) == value.shape:
-            fill(old, value)
+        if find_whole_shape(old) == value.shape:
+            write_whole(old, value)
         elif layout_of(old) is not None:
             raise CheckpointError(
                 f"A prompt of shape {tuple(value.shape)} cannot take the place of the network that computes this one, "
@@ -118,12 +118,12 @@ def words_of(ids: Tensor, words: nn.Module | None, why: str) -> Tensor:
         raise ConfigError(f"{why} needs the base model's word embeddings, and it has none.")
     check_tokens(ids, words, why)
     with torch.no_grad():
-        return words(ids.to(place_of(words)[0])).detach().clone().to(torch.float32)
+        return words(ids.to(find_device_and_dtype(words)[0])).detach().clone().to(torch.float32)
 
 
 def check_tokens(ids: Tensor, words: nn.Module, why: str) -> None:
     """Raise ConfigError if the base model does not know all the tokens."""
-    size = shape_of(next(words.parameters()))[0]
+    size = find_whole_shape(next(words.parameters()))[0]
     unknown = ids[(ids < 0) | (ids >= size)]
     if len(unknown):
         raise ConfigError(

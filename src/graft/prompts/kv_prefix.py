@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graft.core.errors import warn
 from graft.core.ops import find_op
 from graft.kernels.cuts import Cut, cut_tensor
-from graft.storage import innermost, piece_of
+from graft.storage import find_piece, innermost
 
 if TYPE_CHECKING:
     from graft.core.layer import AdapterLayer
@@ -42,7 +42,7 @@ def head_cuts(stack: nn.Module) -> dict[int, Cut]:
         index, size, keys = (getattr(module, name, None) for name in ("layer_idx", "head_dim", "k_proj"))
         if isinstance(index, int) and isinstance(size, int) and keys is not None:
             keys = innermost(keys)
-            piece = piece_of(keys, find_op(keys))
+            piece = find_piece(keys, find_op(keys))
             if piece is not None and piece.outputs is not None and piece.outputs.chunk % size == 0:
                 found[index] = piece.outputs._replace(size=piece.outputs.size // size)
     return found
@@ -53,7 +53,7 @@ def unclear_heads(stack: nn.Module) -> str | None:
     for module in stack.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             for name, child in module.named_modules():
-                piece = None if name == "k_proj" else piece_of(child, find_op(child))
+                piece = None if name == "k_proj" else find_piece(child, find_op(child))
                 if piece is not None and piece.outputs is not None:
                     return f"'{name}', parallel by the style '{piece.style}'"
     return None

@@ -14,7 +14,7 @@ from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Published
 from graft.prompts.base import Prompt, words_of
-from graft.storage.parallel import shape_of
+from graft.storage.parallel import find_whole_shape
 
 
 class PromptTuningInit(str, Enum):
@@ -68,7 +68,7 @@ class PromptEmbedding(Prompt):
             ids = text_ids(cfg)
             origin += f" with tokenizer_name_or_path='{cfg.tokenizer_name_or_path}'"
         else:
-            ids = torch.randint(0, shape_of(next(words.parameters()))[0], (cfg.rows,))
+            ids = torch.randint(0, find_whole_shape(next(words.parameters()))[0], (cfg.rows,))
         self.embedding.weight = nn.Parameter(words_of(ids, words, origin))
 
 

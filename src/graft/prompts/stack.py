@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.prompts import kv_prefix
 from graft.prompts.replays import Replays
-from graft.storage import place_of
+from graft.storage import find_device_and_dtype
 
 
 def first_of(arguments: dict[str, object]) -> Any:
@@ -155,7 +155,7 @@ class Stack:
     @property
     def device(self) -> torch.device:
         parts = (self.words or self.module, self.module)  # FSDP may leave the word embeddings without parameters
-        return next(device for part in parts if (device := place_of(part)[0]) is not None)
+        return next(device for part in parts if (device := find_device_and_dtype(part)[0]) is not None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,5 +179,5 @@ class Stack:
     def devices(self, layers: int) -> list[torch.device]:
         """Return the device of each layer."""
         parts = [self.layers.get(i, self.module) for i in range(layers)]
-        where = [place_of(part)[0] or self.device for part in parts]
+        where = [find_device_and_dtype(part)[0] or self.device for part in parts]
         return [self.device if d.type == "meta" else d for d in where]

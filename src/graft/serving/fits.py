@@ -180,7 +180,7 @@ def _factors(
     scaling = cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r)
     made = SlotFactors(_own(A), _own(B.T), scaling)
     if MAGNITUDE in own:
-        if why := layer.site.weight.unread():
+        if why := layer.site.weight.why_unreadable():
             raise ConfigError(f"Adapter '{name}' does not fit: DoRA needs the weight of '{key}', and {why}.")
         W = layer.site.weight.canon()
         wide = torch.promote_types(A.dtype, torch.float32)  # of half-precision files the gain is not rounded as well

@@ -29,7 +29,7 @@ from graft.io.load import Values
 from graft.io.save import config_of, parts_of
 from graft.methods.lora import LoRA
 from graft.model import checkpoints
-from graft.storage.parallel import fill_all, layout_of, shape_of
+from graft.storage.parallel import find_whole_shape, layout_of, write_all_whole
 
 if TYPE_CHECKING:
     from graft import Method
@@ -159,8 +159,8 @@ def planned(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, 
     def write() -> None:
         with torch.inference_mode(False):
             grow([(entry, value.to(entry.tensor, copy=True), rank) for entry, value, rank in plan.larger])
-            zeros = [(target, target.new_zeros(()).expand(shape_of(target))) for target in plan.zeros]
-            fill_all([*plan.copies, *zeros])
+            zeros = [(target, target.new_zeros(()).expand(find_whole_shape(target))) for target in plan.zeros]
+            write_all_whole([*plan.copies, *zeros])
             for layer, rank, alpha, scaling in plan.changes:
                 layer.tell(adapter, r=rank, lora_alpha=alpha)
                 both: list[dict[str, Any]] = [layer.scaling, layer.scaling_at_start]
@@ -287,7 +287,7 @@ def _take(plan: Swap, pairs: list[tuple[Entry, Tensor | None]], room: int = 0, r
         if value is None:
             plan.missing.append(entry.file)
             continue
-        here = shape_of(entry.tensor)
+        here = find_whole_shape(entry.tensor)
         shape = here if r == room else shape_at(entry, r)
         if value.shape != shape:
             plan.wrong.append(f"{entry.file} has shape {tuple(value.shape)}, expected is {tuple(shape)}")
@@ -310,7 +310,7 @@ def groups_of(entry: Entry) -> int:
 
 def shape_at(entry: Entry, r: int) -> torch.Size:
     """Return the shape that an adapter's tensor would have at rank r."""
-    shape = list(shape_of(entry.tensor))
+    shape = list(find_whole_shape(entry.tensor))
     dim = RANK_DIM.get(entry.container)
     if dim is not None and len(shape) > 1:
         shape[dim] = r // groups_of(entry) if dim else r

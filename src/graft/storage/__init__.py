@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stores: how modules hold weights. Only files in this folder look inside a module for its weight."""
 
-from graft.storage.codes import codes_in, hold_bias, holds_codes, loose_bias, numel, ready, release
+from graft.storage.codes import (
+    count_numbers,
+    has_loose_bias,
+    holds_codes,
+    make_bias_parameter,
+    prepare_packed,
+    release_packed,
+    why_copy_cannot_train,
+)
 from graft.storage.dense import Dense
-from graft.storage.experts import experts_of, is_transposed, packed_shape, parameter_names
+from graft.storage.experts import find_experts_function, find_packed_shape, is_transposed, list_parameter_names
 from graft.storage.find import (
     DENSE,
     FOREIGN,
     PACKED,
     STORES,
     TENSORS,
+    find_device_and_dtype,
     find_store,
+    find_store_of_tensor,
     find_tensor_store,
     innermost,
-    of_tensor,
-    place_of,
 )
 from graft.storage.foreign import ByIdentity
 from graft.storage.quantized import Quantized
-from graft.storage.shared_work import group_of, piece_of, refusal
-from graft.storage.stacks import packed_names
+from graft.storage.shared_work import find_group, find_piece, why_no_adapter
+from graft.storage.stacks import list_packed_names
 from graft.storage.tensor_parallel import standalone
 
 __all__ = [
@@ -31,25 +39,25 @@ __all__ = [
     "ByIdentity",
     "Dense",
     "Quantized",
-    "codes_in",
-    "experts_of",
+    "count_numbers",
+    "find_device_and_dtype",
+    "find_experts_function",
+    "find_group",
+    "find_packed_shape",
+    "find_piece",
     "find_store",
+    "find_store_of_tensor",
     "find_tensor_store",
-    "group_of",
-    "hold_bias",
+    "has_loose_bias",
     "holds_codes",
     "innermost",
     "is_transposed",
-    "loose_bias",
-    "numel",
-    "of_tensor",
-    "packed_names",
-    "packed_shape",
-    "parameter_names",
-    "piece_of",
-    "place_of",
-    "ready",
-    "refusal",
-    "release",
+    "list_packed_names",
+    "list_parameter_names",
+    "make_bias_parameter",
+    "prepare_packed",
+    "release_packed",
     "standalone",
+    "why_copy_cannot_train",
+    "why_no_adapter",
 ]

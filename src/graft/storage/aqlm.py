@@ -31,7 +31,7 @@ class Aqlm(OwnModule):
 
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for codes that its kernel for CPUs has permuted, which its backward pass does not know."""
-        return has_bytes(m)
+        return holds_byte_codes(m)
 
     def protect(self, y: Tensor) -> Tensor:
         return y.clone()
@@ -41,10 +41,10 @@ def is_permuted(m: nn.Module, groups: tuple[int, int]) -> bool:
     """Return True if a first call on a CPU has put the groups of inputs first."""
     if groups[0] != groups[1]:
         return tuple(m.codes.shape[:2]) != groups
-    return has_bytes(m) and m.gemv_op is not None
+    return holds_byte_codes(m) and m.gemv_op is not None
 
 
-def has_bytes(m: nn.Module) -> bool:
+def holds_byte_codes(m: nn.Module) -> bool:
     """Return True if codes are bytes on a CPU, for which there is a kernel."""
     return bool(m.codebooks.shape[1] == 256 and m.codes.device.type == "cpu")
 

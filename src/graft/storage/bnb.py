@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graft.core.ops import Embedding
 from graft.storage.dense import Dense
-from graft.storage.quantized import Quantized, moved
+from graft.storage.quantized import Quantized, move_snapshot
 
 REARRANGES = "_graft_held_in_order"  # mark on layers that bitsandbytes would rearrange, but for their adapters
 BLOCK = 32  # rows that the layout for AVX512-BF16 interleaves
@@ -32,12 +32,12 @@ class Four(Quantized):
     parts = ("weight", "quant_state")
 
     def values(self, m: nn.Module) -> Tensor:
-        return functional().dequantize_4bit(*plain(m.weight.data, state_of(m)))
+        return functional().dequantize_4bit(*undo_rearrangement(m.weight.data, find_quant_state(m)))
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        old, state = m.weight, state_of(m)
-        data, _ = plain(old.data, state)
-        made = import_module("bitsandbytes.nn").Params4bit(
+    def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+        old, state = m.weight, find_quant_state(m)
+        data, _ = undo_rearrangement(old.data, state)
+        parameter = import_module("bitsandbytes.nn").Params4bit(
             W.contiguous(),
             requires_grad=False,
             blocksize=state.blocksize,
@@ -45,25 +45,25 @@ class Four(Quantized):
             quant_type=state.quant_type,
             quant_storage=data.dtype,
         )
-        made = made.to(W.device)  # quantizes
-        made.module = getattr(old, "module", None)
-        return {"weight": made, "quant_state": made.quant_state}
+        parameter = parameter.to(W.device)  # quantizes
+        parameter.module = getattr(old, "module", None)
+        return {"weight": parameter, "quant_state": parameter.quant_state}
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
-        return {"weight": m.weight, "quant_state": state_of(m)}
+        return {"weight": m.weight, "quant_state": find_quant_state(m)}
 
     def restore(self, m: nn.Module, name: str, state: dict[str, object]) -> None:
-        weight = moved(state["weight"], self.where(m)[0])  # with its quant_state
+        weight = move_snapshot(state["weight"], self.where(m)[0])  # with its quant_state
         self.put(m, {"weight": weight, "quant_state": getattr(weight, "quant_state", None) or state["quant_state"]})
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
-        state = state_of(m)
+        state = find_quant_state(m)
         if state is not None:
             return getattr(state, "original_dtype", state.dtype) if is_interleaved(state) else state.dtype
         return m.weight.dtype if m.weight.is_floating_point() else None
 
-    def unreadable(self, m: nn.Module) -> str | None:
-        weight, state = m.weight, state_of(m)
+    def why_undecodable(self, m: nn.Module) -> str | None:
+        weight, state = m.weight, find_quant_state(m)
         if state is None:
             return "its weight is not quantized yet: bitsandbytes does so in .to(device), also in .to('cpu')"
         size, wanted = weight.numel() * weight.element_size() * 2, math.prod(state.shape)
@@ -78,10 +78,10 @@ class Four(Quantized):
         """Keep the layer out of the layout whose kernel has no backward pass, and take it out where it is in."""
         if getattr(m, "support_avx512bf16_for_cpu", False):
             m.__dict__.update({"support_avx512bf16_for_cpu": False, REARRANGES: True})
-        weight, state = m.weight, state_of(m)
+        weight, state = m.weight, find_quant_state(m)
         if weight.is_meta or state is None or not (is_interleaved(state) or is_transposed(state)):
             return None
-        weight.data, weight.quant_state = plain(weight.data, state)
+        weight.data, weight.quant_state = undo_rearrangement(weight.data, state)
         m.quant_state = weight.quant_state
         return (
             "bitsandbytes has rearranged weights of 4 bits for a CPU with AVX512-BF16, in a forward pass in eval mode: "
@@ -94,7 +94,7 @@ class Four(Quantized):
             m.__dict__["support_avx512bf16_for_cpu"] = True
 
 
-def state_of(m: nn.Module) -> Any:
+def find_quant_state(m: nn.Module) -> Any:
     """Return the quant_state; of a weight that FSDP has made a plain parameter of, the module keeps it."""
     state = getattr(m.weight, "quant_state", None)
     return getattr(m, "quant_state", None) if state is None else state
@@ -109,7 +109,7 @@ def is_transposed(state: Any) -> bool:
     return state.absmax.dim() == 2
 
 
-def plain(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+def undo_rearrangement(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Return codes and quant_state as they were before bitsandbytes rearranged them for AVX512-BF16.
 
     There a block of 32 rows, (32, K/2, 2) codes, is held as (K/2, 32, 2), each 64 codes as 32 low and 32 high halves of
@@ -136,17 +136,17 @@ class Eight(Quantized):
     name = "bnb 8bit"
 
     def values(self, m: nn.Module) -> Tensor:
-        return dense(m.weight.data, scales_of(m))
+        return dequantize_rows(m.weight.data, scales_of(m))
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        codes, scales = (W, None) if m.weight.has_fp16_weights else quantized(W)
+    def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+        codes, scales = (W, None) if m.weight.has_fp16_weights else quantize_rows(W)
         return {"codes": codes, "scales": scales}
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
         return {"codes": m.weight.data, "scales": scales_of(m)}
 
     def snapshot_values(self, m: nn.Module, name: str, state: dict[str, Any]) -> Tensor:
-        return dense(**state)
+        return dequantize_rows(**state)
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
         return m.weight.dtype if m.weight.is_floating_point() else None
@@ -154,7 +154,7 @@ class Eight(Quantized):
     def trains(self, m: nn.Module) -> bool:
         return bool(m.weight.is_floating_point() and m.weight.has_fp16_weights)
 
-    def unreadable(self, m: nn.Module) -> str | None:
+    def why_undecodable(self, m: nn.Module) -> str | None:
         scaled = m.weight.is_floating_point() or scales_of(m) is not None
         return None if scaled else "its weight has no scales (SCB): load the model again"
 
@@ -170,20 +170,20 @@ def scales_of(m: nn.Module) -> Tensor | None:
     """Return the scales of codes (N,); None if the module rounds a weight of floats at each forward pass."""
     if m.weight.is_floating_point():
         return None
-    own = getattr(m.weight, "SCB", None)
-    return own if own is not None else getattr(getattr(m, "state", None), "SCB", None)
+    scales = getattr(m.weight, "SCB", None)
+    return scales if scales is not None else getattr(getattr(m, "state", None), "SCB", None)
 
 
-def quantized(W: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(W: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales, *_ = functional().int8_vectorwise_quant(W.contiguous().half())
     return codes, scales
 
 
-def dense(codes: Tensor, scales: Tensor | None) -> Tensor:
+def dequantize_rows(codes: Tensor, scales: Tensor | None) -> Tensor:
     """Return the values of codes, or of what a module makes of floats."""
     dtype = None
     if scales is None:
-        dtype, (codes, scales) = codes.dtype, quantized(codes)
+        dtype, (codes, scales) = codes.dtype, quantize_rows(codes)
     return (codes * (scales * (1 / 127))[:, None]).to(dtype)
 
 

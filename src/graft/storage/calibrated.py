@@ -37,8 +37,8 @@ class Gptq(ByIdentity):
     def __init__(self) -> None:
         super().__init__("gptq", "GPTQ codes")
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
-        why = super().fixed(m, name)
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        why = super().why_unwritable(m, name)
         if name != "weight":
             return why
         return f"{why} (Cannot merge LORA layers when the model is gptq quantized)"  # PEFT's words

@@ -16,8 +16,8 @@ from graft.core.ops import find_op
 from graft.core.site import Store
 from graft.storage.compressed import Compressed
 from graft.storage.dense import NUMBERS, PLAIN, strange_tensor
-from graft.storage.experts import mend, unmend
-from graft.storage.find import STORES, TENSORS, marked
+from graft.storage.experts import let_experts_train, restore_experts
+from graft.storage.find import STORES, TENSORS, find_marked_store
 from graft.storage.quantized import Quantized
 
 FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
@@ -40,12 +40,12 @@ def is_marked(model: nn.Module) -> bool:
     return dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in (*FLAGS, "is_quantized"))
 
 
-def dtype_beside(parameters: Iterable[Tensor]) -> torch.dtype | None:
+def find_unpacked_dtype(parameters: Iterable[Tensor]) -> torch.dtype | None:
     """Return the dtype of the first parameter that is not packed: most likely that of a model's hidden states."""
     return next((p.dtype for p in parameters if type(p) in PLAIN and p.dtype in NUMBERS), None)
 
 
-def unmark(model: nn.Module) -> None:
+def remove_quantization_marks(model: nn.Module) -> None:
     """Take the marks off a model that holds nothing packed any more, so that it is saved as a plain one."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -55,11 +55,11 @@ def unmark(model: nn.Module) -> None:
             setattr(model, flag, False)
 
 
-def mark_plain(model: nn.Module) -> None:
+def mark_plain_layers(model: nn.Module) -> None:
     """Have the quantization config of a model of transformers name the linear layers that are plain, so that it loads
     as it is saved, with these beside packed ones; warn where a config cannot name them."""
-    own: Any = getattr(model, "config", None)
-    marks = getattr(own, "quantization_config", None)
+    model_config: Any = getattr(model, "config", None)
+    marks = getattr(model_config, "quantization_config", None)
     if marks is None or isinstance(marks, dict):
         return
     plain = [name for name, m in model.named_modules() if find_op(m).linear and not holds_codes(m)]
@@ -72,35 +72,35 @@ def mark_plain(model: nn.Module) -> None:
             PeftWarning,
         )
         return
-    own.quantization_config = marks = copy.copy(marks)  # the caller's may load other models
+    model_config.quantization_config = marks = copy.copy(marks)  # the caller's may load other models
     setattr(marks, field, sorted({*(getattr(marks, field) or ()), *plain}))
 
 
-def ready(modules: Iterable[nn.Module]) -> None:
+def prepare_packed(modules: Iterable[nn.Module]) -> None:
     """Have the stores of packed weights mend what would make adapters on or below these modules wrong."""
-    said: dict[str | None, None] = {}
+    warnings: dict[str | None, None] = {}
     for m in modules:
-        mend(m)
-        store = packed_store(m)
+        let_experts_train(m)
+        store = find_packed_store(m)
         if isinstance(store, (Quantized, Compressed)):
-            said[store.ready(m)] = None
-    for what in said:
-        if what is not None:
-            warn(what, PeftWarning)
+            warnings[store.ready(m)] = None
+    for warning in warnings:
+        if warning is not None:
+            warn(warning, PeftWarning)
 
 
-def release(modules: Iterable[nn.Module]) -> None:
+def release_packed(modules: Iterable[nn.Module]) -> None:
     """Undo for these modules, on which no adapter acts any more, what keeps packages from their own ways."""
     for m in modules:
-        unmend(m)
-        store = packed_store(m)
+        restore_experts(m)
+        store = find_packed_store(m)
         if isinstance(store, Quantized):
             store.release(m)
 
 
-def packed_store(m: nn.Module) -> Store | None:
+def find_packed_store(m: nn.Module) -> Store | None:
     """Return the store of a module by its mark, its type or that of its weight; None for plain ones."""
-    store = marked(m) or STORES.find(type(m))
+    store = find_marked_store(m) or STORES.find(type(m))
     if store is None and (weight := m._parameters.get("weight")) is not None and type(weight) not in PLAIN:
         store = TENSORS.find(type(weight))
     return store
@@ -108,27 +108,27 @@ def packed_store(m: nn.Module) -> Store | None:
 
 def holds_codes(m: nn.Module) -> bool:
     """Return True if a module's weight is packed: codes and scales, whatever the module is called."""
-    own = STORES.find(type(m))
-    return strange_tensor(m, "weight") is not None if own is None else isinstance(own, Quantized)
+    store = STORES.find(type(m))
+    return strange_tensor(m, "weight") is not None if store is None else isinstance(store, Quantized)
 
 
-def codes_in(module: nn.Module) -> str | None:
+def why_copy_cannot_train(module: nn.Module) -> str | None:
     """Return why a copy of a module cannot train: a weight on it or below it is held in codes. None if none is."""
     for m in filter(holds_codes, module.modules()):
-        own = STORES.find(type(m))
-        if not (isinstance(own, Quantized) and own.trains(m)):
+        store = STORES.find(type(m))
+        if not (isinstance(store, Quantized) and store.trains(m)):
             return f"the weight of a {type(m).__name__} is held in codes, which cannot train"
     return None
 
 
-def loose_bias(module: nn.Module) -> bool:
+def has_loose_bias(module: nn.Module) -> bool:
     """Return True if a layer with a packed weight has a bias that is no Parameter."""
     bias = getattr(module, "bias", None)
     loose = isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter)
     return loose and isinstance(STORES.find(type(module)), Quantized)
 
 
-def hold_bias(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
+def make_bias_parameter(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
     """Make a layer's bias a Parameter, so that it can train; return it, and what undoes this."""
     owner: Any = module._buffers if "bias" in module._buffers else module.__dict__
     before = owner.pop("bias")
@@ -141,7 +141,7 @@ def hold_bias(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
     return bias, undo
 
 
-def numel(p: Tensor) -> int:
+def count_numbers(p: Tensor) -> int:
     """Return how many numbers a parameter holds: two in a byte if packed to 4 bits, all shards with DeepSpeed."""
     n = p.numel() or getattr(p, "ds_numel", 0)
     if is_packed(p):

@@ -24,11 +24,11 @@ class Compressed(Dense):
             "CompressedTensorsConfig(dequantize=True)"
         )
 
-    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
-        return self.waits(m, name) or super().unread(m, name)
+    def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
+        return self.waits(m, name) or super().why_unreadable(m, name)
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
-        return self.waits(m, name) or super().fixed(m, name)
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        return self.waits(m, name) or super().why_unwritable(m, name)
 
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for layers that round inputs or outputs: compressed-tensors rounds without a gradient."""

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from graft.core.ops import replaced_forward
 from graft.core.table import TypeTable, qualified
 from graft.core.wrappers import MANAGED, copy_offloaded, hooks_of, parameters_in
-from graft.storage.offload import at_hand, device_of, is_hooked, is_tied
-from graft.storage.parallel import layout_of, whole
+from graft.storage.offload import bring_in, device_of, is_hooked, is_tied
+from graft.storage.parallel import gather_tensor, layout_of
 
 NUMBERS = frozenset(
     {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -64,10 +64,10 @@ def plain_tensors(t: Tensor) -> list[Tensor] | None:
 
 def strange_forward(m: nn.Module) -> str | None:
     """Return why a module may use its weight in another way than its row of OPS says, and what to do if it does not."""
-    return "".join(own_forward(m) or ()) or None
+    return "".join(explain_forward(m) or ()) or None
 
 
-def own_forward(m: nn.Module) -> tuple[str, str] | None:
+def explain_forward(m: nn.Module) -> tuple[str, str] | None:
     """Return the reason and the remedy of `strange_forward`."""
     known = replaced_forward(m)
     if known is None:
@@ -80,14 +80,14 @@ def own_forward(m: nn.Module) -> tuple[str, str] | None:
     )
 
 
-def flattened(m: nn.Module, name: str) -> str | None:
+def why_flat(m: nn.Module, name: str) -> str | None:
     """Return why a tensor cannot be read or written that FSDP1 keeps in a flat parameter; None if it does not."""
     t = parameters_in(m).get(name) if MANAGED in m.__dict__ else None
     layout = None if t is None else layout_of(t)
-    return in_parts(name, layout.name) if layout is not None and not layout.writable else None
+    return explain_parts(name, layout.name) if layout is not None and not layout.writable else None
 
 
-def in_parts(name: str, layout: str) -> str:
+def explain_parts(name: str, layout: str) -> str:
     return (
         f"its {name} is in parts, which {layout} puts together for a call of the module: save the adapter, and load it "
         "into a model of one process to merge it"
@@ -98,20 +98,20 @@ class Dense:
     name = "dense"
     exact = live = True
 
-    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
-        return strange_tensor(m, name) or flattened(m, name)
+    def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
+        return strange_tensor(m, name) or why_flat(m, name)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         t: Tensor = getattr(m, name)
         if t.is_meta and hooks_of(m):
             return copy_offloaded(m, name)
-        return t if t.numel() else whole(t)  # ZeRO-3 empties it between calls
+        return t if t.numel() else gather_tensor(t)  # ZeRO-3 empties it between calls
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
         t: Tensor | None = m._parameters.get(name)
         if t is None:
             t = m._buffers.get(name)
-        if (why := flattened(m, name)) is not None:
+        if (why := why_flat(m, name)) is not None:
             return why
         if t is None:
             return (
@@ -121,16 +121,16 @@ class Dense:
         if (why := strange_tensor(m, name)) is not None:
             return why
         if (layout := layout_of(t)) is not None and not layout.writable:
-            return in_parts(name, layout.name)
+            return explain_parts(name, layout.name)
         if t.is_meta and is_tied(m, name):
             return f"its {name} is offloaded and tied to that of another module: have the model on real devices first"
         if t.is_meta and not hooks_of(m):
             return f"its {name} is on the meta device, not loaded or offloaded: have the model on real devices first"
         return None
 
-    def at_hand(self, layer: nn.Module, written: nn.Module | None = None) -> AbstractContextManager[None]:
+    def bring_in(self, layer: nn.Module, written: nn.Module | None = None) -> AbstractContextManager[None]:
         """Bring offloaded tensors of `layer` in for the block; keep what it writes to those of `written`."""
-        return at_hand(layer, written) if is_hooked(layer) else nullcontext()
+        return bring_in(layer, written) if is_hooked(layer) else nullcontext()
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         """Write W in place; if the weight is tied to another module (`shared`), give this one its own."""

@@ -12,23 +12,23 @@ from graft.storage.dense import Dense
 class Engine(Dense):
     name, live, exact = "transformer engine", False, False
 
-    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
         return "its weight is offloaded" if hooks_of(m) else None
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         t = getattr(m, name)
         return t.dequantize() if hasattr(t, "dequantize") and name == "weight" else t
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
         if name != "weight":
-            return super().fixed(m, name)
+            return super().why_unwritable(m, name)
         return "its weight holds 8-bit floats, whose scales Transformer Engine keeps: load the base model in bfloat16"
 
     def protect(self, y: Tensor) -> Tensor:
         return y.clone()
 
 
-def why_not(m: nn.Module) -> str | None:
+def why_no_engine_adapter(m: nn.Module) -> str | None:
     """Return why no adapter can act on a linear layer of Transformer Engine; None if one can."""
     if not any(cls.__module__.startswith("transformer_engine.") for cls in type(m).__mro__):
         return None

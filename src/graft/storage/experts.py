@@ -28,7 +28,7 @@ from graft.storage.stacks import PackedMatrices
 GATE = "_apply_gate"
 FLAGS = ("has_gate", "has_bias", GATE, "num_experts")
 HOOKED = "_is_hooked"  # gpt-oss: so marked, the experts are called with routes, and not with those of kernels
-MENDED = "_graft_routes"  # mark on modules that `mend` has changed
+MENDED = "_graft_routes"  # mark on modules that `let_experts_train` has changed
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ class Dense3:
         return [self.W[e].to(dtype) for e in experts]
 
 
-def block_of(m: nn.Module) -> ExpertBlock | None:
+def describe_block(m: nn.Module) -> ExpertBlock | None:
     """Return how a module uses its stacks; None if graft does not know."""
     if stacks.MODULES.find(type(m)) is stacks.MXFP4:
-        return ExpertBlock("gate_up_proj", "down_proj", clamped(m), m.gate_up_proj_bias, m.down_proj_bias)
+        return ExpertBlock(
+            "gate_up_proj", "down_proj", make_clamped_activation(m), m.gate_up_proj_bias, m.down_proj_bias
+        )
     if not all(hasattr(m, flag) for flag in FLAGS):
         return None
     up = "gate_up_proj" if m.has_gate else "up_proj"
@@ -61,7 +63,7 @@ def block_of(m: nn.Module) -> ExpertBlock | None:
     return ExpertBlock(up, "down_proj", getattr(m, GATE) if m.has_gate else m.act_fn, up_bias, down_bias, norm)
 
 
-def clamped(m: nn.Module) -> Callable[[Tensor], Tensor]:
+def make_clamped_activation(m: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return the activation of gpt-oss, of gates and inputs in turn."""
 
     def act(y: Tensor) -> Tensor:
@@ -72,11 +74,11 @@ def clamped(m: nn.Module) -> Callable[[Tensor], Tensor]:
     return act
 
 
-def codes_of(m: nn.Module, name: str) -> Any:
+def find_matrix_stack(m: nn.Module, name: str) -> Any:
     """Return a stack of a module."""
-    stack = stacks.matrices_of(m, name)
+    stack = stacks.find_matrices(m, name)
     if stack is not None:
-        if (why := stack.unread) is not None:
+        if (why := stack.why_unreadable) is not None:
             raise UnsupportedLayerError(f"The stack {name} of a {type(m).__name__} cannot be read: {why}.")
         return stack
     W: Any = m._parameters[name]
@@ -90,7 +92,7 @@ def codes_of(m: nn.Module, name: str) -> Any:
 
 def run(m: nn.Module, handed: Handed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the module's output, with the parts that layers around it have handed inwards."""
-    block, (x, index, weights) = block_of(m), in_order(m, args, kwargs)
+    block, (x, index, weights) = describe_block(m), bind_positionally(m, args, kwargs)
     assert block is not None
     if handed.groups is not None and getattr(m, "_is_expert_parallel", False):
         raise RoutingError(
@@ -98,12 +100,14 @@ def run(m: nn.Module, handed: Handed, args: tuple[Any, ...], kwargs: dict[str, A
             "of other processes come. Give all rows of a batch one adapter."
         )
     group = handed.group_of(len(x), x.device)
-    used = {name: UpdatedStack(codes_of(m, name), handed.parts_of(name, len(x))) for name in (block.up, block.down)}
+    used = {
+        name: UpdatedStack(find_matrix_stack(m, name), handed.parts_of(name, len(x))) for name in (block.up, block.down)
+    }
     count = 1 if handed.groups is None else handed.groups.count
     return run_experts(block, x, index, weights, used, group, count)
 
 
-def in_order(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def bind_positionally(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Return the arguments of a call in the order in which the module's forward lists them."""
     if not kwargs:
         return args
@@ -111,13 +115,13 @@ def in_order(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return *bound.args[1:], *bound.kwargs.values()
 
 
-def experts_of(m: nn.Module) -> Callable[..., Tensor] | None:
+def find_experts_function(m: nn.Module) -> Callable[..., Tensor] | None:
     """Return the function that runs a module of experts in its place; None if graft cannot."""
-    block = block_of(m)
+    block = describe_block(m)
     if block is None:
         return None
     plain = (type(p := m._parameters.get(name)) in PLAIN and p.dim() == 3 for name in (block.up, block.down))  # type: ignore[union-attr]
-    return run if all(stacks.kind_of(m, n) or ok for n, ok in zip((block.up, block.down), plain)) else None
+    return run if all(stacks.find_stack_class(m, n) or ok for n, ok in zip((block.up, block.down), plain)) else None
 
 
 class PackedStack(Dense):
@@ -129,19 +133,19 @@ class PackedStack(Dense):
         self.name, self.parameter = "stack", parameter
 
     def matrices(self, m: nn.Module) -> PackedMatrices:
-        stack = stacks.matrices_of(m, self.parameter)
+        stack = stacks.find_matrices(m, self.parameter)
         assert stack is not None
         return stack
 
-    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
         away = "it is offloaded: it is there only while the module itself is called"
-        return away if is_away(m) else self.matrices(m).unread
+        return away if is_away(m) else self.matrices(m).why_unreadable
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
-        return self.unread(m, name) or self.matrices(m).fixed
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        return self.why_unreadable(m, name) or self.matrices(m).why_unwritable
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
-        return self.snapshot_values(m, name, codes_of(m, self.parameter))
+        return self.snapshot_values(m, name, find_matrix_stack(m, self.parameter))
 
     def snapshot_values(self, m: nn.Module, name: str, state: PackedMatrices) -> Tensor:
         with torch.no_grad():
@@ -150,7 +154,7 @@ class PackedStack(Dense):
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> None:
         with torch.no_grad():
-            self.matrices(m).remade((W.mT if is_transposed(m) else W).__getitem__).put(m, self.parameter)
+            self.matrices(m).remake((W.mT if is_transposed(m) else W).__getitem__).put(m, self.parameter)
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> PackedMatrices:
         return self.matrices(m)
@@ -168,48 +172,48 @@ def is_transposed(m: nn.Module) -> bool:
     return bool(getattr(m, "is_transposed", False)) or stacks.MODULES.find(type(m)) is stacks.MXFP4
 
 
-def parameter_names(m: nn.Module) -> list[str]:
+def list_parameter_names(m: nn.Module) -> list[str]:
     """Return the names of a module's parameters, in the order in which a dense module has them."""
-    stacked = stacks.NAMES if stacks.packed_names(m) else ()
+    stacked = stacks.NAMES if stacks.list_packed_names(m) else ()
     return [*dict.fromkeys([*stacked, *m._parameters])]
 
 
-def packed_shape(m: nn.Module, name: str) -> tuple[int, ...] | None:
+def find_packed_shape(m: nn.Module, name: str) -> tuple[int, ...] | None:
     """Return the canonical shape of a packed stack, (experts, out, in); None if this parameter is none."""
-    stack = stacks.matrices_of(m, name)
+    stack = stacks.find_matrices(m, name)
     return None if stack is None else stack.shape
 
 
-def mend(m: nn.Module) -> None:
+def let_experts_train(m: nn.Module) -> None:
     """Have a module with packed stacks let gradients through, without a dense copy of them."""
-    if MENDED in m.__dict__ or not stacks.packed_names(m) or experts_of(m) is None:
+    if MENDED in m.__dict__ or not stacks.list_packed_names(m) or find_experts_function(m) is None:
         return
     place = "_old_forward" if "_old_forward" in m.__dict__ else "forward"  # accelerate's hooks call the first
     before = m.__dict__.get(place)
     hooked = stacks.MODULES.find(type(m)) is stacks.MXFP4 and not hasattr(m, HOOKED)
 
     def forward(m: nn.Module, *args: Tensor, **kwargs: Tensor) -> object:
-        x, _, weights = in_order(m, args, kwargs)
+        x, _, weights = bind_positionally(m, args, kwargs)
         trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
-        own = [h for name in stacks.packed_names(m) if (h := stacks.matrices_of(m, name)) is not None]
-        if all(h.runs(m, x, trains) for h in own):
+        packed = [h for name in stacks.list_packed_names(m) if (h := stacks.find_matrices(m, name)) is not None]
+        if all(h.runs(m, x, trains) for h in packed):
             return type(m).forward(m, *args, **kwargs) if before is None else before(*args, **kwargs)
         return run(m, Handed(), args, kwargs)
 
     forward._torchdynamo_disable = True  # type: ignore[attr-defined]
-    m.__dict__[place] = made = MethodType(forward, m)
-    m.__dict__[MENDED] = made, before, hooked
+    m.__dict__[place] = method = MethodType(forward, m)
+    m.__dict__[MENDED] = method, before, hooked
     if hooked:
         m.__dict__[HOOKED] = True
 
 
-def unmend(m: nn.Module) -> None:
+def restore_experts(m: nn.Module) -> None:
     """Undo that."""
     if MENDED not in m.__dict__:
         return
-    made, before, hooked = m.__dict__.pop(MENDED)
+    method, before, hooked = m.__dict__.pop(MENDED)
     for place in ("_old_forward", "forward"):
-        if m.__dict__.get(place) is made:
+        if m.__dict__.get(place) is method:
             del m.__dict__[place]
             if before is not None:
                 m.__dict__[place] = before

@@ -79,13 +79,13 @@ def find_store(module: nn.Module) -> Store:
     A weight that its module may use in its own way, or that is no plain tensor, is never DENSE but FOREIGN; so is
     what a layer that is known to be linear has in place of one.
     """
-    store = marked(module) or STORES.find(type(module))
+    store = find_marked_store(module) or STORES.find(type(module))
     if store is not None:
         return store
-    return FOREIGN if replaced_forward(module) is not None else of_tensor(module, "weight")
+    return FOREIGN if replaced_forward(module) is not None else find_store_of_tensor(module, "weight")
 
 
-def marked(module: nn.Module) -> Store | None:
+def find_marked_store(module: nn.Module) -> Store | None:
     """Return the store of a module that a package has marked as its own, whatever its type; None for others."""
     attributes = module.__dict__
     for mark, store in compressed.MARKS.items():
@@ -96,14 +96,14 @@ def marked(module: nn.Module) -> Store | None:
 
 def find_tensor_store(module: nn.Module, name: str) -> Store:
     """Return the store of one tensor of a module that computes, itself, with what is put in the tensor's place."""
-    if stacks.kind_of(module, name) is not None:
+    if stacks.find_stack_class(module, name) is not None:
         return PackedStack(name)
-    own = STORES.find(type(module))
-    store = of_tensor(module, name) if own is None else own
-    return PACKED if store is FOREIGN or isinstance(own, Quantized) else store
+    module_store = STORES.find(type(module))
+    store = find_store_of_tensor(module, name) if module_store is None else module_store
+    return PACKED if store is FOREIGN or isinstance(module_store, Quantized) else store
 
 
-def of_tensor(module: nn.Module, name: str) -> Store:
+def find_store_of_tensor(module: nn.Module, name: str) -> Store:
     t = module._parameters.get(name)
     kind = type(t)
     if kind in PLAIN and t.dtype in NUMBERS:  # type: ignore[union-attr]  # most are, and there are many
@@ -113,7 +113,7 @@ def of_tensor(module: nn.Module, name: str) -> Store:
     return TENSORS.find(kind) or (DENSE if strange_tensor(module, name) is None else FOREIGN)
 
 
-def place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+def find_device_and_dtype(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
     """Return device and dtype of the first weight in a module; if offloaded, the device on which it computes."""
     first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
     return find_store(first).where(first, "weight")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PLACES: dict[int, tuple[Any, int]] = {}  # id of an original parameter → (weak reference to its flat one, its number)
 
 
-class Piece(NamedTuple):
+class FlatPiece(NamedTuple):
     """The numbers of one tensor that this process holds of a flat parameter."""
 
     flat: Any
@@ -29,44 +29,44 @@ class Piece(NamedTuple):
         return self.flat._shapes[self.number]
 
     @property
-    def here(self) -> Tensor:
+    def numbers(self) -> Tensor:
         """The numbers themselves, (n,); writing to them writes to the parameter."""
         info = self.flat._shard_param_infos[self.number]
         shard: Tensor = getattr(self.flat, "_local_shard", self.flat).data
         begin = info.offset_in_shard if info.in_shard else 0
         return shard[begin : begin + (info.numel_in_shard if info.in_shard else 0)]
 
-    def whole(self) -> Tensor:
+    def gather(self) -> Tensor:
         """Return the tensor, whole. Every process must call this."""
-        mine, n = self.here, self.shape.numel()
-        sizes = [torch.zeros(1, dtype=torch.int64, device=sendable(mine)) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, torch.tensor([len(mine)], dtype=torch.int64, device=sendable(mine)))
+        local, n = self.numbers, self.shape.numel()
+        sizes = [torch.zeros(1, dtype=torch.int64, device=sendable(local)) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([len(local)], dtype=torch.int64, device=sendable(local)))
         counts = [int(size) for size in sizes]
-        padded = torch.zeros(max(counts), dtype=mine.dtype, device=sendable(mine))
-        padded[: len(mine)] = mine
+        padded = torch.zeros(max(counts), dtype=local.dtype, device=sendable(local))
+        padded[: len(local)] = local
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
         # the first processes have it all; with HYBRID_SHARD others have it again
-        return torch.cat([part[:count] for part, count in zip(parts, counts)])[:n].view(self.shape).to(mine.device)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])[:n].view(self.shape).to(local.device)
 
     def fill(self, value: Tensor) -> None:
         """Put this process's part of a whole value in place."""
         info = self.flat._shard_param_infos[self.number]
         if info.in_shard:
             begin = info.intra_param_start_idx
-            self.here.copy_(value.reshape(-1)[begin : begin + info.numel_in_shard])
+            self.numbers.copy_(value.reshape(-1)[begin : begin + info.numel_in_shard])
 
 
-def piece_of(t: Tensor) -> Piece | None:
+def find_flat_piece(t: Tensor) -> FlatPiece | None:
     """Return where a tensor stands in a flat parameter that is in parts; None if it does not."""
     flat = t._base
     if is_flat(t):  # use_orig_params=False
-        number = number_at(flat, int(t.storage_offset()))
-    elif "_fsdp_flattened" in t.__dict__ and (place := place_of(t)) is not None:  # use_orig_params=True
+        number = find_tensor_number(flat, int(t.storage_offset()))
+    elif "_fsdp_flattened" in t.__dict__ and (place := find_flat_place(t)) is not None:  # use_orig_params=True
         flat, number = place
     else:
         return None
-    return Piece(flat, number) if getattr(flat, "_shard_param_infos", None) else None  # else NO_SHARD
+    return FlatPiece(flat, number) if getattr(flat, "_shard_param_infos", None) else None  # else NO_SHARD
 
 
 def is_flat(t: Tensor) -> bool:
@@ -79,7 +79,7 @@ def trains(t: Tensor) -> bool:
     return bool(t._base.requires_grad if is_flat(t) else t.requires_grad)  # type: ignore[union-attr]
 
 
-def number_at(flat: Any, offset: int) -> int:
+def find_tensor_number(flat: Any, offset: int) -> int:
     """Return the number of the tensor that begins at `offset`."""
     at = number = 0
     for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask):
@@ -91,23 +91,23 @@ def number_at(flat: Any, offset: int) -> int:
     raise LookupError(f"FSDP's flat parameter has no tensor that begins at {offset}.")
 
 
-def place_of(p: Tensor) -> tuple[Any, int] | None:
+def find_flat_place(p: Tensor) -> tuple[Any, int] | None:
     """Return the flat parameter of an original one, and its number there.
 
     Nothing leads from one to the other, and the module that knows both may be above all that graft can see.
     """
-    found = known(p)
-    if found is None:
+    place = look_up_place(p)
+    if place is None:
         _PLACES.clear()
         for flat in gc.get_objects():
             if type(flat) is nn.Parameter and getattr(flat, "_is_flat_param", False):
                 for number, original in enumerate(getattr(flat, "_params", None) or ()):
                     _PLACES[id(original)] = weakref.ref(flat), number
-        found = known(p)
-    return found
+        place = look_up_place(p)
+    return place
 
 
-def known(p: Tensor) -> tuple[object, int] | None:
+def look_up_place(p: Tensor) -> tuple[object, int] | None:
     reference, number = _PLACES.get(id(p), (lambda: None, 0))
     flat = reference()
     return (flat, number) if flat is not None and flat._params[number] is p else None

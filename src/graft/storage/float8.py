@@ -34,10 +34,10 @@ class Float8(OwnModule):
         return decode(m.weight, self.scales(m), getattr(m, "block_size", None))
 
     def scales(self, m: nn.Module) -> Tensor:
-        """Return the scales as `spread` takes them."""
+        """Return the scales as `expand_scales` takes them."""
         return getattr(m, self.scale)
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+    def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         if m.weight.element_size() > 1:
             return {"weight": nn.Parameter(W.to(m.weight.dtype), requires_grad=m.weight.requires_grad)}
         old = getattr(m, self.scale)
@@ -53,10 +53,10 @@ class Float8(OwnModule):
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
         return m.weight.dtype if m.weight.element_size() > 1 else None
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
         if name == "weight" and m.weight.dtype == torch.int8:
             return "its weight is 4-bit floats, which graft does not know how to write"
-        return super().fixed(m, name)
+        return super().why_unwritable(m, name)
 
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True for 4-bit floats, through which transformers has no backward pass."""
@@ -75,28 +75,28 @@ def decode(codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> 
 
     Args:
         codes: floats of 8 bits (out, in); or bytes (out, in/2) of two floats of 4 bits, the low half first.
-        scale: see `spread`.
+        scale: see `expand_scales`.
         block: the rows and columns of 8-bit floats that share a scale; None: the scales divide the matrix evenly.
     """
     W, block = (codes.float(), block) if codes.is_floating_point() else (unpack_pairs(codes, FP4, True), None)
-    return W.mul_(spread(scale, W.shape, block))
+    return W.mul_(expand_scales(scale, W.shape, block))
 
 
 def encode(W: Tensor, codes: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Return codes and scales of a matrix W (out, in), as `decode` takes them, like those of an old matrix."""
     W = W.float()
     if not codes.is_floating_point():
-        made, grow = fp4(W, numbers(scale))
-        grown = scale + grow.to(scale.dtype) if scale.dtype == torch.uint8 else (scale.float() * grow.exp2())
-        return made.view(codes.dtype), grown.to(scale.dtype)
+        new_values, grow = encode_fp4(W, decode_scales(scale))
+        new_scale = scale + grow.to(scale.dtype) if scale.dtype == torch.uint8 else (scale.float() * grow.exp2())
+        return new_values.view(codes.dtype), new_scale.to(scale.dtype)
     most = torch.finfo(codes.dtype).max
-    made = rounded_up(largest(W, scale, block) / most, scale.dtype)
+    new_values = round_scales_up(find_block_maxima(W, scale, block) / most, scale.dtype)
     new = scale.clone()
-    new.view(-1, scale.shape[-1] if scale.dim() == 2 else 1)[: len(made), : made.shape[1]] = made
-    return (W / spread(new, W.shape, block)).clamp(-most, most).to(codes.dtype), new
+    new.view(-1, scale.shape[-1] if scale.dim() == 2 else 1)[: len(new_values), : new_values.shape[1]] = new_values
+    return (W / expand_scales(new, W.shape, block)).clamp(-most, most).to(codes.dtype), new
 
 
-def numbers(scale: Tensor) -> Tensor:
+def decode_scales(scale: Tensor) -> Tensor:
     """Return scales in float32; bytes are exponents of two, from -127."""
     return (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
 
@@ -110,7 +110,7 @@ def block_sizes(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None
     )
 
 
-def spread(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None = None) -> Tensor:
+def expand_scales(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None = None) -> Tensor:
     """Return scales in float32, so that they broadcast over a weight (out, in).
 
     Args:
@@ -118,14 +118,17 @@ def spread(scale: Tensor, shape: Sequence[int], block: Sequence[int] | None = No
         block: as of `decode`.
     """
     if scale.numel() == 1:
-        return numbers(scale).reshape(1, 1)
+        return decode_scales(scale).reshape(1, 1)
     rows, columns = block_sizes(scale, shape, block)
-    whole = numbers(scale).reshape(len(scale), -1).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    whole = decode_scales(scale).reshape(len(scale), -1).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return whole[: shape[0], : shape[1]]
 
 
-def largest(W: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> Tensor:
-    """Return the largest magnitude in each block of W (out, in); blocks at the border may be smaller. See `spread`."""
+def find_block_maxima(W: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> Tensor:
+    """Return the largest magnitude in each block of W (out, in); blocks at the border may be smaller.
+
+    scale, block: as of `expand_scales`.
+    """
     rows, columns = block_sizes(scale, W.shape, block)
     down, right = -W.shape[0] % rows, -W.shape[1] % columns
     W = nn.functional.pad(W, (0, right, 0, down))
@@ -133,7 +136,7 @@ def largest(W: Tensor, scale: Tensor, block: Sequence[int] | None = None) -> Ten
     return blocks.amax((1, 3)).clamp_min(1e-12)
 
 
-def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def round_scales_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales in the dtype that holds them; powers of two are not smaller than what they stand for."""
     if dtype.itemsize > 1:
         return scale.to(dtype)
@@ -142,7 +145,7 @@ def rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def pairs(values: tuple[float, ...], low_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+def make_pair_table(values: tuple[float, ...], low_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what two codes in a byte stand for, by the byte, as one number of twice the width: (256,)."""
     table = torch.tensor(values, dtype=dtype, device=device)
     byte = torch.arange(256, device=device)
@@ -157,11 +160,11 @@ def unpack_pairs(
 ) -> Tensor:
     """Return the values of bytes (…, n), (…, 2n), by one gather for each pair."""
     with torch.inference_mode(False):
-        table = pairs(values, low_first, dtype, codes.device)
+        table = make_pair_table(values, low_first, dtype, codes.device)
     return table[codes.view(torch.uint8).int()].view(dtype)
 
 
-def fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def encode_fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes of 4-bit floats (out, in/2) for W (out, in), and the powers of two by which scales must grow.
 
     Scales that fit stay: new ones would move other numbers of their blocks.

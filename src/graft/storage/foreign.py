@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.core.effect import HALF
 from graft.core.ops import find_op
-from graft.storage.dense import NUMBERS, Dense, own_forward, strange_tensor
+from graft.storage.dense import NUMBERS, Dense, explain_forward, strange_tensor
 from graft.storage.offload import computes_on
 from graft.storage.quantized import OwnModule
 
@@ -26,80 +26,80 @@ SIZES = (1.0, 1.0, 8.0, 0.125)  # of random rows, so that what bends or clips is
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def uncompiled(f: F) -> F:
+def exclude_from_compiler(f: F) -> F:
     """Keep a compiler from looking inside. What torch.compiler.disable makes does so too, and imports the compiler."""
     f._torchdynamo_disable = True  # type: ignore[attr-defined]
     return f
 
 
-@uncompiled
-def by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> Tensor:
+@exclude_from_compiler
+def read_by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> Tensor:
     """Return the weight (out, in) of a linear layer, as new memory."""
-    run = quiet(m)
+    run = copy_for_reading(m)
     W = torch.empty(dims, device=device, dtype=dtype)
-    zero = output(run, torch.zeros(1, dims[1], device=device, dtype=dtype))  # a bias that is out of reach
-    for columns, rows in _blocks(dims[1], device, dtype):
-        W[:, columns] = (output(run, rows) - zero).T
+    zero = run_forward(run, torch.zeros(1, dims[1], device=device, dtype=dtype))  # a bias that is out of reach
+    for columns, rows in _iterate_identity(dims[1], device, dtype):
+        W[:, columns] = (run_forward(run, rows) - zero).T
     return W
 
 
-@uncompiled
-def not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
+@exclude_from_compiler
+def why_not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Return why a module is not y = W x + bias with its own bias; None if it is. Hold no more than a block of W."""
-    run = quiet(m)
+    run = copy_for_reading(m)
     x = torch.randn(len(SIZES), dims[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x = (x * torch.tensor(SIZES, device="cpu")[:, None]).to(device, dtype)
-    zero = output(run, torch.zeros_like(x[:1])).float()
-    y, sums = output(run, x).float() - zero, torch.zeros(len(SIZES), dims[0], device=device)
-    for columns, rows in _blocks(dims[1], device, dtype):
-        sums += x[:, columns].float() @ (output(run, rows).float() - zero)
-    if y.shape != sums.shape or not _near(sums, y):
+    zero = run_forward(run, torch.zeros_like(x[:1])).float()
+    y, sums = run_forward(run, x).float() - zero, torch.zeros(len(SIZES), dims[0], device=device)
+    for columns, rows in _iterate_identity(dims[1], device, dtype):
+        sums += x[:, columns].float() @ (run_forward(run, rows).float() - zero)
+    if y.shape != sums.shape or not _is_near(sums, y):
         return "it is not linear: its output is not the sum of what it makes of each input"
-    return not_affine(m, dims, device, dtype)
+    return why_not_affine(m, dims, device, dtype)
 
 
-@uncompiled
-def not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
+@exclude_from_compiler
+def why_not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
     """Return what a module adds to W x beside its own bias; None if that is nothing."""
     bias = getattr(m, "bias", None)  # first: a call may put it away again
-    zero = output(quiet(m, keep_bias=True), torch.zeros(1, dims[1], device=device, dtype=dtype))[0]
-    if not _near(zero.float(), torch.zeros_like(zero).float() if bias is None else bias.detach().float()):
+    zero = run_forward(copy_for_reading(m, keep_bias=True), torch.zeros(1, dims[1], device=device, dtype=dtype))[0]
+    if not _is_near(zero.float(), torch.zeros_like(zero).float() if bias is None else bias.detach().float()):
         return "its output for an input of zeros is not its bias"
     return None
 
 
-def quiet(m: nn.Module, keep_bias: bool = False) -> nn.Module:
+def copy_for_reading(m: nn.Module, keep_bias: bool = False) -> nn.Module:
     """Return a module with the same tensors, without hooks, in evaluation mode and with a bias of zeros.
 
     What its forward sets on itself is lost, so that a reading leaves nothing behind.
     """
-    made = copy.copy(m)
-    made.__dict__.update({key: type(v)(v) for key, v in m.__dict__.items() if key in _OWN})
-    made.__dict__.update({key: type(v)() for key, v in m.__dict__.items() if "_hooks" in key and v is not None})
-    made.__dict__["training"] = False
+    clone = copy.copy(m)
+    clone.__dict__.update({key: type(v)(v) for key, v in m.__dict__.items() if key in _OWN})
+    clone.__dict__.update({key: type(v)() for key, v in m.__dict__.items() if "_hooks" in key and v is not None})
+    clone.__dict__["training"] = False
     for name, child in m._modules.items():
-        made._modules[name] = None if child is None else quiet(child, keep_bias=True)
+        clone._modules[name] = None if child is None else copy_for_reading(child, keep_bias=True)
     bias = getattr(m, "bias", None)
     if isinstance(bias, Tensor) and not keep_bias:
-        container = next((made.__dict__[key] for key in _OWN if "bias" in made.__dict__[key]), made.__dict__)
+        container = next((clone.__dict__[key] for key in _OWN if "bias" in clone.__dict__[key]), clone.__dict__)
         container["bias"] = torch.zeros_like(bias.detach())
-    return made
+    return clone
 
 
 _OWN = ("_parameters", "_buffers", "_modules")
 
 
-def tensors_of(m: nn.Module) -> Iterator[Tensor]:
+def iterate_tensors(m: nn.Module) -> Iterator[Tensor]:
     """Yield the tensors of a module, its weight first, and those that it holds as plain attributes last."""
     tensors = {**m._parameters, **m._buffers}
     for t in (tensors.pop("weight", None), *tensors.values(), *vars(m).values()):
         if isinstance(t, Tensor):
             yield t
     for child in m.children():
-        yield from tensors_of(child)
+        yield from iterate_tensors(child)
 
 
-def dtype_of(m: nn.Module) -> torch.dtype | None:
+def find_compute_dtype(m: nn.Module) -> torch.dtype | None:
     """Return the dtype in which a module computes: what it says, or that of scales in half precision.
 
     Scales in float32 tell nothing: many layers compute in the dtype of their input.
@@ -110,10 +110,10 @@ def dtype_of(m: nn.Module) -> torch.dtype | None:
     weight = m._parameters.get("weight")
     if weight is not None and weight.dtype in NUMBERS:
         return weight.dtype
-    return next((t.dtype for t in tensors_of(m) if t.dtype in HALF), None)
+    return next((t.dtype for t in iterate_tensors(m) if t.dtype in HALF), None)
 
 
-def _blocks(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _iterate_identity(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of rows of the identity, and which they are."""
     for start in range(0, n, ROWS):
         size = min(ROWS, n - start)
@@ -123,15 +123,15 @@ def _blocks(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator
 
 
 @torch.no_grad()
-def output(m: nn.Module, x: Tensor) -> Tensor:
+def run_forward(m: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         y = m.forward(x)
     return y[0] if isinstance(y, tuple) else y
 
 
-def _near(found: Tensor, goal: Tensor) -> bool:
+def _is_near(rows: Tensor, goal: Tensor) -> bool:
     scale = goal.norm(dim=-1)
-    return bool(((found - goal).norm(dim=-1) <= TOLERANCE * scale + 1e-6).all())
+    return bool(((rows - goal).norm(dim=-1) <= TOLERANCE * scale + 1e-6).all())
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # to try where a layer does not tell
@@ -153,13 +153,13 @@ class ByIdentity(OwnModule):
         # what `look` says of a layer, and the dtype in which it runs
         self.known: WeakKeyDictionary[nn.Module, tuple[str | None, torch.dtype]] = WeakKeyDictionary()
 
-    look = staticmethod(not_affine)
+    look = staticmethod(why_not_affine)
 
     def reason(self, m: nn.Module) -> tuple[str, str]:
         """Return why graft itself cannot read the weight, and what a user can do about it, if anything."""
         return f"its weight is {self.codes}", ""
 
-    def unreadable(self, m: nn.Module) -> str | None:
+    def why_undecodable(self, m: nn.Module) -> str | None:
         reason, remedy = self.reason(m)
         op, (device, dtype) = find_op(m), self.where(m)
         if not op.linear:
@@ -179,11 +179,11 @@ class ByIdentity(OwnModule):
 
     def values(self, m: nn.Module) -> Tensor:
         op, (device, dtype) = find_op(m), self.where(m)
-        return op.uncanon(by_identity(m, op.dims(m), device, dtype or self.known[m][1]))
+        return op.uncanon(read_by_identity(m, op.dims(m), device, dtype or self.known[m][1]))
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
         if name != "weight" or self.calibrated is not None:
-            return super().fixed(m, name)
+            return super().why_unwritable(m, name)
         reason, remedy = self.reason(m)
         return f"{reason}, and graft does not know how to write it{remedy}"
 
@@ -191,10 +191,10 @@ class ByIdentity(OwnModule):
         return {part: t for tensors in (m._parameters, m._buffers) for part, t in tensors.items() if t is not None}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
-        return dtype_of(m)
+        return find_compute_dtype(m)
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
-        return computes_on(m, next((t.device for t in tensors_of(m)), None)), self.compute_dtype(m)
+        return computes_on(m, next((t.device for t in iterate_tensors(m)), None)), self.compute_dtype(m)
 
     def strange(self, m: nn.Module) -> str | None:
         return None  # its own forward says what the weight is
@@ -203,7 +203,7 @@ class ByIdentity(OwnModule):
 class Foreign(ByIdentity):
     """Adapters beside the layer run. What reads the weight runs if the layer is found linear; nothing writes it."""
 
-    look = staticmethod(not_linear)
+    look = staticmethod(why_not_linear)
 
     def __init__(self) -> None:
         super().__init__("foreign", "", calibrated=False)
@@ -211,7 +211,7 @@ class Foreign(ByIdentity):
     def reason(self, m: nn.Module) -> tuple[str, str]:
         if (why := strange_tensor(m, "weight")) is not None:
             return why, ""
-        return own_forward(m) or (f"graft does not know how a {type(m).__name__} holds its weight", "")
+        return explain_forward(m) or (f"graft does not know how a {type(m).__name__} holds its weight", "")
 
     def protect(self, y: Tensor) -> Tensor:
         """Copy the output: it may be a view that cannot be written to, or what its backward pass needs."""
@@ -227,8 +227,8 @@ class Packed(Dense):
     name = "packed"
     exact = live = False
 
-    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
         why = strange_tensor(m, name) or f"a {type(m).__name__} computes with codes in place of its {name}"
         return f"{why}: load the base model dequantized (in transformers: dequantize=True in its quantization_config)"
 
-    fixed = unread
+    why_unwritable = why_unreadable

@@ -16,16 +16,16 @@ class HQQ(Quantized):
     def values(self, m: nn.Module) -> Tensor:
         return m.dequantize()
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+    def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         config = {**m.quant_config, "offload_meta": m.offload_meta}
-        made = type(m)(None, config, compute_dtype=m.compute_dtype, device=str(m.W_q.device))
-        made.quantize(W, **made.quant_config)
-        return {"W_q": made.W_q, "meta": made.meta}
+        layer = type(m)(None, config, compute_dtype=m.compute_dtype, device=str(m.W_q.device))
+        layer.quantize(W, **layer.quant_config)
+        return {"W_q": layer.W_q, "meta": layer.meta}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
         return m.compute_dtype
 
-    def unreadable(self, m: nn.Module) -> str | None:
+    def why_undecodable(self, m: nn.Module) -> str | None:
         return None if m.ready else "it is not quantized yet"
 
     def ready(self, m: nn.Module) -> None:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from graft.storage.quantized import OwnModule
 
 
-def unpacked(packed: Tensor, bits: int) -> Tensor:
+def unpack_integers(packed: Tensor, bits: int) -> Tensor:
     """Return the numbers (…, n) in bytes, the first of each in its lowest bits: (…, n / per byte) → (…, n)."""
     byte = packed.to(torch.uint8).int()
     return torch.stack([byte >> shift & 2**bits - 1 for shift in range(0, 8, bits)], -1).flatten(-2)
 
 
-def repacked(numbers: Tensor, bits: int) -> Tensor:
-    """Do the reverse of `unpacked`, filling up the last byte with zeros."""
+def pack_integers(numbers: Tensor, bits: int) -> Tensor:
+    """Do the reverse of `unpack_integers`, filling up the last byte with zeros."""
     per = 8 // bits
     numbers = nn.functional.pad(numbers, (0, -numbers.shape[-1] % per)).unflatten(-1, (-1, per))
     shifts = torch.arange(0, 8, bits, device=numbers.device)
@@ -32,25 +32,25 @@ class Gemma(OwnModule):
     def values(self, m: nn.Module) -> Tensor:
         codes = m.weight
         if m.num_bits < 8:
-            codes = unpacked(codes, m.num_bits)[:, : m.in_features] - 2 ** (m.num_bits - 1)
+            codes = unpack_integers(codes, m.num_bits)[:, : m.in_features] - 2 ** (m.num_bits - 1)
         return codes * m.weight_scale
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+    def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         half = 2 ** (m.num_bits - 1)
         scale = W.abs().amax(1, keepdim=True).clamp_min(1e-12) / max(half - 1, 1)
         codes = (W / scale).round().clamp(-half, half - 1)
-        weight = codes.to(torch.int8) if m.num_bits == 8 else repacked(codes + half, m.num_bits)
+        weight = codes.to(torch.int8) if m.num_bits == 8 else pack_integers(codes + half, m.num_bits)
         old = m.weight_scale
         return {
             "weight": nn.Parameter(weight, requires_grad=False),
             "weight_scale": nn.Parameter(scale.to(old.dtype), requires_grad=old.requires_grad),
         }
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
         scales = (m.input_activation_scale, m.output_activation_scale)
         if name == "weight" and any(not s.is_meta and s.item() != 0 for s in scales):
             return "the scales of its inputs and outputs were calibrated for its weight, and would be wrong for another"
-        return super().fixed(m, name)
+        return super().why_unwritable(m, name)
 
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True: rounded activations give a gradient of zero, and to ask for their scales waits for the GPU."""
@@ -64,11 +64,13 @@ class Bits(OwnModule):
     parts: tuple[str, ...] = ("weight", "weight_scale")
     calibrated = "its weight is ternary codes that the model was trained with"
 
-    def unreadable(self, m: nn.Module) -> str | None:
+    def why_undecodable(self, m: nn.Module) -> str | None:
         return None if m.rms_norm is None else "the layer has a norm before its weight, so that it is not linear"
 
     def values(self, m: nn.Module) -> Tensor:
-        codes = unpacked(m.weight.T, 2).unflatten(-1, (-1, 4))  # a byte has rows n, n + N/4, n + N/2 and n + 3 N/4
+        codes = unpack_integers(m.weight.T, 2).unflatten(
+            -1, (-1, 4)
+        )  # a byte has rows n, n + N/4, n + N/2 and n + 3 N/4
         W = codes.permute(2, 1, 0).reshape(m.out_features, m.in_features)
         return ((W - 1) / m.weight_scale.float()).to(self.compute_dtype(m))
 
@@ -84,8 +86,8 @@ class AutoBits(Bits):
 
     parts = ("weight",)
 
-    def unreadable(self, m: nn.Module) -> str | None:
-        why = super().unreadable(m)
+    def why_undecodable(self, m: nn.Module) -> str | None:
+        why = super().why_undecodable(m)
         if why is None and m.bias is not None and not m.online_quant:
             return "its scale multiplies its bias as well, which graft does not know how to fold"
         return why

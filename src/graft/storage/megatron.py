@@ -28,7 +28,7 @@ LAYERS = "megatron.core.tensor_parallel.layers"
 KINDS: TypeTable[str] = TypeTable({f"{LAYERS}.{k}": k for k in ("ColumnParallelLinear", "RowParallelLinear")})
 
 
-def group_of(m: nn.Module) -> ProcessGroup | None:
+def find_megatron_group(m: nn.Module) -> ProcessGroup | None:
     """Return the process group of a module; None where a process is alone."""
     group = getattr(m, "tp_group", None)
     state = sys.modules.get("megatron.core.parallel_state")
@@ -37,39 +37,39 @@ def group_of(m: nn.Module) -> ProcessGroup | None:
     return group
 
 
-def cut_of(m: nn.Module) -> Cut | None:
+def find_cut(m: nn.Module) -> Cut | None:
     """Return the cut of a column parallel layer's outputs, or of a row parallel one's inputs; None if there is none."""
-    size, here = m.output_size, m.weight.shape[0]
+    size, part = m.output_size, m.weight.shape[0]
     if KINDS.find(type(m)) == "RowParallelLinear":
-        size, here = m.input_size, m.weight.shape[1]
-    if size == here:
+        size, part = m.input_size, m.weight.shape[1]
+    if size == part:
         return None
-    group = group_of(m)
+    group = find_megatron_group(m)
     if group is None:
         raise UnsupportedLayerError(
-            f"A {type(m).__name__} has {here} of {size} features, and no group of processes that have the others: give "
+            f"A {type(m).__name__} has {part} of {size} features, and no group of processes that have the others: give "
             "it its tp_group, or initialise Megatron's parallel state."
         )
     return Cut(group, dist.get_rank(group), dist.get_world_size(group), size)
 
 
-def left_out(m: nn.Module) -> tuple[Tensor | None]:
+def list_returned_bias(m: nn.Module) -> tuple[Tensor | None]:
     """Return what follows the output in the tuple that a module returns: the bias, if it leaves that to the caller."""
     return ((m.bias if m.skip_bias_add else None),)
 
 
-def piece_in(m: nn.Module, op: Op) -> Piece | None:
+def find_megatron_piece(m: nn.Module, op: Op) -> Piece | None:
     """Return the piece of the layer that this process computes; None for a module that is not Megatron's."""
     kind = KINDS.find(type(m))
-    if kind is None or why_not(m) is not None:
+    if kind is None or why_no_megatron_adapter(m) is not None:
         return None
-    cut, column = cut_of(m), kind == "ColumnParallelLinear"
+    cut, column = find_cut(m), kind == "ColumnParallelLinear"
     outputs = cut if column and not m.gather_output else None
     inputs = None if column or not m.input_is_parallel else cut
-    return Piece(kind, group_of(m), inputs, outputs, left_out)
+    return Piece(kind, find_megatron_group(m), inputs, outputs, list_returned_bias)
 
 
-def why_not(m: nn.Module) -> str | None:
+def why_no_megatron_adapter(m: nn.Module) -> str | None:
     """Return why no adapter can act on a module; None if one can, or the module is not Megatron's."""
     if KINDS.find(type(m)) is None:
         return None
@@ -113,7 +113,7 @@ class Megatron(Dense):
     @staticmethod
     def place(m: nn.Module, name: str) -> tuple[Cut, int] | None:
         """Return the cut of a tensor and its dimension."""
-        cut, column = cut_of(m), KINDS.find(type(m)) == "ColumnParallelLinear"
+        cut, column = find_cut(m), KINDS.find(type(m)) == "ColumnParallelLinear"
         if cut is None or (name == "bias" and not column):
             return None
         return cut, 0 if column else 1

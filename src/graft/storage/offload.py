@@ -43,13 +43,13 @@ def is_hooked(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
+def bring_in(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
     """Bring all offloaded tensors below `module` in for the block; keep what it writes to those of `written`.
 
     Tensors that are there already, by a block around this one, stay there after it.
     """
-    found = [(m, hook) for m in module.modules() for hook in hooks_of(m)]
-    away = [(m, hook) for m, hook in found if is_away(m)]
+    hooked = [(m, hook) for m in module.modules() for hook in hooks_of(m)]
+    away = [(m, hook) for m, hook in hooked if is_away(m)]
     for m, hook in away:
         hook.pre_forward(m)
         if m is written:  # p may be accelerate's own copy, or belong to another model
@@ -58,16 +58,16 @@ def at_hand(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
                     p.data = p.data.clone()
     try:
         yield
-        for m, hook in found:
+        for m, hook in hooked:
             if m is written:
-                own = {name: p.detach().to("cpu") for name, p in m._parameters.items() if p is not None}
-                hook.weights_map = {**{name: hook.weights_map[name] for name in _buffer_names(m, hook)}, **own}
+                weights = {name: p.detach().to("cpu") for name, p in m._parameters.items() if p is not None}
+                hook.weights_map = {**{name: hook.weights_map[name] for name in _buffer_names(m, hook)}, **weights}
     finally:
         for m, hook in away:
             hook.post_forward(m, None)
 
 
-def put(m: nn.Module, name: str, value: Tensor) -> None:
+def write_offloaded(m: nn.Module, name: str, value: Tensor) -> None:
     """Give an offloaded tensor of a module, which is on the meta device now, this value from the next call on."""
     tensors: Any = m._parameters if name in m._parameters else m._buffers
     value = value.detach().to("cpu", tensors[name].dtype, copy=True)
@@ -76,7 +76,7 @@ def put(m: nn.Module, name: str, value: Tensor) -> None:
         hook.weights_map = {**{n: hook.weights_map[n] for n in names if n != name}, name: value}
 
 
-def offloaded_in(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+def find_offloaded(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
     """Return module and name of each offloaded tensor, by the identity of what stands on the meta device for it."""
     by_module = ((m, (*m._parameters.items(), *m._buffers.items())) for m in root.modules() if hooks_of(m))
     return {id(t): (m, name) for m, tensors in by_module for name, t in tensors if t is not None and t.is_meta}
@@ -96,11 +96,11 @@ def standalone(module: nn.Module, copies: dict[int, object] | None = None) -> nn
     if not any(map(hooks_of, old)):
         same = {id(hook): hook for m in old if (hook := m.__dict__.get("_hf_hook")) is not None}
         return copy.deepcopy(module, {**(copies or {}), **same})
-    made = copy.deepcopy(module, {**(copies or {}), **{id(m.__dict__.get("_hf_hook")): None for m in old}})
-    for source, m in zip(old, without_hooks(made).modules()):
+    clone = copy.deepcopy(module, {**(copies or {}), **{id(m.__dict__.get("_hf_hook")): None for m in old}})
+    for source, m in zip(old, without_hooks(clone).modules()):
         if is_away(source):
             bring_for_good(m, source)
-    return made
+    return clone
 
 
 def without_hooks(module: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft.core.containers import Slot, parameter_dict
 from graft.core.wrappers import inside, parameters_in, walk
 from graft.kernels.versions import write_all
-from graft.storage.flat import Piece, piece_of, place_of, sendable
+from graft.storage.flat import FlatPiece, find_flat_piece, find_flat_place, sendable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,7 +41,7 @@ class Layout(Protocol):
 
     def ranks(self, t: Tensor) -> list[int]: ...  # of the processes that hold it
     def shape(self, t: Tensor) -> torch.Size: ...  # of the whole tensor
-    def whole(self, t: Tensor) -> Tensor: ...  # collective
+    def gather(self, t: Tensor) -> Tensor: ...  # collective
     def fill(self, t: Tensor, value: Tensor) -> None: ...  # put in a whole value, in place
 
 
@@ -56,13 +56,13 @@ class Distributed:
     def shape(self, t: Tensor) -> torch.Size:
         return t.shape
 
-    def whole(self, t: Any) -> Tensor:
+    def gather(self, t: Any) -> Tensor:
         kind = t.device_mesh.device_type
-        made: Tensor = (t if t.device.type in (kind, "meta") else t.to(kind)).full_tensor()
-        return made.to(t.device)
+        gathered: Tensor = (t if t.device.type in (kind, "meta") else t.to(kind)).full_tensor()
+        return gathered.to(t.device)
 
     def fill(self, t: Tensor, value: Tensor) -> None:
-        t.copy_(spread(value.to(dtype=t.dtype), t))
+        t.copy_(shard_like(value.to(dtype=t.dtype), t))
 
 
 class OfAll:
@@ -72,19 +72,19 @@ class OfAll:
         return list(range(dist.get_world_size())) if dist.is_initialized() else [0]
 
 
-class Flat(OfAll):
+class FlatParameter(OfAll):
     """A slice of a flat parameter, as FSDP1 makes them."""
 
     name, has_gradients, writable = "FSDP1", False, False
 
     def shape(self, t: Tensor) -> torch.Size:
-        return piece_of(t).shape  # type: ignore[union-attr]
+        return find_flat_piece(t).shape  # type: ignore[union-attr]
 
-    def whole(self, t: Tensor) -> Tensor:
-        return piece_of(t).whole()  # type: ignore[union-attr]
+    def gather(self, t: Tensor) -> Tensor:
+        return find_flat_piece(t).gather()  # type: ignore[union-attr]
 
     def fill(self, t: Tensor, value: Tensor) -> None:
-        piece_of(t).fill(value)  # type: ignore[union-attr]
+        find_flat_piece(t).fill(value)  # type: ignore[union-attr]
 
 
 class Zero3(OfAll):
@@ -95,7 +95,7 @@ class Zero3(OfAll):
     def shape(self, t: Any) -> torch.Size:
         return torch.Size(t.ds_shape)
 
-    def whole(self, t: Tensor) -> Tensor:
+    def gather(self, t: Tensor) -> Tensor:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([t]):
@@ -108,107 +108,109 @@ class Zero3(OfAll):
             t.data.copy_(value)
 
 
-DISTRIBUTED, FLAT, ZERO3 = Distributed(), Flat(), Zero3()
+DISTRIBUTED, FLAT, ZERO3 = Distributed(), FlatParameter(), Zero3()
 
 
-def is_plain(t: Tensor) -> bool:
+def has_no_layout(t: Tensor) -> bool:
     """Return True if a tensor bears no mark of any layout, which is quick to see."""
     return type(t) in (nn.Parameter, Tensor) and t._base is None and not t.__dict__
 
 
 def layout_of(t: Tensor) -> Layout | None:
     """Return how processes share a tensor; None if this one has all of it."""
-    if is_plain(t):
+    if has_no_layout(t):
         return None
     if is_sharded(t):
         return DISTRIBUTED
     if hasattr(t, "ds_id"):
         return ZERO3
-    return FLAT if piece_of(t) is not None else None
+    return FLAT if find_flat_piece(t) is not None else None
 
 
 def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
     return type(t).__name__ == "DTensor"
 
 
-def mastered(parameters: Iterable[object]) -> set[int]:
+def find_master_ids(parameters: Iterable[object]) -> set[int]:
     """Return the ids of parameters of which an optimizer of DeepSpeed keeps the values that train, elsewhere."""
-    found, optimizers = set(), {}
+    ids, optimizers = set(), {}
     for p in parameters:
         if hasattr(p, "_hp_mapping"):
-            found.add(id(p))
+            ids.add(id(p))
         elif hasattr(p, "_z3_optimizer"):
             optimizers[id(p._z3_optimizer)] = p._z3_optimizer
-    return found | {id(p) for o in optimizers.values() for group in o.fp16_groups for p in group}
+    return ids | {id(p) for o in optimizers.values() for group in o.fp16_groups for p in group}
 
 
-def master(t: Tensor) -> Tensor:
+def gather_master_values(t: Tensor) -> Tensor:
     """Return the whole values, in float32, that an optimizer of DeepSpeed trains. Every process must call this."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    found: Tensor = safe_get_full_fp32_param(t)
-    return found.detach().reshape(shape_of(t)).clone()
+    values: Tensor = safe_get_full_fp32_param(t)
+    return values.detach().reshape(find_whole_shape(t)).clone()
 
 
 def is_whole(t: Tensor) -> bool:
     """Return True if a tensor is what it seems: not emptied by ZeRO-3, nor a slice of a flat parameter of FSDP1."""
     if not t.numel() and t.is_floating_point():
         return False
-    if is_plain(t):
+    if has_no_layout(t):
         return True
     if "_fsdp_flattened" in t.__dict__:
-        return place_of(t) is not None and piece_of(t) is None  # with NO_SHARD it is flattened, and whole
-    return piece_of(t) is None
+        return find_flat_place(t) is not None and find_flat_piece(t) is None  # with NO_SHARD it is flattened, and whole
+    return find_flat_piece(t) is None
 
 
-def shape_of(t: Tensor) -> torch.Size:
+def find_whole_shape(t: Tensor) -> torch.Size:
     """Return the shape of a tensor when it is whole."""
     layout = layout_of(t)
     return t.shape if layout is None else layout.shape(t)
 
 
 @torch.no_grad()
-def whole(t: Tensor) -> Tensor:
+def gather_tensor(t: Tensor) -> Tensor:
     """Return a tensor whole: itself if this process has all of it. Every process must call this."""
     layout = layout_of(t)
-    return t if layout is None else layout.whole(t.detach() if layout is DISTRIBUTED else t)
+    return t if layout is None else layout.gather(t.detach() if layout is DISTRIBUTED else t)
 
 
 @torch.no_grad()
-def fill(t: Tensor, value: Tensor) -> None:
+def write_whole(t: Tensor, value: Tensor) -> None:
     """Put a value, which every process has whole, into a tensor in place. Every process must call this."""
     layout = layout_of(t)
     if layout is None:
         write_all([(t, value)])
     else:
         layout.fill(t, value)
-    if id(t) in mastered([t]):
+    if id(t) in find_master_ids([t]):
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(t, value.to(device=t.device, dtype=torch.float32))  # else the next step takes it back
 
 
 @torch.no_grad()
-def fill_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
+def write_all_whole(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Put whole values into tensors in place, all in one go where that can be. Every process must call this."""
-    here = [pair for pair in pairs if is_plain(t := pair[0]) or (layout_of(t) is None and not mastered([t]))]
-    if here:
-        write_all(here)
-    for t, value in pairs if len(here) < len(pairs) else ():
-        if layout_of(t) is not None or mastered([t]):
-            fill(t, value)
+    local = [
+        pair for pair in pairs if has_no_layout(t := pair[0]) or (layout_of(t) is None and not find_master_ids([t]))
+    ]
+    if local:
+        write_all(local)
+    for t, value in pairs if len(local) < len(pairs) else ():
+        if layout_of(t) is not None or find_master_ids([t]):
+            write_whole(t, value)
 
 
-def spread(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """Return `value`, which every process has whole, in parts as `like` is. No process waits for another."""
     if not is_sharded(like) or is_sharded(value):
         return value
     mesh, placements = like.device_mesh, like.placements
     value = value.detach().to(like.device if not like.is_meta else mesh.device_type)
-    return parts_of(value, mesh, placements)
+    return shard_value(value, mesh, placements)
 
 
-def parts_of(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+def shard_value(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     """Return a DTensor of `value`, which every process has whole: each cuts out what is its own, and waits for none."""
     from torch.distributed import tensor  # rarely needed
 
@@ -219,7 +221,7 @@ def parts_of(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -
 
 
 @contextmanager
-def whole_at(slots: Iterable[Slot]) -> Iterator[None]:
+def gather_slots(slots: Iterable[Slot]) -> Iterator[None]:
     """Have whole tensors stand in these slots within the block, for reading. Every process must call this."""
     before = []
     try:
@@ -228,50 +230,50 @@ def whole_at(slots: Iterable[Slot]) -> Iterator[None]:
             if layout_of(t) is not None:
                 container = parameter_dict(slot.owner, slot.attribute)  # DeepSpeed has put another dictionary there
                 before.append((container, slot.attribute, t))
-                container[slot.attribute] = nn.Parameter(whole(t).detach(), t.requires_grad)
+                container[slot.attribute] = nn.Parameter(gather_tensor(t).detach(), t.requires_grad)
         yield
     finally:
         for container, attribute, t in before:
             container[attribute] = t
 
 
-def tensors_below(module: nn.Module) -> dict[str, Tensor]:
+def find_parameters_below(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of a module and of those below it, each once, as if there were no wrappers."""
-    found: dict[int, tuple[str, Tensor]] = {}
+    parameters: dict[int, tuple[str, Tensor]] = {}
     for path, m in walk(module):
         for name, p in parameters_in(m).items():
-            found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
-    return dict(found.values())
+            parameters.setdefault(id(p), (f"{path}.{name}" if path else name, p))
+    return dict(parameters.values())
 
 
 @torch.no_grad()
-def numbers_at(t: Any, places: list[int]) -> list[float] | None:
+def gather_numbers(t: Any, places: list[int]) -> list[float] | None:
     """Return the numbers of a tensor at these places of the row that it makes when it is whole; None if this layout
     has no way to them but to gather the tensor. Every process must call this."""
-    piece, layout = piece_of(t), layout_of(t)
+    piece, layout = find_flat_piece(t), layout_of(t)
     if piece is not None:
-        found, sent = here_of_piece(piece, places), piece.flat
+        numbers, sent = pick_piece_numbers(piece, places), piece.flat
     elif layout is DISTRIBUTED:
         if t.device_mesh.size() != dist.get_world_size():
             return None
-        found, sent = here_of_shard(t, places), t
+        numbers, sent = pick_shard_numbers(t, places), t
     else:
-        flat = whole(t).reshape(-1)
+        flat = gather_tensor(t).reshape(-1)
         return [float(flat[place]) for place in places]
-    counts = torch.tensor([[0.0, 0.0] if v is None else [v, 1.0] for v in found], dtype=torch.float64)
+    counts = torch.tensor([[0.0, 0.0] if v is None else [v, 1.0] for v in numbers], dtype=torch.float64)
     counts = counts.to(sendable(sent))
     dist.all_reduce(counts)
     return (counts[:, 0] / counts[:, 1]).tolist()
 
 
-def here_of_piece(piece: Piece, places: list[int]) -> list[float | None]:
+def pick_piece_numbers(piece: FlatPiece, places: list[int]) -> list[float | None]:
     """Return the numbers at these places that this process has; None for those of others."""
-    info, here = piece.flat._shard_param_infos[piece.number], piece.here
+    info, local = piece.flat._shard_param_infos[piece.number], piece.numbers
     begin = info.intra_param_start_idx if info.in_shard else 0
-    return [float(here[p - begin]) if begin <= p < begin + len(here) else None for p in places]
+    return [float(local[p - begin]) if begin <= p < begin + len(local) else None for p in places]
 
 
-def here_of_shard(t: DTensor, places: list[int]) -> list[float | None]:
+def pick_shard_numbers(t: DTensor, places: list[int]) -> list[float | None]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     size, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
@@ -282,12 +284,12 @@ def here_of_shard(t: DTensor, places: list[int]) -> list[float | None]:
             place, i = divmod(place, n)
             at.insert(0, i)
         inner = [i - o for i, o in zip(at, offset)]
-        mine = all(0 <= i < n for i, n in zip(inner, size))
-        out.append(float(local[tuple(inner)]) if mine else None)
+        is_local = all(0 <= i < n for i, n in zip(inner, size))
+        out.append(float(local[tuple(inner)]) if is_local else None)
     return out
 
 
-def whole_copy(module: M, values: dict[str, Tensor]) -> M:
+def copy_unwrapped(module: M, values: dict[str, Tensor]) -> M:
     """Return a copy of a module that runs by itself, with these tensors by name in place of its own.
 
     It is without the hooks, wrappers and classes that layouts put on modules.
@@ -296,19 +298,19 @@ def whole_copy(module: M, values: dict[str, Tensor]) -> M:
     while (inner := inside(bare)) is not None:
         bare = inner
     kind: Any = next(c for c in type(bare).__mro__ if not c.__name__.startswith("FSDP"))
-    made: M = kind.__new__(kind)
-    own = parameters_in(bare)
+    copy: M = kind.__new__(kind)
+    parameters = parameters_in(bare)
     for name, value in bare.__dict__.items():
-        if name not in own:
-            made.__dict__[name] = type(value)() if "hooks" in name and isinstance(value, dict) else value
-    made.__dict__.update(_parameters=dict.fromkeys(bare._parameters), _buffers=dict(bare._buffers), _modules={})
-    for name, p in own.items():
-        made._parameters[name] = nn.Parameter(values.get(name, p).detach(), p.requires_grad)
-    copies = {id(p): made._parameters[name] for name, p in own.items()}
-    for name, value in made.__dict__.items():
+        if name not in parameters:
+            copy.__dict__[name] = type(value)() if "hooks" in name and isinstance(value, dict) else value
+    copy.__dict__.update(_parameters=dict.fromkeys(bare._parameters), _buffers=dict(bare._buffers), _modules={})
+    for name, p in parameters.items():
+        copy._parameters[name] = nn.Parameter(values.get(name, p).detach(), p.requires_grad)
+    copies = {id(p): copy._parameters[name] for name, p in parameters.items()}
+    for name, value in copy.__dict__.items():
         if isinstance(value, list):  # a recurrent layer has its parameters in one as well
-            made.__dict__[name] = [copies.get(id(item), item) for item in value]
+            copy.__dict__[name] = [copies.get(id(item), item) for item in value]
     for name, child in bare._modules.items():
         below = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
-        made._modules[name] = None if child is None else whole_copy(child, below)
-    return made
+        copy._modules[name] = None if child is None else copy_unwrapped(child, below)
+    return copy

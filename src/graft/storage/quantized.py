@@ -34,7 +34,7 @@ class Quantized(Dense):
         """Return the dense weight, as new memory in the dtype in which the module computes. No gradient flows."""
         raise NotImplementedError
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+    def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         """Return new values of `parts` that hold W, with the settings of the old ones, which stay as they are."""
         raise NotImplementedError
 
@@ -46,7 +46,7 @@ class Quantized(Dense):
         """Return True if the module rounds floats at each call, so that a copy of it can train."""
         return False
 
-    def unreadable(self, m: nn.Module) -> str | None:
+    def why_undecodable(self, m: nn.Module) -> str | None:
         """Return why the weight of this module cannot be read; None if it can."""
         return None
 
@@ -58,34 +58,34 @@ class Quantized(Dense):
         """Return why the module may not compute what `values` says: a class derived from that which is known."""
         return strange_forward(m)
 
-    def unread(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
         if name != "weight":
-            return super().unread(m, name)
+            return super().why_unreadable(m, name)
         if is_away(m):
             return "its weight is offloaded: it is there only while the module itself is called"
         if self.on_meta(m):
             return "its packed weight is on the meta device, not loaded: have the model on real devices first"
-        return self.unreadable(m) or self.strange(m)
+        return self.why_undecodable(m) or self.strange(m)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         if name != "weight":
             return super().read(m, name)
-        if (why := self.unread(m)) is not None:
+        if (why := self.why_unreadable(m)) is not None:
             raise UnsupportedLayerError(f"The weight of a {type(m).__name__} cannot be read: {why}.")
         with torch.no_grad():
             return self.values(m)
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
         if name != "weight":
-            return None if isinstance(m.__dict__.get(name), Tensor) else super().fixed(m, name)
+            return None if isinstance(m.__dict__.get(name), Tensor) else super().why_unwritable(m, name)
         if self.calibrated is not None:
             return f"{self.calibrated}, and merging would quantize them anew"
-        return self.unread(m)
+        return self.why_unreadable(m)
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         """Quantize W as the old weight was, into new tensors: those of a snapshot stay as they are."""
         with torch.no_grad():
-            self.put(m, self.packed(m, W.to(self.compute_dtype(m) or W.dtype)))
+            self.put(m, self.pack(m, W.to(self.compute_dtype(m) or W.dtype)))
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
@@ -93,26 +93,26 @@ class Quantized(Dense):
         return {part: getattr(m, part) for part in self.parts}
 
     def snapshot_values(self, m: nn.Module, name: str, state: dict[str, object]) -> Tensor:
-        return self.read(shadow(m, state), name)
+        return self.read(copy_with(m, state), name)
 
     def restore(self, m: nn.Module, name: str, state: dict[str, object]) -> None:
         device = self.where(m)[0]
-        self.put(m, {part: moved(value, device) for part, value in state.items()})
+        self.put(m, {part: move_snapshot(value, device) for part, value in state.items()})
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
-        found = (getattr(m, part) for part in self.parts)
-        device = next((t.device for t in found if isinstance(t, Tensor)), None)
+        values = (getattr(m, part) for part in self.parts)
+        device = next((t.device for t in values if isinstance(t, Tensor)), None)
         return computes_on(m, device), self.compute_dtype(m)
 
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return a plain linear layer that holds the same values, in the dtype of its inputs."""
         W, bias = find_op(m).canon(self.read(m)), getattr(m, "bias", None)
         W = W.to(dtype or W.dtype).contiguous()
-        made = nn.Linear(W.shape[1], W.shape[0], bias is not None, device="meta").requires_grad_(False)
-        made.weight = nn.Parameter(W, requires_grad=False)
+        layer = nn.Linear(W.shape[1], W.shape[0], bias is not None, device="meta").requires_grad_(False)
+        layer.weight = nn.Parameter(W, requires_grad=False)
         if bias is not None:
-            made.bias = nn.Parameter(bias.detach().to(W.dtype, copy=True), requires_grad=bias.requires_grad)
-        return made.train(m.training)
+            layer.bias = nn.Parameter(bias.detach().to(W.dtype, copy=True), requires_grad=bias.requires_grad)
+        return layer.train(m.training)
 
     def ready(self, m: nn.Module) -> str | None:
         """Mend what would make adapters on or below this module wrong, before the first of them acts.
@@ -126,14 +126,14 @@ class Quantized(Dense):
 
     def put(self, m: nn.Module, values: dict[str, object]) -> None:
         """Set `parts`."""
-        put(m, values)
+        set_parts(m, values)
 
     def loses_gradient(self, m: nn.Module) -> bool:
         """Return True if the module's own backward pass is wrong: see `straight.py`."""
         return False
 
 
-def put(m: nn.Module, values: Mapping[str, Any]) -> None:
+def set_parts(m: nn.Module, values: Mapping[str, Any]) -> None:
     for part, value in values.items():
         if part in m._parameters:
             m._parameters[part] = value
@@ -141,12 +141,12 @@ def put(m: nn.Module, values: Mapping[str, Any]) -> None:
             setattr(m, part, value)
 
 
-def shadow(m: nn.Module, values: Mapping[str, object]) -> nn.Module:
+def copy_with(m: nn.Module, values: Mapping[str, object]) -> nn.Module:
     """Return a copy of m with these values, and m's own otherwise: another thread may run m."""
-    made = copy.copy(m)
-    made.__dict__.update({key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")})
-    put(made, values)
-    return made
+    clone = copy.copy(m)
+    clone.__dict__.update({key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")})
+    set_parts(clone, values)
+    return clone
 
 
 class OwnModule(Quantized):
@@ -154,15 +154,15 @@ class OwnModule(Quantized):
 
     def ready(self, m: nn.Module) -> str | None:
         let_gradients_through(m, self)
-        if self.loses_gradient(m) and not self.on_meta(m) and (why := self.unreadable(m)) is not None:
+        if self.loses_gradient(m) and not self.on_meta(m) and (why := self.why_undecodable(m)) is not None:
             return f"Layers below a {type(m).__name__} get no gradient: {why}."
         return super().ready(m)
 
 
-def moved(value: object, device: torch.device | None) -> object:
+def move_snapshot(value: object, device: torch.device | None) -> object:
     """Return a value of a snapshot where the model is now."""
     if isinstance(value, dict):
-        return {key: moved(inner, device) for key, inner in value.items()}
+        return {key: move_snapshot(inner, device) for key, inner in value.items()}
     if not isinstance(value, Tensor) or device is None or value.device == device:
         return value
     to = value.to(device)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graft.storage.quantized import Quantized, shadow
+from graft.storage.quantized import Quantized, copy_with
 
 
 class Quanto(Quantized):
@@ -15,16 +15,16 @@ class Quanto(Quantized):
     def values(self, m: nn.Module) -> Tensor:
         return m.qweight.dequantize()
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+    def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         if not m.frozen:
             return {"weight": nn.Parameter(W, m.weight.requires_grad)}
-        new = shadow(m, {"weight": nn.Parameter(W, requires_grad=False)})
+        new = copy_with(m, {"weight": nn.Parameter(W, requires_grad=False)})
         return {"weight": nn.Parameter(new.qweight, requires_grad=m.weight.requires_grad)}
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
         return m.weight.dtype
 
-    def unreadable(self, m: nn.Module) -> str | None:
+    def why_undecodable(self, m: nn.Module) -> str | None:
         return "it has no quantized weight" if m.weight_qtype is None else None
 
     def protect(self, y: Tensor) -> Tensor:

@@ -15,23 +15,29 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def piece_of(module: nn.Module, op: Op) -> Piece | None:
+def find_piece(module: nn.Module, op: Op) -> Piece | None:
     """Return the piece of a layer's work that this process does, where it does not do all."""
-    return tensor_parallel.piece_of(module, op) or megatron.piece_in(module, op)
+    return tensor_parallel.find_parallel_piece(module, op) or megatron.find_megatron_piece(module, op)
 
 
-def group_of(module: nn.Module) -> ProcessGroup | None:
+def find_group(module: nn.Module) -> ProcessGroup | None:
     """Return the group of processes that compute a module in pieces; None for another module."""
     if megatron.KINDS.find(type(module)) is not None:
-        return None if megatron.cut_of(module) is None else megatron.group_of(module)
-    return tensor_parallel.group_of(module)
+        return None if megatron.find_cut(module) is None else megatron.find_megatron_group(module)
+    return tensor_parallel.find_parallel_group(module)
 
 
-def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
+def why_no_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
     """Return why a module that processes share cannot be adapted; None if nothing of the kind keeps it from that.
 
     inside: the adapter knows what happens inside the module.
     """
-    own = type(module).__module__.startswith("torch.nn.modules.")  # no package's, nor a parametrized one of a package's
-    why = None if own else megatron.why_not(module) or engine.why_not(module)
-    return tensor_parallel.refusal(module, op, inside) if why is None else f"As a {type(module).__name__}, {why}"
+    is_torch = type(module).__module__.startswith(
+        "torch.nn.modules."
+    )  # no package's, nor a parametrized one of a package's
+    why = None if is_torch else megatron.why_no_megatron_adapter(module) or engine.why_no_engine_adapter(module)
+    return (
+        tensor_parallel.why_no_parallel_adapter(module, op, inside)
+        if why is None
+        else f"As a {type(module).__name__}, {why}"
+    )

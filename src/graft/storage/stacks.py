@@ -22,7 +22,7 @@ class PackedMatrices:
     shape: tuple[int, int, int]
 
     name: ClassVar[str]
-    fixed: ClassVar[str | None] = None  # why graft cannot write it
+    why_unwritable: ClassVar[str | None] = None  # why graft cannot write it
     compute_dtype: ClassVar[torch.dtype | None] = None  # packed stacks compute in the dtype of their inputs
 
     @classmethod
@@ -54,7 +54,7 @@ class PackedMatrices:
         return None
 
     @property
-    def unread(self) -> str | None:
+    def why_unreadable(self) -> str | None:
         """Why it cannot be read; None if it can."""
         return "it is on the meta device, not loaded: have the model on real devices first" if self.on_meta else None
 
@@ -62,7 +62,7 @@ class PackedMatrices:
     def on_meta(self) -> bool:
         return self.device.type == "meta"
 
-    def remade(self, matrix: Callable[[int], Tensor]) -> PackedMatrices:
+    def remake(self, matrix: Callable[[int], Tensor]) -> PackedMatrices:
         """Return a new stack with the settings of this one, which stays as it is.
 
         Args:
@@ -107,8 +107,8 @@ class MXFP4(PackedMatrices):
         return t.device
 
     @property
-    def unread(self) -> str | None:
-        return super().unread or ("it has no scales: load the model again" if self.scale is None else None)
+    def why_unreadable(self) -> str | None:
+        return super().why_unreadable or ("it has no scales: load the model again" if self.scale is None else None)
 
     def in_rows(self) -> MXFP4:
         if isinstance(self.weight, Tensor):
@@ -120,7 +120,7 @@ class MXFP4(PackedMatrices):
         values = unpack_pairs(self.weight[expert], FP4, True, exact).unflatten(1, (-1, 32))
         return torch.ldexp(values, self.scale[expert].int()[..., None] - 127).flatten(1).to(dtype)
 
-    def remade(self, matrix: Callable[[int], Tensor]) -> MXFP4:
+    def remake(self, matrix: Callable[[int], Tensor]) -> MXFP4:
         weight, scale = in_rows(self.weight).clone(), in_rows(self.scale).clone()
         for e in range(len(weight)):
             weight[e], scale[e] = encode(matrix(e), weight[e], scale[e])
@@ -129,9 +129,9 @@ class MXFP4(PackedMatrices):
     def put(self, m: nn.Module, name: str) -> None:
         config = getattr(m, f"{name}_precision_config")
         if isinstance(self.weight, Tensor) and not isinstance(getattr(m, name), Tensor):
-            theirs = import_module("transformers.integrations.mxfp4")
-            theirs.swizzle_mxfp4_convertops(
-                self.weight, self.scale, m, name, self.weight.device, theirs.triton_kernels_hub
+            integration = import_module("transformers.integrations.mxfp4")
+            integration.swizzle_mxfp4_convertops(
+                self.weight, self.scale, m, name, self.weight.device, integration.triton_kernels_hub
             )
         elif isinstance(self.weight, Tensor):
             m._parameters[name] = nn.Parameter(self.weight, requires_grad=False)
@@ -178,7 +178,7 @@ class FineFP8(PackedMatrices):
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         return decode(self.weight[expert], self.scale[expert], self.block).to(dtype)
 
-    def remade(self, matrix: Callable[[int], Tensor]) -> FineFP8:
+    def remake(self, matrix: Callable[[int], Tensor]) -> FineFP8:
         weight, scale = self.weight.clone(), self.scale.clone()
         for e in range(len(weight)):
             weight[e], scale[e] = encode(matrix(e), weight[e], scale[e], self.block)
@@ -223,20 +223,20 @@ class Bnb4(PackedMatrices):
         return self.state.dtype
 
     @property
-    def unread(self) -> str | None:
+    def why_unreadable(self) -> str | None:
         _, out_features, in_features = self.shape
         if out_features * in_features % self.state.blocksize:
             return (
                 f"a matrix of {out_features} × {in_features} is no multiple of the {self.state.blocksize} numbers that "
                 "share a scale, so that blocks reach from one matrix to the next: quantize with another blocksize"
             )
-        return super().unread
+        return super().why_unreadable
 
     def matrix(self, expert: int, dtype: torch.dtype) -> Tensor:
         _, out_features, in_features = self.shape
         size, block = out_features * in_features, self.state.blocksize
         codes = self.codes.view(torch.uint8).flatten()[expert * size // 2 : (expert + 1) * size // 2]
-        table = tuple(self.state.code.tolist()) if self.state.code.device.type == "cpu" else codes_of(self.state)
+        table = tuple(self.state.code.tolist()) if self.state.code.device.type == "cpu" else read_code_table(self.state)
         values = unpack_pairs(codes, table, False).view(-1, block)
         values.mul_(self._scales(expert * size // block, (expert + 1) * size // block)[:, None])
         W = values.to(self.state.dtype).to(dtype)
@@ -251,16 +251,16 @@ class Bnb4(PackedMatrices):
         places = torch.arange(first, last, device=scales.device) // outer.blocksize
         return outer.code[scales.int()] * outer.absmax[places] + state.offset
 
-    def remade(self, matrix: Callable[[int], Tensor]) -> Bnb4:
-        old, theirs = self.state, import_module("bitsandbytes.functional")
+    def remake(self, matrix: Callable[[int], Tensor]) -> Bnb4:
+        old, functional = self.state, import_module("bitsandbytes.functional")
         settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.codes.dtype)
         codes, states = zip(
-            *(theirs.quantize_4bit(self._in_layout(matrix(e)), **settings) for e in range(self.shape[0]))
+            *(functional.quantize_4bit(self._in_layout(matrix(e)), **settings) for e in range(self.shape[0]))
         )
         scales, nested = torch.cat([state.absmax for state in states]), {}
         if old.nested:
             nested["offset"] = scales.mean()
-            scales, nested["state2"] = theirs.quantize_blockwise(
+            scales, nested["state2"] = functional.quantize_blockwise(
                 scales - nested["offset"], blocksize=old.state2.blocksize
             )
         state = type(old)(scales, old.shape, states[0].code, old.blocksize, old.quant_type, old.dtype, **nested)
@@ -286,7 +286,7 @@ class Bnb4(PackedMatrices):
 CODES: dict[str, tuple[float, ...]] = {}
 
 
-def codes_of(state: Any) -> tuple[float, ...]:
+def read_code_table(state: Any) -> tuple[float, ...]:
     """Return what the codes of a type stand for, read from the device once."""
     if state.quant_type not in CODES:
         CODES[state.quant_type] = tuple(state.code.tolist())
@@ -320,22 +320,22 @@ class TorchAO(PackedMatrices):
         W: Tensor = self.weight[expert].dequantize(dtype)
         return W.T if self.flipped else W
 
-    def remade(self, matrix: Callable[[int], Tensor]) -> TorchAO:
-        old, theirs, experts = self.weight, import_module(type(self.weight).__module__), range(self.shape[0])
+    def remake(self, matrix: Callable[[int], Tensor]) -> TorchAO:
+        old, module, experts = self.weight, import_module(type(self.weight).__module__), range(self.shape[0])
         outer = old.per_tensor_scale  # (), or (experts, 1, 1)
         if outer is not None:  # one that grows moves all numbers
             tops = torch.stack([matrix(e).abs().amax() for e in experts])
             tops = tops.view_as(outer) if outer.dim() else tops.amax()
-            outer = torch.maximum(outer, theirs.per_tensor_amax_to_scale(tops).to(outer))
+            outer = torch.maximum(outer, module.per_tensor_amax_to_scale(tops).to(outer))
         names = ("block_size", "act_per_tensor_scale", "is_swizzled_scales", "use_triton_kernel", "act_quant_kwargs")
         settings = {name: getattr(old, name) for name in names}
         parts = []  # codes and scales of each
         for e in experts:
             W = matrix(e).to(old.orig_dtype)
             W = (W.T if self.flipped else W).contiguous()
-            own = outer[e].squeeze() if outer is not None and outer.dim() else outer
-            made = type(old).to_nvfp4(W, per_tensor_scale=own, **settings)
-            parts.append((made.qdata, made.scale))
+            outer_scale = outer[e].squeeze() if outer is not None and outer.dim() else outer
+            packed = type(old).to_nvfp4(W, per_tensor_scale=outer_scale, **settings)
+            parts.append((packed.qdata, packed.scale))
         codes, scales = (torch.stack(some) for some in zip(*parts))
         weight = type(old)(codes, scales, orig_dtype=old.orig_dtype, per_tensor_scale=outer, **settings)
         return replace(self, weight=weight)
@@ -363,7 +363,7 @@ TENSORS: TypeTable[type[PackedMatrices]] = TypeTable({"torchao.prototype.mx_form
 NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
-def kind_of(m: nn.Module, name: str) -> type[PackedMatrices] | None:
+def find_stack_class(m: nn.Module, name: str) -> type[PackedMatrices] | None:
     """Return how a module holds one of its packed stacks; None if it is none."""
     kind = MODULES.find(type(m))
     if kind is not None:
@@ -371,19 +371,19 @@ def kind_of(m: nn.Module, name: str) -> type[PackedMatrices] | None:
     lists = m._modules.get("parametrizations")
     if isinstance(lists, nn.ModuleDict) and name in lists:
         chain: Any = lists[name]
-        found = PARAMETRIZATIONS.find(type(chain[0])) if len(chain) == 1 else None
-        return found if found is None or len(chain[0].quant_state.shape) == 3 else None
+        parametrized = PARAMETRIZATIONS.find(type(chain[0])) if len(chain) == 1 else None
+        return parametrized if parametrized is None or len(chain[0].quant_state.shape) == 3 else None
     t = m._parameters.get(name)
     return None if t is None or t.dim() != 3 else TENSORS.find(type(t))
 
 
-def matrices_of(m: nn.Module, name: str) -> PackedMatrices | None:
+def find_matrices(m: nn.Module, name: str) -> PackedMatrices | None:
     """Return a packed stack of a module; None if this parameter is none."""
-    kind = kind_of(m, name)
+    kind = find_stack_class(m, name)
     return None if kind is None else kind.of(m, name)
 
 
-def packed_names(m: nn.Module) -> list[str]:
+def list_packed_names(m: nn.Module) -> list[str]:
     """Return the names of a module's packed stacks."""
     if (
         MODULES.find(type(m)) is None
@@ -391,4 +391,4 @@ def packed_names(m: nn.Module) -> list[str]:
         and m._parameters.keys().isdisjoint(NAMES)
     ):
         return []  # as nearly all modules
-    return [name for name in NAMES if kind_of(m, name) is not None]
+    return [name for name in NAMES if find_stack_class(m, name) is not None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graft.core.ops import find_op
 from graft.kernels.eager import Context, Function
-from graft.storage.offload import at_hand
+from graft.storage.offload import bring_in
 
 MENDED: set[type] = set()
 MENDED_FORWARDS: WeakSet[Callable[..., object]] = WeakSet()
@@ -91,11 +91,11 @@ def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]
             if not isinstance(y, Tensor) or y.requires_grad:
                 return y
             run = lambda *_: y.clone()
-        if store.unread(m) is not None:
+        if store.why_unreadable(m) is not None:
             return before(m, x, *args, **kwargs)
 
         def dense() -> Tensor:
-            with at_hand(m, None):
+            with bring_in(m, None):
                 return find_op(m).canon(store.read(m))
 
         return _Straight.apply(x, bias, dense, run)

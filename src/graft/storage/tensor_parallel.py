@@ -21,7 +21,7 @@ from graft.core.pieces import Piece
 from graft.kernels.cuts import Cut
 from graft.storage import megatron, offload
 from graft.storage.dense import Dense
-from graft.storage.parallel import is_sharded, parts_of
+from graft.storage.parallel import is_sharded, shard_value
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,8 +45,8 @@ def style_of(module: nn.Module) -> Style | None:
     """Return the style by which a module is parallel; None if it is not."""
     forward = module.__dict__.get("forward")
     if type(forward) is FunctionType and forward.__module__ in (STYLES, OF_EXPERTS):
-        kind, _, made = forward.__qualname__.partition(".install_forward")
-        if made:
+        kind, _, installs = forward.__qualname__.partition(".install_forward")
+        if installs:
             closure = dict(zip(forward.__code__.co_freevars, (c.cell_contents for c in forward.__closure__ or ())))
             it = closure.get("self")
             kind, home = kind if it is None else type(it).__name__, forward.__module__
@@ -61,7 +61,7 @@ def _name(kind: str, it: object, home: str) -> str:
     return names[0] if names else kind
 
 
-def piece_of(module: nn.Module, op: Op) -> Piece | None:
+def find_parallel_piece(module: nn.Module, op: Op) -> Piece | None:
     """Return the piece of a layer's work that this process does; None if it does all, or no adapter may know."""
     style = style_of(module)
     if style is None or not op.known or why_not_cut(module, style) is not None:
@@ -79,7 +79,7 @@ def piece_of(module: nn.Module, op: Op) -> Piece | None:
     return Piece(style.name, group, inputs, outputs)
 
 
-def group_of(module: nn.Module) -> ProcessGroup | None:
+def find_parallel_group(module: nn.Module) -> ProcessGroup | None:
     """Return the group of processes that compute a parallel module together; None for another module."""
     style = style_of(module)
     return None if style is None or style.mesh is None else style.mesh.get_group()
@@ -118,7 +118,7 @@ def standalone(module: nn.Module) -> nn.Module:
         UnsupportedLayerError: a parallel module takes or returns pieces, and the copy would not.
     """
     styles = [(path, m, style) for path, m in module.named_modules() if (style := style_of(m)) is not None]
-    child = next((m for m in module.modules() if megatron.KINDS.find(type(m)) and megatron.cut_of(m)), None)
+    child = next((m for m in module.modules() if megatron.KINDS.find(type(m)) and megatron.find_cut(m)), None)
     if child is not None:
         raise UnsupportedLayerError(
             f"A {type(child).__name__} has a piece of its weight, and a copy of it, which would train whole, has no "
@@ -127,19 +127,21 @@ def standalone(module: nn.Module) -> nn.Module:
     if not styles:
         return offload.standalone(module)
     for path, m, style in styles:
-        piece = piece_of(m, find_op(m))
+        piece = find_parallel_piece(m, find_op(m))
         if style.kind not in WHOLE and (piece is None or piece.inputs is not None or piece.outputs is not None):
             name = f"'{path}' in it" if path else f"The {type(m).__name__}"
             why = "a copy of it, which would train whole, has no place in the model"
-            raise UnsupportedLayerError(f"{name}: {_refused(style, why)}.")
+            raise UnsupportedLayerError(f"{name}: {_explain_style(style, why)}.")
     cut = [p for p in module.parameters() if is_sharded(p)]
-    made = offload.standalone(module, {id(p): nn.Parameter(whole(p.detach()).clone(), p.requires_grad) for p in cut})
+    clone = offload.standalone(
+        module, {id(p): nn.Parameter(gather_dtensor(p.detach()).clone(), p.requires_grad) for p in cut}
+    )
     for path, *_ in styles:
-        del made.get_submodule(path).__dict__["forward"]
-    return made
+        del clone.get_submodule(path).__dict__["forward"]
+    return clone
 
 
-def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
+def why_no_parallel_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
     """Return why tensor parallelism keeps a module from being adapted; None if it does not.
 
     inside: the adapter knows what happens inside the module.
@@ -147,14 +149,18 @@ def refusal(module: nn.Module, op: Op, inside: bool) -> str | None:
     style = style_of(module)
     if style is not None:
         why = why_not_cut(module, style) if op.known and not op.opaque else "graft has no rule for it"
-        return None if why is None else _refused(style, why)
+        return None if why is None else _explain_style(style, why)
     if not inside:
         return None
-    found = next((s for m in module.modules() if (s := style_of(m)) is not None), None)
-    return None if found is None else _refused(found, "the adapter would take the piece of one process for the whole")
+    child_style = next((s for m in module.modules() if (s := style_of(m)) is not None), None)
+    return (
+        None
+        if child_style is None
+        else _explain_style(child_style, "the adapter would take the piece of one process for the whole")
+    )
 
 
-def _refused(style: Style, why: str) -> str:
+def _explain_style(style: Style, why: str) -> str:
     if style.home == OF_EXPERTS:
         return f"It is expert parallel by the style '{style.name}', and {why}. Load the model without ep_size"
     return (
@@ -169,7 +175,7 @@ class TensorParallel(Dense):
     name, live, exact = "tensor parallel", False, True
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
-        return whole(getattr(m, name))
+        return gather_dtensor(getattr(m, name))
 
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
         """Return this process's piece of the weight (canonical), and the cuts of its rows and columns."""
@@ -185,7 +191,7 @@ class TensorParallel(Dense):
     @torch.no_grad()
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
         p = getattr(m, name)
-        piece = like(p, W)
+        piece = shard_as(p, W)
         if shared:
             setattr(m, name, nn.Parameter(piece, requires_grad=p.requires_grad))
         else:
@@ -193,7 +199,7 @@ class TensorParallel(Dense):
         return None
 
     def snapshot_values(self, m: nn.Module, name: str, state: Tensor) -> Tensor:
-        return whole(state)
+        return gather_dtensor(state)
 
     @torch.no_grad()
     def restore(self, m: nn.Module, name: str, state: Tensor) -> None:
@@ -206,7 +212,7 @@ class TensorParallel(Dense):
         return y.clone()  # it may be a view of a DTensor's, which takes no writing in place
 
 
-def whole(t: Tensor) -> Tensor:
+def gather_dtensor(t: Tensor) -> Tensor:
     if not is_sharded(t):
         return t
     return (t if t.requires_grad and torch.is_grad_enabled() else t.detach()).full_tensor()  # type: ignore[attr-defined]
@@ -216,8 +222,8 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if is_sharded(t) else t
 
 
-def like(t: Tensor, W: Tensor) -> Tensor:
+def shard_as(t: Tensor, W: Tensor) -> Tensor:
     """Return W, which is whole on each process, in pieces as t is."""
     if not is_sharded(t):
         return W.contiguous()
-    return parts_of(W.detach().to(t.dtype), t.device_mesh, t.placements)
+    return shard_value(W.detach().to(t.dtype), t.device_mesh, t.placements)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from graft.storage.quantized import Quantized, shadow
+from graft.storage.quantized import Quantized, copy_with
 from graft.storage.straight import go_straight
 
 Again = Callable[[Any, Tensor], Tensor]  # (the old tensor, new values) → a tensor like the old one
@@ -30,9 +30,9 @@ class TorchAO(Quantized):
         self.again, self.writes = again, again is not None
 
     def values(self, m: nn.Module) -> Tensor:
-        return dequantized(m.weight)
+        return dequantize_weight(m.weight)
 
-    def packed(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+    def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
         old = m.weight
         if (scale := pre_scale(old)) is not None:
             W = W / scale
@@ -41,14 +41,14 @@ class TorchAO(Quantized):
     def compute_dtype(self, m: nn.Module) -> torch.dtype:
         return m.weight.dtype
 
-    def unreadable(self, m: nn.Module) -> str | None:
+    def why_undecodable(self, m: nn.Module) -> str | None:
         kind = type(m.weight)
         if kind.dequantize is Tensor.dequantize:
             return f"its weight is torchao's {kind.__name__}, which only its kernels can unpack"
         return None
 
-    def fixed(self, m: nn.Module, name: str = "weight") -> str | None:
-        why = super().fixed(m, name)
+    def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        why = super().why_unwritable(m, name)
         if why is None and name == "weight" and self.again is None:
             return f"its weight is torchao's {type(m.weight).__name__}, which graft cannot quantize anew"
         return why
@@ -59,16 +59,16 @@ class TorchAO(Quantized):
         values = {"weight": nn.Parameter(W.to(dtype or W.dtype), requires_grad=False)}
         if isinstance(bias := m._parameters.get("bias"), Tensor):
             values["bias"] = nn.Parameter(bias.detach().to(dtype or bias.dtype, copy=True), bias.requires_grad)
-        made = shadow(m, values)
+        clone = copy_with(m, values)
         for name in ("extra_repr", "forward", "_old_forward", "_hf_hook"):  # torchao's and accelerate's, bound to m
-            made.__dict__.pop(name, None)
-        return made
+            clone.__dict__.pop(name, None)
+        return clone
 
     def ready(self, m: nn.Module) -> None:
         """Give layers that round their inputs a gradient: torchao's rounding passes none on."""
         kind = type(m.weight)
-        if rounds_inputs(m.weight) and self.unreadable(m) is None:
-            go_straight(kind, linear, rounds_inputs, dequantized)
+        if rounds_inputs(m.weight) and self.why_undecodable(m) is None:
+            go_straight(kind, linear, rounds_inputs, dequantize_weight)
 
 
 def rounds_inputs(weight: object) -> bool:
@@ -76,7 +76,7 @@ def rounds_inputs(weight: object) -> bool:
     return any(getattr(weight, name, None) is not None for name in of)
 
 
-def dequantized(weight: Tensor) -> Tensor:
+def dequantize_weight(weight: Tensor) -> Tensor:
     """Return what a weight does: values, times the scales of its inputs."""
     W: Tensor = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
     scale = pre_scale(weight)
@@ -121,11 +121,11 @@ def float8(old: Any, W: Tensor) -> Tensor:
 def intx(old: Any, W: Tensor) -> Tensor:
     settings = dict(mapping_type=mapping(old), activation_quantization=old.activation_quantization)
     make = partial(type(old).from_hp, W, tuple(old.block_size), old.target_dtype, **settings)
-    made = make()
-    if made.scale.dtype != old.scale.dtype:  # then the codes follow from the rounded scales
-        scale = made.scale.to(old.scale.dtype)
-        made = make(intx_choose_qparams_algorithm=None, custom_scale=scale, custom_zero_point=made.zero_point)
-    return made
+    packed = make()
+    if packed.scale.dtype != old.scale.dtype:  # then the codes follow from the rounded scales
+        scale = packed.scale.to(old.scale.dtype)
+        packed = make(intx_choose_qparams_algorithm=None, custom_scale=scale, custom_zero_point=packed.zero_point)
+    return packed
 
 
 def nf4(old: Any, W: Tensor) -> Tensor:

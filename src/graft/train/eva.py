@@ -24,7 +24,7 @@ from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute
 from graft.model.modes import in_mode
 from graft.model.registry import Registry
-from graft.storage import place_of
+from graft.storage import find_device_and_dtype
 from graft.train.calibration import linear_methods, require_all
 
 
@@ -93,7 +93,7 @@ class Measure:
 
     def batches(self) -> Iterator[tuple[object, object]]:
         """Yield (batch, what `prepare_model` makes of it) of one pass through the data."""
-        device = place_of(self.model)[0]
+        device = find_device_and_dtype(self.model)[0]
         device = None if device is None or device.type == "meta" else device
         for batch in self.dataloader:
             inputs = batch if device is None else to_device(batch, device)

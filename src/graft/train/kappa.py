@@ -105,7 +105,7 @@ def weight_of(module: nn.Module) -> Tensor | None:
         return None
     layer = layer_in(module)
     base, store = (module, find_store(module)) if layer is None else (layer.base_layer, layer.store)
-    if store.unread(base, "weight") is not None:
+    if store.why_unreadable(base, "weight") is not None:
         return None
     W: Tensor = store.read(module, "weight") if layer is None else layer.W0
     return None if W.is_meta else W

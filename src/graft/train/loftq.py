@@ -50,7 +50,7 @@ def replace_lora_weights_loftq(
     registry.check_known([adapter_name])
     with_adapter = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
     packed = {key: m for key, m in with_adapter.items() if not m.store.exact and m.op.linear and hasattr(m, "lora_A")}
-    reasons = {key: m.base_weight.unread() for key, m in packed.items()}
+    reasons = {key: m.base_weight.why_unreadable() for key, m in packed.items()}
     layers = {key: m for key, m in packed.items() if reasons[key] is None}
     if not layers:
         why = f"layer '{next(iter(packed))}' cannot be read: {reasons[next(iter(packed))]}." if packed else ""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft import ConfigError, DistributedError
-from graft.storage.parallel import DISTRIBUTED, layout_of, mastered, spread
+from graft.storage.parallel import DISTRIBUTED, find_master_ids, layout_of, shard_like
 
 State = dict[str, Any]
 
@@ -130,7 +130,7 @@ def states_of(optimizer: Any) -> OptimizerStates:
 
 def check_spread(values: Mapping[str, Tensor], optimizer_states: OptimizerStates) -> None:
     """Raise DistributedError unless all values can be put together, and the optimizer is the one that trains them."""
-    masters = mastered(values.values())
+    masters = find_master_ids(values.values())
     for name, t in values.items():
         layout = layout_of(t)
         if layout is not None and layout.name == "FSDP1":
@@ -165,7 +165,7 @@ def put_part(p: Any, key: str, value: Tensor) -> None:
 def parted(value: object, p: nn.Parameter) -> object:
     """Return a value of a state, spread over processes as its parameter is."""
     if layout_of(p) is DISTRIBUTED and isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
-        return spread(value, p)
+        return shard_like(value, p)
     return value
 
 

@@ -52,7 +52,7 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
         registry.taken_in.add(name)
         for layer in layers:
             m: Method = layer.methods[name]
-            with layer.store.at_hand(layer, None), evaluating(layer):
+            with layer.store.bring_in(layer, None), evaluating(layer):
                 W = layer.W0
                 W = W + delta_of(layer, m.effect).to(W.dtype)
             layer.rewrite_base(W)
@@ -84,7 +84,7 @@ def check(layer: AdapterLayer, name: str, optimizer: Optimizer, held: Collection
     """Raise if a layer cannot begin again. held: ids of the optimizer's parameters."""
     base, parameter = layer.base_layer, layer.site.parameter
     m: Method = layer.methods[name]
-    why = m.effect.fixed or layer.store.unread(base, parameter) or layer.store.fixed(base, parameter)
+    why = m.effect.fixed or layer.store.why_unreadable(base, parameter) or layer.store.why_unwritable(base, parameter)
     if why is None and not layer.store.exact:
         why = "its weight is packed, and would round the update away: begin with merge_and_unload(dequantize=True)"
     if why is None and layer.site.shared:

@@ -36,7 +36,7 @@ from graft.io.fingerprint import check_note as check_fingerprint
 from graft.io.fingerprint import in_common
 from graft.io.rendezvous import Meeting, agreed, exchanged, gathered, rank
 from graft.io.save import base_fingerprint
-from graft.storage.parallel import fill, master, mastered, processes, shape_of
+from graft.storage.parallel import find_master_ids, find_whole_shape, gather_master_values, processes, write_whole
 from graft.train.optimizer_states import OptimizerStates, check_spread, states_of
 from graft.train.state_check import (
     OWN,
@@ -98,7 +98,7 @@ class Value(NamedTuple):
         if self.slot is not None and self.slot.tensor.is_meta:
             self.slot.assign(value)
         else:
-            fill(self.tensor if self.slot is None else self.slot.tensor, value)
+            write_whole(self.tensor if self.slot is None else self.slot.tensor, value)
 
 
 def save_training(
@@ -230,7 +230,7 @@ def state_of(
 
 def check_same(values: dict[str, Value]) -> None:
     """Raise DistributedError unless all processes train the same tensors, of which the first's are those to write."""
-    first, *others = exchanged({name: tuple(shape_of(v.tensor)) for name, v in values.items()})
+    first, *others = exchanged({name: tuple(find_whole_shape(v.tensor)) for name, v in values.items()})
     for number, other in enumerate(others, 1):
         if differ := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
             raise DistributedError(
@@ -284,9 +284,9 @@ class Taken:
 
     def whole(self) -> tuple[Json, dict[str, Tensor]]:
         """Return the note and all tensors, whole. Every process of the training must call this."""
-        masters = mastered(v.tensor for v in self.values.values())
+        masters = find_master_ids(v.tensor for v in self.values.values())
         values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
-        self.tensors |= {key: master(t) if id(t) in masters else t for key, t in values.items()}
+        self.tensors |= {key: gather_master_values(t) if id(t) in masters else t for key, t in values.items()}
         states: dict[str, dict[str, object]] = {}
         for p, state in self.optimizer_states.states():
             name = self.names[id(p)]
@@ -522,10 +522,12 @@ class Resume:
             for name in options.keys() & group.keys():
                 check_like(options[name], as_read(group[name]), f"{path}: the option '{name}'", exact, name)
             check_like(options.get("initial_lr", 0.0), 0.0, f"{path}: the option 'initial_lr'", exact, "initial_lr")
-        masters = mastered(v.tensor for v in self.values.values())
+        masters = find_master_ids(v.tensor for v in self.values.values())
         for p, i, name in self.parameters_with_state():
             where, dtype = f"{path}: the optimizer's state of '{name}'", torch.float32 if id(p) in masters else p.dtype
-            check_moments(self.note["states"][name], shape_of(p), dtype, inner, self.optimizer_states.groups[i], where)
+            check_moments(
+                self.note["states"][name], find_whole_shape(p), dtype, inner, self.optimizer_states.groups[i], where
+            )
         if self.note["schedule"] is not None and "scheduler" not in fresh:
             known = is_known(self.scheduler, "torch.optim.")
             check_like(self.note["schedule"], as_read(self.scheduler.state_dict()), f"{path}: the schedule", known)
@@ -558,12 +560,12 @@ class Resume:
         other = self.check_prompts()
         here = {name: v.tensor for name, v in self.values.items() if name not in other}
         both = [name for name in here if name in self.tensors]
-        shape = {n: tuple(shape_of(here[n])) for n in both}
+        shape = {n: tuple(find_whole_shape(here[n])) for n in both}
         shapes = [n for n in both if shape[n] != self.tensors[n].shape]
         if shapes:
             text = [f"'{n}' has shape {tuple(self.tensors[n].shape)} there and {shape[n]} here" for n in shapes]
             self.differs(AdapterKeyError, f"{some(text, 3)}, as of another rank", shapes, [])
-        masters = mastered(here.values())
+        masters = find_master_ids(here.values())
         dtype = {n: torch.float32 if id(here[n]) in masters else here[n].dtype for n in both}
         dtypes = [n for n in both if n not in shapes and dtype[n] != self.tensors[n].dtype]
         if dtypes:

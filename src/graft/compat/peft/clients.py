@@ -17,7 +17,7 @@ from graft.inject import experts
 from graft.inject.survey import survey
 from graft.methods.adaption_prompt import AdaptionPrompt
 from graft.storage import innermost
-from graft.storage.offload import at_hand
+from graft.storage.offload import bring_in
 
 if TYPE_CHECKING:
     from graft import PeftConfig
@@ -33,7 +33,7 @@ class _ExcludedModule:
 def onload_layer(layer: nn.Module) -> AbstractContextManager[None]:
     """Bring a layer's tensors in for the block, if accelerate keeps them elsewhere; keep what it writes to the base."""
     base = getattr(layer, "base_layer", None)
-    return at_hand(layer, None if base is None else innermost(base))
+    return bring_in(layer, None if base is None else innermost(base))
 
 
 def get_bnb_param_type(param: Tensor) -> str | bool:

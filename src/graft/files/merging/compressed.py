@@ -72,8 +72,8 @@ class Form(BaseWeights):
         W = codes.float()
         scale = of_file(parts[f"{name}_scale"])
         if (zero := self._zero(name, parts, scale)) is not None:
-            W -= float8.spread(zero, W.shape)
-        return (W * float8.spread(scale, W.shape)).to(scale.dtype).float()  # as the layer computes it
+            W -= float8.expand_scales(zero, W.shape)
+        return (W * float8.expand_scales(scale, W.shape)).to(scale.dtype).float()  # as the layer computes it
 
     def _zero(self, name: str, parts: Mapping[str, Tensor], scale: torch.Tensor) -> torch.Tensor | None:
         if f"{name}_zero_point" not in parts:
@@ -90,13 +90,13 @@ class Form(BaseWeights):
         most = 448.0 if kind == torch.float8_e4m3fn else 2.0 ** (self.bits[name] - 1) - 1
         # the scales of the old weight where they reach, so that what did not change keeps its codes
         if zero is None:
-            reach = float8.largest(W.float(), scale).reshape(scale.shape)
+            reach = float8.find_block_maxima(W.float(), scale).reshape(scale.shape)
             grown = torch.where(reach > scale.float() * (most + 0.5), reach / most, scale.float()).to(scale.dtype)
         else:
             grown = reaching(W, scale.float(), zero, most).to(scale.dtype)
-        codes = W.float() / float8.spread(grown, W.shape)
+        codes = W.float() / float8.expand_scales(grown, W.shape)
         if zero is not None:
-            codes += float8.spread(zero, W.shape)
+            codes += float8.expand_scales(zero, W.shape)
         if kind == torch.float8_e4m3fn:
             made = codes.clamp_(-most, most).to(kind)
         else:

@@ -33,7 +33,7 @@ from graft.methods.adalora.allocator import (
     update_and_allocate,
 )
 from graft.methods.lora.config import LoraConfig
-from graft.storage.parallel import layout_of, whole
+from graft.storage.parallel import gather_tensor, layout_of
 
 if TYPE_CHECKING:
     from graft.core.rows import Run
@@ -224,7 +224,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
             if name not in TENSORS:
                 out[name, path] = t
                 continue
-            here, dim = whole(getattr(self, name)), triples(name)
+            here, dim = gather_tensor(getattr(self, name)), triples(name)
             if (
                 t.dim() == here.dim()
                 and t.shape != here.shape

@@ -16,7 +16,7 @@ from graft.core.method import Method
 from graft.core.rows import Run
 from graft.core.tuner import Tuner
 from graft.kernels.waits import constant
-from graft.storage.parallel import fill, layout_of, shape_of, whole
+from graft.storage.parallel import find_whole_shape, gather_tensor, layout_of, write_whole
 
 
 class Importance:
@@ -32,8 +32,8 @@ class Importance:
         grad = p.grad
         if grad is None:
             return
-        p = whole(p)
-        now = (p * whole(grad)).abs()
+        p = gather_tensor(p)
+        now = (p * gather_tensor(grad)).abs()
         mean = self.mean.setdefault(name, torch.zeros_like(p))
         spread = self.spread.setdefault(name, torch.zeros_like(p))
         mean.mul_(self.beta1).add_(now, alpha=1 - self.beta1)
@@ -41,7 +41,7 @@ class Importance:
 
     def score(self, name: str, p: Tensor) -> Tensor:
         """Return the score of each element of `p`; 0 if it never had a gradient, as in an expert without tokens."""
-        return self.mean[name] * self.spread[name] if name in self.mean else p.new_zeros(shape_of(p))
+        return self.mean[name] * self.spread[name] if name in self.mean else p.new_zeros(find_whole_shape(p))
 
 
 class Schedule(Protocol):
@@ -84,7 +84,7 @@ class Allocator:
         drop = len(values) - keep
         threshold = values.kthvalue(drop).values if drop > 0 else values.new_full((), float("-inf"))
         for key, m in methods.items():
-            fill(m.lora_E, whole(m.lora_E).masked_fill((scores[key] <= threshold)[:, None], 0.0))
+            write_whole(m.lora_E, gather_tensor(m.lora_E).masked_fill((scores[key] <= threshold)[:, None], 0.0))
         stays = iter((values > threshold).tolist())  # the one wait for the device, since the config has them
         return {key: list(islice(stays, len(score))) for key, score in scores.items()}
 
@@ -172,7 +172,7 @@ def reapply(methods: dict[str, Method], cfg: Schedule) -> None:
         mask = cfg.rank_mask(key)
         if mask is not None and len(mask) == len(m.lora_E):  # an adapter from a file has no others
             gone = constant(tuple(not stays for stays in mask), torch.bool, m.lora_E.device)
-            fill(m.lora_E, whole(m.lora_E).masked_fill(gone[:, None], 0.0))
+            write_whole(m.lora_E, gather_tensor(m.lora_E).masked_fill(gone[:, None], 0.0))
 
 
 def orthogonal_losses(tuner: Tuner, names: Iterable[str], run: Run) -> dict[str, Callable[[], Tensor]]:

@@ -40,7 +40,7 @@ class MiCA(LoRA):
         layer, site = self.layer, self.site
         if site.on_meta:
             return
-        why = site.weight.unread()
+        why = site.weight.why_unreadable()
         if why is not None:
             raise UnsupportedLayerError(
                 f"Target module {site.key} ({site.type_name}) is not supported. MiCA needs its weight, and {why}."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.core.method import as_it_is
 from graft.core.rows import by_name
 from graft.methods.shadow.detached import NAMES, empty, shadow_loss, unpack, with_cache
-from graft.storage import place_of
+from graft.storage import find_device_and_dtype
 
 if TYPE_CHECKING:
     from graft.core.call import Call
@@ -136,7 +136,7 @@ class Pass:
         containers = self.tuner.shared.containers
         network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
         takes = signature(network.forward).parameters
-        device, dtype = place_of(network)
+        device, dtype = find_device_and_dtype(network)
         own = {key: self.arguments[key] for key in TAKEN if key in takes and self.arguments.get(key) is not None}
         ids = self.arguments.get("input_ids")
         if inputs_embeds is None:

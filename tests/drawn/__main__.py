@@ -2,7 +2,9 @@
 """Draw changes of the package and say which of them the tests notice.
 
 python -m tests.drawn --record                 record which lines each default test runs: as long as two `make test`
+python -m tests.drawn --record --quick         those of `make quick` alone: in two minutes, and nearly as good
 python -m tests.drawn --seed 1 --n 100         100 changes against the default tests
+python -m tests.drawn --seed 1 --survivors     those that a run with --quick did not notice, against the default tests
 python -m tests.drawn --seed 1 --n 100 --quick the same against the tests of `make quick`
 """
 
@@ -30,33 +32,45 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--survivors", action="store_true")
     parser.add_argument("--folders", nargs="+", default=FOLDERS)
-    parser.add_argument("--budget", type=float, default=120, help="seconds of tests for one change")
+    parser.add_argument(
+        "--budget", type=float, default=120, help="seconds of the processor that the tests of one change take"
+    )
     parser.add_argument("--show", action="store_true", help="print the changes alone")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.record:
-        sys.exit(record_lines())
+        sys.exit(record_lines(options.quick))
     changes = draw_changes(PACKAGE, options.folders, options.seed, options.n)
     if options.show:
         print(*changes, sep="\n")
     elif options.part:
         i = int(options.part)
-        run_changes(changes[i::2], results_file(options.seed, i), options.budget)
+        if options.survivors:
+            noticed = {row["change"] for row in read_results(options.seed, quick=True) if row["noticed"]}
+            changes = [change for change in changes if str(change) not in noticed]
+        run_changes(changes[i::2], results_file(options.seed, options.quick, i), options.budget)
     else:
         run_parts(options)
 
 
-def results_file(seed: int, part: int) -> Path:
-    return OUT / f"results-{seed}-{part}.jsonl"
+def results_file(seed: int, quick: bool, part: int) -> Path:
+    return OUT / f"results-{'quick' if quick else 'all'}-{seed}-{part}.jsonl"
 
 
-def record_lines() -> int:
-    """Run the default tests under the recorder and return pytest's exit code."""
+def read_results(seed: int, quick: bool) -> list[dict]:
+    """Return a row for each change that was run: its `noticed` is the test that noticed it, or None."""
+    files = [results_file(seed, quick, i) for i in range(2)]
+    return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
+
+
+def record_lines(quick: bool) -> int:
+    """Run the default tests, or those of `make quick`, under the recorder and return pytest's exit code."""
     OUT.mkdir(parents=True, exist_ok=True)
     for path in [*OUT.glob("lines-*"), *OUT.glob("times-*")]:
         path.unlink()
-    env = {**os.environ, FOLDER: str(OUT)}
+    env = {**os.environ, FOLDER: str(OUT)} | ({"GRAFT_TESTS": "quick"} if quick else {})
     words = [sys.executable, "-m", "pytest", "-p", "tests.drawn.mapping", "-n", "2", *DEFAULT]
     return subprocess.run(words, cwd=ROOT, env=env).returncode
 
@@ -78,18 +92,13 @@ def run_parts(options: argparse.Namespace) -> None:
     env = {**os.environ, "GRAFT_TESTS": "quick"} if options.quick else None
     processes = []
     for i in range(2):
-        results_file(options.seed, i).unlink(missing_ok=True)
+        results_file(options.seed, options.quick, i).unlink(missing_ok=True)
         words = [sys.executable, "-m", "tests.drawn", *sys.argv[1:], "--part", str(i)]
         with Path(OUT, f"log-{i}").open("w") as log:
             processes.append(subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log))
     for process in processes:
         process.wait()
-    rows = [
-        json.loads(line)
-        for i in range(2)
-        if results_file(options.seed, i).exists()
-        for line in results_file(options.seed, i).read_text().splitlines()
-    ]
+    rows = read_results(options.seed, options.quick)
     survivors = [row for row in rows if row["noticed"] is None]
     for row in survivors:
         print(f"survives {row['tests']:5} tests, {row['seconds']:5} s: {row['change']}")

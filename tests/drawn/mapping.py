@@ -11,7 +11,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import coverage
@@ -81,9 +81,30 @@ class Record:
             self._lines[file] = lines
         return self._lines[file]
 
-    def tests_of(self, file: str, line: int, span: range) -> list[str]:
-        """Return the tests that run a line, the fastest first; those that run any line of `span` if none runs it."""
+    def tests_of(self, file: str, line: int, span: range, tests: Iterable[str]) -> list[str]:
+        """Return those of `tests` that run a line, the fastest first; any line of `span` if none runs it.
+
+        Tests that were not recorded follow: those whose functions have a recorded test that runs the line, then those
+        whose functions have one that runs any line of the file.
+        """
         lines = self.lines_by_test(file)
-        tests = [test for test, ran in lines.items() if line in ran]
-        tests = tests or [test for test, ran in lines.items() if any(n in ran for n in span)]
-        return sorted(tests, key=lambda test: self.times.get(test, 1.0))
+        near = {test for test, ran in lines.items() if line in ran}
+        near = near or {test for test, ran in lines.items() if any(n in ran for n in span)}
+        functions = [{test.partition("[")[0] for test in some} for some in (near, lines)]
+        means = self.mean_times()
+        ranks: dict[str, tuple[int, float]] = {}
+        for test in tests:
+            function = test.partition("[")[0]
+            if test in self.times:
+                if test in near:
+                    ranks[test] = 0, self.times[test]
+            elif function in functions[1]:
+                ranks[test] = 1 + (function not in functions[0]), means[function]
+        return sorted(ranks, key=ranks.__getitem__)
+
+    def mean_times(self) -> dict[str, float]:
+        """Return the mean time of the recorded tests of each function."""
+        times: dict[str, list[float]] = {}
+        for test, seconds in self.times.items():
+            times.setdefault(test.partition("[")[0], []).append(seconds)
+        return {function: sum(some) / len(some) for function, some in times.items()}

@@ -27,25 +27,38 @@ def by_key(code: types.CodeType) -> dict[Key, types.CodeType]:
     return {key: codes[0] for key, codes in codes_by_key.items() if len(codes) == 1}
 
 
-def patch_process(path: str, old: str, new: str) -> bool:
-    """Replace the code of every function of a file whose code differs between two texts. Return False if none could be.
+class Functions:
+    """Every function of graft in this process, by the file and the place of its code, and graft's caches."""
 
-    Unfreezes the objects of the garbage collector. Empties the caches of graft's functions, which may hold results of
-    the old code.
-    """
-    codes = compile(old, path, "exec"), compile(new, path, "exec")
-    before, after = by_key(codes[0]), by_key(codes[1])
-    differing = {key for key in before if key in after and before[key] != after[key]}
-    done = False
-    gc.unfreeze()  # tests/conftest.py freezes them, and then nothing lists them
-    for function in [f for f in gc.get_objects() if type(f) is types.FunctionType]:
-        key = function.__code__.co_name, function.__code__.co_firstlineno
-        if function.__code__.co_filename != path or key not in differing:
-            continue
-        if function.__code__.co_freevars == after[key].co_freevars:
-            function.__code__ = after[key]
-            done = True
-    for cached in [c for c in gc.get_objects() if type(c) is functools._lru_cache_wrapper]:
-        if getattr(cached, "__module__", "").startswith("graft"):
-            cached.cache_clear()
-    return done
+    def __init__(self) -> None:
+        """List them. Unfreezes what the garbage collector has frozen, since nothing lists it, and freezes all anew."""
+        self.by_place: dict[tuple[str, Key], list[types.FunctionType]] = {}
+        self.caches: list[functools._lru_cache_wrapper] = []
+        gc.unfreeze()
+        for thing in gc.get_objects():
+            if type(thing) is types.FunctionType:
+                code = thing.__code__
+                place = code.co_filename, (code.co_name, code.co_firstlineno)
+                self.by_place.setdefault(place, []).append(thing)
+            elif type(thing) is functools._lru_cache_wrapper and getattr(thing, "__module__", "").startswith("graft"):
+                self.caches.append(thing)
+        gc.freeze()
+
+    def patch(self, path: str, old: str, new: str) -> bool:
+        """Replace the code of each function of a file whose code differs between two texts. Return False if none could.
+
+        Empties the caches of graft's functions, which may hold results of the old code.
+        """
+        codes = compile(old, path, "exec"), compile(new, path, "exec")
+        before, after = by_key(codes[0]), by_key(codes[1])
+        done = False
+        for key in before:
+            if key not in after or before[key] == after[key]:
+                continue
+            for function in self.by_place.get((path, key), []):
+                if function.__code__.co_freevars == after[key].co_freevars:
+                    function.__code__ = after[key]
+                    done = True
+        for cache in self.caches:
+            cache.cache_clear()
+        return done

@@ -17,17 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.drawn.changes import Change
 from tests.drawn.mapping import PACKAGE, ROOT, Record
-from tests.drawn.patching import patch_process
+from tests.drawn.patching import Functions
 
 FINAL = {"failed", "survived", "unpatched", "broken"}  # what a child tells last
 HANGS = 60.0  # seconds after which a test hangs
+COPIED = 400  # tests that a changed copy runs at most
 
 
 class Runner:
@@ -36,15 +37,17 @@ class Runner:
     def __init__(self, changes: Sequence[Change], record: Record, out: Path, budget: float):
         self.changes, self.record, self.out, self.budget = changes, record, out, budget
         self.unreliable: set[str] = set()  # tests that fail without any change
+        self.functions: Functions | None = None
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if session.testsfailed:
             raise session.Interrupted(f"{session.testsfailed} errors during collection")
         items = {item.nodeid: item for item in session.items}
+        self.functions = Functions()  # once, before any fork: a fork that lists all objects copies all memory
         for change in self.changes:
             start = time.monotonic()
             span = span_of_function(change)
-            tests = [test for test in self.record.tests_of(change.file, change.line, span) if test in items]
+            tests = self.record.tests_of(change.file, change.line, span, items)
             noticed_by = self.find_noticing_test(change, tests, items)
             line = {
                 "change": str(change), "sort": change.sort, "noticed": noticed_by, "tests": len(tests),
@@ -73,7 +76,7 @@ class Runner:
             os.close(read)
             with os.fdopen(write, "w", buffering=1) as pipe:
                 try:
-                    run_child(change, items, pipe.write)
+                    run_child(change, items, self.functions, self.budget, pipe.write)
                 except BaseException as error:
                     pipe.write(f"broken {error!r}\n".replace("\n", " ") + "\n")
                 finally:
@@ -81,13 +84,11 @@ class Runner:
                     os._exit(0)
         os.close(write)
         test, verdict = "", ""
-        end = time.monotonic() + self.budget
         with os.fdopen(read, "rb", buffering=0) as pipe:
             text = b""
             while verdict not in FINAL:
-                patience = min(end - time.monotonic(), HANGS)
-                if not select.select([pipe], [], [], max(patience, 0))[0]:
-                    verdict = "survived" if time.monotonic() >= end else "failed"  # no time left, or a test that hangs
+                if not select.select([pipe], [], [], HANGS)[0]:
+                    verdict = "failed"
                     break
                 if not (more := pipe.read(65536)):
                     verdict = "failed"  # the process died in this test
@@ -111,11 +112,11 @@ class Runner:
             shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
             (copy / change.file).write_text(change.apply((PACKAGE / change.file).read_text()))
             names = Path(folder, "tests")
-            names.write_text("\n".join(tests[:400]))
+            names.write_text("\n".join(tests[:COPIED]))
             words = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--rootdir", ROOT, f"@{names}"]
             env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
             try:
-                done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=self.budget)
+                done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=4 * self.budget)
             except subprocess.TimeoutExpired:
                 return None
             if done.returncode == 0:
@@ -124,17 +125,22 @@ class Runner:
             return failed[0] if failed else "an import"
 
 
-def run_child(change: Change | None, items: list[pytest.Item], tell) -> None:
-    """Run tests under a change until one fails, and tell it."""
+def run_child(
+    change: Change | None, items: list[pytest.Item], functions: Functions, budget: float, tell: Callable[[str], object]
+) -> None:
+    """Run tests under a change until one fails or they took `budget` seconds of this process; tell which."""
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     if change is not None:
         path = PACKAGE / change.file
-        if not patch_process(str(path), path.read_text(), change.apply(path.read_text())):
+        if not functions.patch(str(path), path.read_text(), change.apply(path.read_text())):
             tell("unpatched \n")
             return
+    start = time.process_time()
     for i, item in enumerate(items):
+        if time.process_time() - start > budget:
+            break
         tell(f"start {item.nodeid}\n")
         failures: list[str] = []
 

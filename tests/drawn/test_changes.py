@@ -7,7 +7,7 @@ import pytest
 
 from tests.drawn.changes import Finder, draw_changes
 from tests.drawn.mapping import PACKAGE
-from tests.drawn.patching import patch_process
+from tests.drawn.patching import Functions
 
 SOURCE = '''
 LIMIT = 3
@@ -55,6 +55,7 @@ def test_a_process_gets_the_change_of_a_function(tmp_path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     double = module.double
-    assert patch_process(str(path), SOURCE, SOURCE.replace("values.append(x)", "pass"))
+    functions = Functions()
+    assert functions.patch(str(path), SOURCE, SOURCE.replace("values.append(x)", "pass"))
     assert double(2) == 2
-    assert not patch_process(str(path), SOURCE, SOURCE.replace("LIMIT = 3", "LIMIT = 4"))
+    assert not functions.patch(str(path), SOURCE, SOURCE.replace("LIMIT = 3", "LIMIT = 4"))

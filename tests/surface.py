@@ -178,8 +178,8 @@ def command_options() -> list[str]:
     """Return each verb of the command with its arguments, options and defaults."""
     from graft.command.app import VERBS, app
 
-    for verb in VERBS:
-        import_module(f"graft.command.{verb}")
+    for module in VERBS.values():
+        import_module(f"graft.command.{module}")
     group = typer.main.get_command(app)
     lines = []
     for verb, command in sorted(group.commands.items()):  # type: ignore[attr-defined]

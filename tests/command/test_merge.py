@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
-from graft.command.merge import numbers, size
+from graft.command.change import numbers, size
 from graft.files.errors import OptionError
 from tests import fresh
 

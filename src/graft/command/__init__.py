@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `graft VERB`, the toolbox on a command line: a thin layer over `graft.files`, a file for each verb.
+"""The command `graft VERB`, the toolbox on a command line: a thin layer over `graft.files`.
 
 It starts without torch: a verb imports the modules that it needs when it runs. Entry point: `main`.
 

@@ -37,9 +37,11 @@ CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits
     (NoMatchingPeftModuleError, MISFIT), (UnsupportedLayerError, MISFIT), (PeftError, UNREADABLE),
     (OSError, UNREADABLE),
 )  # fmt: skip
-VERBS = (  # modules of this package, in the order of `graft --help`
-    "inspect", "diff", "lint", "resize", "extract", "merge", "convert", "check", "export", "verify", "plan",
-)  # fmt: skip
+MODULES = {  # of this package → its verbs, in the order of `graft --help`
+    "look": "inspect diff lint", "change": "resize extract merge convert", "serve": "check export verify",
+    "plan": "plan",
+}  # fmt: skip
+VERBS = {verb: module for module, verbs in MODULES.items() for verb in verbs.split()}
 
 COMMON = {  # texts of the parameters that several verbs have
     "adapter": "Folder, file, or hub id (user/repo@revision).",
@@ -154,7 +156,7 @@ def verbs(
 def main() -> None:
     """Run the command; leave the process with its exit code. With --json an error is a document as well."""
     for verb in [v for v in sys.argv[1:2] if v in VERBS] or VERBS:  # of several, importing takes the time of a call
-        import_module(f"graft.command.{verb}")
+        import_module(f"graft.command.{VERBS[verb]}")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that is no text, or ΔW where people write ASCII

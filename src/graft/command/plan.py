@@ -65,7 +65,7 @@ def plan(
         gpu: Memory of a GPU, 24GB: say whether the step fits.
     """
     from graft import plan as planned
-    from graft.command.merge import size
+    from graft.command.change import size
     from graft.files.budget import SPARE, budget
     from graft.files.skeleton import skeleton
     from graft.files.sources import find_base

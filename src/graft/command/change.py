@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft resize`, `extract`, `merge`, `convert`: smaller ranks, adapters of models, merged models, other formats."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graft.command import show
+from graft.command.app import CHANGE, Result, verb
+from graft.config.reading import Json
+from graft.files.errors import OptionError
+from graft.files.formats import WRITTEN
+
+if TYPE_CHECKING:
+    from graft.files.base import Known
+    from graft.files.resize import Resized
+
+
+@verb(CHANGE)
+def resize(
+    adapter: str,
+    *,
+    output: str,
+    base: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    ratio: float | None = None,
+    max_mb: float | None = None,
+    max_rank: int | None = None,
+    uniform: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Result:
+    """Give a LoRA adapter smaller ranks, by rank, energy, ratio or size; show what each module keeps.
+
+    Example: graft resize my-adapter -o smaller --energy 0.95
+
+    Args:
+        rank: The rank of all modules.
+        energy: Part of Σσ² that each module keeps, of 1.
+        ratio: Keep σ above the largest / ratio.
+        max_mb: Megabytes of the file; least loss.
+        max_rank: Highest rank of a module, beside any other limit.
+        uniform: One rank for all modules.
+    """
+    from graft.files.formats import peft
+    from graft.files.output import appearing, check_output
+    from graft.files.resize import resize as resized
+    from graft.files.sources import adapter_at, local, with_base
+
+    source = local(adapter)
+
+    def run(model: Known | None) -> list[Resized]:
+        check_output(output, [source, *([] if model is None else [model.path])], force)
+        made, rows = resized(adapter_at(source, model), rank, energy, ratio, max_mb, max_rank, uniform)
+        with appearing(output, not dry_run) as out:
+            peft.write(made, out, model)
+        return rows
+
+    rows = with_base(source, base, run)
+    whole = sum(r.size**2 for r in rows)
+    share = sum(r.energy * r.size**2 for r in rows) / whole if whole else 1.0
+    document = {
+        "adapter": adapter, "output": None if dry_run else output, "modules": [asdict(r) for r in rows],
+        "energy": share,
+    }  # fmt: skip
+
+    def report() -> None:
+        show.table(
+            "", ["module", "rank before", "after", "energy left", "‖ΔW‖ before"],
+            [(r.module, r.before, r.after, f"{r.energy:.2%}", r.size) for r in rows],
+        )  # fmt: skip
+        before, after = (sum(getattr(r, name) for r in rows) for name in ("before", "after"))
+        show.say(
+            f"{before} → {after} ranks in all, {share:.2%} of the energy" + (" (dry run)" if dry_run else f": {output}")
+        )
+
+    return Result(document, report)
+
+
+@verb(CHANGE)
+def extract(
+    tuned: str,
+    base: str,
+    *,
+    output: str,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_mb: float | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    embed: str = "full",
+    force: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Make a LoRA adapter of the difference between two checkpoints, a matrix at a time.
+
+    Example: graft extract my-tuned-model my-base -o adapter --rank 64
+
+    Args:
+        tuned: Folder or hub id of the fine-tuned model.
+        base: Folder or hub id of its base.
+        rank: Highest rank of a module; 32 if no option limits it.
+        energy: Part of ‖Δ‖² that each module keeps, of 1.
+        max_mb: Megabytes of the file; least loss.
+        include: Names to take, as in a shell: `*.mlp.*`.
+        exclude: Names to leave out.
+        embed: How to keep embeddings and heads: lora or full.
+    """
+    from graft.files.base import base_files
+    from graft.files.extract import extract as extracted
+    from graft.files.formats import peft
+    from graft.files.output import appearing, check_output
+    from graft.files.sources import find_base
+
+    folders = find_base(tuned), find_base(base)
+    check_output(output, [*folders], force)
+    models = base_files(folders[0]), base_files(folders[1])
+    made = extracted(*models, rank, energy, max_mb, include, exclude, embed, lambda name: show.log(name, quiet))
+    with appearing(output, not dry_run) as out:
+        peft.write(made.adapter, out)
+    document = {
+        "output": None if dry_run else output, "tensors": [asdict(r) for r in made.rows], "unchanged": made.same,
+    }  # fmt: skip
+
+    def report() -> None:
+        show.table(
+            "", ["tensor", "kept as", "rank", "energy kept", "‖Δ‖", "‖Δ‖/‖W‖"],
+            [(r.name, r.how, r.rank or None, f"{r.energy:.2%}", r.size, r.relative) for r in made.rows],
+        )  # fmt: skip
+        show.say(f"{len(made.rows)} tensors, {made.same} unchanged" + (" (dry run)" if dry_run else f": {output}"))
+
+    return Result(document, report)
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@verb(CHANGE)
+def merge(
+    base: str,
+    adapters: list[str],
+    *,
+    output: Path,
+    weights: str | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    certificate: bool = False,
+    keep_quantized: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Result:
+    """Merge adapters into the files of their base model, one weight at a time.
+
+    The model is never in memory: one weight in float32 is, and what it is written as. A run that was
+    killed goes on when the same command runs again.
+
+    Example: graft merge models/llama out/adapter -o models/llama-merged --certificate
+
+    Args:
+        base: Folder or hub id of the base model: config.json and safetensors files.
+        adapters: Adapters, merged in this order: folders, files, hub ids.
+        output: Folder to write.
+        weights: A weight for each adapter, by commas: 0.7,0.3
+        dtype: float32, float16 or bfloat16 for all; else each its own.
+        shard_size: Largest file: 5GB. Else the base's files.
+        certificate: Write merge.json.
+        keep_quantized: A quantized base stays so.
+    """
+    from graft.files.merging.methods import merge_files
+    from graft.files.sources import find_base, local
+
+    sources = [local(adapter) for adapter in adapters]
+    account = merge_files(
+        find_base(base), sources, output, weights=None if weights is None else numbers(weights), dtype=dtype,
+        shard_size=None if shard_size is None else size(shard_size), certificate=certificate,
+        keep_quantized=keep_quantized, force=force, dry_run=dry_run,
+    )  # fmt: skip
+    found: Json = {
+        "output": str(output), "written": not dry_run, "shards": account.shards, "tensors": account.tensors,
+        "notes": account.notes, "resumed": account.resumed,
+    }  # fmt: skip
+    return Result(found, partial(print_merged, found))
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--weights takes numbers, by commas, not {text!r}.") from None
+
+
+def size(text: str) -> int:
+    """Return a size in bytes: "5GB" is five thousand million."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
+    unit = None if found is None else UNITS.get(found[2] if found[2].endswith("B") or not found[2] else f"{found[2]}B")
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise OptionError(f"A size is a number with KB, MB or GB behind it, not {text!r}.")
+    return int(float(found[1]) * unit)
+
+
+def print_merged(found: Json) -> None:
+    """Print what was done, in a few lines."""
+    changed, total = found["tensors"], sum(found["shards"].values())
+    done = "Merged" if found["written"] else "Would merge"
+    resumed = f", {found['resumed']} of them from an earlier run" if found["resumed"] else ""
+    size, files = f"{total / 1e9:.2f} GB" if total >= 1e8 else f"{total / 1e6:.2f} MB", len(found["shards"])
+    show.say(
+        f"{done} into {len(changed)} tensors: {found['output']}, {size} in {files} file{'s'[: files > 1]}{resumed}."
+    )
+    rows = [row for row in changed.values() if "update" in row]
+    if rows:
+        shares = sorted(row["update"] / row["weight"] for row in rows if row["weight"])
+        middle = shares[len(shares) // 2] if shares else 0.0
+        show.say(f"The update is {middle:.2%} of the weight in the median; rounding kept "
+              f"{min(row['kept'] for row in rows):.1%} of it or more.")  # fmt: skip
+    for note in found["notes"]:
+        show.say(note)
+
+
+@verb(CHANGE)
+def convert(
+    adapter: str,
+    *,
+    to: Annotated[
+        str, typer.Option(autocompletion=lambda: [*WRITTEN], help=f"{', '.join(WRITTEN[:-1])} or {WRITTEN[-1]}.")
+    ],
+    output: str | None = None,
+    base: str | None = None,
+    lossy: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Result:
+    """Write an adapter in the format of another library. What that cannot hold is an error that lists it.
+
+    Example: graft convert out/adapter --to gguf --base models/llama
+
+    Or: graft convert style.safetensors --to peft --base models/sd -o out/style
+
+    Args:
+        output: A file or folder; next to the adapter if not given.
+        lossy: Leave out what the format cannot hold, and list it.
+    """
+    from graft.files.convert import convert as run
+    from graft.files.sources import local, with_base
+
+    source = local(adapter)
+    if source != adapter and output is None:
+        raise OptionError(f"{adapter} is of the hub: say where the result goes (--output).")
+    done = with_base(source, base, lambda model: run(source, to, output, model, lossy, force, dry_run))
+
+    def report() -> None:
+        show.say(f"{done.of} → {done.to}: {done.modules} modules, {'would be ' * dry_run}in {place(done.path)}")
+        if done.rounding:
+            show.say(f"Scales are folded into B, which rounds its entries by {done.rounding:.1e} at most.")
+        for line in done.lost:
+            show.say(f"lost: {line}")
+
+    return Result(asdict(done), report)
+
+
+def place(path: str) -> str:
+    """Return a path as people here would write it."""
+    here = os.path.relpath(path)
+    return path if here.startswith("..") else here

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`graft check`, `export`, `verify`: verdicts of servers on an adapter, its form for them, a test of a running one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from graft.command import show
+from graft.command.app import SERVE, Result, verb
+from graft.core.errors import escape_controls
+from graft.files.errors import OptionError
+from graft.files.serving import Finding, Options, server_named, servers
+
+
+def by_commas(incomplete: str) -> list[str]:
+    """Return what a list of servers may go on with, for the shell."""
+    before, comma, _ = incomplete.rpartition(",")
+    return [before + comma + name for name in servers() if name not in before.split(",")]
+
+
+COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
+
+
+@verb(SERVE)
+def check(
+    adapter: str,
+    *,
+    servers_: Annotated[str, typer.Option("--for", autocompletion=by_commas)],
+    base: str | None = None,
+    max_rank: Annotated[int | None, typer.Option(min=1)] = None,
+    targets: Annotated[str | None, typer.Option("--lora-target-modules")] = None,
+) -> Result:
+    """Say what servers would do with an adapter: refuse it, compute something else, ignore it.
+
+    A server that ignores an adapter answers as its base, without a word. What is known of each stands in a file of
+    data, with the version that was run or read and the date. Exit code 1 if one would not apply the adapter as it is.
+
+    Example: graft check out/adapter --for vllm,sglang --base models/llama
+
+    Args:
+        servers_: Servers, by commas: vllm,sglang,llama.cpp,lorax,mlx,diffusers,…
+        max_rank: --max-lora-rank of the server.
+        targets: The server's option of that name, by commas.
+    """
+    from graft.files import serving
+    from graft.files.bases import base_of
+    from graft.files.sources import adapter_at, find_base, local, own_names
+
+    options = Options(max_rank, None if targets is None else tuple(show.listed(targets)))
+    names = show.listed(servers_)
+    if not names:
+        raise OptionError(f"--for names no server; there are {', '.join(servers())}.")
+    source = local(adapter)
+    model = own_names(source) if base is None else base_of(find_base(base))
+    found = serving.check(adapter_at(source, model), names, model, options)
+    document = {"adapter": adapter, "servers": names, "findings": [asdict(f) for f in found]}
+    return Result(document, partial(print_findings, names, found, model is not None), not all(f.ok for f in found))
+
+
+def print_findings(names: list[str], found: list[Finding], compared: bool) -> None:
+    """Print the findings by server."""
+    known = servers()
+    for name in names:
+        typer.echo(f"{typer.style(name, bold=True)} {known[name].version}, as of {known[name].date}")
+        findings = [f for f in found if f.server == name]
+        for f in findings:
+            note = "" if f.evidence == "run" else f" ({f.evidence})"
+            line = escape_controls(f": {name} {f.does}{note}: {f.what}")
+            typer.echo(f"  {typer.style(f.verdict, fg=COLOURS[f.verdict])}{line}")
+            if f.remedy:
+                show.say(f"    → {f.remedy}")
+        if not findings:
+            typer.echo(f"  {typer.style('ok', fg='green')}: nothing is known that it would not do")
+    if not compared:
+        show.say("Names of modules were not compared: give the model with --base.")
+
+
+@verb(SERVE)
+def export(
+    adapter: str,
+    *,
+    server: Annotated[str, typer.Option("--for", autocompletion=lambda: [*servers()])],
+    output: str,
+    base: str | None = None,
+    rank: str | None = None,
+    lossy: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Result:
+    """Write an adapter so that a server reads it right: plain LoRA, which adds the same to the same base.
+
+    The scale stands in B, all modules have one rank, target_modules are suffixes; PiSSA, OLoRA and KaSA get twice the
+    rank, for the base as it was. Any other method that has a ΔW becomes a product of factors, of the lowest rank that
+    holds it. What plain LoRA cannot hold (DoRA, modules_to_save) is refused with exit code 5: merge it.
+
+    Example: graft export out/adapter --for vllm --base models/llama -o out/for_vllm
+
+    Args:
+        server: The server: vllm, sglang, llama.cpp, mlx, …
+        rank: Of a method that is no LoRA: a rank, or the part of ‖ΔW‖² to keep. Else the lowest that holds it.
+        lossy: Write a rank that leaves out much of ‖ΔW‖.
+    """
+    from graft.files import export as files
+    from graft.files.base import base_files
+    from graft.files.formats import read
+    from graft.files.output import appearing, check_output
+    from graft.files.sources import local, need_base
+
+    server_named(server)
+    rank_or_share = None if rank is None else number(rank)
+    source = local(adapter)
+    folder = need_base(source, base)
+    check_output(output, [source, folder], force)
+    model = base_files(folder)
+    file = read(source, model)
+    with appearing(output, not dry_run) as out:
+        if rank_or_share is None and (file.method in ("LORA", "ADALORA") and file.changed_base is None):
+            report = files.export(file, server, model, out)
+        else:
+            from graft.command.models import load_base, on
+            from graft.files.export_model import export as of_model
+
+            report = of_model(on(load_base(folder), source), "default", server, out, rank_or_share, lossy)
+
+    def print_report() -> None:
+        where = "(dry run)" if dry_run else output
+        show.say(f"{where}: rank {report.rank} on {report.modules} modules, for {server}")
+        for note in report.notes:
+            show.say(f"  {note}")
+        if report.rounding:
+            show.say(f"  the dtype of the file rounds B by {report.rounding:.1g} of it")
+
+    return Result({"output": None if dry_run else output, **vars(report)}, print_report)
+
+
+def number(text: str) -> int | float:
+    """Return a rank, or a part of the energy."""
+    try:
+        found: int | float = int(text) if text.isdigit() else float(text)
+    except ValueError:
+        found = 0
+    if not (found >= 1 if isinstance(found, int) else 0 < found < 1):
+        raise OptionError(f"--rank {text}: a rank, such as 16, or a part of ‖ΔW‖², such as 0.99.")
+    return found
+
+
+LEAST = 1e-6
+
+
+@verb(SERVE)
+def verify(
+    *,
+    adapter: str,
+    url: str,
+    base: str | None = None,
+    model: str = "adapter",
+    base_name: str = "base",
+    server: str | None = None,
+    dtype: str = "float32",
+    tolerance: Annotated[float | None, typer.Option(min=0)] = None,
+    timeout: Annotated[float, typer.Option(min=0.01)] = 60,
+    api_key: Annotated[str | None, typer.Option(envvar="GRAFT_API_KEY")] = None,
+    device: str = "cpu",
+) -> Result:
+    """Ask a running server for log-probabilities, and compare them with graft's own on the same weights.
+
+    Prompts of token ids go to the base's name and to the adapter's. The verdict: applied; not applied; scale off by k;
+    lm_head (or another part) missing; patterns not read; another adapter. Exit code 1 unless it is applied, 4 if the
+    server's base is another.
+
+    Example: graft verify --url http://localhost:8000 --model tuned --adapter out/adapter --base models/llama
+
+    Args:
+        adapter: The adapter, of any format, as it was trained or exported.
+        url: Of the server: http://host:port
+        model: The adapter's name on the server.
+        base_name: The base's name there.
+        server: vllm, sglang, llama.cpp or openai, if the server does not tell.
+        dtype: In which the server computes: float32, float16, bfloat16.
+        tolerance: Of a log-probability, in the mean.
+        timeout: Seconds for each answer.
+        api_key: Sent as a bearer token.
+        device: On which graft computes.
+    """
+    from graft.command.models import load_base, on
+    from graft.files.sources import local, need_base
+    from graft.serving.ask import Connection, server_of
+    from graft.serving.verify import check_options
+    from graft.serving.verify import verify as compare
+
+    check_options(dtype, tolerance)
+    connection = Connection(url, timeout, api_key)
+    kind = server_of(connection, server)  # before the base is loaded, which takes minutes
+    source = local(adapter)
+    own = load_base(need_base(source, base), device=device)
+    found = compare(connection, own, lambda _: on(own, source), model, base_name, dtype, tolerance, kind)
+
+    def report() -> None:
+        show.say(found.text)
+        show.say(f"  the adapter changes log-probabilities by {found.effect:.3g}; on the base the two differ by")
+        show.say(f"  {figure(found.noise)}; what counts as equal: {found.tolerance:.2g}. The server's adapter is from")
+        for what, by in sorted(found.deviations.items(), key=lambda item: item[1]):
+            show.say(f"    {what:<20} {figure(by)}")
+
+    return Result(found.as_dict(), report, not found.ok)
+
+
+def figure(value: float) -> str:
+    """Return a difference of log-probabilities; what is below float32's rounding differs between machines."""
+    return f"{value:.3g}" if value >= LEAST else f"below {LEAST:.0e}"

@@ -2,7 +2,7 @@
 """The numbers of docs/performance.md and docs/performance_rows.md, printed from a run of the benchmark.
 
 `python -m tests.docs.performance [FILE]` takes what `make bench BENCH="--json FILE"` wrote as the run to show, and
-writes pages, picture and README's table anew.
+writes pages, pictures and README's bars anew.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of reasons, of README and the site's first page, from the code and a run: `python -m tests.docs.readme`."""
+"""The table at a glance and the bars of README, from the code and a run: `python -m tests.docs.readme`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from tests.peft_suite.results import kept, percent
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "README.md"
-INDEX = ROOT / "docs" / "index.md"
+GLANCE = ROOT / "docs" / "performance.md"
+BARS = ROOT / "docs" / "bars.svg"
+SHOWN = {  # of the picture: a row of the benchmark → its name there
+    "second adapter, 10k modules": "add a second adapter, 10,000 layers",
+    "set_adapter, 50 loaded": "switch among 50 adapters",
+    "load_adapter, 10th": "load a tenth adapter",
+    "bytes kept, bf16 base + dropout": "memory kept for the backward pass",
+    "slots 64 × 1, 64 adapters": "a batch with 64 adapters",
+}
 MEASURED = {  # what → row of the benchmark, and how `--only` names it
     "a second adapter, 10,000 layers": ("second adapter, 10k modules", "10k"),
     "loading a tenth adapter": ("load_adapter, 10th", "10th"),
@@ -78,10 +86,26 @@ def table() -> str:
     return "\n".join(line(cells) for cells in [head, ["---"] * len(head), *counted(), *measured(run)])
 
 
+def bars() -> str:
+    """Return the picture: for each row PEFT's bar at full length, and graft's by its share."""
+    run, lines = results.read(), []
+    for i, (name, title) in enumerate(SHOWN.items()):
+        row, y = run.row(name), 64 * i
+        graft, theirs = (row.median(who) for who in ("graft", "PEFT"))
+        lines.append(f'<text x="0" y="{y + 14}" class="title">{title}</text>')
+        for k, (who, value) in enumerate((("PEFT", theirs), ("graft", graft))):
+            width, top = max(2, round(460 * value / theirs)), y + 20 + 19 * k
+            lines.append(f'<rect x="0" y="{top}" width="{width}" height="15" class="{who}"/>')
+            lines.append(f'<text x="{width + 6}" y="{top + 12}">{who} {show(value, 0, row.unit)}</text>')
+    style = "text{font:12px sans-serif;fill:#777}.title{font-weight:bold}.PEFT{fill:#9aa0a6}.graft{fill:#009688}"
+    size = f'viewBox="0 0 620 {64 * len(SHOWN)}" width="620"'
+    body = "\n".join(lines)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{style}</style>\n{body}\n</svg>\n'
+
+
 def pages() -> dict[Path, str]:
-    """Both pages with the table of now, by their paths."""
-    printed = table()
-    return {page: put(page.read_text(), "why", printed) for page in (PAGE, INDEX)}
+    """Return the page with the table of now, and the picture, by their paths."""
+    return {GLANCE: put(GLANCE.read_text(), "why", table()), BARS: bars()}
 
 
 def main() -> None:

@@ -43,7 +43,9 @@ def follow(block: Block, held: dict[str, Any]) -> None:
 
 
 def lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip("\n").splitlines()]
+    """Return the lines of a text, without those of a Trainer's log."""
+    kept = [line for line in text.splitlines() if not line.startswith("{'train_runtime'")]
+    return [line.rstrip() for line in "\n".join(kept).strip("\n").splitlines()]
 
 
 def main(name: str) -> None:

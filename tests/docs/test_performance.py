@@ -22,13 +22,13 @@ def test_the_picture_was_drawn_from_the_run():
 
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
-    """Page, picture, README and run, to write into."""
+    """Pages, pictures and run, to write into."""
     monkeypatch.setattr(performance, "PICTURE", tmp_path / "bench.png")
     for module, name in (
         (performance, "PAGE"),
         (performance, "ROWS"),
-        (readme, "PAGE"),
-        (readme, "INDEX"),
+        (readme, "GLANCE"),
+        (readme, "BARS"),
         (results, "RESULTS"),
     ):
         page = getattr(module, name)
@@ -46,11 +46,11 @@ def run(folder, **changes):
 
 
 @pytest.mark.slow
-def test_a_new_run_changes_page_picture_and_readme(copies):
+def test_a_new_run_changes_pages_and_pictures(copies):
     performance.main(run(copies, run="a later day"))
     assert "The run: a later day" in performance.PAGE.read_text()
     assert all("| 123 |" in page.read_text() for page in (performance.PAGE, performance.ROWS))
-    assert "(123 ×)" in readme.PAGE.read_text()
+    assert "(123 ×)" in readme.GLANCE.read_text()
     assert results.digest().encode() in performance.PICTURE.read_bytes()
     assert all(text == page.read_text() for page, text in performance.pages().items())
     assert all(text == page.read_text() for page, text in readme.pages().items())

@@ -554,10 +554,9 @@ def test_the_fused_form_runs_where_it_should(name, monkeypatch):
     made(inputs(4))
     with torch.no_grad():
         made(inputs())
-    few = len(calls)
+    assert not calls  # of few rows, and without gradients, other kernels serve
     made(inputs())
-    assert len(calls) == few + 2
-    assert few == (0 if fused == "linear_with" else 2)  # few rows; without gradients, other kernels serve
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "C3A"])  # whose gradient PEFT gets wrong

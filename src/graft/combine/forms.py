@@ -14,7 +14,6 @@ from torch import Tensor
 from graft.combine.adding import Tensors, plain_lora, union_of
 from graft.core.errors import ConfigError
 from graft.core.folding import change_of, evaluating, why_none, wide
-from graft.core.fused import scale_of
 from graft.core.ops import Opaque
 from graft.kernels.one_product import narrow
 from graft.methods import method_of
@@ -99,7 +98,8 @@ def factors_of(m: Method, weight: float) -> Term:
     A, B = f.unscaled()
     op, module = m.site.op, m.site.module
     stack = op.stack(module) if op.opaque else 1
-    return Term(wide(A), wide(B), scale_of(f), weight, op.groups(module), stack, op.transposed)
+    scale: Any = 1.0 if f.scale is None else f.scale
+    return Term(wide(A), wide(B), scale, weight, op.groups(module), stack, op.transposed)
 
 
 class LoraForm(Form["LoraConfig"]):

@@ -17,7 +17,7 @@ from graft.core.effect import Compact, Factors, Product, Unformed
 from graft.core.lean import Linear, share_dropped
 from graft.core.protocols import Layer
 from graft.kernels import decomposed, one_product
-from graft.kernels.eager import has_no_hooks, once
+from graft.kernels.eager import autocast_dtype, has_no_hooks, once
 from graft.kernels.low_rank import (
     FUSED_FROM,
     add_low_rank,
@@ -36,44 +36,31 @@ LINEARS = frozenset({Linear, nn.Linear})
 PLAIN = frozenset({Tensor, nn.Parameter})  # no subclasses, such as shards
 
 
-def plain(f: Factors) -> tuple[Tensor, Tensor, float] | None:
-    """Return A, B and the share that dropout takes out, if the factors compute no more than W x + s · B A dropout(x),
-    vectors aside, on a linear layer. None if the layer has to call modules."""
-    A, B = tensor_of(f.A), tensor_of(f.B)
+def plain(f: Factors) -> tuple[Tensor, Tensor, Any, float] | None:
+    """Return A, B, the scale s and the share that dropout takes out, if the factors compute no more than
+    W x + s · B A dropout(x), vectors aside, on a linear layer. None if the layer has to call modules."""
+    A, B = tensors_of(f.A, f.B)
     if A is None or B is None:
         return None
     p = 0.0 if f.dropout is None else share_dropped(f.dropout)
-    return None if p is None else (A, B, p)
+    return None if p is None else (A, B, 1.0 if f.scale is None else f.scale, p)
 
 
-def tensor_of(factor: Any) -> Tensor | None:
-    """Return the matrix of a factor; None if to call it is more than a product with that."""
-    kind = type(factor)
-    if kind in LINEARS:
-        if factor._parameters["bias"] is not None or not has_no_hooks(factor):
-            return None
-        factor = weight_of(factor)
-    elif kind is Compact:
-        if not has_no_hooks(factor.module):
-            return None
-        factor = factor.weight
-    return factor if type(factor) in PLAIN else None
-
-
-def weight_of(linear: nn.Module) -> Tensor:
-    """Return the weight of a linear layer. Only a parametrization needs the attribute, which is slower."""
-    parameter = linear._parameters.get("weight")
-    weight: Tensor = linear.weight if parameter is None else parameter
-    return weight
-
-
-def is_fixed(A: Tensor, B: Tensor) -> bool:
-    """Return True if only the vectors between and around the factors train."""
-    return not (A.requires_grad or B.requires_grad)
-
-
-def scale_of(f: Factors) -> Any:
-    return 1.0 if f.scale is None else f.scale
+def tensors_of(*factors: Any) -> list[Tensor | None]:
+    """Return the matrix of each factor; None for a factor whose call is more than a product with its matrix."""
+    tensors: list[Tensor | None] = []
+    for factor in factors:
+        kind = type(factor)
+        if kind in LINEARS:
+            if factor._parameters["bias"] is not None or not has_no_hooks(factor):
+                factor = None
+            else:  # the attribute is slower, and only for a weight that is no parameter now
+                W = factor._parameters.get("weight")
+                factor = factor.weight if W is None else W
+        elif kind is Compact:
+            factor = factor.weight if has_no_hooks(factor.module) else None
+        tensors.append(factor if type(factor) in PLAIN else None)
+    return tensors
 
 
 def scaled(A: Tensor, B: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
@@ -83,39 +70,43 @@ def scaled(A: Tensor, B: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
 
 
 def joined(layer: Layer, f: Factors, x: Tensor) -> Tensor | None:
-    """Return the layer's output with these factors, both from one kernel; None if there is no such kernel."""
-    found = plain(f)
-    if found is None:
-        x = once(x)
-        return called(f, x, partial(layer.base_layer, x))
-    A, B, p = found
-    base, op = layer.base_layer, layer.op
+    """Return the layer's output with these factors, both from kernels; None if there is no such kernel."""
+    joint = torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]  # else two kernels cost less than one
+    if f.gain is not None and not joint:
+        return None
+    base: Any = layer._modules["base_layer"]
+    parts = plain(f)
+    if joint and parts is not None and (y := _run_joint(layer, f, x, *parts)) is not None:
+        return y
+    x = once(x)
+    if parts is None or f.gain is not None:
+        return called(f, x, partial(base, x))
+    return _add_parts(f, base(x), x, *parts)
+
+
+def _run_joint(layer: Layer, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor | None:
+    """Return the layer's output for many rows, with gradients, from one kernel; None if two cost less."""
+    W, op, rows = layer.weight_now, layer.op, x.numel() // x.shape[-1]
+    base: Any = layer.base_layer
+    call, back, casts = partial(op.call, base), op.input_gradient, autocast_dtype(x.device) is not None
+    same = p == 0 and not casts and W.dtype == x.dtype == A.dtype  # else a sum would round ΔW to the dtype of W
     if f.gain is not None:
-        if not worth_it(x):
+        A, B = scaled(A, B, f)
+        return None if casts else decomposed.dora_linear(base, back, x, W, base.bias, A, B, f.gain, scale, p)
+    if _turns_fixed(f, A, B):
+        if not (same and one_product_pays(rows, *W.shape)):
             return None
-        A, B = scaled(A, B, f)
-        W, b = layer.weight_now, base.bias
-        return decomposed.dora_linear(base, op.input_gradient, x, W, b, A, B, f.gain, scale_of(f), p)
-    if f.inner is not None or f.outer is not None:
-        if f.inner is not None and f.outer is not None and is_fixed(A, B):
-            return _around_fixed(layer, A, B, f, x, p)
-        A, B = scaled(A, B, f)
-    if not torch.is_grad_enabled():
-        return add_low_rank(base(x), x, A, B, scale_of(f), p)
+        return linear_with(W, base.bias, x, A, B, f.inner, _outer(f), call, back)  # type: ignore[arg-type]
+    A, B = scaled(A, B, f)
     if B.requires_grad and not A.requires_grad:
-        x = once(x)
-        return _with_fixed_down(A, B, f, x, base(x), p)
-    W, scale = layer.weight_now, scale_of(f)
-    if p == 0 and worth_it(x) and one_product_beats(W, x, x.numel() // x.shape[-1], A, B):
-        delta = one_product.Factored(A, B, scale)
-        return one_product.linear_with(W, base.bias, x, delta, partial(op.call, base), op.input_gradient)
-    return low_rank_linear(base, op.input_gradient, W, x, A, B, scale, p)
+        return None
+    if same and one_product_beats(W, rows, A, B):
+        return one_product.linear_with(W, base.bias, x, one_product.Factored(A, B, scale), call, back)
+    return low_rank_linear(base, back, W, x, A, B, scale, p)
 
 
-def one_product_beats(W: Tensor, x: Tensor, rows: int, A: Tensor, B: Tensor) -> bool:
-    """Return True if `rows` rows like those of x cost less by W + s · B A than by factors."""
-    if not W.dtype == x.dtype == A.dtype:
-        return False
+def one_product_beats(W: Tensor, rows: int, A: Tensor, B: Tensor) -> bool:
+    """Return True if so many rows cost less by W + s · B A than by factors."""
     return one_product.low_rank_pays(rows, len(W), W.shape[1], len(A), A.requires_grad, B.requires_grad)
 
 
@@ -124,14 +115,12 @@ def segment(W: Tensor, f: Factors, x: Tensor, rows: int) -> Segment | None:
     `low_rank_linear` for these rows alone, with gradients. Then other adapters' rows can share the call of the base."""
     if f.gain is not None or f.inner is not None or f.outer is not None:
         return None
-    found = plain(f)
-    if found is None or (found[1].requires_grad and not found[0].requires_grad):
+    parts = plain(f)
+    if parts is None or isinstance(parts[2], Tensor) or (parts[1].requires_grad and not parts[0].requires_grad):
         return None
-    A, B, p = found
-    scale, few = scale_of(f), rows < FUSED_FROM
-    if isinstance(scale, Tensor) or (few and (p or not x.dtype == W.dtype == A.dtype == B.dtype)):
-        return None
-    if not few and p == 0 and one_product_beats(W, x, rows, A, B):
+    A, B, scale, p = parts
+    same = p == 0 and x.dtype == W.dtype == A.dtype
+    if not (same and A.dtype == B.dtype) if rows < FUSED_FROM else same and one_product_beats(W, rows, A, B):
         return None
     return Segment(rows, A, B, scale, p)
 
@@ -140,63 +129,42 @@ def is_still(f: Factors, was: Factors, segment: Segment) -> bool:
     """Return True if factors are what they were when a segment was made of them, from which nothing is dropped."""
     if f.A is not was.A or f.B is not was.B or f.scale != was.scale or f.dropout is not was.dropout:
         return False
-    if f.dropout is not None and share_dropped(f.dropout) != 0:
-        return False
-    return tensor_of(f.A) is segment.A and tensor_of(f.B) is segment.B
+    parts = plain(f)
+    return parts is not None and parts[0] is segment.A and parts[1] is segment.B and parts[3] == 0
 
 
 def added(f: Factors, x: Tensor, y: Tensor) -> Tensor | None:
     """Add the factors' part to y, in its memory, and return y; None if no kernel does that."""
-    found = plain(f)
-    if found is None:
-        return called(f, x, lambda: y)
-    A, B, p = found
+    parts = plain(f)
+    return called(f, x, lambda: y) if parts is None else _add_parts(f, y, x, *parts)
+
+
+def _add_parts(f: Factors, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
     if f.inner is not None or f.outer is not None:
-        if f.inner is not None and f.outer is not None and is_fixed(A, B):
-            return _add_around_fixed(A, B, f, x, y, p)
+        if _turns_fixed(f, A, B):
+            A, B, d, b = autocast(x, A, B, f.inner, _outer(f))  # type: ignore[arg-type]
+            x = x.to(A.dtype)
+            return add_scaled(y, (dropout(x, p) if p else x) @ A.T, B, d, b)
         A, B = scaled(A, B, f)
-    if torch.is_grad_enabled() and B.requires_grad and not A.requires_grad:
-        return _with_fixed_down(A, B, f, x, y, p)
-    return add_low_rank(y, x, A, B, scale_of(f), p)
-
-
-def _with_fixed_down(A: Tensor, B: Tensor, f: Factors, x: Tensor, y: Tensor, p: float) -> Tensor:
-    """Add to y the part of factors of which A gets no gradient, so that the backward pass needs no x."""
-    (A,) = autocast(x, A)
-    x = x.to(A.dtype)
-    return add_product(y, (dropout(x, p) if p else x) @ A.T, B, scale_of(f))
+    return add_low_rank(y, x, A, B, scale, p)
 
 
 def called(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
     """Return the output with an A that is a `Product`, which this calls; else None. base: gives what to add to."""
     if type(f.A) is not Product or f.gain is not None:
         return None
-    B, p = tensor_of(f.B), 0.0 if f.dropout is None else share_dropped(f.dropout)
+    (B,), p = tensors_of(f.B), 0.0 if f.dropout is None else share_dropped(f.dropout)
     if B is None or p is None:
         return None
     h = f.A(dropout(x, p) if p else x)
     h = h if f.inner is None else h * f.inner
-    return add_product(base(), h, B if f.outer is None else f.outer[:, None] * B, scale_of(f))
+    scale = 1.0 if f.scale is None else f.scale
+    return add_product(base(), h, B if f.outer is None else f.outer[:, None] * B, scale)
 
 
-def _around_fixed(layer: Layer, A: Tensor, B: Tensor, f: Factors, x: Tensor, p: float) -> Tensor:
-    base, op, W = layer.base_layer, layer.op, layer.weight_now
-    if (
-        p == 0
-        and worth_it(x)
-        and W.dtype == x.dtype == A.dtype  # a sum would round ΔW to the dtype of W
-        and one_product_pays(x.numel() // x.shape[-1], *W.shape)
-    ):
-        d, b = f.inner, _outer(f)
-        return linear_with(W, base.bias, x, A, B, d, b, partial(op.call, base), op.input_gradient)  # type: ignore[arg-type]
-    x = once(x)
-    return _add_around_fixed(A, B, f, x, base(x), p)
-
-
-def _add_around_fixed(A: Tensor, B: Tensor, f: Factors, x: Tensor, y: Tensor, p: float) -> Tensor:
-    A, B, d, b = autocast(x, A, B, f.inner, _outer(f))  # type: ignore[arg-type]
-    x = x.to(A.dtype)
-    return add_scaled(y, (dropout(x, p) if p else x) @ A.T, B, d, b)
+def _turns_fixed(f: Factors, A: Tensor, B: Tensor) -> bool:
+    """Return True if only the vectors between and around the factors train."""
+    return f.inner is not None and f.outer is not None and not (A.requires_grad or B.requires_grad)
 
 
 def _outer(f: Factors) -> Tensor:

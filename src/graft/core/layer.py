@@ -165,7 +165,7 @@ class Host(Holding, Carrier, nn.Module):
         return plans[names]
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        base, plan, back = self.base_module, self.state.plan, None
+        base, plan, back = self._modules[self.inner_name], self.state.plan, None
         if HOOK in base.__dict__:
             args, kwargs, back = brought_in(base, args, kwargs)
             self.end_offloading()
@@ -306,8 +306,10 @@ class AdapterLayer(PeftNames, Host):
 
     @property
     def base_trains(self) -> bool:
-        b = getattr(self.base_layer, "bias", None)
-        return self.weight_now.requires_grad or (b is not None and b.requires_grad)
+        base = self._modules["base_layer"]
+        W = base._parameters.get("weight")  # the attribute is slower, and only for a weight that is no parameter now
+        b = base._parameters["bias"] if "bias" in base._parameters else getattr(base, "bias", None)
+        return (base.weight if W is None else W).requires_grad or (b is not None and b.requires_grad)
 
     def plan_of_reader(self) -> Plan | None:
         """Return the plan of the adapters that act now, for modules that read the weight; None for the base alone.

@@ -372,9 +372,9 @@ class Mixed:
                 return None
             f = plan.product()  # type: ignore[attr-defined]
             found = None if f.outer is not None else fused.plain(f)
-            if found is None or found[2]:
+            if found is None or found[3]:
                 return None
-            factors.append((*fused.scaled(found[0], found[1], f), fused.scale_of(f)))
+            factors.append((*fused.scaled(found[0], found[1], f), found[2]))
         return add_groups(y, x, factors, order, sizes, in_order) if can_add_groups(y, x, factors, sizes) else None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from graft.core.effect import Effect, Factors, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import lazy_delta
-from graft.core.fused import tensor_of
+from graft.core.fused import tensors_of
 from graft.core.lean import share_dropped
 from graft.core.method import Method
 from graft.core.plan import Chain, Plan, Step, Sum, applied, part_of, seen
@@ -132,7 +132,7 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     x = m.cast(x)
     if f.dropout is not None and drops(layer, f.dropout):
         x = dropped(layer, f.dropout, x)
-    A, B = tensor_of(f.A), tensor_of(f.B)
+    A, B = tensors_of(f.A, f.B)
     if A is None:
         z = f.A(join_pieces(x, piece.inputs))  # type: ignore[operator]
     elif piece.inputs is None:

@@ -106,15 +106,6 @@ def add_product(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse:
     return y + low_rank_part(layer, m, f, x) if out is None else out
 
 
-def join_product(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
-    out = fused.joined(layer, f, x)
-    if out is not None:
-        return out
-    x = once(x)
-    y: Tensor = layer.base_layer(x)
-    return (y + low_rank_part(layer, m, f, x)).to(y.dtype)
-
-
 def join_update(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
     assert isinstance(effect, Update)
     if effect.factors is not None:
@@ -225,7 +216,7 @@ class Sum(Plan):
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         layer = self.layer
-        if layer.call.weights() is not None:
+        if layer.call.open and layer.call.weights() is not None:
             x = once(x)
             return self.gated(x, self.base(x, args, kwargs))
         fuse = layer.may_fuse
@@ -234,8 +225,12 @@ class Sum(Plan):
             x = x if self.single else once(x)
             if self.product is None:
                 y = join_update(layer, m, effect, x)
+            elif (joined := fused.joined(layer, factors := self.product(), x)) is not None:
+                y = joined
             else:
-                y = join_product(layer, m, self.product(), x)
+                inner = once(x)
+                y = layer.base_layer(inner)
+                y = (y + low_rank_part(layer, m, factors, inner)).to(y.dtype)
             return y if self.single else self.add(x, y, True, 1)
         x = once(x)
         return self.add(x, self.base(x, args, kwargs), fuse)

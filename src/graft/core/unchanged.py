@@ -9,7 +9,7 @@ from operator import is_
 from torch import nn
 
 from graft.core.effect import Factors
-from graft.core.fused import LINEARS, weight_of
+from graft.core.fused import LINEARS
 from graft.core.lean import share_dropped
 from graft.core.method import Method
 from graft.kernels.eager import has_no_hooks
@@ -41,7 +41,7 @@ class Unchanged:
         if f.dropout is not None and share_dropped(f.dropout) != 0:
             return False
         modules = [m for m in (f.A, f.B) if isinstance(m, nn.Linear) and type(m) in LINEARS]
-        if len(modules) < 2 or not all(has_no_hooks(m) and weight_of(m) is not None for m in modules):
+        if len(modules) < 2 or not has_no_hooks(*modules):
             return False
         for d, key in places:
             self._entry(d, key)

@@ -64,17 +64,20 @@ def watched() -> bool:
     return _len_torch_dispatch_stack() > 0
 
 
-def has_no_hooks(module: nn.Module) -> bool:
-    """Return True if calling a module does nothing but its forward, so that code may go past the call. For hooks on all
-    modules ask `eager`."""
-    attributes = module.__dict__  # a lean module may have no dictionaries for hooks
-    return not (
-        ("_forward_hooks" in attributes and attributes["_forward_hooks"])
-        or ("_forward_pre_hooks" in attributes and attributes["_forward_pre_hooks"])
-        or ("_backward_hooks" in attributes and attributes["_backward_hooks"])
-        or ("_backward_pre_hooks" in attributes and attributes["_backward_pre_hooks"])
-        or "forward" in attributes
-    )
+def has_no_hooks(*modules: nn.Module) -> bool:
+    """Return True if calling each module does nothing but its forward, so that code may go past the call. For hooks on
+    all modules ask `eager`."""
+    for module in modules:
+        attributes = module.__dict__  # a lean module may have no dictionaries for hooks
+        if (
+            ("_forward_hooks" in attributes and attributes["_forward_hooks"])
+            or ("_forward_pre_hooks" in attributes and attributes["_forward_pre_hooks"])
+            or ("_backward_hooks" in attributes and attributes["_backward_hooks"])
+            or ("_backward_pre_hooks" in attributes and attributes["_backward_pre_hooks"])
+            or "forward" in attributes
+        ):
+            return False
+    return True
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

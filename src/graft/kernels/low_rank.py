@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled
 
-from graft.kernels.eager import Context, Function, autocast_dtype, eager, once
+from graft.kernels.eager import Context, Function, autocast_dtype, eager
 from graft.kernels.one_product import Call, InputGradient
 from graft.kernels.sparse import gathers
 
@@ -138,8 +139,10 @@ def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, T
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
     """The reference. y (…, out), x (…, in), A (r, in), B (out, r); computes in the dtype of A."""
-    x = nn.functional.dropout(x.to(A.dtype), p) if p else x.to(A.dtype)
-    return plus(y, x @ A.T @ B.T, scale).to(y.dtype)
+    x = x if x.dtype == A.dtype else x.to(A.dtype)  # to ask is cheaper than a cast that does nothing
+    z = (nn.functional.dropout(x, p) if p else x) @ A.T @ B.T
+    out = plus(y, z, scale)
+    return out if out.dtype == y.dtype else out.to(y.dtype)
 
 
 def plus(y: Tensor, z: Tensor, scale: Tensor | float) -> Tensor:
@@ -152,16 +155,21 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
 
     y must be fresh: nothing else may need its values, not even its own backward pass (a linear layer's does not).
     """
-    if not p and not torch.is_grad_enabled():
+    grad = torch.is_grad_enabled()
+    if not (p or grad):
         A, B = autocast(x, A, B)
         return add_up(y, down(x.reshape(-1, x.shape[-1]), A), B, scale)
-    if fuses(x, p):
+    if grad and B.requires_grad and not A.requires_grad:  # then the backward pass needs no x
+        (A,) = autocast(x, A)
+        x = x.to(A.dtype)
+        return add_product(y, (dropout(x, p) if p else x) @ A.T, B, scale)
+    if x.numel() >= FUSED_FROM * x.shape[-1]:  # as `fuses`
         A, B = autocast(x, A, B)
         return _AddLowRank.apply(y, x, A, B, scale, p, seed_for(p))
     return plain(y, x, A, B, scale, p)
 
 
-def add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+def add_product(y: Tensor, h: Tensor, B: Tensor, scale: Any) -> Tensor:
     """Return y + s · h Bᵀ. y (…, out), h (…, r), B (out, r).
 
     y must be fresh, as for `add_low_rank`: its memory may hold the result.
@@ -183,16 +191,13 @@ def low_rank_linear(
     scale: float,
     p: float = 0.0,
 ) -> Tensor:
-    """Call `add_low_rank` on base(x), with one gradient of x for both. W gets no gradient.
+    """Call `add_low_rank` on base(x), with one gradient of x for both. x has many rows, W gets no gradient.
 
     Args:
         base: a linear layer without hooks.
         input_gradient: (gradient of its output (rows, out), W) → gradient of its input (rows, in).
         W: its weight, as `input_gradient` takes it.
     """
-    if not fuses(x, p) or not torch.is_grad_enabled():
-        x = once(x)
-        return add_low_rank(base(x), x, A, B, scale, p)
     A, B = autocast(x, A, B)
     return _LowRankLinear.apply(x, W, A, B, base, input_gradient, scale, p, seed_for(p))
 
@@ -208,8 +213,9 @@ def fuses(x: Tensor, p: float) -> bool:
 
 def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:
     """Return `factors` in the dtype of autocast if it is on, else as they are."""
-    dtype = autocast_dtype(x.device)
-    return factors if dtype is None else [f.to(dtype) for f in factors]
+    if not _is_any_autocast_enabled() or (dtype := autocast_dtype(x.device)) is None:
+        return factors
+    return [f.to(dtype) for f in factors]
 
 
 def new_seed(generator: torch.Generator | None = None) -> int:

@@ -172,6 +172,7 @@ from graft.serving.hotswap import prepare_model_for_compiled_hotswap as prepare_
 from graft.train.calibration import preprocess_corda as preprocess_corda
 from graft.train.calibration import preprocess_loraga as preprocess_loraga
 from graft.train.calibration import preprocess_lorasb as preprocess_lorasb
+from graft.train.calibration import preprocess_sdt as preprocess_sdt
 from graft.train.eva import get_eva_state_dict as get_eva_state_dict
 from graft.train.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from graft.train.helpers import cast_mixed_precision_params as cast_mixed_precision_params
@@ -183,7 +184,6 @@ from graft.train.resuming import Resumed as Resumed
 from graft.train.resuming import resume as resume
 from graft.train.resuming import save_training as save_training
 from graft.train.steering import steering_from as steering_from
-from graft.train.warm_up import preprocess_sdt as preprocess_sdt
 
 __version__: str
 

@@ -201,8 +201,9 @@ def machine() -> str:
     return hashlib.sha256(here.encode()).hexdigest()[:8]
 
 
-def write_text(text: str) -> Write:
-    return write_bytes(text.encode())
+def replace_text(path: str, text: str) -> None:
+    """Write a file that holds a text, as `replace` does."""
+    replace(path, write_bytes(text.encode()))
 
 
 def write_bytes(data: bytes) -> Write:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from graft.config import notes
-from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, sync, write_bytes, write_text
+from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, sync, write_bytes
 from graft.core.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -43,7 +43,7 @@ def save(folder: str, name: str, write: Write, text: str, beside: dict[str, byte
     old = {path: notes.stamp(path) for path in (stale, weights)}
     with Scratch(folder) as scratch:
         new = scratch.write(name, write)
-        new_config = scratch.write(CONFIG_NAME, write_text(text))
+        new_config = scratch.write(CONFIG_NAME, write_bytes(text.encode()))
         more = {scratch.write(of, write_bytes(data)): of for of, data in (beside or {}).items()}
         links = {path: scratch.keep(path) for path in old}
         made = notes.stamp(new)
@@ -84,7 +84,7 @@ def agree(scratch: Scratch, text: str) -> None:
             return
         text = weights.config
         scratch.create(mark_of(weights.stamp, text))
-        os.replace(scratch.write(CONFIG_NAME, write_text(text)), os.path.join(scratch.folder, CONFIG_NAME))
+        os.replace(scratch.write(CONFIG_NAME, write_bytes(text.encode())), os.path.join(scratch.folder, CONFIG_NAME))
 
 
 def found_in(folder: str) -> notes.Noted | None:

@@ -50,7 +50,7 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST, finite: bo
     with open_file(path) as f:
         if (size := os.fstat(f.fileno()).st_size) > largest:
             raise CheckpointError(f"{path} has {size:,} bytes: a config has at most {largest:,}, so it is none.")
-        loaded = parsed(f.read(largest), str(path))
+        loaded = parsed(f.read(size), str(path))
     check(loaded, str(path), "", 0, finite)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not the fields of an adapter.")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,19 +127,6 @@ def who(function: object) -> str:
     if code is None:
         return repr(function)
     return f"{getattr(written, '__globals__', {}).get('__name__', '')}.{getattr(code, 'co_qualname', code.co_name)}"
-
-
-def annotate_error(error: BaseException, text: str) -> None:
-    """Add a line to what an error shows. Python 3.10 has no such lines: nothing happens there."""
-    if hasattr(error, "add_note"):
-        error.add_note(text)
-
-
-def drop_frames(error: BaseException | None) -> None:
-    """Let go of the locals of all frames of an error and of those it followed, such as the tensors of a pass."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
 
 
 INSIDE = (  # modules that stand between a caller and a warning

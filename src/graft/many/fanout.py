@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.layer import Host
-
 
 class Fan:
     """The blocks of a model from the first adapted one on: what they get has the rows of a batch once, or repeated."""
@@ -52,7 +50,7 @@ def repeated(value: Any, rows: int, copies: int) -> Any:
     return value
 
 
-def fan_of(base: nn.Module, hosts: Sequence[Host]) -> Fan | None:
+def fan_of(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
     """Return where the rows of a base may be repeated for the adapters on these hosts; None if there is no such place.
 
     Blocks are the items of the model's one list of modules. Hosts elsewhere must come after it in the order of modules.

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 
 from graft import ConfigError
-from graft.core.errors import annotate_error
 from graft.io.fingerprint import hashed, tensor_digest
 from graft.many.draws import Draws, States
 
 Batch = dict[str, Any]
 END: Any = object()  # of an epoch
+
+
+def annotate_error(error: BaseException, text: str) -> None:
+    """Add a line to the text of an error. Python 3.10 has no such lines: nothing happens there."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
 
 
 class Loader:

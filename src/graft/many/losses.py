@@ -9,9 +9,8 @@ from types import SimpleNamespace
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from graft import ConfigError
+from graft import ConfigError, ModulesToSaveWrapper
 from graft.config.fields import TASK_HEADS
-from graft.inject.parts import Parts
 
 Loss = Callable[..., Tensor]  # of (the output of a run's rows, its batch): their mean, ()
 Outputs = Mapping[str, Tensor]
@@ -19,11 +18,11 @@ SPANS = ("start_positions", "end_positions")
 HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 
 
-def own_loss(model: nn.Module, parts: Parts, name: str) -> Loss:
+def own_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], name: str) -> Loss:
     """Return the loss that a model of transformers has for its task.
 
     Args:
-        parts: the carriers of the run's adapter, `name`; its head may have labels of its own.
+        wrappers: what the run's adapter, `name`, trains whole; its head may have other labels than the model.
 
     Raises:
         ConfigError: the model has none, or one that needs more than its output.
@@ -37,7 +36,7 @@ def own_loss(model: nn.Module, parts: Parts, name: str) -> Loss:
             f"Run '{name}': {type(model).__name__} has no loss that can be taken of a part of its rows. Give add() a "
             "loss(output, batch), which returns the mean over the run's own rows."
         )
-    loss = made(model, labels_of(parts, name))
+    loss = made(model, labels_of(wrappers, name))
     keys = SPANS if made is of_spans else ("labels",)
 
     def own(output: Outputs, batch: Outputs, **items: object) -> Tensor:
@@ -51,9 +50,9 @@ def own_loss(model: nn.Module, parts: Parts, name: str) -> Loss:
     return own
 
 
-def labels_of(parts: Parts, adapter: str) -> int | None:
+def labels_of(wrappers: Mapping[str, ModulesToSaveWrapper], adapter: str) -> int | None:
     """Return how many labels an adapter's own head has; None if it has none."""
-    for key, wrapper in parts.wrappers.items():
+    for key, wrapper in wrappers.items():
         weights = [p for p in wrapper.parameters_of(adapter) if p.dim() == 2]
         if weights and HEADS & {*key.split(".")}:
             return len(weights[-1])

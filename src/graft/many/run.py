@@ -19,12 +19,11 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from graft import AdapterNotFoundError, ConfigError
-from graft.core.errors import annotate_error
 from graft.many.bank import Row
 from graft.many.draws import Draws
 from graft.many.flat import Flat, in_order, may_flatten, watched
 from graft.many.joint import Part
-from graft.many.loader import Batch, Loader
+from graft.many.loader import Batch, Loader, annotate_error
 from graft.many.losses import Loss
 
 if TYPE_CHECKING:

@@ -22,18 +22,15 @@ from graft.io.fingerprint import check_note as check_fingerprint
 from graft.io.save import base_fingerprint
 from graft.many.run import STATES, Point, Run, Valid
 from graft.train.state_check import (
-    OWN,
     REMEDY,
     check_fields,
     check_finite,
     check_generator,
-    check_like,
     check_moments,
+    check_state_like,
     has,
     is_count,
-    is_known,
     is_number,
-    is_other,
 )  # fmt: skip
 from graft.train.state_file import as_read, check_base, pack, read, slots, write
 
@@ -186,6 +183,14 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
         slot.assign(state["values"][key])
 
 
+def is_other(a: object, b: object) -> bool:
+    """Return True if two values of settings differ, or cannot be compared, as a tensor of several numbers."""
+    try:
+        return bool(a != b)
+    except RuntimeError:
+        return True
+
+
 def check_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
     """Raise CheckpointError for contents of a run's file that would be put into place and that nothing could use."""
     check_fields(state["position"], POSITION, f"{path}: the position in the data")
@@ -212,8 +217,7 @@ def check_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
     if (state["schedule"] is None) != (run.schedule is None):
         raise CheckpointError(f"{path} has a schedule and the run has none, or the reverse. {REMEDY}")
     if run.schedule is not None:
-        known = is_known(run.schedule, OWN)
-        check_like(state["schedule"], as_read(run.schedule.state_dict()), f"{path}: the schedule", known)
+        check_state_like(run.schedule, state["schedule"], run.schedule.state_dict(), f"{path}: the schedule")
     for states in (state["draws"], state["position"]["began"], *([state["first"][1]] if state["first"] else [])):
         if not isinstance(states, list) or len(states) != len(run.draws.states):
             raise CheckpointError(f"{path} has states of another number of generators than the run. {REMEDY}")
@@ -242,8 +246,8 @@ def check_values(values: Json, here: dict[str, Tensor], path: str) -> None:
 def check_optimizer(run: Run, state: Json, path: str) -> None:
     """Raise CheckpointError unless the optimizer of a run can go on with a `state_dict`."""
     check_fields(state, {"state": has(dict, dict), "param_groups": has(list, dict)}, f"{path}: the optimizer")
-    optimizer, groups = run.optimizer, as_read(run.optimizer.state_dict()["param_groups"])
-    check_like(state["param_groups"], groups, f"{path}: the optimizer's groups", is_known(optimizer, OWN))
+    optimizer, groups = run.optimizer, run.optimizer.state_dict()["param_groups"]
+    check_state_like(optimizer, state["param_groups"], groups, f"{path}: the optimizer's groups")
     group_of = {i: group for group in groups for i in group["params"]}
     numbers = [i for group in state["param_groups"] for i in group.get("params", ())]
     if numbers != [*group_of] or not state["state"].keys() <= group_of.keys():

@@ -7,6 +7,7 @@ import copy
 import inspect
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,27 +31,22 @@ from graft import (
 )
 from graft.combine.adding import changes_base
 from graft.config.base import check_config
-from graft.core.errors import annotate_error, drop_frames, shortened, some, warn
-from graft.core.layer import Host
+from graft.core.errors import shortened, some, warn
 from graft.inject.beside import add_task_heads
-from graft.inject.find import bias_in
 from graft.inject.match import Matcher
 from graft.inject.parts import registry_of
-from graft.inject.survey import Wrapper
-from graft.inject.targets import ALL_LINEAR, is_linear
-from graft.io import files
-from graft.io.save import base_fingerprint
+from graft.inject.targets import is_linear
 from graft.many import run_file
 from graft.many.bank import Banks
 from graft.many.claims import Claims
 from graft.many.draws import Draws
 from graft.many.fanout import Fan, alike, fan_of
 from graft.many.joint import Arguments, Cut, Part, groups, joined, main_of
-from graft.many.loader import Loader, one_position
+from graft.many.loader import Loader, annotate_error, one_position
 from graft.many.losses import Loss, own_loss
 from graft.many.run import RUNNING, STOPPED, Run, Valid
 from graft.many.trainer import Description
-from graft.model.checkpoints import contents
+from graft.model.checkpoints import save_alone
 from graft.model.registry import check_adapter_name
 
 if TYPE_CHECKING:
@@ -373,7 +369,7 @@ class MultiTrain:
 
     def _own_loss(self, name: str, needed: bool = True) -> Any:
         try:
-            return own_loss(self.base, registry_of(self.model).parts_of(name), name)
+            return own_loss(self.base, registry_of(self.model).parts_of(name).wrappers, name)
         except ConfigError:
             if needed:
                 raise
@@ -781,7 +777,7 @@ class MultiTrain:
         key = tuple(names)
         if key not in self._fans:
             parts = [registry_of(self.model).parts_of(name) for name in names]
-            hosts = {id(c): c for own in parts for c in own.carriers() if isinstance(c, Host)}
+            hosts = {id(c): c for own in parts for c in (*own.layers.values(), *own.wrappers.values())}
             self._fans[key] = fan_of(self.base, list(hosts.values()))
         return self._fans[key]
 
@@ -896,14 +892,19 @@ class MultiTrain:
         Raises:
             AdapterNotFoundError: there is no such run.
         """
-        name, model = self[name].name, self._adapted
-        tensors, config = contents(model, name, None, "auto", None)
-        files.save_adapter(os.fspath(folder), tensors, config, True, base_fingerprint(model, name))
+        save_alone(self._adapted, self[name].name, os.fspath(folder))
 
 
 def no_memory(error: Exception) -> bool:
     """Return True if an error says that there is no memory for a tensor. On a CPU torch has no class for that."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
+
+
+def drop_frames(error: BaseException | None) -> None:
+    """Let go of the locals of all frames of an error and of its causes, such as the tensors of a pass."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def own_modules(carrier: nn.Module) -> Iterator[nn.Module]:
@@ -962,8 +963,9 @@ def refuse_beside_trainer(name: str, options: dict[str, object]) -> None:
 
 def find_base_change(config: PeftConfig) -> str | None:
     """Return the setting by which an adapter changes or trains the base's own weights; None if it does not."""
-    bias = bias_in(config)
-    return changes_base(config) or (None if bias == "none" else f"bias={bias!r}")
+    bias = getattr(config, "bias", "none")
+    trains = bias == "all" or bias.endswith("_only")  # another value is refused by the injection
+    return changes_base(config) or (f"bias={bias!r}" if trains else None)
 
 
 def refuse_base_change(name: str, config: PeftConfig) -> None:
@@ -978,7 +980,7 @@ def refuse_base_change(name: str, config: PeftConfig) -> None:
         )
 
 
-def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: Mapping[str, Wrapper]) -> None:
+def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: Mapping[str, Any]) -> None:
     """Raise ConfigError if a run would train layers in modules that others train whole, where it gets none.
 
     Args:
@@ -987,7 +989,7 @@ def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: 
     """
     if not hasattr(config, "target_modules"):
         return
-    everything, matcher = getattr(asked, "target_modules", None) == ALL_LINEAR, Matcher(config)
+    everything, matcher = getattr(asked, "target_modules", None) == "all-linear", Matcher(config)
     for key, wrapper in wrappers.items():
         if wrapper.takes_rows or name in wrapper.adapters:
             continue

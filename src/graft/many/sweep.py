@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -20,9 +21,9 @@ import torch.distributed as dist
 from torch import nn
 
 from graft import CheckpointError, ConfigError, PeftConfig
-from graft.config.atomic import replace, write_text
+from graft.config.atomic import replace_text
 from graft.config.base import check_config
-from graft.config.reading import Json, open_file, parsed
+from graft.config.reading import Json, read_object
 from graft.core.errors import shortened
 from graft.inject.report import as_cell
 from graft.many import run_file
@@ -420,8 +421,7 @@ class Job:
         if path is None or not os.path.exists(path):
             self.write()  # another sweep is to see whose the folder is
             return
-        with open_file(path) as f:
-            document = parsed(f.read(), path)
+        document = read_object(path, largest=sys.maxsize, finite=False)
         check_fields(document, {"sweep": has(dict), "trials": has(list, dict)}, path)
         recorded = document["sweep"]
         known = {key: value for key, value in self.note.items() if key in recorded or key not in DIGESTS}
@@ -446,7 +446,7 @@ class Job:
         os.makedirs(self.folder, exist_ok=True)
         document = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
         text = json.dumps(document, indent=1, default=run_file.name_object, skipkeys=True)
-        replace(os.path.join(self.folder, TABLE), write_text(text + "\n"))
+        replace_text(os.path.join(self.folder, TABLE), text + "\n")
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):
                 run_file.delete(trial.name, self.folder)

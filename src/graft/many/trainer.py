@@ -19,7 +19,7 @@ from graft.many.draws import Draws
 from graft.many.loader import Batch
 from graft.many.losses import Loss
 from graft.many.run import WINDOW
-from graft.model.modes import training_only
+from graft.train.calibration import training_only
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -236,6 +236,12 @@ def save_adapters(
         write()
 
 
+def save_alone(model: nn.Module, name: str, folder: str) -> None:
+    """Write an adapter into a folder, whatever its name, with the contents that `save_pretrained` gives it."""
+    tensors, config = contents(model, name, None, "auto", None)
+    files.save_adapter(folder, tensors, config, True, save.base_fingerprint(model, name))
+
+
 def check(directory: str, fingerprint: str, safetensors: bool) -> None:
     """Raise ValueError for a fingerprint that cannot be made or held, or a directory that is a file."""
     if fingerprint not in ("sampled", "full"):

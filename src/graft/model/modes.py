@@ -38,17 +38,3 @@ def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
 def put_back(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
         module.training = training
-
-
-@contextmanager
-def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Have these parameters of a model alone train in the block, without gradients at first; then all is as before."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    own = {id(p) for p in parameters}
-    try:
-        for p, *_ in before:
-            p.requires_grad, p.grad = id(p) in own, None
-        yield
-    finally:
-        for p, requires, grad in before:
-            p.requires_grad, p.grad = requires, grad

@@ -16,9 +16,8 @@ from graft.train.callbacks import (
     adalora_callback,
     allocate_on_step,
 )
-from graft.train.checkpoints import last_checkpoint
 from graft.train.restart import restart
-from graft.train.resumable import Resumable
+from graft.train.resumable import Resumable, last_checkpoint
 
 __all__ = [
     "FineGatesTrainerMixin",

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare starts that are measured on data: CorDA (arXiv 2406.05223), LoRA-GA (2407.05000), LoRA-SB (2411.19557)."""
+"""Prepare starts that are measured on data: CorDA (arXiv 2406.05223), LoRA-GA (2407.05000), LoRA-SB (2411.19557), and
+SDT's short training (2410.09016), which finds the channels and states of a state space that train."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from graft import (
     LoraConfig,
     LoraXsConfig,
     Method,
+    SdtConfig,
     method_of,
 )
 from graft.config.archives import weights_in
@@ -29,7 +31,8 @@ from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
 from graft.methods.loraxs import STEP
-from graft.model.modes import in_mode, training_only
+from graft.methods.sdt import A_LOG, CHANGE, SDT, X_PROJ
+from graft.model.modes import in_mode
 
 
 def linear_methods(
@@ -293,3 +296,63 @@ def gradients_of(model: nn.Module, methods: dict[str, Method], train_step: Calla
     if broken:
         raise CalibrationError(f"The gradient of layer '{broken[0]}' is not finite: check the data and the loss.")
     return made
+
+
+@contextmanager
+def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Have these parameters of a model alone train in the block, without gradients at first; then all is as before."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    ids = {id(p) for p in parameters}
+    try:
+        for p, *_ in before:
+            p.requires_grad, p.grad = id(p) in ids, None
+        yield
+    finally:
+        for p, requires, grad in before:
+            p.requires_grad, p.grad = requires, grad
+
+
+# SDT
+
+
+def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn.Parameter]], object]) -> None:
+    """Find by training which channels and states `get_peft_model` shall train; call it with the same model and config.
+
+    A_log of the mixers that the config targets trains whole, and gets its values back. Each mixer keeps the change in
+    an attribute, which the initialisation uses up.
+
+    Args:
+        train: trains these parameters, A_log of each mixer (channels, states), with its own optimizer; 250 to
+            500 steps in the paper.
+
+    Raises:
+        ConfigError: the config is not of SDT, or targets no state space.
+        CalibrationError: A_log of a mixer has not changed, or has values that are not finite.
+        as `get_peft_model`, for what would not fit.
+    """
+    if not isinstance(config, SdtConfig):
+        raise ConfigError(f"preprocess_sdt prepares a SdtConfig, got a {type(config).__name__}.")
+    methods = Injection(model, config, method_of(config.peft_type), "default").find().methods
+    ends = [key for key, m in methods.items() if isinstance(m, SDT) and m.mixer is not None]
+    mixers = {path: model.get_submodule(path) for path in dict.fromkeys(key.rpartition(".")[0] for key in ends)}
+    if not mixers:
+        raise ConfigError(f"The config targets no {A_LOG} or {X_PROJ} of a Mamba's mixer: there is nothing to find.")
+    parameters = {path: mixer.get_parameter(A_LOG) for path, mixer in mixers.items()}
+    before = {path: p.detach().clone() for path, p in parameters.items()}
+    try:
+        with training_only(model, parameters.values()), torch.enable_grad():
+            train(list(parameters.values()))
+        changes = {path: p.detach() - before[path] for path, p in parameters.items()}
+    finally:
+        with torch.no_grad():
+            for path, p in parameters.items():
+                p.copy_(before[path])
+    still = [path for path, change in changes.items() if not (change.isfinite().all() and change.any())]
+    if still:
+        raise CalibrationError(
+            f"The training left {A_LOG} of {some(still)} unchanged, or not finite: have an optimizer of the parameters "
+            "that it gets take steps."
+        )
+    for path, mixer in mixers.items():
+        for module in (mixer, mixer.get_submodule(X_PROJ)):
+            setattr(module, CHANGE, changes[path])

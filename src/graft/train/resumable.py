@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A callback by which transformers' Trainer resumes by parameter name."""
+"""A callback by which transformers' Trainer resumes by parameter name, and the newest whole checkpoint of a Trainer."""
 
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from torch import nn
 
 from graft import CheckpointError, ConfigError
+from graft.config.notes import LARGEST
+from graft.config.reading import read_object
 from graft.core.errors import warn
+from graft.files.tensors import read_header
 from graft.storage.parallel import layout_of
 from graft.train.callbacks import Listener
-from graft.train.checkpoints import last_checkpoint
 from graft.train.resuming import FILE, Resume, adapters_of, load, state_of, write_state
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
+
+NAME = re.compile(r"checkpoint-(\d{1,18})")
+STATE = "trainer_state.json"  # Trainer writes it last
+ARCHIVES = (".pt", ".pth", ".bin")
 
 
 class Resumable(Listener):
@@ -129,3 +137,41 @@ def check_trainer_knows(args: TrainingArguments, model: nn.Module) -> None:
             "TrainingArguments(fsdp=True), and leave fully_shard to it; or, after fully_shard, with "
             'fsdp_config={"auto_wrap_policy": "NO_WRAP"}.'
         )
+
+
+# checkpoints
+
+
+def last_checkpoint(folder: str | os.PathLike[str], by_name: bool = True) -> str | None:
+    """Return the newest whole checkpoint in the output folder of a Trainer; None if there is none.
+
+    transformers' `get_last_checkpoint` returns the one of the largest number, also if a process was killed while it
+    was saved. This reads all files of tensors: headers of safetensors and archives, and of graft's own the digest.
+
+    Args:
+        by_name: the checkpoint has the training.safetensors that `graft.train.Resumable` writes. False: Trainer resumes
+            by its own files.
+    """
+    found = {int(m[1]): m[0] for name in os.listdir(folder) if (m := NAME.fullmatch(name))}
+    for step in sorted(found, reverse=True):
+        path = os.path.join(folder, found[step])
+        if is_whole(path, step, by_name):
+            return path
+    return None
+
+
+def is_whole(path: str, step: int, by_name: bool) -> bool:
+    """Return True if Trainer's state in a checkpoint is of a step, and each file of tensors has all its bytes."""
+    try:
+        state = read_object(os.path.join(path, STATE), LARGEST, finite=False)  # its losses may be NaN
+        if state.get("global_step") != step:
+            return False
+        for name in os.listdir(path):
+            where = os.path.join(path, name)
+            if name.endswith(".safetensors"):
+                read_header(where)
+            elif name.endswith(ARCHIVES) and not (os.path.isfile(where) and is_zipfile(where)):
+                return False
+        return not by_name or load(path)[0]["step"] == step
+    except (CheckpointError, OSError):
+        return False

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft import AdapterKeyError, CheckpointError, ConfigError, DistributedError, PeftError
-from graft.config.atomic import folder_for, replace, write_text
+from graft.config.atomic import folder_for, replace_text
 from graft.config.fields import whole_number
 from graft.config.reading import Json
 from graft.core.containers import Slot
@@ -39,19 +39,17 @@ from graft.io.save import base_fingerprint
 from graft.storage.parallel import find_master_ids, find_whole_shape, gather_master_values, processes, write_whole
 from graft.train.optimizer_states import OptimizerStates, check_spread, states_of
 from graft.train.state_check import (
-    OWN,
     REMEDY,
     check_fields,
     check_finite,
     check_generator,
-    check_like,
     check_moments,
     check_random,
+    check_state_like,
     has,
     is_count,
-    is_known,
 )
-from graft.train.state_file import as_read, check_base, generators_in, pack, read, slots, write
+from graft.train.state_file import check_base, generators_in, pack, read, slots, write
 
 FILE, NOTE = "training.safetensors", "training.json"
 FORMAT = 1
@@ -147,7 +145,7 @@ def write_state(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
     """Write training.json and training.safetensors, which holds the same text and counts: the first process does."""
 
     def act() -> None:
-        replace(os.path.join(folder, NOTE), write_text(json.dumps(note, indent=1)))
+        replace_text(os.path.join(folder, NOTE), json.dumps(note, indent=1))
         write(os.path.join(folder, FILE), NOTE, note, tensors)
 
     if processes() > 1:
@@ -518,10 +516,10 @@ class Resume:
         inner, fresh = self.optimizer_states.inner, self.report.fresh
         for group, then in self.matching_groups() if "optimizer" not in fresh else ():
             options = {k: v for k, v in then.items() if k != "params" and k not in OF_THIS_MACHINE}
-            exact = is_known(inner, OWN)
             for name in options.keys() & group.keys():
-                check_like(options[name], as_read(group[name]), f"{path}: the option '{name}'", exact, name)
-            check_like(options.get("initial_lr", 0.0), 0.0, f"{path}: the option 'initial_lr'", exact, "initial_lr")
+                check_state_like(inner, options[name], group[name], f"{path}: the option '{name}'", name)
+            rate = options.get("initial_lr", 0.0)
+            check_state_like(inner, rate, 0.0, f"{path}: the option 'initial_lr'", "initial_lr")
         masters = find_master_ids(v.tensor for v in self.values.values())
         for p, i, name in self.parameters_with_state():
             where, dtype = f"{path}: the optimizer's state of '{name}'", torch.float32 if id(p) in masters else p.dtype
@@ -529,8 +527,8 @@ class Resume:
                 self.note["states"][name], find_whole_shape(p), dtype, inner, self.optimizer_states.groups[i], where
             )
         if self.note["schedule"] is not None and "scheduler" not in fresh:
-            known = is_known(self.scheduler, "torch.optim.")
-            check_like(self.note["schedule"], as_read(self.scheduler.state_dict()), f"{path}: the schedule", known)
+            state = self.scheduler.state_dict()
+            check_state_like(self.scheduler, self.note["schedule"], state, f"{path}: the schedule")
         if self.mine is not None and "generators" not in fresh:
             check_random(self.mine["random"], path)
             here = generators(self.loader)

@@ -19,6 +19,7 @@ from graft import CheckpointError
 from graft.config.reading import LARGEST_NUMBER
 from graft.core.errors import NonFiniteError, some
 from graft.io.check import fault, nonfinite
+from graft.train.state_file import as_read
 
 REMEDY = "Take an earlier checkpoint."
 MOST_STEPS = 2**53
@@ -153,6 +154,14 @@ def check_like(value: object, here: object, what: str, exact: bool, name: str = 
         raise CheckpointError(f"{what} is {shown(value)}, where {shown(here)} is expected. {REMEDY}")
 
 
+def check_state_like(thing: object, value: object, state: object, what: str, name: str = "") -> None:
+    """Raise CheckpointError unless `thing`, an optimizer or schedule, can take a value where it has `state`.
+
+    Of classes of torch and graft it has the same entries; see `check_like`.
+    """
+    check_like(value, as_read(state), what, is_known(thing, OWN), name)
+
+
 def shown(value: object) -> str:
     return repr(value) if value is None or type(value) in (bool, int, float) else f"of type {type(value).__name__}"
 
@@ -212,14 +221,6 @@ def needed(kind: str, group: Mapping[str, Any]) -> list[str]:
         *more,
         *(["momentum_buffer"] if kind == "RMSprop" and group["momentum"] else []),
     ]
-
-
-def is_other(a: object, b: object) -> bool:
-    """Return True if two values of settings differ, or cannot be compared, as a tensor of several numbers."""
-    try:
-        return bool(a != b)
-    except RuntimeError:
-        return True
 
 
 def check_finite(values: Mapping[str, object], what: str) -> None:

@@ -15,10 +15,15 @@ import pytest
 
 SEED = "1"
 LONG = set(Path(__file__).with_name("quick_without.txt").read_text().split())
-# one test in so many of a function runs: laws meet every method, layer and storage in a few milliseconds each
+# one test in so many of a function runs: all where they take a few milliseconds each and notice much
 SHARES = {
-    "tests/conformance/test_together.py": 9, "tests/conformance/": 3, "tests/storage/": 5, "tests/kernels/": 5,
-    "tests/core/": 1, "tests/io/": 5, "tests/inject/": 5, "tests/methods/": 8, "tests/": 25,
+    "tests/conformance/test_together.py": 9, "tests/conformance/": 3,
+    "tests/kernels/test_eager.py": 5, "tests/kernels/test_other_kernels.py": 5, "tests/kernels/": 1,
+    "tests/methods/test_adapterhub.py": 8, "tests/methods/test_places.py": 8, "tests/methods/test_reft.py": 3,
+    "tests/methods/test_poly.py": 3, "tests/methods/test_xlora.py": 3, "tests/methods/test_shadow.py": 3,
+    "tests/methods/test_lora_extras.py": 3, "tests/methods/test_adaption_prompt.py": 3, "tests/methods/": 1,
+    "tests/inject/test_reading.py": 5, "tests/inject/": 2, "tests/io/test_layouts.py": 5, "tests/io/": 1,
+    "tests/core/": 1, "tests/storage/": 5, "tests/": 25,
 }  # fmt: skip
 
 

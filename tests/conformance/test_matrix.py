@@ -451,6 +451,29 @@ def shapes(model: nn.Module) -> dict[str, tuple]:
     return {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
 
 
+READ = ["MTLLORA", "POLY", "TLORA"]  # they make a tensor of the numbers that a call gives, wherever torch would
+
+
+@law("cell", [c for c in CELLS + CALLED_CELLS if c.sample.method not in READ], features)
+def test_a_default_device_changes_nothing(cell):
+    """Each new tensor names the device of its layer: none is made on the default one, which here holds no values."""
+
+    def values(model):
+        torch.default_generator.manual_seed(3)
+        y = model.train()(x)
+        if y.requires_grad:
+            y.square().sum().backward()
+        mixed = model.eval()(x, adapter_names=NAMES)
+        if cell.unmergeable is None:
+            model.merge_adapter()
+        return [y, mixed, model(x), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    x, model, twin = cell.inputs(), cell.trained(["default", "other"]), cell.trained(["default", "other"])
+    expected = values(model)
+    with torch.device("meta"):
+        assert_close(values(twin), expected, rtol=0, atol=0)
+
+
 @every
 def test_injection_on_the_meta_device_gives_the_same_names_and_shapes(cell):
     expected = cell.fresh()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from graft.core.ops import linear
-from graft.core.random import _SCRATCH, _WORTH, skip
+from graft.core.random import _SCRATCH, _WORTH, DrawnOnCPU, skip
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,31 @@ def test_a_linear_layer_draws_as_torchs(bias, fill):
     assert torch.equal(torch.get_rng_state(), state)
     if fill:
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+DRAWS = {
+    "rand": lambda: torch.rand(3, dtype=torch.float64),
+    "rand_like": lambda: torch.rand_like(torch.ones(3), dtype=torch.float64),
+    "multinomial": lambda: torch.multinomial(torch.ones(2), num_samples=5, replacement=True),
+    "bernoulli": lambda: torch.bernoulli(input=torch.full((9,), 0.5)),
+    "normal_": lambda: torch.empty(3).normal_(mean=2.0, std=0.1),
+    "trunc_normal_": lambda: nn.init.trunc_normal_(tensor=torch.empty(9), a=-0.1, b=0.1),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_draws_on_the_cpu_are_torchs(draw):
+    torch.manual_seed(5)
+    expected = draw()
+    torch.manual_seed(5)
+    with DrawnOnCPU():
+        drawn = draw()
+    assert torch.equal(drawn, expected) and drawn.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_without_values_nothing_is_drawn(draw):
+    state = torch.get_rng_state()
+    with torch.device("meta"), DrawnOnCPU():
+        assert draw().is_meta
+    assert torch.equal(torch.get_rng_state(), state)

@@ -120,6 +120,15 @@ def test_columns_of_an_embedding(name):
     assert_close(make(c).columns(ids), W.T[ids])
 
 
+def test_entries_of_one_place_add_up():
+    u, v = torch.tensor([0, 2, 0]), torch.tensor([1, 1, 1])
+    W = Sparse(torch.tensor([[1.0, 2.0, 4.0]]), u, v, Plain(3), Plain(2), (3, 2))
+    expected = torch.tensor([[0.0, 5.0], [0.0, 0.0], [0.0, 2.0]])
+    assert_close(W.dense(), expected)
+    assert_close(W.columns(torch.tensor([1, 0])), expected.T[[1, 0]])
+    assert_close(W.times(torch.eye(2)), expected.T)
+
+
 @every
 def test_transforms_of_functions(name):
     make, c, x = case(name)

@@ -36,6 +36,14 @@ def test_bands_between_singular_vectors(d, r, numbers):
     assert_close(inner.abs()[near], layer.svft_M["default"].abs() / 2, atol=1e-5, rtol=1e-4)  # σ(0)
 
 
+def test_the_start_is_narrower_the_more_singular_vectors():
+    with seeded(1):
+        model = graft.get_peft_model(
+            nn.Sequential(nn.Linear(64, 64)), graft.SvftConfig(target_modules=["0"], init_weights=False, off_diag=63)
+        )
+    assert model.base_model.model[0].svft_M["default"].std() == pytest.approx(64**-0.5, rel=0.05)
+
+
 def test_places_of_other_patterns(tmp_path):
     model = made(pattern="random", off_diag=1, seed=3)
     places = model.base_model.model[0].svft_places["default"]

@@ -288,3 +288,30 @@ def test_a_batch_norm_keeps_rows_of_other_adapters_apart():
     model.add_adapter("plain", plain)
     x = torch.randn(8, 8)
     assert_close(model(x, adapter_names=["plain"] * 4 + ["norm"] * 4)[:4], alone(x[:4]))
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+class KeywordNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = ScaledLinear(4, 5)
+
+    def forward(self, x, scale=1.0):
+        return self.layer(x, scale=scale)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_base_of_a_layer_gets_the_keywords_of_its_call(grad):
+    config = graft.LoraConfig(target_modules=["layer"], init_lora_weights=False)
+    model = graft.get_peft_model(KeywordNet(), config).eval()
+    x = torch.randn(2, 4)
+    with torch.set_grad_enabled(grad):
+        mixed = model(x, scale=3.0, adapter_names=["default", "__base__"])
+        rows = [model(x[:1], scale=3.0)]
+        with model.disable_adapter():
+            rows.append(model(x[1:], scale=3.0))
+    assert_close(mixed, torch.cat(rows))

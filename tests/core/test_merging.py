@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging beside everything else that can be done meanwhile: switching, disabling, moving, computed weights, shards."""
 
+import copy
 import warnings
 from functools import partial
 
@@ -59,6 +60,13 @@ def test_switching_without_a_wrapper_takes_out_others_that_are_merged():
     peft="unmerges them",
     graft="leaves them merged: outputs are the same",
 )
+def test_a_model_can_be_copied_after_a_merge_of_nothing():
+    model = net_with("x")
+    model.delete_adapter("x")
+    model.merge_adapter()
+    assert copy.deepcopy(model).peft_config == {}
+
+
 def test_what_is_active_and_merged_may_stay_so():
     model = net_with("x", "y")
     model.base_model.set_adapter(["x", "y"])

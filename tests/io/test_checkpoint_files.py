@@ -103,7 +103,7 @@ def test_what_is_written(tmp_path):
 
 
 def test_a_process_alone_looks_for_no_stages(tmp_path):
-    """Saving and loading a whole model asks for a process group, and walks through no module for it."""
+    """Saving and loading a whole model enters nothing that is for stages of a pipeline."""
     asked = []
 
     def note(frame, event, _):
@@ -117,7 +117,7 @@ def test_a_process_alone_looks_for_no_stages(tmp_path):
         model.load_adapter(tmp_path, "again")
     finally:
         sys.setprofile(None)
-    assert asked.count("absent_from") >= 1 and len(asked) < 10 and not {"_walk", "gaps"} & {*asked}
+    assert not asked and "again" in model.peft_config
 
 
 def test_selected_adapters_and_sub_folders(tmp_path):

@@ -14,7 +14,8 @@ from functools import cache
 
 from graft.core.errors import CheckpointError
 
-Write = Callable[[str], None]  # writes to a path, at which an empty file stands already
+# a file's content, or a function that writes it to a path, at which an empty file is already
+Write = Callable[[str], None] | bytes | str
 TEMPORARY = re.compile(r"\.(?P<of>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>[0-9]{1,9})-[0-9a-f]{16}\.tmp")
 NO_FILE = "It is a device or a pipe, and stays as it is"
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none: `is_link` looks there
@@ -130,10 +131,14 @@ class Scratch:
         return path
 
     def write(self, of: str, write: Write) -> str:
-        """Make a file, and have the disk confirm what `write` writes to it; return its path."""
+        """Make a file with the content `write`, and have the disk confirm it; return its path."""
         path = self.create(of)
         try:
-            write(path)
+            if callable(write):
+                write(path)
+            else:
+                with open(path, "wb") as f:
+                    f.write(write.encode() if isinstance(write, str) else write)
             sync(path)
         except OSError as e:
             if e.filename is None and e.errno is not None:  # a disk that is full does not say whose
@@ -203,15 +208,7 @@ def machine() -> str:
 
 def replace_text(path: str, text: str) -> None:
     """Write a file that holds a text, as `replace` does."""
-    replace(path, write_bytes(text.encode()))
-
-
-def write_bytes(data: bytes) -> Write:
-    def write(path: str) -> None:
-        with open(path, "wb") as f:
-            f.write(data)
-
-    return write
+    replace(path, text)
 
 
 def sync(path: str) -> None:

@@ -35,14 +35,12 @@ FORMAT_VERSION = "0.21.2"  # files are those of this release of PEFT
 
 def check_config(config: object) -> None:
     """Raise TypeError unless this is a config of graft's; say how to make one of it."""
-    if (why := why_no_config(config)) is not None:
-        raise TypeError(f"peft_config must be a PeftConfig, {why}")
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"peft_config must be a PeftConfig, {why_no_config(config)}")
 
 
-def why_no_config(config: object) -> str | None:
-    """Return a text that describes a value and how to make a config of it; None for a config of graft's."""
-    if isinstance(config, PeftConfig):
-        return None
+def why_no_config(config: object) -> str:
+    """Return a text that describes a value that is no config of graft's, and says how to make one of it."""
     name, remedy = type(config).__name__, "Make one, such as graft.LoraConfig(target_modules=[…])"
     if isinstance(config, type):
         name, remedy = config.__name__, f"Call the class: {config.__name__}(…)"

@@ -46,7 +46,10 @@ class ConfigFile:
         beside = self.beside
         if weights is None or weights.config is None:
             return self._needed(beside)
-        inside = fields_in(weights.config, weights.path)
+        where = f"The config that {weights.path} holds"
+        inside: Json = parsed(weights.config, where)
+        if not isinstance(inside, dict):
+            raise CheckpointError(f"{where} is a {type(inside).__name__}: save or download it again.")
         end = time.monotonic() + PATIENCE
         while beside != inside:
             saving = self._is_marked(weights.stamp)  # asked first: a save takes its mark away when all is done
@@ -108,14 +111,6 @@ class ConfigFile:
             "Other libraries would take the two together: save the adapter again.",
             PeftWarning,
         )
-
-
-def fields_in(text: str, where: str) -> Json:
-    """Return the fields of the config that a weights file holds."""
-    fields = parsed(text, f"The config that {where} holds")
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"The config that {where} holds is a {type(fields).__name__}: save or download it again.")
-    return fields
 
 
 def plain(value: object) -> object:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from graft.config import notes
-from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, sync, write_bytes
+from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, sync
 from graft.core.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -37,14 +37,15 @@ def save(folder: str, name: str, write: Write, text: str, beside: dict[str, byte
         beside: further files, by name.
     """
     left = left_over(folder)
-    clear(path for path, of in left.items() if not of.startswith(MARK))
+    if left:
+        clear(path for path, of in left.items() if not of.startswith(MARK))
     weights, config = os.path.join(folder, name), os.path.join(folder, CONFIG_NAME)
     stale = os.path.join(folder, TORCH if name == SAFETENSORS else SAFETENSORS)
     old = {path: notes.stamp(path) for path in (stale, weights)}
     with Scratch(folder) as scratch:
         new = scratch.write(name, write)
-        new_config = scratch.write(CONFIG_NAME, write_bytes(text.encode()))
-        more = {scratch.write(of, write_bytes(data)): of for of, data in (beside or {}).items()}
+        new_config = scratch.write(CONFIG_NAME, text)
+        more = {scratch.write(of, data): of for of, data in (beside or {}).items()}
         links = {path: scratch.keep(path) for path in old}
         made = notes.stamp(new)
         scratch.create(mark_of(made, text))
@@ -73,7 +74,8 @@ def save(folder: str, name: str, write: Write, text: str, beside: dict[str, byte
                     "would take the two together. Save again."
                 ) from e
             raise
-    clear(path for path, of in left.items() if of.startswith(MARK))
+    if left:
+        clear(path for path, of in left.items() if of.startswith(MARK))
 
 
 def agree(scratch: Scratch, text: str) -> None:
@@ -84,7 +86,7 @@ def agree(scratch: Scratch, text: str) -> None:
             return
         text = weights.config
         scratch.create(mark_of(weights.stamp, text))
-        os.replace(scratch.write(CONFIG_NAME, write_bytes(text.encode())), os.path.join(scratch.folder, CONFIG_NAME))
+        os.replace(scratch.write(CONFIG_NAME, text), os.path.join(scratch.folder, CONFIG_NAME))
 
 
 def found_in(folder: str) -> notes.Noted | None:

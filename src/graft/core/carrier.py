@@ -27,6 +27,9 @@ class State:
         self.disabled = False
         self.trainable: Sequence[str] = ()  # adapters that require gradients
         self.slots: dict[str, list[Slot]] = {}  # of layers: by adapter, as last seen
+        self.merged: list[str] = []  # adapters that the base does the work of
+        self.undo: list[tuple[str, Any, Tensor | None]] = []  # (kind, state of the weight, the bias) of each merge
+        self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/finite.py`
 
     def let_train(self, adapter: str, on: bool) -> bool:
         """Let an adapter's parameters train or not. Return False if one no longer stands where it was last seen."""
@@ -39,16 +42,6 @@ class State:
         except KeyError:
             return False
         return True
-
-
-class MergeState(State):
-    """The state of a carrier whose base may take over the work of adapters."""
-
-    def __init__(self, call: Call | None = None) -> None:
-        super().__init__(call)
-        self.merged: list[str] = []
-        self.undo: list[tuple[str, Any, Tensor | None]] = []  # (kind, state of the weight, the bias) of each merge
-        self.survived: list[Tensor] = []  # of each merge that rounded the weight: see `core/finite.py`
 
 
 class Carrier:

@@ -7,8 +7,8 @@ beginning to its end.
   meanwhile wait for it. Those that waited for one change go in before the next one, so that neither kind starves.
 - Calls within a call or a change of the same thread pass, and so do parts of a change. A change within a call cannot
   wait for that call: it acts if it touches no adapter that a call under way uses, and is refused otherwise.
-- `Gate.preparing` is a change whose first part runs beside calls: other changes wait from there on, calls only from the
-  first `change` within it on.
+- A late change (`Gate.change(…, late=True)`, `prepares`) has a first part that runs next to calls: other changes wait
+  from there on, calls only from the first `change` within it on.
 - A call that finds the gate open takes no lock. It notes itself and then looks for a change; a change is noted and then
   looks for calls: one at least sees the other.
 - All is by thread. What a backward pass runs again in autograd's threads is in no call, compiled code passes by, copies
@@ -103,37 +103,71 @@ class Change:
         self.whole = None
         if self.within is not None:
             gate.refuse_within(self, self.touches)
-        gate.take_turn(self)
+            got = gate.turn.acquire(blocking=False)  # another change may wait for the call of this thread
+        else:
+            got = gate.turn.acquire(timeout=-1 if gate.timeout is None else gate.timeout)
+        if not got:
+            raise InUseError(gate.why_no_turn(self))
+        self.before, gate.turn_of = (gate.turn_of, None), self
         try:
             if not self.late:
                 self.close(self.touches)
         except BaseException:
-            gate.give_turn(self)
+            gate.turn_of = self.before[0]
+            gate.turn.release()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.whole is None:
             if self.closed:
-                self.gate.open(self)
-            self.gate.give_turn(self)
+                self.open()
+            self.gate.turn_of = self.before[0]
+            self.gate.turn.release()
 
     def close(self, touches: Names = ()) -> None:
         """Wait until no call is under way; none begins until the change has ended.
 
-        touches: adapters that it touches beside those that it named.
+        touches: further adapters that it touches.
 
         Raises:
             InUseError: calls went on for longer than the gate's timeout; or this thread is in a call, and the change
                 would tear it or another.
         """
+        gate = self.gate
         if self.whole is not None:
             self.whole.close(touches)
-        elif not self.closed:
-            if self.within is not None:
-                self.gate.refuse_within(self, touches)
-            self.gate.close(self)
-            self.closed = True
+            return
+        if self.closed:
+            return
+        if self.within is not None:
+            gate.refuse_within(self, touches)
+        with gate.moved:
+            self.before = (self.before[0], gate.closed_by)
+            gate.closed_by = self  # before it looks for calls
+            ended = self.within is not None or not gate.calls
+            try:
+                ended = ended or gate.moved.wait_for(lambda: not gate.calls, gate.timeout)
+            finally:
+                if not ended:
+                    running = gate.under_way()
+                    self.open()
+        if not ended:
+            raise InUseError(
+                f"{self.what} waited {gate.timeout:g} s for calls of the model to end, and these go on: {running}. "
+                f"Nothing has changed. {REMEDY}"
+            )
+        self.closed = True
+
+    def open(self) -> None:
+        """Let in the calls that waited for this change: as calls under way, which the next change sees."""
+        gate = self.gate
+        with gate.moved:
+            gate.closed_by = self.before[1]
+            if gate.closed_by is None:
+                gate.calls.update(gate.waiting)
+                gate.waiting.clear()
+                gate.moved.notify_all()
 
 
 class Gate:
@@ -145,7 +179,7 @@ class Gate:
         self.waiting: dict[int, Passage] = {}  # for a change to end
         self.closed_by: Change | None = None  # the change that waits for calls, or acts
         self.turn_of: Change | None = None  # the change whose turn it is, from its preparation on
-        self._turn, self.moved = RLock(), Condition()  # `moved`: something has begun or ended
+        self.turn, self.moved = RLock(), Condition()  # `moved`: something has begun or ended
         GATES.add(self)
 
     def __reduce__(self) -> tuple[type[Gate], tuple[float | None]]:
@@ -155,18 +189,16 @@ class Gate:
         """Return a context: a call. uses: tells the adapters that it uses, if somebody has to know."""
         return Passage(self, what, uses)
 
-    def change(self, what: str, touches: Names = None) -> Change:
+    def change(self, what: str, touches: Names = None, late: bool = False) -> Change:
         """Return a context: a change of these adapters (None: of all).
+
+        late: it waits for calls when the first change within it begins, and not before.
 
         Raises:
             InUseError: on entering, calls or another change went on for longer than `timeout`; or this thread is in a
                 call that the change would tear.
         """
-        return Change(self, what, touches, late=False)
-
-    def preparing(self, what: str, touches: Names = ()) -> Change:
-        """Return a context: a change that waits for calls when the first `change` within it begins, and not before."""
-        return Change(self, what, touches, late=True)
+        return Change(self, what, touches, late)
 
     @property
     def inside(self) -> bool:
@@ -194,7 +226,7 @@ class Gate:
             if self.waiting.pop(call.thread, None) is not None:
                 raise InUseError(
                     f"{call.what} waited {self.timeout:g} s for {change.what} in thread '{name_of(change.thread)}', "
-                    f"while these calls run: {self._under_way(call.thread) or 'none'}. {REMEDY}"
+                    f"while these calls run: {self.under_way(call.thread) or 'none'}. {REMEDY}"
                 )
 
     def tell(self) -> None:
@@ -202,54 +234,13 @@ class Gate:
         with self.moved:
             self.moved.notify_all()
 
-    def take_turn(self, change: Change) -> None:
-        """Wait until it is this change's turn."""
-        if change.within is not None:  # another one may wait for the call of this thread
-            got = self._turn.acquire(blocking=False)
-        else:
-            got = self._turn.acquire(timeout=-1 if self.timeout is None else self.timeout)
-        if not got:
-            other = self.turn_of
-            doing = "another change" if other is None else f"{other.what} in thread '{name_of(other.thread)}'"
-            raise InUseError(
-                f"{change.what} within a call of the model cannot wait for {doing}: make the change between calls."
-                if change.within is not None
-                else f"{change.what} waited {self.timeout:g} s for {doing}. {REMEDY}"
-            )
-        change.before = (self.turn_of, None)
-        self.turn_of = change
-
-    def give_turn(self, change: Change) -> None:
-        self.turn_of = change.before[0]
-        self._turn.release()
-
-    def close(self, change: Change) -> None:
-        with self.moved:
-            change.before = (change.before[0], self.closed_by)
-            self.closed_by = change  # before it looks for calls
-            if change.within is not None or not self.calls:
-                return
-            ended = False
-            try:
-                ended = self.moved.wait_for(lambda: not self.calls, self.timeout)
-            finally:
-                if not ended:
-                    running = self._under_way()
-                    self.open(change)
-        if not ended:
-            raise InUseError(
-                f"{change.what} waited {self.timeout:g} s for calls of the model to end, and these go on: {running}. "
-                f"Nothing has changed. {REMEDY}"
-            )
-
-    def open(self, change: Change) -> None:
-        """Let in the calls that waited for a change: as calls under way, which the next change sees."""
-        with self.moved:
-            self.closed_by = change.before[1]
-            if self.closed_by is None:
-                self.calls.update(self.waiting)
-                self.waiting.clear()
-                self.moved.notify_all()
+    def why_no_turn(self, change: Change) -> str:
+        """Return the text of the error for a change that did not get its turn."""
+        other = self.turn_of
+        doing = "another change" if other is None else f"{other.what} in thread '{name_of(other.thread)}'"
+        if change.within is not None:
+            return f"{change.what} within a call of the model cannot wait for {doing}: make the change between calls."
+        return f"{change.what} waited {self.timeout:g} s for {doing}. {REMEDY}"
 
     def refuse_within(self, change: Change, touches: Names) -> None:
         """Raise InUseError if a change within a call would tear it, or one of another thread."""
@@ -271,7 +262,7 @@ class Gate:
                 one = one.outer
         return found
 
-    def _under_way(self, but: int | None = None) -> str:
+    def under_way(self, but: int | None = None) -> str:
         return "; ".join(str(call) for call in list(self.calls.values()) if call.thread != but)
 
     def forked(self) -> None:
@@ -282,7 +273,7 @@ class Gate:
         if self.closed_by is not None and self.closed_by.thread != own:
             self.closed_by = None
         if self.turn_of is None or self.turn_of.thread != own:
-            self.turn_of, self._turn = None, RLock()
+            self.turn_of, self.turn = None, RLock()
 
 
 REMEDY = (
@@ -324,11 +315,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def changes(touches: Callable[..., Names]) -> Callable[[F], F]:
+def changes(touches: Callable[..., Names], late: bool = False) -> Callable[[F], F]:
     """Decorate a method as a change of its model, whose Call the object has as `call`.
 
     Args:
         touches: gets the method's arguments, and returns the adapters that it touches.
+        late: as in `Gate.change`.
     """
 
     def decorate(function: F) -> F:
@@ -336,7 +328,7 @@ def changes(touches: Callable[..., Names]) -> Callable[[F], F]:
         def run(self: Any, *args: object, **kwargs: object) -> Any:
             if self.call is None:  # a carrier that is in no model yet
                 return function(self, *args, **kwargs)
-            with self.call.gate.change(description(function, args, kwargs), touches(self, *args, **kwargs)):
+            with self.call.gate.change(description(function, args, kwargs), touches(self, *args, **kwargs), late):
                 return function(self, *args, **kwargs)
 
         return run  # type: ignore[return-value]
@@ -344,15 +336,8 @@ def changes(touches: Callable[..., Names]) -> Callable[[F], F]:
     return decorate
 
 
-def prepares(function: F) -> F:
-    """Decorate a method that prepares a change of its model, such as an adapter that comes, and then makes it."""
-
-    @wraps(function)
-    def run(self: Any, *args: object, **kwargs: object) -> Any:
-        with self.call.gate.preparing(description(function, args, kwargs)):
-            return function(self, *args, **kwargs)
-
-    return run  # type: ignore[return-value]
+# of a method that prepares a change of its model, such as an adapter that comes, and then makes it
+prepares = changes(lambda *_, **__: (), late=True)
 
 
 def description(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.carrier import MergeState
+from graft.core.carrier import State
 from graft.core.containers import (
     FACTS,
     UPCAST,
@@ -41,7 +41,7 @@ class Holding:
     attached: set[str]  # names of containers that belong to the model, not to this layer
     scaling: dict[str, float]  # by adapter, of methods that have one
     scaling_at_start: dict[str, float]
-    state: MergeState
+    state: State
     methods: dict[str, Method]  # by adapter
     kinds: list[type]  # config classes of the methods, in the order in which they came
     inner_name: str

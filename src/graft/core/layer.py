@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from graft.core import merging
 from graft.core.call import Call
-from graft.core.carrier import Carrier, MergeState
+from graft.core.carrier import Carrier, State
 from graft.core.errors import ConfigError, PeftWarning, RoutingError, UnsupportedLayerError, warn
 from graft.core.folding import unfolded
 from graft.core.gate import Lock, changes, everything
@@ -34,7 +34,7 @@ from graft.kernels.eager import eager, has_no_hooks
 from graft.kernels.withheld import Withheld
 
 
-class LayerState(MergeState):
+class LayerState(State):
     """The same of a layer, with its plans."""
 
     def __init__(self, call: Call) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.call import Call
-from graft.core.carrier import MergeState
+from graft.core.carrier import State
 from graft.core.containers import Slot
 from graft.core.method import Method
 from graft.core.ops import Op
@@ -35,7 +35,7 @@ class Layer(Protocol):
     _modules: dict[str, nn.Module | None]
 
     @property
-    def state(self) -> MergeState: ...
+    def state(self) -> State: ...
     @property
     def base_layer(self) -> nn.Module: ...
     @property

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import nn
 
 from graft.core.call import Call
+from graft.core.carrier import Carrier
 from graft.core.rows import Finish, Run
 from graft.core.shared import Shared
 
@@ -37,8 +38,16 @@ class Tuner(Protocol):
     def states(self) -> dict[str, Any]: ...  # of methods that allocate a budget, by adapter
     @property
     def shared(self) -> Shared: ...
+
+    starts: dict[str, Any]  # notes of first values, by adapter
+    trained: set[str]
+    watch: Any
+    in_ddp: bool
+
     @property
     def call(self) -> Call: ...
+    def carriers(self) -> Iterator[Carrier]: ...
+    def parts_of(self, adapter_name: str) -> Any: ...
     def check_known(self, names: Sequence[str]) -> None: ...
     def calling(self, what: str) -> AbstractContextManager[object]: ...
     def acting(self, run: Run) -> AbstractContextManager[Finish]: ...

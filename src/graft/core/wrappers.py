@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,20 +78,8 @@ def parameters_in(module: nn.Module) -> dict[str, Tensor]:
 HOOK = "_hf_hook"  # accelerate's mark on a module
 
 
-class Hook(Protocol):
-    """The attributes of accelerate's AlignDevicesHook."""
-
-    execution_device: torch.device | str | int
-    offload_buffers: bool
-    weights_map: Mapping[str, Tensor]
-    tied_params_names: set[str]
-
-    def pre_forward(self, module: nn.Module) -> object: ...
-    def post_forward(self, module: nn.Module, output: object) -> object: ...
-
-
-def hooks_of(m: nn.Module) -> list[Hook]:
-    """Return accelerate's hooks that bring the module's own tensors in for a call and offload them again."""
+def hooks_of(m: nn.Module) -> list[Any]:
+    """Return the hooks of accelerate that bring the module's own tensors in for a call and offload them again."""
     hook: Any = m.__dict__.get(HOOK)
     return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
 
@@ -99,7 +87,8 @@ def hooks_of(m: nn.Module) -> list[Hook]:
 def copy_offloaded(m: nn.Module, name: str) -> Tensor:
     """Return a copy of an offloaded tensor of a module, on the device on which the module computes."""
     hook = hooks_of(m)[0]
-    return hook.weights_map[name].to(hook.execution_device, copy=True)
+    weights: Mapping[str, Tensor] = hook.weights_map
+    return weights[name].to(hook.execution_device, copy=True)
 
 
 def take_hook_off(m: nn.Module) -> None:

@@ -8,13 +8,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graft.core.call import Call
 from graft.core.containers import Transient
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import largest
@@ -94,9 +93,6 @@ def build(job: Job) -> None:
     values = job.options.values
     if values is not None:
         values.check_room(made_early(job))
-    if job.call is None:
-        existing = next(iter((*job.tree.layers.values(), *job.tree.wrappers.values())), None)
-        job.call = existing.call if existing is not None else Call()
     before = set(job.shared.containers)
     job.takebacks.append(lambda: job.shared.take_out(set(job.shared.containers) - before))
     orient(job.cfg, [method.site for method in job.here.values()])
@@ -105,17 +101,24 @@ def build(job: Job) -> None:
             if isinstance(bias, nn.Module):
                 job.biases[i], release = make_bias_parameter(bias)
                 job.takebacks.append(release)
-        share(job)
-        check_alone(job)
+        if job.method.shares:
+            share(job)
+        if job.tree.absent:
+            trains = [slot.container for slot in job.shared.slots(job.adapter) if slot.trains]
+            check_alone(job.method, job.methods, job.order, trains, job.tree.absent, job.adapter)
         add_layers(job)
-        warn_of_offloaded(job)
-        add_beside(job)
-        follow(job)
+        if job.biases and values is None:
+            warn_of_offloaded(job.biases, job.model, job.adapter, job.cfg.bias)
+        if job.beside:
+            add_beside(job)
+        if job.targets.tied:
+            follow(job)
         if values is not None:
             put(job.parts, job.adapter, values.of(job.parts, job.adapter))
-        else:
-            join(job.layers.values(), job.adapter)
-        agree(job)
+        elif related := [layer for layer in job.layers.values() if layer.methods[job.adapter].lenders]:
+            join(related, job.adapter)
+        if job.group is not None:
+            agree(job.parts, job.adapter, job.group, values is not None)
         for method in job.methods.values():
             if method.source is not None:
                 method.tie(method.source)
@@ -130,11 +133,12 @@ def put(parts: Parts, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -
     An adapter that is merged stays so, with the new values.
     """
     related = [layer for layer in parts.layers.values() if layer.methods[adapter].lenders]
-    part(related, adapter)
+    if related:
+        part(related, adapter)
     parted = [] if parts.shared is None else parts.shared.part(adapter)
     with ExitStack() as stack:
         for carrier in (*parts.layers.values(), *parts.wrappers.values()):
-            if adapter in carrier.merged_adapters:
+            if adapter in carrier.state.merged:
                 stack.enter_context(lifted(carrier))
         for entry, value in values:
             entry.assign(value)
@@ -154,7 +158,8 @@ def put(parts: Parts, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -
         spare.rollback()  # the base weight changes by what the layer itself holds
     for layer in parts.layers.values():
         layer.methods[adapter].loaded()
-    join(related, adapter, only_equal=True)
+    if related:
+        join(related, adapter, only_equal=True)
 
 
 def part(layers: Iterable[AdapterLayer], adapter: str) -> None:
@@ -185,13 +190,6 @@ def join(layers: Iterable[AdapterLayer], adapter: str, only_equal: bool = False)
             f"such as '{apart[0]}', as PEFT trains an adapter that is not a model's first: these stay apart.",
             PeftWarning,
         )
-
-
-def trainable_from_others(layer: AdapterLayer, adapter: str) -> int:
-    """Count the numbers that train in tensors of other layers."""
-    borrowed = layer.methods[adapter].lenders
-    own = layer.slots(adapter) if borrowed else ()
-    return sum(s.tensor.numel() for s in own if s.trains and s.container in borrowed)
 
 
 def add_adapter(
@@ -239,8 +237,6 @@ def check_starts(layers: Iterable[AdapterLayer], adapter: str) -> None:
 
 def share(job: Job) -> None:
     """Make the tensors that all layers share."""
-    if not job.method.shares:
-        return
     sites = [method.alone.site for method in job.order.values()]
     if not sites and job.tree.absent:
         return
@@ -267,7 +263,6 @@ def share(job: Job) -> None:
 def add_layers(job: Job) -> None:
     shared, adapter, call, options = job.shared.attached(), job.adapter, job.call, job.options
     loads, on_meta = options.values is not None, options.on_meta
-    assert call is not None
     default = torch.get_default_device()
     nothing, started = [], []
     for key, method in job.order.items():
@@ -285,11 +280,13 @@ def add_layers(job: Job) -> None:
         size = add_adapter(layer, method, shared, on_meta=nowhere, upcast=options.upcast, default=default)
         if not nowhere and Use.TAKES in use:
             started.append(layer)
-        size -= trainable_from_others(layer, adapter)
+        if method.lenders:  # their tensors count on another layer
+            size -= sum(s.tensor.numel() for s in layer.slots(adapter) if s.trains and s.container in method.lenders)
         job.report.matched.append(Matched(key, site.type_name, size))
         if layer.scaling_at_start.get(adapter) == 0:
             nothing.append(key)
-    check_starts(started, adapter)
+    if started:
+        check_starts(started, adapter)
     if nothing:
         warn(
             f"Adapter '{adapter}' has a scaling of 0 on {len(nothing)} of {len(job.layers)} layers, such as "
@@ -298,13 +295,13 @@ def add_layers(job: Job) -> None:
         )
 
 
-def warn_of_offloaded(job: Job) -> None:
+def warn_of_offloaded(biases: list[Any], model: nn.Module, adapter: str, bias: str) -> None:
     """Warn of biases that are to train, and that accelerate's hooks take from where no optimizer writes to."""
-    away = find_offloaded(job.model) if job.options.values is None and any(b.is_meta for b in job.biases) else {}
-    lost = [b for b in job.biases if id(b) in away]
+    away = find_offloaded(model) if any(b.is_meta for b in biases) else {}
+    lost = [b for b in biases if id(b) in away]
     if lost:
         warn(
-            f"Adapter '{job.adapter}' trains biases of the base (bias='{job.cfg.bias}'), and {len(lost)} of them are "
+            f"Adapter '{adapter}' trains biases of the base (bias='{bias}'), and {len(lost)} of them are "
             "offloaded, where they stay as they are: have the model on real devices first, or set bias='none'.",
             PeftWarning,
         )
@@ -314,7 +311,6 @@ def add_beside(job: Job) -> None:
     """Give the adapter its heads, and its rows of embeddings."""
     values = job.options.values
     for key, method in job.beside.items():
-        assert job.call is not None  # `build` has made one
         kind = ModulesToSaveWrapper if isinstance(method, Head) else RowsLayer
         host = job.wrappers[key] = job.tree.wrappers.get(key) or kind(method.site, job.call)
         if isinstance(method, Head):
@@ -341,15 +337,13 @@ def check_one_device(method: Method, source: Method) -> None:
 
 def follow(job: Job) -> None:
     """Adapt the modules tied to the embedding. `build` ties the adapters once they have values."""
-    call = job.call
-    assert call is not None
     for key, method in job.methods.items():
         source = method.source
         if source is None:
             continue
         if not job.method.always_tied:
             check_one_device(method, source)
-        layer = job.layers[key] = job.tree.layers.get(key) or AdapterLayer(method.site, call)
+        layer = job.layers[key] = job.tree.layers.get(key) or AdapterLayer(method.site, job.call)
         size = add_adapter(layer, method, job.shared.attached(), on_meta=False, upcast=job.options.upcast)
         job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))
 

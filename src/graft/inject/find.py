@@ -32,13 +32,14 @@ from graft.inject.job import Job
 from graft.inject.match import WHY, Matcher, Verdict, hint, unmatched
 from graft.inject.report import InjectReport, Skipped
 from graft.inject.stage import absent_in, remote_sites
-from graft.inject.survey import Tree, children_of, kind_of, site_of, why_not_attention
+from graft.inject.survey import Tree, children_of, kind_of, site_of, uncovered, why_not_attention
 from graft.inject.targets import (
     DUMMY,
     embedding_path,
     expand,
-    parameters_of,
+    parameter_target,
     resolve_targets,
+    search_parameters,
     tied_to_embedding,
 )
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
@@ -67,7 +68,7 @@ def find(job: Job) -> None:
     if job.keys is None:
         targets.tied = expand(cfg, method, model, tree)
     job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
-    tree.absent = absent_in(tree.modules)
+    tree.absent = absent_in(tree.modules) if job.several else {}
     match(job, left)
     for key in method.accompany(cfg, model, list(targets.sites)):
         targets.sites.setdefault(key, site_of(key, tree.modules[key], tree))
@@ -84,22 +85,32 @@ def find(job: Job) -> None:
             made.named, made.along = source, key in targets.along
         if key in tied:
             made.source = job.methods[tied[key]]
-    everywhere = remote_sites(job) if tree.absent else targets.sites
+    everywhere = targets.sites
+    if tree.absent and job.keys is None:
+        everywhere = remote_sites(targets.sites, tree, Matcher(cfg), adapter)
     job.order = {
         key: job.methods.get(key) or made_for(site, variant, cfg.at(key), adapter) for key, site in everywhere.items()
     }
     in_order = list(job.order.values())
     variant.split_budget([m.alone for m in (*in_order, *(job.methods[key] for key in tied))])
     check_sites(job.methods, tree, job.mixed)
-    if not cfg.inference_mode and (job.options.values is None or job.options.values.names):
+    trains = not cfg.inference_mode and (job.options.values is None or job.options.values.names)
+    if trains and dist.is_available() and dist.is_initialized():
         check_unwrapped(tree.modules.items(), adapter)
-    lend(in_order)
-    saved = modules_to_save_of(cfg, tree, job.report)
-    job.beside |= heads_of(saved, job)
-    job.beside |= rows_of(cfg, model, tree, adapter)
-    check_rows(job.beside, job.methods, saved, tree)
-    targeted = [tree.modules[key] for key in job.methods if key in tree.modules]
-    job.biases = biases_of(cfg, model, targeted, saved)
+    if in_order and in_order[0].common:
+        lend(in_order)
+    names, heads = getattr(cfg, "modules_to_save", None), job.options.heads
+    saved = modules_to_save_of(names, getattr(cfg, "_default_heads", ()), tree, job.report) if names else []
+    if saved or heads:
+        chosen = choose_heads(heads, saved, model, tree) if heads else {}
+        job.beside |= heads_of(saved, chosen, targets.tied, tree, adapter)
+    if tokens := getattr(cfg, "trainable_token_indices", None):
+        rows = rows_of(tokens, cfg, model, tree, adapter)
+        check_rows(rows, job.methods, saved, tree)
+        job.beside |= rows
+    if getattr(cfg, "bias", "none") != "none":
+        targeted = [tree.modules[key] for key in job.methods if key in tree.modules]
+        job.biases = biases_of(cfg, model, targeted, saved)
     job.report.other_trainable = sum(getattr(b, "bias", b).numel() for b in job.biases)
 
 
@@ -155,7 +166,16 @@ def match(job: Job, left: LeftOut) -> None:
         targets.sites[key] = site
     parameters: dict[str, Site] = {}
     if getattr(cfg, "target_parameters", None):
-        parameters, idle = parameters_of(job)
+        if job.keys is not None:
+            raise ConfigError(
+                "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: leave "
+                f"state_dict out (adapter '{job.adapter}'), and load the values afterwards."
+            )
+        if job.steps is not None:
+            parameters, idle = job.steps.parameters()
+        else:
+            found, idle = search_parameters(cfg, uncovered(job.model), tree, report)
+            parameters = dict(parameter_target(path, name, tree, targets.sites, job.adapter) for _, path, name in found)
         warn_unmatched("target_parameters", idle, report, of=None if parameters else cfg.target_parameters)
         targets.sites |= parameters
     if tree.absent:
@@ -167,7 +187,8 @@ def match(job: Job, left: LeftOut) -> None:
             )
     elif matcher is not None:
         report_on(cfg, matcher, outcomes, report, list(parameters), left)
-        warn_left_out(left, tree, report)
+        if left.stacks or left.layers:
+            warn_left_out(left, tree, report)
 
 
 def warn_left_out(left: LeftOut, tree: Tree, report: InjectReport) -> None:
@@ -182,7 +203,7 @@ def warn_left_out(left: LeftOut, tree: Tree, report: InjectReport) -> None:
 
 def lend(methods: Sequence[Method]) -> None:
     """Name the lender of each tensor that a layer of an adapter has in common with one before it."""
-    for container, keys_of in methods[0].common.items() if methods else ():
+    for container, keys_of in methods[0].common.items():
         first: dict[Hashable, Method] = {}
         for method, key in zip(methods, keys_of(methods)):
             lender = first.setdefault(key, method)
@@ -194,8 +215,10 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
     """Raise UnsupportedLayerError unless these methods can adapt their sites."""
     for key, method in methods.items():
         site, adapter = method.site, method.name
-        why = getattr(site.module, "why_not_adapted", None) or why_not_attention(site.module)
-        why = why or why_not_parallel(method) or method.check() or by_itself(method)
+        why = getattr(site.module, "why_not_adapted", None)
+        if isinstance(site.module, nn.MultiheadAttention):
+            why = why or why_not_attention(site.module)
+        why = why or why_not_parallel(method) or method.check() or (by_itself(method) if site.by_itself else None)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
@@ -230,8 +253,6 @@ def check_unwrapped(modules: Iterable[tuple[str, nn.Module]], adapter: str) -> N
 
     modules: all of the model, with their paths.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
     key = next((key for key, module in modules if MANAGED in module.__dict__), None)
     if key is not None:
         raise DistributedError(
@@ -244,8 +265,6 @@ def check_unwrapped(modules: Iterable[tuple[str, nn.Module]], adapter: str) -> N
 def by_itself(method: Method) -> str | None:
     """Return why a method cannot adapt a tensor that modules use in ways of their own; None if it can."""
     site, effect = method.site, method.effect
-    if not site.by_itself:
-        return None
     if effect.whole:
         return f"The weight is used without a call of the layer, so that {type(method).__name__} would have no effect"
     if (reason := unfolded(method)) is not None:
@@ -254,15 +273,13 @@ def by_itself(method: Method) -> str | None:
     return None if why is None else f"{type(method).__name__} needs its weight, and {why}"
 
 
-def modules_to_save_of(cfg: PeftConfig, tree: Tree, report: InjectReport) -> list[str]:
-    """Return the paths of the modules that train whole."""
-    names = getattr(cfg, "modules_to_save", None) or ()
-    everywhere = [key for key in tree.modules if beside.matches(key, names) is not None] if names else []
-    wanted = [key for key in everywhere if key not in tree.absent]
-    defaults = getattr(cfg, "_default_heads", ())
+def modules_to_save_of(names: Sequence[str], defaults: Sequence[str], tree: Tree, report: InjectReport) -> list[str]:
+    """Return the paths of the modules that train whole; warn of names without a module, but for `defaults`."""
+    everywhere = [key for key in tree.modules if beside.matches(key, names) is not None]
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]
-    warn_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
-    return wanted
+    if missing:
+        warn_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
+    return [key for key in everywhere if key not in tree.absent]
 
 
 def warn_unmatched(
@@ -287,10 +304,11 @@ def warn_unmatched(
     report.unmatched_targets.update({prefix + entry: similar for entry, similar in entries.items()})
 
 
-def heads_of(saved: list[str], job: Job) -> dict[str, Head]:
+def heads_of(
+    saved: list[str], chosen: dict[str, nn.Module], tied: dict[str, str], tree: Tree, adapter: str
+) -> dict[str, Head]:
     """Return the heads of an adapter: of the modules that train whole, and of those tied to them."""
-    tree, adapter, tied = job.tree, job.adapter, job.targets.tied
-    chosen, made = choose_heads(job.options.heads or {}, saved, job.model, tree), dict[str, Head]()
+    made: dict[str, Head] = {}
     for key in [*saved, *(k for k, source in tied.items() if source in saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
         beside.refuse(key, tree.modules[key], inside, adapter)
@@ -309,7 +327,7 @@ def choose_heads(heads: dict[str, nn.Module], saved: list[str], model: nn.Module
     if not isinstance(heads, Mapping):
         raise ConfigError(f"heads must be modules by name, as {{'classifier': …}}, got {type(heads).__name__}.")
     chosen: dict[str, nn.Module] = {}
-    here = {id(m) for m in model.modules()} if heads else set()
+    here = {id(m) for m in model.modules()}
     for name, module in heads.items():
         paths = [key for key in saved if key == name or key.endswith(f".{name}")]
         if len(paths) != 1:
@@ -351,10 +369,7 @@ def biases_of(
     Raises:
         NotImplementedError: `bias` has no such value.
     """
-    bias = bias_in(cfg)
-    if bias == "none":
-        return []
-    if bias == "all":
+    if bias_in(cfg) == "all":
         inside = tuple(f"{key}." for key in whole)
         parameters = [p for name, p in model.named_parameters() if is_bias(name) and not name.startswith(inside)]
         layers = [m for name, m in model.named_modules() if not f"{name}.".startswith(inside)]
@@ -364,11 +379,8 @@ def biases_of(
     return [*parameters, *dict.fromkeys(m for m in layers if has_loose_bias(m))]
 
 
-def check_rows(
-    beside: dict[str, Head | TrainableTokens], adapted: dict[str, Method], saved: list[str], tree: Tree
-) -> None:
-    """Raise unless the single rows among these can train."""
-    rows = {key: m for key, m in beside.items() if isinstance(m, TrainableTokens)}
+def check_rows(rows: dict[str, TrainableTokens], adapted: dict[str, Method], saved: list[str], tree: Tree) -> None:
+    """Raise unless these single rows can train."""
     for key, method in rows.items():
         module, source, adapter = tree.modules[key], method.source, method.name
         name = f"'{key}'" + (f", which follows '{source.site.key}' as it shares its weight" if source else "")
@@ -430,9 +442,10 @@ def report_on(
     if isinstance(targets, (set, list)) and DUMMY not in targets:
         used = {v.entry for v in verdicts if v.entry is not None}
         # a longer entry may name the same modules, and is the one in `used`
-        left = [t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)]
-        missing = unmatched(set(left) - experts_left.names, used, outcomes)
-        warn_unmatched("target_modules", missing, report, of=None if "matched" in found else targets)
+        left = {t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)}
+        if left := left - experts_left.names:
+            missing = unmatched(left, used, outcomes)
+            warn_unmatched("target_modules", missing, report, of=None if "matched" in found else targets)
     for name in getattr(cfg, "patterns", {}):
         matched = [*(k for k, v in outcomes.items() if v.outcome == "matched"), *parameters]
         idle = sorted(p for p in getattr(cfg, name) or () if not any(cfg.reaches(p, k, name) for k in matched))
@@ -483,9 +496,14 @@ def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> s
     return text
 
 
-def rows_of(cfg: PeftConfig, model: nn.Module, tree: Tree, adapter: str) -> dict[str, TrainableTokens]:
-    """Return what trains single rows beside an adapter, first where the config names a module, then what follows."""
-    tokens = token_targets(cfg, model, tree, adapter)
+def rows_of(
+    wanted: Mapping[str, Sequence[int]] | Sequence[int], cfg: PeftConfig, model: nn.Module, tree: Tree, adapter: str
+) -> dict[str, TrainableTokens]:
+    """Return the methods that train single rows, first of modules that the config names, then of those tied to them.
+
+    wanted: the rows of the embedding, or of each module by name.
+    """
+    tokens = token_targets(wanted, model, tree, adapter)
     tied, made = following_tokens(tokens, cfg, model, tree), dict[str, TrainableTokens]()
     for key in [*(key for key in tokens if key not in tied), *tied]:
         config = TrainableTokensConfig(token_indices=tokens[tied.get(key, key)])
@@ -496,12 +514,11 @@ def rows_of(cfg: PeftConfig, model: nn.Module, tree: Tree, adapter: str) -> dict
     return made
 
 
-def token_targets(cfg: PeftConfig, model: nn.Module, tree: Tree, adapter: str) -> dict[str, list[int]]:
+def token_targets(
+    wanted: Mapping[str, Sequence[int]] | Sequence[int], model: nn.Module, tree: Tree, adapter: str
+) -> dict[str, list[int]]:
     """Return the rows that a config trains, by path of their module."""
-    wanted = getattr(cfg, "trainable_token_indices", None)
-    if not wanted:
-        return {}
-    named = wanted if isinstance(wanted, dict) else {embedding_path(model, tree) or "embed_tokens": wanted}
+    named = wanted if isinstance(wanted, Mapping) else {embedding_path(model, tree) or "embed_tokens": wanted}
     out: dict[str, list[int]] = {}
     for name, indices in named.items():
         paths = [k for k in tree.modules if k == name or k.endswith(f".{name}")]

@@ -17,7 +17,7 @@ from graft.inject import build, find
 from graft.inject.beside import RowsLayer, TrainableTokensWrapper
 from graft.inject.job import Job
 from graft.inject.parts import inside_out
-from graft.inject.stage import draw_alike
+from graft.inject.stage import draw_alike, group_in
 from graft.inject.survey import Place, Tree, survey
 from graft.methods import ROWS
 from graft.storage import innermost, prepare_packed
@@ -38,11 +38,14 @@ class Injection(Job):
         with self.restructured():
             with collector_paused(), gathering() as say:
                 self.find()
-                draw_alike(self.tree.modules.values())
+                if self.several and (group := group_in(self.tree.modules.values())) is not None:
+                    draw_alike(group)
+                    self.group = group
                 build.build(self)
             try:
                 say()
-                self.close()
+                with self.call.gate.change("a change", ()):  # waits until no call of the model is under way
+                    pass
             except BaseException:
                 self.undo()
                 raise

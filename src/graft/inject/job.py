@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
@@ -21,6 +22,7 @@ from graft.inject.report import InjectReport, Matched
 from graft.inject.survey import Tree, Wrapper
 from graft.methods.trainable_tokens import TrainableTokens
 from graft.prompts.base import Prompt
+from graft.storage.parallel import processes
 
 
 class Receiver(Protocol):
@@ -62,10 +64,6 @@ class Options:
     provisional: bool = False  # the caller may still take it off: see `Registry.provisional`
 
 
-def do_nothing() -> None:
-    """Do nothing: no calls of the model are under way, and nobody follows its changes."""
-
-
 @dataclass
 class Targets:
     """The modules and parameters that a config targets, as `find` goes on. Methods take their place."""
@@ -81,14 +79,13 @@ class Job:
 
     Args:
         method: the Method class.
-        call: the Call of the model; a new one if it has none yet.
+        call: the Call of the model.
         shared: the tensors that all layers of the model share; some methods add to it.
         others: configs of the adapters that the model has, by name.
         keys: adapt exactly these paths, whatever the config targets.
         tree: a survey of the model, if one was just made.
         mixed: layers may carry adapters of other methods.
         prompt: the adapter itself, if it is a prompt.
-        close: waits until no call of the model is under way.
         steps: those of the tuner that were replaced, to be asked.
     """
 
@@ -96,15 +93,16 @@ class Job:
     config: PeftConfig
     method: type[Method]
     adapter: str
-    call: Call | None = None
+    call: Call = field(default_factory=Call)
     shared: Shared = field(default_factory=Shared)
     others: Mapping[str, PeftConfig] = field(default_factory=dict)
     options: Options = Options()
     keys: Iterable[str] | None = None
     tree: Tree = None  # type: ignore[assignment]
     mixed: bool = False
+    several: bool = field(default_factory=lambda: processes() > 1)  # this process is one of several
+    group: dist.ProcessGroup | None = None  # of the processes that compute the model in pieces
     prompt: Prompt | None = None
-    close: Callable[[], None] = do_nothing
     steps: Any = None  # Steps
 
     # found by `find.find`
@@ -124,7 +122,7 @@ class Job:
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.layers, self.wrappers, self.shared, self.prompt)
+        return Parts(self.layers, self.wrappers, self.shared if self.shared.containers else None, self.prompt)
 
     @property
     def here(self) -> dict[str, Method]:

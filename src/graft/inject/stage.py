@@ -17,8 +17,9 @@ from graft.core.layer import layer_for
 from graft.core.method import Method, Use
 from graft.core.random import made_on, set_states, states
 from graft.core.site import Site
-from graft.inject.job import Job
 from graft.inject.match import Matcher
+from graft.inject.parts import Parts
+from graft.inject.survey import Tree
 from graft.storage import find_group, innermost
 from graft.storage.flat import sendable
 from graft.storage.parallel import processes
@@ -29,12 +30,10 @@ MARK = "PipelineIdentityLayer"  # of transformers
 def absent_in(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Return the path of the list (or other parent) of each module that this process lacks.
 
-    Returns {} for a whole model, and wherever one process runs alone: then no module is looked at.
+    Returns {} for a whole model.
 
     modules: all modules of the model, by path.
     """
-    if processes() == 1:
-        return {}
     found = {key: key.rpartition(".")[0] for key, m in modules.items() if type(m).__name__ == MARK}
     for key, m in modules.items():
         if isinstance(m, (nn.ModuleList, nn.ModuleDict)):
@@ -71,30 +70,29 @@ def below(path: str, absent: Iterable[str]) -> bool:
     return any(path == key or path.startswith(f"{key}.") for key in absent)
 
 
-def remote_sites(job: Job) -> dict[str, Site]:
-    """Return the sites of an Injection in the model's order, with those that other stages have.
+def remote_sites(sites: dict[str, Site], tree: Tree, matcher: Matcher, adapter: str) -> dict[str, Site]:
+    """Return the sites of an adapter in the model's order, with those that other stages have.
 
     A site of an absent block looks as that of a block that is here. It draws its initial values as well, which nobody
     keeps: so each stage has those that one process would have drawn.
     """
-    absent, cfg = job.tree.absent, job.cfg
-    lists = {p for p in absent.values() if isinstance(job.tree.modules.get(p), (nn.ModuleList, nn.ModuleDict))}
-    if not lists or job.keys is not None:
-        return dict(job.targets.sites)
-    matcher = Matcher(cfg)
+    absent = tree.absent
+    lists = {p for p in absent.values() if isinstance(tree.modules.get(p), (nn.ModuleList, nn.ModuleDict))}
+    if not lists:
+        return sites
     out: dict[str, Site] = {}
     done: set[str] = set()
-    for key, site in job.targets.sites.items():
+    for key, site in sites.items():
         parent = next((p for p in lists if key.startswith(f"{p}.")), None)
         if parent is None:
             out[key] = site
         elif parent not in done:
             done.add(parent)
-            out |= in_blocks(parent, job, matcher)
+            out |= in_blocks(parent, sites, tree, matcher)
     others = [key for key in absent if absent[key] not in lists and matcher(key).outcome == "matched"]
     if others:
         warn(
-            f"'{others[0]}' is on another stage of the pipeline, and adapter '{job.adapter}' adapts it there: this "
+            f"'{others[0]}' is on another stage of the pipeline, and adapter '{adapter}' adapts it there: this "
             "stage draws other values for the layers after it than one process would. Load the adapter from a file "
             "where all stages have to begin like one process.",
             PeftWarning,
@@ -102,18 +100,18 @@ def remote_sites(job: Job) -> dict[str, Site]:
     return out
 
 
-def in_blocks(parent: str, job: Job, matcher: Matcher) -> Iterator[tuple[str, Site]]:
+def in_blocks(parent: str, sites: dict[str, Site], tree: Tree, matcher: Matcher) -> Iterator[tuple[str, Site]]:
     """Yield the sites in all blocks of a list, in order, by those of the first block that has some."""
-    sites: dict[str, dict[str, Site]] = {}  # by block, by path below it
-    for key, site in job.targets.sites.items():
+    by_block: dict[str, dict[str, Site]] = {}  # by name of the block, by path below it
+    for key, site in sites.items():
         if key.startswith(f"{parent}."):
             name, _, rest = key.removeprefix(f"{parent}.").partition(".")
-            sites.setdefault(name, {})[rest] = site
-    model = next(iter(sites.values()))
-    for name in job.tree.modules[parent]._modules:
+            by_block.setdefault(name, {})[rest] = site
+    model = next(iter(by_block.values()))
+    for name in tree.modules[parent]._modules:
         path = f"{parent}.{name}"
-        if path not in job.tree.absent:
-            yield from ((f"{path}.{rest}", site) for rest, site in sites.get(name, {}).items())
+        if path not in tree.absent:
+            yield from ((f"{path}.{rest}", site) for rest, site in by_block.get(name, {}).items())
             continue
         for rest, site in model.items():
             key = f"{path}.{rest}"
@@ -132,42 +130,44 @@ def draw(method: Method, shared: dict[str, object], call: Call) -> None:
             method.init()
 
 
-def check_alone(job: Job) -> None:
+def check_alone(
+    kind: type[Method],
+    methods: dict[str, Method],
+    order: dict[str, Method],
+    trains: list[str],
+    absent: dict[str, str],
+    adapter: str,
+) -> None:
     """Raise UnsupportedLayerError if an adapter of a stage needs what other stages have.
 
-    Call it after `lend` and `share`.
+    Args:
+        methods: of the layers that are here, by path.
+        order: those that other stages have, too.
+        trains: names of the tensors that all layers share and that train.
     """
-    if not job.tree.absent:
-        return
-    why = job.method.over_layers
-    trains = [slot.container for slot in job.shared.slots(job.adapter) if slot.trains]
+    why = kind.over_layers
     if why is None and trains:
         why = f"trains '{trains[0]}', which all layers share"
-    remote = {id(method) for key, method in job.order.items() if key not in job.methods}
-    for method in job.methods.values():
+    remote = {id(method) for key, method in order.items() if key not in methods}
+    for method in methods.values():
         other = next((s for s in method.lenders.values() if id(s) in remote), None)
         if why is None and other is not None:
             why = f"uses tensors of layer '{other.site.key}' in layer '{method.site.key}'"
     if why is not None:
         raise UnsupportedLayerError(
-            f"{job.method.__name__} {why}, and this model is a stage of a pipeline, which lacks {len(job.tree.absent)} "
-            f"modules, such as '{next(iter(job.tree.absent))}'. Adapter '{job.adapter}': use a method whose layers are "
+            f"{kind.__name__} {why}, and this model is a stage of a pipeline, which lacks {len(absent)} modules, such "
+            f"as '{next(iter(absent))}'. Adapter '{adapter}': use a method whose layers are "
             "independent, such as LORA, or tensor parallelism."
         )
 
 
 def group_in(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
     """Return the group of processes that compute a model in pieces; None if no other process has a part in it."""
-    if processes() == 1:
-        return None
     return next((g for m in modules if (g := find_group(m)) is not None), None)
 
 
-def draw_alike(modules: Iterable[nn.Module]) -> None:
+def draw_alike(group: dist.ProcessGroup) -> None:
     """Have all processes of a model's group draw from now on what its first process draws."""
-    group = group_in(modules)
-    if group is None:
-        return
     first = dist.get_global_rank(group, 0)
     alike = []
     for state in states():
@@ -177,35 +177,34 @@ def draw_alike(modules: Iterable[nn.Module]) -> None:
     set_states(alike)
 
 
-def agree(job: Job) -> None:
-    """Give an Injection's new tensors the values of the group's first process, whatever each has drawn.
+def agree(parts: Parts, adapter: str, group: dist.ProcessGroup, loads: bool) -> None:
+    """Give an adapter's new tensors the values of the group's first process, whatever each has drawn.
+
+    loads: the values came from a checkpoint.
 
     Raises:
         CheckpointError: the processes have loaded different values.
     """
-    group = group_in(job.tree.modules.values())
-    if group is None:
-        return
-    tensors = [t for t in tensors_of(job) if not t.is_meta and t.numel()]
+    tensors = [t for t in tensors_of(parts, adapter) if not t.is_meta and t.numel()]
     for device in dict.fromkeys(t.device for t in tensors):
         here = [t for t in tensors if t.device == device]
         data = torch.cat([t.detach().reshape(-1).contiguous().view(torch.uint8) for t in here])
-        if job.options.values is not None:
-            check_equal(data, job.adapter, group)
+        if loads:
+            check_equal(data, adapter, group)
             continue
         dist.broadcast(data, dist.get_global_rank(group, 0), group=group)
-        parts = data.split([t.numel() * t.itemsize for t in here])
-        for t, part in zip(here, parts):
+        pieces = data.split([t.numel() * t.itemsize for t in here])
+        for t, part in zip(here, pieces):
             t.data.copy_(part.clone().view(t.dtype).view(t.shape))
 
 
-def tensors_of(job: Job) -> Iterator[Tensor]:
-    """Yield the tensors of an Injection's adapter, each once, in the same order on all processes."""
+def tensors_of(parts: Parts, adapter: str) -> Iterator[Tensor]:
+    """Yield the tensors of an adapter, each once, in the same order on all processes."""
     seen: set[int] = set()
-    shared = [slot.tensor for slot in job.shared.slots(job.adapter)]
-    own = [t for layer in job.layers.values() for _, t in layer.tensors(job.adapter, transient=True)]
-    rows = [slot.tensor for w in job.wrappers.values() for slot in w.slots(job.adapter)]
-    prompt = [] if job.prompt is None else [*job.prompt.parameters(), *job.prompt.buffers()]
+    shared = [] if parts.shared is None else [slot.tensor for slot in parts.shared.slots(adapter)]
+    own = [t for layer in parts.layers.values() for _, t in layer.tensors(adapter, transient=True)]
+    rows = [slot.tensor for w in parts.wrappers.values() for slot in w.slots(adapter)]
+    prompt = [] if parts.prompt is None else [*parts.prompt.parameters(), *parts.prompt.buffers()]
     for t in (*shared, *own, *rows, *prompt):
         if id(t) not in seen and type(t).__name__ != "DTensor":
             seen.add(id(t))

@@ -21,7 +21,7 @@ from graft.inject.job import Job
 from graft.inject.match import Verdict, unmatched
 from graft.inject.parts import registry_of
 from graft.inject.report import Skipped
-from graft.inject.survey import Tree, kind_of, site_of
+from graft.inject.survey import Tree, kind_of, site_of, uncovered
 from graft.inject.targets import Idle, parameter_target, search_parameters
 from graft.storage import innermost
 
@@ -162,9 +162,9 @@ class Steps:
 
     # parameters
 
-    def parameters(self, job: Job) -> tuple[dict[str, Site], Idle]:
-        """Return what `parameters_of` does, as the steps have it."""
-        before = set(self.noted)
+    def parameters(self) -> tuple[dict[str, Site], Idle]:
+        """Return the sites of the parameters that the steps adapt, by path; and the entries that name none."""
+        job, before = self.job, set(self.noted)
         if PARAMETERS in self.replaced:
             names = {"peft_config": job.cfg, "model": job.model, "adapter_name": job.adapter}
             self._ask(PARAMETERS, **names, low_cpu_mem_usage=job.options.on_meta)
@@ -175,7 +175,7 @@ class Steps:
 
     def search(self, cfg: PeftConfig) -> tuple[list[str], Idle]:
         """Adapt the parameters that a config names; return their paths, and the entries that name none."""
-        found, idle = search_parameters(self.job, cfg)
+        found, idle = search_parameters(cfg, uncovered(self.job.model), self.job.tree, self.job.report)
         for key, path, name in found:
             self._create(path, name, key, cfg)
         return [key for key, *_ in found], idle
@@ -222,7 +222,7 @@ class Steps:
             if parameter is None:
                 site_key, site = path, site_of(path, module, tree)
             else:
-                site_key, site = parameter_target(job, path, parameter)
+                site_key, site = parameter_target(path, parameter, tree, job.targets.sites, job.adapter)
             if site_key in self.noted:
                 why = f"'{site_key}' twice: for '{self.noted[site_key].target}' already"
         if why is not None:

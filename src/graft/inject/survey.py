@@ -188,26 +188,6 @@ def uses_of(kind: type) -> dict[Path, Use]:
     return uses
 
 
-def readers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, dict[Path, Use]]:
-    """Return what those modules do with others within them that read a weight there, by path. Few models have any."""
-    kinds: dict[type, list[str]] = {}
-    for path, m in modules:
-        kinds.setdefault(type(innermost(m)), []).append(path)
-    return {path: uses for kind, paths in kinds.items() if (uses := uses_of(kind)) for path in paths}
-
-
-def use_of(key: str, readers: dict[str, dict[Path, Use]]) -> Use:
-    """Return what the modules around one do with it."""
-    parts = key.split(".")
-    inside = tuple(ITEM if part.isdigit() else part for part in parts)
-    found = [
-        use
-        for i in range(len(parts))
-        if (uses := readers.get(".".join(parts[:i]))) and (use := uses.get(inside[i:])) is not None
-    ]
-    return Use(any(use.reads for use in found), any(use.calls for use in found))
-
-
 Wrapper = ModulesToSaveWrapper | RowsLayer
 Place = tuple[nn.Module, str]  # (parent, attribute)
 
@@ -243,8 +223,11 @@ class Tree:
 
     @cached_property
     def readers(self) -> dict[str, dict[Path, Use]]:
-        """What modules that read the weight of another do with those within them, by path."""
-        return readers([("", self.root), *self.modules.items()])
+        """What modules that read the weight of another do with those within them, by path. Few models have any."""
+        kinds: dict[type, list[str]] = {}
+        for path, m in [("", self.root), *self.modules.items()]:
+            kinds.setdefault(type(innermost(m)), []).append(path)
+        return {path: uses for kind, paths in kinds.items() if (uses := uses_of(kind)) for path in paths}
 
 
 def check_model(model: object) -> None:
@@ -388,10 +371,8 @@ def children_of(module: nn.Module) -> tuple[str, ...]:
     return ("out_proj",) if isinstance(module, nn.MultiheadAttention) else ()
 
 
-def why_not_attention(m: nn.Module) -> str | None:
-    """Return why an nn.MultiheadAttention cannot be adapted; None if it can, and for any other module."""
-    if not isinstance(m, nn.MultiheadAttention):
-        return None
+def why_not_attention(m: nn.MultiheadAttention) -> str | None:
+    """Return why an attention cannot be adapted; None if it can."""
     if m.in_proj_weight is None:
         return "Only same embed for query/key/value is supported as of now for MultiheadAttention"
     out = getattr(m.out_proj, "base_layer", m.out_proj)
@@ -406,7 +387,7 @@ def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
         return layer.site  # type: ignore[no-any-return]
     if key in tree.nests:
         module = innermost(module)
-    if children_of(module) and why_not_attention(module) is None:
+    if isinstance(module, nn.MultiheadAttention) and why_not_attention(module) is None:
         return parameter_site(key, module, "in_proj_weight", tree, key)
     weight = module._parameters.get("weight")
     shared = weight is not None and tree.owners.get(weight, 0) > 1
@@ -423,10 +404,15 @@ def used_by(key: str, tree: Tree) -> tuple[bool, bool]:
     parent, _, name = key.rpartition(".")
     if parent in tree.modules and name in children_of(innermost(tree.modules[parent])):
         return True, False
-    if not tree.readers:
-        return False, True
-    use = use_of(key, tree.readers)
-    return use.reads, use.calls or not use.reads
+    parts = key.split(".") if tree.readers else []
+    inside = tuple(ITEM if part.isdigit() else part for part in parts)
+    uses = [
+        use
+        for i in range(len(parts))
+        if (uses_there := tree.readers.get(".".join(parts[:i]))) and (use := uses_there.get(inside[i:])) is not None
+    ]
+    is_read = any(use.reads for use in uses)
+    return is_read, not is_read or any(use.calls for use in uses)
 
 
 def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str | None = None) -> Site:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,9 +17,8 @@ from graft.core.method import Method
 from graft.core.ops import find_op
 from graft.core.site import Site
 from graft.inject.beside import matches
-from graft.inject.job import Job
 from graft.inject.match import Matcher, Names, minimal_names, unmatched
-from graft.inject.report import Skipped
+from graft.inject.report import InjectReport, Skipped
 from graft.inject.survey import Tree, kind_of, parameter_site, site_of, uncovered
 from graft.storage import DENSE, find_experts_function, find_store, innermost, list_packed_names
 
@@ -170,32 +170,27 @@ Found = list[tuple[str, str, str]]  # path of a parameter, path of its module, i
 Idle = dict[str, list[tuple[str, int]]]  # entries of a config that name nothing, each with similar names
 
 
-def parameters_of(job: Job) -> tuple[dict[str, Site], Idle]:
-    """Return the sites of the parameters that `target_parameters` names, by path; and the entries that name none."""
-    if job.steps is not None:
-        return job.steps.parameters(job)  # type: ignore[no-any-return]
-    found, idle = search_parameters(job, job.cfg)
-    return dict(parameter_target(job, path, name) for _, path, name in found), idle
+def search_parameters(cfg: Any, root: Any, tree: Tree, report: InjectReport) -> tuple[Found, Idle]:
+    """Return the parameters that a config names, in the model's order; and the entries that name none.
 
+    Args:
+        root: the model, without layers around it.
+        report: gets the parameters that another field leaves out.
 
-def search_parameters(job: Job, cfg: Any) -> tuple[Found, Idle]:
-    """Return the parameters that a config names, in the model's order; and the entries that name none."""
-    if job.keys is not None:
-        raise ConfigError(
-            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: leave "
-            f"state_dict out (adapter '{job.adapter}'), and load the values afterwards."
-        )
+    Raises:
+        ConfigError: it names a parameter of `root` itself.
+    """
     matcher = Matcher(cfg, parameters=True)
-    for name in uncovered(job.model)._parameters:  # type: ignore[union-attr]
+    for name in root._parameters:
         if matcher.targets.find(name) is not None:
             raise ConfigError(
                 f"Targeting an nn.Parameter on the top-level module is not supported (parameter '{name}'). Adapter "
-                f"'{job.adapter}': put the module into another one."
+                f"'{report.adapter}': put the module into another one."
             )
     found: Found = []
     used: set[str] = set()
     paths: list[str] = []
-    for key, module in job.tree.modules.items():
+    for key, module in tree.modules.items():
         base = innermost(module)
         names = dict.fromkeys([*base._parameters, *getattr(base, "parametrizations", ()), *list_packed_names(base)])
         for name in names:
@@ -207,24 +202,28 @@ def search_parameters(job: Job, cfg: Any) -> tuple[Found, Idle]:
             used.add(verdict.entry)
             if verdict.outcome != "matched":
                 why = verdict.why.replace("target_modules", "target_parameters")
-                job.report.skipped.append(Skipped(path, "Parameter", why))
+                report.skipped.append(Skipped(path, "Parameter", why))
                 continue
             found.append((path, key, name))
     return found, unmatched(cfg.target_parameters, used, paths)
 
 
-def parameter_target(job: Job, key: str, name: str) -> tuple[str, Site]:
+def parameter_target(key: str, name: str, tree: Tree, adapted: Collection[str], adapter: str) -> tuple[str, Site]:
     """Return the site of a parameter of the module at path `key`, and the path that it stands under.
+
+    adapted: paths of the modules that the adapter adapts.
 
     Raises:
         UnsupportedLayerError: the parameter cannot be adapted by itself.
     """
-    module, path = job.tree.modules[key], f"{key}.{name}"
+    module, path = tree.modules[key], f"{key}.{name}"
     base = innermost(module)
     if is_packed_layer(base, name):
-        return key, site_of(key, module, job.tree)
-    check_parameter(job, path, key, module, name)
-    return path, parameter_site(key, base, name, job.tree)
+        return key, site_of(key, module, tree)
+    is_taken = key in adapted or (carrier_of(module) is not None and key not in tree.nests)
+    if (why := why_not_parameter(path, key, module, name, is_taken)) is not None:
+        raise UnsupportedLayerError(f"{why}. Adapter '{adapter}'.")
+    return path, parameter_site(key, base, name, tree)
 
 
 def is_packed_layer(base: nn.Module, name: str) -> bool:
@@ -233,30 +232,29 @@ def is_packed_layer(base: nn.Module, name: str) -> bool:
     return name == "weight" and find_op(base).linear and find_store(base) is not DENSE
 
 
-def check_parameter(job: Job, path: str, key: str, module: nn.Module, name: str) -> None:
-    """Raise UnsupportedLayerError unless the parameter can be adapted by itself."""
+def why_not_parameter(path: str, key: str, module: nn.Module, name: str, is_taken: bool) -> str | None:
+    """Return why a parameter cannot be adapted by itself; None if it can. is_taken: its module is adapted or trains."""
     base: nn.Module = innermost(module)
-    why = None
-    if (carrier_of(module) is not None and key not in job.tree.nests) or key in job.targets.sites:
+    if is_taken:
         kind = kind_of(module)
-        why = (
+        return (
             f"Trying to wrap an `nn.Parameter` of layer '{key}' of type {kind}, which is not a valid target: the "
             "module itself is adapted or trained whole. Take it out of target_modules, or its parameter out of "
             "target_parameters"
         )
-    elif name in list_packed_names(base):
-        if find_experts_function(base) is None:
-            why = (
-                f"The stack '{path}' is packed, and graft does not know how a {kind_of(module)} uses it: load the base "
-                "model dequantized"
-            )
-    elif name not in base._parameters:
-        why = (
+    if name in list_packed_names(base):
+        if find_experts_function(base) is not None:
+            return None
+        return (
+            f"The stack '{path}' is packed, and graft does not know how a {kind_of(module)} uses it: load the base "
+            "model dequantized"
+        )
+    if name not in base._parameters:
+        return (
             f"Parameter '{path}' is parametrized, so that it is computed anew in each call: make it one of its own "
             "first, with torch.nn.utils.parametrize.remove_parametrizations"
         )
-    elif (p := base._parameters[name]) is None or p.dim() not in (2, 3):
-        dims = 0 if p is None else p.dim()
-        why = f"Parameter '{path}' has {dims} dimensions, but only 2d and 3d are supported by target_parameters"
-    if why is not None:
-        raise UnsupportedLayerError(f"{why}. Adapter '{job.adapter}'.")
+    if (p := base._parameters[name]) is not None and p.dim() in (2, 3):
+        return None
+    dims = 0 if p is None else p.dim()
+    return f"Parameter '{path}' has {dims} dimensions, but only 2d and 3d are supported by target_parameters"

@@ -186,7 +186,7 @@ def find(entry: Entry, names: set[str]) -> str | None:
     return None
 
 
-def renamed(tensors: dict[str, T], mapping: dict[str, str] | None, must_fit: bool = False) -> dict[str, T]:
+def renamed(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool = False) -> dict[str, T]:
     """Rewrite each key, after the prefix, by the first {regex: replacement} that fits.
 
     Args:
@@ -196,8 +196,6 @@ def renamed(tensors: dict[str, T], mapping: dict[str, str] | None, must_fit: boo
         ConfigError: one of the patterns is no regular expression, or a replacement does not fit it.
         AdapterKeyError: two keys get one name.
     """
-    if not mapping:
-        return tensors
     patterns = []
     for text, replacement in mapping.items():
         patterns.append((pattern(text, "key_mapping"), replacement))

@@ -209,4 +209,4 @@ def load_peft_weights(
     tensors = load_weights(os.fspath(model_id), **hub).tensors
     if device is not None:
         tensors = {k: v.to(device) for k, v in tensors.items()}
-    return renamed(tensors, key_mapping, must_fit=True)
+    return renamed(tensors, key_mapping, must_fit=True) if key_mapping else tensors

@@ -101,7 +101,7 @@ def weights_of(parts: Parts, base: nn.Module) -> dict[str, Weight]:
     if parts.prompt is not None:
         return blocks(base)
     return {
-        clean(key): Weight(layer.site, layer.get_base_layer(), bool(layer.merged_adapters))
+        clean(key): Weight(layer.site, layer.base_layer, bool(layer.state.merged))
         for key, layer in parts.layers.items()
     }
 
@@ -239,19 +239,18 @@ def sample(weight: Weight, together: bool = False) -> list[float] | None:
     parameter = parameters_in(base).get(name)
     if parameter is not None and not parameter.is_meta and layout_of(parameter) is not None:
         n = find_whole_shape(parameter).numel()
-        picked = gather_numbers(parameter, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None
-        return None if picked is None else rounded(picked)
-    if site.store.why_unreadable(base, name):
+        values = gather_numbers(parameter, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None
+    elif site.store.why_unreadable(base, name):
         return None
-    W = site.store.read(base, name).detach()
-    if W.is_meta or not is_whole(W):
+    else:
+        W = site.store.read(base, name).detach()
+        if W.is_meta or not is_whole(W):
+            return None
+        flat = W.reshape(-1)
+        values = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().tolist()
+    if values is None or not all(map(math.isfinite, values)):
         return None
-    flat = W.reshape(-1)
-    return rounded(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().tolist())
-
-
-def rounded(values: list[float]) -> list[float] | None:
-    return [float(f"{v:.5g}") for v in values] if all(map(math.isfinite, values)) else None
+    return [float(f"{v:.5g}") for v in values]
 
 
 def same_values(of_file: Note, now: Note) -> bool:

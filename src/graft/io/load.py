@@ -116,14 +116,15 @@ class Values:
         own = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
         file_tensors = cleaned(loaded.tensors, loaded.path)
-        mapping = own if key_mapping is None else key_mapping
-        self.tensors = renamed(file_tensors, mapping, key_mapping is not None)
+        mapping: dict[str, str] | None = own if key_mapping is None else key_mapping
+        self.tensors = renamed(file_tensors, mapping, key_mapping is not None) if mapping else file_tensors
         served = arranged(self.tensors, config, model)
         self.layout = loaded.layout if served is self.tensors else TODAY
         self.tensors, self.path, self.strict = served, loaded.path, strict
         self.fingerprint, self.called_otherwise = loaded.fingerprint, None
-        if self.fingerprint and self.tensors.keys() != file_tensors.keys():  # the base's modules may have new names too
-            self.called_otherwise = called_otherwise(self.fingerprint, lambda names: renamed(names, mapping))
+        if self.fingerprint and mapping and self.tensors.keys() != file_tensors.keys():
+            # the base's modules may have new names too
+            self.called_otherwise = called_otherwise(self.fingerprint, partial(renamed, mapping=mapping))
         self.config_of_file = copy.copy(config)  # which injection rewrites to today's names
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
         self.report = LoadReport()
@@ -194,7 +195,8 @@ class Values:
         prefix = "" if bare else parts.prefix
         there = parts.prefix if self.prefix is None else self.prefix
         in_memory = partial(renamed_to, prefix, prefix if parts.prompt is not None else there)
-        self.arrange(parts, prefix)
+        if any(layer.op.opaque for layer in parts.layers.values()):
+            self.arrange(parts, prefix)
         names = set(self.tensors)
         found: list[tuple[Entry, str]] = []
         mismatched: list[Mismatch] = []
@@ -210,7 +212,8 @@ class Values:
                     for entry, name in pairs
                     if name
                 ]
-                self._refuse([shapes for shapes in both if shapes[1] != shapes[2]])
+                if differ := [shapes for shapes in both if shapes[1] != shapes[2]]:
+                    self._refuse(differ)
         shared = {
             (entry.container, entry.path): self.tensors[name]
             for layer, pairs in groups
@@ -238,16 +241,19 @@ class Values:
                 else:
                     found.append((entry, name))
         used |= names & {n for layer, pairs in groups if layer is None for entry, _ in pairs for n in entry.also}
-        used |= names & {*tied_rows(parts, adapter, prefix)}
-        base, others = self.base_tensors(names - used, prefix, parts)
+        if parts.wrappers:
+            used |= names & {*tied_rows(parts, adapter, prefix)}
+        base, others = self.base_tensors(names - used, prefix, parts) if names - used else ({}, [])
         mismatched += [(in_memory(name), shape, here) for name, shape, here in others]
         left = names - used - set(base) - {name for name, _, _ in others}
         self.report.absent_keys = sorted(n for n in left if self.is_absent(n.removeprefix(prefix)))
         unexpected = sorted(left - set(self.report.absent_keys))
         self.report.unexpected_keys = [in_memory(n) for n in unexpected]
-        self.report.missing_keys += map(in_memory, self._missing_biases(parts, prefix))
+        if (kind := getattr(self.config, "bias", "none")) != "none":
+            self.report.missing_keys += map(in_memory, self._missing_biases(kind, parts, prefix))
         self._check_dtypes([(name, entry.tensor) for entry, name in found] + [*base.items()])
-        self._complain(mismatched, unexpected)
+        if mismatched or unexpected or self.report.missing_keys:
+            self._complain(mismatched, unexpected)
         self.report.loaded = sorted(name for _, name in found)
         self.report.base = sorted(base)
         own: list[tuple[Receiver, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
@@ -276,11 +282,8 @@ class Values:
         if wrong:
             raise AdapterKeyError(f"Adapter '{self.adapter}' cannot be loaded from {self.path}: {some(wrong)}.")
 
-    def _missing_biases(self, parts: Parts, prefix: str) -> list[str]:
-        """Return the base model's biases that the config trains and the file does not hold."""
-        kind = getattr(self.config, "bias", "none")
-        if kind == "none":
-            return []
+    def _missing_biases(self, kind: str, parts: Parts, prefix: str) -> list[str]:
+        """Return the base model's biases of a kind, which the config trains, that the file does not hold."""
         has_bias = (
             key
             for key, layer in parts.layers.items()
@@ -341,8 +344,6 @@ class Values:
 
     def base_tensors(self, names: set[str], prefix: str, parts: Parts) -> tuple[dict[str, Tensor], list[Mismatch]]:
         """Return the base model's parameters that `names` name, and which names are of tensors of another shape."""
-        if not names:
-            return {}, []
         by_name: dict[str, Tensor] = {}
         in_file = names_in_file(parts)
         for path, p in self.model.named_parameters(remove_duplicate=False):
@@ -404,7 +405,7 @@ class Values:
 
     def _refuse(self, mismatched: list[Mismatch]) -> None:
         """Raise AdapterKeyError for shapes that differ, unless they are to be ignored."""
-        if mismatched and not self.ignore_mismatched_sizes:
+        if not self.ignore_mismatched_sizes:
             use = self._resizing(mismatched) or "Use the config it was saved with"
             raise AdapterKeyError(
                 f"Error(s) in loading adapter '{self.adapter}' from {self.path}: {sizes(mismatched)}. "
@@ -414,8 +415,8 @@ class Values:
     def _complain(self, mismatched: list[Mismatch], unexpected: list[str]) -> None:
         """Raise or warn; what is left over has its names in the file here, to be found there."""
         report = self.report
-        self._refuse(mismatched)
         if mismatched:
+            self._refuse(mismatched)
             report.mismatched_keys = [n for n, _, _ in mismatched]
             warn(
                 f"Some weights of adapter '{self.adapter}' were not initialized from the model checkpoint and are "

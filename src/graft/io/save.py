@@ -33,7 +33,7 @@ from graft.io.entries import Entry, entries
 from graft.io.fingerprint import Note, digests, fingerprint, weights_of
 from graft.io.rendezvous import all_here, check_entries, check_value, gathered, ranks_of
 from graft.storage.offload import find_offloaded
-from graft.storage.parallel import copy_unwrapped, find_parameters_below
+from graft.storage.parallel import copy_unwrapped, find_parameters_below, processes
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -81,8 +81,25 @@ def get_peft_model_state_dict(
         CheckpointError: a tensor is a part of one: it has to be gathered.
     """
     parts, prefix, base = parts_of(model, adapter_name)
-    state = None if state_dict is None else by_names(state_dict)
     config = config_of(unwrapped(model), adapter_name)
+    return tensors_of(model, parts, prefix, base, adapter_name, config, state_dict, save_embedding_layers)
+
+
+def tensors_of(
+    model: nn.Module,
+    parts: Parts,
+    prefix: str,
+    base: nn.Module,
+    adapter_name: str,
+    config: Any,
+    state_dict: dict[str, Tensor] | None,
+    save_embedding_layers: str | bool,
+) -> dict[str, Tensor]:
+    """Do as `get_peft_model_state_dict`, for the carriers of an adapter in a model around `base`.
+
+    prefix: of the keys.
+    """
+    state = None if state_dict is None else by_names(state_dict)
     more = {f"{prefix}{name}": t for name, t in base_tensors(base, parts, config, save_embedding_layers).items()}
     if parts.prompt is not None and state is not None:
         parts, state = with_values(parts, parts.prompt, state, adapter_name), None
@@ -134,7 +151,7 @@ def named_in(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
 
 def ranks_of_adapters(model: nn.Module, adapters: list[str]) -> list[int]:
     """Return the ranks of the processes that hold parts of these adapters or of the base, and save together; or []."""
-    group = group_in(model.modules())
+    group = group_in(model.modules()) if processes() > 1 else None
     if group is not None:
         return dist.get_process_group_ranks(group)
     tensors: list[Tensor] = []
@@ -239,7 +256,8 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
             warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
             save = True
         else:
-            save = resized_vocabulary(base, config)
+            origin: Any = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
+            save = bool(origin) and resized_vocabulary(base, origin)
     if not save:
         return {}
     if not hasattr(base, "get_input_embeddings"):
@@ -266,15 +284,14 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
     return out
 
 
-def resized_vocabulary(base: nn.Module, config: object) -> bool:
+def resized_vocabulary(base: nn.Module, origin: str) -> bool:
     """Return True if the vocabulary's size differs from that of the original, in a local folder or the hub's cache.
 
     Never ask the network.
     """
-    origin = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
     own: Any = getattr(base, "config", None)
     size = getattr(text_config(base), "vocab_size", None)
-    path = local_config(origin, getattr(own, "_commit_hash", None)) if origin and size is not None else None
+    path = None if size is None else local_config(origin, getattr(own, "_commit_hash", None))
     if path is None:
         return False
     facts = read_object(path, finite=False)
@@ -308,11 +325,16 @@ def base_fingerprint(model: nn.Module, adapter: str, full: bool = False, togethe
         together: all processes are here, so that values that are spread over them can be read.
     """
     parts, _, base = parts_of(model, adapter)
+    return fingerprint_of_base(parts, base, adapter, config_of(model, adapter), full, together)
+
+
+def fingerprint_of_base(parts: Parts, base: nn.Module, adapter: str, config: Any, full: bool, together: bool) -> Note:
+    """Do as `base_fingerprint`, for the carriers of an adapter and the base."""
     changes = changes_base(parts, adapter)
-    stage = bool(absent_from(base))
+    stage = processes() > 1 and bool(absent_from(base))
     made = fingerprint(weights_of(parts, base), not changes, together, part=stage)
     if full:
-        own = set(base_tensors(base, parts, config_of(model, adapter), False))
+        own = set(base_tensors(base, parts, config, False))
         own |= {f"{key}.{layer.site.parameter}" for key, layer in parts.layers.items()} if changes else set()
         made["full"] = digests(base, without={original(name) for name in own})
     return made

@@ -38,20 +38,18 @@ class Layout:
         by_expert = mark == "grouped_by_expert" if mark in NAMES else None if unsloth else False
         return cls(version, by_expert=by_expert)
 
-    def under(self, replacement: str | None) -> Layout:
-        """Return this as PEFT reads it, which knows no order of columns, where a replacement loads, which may."""
-        if replacement is None:
-            return self
+    def under(self, replacement: str) -> Layout:
+        """Return this as PEFT reads it, which knows no order of columns: a replacement loads, which may."""
         return replace(self, left_to=replacement, by_expert=None if self.by_expert else self.by_expert)
 
-    def with_names(self, names: str | Collection[str] | None) -> Layout:
+    def with_names(self, names: str | Collection[str]) -> Layout:
         """Return this with what the caller says by `expert_layout`.
 
         Raises:
             ConfigError: there is no layout of such a name.
         """
         out = self
-        for name in [names] if isinstance(names, str) else names or ():
+        for name in [names] if isinstance(names, str) else names:
             if name not in NAMES:
                 raise ConfigError(f"expert_layout={names!r}: '{name}' is none of {', '.join(NAMES)}.")
             out = replace(out, **NAMES[name])

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import get_ident
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -194,18 +194,7 @@ class XLoraClassifier(nn.Module):
         return torch.full(shape, value, device=like.device, dtype=self.layers[0].weight.dtype)
 
 
-class Classified(Protocol):
-    """The tuner of an X-LoRA adapter and its experts."""
-
-    model: nn.Module
-    places: dict[str, int]  # of `Scalings`
-    expert_places: dict[str, int]
-
-    @property
-    def classifier(self) -> XLoraClassifier: ...
-
-
-def set_topk_lora(tuner: Classified, value: int | None) -> None:
+def set_topk_lora(tuner: Any, value: int | None) -> None:
     """Let only so many experts act on each token; None: all of them.
 
     Raises:
@@ -215,44 +204,46 @@ def set_topk_lora(tuner: Classified, value: int | None) -> None:
     tuner.classifier.config.top_k_lora = value
 
 
-def set_global_scaling_weight(tuner: Classified, weight: float) -> None:
+def set_global_scaling_weight(tuner: Any, weight: float) -> None:
     """Multiply what all experts add by `weight`."""
     tuner.classifier.config.global_scaling_weight = weight
 
 
-def get_global_scaling_weight(tuner: Classified) -> float:
-    return tuner.classifier.config.global_scaling_weight
+def get_global_scaling_weight(tuner: Any) -> float:
+    weight: float = tuner.classifier.config.global_scaling_weight
+    return weight
 
 
-def set_scaling_pass_value(tuner: Classified, value: float | None) -> None:
+def set_scaling_pass_value(tuner: Any, value: float | None) -> None:
     """Set the weight of every expert in the first pass; None: 1 / number of experts."""
     tuner.classifier.config.scaling_pass_value = 1 / tuner.classifier.n_classes if value is None else value
 
 
-def get_latest_scalings(tuner: Classified) -> Tensor | None:
+def get_latest_scalings(tuner: Any) -> Tensor | None:
     """Return the weights of the last call, (batch, tokens, layers, experts); None before the first."""
-    return tuner.classifier.latest
+    classifier: XLoraClassifier = tuner.classifier
+    return classifier.latest
 
 
-def get_scalings_log(tuner: Classified) -> list[Tensor]:
+def get_scalings_log(tuner: Any) -> list[Tensor]:
     """Return the weights of the calls since logging was turned on, in a new list."""
     return list(tuner.classifier.log_scalings)
 
 
-def enable_scalings_logging(tuner: Classified) -> None:
+def enable_scalings_logging(tuner: Any) -> None:
     tuner.classifier.scalings_logging = True
 
 
-def disable_scalings_logging(tuner: Classified) -> None:
+def disable_scalings_logging(tuner: Any) -> None:
     """Turn logging off, and keep the log."""
     tuner.classifier.scalings_logging = False
 
 
-def clear_scalings_log(tuner: Classified) -> None:
+def clear_scalings_log(tuner: Any) -> None:
     tuner.classifier.log_scalings.clear()
 
 
-def get_bucketed_scalings_log(tuner: Classified) -> dict[int, tuple[list[int], list[Tensor]]]:
+def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
     """Return the log by number of tokens: {tokens: (places in the log, weights)}."""
     buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
     for i, scalings in enumerate(tuner.classifier.log_scalings):
@@ -334,7 +325,7 @@ class XLora(Method[XLoraConfig]):
                 handle.remove()
 
 
-def weigh(tuner: Classified, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
+def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
     """Return the gates for a forward pass with these arguments."""
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config

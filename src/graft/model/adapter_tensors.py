@@ -29,7 +29,7 @@ from graft.io.tensors import digest_of
 from graft.io.written import TRAINING_ONLY
 from graft.methods.lora.config import LoraConfig
 from graft.model.checkpoints import check, folder_of, names_to_save
-from graft.storage.parallel import layout_of
+from graft.storage.parallel import layout_of, processes
 
 PREFIX = "base_model.model."
 FACTORS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_shift"}
@@ -112,7 +112,8 @@ def adapter_tensors(
 def save_in(model: nn.Module, directory: str, selected: list[str] | None, layout: str, writes: bool = True) -> None:
     """Write adapters in a layout, "default" into the folder and others into sub-folders."""
     check(directory, "sampled", True)
-    made = {name: adapter_tensors(model, name, layout) for name in names_to_save(model, selected, directory)}
+    names = names_to_save(model, selected, directory)
+    made = {name: adapter_tensors(model, name, layout) for name in names}
     for name, tensors in made.items():
         if writes:
             tensors.save(folder_of(name, directory))
@@ -172,7 +173,7 @@ def reasons(view: View, config: PeftConfig | None, model: nn.Module) -> Iterator
         yield f"it trains biases of the base (bias={bias!r}): merge it, and serve the model"
     if getattr(config, "layer_replication", None):
         yield "it repeats layers of the base: serve the model with these"
-    if group_in(model.modules()) is not None:
+    if processes() > 1 and group_in(model.modules()) is not None:
         yield "its layers are stages of a pipeline: save it, join them (graft.join_stages), and load that"
 
 

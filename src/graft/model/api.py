@@ -67,7 +67,12 @@ def get_peft_model(
             "call add_adapter() of the model you got; to replace it, delete_adapter() before; to start over, make sure "
             "to call `.unload()` before."
         )
-    hint_at_name(adapter_name, peft_config)
+    prefix = method_of(peft_config.peft_type).prefix
+    if adapter_name and adapter_name in prefix:
+        warn(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. graft keeps them apart, "
+            "but PEFT may not find all keys of a checkpoint that it loads under that name."
+        )
     cls = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     with unless_it_fails(peft_config):
         record_origin(model, peft_config, revision)
@@ -80,15 +85,6 @@ def get_peft_model(
             heads=heads,
             tree=tree,
             change_timeout=change_timeout,
-        )
-
-
-def hint_at_name(adapter_name: str, config: PeftConfig) -> None:
-    prefix = method_of(config.peft_type).prefix
-    if adapter_name and adapter_name in prefix:
-        warn(
-            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. graft keeps them apart, "
-            "but PEFT may not find all keys of a checkpoint that it loads under that name."
         )
 
 

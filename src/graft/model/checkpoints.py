@@ -30,6 +30,7 @@ from graft.io.load import Values
 from graft.io.rendezvous import CALL, Meeting, once
 from graft.io.written import Layout
 from graft.model.watch import has_copies
+from graft.storage.parallel import processes
 
 SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors settle, or that have no effect later
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
@@ -67,13 +68,16 @@ def read(
     source["check_digest"] = options.get("check_digest", True)
     if config is None:
         config, loaded = files.load_pair(**source)
-    elif (why := why_no_config(config)) is not None:
-        raise ValueError(f"The input config must be a PeftConfig, {why}")
+    elif not isinstance(config, PeftConfig):
+        raise ValueError(f"The input config must be a PeftConfig, {why_no_config(config)}")
     else:
         loaded = files.load_weights(**source)
         if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
             loaded.layout = Layout(config.peft_version)
-    loaded.layout = loaded.layout.under(replacement(config)).with_names(options.get("expert_layout"))
+    if (who := replacement(config)) is not None:
+        loaded.layout = loaded.layout.under(who)
+    if layouts := options.get("expert_layout"):
+        loaded.layout = loaded.layout.with_names(layouts)
     return config, loaded
 
 
@@ -156,10 +160,11 @@ def warn_other_config(adapter: str, path: str, here: PeftConfig, there: PeftConf
 def let_train(model: nn.Module, adapter: str, is_trainable: bool, new: bool = True) -> None:
     """Let an adapter that has been loaded train or not, and set the model to eval mode if it does not."""
     registry = registry_of(model)
-    if new or is_trainable:  # whether it is active or not, so that an optimizer made next has it
-        registry.peft_config[adapter].inference_mode = not is_trainable
-        if new or not registry.trains(adapter):  # else some of it may be frozen on purpose, as A is by LoRA-FA
-            registry.set_requires_grad(adapter, bool(is_trainable))  # 0 and 1, which callers pass, count as in PEFT
+    if new or is_trainable:
+        registry.peft_config[adapter].inference_mode = not is_trainable  # 0 and 1, which callers pass, count as in PEFT
+    # a new one is frozen; of one that trains some may be frozen on purpose, as A is by LoRA-FA
+    if is_trainable and (new or not registry.trains(adapter)):
+        registry.set_requires_grad(adapter, True)  # active or not, so that an optimizer made next has it
     if not is_trainable and model.training:  # else the adapter has the base's mode already
         if new and any(p.requires_grad for p in model.parameters()):
             warn(
@@ -203,25 +208,28 @@ def save_adapters(
         subtract: folder of the adapter as it was before training.
     """
     check(directory, fingerprint, safetensors)
-    names = names_to_save(model, selected, directory)
-    ranks = save.ranks_of_adapters(model, names) if state_dict is None else []
+    registry = registry_of(model)
+    names, are_several = names_to_save(model, selected, directory), processes() > 1
+    ranks = save.ranks_of_adapters(model, names) if are_several and state_dict is None else []
     if not (ranks or writes):
         return
     what = f"{sorted(names)}, fingerprint={fingerprint!r}"
     meeting = Meeting(CALL, what, ranks) if len(ranks) > 1 else None
     made = {}
+    together = state_dict is None and (bool(ranks) or not are_several)
     for name in names:
         tensors, config = contents(model, name, state_dict, embeddings, subtract)
         folder = folder_of(name, directory)
         files.check(folder, tensors)
-        base = save.base_fingerprint(model, name, fingerprint == "full", together=bool(ranks))
-        made[folder] = (tensors, config, base)
+        parts, full = registry.parts_of(name), fingerprint == "full"
+        note = save.fingerprint_of_base(parts, registry.model, name, registry.peft_config[name], full, together)
+        made[folder] = (tensors, config, note)
 
     def write() -> None:
         if not writes:
             return
-        for folder, (tensors, config, base) in made.items():
-            files.save_adapter(folder, tensors, config, safetensors, base)
+        for folder, (tensors, config, note) in made.items():
+            files.save_adapter(folder, tensors, config, safetensors, note)
         try:
             model.create_or_update_model_card(directory)
         except Exception as e:  # of many types: a README.md may hold anything
@@ -229,7 +237,7 @@ def save_adapters(
 
     if meeting is not None:
         meeting.by_the_first(write)
-    elif state_dict is None and has_copies(registry_of(model)):
+    elif are_several and state_dict is None and has_copies(registry):
         values = [tensor_digest(t) for tensors, *_ in made.values() for t in tensors.values()]
         once(os.fspath(directory), hashed(str(values)), write)
     else:
@@ -254,9 +262,11 @@ def check(directory: str, fingerprint: str, safetensors: bool) -> None:
 
 def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) -> list[str]:
     """Return the names of the adapters to save, all if none are selected."""
-    known = list(model.peft_config)
-    frozen = registry_of(model).frozen
-    names = [n for n in known if n not in frozen] if selected is None else several(selected, "selected_adapters")
+    registry = registry_of(model)
+    known = list(registry.peft_config)
+    names = (
+        [n for n in known if n not in registry.frozen] if selected is None else several(selected, "selected_adapters")
+    )
     unknown = [n for n in names if n not in known]
     if unknown:
         raise ValueError(
@@ -272,15 +282,18 @@ def contents(
     model: nn.Module, name: str, state_dict: dict[str, Tensor] | None, embeddings: str | bool, subtract: str | None
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return the tensors and the config that a file holds of an adapter."""
-    tensors = save.get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=embeddings)
-    config = copy.copy(model.peft_config[name])
+    registry = registry_of(model)
+    parts, base, config = registry.parts_of(name), registry.model, copy.copy(registry.peft_config[name])
+    tensors = save.tensors_of(
+        model, parts, parts.prefix, base, name, registry.peft_config[name], state_dict, embeddings
+    )
     if subtract is not None:
         from graft.methods.lora.convert import subtract_initial, warn_rounded
 
         _, initial = files.load_pair(subtract)
         tensors, config = subtract_initial(initial.tensors, tensors, config)
-        warn_rounded(name, registry_of(model).layers)
-    save.describe_base(config, model.get_base_model())
+        warn_rounded(name, registry.layers)
+    save.describe_base(config, base)
     config.inference_mode = True
     if getattr(config, "target_parameters", None):
         config.peft_version = FORMAT_VERSION  # readers tell the layout of stacks by it

@@ -164,6 +164,7 @@ class XLoraRegistry(Registry):
         made = XLoraClassifier(config, len(names), len(order), where)
         self.gate = OnTuner(adapter_name, {CLASSIFIER: made})
         self.gate.state.call = self.call
+        self.gate.require_grad(adapter_name, False)
         self.owner, self.experts = adapter_name, tuple(names)
         self.holder.add_module(CLASSIFIER, made)
 

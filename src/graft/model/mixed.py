@@ -87,19 +87,14 @@ class PeftMixedModel(PeftModel):
         ConfigError: the method acts on no layers, such as a prompt.
     """
 
+    _mixed_tuner = MixedModel
+
     def _extend_config(self, config: PeftConfig) -> None:
         if config.is_prompt_learning:
             raise ConfigError(
                 f"The provided `peft_type` '{config.peft_type.value}' is not compatible with the `PeftMixedModel`: it "
                 "acts on no layers. Leave out mixed=True."
             )
-
-    def _tuner_class(self, config: PeftConfig) -> type[Tuner]:
-        return MixedModel
-
-    @classmethod
-    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
-        return cls
 
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
         """Make these adapters active, in this order, and trainable unless for inference.

@@ -20,7 +20,7 @@ from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, wa
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, copies_of
 from graft.inject.job import Options
-from graft.inject.parts import HOLDER, reads, registry_of
+from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
 from graft.methods import method_of
@@ -34,12 +34,15 @@ from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_sta
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
 from graft.storage import count_numbers
+from graft.storage.parallel import processes
 
 if TYPE_CHECKING:
     from graft.model.prompts import Prompts
     from graft.model.reference import Reference
 
 OF_TASKS: dict[object, type[PeftModel]] = {}  # the PeftModel class by task type; `model/tasks.py` fills it
+# by which models tell if their gradient checkpointing is on: transformers 5, 4
+CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")
 OF_PROMPTS = ("prompt_tokens", "word_embeddings")  # attributes that only a PeftModel with prompts has
 
 
@@ -62,6 +65,8 @@ class PeftModel(nn.Module):
     """
 
     special_peft_forward_args: frozenset[str] = frozenset({"adapter_names", "alora_offsets"})
+    _registry: Registry = None  # type: ignore[assignment]  # which `registry_of` returns
+    _mixed_tuner: type[Tuner] | None = None  # the class of the tuner, whatever the method; None: the method's
 
     def __init__(
         self,
@@ -90,37 +95,22 @@ class PeftModel(nn.Module):
                 prompts.start(adapter_name, peft_config, options)
                 self.base_model, self.prompt_encoder = model, prompts.prompt_encoder
             else:
-                self.base_model = self._tuner_class(peft_config)(
-                    model, peft_config, adapter_name, options=options, tree=tree
-                )
-                registry = registry_of(self.base_model)
-        self.__dict__[HOLDER] = registry
+                kind = self._mixed_tuner or tuner_of(peft_config.peft_type)
+                self.base_model = tuner = kind(model, peft_config, adapter_name, options=options, tree=tree)
+                tuner.training, registry = model.training, registry_of(tuner)
+        self.__dict__[HOLDER] = self._registry = registry
         registry.call.gate.timeout = change_timeout
-        if values is None:
+        if values is None and processes() > 1:
             note_start(registry, adapter_name)
         registry.on_change = self._heads_changed
         self.peft_type = peft_config.peft_type
-        if registry.checkpointing or not is_checkpointable(model):
+        if registry.checkpointing or not any(hasattr(type(model), flag) for flag in CHECKPOINTABLE):
             self.prepare_model_for_gradient_checkpointing(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1  # its split matrix products would bypass the adapters
-        self.training = self.base_model.training = model.training
+        self.training = model.training
         if not peft_config.inference_mode:
             warn_trainer_unaware(type(self))
-
-    def _tuner_class(self, config: PeftConfig) -> type[Tuner]:
-        """Return the class of the tuner, which holds the base model and its adapters on layers."""
-        return tuner_of(config.peft_type)  # type: ignore[no-any-return]
-
-    @classmethod
-    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
-        """Return the class that loads an adapter of this config."""
-        return OF_TASKS.get(config.task_type, cls)
-
-    @property
-    def _registry(self) -> Registry:
-        registry: Registry = registry_of(self)
-        return registry
 
     def _extend_config(self, config: PeftConfig) -> None:
         """Add heads that must train to the config: a hook for task classes."""
@@ -275,12 +265,12 @@ class PeftModel(nn.Module):
         self._add(adapter_name, peft_config, Options(autocast_adapter_dtype, low_cpu_mem_usage, None, heads))
 
     def _add(self, adapter_name: str, config: PeftConfig, options: Options) -> None:
-        with self._registry.call.gate.preparing(f"add_adapter({adapter_name!r})"):
+        with self._registry.call.gate.change(f"add_adapter({adapter_name!r})", (), late=True):
             self._registry.check_new(adapter_name, config)
             with unless_it_fails(config):
                 self._extend_config(config)
                 self._registry.add_adapter(adapter_name, config, options)
-            if options.values is None:
+            if options.values is None and processes() > 1:
                 note_start(self._registry, adapter_name)
 
     def set_adapter(self, adapter_name: str | Composition, inference_mode: bool = False) -> None:
@@ -483,7 +473,6 @@ class PeftModel(nn.Module):
 
     # saving
 
-    @reads
     def save_pretrained(
         self,
         save_directory: str,
@@ -526,36 +515,38 @@ class PeftModel(nn.Module):
             ValueError: the path is a file, or a selected adapter is not loaded.
             CheckpointError: an adapter is not in the model any more, or a tensor is a part of one; nothing is written.
         """
-        warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
-        if layout is not None and for_server is not None:
-            raise ConfigError(f"layout={layout!r} and for_server={for_server!r}: give one of the two.")
-        if layout is not None:
-            from graft.model.adapter_tensors import save_in
+        with self._registry.call.gate.call("save_pretrained()"):  # nothing changes meanwhile
+            if kwargs:
+                warn_unknown(PeftModel.save_pretrained, kwargs, {"state_dict"} | IDLE_SAVING)
+            if layout is not None and for_server is not None:
+                raise ConfigError(f"layout={layout!r} and for_server={for_server!r}: give one of the two.")
+            if layout is not None:
+                from graft.model.adapter_tensors import save_in
 
-            save_in(self, save_directory, selected_adapters, layout, is_main_process)
-            return
-        if for_server is not None:
-            export_adapters = import_from_room("export_adapters")
-            export_adapters(self, save_directory, selected_adapters, for_server, is_main_process)
-            return
-        saved = list(self.peft_config) if selected_adapters is None else selected_adapters
-        if part := [name for name in saved if name in self._registry.taken_in]:
-            warn(
-                f"The base weights hold what adapters {part} had learned before their last restart, which no file of "
-                "an adapter has: save the model as well, by merge_and_unload().save_pretrained(…) of a copy.",
-                PeftWarning,
+                save_in(self, save_directory, selected_adapters, layout, is_main_process)
+                return
+            if for_server is not None:
+                export_adapters = import_from_room("export_adapters")
+                export_adapters(self, save_directory, selected_adapters, for_server, is_main_process)
+                return
+            saved = list(self.peft_config) if selected_adapters is None else selected_adapters
+            if part := [name for name in saved if name in self._registry.taken_in]:
+                warn(
+                    f"The base weights hold what adapters {part} had learned before their last restart, which no file "
+                    "of an adapter has: save the model as well, by merge_and_unload().save_pretrained(…) of a copy.",
+                    PeftWarning,
+                )
+            checkpoints.save_adapters(
+                self,
+                save_directory,
+                selected_adapters,
+                kwargs.get("state_dict"),
+                fingerprint=fingerprint,
+                safetensors=safe_serialization,
+                embeddings=save_embedding_layers,
+                writes=is_main_process,
+                subtract=path_initial_model_for_weight_conversion,
             )
-        checkpoints.save_adapters(
-            self,
-            save_directory,
-            selected_adapters,
-            kwargs.get("state_dict"),
-            fingerprint=fingerprint,
-            safetensors=safe_serialization,
-            embeddings=save_embedding_layers,
-            writes=is_main_process,
-            subtract=path_initial_model_for_weight_conversion,
-        )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         from graft.io.card import write_card
@@ -609,13 +600,17 @@ class PeftModel(nn.Module):
             NonFiniteError: tensors hold NaN or infinite numbers.
             HubError: the hub cannot be reached, or does not give a file.
         """
-        config, loaded = checkpoints.read(model_id, kwargs, lambda read: replacement(cls._class_for(read)), config)
-        kind = cls._class_for(config)
+        by_task = {} if cls._mixed_tuner else OF_TASKS
+        config, loaded = checkpoints.read(
+            model_id, kwargs, lambda read: replacement(by_task.get(read.task_type, cls)), config
+        )
+        kind = by_task.get(config.task_type, cls)
         theirs = None if isinstance(model_id, checkpoints.AdapterInMemory) else replacement(kind)
-        if theirs is None:
+        if theirs is None and kwargs:
             warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.taken_on_loading)
         with unless_it_fails(config), nullcontext() if theirs is None else modes_unless_it_fails(model):
-            config.take({name: kwargs[name] for name in config.taken_on_loading if name in kwargs})
+            if options := {name: kwargs[name] for name in config.taken_on_loading if name in kwargs}:
+                config.take(options)
             checkpoints.prepare(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
             values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
@@ -693,7 +688,7 @@ class PeftModel(nn.Module):
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
         config, loaded = checkpoints.read(model_id, kwargs, lambda _: replacement(type(self)))
         tears: Names = None if self.training and not is_trainable else ()  # the model goes to eval mode
-        with self._registry.call.gate.preparing(f"load_adapter({adapter_name!r})", tears):
+        with self._registry.call.gate.change(f"load_adapter({adapter_name!r})", tears, late=True):
             new = adapter_name not in self.peft_config
             if new:
                 checkpoints.prepare(config, is_trainable)
@@ -720,11 +715,3 @@ LoadRequest = tuple[Any, str, dict[str, Any]]  # what, as which adapter, how
 def replacement(kind: type[PeftModel]) -> str | None:
     """Return who has replaced `load_adapter` of a class, or overridden it; None if nobody has."""
     return None if kind.load_adapter is LOAD_ADAPTER else who(kind.load_adapter)
-
-
-CHECKPOINTABLE = ("is_activation_checkpointing", "is_gradient_checkpointing")  # transformers 5, 4
-
-
-def is_checkpointable(model: nn.Module) -> bool:
-    """Return True if a model tells if its gradient checkpointing is on."""
-    return any(hasattr(type(model), flag) for flag in CHECKPOINTABLE)

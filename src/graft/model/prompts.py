@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
@@ -29,7 +30,7 @@ from graft.inject.inject import Injection
 from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of, unwrapped
 from graft.inject.report import InjectReport, Matched
-from graft.inject.stage import absent_from, draw_alike
+from graft.inject.stage import absent_from, draw_alike, group_in
 from graft.inject.survey import Tree, survey
 from graft.methods import method_of
 from graft.model.merging import unload
@@ -42,6 +43,7 @@ from graft.prompts.entry import attach
 from graft.prompts.kv_prefix import fitted
 from graft.prompts.prefix_tuning import as_pairs, from_pairs
 from graft.prompts.stack import Stack, stacks_of
+from graft.storage.parallel import processes
 
 COUNTED = ("BigBirdForQuestionAnswering",)  # heads that expect as many outputs of the stack as there are tokens
 
@@ -101,19 +103,20 @@ class Prompts(Registry):
         self._fit(cfg, adapter_name)
         if options.values is not None:
             options.values.check_room(size(lambda: {"": self._made(cfg)}))
-        draw_alike(self.model.modules())
+        if processes() > 1 and (group := group_in(self.model.modules())) is not None:
+            draw_alike(group)
         tree, self.tree = self.tree, None
-        prompt, disabled = self._made(cfg), self.switched_off
+        prompt = self._made(cfg)
         prompt.to(self.stacks["main"].device)
         done = Injection(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
-            tree=tree or survey(self.model), options=options, keys=(), prompt=prompt, close=self.close,
+            tree=tree or survey(self.model), options=options, keys=(), prompt=prompt,
         ).run()  # fmt: skip
         own = matched(prompt)
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)
         done.report.matched.append(own)
-        self.take_in(done.parts, disabled)
+        self.take_in(done.parts)
         config.__dict__.update(cfg.__dict__)
         self.peft_config[adapter_name], self.reports[adapter_name] = config, done.report
         if self.frozen_before is None:
@@ -142,7 +145,7 @@ class Prompts(Registry):
         Raises:
             DistributedError: FSDP has wrapped the model, and the prompt would train.
         """
-        if not cfg.inference_mode:
+        if not cfg.inference_mode and dist.is_available() and dist.is_initialized():
             check_unwrapped(self.model.named_modules(), adapter_name)
         if cfg.task_type is None:
             raise ConfigError(

@@ -68,7 +68,7 @@ def refer(
         config.init_lora_weights = True
         state = {key: t for key, t in state.items() if ".lora_shift." not in key}
     loaded = Loaded(state, f"adapter '{adapter_name}'", finite=True)
-    with registry.call.gate.preparing(f"reference({adapter_name!r})", ()):
+    with registry.call.gate.change(f"reference({adapter_name!r})", (), late=True):
         values = Values(model.get_base_model(), config, name, loaded)
         add(name, config, Options(values=values))
         registry.frozen.add(name)

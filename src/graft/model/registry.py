@@ -37,7 +37,7 @@ from graft.core.shared import Shared
 from graft.inject.beside import RowsLayer
 from graft.inject.find import biases_of
 from graft.inject.inject import Injection, check_bias
-from graft.inject.job import Options, do_nothing
+from graft.inject.job import Options
 from graft.inject.parts import Parts, check_foreign, registry_of
 from graft.inject.report import InjectReport
 from graft.inject.steps import Steps
@@ -106,16 +106,6 @@ class Configs(dict[str, PeftConfig]):
     """The configs of a tuner's adapters, by name, which its model shows as `peft_config` as well."""
 
 
-def configs_of(model: nn.Module) -> dict[str, PeftConfig]:
-    """Return the configs of the adapters that a model carries without a PeftModel."""
-    configs = getattr(model, "peft_config", None)
-    if configs is None or isinstance(configs, Configs):
-        return {}
-    check_foreign(model)
-    own: dict[str, PeftConfig] = configs
-    return own
-
-
 @contextmanager
 def unless_it_fails(config: PeftConfig) -> Iterator[None]:
     """Restore a config's fields if the block raises."""
@@ -126,6 +116,10 @@ def unless_it_fails(config: PeftConfig) -> Iterator[None]:
         config.__dict__.clear()
         config.__dict__.update(before)
         raise
+
+
+def do_nothing() -> None:
+    """Do nothing: nobody follows the changes of a model."""
 
 
 class NothingAround:
@@ -181,7 +175,11 @@ class Registry:
         self.layers, self.wrappers = self.tree.layers, self.tree.wrappers
         self.checkpointing = self.tree.checkpointing  # gradient checkpointing is on
         carriers = [*self.layers.values(), *self.wrappers.values()]
-        configs = configs_of(model)  # of adapters without a PeftModel
+        configs: dict[str, PeftConfig] | None = getattr(model, "peft_config", None)
+        if configs is None or isinstance(configs, Configs):
+            configs = {}  # no adapter is without a PeftModel
+        else:
+            check_foreign(model)
         if foreign := sorted({name for part in carriers for name in part.adapters if name not in configs}):
             raise AlreadyInjectedError(
                 f"The model carries adapter(s) {foreign} of another PeftModel, which has them in its registry. For "
@@ -233,7 +231,7 @@ class Registry:
         return Parts(
             {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
             {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
-            self.shared,
+            self.shared if self.shared.containers else None,
             all_layers=self.layers,
         )
 
@@ -252,7 +250,9 @@ class Registry:
         slots = {name: list(self.slots_of(name)) for name in self.peft_config}
         own = {id(slot.tensor) for slot in slots[adapter] if slot.trains and slot.is_parameter}
         adapted = [layer.base_module for layer in self.parts_of(adapter).layers.values()]
-        biases = biases_of(self.peft_config[adapter], self.model, adapted, list(self.wrappers))
+        config = self.peft_config[adapter]
+        has_biases = getattr(config, "bias", "none") != "none"
+        biases = biases_of(config, self.model, adapted, list(self.wrappers)) if has_biases else []
         own |= {id(bias) for bias in biases} - {id(slot.tensor) for group in slots.values() for slot in group}
         return ((name, p) for name, p in module.named_parameters() if id(p) in own)
 
@@ -297,7 +297,7 @@ class Registry:
         """Inject an adapter that has been checked, and register it: in a change that is being prepared."""
         if getattr(config, "bias", "none") != "none":
             self.close(None)  # the base's biases get the values of the file
-        tree, self.tree, disabled = self.tree, None, self.switched_off
+        tree, self.tree = self.tree, None
         method = method_of(config.peft_type)
         steps = [name for name in replaced(self.holder, method) if name != INJECT]
         done = Injection(
@@ -307,10 +307,9 @@ class Registry:
             adapter_name,
             call=self.call,
             shared=self.shared,
-            others=self.alike(config),
+            others=self.alike(config) if method.shares else {},
             tree=tree,  # type: ignore[arg-type]  # None: it makes one
             mixed=self.mixed,
-            close=self.close,
             steps=Steps(self.holder, steps) if steps else None,
             options=options,
             keys=None if options.state_dict is None else self._keys_in(options.state_dict, config),
@@ -318,7 +317,7 @@ class Registry:
         for name, container in self.shared.modules().items() if method.shares else ():
             if name not in self.holder._modules:
                 self.holder.add_module(name, container)
-        self.take_in(done.parts, disabled)
+        self.take_in(done.parts)
         if self.frozen_before is None:
             self.frozen_before = done.frozen_before
         self._register(adapter_name, config)
@@ -368,13 +367,14 @@ class Registry:
         mark = f".{method_of(config.peft_type).prefix}"
         return {original(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}
 
-    def take_in(self, parts: Parts, disabled: bool) -> None:
+    def take_in(self, parts: Parts) -> None:
         """Register the carriers of a new adapter, and forget those that have no adapter left.
 
-        Args:
-            disabled: the others were switched off before: switch off the new ones, too.
+        Where the others are switched off, the new ones are, too.
         """
         known = {id(part) for part in self.carriers()}
+        others = [part.state.disabled for part in self.carriers() if part is not self.shared]  # it may be new
+        disabled = bool(others) and all(others)
         self.layers = {key: layer for key, layer in self.layers.items() if layer.methods} | parts.layers
         self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
         for part in parts.carriers():
@@ -541,14 +541,9 @@ class Registry:
 
     @property
     def disabled(self) -> bool:
-        """True while there are carriers and all are switched off, or disabled for what this thread calls."""
-        return self.switched_off or self.call.off
-
-    @property
-    def switched_off(self) -> bool:
-        """True while there are carriers and all are switched off."""
+        """True while there are carriers and all are switched off, or disabled for the calls of this thread."""
         off = [part.state.disabled for part in self.carriers()]
-        return bool(off) and all(off)
+        return self.call.off or (bool(off) and all(off))
 
     # on and off
 
@@ -603,7 +598,7 @@ class Registry:
     @property
     def merged_adapters(self) -> list[str]:
         """The adapters merged into some layer."""
-        return list(dict.fromkeys(name for layer in self.mergeable_layers() for name in layer.state.merged))
+        return list(dict.fromkeys(name for part in self.carriers() for name in part.state.merged))
 
     def mergeable_layers(self) -> list[AdapterLayer]:
         return [*self.layers.values(), *(w for w in self.wrappers.values() if isinstance(w, RowsLayer))]
@@ -627,7 +622,8 @@ class Registry:
         choice = None if adapter_names is None else several(adapter_names, "adapter_names")
         self.check_known(choice or ())
         shares = merging.merge_layers(self.mergeable_layers(), choice, safe_merge, undoable, progress)
-        self.shares_kept = self.shares_kept if shares is None else shares
+        if shares is not None:
+            self.shares_kept = shares
 
     @changes(everything)
     def unmerge_adapter(self) -> None:

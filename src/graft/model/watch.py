@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,34 +28,15 @@ from graft.config.base import PeftConfig
 from graft.core.carrier import Carrier, carried
 from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
-from graft.core.layer import AdapterLayer
 from graft.core.rows import tensors_in
+from graft.core.tuner import Tuner
 from graft.core.wrappers import MANAGED
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.inject.parts import Parts
 from graft.io.rendezvous import Note
 from graft.kernels.eager import autocast_dtype
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved
 from graft.storage.flat import is_flat, trains
 from graft.storage.parallel import find_master_ids, is_sharded, layout_of, processes
-
-
-class Watched(Protocol):
-    """What a watch asks of a `Registry`, which says what each is."""
-
-    model: nn.Module
-    peft_config: dict[str, PeftConfig]
-    watch: Watch | None
-    trained: set[str]
-    in_ddp: bool
-    starts: dict[str, Note]
-
-    @property
-    def active_adapters(self) -> list[str]: ...
-    @property
-    def layers(self) -> Mapping[str, AdapterLayer]: ...
-    def carriers(self) -> Iterable[Carrier]: ...
-    def parts_of(self, adapter: str) -> Parts: ...
 
 
 def dropouts(config: PeftConfig) -> list[str]:
@@ -103,7 +83,7 @@ class Watch:
     """Waits for the first backward passes of a model and looks at the gradients. A plain object, without hooks on
     modules or parameters: only the outputs of the calls that it follows tell it that a backward pass begins."""
 
-    def __init__(self, registry: Watched) -> None:
+    def __init__(self, registry: Tuner) -> None:
         self.registry = registry
         self.passes = self.looks = 0
         self.task: int | None = None  # the backward pass under way
@@ -257,16 +237,15 @@ REMEDY = (
 )
 
 
-def note_start(registry: Watched, adapter: str) -> None:
+def note_start(registry: Tuner, adapter: str) -> None:
     """Note for the other processes with which values an adapter begins."""
-    if processes() > 1:
-        tensors = tensors_of(registry, adapter)
-        own = torch._foreach_norm(tensors) if tensors else []
-        norms = torch.stack([n.to(own[0].device) for n in own]).tolist() if own else []  # of several devices, maybe
-        registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
+    tensors = tensors_of(registry, adapter)
+    own = torch._foreach_norm(tensors) if tensors else []
+    norms = torch.stack([n.to(own[0].device) for n in own]).tolist() if own else []  # of several devices, maybe
+    registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
 
 
-def check_averaged(registry: Watched) -> None:
+def check_averaged(registry: Tuner) -> None:
     """Check that the gradients of what trains will be averaged. Called at the first step after a change.
 
     Raises:
@@ -293,7 +272,7 @@ def check_averaged(registry: Watched) -> None:
         compare_starts(registry)
 
 
-def has_copies(registry: Watched) -> bool:
+def has_copies(registry: Tuner) -> bool:
     """Return True if each process is known to hold all of one adapter, which they train together."""
     if processes() < 2:
         return False
@@ -309,7 +288,7 @@ def refuse(names: list[str], who: str, remedy: str) -> None:
         )
 
 
-def compare_starts(registry: Watched) -> None:
+def compare_starts(registry: Tuner) -> None:
     """Warn if the processes drew other initial values for an active adapter, which a layout in parts mixes."""
     for adapter in registry.active_adapters:
         note = registry.starts.pop(adapter, None)
@@ -323,7 +302,7 @@ def compare_starts(registry: Watched) -> None:
             )
 
 
-def slots_of_active(registry: Watched) -> Iterable[tuple[str, Slot, bool]]:
+def slots_of_active(registry: Tuner) -> Iterable[tuple[str, Slot, bool]]:
     """Yield the slots of active adapters that can train: name for errors, slot, whether the adapter is to train."""
     for carrier, name in carried(registry.carriers(), registry.active_adapters):
         for slot in carrier.slots(name):
@@ -331,7 +310,7 @@ def slots_of_active(registry: Watched) -> Iterable[tuple[str, Slot, bool]]:
                 yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
 
 
-def tensors_of(registry: Watched, adapter: str) -> list[Tensor]:
+def tensors_of(registry: Tuner, adapter: str) -> list[Tensor]:
     """Return the floating tensors of an adapter that have values."""
     slots = (s for carrier, name in carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
     tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]

@@ -131,7 +131,7 @@ def swap(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, **o
     """Check everything, then write."""
     model = unwrapped(model)
     gate = gate_of(model)
-    with gate.preparing(f"hotswap_adapter({adapter!r})"):
+    with gate.change(f"hotswap_adapter({adapter!r})", (), late=True):
         write = planned(model, loaded, adapter, config, **options)
         with gate.change("hotswap", (adapter,)):
             write()

@@ -83,7 +83,7 @@ class SlotLayer(nn.Module):
     keep: bool  # keep a mix's gathered factors for its next forward
     output_is_new: bool  # the base layer's output may be overwritten
     methods: ClassVar[dict[str, object]] = {}
-    merged_adapters = ()
+    state: ClassVar[Any] = type("State", (), {"merged": ()})  # nothing is merged
     why_not_adapted = "It has slots of AdapterSlots, whose remove() takes them off"
     A: Tensor  # (slots + 1, rank, in) of the first group; A1, A2, …: of the others; place 0 of each holds zeros
     B: Tensor  # (slots + 1, rank, out): a row of B is contiguous, which makes `bmm` three times as fast

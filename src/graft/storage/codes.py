@@ -19,15 +19,12 @@ from graft.storage.dense import NUMBERS, PLAIN, strange_tensor
 from graft.storage.experts import let_experts_train, restore_experts
 from graft.storage.find import STORES, TENSORS, find_marked_store
 from graft.storage.quantized import Quantized
+from graft.storage.stacks import list_packed_names
 
 FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # lists of plain modules in configs of transformers
 FIXED = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # quantization formats that fix the dtype of all other weights
 PACKED = ("Params4bit",)  # types of parameters whose dtype is only that of their storage
-
-
-def is_packed(p: Tensor) -> bool:
-    return type(p).__name__ in PACKED
 
 
 def dtype_is_fixed(model: nn.Module) -> bool:
@@ -80,7 +77,8 @@ def prepare_packed(modules: Iterable[nn.Module]) -> None:
     """Have the stores of packed weights mend what would make adapters on or below these modules wrong."""
     warnings: dict[str | None, None] = {}
     for m in modules:
-        let_experts_train(m)
+        if list_packed_names(m):
+            let_experts_train(m)
         store = find_packed_store(m)
         if isinstance(store, (Quantized, Compressed)):
             warnings[store.ready(m)] = None
@@ -144,6 +142,6 @@ def make_bias_parameter(module: nn.Module) -> tuple[nn.Parameter, Callable[[], N
 def count_numbers(p: Tensor) -> int:
     """Return how many numbers a parameter holds: two in a byte if packed to 4 bits, all shards with DeepSpeed."""
     n = p.numel() or getattr(p, "ds_numel", 0)
-    if is_packed(p):
+    if type(p).__name__ in PACKED:
         n *= 2 * torch.empty((), dtype=getattr(p, "quant_storage", torch.uint8)).element_size()
     return n

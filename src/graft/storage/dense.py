@@ -99,6 +99,9 @@ class Dense:
     exact = live = True
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
+        t = m._parameters.get(name)
+        if type(t) in PLAIN and t.dtype in NUMBERS and MANAGED not in m.__dict__:  # type: ignore[union-attr]
+            return None  # as nearly all
         return strange_tensor(m, name) or why_flat(m, name)
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.wrappers import Hook, bring_for_good, hooks_of, take_hook_off
+from graft.core.wrappers import bring_for_good, hooks_of, take_hook_off
 
 
 def device_of(m: nn.Module) -> torch.device | None:
@@ -82,7 +82,7 @@ def find_offloaded(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
     return {id(t): (m, name) for m, tensors in by_module for name, t in tensors if t is not None and t.is_meta}
 
 
-def _buffer_names(m: nn.Module, hook: Hook) -> list[str]:
+def _buffer_names(m: nn.Module, hook: Any) -> list[str]:
     """Return the names of the buffers that the hook offloads as well."""
     return [n for n in m._buffers if hook.offload_buffers and n not in m._non_persistent_buffers_set]
 

@@ -18,7 +18,7 @@ from graft.inject.parts import unwrapped
 from graft.prompts.base import Prompt
 from graft.prompts.base import shift_tokens_right as shift_tokens_right
 from graft.storage import holds_codes
-from graft.storage.codes import dtype_is_fixed, is_marked, is_packed
+from graft.storage.codes import PACKED, dtype_is_fixed, is_marked
 from graft.storage.dense import NUMBERS, is_composed
 
 PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "CartridgeEncoder")
@@ -148,7 +148,7 @@ def prepare_model_for_kbit_training(
     narrow = {p for m in packed for p in fixed_dtype_parameters(m)}
     for p in model.parameters():
         p.requires_grad_(False)
-        if widen and p.dtype in HALF and p not in narrow and not is_packed(p):
+        if widen and p.dtype in HALF and p not in narrow and type(p).__name__ not in PACKED:
             p.data = p.data.to(torch.float32)
     if auto_clear_cache:
         clear_cache()

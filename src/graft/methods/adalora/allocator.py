@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,20 +44,7 @@ class Importance:
         return self.mean[name] * self.spread[name] if name in self.mean else p.new_zeros(find_whole_shape(p))
 
 
-class Schedule(Protocol):
-    """What the allocator asks of a config."""
-
-    tinit: int
-    tfinal: int
-    deltaT: int
-    total_step: int
-    beta1: float
-    beta2: float
-
-    def rank_mask(self, key: str) -> list[bool] | None: ...
-
-
-def budget(step: int, start: int, target: int, cfg: Schedule) -> tuple[int, bool]:
+def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
     """Return how many singular values may stay at a step, cubic from `start` to `target`, and whether to prune now."""
     first, last = cfg.tinit, cfg.total_step - cfg.tfinal
     if step <= first:
@@ -71,7 +58,7 @@ def budget(step: int, start: int, target: int, cfg: Schedule) -> tuple[int, bool
 class Allocator:
     """The state of the allocation between two steps."""
 
-    def __init__(self, cfg: Schedule):
+    def __init__(self, cfg: Any):
         self.importance = Importance(cfg.beta1, cfg.beta2)
         self.called = self.warned = False
         self.version: int | None = None  # of a parameter, at first sight
@@ -166,7 +153,7 @@ def check_gradients(name: str, methods: dict[str, Method]) -> None:
 
 
 @torch.no_grad()
-def reapply(methods: dict[str, Method], cfg: Schedule) -> None:
+def reapply(methods: dict[str, Method], cfg: Any) -> None:
     """Set singular values to 0 again that the optimizer has moved away from it."""
     for key, m in methods.items():
         mask = cfg.rank_mask(key)

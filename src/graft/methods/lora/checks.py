@@ -3,26 +3,10 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from graft.config.bounds import COUNT
 from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.site import Site
 from graft.methods.lora.config import LoraConfig
-
-MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
-MAMBA_UNTARGETABLE = {"conv1d"}
-
-
-def refuse_mamba(cfg: LoraConfig, model: nn.Module) -> None:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    targets = cfg.target_modules
-    hit: set[str] = MAMBA_UNTARGETABLE & targets if kind in MAMBA and isinstance(targets, set) else set()
-    if hit:
-        raise ConfigError(
-            f"Module {sorted(hit)} is incompatible with Mamba-based models ({kind}): an update mixes its groups, "
-            "and no call shows them. Take it out of target_modules."
-        )
 
 
 def check_site(site: Site, cfg: LoraConfig) -> None:

@@ -45,17 +45,14 @@ def ops_of(mapping: dict[type[nn.Module], type | Op]) -> dict[type[nn.Module], O
     return found
 
 
-def check_invocation(cfg: LoraConfig) -> None:
-    """Raise ConfigError for invocation tokens that cannot occur."""
-    tokens = cfg.alora_invocation_tokens
-    if tokens is None:
-        return
+def check_invocation(tokens: list[int], task_type: str | None) -> None:
+    """Raise ConfigError for invocation tokens that cannot occur; warn of a task other than CAUSAL_LM."""
     if not tokens or min(tokens) < 0:
         raise ConfigError(
             f"`alora_invocation_tokens` must be the ids of one token or more, got {tokens}: aLoRA begins to act "
             "where they stand. Leave it None for an adapter that always acts."
         )
-    if cfg.task_type != "CAUSAL_LM":
+    if task_type != "CAUSAL_LM":
         warn("aLoRA is currently only supported for CAUSAL_LM task.")
 
 
@@ -65,7 +62,7 @@ def check_loftq(cfg: LoraConfig) -> None:
         if not cfg.loftq_config:
             raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
         cfg.loftq_config = vars(sub_config(cfg.loftq_config, LoftQConfig)).copy()
-    elif cfg.loftq_config:
+    else:
         warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
         cfg.loftq_config = {}
 
@@ -83,7 +80,8 @@ def check_start(cfg: LoraConfig) -> None:
             title = TITLES[how]
             warn(f"`init_lora_weights` is '{how}' but `{name}` is not specified. Using default {title} config.")
             setattr(cfg, name, cls())
-    check_loftq(cfg)
+    if init == "loftq" or cfg.loftq_config:
+        check_loftq(cfg)
     if cfg.kasa_config and isinstance(init, str) and init.startswith(("pissa_niter", "corda", "lora_ga")):
         raise ConfigError(
             f"kasa_config cannot stand with init_lora_weights={init!r}: loading makes KaSA's base anew, which "
@@ -178,7 +176,8 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
         self.use_bdlora = sub_config(self.use_bdlora, BdLoraConfig)
         if len(self.variants) > 1:
             raise ConfigError(f"Invalid or unsupported variant combination: {self.variants}. Choose one of them.")
-        check_invocation(self)
+        if self.alora_invocation_tokens is not None:
+            check_invocation(self.alora_invocation_tokens, self.task_type)
         check_start(self)
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LORA
 from graft.core.effect import Effect, Factors, Update
-from graft.core.errors import AdapterNotFoundError
+from graft.core.errors import AdapterNotFoundError, ConfigError
 from graft.core.lean import Identity, bare
 from graft.core.method import Method, Published, Tensors
 from graft.core.tuner import Tuner
@@ -22,6 +22,9 @@ from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate
 from graft.methods.lora.started import Started
 from graft.methods.lora.sub_configs import VARIANTS
+
+MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+UNTARGETABLE = {"conv1d"}  # of them
 
 
 def kasa_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
@@ -90,7 +93,13 @@ class LoRA(Started):
 
     @classmethod
     def prepare(cls, cfg: LoraConfig, model: nn.Module) -> None:
-        checks.refuse_mamba(cfg, model)
+        kind, targets = getattr(getattr(model, "config", None), "model_type", None), cfg.target_modules
+        hit: set[str] = UNTARGETABLE & targets if kind in MAMBA and isinstance(targets, set) else set()
+        if hit:
+            raise ConfigError(
+                f"Module {sorted(hit)} is incompatible with Mamba-based models ({kind}): an update mixes its groups, "
+                "and no call shows them. Take it out of target_modules."
+            )
 
     def check(self) -> str | None:
         checks.check_site(self.site, self.cfg)
@@ -112,7 +121,8 @@ class LoRA(Started):
                 lora_embedding_A=nn.Parameter(torch.randn(r, site.in_features, device=device)),
                 lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r, device=device)),
             )
-        checks.warn_unmergeable(site, cfg)
+        if cfg.lora_bias or site.op.groups(site.module) > 1:
+            checks.warn_unmergeable(site, cfg)
         fill = cfg.init_lora_weights in (False, "eva")  # any other initialisation overwrites these values
         A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill, device)  # type: ignore[misc]
         values |= dict(lora_A=A, lora_B=B)

@@ -14,7 +14,6 @@ import graft
 from graft.core.errors import BaseModelMismatchError, LossError
 from graft.files.base import base_files
 from graft.files.bases import base_of, by_model, fitted
-from graft.files.by_model import by_name
 from graft.files.convert import convert
 from graft.files.diff import difference
 from graft.files.errors import BaseNeededError
@@ -23,6 +22,7 @@ from graft.files.formats import read
 from graft.files.inspect import inspect
 from graft.files.lint import lint
 from graft.files.serving import check
+from graft.files.skeleton import by_name
 from graft.files.tensors import Tensor
 from tests.families import FAMILIES, RENAMED, base
 from tests.leaves_out import FUSED_EXPERTS
@@ -147,7 +147,7 @@ def test_square_weights_of_conv1d_are_turned(tmp_path):
 
 def test_a_base_of_four_bits_is_compared_by_what_its_codes_stand_for(tmp_path, monkeypatch):
     """Its files have bytes of other shapes; lint and inspect called it another model."""
-    from graft.files import by_model as views
+    from graft.files import skeleton as views
     from tests.models import make
 
     model = make("llama")

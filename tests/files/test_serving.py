@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from graft.core.errors import ConfigError
-from graft.files import by_model
+from graft.files import skeleton
 from graft.files.base import base_files
 from graft.files.formats import read
 from graft.files.neutral import AdapterFile, LowRank
@@ -246,8 +246,8 @@ def test_the_class_that_the_server_runs(tmp_path):
 
 
 def test_the_class_is_built_once_for_a_server(monkeypatch):
-    made, whole = [], by_model.model_of
-    monkeypatch.setattr(by_model, "model_of", lambda path: made.append(path) or whole(path))
+    made, whole = [], skeleton.skeleton
+    monkeypatch.setattr(skeleton, "skeleton", lambda path: made.append(path) or whole(path))
     assert check(renamed("plain", lambda path: f"x.{path}"), ["vllm"], base_files(adapters.base()))
     assert len(made) == 1
 

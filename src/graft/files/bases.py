@@ -43,7 +43,7 @@ def base_of(path: str | os.PathLike[str]) -> BaseFiles | Skeleton:
         return pipeline(path)
     config = os.path.join(path, CONFIG)
     if os.path.exists(config) and not any(name.endswith(".safetensors") for name in os.listdir(path)):
-        from graft.files.by_model import from_config
+        from graft.files.skeleton import from_config
 
         return from_config(path, read_object(config, finite=False))
     return base_files(path)
@@ -73,11 +73,11 @@ def together(path: str, config: Json, parts: Mapping[str, Known]) -> Skeleton:
 
 
 def by_model(base: Known) -> Skeleton | None:
-    """Return a base of files by the names of its model's parameters, see `graft.files.by_model`; None: no library
+    """Return a base of files by the names of its model's parameters, see `graft.files.skeleton`; None: no library
     here knows the model, or the base has its names already."""
     if not base.views:
         if isinstance(base, BaseFiles):
-            from graft.files.by_model import of_files
+            from graft.files.skeleton import of_files
 
             made = of_files(base)
         else:

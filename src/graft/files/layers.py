@@ -44,7 +44,7 @@ class Layers:
         self.new, self.old = dict(tuned.tensors), dict(base.tensors)
         self.quantized = [m.path for m in (tuned, base) if "quantization_config" in m.config]
         if not self.quantized and (known := by_model(base)) is not None:
-            from graft.files.by_model import by_name
+            from graft.files.skeleton import by_name
 
             self.model = cast("PreTrainedModel", known.model)
             self.new, self.old = by_name(tuned.tensors, self.model), known.tensors

@@ -19,7 +19,6 @@ from graft import BaseModelMismatchError, LossError, PeftConfig, PeftMixedModel,
 from graft.core.errors import some
 from graft.core.merging import unmerged
 from graft.files.base import Skeleton
-from graft.files.by_model import skeleton
 from graft.files.formats import read
 from graft.files.formats.peft import config_of, tensors_of
 from graft.files.holding import PEFT, fit
@@ -27,6 +26,7 @@ from graft.files.lycoris import as_peft
 from graft.files.names import check, part_for, renamed
 from graft.files.neutral import AdapterFile
 from graft.files.pickles import from_torch, to_torch
+from graft.files.skeleton import describe_model
 from graft.files.tensors import Tensor
 from graft.inject.experts import Conversions
 from graft.inject.survey import survey
@@ -121,7 +121,7 @@ def names_in(model: Any) -> Skeleton:
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model
     layers = survey(base).layers
-    out = skeleton(base, f"the model ({type(base).__name__})")
+    out = describe_model(base, f"the model ({type(base).__name__})")
     inside = tuple(f"{path}." for path in layers)
     out.adapters = model.peft_config if is_adapted else {}
     out.modules = [name for name in out.modules if not name.startswith(inside)] if inside else out.modules

@@ -14,6 +14,7 @@ from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files.base import Known
 from graft.files.bases import COMPONENTS, by_model, fitted
+from graft.files.errors import BaseNeededError
 from graft.files.neutral import AdapterFile, LowRank
 
 if TYPE_CHECKING:
@@ -236,3 +237,16 @@ def joined(parts: dict[str, AdapterFile], path: str) -> AdapterFile:
             getattr(out, name).update({f"{part}.{key}": value for key, value in getattr(of_part, name).items()})
         out.unread += [f"{part}: {key}" for key in of_part.unread]
     return out
+
+
+def heads_of(base: Base, keys: bool) -> int:
+    """Return the number of heads of a base's queries, or of its keys.
+
+    Raises:
+        BaseNeededError: its config does not say it.
+    """
+    heads = base.config.get("num_attention_heads")
+    heads = base.config.get("num_key_value_heads") or heads if keys else heads
+    if not isinstance(heads, int) or heads < 1:
+        raise BaseNeededError(f"The config of {base.path} does not say how many attention heads it has.")
+    return heads

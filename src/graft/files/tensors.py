@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import IO, TYPE_CHECKING
 
-from graft import CheckpointError
+from graft import BaseModelMismatchError, CheckpointError
 from graft.config.atomic import Write
 from graft.config.atomic import replace as put_in_place
 from graft.config.notes import LARGEST, LFS, header
@@ -216,3 +216,29 @@ def safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> W
                 f.write(t.load())
 
     return write
+
+
+# RoPE turns pairs of a head's rows: entry i with i + d/2 in transformers' order, 2i with 2i + 1 in that of llama.cpp,
+# torchtune and Meta's own
+
+
+def interleaved(t: Tensor, heads: int) -> Tensor:
+    """Return rows (heads · d, …) that were in two halves per head as pairs, bit for bit."""
+    return _reordered(t, heads, pairs=False)
+
+
+def two_halves(t: Tensor, heads: int) -> Tensor:
+    """Return rows that were pairs as two halves per head: the inverse of `interleaved`."""
+    return _reordered(t, heads, pairs=True)
+
+
+def _reordered(t: Tensor, heads: int, pairs: bool) -> Tensor:
+    import numpy as np
+
+    rows = t.shape[0]
+    if not heads or rows % (2 * heads):
+        raise BaseModelMismatchError(f"{rows} rows of q or k do not divide into {heads} heads of an even size.")
+    half = rows // heads // 2
+    shape = (heads, half, 2) if pairs else (heads, 2, half)
+    order = np.arange(rows).reshape(shape).transpose(0, 2, 1).reshape(-1)
+    return rearranged(t, lambda values: values[order], *t.shape)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF, llama.cpp's: names by the package gguf, one alpha for all, rows of q and k in the order of llama.cpp's RoPE.
 
-Steering vectors are its control vectors: `gguf_control.py`."""
+Steering vectors are its control vectors, one for each block but the first."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from graft.config.atomic import replace
 from graft.config.reading import LARGEST_NUMBER, Json, open_file
 from graft.core.errors import shortened, some
 from graft.files.errors import BaseNeededError, PackageNeededError
-from graft.files.formats import Base, gguf_control, one_file
+from graft.files.formats import Base, one_file
 from graft.files.formats.gguf_file import MAGIC, contents, package
 from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
-from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank
-from graft.files.rope import heads_of, interleaved, two_halves
-from graft.files.tensors import Tensor, rearranged, tensor
+from graft.files.names import heads_of
+from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, Other
+from graft.files.tensors import Tensor, interleaved, rearranged, tensor, two_halves
 
 NAME = "gguf"
 FOLDER = ("adapter.gguf",), ()
@@ -77,8 +77,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     """
     path = one_file(path, ".gguf") or path
     fields, tensors = contents(path)
-    if fields.get("general.architecture") == gguf_control.ARCHITECTURE:
-        return gguf_control.read(path, fields, tensors, base)
+    if fields.get("general.architecture") == ARCHITECTURE:
+        return read_control(path, fields, tensors, base)
     kind = fields.get("general.type")
     if kind != "adapter":
         raise CheckpointError(f"{path} is a model (general.type = {kind!r}), not an adapter.")
@@ -191,8 +191,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     """
     gguf = package()
     if adapter.method == "STEERING":
-        vectors, facts, lost = gguf_control.vectors(adapter, base, lossy)
-        save(path, gguf_control.ARCHITECTURE, facts, vectors)
+        vectors, facts, lost = control_vectors(adapter, base, lossy)
+        save(path, ARCHITECTURE, facts, vectors)
         return lost
     if base is None:
         raise BaseNeededError("A GGUF adapter says its base's architecture: give the base model (--base).")
@@ -261,3 +261,65 @@ def add(gguf: ModuleType, writer: Any, name: str, t: Tensor) -> None:
         return
     values = np.frombuffer(t.load(), "<f4" if t.dtype == "F32" else "<f2").reshape(t.shape)
     writer.add_tensor(name, values)
+
+
+ARCHITECTURE = "controlvector"
+DIRECTION = re.compile(r"direction\.(\d{1,9})")
+VECTOR = "steering_vector"
+
+
+def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
+    """Read control vectors: `direction.N` is added to the output of block N.
+
+    Raises:
+        BaseNeededError: there is no base, whose blocks they count.
+        BaseModelMismatchError: the base has no such block, or other widths.
+        CheckpointError: it has no directions.
+    """
+    from graft.files.formats.adapterhub_places import blocks_of  # loads torch, which a look at headers does not need
+
+    blocks, base = blocks_of(path, base)
+    out = AdapterFile("gguf", path, "STEERING", config={"peft_type": "STEERING", "inference_mode": True})
+    for name, values in tensors.items():
+        match = DIRECTION.fullmatch(name)
+        if match is None:
+            out.unread.append(name)
+            continue
+        number = int(match[1])
+        if number >= len(blocks) or values.shape != (blocks[number].width,):
+            size = f"{len(blocks)} blocks of width {blocks[0].width}" if blocks else "no blocks"
+            raise BaseModelMismatchError(f"{path} has {name} of shape {values.shape}, and {base.path} has {size}.")
+        out.modules[blocks[number].path] = Other("STEERING", {VECTOR: values})
+    if not out.modules:
+        raise CheckpointError(f"{path} is a control vector without a direction.")
+    numbers = [i for i, block in enumerate(blocks) if block.path in out.modules]
+    out.config |= {"target_modules": "places", "layers": numbers}
+    out.selected = frozenset(out.modules)
+    return out
+
+
+def control_vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tuple[dict[str, Tensor], Json, list[str]]:
+    """Return steering vectors times their coefficient, by the number of their block, a file's fields, and what is lost.
+
+    Raises:
+        BaseNeededError: there is no base, whose blocks count.
+        LossError: a vector acts elsewhere than after a block or after the first one, or in another way than by adding.
+    """
+    from graft.files.formats.adapterhub_places import blocks_of
+
+    blocks, base = blocks_of(adapter.path, base)
+    numbers = {block.path: i for i, block in enumerate(blocks)}
+    cfg, found, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
+    lost += [f"{name}={cfg[name]}" for name in ("normalize", "min_token_index") if cfg.get(name)]
+    for module, m in adapter.modules.items():
+        number = numbers.get(module, 0)
+        vector = m.tensors[VECTOR] if isinstance(m, Other) else None
+        if number and vector is not None:
+            found[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
+        elif vector is None or vector.read().any():
+            place = "the first block" if module in numbers else "no block"
+            lost.append(LostModule(f"{module}, which is {place}"))
+    check_lost(adapter, "gguf", lost, lossy, found)
+    hint = {f"{ARCHITECTURE}.model_hint": str(base.config.get("model_type", ""))}
+    fields: Json = hint | {f"{ARCHITECTURE}.layer_count": len(found)}
+    return {f"direction.{number}": values for number, values in sorted(found.items())}, fields, lost

@@ -17,10 +17,10 @@ from graft.files.errors import BaseNeededError
 from graft.files.formats import Base, one_file
 from graft.files.formats.peft import numbers_at
 from graft.files.holding import both, misfit
+from graft.files.names import heads_of
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.pickles import mentions, read_torch, tensors_of
-from graft.files.rope import heads_of, two_halves
-from graft.files.tensors import Tensor
+from graft.files.tensors import Tensor, two_halves
 
 NAME = "torchtune"
 FILE, CONFIG = "adapter_model.pt", "adapter_config.json"

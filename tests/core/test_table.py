@@ -4,7 +4,7 @@
 import gc
 import weakref
 
-from graft.core.table import TypeTable
+from graft.core.ops import TypeTable
 
 
 class Base:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.core.unchanged import Unchanged
+from graft.core.mixed import Unchanged
 from tests.models import seeded
 
 

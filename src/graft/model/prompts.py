@@ -36,10 +36,17 @@ from graft.methods import method_of
 from graft.model.merging import unload
 from graft.model.modes import in_mode
 from graft.model.registry import Registry
-from graft.prompts import admission
 from graft.prompts.arguments import put_labels
 from graft.prompts.base import PLACE, STORED, Encoders, Prompt, check_tokens
-from graft.prompts.entry import attach
+from graft.prompts.entry import (
+    attach,
+    check_assistant,
+    check_caches,
+    check_kind,
+    check_rows,
+    check_size,
+    drop_encoder_outputs,
+)
 from graft.prompts.kv_prefix import fitted
 from graft.prompts.prefix_tuning import as_pairs, from_pairs
 from graft.prompts.stack import Stack, stacks_of
@@ -173,10 +180,10 @@ class Prompts(Registry):
                 "encoder: use SEQ_2_SEQ_LM."
             )
         main = self.stacks["main"]
-        admission.check_kind(self.stacks.get("decoder", main) if cfg.holds_keys else main, cfg)
+        check_kind(self.stacks.get("decoder", main) if cfg.holds_keys else main, cfg)
         cfg.fit(getattr(self.model, "config", None), main.width)
         for stack in self._entered(cfg):
-            admission.check_size(stack, cfg)
+            check_size(stack, cfg)
         if type(self.model).__name__ in COUNTED and not cfg.holds_keys:
             raise ConfigError(
                 f"{type(self.model).__name__} masks its logits by the tokens of the input, among which a prompt of "
@@ -204,8 +211,8 @@ class Prompts(Registry):
             return
         last = self._entered(self.active[0])[-1]
         if last is self.stacks.get("decoder", last):  # else the prompt is in the encoder, which has no cache
-            admission.check_caches(kwargs, self.model)
-            admission.check_assistant(kwargs, self.model, last)
+            check_caches(kwargs, self.model)
+            check_assistant(kwargs, self.model, last)
 
     def _used(self) -> tuple[str, ...]:
         return super()._used() if self.wrappers else ()  # the prompt has been computed when the model begins
@@ -249,9 +256,9 @@ class Prompts(Registry):
                 main, both = self.stacks["main"], cfg.task_type == "SEQ_2_SEQ_LM" and self._in_decoder(cfg)
                 finish = put_labels(self.model, main, cfg, prompt, both, kwargs, arguments)
             if "decoder" in self.stacks:
-                admission.drop_encoder_outputs(kwargs, cfg)
+                drop_encoder_outputs(kwargs, cfg)
         value = prompt(**arguments)
-        admission.check_rows(value, kwargs)
+        check_rows(value, kwargs)
         return finish, value
 
     def _insert(self, cfg: PromptLearningConfig, value: Tensor) -> None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from graft.core.ops import replaced_forward
-from graft.core.table import TypeTable, qualified
+from graft.core.ops import TypeTable, qualified, replaced_forward
 from graft.core.wrappers import MANAGED, copy_offloaded, hooks_of, parameters_in
 from graft.storage.offload import bring_in, device_of, is_hooked, is_tied
 from graft.storage.parallel import gather_tensor, layout_of

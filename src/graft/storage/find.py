@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from graft.core.carrier import carrier_of
-from graft.core.ops import OPS, Linear, replaced_forward
+from graft.core.ops import OPS, Linear, TypeTable, replaced_forward
 from graft.core.site import Store
-from graft.core.table import TypeTable
 from graft.storage import (
     aqlm,
     bnb,

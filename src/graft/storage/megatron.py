@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.errors import UnsupportedLayerError
-from graft.core.ops import Op
+from graft.core.ops import Op, TypeTable
 from graft.core.pieces import Piece
-from graft.core.table import TypeTable
 from graft.kernels.cuts import Cut, gather_whole, join_pieces, take_piece
 from graft.storage.dense import Dense
 

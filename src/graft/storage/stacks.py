@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.core.table import TypeTable
+from graft.core.ops import TypeTable
 from graft.storage.float8 import FP4, decode, encode, unpack_pairs
 
 

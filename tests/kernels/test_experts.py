@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from graft.kernels import experts
 from graft.kernels.experts import ExpertBlock, LowRankUpdate, UpdatedStack
+from tests.kernels import references
 
 TOKENS, WIDTH, INNER, EXPERTS, USED = 9, 6, 5, 4, 2
 
@@ -70,7 +71,7 @@ def test_groups_of_rows_are_one_token_after_the_other(monkeypatch, size, missing
     assert up.counts == down.counts == used and up.largest == min(size, sum(used))
     grads = torch.autograd.grad(found.sin().sum(), trained)
     assert up.counts == down.counts == [2 * n for n in used]
-    expected = experts.plain_run_experts(block, x, index, weights, stacks, group)
+    expected = references.plain_run_experts(block, x, index, weights, stacks, group)
     assert_close(found, expected)
     assert_close(grads, torch.autograd.grad(expected.sin().sum(), trained))
 
@@ -95,7 +96,7 @@ def test_half_precision_computes_updates_in_their_own_dtype_and_sums_in_float32(
         k: UpdatedStack(s.codes, [LowRankUpdate(p.A.double(), p.B.double()) for p in s.parts])
         for k, s in stacks.items()
     }
-    expected = experts.plain_run_experts(block, x, index, weights, wide)
+    expected = references.plain_run_experts(block, x, index, weights, wide)
     half = experts.run_experts(block, x.bfloat16(), index, weights.float(), stacks)
     with torch.autocast("cpu", torch.bfloat16):
         auto = experts.run_experts(block, x.float(), index, weights.float(), stacks)

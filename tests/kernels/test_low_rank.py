@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import graft
 from graft.kernels import decomposed, low_rank, mixed, sparse
-from graft.kernels.decomposed import plain_row_norms, row_norms
+from graft.kernels.decomposed import row_norms
 from graft.kernels.low_rank import FUSED_FROM, add_low_rank, dropout, dropout_mask, dropped, plain
+from tests.kernels import references
 from tests.models import seeded
 
 SCALE = 1.37
@@ -272,7 +273,7 @@ def test_products_of_few_elements():
         x, W, g = torch.randn(30, 12).double(), torch.randn(20, 12).double(), torch.randn(30, 20).double()
     for p in (0.001, 0.05, 0.5):
         found = low_rank.places(x.numel(), p, 5, x.device)
-        assert_close(sparse.multiply_sampled(x, W, found), sparse.plain_multiply_sampled(x, W, found))
+        assert_close(sparse.multiply_sampled(x, W, found), references.plain_multiply_sampled(x, W, found))
         assert_close(sparse.product_entries(g, W, found), sparse.plain_product_entries(g, W, found))
     half = (
         sparse.multiply_sampled(x.bfloat16(), W.bfloat16(), found),
@@ -510,7 +511,7 @@ def test_equals_peft(how, dora, adapters, rows):
 def test_row_norms(dtype):
     with seeded(6):
         W, A, B = torch.randn(20, 12).to(dtype), torch.randn(3, 12), torch.randn(20, 3)
-    exact = plain_row_norms(W.double(), A.double(), B.double())
+    exact = references.plain_row_norms(W.double(), A.double(), B.double())
     assert_close(row_norms(W, A, B).double(), exact, rtol=1e-5, atol=1e-6)
     near = -W[:, :3].float()  # W + BA = 0 in the first columns' span: everything cancels
     few = row_norms(W[:, :3], torch.eye(3), near)

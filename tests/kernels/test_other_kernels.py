@@ -18,6 +18,7 @@ from graft.kernels.low_rank import FUSED_FROM, worth_it
 from graft.kernels.one_product import Difference, Factored, linear_with
 from graft.kernels.sparse import Scattered
 from tests.covering import Case, law
+from tests.kernels import references
 from tests.models import seeded
 
 SCALE = 1.37
@@ -113,7 +114,7 @@ def test_rotating_equals_the_plain_formula(x_grad):
     with seeded(2):
         x, R = randn((2, ROWS // 2, 12), (3, 4, 4))
     values = x.detach().requires_grad_(x_grad), R
-    exact = results(orthogonal.plain_rotate, wide(values))
+    exact = results(references.plain_rotate, wide(values))
     assert max(errors(results(orthogonal.rotate, values), exact)) < 1e-6
     dense = torch.block_diag(*R.detach())
     assert_close(orthogonal.rotate(*values).detach(), x.detach() @ dense)
@@ -122,7 +123,7 @@ def test_rotating_equals_the_plain_formula(x_grad):
 def test_rotating_in_half_precision_errs_no_more():
     with seeded(2):
         x, R = randn((2, ROWS // 2, 12), (3, 4, 4))
-    not_worse(orthogonal.rotate, orthogonal.plain_rotate, [x.detach().bfloat16().requires_grad_(), R])
+    not_worse(orthogonal.rotate, references.plain_rotate, [x.detach().bfloat16().requires_grad_(), R])
 
 
 # pairs of channels
@@ -267,7 +268,7 @@ def modulating(W, bias, W0):
 
     def two(x, B, A):
         w, s, wide_x, w0 = (t.to(A.dtype) for t in (W, bias, x, W0))
-        return one_product.plain_linear_with(w, s, wide_x, w0 * (B @ A)).to(x.dtype)
+        return references.plain_linear_with(w, s, wide_x, w0 * (B @ A)).to(x.dtype)
 
     return one, two
 
@@ -320,7 +321,7 @@ def test_one_product_with_a_modulated_weight_and_an_addend_equals_three(x_grad):
         return one_product.Modulated(w0, *factors).linear_with(w, s, x, nn.functional.linear, input_gradient)
 
     def three(x, s, B, A, D, C):
-        return one_product.plain_linear_with(W.to(x.dtype), s, x, W0.to(x.dtype) * (B @ A) + D @ C)
+        return references.plain_linear_with(W.to(x.dtype), s, x, W0.to(x.dtype) * (B @ A) + D @ C)
 
     values = [x, s, B, A, D, C]
     exact = results(three, wide(values))
@@ -346,7 +347,7 @@ def test_a_rescaled_weight_in_one_product(shape):
 
     def reference(x, s, a, b):
         w = W.to(x.dtype)
-        return one_product.plain_linear_with(w, s, x, a * w + b)
+        return references.plain_linear_with(w, s, x, a * w + b)
 
     values = [x, s, a, b]
     assert max(errors(results(one, values), results(reference, wide(values)))) < 1e-5

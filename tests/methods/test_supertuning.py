@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graft
-from graft.kernels import one_product, sparse
+from graft.kernels import sparse
 from tests import models
+from tests.kernels import references
 from tests.looks import layers
 from tests.pair import LIBS, adapt, close, outcome, output, randomize
 from tests.samples import Sample, first
@@ -92,7 +93,7 @@ def test_the_product_with_few_entries(rows, sparsity, transposed):
     x = torch.randn(rows, 50, dtype=torch.float64, requires_grad=True)
     g = torch.randn(rows, 40, dtype=torch.float64)
     delta = sparse.Scattered(values, places, (40, 50))
-    expected = one_product.plain_linear_with(
+    expected = references.plain_linear_with(
         W, None, x, torch.zeros(2000).double().index_put((places,), values).view(W.shape)
     )
     call, back = nn.functional.linear, lambda g, W: g @ W

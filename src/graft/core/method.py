@@ -157,6 +157,8 @@ class Method(Generic[C]):
     config: ClassVar[Any]  # its PeftConfig class: C, unless it says another
     prefix: ClassVar[str]  # the beginning of its containers' names, in memory and in files
     keeps_base_dtype: ClassVar[frozenset[str]] = frozenset()  # containers in half precision: others train in float32
+    only_linear: ClassVar[str] = ""  # why it adapts linear layers only
+    ungrouped: ClassVar[str] = ""  # why it cannot adapt a convolution with groups > 1
     targets: ClassVar[Mapping[str, list[str] | str]] = {}  # default target_modules by model_type
     # functions of (tuner, …) that its model class gets as methods
     tuner_methods: ClassVar[Mapping[str, Callable[..., object] | property]] = {}
@@ -288,6 +290,10 @@ class Method(Generic[C]):
     def check(self) -> str | None:
         """Return why the method cannot adapt this site, or None. There are no tensors yet."""
         site, effect, name = self.site, self.effect, type(self).__name__
+        if self.only_linear and site.op.known and not site.op.linear:
+            return self.only_linear
+        if self.ungrouped and site.op.known and site.op.groups(site.module) > 1:
+            return self.ungrouped
         if not (site.op.known or effect.any_module):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
         reads = effect.reads or Use.READS in self.uses_weight() or site.op.opaque

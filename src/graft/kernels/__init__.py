@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lower floor: pure functions on tensors, each with a plain reference."""
+"""Lower floor: pure functions on tensors, each with a plain reference, here or in tests/kernels/references.py."""

@@ -21,11 +21,6 @@ from graft.kernels.low_rank import gradients, seed_for
 from graft.kernels.sparse import gathers
 
 
-def plain_row_norms(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The reference. W (out, n), A (r, n), B (out, r) → (out,)."""
-    return (W + B @ A).norm(dim=1)
-
-
 def row_norms(W: Tensor, A: Tensor, B: Tensor, rows: Cut | None = None, columns: Cut | None = None) -> Tensor:
     """Return ‖W + BA‖ per row, (out,), in at least float32: the terms of ‖w‖² + 2⟨W Aᵀ, B⟩ + b A Aᵀ bᵀ may cancel.
 

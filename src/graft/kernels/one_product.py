@@ -77,12 +77,6 @@ class _OneProduct(Function):
         return dx, None, dbias, None, None, None, *field_grads
 
 
-def plain_linear_with(W: Tensor, bias: Tensor | None, x: Tensor, delta: Tensor) -> Tensor:
-    """The reference for every ΔW, given as a matrix. W and delta (out, n), x (…, n), bias (out,) → (…, out)."""
-    y = x @ W.T + x @ delta.T
-    return y if bias is None else y + bias
-
-
 class Dense(NamedTuple):
     """A ΔW that is a plain matrix."""
 

@@ -106,14 +106,12 @@ def _eye(Q: Tensor) -> Tensor:
     return torch.eye(Q.shape[-1], device=Q.device, dtype=Q.dtype)
 
 
-def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
-    """The reference: x R, block by block, computed in the dtype of R. x (…, blocks · b), R (blocks, b, b)."""
-    z = x.to(R.dtype).unflatten(-1, R.shape[:2])
-    return torch.einsum("...kb,kbc->...kc", z, R).flatten(-2).to(x.dtype)
-
-
 def rotate(x: Tensor, R: Tensor) -> Tensor:
-    """Compute `plain_rotate` by one batched product. For many rows, keep x in its own dtype for the backward pass."""
+    """Return x R, block by block, computed in the dtype of R by one batched product. For many rows, keep x in its own
+    dtype for the backward pass.
+
+    x (…, blocks · b), R (blocks, b, b) → (…, blocks · b).
+    """
     return _Rotate.apply(x, R) if worth_it(x) else _rotate_blocks(x, R)
 
 

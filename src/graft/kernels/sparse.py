@@ -30,13 +30,6 @@ def gathers(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def plain_multiply_sampled(x: Tensor, W: Tensor, places: Tensor) -> Tensor:
-    """The reference of `multiply_sampled`."""
-    some = torch.zeros_like(x)
-    some.view(-1)[places] = x.reshape(-1)[places]
-    return some @ W.T
-
-
 def plain_product_entries(g: Tensor, W: Tensor, places: Tensor) -> Tensor:
     """The reference of `product_entries`; also its replacement on devices without a sampled product."""
     return (g @ W).reshape(-1).index_select(0, places)

@@ -17,16 +17,6 @@ from torch.nn.functional import embedding
 from graft.kernels.eager import Context, Function, autocast_dtype, eager, only_backward
 
 
-def plain_blocks(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The reference. x (…, in), A (k, in / k, r), B (k, r, out / k) → (…, out)."""
-    k = len(A)
-    rows = []
-    for j in range(k):
-        blocks = (A[n].chunk(k, 1)[j] @ B[j].chunk(k, 0)[n] for n in range(k))
-        rows.append(torch.cat(list(blocks)).T)  # (out / k, in)
-    return x @ torch.cat(rows).T
-
-
 class Inputs(NamedTuple):
     """x ↦ the chunks (j, n) of A_n x_n, then `general` of all of x: (…, in) → (…, k r + s)."""
 

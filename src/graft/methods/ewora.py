@@ -48,16 +48,12 @@ class Ewora(Method[EworaConfig]):
 
     prefix = "ewora_"
     targets = LORA
+    only_linear = "EWoRA adapts linear layers only"
 
     ewora_As: nn.Parameter  # (experts, in, r)
     ewora_Bs: nn.Parameter  # (experts, r, out)
     ewora_weighting: nn.Linear  # weight (experts, experts · r)
     ewora_dropout: nn.Module
-
-    def check(self) -> str | None:
-        if self.site.op.known and not self.site.op.linear:
-            return "EWoRA adapts linear layers only"
-        return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site

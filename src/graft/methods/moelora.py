@@ -104,16 +104,12 @@ class MoeLoRA(Method[MoeLoraConfig]):
     prefix = "moelora_"
     published_lr = Published(2e-4, 2e-4, "HydraLoRA, arXiv 2404.19245, with r 4 and alpha 32")
     targets = LORA
+    only_linear = "MoE-LoRA adapts linear layers only"
 
     moelora_A: nn.Parameter  # (experts, r, in), (1, r, in) if they share it
     moelora_B: nn.Parameter  # (experts, out, r)
     moelora_router: nn.Linear  # weight (experts, in)
     moelora_dropout: nn.Module
-
-    def check(self) -> str | None:
-        if self.site.op.known and not self.site.op.linear:
-            return "MoE-LoRA adapts linear layers only"
-        return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site

@@ -45,16 +45,12 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
     targets = LORA
     depends_on = TASKS
     published_lr = Published(3e-4, 3e-4, "arXiv 2410.09437, its code, commonsense reasoning")
+    only_linear = "MTL-LoRA adapts linear layers only"
 
     mtllora_A: nn.Parameter  # (r, in)
     mtllora_B: nn.Parameter  # (projections, out, r)
     mtllora_lambda: nn.Parameter  # (tasks, r)
     mtllora_w: nn.Parameter  # (tasks, projections)
-
-    def check(self) -> str | None:
-        if self.site.op.known and not self.site.op.linear:
-            return "MTL-LoRA adapts linear layers only"
-        return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site = self.cfg, self.site

@@ -46,6 +46,7 @@ class PVeRA(Method[PveraConfig]):
     published_lr = Published(3e-3, 3e-3, COMPARISON)
     targets = PVERA
     alike = DRAWN
+    ungrouped = "PVeRA draws one value for all inputs of a place, and a convolution with groups > 1 separates them"
 
     pvera_lambda_b: nn.Parameter  # (out,)
     pvera_lambda_d: nn.Parameter  # (2 r,), of means, then of variances
@@ -61,11 +62,6 @@ class PVeRA(Method[PveraConfig]):
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
         return projections(layers, ("pvera_A", "pvera_B"), 2 * layers.cfg.r)
-
-    def check(self) -> str | None:
-        if self.site.op.known and self.site.op.groups(self.site.module) > 1:
-            return "PVeRA draws one value for all inputs of a place, and a convolution with groups > 1 separates them"
-        return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg = self.cfg

@@ -178,11 +178,7 @@ class ALoRA(LoRA):
     """LoRA at some positions. It does nothing where a call tells of no invocation."""
 
     arguments = (ARGUMENT,)
-
-    def check(self) -> str | None:
-        if self.site.op.known and not self.site.op.linear:
-            return "aLoRA acts on the features of some positions, and so on linear layers only"
-        return super().check()
+    only_linear = "aLoRA acts on the features of some positions, and so on linear layers only"
 
     def describe(self) -> Effect:
         return Update(branch=self.branch, fixed="aLoRA does not support merging, as it acts at some positions only")

@@ -46,12 +46,9 @@ class Router(nn.Module):
 
 
 class Arrow(LoRA):
-    lora_arrow: Router  # without parameters
+    only_linear = "Arrow compares features of tokens, and so it routes on linear layers only"
 
-    def check(self) -> str | None:
-        if self.site.op.known and not self.site.op.linear:
-            return "Arrow compares features of tokens, and so it routes on linear layers only"
-        return super().check()
+    lora_arrow: Router  # without parameters
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         return super().build(shared, device) | dict(lora_arrow=Router())

@@ -89,13 +89,9 @@ class DoRA(LoRA):
     """LoRA with magnitudes m (out,) that train; the norm counts as a constant."""
 
     published_lr = Published(1e-4, 2e-4, "arXiv 2402.09353, its code, commonsense reasoning")
+    ungrouped = "DoRA needs the norm of W + ΔW, and a convolution with groups > 1 has no ΔW: A mixes its groups"
     lora_magnitude_vector: nn.Module  # weight (out,), for convolutions (1, out, 1, …)
     norm_cache: CachedNorm | None = None
-
-    def check(self) -> str | None:
-        if self.site.op.known and self.site.op.groups(self.site.module) > 1:
-            return "DoRA needs the norm of W + ΔW, and a convolution with groups > 1 has no ΔW: A mixes its groups"
-        return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         kernel = [1] * (len(self.site.shape) - 2)

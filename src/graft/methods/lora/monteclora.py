@@ -105,11 +105,7 @@ class MonteCLoRA(LoRA):
     lora_monteclora_sampler: Sampler
 
     holds_any = False
-
-    def check(self) -> str | None:
-        if self.site.op.known and self.site.op.groups(self.site.module) > 1:
-            return "MonteCLoRA draws A as a matrix, and a convolution with groups > 1 has none: A mixes its groups"
-        return super().check()
+    ungrouped = "MonteCLoRA draws A as a matrix, and a convolution with groups > 1 has none: A mixes its groups"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         sampler = Sampler(self.cfg.r, settings(self.cfg.monteclora_config), device)

@@ -13,7 +13,6 @@ from graft.config.fields import settings
 from graft.core.effect import Factors, Product
 from graft.kernels.eager import functional
 from graft.kernels.low_rank import mean_direction, sketched_product, unit, width
-from graft.methods.lora import checks
 from graft.methods.lora.lora import LoRA
 
 
@@ -21,9 +20,7 @@ class VeLoRA(LoRA):
     """A buffer `lora_velora_embed`, (D,), has the direction of the projection: zero until a batch gives it."""
 
     holds_any = False
-
-    def check(self) -> str | None:
-        return checks.only_linear(self.site, "VeLoRA projects groups of an input vector") or super().check()
+    only_linear = "VeLoRA projects groups of an input vector: it adapts linear layers only"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         groups = settings(self.cfg.velora_config).num_groups

@@ -57,20 +57,16 @@ class One:
     @property
     def W0(self) -> Tensor:
         layer, expert, W = self._stack
-        if W is None:
-            W = layer.W0[expert] if layer.op.packed is None else matrix_of(layer, expert)
+        if W is None and layer.op.packed is None:
+            return layer.W0[expert]  # type: ignore[no-any-return]
+        if W is None:  # the matrix of a packed stack, without any adapter
+            stack = stack_of(layer)
+            W = stack.in_rows().matrix(expert, stack.dtype or torch.float32)
         return W  # type: ignore[no-any-return]
 
     @property
     def own_W0(self) -> tuple[Tensor, None, None]:
         return self.W0, None, None
-
-
-def matrix_of(layer: Layer, expert: int) -> Tensor:
-    """Return a matrix of a packed stack, without any adapter."""
-    stack = stack_of(layer)
-    W: Tensor = stack.in_rows().matrix(expert, stack.dtype or torch.float32)
-    return W
 
 
 def stack_of(layer: Layer) -> Any:
@@ -86,7 +82,8 @@ class OnEach(Method):
 
     def __init__(self, site: Site, cfg: object, name: str):
         self.site, self.name, self.layer = site, name, None
-        self.own = self.kind(on_matrix(site), cfg, name)
+        matrix = Site(site.key, site.module, Matrix(*site.shape[1:]), site.store, site.parameter, path=site.path)
+        self.own = self.kind(matrix, cfg, name)
 
     @property
     def alone(self) -> Method:
@@ -357,11 +354,6 @@ def blank(kind: Any) -> OnEach:
     """Return a method without state, for copies."""
     made = on_each(kind)
     return made.__new__(made)
-
-
-def on_matrix(site: Site) -> Site:
-    """Return the site of a matrix of a stack."""
-    return Site(site.key, site.module, Matrix(*site.shape[1:]), site.store, site.parameter, path=site.path)
 
 
 class ShapesDiffer(Exception):

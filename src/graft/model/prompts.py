@@ -123,12 +123,9 @@ class Prompts(Registry):
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)
         done.report.matched.append(own)
-        self.take_in(done.parts)
         config.__dict__.update(cfg.__dict__)
-        self.peft_config[adapter_name], self.reports[adapter_name] = config, done.report
-        if self.frozen_before is None:
-            self.frozen_before = done.frozen_before
-        return done.report
+        self.peft_config[adapter_name] = config
+        return self.take_in(adapter_name, done)
 
     @contextmanager
     def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:

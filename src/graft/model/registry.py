@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of a model's adapters, which owns their life cycle: add, load, activate, merge, save, delete."""
+"""The registry of a model's adapters, the owner of their life cycle: it adds, activates, merges and deletes them.
+
+Loads and saves act on it from `model/checkpoints.py`. Tuners and PeftModels have functions of the same names, which
+call those here.
+"""
 
 from __future__ import annotations
 
@@ -317,12 +321,8 @@ class Registry:
         for name, container in self.shared.modules().items() if method.shares else ():
             if name not in self.holder._modules:
                 self.holder.add_module(name, container)
-        self.take_in(done.parts)
-        if self.frozen_before is None:
-            self.frozen_before = done.frozen_before
         self._register(adapter_name, config)
-        self.reports[adapter_name] = done.report
-        return done.report
+        return self.take_in(adapter_name, done)
 
     @prepares
     def inject_adapter(
@@ -367,11 +367,14 @@ class Registry:
         mark = f".{method_of(config.peft_type).prefix}"
         return {original(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}
 
-    def take_in(self, parts: Parts) -> None:
-        """Register the carriers of a new adapter, and forget those that have no adapter left.
+    def take_in(self, adapter_name: str, injection: Injection) -> InjectReport:
+        """Register the carriers of a new adapter, and forget those that have no adapter left; return the report.
 
         Where the others are switched off, the new ones are, too.
         """
+        parts, self.reports[adapter_name] = injection.parts, injection.report
+        if self.frozen_before is None:
+            self.frozen_before = injection.frozen_before
         known = {id(part) for part in self.carriers()}
         others = [part.state.disabled for part in self.carriers() if part is not self.shared]  # it may be new
         disabled = bool(others) and all(others)
@@ -385,6 +388,7 @@ class Registry:
                     state.weights, state.apart = how(self.composition)
             if disabled:
                 part.enable_adapters(False)
+        return injection.report
 
     @contextmanager
     def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:

@@ -201,6 +201,15 @@ def test_clusters_of_other_sizes_come_with_their_file(tmp_path):
         graft.PeftModel.from_pretrained(models.make("mlp"), tmp_path)
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_subspaces_of_a_file_train_only_if_the_adapter_does(is_trainable, tmp_path):
+    """A load makes new parameters for the clusters of the file."""
+    small(graft).save_pretrained(tmp_path)
+    base = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 12, bias=False))
+    model = graft.PeftModel.from_pretrained(base, tmp_path, is_trainable=is_trainable)
+    assert {p.requires_grad for p in spaces(model)} == {is_trainable}
+
+
 def test_the_bias_is_shifted_and_comes_back():
     model = small(graft, use_asa=False).eval()
     x, layer = torch.randn(3, 10), model.base_model.model[0]

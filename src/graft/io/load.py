@@ -319,7 +319,10 @@ class Values:
         values = method.restored({place: self.tensors[name] for place, name in places.items()}, self.config)
         out: list[tuple[Entry, str | None]] = []
         for entry, name in pairs:
-            entry.look()  # `restored` may have made room for values of another shape
+            trains = entry.tensor.requires_grad
+            entry.look()  # `restored` may have made room for values of another shape, by a new parameter
+            if entry.tensor.requires_grad != trains:
+                entry.tensor.requires_grad = trains
             place = entry.container, entry.path
             if name is None and place in values:
                 name = entry.file

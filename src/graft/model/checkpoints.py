@@ -213,8 +213,7 @@ def save_adapters(
     ranks = save.ranks_of_adapters(model, names) if are_several and state_dict is None else []
     if not (ranks or writes):
         return
-    what = f"{sorted(names)}, fingerprint={fingerprint!r}"
-    meeting = Meeting(CALL, what, ranks) if len(ranks) > 1 else None
+    meeting = Meeting(CALL, f"{sorted(names)}, fingerprint={fingerprint!r}", ranks) if len(ranks) > 1 else None
     made = {}
     together = state_dict is None and (bool(ranks) or not are_several)
     for name in names:

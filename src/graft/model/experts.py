@@ -29,6 +29,7 @@ from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.sub_configs import ArrowConfig
 from graft.methods.xlora import CLASSIFIER, XLoraClassifier, XLoraConfig, check_top_k
 from graft.model.compose import Composition
+from graft.model.modes import modes_of, put_back
 from graft.model.peft_model import PeftModel
 from graft.model.registry import Configs, Registry, check_adapter_name
 from graft.model.tuner import Tuner
@@ -272,8 +273,8 @@ def create_arrow_model(
         raise ConfigError(f"top_k={arrow_config.top_k} is more than the {len(tasks)} experts.")
     general = {f"{GENERAL}{i}": path for i, path in enumerate(general_adapter_paths or ()) if arrow_config.use_gks}
     sources = {name: source_of(path) for name, path in {**tasks, **general}.items()}
-    modes = [(m, m.training) for m in base_model.modules()]
     model: PeftModel | None = None
+    before = modes_of(base_model)
     try:
         for name, (where, subfolder) in sources.items():
             options = dict(adapter_kwargs) if subfolder is None else {"subfolder": subfolder, **adapter_kwargs}
@@ -290,8 +291,7 @@ def create_arrow_model(
     except BaseException:
         if model is not None:
             registry_of(model).unload(keep_modules=False)
-        for module, training in modes:
-            module.training = training
+        put_back(before)
         raise
     model.set_adapter(ROUTER)
     return model

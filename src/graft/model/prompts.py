@@ -119,10 +119,9 @@ class Prompts(Registry):
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
             tree=tree or survey(self.model), options=options, keys=(), prompt=prompt,
         ).run()  # fmt: skip
-        own = matched(prompt)
+        done.report.matched.append(matched(prompt))
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)
-        done.report.matched.append(own)
         config.__dict__.update(cfg.__dict__)
         self.peft_config[adapter_name] = config
         return self.take_in(adapter_name, done)

@@ -122,10 +122,6 @@ def unless_it_fails(config: PeftConfig) -> Iterator[None]:
         raise
 
 
-def do_nothing() -> None:
-    """Do nothing: nobody follows the changes of a model."""
-
-
 class NothingAround:
     """A run that no method surrounds. A class: the compiler of torch 2.6 does not look into generators."""
 
@@ -143,7 +139,7 @@ class Registry:
     """
 
     several = "use model.base_model.set_adapter([...]) to activate several"  # for errors
-    on_change: Callable[[], object] = staticmethod(do_nothing)  # called when other adapters run
+    on_change: Callable[[], object] = staticmethod(lambda: None)  # called when other adapters run
     steps: Steps | None = None  # of the injection under way, if some were replaced
     pending: Options | None = None  # of an injection that a replaced `inject_adapter` is asked for
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough

@@ -10,8 +10,8 @@ import pytest
 
 import graft
 from graft.config.base import fits, hints
-from graft.config.bounds import POSITIVE, bounds_of, one_of
-from graft.config.fields import Targeted
+from graft.config.bounds import bounds_of, one_of
+from graft.config.fields import POSITIVE, Targeted
 from graft.methods import ROWS
 
 NEEDED = {"AdaLoraConfig": dict(total_step=100), "CPTConfig": dict(task_type="CAUSAL_LM")}

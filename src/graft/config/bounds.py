@@ -52,13 +52,6 @@ def one_of(*values: object) -> Bound:
     return Bound(values.__contains__, f"`{{name}}` must be one of {', '.join(map(repr, values))}, got {{value!r}}.")
 
 
-POSITIVE = must_be("positive", lambda number: number > 0)
-COUNT = Bound(POSITIVE.allows, "`{name}` should be a positive integer value but the value passed is {value}{where}")
-NOT_NEGATIVE = must_be("non-negative", lambda number: number >= 0)
-FRACTION = must_be("between 0 and 1", lambda number: 0 <= number <= 1)
-BELOW_1 = must_be("at least 0 and below 1", lambda number: 0 <= number < 1)
-
-
 @cache
 def bounds_of(cls: type) -> dict[str, Bound]:
     """Return the bounds in the annotations of a class and its bases, by field."""

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from graft.config.base import PeftConfig
+from graft.config.bounds import Bound, must_be
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, shortened, warn
 
 T = TypeVar("T")
 MOST_LISTS = 100  # entries of layers_pattern; each is tried on every module
+
+# bounds that many fields have
+POSITIVE = must_be("positive", lambda number: number > 0)
+COUNT = Bound(POSITIVE.allows, "`{name}` should be a positive integer value but the value passed is {value}{where}")
+NOT_NEGATIVE = must_be("non-negative", lambda number: number >= 0)
+FRACTION = must_be("between 0 and 1", lambda number: 0 <= number <= 1)
+BELOW_1 = must_be("at least 0 and below 1", lambda number: 0 <= number < 1)
 
 
 def as_set(names: list[str] | tuple[str, ...] | set[str] | str | None) -> set[str] | str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from graft.config.base import PeftConfig
-from graft.config.bounds import POSITIVE
+from graft.config.fields import POSITIVE
 from graft.config.reading import Json
 from graft.core.errors import ConfigError
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from graft.config.bounds import COUNT
-from graft.config.fields import ADAMSS, LayerRange, Targets
+from graft.config.fields import ADAMSS, COUNT, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, UnsupportedLayerError

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graft.config.bounds import POSITIVE
-from graft.config.fields import Chosen
+from graft.config.fields import POSITIVE, Chosen
 from graft.core.base_config import model_type
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError

@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import POSITIVE
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.fields import LORA, POSITIVE, LayerRange, Targeted
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graft.config.bounds import BELOW_1, POSITIVE
-from graft.config.fields import Chosen, Targeted
+from graft.config.fields import BELOW_1, POSITIVE, Chosen, Targeted
 from graft.config.reading import Json
 from graft.core.base_config import input_embeddings, output_embeddings
 from graft.core.containers import Transient

@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT
-from graft.config.fields import FOURIER, LayerRange, Targets
+from graft.config.fields import COUNT, FOURIER, LayerRange, Targets
 from graft.core.effect import Effect, Update
 from graft.core.method import COMPARISON, Method, Published
 from graft.kernels.transforms import Circulant, multiply_circulant

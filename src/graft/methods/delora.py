@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import nn
 
-from graft.config.bounds import COUNT
-from graft.config.fields import LORA, LayerRange, RankPattern, Targeted
+from graft.config.fields import COUNT, LORA, LayerRange, RankPattern, Targeted
 from graft.core.effect import Factors
 from graft.core.method import Method, Use, dropout_for
 

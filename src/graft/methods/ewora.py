@@ -10,8 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import BELOW_1, COUNT, POSITIVE
-from graft.config.fields import LORA, LayerRange, RankPattern, Targeted
+from graft.config.fields import BELOW_1, COUNT, LORA, POSITIVE, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method, dropout_for

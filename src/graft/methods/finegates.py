@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import FRACTION, NOT_NEGATIVE
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.fields import FRACTION, LORA, NOT_NEGATIVE, LayerRange, Targeted
 from graft.core.each import each_of
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import AdapterNotFoundError, PeftWarning, warn_of

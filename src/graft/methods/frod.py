@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import FRACTION, Bound
-from graft.config.fields import FROD, LayerRange, Targets
+from graft.config.bounds import Bound
+from graft.config.fields import FRACTION, FROD, LayerRange, Targets
 from graft.core.containers import Attached, Transient
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of

@@ -14,8 +14,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import BELOW_1
-from graft.config.fields import Chosen, Targeted
+from graft.config.fields import BELOW_1, Chosen, Targeted
 from graft.core.carrier import layer_in
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite, Tap

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT
-from graft.config.fields import LORA, Targets
+from graft.config.fields import COUNT, LORA, Targets
 from graft.core.effect import Effect, Update
 from graft.core.method import COMPARISON, Method, Published
 from graft.kernels.narrow import multiply_widened

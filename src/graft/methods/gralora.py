@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, NOT_NEGATIVE
-from graft.config.fields import LORA, LayerRange, Targets
+from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import COMPARISON, Method, Published, dropout_for

@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT
-from graft.config.fields import LORA, LayerRange, RankPattern, Targeted
+from graft.config.fields import COUNT, LORA, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.method import COMPARISON, Method, Published, dropout_for
 from graft.kernels.one_product import Modulated

@@ -10,8 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.fields import COUNT, LORA, LayerRange, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
 from graft.core.method import Method, Published

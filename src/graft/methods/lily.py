@@ -11,8 +11,8 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, at_least
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.bounds import at_least
+from graft.config.fields import COUNT, LORA, LayerRange, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.method import Method
 

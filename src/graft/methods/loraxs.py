@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.fields import COUNT, LORA, LayerRange, Targeted
 from graft.core.each import Matrix
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError

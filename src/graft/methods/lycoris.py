@@ -10,8 +10,7 @@ from typing import Annotated, TypeVar
 import torch
 from torch import Tensor
 
-from graft.config.bounds import COUNT
-from graft.config.fields import LORA, LayerRange, RankPatterns, Targeted
+from graft.config.fields import COUNT, LORA, LayerRange, RankPatterns, Targeted
 from graft.core.method import Method
 
 

@@ -15,8 +15,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE
-from graft.config.fields import LayerRange, RankPatterns, Targeted
+from graft.config.fields import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Factors, Replace, Update
 from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
 from graft.core.method import Method, Published, Tokens, dropout_for

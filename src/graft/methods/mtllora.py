@@ -13,8 +13,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, POSITIVE
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.fields import COUNT, LORA, POSITIVE, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Published

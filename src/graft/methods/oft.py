@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import NOT_NEGATIVE, must_be
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.bounds import must_be
+from graft.config.fields import LORA, NOT_NEGATIVE, LayerRange, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, warn, warn_of
 from graft.core.method import Method

@@ -11,8 +11,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, NOT_NEGATIVE
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method

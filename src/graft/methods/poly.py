@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
-from graft.config.bounds import COUNT, POSITIVE
-from graft.config.fields import LORA, Targeted
+from graft.config.fields import COUNT, LORA, POSITIVE, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.random import kaiming_bound

@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, Targets
+from graft.config.fields import COUNT, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.method import Layers, Tensors

@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, Bound
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.bounds import Bound
+from graft.config.fields import COUNT, LORA, LayerRange, Targeted
 from graft.core.containers import Exact
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import BELOW_1, COUNT
+from graft.config.fields import BELOW_1, COUNT
 from graft.config.reading import Json
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Published, dropout_for

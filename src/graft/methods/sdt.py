@@ -14,9 +14,9 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import BELOW_1, COUNT, must_be
+from graft.config.bounds import must_be
+from graft.config.fields import BELOW_1, COUNT, LayerRange, Targeted
 from graft.config.fields import SDT as TARGETS
-from graft.config.fields import LayerRange, Targeted
 from graft.core.containers import Filed
 from graft.core.effect import Effect, Factors, Update
 from graft.core.method import Method, Published, Tensors, dropout_for

@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT
-from graft.config.fields import PHI_ATTENTION, Targets
+from graft.config.fields import COUNT, PHI_ATTENTION, Targets
 from graft.core.containers import Filed
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lifted

@@ -10,8 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, Targeted
+from graft.config.fields import COUNT, LayerRange, Targeted
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import NOT_NEGATIVE
+from graft.config.fields import NOT_NEGATIVE
 from graft.core.errors import RoutingError
 from graft.core.rows import PerRow, Run
 from graft.methods.states import OnStates, StatesConfig, numbers_by_row

@@ -10,8 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import BELOW_1, COUNT
-from graft.config.fields import LORA, Targets
+from graft.config.fields import BELOW_1, COUNT, LORA, Targets
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn

@@ -9,8 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, NOT_NEGATIVE
-from graft.config.fields import LORA, LayerRange, Targeted
+from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, LayerRange, Targeted
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Published, Tensors, Use

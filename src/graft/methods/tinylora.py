@@ -9,8 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, FRACTION
-from graft.config.fields import LORA, LayerRange, Targets
+from graft.config.fields import COUNT, FRACTION, LORA, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.method import COMPARISON, Layers, Method, Published, Use, dropout_for
 from graft.methods.projections import maybe_transient

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, POSITIVE
-from graft.config.fields import LORA, LayerRange, RankPatterns, Targeted
+from graft.config.fields import COUNT, LORA, POSITIVE, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Published, Use

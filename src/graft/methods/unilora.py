@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, NOT_NEGATIVE, POSITIVE, one_of
-from graft.config.fields import LORA, LayerRange, Targets
+from graft.config.bounds import one_of
+from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, POSITIVE, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, dropout_for
 from graft.core.random import skip

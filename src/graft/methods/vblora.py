@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import COUNT, POSITIVE, Bound
-from graft.config.fields import VBLORA, LayerRange, Targeted
+from graft.config.bounds import Bound
+from graft.config.fields import COUNT, POSITIVE, VBLORA, LayerRange, Targeted
 from graft.core.effect import Factors
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, dropout_for

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.base import PeftConfig
-from graft.config.bounds import FRACTION, POSITIVE, Bound
+from graft.config.bounds import Bound
+from graft.config.fields import FRACTION, POSITIVE
 from graft.config.hub import fetch
 from graft.config.pair import CONFIG_NAME
 from graft.core.errors import ConfigError, RoutingError, warn

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import NOT_NEGATIVE
+from graft.config.fields import NOT_NEGATIVE
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError
 from graft.kernels.waits import constant, raise_unless

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.archives import weights_in
-from graft.config.bounds import POSITIVE
+from graft.config.fields import POSITIVE
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.wrappers import clean
 from graft.kernels.waits import raise_unless

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.bounds import POSITIVE
+from graft.config.fields import POSITIVE
 from graft.config.prompt import PromptLearningConfig
 from graft.core.method import COMPARISON, Published
 from graft.prompts.base import Prompt, pick

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from graft.config.bounds import COUNT
+from graft.config.fields import COUNT
 from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.site import Site
 from graft.methods.lora.config import LoraConfig

@@ -9,8 +9,7 @@ from typing import Annotated, ClassVar
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, RankPatterns, Targeted, sub_config
+from graft.config.fields import COUNT, LayerRange, RankPatterns, Targeted, sub_config
 from graft.core.errors import ConfigError, warn
 from graft.core.ops import OPS, Op
 from graft.methods.lora.sub_configs import (

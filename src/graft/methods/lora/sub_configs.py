@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from graft.config.base import validate
-from graft.config.bounds import NOT_NEGATIVE, POSITIVE, Bound, at_least, must_be, one_of
+from graft.config.bounds import Bound, at_least, must_be, one_of
+from graft.config.fields import NOT_NEGATIVE, POSITIVE
 from graft.core.errors import ConfigError
 
 TOP_K = Bound(POSITIVE.allows, "top_k cannot be negative.")

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 from torch import Tensor, nn
 
 from graft.config.archives import weights_in
-from graft.config.bounds import COUNT
-from graft.config.fields import LayerRange, Targeted
+from graft.config.fields import COUNT, LayerRange, Targeted
 from graft.config.reading import read_object
 from graft.core.base_config import text_config
 from graft.core.errors import ConfigError

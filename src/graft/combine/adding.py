@@ -24,7 +24,7 @@ from graft.methods import config_of, method_of
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
     from graft.config.fields import Targets
-    from graft.core.tuner import Tuner
+    from graft.core.method import Tuner
     from graft.inject.survey import Wrapper
     from graft.methods.lora.config import LoraConfig
 

@@ -25,8 +25,7 @@ from graft.storage.parallel import gather_slots
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
-    from graft.core.method import Method
-    from graft.core.tuner import Tuner
+    from graft.core.method import Method, Tuner
 
 
 @dataclass

@@ -5,22 +5,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from graft.core.base_config import model_type
+from graft.core.call import Call
+from graft.core.carrier import Carrier
 from graft.core.effect import Delta, Effect, Factors, Update
 from graft.core.errors import CalibrationError, ConfigError
 from graft.core.ops import META, OPS
+from graft.core.rows import Finish, Run
+from graft.core.shared import Shared
 from graft.core.site import Site
-from graft.core.tuner import Tuner
 
 if TYPE_CHECKING:
     from typing import Self
@@ -445,3 +448,41 @@ def _refuse_half_an_override(cls: type[Method]) -> None:
                 f"{cls.__name__} overrides {', '.join(own)} and inherits {', '.join(inherited)}, which says the same: "
                 "override both, or `describe`."
             )
+
+
+class Tuner(Protocol):
+    """A model with adapters. Each attribute is described where `Registry` defines it."""
+
+    @property
+    def model(self) -> nn.Module: ...  # the user's, of any class
+    @property
+    def training(self) -> bool: ...
+    @property
+    def disabled(self) -> bool: ...
+    @property
+    def mixed(self) -> bool: ...
+    @property
+    def peft_config(self) -> Mapping[str, Any]: ...  # by adapter
+    @property
+    def active_adapters(self) -> list[str]: ...
+    @property
+    def layers(self) -> Mapping[str, Any]: ...  # by path
+    @property
+    def wrappers(self) -> Mapping[str, Any]: ...  # by path
+    @property
+    def states(self) -> dict[str, Any]: ...  # of methods that allocate a budget, by adapter
+    @property
+    def shared(self) -> Shared: ...
+
+    starts: dict[str, Any]  # notes of first values, by adapter
+    trained: set[str]
+    watch: Any
+    in_ddp: bool
+
+    @property
+    def call(self) -> Call: ...
+    def carriers(self) -> Iterator[Carrier]: ...
+    def parts_of(self, adapter_name: str) -> Any: ...
+    def check_known(self, names: Sequence[str]) -> None: ...
+    def calling(self, what: str) -> AbstractContextManager[object]: ...
+    def acting(self, run: Run) -> AbstractContextManager[Finish]: ...

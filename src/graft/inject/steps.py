@@ -27,7 +27,7 @@ from graft.storage import innermost
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
-    from graft.core.tuner import Tuner
+    from graft.core.method import Tuner
 
 CHECK, CREATE, PARAMETERS, CAST = (
     "_check_target_module_exists",

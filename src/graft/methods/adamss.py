@@ -17,9 +17,8 @@ from graft.core.containers import Transient
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from graft.core.merging import unmerged_bias
-from graft.core.method import COMPARISON, Method, Published, Tensors, Use
+from graft.core.method import COMPARISON, Method, Published, Tensors, Tuner, Use
 from graft.core.random import seeded
-from graft.core.tuner import Tuner
 from graft.methods.adalora.allocator import Importance
 
 SCHEDULE = (

@@ -19,7 +19,7 @@ from graft.core.errors import AdapterNotFoundError, PeftWarning, warn_of
 from graft.core.method import Method, Published
 
 if TYPE_CHECKING:
-    from graft.core.tuner import Tuner
+    from graft.core.method import Tuner
 
 
 @dataclass(kw_only=True)

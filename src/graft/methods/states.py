@@ -23,7 +23,7 @@ from graft.methods.places import chosen_blocks, hidden_size
 
 if TYPE_CHECKING:
     from graft.core.call import Call
-    from graft.core.tuner import Tuner
+    from graft.core.method import Tuner
 
 
 @dataclass(kw_only=True)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from graft.core.call import Call
 from graft.core.errors import RoutingError
-from graft.core.method import Method
+from graft.core.method import Method, Tuner
 from graft.core.rows import Finish, Run
-from graft.core.tuner import Tuner
 from graft.kernels.waits import raise_unless
 
 TASKS = "task_ids"

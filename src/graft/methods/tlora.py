@@ -25,7 +25,7 @@ from graft.methods.loraxs import largest
 
 if TYPE_CHECKING:
     from graft.core.call import Call
-    from graft.core.tuner import Tuner
+    from graft.core.method import Tuner
 
 TIMESTEP = "timestep"
 

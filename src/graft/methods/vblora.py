@@ -23,8 +23,8 @@ from graft.kernels.waits import raise_unless
 
 if TYPE_CHECKING:
     from graft.core.call import Call
+    from graft.core.method import Tuner
     from graft.core.rows import Finish, Run
-    from graft.core.tuner import Tuner
 SIZE = Bound(POSITIVE.allows, "`{name}` {value} should be a positive integer value")
 
 

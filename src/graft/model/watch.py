@@ -28,8 +28,8 @@ from graft.config.base import PeftConfig
 from graft.core.carrier import Carrier, carried
 from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
+from graft.core.method import Tuner
 from graft.core.rows import tensors_in
-from graft.core.tuner import Tuner
 from graft.core.wrappers import MANAGED
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.io.rendezvous import Note

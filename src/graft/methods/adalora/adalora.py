@@ -20,9 +20,8 @@ from graft.core.call import Call
 from graft.core.containers import Transient
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Method, Published, Tensors, dropout_for
+from graft.core.method import Method, Published, Tensors, Tuner, dropout_for
 from graft.core.rows import Finish
-from graft.core.tuner import Tuner
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.allocator import (
     all_trainable,

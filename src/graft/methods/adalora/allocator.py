@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import ConfigError
-from graft.core.method import Method
+from graft.core.method import Method, Tuner
 from graft.core.rows import Run
-from graft.core.tuner import Tuner
 from graft.kernels.waits import constant
 from graft.storage.parallel import find_whole_shape, gather_tensor, layout_of, write_whole
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from graft.core.call import Call
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
+from graft.core.method import Tuner
 from graft.core.plan import low_rank_part
 from graft.core.rows import Finish, Rows, Run, cache_in, has_state, tokens_seen
-from graft.core.tuner import Tuner
 from graft.kernels.waits import constant
 from graft.methods.lora.lora import LoRA
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from graft.core.call import Call
 from graft.core.effect import Factors
 from graft.core.errors import RoutingError
+from graft.core.method import Tuner
 from graft.core.rows import Finish, Run, Same
-from graft.core.tuner import Tuner
 from graft.methods.lora.lora import LoRA
 
 DRAWN = "dylora"  # the part of an adapter's ranks that a run uses, in [0, 1)

@@ -15,8 +15,7 @@ from graft.config.fields import LORA
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import AdapterNotFoundError, ConfigError
 from graft.core.lean import Identity, bare
-from graft.core.method import Method, Published, Tensors
-from graft.core.tuner import Tuner
+from graft.core.method import Method, Published, Tensors, Tuner
 from graft.methods.lora import checks, shift
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig as Config
 
     from graft.config.base import PeftConfig
-    from graft.core.tuner import Tuner
+    from graft.core.method import Tuner
 
 NAMES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 

@@ -17,7 +17,7 @@ from graft.config.fields import COUNT, LayerRange, Targeted
 from graft.config.reading import read_object
 from graft.core.base_config import text_config
 from graft.core.errors import ConfigError
-from graft.core.tuner import Tuner
+from graft.core.method import Tuner
 from graft.storage.offload import standalone, without_hooks
 
 MIRROR = "mirror"  # the shadow network is of the base model's own class

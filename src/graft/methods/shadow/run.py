@@ -19,8 +19,8 @@ from graft.storage import find_device_and_dtype
 
 if TYPE_CHECKING:
     from graft.core.call import Call
+    from graft.core.method import Tuner
     from graft.core.rows import Run
-    from graft.core.tuner import Tuner
 
 FACT = "shadow"  # its name among the facts of a call
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from graft.core.call import Call
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import COMPARISON, Layers, Method, Published, dropout_for
+from graft.core.method import COMPARISON, Layers, Method, Published, Tuner, dropout_for
 from graft.core.rows import Finish
-from graft.core.tuner import Tuner
 from graft.methods.shadow import network
 from graft.methods.shadow.detached import unload
 from graft.methods.shadow.network import ShadowConfig

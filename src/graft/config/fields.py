@@ -79,6 +79,16 @@ class LayerRange(PeftConfig):
 
 
 @dataclass(kw_only=True)
+class FanInFanOut(PeftConfig):
+    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
+
+
+@dataclass(kw_only=True)
+class BaseBias(PeftConfig):
+    bias: str = "none"  # which base biases train: none, all, or "…_only": those of adapted layers
+
+
+@dataclass(kw_only=True)
 class RankPattern(PeftConfig):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)  # rank by layer name or regex
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LORA, POSITIVE, LayerRange, Targeted
+from graft.config.fields import LORA, POSITIVE, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
@@ -19,7 +19,7 @@ from graft.kernels.orthogonal import butterfly, butterfly_order, orthogonal
 
 
 @dataclass(kw_only=True)
-class BOFTConfig(Targeted, LayerRange):
+class BOFTConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     """BOFT: s ⊙ W (x R), R a product of butterfly factors. Give either the block size or the number of blocks."""
 
     peft_type: str = "BOFT"
@@ -27,8 +27,6 @@ class BOFTConfig(Targeted, LayerRange):
     boft_block_num: int = 0
     boft_n_butterfly_factor: Annotated[int, POSITIVE] = 1  # 1: R is block-diagonal
     boft_dropout: float = 0.0  # replaces blocks of one factor by the identity in training
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, boft_only
     init_weights: bool = True
 
     def __post_init__(self) -> None:

@@ -10,14 +10,14 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, FOURIER, LayerRange, Targets
+from graft.config.fields import COUNT, FOURIER, BaseBias, LayerRange, Targets
 from graft.core.effect import Effect, Update
 from graft.core.method import COMPARISON, Method, Published
 from graft.kernels.transforms import Circulant, multiply_circulant
 
 
 @dataclass(kw_only=True)
-class C3AConfig(Targets, LayerRange):
+class C3AConfig(Targets, LayerRange, BaseBias):
     """C3A: ΔW of circulant blocks b × b, each described by b numbers.
 
     Raises:
@@ -26,7 +26,6 @@ class C3AConfig(Targets, LayerRange):
 
     peft_type: str = "C3A"
     block_size: Annotated[int, COUNT] = 256  # b; must divide the widths of all layers
-    bias: str = "none"  # which base biases train: none, all, c3a_only
     block_size_pattern: dict[str, int] | None = field(default_factory=dict)  # b by layer name or regex
     # False: "xavier_uniform"; True: zeros
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] | None = "xavier_uniform"

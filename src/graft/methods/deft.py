@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, LORA, LayerRange, Targeted
+from graft.config.fields import COUNT, LORA, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Product, Update
 from graft.core.method import Method, Use, dropout_for
 from graft.kernels.narrow import multiply_widened
 
 
 @dataclass(kw_only=True)
-class DeftConfig(Targeted, LayerRange):
+class DeftConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     """DEFT: what the weight does in the space of P's columns is replaced by P R."""
 
     peft_type: str = "DEFT"
@@ -26,10 +26,8 @@ class DeftConfig(Targeted, LayerRange):
     init_scale: float = 1.0  # of a random R
     alpha: int | None = None  # R counts alpha / r times; None: once
     para: bool = False  # PaRa: there is no R, the space is only taken out
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     deft_dropout: float = 0.0  # acts on the input of R
     init_weights: bool = True  # R makes up for what P takes out; else random
-    bias: str = "none"  # which base biases train: none, all, deft_only
 
 
 class DEFT(Method[DeftConfig]):

@@ -10,14 +10,14 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import BELOW_1, COUNT, LORA, POSITIVE, LayerRange, RankPattern, Targeted
+from graft.config.fields import BELOW_1, COUNT, LORA, POSITIVE, BaseBias, FanInFanOut, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
 from graft.core.method import Method, dropout_for
 
 
 @dataclass(kw_only=True)
-class EworaConfig(Targeted, LayerRange, RankPattern):
+class EworaConfig(Targeted, LayerRange, RankPattern, FanInFanOut, BaseBias):
     """EWoRA: products of two matrices, experts, each weighed anew for each token.
 
     Raises:
@@ -29,8 +29,6 @@ class EworaConfig(Targeted, LayerRange, RankPattern):
     num_experts: Annotated[int, POSITIVE] = 8  # of each layer
     ewora_dropout: Annotated[float, BELOW_1] = 0.0  # of the input of each expert, drawn for each
     init_weights: bool = True  # B of zeros; False: random, for tests
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, ewora_only
     use_dora: bool = False  # only False
     megatron_config: dict[str, object] | None = None  # only None
     layer_replication: list[tuple[int, int]] | None = None  # only None

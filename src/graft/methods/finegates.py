@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import FRACTION, LORA, NOT_NEGATIVE, LayerRange, Targeted
+from graft.config.fields import FRACTION, LORA, NOT_NEGATIVE, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.each import each_of
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import AdapterNotFoundError, PeftWarning, warn_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class FineGatesConfig(Targeted, LayerRange):
+class FineGatesConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     """FineGates: factors between 0 and 1 for the inputs and outputs of a layer, many of which become 0.
 
     Raises:
@@ -36,8 +36,6 @@ class FineGatesConfig(Targeted, LayerRange):
     gate_init_mean: float = 0.9  # of z; the gate is tanh z + 1/2, cut to [0, 1]: open from 0.55 on
     gate_init_std: Annotated[float, NOT_NEGATIVE] = 0.1
     gate_noise_std: Annotated[float, NOT_NEGATIVE] = 0.0  # of noise in training; without it few open gates learn
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, finegates_only
     init_weights: bool | None = None  # False: z of N(0, 1), for tests
 
 

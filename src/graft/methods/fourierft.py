@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import FOURIER
+from graft.config.fields import FOURIER, BaseBias
 from graft.core.method import Published
 from graft.kernels.transforms import Spectrum
 from graft.methods.spectral import Spectral, SpectralConfig
 
 
 @dataclass(kw_only=True)
-class FourierFTConfig(SpectralConfig):
+class FourierFTConfig(SpectralConfig, BaseBias):
     """FourierFT: ΔW is the inverse Fourier transform of n coefficients, at places that a seed draws.
 
     Raises:
@@ -25,7 +25,6 @@ class FourierFTConfig(SpectralConfig):
     peft_type: str = "FOURIERFT"
     n_frequency: int = 1000  # n; at most the size of the weight
     scaling: float = 150.0
-    bias: str = "none"  # which base biases train: none, all, fourier_only
     init_weights: bool = False  # True: zeros, the identity; False: normally distributed
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import Bound
-from graft.config.fields import FRACTION, FROD, LayerRange, Targets
+from graft.config.fields import FRACTION, FROD, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.containers import Attached, Transient
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of
@@ -25,15 +25,13 @@ SPARSITY = Bound(FRACTION.allows, "`{name}` should be between 0 and 1, got {valu
 
 
 @dataclass(kw_only=True)
-class FrodConfig(Targets, LayerRange):
+class FrodConfig(Targets, LayerRange, FanInFanOut, BaseBias):
     """FRoD: W = U diag(λ) Vᵀ with one V for all layers of a category. λ trains, and few entries beside the diagonal."""
 
     peft_type: str = "FROD"
     projection_prng_key: int = 0  # seed of the places of those entries
     save_projection: bool = True  # put V and the places into files, too: else a load computes and draws them again
     frod_dropout: float = 0.0
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, frod_only
     init_weights: bool = True  # False: random, away from W
     sparse_rate: Annotated[float, SPARSITY] = 0.01  # share of the entries beside the diagonal that train
     regularization_alpha: float = 0.001  # of the inverse in the search for V

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, LORA, Targets
+from graft.config.fields import COUNT, LORA, BaseBias, Targets
 from graft.core.effect import Effect, Update
 from graft.core.method import COMPARISON, Method, Published
 from graft.kernels.narrow import multiply_widened
@@ -18,7 +18,7 @@ from graft.kernels.one_product import Modulated, Rescaled
 
 
 @dataclass(kw_only=True)
-class GloraConfig(Targets):
+class GloraConfig(Targets, BaseBias):
     """GLoRA: W' = W + W ⊙ A + B, b' = b + b ⊙ D + E + W C.
 
     Raises:
@@ -27,7 +27,6 @@ class GloraConfig(Targets):
 
     peft_type: str = "GLORA"
     r: Annotated[int, COUNT] = 8
-    bias: str = "none"  # which base biases train: none, all, glora_only
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"  # a product of rank r; a number per row; one
     config_C: Literal["lora", "vector", "none"] = "lora"
     config_D_E: Literal["vector", "constant", "none"] = "constant"

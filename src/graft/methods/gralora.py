@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, LayerRange, Targets
+from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import COMPARISON, Method, Published, dropout_for
@@ -19,7 +19,7 @@ from graft.kernels.structured import Inputs, Outputs
 
 
 @dataclass(kw_only=True)
-class GraloraConfig(Targets, LayerRange):
+class GraloraConfig(Targets, LayerRange, FanInFanOut, BaseBias):
     """GraLoRA: k × k blocks of the weight, each with its own factors; together of rank up to k r.
 
     Raises:
@@ -32,8 +32,6 @@ class GraloraConfig(Targets, LayerRange):
     alpha: float = 64  # the scaling is alpha / (r + hybrid_r)
     gralora_dropout: float = 0.0
     gralora_k: Annotated[int, COUNT] = 2  # the weight has k × k blocks; must divide r and the widths of all layers
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, gralora_only
     init_weights: bool = True
 
     def __post_init__(self) -> None:

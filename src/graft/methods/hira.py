@@ -10,20 +10,19 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, LORA, LayerRange, RankPattern, Targeted
+from graft.config.fields import COUNT, LORA, FanInFanOut, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.method import COMPARISON, Method, Published, dropout_for
 from graft.kernels.one_product import Modulated
 
 
 @dataclass(kw_only=True)
-class HiraConfig(Targeted, LayerRange, RankPattern):
+class HiraConfig(Targeted, LayerRange, RankPattern, FanInFanOut):
     """HiRA: ΔW = W ⊙ (B A), of any rank that W has, from factors of rank r."""
 
     peft_type: str = "HIRA"
     r: Annotated[int, COUNT] = 32
     hira_dropout: float = 0.0
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     init_weights: bool | Literal["gaussian"] | None = True  # values of A; B is zero. False or None: both random
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, LORA, LayerRange, Targeted
+from graft.config.fields import COUNT, LORA, BaseBias, LayerRange, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
 from graft.core.method import Method, Published
@@ -18,14 +18,13 @@ from graft.kernels.orthogonal import compact_reflections, gram_schmidt, reflect
 
 
 @dataclass(kw_only=True)
-class HRAConfig(Targeted, LayerRange):
+class HRAConfig(Targeted, LayerRange, BaseBias):
     """HRA: W H, H = Π (I - 2 û_k û_kᵀ) over r Householder reflections of the input."""
 
     peft_type: str = "HRA"
     r: Annotated[int, COUNT] = 8  # number of reflections; even ones start as pairs that cancel
     apply_GS: bool = False  # make the vectors orthogonal first (Gram-Schmidt)
     init_weights: bool = True
-    bias: str = "none"  # which base biases train: none, all, hra_only
 
 
 class HRA(Method[HRAConfig]):

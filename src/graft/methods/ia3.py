@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import IA3 as TARGETS
-from graft.config.fields import IA3_FEEDFORWARD, Targeted, as_set
+from graft.config.fields import IA3_FEEDFORWARD, FanInFanOut, Targeted, as_set
 from graft.config.reading import pattern
 from graft.core.base_config import model_type
 from graft.core.containers import Attached
@@ -19,12 +19,11 @@ from graft.core.method import Method, Published
 
 
 @dataclass(kw_only=True)
-class IA3Config(Targeted):
+class IA3Config(Targeted, FanInFanOut):
     """IA3: a learned factor per output channel, y ⊙ l, or per input channel of feed-forward layers, W (x ⊙ l)."""
 
     peft_type: str = "IA3"
     feedforward_modules: list[str] | set[str] | str | None = None  # target_modules with a factor on the input
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     init_ia3_weights: bool = True  # ones; else N(0, 1)
 
     def __post_init__(self) -> None:

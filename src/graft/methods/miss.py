@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, LORA, LayerRange, Targeted
+from graft.config.fields import COUNT, LORA, BaseBias, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Rewrite
 from graft.core.errors import warn
 from graft.core.method import Method, dropout_for
@@ -18,14 +18,13 @@ from graft.kernels.structured import Repeated, Shards
 
 
 @dataclass(kw_only=True)
-class MissConfig(Targeted, LayerRange):
+class MissConfig(Targeted, LayerRange, BaseBias):
     """MiSS: all shards of r input features share one block D (r, out): ΔW = [Dᵀ Dᵀ …]."""
 
     peft_type: str = "MISS"
     r: Annotated[int, COUNT] = 64  # width of a shard
     miss_dropout: float = 0.0
     mini_r: Annotated[int, COUNT] = 1  # for "mini": how many outputs a block has
-    bias: str = "none"  # which base biases train: none, all, miss_only
     init_weights: bool | Literal["bat", "mini"] = True  # a variant; True: plain, False: with a random D
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import must_be
-from graft.config.fields import LORA, NOT_NEGATIVE, LayerRange, Targeted
+from graft.config.fields import LORA, NOT_NEGATIVE, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, warn, warn_of
 from graft.core.method import Method
@@ -21,15 +21,13 @@ TERMS = must_be("a positive integer, at most 1000", lambda number: 1 <= number <
 
 
 @dataclass(kw_only=True)
-class OFTConfig(Targeted, LayerRange):
+class OFTConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     """OFT: W (x R), R = blockdiag(R_1, …) of orthogonal blocks. Give either the block size or the number of blocks."""
 
     peft_type: str = "OFT"
     r: int = 0  # number of blocks
     oft_block_size: int = 32
     module_dropout: float = 0.0  # replaces blocks by the identity in training
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, oft_only
     init_weights: bool = True
     coft: bool = False  # constrained: Q stays within eps of 0
     eps: Annotated[float, NOT_NEGATIVE] = 6e-5

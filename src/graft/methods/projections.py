@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from graft.config.fields import COUNT, LayerRange, Targets
+from graft.config.fields import COUNT, FanInFanOut, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.method import Layers, Tensors
@@ -19,13 +19,12 @@ DRAWN = ("projection_prng_key", "save_projection", "r")  # in these, adapters th
 
 
 @dataclass(kw_only=True)
-class ProjectionConfig(Targets, LayerRange):
+class ProjectionConfig(Targets, LayerRange, FanInFanOut):
     """The fields of a method whose layers share random matrices A and B."""
 
     r: Annotated[int, COUNT]
     projection_prng_key: int = 0  # seed of A and B
     save_projection: bool = True  # put A and B into files, too, which then do not depend on the generator
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
 
     matrices: ClassVar[str]  # names of A and B
     counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)

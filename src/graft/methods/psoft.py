@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import Bound
-from graft.config.fields import COUNT, LORA, LayerRange, Targeted
+from graft.config.fields import COUNT, LORA, FanInFanOut, LayerRange, Targeted
 from graft.core.containers import Exact
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn
@@ -25,14 +25,13 @@ EPS = Bound(lambda eps: 0 < eps < 1, "`{name}` must be in (0, 1) when set; got {
 
 
 @dataclass(kw_only=True)
-class PsoftConfig(Targeted, LayerRange):
+class PsoftConfig(Targeted, LayerRange, FanInFanOut):
     """PSOFT: rotation and scaling within the space of the weight's r largest singular components."""
 
     peft_type: str = "PSOFT"
     r: Annotated[int, COUNT] = 32
     psoft_alpha: int = 32  # the update counts alpha / r times
     psoft_dropout: float = 0.0
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"  # singular values stand in B, or in A and B
     psoft_svd: Literal["full", "lowrank"] = "full"
     psoft_svd_lowrank_niter: int = 10

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import PVERA
+from graft.config.fields import PVERA, BaseBias
 from graft.core.effect import Factors, Product
 from graft.core.method import COMPARISON, Layers, Method, Published, dropout_for
 from graft.core.site import Site
@@ -20,14 +20,13 @@ from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
 
 @dataclass(kw_only=True)
-class PveraConfig(ProjectionConfig):
+class PveraConfig(ProjectionConfig, BaseBias):
     """PVeRA: VeRA whose hidden values are random in training, with a mean and a variance that depend on the input."""
 
     peft_type: str = "PVERA"
     r: int = 256
     pvera_dropout: float = 0.0
     d_initial: float = 0.1
-    bias: str = "none"  # which base biases train: none, all, pvera_only
     init_weights: bool = True
     sample_at_inference: bool = False  # be random there, too; merged weights have the means
     generator_seed: int | None = None  # of a generator for each layer; None: torch's. Compiled code takes torch's

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import LORA
+from graft.config.fields import LORA, BaseBias
 from graft.core.effect import Factors
 from graft.core.method import Layers, Method, Published, dropout_for
 from graft.core.random import kaiming_bound
@@ -19,7 +19,7 @@ from graft.methods.projections import DRAWN, ProjectionConfig, check_wide, maybe
 
 
 @dataclass(kw_only=True)
-class RandLoraConfig(ProjectionConfig):
+class RandLoraConfig(ProjectionConfig, BaseBias):
     """RandLoRA: a sum of random products of rank r, as many as give full rank, with trained diagonals between them."""
 
     peft_type: str = "RANDLORA"
@@ -28,7 +28,6 @@ class RandLoraConfig(ProjectionConfig):
     very_sparse: bool = False  # the same, with more zeros: all but 1/√d, d the smaller width of the widest layer
     randlora_dropout: float = 0.0
     randlora_alpha: int = 640  # ΔW has the factor randlora_alpha / r
-    bias: str = "none"  # which base biases train: none, all, randlora_only
     init_weights: bool = True  # λ is 0; else random
 
     matrices: ClassVar[str] = "randlora_A and randlora_B"

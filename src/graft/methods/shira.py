@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, PHI_ATTENTION, Targets
+from graft.config.fields import COUNT, PHI_ATTENTION, FanInFanOut, Targets
 from graft.core.containers import Filed
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.merging import lifted
@@ -20,7 +20,7 @@ from graft.kernels.sparse import Scattered
 
 
 @dataclass(kw_only=True)
-class ShiraConfig(Targets):
+class ShiraConfig(Targets, FanInFanOut):
     """SHiRA: r · (in + out) entries of each weight train, at places that a mask chooses.
 
     `mask_fn` of a config is a function (base_layer, r, **kwargs) → mask of the weight's shape, of zeros and that many
@@ -31,7 +31,6 @@ class ShiraConfig(Targets):
     r: Annotated[int, COUNT] = 32  # as many numbers train as in LoRA of this rank
     mask_type: str = "random"  # or any other name, for a `mask_fn` of your own
     random_seed: int | None = None
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     init_weights: bool = True  # zero; else N(0, 1)
 
     counters: ClassVar[tuple[str, ...]] = ("random_seed",)

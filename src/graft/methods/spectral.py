@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from graft.config.fields import COUNT, LayerRange, Targeted
+from graft.config.fields import COUNT, FanInFanOut, LayerRange, Targeted
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
@@ -19,10 +19,9 @@ from graft.kernels.eager import watched
 
 
 @dataclass(kw_only=True)
-class SpectralConfig(Targeted, LayerRange):
+class SpectralConfig(Targeted, LayerRange, FanInFanOut):
     n_frequency: Annotated[int, COUNT]
     random_loc_seed: int | None = 777  # of the places, which no file holds; so there has to be one
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)  # n by layer name or regex
 
     patterns: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}

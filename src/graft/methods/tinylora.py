@@ -9,14 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import COUNT, FRACTION, LORA, LayerRange, Targets
+from graft.config.fields import COUNT, FRACTION, LORA, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.method import COMPARISON, Layers, Method, Published, Use, dropout_for
 from graft.methods.projections import maybe_transient
 
 
 @dataclass(kw_only=True)
-class TinyLoraConfig(Targets, LayerRange):
+class TinyLoraConfig(Targets, LayerRange, FanInFanOut, BaseBias):
     """TinyLoRA: a vector of u numbers, for one layer or for many, that mixes random r × r matrices between the singular
     vectors of the weight."""
 
@@ -28,8 +28,6 @@ class TinyLoraConfig(Targets, LayerRange):
     save_projection: bool = True  # put them into files, too, which then do not depend on the generator
     init_v_bound: float = 0.02  # of the vectors, if they begin random
     tinylora_dropout: float = 0.0
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, tinylora_only
     init_weights: bool | Literal["uniform"] = True  # vectors of zeros; False or "uniform": random
 
     counters: ClassVar[tuple[str, ...]] = ("projection_seed",)

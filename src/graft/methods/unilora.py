@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import one_of
-from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, POSITIVE, LayerRange, Targets
+from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, POSITIVE, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, dropout_for
 from graft.core.random import skip
@@ -20,7 +20,7 @@ from graft.methods.projections import check_places, maybe_transient
 
 
 @dataclass(kw_only=True)
-class UniLoraConfig(Targets, LayerRange):
+class UniLoraConfig(Targets, LayerRange, FanInFanOut):
     """UniLoRA: LoRA whose numbers, in all layers, are those of one trained vector θ, each many times over."""
 
     peft_type: str = "UNILORA"
@@ -28,7 +28,6 @@ class UniLoraConfig(Targets, LayerRange):
     proj_seed: Annotated[int, NOT_NEGATIVE] = 42  # of the places that each number of θ has
     theta_d_length: Annotated[int, COUNT] = 256
     unilora_dropout: float = 0.0
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
     bias: Annotated[str, one_of("none", "all", "unilora_only")] = "none"  # which base biases train
     init_theta_d_bound: Annotated[float, POSITIVE] = 0.02  # θ begins uniform within it
     init_weights: bool = True  # False: normal

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.bounds import Bound
-from graft.config.fields import COUNT, POSITIVE, VBLORA, LayerRange, Targeted
+from graft.config.fields import COUNT, POSITIVE, VBLORA, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.effect import Factors
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, dropout_for
@@ -29,7 +29,7 @@ SIZE = Bound(POSITIVE.allows, "`{name}` {value} should be a positive integer val
 
 
 @dataclass(kw_only=True)
-class VBLoRAConfig(Targeted, LayerRange):
+class VBLoRAConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     """VB-LoRA: ΔW = B A, whose numbers are mixtures of a few vectors from a bank that all layers share."""
 
     peft_type: str = "VBLORA"
@@ -39,8 +39,6 @@ class VBLoRAConfig(Targeted, LayerRange):
     topk: Annotated[int, SIZE] = 2  # how many vectors a mixture has
     save_only_topk_weights: bool = False  # small files, from which training cannot go on
     vblora_dropout: float = 0.0
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, vblora_only
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import PHI_ATTENTION
+from graft.config.fields import PHI_ATTENTION, BaseBias
 from graft.core.effect import Factors
 from graft.core.method import COMPARISON, Layers, Method, Published, dropout_for
 from graft.kernels.waits import copy_on_device
@@ -17,14 +17,13 @@ from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
 
 @dataclass(kw_only=True)
-class VeraConfig(ProjectionConfig):
+class VeraConfig(ProjectionConfig, BaseBias):
     """VeRA: ΔW = diag(λ_b) B diag(λ_d) A, with random A and B that all layers share and that never train."""
 
     peft_type: str = "VERA"
     r: int = 256
     vera_dropout: float = 0.0
     d_initial: float = 0.1
-    bias: str = "none"  # which base biases train: none, all, vera_only
     init_weights: bool = True
 
     matrices: ClassVar[str] = "vera_A and vera_B"

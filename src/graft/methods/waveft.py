@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import WAVELET
+from graft.config.fields import WAVELET, BaseBias
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.kernels.transforms import Basis, Plain, Sparse, Wavelet
 from graft.methods.spectral import Spectral, SpectralConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class WaveFTConfig(SpectralConfig):
+class WaveFTConfig(SpectralConfig, BaseBias):
     """WaveFT: ΔW is the inverse wavelet transform of n coefficients, at places that a seed draws.
 
     Raises:
@@ -34,7 +34,6 @@ class WaveFTConfig(SpectralConfig):
     wavelet_family: str = "db1"  # db1 to db10, sym2 to sym10, or coif1 to coif5
     use_idwt: bool = True  # False: the coefficients are entries of ΔW itself
     random_loc_seed: int = 777  # of the places, which no file holds
-    bias: str = "none"  # which base biases train: none, all, waveft_only
     proportional_parameters: bool = False  # layers share n times their number in proportion to their sizes
     init_weights: bool = True  # zeros, the identity; False: small random values
 

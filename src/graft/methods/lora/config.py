@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.config.fields import COUNT, LayerRange, RankPatterns, Targeted, sub_config
+from graft.config.fields import COUNT, BaseBias, FanInFanOut, LayerRange, RankPatterns, Targeted, sub_config
 from graft.core.errors import ConfigError, warn
 from graft.core.ops import OPS, Op
 from graft.methods.lora.sub_configs import (
@@ -109,7 +109,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass(kw_only=True)
-class LoraConfig(Targeted, LayerRange, RankPatterns):
+class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
     """LoRA (arXiv 2106.09685): W x + scaling · B A x, scaling = alpha / r, or alpha / √r (rsLoRA, arXiv 2312.03732).
 
     Raises:
@@ -122,8 +122,6 @@ class LoraConfig(Targeted, LayerRange, RankPatterns):
     r: Annotated[int, COUNT] = 8  # rank
     lora_alpha: float = 8
     lora_dropout: float = 0.0  # on the input of A
-    fan_in_fan_out: bool = False  # the layers store (in, out); corrected by layer type
-    bias: str = "none"  # which base biases train: none, all, lora_only
     use_rslora: bool = False
     init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq, mica,
     # eva, corda, lora_ga; the last three begin with data

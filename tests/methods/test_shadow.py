@@ -8,6 +8,7 @@ from functools import partial
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM
@@ -449,6 +450,72 @@ def test_models_without_blocks():
         with pytest.raises((AttributeError, graft.ConfigError), match=r"blocks|hidden_size"):
             graft.get_peft_model(before, graft.ShadowConfig())
         assert before.state_dict().keys() == models.make(name).state_dict().keys()
+
+
+def test_models_whose_network_would_have_their_head():
+    """Where no stack of blocks is found, the network would be like the whole model."""
+    sizes = dict(vocab_size=41, d_model=16, n_layer=2, n_head=2, d_inner=24)
+    base = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
+    before = list(base.state_dict())
+    with pytest.raises(graft.ConfigError, match="finds no stack of blocks in a XLNetLMHeadModel, whose backbone"):
+        with_shadow(base=base, target_modules=["transformer.layer.0"])
+    assert list(base.state_dict()) == before
+
+
+HYBRID = dict(
+    vocab_size=41, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
+    num_key_value_heads=2, pad_token_id=0,
+)  # fmt: skip
+STATES = dict(mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1)
+NO_CACHE = {  # the first layer, of which the network is a copy, keeps a state and no keys; or the cache is another
+    "Jamba": dict(num_experts=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+                  use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4),
+    "Bamba": STATES | dict(attn_layer_indices=[1]),
+    "GraniteMoeHybrid": STATES | dict(num_local_experts=2, num_experts_per_tok=1, shared_intermediate_size=12,
+                                      layer_types=["mamba", "attention"] * 2),
+    "Lfm2": dict(layer_types=["conv", "full_attention"] * 2),
+    "MiniMax": dict(num_local_experts=2, num_experts_per_tok=1, head_dim=8,
+                    layer_types=["linear_attention", "full_attention"] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*fast path is not available")
+@pytest.mark.parametrize("family", NO_CACHE)
+def test_a_network_that_cannot_run_with_a_cache(family):
+    """Its generation is refused before the first call, and works without a cache."""
+    config = getattr(transformers, f"{family}Config")(**HYBRID | NO_CACHE[family])
+    with models.seeded(0):
+        base = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = with_shadow(base=base)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert any(p.grad is not None and p.grad.any() for p in trained)
+    model.eval()
+    greedy = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
+    for call in (lambda: model.generate(**greedy), lambda: model(input_ids=IDS, use_cache=True)):
+        with pytest.raises(NotImplementedError, match=r"adapter 'default' cannot run with a cache: .*use_cache=False"):
+            call()
+    plain = model.generate(**greedy, use_cache=False)
+    deep = with_shadow(base=model.unload(), shadow_num_hidden_layers=2).eval()
+    if deep.base_model.model._supports_default_dynamic_cache():
+        assert torch.equal(deep.generate(**greedy), plain)
+
+
+SEQ2SEQ = dict(
+    vocab_size=41, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+    encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=40,
+)  # fmt: skip
+
+
+def test_decoders_of_encoder_decoders():
+    base = transformers.BartForConditionalGeneration(transformers.BartConfig(**SEQ2SEQ))
+    model, greedy = with_shadow(base=base).eval(), dict(input_ids=IDS, max_new_tokens=3, do_sample=False)
+    with pytest.raises(NotImplementedError, match=r"the decoder of an encoder-decoder.*Pass use_cache=False"):
+        model.generate(**greedy)
+    model.generate(**greedy, use_cache=False)
+    config = transformers.BartConfig(**SEQ2SEQ, is_decoder=True, is_encoder_decoder=False)
+    model = moved(with_shadow(base=transformers.BartForCausalLM(config)))
+    assert torch.equal(model.generate(**greedy), model.generate(**greedy, use_cache=False))
 
 
 def test_layers_that_are_no_blocks_are_refused_before_anything_changes():

@@ -108,7 +108,24 @@ def empty(network: nn.Module) -> Cache:
     """Return a cache for a shadow network."""
     from transformers import DynamicCache
 
+    if hasattr(network.config, "decoder_layers"):  # which num_hidden_layers does not count there
+        return DynamicCache()
     return DynamicCache(config=network.config)
+
+
+def no_cache_for(network: Any, model: Any) -> str | None:
+    """Return the reason why a shadow network beside `model` cannot run with a cache, and the remedy; None if it can."""
+    kind, plain = type(network).__name__, "Pass use_cache=False."
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        return f"{kind} has a cache that transformers makes for it alone. {plain}"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return f"{kind} stands for the decoder of an encoder-decoder, whose cache it does not share. {plain}"
+    if tokens_seen(empty(network)) is None and tokens_seen(empty(model)) is not None:
+        return (
+            f"none of the layers of its {kind} is one of attention, which counts the tokens. Pass use_cache=False, or "
+            "take a network of more layers (shadow_num_hidden_layers)."
+        )
+    return None
 
 
 def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, inputs: dict[str, Any]) -> Tensor | None:

@@ -172,6 +172,11 @@ def beside(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
     width = hidden_size(model)
     mirrors = cfg.shadow_model == MIRROR
     backbone, projection = (mirror(model, cfg), None) if mirrors else network_from(cfg.shadow_model, width)
+    if mirrors and stack_of(model) is None and backbone.get_output_embeddings() is not None:
+        raise ConfigError(
+            f"SHADOW finds no stack of blocks in a {type(model).__name__}, whose backbone its network could be like. "
+            "Name a smaller model as shadow_model, or choose a method that adapts layers."
+        )
     made: dict[str, nn.Module] = {"shadow_backbone": backbone}
     own = hidden_size(backbone)
     if projection is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.core.method import as_it_is
 from graft.core.rows import by_name
-from graft.methods.shadow.detached import NAMES, empty, shadow_loss, unpack, with_cache
+from graft.methods.shadow.detached import NAMES, empty, no_cache_for, shadow_loss, unpack, with_cache
 from graft.storage import find_device_and_dtype
 
 if TYPE_CHECKING:
@@ -120,12 +120,27 @@ class Pass:
                 f"SHADOW adapters {list(names)} take a cache apart, and found one among the arguments without a name: "
                 "pass past_key_values by its name."
             )
-        self.shadows = unpack(tuner.model, kwargs, self.arguments.get("use_cache"))
+        use_cache = self.arguments.get("use_cache")
+        why = None if use_cache is False else self.why_no_cache()
+        if why is not None and not use_cache and all(kwargs.get(name) is None for name in NAMES):
+            use_cache = False
+        self.shadows = unpack(tuner.model, kwargs, use_cache)
+        if why is not None and self.shadows is not None:
+            raise NotImplementedError(why)
         self.starts: dict[str, Tensor] = {}  # states before the first block, of all rows
         self.states = States(self.seed)
         if self.has_inputs:
             for name in names:
                 self.starts[name] = self.start(name)
+
+    def why_no_cache(self) -> str | None:
+        """Return the reason why the network of an adapter cannot run with a cache, and the remedy; None if all can."""
+        for name in self.names:
+            network = self.tuner.shared.containers["shadow_backbone"][name]
+            why = no_cache_for(network, self.tuner.model)
+            if why is not None:
+                return f"SHADOW adapter '{name}' cannot run with a cache: {why}"
+        return None
 
     @property
     def has_inputs(self) -> bool:

@@ -78,13 +78,15 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
 
     def of_task(self, task: int) -> Factors:
         """Return the factors for one task."""
-        mixing = (self.mtllora_w[task] / self.cfg.weights_sharpness).softmax(-1)  # (projections,)
+        mixing = (
+            (self.mtllora_w[task] / self.cfg.weights_sharpness).softmax(-1).to(self.mtllora_B.dtype)
+        )  # (projections,)
         B = torch.einsum("k,kor->or", mixing, self.mtllora_B)
         return Factors(self.mtllora_A, B, self.cfg.lora_alpha / self.cfg.r, inner=self.mtllora_lambda[task])
 
     def branch(self, x: Tensor) -> Tensor:
         tasks = self.tasks_of(x)
-        mixing = (self.mtllora_w[tasks] / self.cfg.weights_sharpness).softmax(-1)  # (batch, projections)
+        mixing = (self.mtllora_w[tasks] / self.cfg.weights_sharpness).softmax(-1).to(x.dtype)  # (batch, projections)
         between = [1] * (x.dim() - 2)
         z = self.site.op.down(self.layer.base_layer, x, self.mtllora_A)
         z = z * self.mtllora_lambda[tasks].unflatten(-1, (*between, -1))  # (batch, …, r)

@@ -157,6 +157,7 @@ class TLoRA(Method[TLoraConfig]):
     def product(self, x: Tensor, Q: Tensor, weights: Tensor, P: Tensor) -> Tensor:
         """Return P (weights ⊙ Q x), with weights for each row, (batch, r), or for all, (1, r)."""
         op, base = self.layer.op, self.layer.base_layer
+        Q, weights, P = (t.to(self.dtype) for t in (Q, weights, P))  # those that are frozen may have another
         z = op.down(base, x, Q)
         spatial = len(self.site.shape) - 2
         between = [1] * (z.dim() - 2 - spatial)

@@ -200,7 +200,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     def factors(self) -> Factors:
         if self.sees and torch.is_grad_enabled() and self.layer.training:
             self.seen = [gram_distance(self.lora_A), gram_distance(self.lora_B.T)]
-        E = (self.lora_E * (self.scaling / (self.ranknum + 1e-5))).flatten()
+        E = (self.lora_E * (self.scaling / (self.ranknum + 1e-5))).flatten().to(self.lora_A.dtype)
         return Factors(self.lora_A, self.lora_B, dropout=self.lora_dropout, inner=E)
 
     def stored(self, values: Tensors, cfg: AdaLoraConfig) -> Tensors:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.core.effect import Factors
 from graft.core.errors import ConfigError, UnsupportedLayerError
 from graft.core.method import Method
 from graft.methods.lora.lora import LoRA
@@ -48,6 +49,12 @@ class MiCA(LoRA):
         A, B = (p.data for p in self.pair)
         A.zero_()
         B.copy_(minor(layer.W0.flatten(1), len(A)).view(B.shape))
+
+    def factors(self) -> Factors:
+        factors, (A, B) = super().factors(), self.pair
+        if A.dtype != B.dtype:  # somebody cast the one that trains
+            factors = factors._replace(B=B.to(A.dtype).flatten(1))
+        return factors
 
     def tie(self, source: Method) -> None:
         raise ConfigError(

@@ -19,8 +19,9 @@ from graft.core.effect import Update
 from graft.core.errors import AdapterNotFoundError
 from graft.core.method import Method
 from graft.methods.ln_tuning import LNTuning
+from tests import models
 from tests.looks import layers, registry_of
-from tests.models import seeded
+from tests.models import adapted, seeded
 from tests.threads import at_once
 
 WIDTH, TOKENS = 4, 3
@@ -302,6 +303,29 @@ def test_accumulated_it_is_a_mean_over_the_steps_tokens(model):
         expected += own + count / 7 * by_hand(model, "a", x[part])
     assert items == 7
     assert_close(found, expected)
+
+
+OWN = {
+    "ADALORA": lambda: graft.AdaLoraConfig(init_r=3, target_r=2, target_modules=["q_proj"], total_step=9, orth_reg_weight=0.7),
+    "SHADOW": lambda: graft.ShadowConfig(shadow_dropout=0.0, auxiliary_loss_weight=0.7, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_losses_that_a_method_adds_itself_are_a_mean_over_the_steps_tokens_too(method):
+    """Trainer passes the number of tokens of all batches of a step, and adds the losses of the batches up."""
+    net = adapted(models.make("llama"), OWN[method]()).train()
+    ids = models.inputs("llama", 4)["input_ids"]
+    targets = torch.where(torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.4, -100, ids)
+    items = (targets[:, 1:] != -100).sum()
+    whole = net(input_ids=ids, labels=targets).loss
+    assert_close(net(input_ids=ids, labels=targets, num_items_in_batch=items).loss, whole)
+    parts = [
+        net(input_ids=ids[i], labels=targets[i], num_items_in_batch=items).loss for i in (slice(0, 1), slice(1, 4))
+    ]
+    assert_close(sum(parts), whole)
+    with net.disable_adapter():
+        assert net(input_ids=ids, labels=targets).loss != whole
 
 
 def test_threads_have_losses_of_their_own(model):

@@ -243,6 +243,7 @@ def tensors_in(output: object) -> Iterator[Tensor]:
 
 
 Finish = Callable[[object], object]  # of the output of a run of the model
+SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # losses that leave the first label of each row out
 
 
 @dataclass
@@ -258,9 +259,22 @@ class Run:
     adapters: Sequence[str] = ()  # those that act and are of the class whose `around` is called
     shares: Mapping[str, float] = field(default_factory=dict)  # of the batch's copies on which adapters act: all else
 
-    def share(self, adapter: str) -> float:
-        """Return what an adapter's own loss counts: the share of the batch's copies on which the adapter acts."""
-        return self.shares.get(adapter, 1.0)
+    def share(self, adapter: str, model: nn.Module) -> Tensor | float:
+        """Return the weight of an adapter's own loss, which is a mean.
+
+        The weight is the share of the batch's copies on which the adapter acts. If the call says how many tokens the
+        optimizer step has, the weight is also the share of the call's tokens in them: Trainer sums such losses.
+        """
+        share, items = self.shares.get(adapter, 1.0), self.said("num_items_in_batch", model)
+        labels = None if items is None else self.said("shift_labels", model)
+        if items is not None and labels is None:
+            labels = self.said("labels", model)
+            twofold = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+            if isinstance(labels, Tensor) and getattr(model, "loss_type", None) in SHIFTED and not twofold:
+                labels = labels[..., 1:]
+        if not isinstance(labels, Tensor):
+            return share
+        return share * (labels != -100).sum() / torch.as_tensor(items, device=labels.device)
 
     def said(self, name: str, model: nn.Module) -> Any:
         """Return what the call says under a name: to graft, or to the model, by its signature; None if nothing."""

@@ -6,14 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 from graft.core.call import Noted
 from graft.core.method import Method, Tokens
 from graft.core.rows import Run
-
-SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # losses that leave the first label of each row out
 
 
 def losses_of(
@@ -24,9 +21,8 @@ def losses_of(
     model: nn.Module,
 ) -> dict[str, Tensor]:
     """Return the losses of a run, (), by adapter. Of a Parallel each counts as its adapter's copies of the batch do."""
-    share = share_of_step(run, model)
     return {
-        name: methods[name].auxiliary(configs[name], [tokens(one, run, model) for one in own]) * share * run.share(name)
+        name: methods[name].auxiliary(configs[name], [tokens(one, run, model) for one in own]) * run.share(name, model)
         for name, own in noted.items()
     }
 
@@ -67,18 +63,3 @@ def mask_of(layer: str, run: Run, model: nn.Module) -> Tensor | None:
     of_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder." in layer
     mask = run.said("decoder_attention_mask" if of_decoder else "attention_mask", model)
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def share_of_step(run: Run, model: nn.Module) -> Tensor | float:
-    """Return what share of an optimizer step's tokens a call has: 1, unless it is told how many the step has.
-
-    Of such calls Trainer sums the losses, each of which is the mean over the step's tokens.
-    """
-    items, labels, shifted = (run.said(n, model) for n in ("num_items_in_batch", "labels", "shift_labels"))
-    if items is None or not isinstance(labels if shifted is None else shifted, Tensor):
-        return 1.0
-    if shifted is None:
-        twofold = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        shifted = labels[..., 1:] if getattr(model, "loss_type", None) in SHIFTED and not twofold else labels
-    share: Tensor = (shifted != -100).sum() / torch.as_tensor(items, device=shifted.device)
-    return share

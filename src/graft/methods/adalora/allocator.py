@@ -163,14 +163,14 @@ def reapply(methods: dict[str, Method], cfg: Any) -> None:
 
 def orthogonal_losses(tuner: Tuner, names: Iterable[str], run: Run) -> dict[str, Callable[[], Tensor]]:
     """Return functions that compute the losses, in a run, of those of these adapters that train and have one."""
-    found = {
-        name: (methods, tuner.peft_config[name].orth_reg_weight * run.share(name))
+    return {
+        name: partial(orthogonal_loss, methods, weight * run.share(name, tuner.model))
         for name, methods in all_trainable(tuner, names)
+        if (weight := tuner.peft_config[name].orth_reg_weight) > 0
     }
-    return {name: partial(orthogonal_loss, *own) for name, own in found.items() if own[1] > 0}
 
 
-def orthogonal_loss(methods: dict[str, Any], weight: float) -> Tensor:
+def orthogonal_loss(methods: dict[str, Any], weight: Tensor | float) -> Tensor:
     """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of an adapter."""
     first, *others = (d for m in methods.values() for d in m.distances())
     return weight * torch.stack([first, *(d.to(first.device) for d in others)]).mean()  # on several devices

@@ -201,7 +201,7 @@ class Pass:
         if loss is None:
             return output
         self.tuner.states[name] = loss.detach()
-        weighed = cfg.auxiliary_loss_weight * self.share(name) * loss
+        weighed = cfg.auxiliary_loss_weight * self.share(name, self.tuner.model) * loss
         if isinstance(output, tuple):
             return (output[0] + weighed.to(output[0].device), *output[1:])
         output.loss = output.loss + weighed.to(output.loss.device)

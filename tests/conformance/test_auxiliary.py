@@ -306,7 +306,9 @@ def test_accumulated_it_is_a_mean_over_the_steps_tokens(model):
 
 
 OWN = {
-    "ADALORA": lambda: graft.AdaLoraConfig(init_r=3, target_r=2, target_modules=["q_proj"], total_step=9, orth_reg_weight=0.7),
+    "ADALORA": lambda: graft.AdaLoraConfig(
+        init_r=3, target_r=2, target_modules=["q_proj"], total_step=9, orth_reg_weight=0.7
+    ),
     "SHADOW": lambda: graft.ShadowConfig(shadow_dropout=0.0, auxiliary_loss_weight=0.7, task_type="CAUSAL_LM"),
 }
 

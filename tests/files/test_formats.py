@@ -4,8 +4,10 @@ writes them in every format that can hold them, and reads that back."""
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from graft.files.base import Skeleton
 from graft.files.bases import base_of
 from graft.files.convert import convert
 from graft.files.diff import difference
-from graft.files.errors import BaseNeededError
+from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import gguf, kohya, peft
 from graft.files.resize import resize
 from tests.files.dense import changes
@@ -304,3 +306,11 @@ def test_formats_that_are_known_and_not_read(key, says, tmp_path):
             (tmp_path / name).write_bytes(b"")
             with pytest.raises(CheckpointError, match="NeMo"):
                 formats.read(tmp_path / name[0])
+
+
+@pytest.mark.parametrize("module", [None, ModuleType("gguf")], ids=["absent", "another's"])
+def test_gguf_without_its_package(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "gguf", module)
+    with pytest.raises(PackageNeededError, match=r"pip install 'gguf>=0\.10'\."):
+        convert(FIXTURES / "mlx_lora", "gguf", tmp_path / "a.gguf", base_for("mlx_lora"))
+    assert [*tmp_path.iterdir()] == []

@@ -223,7 +223,7 @@ def test_the_bias_is_shifted_and_comes_back():
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(ImportError, match=r"pip install graft-adapters\[methods\]"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
         adapt(graft, SAMPLE)
 
 

@@ -34,7 +34,7 @@ def load_base(path: str | os.PathLike[str], device: str = "cpu") -> PreTrainedMo
         import torch
         import transformers
     except ImportError:
-        text = "A model can be run with transformers only: pip install 'graft-adapters[transformers]'."
+        text = "A model can be run with transformers only: pip install 'transformers>=4.56'."
         raise ConfigError(text) from None
     from graft.files.skeleton import model_class, model_config, quiet
 

@@ -33,7 +33,7 @@ class AdamssConfig(Targets, LayerRange):
 
     With `use_asa` call `model.base_model.update_and_allocate(step)` after each backward pass, before gradients are
     zeroed; or use `AdamssAsaCallback` (transformers' Trainer). Needs scikit-learn:
-    `pip install graft-adapters[methods]`.
+    `pip install scikit-learn`.
     """
 
     peft_type: str = "ADAMSS"
@@ -97,8 +97,7 @@ def require_sklearn() -> Any:
         from sklearn.cluster import KMeans
     except ImportError as e:
         raise ImportError(
-            "AdaMSS needs scikit-learn, by whose k-means it puts rows into clusters: pip install "
-            "graft-adapters[methods]"
+            "AdaMSS needs scikit-learn, by whose k-means it puts rows into clusters: pip install scikit-learn"
         ) from e
     return KMeans
 

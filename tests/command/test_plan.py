@@ -2,6 +2,7 @@
 """`graft plan`: layers, memory and what fits."""
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
@@ -95,3 +96,42 @@ def test_a_prompt_gets_the_task_of_the_model(tmp_path):
     graft.PromptTuningConfig(num_virtual_tokens=3).save_pretrained(tmp_path / "prompt")
     found = json.loads(run("plan", tmp_path / "base", "--config", tmp_path / "prompt", "--seq", "8", "--json").stdout)
     assert found["trainable"] == 3 * 32
+
+
+BASE = Path(__file__).parents[1] / "files" / "fixtures" / "base_llama"
+SETTINGS = {
+    "ADALORA": ["total_step=100"],
+    "ADAPTION_PROMPT": ["adapter_len=3", "adapter_layers=1"],
+    "CARTRIDGE": ["num_virtual_tokens=3"],
+    "MULTITASK_PROMPT_TUNING": ["num_virtual_tokens=3", "num_tasks=2"],
+    "P_TUNING": ["num_virtual_tokens=3", "encoder_reparameterization_type=LSTM"],
+    "PREFIX_TUNING": ["num_virtual_tokens=3", "prefix_projection=true"],
+    "PROMPT_TUNING": ["num_virtual_tokens=3"],
+    "TLORA": ["r=4"],
+    "TRAINABLE_TOKENS": ["token_indices=[1, 2]"],
+}
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_plan_of_a_method_whose_config_needs_more(method):
+    settings = [word for text in SETTINGS[method] for word in ("--set", text)]
+    args = ["plan", BASE, "--method", method, "--seq", "8", *settings]
+    found = json.loads(run(*args, "--json").stdout)
+    assert found["method"] == method and found["trainable"] > 0
+    assert found["memory"]["adapter"] > 0 and found["memory"]["kept"] > 0
+
+
+def test_plan_names_the_option_for_a_field_that_is_missing():
+    args = ["plan", BASE, "--seq", "8", "--method"]
+    for method, field in (
+        ("prompt_tuning", "num_virtual_tokens"),
+        ("adalora", "total_step"),
+        ("sdt", "target_modules"),
+    ):
+        with pytest.raises(OptionError, match=rf"{field}.* {method.upper()}'s config: --set name=value, .*--config"):
+            run(*args, method)
+    for text in ("r", "=3", "a b=3"):
+        with pytest.raises(OptionError, match="--set takes name=value"):
+            run(*args, "lora", "--set", text)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rr'"):
+        run(*args, "lora", "--set", "rr=3")

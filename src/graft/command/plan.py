@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graft import CheckpointError
+from graft import CheckpointError, ConfigError
 from graft.command import show
 from graft.command.app import PLAN, Result, verb
 from graft.config.reading import Json, read_object
@@ -35,6 +37,7 @@ def plan(
     rank: Annotated[int | None, typer.Option("--rank", "-r", min=1)] = None,
     targets: str | None = None,
     parameters: str = "",
+    settings: Annotated[list[str] | None, typer.Option("--set")] = None,
     base: str | None = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     length: Annotated[int, typer.Option("--seq", min=1)] = 1024,
@@ -56,6 +59,7 @@ def plan(
         rank: 16 if the method asks for one.
         targets: Names by commas, or all-linear; else that, or the places of the method.
         parameters: Stacks of experts, as experts.gate_up_proj,experts.down_proj.
+        settings: A field of the method's config, as num_virtual_tokens=20; several times for several.
         base: How the base is packed: nf4, mxfp4, nvfp4, fp8, none; as config.json says.
         batch: Rows of a step.
         length: Tokens of a row.
@@ -77,9 +81,13 @@ def plan(
     if whole is None:
         raise CheckpointError(f"{model} has no config.json of a model that the installed transformers knows.")
     packed = format_of(read_object(Path(folder, "config.json")), base)
-    adapter = adapter_config(config, method, rank, targets, parameters)
-    adapter.task_type = adapter.task_type or task_of(whole)
-    report = planned(whole, adapter)
+    try:
+        adapter = adapter_config(config, method, rank, targets, parameters, settings or [], task_of(whole))
+        report = planned(whole, adapter)
+    except ConfigError as e:
+        if config is not None:
+            raise
+        raise OptionError(f"{e} Fields of {method.upper()}'s config: --set name=value, or a file by --config.") from e
     found = account(whole, report)
     training = of_model(whole, adapter, length, dtype, gpu is not None)
     memory = budget(training, batch, checkpointing, optimizer, packed)
@@ -111,15 +119,25 @@ def task_of(model: PreTrainedModel) -> str | None:
 
 
 def adapter_config(
-    path: Path | None, method: str, rank: int | None, targets: str | None, parameters: str = ""
+    path: Path | None,
+    method: str,
+    rank: int | None,
+    targets: str | None,
+    parameters: str = "",
+    settings: Sequence[str] = (),
+    task: str | None = None,
 ) -> PeftConfig:
-    """Return the config of the adapter: of a file, or of the options. Without targets it is for all linear layers, or
-    for the places that the method has of its own, such as whole blocks or norms."""
+    """Return the config of the adapter: that of a file, or one made of the options.
+
+    Without targets the config is for all linear layers, or for the places that the method chooses, such as whole blocks
+    or norms. A config without a task type gets `task`.
+    """
     from graft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, method_of
 
     if path is not None:
         config = PeftConfig.from_pretrained(str(path.parent if path.is_file() else path))
         config.inference_mode = False  # which a save sets
+        config.task_type = config.task_type or task
         return config
     kinds = {str(getattr(kind, "value", kind)): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if method.upper() not in kinds:
@@ -134,10 +152,27 @@ def adapter_config(
         names["target_parameters"] = show.listed(parameters)
     fields = kind.__dataclass_fields__
     if rank is not None:
-        names |= {"r": rank, "oft_block_size": 0}  # OFT takes one of the two
-    elif "r" in fields and fields["r"].default != 0:
+        of_rank = "init_r" if "init_r" in fields else "r"  # AdaLoRA's begins there
+        names |= {of_rank: rank, "oft_block_size": 0}  # OFT takes one of the two
+    elif "r" in fields and "init_r" not in fields and fields["r"].default != 0:
         names["r"] = 16
-    return kind(**{n: v for n, v in names.items() if n in fields})
+    chosen = {"task_type": task, **{n: v for n, v in names.items() if n in fields}}
+    return kind(**chosen | dict(map(read_setting, settings)))
+
+
+def read_setting(text: str) -> tuple[str, object]:
+    """Return name and value of a setting name=value, whose value is JSON, or else a text.
+
+    Raises:
+        OptionError: there is no name, or no value.
+    """
+    name, sign, value = text.partition("=")
+    if not (name.isidentifier() and sign):
+        raise OptionError(f"--set takes name=value, as --set num_virtual_tokens=20, not {text!r}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def account(model: PreTrainedModel, report: InjectReport) -> Json:

@@ -319,9 +319,16 @@ def loss_of(model: PeftModel, ids: Tensor) -> Tensor:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if any(hasattr(config, name) for config in model.peft_config.values() for name in ("n_tasks", "num_tasks")):
         inputs["task_ids"] = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    most = next((config.max_timestep for config in model.peft_config.values() if hasattr(config, "max_timestep")), None)
+    with nullcontext() if most is None else model.timestep(most):  # T-LoRA's
+        return loss_of_inputs(model, base, inputs, task)
+
+
+def loss_of_inputs(model: PeftModel, base: nn.Module, inputs: dict[str, Tensor], task: str) -> Tensor:
+    """Return the model's loss for token ids as their own labels; of a model without a loss, the mean of its outputs."""
     takes_tokens = task.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration"))
     if takes_tokens or getattr(base.config, "is_encoder_decoder", False):
-        loss: Tensor = model(**inputs, labels=ids).loss
+        loss: Tensor = model(**inputs, labels=inputs["input_ids"]).loss
         return loss
     return model(**inputs)[0].float().mean()
 

@@ -66,8 +66,8 @@ class CPTEmbedding(Prompt):
         self.embedding = nn.Embedding(cfg.num_virtual_tokens, cfg.token_dim)
         self.embedding.requires_grad_(False)
         if not cfg.inference_mode:
-            ids = torch.tensor(cfg.cpt_token_ids)
-            self.embedding.weight.data = words_of(ids, words, "cpt_token_ids")
+            ids = torch.tensor(cfg.cpt_token_ids, device="cpu")
+            self.embedding.weight = nn.Parameter(words_of(ids, words, "cpt_token_ids"), requires_grad=False)
         self.delta_embedding = nn.Embedding(cfg.num_virtual_tokens, cfg.token_dim)
         nn.init.zeros_(self.delta_embedding.weight)
         self.delta_embedding.weight.register_hook(self._without_labels)

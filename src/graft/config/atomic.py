@@ -206,11 +206,6 @@ def machine() -> str:
     return hashlib.sha256(here.encode()).hexdigest()[:8]
 
 
-def replace_text(path: str, text: str) -> None:
-    """Write a file that holds a text, as `replace` does."""
-    replace(path, text)
-
-
 def sync(path: str) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -17,7 +17,7 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from graft.config.atomic import replace_text
+from graft.config.atomic import replace
 from graft.config.bounds import check_bounds, check_numbers
 from graft.config.file import ConfigFile
 from graft.config.hub import hub_keywords
@@ -182,7 +182,7 @@ class PeftConfig:
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
-        replace_text(os.path.join(save_directory, CONFIG_NAME), self.to_json(auto_mapping_dict))
+        replace(os.path.join(save_directory, CONFIG_NAME), self.to_json(auto_mapping_dict))
 
     def to_json(self, auto_mapping_dict: dict[str, object] | None = None) -> str:
         """Return the text of adapter_config.json."""

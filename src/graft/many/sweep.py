@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from graft import CheckpointError, ConfigError, PeftConfig
-from graft.config.atomic import replace_text
+from graft.config.atomic import replace
 from graft.config.base import check_config
 from graft.config.reading import Json, read_object
 from graft.core.errors import shortened
@@ -446,7 +446,7 @@ class Job:
         os.makedirs(self.folder, exist_ok=True)
         document = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
         text = json.dumps(document, indent=1, default=run_file.name_object, skipkeys=True)
-        replace_text(os.path.join(self.folder, TABLE), text + "\n")
+        replace(os.path.join(self.folder, TABLE), text + "\n")
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):
                 run_file.delete(trial.name, self.folder)

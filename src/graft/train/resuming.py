@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft import AdapterKeyError, CheckpointError, ConfigError, DistributedError, PeftError
-from graft.config.atomic import folder_for, replace_text
+from graft.config.atomic import folder_for, replace
 from graft.config.fields import whole_number
 from graft.config.reading import Json
 from graft.core.containers import Slot
@@ -145,7 +145,7 @@ def write_state(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
     """Write training.json and training.safetensors, which holds the same text and counts: the first process does."""
 
     def act() -> None:
-        replace_text(os.path.join(folder, NOTE), json.dumps(note, indent=1))
+        replace(os.path.join(folder, NOTE), json.dumps(note, indent=1))
         write(os.path.join(folder, FILE), NOTE, note, tensors)
 
     if processes() > 1:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import prod
 
 from graft import CheckpointError
-from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange, replace, replace_text, sync
+from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange, replace, sync
 from graft.config.notes import LARGEST, header
 from graft.config.reading import Json, open_file, read_object
 from graft.core.errors import some
@@ -221,7 +221,7 @@ class Workplace:
             if name not in self.done:
                 digest, rows = write_shard(os.path.join(self.folder, name), outs)
                 self.done[name] = {"sha256": digest, "rows": rows}
-                replace_text(self.state, json.dumps({"key": self.key, "shards": self.done}))
+                replace(self.state, json.dumps({"key": self.key, "shards": self.done}))
             if step is not None:
                 step(name)
 

@@ -4,10 +4,12 @@
 import re
 
 import peft
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import graft
+from graft.inject.match import minimal_names
 from tests.covering import EVERYTHING
 from tests.pair import outcome
 from tests.trees import tree
@@ -105,3 +107,17 @@ def test_shortened_targets(size, data):
         found.append((model.peft_config["default"].target_modules, list(model.targeted_module_names)))
     assert found[0] == found[1]
     assert sorted(found[0][1]) == sorted(targets)
+
+
+@pytest.mark.parametrize(
+    "targets, others",
+    [
+        (["a.q", "b.q"], ["a.v"]), (["a.0.q", "a.1.q"], ["b.0.q"]), (["x", "y.x"], ["z.y"]), (["a", ""], ["b"]),
+        ("a", ["b"]), ([], ["b"]), (["a"], ["a", "b"]),
+    ],
+)  # fmt: skip
+def test_fewest_names_and_refusals_are_pefts(targets, others):
+    theirs = outcome(lambda: peft.tuners.tuners_utils._find_minimal_target_modules(targets, others))
+    ours = outcome(lambda: minimal_names(targets, others))
+    assert ours.value == theirs.value and type(ours.error) is type(theirs.error)
+    assert str(ours.error)[:50] == str(theirs.error)[:50]

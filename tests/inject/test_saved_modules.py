@@ -388,3 +388,29 @@ def test_question_answering_saves_its_head(tmp_path):
     loaded = graft.PeftModel.from_pretrained(models.make("bert-qa"), tmp_path)
     inputs = models.inputs("bert-qa")
     assert torch.equal(models.output(loaded, inputs), models.output(model, inputs))
+
+
+class Multiplied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, factor):
+        return self.inner(x) * factor
+
+
+class MultipliedNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.last = nn.Linear(4, 4), Multiplied()
+
+    def forward(self, x):
+        return self.last(self.q(x), 3.0)
+
+
+def test_a_copy_gets_all_positional_arguments_of_its_module():
+    base = MultipliedNet()
+    x = torch.randn(2, 4)
+    expected = base(x)
+    model = graft.get_peft_model(base, graft.LoraConfig(target_modules=["q"], modules_to_save=["last"]))
+    assert_close(model.train()(x), expected)

@@ -147,6 +147,7 @@ def test_offsets_that_the_caller_gives():
     embeds = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
     del embeds["input_ids"]
     assert_close(logits(model, embeds, alora_offsets=[7, 6]), expected)
+    assert_close(logits(model, inputs, alora_offsets=[0, 6])[0], logits_without(model, inputs)[0])
     everywhere = logits(model, inputs, alora_offsets=[100, None])
     plain = lora_of(model)
     assert_close(everywhere[0], logits(plain, inputs)[0])

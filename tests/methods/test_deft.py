@@ -30,6 +30,15 @@ def test_starts_as_the_identity(method, dtype):
     close(model(x).double(), expected.double(), 0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
+def test_the_start_of_R_is_scaled():
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(400, 400))
+    model = graft.get_peft_model(wide, config(graft, r=20, init_weights=False, init_scale=4.0))
+    layer = layers(model)["0"]
+    assert layer.deft_R["default"].detach().std() == pytest.approx(0.08, rel=0.05)
+    assert layer.deft_P["default"].detach().std() == pytest.approx(0.02, rel=0.05)
+
+
 def test_two_adapters_act_as_in_peft():
     """Each takes out of the weight as it was."""
     outputs = []

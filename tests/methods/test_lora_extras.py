@@ -269,6 +269,30 @@ def test_a_conversion_of_what_left_the_base_alone_says_so(tmp_path):
     assert_close(logits(loaded), expected, atol=2e-5, rtol=1e-4)
 
 
+def test_a_conversion_of_pissa_says_nothing(tmp_path):
+    model = graft.get_peft_model(llama(), graft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+
+def test_a_conversion_refuses_an_initial_adapter_whose_small_values_differ(tmp_path):
+    model = graft.get_peft_model(llama(), graft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model.peft_config["default"].init_lora_weights = True
+    A = [p for name, p in model.named_parameters() if "lora_A" in name]
+    for p in A:
+        p.data.mul_(1e-3)
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for p in A:
+        p.data.neg_()
+    with pytest.raises(graft.ConfigError, match="not what this one began with"):
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+
 def test_an_auto_class_loads_base_and_adapter_from_the_adapters_folder(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")

@@ -98,6 +98,7 @@ def test_a_module_that_is_not_megatrons():
     theirs, ours = each(lambda lib: lib.LoraConfig(megatron_config={"a": 1}, megatron_core="tests.pair"))
     assert theirs.error is None
     assert isinstance(ours.error, graft.ConfigError) and "megatron_core" in str(ours.error)
+    assert graft.LoraConfig(megatron_config={"a": 1}).megatron_core == "megatron.core"
 
 
 @pytest.mark.differs(

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.device import simulated
 
@@ -17,6 +16,8 @@ def missing() -> str | None:
     """Return the reason for which there is no device, or None."""
     if not REAL:
         return simulated.WHY_NOT
+    import torch  # not where the file is read: the process that only gives out tests needs none
+
     return None if getattr(torch, REAL).is_available() else f"this machine has no device '{REAL}'"
 
 
@@ -30,4 +31,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     if missing() is None:
+        import torch
+
         getattr(torch, REAL or "cuda").manual_seed_all(0)

@@ -94,6 +94,8 @@ def why_not() -> str | None:
     version = importlib.metadata.version("torch")
     if not version.startswith(KNOWN):
         return f"the simulated device knows the internals of torch {', '.join(KNOWN)}, and this is {version}"
+    if "-n" in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
+        return "this process only gives out tests, and the others wait until it has started"
     if "torch" in sys.modules:
         return "torch was imported before: run `pytest -p tests.device.simulated tests/device`"
     spec = importlib.util.find_spec("torch")

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 
 from tests.drawn.changes import Finder, draw_changes
-from tests.drawn.mapping import PACKAGE
+from tests.drawn.mapping import PACKAGE, Record
 from tests.drawn.patching import Functions
 
 SOURCE = '''
@@ -59,3 +59,13 @@ def test_a_process_gets_the_change_of_a_function(tmp_path):
     assert functions.patch(str(path), SOURCE, SOURCE.replace("values.append(x)", "pass"))
     assert double(2) == 2
     assert not functions.patch(str(path), SOURCE, SOURCE.replace("LIMIT = 3", "LIMIT = 4"))
+
+
+def test_tests_that_were_not_recorded_follow_those_of_their_function(tmp_path):
+    record = Record(tmp_path)
+    record.times = {"t.py::a[0]": 0.2, "t.py::b": 0.1, "t.py::c[0]": 0.1, "t.py::d": 0.1}
+    record._lines = {"core/x.py": {"t.py::a[0]": {7}, "t.py::b": {7, 9}, "t.py::c[0]": {9}}}
+    tests = ["t.py::a[0]", "t.py::a[1]", "t.py::b", "t.py::c[0]", "t.py::c[1]", "t.py::d", "t.py::e"]
+    chosen = record.tests_of("core/x.py", 7, range(6, 9), tests)
+    assert chosen == ["t.py::b", "t.py::a[0]", "t.py::a[1]", "t.py::c[1]"]
+    assert record.tests_of("core/x.py", 8, range(9, 10), ["t.py::c[0]", "t.py::d"]) == ["t.py::c[0]"]

@@ -3,15 +3,18 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
 
 import pytest
+import typer
 from safetensors.torch import load_file, save_file
 
-from graft.command import app, models
+from graft.command import app, change, models, serve  # noqa: F401  the verbs register themselves
 from graft.core.errors import PeftWarning
+from graft.files.serving import data as serving_data
 from tests.files import adapters
 from tests.models import make
 from tests.serving.server import answers, serving
@@ -36,6 +39,20 @@ def test_check_finds_something(run):
     assert "vllm 0.32.0" in out and "ok: nothing is known" in out
     assert "wrong: sglang takes lora_alpha / r for all modules (sglang 40835)" in out
     assert f"graft export {adapters.folder('rslora')} --for sglang --base {adapters.base()}" in out
+
+
+def test_check_without_a_server_lists_them(run):
+    code, _, err = run("check", adapters.folder("plain"))
+    assert code == 2 and "there are vllm, sglang, llama.cpp" in err
+
+
+@pytest.mark.parametrize("remedy", [text for text in serving_data()["remedies"].values() if "graft " in text])
+def test_commands_of_remedies_have_all_options_that_they_need(remedy):
+    known = dict(adapter="an-adapter", base="a-base", server="vllm", format="gguf", max_rank="16")
+    command = remedy.format(**known).partition("graft ")[2]
+    words = re.split(",|;| writes", command)[0].split()
+    group = typer.main.get_command(app.app)
+    group.commands[words[0]].make_context(words[0], words[1:])
 
 
 def test_check_finds_nothing(run):

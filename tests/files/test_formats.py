@@ -314,3 +314,16 @@ def test_gguf_without_its_package(tmp_path, monkeypatch, module):
     with pytest.raises(PackageNeededError, match=r"pip install 'gguf>=0\.10'\."):
         convert(FIXTURES / "mlx_lora", "gguf", tmp_path / "a.gguf", base_for("mlx_lora"))
     assert [*tmp_path.iterdir()] == []
+
+
+def test_names_of_a_format_and_of_the_model_are_not_compared(tmp_path):
+    """Without the base nothing says which are the same."""
+    base = base_for("mlx_lora")
+    convert(FIXTURES / "mlx_lora", "kohya", tmp_path / "a.safetensors", base)
+    pair = [formats.read(path) for path in (FIXTURES / "mlx_lora", tmp_path / "a.safetensors")]
+    for one, other in (pair, pair[::-1]):
+        with pytest.raises(BaseNeededError, match=r"a\.safetensors names modules as its format does.*--base"):
+            difference(one, other)
+    assert difference(pair[1], pair[1])["equal"]
+    named = [formats.read(path, base) for path in (FIXTURES / "mlx_lora", tmp_path / "a.safetensors")]
+    assert difference(*named)["equal"]

@@ -9,6 +9,7 @@ from functools import partial
 from graft.command import show
 from graft.command.app import LOOK, Result, verb
 from graft.config.reading import Json
+from graft.core.errors import shortened
 
 
 @verb(LOOK)
@@ -89,7 +90,8 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
     found = with_base(one, base, lambda model: difference(adapter_at(one, model), adapter_at(two, model), tol))
 
     def report() -> None:
-        show.table("Settings", ["field", "a", "b"], [(name, *map(repr, two)) for name, two in found["config"].items()])
+        values = {name: [shortened(repr(value), 40) for value in two] for name, two in found["config"].items()}
+        show.table("Settings", ["field", "a", "b"], [(name, *two) for name, two in values.items()])
         show.facts([("only in a", found["only_a"]), ("only in b", found["only_b"])])
         show.table(
             "Modules", ["module", "ranks", "cosine", "relative difference", "largest angle"],
@@ -100,6 +102,8 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
         )  # fmt: skip
         show.table("Tensors", ["tensor", "relative difference"], [t.values() for t in found["tensors"]])
         more = "".join(f", another {name}" for name in found["acts_otherwise"])
+        if alone := len(found["only_a"]) + len(found["only_b"]):
+            more += f", {alone} names of one alone"
         show.say("equal" if found["equal"] else f"not equal: largest relative difference {found['largest']:.4g}{more}")
 
     return Result(found, report, not found["equal"])

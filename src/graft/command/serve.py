@@ -29,7 +29,7 @@ COLOURS = {"refused": "yellow", "wrong": "red", "ignored": "red", "ok": "green"}
 def check(
     adapter: str,
     *,
-    servers_: Annotated[str, typer.Option("--for", autocompletion=by_commas)],
+    servers_: Annotated[str, typer.Option("--for", autocompletion=by_commas)] = "",
     base: str | None = None,
     max_rank: Annotated[int | None, typer.Option(min=1)] = None,
     targets: Annotated[str | None, typer.Option("--lora-target-modules")] = None,

@@ -9,6 +9,7 @@ from graft.config.file import DESCRIBING, plain
 from graft.config.reading import Json
 from graft.files import algebra
 from graft.files.errors import OptionError
+from graft.files.formats.peft import named_as_there
 from graft.files.holding import FIELDS
 from graft.files.inspect import check_finite
 from graft.files.neutral import AdapterFile, LowRank, Other
@@ -30,12 +31,15 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
 
     Raises:
         OptionError: `tol` is negative, or NaN.
+        BaseNeededError: one of them has names of its format's for modules, and the other has not.
         NonFiniteError: one of them holds NaN or infinite numbers, which equal nothing.
     """
     if not tol >= 0:
         raise OptionError(f"The tolerance is at least 0, not {tol}.")
     for adapter in (a, b):
         check_finite(adapter)
+        if adapter.flat and not (a.flat and b.flat and a.format == b.format):
+            raise named_as_there(adapter)
     fields = sorted({*a.config, *b.config} - DESCRIBING)
     config = {f: [a.config.get(f), b.config.get(f)] for f in fields if plain(a.config.get(f)) != plain(b.config.get(f))}
     modules = [of_module(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]

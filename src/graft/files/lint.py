@@ -248,6 +248,6 @@ RULES = (
     Rule("base-mismatch", "error", base_mismatch, "Give the base that the adapter was trained on.", True),
     Rule("base-name", "note", base_name, "Write the hub id of the original model into base_model_name_or_path."),
     Rule("no-card", "note", no_card, "Write one: what it was trained on, for what, and the licence."),
-    Rule("pickle", "warning", pickle, "Convert it: graft convert --to peft writes safetensors."),
+    Rule("pickle", "warning", pickle, "Leave files of a training out; graft convert --to peft writes safetensors."),
     Rule("intruder", "note", intruder, "They cost knowledge of the base: see graft.reduce_intruder_dimension.", True),
 )  # fmt: skip

@@ -185,6 +185,7 @@ def check(
             if what := list(CONDITIONS[row["when"]](subject)):
                 where = "BASE" if base is None else base.path
                 known = dict(server=server.name, adapter=adapter.path, format=server.formats[0], base=where)
+                known["max_rank"] = str(subject.options.max_rank or server.max_rank)
                 remedy = data()["remedies"][row["remedy"]].format(**known)
                 facts = server.name, server.version, server.date, row["when"], row["verdict"], some(what, 3)
                 found.append(Finding(*facts, row["does"], remedy, row.get("evidence", "run")))

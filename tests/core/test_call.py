@@ -2,6 +2,7 @@
 """Rows and adapters: grouping, what cannot be routed, and what a backward pass recomputes."""
 
 import copy
+import io
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -435,3 +436,15 @@ def test_batches_of_several_threads_have_rows_of_their_own():
     at_once(*(partial(work, i) for i in range(3)))
     assert outcomes == [True] * 450
     assert torch.equal(model(X, adapter_names=batches[1]), expected[1])
+
+
+def test_outputs_are_saved_without_a_warning_of_hooks():
+    """torch warns of the hooks of a tensor that it saves, and warnings are errors here."""
+    model = graft.get_peft_model(models.make("mlp"), graft.LoraConfig(r=2, target_modules=["fc1"]))
+    y = model(**models.inputs("mlp"))
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), y)
+    y.sum().backward()
+    assert any(p.grad is not None for p in model.parameters())

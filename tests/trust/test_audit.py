@@ -159,6 +159,23 @@ def test_base_parameters_that_train_and_are_not_saved():
     assert "train, but save_pretrained() writes no file with them (1): [head.weight]" in text
 
 
+def test_a_loss_without_a_gradient_names_is_trainable(tmp_path):
+    adapted(models.make("llama"), graft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    batch = models.inputs("llama")
+    model = graft.PeftModel.from_pretrained(models.make("llama"), tmp_path).train()
+    with pytest.warns(graft.PeftWarning, match=r"\['default'\] has no gradient.*is_trainable=True"):
+        model(**batch, labels=batch["input_ids"])
+    model(**batch, labels=batch["input_ids"])  # once
+    for other in (
+        model.eval(),
+        adapted(models.make("llama"), graft.LoraConfig(r=2, target_modules=["q_proj"])).train(),
+    ):
+        with other.disable_adapter():
+            other(**batch, labels=batch["input_ids"])
+        with torch.no_grad():
+            other(**batch, labels=batch["input_ids"])
+
+
 def test_nothing_trains_at_all(tmp_path):
     """Gradient checkpointing makes the embeddings' output require gradients, so that backward() passes in silence."""
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import unserializable_hook
 
 from graft.core.draws import Draws
 from graft.core.errors import PeftWarning, RoutingError, warn
@@ -227,7 +228,7 @@ class Call:
         losses = (loss for loss in self.here.losses.values() if isinstance(loss, Tensor))
         for t in (*tensors_in(output), *losses):
             if t.grad_fn is not None:
-                t.register_hook(lambda _grad: self._restore(context, thread))
+                t.register_hook(unserializable_hook(lambda _grad: self._restore(context, thread)))
                 has_hook = True
         if context and not (has_hook or self.gate.inside):
             self._tell(context)

@@ -23,6 +23,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import unserializable_hook
 
 from graft.config.base import PeftConfig
 from graft.core.carrier import Carrier, carried
@@ -94,6 +95,14 @@ class Watch:
     def follow(self, output: object, inputs: Iterable[object]) -> None:
         """Look once the backward pass of this call's output ends."""
         first = True
+        loss, registry = getattr(output, "loss", None), self.registry
+        if isinstance(loss, Tensor) and not loss.requires_grad and self._is_frozen(registry.model):
+            registry.watch = None
+            warn(
+                f"The loss of {registry.active_adapters} has no gradient, as from_pretrained() loads adapters frozen. "
+                "Pass is_trainable=True to train them, or call model.eval() to evaluate.",
+                PeftWarning,
+            )
         for t in tensors_in(output):
             if t.grad_fn is None:
                 continue
@@ -103,6 +112,7 @@ class Watch:
                 self.half |= autocast_dtype(t.device) == torch.float16
                 self.moving |= any([isinstance(x, Tensor) and x.requires_grad for x in inputs])
 
+    @unserializable_hook
     def _begins(self, _grad: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         if task != self.task:
@@ -167,10 +177,15 @@ class Watch:
 
     def _nothing_trains(self, model: nn.Module) -> AuditReport | None:
         """Report a pass for nothing: neither a parameter nor an input of the call was to get a gradient."""
-        if self.moving or not model.training or any(p.requires_grad for p in model.parameters()):
+        if self.moving or not self._is_frozen(model):
             return None
         active = self.registry.active_adapters
         return AuditReport(after="the first backward pass", nothing_trains=[repr(name) for name in active])
+
+    @staticmethod
+    def _is_frozen(model: nn.Module) -> bool:
+        """Return True if a model is in training mode, and none of its parameters trains."""
+        return model.training and not any(p.requires_grad for p in model.parameters())
 
     def _unsaved(self, others: list[nn.Parameter]) -> list[str]:
         """Name those of the base's parameters with gradients that no file would hold."""

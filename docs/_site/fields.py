@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+from importlib import import_module
 from typing import Any
 
 import griffe
@@ -20,6 +21,13 @@ class Fields(griffe.Extension):
             if lines and cls.docstring is not None and "Attributes:" not in cls.docstring.value:
                 before, raises, after = cls.docstring.value.rstrip().partition("\n\nRaises:")
                 cls.docstring.value = "\n".join([before, "", "Attributes:", *lines]) + raises + after
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Show the number of a default that is the name of a constant, such as PATIENCE."""
+        for parameter in func.parameters:
+            if isinstance(parameter.default, griffe.ExprName) and parameter.default.name.isupper():
+                module = import_module(func.module.path)
+                parameter.default = repr(getattr(module, parameter.default.name))
 
 
 def classes(module: griffe.Module) -> list[griffe.Class]:

@@ -7,10 +7,15 @@ import argparse
 from pathlib import Path
 
 import torch
-import uvicorn
+
+try:
+    import uvicorn
+
+    from examples.server.app import make_app
+except ImportError as e:
+    raise SystemExit(f"The server needs {e.name}: in a clone of graft, pip install -e '.[server]' brings it.") from e
 
 from examples.demo_lm.model import model_source
-from examples.server.app import make_app
 from examples.server.models import Models
 
 

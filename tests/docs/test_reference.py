@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from importlib import import_module
 
+import pytest
+
 import graft
 import graft.compat.peft
 import graft.optim
@@ -51,3 +53,11 @@ def test_nothing_is_described_twice():
 def test_the_index_lists_the_pages():
     listed = re.findall(r"^\| \[[^\]]+\]\((\w+\.md)\)", (FOLDER / "index.md").read_text(), re.M)
     assert sorted(listed) == [page.name for page in PAGES if page.name != "index.md"]
+
+
+def test_signatures_show_numbers_for_constants():
+    griffe = pytest.importorskip("griffe")
+    extensions = griffe.load_extensions(f"{ROOT / 'docs' / '_site' / 'fields.py'}:Fields")
+    package = griffe.load("graft", search_paths=[str(ROOT / "src")], extensions=extensions)
+    for function in (package["model.api.get_peft_model"], package["model.peft_model.PeftModel.from_pretrained"]):
+        assert str(function.parameters["change_timeout"].default) == "300.0"

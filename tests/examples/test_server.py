@@ -12,6 +12,7 @@ import os
 import queue
 import random
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -639,3 +640,12 @@ def test_an_answer_ends_with_what_it_held_back(token, limit, ended):
         answer.take(one, [1], tokenizer)
     assert "".join(piece.text for piece in told)[:2] == "ST" and told[-1].ended == ended and answer.over
     assert len(answer.made) == (2 if token == 1 else 3)
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "fastapi"])
+def test_a_package_that_the_server_lacks_is_named_with_its_extra(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in [name for name in sys.modules if name == "examples.server.app"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=rf"The server needs (uvicorn|{package}): .*pip install -e '\.\[server\]'"):
+        runpy.run_module("examples.server", run_name="__main__")

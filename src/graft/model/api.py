@@ -45,6 +45,9 @@ def get_peft_model(
     """Inject an adapter into `model`, in place, and wrap it in the PeftModel class of the config's task type.
 
     Args:
+        model: any torch module; the adapter's layers replace modules of it.
+        peft_config: the method and its settings, such as a LoraConfig.
+        adapter_name: the adapter's name, for `set_adapter`, `adapter_names` and files.
         mixed: make a PeftMixedModel, for adapters of several methods.
         autocast_adapter_dtype: train half-precision adapters in float32.
         revision: the base model's, for the config.

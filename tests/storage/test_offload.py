@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bases whose weights accelerate keeps elsewhere between calls."""
 
+from functools import partial
+
 import accelerate
 import pytest
 import torch
@@ -12,6 +14,7 @@ import graft
 from tests.conformance import samples
 from tests.core.test_layer import CONFIGS, Net, X, config
 from tests.models import adapted, disturb, inputs, make, output, seeded
+from tests.threads import at_once
 
 CPU = torch.device("cpu")
 
@@ -222,3 +225,22 @@ def test_an_adapted_language_model_that_is_offloaded_computes_the_same(method, w
     here, away = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("here", "away"))
     assert_close(away, here, rtol=0, atol=0)
     assert_close(output(model, inputs("llama")), expected)
+
+
+@torch.no_grad()
+def test_threads_that_call_first_bring_adapters_in_once():
+    model = adapted(net(), graft.LoHaConfig(r=2, target_modules=["one", "two"]))
+    expected = model(X)
+    for _ in range(5):
+        model = adapted(net(), graft.LoHaConfig(r=2, target_modules=["one", "two"]))
+        accelerate.cpu_offload(model.base_model.model.one, execution_device=CPU)
+        outputs = [None] * 8
+
+        def call(i, model=model, outputs=outputs):
+            model.base_model.model.one.end_offloading()
+            outputs[i] = model.base_model.model.one.hada_w1_a["default"].is_meta
+
+        at_once(*[partial(call, i) for i in range(8)])
+        assert outputs == [False] * 8
+        accelerate.hooks.remove_hook_from_module(model.base_model.model.one, recurse=True)
+        assert_close(model(X), expected)

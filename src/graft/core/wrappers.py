@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -107,6 +108,9 @@ def bring_for_good(m: nn.Module, source: nn.Module) -> None:
             m._buffers[name] = copy_offloaded(source, name)
 
 
+ENDING = Lock()  # of one thread at a time
+
+
 def end_offloading(root: nn.Module) -> None:
     """Bring all offloaded tensors below `root` in for good, and take accelerate's hooks off their modules.
 
@@ -115,8 +119,10 @@ def end_offloading(root: nn.Module) -> None:
     """
     for m in root.modules():
         if hooks_of(m):
-            bring_for_good(m, m)
-            take_hook_off(m)
+            with ENDING:
+                if hooks_of(m):  # else another thread was first
+                    bring_for_good(m, m)
+                    take_hook_off(m)
 
 
 def brought_in(

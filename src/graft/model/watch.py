@@ -112,7 +112,7 @@ class Watch:
                 self.half |= autocast_dtype(t.device) == torch.float16
                 self.moving |= any([isinstance(x, Tensor) and x.requires_grad for x in inputs])
 
-    @unserializable_hook
+    @unserializable_hook  # type: ignore[untyped-decorator]
     def _begins(self, _grad: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         if task != self.task:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.core.folding import why_none
-from graft.methods import IN_PEFT, METHODS, PROMPTS, ROWS, config_of, method_of
+from graft.methods import IN_PEFT, METHODS, PROMPTS, ROWS, config_of, method_of, tier_of
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, STORES, UNMERGEABLE, Cell, Layer, find
 from tests.docs import rates
 from tests.docs.marks import put
@@ -31,7 +31,7 @@ KINDS = {  # column → layers of the law suite
     "convolutions": ("conv1d", "conv2d", "conv3d"),
     "grouped": ("conv2d-grouped", "conv2d-depthwise"),
 }
-HEAD = ["config", "PEFT's", *KINDS, "merges", "several at once", "rows of a batch", "as LoRA"]
+HEAD = ["config", "tier", "PEFT's", *KINDS, "merges", "several at once", "rows of a batch", "as LoRA"]
 STATE_SPACES = ("SDT",)  # samples are of their LoRA, on layers that are no state space
 BY_NAME = {layer.name: layer for layer in LAYERS}
 
@@ -68,6 +68,7 @@ def row(name: str) -> list[str]:
     plain = samples[0]
     return [
         f"`{config}`",
+        tier_of(name),
         "yes" if METHODS[name].in_peft else "",
         *(cell(samples, names) for names in KINDS.values()),
         merges(samples),

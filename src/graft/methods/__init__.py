@@ -90,6 +90,8 @@ PROMPTS: dict[str, Row] = {
 }
 ROWS = METHODS | PROMPTS
 IN_PEFT = {name: row for name, row in ROWS.items() if row.in_peft}
+UNMERGEABLE = frozenset({"LILY", "SHADOW", "POLY", "XLORA", "ADAPTION_PROMPT", *PROMPTS})  # of PEFT's
+EXPERIMENTAL = frozenset({"FINEGATES", "EWORA", "SVFT"})  # measured: no better than LoRA at LoRA's cost
 
 PeftType = Enum("PeftType", {name: name for name in ROWS}, type=str, module=__name__)  # type: ignore[misc]
 PeftType.__doc__ = "The methods, by the name that adapter_config.json uses."
@@ -113,6 +115,17 @@ def config_of(peft_type: str) -> type[PeftConfig]:
     """Return the config class of a peft_type."""
     config: type[PeftConfig] = method_of(peft_type).config
     return config
+
+
+def tier_of(peft_type: str) -> str:
+    """Return "core", "extra" or "experimental": which promise a method keeps until version 1.0.
+
+    core: PEFT has the method and it merges; API and files stay. extra: files stay. experimental: it may be removed.
+    """
+    name = getattr(peft_type, "value", peft_type)
+    if name in EXPERIMENTAL:
+        return "experimental"
+    return "core" if name in IN_PEFT and name not in UNMERGEABLE else "extra"
 
 
 PeftConfig.resolve = staticmethod(config_of)

@@ -90,14 +90,13 @@ def _run_joint(layer: Layer, f: Factors, x: Tensor, A: Tensor, B: Tensor, scale:
     base: Any = layer.base_layer
     call, back, casts = partial(op.call, base), op.input_gradient, autocast_dtype(x.device) is not None
     same = p == 0 and not casts and W.dtype == x.dtype == A.dtype  # else a sum would round ΔW to the dtype of W
-    if f.gain is not None:
-        A, B = scaled(A, B, f)
-        return None if casts else decomposed.dora_linear(base, back, x, W, base.bias, A, B, f.gain, scale, p)
-    if _turns_fixed(f, A, B):
+    if f.gain is None and _turns_fixed(f, A, B):
         if not (same and one_product_pays(rows, *W.shape)):
             return None
         return linear_with(W, base.bias, x, A, B, f.inner, _outer(f), call, back)  # type: ignore[arg-type]
     A, B = scaled(A, B, f)
+    if f.gain is not None:
+        return None if casts else decomposed.dora_linear(base, back, x, W, base.bias, A, B, f.gain, scale, p)
     if B.requires_grad and not A.requires_grad:
         return None
     if same and one_product_beats(W, rows, A, B):

@@ -93,7 +93,7 @@ class Host(Holding, Carrier, nn.Module):
     @property
     def base_weight(self) -> Weight:
         """The base weight, as its module holds it now."""
-        module, site = self.base_module, self.site
+        module, site = self._modules[self.inner_name], self.site
         while isinstance(module, Host):  # of another parameter
             module = module.base_module
         return Weight(module, site.parameter, self.op, self.store, site.shared)

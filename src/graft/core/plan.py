@@ -24,7 +24,7 @@ from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer
 from graft.core.routing import Own, route
-from graft.kernels.eager import eager, once, watched
+from graft.kernels.eager import cast, eager, once, watched
 from graft.kernels.experts import FormedUpdate, LowRankUpdate
 from graft.kernels.low_rank import dropout
 from graft.kernels.summed import make_sum
@@ -243,7 +243,7 @@ class Sum(Plan):
                 y = y + part_of(layer, m, effect, x, y)
             else:
                 y = add_product(layer, m, product(), x, y, fuse)
-        return y.to(dtype)
+        return cast(y, dtype)
 
     def over(self, x: Tensor, y: Tensor) -> Tensor:
         return self.add(x, y, False)
@@ -258,7 +258,7 @@ class Chain(Plan):
         self.above = all([effect.above for _, effect in self.steps])
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        if self.layer.call.weights() is not None:
+        if self.layer.call.open and self.layer.call.weights() is not None:
             return self.gated(x, self.through(0, x, args, kwargs))
         return self.through(len(self.steps), x, args, kwargs)
 
@@ -271,7 +271,7 @@ class Chain(Plan):
         """Return y, the output with n steps for x, with the next one on it."""
         if isinstance(effect, Rewrite):
             return self.after(n, m, effect, seen(self.layer, m, effect, x), y)
-        return (y + self.part(m, effect, x, y)).to(y.dtype)
+        return cast(y + self.part(m, effect, x, y), y.dtype)
 
     def after(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
         """Return what `post` makes of y, the output with n steps."""
@@ -279,9 +279,9 @@ class Chain(Plan):
             return y
         b = self.bias(n) if effect.apart else None
         if b is None:
-            return effect.post(x, y).to(y.dtype)
+            return cast(effect.post(x, y), y.dtype)
         b = self.channels(b)
-        return (effect.post(x, y - b) + b).to(y.dtype)
+        return cast(effect.post(x, y - b) + b, y.dtype)
 
     def through(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the output of the layer with the first n steps on it."""
@@ -324,7 +324,7 @@ def _rewrite(
     plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
     x = once(x)
-    inner = x if effect.pre is None else effect.pre(x).to(x.dtype)
+    inner = x if effect.pre is None else cast(effect.pre(x), x.dtype)
     return plan.on_top(n, m, effect, x, plan.through(n, inner, args, kwargs))
 
 
@@ -397,7 +397,7 @@ def _gained(
     out, b = z * gain, plan.bias(n)
     if b is not None:
         out = out + plan.channels(b) * (1 - gain)
-    return (out if rest is None else out + rest).to(y.dtype)
+    return cast(out if rest is None else out + rest, y.dtype)
 
 
 def seen(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:

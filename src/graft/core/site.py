@@ -57,7 +57,7 @@ class Weight:
         return self.store.read(self.module, self.name)
 
     def canon(self) -> Tensor:
-        return self.op.canon(self.read())
+        return self.op.canon(self.store.read(self.module, self.name))
 
     def write(self, W: Tensor) -> nn.Module | None:
         """Write a canonical weight; return a module that has to take the place of this one, if so."""

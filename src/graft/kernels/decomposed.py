@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graft.kernels import low_rank, sparse
 from graft.kernels.cuts import Cut, gather_whole, sum_over_group, take_piece
-from graft.kernels.eager import Context, Function
+from graft.kernels.eager import Context, Function, cast
 from graft.kernels.low_rank import gradients, seed_for
 from graft.kernels.sparse import gathers
 
@@ -28,7 +28,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, rows: Cut | None = None, columns:
     the norm of all rows, and there are no gradients.
     """
     dtype = torch.promote_types(W.dtype, torch.float32)
-    W, A, B = W.to(dtype), A.to(dtype), B.to(dtype)
+    W, A, B = cast(W, dtype), cast(A, dtype), cast(B, dtype)
     B_rows = B if rows is None else take_piece(B, rows, 0)
     square = torch.linalg.vector_norm(W, dim=1).square()
     product = W @ (A if columns is None else take_piece(A, columns, 1)).T

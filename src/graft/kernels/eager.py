@@ -54,6 +54,11 @@ def once(x: Tensor) -> Tensor:
     return x.view_as(x)
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype: x itself if it has that. To ask takes a tenth of the time of a cast that does nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def functional() -> bool:
     """Return True if a functional transform runs; code within it must not write to tensors."""
     return not is_dynamo_compiling() and _are_functorch_transforms_active()

@@ -139,9 +139,8 @@ def through_up(g: Tensor, W: Tensor, h: Tensor, scale: float) -> tuple[Tensor, T
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float = 0.0) -> Tensor:
     """The reference. y (…, out), x (…, in), A (r, in), B (out, r); computes in the dtype of A."""
-    x = x if x.dtype == A.dtype else x.to(A.dtype)  # to ask is cheaper than a cast that does nothing
-    z = (nn.functional.dropout(x, p) if p else x) @ A.T @ B.T
-    out = plus(y, z, scale)
+    x = x if x.dtype == A.dtype else x.to(A.dtype)  # as `cast`
+    out = plus(y, (nn.functional.dropout(x, p) if p else x) @ A.T @ B.T, scale)
     return out if out.dtype == y.dtype else out.to(y.dtype)
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from graft.core.effect import Effect, Factors, Update
 from graft.core.method import Published, Use
 from graft.kernels.decomposed import row_norms
-from graft.kernels.eager import eager
+from graft.kernels.eager import cast, eager
 from graft.kernels.versions import version_of
 from graft.methods.lora.lora import LoRA
 
@@ -116,29 +116,29 @@ class DoRA(LoRA):
         return Update(factors=self.factors, gains=True, of_weight=True)
 
     def factors(self) -> Factors:
-        m = self.lora_magnitude_vector().flatten()
-        return super().factors().gained(m / self.norm().to(m.dtype))
+        m, f = self.lora_magnitude_vector().flatten(), super().factors()
+        return f.gained(m / cast(self.norm(f), m.dtype))
 
     @torch.no_grad()
-    def norm(self) -> Tensor:
-        """Return ‖W + ΔW‖ per output channel, (out,)."""
+    def norm(self, f: Factors) -> Tensor:
+        """Return ‖W + ΔW‖ per output channel, (out,). f: those of ΔW."""
         if DoraCaching.on and eager():
             if not self.layer.training:
-                return self.cached_norm()
+                return self.cached_norm(f)
             self.norm_cache = None
-        return self.norm_now()
+        return self.norm_now(f)
 
-    def norm_now(self) -> Tensor:
+    def norm_now(self, f: Factors) -> Tensor:
         W, *cuts = self.layer.own_W0
-        A, B = super().factors().matrices()
+        A, B = f.matrices()
         # detached: under torch 2.6 autocast caches a copy of A and B made here, without gradient, and later uses it
         return row_norms(W.detach().flatten(1), A.detach(), B.detach(), *cuts)
 
-    def cached_norm(self) -> Tensor:
+    def cached_norm(self, f: Factors) -> Tensor:
         """Return the norms, computed once for each state of the tensors that they depend on."""
         of, cache = (self.layer.weight, *self.pair), self.norm_cache
         if cache is None or not cache.holds(of, self.scaling):
             with torch.inference_mode(False), torch.no_grad():  # or a call with gradients could not save what is kept
-                norm = self.norm_now()
+                norm = self.norm_now(f)
             cache = self.norm_cache = CachedNorm(norm, of, self.scaling)
         return cache.norm

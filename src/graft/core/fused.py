@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from graft.core.effect import Compact, Factors, Product, Unformed
 from graft.core.lean import Linear, share_dropped
+from graft.core.method import Method
 from graft.core.protocols import Layer
 from graft.kernels import decomposed, one_product
-from graft.kernels.eager import autocast_dtype, has_no_hooks, once
+from graft.kernels.eager import autocast_dtype, cast, has_no_hooks, once
 from graft.kernels.low_rank import (
     FUSED_FROM,
     add_low_rank,
@@ -142,7 +143,7 @@ def _add_parts(f: Factors, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: An
     if f.inner is not None or f.outer is not None:
         if _turns_fixed(f, A, B):
             A, B, d, b = autocast(x, A, B, f.inner, _outer(f))  # type: ignore[arg-type]
-            x = x.to(A.dtype)
+            x = cast(x, A.dtype)
             return add_scaled(y, (dropout(x, p) if p else x) @ A.T, B, d, b)
         A, B = scaled(A, B, f)
     return add_low_rank(y, x, A, B, scale, p)
@@ -170,19 +171,17 @@ def _outer(f: Factors) -> Tensor:
     return f.outer if f.scale is None else f.outer * f.scale  # type: ignore[return-value,operator]
 
 
-def updated(
-    layer: Layer, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor, dtype: torch.dtype
-) -> Tensor | None:
+def updated(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor | None:
     """Return x (W + ΔW)ᵀ + b by one product; None where two are cheaper, or the sum would round ΔW."""
-    W, base, op = layer.weight_now, layer.base_layer, layer.op
-    if W.dtype != x.dtype or not worth_it(x):
+    if not worth_it(x) or (W := layer.weight_now).dtype != x.dtype:
         return None
+    base, op = layer.base_layer, layer.op
     b = base.bias
     if bias is not None:
         b = bias if b is None else b + bias
     if delta is None:
-        return op.call(base, x, W, b) if W.dtype == dtype else None
+        return op.call(base, x, W, b) if W.dtype == m.dtype else None
     call, back = partial(op.call, base), op.input_gradient
     if not isinstance(delta, Tensor):
         return delta.linear_with(W, b, x, call, back)
-    return one_product.linear_with(W, b, x, one_product.Dense(delta), call, back) if W.dtype == dtype else None
+    return one_product.linear_with(W, b, x, one_product.Dense(delta), call, back) if W.dtype == m.dtype else None

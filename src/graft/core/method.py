@@ -24,6 +24,7 @@ from graft.core.ops import META, OPS
 from graft.core.rows import Finish, Run
 from graft.core.shared import Shared
 from graft.core.site import Site
+from graft.kernels.eager import cast
 
 if TYPE_CHECKING:
     from typing import Self
@@ -411,7 +412,7 @@ class Method(Generic[C]):
 
     def cast(self, x: Tensor) -> Tensor:
         """Return x in the dtype of the adapter. Ids stay as they are."""
-        return x if self.site.op.takes_ids or not self.layer.cast_input_dtype_enabled else x.to(self.dtype)
+        return x if self.site.op.takes_ids or not self.layer.cast_input_dtype_enabled else cast(x, self.dtype)
 
 
 def placeholders(method: Method, shared: dict[str, object]) -> dict[str, object]:

@@ -86,7 +86,7 @@ def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tens
         y = delta.product(x) if op.linear else None
         if y is not None:
             return y if bias is None else y + bias
-    delta = dense(delta).to(m.dtype)
+    delta = cast(dense(delta), m.dtype)
     return op.down(base, x, delta) if op.takes_ids else op.call(base, x, delta, bias)
 
 
@@ -113,17 +113,17 @@ def join_update(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
     if effect.branch is None and (effect.dropout is None or share_dropped(effect.dropout()) == 0):
         delta = lazy_delta(layer, effect)
         bias = None if effect.bias is None else effect.bias()
-        out = fused.updated(layer, delta, bias, x, m.dtype)
+        out = fused.updated(layer, m, delta, bias, x)
         if out is None:
             x = once(x)
             y: Tensor = layer.base_layer(x)
-            out = (y + applied(layer, m, delta, bias, m.cast(x))).to(y.dtype)
+            out = cast(y + applied(layer, m, delta, bias, m.cast(x)), y.dtype)
         if effect.factors is not None:
-            out = add_product(layer, m, effect.factors(), x, out, True).to(out.dtype)
+            out = cast(add_product(layer, m, effect.factors(), x, out, True), out.dtype)
         return out
     x = once(x)
     y = layer.base_layer(x)
-    return (y + update_part(layer, m, effect, x)).to(y.dtype)
+    return cast(y + update_part(layer, m, effect, x), y.dtype)
 
 
 Step = tuple[Method, Effect]  # (method, its effect)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
 
-from graft.kernels.eager import Context, Function, autocast_dtype, eager
+from graft.kernels.eager import Context, Function, autocast_dtype, cast, eager
 from graft.kernels.one_product import Call, InputGradient
 from graft.kernels.sparse import gathers
 
@@ -342,7 +342,7 @@ def worth_it(x: Tensor) -> bool:
 
 def plain_scaled_low_rank(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     """The reference, from h = x Aᵀ. y (…, out), h (…, r), B (out, r), d (r,), b (out,)."""
-    return (y + nn.functional.linear(h * d, B) * b).to(y.dtype)
+    return cast(y + nn.functional.linear(h * d, B) * b, y.dtype)
 
 
 def add_scaled(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:

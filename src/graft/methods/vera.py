@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import PHI_ATTENTION, BaseBias
 from graft.core.effect import Factors
 from graft.core.method import COMPARISON, Layers, Method, Published, dropout_for
+from graft.kernels.eager import cast
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
@@ -65,5 +66,5 @@ class VeRA(Method[VeraConfig]):
         d, b = self.vera_lambda_d, self.vera_lambda_b
         A, B = copy_on_device(self.vera_A, d.device), copy_on_device(self.vera_B, d.device)
         A, B = A[:, : self.site.fan_in], B[: self.site.out_features]
-        A, B = A.to(d.dtype), B.to(d.dtype)  # FSDP casts parameters for a call, and leaves buffers as they are
+        A, B = cast(A, d.dtype), cast(B, d.dtype)  # FSDP casts parameters for a call, and leaves buffers as they are
         return Factors(A, B, dropout=self.vera_dropout, inner=d, outer=b)

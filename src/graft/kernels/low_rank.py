@@ -162,7 +162,8 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
         (A,) = autocast(x, A)
         x = x.to(A.dtype)
         return add_product(y, (dropout(x, p) if p else x) @ A.T, B, scale)
-    if x.numel() >= FUSED_FROM * x.shape[-1]:  # as `fuses`
+    # With dropout also without gradients: reentrant checkpointing runs first without, then with them, and by one mask.
+    if x.numel() >= FUSED_FROM * x.shape[-1]:
         A, B = autocast(x, A, B)
         return _AddLowRank.apply(y, x, A, B, scale, p, seed_for(p))
     return plain(y, x, A, B, scale, p)
@@ -175,7 +176,7 @@ def add_product(y: Tensor, h: Tensor, B: Tensor, scale: Any) -> Tensor:
     """
     (B,) = autocast(h, B)
     h = h.to(B.dtype)
-    if not fuses(h, 0.0):
+    if not torch.is_grad_enabled() or h.numel() < FUSED_FROM * h.shape[-1]:
         return plus(y, h @ B.T, scale).to(y.dtype)
     return _AddProduct.apply(y, h, B, scale)
 
@@ -199,15 +200,6 @@ def low_rank_linear(
     """
     A, B = autocast(x, A, B)
     return _LowRankLinear.apply(x, W, A, B, base, input_gradient, scale, p, seed_for(p))
-
-
-def fuses(x: Tensor, p: float) -> bool:
-    """Return True if an autograd.Function pays. x (…, in).
-
-    With dropout it does also without gradients: reentrant checkpointing runs first without, then with them, and both
-    runs need one mask.
-    """
-    return (torch.is_grad_enabled() or p > 0) and x.numel() >= FUSED_FROM * x.shape[-1]
 
 
 def autocast(x: Tensor, *factors: Tensor) -> Sequence[Tensor]:
@@ -337,7 +329,8 @@ def gradients(
 
 def worth_it(x: Tensor) -> bool:
     """Return True if gradients are on, x has enough rows, and no compiler or autocast changes the operations."""
-    return fuses(x, 0.0) and eager() and autocast_dtype(x.device) is None
+    many = torch.is_grad_enabled() and x.numel() >= FUSED_FROM * x.shape[-1]
+    return many and eager() and autocast_dtype(x.device) is None
 
 
 def plain_scaled_low_rank(y: Tensor, h: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:

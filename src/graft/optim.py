@@ -151,7 +151,27 @@ def keep_embeddings_wide(model: nn.Module) -> None:
             manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
-class LoraFAOptimizer(Optimizer):
+class ByParameter(Optimizer):
+    """An optimizer that changes one parameter after the other, by `_update`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+        return loss
+
+    def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
+        """Change a parameter by its gradient."""
+        raise NotImplementedError
+
+
+class LoraFAOptimizer(ByParameter):
     """Adam with a projected gradient of B, which follows that of ΔW as far as the fixed A allows.
 
     Args:
@@ -197,18 +217,6 @@ class LoraFAOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which torch gives no other attributes
         return {**super().__getstate__(), "factors": self.factors, "stacks": self.stacks}
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group)
-        return loss
 
     def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
         if p in self.factors:
@@ -440,7 +448,7 @@ def orthogonalised(M: Tensor) -> Tensor:
     return X if wide else X.mT
 
 
-class LoraMuonOptimizer(Optimizer):
+class LoraMuonOptimizer(ByParameter):
     """Muon with Nesterov momentum for groups with `muon=True`, whose parameters are matrices; AdamW for others.
 
     `matrices` of such a group: each parameter is B for a stack of so many (1).
@@ -466,27 +474,16 @@ class LoraMuonOptimizer(Optimizer):
         defaults = dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay, muon=False)
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if group["weight_decay"]:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                if group["muon"]:
-                    self._muon(p, group)
-                else:
-                    adam(p, p.grad, self.state[p], group, True)
-        return loss
+    def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["muon"]:
+            self._muon(p, g, group)
+        else:
+            adam(p, g, self.state[p], group, True)
 
-    def _muon(self, p: Tensor, group: Group) -> None:
-        state, g, momentum = self.state[p], p.grad, group["momentum"]
-        assert g is not None
+    def _muon(self, p: Tensor, g: Tensor, group: Group) -> None:
+        state, momentum = self.state[p], group["momentum"]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(g)
         buffer = state["momentum_buffer"]

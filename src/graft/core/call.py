@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
-from graft.core.draws import Draws
 from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.gate import Gate
+from graft.core.random import Draws
 from graft.core.rows import (
     ALL_OFF,
     AMBIGUOUS,

@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from graft.core import stacked
-from graft.core.averaging import averaged
 from graft.core.containers import Slot, slots_of
 from graft.core.each import Making, pieces_of, stack_of
 from graft.core.effect import HALF, Effect, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
 from graft.core.finite import largest, survival
-from graft.core.folding import evaluating, fold_step
+from graft.core.folding import averaged, evaluating, fold_step
 from graft.core.method import Method
 from graft.core.names import several
 from graft.core.ops import Op

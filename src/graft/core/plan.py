@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from graft.core import fused
-from graft.core.averaging import averaged
 from graft.core.each import Making, pieces_of
 from graft.core.effect import Effect, Factors, Pieces, Replace, Rewrite, Tap, Unformed, Update, dense
 from graft.core.errors import RoutingError, UnsupportedLayerError
-from graft.core.folding import fold_step, lazy_delta, same_inputs
+from graft.core.folding import averaged, fold_step, lazy_delta, same_inputs
 from graft.core.lean import share_dropped
 from graft.core.method import Method
 from graft.core.ops import Opaque

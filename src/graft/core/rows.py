@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from graft.core.draws import Draws
 from graft.core.errors import RoutingError
+from graft.core.random import Draws
 from graft.kernels.segments import Stacks
 from graft.kernels.waits import constant
 

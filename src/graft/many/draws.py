@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from graft.core.draws import LOCK
+from graft.core.random import LOCK
 from graft.train.state_file import generators_in
 
 States = list[Tensor]

@@ -14,6 +14,7 @@ from graft.config.fields import COUNT, FOURIER, BaseBias, LayerRange, Targets
 from graft.core.effect import Effect, Update
 from graft.core.method import COMPARISON, Method, Published
 from graft.kernels.transforms import Circulant, multiply_circulant
+from graft.methods.projections import indivisible
 
 
 @dataclass(kw_only=True)
@@ -46,14 +47,9 @@ class C3A(Method[C3AConfig]):
         return Update(self.delta, branch=self.branch if self.site.takes_vectors else None)
 
     def check(self) -> str | None:
-        why, b = super().check(), self.cfg.block_size
-        for name, size in (("input size", self.site.fan_in), ("output size", self.site.out_features)):
-            if why is None and size % b:
-                why = (
-                    f"The block size should be a factor of the {name}. However, the {name} is {size} and the block "
-                    f"size is {b}"
-                )
-        return why
+        b = self.cfg.block_size
+        text = "The block size should be a factor of the {name}. However, the {name} is {size} and the block size is "
+        return super().check() or indivisible(self.site, b, f"{text}{b}", ("input size", "output size"))
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         b = self.cfg.block_size

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graft.config.fields import FRACTION, LORA, NOT_NEGATIVE, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.each import each_of
 from graft.core.effect import Effect, Rewrite
-from graft.core.errors import AdapterNotFoundError, PeftWarning, warn_of
+from graft.core.errors import PeftWarning, warn_of
 from graft.core.method import Method, Published
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def found(tuner: Tuner, adapter_names: str | list[str] | None) -> list[FineGates
     """Return the adapters of these names on all layers, and on each matrix of stacks; the active ones if None."""
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
-    unknown = [name for name in names if name not in tuner.peft_config]
-    if unknown:
-        raise AdapterNotFoundError(f"No adapter {unknown}; there are {list(tuner.peft_config)}.")
+    tuner.check_known(names)
     methods = [layer.methods[n] for layer in tuner.layers.values() for n in names if n in layer.methods]
     return [m for method in methods if isinstance(method.alone, FineGates) for m in each_of(method)]
 

@@ -16,6 +16,7 @@ from graft.core.errors import ConfigError
 from graft.core.method import COMPARISON, Method, Published, dropout_for
 from graft.core.ops import linear
 from graft.kernels.structured import Inputs, Outputs
+from graft.methods.projections import indivisible
 
 
 @dataclass(kw_only=True)
@@ -58,11 +59,8 @@ class GraLoRA(Method[GraloraConfig]):
     scaling: float
 
     def check(self) -> str | None:
-        why, k = super().check(), self.cfg.gralora_k
-        for name, size in (("in_features", self.site.fan_in), ("out_features", self.site.out_features)):
-            if why is None and size % k:
-                why = f"{name} should be divisible by gralora_k, but got {size} and {k}"
-        return why
+        text = f"{{name}} should be divisible by gralora_k, but got {{size}} and {self.cfg.gralora_k}"
+        return super().check() or indivisible(self.site, self.cfg.gralora_k, text)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         cfg, site, k = self.cfg, self.site, self.cfg.gralora_k

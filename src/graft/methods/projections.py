@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -14,6 +15,7 @@ from graft.config.fields import COUNT, FanInFanOut, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.errors import CheckpointError, ConfigError, warn
 from graft.core.method import Layers, Tensors
+from graft.core.site import Site
 
 DRAWN = ("projection_prng_key", "save_projection", "r")  # in these, adapters that share matrices agree
 
@@ -45,6 +47,12 @@ def warn_unsaved(names: str) -> None:
 def maybe_transient(tensor: Tensor, saved: bool) -> Tensor | Transient:
     """Return a tensor as `share` and `build` give it: in files, or not."""
     return tensor if saved else Transient(tensor)
+
+
+def indivisible(site: Site, part: int, text: str, names: Sequence[str] = ("in_features", "out_features")) -> str | None:
+    """Return `text` with the {name} and {size} of the first width of a layer that `part` does not divide, or None."""
+    sizes = zip(names, (site.fan_in, site.out_features))
+    return next((text.format(name=name, size=size) for name, size in sizes if size % part), None)
 
 
 def check_wide(name: str, size: int, needed: int) -> None:

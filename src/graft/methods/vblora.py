@@ -20,6 +20,7 @@ from graft.core.random import skip
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
 from graft.kernels.waits import raise_unless
+from graft.methods.projections import indivisible
 
 if TYPE_CHECKING:
     from graft.core.call import Call
@@ -58,14 +59,11 @@ INDICES, WEIGHTS = "_topk_indices", "_topk_weights"  # ends of names in files wi
 ROUNDED = 1.05  # the most that weights in half precision can sum up to
 
 
-def is_index(t: Tensor) -> bool:
-    return not t.is_floating_point() and t.dtype is not torch.bool
-
-
 def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, where: str) -> None:
     """Raise CheckpointError unless these are indices and weights of the largest logits, all but the last."""
     rows, n = shape[:-1], shape[-1]
-    if index.shape != (*rows, topk) or first.shape != (*rows, topk - 1) or not is_index(index):
+    shapes = index.shape == (*rows, topk) and first.shape == (*rows, topk - 1)
+    if not shapes or index.is_floating_point() or index.dtype is torch.bool:
         why = f"shapes {tuple(index.shape)} and {tuple(first.shape)}"
     elif int(index.min()) < 0 or int(index.max()) >= n:
         why = f"an index outside the bank of {n} vectors"
@@ -136,11 +134,8 @@ class VBLoRA(Method[VBLoRAConfig]):
         return dict(vblora_vector_bank=nn.Parameter(bank))
 
     def check(self) -> str | None:
-        why, L = super().check(), self.cfg.vector_length
-        for name, size in (("in_features", self.site.fan_in), ("out_features", self.site.out_features)):
-            if why is None and size % L:
-                why = f"`{name}` {size} must be divisible by `vector_length` {L}"
-        return why
+        text = f"`{{name}}` {{size}} must be divisible by `vector_length` {self.cfg.vector_length}"
+        return super().check() or indivisible(self.site, self.cfg.vector_length, text)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))

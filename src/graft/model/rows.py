@@ -11,8 +11,8 @@ from threading import get_ident
 from torch import Generator, Tensor, nn
 
 from graft.core.call import Call
-from graft.core.draws import Draws, Untouched
 from graft.core.errors import RoutingError
+from graft.core.random import Draws, Untouched
 from graft.core.rows import BASE, CallContext, Rows, Together
 from graft.model.compose import Composition, Parallel, batch_of, copied, keys_of
 from graft.model.registry import Registry

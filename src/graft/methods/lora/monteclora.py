@@ -70,9 +70,10 @@ class Sampler(nn.Module):
         """Return kl_loss_weight · (three divergences from the priors), plus Σ w² with `use_entropy`, in float32."""
         cfg, std, prior = self.cfg, self.std_prior.float(), self.expert_weights_prior.float()
         variances, weights = (t.float() for t in self.last())
+        variances = variances.clamp(min=1e-6)
         r = len(std)
         wishart = 0.5 * r * (-2 * std + (2 * std).exp() - 1).sum()
-        gauss = 0.5 * cfg.num_samples * gauss_divergence(variances)
+        gauss = 0.5 * cfg.num_samples * (variances.sum() - variances.log().sum() - len(variances))
         kl = dirichlet_divergence(prior.exp(), torch.full_like(prior, cfg.dirichlet_prior)) + wishart + gauss
         loss: Tensor = cfg.kl_loss_weight * kl
         return loss + weights.square().sum() if cfg.use_entropy else loss
@@ -89,11 +90,6 @@ def wishart_diagonal(r: int, like: Tensor) -> Tensor:
     below = torch.zeros(r, r, device=like.device)
     below[i, j] = torch.randn(r * (r - 1) // 2, device=like.device)
     return (diagonal + below.square().sum(1)).to(like.dtype)
-
-
-def gauss_divergence(variances: Tensor) -> Tensor:
-    variances = variances.clamp(min=1e-6)
-    return variances.sum() - variances.log().sum() - len(variances)
 
 
 def dirichlet_divergence(a: Tensor, b: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Pass:
             raise NotImplementedError(why)
         self.starts: dict[str, Tensor] = {}  # states before the first block, of all rows
         self.states = States(self.seed)
-        if self.has_inputs:
+        if any(self.arguments.get(name) is not None for name in ("input_ids", "inputs_embeds")):
             for name in names:
                 self.starts[name] = self.start(name)
 
@@ -141,10 +141,6 @@ class Pass:
             if why is not None:
                 return f"SHADOW adapter '{name}' cannot run with a cache: {why}"
         return None
-
-    @property
-    def has_inputs(self) -> bool:
-        return any(self.arguments.get(name) is not None for name in ("input_ids", "inputs_embeds"))
 
     def start(self, name: str, inputs_embeds: Tensor | None = None) -> Tensor:
         """Return the state before the first block, (rows, tokens, hidden): the network's output, projected."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -317,6 +318,18 @@ class Method(Generic[C]):
 
     def init(self) -> None:
         """Set initial values. Before a load it runs only with `Use.AGAIN`."""
+
+    def fill_start(self, t: Tensor, std: float | None = None) -> None:
+        """Fill a new tensor with zeros, so that the adapter starts as nothing; with `init_weights=False` at random.
+
+        std: of normal values; None: draw uniform values as nn.Linear does.
+        """
+        if self.cfg.init_weights:  # type: ignore[attr-defined]
+            nn.init.zeros_(t)
+        elif std is None:
+            nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+        else:
+            nn.init.normal_(t, std=std)
 
     def uses_weight(self) -> Use:
         """Return what the first values have to do with the base weight; with `Use.READS`, `share` may read it, too."""

@@ -56,10 +56,7 @@ class DeLoRA(Method[DeloraConfig]):
 
     def init(self) -> None:
         nn.init.kaiming_uniform_(self.delora_A, a=math.sqrt(5))
-        if self.cfg.init_weights:
-            nn.init.zeros_(self.delora_B)
-        else:
-            nn.init.kaiming_uniform_(self.delora_B, a=math.sqrt(5))
+        self.fill_start(self.delora_B)
         self.delora_lambda.data.fill_(self.cfg.delora_lambda)
         self.delora_w_norm.copy_(torch.linalg.vector_norm(self.layer.W0.detach().flatten(1), dim=0))
 

@@ -68,10 +68,7 @@ class Ewora(Method[EworaConfig]):
         nn.init.kaiming_uniform_(self.ewora_As, a=math.sqrt(5))  # of all three dimensions: ±1 / √(in · r)
         nn.init.uniform_(self.ewora_weighting.weight, -0.01, 0.01)
         nn.init.uniform_(self.ewora_weighting.bias, *(s * (self.cfg.num_experts * self.cfg.r) ** -0.5 for s in (-1, 1)))
-        if self.cfg.init_weights:
-            nn.init.zeros_(self.ewora_Bs)
-        else:
-            nn.init.kaiming_uniform_(self.ewora_Bs, a=math.sqrt(5))
+        self.fill_start(self.ewora_Bs)
 
     def describe(self) -> Effect:
         return Update(

@@ -96,10 +96,7 @@ class GraLoRA(Method[GraloraConfig]):
         A = self.gralora_A_general.weight
         B = self.gralora_B_general.weight
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if self.cfg.init_weights:
-            nn.init.zeros_(B)
-        else:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        self.fill_start(B)
 
     def factors(self) -> Factors:
         A, B = (getattr(self, f"gralora_{x}_general") if self.cfg.hybrid_r else None for x in "AB")

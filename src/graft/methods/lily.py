@@ -91,11 +91,9 @@ class Lily(Method[LilyConfig]):
         )
 
     def init(self) -> None:
-        random = () if self.cfg.init_weights else (self.lily_B,)
-        for layer in (self.lily_A, self.lily_router, *random):
+        for layer in (self.lily_A, self.lily_router):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
-        if not random:
-            nn.init.zeros_(self.lily_B.weight)
+        self.fill_start(self.lily_B.weight)
 
     def branch(self, x: Tensor) -> Tensor:
         op, base = self.site.op, self.layer.base_layer

@@ -143,10 +143,7 @@ class MixLoRA(Method[MixLoraConfig]):
             return
         for A in self.mixlora_A if self.chosen else (self.mixlora_A,):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if self.cfg.init_weights:
-            nn.init.zeros_(self.mixlora_B)
-        else:
-            nn.init.normal_(self.mixlora_B, std=self.cfg.r**-0.5)
+        self.fill_start(self.mixlora_B, self.cfg.r**-0.5)
 
     def describe(self) -> Effect:
         if self.routes:

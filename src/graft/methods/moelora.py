@@ -125,10 +125,7 @@ class MoeLoRA(Method[MoeLoraConfig]):
     def init(self) -> None:
         for matrix in (*self.moelora_A, self.moelora_router.weight):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
-        if self.cfg.init_weights:
-            nn.init.zeros_(self.moelora_B)
-        else:
-            nn.init.normal_(self.moelora_B, std=self.cfg.r**-0.5)
+        self.fill_start(self.moelora_B, self.cfg.r**-0.5)
 
     def describe(self) -> Effect:
         return Update(branch=self.branch, fixed="MoE-LoRA's routers weigh experts by each token, which no weight does")

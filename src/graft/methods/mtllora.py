@@ -60,10 +60,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
 
     def init(self) -> None:
         nn.init.kaiming_uniform_(self.mtllora_A, a=math.sqrt(5))
-        if self.cfg.init_weights:
-            nn.init.zeros_(self.mtllora_B)
-        else:
-            nn.init.normal_(self.mtllora_B, std=self.cfg.r**-0.5)
+        self.fill_start(self.mtllora_B, self.cfg.r**-0.5)
 
     def describe(self) -> Effect:
         return Update(

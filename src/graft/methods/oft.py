@@ -106,10 +106,7 @@ class OFT(Method[OFTConfig]):
         }
 
     def init(self) -> None:
-        if self.cfg.init_weights:
-            nn.init.zeros_(self.rotation.weight)
-        else:
-            nn.init.normal_(self.rotation.weight, mean=0.0, std=0.1)
+        self.fill_start(self.rotation.weight, 0.1)
 
     @property
     def rotation(self) -> Rotation:

@@ -69,11 +69,9 @@ class PEANuT(Method[PeanutConfig]):
         return facts | dict(peanut_A=A, peanut_B=B, peanut_encoders=encoders, peanut_decoders=decoders)
 
     def init(self) -> None:
-        random = () if self.cfg.init_weights else (self.peanut_B,)
-        for layer in (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders, *random):
+        for layer in (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
-        if not random:
-            nn.init.zeros_(self.peanut_B.weight)
+        self.fill_start(self.peanut_B.weight)
 
     def factors(self) -> Factors:
         act = activation(self.cfg.act_fn)

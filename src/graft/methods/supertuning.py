@@ -110,10 +110,7 @@ class SuperTuning(Method[SupertuningConfig]):
         self.supertuning_indices.copy_(largest.indices)
         if cfg.r is not None:
             nn.init.kaiming_uniform_(self.supertuning_lora_A.weight, a=math.sqrt(5))
-            if cfg.init_weights:
-                nn.init.zeros_(self.supertuning_lora_B.weight)
-            else:
-                nn.init.kaiming_uniform_(self.supertuning_lora_B.weight, a=math.sqrt(5))
+            self.fill_start(self.supertuning_lora_B.weight)
 
     def restored(self, tensors: Tensors, cfg: SupertuningConfig) -> Tensors:
         check_places(tensors, "supertuning_indices", math.prod(self.site.shape), self.site.key)

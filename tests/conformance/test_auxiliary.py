@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of losses that adapters add to the model's (`Method.auxiliary`): the loss is made here, of one method.
+"""Laws of losses that adapters add to the model's (`Method.compute_auxiliary_loss`), for one method.
 
 It is the weighted mean of what a toy's layers note, so that every token and every note has its part.
 """
@@ -87,7 +87,7 @@ class Noting(LNTuning):
         return z
 
     @classmethod
-    def auxiliary(cls, cfg, noted):
+    def compute_auxiliary_loss(cls, cfg, noted):
         weights = {"a": 1.0, "b": 2.0}
         whole = [torch.ones(len(one.values)) if one.real is None else one.real for one in noted]
         sums = [weights[one.layer] * (real @ one.values.square()).sum() for one, real in zip(noted, whole)]

@@ -92,7 +92,9 @@ def effects_at(layers: Layers, adapter: str, at: Mapping[str, object]) -> dict[s
     if unknown := sorted(set(at) - follows):
         says = f"follows {sorted(follows)}" if follows else "follows no argument of a call"
         raise ConfigError(f"at={dict(at)!r} names {unknown}, and adapter '{adapter}' {says}.")
-    return {key: m.at(at[name]) for key, m in methods.items() if (name := m.depends_on) is not None and name in at}
+    return {
+        key: m.effect_at(at[name]) for key, m in methods.items() if (name := m.depends_on) is not None and name in at
+    }
 
 
 def check(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[str, Effect]) -> None:

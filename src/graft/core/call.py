@@ -39,7 +39,7 @@ from graft.kernels.segments import Stacks
 
 
 class Noted(NamedTuple):
-    """A value that a layer noted in a run, for the loss of an adapter (`Method.auxiliary`)."""
+    """A value that a layer noted in a run, for the loss of an adapter (`Method.compute_auxiliary_loss`)."""
 
     layer: str
     value: Tensor  # (rows, …)
@@ -163,7 +163,7 @@ class Call:
             self.here.noted = before
 
     def note(self, adapter: str, layer: str, value: Tensor) -> None:
-        """Have a value of a layer's rows, or a parameter, reach `Method.auxiliary` at the end of a run, with its graph.
+        """Pass a value of a layer's rows, or a parameter, with its graph to `Method.compute_auxiliary_loss` after a run.
 
         A layer that a backward pass runs again notes nothing, nor one that is called past the model.
 

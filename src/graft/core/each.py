@@ -151,8 +151,8 @@ class OnEach(Method):
         self.on_all(self.kind.init)
 
     @torch.no_grad()
-    def loaded(self) -> None:
-        self.on_all(self.kind.loaded)
+    def finish_load(self) -> None:
+        self.on_all(self.kind.finish_load)
 
     def on_all(self, run: Callable[[Method], None]) -> None:
         """Run what fills in values on each matrix; take over tensors that it puts in the place of those of before."""
@@ -178,16 +178,16 @@ class OnEach(Method):
     def excludes(self, other: object) -> str | None:
         return self.alone.excludes(other)
 
-    def stored(self, values: Tensors, cfg: object) -> Tensors:
-        return values if self.stores_as_held else self.each(values, lambda m, own: m.stored(own, cfg))
+    def to_file_tensors(self, values: Tensors, cfg: object) -> Tensors:
+        return values if self.is_stored_unchanged else self.each(values, lambda m, own: m.to_file_tensors(own, cfg))
 
     @property
-    def stores_as_held(self) -> bool:
-        return self.alone.stores_as_held
+    def is_stored_unchanged(self) -> bool:
+        return self.alone.is_stored_unchanged
 
-    def restored(self, tensors: Tensors, cfg: object) -> Tensors:
-        same = self.kind.restored is Method.restored
-        return tensors if same else self.each(tensors, lambda m, own: m.restored(own, cfg))
+    def from_file_tensors(self, tensors: Tensors, cfg: object) -> Tensors:
+        same = self.kind.from_file_tensors is Method.from_file_tensors
+        return tensors if same else self.each(tensors, lambda m, own: m.from_file_tensors(own, cfg))
 
     def each(self, values: Tensors, change: Callable[[Method, Tensors], Tensors]) -> Tensors:
         """Return what `change` makes of the tensors of each matrix."""

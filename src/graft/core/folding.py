@@ -118,7 +118,7 @@ class Change(NamedTuple):
 def why_none(m: Method, effect: Effect | None = None) -> str | None:
     """Return why a method has no ΔW on its layer that plain LoRA could add there; None if it has one.
 
-    effect: stands for the method's effect, at one value of an argument (`Method.at`).
+    effect: stands for the method's effect, at one value of an argument (`Method.effect_at`).
 
     A `Rewrite` has f(W₀) - W₀, where f makes the merged weight.
     """

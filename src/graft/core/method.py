@@ -42,7 +42,7 @@ T = TypeVar("T")
 # annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
 STILL = ("float", "int", "bool", "str", "list", "dict", "Tensor")
 SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
-OWN = frozenset({"layer", "name", "site", "cfg", "effect", "along", "named"})
+OWN = frozenset({"layer", "name", "site", "cfg", "effect", "via_container", "config_path"})
 
 # {(container, path below the adapter's name): tensor}
 Tensors = dict[tuple[str, str], Tensor]
@@ -81,7 +81,9 @@ class Use(Flag):
     TAKES = auto()  # some come from it, which then has to be finite
     READS = auto()  # `init` reads it, also where other adapters are left on the meta device
     CHANGES = auto()  # `init` changes it
-    AGAIN = auto()  # `init` runs before a load, too: files lack what it finds, and `loaded` does not make up for it
+    AGAIN = (
+        auto()
+    )  # `init` runs before a load, too: files lack what it finds, and `finish_load` does not make up for it
     STARTS = TAKES | READS  # what most methods do whose `init` looks at it
 
 
@@ -112,9 +114,9 @@ class Layers(Generic[C]):
         return max(site.out_features for site in self.sites)
 
     def agree(self, method: type[Method]) -> None:
-        """Raise ConfigError if the adapter differs from one that shares its tensors in a field of `alike`."""
+        """Raise ConfigError if the adapter differs from one that shares its tensors in a field of `agreeing_fields`."""
         for name, other in self.others.items():
-            for key in method.alike:
+            for key in method.agreeing_fields:
                 if getattr(other, key) != getattr(self.cfg, key):
                     raise ConfigError(
                         f"{method.__name__} projections are shared: they must be saved for all adapters or none, and "
@@ -172,12 +174,14 @@ class Method(Generic[C]):
     files: ClassVar[dict[str, str]] = {}
     moves: ClassVar[bool] = True  # its tensors go to the device of the base weight, in a dtype to compute in
     compresses_targets: ClassVar[bool] = True  # injection may shorten long lists of targets to suffixes
-    has_labelled_loss: ClassVar[bool] = False  # `around` adds one of the labels in the call
+    has_labelled_loss: ClassVar[bool] = False  # `surround_run` adds one of the labels in the call
     arguments: ClassVar[tuple[str, ...]] = ()  # of the model's call that it takes; the base model only gets its own
-    depends_on: ClassVar[str | None] = None  # the argument of a call that its update follows, and which `at` fixes
+    depends_on: ClassVar[str | None] = (
+        None  # the argument of a call that its update follows, and which `effect_at` fixes
+    )
     over_layers: ClassVar[str | None] = None  # what it does with all layers at once: then one adapter trains at a time
     published_lr: ClassVar[Published | None] = None  # of its source; None: not known
-    alike: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
+    agreeing_fields: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
     # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each
     common: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
 
@@ -188,14 +192,14 @@ class Method(Generic[C]):
     # these containers, as a layer shows those that it does not need
     empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {}
     shares: ClassVar[bool] = False  # `share` makes tensors that live once per model
-    surrounds: ClassVar[bool] = False  # `around` does something
-    has_loss: ClassVar[bool] = False  # `auxiliary` does something
+    surrounds: ClassVar[bool] = False  # `surround_run` does something
+    has_loss: ClassVar[bool] = False  # `compute_auxiliary_loss` does something
     takes_device: ClassVar[bool] = False  # `build` has that argument
     computes_with: ClassVar[frozenset[str]] = frozenset()  # names that it declares and reads, facts among them
     chooses: ClassVar[bool] = False  # `excludes` may refuse an adapter beside it
 
-    named: str = ""  # the path by which the config's patterns know the site; "" if that is the site's own
-    along: bool = False  # the config names the module around the site, and the site came with that
+    config_path: str = ""  # the path by which the config's patterns know the site; "" if that is the site's own
+    via_container: bool = False  # the config names the module around the site, and the site came with that
     source: Method | None = None  # the same adapter on the embedding to which the site's module is tied
     layer: Any  # Layer, with the containers of all adapters
     lenders: Mapping[str, Method] = MappingProxyType({})  # containers whose tensors are another layer's, and whose
@@ -214,8 +218,8 @@ class Method(Generic[C]):
             if own and not kind.startswith(STILL):
                 cls.empty = {**cls.empty, name: nn.ParameterDict() if kind.endswith("Parameter") else nn.ModuleDict()}
         cls.layer_names = tuple(cls.empty)
-        cls.surrounds = cls.around.__func__ is not Method.around.__func__  # type: ignore[attr-defined]
-        cls.has_loss = cls.auxiliary.__func__ is not Method.auxiliary.__func__  # type: ignore[attr-defined]
+        cls.surrounds = cls.surround_run.__func__ is not Method.surround_run.__func__  # type: ignore[attr-defined]
+        cls.has_loss = cls.compute_auxiliary_loss.__func__ is not Method.compute_auxiliary_loss.__func__  # type: ignore[attr-defined]
         cls.takes_device = "device" in inspect.signature(cls.build).parameters
         cls.chooses = cls.excludes is not Method.excludes
         cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
@@ -267,7 +271,7 @@ class Method(Generic[C]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Surround one run of the model in which adapters of this class act; yield the function for its output."""
         yield as_it_is
 
@@ -277,7 +281,7 @@ class Method(Generic[C]):
         return {}
 
     @classmethod
-    def auxiliary(cls, cfg: C, noted: Sequence[Tokens]) -> Tensor:
+    def compute_auxiliary_loss(cls, cfg: C, noted: Sequence[Tokens]) -> Tensor:
         """Return the loss of an adapter, (), of what its layers noted in a run (`call.note`): of its own rows."""
         raise NotImplementedError
 
@@ -335,7 +339,7 @@ class Method(Generic[C]):
         """Return what the first values have to do with the base weight; with `Use.READS`, `share` may read it, too."""
         return Use.NOT
 
-    def loaded(self) -> None:
+    def finish_load(self) -> None:
         """Follow the values of a checkpoint, which have just been put into the adapter's tensors."""
 
     def tie(self, source: Method) -> None:
@@ -344,16 +348,16 @@ class Method(Generic[C]):
             f"no implementation exists to tie the adapters of {type(self).__name__}: layer '{self.site.key}'."
         )
 
-    def stored(self, values: Tensors, cfg: C) -> Tensors:
+    def to_file_tensors(self, values: Tensors, cfg: C) -> Tensors:
         """Return a file's tensors from those in memory. cfg: the adapter's config, for all sites."""
         return values
 
     @property
-    def stores_as_held(self) -> bool:
-        """Return True if `stored` changes nothing."""
-        return type(self).stored is Method.stored
+    def is_stored_unchanged(self) -> bool:
+        """Return True if `to_file_tensors` changes nothing."""
+        return type(self).to_file_tensors is Method.to_file_tensors
 
-    def restored(self, tensors: Tensors, cfg: C) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: C) -> Tensors:
         """Return the tensors in memory from a file's. cfg: the config in the checkpoint."""
         return tensors
 
@@ -391,7 +395,7 @@ class Method(Generic[C]):
         self.layer.on_rollback(lambda: setattr(module, mark, left))
         return left
 
-    def at(self, value: object) -> Effect:
+    def effect_at(self, value: object) -> Effect:
         """Return the effect on rows whose argument `depends_on` has this value.
 
         Raises:

@@ -248,7 +248,7 @@ SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # losses that leave the f
 
 @dataclass
 class Run:
-    """A run of the model that is about to begin, for `Method.around`, which may change `kwargs`."""
+    """A run of the model that is about to begin, for `Method.surround_run`, which may change `kwargs`."""
 
     inputs: tuple[object, ...]
     kwargs: dict[str, Any]

@@ -157,7 +157,7 @@ def put(parts: Parts, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -
             slot.assign(made[slot.container, slot.path], layer.where[0])
         spare.rollback()  # the base weight changes by what the layer itself holds
     for layer in parts.layers.values():
-        layer.methods[adapter].loaded()
+        layer.methods[adapter].finish_load()
     if related:
         join(related, adapter, only_equal=True)
 

@@ -82,7 +82,7 @@ def find(job: Job) -> None:
         kind = variant if own is cfg else method.variant(own)
         made = job.methods[key] = made_for(site, kind, own.at(source), adapter)  # patterns name what is targeted
         if source != key:
-            made.named, made.along = source, key in targets.along
+            made.config_path, made.via_container = source, key in targets.along
         if key in tied:
             made.source = job.methods[tied[key]]
     everywhere = targets.sites

@@ -90,7 +90,7 @@ class Entry:
 
 
 class PromptEntry(Entry):
-    """The prompt that a prompt method computes, or one of its parameters: see `Prompt.stored`."""
+    """The prompt that a prompt method computes, or one of its parameters: see `Prompt.to_file_tensors`."""
 
     @property
     def label(self) -> str:
@@ -162,9 +162,9 @@ def file_tensors(prompt: Prompt) -> dict[str, Tensor]:
     """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
     tensors = find_parameters_below(prompt)
     if all([layout_of(t) is None for t in tensors.values()]):
-        return prompt.stored()
+        return prompt.to_file_tensors()
     empty = {name: torch.empty(find_whole_shape(t), dtype=t.dtype, device="meta") for name, t in tensors.items()}
-    return copy_unwrapped(prompt, empty).stored()
+    return copy_unwrapped(prompt, empty).to_file_tensors()
 
 
 def aliases(parts: Parts, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:

@@ -316,11 +316,11 @@ class Values:
             for other in self._below(stem) - set(places.values()):
                 container, _, path = other.removeprefix(stem).partition(".")
                 places[container, path] = other
-        values = method.restored({place: self.tensors[name] for place, name in places.items()}, self.config)
+        values = method.from_file_tensors({place: self.tensors[name] for place, name in places.items()}, self.config)
         out: list[tuple[Entry, str | None]] = []
         for entry, name in pairs:
             trains = entry.tensor.requires_grad
-            entry.look()  # `restored` may have made room for values of another shape, by a new parameter
+            entry.look()  # `from_file_tensors` may have made room for values of another shape, by a new parameter
             if entry.tensor.requires_grad != trains:
                 entry.tensor.requires_grad = trains
             place = entry.container, entry.path

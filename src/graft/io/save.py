@@ -179,13 +179,13 @@ def tensors_for_file(
     out: dict[str, Tensor] = {}
     for layer, group in groupby(all_entries, attrgetter("layer")):
         method = None if layer is None else layer.methods[adapter]
-        if method is None or method.stores_as_held:
+        if method is None or method.is_stored_unchanged:
             for e in group:
                 out[e.file] = values[e.file]
             continue
         here = list(group)
         places = {(e.container, e.path): e.file for e in here}
-        made = method.stored({place: values[file] for place, file in places.items()}, config)
+        made = method.to_file_tensors({place: values[file] for place, file in places.items()}, config)
         stem = here[0].stem.removesuffix(here[0].container)
         out |= {places.get(p) or f"{stem}{p[0]}" + (f".{p[1]}" if p[1] else ""): t for p, t in made.items()}
     return out

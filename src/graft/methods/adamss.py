@@ -294,7 +294,7 @@ class AdaMSS(Method[AdamssConfig]):
     def uses_weight(self) -> Use:
         return Use.STARTS
 
-    def loaded(self) -> None:
+    def finish_load(self) -> None:
         self.__dict__.pop("rows", None)
         self.adamss_places.copy_(places(self.adamss_clusters))
 
@@ -312,7 +312,7 @@ class AdaMSS(Method[AdamssConfig]):
         shift = up @ down[:, n]
         return Factors(A, Shifted(lambda z: op.up(base, z, up) + op.channels(shift), up, shift))
 
-    def restored(self, tensors: Tensors, cfg: AdamssConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: AdamssConfig) -> Tensors:
         """Take the clusters of the file and their sizes, as another device may find others; PEFT's files lack them."""
         here = self.adamss_clusters
         if ROWS not in tensors:

@@ -122,7 +122,7 @@ class FRoD(Method[FrodConfig]):
     targets = FROD
     keeps_base_dtype = frozenset({"frod_U", "frod_V"})
     lays_out_stacks = True  # it takes none
-    alike = ("projection_prng_key", "save_projection")
+    agreeing_fields = ("projection_prng_key", "save_projection")
 
     frod_lambda_l: nn.Parameter  # (in,)
     frod_lambda_s_values: nn.Parameter  # (entries,)
@@ -175,7 +175,7 @@ class FRoD(Method[FrodConfig]):
         return self.frod_dropout
 
     def uses_weight(self) -> Use:
-        return Use.STARTS  # `loaded` follows
+        return Use.STARTS  # `finish_load` follows
 
     @torch.no_grad()
     def init(self) -> None:
@@ -193,7 +193,7 @@ class FRoD(Method[FrodConfig]):
         check_places(tensors, f"frod_s_indices.{category(self.site.key)}", self.site.fan_in, self.site.key)
 
     @torch.no_grad()
-    def loaded(self) -> None:
+    def finish_load(self) -> None:
         self.rotate()
 
     @property

@@ -170,7 +170,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return out
 
     def regularized(self) -> None:
-        """Have the value matrix reach `auxiliary`, where it trains."""
+        """Have the value matrix reach `compute_auxiliary_loss`, where it trains."""
         if self.cfg.value and self.cfg.regularization and self.layer.training:
             W = self.fusion_value.weight
             if W.requires_grad:
@@ -187,7 +187,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return s + self.fused(self.layer.base_layer(s))
 
     @classmethod
-    def auxiliary(cls, cfg: AdapterFusionConfig, noted: Sequence[Tokens]) -> Tensor:
+    def compute_auxiliary_loss(cls, cfg: AdapterFusionConfig, noted: Sequence[Tokens]) -> Tensor:
         """Return 0.01 · Σ ‖W_value - I‖² over the places, (), each once, however often its layer ran."""
         values = {one.layer: one.values for one in noted}.values()
         device = noted[0].values.device

@@ -188,5 +188,5 @@ class MixLoRA(Method[MixLoraConfig]):
         return weighed(self.site.op, self.layer.base_layer, x, self.mixlora_A, self.mixlora_B, g)
 
     @classmethod
-    def auxiliary(cls, cfg: MixLoraConfig, noted: Sequence[Tokens]) -> Tensor:
+    def compute_auxiliary_loss(cls, cfg: MixLoraConfig, noted: Sequence[Tokens]) -> Tensor:
         return cfg.router_aux_loss_coef * balance(noted, cfg.top_k)

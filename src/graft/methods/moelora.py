@@ -139,5 +139,5 @@ class MoeLoRA(Method[MoeLoraConfig]):
         return weighed(op, base, self.moelora_dropout(x), self.moelora_A, self.moelora_B, g)
 
     @classmethod
-    def auxiliary(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
+    def compute_auxiliary_loss(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
         return cfg.router_aux_loss_coef * balance(noted, cfg.top_k)  # type: ignore[no-any-return]

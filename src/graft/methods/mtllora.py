@@ -67,7 +67,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
             branch=self.branch, fixed="MTL-LoRA has weights for each task, and no weight is that of all tasks"
         )
 
-    def at(self, value: object) -> Effect:
+    def effect_at(self, value: object) -> Effect:
         tasks = self.cfg.n_tasks
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < tasks:
             raise ConfigError(f"Only {tasks} tasks available: task_ids={value!r} is none of 0 to {tasks - 1}.")

@@ -113,7 +113,7 @@ class PSOFT(Method[PsoftConfig]):
     def uses_weight(self) -> Use:
         return Use.STARTS  # a file holds the basis
 
-    def restored(self, tensors: Tensors, cfg: PsoftConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: PsoftConfig) -> Tensors:
         """Complete a file of PEFT by the basis of the weight here."""
         basis = self.psoft_basis
         if any(place[0] == BASIS for place in tensors) or self.site.on_meta:

@@ -44,7 +44,7 @@ class PVeRA(Method[PveraConfig]):
     prefix = "pvera_lambda_"
     published_lr = Published(3e-3, 3e-3, COMPARISON)
     targets = PVERA
-    alike = DRAWN
+    agreeing_fields = DRAWN
     ungrouped = "PVeRA draws one value for all inputs of a place, and a convolution with groups > 1 separates them"
 
     pvera_lambda_b: nn.Parameter  # (out,)

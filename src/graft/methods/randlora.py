@@ -39,7 +39,7 @@ class RandLoRA(Method[RandLoraConfig]):
     prefix = "randlora_"
     published_lr = Published(1e-4, 1e-4, "arXiv 2502.00987, its code, commonsense reasoning")
     targets = LORA
-    alike = (*DRAWN, "sparse", "very_sparse")
+    agreeing_fields = (*DRAWN, "sparse", "very_sparse")
 
     randlora_lambda: nn.Parameter  # (r, n), n = ⌈d / r⌉
     randlora_gamma: nn.Parameter  # (n, d)

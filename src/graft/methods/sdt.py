@@ -176,6 +176,6 @@ class SDT(Method[SdtConfig]):
         rows, columns = self.sdt_indices.long()
         return Scattered(self.sdt_weight, rows * self.site.fan_in + columns, self.site.shape)
 
-    def restored(self, tensors: Tensors, cfg: SdtConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: SdtConfig) -> Tensors:
         """Return the places as int32, checked."""
         return with_places(tensors, "sdt_indices", self.site)

@@ -135,7 +135,7 @@ class SHiRA(Method[ShiraConfig]):
         rows, cols = self.shira_indices.long()
         return Scattered(self.shira_weight * self.scaling, rows * self.site.fan_in + cols, self.site.shape)
 
-    def restored(self, tensors: Tensors, cfg: ShiraConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: ShiraConfig) -> Tensors:
         """Return the places as int32, which some files hold as floating-point numbers."""
         return with_places(tensors, "shira_indices", self.site)
 

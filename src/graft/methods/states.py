@@ -161,9 +161,9 @@ class OnStates(Method[S]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Tell the layers where the prompt of each row stands: padding does not count, nor what `generate` adds."""
-        with super().around(tuner, call, run) as finish:
+        with super().surround_run(tuner, call, run) as finish:
             if tuner.disabled:
                 yield finish
                 return

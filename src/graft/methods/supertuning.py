@@ -112,7 +112,7 @@ class SuperTuning(Method[SupertuningConfig]):
             nn.init.kaiming_uniform_(self.supertuning_lora_A.weight, a=math.sqrt(5))
             self.fill_start(self.supertuning_lora_B.weight)
 
-    def restored(self, tensors: Tensors, cfg: SupertuningConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: SupertuningConfig) -> Tensors:
         check_places(tensors, "supertuning_indices", math.prod(self.site.shape), self.site.key)
         return tensors
 

@@ -108,7 +108,7 @@ class SVFT(Method[SvftConfig]):
         in_order: Tensor = places.sort()[0]
         return in_order
 
-    def restored(self, tensors: Tensors, cfg: SvftConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: SvftConfig) -> Tensors:
         check_places(tensors, "svft_places", self.n**2, self.site.key)
         return tensors
 

@@ -75,13 +75,13 @@ class ByTask(Method[K]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Give the task of each row to the layers.
 
         Raises:
             RoutingError: there are none, or not one for each row, or an adapter that acts lacks a task.
         """
-        with super().around(tuner, call, run) as finish:
+        with super().surround_run(tuner, call, run) as finish:
             if tuner.disabled:
                 yield finish
                 return

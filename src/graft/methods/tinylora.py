@@ -39,7 +39,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
     prefix = "tinylora_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
     targets = LORA
-    alike = ("save_projection",)
+    agreeing_fields = ("save_projection",)
 
     tinylora_A: Tensor  # (r, in); of embeddings (r, embedding_dim)
     tinylora_B: Tensor  # (out, r); of embeddings (vocabulary, r)

@@ -135,7 +135,7 @@ class TLoRA(Method[TLoraConfig]):
             branch=self.branch, fixed="T-LoRA's rank follows the timestep, and no weight is that of all of them"
         )
 
-    def at(self, value: object) -> Effect:
+    def effect_at(self, value: object) -> Effect:
         most = self.cfg.max_timestep
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
             raise ConfigError(f"timestep must be a number between 0 and max_timestep={most:g}, got {value!r}.")
@@ -180,13 +180,13 @@ class TLoRA(Method[TLoraConfig]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Give the timestep of each row to the layers: that of the block around the call, or of its arguments.
 
         Raises:
             RoutingError: there is none, or one above `max_timestep`, or not one for each row.
         """
-        with super().around(tuner, call, run) as finish:
+        with super().surround_run(tuner, call, run) as finish:
             if tuner.disabled:
                 yield finish
                 return

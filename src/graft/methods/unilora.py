@@ -68,7 +68,7 @@ class UniLoRA(Method[UniLoraConfig]):
     prefix = "unilora_"
     published_lr = Published(2e-3, 2e-3, COMPARISON)
     targets = LORA
-    alike = ("save_indices",)
+    agreeing_fields = ("save_indices",)
 
     unilora_theta_d: nn.Parameter  # (length,), shared
     unilora_indices_A: Tensor  # (r, in)
@@ -97,7 +97,7 @@ class UniLoRA(Method[UniLoraConfig]):
     def init(self) -> None:
         skip(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))  # as PEFT
 
-    def restored(self, tensors: Tensors, cfg: UniLoraConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: UniLoraConfig) -> Tensors:
         for x in "AB":
             check_places(tensors, f"unilora_indices_{x}", self.cfg.theta_d_length, self.site.key)
         return tensors

@@ -160,17 +160,17 @@ class VBLoRA(Method[VBLoRAConfig]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Refuse to train an adapter from a file that holds only the largest logits."""
         if eager() and not (watched() or tuner.disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
                 if m is not None and isinstance(m.alone, cls) and m.layer.training:
                     refuse_truncated(m)
-        with super().around(tuner, call, run) as finish:
+        with super().surround_run(tuner, call, run) as finish:
             yield finish
 
-    def stored(self, values: Tensors, cfg: VBLoRAConfig) -> Tensors:
+    def to_file_tensors(self, values: Tensors, cfg: VBLoRAConfig) -> Tensors:
         """With `save_only_topk_weights`, return indices of the largest logits and their weights but for the last."""
         out = dict(values)
         for name in LOGITS if cfg.save_only_topk_weights else ():
@@ -179,7 +179,7 @@ class VBLoRA(Method[VBLoRAConfig]):
             out[name + WEIGHTS, ""] = largest.softmax(-1)[..., :-1].contiguous()
         return out
 
-    def restored(self, tensors: Tensors, cfg: VBLoRAConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: VBLoRAConfig) -> Tensors:
         """Return logits with the same largest ones; the others are -inf."""
         out, self.looked_at = dict(tensors), None
         for name in LOGITS:

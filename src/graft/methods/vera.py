@@ -36,7 +36,7 @@ class VeRA(Method[VeraConfig]):
     prefix = "vera_lambda_"
     published_lr = Published(1e-3, 1e-2, COMPARISON + "; RandLoRA's code, commonsense reasoning")
     targets = PHI_ATTENTION
-    alike = DRAWN
+    agreeing_fields = DRAWN
 
     vera_lambda_b: nn.Parameter  # (out,)
     vera_lambda_d: nn.Parameter  # (r,)

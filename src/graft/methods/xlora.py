@@ -291,13 +291,13 @@ class XLora(Method[XLoraConfig]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Any, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Any, call: Call, run: Run) -> Iterator[Finish]:
         """Weigh the experts: once before a forward pass, before each step of `generate`, which keeps no cache.
 
         Raises:
             RoutingError: rows use adapters of their own, or the model returns no hidden states.
         """
-        with super().around(tuner, call, run) as finish:
+        with super().surround_run(tuner, call, run) as finish:
             if tuner.disabled:
                 yield finish
                 return

@@ -284,7 +284,7 @@ class Prompts(Registry):
     def file_prompt(self, adapter_name: str) -> Tensor:
         """Return a prompt as in a checkpoint, (tokens, width)."""
         self.check_known([adapter_name])
-        return self.prompt_encoder[adapter_name].stored()[STORED].cpu()
+        return self.prompt_encoder[adapter_name].to_file_tensors()[STORED].cpu()
 
     def prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
         """Return the active prompt, (batch, tokens, dim), or a cache of keys and values."""

@@ -790,7 +790,7 @@ class Registry:
         with ExitStack() as stack:
             steps = []
             for method, run.adapters in found.items():
-                steps.append(stack.enter_context(method.around(self, self.call, run)))
+                steps.append(stack.enter_context(method.surround_run(self, self.call, run)))
             if losing:
                 noted = stack.enter_context(self.call.noting())
                 steps.append(lambda output: self._with_losses(output, noted, run))

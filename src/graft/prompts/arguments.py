@@ -89,9 +89,9 @@ def put_labels(
         arguments: of the call that are the prompt's own.
     """
     labels, P = kwargs["labels"], cfg.num_virtual_tokens
-    if prompt.has_own_loss:
+    if prompt.replaces_loss:
         del kwargs["labels"]
-        return lambda output: with_loss(output, partial(prompt.own_loss, labels=labels, **arguments))
+        return lambda output: with_loss(output, partial(prompt.compute_loss, labels=labels, **arguments))
     if both or cfg.task_type in PADDED:
         if both:
             put_decoder_inputs(model, labels, kwargs)

@@ -41,9 +41,9 @@ class Prompt(nn.Module):
     """
 
     config: ClassVar[type[PromptLearningConfig]]  # its PeftConfig class
-    arguments: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward for `forward` (or `own_loss`) here
+    arguments: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward for `forward` (or `compute_loss`) here
     in_decoder: ClassVar[bool] = False  # an encoder-decoder gets tokens in its decoder as well
-    has_own_loss: ClassVar[bool] = False
+    replaces_loss: ClassVar[bool] = False
 
     # attributes that every Method has, too
     prefix: ClassVar[str] = "prompt_encoder"
@@ -59,7 +59,7 @@ class Prompt(nn.Module):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        cls.has_own_loss = cls.own_loss is not Prompt.own_loss
+        cls.replaces_loss = cls.compute_loss is not Prompt.compute_loss
 
     @classmethod
     def check(cls, cfg: PeftConfig) -> None:
@@ -73,17 +73,17 @@ class Prompt(nn.Module):
         """
         return pick(self.embedding.weight, indices)
 
-    def own_loss(self, logits: Tensor, labels: Tensor, **arguments: Any) -> Tensor:
+    def compute_loss(self, logits: Tensor, labels: Tensor, **arguments: Any) -> Tensor:
         """Return the loss, in place of the base model's."""
         raise NotImplementedError
 
-    def stored(self) -> dict[str, Tensor]:
+    def to_file_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint holds, by name."""
         with torch.no_grad():
             return {STORED: self().detach()}
 
     def restore(self, name: str, value: Tensor) -> None:
-        """Put in the tensor that a checkpoint holds under one of the names of `stored`.
+        """Put in the tensor that a checkpoint holds under one of the names of `to_file_tensors`.
 
         `value` is the prompt from now on; a network that computed it goes, since no file holds one.
         """

@@ -103,7 +103,7 @@ class CPTEmbedding(Prompt):
         super().restore(STORED, value)
         nn.init.zeros_(self.delta_embedding.weight)
 
-    def own_loss(
+    def compute_loss(
         self, logits: Tensor, labels: Tensor, input_type_mask: Tensor | None = None, **arguments: Any
     ) -> Tensor:
         """Return the mean cross entropy of the label tokens, those of the examples and of the input.

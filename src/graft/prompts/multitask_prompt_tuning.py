@@ -87,7 +87,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         factor = self.prefix_task_cols[ids] @ self.prefix_task_rows[ids]
         return super().forward(None) * factor
 
-    def stored(self) -> dict[str, Tensor]:
+    def to_file_tensors(self) -> dict[str, Tensor]:
         return {
             STORED: self.embedding.weight.detach(),
             **{name: getattr(self, name).detach() for name in FACTORS},

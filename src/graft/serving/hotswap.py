@@ -245,10 +245,10 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
             continue
         method: Method = layer.methods[load.adapter]
         found = {(entry.container, entry.path): value for entry, value in pairs if value is not None}
-        values = method.restored(found, load.config)  # a file may hold others than the model
+        values = method.from_file_tensors(found, load.config)  # a file may hold others than the model
         pairs = [(entry, None if value is None else values[entry.container, entry.path]) for entry, value in pairs]
         key, room = layer.site.key, layer.r[load.adapter]
-        cfg: Any = load.config.at(method.named or key)
+        cfg: Any = load.config.at(method.config_path or key)
         if len(absent) < len(pairs):
             plan.found[key] = layer
             plan.changes.append(Change.of(layer, cfg.r, cfg.lora_alpha, cfg.use_rslora, max(room, cfg.r)))

@@ -146,7 +146,7 @@ def find_again(layer: AdapterLayer, m: Method, where: Where) -> None:
         layer.place(m.name, where)
         for slot, t in saved:
             slot.tensor.copy_(t)
-    m.loaded()
+    m.finish_load()
 
 
 def fold(
@@ -175,7 +175,7 @@ def fold(
         parameters[layer.site.parameter] = nn.Parameter(W0, requires_grad=False)
         if b0 is not None:
             parameters["bias"] = nn.Parameter(b0, requires_grad=False)
-        if Use.AGAIN in m.uses_weight() or type(m).loaded is not Method.loaded:
+        if Use.AGAIN in m.uses_weight() or type(m).finish_load is not Method.finish_load:
             find_again(layer, m, where)
         try:
             made = fold_step(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]

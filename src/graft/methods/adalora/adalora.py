@@ -203,7 +203,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
         E = (self.lora_E * (self.scaling / (self.ranknum + 1e-5))).flatten().to(self.lora_A.dtype)
         return Factors(self.lora_A, self.lora_B, dropout=self.lora_dropout, inner=E)
 
-    def stored(self, values: Tensors, cfg: AdaLoraConfig) -> Tensors:
+    def to_file_tensors(self, values: Tensors, cfg: AdaLoraConfig) -> Tensors:
         """Return the singular triples that the layer kept."""
         mask = cfg.rank_mask(self.site.key)
         if mask is None:
@@ -213,7 +213,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
             for (name, path), t in values.items()  # an adapter from a file has no others
         }
 
-    def restored(self, tensors: Tensors, cfg: AdaLoraConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: AdaLoraConfig) -> Tensors:
         """Put the triples of the file in their places; the others get the singular value 0."""
         mask = cfg.rank_mask(self.site.key)
         if mask is None:
@@ -236,7 +236,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Add the orthogonal regularisation to the loss of a training step, or keep it; say if nobody allocates."""
 
         names = list(run.adapters)

@@ -201,13 +201,13 @@ class ALoRA(LoRA):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Find the invocations in the input.
 
         Raises:
             RoutingError: a search with several beams, or offsets that are not one per row.
         """
-        with super().around(tuner, call, run) as finish:
+        with super().surround_run(tuner, call, run) as finish:
             if tuner.disabled:
                 yield finish
                 return

@@ -54,9 +54,9 @@ class DyLoRA(LoRA):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Draw the ranks of this run, for each adapter."""
-        with super().around(tuner, call, run) as finish:
+        with super().surround_run(tuner, call, run) as finish:
             draws, shares = call.context.draws, {}
             for name in run.adapters:
                 with nullcontext() if draws is None else draws.of(name, draws.ticket(), CPU):

@@ -149,21 +149,21 @@ class Started(Method[LoraConfig]):
         assert isinstance(loftq, dict)  # as `check_start` leaves it
         return 0 if cfg.init_lora_weights == "loftq" and loftq["loftq_iter"] == 1 else cfg.r
 
-    def stored(self, values: Tensors, cfg: LoraConfig) -> Tensors:
-        if self.along:
+    def to_file_tensors(self, values: Tensors, cfg: LoraConfig) -> Tensors:
+        if self.via_container:
             values = to_file(values)
         if kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
             return {place: t for place, t in values.items() if place[0] != shift.NAME}
         return values
 
     @property
-    def stores_as_held(self) -> bool:
-        return type(self).stored is Started.stored and not self.keeps_shift and not self.along
+    def is_stored_unchanged(self) -> bool:
+        return type(self).to_file_tensors is Started.to_file_tensors and not self.keeps_shift and not self.via_container
 
-    def restored(self, tensors: Tensors, cfg: PeftConfig) -> Tensors:
+    def from_file_tensors(self, tensors: Tensors, cfg: PeftConfig) -> Tensors:
         tensors = shift.restored(self, tensors) if self.keeps_shift else tensors
-        return from_file(tensors) if self.along else tensors
+        return from_file(tensors) if self.via_container else tensors
 
-    def loaded(self) -> None:
+    def finish_load(self) -> None:
         if self.keeps_shift:
             shift.loaded(self)

@@ -135,7 +135,7 @@ class Shadow(Method[ShadowConfig]):
 
     @classmethod
     @contextmanager
-    def around(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
+    def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Run the shadow network before the model, and add its loss to the model's."""
-        with super().around(tuner, call, run) as _, surround(tuner, call, run) as finish:
+        with super().surround_run(tuner, call, run) as _, surround(tuner, call, run) as finish:
             yield finish

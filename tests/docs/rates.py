@@ -8,7 +8,7 @@ from itertools import groupby
 
 from graft.core.method import COMPARISON, Published
 from graft.methods import ROWS, method_of
-from graft.methods.lora.lora import VARIANTS, beside
+from graft.methods.lora.lora import VARIANTS, import_beside
 from graft.model.rates import Row, best, good, rows
 
 TASKS = ("topics", "spam", "dates")
@@ -43,7 +43,7 @@ def rate(row: Row) -> str:
 
 def kinds(name: str) -> list[type]:
     """Return the class of a method, and of its variants."""
-    return [method_of(name), *(map(beside, VARIANTS.values()) if name == "LORA" else ())]
+    return [method_of(name), *(map(import_beside, VARIANTS.values()) if name == "LORA" else ())]
 
 
 def size(row: Row) -> str:

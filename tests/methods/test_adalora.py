@@ -20,7 +20,7 @@ from torch import nn
 import graft
 from graft.core.errors import ConfigError
 from graft.methods.adalora.adalora import AdaLoRA
-from graft.methods.adalora.allocator import Allocator, budget
+from graft.methods.adalora.allocator import Allocator, find_rank_budget
 from graft.train import adalora_callback, allocate_on_step
 from tests.compat.test_compat import run
 from tests.leaves_out import WHOLE_GRAPHS
@@ -112,7 +112,7 @@ def test_pruned_values_stay_away_and_merging_agrees():
 def test_the_budget_is_kept_and_falls(start, tinit, middle, tfinal, delta_t, more):
     target = more.draw(st.integers(1, start))
     cfg = SimpleNamespace(tinit=tinit, tfinal=tfinal, total_step=tinit + middle + tfinal, deltaT=delta_t)
-    budgets = [budget(step, start, target, cfg)[0] for step in range(cfg.total_step + 1)]
+    budgets = [find_rank_budget(step, start, target, cfg)[0] for step in range(cfg.total_step + 1)]
     assert all(target <= b <= start for b in budgets)
     assert budgets == sorted(budgets, reverse=True) and budgets[-1] == target
     assert set(budgets[: tinit + 1]) == {start}

@@ -143,13 +143,13 @@ def test_rows_in_the_file_count(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     from graft.methods import adamss
 
-    real = adamss.clusters
+    real = adamss.find_clusters
 
     def permuted(*args):
         found = real(*args)
         return found._replace(rows=found.rows.flip(0))
 
-    monkeypatch.setattr("graft.methods.adamss.clusters", permuted)
+    monkeypatch.setattr("graft.methods.adamss.find_clusters", permuted)
     loaded = graft.PeftModel.from_pretrained(models.make("mlp"), tmp_path)
     close(output(loaded, SAMPLE), output(model, SAMPLE), 0)
     without = {k: t for k, t in load_file(tmp_path / FILE).items() if "adamss_clusters" not in k}

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import graft
 from graft.compat.peft.shims import calculate_alora_offsets
-from graft.methods.lora.alora import last
+from graft.methods.lora.alora import find_last_occurrence
 from tests import models
 from tests.leaves_out import CHUNKS_OF_PADDED, WHOLE_GRAPHS
 from tests.looks import layers, registry_of
@@ -68,7 +68,7 @@ def padded(inputs, n, left):
     ],
 )
 def test_the_last_occurrence_counted_from_the_end(ids, tokens, expected):
-    assert last(torch.tensor([ids, [9] * len(ids)]), torch.tensor(tokens)).tolist() == [expected, 0]
+    assert find_last_occurrence(torch.tensor([ids, [9] * len(ids)]), torch.tensor(tokens)).tolist() == [expected, 0]
     assert peft.tuners.lora.variants.calculate_alora_offsets(
         {"a": peft.LoraConfig(alora_invocation_tokens=tokens, task_type="CAUSAL_LM")}, "a", torch.tensor([ids])
     ) == [expected or None]

@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graft
-from graft.methods.spectral import places
+from graft.methods.spectral import draw_places
 from tests import models
 from tests.pair import LIBS, close
 
@@ -25,7 +25,7 @@ def test_places_are_pefts_and_no_layer_draws_them_again():
         model = lib.get_peft_model(nn.Sequential(nn.Linear(10, 12)), lib.FourierFTConfig(**CONFIG))
         layers.append(model.base_model.model[0])
     assert torch.equal(*(layer.indices["default"] for layer in layers))
-    assert places(12, 10, 30, 777) is places(12, 10, 30, 777)
+    assert draw_places(12, 10, 30, 777) is draw_places(12, 10, 30, 777)
     assert not any("indices" in key for key in layers[0].state_dict())
 
 

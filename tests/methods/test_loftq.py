@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.methods.lora.loftq import BLOCK, NF4, loftq_init, quantized
+from graft.methods.lora.loftq import BLOCK, NF4, loftq_init, round_to_bits
 from tests import models
 from tests.conformance.stores import Rounded, held
 from tests.looks import layers
@@ -30,22 +30,22 @@ def weight(out=24, fan_in=40):
 )
 def test_four_bits_are_the_nearest_of_sixteen_values():
     W = weight()
-    Q = quantized(W, 4)
+    Q = round_to_bits(W, 4)
     blocks = W.flatten().split(BLOCK)
     for w, q in zip(blocks, Q.flatten().split(BLOCK)):
         scale = w.abs().max()
         values = torch.tensor(NF4) * scale
         assert_close(q, values[(w[:, None] - values).abs().argmin(1)])
-    assert torch.equal(quantized(Q, 4), Q)  # a quantized weight stays
-    assert len(blocks[-1]) == BLOCK and len(quantized(weight(3, 5), 4).flatten()) == 15
+    assert torch.equal(round_to_bits(Q, 4), Q)  # a quantized weight stays
+    assert len(blocks[-1]) == BLOCK and len(round_to_bits(weight(3, 5), 4).flatten()) == 15
 
 
 def test_eight_bits_are_steps_of_a_row():
     W = weight()
     step = W.abs().amax(1, keepdim=True) / 127
-    assert ((quantized(W, 8) - W).abs() <= step / 2 + 1e-7).all()
-    assert_close(quantized(W, 8) / step, (quantized(W, 8) / step).round())
-    assert not quantized(torch.zeros(2, 3), 8).any() and not quantized(torch.zeros(2, 3), 4).any()
+    assert ((round_to_bits(W, 8) - W).abs() <= step / 2 + 1e-7).all()
+    assert_close(round_to_bits(W, 8) / step, (round_to_bits(W, 8) / step).round())
+    assert not round_to_bits(torch.zeros(2, 3), 8).any() and not round_to_bits(torch.zeros(2, 3), 4).any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -56,7 +56,7 @@ def test_product_and_quantized_weight_are_near(bits):
         Q, A, B = loftq_init(W, bits, r, rounds)
         errors.append(float((W - Q - B @ A).norm()))
         assert_close(B @ A, torch.linalg.svd(W - Q)[0][:, :r] @ torch.linalg.svd(W - Q)[0][:, :r].T @ (W - Q))
-    assert max(errors) < 0.95 * (W - quantized(W, bits)).norm()
+    assert max(errors) < 0.95 * (W - round_to_bits(W, bits)).norm()
     assert bits == 8 or errors[0] > errors[1] > errors[2]  # more rounds come nearer
     with pytest.raises(ValueError, match="`loftq_bits` must be one of 4, 8"):
         loftq_init(W, 3, r)

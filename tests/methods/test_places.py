@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.methods.flow import UnfollowedError
-from graft.methods.places import Block, blocks_of, chosen_blocks, walk
+from graft.methods.places import Block, chosen_blocks, find_blocks, walk
 from tests.looks import layers
 from tests.models import STD, checkpoint, inputs, make, seeded
 
@@ -98,7 +98,7 @@ def test_a_block_is_what_it_computes(name):
     model = family(name)
     batch, norm, modules = batch_of(model), FAMILIES[name][0], dict(walk(model))
     plain = model(**batch)[0]
-    for block in blocks_of(model):
+    for block in find_blocks(model):
         block = block.follow(modules[block.path])
         assert block.norm == (norm and f"{block.path}.{norm}") and block.width == 24
         held = seen(model, batch, block)
@@ -117,7 +117,7 @@ def test_a_block_is_what_it_computes(name):
 def test_adapters_hooks_and_checkpoints_change_no_place():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    plain = blocks_of(make("bert"))[0].follow(make("bert").encoder.layer[0])
+    plain = find_blocks(make("bert"))[0].follow(make("bert").encoder.layer[0])
     model = make("bert")
     config = graft.BottleneckConfig(mh_adapter=True, original_ln_before=False, mlp_modules=["encoder.layer.0"])
     model = graft.get_peft_model(model, config, "a", mixed=True)
@@ -129,7 +129,7 @@ def test_adapters_hooks_and_checkpoints_change_no_place():
     wrapped = make("bert")
     wrapped.encoder.layer[0] = checkpoint_wrapper(wrapped.encoder.layer[0])
     inner = "encoder.layer.0._checkpoint_wrapped_module"
-    block = blocks_of(wrapped)[0]
+    block = find_blocks(wrapped)[0]
     assert block.follow(wrapped.encoder.layer[0]).norm == f"{inner}.output.LayerNorm"
 
 
@@ -221,7 +221,7 @@ def unet():
 
 def test_blocks_within_attentions():
     model, _ = unet()
-    blocks = [block.follow(model.get_submodule(block.path)) for block in blocks_of(model)]
+    blocks = [block.follow(model.get_submodule(block.path)) for block in find_blocks(model)]
     path = "down_blocks.1.attentions.0.transformer_blocks.0"
     assert [block.width for block in blocks] == [8, 16, 8]
     assert blocks[1] == Block(
@@ -327,7 +327,7 @@ def test_a_model_of_images_and_text_has_the_blocks_of_its_text():
     text |= dict(model_type="llama", num_key_value_heads=3)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=39)
     model = LlavaForConditionalGeneration(config)
-    assert [block.path for block in blocks_of(model)] == [f"model.language_model.layers.{i}" for i in range(2)]
+    assert [block.path for block in find_blocks(model)] == [f"model.language_model.layers.{i}" for i in range(2)]
 
 
 def test_the_code_of_a_block_keeps_no_model():

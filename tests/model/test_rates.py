@@ -137,7 +137,7 @@ def test_ranges_of_sources(name):
 
 
 def test_the_packages_rows():
-    known = {cls.__name__ for cls in (*map(method_of, ROWS), *map(lora.beside, lora.VARIANTS.values()))}
+    known = {cls.__name__ for cls in (*map(method_of, ROWS), *map(lora.import_beside, lora.VARIANTS.values()))}
     for one in rates.rows():
         assert one["adapter"] in known and one["rates"] == sorted(one["rates"])
         assert len(one["rates"]) == len(one["means"]) == len(one["spreads"])

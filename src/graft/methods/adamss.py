@@ -102,7 +102,7 @@ def require_sklearn() -> Any:
     return KMeans
 
 
-def clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters:
+def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters:
     """Find the clusters of W (out, in) with its bias (out,)."""
     dtype, W = W.dtype, W.detach().float()
     if bias is not None:
@@ -111,18 +111,18 @@ def clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters:
     with seeded(cfg.random_seed):
         U, _, V = torch.svd_lowrank(W, q=R, niter=2)
     count = min(cfg.num_subspaces, len(W))
-    found = require_sklearn()(n_clusters=count, **KMEANS).fit(U.cpu().numpy()).labels_
-    rows = torch.from_numpy(found).long().to(W.device)
+    labels = require_sklearn()(n_clusters=count, **KMEANS).fit(U.cpu().numpy()).labels_
+    rows = torch.from_numpy(labels).long().to(W.device)
     downs, ups = [], []
     for j in range(count):
-        own = U[rows == j]
-        downs.append(start(own, cfg))
-        shape = len(own), len(downs[-1])
+        coordinates = U[rows == j]
+        downs.append(make_cluster_A(coordinates, cfg))
+        shape = len(coordinates), len(downs[-1])
         ups.append(torch.zeros(shape) if cfg.init_weights else torch.randn(shape).to(dtype) * 0.01)
     return Clusters(V.T.contiguous(), rows, downs, ups)
 
 
-def start(U: Tensor, cfg: AdamssConfig) -> Tensor:
+def make_cluster_A(U: Tensor, cfg: AdamssConfig) -> Tensor:
     """Return A (rank, R) of a cluster with the coordinates U (n, R)."""
     gram, rank = U @ U.T, min(len(U), cfg.subspace_rank)
     if cfg.use_dynamic_rank:
@@ -159,11 +159,11 @@ class Allocator(Importance):
             for part in PARTS
         ]
         device = means[0].device
-        found = torch.stack([mean.to(device) for mean in means]).view(-1, len(PARTS)).tolist()
-        return [sum(parts) for parts in found]
+        scores = torch.stack([mean.to(device) for mean in means]).view(-1, len(PARTS)).tolist()
+        return [sum(parts) for parts in scores]
 
 
-def budget(step: int, total: int, cfg: AdamssConfig) -> int:
+def count_trained_subspaces(step: int, total: int, cfg: AdamssConfig) -> int:
     """Return how many of all subspaces train from a step on: the fewer, the less of the warm-up is left."""
     left = 1 - (step - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
     target = min(cfg.asa_target_subspaces, total)
@@ -214,7 +214,9 @@ def choose(methods: dict[str, Method], state: Allocator, step: int, cfg: AdamssC
     spaces = [(key, j) for key, m in methods.items() for j in range(len(m.adamss_A))]
     scores = zip(spaces, state.of(methods, spaces))
     rank = {(key, j): (score, methods[key].adamss_A[j].requires_grad) for (key, j), score in scores}
-    best = set(sorted(spaces, key=lambda space: rank[space], reverse=True)[: budget(step, len(spaces), cfg)])
+    best = set(
+        sorted(spaces, key=lambda space: rank[space], reverse=True)[: count_trained_subspaces(step, len(spaces), cfg)]
+    )
     for key, m in methods.items():
         for slot in m.layer.slots(m.name):
             if slot.container in PARTS:  # `set_adapter` lets those train that may
@@ -254,25 +256,25 @@ class AdaMSS(Method[AdamssConfig]):
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
         if self.layer is None:  # nobody has the weight at hand
             with device or nullcontext():
-                return self.at_most()
+                return self.build_largest()
         if device is not None:
-            return self.emptied(shared, device)
+            return self.build_empty(shared, device)
         if self.site.on_meta:
             raise UnsupportedLayerError(
                 f"AdaMSS finds clusters in the weight of layer '{self.site.key}', which is on the meta device: adapt "
                 "the model when it has its values."
             )
         bias = unmerged_bias(self.layer)
-        found = clusters(self.layer.W0.flatten(1), bias, self.cfg)
+        groups = find_clusters(self.layer.W0.flatten(1), bias, self.cfg)
         return dict(
-            adamss_newB=found.space,
-            adamss_A=nn.ParameterList([nn.Parameter(A) for A in found.downs]),
-            adamss_B=nn.ParameterList([nn.Parameter(B) for B in found.ups]),
-            adamss_clusters=found.rows,
-            adamss_places=Transient(places(found.rows)),
+            adamss_newB=groups.space,
+            adamss_A=nn.ParameterList([nn.Parameter(A) for A in groups.downs]),
+            adamss_B=nn.ParameterList([nn.Parameter(B) for B in groups.ups]),
+            adamss_clusters=groups.rows,
+            adamss_places=Transient(find_cluster_order(groups.rows)),
         )
 
-    def emptied(self, shared: dict[str, object], device: torch.device) -> dict[str, Any]:
+    def build_empty(self, shared: dict[str, object], device: torch.device) -> dict[str, Any]:
         """Return tensors of the shapes that the weight gives, without values."""
         with torch.random.fork_rng(devices=[]):
             values = self.build(shared)
@@ -280,7 +282,7 @@ class AdaMSS(Method[AdamssConfig]):
         values["adamss_places"] = Transient(values["adamss_places"].tensor.to(device))
         return {name: v if isinstance(v, Transient) else v.to(device) for name, v in values.items()}
 
-    def at_most(self) -> dict[str, object]:
+    def build_largest(self) -> dict[str, object]:
         """Return tensors as large as those of any weight of this shape, and as many as those of most."""
         cfg, out = self.cfg, self.site.out_features
         columns = self.site.fan_in + (getattr(self.site.module, "bias", None) is not None)
@@ -296,7 +298,7 @@ class AdaMSS(Method[AdamssConfig]):
 
     def finish_load(self) -> None:
         self.__dict__.pop("rows", None)
-        self.adamss_places.copy_(places(self.adamss_clusters))
+        self.adamss_places.copy_(find_cluster_order(self.adamss_clusters))
 
     def factors(self) -> Factors:
         n, op, base = self.site.fan_in, self.site.op, self.layer.base_layer
@@ -314,19 +316,23 @@ class AdaMSS(Method[AdamssConfig]):
 
     def from_file_tensors(self, tensors: Tensors, cfg: AdamssConfig) -> Tensors:
         """Take the clusters of the file and their sizes, as another device may find others; PEFT's files lack them."""
-        here = self.adamss_clusters
+        current = self.adamss_clusters
         if ROWS not in tensors:
-            return {**tensors, ROWS: self.rows if here.is_meta else here}
+            return {**tensors, ROWS: self.rows if current.is_meta else current}
         shapes = {(part, j): p.shape for part in PARTS for j, p in getattr(self, part).named_parameters()}
         sizes = {place: tensors[place].shape for place in shapes.keys() & tensors.keys()}
-        if here.is_meta and sizes.keys() == shapes.keys() and fit(tensors[ROWS], sizes, here.shape, self.adamss_newB):
+        if (
+            current.is_meta
+            and sizes.keys() == shapes.keys()
+            and match_clusters(tensors[ROWS], sizes, current.shape, self.adamss_newB)
+        ):
             for (part, j), shape in sizes.items():
                 parameters = getattr(self, part)._parameters
                 parameters[j] = nn.Parameter(parameters[j].new_empty(shape))
         return tensors
 
 
-def fit(rows: Tensor, shapes: dict[tuple[str, str], torch.Size], like: torch.Size, space: Tensor) -> bool:
+def match_clusters(rows: Tensor, shapes: dict[tuple[str, str], torch.Size], like: torch.Size, space: Tensor) -> bool:
     """Return True if A and B of these shapes, by (container, cluster), are for clusters with these rows."""
     count = len(shapes) // 2
     if rows.shape != like or rows.is_floating_point() or not ((rows >= 0) & (rows < count)).all():
@@ -336,6 +342,6 @@ def fit(rows: Tensor, shapes: dict[tuple[str, str], torch.Size], like: torch.Siz
     return all((n, A[0]) == B and A[1:] == space.shape[:1] for (A, B), n in zip(pairs, sizes))
 
 
-def places(rows: Tensor) -> Tensor:
+def find_cluster_order(rows: Tensor) -> Tensor:
     """Return where each row stands when they are sorted by cluster, in their order within it."""
     return rows.argsort(stable=True).argsort()

@@ -72,8 +72,8 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         cfg.target_paths = set(paths[-cfg.adapter_layers :])
 
     def check(self) -> str | None:
-        have = self.site.module._modules.keys()
-        if have >= {"q_proj", "k_proj", "v_proj", "o_proj"} or ("c_attn" in have and "q_attn" not in have):
+        names = self.site.module._modules.keys()
+        if names >= {"q_proj", "k_proj", "v_proj", "o_proj"} or ("c_attn" in names and "q_attn" not in names):
             return None
         return "It is no attention with q_proj, k_proj, v_proj and o_proj, or with all in one c_attn, as in GPT-2"
 
@@ -82,7 +82,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, cfg = self.site, self.cfg
-        projection = innermost(site.module.get_submodule("c_attn" if fused(site.module) else "q_proj"))
+        projection = innermost(site.module.get_submodule("c_attn" if has_fused_projection(site.module) else "q_proj"))
         hidden, dtype = find_op(projection).dims(projection)[1], site.weight.where()[1]
         return dict(
             adaption_prompt=nn.Parameter(torch.empty(1, cfg.adapter_len or 0, hidden, dtype=dtype)),
@@ -97,9 +97,9 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
     def input_of(module: nn.Module, call: dict[str, Any]) -> Tensor:
         """Compute the queries, which the attention does not return. (batch, tokens, heads, head_dim)"""
         x, shape = call["hidden_states"], (-1, module.head_dim)
-        q: Tensor = module.c_attn(x).chunk(3, -1)[0] if fused(module) else module.q_proj(x)
+        q: Tensor = module.c_attn(x).chunk(3, -1)[0] if has_fused_projection(module) else module.q_proj(x)
         q = q.unflatten(-1, shape)
-        if fused(module):
+        if has_fused_projection(module):
             return q
         cos, sin = call.get("position_embeddings") or module.rotary_emb(x, call["position_ids"])
         first, second = q.chunk(2, -1)
@@ -112,7 +112,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
     def branch(self, q: Tensor) -> Tensor:
         attention = self.layer.base_layer
         prompt, gate = self.adaption_prompt.to(q.dtype), self.adaption_gate.to(q.dtype)
-        if fused(attention):
+        if has_fused_projection(attention):
             _, k, v = attention.c_attn(prompt).chunk(3, -1)
         else:
             k, v = attention.k_proj(prompt), attention.v_proj(prompt)
@@ -120,9 +120,9 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         kv = kv.repeat_interleave(q.shape[2] // kv.shape[3], 3).transpose(2, 3)  # one head for each of the queries'
         k, v = kv.expand(2, len(q), *kv.shape[2:])
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2).flatten(2)
-        return y if fused(attention) else attention.o_proj(y)
+        return y if has_fused_projection(attention) else attention.o_proj(y)
 
 
-def fused(attention: nn.Module) -> bool:
+def has_fused_projection(attention: nn.Module) -> bool:
     """Return True if one layer makes queries, keys and values (GPT-2): the prompt's output then has no projection."""
     return "c_attn" in attention._modules

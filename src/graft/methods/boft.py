@@ -108,24 +108,24 @@ class BOFT(Method[BOFTConfig]):
             R = torch.where((level[:, None] & chosen)[..., None, None], torch.eye(b, device=B.device, dtype=B.dtype), R)
         return R
 
-    def turned(self, x: Tensor, dtype: torch.dtype, transpose: bool = False) -> Tensor:
+    def rotate_blocks(self, x: Tensor, dtype: torch.dtype, transpose: bool = False) -> Tensor:
         """Return x R, or x Rᵀ, by blocks in `dtype`. x (…, n)."""
         orders = self.boft_orders if self.cfg.boft_n_butterfly_factor > 1 else None
         return butterfly(x, self.R().to(dtype), orders, transpose)
 
     def pre(self, x: Tensor) -> Tensor:
-        return self.turned(x, self.dtype)
+        return self.rotate_blocks(x, self.dtype)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
         if self.site.op.takes_ids:
-            y = self.turned(y, self.dtype)
+            y = self.rotate_blocks(y, self.dtype)
         return y * self.boft_s.flatten()
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         s = self.boft_s.flatten().to(W.dtype)
         if self.site.op.takes_ids:  # R turns what is looked up: columns
-            return (self.turned(W.T, W.dtype) * s).T, b
-        turned = self.turned(W.flatten(1), W.dtype, transpose=True)
+            return (self.rotate_blocks(W.T, W.dtype) * s).T, b
+        turned = self.rotate_blocks(W.flatten(1), W.dtype, transpose=True)
         return (turned * s[:, None]).view(W.shape), b
 
 

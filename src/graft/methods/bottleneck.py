@@ -23,7 +23,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError
 from graft.core.method import Layers, Method, Published, dropout_for
-from graft.methods.places import Block, blocks_of, hidden_size, named, walk
+from graft.methods.places import Block, find_blocks, find_width, match_paths, walk
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
@@ -71,7 +71,7 @@ class BottleneckConfig(Targeted, Chosen):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.places: dict[str, Place] = {}  # no fields: these hold for one model only
+        self.places: dict[str, BottleneckPlace] = {}  # no fields: these hold for one model only
         self.width: int | None = None
         for r in self.factors:
             POSITIVE.check("reduction_factor", r)
@@ -142,7 +142,7 @@ PRESETS: dict[str, Json] = {
 }  # fmt: skip
 
 
-class Place(NamedTuple):
+class BottleneckPlace(NamedTuple):
     """What an adapter does at a module."""
 
     role: Literal["after", "norm", "tap", "beside", "embedding", "head"]
@@ -151,7 +151,7 @@ class Place(NamedTuple):
     readers: tuple[str, ...] = ()  # of a tap
 
 
-def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
+def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPlace]:
     """Return the places of an adapter in a model, by path.
 
     Raises:
@@ -159,22 +159,22 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
         ConfigError: a block has no reduction factor, or `leave_out` or `reduction_factor` names a block that the model
             lacks.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, BottleneckPlace] = {}
     overridden = {
         name: getattr(cfg, name) for name in ("attention_modules", "mlp_modules", "block_modules")
         if getattr(cfg, name) is not None
     }  # fmt: skip
-    blocks = [] if overridden and not cfg.is_parallel else blocks_of(model)
+    blocks = [] if overridden and not cfg.is_parallel else find_blocks(model)
     modules, numbers = dict(walk(model)), {*range(len(blocks))}
     for i, block in enumerate(blocks):
         if i not in cfg.leave_out:
             places |= of_block(cfg, i, block.follow(modules[block.path]))
     for name, wanted in overridden.items():
-        for path in named(filter(None, modules), wanted, name):
+        for path in match_paths(filter(None, modules), wanted, name):
             number = next((int(part) for part in path.split(".") if part.isdecimal()), 0)
             numbers.add(number)
             if number not in cfg.leave_out:
-                places[path] = Place("after", hidden_size(model), number)
+                places[path] = BottleneckPlace("after", find_width(model), number)
     cfg.check_blocks(numbers)
     if cfg.inv_adapter:
         places |= around_model(cfg, model)
@@ -183,14 +183,14 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
     return places
 
 
-def of_block(cfg: BottleneckConfig, i: int, block: Block) -> dict[str, Place]:
+def of_block(cfg: BottleneckConfig, i: int, block: Block) -> dict[str, BottleneckPlace]:
     """Return the places in one block, which has been followed.
 
     Raises:
         UnsupportedLayerError: the adapter needs the residual of the MLP, and no module gets it.
     """
-    places: dict[str, Place] = {}
-    after = Place("after", block.width, i)
+    places: dict[str, BottleneckPlace] = {}
+    after = BottleneckPlace("after", block.width, i)
     if cfg.is_parallel:
         if block.residual is None:
             raise UnsupportedLayerError(
@@ -198,20 +198,21 @@ def of_block(cfg: BottleneckConfig, i: int, block: Block) -> dict[str, Place]:
                 "Choose another preset than par_bn."
             )
         return {
-            block.residual: Place("tap", block.width, i, (block.mlp,)), block.mlp: Place("beside", block.width, i)
+            block.residual: BottleneckPlace("tap", block.width, i, (block.mlp,)),
+            block.mlp: BottleneckPlace("beside", block.width, i)
         }  # fmt: skip
     for cross, adapts in ((False, cfg.mh_adapter), (True, cfg.cross_adapter)):
         places.update(dict.fromkeys(block.ends_of(cross) if adapts else (), after))
     if cfg.output_adapter and not cfg.original_ln_before:
         places[block.mlp] = after
     elif cfg.output_adapter and block.norm is not None and cfg.original_ln_after:
-        places[block.norm] = Place("norm", block.width, i)
+        places[block.norm] = BottleneckPlace("norm", block.width, i)
     elif cfg.output_adapter:
         places[block.path] = after
     return places
 
 
-def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
+def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPlace]:
     """Return the places of an invertible adapter: after the embedding (of the encoder), and before the head.
 
     Raises:
@@ -219,9 +220,9 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
         UnsupportedLayerError: the decoder has the encoder's.
     """
     modules = dict(walk(model))
-    embedding: Any = bare(input_embeddings(model))
+    embedding: Any = strip_carriers(input_embeddings(model))
     twofold = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    path = embedded([path for path, module in modules.items() if module is embedding], modules, twofold)
+    path = find_embedding_output([path for path, module in modules.items() if module is embedding], modules, twofold)
     if path is None:
         raise NoMatchingPeftModuleError(f"{type(model).__name__} has no input embeddings for an invertible adapter.")
     if twofold and modules[path] is modules.get(path.replace("encoder", "decoder")):
@@ -231,14 +232,14 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Place]:
             "with inv_adapter=None."
         )
     paths = {id(module): path for path, module in modules.items()}
-    places = {path: Place("embedding", embedding.weight.shape[1])}
-    head = None if twofold else paths.get(id(bare(output_embeddings(model))))
+    places = {path: BottleneckPlace("embedding", embedding.weight.shape[1])}
+    head = None if twofold else paths.get(id(strip_carriers(output_embeddings(model))))
     if head and cfg.inverse_before_head:
-        places[head] = Place("head", embedding.weight.shape[1])
+        places[head] = BottleneckPlace("head", embedding.weight.shape[1])
     return places
 
 
-def embedded(paths: Iterable[str], modules: Collection[str], twofold: bool) -> str | None:
+def find_embedding_output(paths: Iterable[str], modules: Collection[str], twofold: bool) -> str | None:
     """Return the module whose output enters the first block, of `paths` of the embedding of words; None if none does.
 
     twofold: the model has an encoder and a decoder, and the block is the encoder's.
@@ -256,7 +257,7 @@ def embedded(paths: Iterable[str], modules: Collection[str], twofold: bool) -> s
     return None
 
 
-def bare(module: nn.Module | None) -> nn.Module | None:
+def strip_carriers(module: nn.Module | None) -> nn.Module | None:
     """Return a module as it is without adapters."""
     return None if module is None else next(walk(module))[1]
 
@@ -331,10 +332,10 @@ class Bottleneck(Method[BottleneckConfig]):
 
     @classmethod
     def prepare(cls, cfg: BottleneckConfig, model: nn.Module) -> None:
-        found = cfg.target_modules == PLACES
-        cfg.places = places_in(cfg, model) if found else {}
+        finds_places = cfg.target_modules == PLACES
+        cfg.places = places_in(cfg, model) if finds_places else {}
         cfg.target_paths = set(cfg.places) or None
-        cfg.width = hidden_size(model)
+        cfg.width = find_width(model)
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
@@ -345,10 +346,10 @@ class Bottleneck(Method[BottleneckConfig]):
         return dict(bottleneck_rule=nn.Parameter(rule.normal_(std=1e-4)))
 
     @property
-    def place(self) -> Place:
+    def place(self) -> BottleneckPlace:
         site = self.site
-        found = self.cfg.places.get(site.key)
-        return found or Place("after", site.out_features if site.op.known else self.cfg.width)
+        place = self.cfg.places.get(site.key)
+        return place or BottleneckPlace("after", site.out_features if site.op.known else self.cfg.width)
 
     @property
     def width(self) -> int:
@@ -397,19 +398,19 @@ class Bottleneck(Method[BottleneckConfig]):
             factor = cfg.inv_adapter_reduction_factor
             return dict(bottleneck_inv=Coupling(self.width, factor, cfg.non_linearity.lower()))
         H, d = self.width, self.narrow
-        made: dict[str, object] = {}
+        values: dict[str, object] = {}
         if cfg.phm_layer:
-            made |= dict(bottleneck_down=Kronecker(cfg.phm_dim, H, d), bottleneck_up=Kronecker(cfg.phm_dim, d, H))
+            values |= dict(bottleneck_down=Kronecker(cfg.phm_dim, H, d), bottleneck_up=Kronecker(cfg.phm_dim, d, H))
         else:
-            made |= dict(bottleneck_down=nn.Linear(H, d), bottleneck_up=nn.Linear(d, H))
+            values |= dict(bottleneck_down=nn.Linear(H, d), bottleneck_up=nn.Linear(d, H))
         if cfg.ln_before:
-            made["bottleneck_norm"] = nn.LayerNorm(H)
+            values["bottleneck_norm"] = nn.LayerNorm(H)
         if isinstance(cfg.scaling, str):
-            made["bottleneck_scale"] = nn.Parameter(torch.ones(H if cfg.scaling == "channel" else 1))
+            values["bottleneck_scale"] = nn.Parameter(torch.ones(H if cfg.scaling == "channel" else 1))
         if cfg.use_gating:
-            made["bottleneck_gate"] = nn.Linear(H, 1)
+            values["bottleneck_gate"] = nn.Linear(H, 1)
         return (
-            made
+            values
             | shared
             | dict(
                 bottleneck_dropout=dropout_for(cfg.dropout),
@@ -424,13 +425,13 @@ class Bottleneck(Method[BottleneckConfig]):
         if role in ENDS:
             coupling = self.bottleneck_inv
             for net in (coupling.F, coupling.G):
-                started(net[0], "bert")
-                started(net[1], how if how == "mam_adapter" else "bert", last=True)
+                init_projection(net[0], "bert")
+                init_projection(net[1], how if how == "mam_adapter" else "bert", last=True)
             return
-        started(self.bottleneck_down, how)
-        started(self.bottleneck_up, how, last=True)
+        init_projection(self.bottleneck_down, how)
+        init_projection(self.bottleneck_up, how, last=True)
         if self.cfg.use_gating:
-            started(self.bottleneck_gate, "bert")
+            init_projection(self.bottleneck_gate, "bert")
 
     def u(self, x: Tensor) -> Tensor:
         """Return what the bottleneck adds, for x (rows, …, H)."""
@@ -477,7 +478,7 @@ class Bottleneck(Method[BottleneckConfig]):
 
 
 @torch.no_grad()
-def started(module: nn.Module, how: str, last: bool = False) -> None:
+def init_projection(module: nn.Module, how: str, last: bool = False) -> None:
     """Give Down or Up (`last`) its first values, as `init_weights` says."""
     if isinstance(module, Kronecker):
         for half in (module.W_left, module.W_right):

@@ -88,13 +88,13 @@ class DEFT(Method[DeftConfig]):
         A0, B = -multiply_widened(Z.T, self.W0).to(self.dtype), Q.to(self.dtype)
         if self.cfg.para:
             return Factors(A0, B)
-        own, op = self.scaling * self.deft_R, self.site.op
+        R, op = self.scaling * self.deft_R, self.site.op
         drops = self.cfg.deft_dropout > 0 and self.layer.training and not op.takes_ids
         if drops and op.factorable(self.site.module):
-            return Factors(Product(partial(self.down, own, A0), own + A0), B)
-        return Factors(own + A0, B, dropout=self.deft_dropout)  # acts on both where groups tear the two apart
+            return Factors(Product(partial(self.down, R, A0), R + A0), B)
+        return Factors(R + A0, B, dropout=self.deft_dropout)  # acts on both where groups tear the two apart
 
-    def down(self, own: Tensor, A0: Tensor, x: Tensor) -> Tensor:
+    def down(self, R: Tensor, A0: Tensor, x: Tensor) -> Tensor:
         """Return own dropout(x) + kept x: dropout acts on the input of R alone."""
         op, base, x = self.site.op, self.layer.base_layer, x.to(self.dtype)
-        return op.down(base, self.deft_dropout(x), own) + op.down(base, x, A0)
+        return op.down(base, self.deft_dropout(x), R) + op.down(base, x, A0)

@@ -81,7 +81,7 @@ class Ewora(Method[EworaConfig]):
         if isinstance(self.ewora_dropout, nn.Identity):
             z = op.down(base, x, A.flatten(0, 1))
         else:
-            z = torch.cat([op.down(base, self.ewora_dropout(x), own) for own in A], -1)
+            z = torch.cat([op.down(base, self.ewora_dropout(x), A_expert) for A_expert in A], -1)
         g = self.ewora_weighting(z.relu())  # (…, experts)
         z = z.unflatten(-1, (E, -1)) * g.unsqueeze(-1)
         return op.up(base, z.flatten(-2), self.ewora_Bs.flatten(0, 1).T)

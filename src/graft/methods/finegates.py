@@ -39,7 +39,7 @@ class FineGatesConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     init_weights: bool | None = None  # False: z of N(0, 1), for tests
 
 
-def found(tuner: Tuner, adapter_names: str | list[str] | None) -> list[FineGates]:
+def find_gates(tuner: Tuner, adapter_names: str | list[str] | None) -> list[FineGates]:
     """Return the adapters of these names on all layers, and on each matrix of stacks; the active ones if None."""
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
@@ -54,7 +54,7 @@ def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) ->
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
     """
-    methods = found(tuner, adapter_names)
+    methods = find_gates(tuner, adapter_names)
     return sum((m.loss() for m in methods), 0.0) / max(1, len(methods))
 
 
@@ -62,15 +62,15 @@ def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) ->
 def compression(tuner: Tuner, adapter_names: str | list[str] | None = None) -> dict[str, float]:
     """Return the shares of rows, columns and entries of the adapted weights that closed gates leave out."""
     sizes = torch.zeros(3, 2)  # of all; of those that are left
-    for m in found(tuner, adapter_names):
-        both = (opened(z) > 0 for z in (m.finegates_rows, m.finegates_columns))  # without noise
+    for m in find_gates(tuner, adapter_names):
+        both = (compute_openness(z) > 0 for z in (m.finegates_rows, m.finegates_columns))  # without noise
         rows, columns = (torch.tensor([len(open_), float(open_.sum())]) for open_ in both)
         sizes += torch.stack([rows, columns, rows * columns])
     shares = (sizes[:, 0] - sizes[:, 1]) / sizes[:, 0].clamp_min(1)
     return dict(zip(("rows", "columns", "entries"), shares.tolist()))
 
 
-def opened(z: Tensor) -> Tensor:
+def compute_openness(z: Tensor) -> Tensor:
     """Return how far gates of z (n,) are open, before they are cut to [0, 1]."""
     return z.tanh() + 0.5
 
@@ -116,7 +116,7 @@ class FineGates(Method[FineGatesConfig]):
 
     def gate(self, z: Tensor) -> Tensor:
         """Return the gates of z (n,), in [0, 1]; with noise in training."""
-        open_by = opened(z)
+        open_by = compute_openness(z)
         if self.layer.training and self.cfg.gate_noise_std:
             open_by = open_by + torch.randn_like(z) * self.cfg.gate_noise_std
         return open_by.clamp(0, 1)
@@ -143,7 +143,7 @@ class FineGates(Method[FineGatesConfig]):
         cfg = self.cfg
         off: Any = 0.0
         for z in (self.finegates_rows, self.finegates_columns):
-            likely = torch.special.ndtr(opened(z.float()) / 0.5)
+            likely = torch.special.ndtr(compute_openness(z.float()) / 0.5)
             off = off + (likely.mean() - (1 - cfg.target_sparsity)).abs()
         loss: Tensor = cfg.sparsity_loss_weight * off / 2
         return loss

@@ -55,8 +55,8 @@ class Items:
     def __getitem__(self, i: Any) -> Any:
         """Return an item, which is the same value each time."""
         of: Any = self
-        made = of.tracer.create_proxy("call_function", operator.getitem, (self, i), {})
-        return of.tracer.proxy(of.tracer.items.setdefault((of.node, i), made.node)) if isinstance(i, int) else made
+        proxy = of.tracer.create_proxy("call_function", operator.getitem, (self, i), {})
+        return of.tracer.proxy(of.tracer.items.setdefault((of.node, i), proxy.node)) if isinstance(i, int) else proxy
 
     def __iter__(self) -> Iterator[Any]:
         caller, n = sys._getframe(1), 2  # without a frame that holds itself, as torch's own way leaves
@@ -142,15 +142,15 @@ class Recorder(GraphAppendingTracer):
 
     def note(self, path: str, /, *args: Any, **kwargs: Any) -> Any:
         """Record a call of a module."""
-        made = self.create_proxy("call_module", path, args, kwargs)
-        return (made,) if self.tuples and path in self.attentions else made
+        proxy = self.create_proxy("call_module", path, args, kwargs)
+        return (proxy,) if self.tuples and path in self.attentions else proxy
 
     def run(self, block: nn.Module, optional: Callable[[inspect.Parameter], bool]) -> tuple[Node, Any]:
         """Return the first input of a copy, and what it returns. optional: which arguments with defaults it gets."""
         forward: Any = type(block).forward
-        _, first, *others = inspect.signature(forward).parameters.values()
+        _, first, *parameters = inspect.signature(forward).parameters.values()
         x = self.value(first.name)
-        named = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         needed = [p.name for p in named if p.default is p.empty or optional(p)]
         return x.node, self.create_arg(forward(block, x, **{name: self.value(name) for name in needed}))
 
@@ -161,7 +161,7 @@ class Recorder(GraphAppendingTracer):
             names: the functions that continue all inputs.
             normed: norms continue theirs, too.
         """
-        name, inputs = name_of(value), value.all_input_nodes
+        name, inputs = node_name(value), value.all_input_nodes
         if value.op == "call_module":
             return [] if name in self.ends or (name in self.norms and not normed) else inputs
         return inputs if name in names else inputs[:1] if name in PASSES else []
@@ -190,20 +190,20 @@ def flow_of(block: nn.Module, attentions: Collection[str], norms: Collection[str
         UnfollowedError: the code needs values.
     """
     recorder, x, returned = record(block, attentions, norms, mlp)
-    last = out = first_of(returned)
+    last = out = first_output(returned)
     while len(parts := recorder.parts(last)) == 1:
         last = parts[0]
-    norm = name_of(last) if last.op == "call_module" and last.target in norms else None
+    norm = node_name(last) if last.op == "call_module" and last.target in norms else None
     total = out if norm is None else last.all_input_nodes[0]
     summands, normed = recorder.terms(total), recorder.terms(out, normed=True)
     calls = [node for node in out.graph.nodes if node.op == "call_module"]
     end = next((node for node in reversed(calls) if node.target == mlp and node in normed), None)
-    if end is None or not any(name_of(node) in SUMS for node in summands):
+    if end is None or not any(node_name(node) in SUMS for node in summands):
         raise UnsupportedLayerError(f"its first output is no sum with the output of '{mlp}'")
-    streams = {name_of(node) for node in recorder.terms(total, SUMS | {"cat"}) if node.op == "placeholder"}
+    streams = {node_name(node) for node in recorder.terms(total, SUMS | {"cat"}) if node.op == "placeholder"}
     if streams - {x.target}:
         raise UnsupportedLayerError(f"its first output is one of several streams, {' and '.join(sorted(streams))}")
-    crosses = frozenset(name_of(node) for node in calls if node.target in attentions and is_cross(node, x))
+    crosses = frozenset(node_name(node) for node in calls if node.target in attentions and is_cross(node, x))
     return Flow(norm, residual_of(end, summands), crosses)
 
 
@@ -227,14 +227,14 @@ def record(
     raise UnfollowedError(f"its code cannot be followed: {said}")
 
 
-def name_of(node: Node) -> str:
+def node_name(node: Node) -> str:
     """Return the path of a module that is called, or the name of a function, a method or an argument."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def first_of(out: Any) -> Node:
+def first_output(out: Any) -> Node:
     """Return the first value of an output: itself, or the first in a tuple, or in a sum that begins with one."""
-    while not isinstance(out, Node) or (name_of(out) in SUMS and isinstance(out.args[0], (tuple, list))):
+    while not isinstance(out, Node) or (node_name(out) in SUMS and isinstance(out.args[0], (tuple, list))):
         out = out.args[0] if isinstance(out, Node) else out[0] if isinstance(out, (tuple, list)) and out else None
         if out is None:
             raise UnsupportedLayerError("its first output is no sum: it returns none")
@@ -245,10 +245,10 @@ def residual_of(end: Node, summands: Collection[Node]) -> str | None:
     """Return the module, on the way to the end of the MLP, whose input is a summand; None if it is no module."""
     while inputs := end.all_input_nodes:
         value = inputs[0]
-        while value not in summands and name_of(value) in CASTS:
+        while value not in summands and node_name(value) in CASTS:
             value = value.all_input_nodes[0]
         if value in summands:
-            return name_of(end) if end.op == "call_module" else None
+            return node_name(end) if end.op == "call_module" else None
         end = value
     return None
 

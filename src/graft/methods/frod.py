@@ -60,13 +60,13 @@ def width(name: str, sites: Sequence[Site]) -> int:
     Raises:
         ConfigError: it is not the same for all.
     """
-    found = {site.fan_in for site in sites}
-    if len(found) > 1:
+    sizes = {site.fan_in for site in sites}
+    if len(sizes) > 1:
         raise ConfigError(
-            f"FRoD gives one V to all layers of the category '{name}', and they have {sorted(found)} inputs: such as "
+            f"FRoD gives one V to all layers of the category '{name}', and they have {sorted(sizes)} inputs: such as "
             f"{', '.join(repr(site.key) for site in sites[:4])}. Adapt them by adapters of their own."
         )
-    return found.pop()
+    return sizes.pop()
 
 
 def order(key: str) -> int:
@@ -95,7 +95,7 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
     return basis
 
 
-def entries(n: int, rate: float) -> int:
+def count_entries(n: int, rate: float) -> int:
     """Return how many entries of S (n, n) train."""
     count = min(int(n * n * rate), n * n - n)
     return max(count, min(1, n * n - n)) if rate > 0 else count
@@ -103,7 +103,7 @@ def entries(n: int, rate: float) -> int:
 
 def support(n: int, rate: float, generator: torch.Generator) -> Tensor:
     """Draw the entries of S, beside its diagonal: their rows and columns, (2, entries)."""
-    out = torch.empty(2, entries(n, rate), dtype=torch.int64)
+    out = torch.empty(2, count_entries(n, rate), dtype=torch.int64)
     if out.is_meta:
         return out
     place = torch.randperm(n * n - n, generator=generator)[: out.shape[1]]
@@ -157,13 +157,13 @@ class FRoD(Method[FrodConfig]):
         return super().check()
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
-        cfg, site, mine = self.cfg, self.site, category(self.site.key)
+        cfg, site, group = self.cfg, self.site, category(self.site.key)
         n = site.fan_in
-        common = [shared[f"frod_{part}.{mine}"].container for part in ("V", "s_indices")] if shared else []
+        common = [shared[f"frod_{part}.{group}"].container for part in ("V", "s_indices")] if shared else []
         return dict(
             frod_shared=Attached(common),  # out of sight: names in memory are PEFT's
             frod_lambda_l=nn.Parameter(torch.zeros(n)),
-            frod_lambda_s_values=nn.Parameter(torch.zeros(entries(n, cfg.sparse_rate))),
+            frod_lambda_s_values=nn.Parameter(torch.zeros(count_entries(n, cfg.sparse_rate))),
             frod_U=Transient(torch.zeros(site.out_features, n)),
             frod_dropout=dropout_for(cfg.frod_dropout),
         )
@@ -197,7 +197,7 @@ class FRoD(Method[FrodConfig]):
         self.rotate()
 
     @property
-    def shared(self) -> tuple[Tensor, Tensor]:
+    def shared_tensors(self) -> tuple[Tensor, Tensor]:
         """V (in, in), and the rows and columns of the entries of S (2, entries)."""
         device = self.frod_U.device
         V, places = (copy_on_device(container[self.name], device) for container in self.layer.frod_shared)
@@ -221,7 +221,7 @@ class FRoD(Method[FrodConfig]):
         return scale
 
     def delta(self, W0: Tensor) -> Tensor:  # type: ignore[override]
-        V, (rows, columns) = self.shared
+        V, (rows, columns) = self.shared_tensors
         values, n = self.frod_lambda_s_values, len(V)
         M = values.new_zeros(n, n).index_put((rows, columns), values) + torch.diag(self.frod_lambda_l)
         parts = self.frod_U.to(values.dtype), M, V.T.to(values.dtype)

@@ -20,7 +20,7 @@ from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Published, Tokens, dropout_for
-from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, Place
+from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, BottleneckPlace
 
 STRENGTH = 0.01  # of the regularisation
 
@@ -53,11 +53,11 @@ class AdapterFusionConfig(Targeted, Chosen):
 class Fused(NamedTuple):
     """What the bottlenecks do at a layer, and which of them act there."""
 
-    place: Place
+    place: BottleneckPlace
     adapters: tuple[str, ...]
 
 
-def fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
+def find_fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
     """Return what bottlenecks of these names do at their layers in a model, by path.
 
     Raises:
@@ -66,7 +66,7 @@ def fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
     """
     if not names:
         raise ConfigError("AdapterFusion needs bottlenecks: name them in AdapterFusionConfig(adapters=[…]).")
-    found: dict[str, Fused] = {}
+    places: dict[str, Fused] = {}
     layers = {layer.site.key: layer for layer in filter(None, map(layer_in, model.modules()))}
     for key, layer in layers.items():
         for m in (layer.methods[name] for name in names if name in layer.methods):
@@ -74,17 +74,17 @@ def fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
                 raise ConfigError(f"AdapterFusion takes bottlenecks, and adapter '{m.name}' is {type(m).__name__}.")
             if m.place.role in ENDS:
                 raise ConfigError(f"Adapter '{m.name}' is invertible at '{key}', which AdapterFusion has no form for.")
-            before = found.get(key, Fused(m.place, ()))
+            before = places.get(key, Fused(m.place, ()))
             if before.place != m.place:
                 raise ConfigError(f"Adapters {names} act in different ways at '{key}': fuse bottlenecks of one kind.")
-            found[key] = Fused(m.place, (*before.adapters, m.name))
-    missing = [name for name in names if not any(name in fused.adapters for fused in found.values())]
+            places[key] = Fused(m.place, (*before.adapters, m.name))
+    missing = [name for name in names if not any(name in fused.adapters for fused in places.values())]
     if missing:
         raise ConfigError(
             f"AdapterFusion needs adapters {missing}, which the model does not have: load them before, into a "
             "PeftMixedModel."
         )
-    return found
+    return places
 
 
 class AdapterFusion(Method[AdapterFusionConfig]):
@@ -105,14 +105,14 @@ class AdapterFusion(Method[AdapterFusionConfig]):
 
     @classmethod
     def prepare(cls, cfg: AdapterFusionConfig, model: nn.Module) -> None:
-        cfg.places = fused_places(model, cfg.adapters)
+        cfg.places = find_fused_places(model, cfg.adapters)
         if cfg.target_modules == PLACES:
             cfg.target_paths = set(cfg.places)
 
     @property
-    def place(self) -> Place | None:
-        found = self.cfg.places.get(self.site.key)
-        return None if found is None else found.place
+    def place(self) -> BottleneckPlace | None:
+        fused = self.cfg.places.get(self.site.key)
+        return None if fused is None else fused.place
 
     def check(self) -> str | None:
         if self.place is None:
@@ -136,10 +136,10 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         if place.role == "tap":
             return dict(fusion_tap=Transient(torch.empty(0)))
         H = place.width or 0
-        made: dict[str, object] = dict(fusion_query=nn.Linear(H, H), fusion_key=nn.Linear(H, H))
+        values: dict[str, object] = dict(fusion_query=nn.Linear(H, H), fusion_key=nn.Linear(H, H))
         if self.cfg.value:
-            made["fusion_value"] = nn.Linear(H, H, bias=False)
-        return made | dict(fusion_dropout=dropout_for(self.cfg.dropout))
+            values["fusion_value"] = nn.Linear(H, H, bias=False)
+        return values | dict(fusion_dropout=dropout_for(self.cfg.dropout))
 
     def init(self) -> None:
         assert self.place is not None
@@ -153,7 +153,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
             with torch.no_grad():
                 self.fusion_value.weight.fill_diagonal_(1)
 
-    def fused(self, h: Tensor) -> Tensor:
+    def fuse(self, h: Tensor) -> Tensor:
         """Return what the fusion adds, for h (…, H) on which the bottlenecks act."""
         methods, names = self.layer.methods, self.cfg.places[self.site.key].adapters
         if gone := [name for name in names if name not in methods]:
@@ -165,11 +165,11 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         q, k = self.fusion_query(h.to(self.dtype)), self.fusion_key(u)
         scores = self.fusion_dropout((k @ q[..., None]).squeeze(-1))  # (…, adapters)
         v = self.fusion_value(u) if self.cfg.value else u
-        self.regularized()
+        self.note_value_matrix()
         out: Tensor = (scores.softmax(-1)[..., None, :] @ v).squeeze(-2)
         return out
 
-    def regularized(self) -> None:
+    def note_value_matrix(self) -> None:
         """Have the value matrix reach `compute_auxiliary_loss`, where it trains."""
         if self.cfg.value and self.cfg.regularization and self.layer.training:
             W = self.fusion_value.weight
@@ -177,14 +177,14 @@ class AdapterFusion(Method[AdapterFusionConfig]):
                 self.layer.call.note(self.name, self.site.key, W)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.fused(y)
+        return self.fuse(y)
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.fused(x)
+        return self.fuse(x)
 
     def before_norm(self, s: Tensor) -> Tensor:
         """Return s + fused(LN s), which the norm then gets in place of s."""
-        return s + self.fused(self.layer.base_layer(s))
+        return s + self.fuse(self.layer.base_layer(s))
 
     @classmethod
     def compute_auxiliary_loss(cls, cfg: AdapterFusionConfig, noted: Sequence[Tokens]) -> Tensor:

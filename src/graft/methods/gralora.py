@@ -86,8 +86,8 @@ class GraLoRA(Method[GraloraConfig]):
         sizes = self.site.fan_in // k, self.site.out_features // k
         A, B = [], []
         for _ in range(k):
-            A.append(drawn(cfg.r, sizes[0]).T)
-            B.append(torch.zeros(cfg.r, sizes[1]) if cfg.init_weights else drawn(sizes[1], cfg.r).T)
+            A.append(draw_factor(cfg.r, sizes[0]).T)
+            B.append(torch.zeros(cfg.r, sizes[1]) if cfg.init_weights else draw_factor(sizes[1], cfg.r).T)
         return torch.stack(A), torch.stack(B)
 
     def init(self) -> None:
@@ -106,5 +106,5 @@ class GraLoRA(Method[GraloraConfig]):
         return Factors(A, B, scale=self.scaling, dropout=self.gralora_dropout)
 
 
-def drawn(out: int, fan_in: int) -> Tensor:
+def draw_factor(out: int, fan_in: int) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(out, fan_in), a=math.sqrt(5))

@@ -30,8 +30,8 @@ class IA3Config(Targeted, FanInFanOut):
         super().__post_init__()
         self.feedforward_modules = as_set(self.feedforward_modules)
         targets, inner = self.target_modules, self.feedforward_modules
-        others = set(self.target_parameters or ())
-        if isinstance(targets, set) and isinstance(inner, set) and (left := inner - targets - others):
+        parameters = set(self.target_parameters or ())
+        if isinstance(targets, set) and isinstance(inner, set) and (left := inner - targets - parameters):
             raise ConfigError(
                 f"`feedforward_modules` should be a subset of `target_modules`, but has {sorted(left)} too."
             )

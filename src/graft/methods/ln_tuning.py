@@ -35,14 +35,14 @@ class LNTuning(Method[LNTuningConfig]):
         return super().check() if why is None else f"LN tuning trains a copy of the layer, and {why}"
 
     def describe(self) -> Effect:
-        return Replace(self.copied)
+        return Replace(self.get_copy)
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         """Copy the module where it is, whatever `device`: that draws no random values."""
-        made = standalone(self.site.module)
-        for p in made.parameters():
+        clone = standalone(self.site.module)
+        for p in clone.parameters():
             p.requires_grad = p.is_floating_point()
-        return dict(ln_tuning_layers=made)
+        return dict(ln_tuning_layers=clone)
 
-    def copied(self) -> nn.Module:
+    def get_copy(self) -> nn.Module:
         return self.ln_tuning_layers

@@ -20,7 +20,7 @@ from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of
 from graft.core.method import Use
 from graft.kernels.one_product import Hadamard, is_narrow, narrow
-from graft.methods.loraxs import largest
+from graft.methods.loraxs import find_largest_components
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class LoHa(Lycoris[LoHaConfig]):
     @torch.no_grad()
     def init_abba(self) -> None:
         """Begin with the best product of rank r for W₀, times zero."""
-        U, S, V = largest(self.layer.W0.flatten(1), self.cfg.r)
+        U, S, V = find_largest_components(self.layer.W0.flatten(1), self.cfg.r)
         self.hada_w1_a.copy_(U * S.sqrt())
         self.hada_w1_b.copy_(S.sqrt()[:, None] * V)
         nn.init.kaiming_uniform_(self.hada_w2_b)

@@ -81,7 +81,7 @@ class LoraXS(Method[LoraXsConfig]):
     @torch.no_grad()
     def init(self) -> None:
         W = self.layer.W0 if self.cfg.init_weights != "sb" else self.step()
-        U, S, V = largest(W.flatten(1), self.cfg.r)
+        U, S, V = find_largest_components(W.flatten(1), self.cfg.r)
         if not self.cfg.init_weights:
             nn.init.normal_(self.loraxs_R, std=1e-5)
         if self.cfg.init_weights == "sb":
@@ -105,7 +105,7 @@ class LoraXS(Method[LoraXsConfig]):
         return Factors(A, B @ R, self.scaling, self.loraxs_dropout)
 
 
-def largest(W: Tensor, r: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def find_largest_components(W: Tensor, r: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (out, r), S (r,) and V (r, in) of the r largest singular values of W, but for the `first` ones.
 
     The largest entry of each column of U is positive, so that every decomposition gives the same.

@@ -20,8 +20,8 @@ from graft.core.effect import Effect, Factors, Replace, Update
 from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
 from graft.core.method import Method, Published, Tokens, dropout_for
 from graft.core.ops import find_op
-from graft.methods.moelora import balance, check_experts, weighed
-from graft.methods.places import ATTENTION, MLP, named, walk
+from graft.methods.moelora import check_experts, compute_balance_loss, sum_experts
+from graft.methods.places import ATTENTION, MLP, match_paths, walk
 
 FIXED = "MixLoRA's router chooses experts for each token, which no weight does"
 
@@ -93,7 +93,7 @@ class MixLoRA(Method[MixLoraConfig]):
         """
         modules = dict(walk(model))
         linears = {path: op.dims(m)[1] for path, m in modules.items() if (op := find_op(m)).linear}
-        chosen = None if cfg.mlp_modules is None else named(modules, cfg.mlp_modules, "mlp_modules")
+        chosen = None if cfg.mlp_modules is None else match_paths(modules, cfg.mlp_modules, "mlp_modules")
         cfg.within, cfg.routers = {}, {}
         for path in paths:
             within = mlp_of(path) if chosen is None else of_these(path, chosen)
@@ -182,11 +182,11 @@ class MixLoRA(Method[MixLoraConfig]):
                 f"Layer '{self.site.key}' has an expert of adapter '{self.name}' for each token of the MLP "
                 f"'{cfg.within[self.site.key]}', and got an input {tuple(x.shape)} that is not of these: call the MLP."
             )
-        own = chosen.to(x.device).unsqueeze(-1) == torch.arange(cfg.num_experts, device=x.device)
-        g = own.to(x.dtype) * (cfg.lora_alpha / cfg.r)
+        is_chosen = chosen.to(x.device).unsqueeze(-1) == torch.arange(cfg.num_experts, device=x.device)
+        g = is_chosen.to(x.dtype) * (cfg.lora_alpha / cfg.r)
         x = self.mixlora_dropout(x)
-        return weighed(self.site.op, self.layer.base_layer, x, self.mixlora_A, self.mixlora_B, g)
+        return sum_experts(self.site.op, self.layer.base_layer, x, self.mixlora_A, self.mixlora_B, g)
 
     @classmethod
     def compute_auxiliary_loss(cls, cfg: MixLoraConfig, noted: Sequence[Tokens]) -> Tensor:
-        return cfg.router_aux_loss_coef * balance(noted, cfg.top_k)
+        return cfg.router_aux_loss_coef * compute_balance_loss(noted, cfg.top_k)

@@ -63,7 +63,7 @@ def check_experts(top_k: int | None, experts: int, pattern: dict[str, int] | Non
             raise ConfigError(f"`top_k` is {top_k}, and a router chooses between 1 and all of its experts: {n}{place}.")
 
 
-def weights_of(p: Tensor, top_k: int | None) -> Tensor:
+def find_expert_weights(p: Tensor, top_k: int | None) -> Tensor:
     """Return how much experts count, of their probabilities (…, experts): the k largest over their sum, and 0."""
     if top_k is None:
         return p
@@ -71,13 +71,13 @@ def weights_of(p: Tensor, top_k: int | None) -> Tensor:
     return torch.zeros_like(p).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
 
 
-def weighed(op: Op, base: nn.Module, x: Tensor, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
+def sum_experts(op: Op, base: nn.Module, x: Tensor, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
     """Return Σₑ gₑ Bₑ Aₑ x for g (…, experts), A (experts or 1, r, in), B (experts, out, r)."""
     z = op.down(base, x, A.flatten(0, 1)).unflatten(-1, A.shape[:2])
     return op.up(base, (z * g.unsqueeze(-1)).flatten(-2), B.transpose(0, 1).flatten(1))
 
 
-def balance(noted: Sequence[Tokens], top_k: int) -> Tensor:
+def compute_balance_loss(noted: Sequence[Tokens], top_k: int) -> Tensor:
     """Return E Σₑ fₑ Pₑ, (): f the share of tokens that chose an expert, P the mean of its probability (tokens, E).
 
     Routers count together: all tokens of all of them. If numbers of experts differ, each counts by itself, and the mean
@@ -90,9 +90,9 @@ def balance(noted: Sequence[Tokens], top_k: int) -> Tensor:
         p = one.values
         real = torch.ones_like(p) if one.real is None else one.real.unsqueeze(-1).expand_as(p)
         chosen = torch.zeros_like(p).scatter(-1, p.topk(top_k, -1).indices, 1.0)
-        found = torch.stack([chosen * real, p * real, real]).sum(1).to(device)  # no product, which autocast rounds
+        counts = torch.stack([chosen * real, p * real, real]).sum(1).to(device)  # no product, which autocast rounds
         router = one.layer if alone else ""
-        sums[router] = sums[router] + found if router in sums else found
+        sums[router] = sums[router] + counts if router in sums else counts
     means = [(chosen / n.clamp_min(1), p / n.clamp_min(1)) for chosen, p, n in sums.values()]
     return torch.stack([len(f) * (f * P).sum() for f, P in means]).mean()
 
@@ -135,9 +135,9 @@ class MoeLoRA(Method[MoeLoraConfig]):
         p = self.moelora_router(x).softmax(-1, dtype=torch.float32)  # (…, experts)
         if cfg.router_loss and self.layer.training and self.moelora_router.weight.requires_grad:
             self.layer.call.note(self.name, self.site.key, p)
-        g = weights_of(p, cfg.top_k).to(x.dtype) * (cfg.lora_alpha / cfg.r)
-        return weighed(op, base, self.moelora_dropout(x), self.moelora_A, self.moelora_B, g)
+        g = find_expert_weights(p, cfg.top_k).to(x.dtype) * (cfg.lora_alpha / cfg.r)
+        return sum_experts(op, base, self.moelora_dropout(x), self.moelora_A, self.moelora_B, g)
 
     @classmethod
     def compute_auxiliary_loss(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
-        return cfg.router_aux_loss_coef * balance(noted, cfg.top_k)  # type: ignore[no-any-return]
+        return cfg.router_aux_loss_coef * compute_balance_loss(noted, cfg.top_k)  # type: ignore[no-any-return]

@@ -55,8 +55,10 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         cfg, site = self.cfg, self.site
         tasks, n, r = cfg.n_tasks, cfg.n_up_projection, cfg.r
         shapes = dict(A=(r, site.in_features), B=(n, site.out_features, r)) | {"lambda": (tasks, r)}
-        made: dict[str, object] = {f"mtllora_{name}": nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
-        return made | dict(mtllora_w=nn.Parameter(torch.ones(tasks, n), requires_grad=n > 1))  # else nothing to mix
+        values: dict[str, object] = {
+            f"mtllora_{name}": nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()
+        }
+        return values | dict(mtllora_w=nn.Parameter(torch.ones(tasks, n), requires_grad=n > 1))  # else nothing to mix
 
     def init(self) -> None:
         nn.init.kaiming_uniform_(self.mtllora_A, a=math.sqrt(5))

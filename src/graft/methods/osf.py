@@ -90,8 +90,8 @@ class OSF(Method[OSFConfig]):
         # `init` finds them in the weight
         values: dict[str, object] = {f"osf_{name}": Transient(torch.empty(shape)) for name, shape in fixed.items()}
         make = torch.randn if self.cfg.init_weights is False else torch.zeros
-        own = dict(U_low=make(out, r), S_low=make(r), V_low=make(r, n))
-        return dict(osf_svd_params=nn.ParameterDict(own)) | values
+        small = dict(U_low=make(out, r), S_low=make(r), V_low=make(r, n))
+        return dict(osf_svd_params=nn.ParameterDict(small)) | values
 
     @torch.no_grad()
     def init(self) -> None:
@@ -110,16 +110,16 @@ class OSF(Method[OSFConfig]):
 
     def components(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return U S, V, U₀ S₀ and V₀; gradients of U and V leave the space of the large components alone."""
-        own, U0, V0 = self.osf_svd_params, self.osf_U_init, self.osf_V_init
+        small, U0, V0 = self.osf_svd_params, self.osf_U_init, self.osf_V_init
         out, n, *_ = self.sizes
-        U, V = own["U_low"], own["V_low"]
+        U, V = small["U_low"], small["V_low"]
         if torch.is_grad_enabled():
             U = project_gradient_outside(U, self.osf_U_high) if out > n else project_gradient_inside(U, U0)
             V = project_gradient_outside(V.T, self.osf_V_high.T).T if out < n else project_gradient_inside(V.T, V0.T).T
         S0, dtype = self.osf_S_init, U.dtype
         if U0.dtype != dtype:  # FSDP casts parameters for a call, and leaves buffers as they are
             U0, S0, V0 = U0.to(dtype), S0.to(dtype), V0.to(dtype)
-        return U * own["S_low"], V, U0 * S0, V0
+        return U * small["S_low"], V, U0 * S0, V0
 
     def factors(self) -> Factors:
         """Return factors of twice the rank, for where they are cheaper than ΔW."""

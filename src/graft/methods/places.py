@@ -90,7 +90,7 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield from walk(child, f"{path}.{name}" if path else name)
 
 
-def blocks_of(model: nn.Module) -> list[Block]:
+def find_blocks(model: nn.Module) -> list[Block]:
     """Return the blocks of a model, encoder first.
 
     Raises:
@@ -103,13 +103,13 @@ def blocks_of(model: nn.Module) -> list[Block]:
         op = find_op(module)
         if op.linear:
             linears[path] = op.dims(module)
-    found = blocks_in(linears, modules, text_width(getattr(model, "config", None)))
-    if not found:
+    blocks = blocks_in(linears, modules, text_width(getattr(model, "config", None)))
+    if not blocks:
         raise NoMatchingPeftModuleError(
             f"{type(model).__name__} has no blocks with an attention and an MLP whose names tell: name the modules in "
             f"target_modules. Its linear layers: {some(sorted(linears)) or 'none'}."
         )
-    return found
+    return blocks
 
 
 def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block]:
@@ -120,7 +120,7 @@ def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block
         NoMatchingPeftModuleError: it has none that can be told.
         UnsupportedLayerError: the first output of a block does not continue its first input.
     """
-    blocks = blocks_of(model)
+    blocks = find_blocks(model)
     if not isinstance(layers, str):
         if any(not 0 <= i < len(blocks) for i in layers):
             raise ConfigError(f"layers={layers}: the model has blocks 0 to {len(blocks) - 1}.")
@@ -146,75 +146,85 @@ def blocks_in(
     attended: set[str] = set()  # paths that end in a number, with an attention below them
     more: set[str] = set()  # such paths with other layers below them
     for path in linears:
-        for block in numbered(path):
+        for block in list_numbered_prefixes(path):
             (attended if ATTENTION.search(path[len(block) :]) else more).add(block)
     for path in modules:
         if MLP.search(path.rpartition(".")[2]):
-            more.update(block for block in numbered(path) if not ATTENTION.search(path[len(block) :]))
+            more.update(block for block in list_numbered_prefixes(path) if not ATTENTION.search(path[len(block) :]))
     inside: dict[str, list[str]] = {}  # by block
     for path in linears:
         if block := next(
-            (b for b in numbered(path) if b in attended and b in more and ATTENTION.search(path[len(b) :])), ""
+            (
+                b
+                for b in list_numbered_prefixes(path)
+                if b in attended and b in more and ATTENTION.search(path[len(b) :])
+            ),
+            "",
         ):
             inside.setdefault(block, [])
     for path in linears:
-        for block in numbered(path):
+        for block in list_numbered_prefixes(path):
             if block in inside:
                 inside[block].append(path)
     lists: dict[str, list[str]] = {}
     for block in inside:
         lists.setdefault(PARTS.sub("", re.sub(r"\d+", "#", block)), []).append(block)
-    found = [[made(block, inside[block], linears, modules) for block in blocks] for blocks in lists.values()]
-    wide = [blocks for blocks in found if blocks[0].width == hidden]
+    lists_of_blocks = [
+        [make_block(block, inside[block], linears, modules) for block in blocks] for blocks in lists.values()
+    ]
+    wide = [blocks for blocks in lists_of_blocks if blocks[0].width == hidden]
     of_text = [blocks for blocks in wide if not OTHERS.search(blocks[0].path)]
-    return max(of_text or wide or found, key=len, default=[])
+    return max(of_text or wide or lists_of_blocks, key=len, default=[])
 
 
-def numbered(path: str) -> list[str]:
+def list_numbered_prefixes(path: str) -> list[str]:
     """Return the beginnings of a path that end in a number, the longest first."""
     parts = path.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdecimal()]
 
 
-def made(block: str, own: list[str], linears: Mapping[str, tuple[int, int]], modules: Iterable[str]) -> Block:
+def make_block(block: str, paths: list[str], linears: Mapping[str, tuple[int, int]], modules: Iterable[str]) -> Block:
     groups: dict[str, list[str]] = {}  # by attention
-    rest = []
-    for path in own:
+    mlp_paths = []
+    for path in paths:
         parts = path[len(block) + 1 :].split(".")
         at = next((i for i, part in enumerate(parts) if ATTENTION.search(part)), None)
         if at is not None:
             at += parts[at + 1].isdecimal() if at + 1 < len(parts) else 0  # one of a list of attentions
             groups.setdefault(".".join([block, *parts[: at + 1]]), []).append(path)
         elif not any(BESIDE.search(part) for part in parts[:-1]):
-            rest.append(path)
+            mlp_paths.append(path)
     first = next(iter(groups.values()))
     sizes = linears[first[0]]  # of the first projection of queries
-    width = sizes[1] if any(linears[p][0] == sizes[1] for p in own) else min(sizes)  # a file may hold (in, out)
+    width = sizes[1] if any(linears[p][0] == sizes[1] for p in paths) else min(sizes)  # a file may hold (in, out)
     width = next((linears[p][0] for p in reversed(first) if END.fullmatch(p.rpartition(".")[2])), width)
     within = [path for path in modules if path.startswith(f"{block}.")]
     inner = [path for path in within if not ATTENTION.search(path[len(block) :])]
     experts = next((path for path in inner if path.endswith(".experts")), None)
-    if experts is not None or not rest:
+    if experts is not None or not mlp_paths:
         mlp = experts.rpartition(".")[0] if experts else next(p for p in inner if MLP.search(p.rpartition(".")[2]))
     else:
-        called = [path for path in rest if any(map(MLP.search, path[len(block) :].split(".")))]
-        mlp = end(called or rest, linears, width)
+        called = [path for path in mlp_paths if any(map(MLP.search, path[len(block) :].split(".")))]
+        mlp = find_last_layer(called or mlp_paths, linears, width)
     return Block(
         block,
         width,
-        {at: at if f"{at}.experts" in within else end(paths, linears, width) for at, paths in groups.items()},
+        {
+            at: at if f"{at}.experts" in within else find_last_layer(paths, linears, width)
+            for at, paths in groups.items()
+        },
         frozenset(group for group in groups if CROSS.search(group[len(block) :]) and len(groups) > 1),
         mlp,
     )
 
 
-def end(paths: list[str], linears: Mapping[str, tuple[int, int]], width: int) -> str:
+def find_last_layer(paths: list[str], linears: Mapping[str, tuple[int, int]], width: int) -> str:
     """Return the layer that ends a sublayer: of those with a name that says so, the last that is as wide."""
     named = [path for path in paths if END.fullmatch(path.rpartition(".")[2])] or paths
     return ([path for path in named if linears[path][0] == width] or named)[-1]
 
 
-def named(paths: Iterable[str], names: Collection[str] | str, field: str) -> list[str]:
+def match_paths(paths: Iterable[str], names: Collection[str] | str, field: str) -> list[str]:
     """Return the paths that a field of a config names: whole ones or their ends, or one regular expression.
 
     Raises:
@@ -224,16 +234,16 @@ def named(paths: Iterable[str], names: Collection[str] | str, field: str) -> lis
     paths = list(paths)
     if isinstance(names, str):
         regex = pattern(names, field)
-        found = [path for path in paths if regex.fullmatch(path)]
+        matches = [path for path in paths if regex.fullmatch(path)]
     else:
-        found = [path for path in paths if any(path == n or path.endswith(f".{n}") for n in names)]
-    if not found:
+        matches = [path for path in paths if any(path == n or path.endswith(f".{n}") for n in names)]
+    if not matches:
         ends = sorted({path.rpartition(".")[2] for path in paths if path})
         raise NoMatchingPeftModuleError(f"{field}={names} matched nothing. Names that the model has: {some(ends)}.")
-    return found
+    return matches
 
 
-def hidden_size(model: nn.Module) -> int | None:
+def find_width(model: nn.Module) -> int | None:
     """Return the width of a model's hidden states, as its config says; None if it does not."""
     return width_in(text_config(model))
 

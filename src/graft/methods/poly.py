@@ -90,11 +90,11 @@ class Poly(ByTask[PolyConfig]):
         )
 
     def init(self) -> None:
-        drawn(self.poly_lora_A.data)
+        fill_skills(self.poly_lora_A.data)
         if self.cfg.init_weights:
             nn.init.zeros_(self.poly_lora_B)
         else:
-            drawn(self.poly_lora_B.data)
+            fill_skills(self.poly_lora_B.data)
         nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)
 
     def describe(self) -> Effect:
@@ -114,14 +114,14 @@ class Poly(ByTask[PolyConfig]):
         logits = self.poly_router.module_logits
         z = logits[tasks.to(logits.device)].unflatten(-1, (self.cfg.n_splits, -1))
         if self.layer.training:
-            z = relaxed(z)
+            z = draw_relaxed_bernoulli(z)
         else:
             z = z.sigmoid()
         shares: Tensor = z / (z.sum(-1, keepdim=True) + EPS)
         return shares
 
 
-def relaxed(logits: Tensor) -> Tensor:
+def draw_relaxed_bernoulli(logits: Tensor) -> Tensor:
     """Draw from the relaxed Bernoulli distribution of temperature 1, as torch does, which would check the logits."""
     temperature = torch.ones((), device=logits.device)
     drawn: Tensor = LogitRelaxedBernoulli(temperature, logits=logits, validate_args=False).rsample()
@@ -129,7 +129,7 @@ def relaxed(logits: Tensor) -> Tensor:
     return drawn.sigmoid().clamp(limits.tiny, 1 - limits.eps)
 
 
-def drawn(skills: Tensor) -> None:
+def fill_skills(skills: Tensor) -> None:
     """Fill (splits, skills, n, m): each skill as kaiming draws (m, n), in PEFT's order."""
     q, k, n, m = skills.shape
     bound = kaiming_bound(n)

@@ -164,16 +164,16 @@ class PSOFT(Method[PsoftConfig]):
 
     def R(self) -> Tensor:
         """Return R (r, r), in at least float32."""
-        cfg, own = self.cfg, self.psoft_R
-        R = own.weight.to(torch.promote_types(own.weight.dtype, torch.float32))
+        cfg, parameters = self.cfg, self.psoft_R
+        R = parameters.weight.to(torch.promote_types(parameters.weight.dtype, torch.float32))
         if cfg.psoft_orth:
             Q = skew(R[None], cfg.r)
             if cfg.cayley_neumann_eps is not None and cfg.use_cayley_neumann:
                 Q = Q * (cfg.cayley_neumann_eps / Q.norm().clamp(min=1e-12)).clamp(max=1)
             # the series is that of (I + Q) (I - Q)⁻¹
             R = orthogonal(Q, cfg.num_cayley_neumann_terms)[0] if cfg.use_cayley_neumann else orthogonal(-Q, None)[0]
-        R = R if own.vector_b is None else own.vector_b[:, None] * R
-        return R if own.vector_a is None else R * own.vector_a
+        R = R if parameters.vector_b is None else parameters.vector_b[:, None] * R
+        return R if parameters.vector_a is None else R * parameters.vector_a
 
     def factors(self) -> Factors:
         R = self.R()

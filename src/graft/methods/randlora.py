@@ -115,11 +115,11 @@ def ternary(cfg: RandLoraConfig, d: int, D: int) -> tuple[Tensor, Tensor]:
     """Draw A (r, 1, d) and B (D, n, r) of three values, with the standard deviation 1."""
     share = 1 / (2 * (d**0.5 if cfg.very_sparse else 3))  # of the values below 0
     generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
-    found = []
+    matrices = []
     for shape in ((cfg.r, 1, d), (D, -(-d // cfg.r), cfg.r)):
         t = torch.empty(shape)
         if not t.is_meta:
             t.uniform_(generator=generator)
         t = (t > 1 - share).float() - (t < share).float()
-        found.append(t / t.std())
-    return found[0], found[1]
+        matrices.append(t / t.std())
+    return matrices[0], matrices[1]

@@ -114,11 +114,11 @@ class Reft(OnStates[ReftConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         H, r = self.width or 0, self.cfg.r
-        made: dict[str, object] = {}
+        values: dict[str, object] = {}
         for unit in self.units:
-            made[f"reft_A{unit}"] = nn.Linear(H, r)
-            made[f"reft_R{unit}"] = nn.Parameter(torch.empty(r, H))
-        return made | dict(r=r, reft_dropout=dropout_for(self.cfg.dropout))
+            values[f"reft_A{unit}"] = nn.Linear(H, r)
+            values[f"reft_R{unit}"] = nn.Parameter(torch.empty(r, H))
+        return values | dict(r=r, reft_dropout=dropout_for(self.cfg.dropout))
 
     def init(self) -> None:
         for unit in self.units:
@@ -136,8 +136,8 @@ class Reft(OnStates[ReftConfig]):
         if positions is not None and positions.passed is not None:
             return delta.view(y.shape)
         lengths = self.layer.call.fact(LENGTHS) if self.continues else None
-        told = [t for t in (None if positions is None else positions.start, lengths) if t is not None]
-        if h.dim() != 3 or any(len(t) != len(h) for t in told):
+        row_facts = [t for t in (None if positions is None else positions.start, lengths) if t is not None]
+        if h.dim() != 3 or any(len(t) != len(h) for t in row_facts):
             raise RoutingError(
                 f"Layer '{self.site.key}' has an output of shape {tuple(y.shape)}: ReFT adapter '{self.name}' needs "
                 "one row for each sample, and its tokens."
@@ -153,11 +153,11 @@ class Reft(OnStates[ReftConfig]):
         first, last = (torch.arange(n, device=h.device) for n in (p, q))
         if p:
             acts = first < (length - q)[:, None]
-            delta = self.added("", h, start[:, None] + first, acts, delta)
+            delta = self.add_changes("", h, start[:, None] + first, acts, delta)
         if q:
             acts = last >= q - length[:, None]
             unit = "".join(self.of_suffix)
-            delta = self.added(unit, h, (start + length - q)[:, None] + last, acts, delta)
+            delta = self.add_changes(unit, h, (start + length - q)[:, None] + last, acts, delta)
         return delta.view(y.shape)
 
     @classmethod
@@ -194,13 +194,13 @@ class Reft(OnStates[ReftConfig]):
         numbers = numbers_by_row(LENGTHS, value, run, lambda n: (n >= 1) & (n == n.floor()), text)
         return {LENGTHS: numbers.long()}
 
-    def added(self, unit: str, h: Tensor, index: Tensor, acts: Tensor, delta: Tensor) -> Tensor:
+    def add_changes(self, unit: str, h: Tensor, index: Tensor, acts: Tensor, delta: Tensor) -> Tensor:
         """Return delta with the changes of h at positions (rows, n), where they count."""
         index = index.clamp(0, h.shape[1] - 1)[..., None].expand(-1, -1, h.shape[2])
-        own = h.gather(1, index).to(self.dtype)
-        return delta.scatter_add(1, index, (self.changed(unit, own) - own) * acts[..., None])
+        states = h.gather(1, index).to(self.dtype)
+        return delta.scatter_add(1, index, (self.intervene(unit, states) - states) * acts[..., None])
 
-    def changed(self, unit: str, h: Tensor) -> Tensor:
+    def intervene(self, unit: str, h: Tensor) -> Tensor:
         """Return h' for h (…, H)."""
         cfg, R, A = self.cfg, getattr(self, f"reft_R{unit}"), getattr(self, f"reft_A{unit}")
         R = orthonormal(R) if cfg.orthogonality else R

@@ -87,14 +87,14 @@ class Road(Method[RoadConfig]):
             nn.init.normal_(self.road_alpha, mean=1.0, std=0.5)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.turned(y, 1 - len(self.site.shape))
+        return self.rotate_channels(y, 1 - len(self.site.shape))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.effect.fixed is not None:
             raise NotImplementedError(f"{self.effect.fixed} (layer '{self.site.key}').")
-        return self.turned(W, 0), None if b is None else self.turned(b, 0)
+        return self.rotate_channels(W, 0), None if b is None else self.rotate_channels(b, 0)
 
-    def turned(self, z: Tensor, dim: int) -> Tensor:
+    def rotate_channels(self, z: Tensor, dim: int) -> Tensor:
         """Return R z. dim: the dimension of z that counts channels."""
         (of, each), half = LAYOUT[self.cfg.variant], self.cfg.group_size // 2
         dtype = torch.promote_types(self.road_theta.dtype, z.dtype)

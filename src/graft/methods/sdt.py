@@ -67,13 +67,13 @@ class Mixer(NamedTuple):
 
 def mixers_of(model: nn.Module) -> dict[str, Mixer]:
     """Return, by path, the modules whose A_log (channels, states) and x_proj are those of a Mamba."""
-    found, linears = {}, {}
+    mixers, linears = {}, {}
     for path, module in walk(model):
         A = module._parameters.get(A_LOG)
         if A is not None and A.dim() == 2:
-            found[path] = Mixer(*A.shape)
+            mixers[path] = Mixer(*A.shape)
         linears[path] = getattr(module, "in_features", None)
-    return {path: m for path, m in found.items() if linears.get(f"{path}.{X_PROJ}") == m.channels}
+    return {path: m for path, m in mixers.items() if linears.get(f"{path}.{X_PROJ}") == m.channels}
 
 
 def strongest(change: Tensor, channels: int, states: int) -> tuple[Tensor, Tensor]:

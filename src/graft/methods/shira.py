@@ -79,11 +79,11 @@ class SHiRA(Method[ShiraConfig]):
 
     def check(self) -> str | None:
         COUNT.check("r", self.cfg.r)
-        have = self.site.out_features * self.site.fan_in
-        if self.site.op.known and self.size > have:
+        total = self.site.out_features * self.site.fan_in
+        if self.site.op.known and self.size > total:
             raise ConfigError(
                 f"The set rank {self.cfg.r} results in more shira params than the total number of params in the base "
-                f"layer '{self.site.key}': {self.size} of {have}. Choose a smaller r."
+                f"layer '{self.site.key}': {self.size} of {total}. Choose a smaller r."
             )
         return super().check()
 

@@ -58,7 +58,7 @@ class Spectral(Method[S]):
         """Draw the places of the coefficients, (2, n)."""
         cfg, site = self.cfg, self.site
         assert cfg.random_loc_seed is not None
-        return Transient(places(site.out_features, site.fan_in, cfg.n_frequency, cfg.random_loc_seed))
+        return Transient(draw_places(site.out_features, site.fan_in, cfg.n_frequency, cfg.random_loc_seed))
 
     def delta(self) -> Any:
         return self.transform()
@@ -67,16 +67,16 @@ class Spectral(Method[S]):
         return self.transform().times(x)  # type: ignore[no-any-return]
 
 
-def places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
+def draw_places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
     """Draw n places in a matrix, (2, n), on the CPU: as in PEFT, the first of a random order of all."""
     if watched():  # a dispatch mode may give tensors without values
-        return _drawn.__wrapped__(out, fan_in, n, seed)
+        return _draw_places.__wrapped__(out, fan_in, n, seed)
     with torch.inference_mode(False):  # layers that train may get the same tensor
-        return _drawn(out, fan_in, n, seed)
+        return _draw_places(out, fan_in, n, seed)
 
 
 @lru_cache(maxsize=16)
-def _drawn(out: int, fan_in: int, n: int, seed: int) -> Tensor:
+def _draw_places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(out * fan_in, generator=generator, device="cpu")[:n]
     return torch.stack((order // fan_in, order % fan_in))

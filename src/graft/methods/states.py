@@ -19,7 +19,7 @@ from graft.core.method import Method
 from graft.core.rows import Finish, PerRow, Run, by_name, cache_in, has_state, tokens_seen
 from graft.kernels.waits import raise_unless
 from graft.methods.bottleneck import PLACES
-from graft.methods.places import chosen_blocks, hidden_size
+from graft.methods.places import chosen_blocks, find_width
 
 if TYPE_CHECKING:
     from graft.core.call import Call
@@ -120,10 +120,10 @@ class OnStates(Method[S]):
 
     @classmethod
     def prepare(cls, cfg: S, model: nn.Module) -> None:
-        found = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
-        cfg.widths = {block.path: block.width for block in found}
+        blocks = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
+        cfg.widths = {block.path: block.width for block in blocks}
         cfg.target_paths = set(cfg.widths) or None
-        cfg.width = hidden_size(model)
+        cfg.width = find_width(model)
 
     @property
     def width(self) -> int | None:
@@ -150,9 +150,9 @@ class OnStates(Method[S]):
     @property
     def positions(self) -> Positions | None:
         """Where the prompt of each row stands: of the encoder's text or the decoder's; None outside of a call."""
-        own = self.layer.call.fact(OF_DECODER) if self.continues else None
-        found: Positions | None = self.layer.call.fact(FACT) if own is None else own
-        return found
+        fact = self.layer.call.fact(OF_DECODER) if self.continues else None
+        positions: Positions | None = self.layer.call.fact(FACT) if fact is None else fact
+        return positions
 
     @classmethod
     def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
@@ -171,7 +171,7 @@ class OnStates(Method[S]):
                 **facts_of(run.by_name(tuner.model), tuner.model),
                 **cls.facts(run, tuner.model),
             }
-            with call.giving(facts=facts), following(tuner.model, call, run):
+            with call.giving(facts=facts), follow_generate(tuner.model, call, run):
                 yield finish
 
 
@@ -180,7 +180,7 @@ def tokens_in(arguments: Mapping[str, object], name: str) -> Tensor | None:
     return next((t for t in map(arguments.get, TOKENS[name]) if isinstance(t, Tensor)), None)
 
 
-def ended(fact: Positions, name: str, arguments: Mapping[str, object]) -> Positions:
+def end_prompt(fact: Positions, name: str, arguments: Mapping[str, object]) -> Positions:
     """Return the positions of a prompt without a mask with its end, after which `generate` goes on."""
     tokens = tokens_in(arguments, name)
     if fact.start is not None or tokens is None:
@@ -190,7 +190,7 @@ def ended(fact: Positions, name: str, arguments: Mapping[str, object]) -> Positi
 
 
 @contextmanager
-def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
+def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     """Give the facts of each step of `generate`: the first sees the prompt, further ones with a cache what follows."""
     if not run.generates:
         yield
@@ -209,7 +209,7 @@ def following(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         new = 0 if tokens is None else tokens.shape[1]
         begins = not first
         if begins:
-            first.update({name: ended(fact, name, arguments) for name, fact in now.items()})
+            first.update({name: end_prompt(fact, name, arguments) for name, fact in now.items()})
             prompt = new
         steps = dict(first)
         # without a cache the inputs grow: others hold a state that does not tell (RWKV)

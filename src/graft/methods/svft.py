@@ -13,7 +13,7 @@ from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, LayerRange, Targeted
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method, Published, Tensors, Use
-from graft.methods.loraxs import largest
+from graft.methods.loraxs import find_largest_components
 from graft.methods.projections import check_places, maybe_transient
 
 
@@ -86,7 +86,7 @@ class SVFT(Method[SvftConfig]):
 
     @torch.no_grad()
     def init(self) -> None:
-        U, _, V = largest(self.layer.W0.flatten(1), self.n)
+        U, _, V = find_largest_components(self.layer.W0.flatten(1), self.n)
         self.svft_U.copy_(U)
         self.svft_V.copy_(V)
         self.svft_places.copy_(self.places(U, V))

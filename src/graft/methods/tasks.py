@@ -26,7 +26,7 @@ def generate(tuner: Tuner, *args: object, task_ids: object = None, **kwargs: obj
         return finish(tuner.model.generate(*args, **kwargs))
 
 
-def checked(run: Run, model: nn.Module, known: int) -> Tensor:
+def check_tasks(run: Run, model: nn.Module, known: int) -> Tensor:
     """Return the tasks of the rows, (batch,), checked."""
     tasks = run.said(TASKS, model)
     if tasks is None:
@@ -87,6 +87,6 @@ class ByTask(Method[K]):
                 return
             names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
             configs = [c for c in (tuner.peft_config[name] for name in names) if isinstance(c, cls.config)]
-            tasks = checked(run, tuner.model, min(c.n_tasks for c in configs))
+            tasks = check_tasks(run, tuner.model, min(c.n_tasks for c in configs))
             with call.giving(facts={TASKS: tasks}):
                 yield finish

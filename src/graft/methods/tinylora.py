@@ -90,8 +90,8 @@ class TinyLoRA(Method[TinyLoraConfig]):
     @torch.no_grad()
     def init(self) -> None:
         W = self.layer.W0.flatten(1)
-        found = torch.linalg.svd((W.T if self.site.op.takes_ids else W).float(), full_matrices=False)
-        U, S, V = (t.to(W.dtype) for t in found)  # rounded before the square root, as PEFT does
+        svd = torch.linalg.svd((W.T if self.site.op.takes_ids else W).float(), full_matrices=False)
+        U, S, V = (t.to(W.dtype) for t in svd)  # rounded before the square root, as PEFT does
         root = S[: self.rank].sqrt()
         self.tinylora_A.copy_(root[:, None] * V[: self.rank])
         self.tinylora_B.copy_(U[:, : self.rank] * root)

@@ -21,7 +21,7 @@ from graft.core.errors import ConfigError, RoutingError
 from graft.core.method import Method, Published, Use
 from graft.core.rows import Finish, Run, Same
 from graft.kernels.waits import raise_unless
-from graft.methods.loraxs import largest
+from graft.methods.loraxs import find_largest_components
 
 if TYPE_CHECKING:
     from graft.core.call import Call
@@ -119,7 +119,7 @@ class TLoRA(Method[TLoraConfig]):
         else:
             W = torch.randn(self.site.out_features, self.site.fan_in, device="cpu").to(P.device) / cfg.r
         n = min(W.shape) - cfg.r
-        U, S, V = largest(W, cfg.r, {"principal": 0, "last": n, "middle": n // 2}[cfg.sig_type])
+        U, S, V = find_largest_components(W, cfg.r, {"principal": 0, "last": n, "middle": n // 2}[cfg.sig_type])
         for value, *tensors in (
             (U, P, self.tlora_P0),
             (S, self.tlora_lambda, self.tlora_lambda0),
@@ -202,7 +202,7 @@ class TLoRA(Method[TLoraConfig]):
             t = fact.value if isinstance(fact, Same) else fact
             text = f"timestep must be between 0 and max_timestep={most:g} of adapters {list(run.adapters)}."
             raise_unless(((t >= 0) & (t <= most)).all(), lambda: RoutingError(text), text)
-            with call.giving(facts={TIMESTEP: beside_rows(fact, run)}):
+            with call.giving(facts={TIMESTEP: move_to_rows(fact, run)}):
                 yield finish
 
 
@@ -223,15 +223,15 @@ def per_row(t: object) -> Same | Tensor:
     return Same(t.reshape(())) if t.numel() == 1 else t
 
 
-def beside_rows(fact: Same | Tensor, run: Run) -> Same | Tensor:
+def move_to_rows(fact: Same | Tensor, run: Run) -> Same | Tensor:
     """Return a timestep on the device of the rows, so that no layer has to copy it there."""
     t = fact.value if isinstance(fact, Same) else fact
-    others = (*run.inputs, *(value for name, value in run.kwargs.items() if name != TIMESTEP))
-    rows = [r for r in others if isinstance(r, Tensor) and r.dim()]
+    values = (*run.inputs, *(value for name, value in run.kwargs.items() if name != TIMESTEP))
+    rows = [r for r in values if isinstance(r, Tensor) and r.dim()]
     if not rows or rows[0].device == t.device:
         return fact
-    there = t.to(rows[0].device, non_blocking=True)
-    return Same(there) if isinstance(fact, Same) else there
+    moved = t.to(rows[0].device, non_blocking=True)
+    return Same(moved) if isinstance(fact, Same) else moved
 
 
 def ranks(t: Tensor, cfg: TLoraConfig) -> Tensor:

@@ -122,8 +122,8 @@ class TrainableTokens(Method[TrainableTokensConfig]):
             return y.index_copy(-1, self.order_to_token(), logits.to(y.dtype))
         place = torch.searchsorted(self.sorted_tokens, x).clamp_(max=len(self.token_indices) - 1)
         hit = self.sorted_tokens[place] == x
-        own = layer.op.lookup(layer.base_layer, self.order_of_tokens[place], rows)
-        return torch.where(hit.unsqueeze(-1), own.to(y.dtype), y)
+        token_rows = layer.op.lookup(layer.base_layer, self.order_of_tokens[place], rows)
+        return torch.where(hit.unsqueeze(-1), token_rows.to(y.dtype), y)
 
     def order_to_token(self) -> Tensor:
         """Return the token of each row, (k,)."""

@@ -45,7 +45,7 @@ class Places:
         for site in sites:
             self.first[site.key] = total
             total += cfg.r * (site.fan_in + site.out_features)
-        self.index = drawn(total, cfg.theta_d_length, cfg.proj_seed)
+        self.index = deal_places(total, cfg.theta_d_length, cfg.proj_seed)
         if self.index.is_meta:
             self.scale = torch.empty(total)
         else:
@@ -91,8 +91,8 @@ class UniLoRA(Method[UniLoraConfig]):
         cfg = self.cfg
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
         names = [f"unilora_{part}_{x}" for part in ("scales", "indices") for x in "AB"]  # a floating one first
-        own = dict(r=cfg.r, unilora_dropout=dropout_for(cfg.unilora_dropout))
-        return shared | own | {name: maybe_transient(t, cfg.save_indices) for name, t in zip(names, places)}
+        facts = dict(r=cfg.r, unilora_dropout=dropout_for(cfg.unilora_dropout))
+        return shared | facts | {name: maybe_transient(t, cfg.save_indices) for name, t in zip(names, places)}
 
     def init(self) -> None:
         skip(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))  # as PEFT
@@ -112,7 +112,7 @@ class UniLoRA(Method[UniLoraConfig]):
         return theta.index_select(0, index.flatten()).view(index.shape) * scale
 
 
-def drawn(places: int, length: int, seed: int) -> Tensor:
+def deal_places(places: int, length: int, seed: int) -> Tensor:
     """Deal the numbers below `length` out to the places, each as often as the others but for one, as PEFT does."""
     out = torch.empty(places, dtype=torch.int64)
     if out.is_meta:
@@ -120,9 +120,9 @@ def drawn(places: int, length: int, seed: int) -> Tensor:
     import numpy as np  # rarely needed
 
     rng = np.random.default_rng(seed)
-    times, rest = divmod(places, length)
-    found = np.repeat(np.arange(length), times)
-    if rest:
-        found = np.concatenate([found, rng.choice(length, size=rest, replace=False)])
-    rng.shuffle(found)
-    return torch.from_numpy(found)
+    times, remainder = divmod(places, length)
+    numbers = np.repeat(np.arange(length), times)
+    if remainder:
+        numbers = np.concatenate([numbers, rng.choice(length, size=remainder, replace=False)])
+    rng.shuffle(numbers)
+    return torch.from_numpy(numbers)

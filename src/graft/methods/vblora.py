@@ -83,18 +83,20 @@ def savable_parameters(tuner: Tuner, adapter: str = "default") -> tuple[int, int
     tuner.check_known([adapter])
     cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.shared]
     added = {id(slot.tensor) for c in carriers for name in c.adapters for slot in c.slots(name)}
-    others = sum(p.numel() for p in tuner.model.parameters() if p.requires_grad and id(p) not in added)
+    other_count = sum(p.numel() for p in tuner.model.parameters() if p.requires_grad and id(p) not in added)
     bank, *logits = (sum(slot.tensor.numel() for slot in c.slots(adapter)) for c in reversed(carriers))
     size: float = sum(logits)
     if cfg.save_only_topk_weights:
         size *= (cfg.topk - 1 + cfg.topk * cfg.index_type.itemsize / 4) / cfg.num_vectors
-    return int(bank + size), others
+    return int(bank + size), other_count
 
 
 def print_savable_parameters(tuner: Tuner, adapter: str = "default") -> None:
     """Print how many numbers a file of `adapter` holds."""
-    own, others = savable_parameters(tuner, adapter)
-    print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")
+    count, trained = savable_parameters(tuner, adapter)
+    print(
+        f"VB-LoRA params to-be-saved (float32-equivalent): {count:,d} || total params to-be-saved: {count + trained:,d}"
+    )
 
 
 LOGITS = ("vblora_logits_A", "vblora_logits_B")
@@ -140,8 +142,8 @@ class VBLoRA(Method[VBLoRAConfig]):
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
         dropout = dropout_for(self.cfg.vblora_dropout)
-        own = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)
-        return own | dict(vblora_logits_A=A, vblora_logits_B=B) | shared
+        facts = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)
+        return facts | dict(vblora_logits_A=A, vblora_logits_B=B) | shared
 
     def init(self) -> None:
         skip(torch.empty(self.cfg.num_vectors, self.cfg.vector_length))  # see `share`
@@ -149,10 +151,10 @@ class VBLoRA(Method[VBLoRAConfig]):
             nn.init.normal_(logits, std=self.cfg.init_logits_std)
 
     def factors(self) -> Factors:
-        A, B = self.mixed(self.vblora_logits_A), self.mixed(self.vblora_logits_B)
+        A, B = self.mix_vectors(self.vblora_logits_A), self.mix_vectors(self.vblora_logits_B)
         return Factors(A.flatten(1), B.transpose(1, 2).flatten(0, 1), dropout=self.vblora_dropout)
 
-    def mixed(self, logits: Tensor) -> Tensor:
+    def mix_vectors(self, logits: Tensor) -> Tensor:
         """Mix the bank's vectors by logits, (…, vectors) → (…, L)."""
         largest, index = logits.topk(self.cfg.topk, dim=-1)
         vectors = self.vblora_vector_bank.to(logits.device).index_select(0, index.flatten())

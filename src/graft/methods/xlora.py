@@ -330,8 +330,8 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Return the gates for a forward pass with these arguments."""
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config
-    told = by_name(tuner.model, args, kwargs)
-    if cache_in(told) is not None:
+    arguments = by_name(tuner.model, args, kwargs)
+    if cache_in(arguments) is not None:
         raise RoutingError("X-LoRA weighs experts by the whole text, and takes no cache: pass all tokens.")
     kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
     kwargs.pop("labels", None)

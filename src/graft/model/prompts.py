@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts: adapters in front of the input. One place puts them into a model, whatever the method and the task.
 
-A prompt enters where the base model's stack of layers begins (`Stack`), in a hook that every forward pass and step of
-`generate` runs. Heads and losses are the base model's own, and a cache that holds tokens holds the prompt. A prompt of
+A prompt enters where the base model's stack of layers begins (`PromptStack`), in a hook that every forward pass
+and step of `generate` runs. Heads and losses are the base model's own, and a cache that holds tokens holds the prompt. A prompt of
 keys and values can begin as those of a text, or of a cache that a model has filled.
 """
 
@@ -47,9 +47,9 @@ from graft.prompts.entry import (
     check_size,
     drop_encoder_outputs,
 )
-from graft.prompts.kv_prefix import fitted
+from graft.prompts.kv_prefix import fit_pairs
 from graft.prompts.prefix_tuning import as_pairs, from_pairs
-from graft.prompts.stack import Stack, stacks_of
+from graft.prompts.stack import PromptStack, stacks_of
 from graft.storage.parallel import processes
 
 COUNTED = ("BigBirdForQuestionAnswering",)  # heads that expect as many outputs of the stack as there are tokens
@@ -191,7 +191,7 @@ class Prompts(Registry):
                 "the task_type that it was made for, or FEATURE_EXTRACTION."
             )
 
-    def _entered(self, cfg: PromptLearningConfig) -> list[Stack]:
+    def _entered(self, cfg: PromptLearningConfig) -> list[PromptStack]:
         """Return the stacks that a prompt goes into."""
         if "decoder" not in self.stacks or not (cfg.holds_keys or self._in_decoder(cfg)):
             return [self.stacks["main"]]
@@ -294,8 +294,8 @@ class Prompts(Registry):
         value = encoder(**({"task_ids": task_ids} if "task_ids" in self.method.arguments else {}))
         if cfg.holds_keys:
             stack = self.stacks.get("decoder", self.stacks["main"])
-            pairs = fitted(as_pairs(value, cfg), stack.shapes)
-            return stack.filled(None, pairs, batch_size)
+            pairs = fit_pairs(as_pairs(value, cfg), stack.shapes)
+            return stack.fill_cache(None, pairs, batch_size)
         value = value if value.dim() == 3 else value[None]
         return value if len(value) == batch_size else value.expand(batch_size, -1, -1)
 

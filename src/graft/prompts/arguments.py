@@ -14,10 +14,10 @@ from graft.core.method import as_it_is
 from graft.prompts import kv_prefix
 from graft.prompts.base import IGNORED_LABEL, Prompt, shift_tokens_right
 from graft.prompts.kv_prefix import per_row
-from graft.prompts.stack import Stack, first_of
+from graft.prompts.stack import PromptStack, find_first_input
 
 
-def widened(
+def extend_mask(
     mask: Tensor, prompt: int, total: int, before: int, window: int | None, cuts: bool, causal: bool, covered: bool
 ) -> Tensor:
     """Return the mask with the prompt's tokens.
@@ -50,8 +50,8 @@ def widened(
     open_, shut = (0, torch.finfo(mask.dtype).min) if mask.is_floating_point() else (1, 0)
     b, h, q, k = mask.shape
     if before:
-        own = mask.new_full((), shut) if causal else mutual(mask, shut)
-        mask = torch.cat([own.expand(b, h, before, k), mask], dim=-2)
+        prompt_mask = mask.new_full((), shut) if causal else find_visible_tokens(mask, shut)
+        mask = torch.cat([prompt_mask.expand(b, h, before, k), mask], dim=-2)
     rows = before + q
     at = torch.arange(total, device=mask.device)
     back = at[total - rows :, None] - at[:prompt]
@@ -61,7 +61,7 @@ def widened(
     return mask[..., 1 - window - rows :] if window and cuts else mask
 
 
-def mutual(mask: Tensor, shut: float) -> Tensor:
+def find_visible_tokens(mask: Tensor, shut: float) -> Tensor:
     """Return which tokens the prompt may see, (batch, heads, 1, tokens): all that some token sees, but none that sees
     a token which does not see it, as those after a prefix do."""
     sees = mask != shut
@@ -74,7 +74,7 @@ PADDED = ("CAUSAL_LM", "TOKEN_CLS")  # tasks with a label per token; the prompt'
 
 def put_labels(
     model: nn.Module,
-    main: Stack,
+    main: PromptStack,
     cfg: Any,
     prompt: Prompt,
     both: bool,
@@ -124,7 +124,7 @@ def with_loss(output: Any, loss: Callable[[Tensor], Tensor]) -> object:
 KINDS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
 
 
-def put_embeddings(stack: Stack, arguments: dict[str, Any], batch: int) -> None:
+def put_embeddings(stack: PromptStack, arguments: dict[str, Any], batch: int) -> None:
     """Put the prompt's embeddings before the input's, and types of tokens for them."""
     embeds = arguments.get("inputs_embeds")
     if getattr(stack.config, "hidden_size_per_layer_input", None):
@@ -141,32 +141,32 @@ def put_embeddings(stack: Stack, arguments: dict[str, Any], batch: int) -> None:
             arguments[name] = nn.functional.pad(arguments[name], (stack.now.tokens, 0), value=kind)
 
 
-def _put_per_layer(stack: Stack, arguments: dict[str, Any], batch: int) -> None:
+def _put_per_layer(stack: PromptStack, arguments: dict[str, Any], batch: int) -> None:
     """Put padding's embeddings for the prompt into the per-layer embeddings of Gemma 3n and 4, as for images."""
     module: nn.Module = stack.module
-    own = arguments.get("per_layer_inputs")
-    if own is None and arguments.get("input_ids") is not None:
-        own = module.get_per_layer_inputs(arguments["input_ids"])
-    if own is not None:
+    inputs = arguments.get("per_layer_inputs")
+    if inputs is None and arguments.get("input_ids") is not None:
+        inputs = module.get_per_layer_inputs(arguments["input_ids"])
+    if inputs is not None:
         padding = torch.full(
-            (batch, stack.now.tokens), getattr(stack.config, "pad_token_id", None) or 0, device=own.device
+            (batch, stack.now.tokens), getattr(stack.config, "pad_token_id", None) or 0, device=inputs.device
         )
-        arguments["per_layer_inputs"] = torch.cat([module.get_per_layer_inputs(padding), own], dim=1)
+        arguments["per_layer_inputs"] = torch.cat([module.get_per_layer_inputs(padding), inputs], dim=1)
 
 
-def put_keys(stack: Stack, arguments: dict[str, object], cache: object, batch: int) -> None:
+def put_keys(stack: PromptStack, arguments: dict[str, object], cache: object, batch: int) -> None:
     """Put the prompt's keys and values into the cache, a new one if none was given."""
     assert stack.now.keys is not None and stack.now.as_pairs is not None and stack.cache_name is not None
-    replayed = stack.now.replays.wanted()
-    value = stack.now.replays.apart(stack.now.keys, arguments) if replayed else stack.now.keys
-    pairs = kv_prefix.fitted(stack.now.as_pairs(value), stack.shapes)
-    arguments[stack.cache_name] = filled = stack.filled(cache, pairs, batch)
+    replayed = stack.now.replays.prepare_checkpointing()
+    value = stack.now.replays.detach_if_reentrant(stack.now.keys, arguments) if replayed else stack.now.keys
+    pairs = kv_prefix.fit_pairs(stack.now.as_pairs(value), stack.shapes)
+    arguments[stack.cache_name] = filled = stack.fill_cache(cache, pairs, batch)
     if replayed:
-        stack.now.replays.start(kv_prefix.frozen(filled))
+        stack.now.replays.start(kv_prefix.freeze_cache(filled))
     asked = arguments.get("use_cache")
     if replayed or not (getattr(stack.config, "use_cache", True) if asked is None else asked):
         stack.now.lent = filled
-    first, mask = first_of(arguments), arguments.get("attention_mask")
+    first, mask = find_first_input(arguments), arguments.get("attention_mask")
     if not stack.causal and not stack.in_pair and mask is None:
         arguments["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.long, device=first.device)
     elif isinstance(mask, dict) and getattr(stack.config, "_attn_implementation", None) == "sdpa":
@@ -175,34 +175,34 @@ def put_keys(stack: Stack, arguments: dict[str, object], cache: object, batch: i
         arguments["attention_mask"] = {kind: causal[None, None] if m is None else m for kind, m in mask.items()}
 
 
-def widen(stack: Stack, arguments: dict[str, Any], total: int, before: int, batch: int) -> None:
+def extend_arguments(stack: PromptStack, arguments: dict[str, Any], total: int, before: int, batch: int) -> None:
     """Extend masks and positions to the prompt's tokens, of which the input of this call has `before`."""
     mask, window = arguments.get("attention_mask"), getattr(stack.config, "sliding_window", None)
-    cuts = kv_prefix.slides(arguments.get(stack.cache_name or ""))
+    cuts = kv_prefix.has_sliding_window(arguments.get(stack.cache_name or ""))
     if isinstance(mask, dict):
         windows = {kind: window if "sliding" in kind else None for kind in mask}
         arguments["attention_mask"] = {
-            kind: _widened(stack, m, total, before, windows[kind], cuts) for kind, m in mask.items()
+            kind: _extend_mask(stack, m, total, before, windows[kind], cuts) for kind, m in mask.items()
         }
     elif mask is not None:
         slides = all("sliding" in kind for kind in getattr(stack.config, "layer_types", None) or ())
-        arguments["attention_mask"] = _widened(stack, mask, total, before, window if slides else None, cuts)
+        arguments["attention_mask"] = _extend_mask(stack, mask, total, before, window if slides else None, cuts)
     for name in ("position_ids", "cache_position"):
         positions = arguments.get(name)
         if positions is not None:
             arguments[name] = positions + stack.now.tokens
             if before:
-                own = torch.arange(before, device=positions.device, dtype=positions.dtype)
-                own = own + positions.amin(-1, keepdim=True)  # some models count from 1
-                arguments[name] = torch.cat([own, arguments[name]], dim=-1)
+                front = torch.arange(before, device=positions.device, dtype=positions.dtype)
+                front = front + positions.amin(-1, keepdim=True)  # some models count from 1
+                arguments[name] = torch.cat([front, arguments[name]], dim=-1)
 
 
-def _widened(stack: Stack, mask: Tensor, total: int, before: int, window: int | None, cuts: bool) -> object:
+def _extend_mask(stack: PromptStack, mask: Tensor, total: int, before: int, window: int | None, cuts: bool) -> object:
     now = stack.now
-    return widened(mask, now.tokens, total, before, window, cuts, stack.causal, now.covered)
+    return extend_mask(mask, now.tokens, total, before, window, cuts, stack.causal, now.covered)
 
 
-def widen_encoded(stack: Stack, arguments: dict[str, Any]) -> None:
+def extend_encoder_mask(stack: PromptStack, arguments: dict[str, Any]) -> None:
     """Extend the mask of the encoder's output, where a prompt stands in front of it."""
     mask, hidden = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
     if mask is not None and hidden is not None and mask.shape[-1] + stack.now.encoded == hidden.shape[1]:

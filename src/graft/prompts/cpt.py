@@ -122,9 +122,11 @@ class CPTEmbedding(Prompt):
             if t is not None and t.shape != (batch, length):
                 raise ValueError(f"{name} must be {(batch, length)}, a number for each token, got {tuple(t.shape)}.")
         ids = constant(tuple(self.cfg.cpt_token_ids), torch.long, labels.device)
-        own = torch.full_like(labels, 4) if input_type_mask is None else input_type_mask.to(labels.device)
-        own = torch.where(own > 0, own + types.max(), own)  # types of the input count on from the examples
-        kinds = torch.cat([types.to(own.device).expand(batch, -1), own], dim=1)[:, 1:]
+        input_types = torch.full_like(labels, 4) if input_type_mask is None else input_type_mask.to(labels.device)
+        input_types = torch.where(
+            input_types > 0, input_types + types.max(), input_types
+        )  # types of the input count on from the examples
+        kinds = torch.cat([types.to(input_types.device).expand(batch, -1), input_types], dim=1)[:, 1:]
         targets = torch.cat([ids.expand(batch, -1), labels], dim=1)[:, 1:]
         is_label = (kinds > 0) & (kinds % 4 == LABEL)
         none = (

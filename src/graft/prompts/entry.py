@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from graft.core.errors import ConfigError, warn
 from graft.prompts import kv_prefix
-from graft.prompts.arguments import put_embeddings, put_keys, widen, widen_encoded
-from graft.prompts.kv_prefix import is_static, length
-from graft.prompts.stack import CACHES, NEW_CACHE, OLD_CACHE, Stack, first_of
+from graft.prompts.arguments import extend_arguments, extend_encoder_mask, put_embeddings, put_keys
+from graft.prompts.kv_prefix import count_tokens, is_static
+from graft.prompts.stack import CACHES, NEW_CACHE, OLD_CACHE, PromptStack, find_first_input
 
 ORDERS = ("perm_mask", "target_mapping")  # XLNet's arguments, which have no place for a prompt
 
 
-def attach(stack: Stack) -> None:
+def attach(stack: PromptStack) -> None:
     """Put the hooks on the stack's modules, once."""
     if stack.attached:
         return
@@ -30,7 +30,7 @@ def attach(stack: Stack) -> None:
 
 
 def enter(
-    stack: Stack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    stack: PromptStack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """Put the prompt into the arguments: the hook before `module`."""
     if not stack.now.tokens and not stack.now.encoded:
@@ -38,26 +38,28 @@ def enter(
     stack.now.visited = True
     arguments = _by_name(stack, stack.names, args, kwargs)
     if stack.now.encoded:
-        widen_encoded(stack, arguments)
+        extend_encoder_mask(stack, arguments)
     if stack.now.tokens:
         _enter(stack, arguments)
     return (), arguments
 
 
 def step(
-    stack: Stack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    stack: PromptStack, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """Widen masks and positions before `outer` in later steps: the hook on it."""
     arguments = _by_name(stack, stack.outer_names, args, kwargs)
-    first, seen = first_of(arguments), length(arguments.get(stack.cache_name or ""))
+    first, seen = find_first_input(arguments), count_tokens(arguments.get(stack.cache_name or ""))
     stack.now.widened_outside = bool(stack.now.tokens and seen and first is not None)
     if not stack.now.widened_outside:
         return None
-    widen(stack, arguments, first.shape[1] + seen, 0, len(first))
+    extend_arguments(stack, arguments, first.shape[1] + seen, 0, len(first))
     return (), arguments
 
 
-def _by_name(stack: Stack, names: list[str], args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object]:
+def _by_name(
+    stack: PromptStack, names: list[str], args: tuple[object, ...], kwargs: dict[str, object]
+) -> dict[str, object]:
     """Return a call's arguments by name; a cache under the new name even if it came under the old one."""
     arguments = {**dict(zip(names, args)), **kwargs}
     if stack.cache_name == NEW_CACHE and arguments.get(NEW_CACHE) is None and arguments.get(OLD_CACHE) is not None:
@@ -65,7 +67,7 @@ def _by_name(stack: Stack, names: list[str], args: tuple[object, ...], kwargs: d
     return arguments
 
 
-def leave(stack: Stack, module: nn.Module, args: tuple[object, ...], output: Any) -> object:
+def leave(stack: PromptStack, module: nn.Module, args: tuple[object, ...], output: Any) -> object:
     """Cut the prompt, or a cache that holds nothing else, from the output: the hook after `module`."""
     if stack.now.strips and stack.now.entered:
         if isinstance(output, tuple):
@@ -79,8 +81,8 @@ def leave(stack: Stack, module: nn.Module, args: tuple[object, ...], output: Any
     return type(output)(**{name: part for name, part in output.items() if part is not lent})
 
 
-def _enter(stack: Stack, arguments: dict[str, object]) -> None:
-    first = first_of(arguments)
+def _enter(stack: PromptStack, arguments: dict[str, object]) -> None:
+    first = find_first_input(arguments)
     if first is None:
         return  # the module's own error names the missing argument
     if arguments.get("input_ids") is not None and arguments.get("inputs_embeds") is not None:
@@ -95,7 +97,7 @@ def _enter(stack: Stack, arguments: dict[str, object]) -> None:
         )
     batch, new = first.shape[:2]
     cache = arguments.get(stack.cache_name) if stack.cache_name else None
-    seen = length(cache)
+    seen = count_tokens(cache)
     stack.now.entered = not seen
     if not seen and is_static(cache):
         raise ValueError(
@@ -115,7 +117,7 @@ def _enter(stack: Stack, arguments: dict[str, object]) -> None:
     elif stack.now.entered:
         put_keys(stack, arguments, cache, batch)
     if not stack.now.widened_outside:
-        widen(stack, arguments, total, before, batch)
+        extend_arguments(stack, arguments, total, before, batch)
     stack.now.widened_outside = False
 
 
@@ -123,7 +125,7 @@ if TYPE_CHECKING:
     from graft.config.prompt import PromptLearningConfig
 
 
-def check_kind(stack: Stack, cfg: Any) -> None:
+def check_kind(stack: PromptStack, cfg: Any) -> None:
     """Raise ConfigError if prompts of this kind cannot enter here, whatever their sizes."""
     name, kind = type(stack.module).__name__, cfg.peft_type.value
     cached = list(getattr(kv_prefix.new_cache(stack.config, False), "layers", ())) if stack.cache_name else []
@@ -154,7 +156,7 @@ def check_kind(stack: Stack, cfg: Any) -> None:
         )
 
 
-def check_size(stack: Stack, cfg: Any) -> None:
+def check_size(stack: PromptStack, cfg: Any) -> None:
     """Raise ConfigError if the prompt of a config cannot enter here."""
     name, kind = type(stack.module).__name__, cfg.peft_type.value
     limit = stack.positions or getattr(stack.config, "max_position_embeddings", None)
@@ -192,7 +194,7 @@ def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
         raise ValueError(
             f"cache_implementation='{kind}' has no room for a prompt: leave it out, so that the cache can grow."
         )
-    count = next((length(kwargs[name]) for name in CACHES if kwargs.get(name) is not None), 0)
+    count = next((count_tokens(kwargs[name]) for name in CACHES if kwargs.get(name) is not None), 0)
     if count:  # generate would skip that many tokens of its input, the prompt's among them
         raise ValueError(
             f"generate() got a cache that holds {count} tokens, and would take the prompt's for tokens of the input. A "
@@ -200,7 +202,7 @@ def check_caches(kwargs: dict[str, object], model: nn.Module) -> None:
         )
 
 
-def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: Stack) -> None:
+def check_assistant(kwargs: dict[str, object], model: nn.Module, stack: PromptStack) -> None:
     """Raise ValueError for assisted decoding that counts a cache's tokens from the front, not from the back."""
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     lookup = kwargs.get("prompt_lookup_num_tokens") or getattr(settings, "prompt_lookup_num_tokens", None)

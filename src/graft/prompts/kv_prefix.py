@@ -21,31 +21,31 @@ Shape = tuple[int, int]  # heads, head_dim
 
 def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
     """Return heads and head size of each layer, None for one without keys of its own; None: the modules do not say."""
-    found: dict[int, Shape | None] = {}
+    shapes: dict[int, Shape | None] = {}
     for module in stack.modules():
         index, size, keys = (getattr(module, name, None) for name in ("layer_idx", "head_dim", "k_proj"))
         if not isinstance(index, int) or not isinstance(size, int):
             continue
         weight = getattr(keys, "out_features", None)
         if getattr(module, "is_kv_shared_layer", False) or (keys is None and hasattr(module, "q_proj")):
-            found[index] = None
+            shapes[index] = None
         elif weight is not None:
-            found[index] = (weight // size, size)
-    n = len(found)
-    return [found[i] for i in range(n)] if n and set(found) == set(range(n)) else None
+            shapes[index] = (weight // size, size)
+    n = len(shapes)
+    return [shapes[i] for i in range(n)] if n and set(shapes) == set(range(n)) else None
 
 
 def head_cuts(stack: nn.Module) -> dict[int, Cut]:
     """Return the cut of the heads of each layer of which this process has some."""
-    found: dict[int, Cut] = {}
+    cuts: dict[int, Cut] = {}
     for module in stack.modules():
         index, size, keys = (getattr(module, name, None) for name in ("layer_idx", "head_dim", "k_proj"))
         if isinstance(index, int) and isinstance(size, int) and keys is not None:
             keys = innermost(keys)
             piece = find_piece(keys, find_op(keys))
             if piece is not None and piece.outputs is not None and piece.outputs.chunk % size == 0:
-                found[index] = piece.outputs._replace(size=piece.outputs.size // size)
-    return found
+                cuts[index] = piece.outputs._replace(size=piece.outputs.size // size)
+    return cuts
 
 
 def unclear_heads(stack: nn.Module) -> str | None:
@@ -59,7 +59,7 @@ def unclear_heads(stack: nn.Module) -> str | None:
     return None
 
 
-def own_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
+def cut_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
     """Return the pairs of the heads that this process has."""
     return [
         p if p is None else (cut_tensor(p[0], cuts.get(i), 1), cut_tensor(p[1], cuts.get(i), 1))
@@ -67,7 +67,7 @@ def own_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
     ]
 
 
-def fitted(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None) -> Pairs:
+def fit_pairs(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None) -> Pairs:
     """Return the pairs that each layer can hold: cut where its heads are fewer or smaller, None where they are larger.
 
     Raises:
@@ -78,12 +78,12 @@ def fitted(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None
     out: Pairs = []
     skipped = []
     for i, (pair, shape) in enumerate(zip(pairs, shapes)):
-        have = pair[0].shape[1], pair[0].shape[3]
-        if shape is None or shape[0] > have[0] or shape[1] > have[1]:
+        size = pair[0].shape[1], pair[0].shape[3]
+        if shape is None or shape[0] > size[0] or shape[1] > size[1]:
             out.append(None)
             skipped.append(i)
         else:
-            out.append(pair if shape == have else tuple(t[:, : shape[0], :, : shape[1]] for t in pair))  # type: ignore[arg-type]
+            out.append(pair if shape == size else tuple(t[:, : shape[0], :, : shape[1]] for t in pair))  # type: ignore[arg-type]
     if len(skipped) == len(out):
         raise ValueError(
             "Prefix tuning skipped every layer because none has keys and values of its own in the prompt's shape: "
@@ -101,7 +101,7 @@ def fitted(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None
 Pairs = list[tuple[Tensor, Tensor] | None]  # key and value of each layer, (batch, heads, tokens, head_dim)
 
 
-def length(cache: Any) -> int:
+def count_tokens(cache: Any) -> int:
     """Return how many tokens a cache holds."""
     if cache is None:
         return 0
@@ -129,27 +129,27 @@ def is_static(cache: object) -> bool:
     return bool(getattr(getattr(cache, "self_attention_cache", cache), "is_compileable", False))
 
 
-def slides(cache: object) -> bool:
+def has_sliding_window(cache: object) -> bool:
     """Return True if a cache has layers that keep only the tokens of a sliding window."""
-    own = getattr(cache, "self_attention_cache", cache)
-    return any(getattr(layer, "is_sliding", False) for layer in getattr(own, "layers", ()))
+    inner = getattr(cache, "self_attention_cache", cache)
+    return any(getattr(layer, "is_sliding", False) for layer in getattr(inner, "layers", ()))
 
 
 def new_cache(config: Any, with_encoder: bool) -> object:
     """Make an empty cache that grows."""
     from transformers import DynamicCache, EncoderDecoderCache
 
-    own = DynamicCache(config=config)
-    return EncoderDecoderCache(own, DynamicCache(config=config)) if with_encoder else own
+    inner = DynamicCache(config=config)
+    return EncoderDecoderCache(inner, DynamicCache(config=config)) if with_encoder else inner
 
 
-def fill(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> object:
+def fill_cache(cache: Any, pairs: Pairs, batch: int, dtype: torch.dtype, devices: list[torch.device]) -> object:
     """Put the pairs into an empty cache, one row per sample, and return it."""
-    own = getattr(cache, "self_attention_cache", cache)
+    inner = getattr(cache, "self_attention_cache", cache)
     for i, pair in enumerate(pairs):
         if pair is not None:
             k, v = (per_row(t.to(dtype=dtype, device=devices[i]), batch) for t in pair)
-            own.update(k, v, i)
+            inner.update(k, v, i)
     return cache
 
 
@@ -158,17 +158,17 @@ def per_row(t: Tensor, batch: int) -> Tensor:
     return t.expand(batch, *t.shape[1:]) if len(t) == 1 else t.repeat_interleave(batch // len(t), dim=0)
 
 
-def frozen(cache: Any) -> Any:
+def freeze_cache(cache: Any) -> Any:
     """Make a filled cache read-only, so that a layer may run again in a backward pass; return it."""
     for layer in getattr(cache, "self_attention_cache", cache).layers:
         layer.update = _Reading(layer.keys, layer.values)
     return cache
 
 
-def again(cache: Any) -> Any:
+def copy_for_run(cache: Any) -> Any:
     """Return a frozen cache for one run of a layer, with an empty cross-attention cache for that run only."""
-    own = getattr(cache, "self_attention_cache", None)
-    return cache if own is None else type(cache)(own, type(own)())
+    inner = getattr(cache, "self_attention_cache", None)
+    return cache if inner is None else type(cache)(inner, type(inner)())
 
 
 class _Reading:

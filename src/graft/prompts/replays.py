@@ -34,7 +34,7 @@ class Replays:
         modules = self.stack.module.modules()
         return [m for m in modules if getattr(m, "gradient_checkpointing", False) and RUN in m.__dict__]
 
-    def wanted(self) -> bool:
+    def prepare_checkpointing(self) -> bool:
         """Return True if layers will run again. If not, switch checkpointing off: it would only withhold the cache."""
         if not self.stack.module.training:
             return False
@@ -55,7 +55,9 @@ class Replays:
             ValueError: no layer here takes a cache, so that the prompt would have no effect.
         """
         module = self.stack.module
-        places = {layer: place for layer in self.layers() if layer is not module and (place := cache_place(layer))}
+        places = {
+            layer: place for layer in self.layers() if layer is not module and (place := find_cache_argument(layer))
+        }
         if not places:
             raise ValueError(
                 f"Gradient checkpointing of {type(module).__name__} leaves keys and values of a prompt out: call "
@@ -79,7 +81,7 @@ class Replays:
             TURNS.lock.release()
             self._in_turn = False
 
-    def apart(self, value: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def detach_if_reentrant(self, value: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return `value`, or under reentrant checkpointing a leaf tensor of the same values.
 
         Reentrant checkpointing runs one backward pass per layer, and the graph below `value` allows only one: the leaf
@@ -100,26 +102,26 @@ class Replays:
         return leaf
 
 
-def cache_place(layer: nn.Module) -> tuple[str, int] | None:
+def find_cache_argument(layer: nn.Module) -> tuple[str, int] | None:
     """Return name and position of a layer's cache argument, None if it has none."""
     names = list(inspect.signature(layer.forward).parameters)
-    found = next((n for n in NAMES if n in names), None)
-    return None if found is None else (found, names.index(found))
+    name = next((n for n in NAMES if n in names), None)
+    return None if name is None else (name, names.index(name))
 
 
 def with_cache(run: Callable[..., object], cache: object, name: str, index: int) -> Callable[..., object]:
     """Return a checkpointing function that passes `cache` to the layer it runs, also in the backward pass."""
 
-    def checkpointed(function: Callable[..., object], *args: object, **options: object) -> object:
+    def run_checkpointed(function: Callable[..., object], *args: object, **options: object) -> object:
         def with_prompt(*inputs: object) -> object:
-            prompt = kv_prefix.again(cache)
+            prompt = kv_prefix.copy_for_run(cache)
             if len(inputs) > index:
                 return function(*inputs[:index], prompt, *inputs[index + 1 :])
             return function(*inputs, **{name: prompt})
 
         return run(with_prompt, *args, **options)
 
-    return checkpointed
+    return run_checkpointed
 
 
 class _HandOver(torch.autograd.Function):

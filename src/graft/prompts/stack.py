@@ -17,7 +17,7 @@ from graft.prompts.replays import Replays
 from graft.storage import find_device_and_dtype
 
 
-def first_of(arguments: dict[str, object]) -> Any:
+def find_first_input(arguments: dict[str, object]) -> Any:
     """Return the input: (batch, tokens) or (batch, tokens, dim); None if there is none."""
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     return ids if embeds is None else embeds
@@ -52,14 +52,14 @@ NEW_CACHE, OLD_CACHE = CACHES = ("cache", "past_key_values")  # the argument in 
 TEXT_PARTS = ("language_model", "text_model", "decoder")  # inside models that read images as well, and OPT
 
 
-def stacks_of(model: nn.Module) -> dict[str, Stack]:
+def stacks_of(model: nn.Module) -> dict[str, PromptStack]:
     """Return {"main": stack} of a model, or its encoder as "main" and its "decoder"."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {"main": Stack(model.get_encoder(), model), "decoder": Stack(model.get_decoder(), model)}
+        return {"main": PromptStack(model.get_encoder(), model), "decoder": PromptStack(model.get_decoder(), model)}
     inner = outer = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     while (part := next((p for n in TEXT_PARTS if (p := getattr(inner, n, None)) is not None), None)) is not None:
         inner = part
-    return {"main": Stack(inner if isinstance(inner, nn.Module) else model, model, outer)}
+    return {"main": PromptStack(inner if isinstance(inner, nn.Module) else model, model, outer)}
 
 
 @dataclass
@@ -83,15 +83,15 @@ class Visit:
 class Visits(local):
     """The visit of a stack that this thread is in; one without a prompt if it is in none."""
 
-    def __init__(self, stack: Stack):  # runs in each thread
+    def __init__(self, stack: PromptStack):  # runs in each thread
         self.stack = stack
         self.now = Visit(Replays(stack))
 
-    def __reduce__(self) -> tuple[type[Visits], tuple[Stack]]:
+    def __reduce__(self) -> tuple[type[Visits], tuple[PromptStack]]:
         return Visits, (self.stack,)
 
 
-class Stack:
+class PromptStack:
     """A module by which prompts enter (`entry.attach`). `put_…` sets the prompt of the call that `begin` began.
 
     Positions, masks and types that come with the input are those of its own tokens. `entry` widens them for the
@@ -169,12 +169,12 @@ class Stack:
                 "methods cannot be used with a model that is built like this one."
             )
 
-    def filled(self, cache: object, pairs: kv_prefix.Pairs, batch: int) -> object:
+    def fill_cache(self, cache: object, pairs: kv_prefix.Pairs, batch: int) -> object:
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)
         pairs = pairs[: len(self.layers) or None]  # the config counts the encoder's layers, which may be more
-        pairs = kv_prefix.own_heads(pairs, self.cuts)
-        return kv_prefix.fill(cache, pairs, batch, self.dtype, self.devices(len(pairs)))
+        pairs = kv_prefix.cut_heads(pairs, self.cuts)
+        return kv_prefix.fill_cache(cache, pairs, batch, self.dtype, self.devices(len(pairs)))
 
     def devices(self, layers: int) -> list[torch.device]:
         """Return the device of each layer."""

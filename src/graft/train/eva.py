@@ -21,7 +21,7 @@ from graft.inject.match import minimal_names
 from graft.inject.parts import registry_of
 from graft.inject.survey import Place, survey
 from graft.inject.targets import COMPRESS_FROM
-from graft.methods.lora.eva import Components, distribute
+from graft.methods.lora.eva import Components, distribute_ranks
 from graft.model.modes import in_mode
 from graft.model.registry import Registry
 from graft.storage import find_device_and_dtype
@@ -189,7 +189,7 @@ class Measure:
                         return ranks
                     self.run(batch, turning, see)
                     if all(c.rows for c in found.values()):
-                        ranks = distribute(found, owner, most, budget)
+                        ranks = distribute_ranks(found, owner, most, budget)
                 short = {name: c.n for name, c in found.items() if not c.rows}
                 if short:
                     lines = [

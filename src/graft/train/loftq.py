@@ -18,7 +18,7 @@ from graft.core.errors import warn
 from graft.core.merging import lifted
 from graft.core.ops import Op
 from graft.inject.parts import registry_of
-from graft.methods.lora.loftq import decomposed
+from graft.methods.lora.loftq import decompose
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -67,7 +67,7 @@ def replace_lora_weights_loftq(
         for key, layer in layers.items():
             method = layer.methods[adapter_name]
             W0 = layer.W0.float()
-            A, B = decomposed(weights.read(*files[key]).to(W0) - W0, method.cfg.r)
+            A, B = decompose(weights.read(*files[key]).to(W0) - W0, method.cfg.r)
             root = method.scaling**0.5
             with ExitStack() as back:
                 for p, value in zip(method.pair, (A / root, B / root)):

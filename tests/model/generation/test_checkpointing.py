@@ -182,7 +182,7 @@ def test_layers_that_a_prompt_cannot_reach(name, method, monkeypatch):
     enable(model, False)
     before = functions(model)
     with monkeypatch.context() as patch:
-        patch.setattr("graft.prompts.replays.cache_place", lambda layer: None)
+        patch.setattr("graft.prompts.replays.find_cache_argument", lambda layer: None)
         with pytest.raises(ValueError, match=r"leaves keys and values of a prompt out.*gradient_checkpointing_disable"):
             model(**given)
     assert functions(model) == before

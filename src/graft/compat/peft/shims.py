@@ -28,7 +28,7 @@ from graft.inject.targets import ALL_LINEAR, HEAD_NAMES, all_linear, tied_to_emb
 from graft.io.layouts import Stack, as_here, fits, scaled, stacked
 from graft.io.written import Layout, say
 from graft.methods import METHODS
-from graft.methods.lora.alora import last
+from graft.methods.lora.alora import find_last_occurrence
 from graft.methods.trainable_tokens import input_embedding
 from graft.storage import find_store
 
@@ -250,7 +250,7 @@ def calculate_alora_offsets(
     found: list[int | None] = []
     for row, name in zip(input_ids, adapter_names or [active_adapter] * len(input_ids)):
         tokens = getattr(peft_config.get(name), "alora_invocation_tokens", None)
-        found.append((tokens and int(last(row[None], torch.tensor(tokens, device=row.device)))) or None)
+        found.append((tokens and int(find_last_occurrence(row[None], torch.tensor(tokens, device=row.device)))) or None)
     return found
 
 

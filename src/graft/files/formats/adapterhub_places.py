@@ -19,7 +19,7 @@ from graft.files.formats import Base
 from graft.files.neutral import AdapterFile, Other
 from graft.files.pickles import from_torch, to_torch
 from graft.files.tensors import Tensor
-from graft.methods.bottleneck import PLACES, embedded, of_block
+from graft.methods.bottleneck import PLACES, find_embedding_output, of_block
 from graft.methods.places import Block, blocks_in, text_width, walk
 
 KEY = re.compile(r"(?P<place>.+?)\.adapters\.(?P<name>[^.]+)\.(?P<leaf>.+)")
@@ -297,7 +297,7 @@ def embedding(base: Base) -> str:
     """Return the module whose output is the embedding of the input."""
     ends = ("word_embeddings", "embed_tokens", "wte")
     found = [m for m in base.modules if m.rpartition(".")[2] in ends]
-    place = embedded(found, set(base.modules), bool(base.config.get("is_encoder_decoder")))
+    place = find_embedding_output(found, set(base.modules), bool(base.config.get("is_encoder_decoder")))
     if place is None and any(f".{module}".endswith(".shared") for module in base.modules):
         raise CheckpointError(
             f"The encoder and the decoder of {base.path} have one module for their embeddings, and the invertible "

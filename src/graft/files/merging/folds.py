@@ -20,8 +20,8 @@ from graft.files.neutral import AdapterFile, LowRank
 from graft.files.places import Places, Spot
 from graft.files.tensors import Tensor
 from graft.kernels.decomposed import row_norms
-from graft.methods.lora.loftq import quantized
-from graft.methods.lora.shift import near, sample
+from graft.methods.lora.loftq import round_to_bits
+from graft.methods.lora.shift import are_near, sample
 
 Read = Callable[[], torch.Tensor]  # returns the checkpoint's own value, in new memory
 
@@ -165,11 +165,11 @@ class Shift:
     def __call__(self, W: torch.Tensor) -> torch.Tensor:
         if self.sample is not None:
             here, (fresh, changed) = sample(W), wide(self.sample)
-            if torch.dist(here, changed) < torch.dist(here, fresh) and near(here, changed):
+            if torch.dist(here, changed) < torch.dist(here, fresh) and are_near(here, changed):
                 return W  # the base is the one that the initialisation made
         made = W - wide(self.B).to(W.dtype) @ wide(self.A).to(W.dtype)
         if self.bits is not None:
-            made = quantized(made, self.bits)
+            made = round_to_bits(made, self.bits)
         return made if self.kind is None else made.to(self.kind).to(W.dtype)
 
 

@@ -108,11 +108,11 @@ def warn_if_forgotten(tuner: Tuner) -> None:
         state = tuner.states.get(name)
         if state is not None and (state.called or state.warned):
             return
-    found = trainable(tuner)
-    if found is None or not found[1]:
+    pair = trainable(tuner)
+    if pair is None or not pair[1]:
         return
-    state = allocator_of(tuner, found[0])
-    A = next(iter(found[1].values())).lora_A
+    state = allocator_of(tuner, pair[0])
+    A = next(iter(pair[1].values())).lora_A
     if not A.requires_grad:
         return
     state.version = A._version if state.version is None else state.version
@@ -125,7 +125,7 @@ def warn_if_forgotten(tuner: Tuner) -> None:
             "graft.train.adalora_callback (Trainer) or graft.train.allocate_on_step (any optimizer)."
         )
         warn(
-            f"AdaLoRA adapter '{found[0]}' took an optimizer step without update_and_allocate(): its ranks will never "
+            f"AdaLoRA adapter '{pair[0]}' took an optimizer step without update_and_allocate(): its ranks will never "
             f"adapt. {remedy}",
             PeftWarning,
         )
@@ -209,7 +209,9 @@ class AdaLoRA(Method[AdaLoraConfig]):
         if mask is None:
             return values
         return {
-            (name, path): t.index_select(triples(name), where(mask, t)) if len(mask) == t.shape[triples(name)] else t
+            (name, path): t.index_select(find_triples_dim(name), find_kept_indices(mask, t))
+            if len(mask) == t.shape[find_triples_dim(name)]
+            else t
             for (name, path), t in values.items()  # an adapter from a file has no others
         }
 
@@ -223,14 +225,14 @@ class AdaLoRA(Method[AdaLoraConfig]):
             if name not in TENSORS:
                 out[name, path] = t
                 continue
-            here, dim = gather_tensor(getattr(self, name)), triples(name)
+            current, dim = gather_tensor(getattr(self, name)), find_triples_dim(name)
             if (
-                t.dim() == here.dim()
-                and t.shape != here.shape
-                and (len(mask), sum(mask)) == (here.shape[dim], t.shape[dim])
+                t.dim() == current.dim()
+                and t.shape != current.shape
+                and (len(mask), sum(mask)) == (current.shape[dim], t.shape[dim])
             ):
-                all_ = torch.zeros_like(here) if name == "lora_E" else here.detach().clone()
-                t = all_.index_copy_(dim, where(mask, here), t.to(here))
+                all_ = torch.zeros_like(current) if name == "lora_E" else current.detach().clone()
+                t = all_.index_copy_(dim, find_kept_indices(mask, current), t.to(current))
             out[name, path] = t
         return out
 
@@ -252,7 +254,9 @@ class AdaLoRA(Method[AdaLoraConfig]):
                 warn_if_forgotten(tuner)
             loss = getattr(output, "loss", None)
             if tuner.training and isinstance(loss, Tensor):
-                output.loss = loss + sum(own() for own in orthogonal_losses(tuner, names, run).values())
+                output.loss = loss + sum(
+                    compute_loss() for compute_loss in orthogonal_losses(tuner, names, run).values()
+                )
             elif tuner.training and not run.generates:
                 call.here.losses.update(orthogonal_losses(tuner, names, run))
             return output
@@ -260,10 +264,10 @@ class AdaLoRA(Method[AdaLoraConfig]):
         yield with_loss
 
 
-def triples(container: str) -> int:
+def find_triples_dim(container: str) -> int:
     """Return the dimension that counts singular triples."""
     return 1 if container == "lora_B" else 0
 
 
-def where(mask: list[bool], like: Tensor) -> Tensor:
+def find_kept_indices(mask: list[bool], like: Tensor) -> Tensor:
     return torch.tensor(mask, device=like.device).nonzero()[:, 0]

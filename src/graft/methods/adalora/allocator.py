@@ -43,7 +43,7 @@ class Importance:
         return self.mean[name] * self.spread[name] if name in self.mean else p.new_zeros(find_whole_shape(p))
 
 
-def budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
+def find_rank_budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
     """Return how many singular values may stay at a step, cubic from `start` to `target`, and whether to prune now."""
     first, last = cfg.tinit, cfg.total_step - cfg.tfinal
     if step <= first:
@@ -110,16 +110,16 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
     Raises:
         ValueError: no adapter trains, or it has no gradients.
     """
-    found = trainable(tuner)
-    if found is None:
+    trained = trainable(tuner)
+    if trained is None:
         raise ValueError("update_and_allocate: none of the active adapters trains (inference_mode is set).")
-    name, methods = found
+    name, methods = trained
     cfg, state = tuner.peft_config[name], allocator_of(tuner, name)
     state.called = True
     last = cfg.total_step - cfg.tfinal
     if global_step > last:
         if cfg.rank_pattern:
-            reapply(methods, cfg)
+            zero_pruned_values(methods, cfg)
         return
     check_gradients(name, methods)
     if global_step < last:
@@ -132,7 +132,7 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
         for key, m in methods.items():
             for x in "ABE":
                 state.importance.update(f"{key}.lora_{x}", getattr(m, f"lora_{x}"))
-    keep, prune = budget(global_step, len(methods) * cfg.init_r, len(methods) * cfg.target_r, cfg)
+    keep, prune = find_rank_budget(global_step, len(methods) * cfg.init_r, len(methods) * cfg.target_r, cfg)
     if (prune or global_step == last) and state.importance.mean:
         masks = state.allocate(methods, keep)
         cfg.rank_pattern = {f"{key}.lora_E.{name}": mask for key, mask in masks.items()}
@@ -152,7 +152,7 @@ def check_gradients(name: str, methods: dict[str, Method]) -> None:
 
 
 @torch.no_grad()
-def reapply(methods: dict[str, Method], cfg: Any) -> None:
+def zero_pruned_values(methods: dict[str, Method], cfg: Any) -> None:
     """Set singular values to 0 again that the optimizer has moved away from it."""
     for key, m in methods.items():
         mask = cfg.rank_mask(key)
@@ -172,8 +172,8 @@ def orthogonal_losses(tuner: Tuner, names: Iterable[str], run: Run) -> dict[str,
 
 def orthogonal_loss(methods: dict[str, Any], weight: Tensor | float) -> Tensor:
     """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of an adapter."""
-    first, *others = (d for m in methods.values() for d in m.distances())
-    return weight * torch.stack([first, *(d.to(first.device) for d in others)]).mean()  # on several devices
+    first, *distances = (d for m in methods.values() for d in m.distances())
+    return weight * torch.stack([first, *(d.to(first.device) for d in distances)]).mean()  # on several devices
 
 
 def resize_modules_by_rank_pattern(
@@ -210,13 +210,13 @@ def resize_modules_by_rank_pattern(
             raise NotImplementedError(
                 f"AdaLoRA adapter '{adapter_name}' has tensors spread over processes: resize it before that."
             )
-    for key, kept in masks.items():
+    for key, cpu_mask in masks.items():
         layer = tuner.layers[key]
-        mask = kept.to(layer.methods[adapter_name].lora_E.device)
+        mask = cpu_mask.to(layer.methods[adapter_name].lora_E.device)
         for name, of_columns in (("lora_E", False), ("lora_A", False), ("lora_B", True)):
             old = getattr(layer, name)[adapter_name]
             values = old.detach()[:, mask] if of_columns else old.detach()[mask]
             getattr(layer, name)[adapter_name] = nn.Parameter(values.clone(), old.requires_grad)
     cfg = tuner.peft_config[adapter_name]  # whose pattern says what a file holds
-    others = {k: mask for k, mask in (cfg.rank_pattern or {}).items() if k.partition(".lora_E")[0] not in masks}
-    cfg.rank_pattern = others | {f"{key}.lora_E.{adapter_name}": mask.tolist() for key, mask in masks.items()}
+    other_masks = {k: mask for k, mask in (cfg.rank_pattern or {}).items() if k.partition(".lora_E")[0] not in masks}
+    cfg.rank_pattern = other_masks | {f"{key}.lora_E.{adapter_name}": mask.tolist() for key, mask in masks.items()}

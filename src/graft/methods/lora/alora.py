@@ -107,7 +107,7 @@ ARGUMENT = "alora_offsets"
 ONLY_EMBEDS = "when only inputs_embeds are provided. Disabling aLoRA for this forward pass"
 
 
-def find(tuner: Tuner, run: Run) -> dict[str, Offsets]:
+def find_offsets(tuner: Tuner, run: Run) -> dict[str, Offsets]:
     """Return the offsets for each aLoRA adapter that acts; none if the input does not tell them.
 
     On a device, `generate` and the first forward of an adapter wait for them, to say where it does not act.
@@ -125,7 +125,7 @@ def find(tuner: Tuner, run: Run) -> dict[str, Offsets]:
         return {}
     out = {}
     for name, invocation in tokens.items():
-        counts = last(ids, constant(tuple(invocation), torch.long, ids.device))
+        counts = find_last_occurrence(ids, constant(tuple(invocation), torch.long, ids.device))
         longest = ids.shape[1]
         if not torch.compiler.is_compiling() and (ids.is_cpu or run.generates or name not in tuner.states):
             tuner.states[name] = True  # of what follows, `generate` apart, the host does not wait for the counts
@@ -136,13 +136,13 @@ def find(tuner: Tuner, run: Run) -> dict[str, Offsets]:
     return out
 
 
-def last(ids: Tensor, invocation: Tensor) -> Tensor:
+def find_last_occurrence(ids: Tensor, invocation: Tensor) -> Tensor:
     """Return how far before the end the last occurrence in each row starts, (batch,); 0 where there is none."""
     n, positions = len(invocation), ids.shape[1]
     if n > positions:
         return ids.new_zeros(len(ids))
-    found = (ids.unfold(1, n, 1) == invocation).all(-1)  # (batch, starts)
-    start = (found * torch.arange(1, positions - n + 2, device=ids.device)).amax(1)  # from 1; 0: none
+    matches = (ids.unfold(1, n, 1) == invocation).all(-1)  # (batch, starts)
+    start = (matches * torch.arange(1, positions - n + 2, device=ids.device)).amax(1)  # from 1; 0: none
     return torch.where(start > 0, positions - start + 1, 0)
 
 
@@ -162,10 +162,10 @@ def offsets_from(value: object, run: Run) -> Offsets:
 
 def warn_absent(name: str, counts: list[int], rows: Rows | None) -> None:
     """Warn of rows that use an adapter and do not invoke it."""
-    own: Sequence[int] = range(len(counts))
+    rows_of_adapter: Sequence[int] = range(len(counts))
     if rows is not None:
-        own = rows.rows_of(name)
-    absent = [row for row in own if row < len(counts) and not counts[row]]
+        rows_of_adapter = rows.rows_of(name)
+    absent = [row for row in rows_of_adapter if row < len(counts) and not counts[row]]
     if absent:
         shown = f"rows {absent}" if len(absent) < len(counts) else "any row"
         warn(
@@ -211,7 +211,7 @@ class ALoRA(LoRA):
             if tuner.disabled:
                 yield finish
                 return
-            offsets: dict[object, Offsets] = {(ARGUMENT, name): o for name, o in find(tuner, run).items()}
+            offsets: dict[object, Offsets] = {(ARGUMENT, name): o for name, o in find_offsets(tuner, run).items()}
             if offsets and beams(tuner.model, run) > 1:
                 raise RoutingError("Beam search not yet supported for aLoRA. Generate with num_beams=1.")
             with call.giving(facts=offsets), following(tuner.model, run, offsets):

@@ -62,7 +62,7 @@ class Arrow(LoRA):
         )
 
     def branch(self, x: Tensor) -> Tensor:
-        general, experts = self.others()
+        general, experts = self.split_adapters()
         A, B = self.matrices(general, experts)
         cfg, E, x = settings(self.cfg.arrow_config), len(experts), x.to(A.dtype)  # not the router's dtype
         score, which = (x @ self.directions(general, experts, A, B).T).abs().topk(cfg.top_k, dim=-1)  # (…, top_k)
@@ -73,7 +73,7 @@ class Arrow(LoRA):
         out: Tensor = self.lora_dropout(z.flatten(-2) @ B.movedim(0, 1).flatten(1).T)
         return out
 
-    def others(self) -> tuple[list[Method], list[Method]]:
+    def split_adapters(self) -> tuple[list[Method], list[Method]]:
         """Return the adapters of general knowledge on this layer, and the experts: all others but routers."""
         named = settings(self.cfg.arrow_config).gks_adapter_names or ()
         general, experts = [], []
@@ -91,7 +91,7 @@ class Arrow(LoRA):
             if settings(self.cfg.arrow_config).use_gks:
                 A, B = (M - torch.stack([m.pair[i] for m in general]).mean(0) for i, M in ((0, A), (1, B)))
         except RuntimeError as e:  # of torch, about sizes
-            raise RoutingError(why_not(self, general, experts)) from e
+            raise RoutingError(why_no_routing(self, general, experts)) from e
         return A, B
 
     def directions(self, general: list[Method], experts: list[Method], A: Tensor, B: Tensor) -> Tensor:
@@ -102,17 +102,17 @@ class Arrow(LoRA):
         tensors = [t for m in (*experts, *general) for t in m.pair]
         if router.current(tensors):
             return router.prototypes  # type: ignore[return-value]
-        if settings(self.cfg.arrow_config).top_k > len(experts) or not all(is_plain(m) for m in experts):
-            raise RoutingError(why_not(self, general, experts))
+        if settings(self.cfg.arrow_config).top_k > len(experts) or not all(is_plain_lora(m) for m in experts):
+            raise RoutingError(why_no_routing(self, general, experts))
         # not in inference mode: training may save what is kept
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(A.device.type, enabled=False):
             seed = settings(self.cfg.arrow_config).rng_seed
-            found = torch.stack([top_direction(a.float(), b.float(), seed) for a, b in zip(A, B)]).to(A.dtype)
-        router.prototypes, router.of = found, [(t, version_of(t)) for t in tensors]
-        return found
+            prototypes = torch.stack([top_direction(a.float(), b.float(), seed) for a, b in zip(A, B)]).to(A.dtype)
+        router.prototypes, router.of = prototypes, [(t, version_of(t)) for t in tensors]
+        return prototypes
 
 
-def is_plain(m: Method) -> bool:
+def is_plain_lora(m: Method) -> bool:
     return type(m) is LoRA and not m.lora_bias
 
 
@@ -128,13 +128,13 @@ def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
     return v
 
 
-def why_not(router: Arrow, general: list[Method], experts: list[Method]) -> str:
+def why_no_routing(router: Arrow, general: list[Method], experts: list[Method]) -> str:
     """Return why a router cannot run on its layer."""
     start = f"Arrow router '{router.name}' on layer '{router.site.key}': "
     cfg, names = settings(router.cfg.arrow_config), [m.name for m in experts]
-    other = [m.name for m in experts if not is_plain(m)]
-    if other:
-        return f"{start}experts must be plain LoRA, without bias, and {other} are not. Delete these adapters."
+    variants = [m.name for m in experts if not is_plain_lora(m)]
+    if variants:
+        return f"{start}experts must be plain LoRA, without bias, and {variants} are not. Delete these adapters."
     if cfg.top_k > len(experts):
         return f"{start}top_k={cfg.top_k} is more than its {len(experts)} experts {names}. Lower top_k, or load others."
     if cfg.use_gks and not general:

@@ -31,7 +31,7 @@ from graft.methods.lora.sub_configs import (
 
 def ops_of(mapping: dict[type[nn.Module], type | Op]) -> dict[type[nn.Module], Op]:
     """Return the ops for types of modules; raise TypeError where a value tells of none."""
-    found: dict[type[nn.Module], Op] = {}
+    ops: dict[type[nn.Module], Op] = {}
     for kind, how in mapping.items():
         op = how if isinstance(how, Op) else OPS.find(how)
         if op is None:
@@ -40,8 +40,8 @@ def ops_of(mapping: dict[type[nn.Module], type | Op]) -> dict[type[nn.Module], O
                 "nn.Embedding, nn.Conv1d to 3d) or a graft.core.ops.Op. Adapter layers written for PEFT do not run "
                 "here; an Op of about 20 lines does the work of one."
             )
-        found[kind] = op
-    return found
+        ops[kind] = op
+    return ops
 
 
 def check_invocation(tokens: list[int], task_type: str | None) -> None:

@@ -56,16 +56,16 @@ def subtract_initial(
             out[key] = torch.cat([now, initial[key].to(now)], dim=0)
         elif "lora_B" in key or "lora_embedding_B" in key:
             out[key] = torch.cat([now, -initial[key].to(now)], dim=1)
-    made = copy.deepcopy(config)
-    made.init_lora_weights, made.corda_config = True, None
-    made.r *= 2
-    made.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
-    made.rank_pattern = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
-    made.alpha_pattern = {k: 2 * v for k, v in (config.alpha_pattern or {}).items()}
-    setting = LoRA.variant(made).changes_base(made)
+    new_config = copy.deepcopy(config)
+    new_config.init_lora_weights, new_config.corda_config = True, None
+    new_config.r *= 2
+    new_config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+    new_config.rank_pattern = {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
+    new_config.alpha_pattern = {k: 2 * v for k, v in (config.alpha_pattern or {}).items()}
+    setting = LoRA.variant(new_config).changes_base(new_config)
     if setting is not None:
         raise ConfigError(f"An adapter with {setting} has no form for the base weights as they were: save it as it is.")
-    return out, made
+    return out, new_config
 
 
 def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:

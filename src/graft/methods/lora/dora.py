@@ -59,13 +59,13 @@ class CachedNorm:
     """A norm, and the state of the tensors from which it was computed."""
 
     def __init__(self, norm: Tensor, of: Sequence[Tensor], scaling: float):
-        self.norm, self.of, self.state = norm, of, state_of(of, scaling)
+        self.norm, self.of, self.state = norm, of, tensor_state(of, scaling)
 
     def holds(self, of: Sequence[Tensor], scaling: float) -> bool:
-        return all(a is b for a, b in zip(of, self.of)) and self.state == state_of(of, scaling)
+        return all(a is b for a, b in zip(of, self.of)) and self.state == tensor_state(of, scaling)
 
 
-def state_of(tensors: Sequence[Tensor], scaling: float) -> list[object]:
+def tensor_state(tensors: Sequence[Tensor], scaling: float) -> list[object]:
     """Return what changes with the values of tensors."""
     state: list[object] = [DoraCaching.switched, scaling]
     for t in tensors:
@@ -124,21 +124,21 @@ class DoRA(LoRA):
         """Return ‖W + ΔW‖ per output channel, (out,). f: those of ΔW."""
         if DoraCaching.on and eager():
             if not self.layer.training:
-                return self.cached_norm(f)
+                return self.find_cached_norm(f)
             self.norm_cache = None
-        return self.norm_now(f)
+        return self.compute_norm(f)
 
-    def norm_now(self, f: Factors) -> Tensor:
+    def compute_norm(self, f: Factors) -> Tensor:
         W, *cuts = self.layer.own_W0
         A, B = f.matrices()
         # detached: under torch 2.6 autocast caches a copy of A and B made here, without gradient, and later uses it
         return row_norms(W.detach().flatten(1), A.detach(), B.detach(), *cuts)
 
-    def cached_norm(self, f: Factors) -> Tensor:
+    def find_cached_norm(self, f: Factors) -> Tensor:
         """Return the norms, computed once for each state of the tensors that they depend on."""
         of, cache = (self.layer.weight, *self.pair), self.norm_cache
         if cache is None or not cache.holds(of, self.scaling):
             with torch.inference_mode(False), torch.no_grad():  # or a call with gradients could not save what is kept
-                norm = self.norm_now(f)
+                norm = self.compute_norm(f)
             cache = self.norm_cache = CachedNorm(norm, of, self.scaling)
         return cache.norm

@@ -41,20 +41,20 @@ class Components:
             squares = self.squares + squares + weight * apart.square()
             mean = mean + apart * (seen / (seen + m))
             centred = torch.cat([self.S[:, None] * self.V, centred, (weight**0.5 * apart).float()[None]])
-        V, S = largest(centred, self.n)
+        V, S = find_top_components(centred, self.n)
         if seen:
             self.converged = (torch.cosine_similarity(V, self.V) >= self.tau).cpu()
         self.rows, self.mean, self.squares, self.V, self.S = seen + m, mean, squares, V, S
 
     @property
-    def explained(self) -> Tensor:
+    def variance_shares(self) -> Tensor:
         """Return each component's share of the variance, (n,)."""
         whole = self.squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
         shares: Tensor = self.S.double().square() / whole
         return shares.cpu()
 
 
-def largest(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def find_top_components(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return right singular vectors of X as rows, each with its largest number positive, and n singular values."""
     with seeded(SEED):
         _, S, V = torch.svd_lowrank(X, q=2 * n, niter=4)
@@ -63,8 +63,8 @@ def largest(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return V * signs, S[:n]
 
 
-def distribute(
-    found: dict[str, Components], owner: dict[str, str], most: dict[str, int], budget: int
+def distribute_ranks(
+    components: dict[str, Components], owner: dict[str, str], most: dict[str, int], budget: int
 ) -> dict[str, int]:
     """Return the rank of each layer: `budget` in all goes to the components that explain most of their layer.
 
@@ -74,9 +74,9 @@ def distribute(
     """
     keys, shares = [], []
     for key, source in owner.items():
-        own = found[source].explained[: most[key]]
-        keys += [key] * len(own)
-        shares.append(own)
+        shares_of_layer = components[source].variance_shares[: most[key]]
+        keys += [key] * len(shares_of_layer)
+        shares.append(shares_of_layer)
     order = torch.cat(shares).argsort(descending=True, stable=True)[:budget].tolist()
     ranks = dict.fromkeys(owner, 0)
     for i in order:

@@ -60,8 +60,8 @@ class KaSA(LoRA):
     def init(self) -> None:
         super().init()
         self.lora_diag.data.normal_()
-        others = [m.cfg.r for m in self.layer.methods.values() if m is not self and isinstance(m, KaSA)]
-        if self.cfg.r > max(others, default=0):  # else the weight is without these already
+        ranks = [m.cfg.r for m in self.layer.methods.values() if m is not self and isinstance(m, KaSA)]
+        if self.cfg.r > max(ranks, default=0):  # else the weight is without these already
             self.layer.rewrite_base(without_smallest(self.layer.W0, self.cfg.r))
 
     def factors(self) -> Factors:

@@ -26,7 +26,7 @@ NF4 = (  # quantiles of a normal distribution, QLoRA (arXiv 2305.14314), appendi
 BLOCK = 64  # values that share a scale
 
 
-def quantized(W: Tensor, bits: int) -> Tensor:
+def round_to_bits(W: Tensor, bits: int) -> Tensor:
     """Return W (out, in) as 4 or 8 bits hold it."""
     return nf4(W) if bits == 4 else int8(W)
 
@@ -78,12 +78,12 @@ def alternate(W: Tensor, bits: int, r: int, rounds: int) -> tuple[Tensor, Tensor
     A, B = W.new_zeros(0, W.shape[1]), W.new_zeros(W.shape[0], 0)
     for _ in range(rounds):
         taken_A, taken_B = A, B
-        Q = quantized(W - taken_B @ taken_A if len(taken_A) else W, bits)
-        A, B = decomposed(W - Q, r)
+        Q = round_to_bits(W - taken_B @ taken_A if len(taken_A) else W, bits)
+        A, B = decompose(W - Q, r)
     return Q, A, B, taken_A, taken_B
 
 
-def decomposed(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def decompose(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Return A (r, in) and B (out, r) whose product is nearest to W, each with the roots of the singular values."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = S[:r].sqrt()

@@ -40,8 +40,8 @@ def kasa_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Ten
 
 def monteclora_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """Return the mean of `MonteCLoRA.loss` over layers and adapters; 0.0 without any. Otherwise as `kasa_loss`."""
-    found = adapters_of(tuner, adapter_names, "monteclora_config")
-    return sum((m.loss() for m in found), 0.0) / max(1, len(found))
+    methods = adapters_of(tuner, adapter_names, "monteclora_config")
+    return sum((m.loss() for m in methods), 0.0) / max(1, len(methods))
 
 
 def adapters_of(tuner: Tuner, adapter_names: str | list[str] | None, variant: str) -> list[Method]:
@@ -55,7 +55,7 @@ def adapters_of(tuner: Tuner, adapter_names: str | list[str] | None, variant: st
     return [layer.methods[name] for layer in tuner.layers.values() for name in names if name in layer.methods]
 
 
-def beside(where: str) -> Any:
+def import_beside(where: str) -> Any:
     """Import a file of this folder and return a name in it: "module:name"."""
     module, name = where.split(":")
     return getattr(import_module(f"graft.methods.lora.{module}"), name)
@@ -84,7 +84,7 @@ class LoRA(Started):
 
     @classmethod
     def variant(cls, cfg: LoraConfig) -> type[LoRA]:
-        return next((beside(VARIANTS[name]) for name in cfg.variants), cls)
+        return next((import_beside(VARIANTS[name]) for name in cfg.variants), cls)
 
     @classmethod
     def restructure(cls, cfg: LoraConfig, model: nn.Module) -> Callable[[], None] | None:
@@ -132,8 +132,8 @@ class LoRA(Started):
     def tie(self, source: Method) -> None:
         """Give a head tied to an embedding (B A)ᵀ = Aᵀ Bᵀ, another embedding B A, on the embedding's own memory."""
         A, B = source.pair
-        mine, like = self.pair, self.site.op.takes_ids == source.site.op.takes_ids
-        mine[0].data, mine[1].data = (A.data, B.data) if like else (B.data.T, A.data.T)
+        pair, like = self.pair, self.site.op.takes_ids == source.site.op.takes_ids
+        pair[0].data, pair[1].data = (A.data, B.data) if like else (B.data.T, A.data.T)
 
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:

@@ -30,7 +30,7 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
             )
         return lambda: None
     owner, name, layers = _layers(model)
-    others = sorted({adapter for layer in filter(None, map(layer_in, model.modules())) for adapter in layer.methods})
+    adapters = sorted({adapter for layer in filter(None, map(layer_in, model.modules())) for adapter in layer.methods})
     if not all(0 <= start < end <= len(layers) for start, end in ranges):
         raise ConfigError(f"layer_replication={ranges} names layers outside the model's {len(layers)}.")
     depth_wanted = sum(end - start for start, end in ranges)
@@ -39,9 +39,9 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
             f"layer_replication asks for {depth_wanted:,} layers, of a model that has {len(layers)}: at most "
             f"{MOST_COPIES} times as many can be made."
         )
-    if others:
+    if adapters:
         warn(
-            f"layer_replication={ranges} makes the base of adapters {others} another one, too: their outputs change, "
+            f"layer_replication={ranges} makes the base of adapters {adapters} another one, too: their outputs change, "
             "and their files do not say so. Load adapters into separate models.",
             PeftWarning,
         )

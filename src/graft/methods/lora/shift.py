@@ -17,7 +17,7 @@ from torch import Tensor
 from graft.core.containers import Exact
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.method import Tensors
-from graft.methods.lora.loftq import quantized
+from graft.methods.lora.loftq import round_to_bits
 from graft.methods.lora.start import start_of
 from graft.methods.lora.sub_configs import TITLES
 
@@ -60,7 +60,7 @@ def without(lora: Method, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
     if len(A):
         wide = wide - B.to(wide) @ A.to(wide)
     if lora.cfg.init_lora_weights == "loftq":
-        wide = quantized(wide, lora.cfg.loftq_config["loftq_bits"])
+        wide = round_to_bits(wide, lora.cfg.loftq_config["loftq_bits"])
     return wide.to(W.dtype)
 
 
@@ -87,38 +87,38 @@ def title_of(lora: Method) -> str:
     return TITLES["pissa" if how.startswith("pissa") else how]
 
 
-def near(a: Tensor, b: Tensor) -> bool:
+def are_near(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max()))
 
 
-def restored(lora: Method, tensors: Tensors) -> Tensors:
+def complete_file_tensors(lora: Method, tensors: Tensors) -> Tensors:
     """Complete a file's tensors: one of PEFT holds no shift, which is then computed anew where that is possible."""
     shift = lora.lora_shift
     shift_in_file = {place[1]: t for place, t in tensors.items() if place[0] == NAME}
     complete = shift_in_file.keys() >= {"A", "B", "sample"}
     shift.before = None
     if shift.done:
-        here = {(NAME, n): getattr(shift, n) for n in ("A", "B", "sample")}
+        current = {(NAME, n): getattr(shift, n) for n in ("A", "B", "sample")}
         if not complete:  # the base stays as this adapter has it
-            return tensors | here
-        if not all(torch.equal(shift_in_file[n].to(here[NAME, n]), here[NAME, n]) for n in "AB"):
+            return tensors | current
+        if not all(torch.equal(shift_in_file[n].to(current[NAME, n]), current[NAME, n]) for n in "AB"):
             if lora.cfg.init_lora_weights == "loftq" or not lora.layer.store.exact:
                 raise ConfigError(
                     f"Adapter '{lora.name}' cannot take the values of this file: on layer '{lora.site.key}' "
                     f"{title_of(lora)} has quantized another weight, which cannot be undone. Load it onto a fresh base "
                     "model."
                 )
-            shift.before = here[NAME, "A"].clone(), here[NAME, "B"].clone()
+            shift.before = current[NAME, "A"].clone(), current[NAME, "B"].clone()
         return tensors
-    return tensors if complete else tensors | computed(lora)
+    return tensors if complete else tensors | compute_shift(lora)
 
 
-def computed(lora: Method) -> Tensors:
+def compute_shift(lora: Method) -> Tensors:
     """Return the shift of a file that does not hold it, as the initialisation makes it from the weight."""
     site, cfg = lora.site, lora.cfg
-    made = Shift(lora.shift_rank, site.shape)
+    empty_shift = Shift(lora.shift_rank, site.shape)
     if site.on_meta:
-        return {(NAME, n): getattr(made, n) for n in ("A", "B", "sample")}
+        return {(NAME, n): getattr(empty_shift, n) for n in ("A", "B", "sample")}
     W = lora.layer.W0
     seen = sample(W).expand(2, -1)
     if cfg.init_lora_weights == "lora_ga" and not hasattr(lora.site.module, "_peft_loraga_grad"):
@@ -127,12 +127,12 @@ def computed(lora: Method) -> Tensors:
             "on the base as LoRA-GA left it, and on no other.",
             PeftWarning,
         )
-        return {(NAME, "A"): made.A, (NAME, "B"): made.B, (NAME, "sample"): seen}
+        return {(NAME, "A"): empty_shift.A, (NAME, "B"): empty_shift.B, (NAME, "sample"): seen}
     start = start_of(lora, W)
     return {(NAME, "A"): start.taken_A, (NAME, "B"): start.taken_B, (NAME, "sample"): seen}
 
 
-def loaded(lora: Method) -> None:
+def apply_file_shift(lora: Method) -> None:
     """Change the base weight as the file's shift says, unless it has been changed so already."""
     shift, layer = lora.lora_shift, lora.layer
     if shift.done:
@@ -146,8 +146,8 @@ def loaded(lora: Method) -> None:
     if lora.site.on_meta:
         layer.rewrite_base(layer.W0)  # warns, as there is nothing to change
         return
-    here, (fresh, changed) = sample(layer.W0), shift.sample.to(layer.W0.device)
-    if torch.dist(here, changed) < torch.dist(here, fresh) and near(here, changed):
+    current, (fresh, changed) = sample(layer.W0), shift.sample.to(layer.W0.device)
+    if torch.dist(current, changed) < torch.dist(current, fresh) and are_near(current, changed):
         shift.done = True
         warn(
             f"The base model has been changed already as the {title_of(lora)} initialisation of adapter '{lora.name}' "
@@ -155,7 +155,7 @@ def loaded(lora: Method) -> None:
             PeftWarning,
         )
         return
-    if not near(here, fresh):
+    if not are_near(current, fresh):
         warn(
             f"The {title_of(lora)} initialisation of adapter '{lora.name}' changed a base model with other weights: "
             "expect other outputs than in training.",

@@ -44,7 +44,7 @@ class Start(NamedTuple):
         return cls(A, B, A, scaling * B)
 
 
-def kind_of(how: object) -> str | None:
+def start_name(how: object) -> str | None:
     """Return the init in STARTS that `init_lora_weights` asks for; None for any other."""
     if not isinstance(how, str):
         return None
@@ -60,7 +60,7 @@ def start_of(lora: Method, W: Tensor) -> Start:
         ConfigError: the rank is above what the weight has.
         CalibrationError: data are needed, and this layer has none.
     """
-    kind: Any = kind_of(lora.cfg.init_lora_weights)
+    kind: Any = start_name(lora.cfg.init_lora_weights)
     if W.dtype not in FLOATS:
         raise TypeError(
             f"Please initialize {TITLES[kind]} under float32, float16, or bfloat16 (layer '{lora.site.key}' is "

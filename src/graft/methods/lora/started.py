@@ -18,7 +18,7 @@ from graft.core.method import Method, Tensors, Use
 from graft.core.random import kaiming_bound
 from graft.methods.lora import shift
 from graft.methods.lora.config import LoraConfig
-from graft.methods.lora.start import STARTS, kind_of, start_of
+from graft.methods.lora.start import STARTS, start_name, start_of
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -38,10 +38,10 @@ def initialise(lora: Method, how: bool | str) -> None:
     elif how.lower() == "gaussian":
         A.normal_(std=1 / lora.cfg.r)
         B.zero_()
-    elif kind_of(how) is not None:
+    elif start_name(how) is not None:
         if site.on_meta:
             _plain(A, B)
-        begin(lora, A, B)
+        set_first_values(lora, A, B)
     elif how == "orthogonal" and A.dim() == 2:
         _orthogonal(A, B)
     elif how == "eva" and site.op.linear:
@@ -77,7 +77,7 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
 
 
 @torch.no_grad()
-def begin(lora: Method, A: Tensor, B: Tensor) -> None:
+def set_first_values(lora: Method, A: Tensor, B: Tensor) -> None:
     """Fill in A and B, and change the base weight."""
     site, how = lora.site, lora.cfg.init_lora_weights
     if not site.op.linear:
@@ -131,7 +131,7 @@ class Started(Method[LoraConfig]):
     def changes_base(cls, cfg: LoraConfig) -> str | None:
         """Return the setting by which `init` changes the base weight; None if it does not."""
         how = cfg.init_lora_weights
-        return f"init_lora_weights={how!r}" if kind_of(how) else None
+        return f"init_lora_weights={how!r}" if start_name(how) else None
 
     def uses_weight(self) -> Use:
         return Use.NOT if self.changes_base(self.cfg) is None else Use.STARTS | Use.CHANGES
@@ -140,7 +140,7 @@ class Started(Method[LoraConfig]):
     def keeps_shift(self) -> bool:
         """Return True if the adapter holds what `init` takes out of the base weight."""
         how = self.cfg.init_lora_weights
-        return type(how) is str and kind_of(how) is not None and self.site.op.linear
+        return type(how) is str and start_name(how) is not None and self.site.op.linear
 
     @property
     def shift_rank(self) -> int:
@@ -152,7 +152,7 @@ class Started(Method[LoraConfig]):
     def to_file_tensors(self, values: Tensors, cfg: LoraConfig) -> Tensors:
         if self.via_container:
             values = to_file(values)
-        if kind_of(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
+        if start_name(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
             return {place: t for place, t in values.items() if place[0] != shift.NAME}
         return values
 
@@ -161,9 +161,9 @@ class Started(Method[LoraConfig]):
         return type(self).to_file_tensors is Started.to_file_tensors and not self.keeps_shift and not self.via_container
 
     def from_file_tensors(self, tensors: Tensors, cfg: PeftConfig) -> Tensors:
-        tensors = shift.restored(self, tensors) if self.keeps_shift else tensors
+        tensors = shift.complete_file_tensors(self, tensors) if self.keeps_shift else tensors
         return from_file(tensors) if self.via_container else tensors
 
     def finish_load(self) -> None:
         if self.keeps_shift:
-            shift.loaded(self)
+            shift.apply_file_shift(self)

@@ -25,7 +25,7 @@ NAMES = ("cache", "past_key_values")  # the argument in transformers from 5.2x o
 
 
 @cache
-def packed_class() -> type:
+def find_cache_class() -> type:
     """Return the class of the cache, which derives from transformers' own."""
     from transformers import Cache
 
@@ -57,8 +57,8 @@ def packed_class() -> type:
 
 def pack(base: Cache, shadows: dict[str, Cache]) -> Cache:
     """Return a cache that packs the base model's with those of shadow networks."""
-    made: Cache = packed_class()(base, shadows)
-    return made
+    packed: Cache = find_cache_class()(base, shadows)
+    return packed
 
 
 def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) -> dict[str, Cache] | None:
@@ -72,7 +72,7 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
         wanted = getattr(getattr(model, "config", None), "use_cache", False) if use_cache is None else use_cache
         return {} if wanted else None
     cache = kwargs[name]
-    if isinstance(cache, packed_class()):
+    if isinstance(cache, find_cache_class()):
         kwargs[name] = cache.base  # type: ignore[attr-defined]
         return cache.shadows  # type: ignore[attr-defined,no-any-return]
     seen = tokens_seen(cache)
@@ -93,14 +93,14 @@ def with_cache(output: Any, shadows: dict[str, Cache]) -> object:
     """Return a model's output with its cache packed."""
     from transformers import Cache
 
-    def packed(value: object) -> object:
-        return pack(value, shadows) if isinstance(value, Cache) and not isinstance(value, packed_class()) else value
+    def pack_value(value: object) -> object:
+        return pack(value, shadows) if isinstance(value, Cache) and not isinstance(value, find_cache_class()) else value
 
     if isinstance(output, tuple):
-        return tuple(packed(value) for value in output)
+        return tuple(pack_value(value) for value in output)
     for key, value in list(output.items()):
-        if packed(value) is not value:
-            output[key] = packed(value)
+        if pack_value(value) is not value:
+            output[key] = pack_value(value)
     return output
 
 
@@ -133,13 +133,13 @@ def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, inputs: dic
     labels, model = inputs["labels"], tuner.model
     if cfg.task_type == "SEQ_CLS":
         head = tuner.shared.containers["shadow_head"][name]
-        logits = pooled(head(s.to(dtype_of(head))), inputs.get("input_ids"), model.config.pad_token_id)
+        logits = pool_logits(head(s.to(find_head_dtype(head))), inputs.get("input_ids"), model.config.pad_token_id)
         return classification(model.config, logits, labels)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return None if head is None else next_token(head(s.to(dtype_of(head))), labels)
+    return None if head is None else next_token(head(s.to(find_head_dtype(head))), labels)
 
 
-def dtype_of(head: nn.Module) -> torch.dtype:
+def find_head_dtype(head: nn.Module) -> torch.dtype:
     return next(head.parameters()).dtype
 
 
@@ -149,7 +149,7 @@ def next_token(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100)
 
 
-def pooled(logits: Tensor, ids: Tensor | None, padding: int | None) -> Tensor:
+def pool_logits(logits: Tensor, ids: Tensor | None, padding: int | None) -> Tensor:
     """Return the logits (rows, labels) at each row's last token that is no padding."""
     rows, tokens = logits.shape[:2]
     last = torch.full((rows,), tokens - 1, device=logits.device)
@@ -176,7 +176,7 @@ NAME = "DetachedShadowModel"
 
 
 @cache
-def detached_class() -> type[PreTrainedModel]:
+def find_model_class() -> type[PreTrainedModel]:
     """Return the class of such a model, which derives from transformers' own."""
     from transformers import GenerationMixin, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
@@ -219,7 +219,7 @@ def detached_class() -> type[PreTrainedModel]:
             out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
             hidden: Tensor = self.shadow_hidden_projection(out.last_hidden_state)
             if self.classifies:
-                logits = pooled(self.head(hidden), input_ids, self.config.pad_token_id)
+                logits = pool_logits(self.head(hidden), input_ids, self.config.pad_token_id)
                 loss = None if labels is None else classification(self.config, logits, labels)
                 return SequenceClassifierOutput(loss=loss, logits=logits)
             logits = self.head(hidden[:, -tail:] if isinstance(tail, int) else hidden[:, tail])
@@ -231,7 +231,7 @@ def detached_class() -> type[PreTrainedModel]:
 
 
 def __getattr__(name: str) -> type:
-    makes = {"ShadowCache": packed_class, NAME: detached_class}.get(name)
+    makes = {"ShadowCache": find_cache_class, NAME: find_model_class}.get(name)
     if makes is None:
         raise AttributeError(name)
     return makes()
@@ -274,4 +274,4 @@ def detach(tuner: Tuner, name: str, separate: bool) -> object:
     config = copy.deepcopy(network.config)
     if classifies:
         config.num_labels, config.problem_type = model.config.num_labels, model.config.problem_type
-    return detached_class()(config, network, projection, head, classifies).train(model.training)
+    return find_model_class()(config, network, projection, head, classifies).train(model.training)

@@ -73,9 +73,11 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
     raw = read_object(_file(where, "config.json"))
     if raw.get("model_type") == PROJECTED:
         inner = dict(raw["shadow_model_config"])
-        network, projection = _filled(AutoConfig.for_model(**inner), where, "shadow_model.")
+        network, projection = _load_network(AutoConfig.for_model(**inner), where, "shadow_model.")
     elif raw.get("architectures") == [DETACHED]:
-        network, projection = _filled(AutoConfig.from_pretrained(where, trust_remote_code=False), where, "backbone.")
+        network, projection = _load_network(
+            AutoConfig.from_pretrained(where, trust_remote_code=False), where, "backbone."
+        )
     else:
         network, projection = AutoModel.from_pretrained(where, trust_remote_code=False), None
     if projection is not None and projection.out_features != width:
@@ -89,7 +91,7 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
     return network, projection
 
 
-def _filled(config: object, where: str, prefix: str) -> tuple[nn.Module, nn.Linear | None]:
+def _load_network(config: object, where: str, prefix: str) -> tuple[nn.Module, nn.Linear | None]:
     """Return a network with the values of a file, and the projection beside it."""
     from transformers import AutoModel
 
@@ -122,8 +124,8 @@ def containers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         prefix = getattr(module, "base_model_prefix", "")
         inner = dict.fromkeys(("model", "transformer", "base_model", "decoder", prefix, "language_model"))
-        found = ((name, module._modules.get(name)) for name in inner if name)
-        name, child = next(((n, m) for n, m in found if isinstance(m, nn.Module)), ("", None))
+        children = ((name, module._modules.get(name)) for name in inner if name)
+        name, child = next(((n, m) for n, m in children if isinstance(m, nn.Module)), ("", None))
         if child is None:
             return
         path, module = f"{path}{name}.", child
@@ -139,21 +141,21 @@ def stack_of(model: nn.Module) -> tuple[nn.Module, str, int] | None:
     return None
 
 
-def blocks_of(model: nn.Module) -> list[str]:
+def list_block_paths(model: nn.Module) -> list[str]:
     """Return the paths of all blocks.
 
     Raises:
         AttributeError: the model has no stack of blocks where transformers' models have theirs.
     """
-    found = stack_of(model)
-    if found is not None:
-        return [f"{found[1]}.{i}" for i in range(found[2])]
+    stack = stack_of(model)
+    if stack is not None:
+        return [f"{stack[1]}.{i}" for i in range(stack[2])]
     raise AttributeError(
         f"SHADOW finds no stack of blocks in a {type(model).__name__}: name the blocks in target_modules."
     )
 
 
-def hidden_size(model: nn.Module) -> int:
+def require_width(model: nn.Module) -> int:
     """Return the width of what goes from block to block."""
     size = getattr(text_config(model), "hidden_size", None)
     if size is None:
@@ -163,13 +165,13 @@ def hidden_size(model: nn.Module) -> int:
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """Return the part of a model that makes hidden states of its input: what holds the stack of blocks."""
-    found = stack_of(model)
-    return model if found is None else found[0]
+    stack = stack_of(model)
+    return model if stack is None else stack[0]
 
 
-def beside(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
+def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
     """Make the modules that stand beside the model: the network, its projection, and the head of its own loss."""
-    width = hidden_size(model)
+    width = require_width(model)
     mirrors = cfg.shadow_model == MIRROR
     backbone, projection = (mirror(model, cfg), None) if mirrors else network_from(cfg.shadow_model, width)
     if mirrors and stack_of(model) is None and backbone.get_output_embeddings() is not None:
@@ -177,17 +179,17 @@ def beside(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
             f"SHADOW finds no stack of blocks in a {type(model).__name__}, whose backbone its network could be like. "
             "Name a smaller model as shadow_model, or choose a method that adapts layers."
         )
-    made: dict[str, nn.Module] = {"shadow_backbone": backbone}
-    own = hidden_size(backbone)
+    modules: dict[str, nn.Module] = {"shadow_backbone": backbone}
+    network_width = require_width(backbone)
     if projection is None:
-        projection = nn.Identity() if own == width else nn.Linear(own, width, bias=False)
-    made["shadow_projection"] = projection
+        projection = nn.Identity() if network_width == width else nn.Linear(network_width, width, bias=False)
+    modules["shadow_projection"] = projection
     if cfg.task_type == "SEQ_CLS":
         head = standalone(next(getattr(model, n) for n in HEADS if hasattr(model, n)))
-        made["shadow_head"] = without_hooks(head)  # it stands where the network does
-    for module in made.values():
+        modules["shadow_head"] = without_hooks(head)  # it stands where the network does
+    for module in modules.values():
         module.train(model.training)
-    return made
+    return modules
 
 
 def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:

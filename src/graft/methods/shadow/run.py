@@ -146,25 +146,29 @@ class Pass:
         """Return the state before the first block, (rows, tokens, hidden): the network's output, projected."""
         containers = self.tuner.shared.containers
         network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
-        takes = signature(network.forward).parameters
+        parameters = signature(network.forward).parameters
         device, dtype = find_device_and_dtype(network)
-        own = {key: self.arguments[key] for key in TAKEN if key in takes and self.arguments.get(key) is not None}
+        call_arguments = {
+            key: self.arguments[key] for key in TAKEN if key in parameters and self.arguments.get(key) is not None
+        }
         ids = self.arguments.get("input_ids")
         if inputs_embeds is None:
             inputs_embeds = self.arguments.get("inputs_embeds")
         if inputs_embeds is None and hasattr(network, "needs_embeddings"):
             inputs_embeds = self.tuner.model.get_input_embeddings()(ids)
         if inputs_embeds is not None:
-            own["inputs_embeds"] = inputs_embeds.to(dtype)
+            call_arguments["inputs_embeds"] = inputs_embeds.to(dtype)
         else:
-            own["input_ids"] = ids
-        own = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in own.items()}
-        cache_name = next((n for n in NAMES if n in takes), None)
+            call_arguments["input_ids"] = ids
+        call_arguments = {
+            key: value.to(device) if isinstance(value, Tensor) else value for key, value in call_arguments.items()
+        }
+        cache_name = next((n for n in NAMES if n in parameters), None)
         if cache_name is not None:
-            own["use_cache"] = self.shadows is not None
+            call_arguments["use_cache"] = self.shadows is not None
             if self.shadows is not None:
-                own[cache_name] = self.shadows.setdefault(name, empty(network))
-        states: Tensor = projection(network(**own).last_hidden_state)
+                call_arguments[cache_name] = self.shadows.setdefault(name, empty(network))
+        states: Tensor = projection(network(**call_arguments).last_hidden_state)
         return states
 
     def seed(self, name: str, h: Tensor) -> Tensor:
@@ -188,12 +192,12 @@ class Pass:
     def with_loss(self, output: Any, name: str) -> object:
         """Return an output whose loss has that of an adapter's shadow network, of the rows that use the adapter."""
         cfg = self.tuner.peft_config[name]
-        own: dict[str, Any] = {"state": self.starts[name]}
-        own |= {key: self.arguments.get(key) for key in ("labels", "input_ids")}
+        tensors: dict[str, Any] = {"state": self.starts[name]}
+        tensors |= {key: self.arguments.get(key) for key in ("labels", "input_ids")}
         if self.rows is not None:
-            index = {t.device: self.rows.on(t.device).index_of(name) for t in own.values() if t is not None}
-            own = {key: t if t is None else t.index_select(0, index[t.device]) for key, t in own.items()}
-        loss = shadow_loss(self.tuner, cfg, name, own.pop("state"), own)
+            index = {t.device: self.rows.on(t.device).index_of(name) for t in tensors.values() if t is not None}
+            tensors = {key: t if t is None else t.index_select(0, index[t.device]) for key, t in tensors.items()}
+        loss = shadow_loss(self.tuner, cfg, name, tensors.pop("state"), tensors)
         if loss is None:
             return output
         self.tuner.states[name] = loss.detach()

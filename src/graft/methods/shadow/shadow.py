@@ -50,18 +50,18 @@ class Shadow(Method[ShadowConfig]):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str]:
-        return network.blocks_of(model)
+        return network.list_block_paths(model)
 
     @classmethod
     def prepare(cls, cfg: ShadowConfig, model: nn.Module) -> None:
-        cfg.hidden_size = network.hidden_size(model)
+        cfg.hidden_size = network.require_width(model)
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, Any]:
         tasks = (c.task_type for c in (layers.cfg, *layers.others.values()))
         if layers.others and "SEQ_CLS" in tasks:
             raise ConfigError("SHADOW supports one adapter only for SEQ_CLS, whose head it copies.")
-        return network.beside(layers.model, layers.cfg)
+        return network.make_modules(layers.model, layers.cfg)
 
     def check(self) -> str | None:
         site, d = self.site, self.cfg.hidden_size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stores: how modules hold weights. Only files in this folder look inside a module for its weight."""
+"""The stores: how modules hold weights. Only files in this folder read the tensors of a module."""
 
 from graft.storage.codes import (
     count_numbers,

@@ -15,12 +15,15 @@ class Aqlm(OwnModule):
     calibrated = "its weight is AQLM codes that were calibrated"
 
     def values(self, m: nn.Module) -> Tensor:
+        """Return the sum of the codebooks' entries for each group, times the scales; permuted codes are put back in
+        order.
+        """
         books, codes = m.codebooks, m.codes
         n_books, size, out_group, in_group = books.shape
         groups = m.out_features // out_group, m.in_features // in_group
         if is_permuted(m, groups):
             codes = codes.transpose(0, 1)
-        codes = codes.long() % size  # they are stored as signed integers
+        codes = codes.long() % size  # the file has signed integers
         W = torch.zeros(*groups, out_group, in_group, dtype=books.dtype, device=books.device)
         for book in range(n_books):
             W += books[book, codes[..., book]]
@@ -30,7 +33,9 @@ class Aqlm(OwnModule):
         return m.codebooks.dtype
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return True for codes that its kernel for CPUs has permuted, which its backward pass does not know."""
+        """Return True for codes that AQLM's kernel for CPUs has permuted: its backward pass takes them for
+        unpermuted.
+        """
         return holds_byte_codes(m)
 
     def protect(self, y: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ def is_permuted(m: nn.Module, groups: tuple[int, int]) -> bool:
 
 
 def holds_byte_codes(m: nn.Module) -> bool:
-    """Return True if codes are bytes on a CPU, for which there is a kernel."""
+    """Return True if the codes are bytes on a CPU, where AQLM has a kernel that permutes them."""
     return bool(m.codebooks.shape[1] == 256 and m.codes.device.type == "cpu")
 
 

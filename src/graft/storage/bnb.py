@@ -26,7 +26,7 @@ def functional() -> ModuleType:
 
 
 class Four(Quantized):
-    """Linear4bit, LinearNF4, LinearFP4: `weight` holds two codes in a byte, and `quant_state` what they mean."""
+    """Linear4bit, LinearNF4 and LinearFP4: `weight` has two codes in a byte, `quant_state` their scales and type."""
 
     name = "bnb 4bit"  # as in PEFT
     parts = ("weight", "quant_state")
@@ -35,6 +35,7 @@ class Four(Quantized):
         return functional().dequantize_4bit(*undo_rearrangement(m.weight.data, find_quant_state(m)))
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+        """Return a new Params4bit with the values W and the settings of the old one, quantized on the device of W."""
         old, state = m.weight, find_quant_state(m)
         data, _ = undo_rearrangement(old.data, state)
         parameter = import_module("bitsandbytes.nn").Params4bit(
@@ -63,6 +64,10 @@ class Four(Quantized):
         return m.weight.dtype if m.weight.is_floating_point() else None
 
     def why_undecodable(self, m: nn.Module) -> str | None:
+        """Return why the codes cannot be decoded: not quantized yet, cast to another dtype, or sharded.
+
+        None if they can.
+        """
         weight, state = m.weight, find_quant_state(m)
         if state is None:
             return "its weight is not quantized yet: bitsandbytes does so in .to(device), also in .to('cpu')"
@@ -75,7 +80,11 @@ class Four(Quantized):
         return None
 
     def ready(self, m: nn.Module) -> str | None:
-        """Keep the layer out of the layout whose kernel has no backward pass, and take it out where it is in."""
+        """Switch off bitsandbytes' layout for AVX512-BF16, which has no backward pass, and undo it if it is there
+        already.
+
+        Overwrites the weight's codes and its quant_state then, and returns a warning for the user: scales stay rounded.
+        """
         if getattr(m, "support_avx512bf16_for_cpu", False):
             m.__dict__.update({"support_avx512bf16_for_cpu": False, REARRANGES: True})
         weight, state = m.weight, find_quant_state(m)
@@ -90,12 +99,15 @@ class Four(Quantized):
         )
 
     def release(self, m: nn.Module) -> None:
+        """Allow bitsandbytes' layout again, if `ready` switched it off."""
         if m.__dict__.pop(REARRANGES, False):
             m.__dict__["support_avx512bf16_for_cpu"] = True
 
 
 def find_quant_state(m: nn.Module) -> Any:
-    """Return the quant_state; of a weight that FSDP has made a plain parameter of, the module keeps it."""
+    """Return the quant_state of the weight; if FSDP has replaced the weight by a plain parameter, that of the
+    module.
+    """
     state = getattr(m.weight, "quant_state", None)
     return getattr(m, "quant_state", None) if state is None else state
 
@@ -112,8 +124,9 @@ def is_transposed(state: Any) -> bool:
 def undo_rearrangement(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Return codes and quant_state as they were before bitsandbytes rearranged them for AVX512-BF16.
 
-    There a block of 32 rows, (32, K/2, 2) codes, is held as (K/2, 32, 2), each 64 codes as 32 low and 32 high halves of
-    bytes; and the scales (N, K/blocksize) transposed, in bfloat16, no longer quantized themselves.
+    That layout has a block of 32 rows, (32, K/2, 2) codes, as (K/2, 32, 2): each 64 codes are 32 low and 32 high halves
+    of bytes. The scales (N, K/blocksize) are transposed there, in bfloat16, and no longer quantized. Other weights are
+    returned unchanged.
     """
     if not (is_interleaved(state) or is_transposed(state)):
         return data, state
@@ -175,12 +188,16 @@ def scales_of(m: nn.Module) -> Tensor | None:
 
 
 def quantize_rows(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes (N, K) and float32 scales (N,) of W, rounded in half precision first as bitsandbytes does."""
     codes, scales, *_ = functional().int8_vectorwise_quant(W.contiguous().half())
     return codes, scales
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor | None) -> Tensor:
-    """Return the values of codes, or of what a module makes of floats."""
+    """Return the values of codes with their scales.
+
+    Without scales `codes` are floats: return them rounded as the module rounds them.
+    """
     dtype = None
     if scales is None:
         dtype, (codes, scales) = codes.dtype, quantize_rows(codes)
@@ -206,7 +223,7 @@ class Table8(Table, Eight):
 TABLES: dict[str, Dense] = {
     "bitsandbytes.nn.modules.Embedding4bit": Table4(),
     "bitsandbytes.nn.modules.Embedding8bit": Table8(),
-    "bitsandbytes.nn.modules.Embedding": Dense(),  # writes out what nn.Embedding does
+    "bitsandbytes.nn.modules.Embedding": Dense(),  # the same computation as nn.Embedding
 }
 LINEAR: dict[str, Dense] = {
     "bitsandbytes.nn.modules.Linear4bit": Four(),

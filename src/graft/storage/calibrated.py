@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stores of layers that their own kernels alone can read, most of which hold codes that were calibrated.
+"""The stores of layers that only their kernels can read, most of them with calibrated codes.
 
-GPTQ and AWQ are among them: what a kernel makes of the codes (repacked, rotated, permuted) is known to it alone.
+GPTQ and AWQ are among them: only the kernel knows how it has repacked, rotated or permuted the codes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Sized(Linear):
-    """A linear layer that says its sizes in other words."""
+    """A linear layer with its sizes in attributes of other names."""
 
     def __init__(self, out_features: str, in_features: str):
         self.out_features, self.in_features = out_features, in_features
@@ -26,7 +26,7 @@ class Sized(Linear):
 
 
 class Eetq(Linear):
-    """EETQ's layer, whose weight is (in, out)."""
+    """EETQ's layer, with a weight (in, out)."""
 
     def dims(self, m: nn.Module) -> tuple[int, int]:
         in_features, out_features = m.weight.shape

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models and parameters that hold codes: the marks by which they are known, and what they need of the rest: mending,
-counting, biases that train."""
+"""Models and parameters that hold codes: how to recognise them, prepare them for adapters, and count them."""
 
 from __future__ import annotations
 
@@ -23,27 +22,30 @@ from graft.storage.stacks import list_packed_names
 
 FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # lists of plain modules in configs of transformers
-FIXED = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # quantization formats that fix the dtype of all other weights
-PACKED = ("Params4bit",)  # types of parameters whose dtype is only that of their storage
+FIXED = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # quantization methods that fix the dtype of all other weights
+PACKED = ("Params4bit",)  # types of parameters with a dtype for storage only
 
 
 def dtype_is_fixed(model: nn.Module) -> bool:
+    """Return True if the model's quantization method fixes the dtype of its other weights."""
     method = getattr(model, "quantization_method", None)
     return getattr(method, "value", method) in FIXED or bool(getattr(model, "hqq_quantized", False))
 
 
 def is_marked(model: nn.Module) -> bool:
-    """Return True if the one who loaded a model says that it is quantized."""
+    """Return True if attributes of the model, set when it was loaded, say that it is quantized."""
     return dtype_is_fixed(model) or any(getattr(model, flag, False) for flag in (*FLAGS, "is_quantized"))
 
 
 def find_unpacked_dtype(parameters: Iterable[Tensor]) -> torch.dtype | None:
-    """Return the dtype of the first parameter that is not packed: most likely that of a model's hidden states."""
+    """Return the dtype of the first plain floating-point parameter, most likely that of the hidden states; None without
+    one.
+    """
     return next((p.dtype for p in parameters if type(p) in PLAIN and p.dtype in NUMBERS), None)
 
 
 def remove_quantization_marks(model: nn.Module) -> None:
-    """Take the marks off a model that holds nothing packed any more, so that it is saved as a plain one."""
+    """Take the quantization config and flags off a model without packed weights, so that it is saved as a plain one."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -53,8 +55,11 @@ def remove_quantization_marks(model: nn.Module) -> None:
 
 
 def mark_plain_layers(model: nn.Module) -> None:
-    """Have the quantization config of a model of transformers name the linear layers that are plain, so that it loads
-    as it is saved, with these beside packed ones; warn where a config cannot name them."""
+    """Add the plain linear layers to the list of unquantized modules in a model's quantization config.
+
+    So transformers loads the saved model with plain layers next to packed ones. The config is replaced by a changed
+    copy. Warns if the quantization method has no such list; does nothing for a model without a quantization config.
+    """
     model_config: Any = getattr(model, "config", None)
     marks = getattr(model_config, "quantization_config", None)
     if marks is None or isinstance(marks, dict):
@@ -74,7 +79,10 @@ def mark_plain_layers(model: nn.Module) -> None:
 
 
 def prepare_packed(modules: Iterable[nn.Module]) -> None:
-    """Have the stores of packed weights mend what would make adapters on or below these modules wrong."""
+    """Let the stores of these modules prepare them for adapters, such as for gradients through packed weights.
+
+    Modules and their classes may change. Each warning is given once for all modules.
+    """
     warnings: dict[str | None, None] = {}
     for m in modules:
         if list_packed_names(m):
@@ -88,7 +96,7 @@ def prepare_packed(modules: Iterable[nn.Module]) -> None:
 
 
 def release_packed(modules: Iterable[nn.Module]) -> None:
-    """Undo for these modules, on which no adapter acts any more, what keeps packages from their own ways."""
+    """Undo `prepare_packed` for modules on which no adapter acts any more."""
     for m in modules:
         restore_experts(m)
         store = find_packed_store(m)
@@ -105,13 +113,13 @@ def find_packed_store(m: nn.Module) -> Store | None:
 
 
 def holds_codes(m: nn.Module) -> bool:
-    """Return True if a module's weight is packed: codes and scales, whatever the module is called."""
+    """Return True if a module's weight is packed, that is codes and scales, whatever the class of the module."""
     store = STORES.find(type(m))
     return strange_tensor(m, "weight") is not None if store is None else isinstance(store, Quantized)
 
 
 def why_copy_cannot_train(module: nn.Module) -> str | None:
-    """Return why a copy of a module cannot train: a weight on it or below it is held in codes. None if none is."""
+    """Return why a copy of a module cannot train: it has a packed weight, in it or below it. None if it can."""
     for m in filter(holds_codes, module.modules()):
         store = STORES.find(type(m))
         if not (isinstance(store, Quantized) and store.trains(m)):
@@ -127,7 +135,7 @@ def has_loose_bias(module: nn.Module) -> bool:
 
 
 def make_bias_parameter(module: nn.Module) -> tuple[nn.Parameter, Callable[[], None]]:
-    """Make a layer's bias a Parameter, so that it can train; return it, and what undoes this."""
+    """Make the bias of a layer a Parameter without gradient. Return it, and a function that restores the old bias."""
     owner: Any = module._buffers if "bias" in module._buffers else module.__dict__
     before = owner.pop("bias")
     bias = module._parameters["bias"] = nn.Parameter(before.detach(), requires_grad=False)
@@ -140,7 +148,9 @@ def make_bias_parameter(module: nn.Module) -> tuple[nn.Parameter, Callable[[], N
 
 
 def count_numbers(p: Tensor) -> int:
-    """Return how many numbers a parameter holds: two in a byte if packed to 4 bits, all shards with DeepSpeed."""
+    """Return the number of values of a parameter: two per byte if packed to 4 bits, those of all shards with
+    DeepSpeed.
+    """
     n = p.numel() or getattr(p, "ds_numel", 0)
     if type(p).__name__ in PACKED:
         n *= 2 * torch.empty((), dtype=getattr(p, "quant_storage", torch.uint8)).element_size()

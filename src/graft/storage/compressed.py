@@ -17,6 +17,7 @@ class Compressed(Dense):
     exact = False  # kernels that pass the layer by would not round its inputs
 
     def waits(self, m: nn.Module, name: str) -> str | None:
+        """Return why the weight cannot be used yet: it is compressed until the model's first call. None if it can."""
         if name != "weight" or ("weight" in m._parameters and strange_tensor(m, name) is None):
             return None
         return (
@@ -36,6 +37,7 @@ class Compressed(Dense):
         return scheme.input_activations is not None or scheme.output_activations is not None
 
     def ready(self, m: nn.Module) -> str | None:
+        """Give the layer a gradient for its input where it rounds inputs or outputs."""
         if self.loses_gradient(m):
             let_gradients_through(m, self)
         return None

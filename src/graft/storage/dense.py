@@ -43,13 +43,13 @@ def strange_tensor(m: nn.Module, name: str) -> str | None:
 
 
 def is_composed(t: Tensor) -> bool:
-    """Return True if a tensor owns no memory: it stands for what its type makes of other tensors."""
+    """Return True if a tensor owns no memory: its type computes its values from other tensors."""
     kind = type(t)
     return not (kind in PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or LIKE_PLAIN.find(kind))
 
 
 def plain_tensors(t: Tensor) -> list[Tensor] | None:
-    """Return the plain tensors that a tensor is made of; None if its type does not show them."""
+    """Return the plain tensors behind a tensor; None if its type does not show them."""
     if is_composed(t):
         if not is_traceable_wrapper_subclass(t):
             return None
@@ -62,12 +62,14 @@ def plain_tensors(t: Tensor) -> list[Tensor] | None:
 
 
 def strange_forward(m: nn.Module) -> str | None:
-    """Return why a module may use its weight in another way than its row of OPS says, and what to do if it does not."""
+    """Return why a module may use its weight differently from its row of OPS, with the remedy; None if it has no
+    replaced forward.
+    """
     return "".join(explain_forward(m) or ()) or None
 
 
 def explain_forward(m: nn.Module) -> tuple[str, str] | None:
-    """Return the reason and the remedy of `strange_forward`."""
+    """Return the reason and the remedy of `strange_forward`; None if the forward is a known one."""
     known = replaced_forward(m)
     if known is None:
         return None
@@ -80,13 +82,14 @@ def explain_forward(m: nn.Module) -> tuple[str, str] | None:
 
 
 def why_flat(m: nn.Module, name: str) -> str | None:
-    """Return why a tensor cannot be read or written that FSDP1 keeps in a flat parameter; None if it does not."""
+    """Return why a tensor cannot be read or written: FSDP1 keeps it in a flat parameter. None if not."""
     t = parameters_in(m).get(name) if MANAGED in m.__dict__ else None
     layout = None if t is None else layout_of(t)
     return explain_parts(name, layout.name) if layout is not None and not layout.writable else None
 
 
 def explain_parts(name: str, layout: str) -> str:
+    """Return the reason and the remedy for a tensor that a layout spreads over processes."""
     return (
         f"its {name} is in parts, which {layout} puts together for a call of the module: save the adapter, and load it "
         "into a model of one process to merge it"
@@ -94,6 +97,8 @@ def explain_parts(name: str, layout: str) -> str:
 
 
 class Dense:
+    """The store of plain tensors, read and written in place."""
+
     name = "dense"
     exact = live = True
 
@@ -110,6 +115,9 @@ class Dense:
         return t if t.numel() else gather_tensor(t)  # ZeRO-3 empties it between calls
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why a merge cannot write the tensor: flat, computed, not plain, spread over processes, or offloaded
+        and tied. None if it can.
+        """
         t: Tensor | None = m._parameters.get(name)
         if t is None:
             t = m._buffers.get(name)
@@ -131,11 +139,19 @@ class Dense:
         return None
 
     def bring_in(self, layer: nn.Module, written: nn.Module | None = None) -> AbstractContextManager[None]:
-        """Bring offloaded tensors of `layer` in for the block; keep what it writes to those of `written`."""
+        """Return a context that loads offloaded tensors of `layer`.
+
+        Changes to tensors of `written` are kept afterwards.
+        """
         return bring_in(layer, written) if is_hooked(layer) else nullcontext()
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
-        """Write W in place; if the weight is tied to another module (`shared`), give this one its own."""
+        """Write W in place.
+
+        If the weight is tied to another module (`shared`), give this module a new parameter instead.
+
+        Returns None: no module has to replace this one.
+        """
         p = getattr(m, name)
         if shared:
             setattr(m, name, nn.Parameter(W.contiguous(), requires_grad=p.requires_grad))
@@ -144,7 +160,9 @@ class Dense:
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> Any:
-        """Return the weight's values, where the weight itself is kept between calls; if it is tied, the weight."""
+        """Return a copy of the weight, on the CPU if it is offloaded; if it is tied (`shared`), the parameter
+        itself.
+        """
         p = getattr(m, name)
         if shared:
             return p
@@ -154,16 +172,21 @@ class Dense:
         return state
 
     def restore(self, m: nn.Module, name: str, state: Any) -> None:
+        """Put a snapshot back: a parameter ties the weight again, a tensor is copied into it."""
         if isinstance(state, nn.Parameter):  # tie again
             setattr(m, name, state)
         else:
             getattr(m, name).data.copy_(state)
 
     def where(self, m: nn.Module, name: str = "weight") -> tuple[torch.device | None, torch.dtype | None]:
+        """Return device and dtype of a tensor; of an offloaded one the device on which the module computes.
+
+        A block without the tensor answers by its first parameter. The dtype is None if it is no floating-point one.
+        """
         p, owner = m._parameters.get(name), m
         if p is None:
             p = getattr(m, name, None)
-        if p is None:  # a block: hooks bring in what each module in it has
+        if p is None:  # a block: its first parameter decides
             owner, p = next(((o, p) for o in m.modules() for p in o._parameters.values() if p is not None), (m, None))
         if p is None:
             return None, None
@@ -173,4 +196,5 @@ class Dense:
         return device, p.dtype if p.is_floating_point() else None
 
     def protect(self, y: Tensor) -> Tensor:
+        """Return the output itself: writing to it in place harms nothing."""
         return y

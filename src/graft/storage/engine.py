@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that Transformer Engine holds as 8-bit floats: its tensors give their values by `dequantize`."""
+"""The store of weights that Transformer Engine holds as 8-bit floats; its tensors have a method `dequantize`."""
 
 from __future__ import annotations
 

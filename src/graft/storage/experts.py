@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules of experts whose stacks graft can use in the module's place, one matrix after the other: of packed stacks, as
-no package has a backward pass for these without a dense copy; of dense ones, where rows have adapters of their own.
+"""Modules of experts that graft can run itself, from their stacks of matrices.
 
-They take tokens, the experts of each, and how much each counts; transformers' decorator notes how they use their
-stacks.
+Packed stacks need it for a backward pass without a dense copy; dense stacks, for rows with different adapters.
+
+Their forward takes tokens, the experts of each token, and the weights of these. transformers' decorator records how
+they use their stacks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MENDED = "_graft_routes"  # mark on modules that `let_experts_train` has changed
 
 @dataclass(frozen=True)
 class Dense3:
-    """A dense stack: views of its matrices."""
+    """A dense stack that returns views of its matrices."""
 
     W: Tensor  # (experts, out, in)
 
@@ -50,7 +51,7 @@ class Dense3:
 
 
 def describe_block(m: nn.Module) -> ExpertBlock | None:
-    """Return how a module uses its stacks; None if graft does not know."""
+    """Return which stacks, activation, biases and norm a module of experts has; None if graft does not know it."""
     if stacks.MODULES.find(type(m)) is stacks.MXFP4:
         return ExpertBlock(
             "gate_up_proj", "down_proj", make_clamped_activation(m), m.gate_up_proj_bias, m.down_proj_bias
@@ -64,7 +65,7 @@ def describe_block(m: nn.Module) -> ExpertBlock | None:
 
 
 def make_clamped_activation(m: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the activation of gpt-oss, of gates and inputs in turn."""
+    """Return gpt-oss's activation, for rows with gate and input in turn, clamped to the module's limit."""
 
     def act(y: Tensor) -> Tensor:
         gate, up = y[:, ::2].clamp(max=m.limit), y[:, 1::2].clamp(-m.limit, m.limit)
@@ -75,7 +76,12 @@ def make_clamped_activation(m: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def find_matrix_stack(m: nn.Module, name: str) -> Any:
-    """Return a stack of a module."""
+    """Return a stack of a module, packed or dense, in canonical orientation.
+
+    Raises:
+        UnsupportedLayerError: a packed stack cannot be read.
+        RoutingError: a dense stack trains, is spread over processes, or has an adapter that is no product.
+    """
     stack = stacks.find_matrices(m, name)
     if stack is not None:
         if (why := stack.why_unreadable) is not None:
@@ -84,14 +90,18 @@ def find_matrix_stack(m: nn.Module, name: str) -> Any:
     W: Any = m._parameters[name]
     if type(W) not in PLAIN or (W.requires_grad and torch.is_grad_enabled()):
         raise RoutingError(
-            f"The stack {name} of a {type(m).__name__} trains itself, is spread over processes, or has an adapter that "
-            "is no product: rows with adapters of their own, and gates, are for frozen ones on this process."
+            f"The stack {name} of a {type(m).__name__} trains, is spread over processes, or has an adapter that "
+            "is no product. Rows with different adapters and gates need a frozen stack on this process."
         )
     return Dense3(W.mT if getattr(m, "is_transposed", False) else W)
 
 
 def run(m: nn.Module, handed: Handed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the module's output, with the parts that layers around it have handed inwards."""
+    """Return the output of a module of experts, computed by graft, with the updates of adapters in `handed`.
+
+    Raises:
+        RoutingError: rows have different adapters under expert parallelism.
+    """
     block, (x, index, weights) = describe_block(m), bind_positionally(m, args, kwargs)
     assert block is not None
     if handed.groups is not None and getattr(m, "_is_expert_parallel", False):
@@ -108,7 +118,7 @@ def run(m: nn.Module, handed: Handed, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def bind_positionally(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the arguments of a call in the order in which the module's forward lists them."""
+    """Return the arguments of a call as positional ones, in the order of the module's forward."""
     if not kwargs:
         return args
     bound = inspect.signature(type(m).forward).bind(m, *args, **kwargs)
@@ -116,7 +126,7 @@ def bind_positionally(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def find_experts_function(m: nn.Module) -> Callable[..., Tensor] | None:
-    """Return the function that runs a module of experts in its place; None if graft cannot."""
+    """Return `run` if graft can run this module of experts in place of its forward; else None."""
     block = describe_block(m)
     if block is None:
         return None
@@ -125,7 +135,7 @@ def find_experts_function(m: nn.Module) -> Callable[..., Tensor] | None:
 
 
 class PackedStack(Dense):
-    """The store of a packed stack, whose module graft runs in its place."""
+    """The store of one packed stack of a module of experts."""
 
     exact = live = False
 
@@ -173,7 +183,7 @@ def is_transposed(m: nn.Module) -> bool:
 
 
 def list_parameter_names(m: nn.Module) -> list[str]:
-    """Return the names of a module's parameters, in the order in which a dense module has them."""
+    """Return the names of a module's parameters, stacks first, in the same order for packed and dense modules."""
     stacked = stacks.NAMES if stacks.list_packed_names(m) else ()
     return [*dict.fromkeys([*stacked, *m._parameters])]
 
@@ -185,7 +195,11 @@ def find_packed_shape(m: nn.Module, name: str) -> tuple[int, ...] | None:
 
 
 def let_experts_train(m: nn.Module) -> None:
-    """Have a module with packed stacks let gradients through, without a dense copy of them."""
+    """Replace the forward of a module with packed stacks: it passes gradients on, without a dense copy of the stacks.
+
+    The module's own forward still runs where it has a gradient or needs none. Does nothing for other modules, and on a
+    second call; `restore_experts` undoes it.
+    """
     if MENDED in m.__dict__ or not stacks.list_packed_names(m) or find_experts_function(m) is None:
         return
     place = "_old_forward" if "_old_forward" in m.__dict__ else "forward"  # accelerate's hooks call the first
@@ -208,7 +222,7 @@ def let_experts_train(m: nn.Module) -> None:
 
 
 def restore_experts(m: nn.Module) -> None:
-    """Undo that."""
+    """Give the module the forward that it had before `let_experts_train`."""
     if MENDED not in m.__dict__:
         return
     method, before, hooked = m.__dict__.pop(MENDED)

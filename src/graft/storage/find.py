@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store of a module: by its type, by that of its weight's tensor, or by a mark on it; and that of a parameter."""
+"""Which store a module's weight has: by a mark on the module, its class, or the class of the weight."""
 
 from __future__ import annotations
 
@@ -73,10 +73,9 @@ for file in FILES:
 
 
 def find_store(module: nn.Module) -> Store:
-    """Return the store of a module's weight: that of the module's type, else of the weight's type, else DENSE.
+    """Return the store of a module's weight: by the module's class, else by the weight's class, else DENSE.
 
-    A weight that its module may use in its own way, or that is no plain tensor, is never DENSE but FOREIGN; so is
-    what a layer that is known to be linear has in place of one.
+    It is FOREIGN, not DENSE, if the module has a replaced forward, or if the weight is no plain tensor.
     """
     store = find_marked_store(module) or STORES.find(type(module))
     if store is not None:
@@ -94,7 +93,10 @@ def find_marked_store(module: nn.Module) -> Store | None:
 
 
 def find_tensor_store(module: nn.Module, name: str) -> Store:
-    """Return the store of one tensor of a module that computes, itself, with what is put in the tensor's place."""
+    """Return the store of one parameter of a module that uses it directly, such as a stack of experts.
+
+    A packed stack gets a PackedStack; codes that a replacement could not stand in for get PACKED.
+    """
     if stacks.find_stack_class(module, name) is not None:
         return PackedStack(name)
     module_store = STORES.find(type(module))
@@ -103,6 +105,9 @@ def find_tensor_store(module: nn.Module, name: str) -> Store:
 
 
 def find_store_of_tensor(module: nn.Module, name: str) -> Store:
+    """Return the store of a parameter by its class and dtype alone: DENSE, one for its class, TENSOR_PARALLEL, or
+    FOREIGN.
+    """
     t = module._parameters.get(name)
     kind = type(t)
     if kind in PLAIN and t.dtype in NUMBERS:  # type: ignore[union-attr]  # most are, and there are many
@@ -113,6 +118,6 @@ def find_store_of_tensor(module: nn.Module, name: str) -> Store:
 
 
 def find_device_and_dtype(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-    """Return device and dtype of the first weight in a module; if offloaded, the device on which it computes."""
+    """Return device and dtype of a module's first weight; for an offloaded one, the device that it computes on."""
     first = next((m for m in module.modules() if any(p is not None for p in m._parameters.values())), module)
     return find_store(first).where(first, "weight")

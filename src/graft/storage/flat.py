@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors in the flat parameters of FSDP1: one after the other in one row of numbers, of which each process holds a
-part."""
+"""Tensors in FSDP1's flat parameters: many tensors in one row of numbers, with a part on each process."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ _PLACES: dict[int, tuple[Any, int]] = {}  # id of an original parameter → (wea
 
 
 class FlatPiece(NamedTuple):
-    """The numbers of one tensor that this process holds of a flat parameter."""
+    """The numbers of one tensor of a flat parameter that are on this process."""
 
     flat: Any
     number: int  # of the tensor in it
@@ -37,7 +36,7 @@ class FlatPiece(NamedTuple):
         return shard[begin : begin + (info.numel_in_shard if info.in_shard else 0)]
 
     def gather(self) -> Tensor:
-        """Return the tensor, whole. Every process must call this."""
+        """Return the whole tensor. Every process must call this."""
         local, n = self.numbers, self.shape.numel()
         sizes = [torch.zeros(1, dtype=torch.int64, device=sendable(local)) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, torch.tensor([len(local)], dtype=torch.int64, device=sendable(local)))
@@ -50,7 +49,7 @@ class FlatPiece(NamedTuple):
         return torch.cat([part[:count] for part, count in zip(parts, counts)])[:n].view(self.shape).to(local.device)
 
     def fill(self, value: Tensor) -> None:
-        """Put this process's part of a whole value in place."""
+        """Copy this process's part of a whole value into the parameter."""
         info = self.flat._shard_param_infos[self.number]
         if info.in_shard:
             begin = info.intra_param_start_idx
@@ -58,7 +57,7 @@ class FlatPiece(NamedTuple):
 
 
 def find_flat_piece(t: Tensor) -> FlatPiece | None:
-    """Return where a tensor stands in a flat parameter that is in parts; None if it does not."""
+    """Return the piece of a tensor that FSDP1 has in a sharded flat parameter; None for other tensors."""
     flat = t._base
     if is_flat(t):  # use_orig_params=False
         number = find_tensor_number(flat, int(t.storage_offset()))
@@ -80,7 +79,7 @@ def trains(t: Tensor) -> bool:
 
 
 def find_tensor_number(flat: Any, offset: int) -> int:
-    """Return the number of the tensor that begins at `offset`."""
+    """Return the number of the tensor that begins at `offset`. Raises LookupError if none does."""
     at = number = 0
     for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask):
         if not is_padding:
@@ -92,9 +91,9 @@ def find_tensor_number(flat: Any, offset: int) -> int:
 
 
 def find_flat_place(p: Tensor) -> tuple[Any, int] | None:
-    """Return the flat parameter of an original one, and its number there.
+    """Return the flat parameter that has taken in an original parameter, and its number there; None if there is none.
 
-    Nothing leads from one to the other, and the module that knows both may be above all that graft can see.
+    Nothing leads from one to the other, so all objects of the garbage collector are searched, once for all parameters.
     """
     place = look_up_place(p)
     if place is None:
@@ -108,13 +107,14 @@ def find_flat_place(p: Tensor) -> tuple[Any, int] | None:
 
 
 def look_up_place(p: Tensor) -> tuple[object, int] | None:
+    """Return the cached answer of `find_flat_place`, if it still holds; else None."""
     reference, number = _PLACES.get(id(p), (lambda: None, 0))
     flat = reference()
     return (flat, number) if flat is not None and flat._params[number] is p else None
 
 
 def sendable(t: Tensor, group: ProcessGroup | None = None) -> torch.device:
-    """Return the device from which the processes of a group can send this tensor."""
+    """Return a device on which the group's backend can send this tensor: its own, or the accelerator."""
     if "gloo" in dist.get_backend(group) or t.device.type != "cpu":
         return t.device
     device = torch.accelerator.current_accelerator()

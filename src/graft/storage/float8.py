@@ -15,7 +15,7 @@ from graft.storage.quantized import OwnModule
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # E2M1, by code
 
 MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes of 4-bit floats
-TOP = 7.0  # what rounds to the largest of them and is no nearer to a larger scale
+TOP = 7.0  # the largest number that still rounds to 6.0
 
 
 class Float8(OwnModule):
@@ -137,7 +137,7 @@ def find_block_maxima(W: Tensor, scale: Tensor, block: Sequence[int] | None = No
 
 
 def round_scales_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return scales in the dtype that holds them; powers of two are not smaller than what they stand for."""
+    """Return scales in the dtype of the file; if that holds powers of two only, rounded up."""
     if dtype.itemsize > 1:
         return scale.to(dtype)
     power = scale.log2().ceil()
@@ -146,7 +146,7 @@ def round_scales_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=32)
 def make_pair_table(values: tuple[float, ...], low_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what two codes in a byte stand for, by the byte, as one number of twice the width: (256,)."""
+    """Return a table (256,) from a byte to the values of its two codes, as one integer of twice the width."""
     table = torch.tensor(values, dtype=dtype, device=device)
     byte = torch.arange(256, device=device)
     both = [table[byte & 15], table[byte >> 4]]
@@ -165,12 +165,12 @@ def unpack_pairs(
 
 
 def encode_fp4(W: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes of 4-bit floats (out, in/2) for W (out, in), and the powers of two by which scales must grow.
+    """Return codes of 4-bit floats (out, in/2) for W (out, in), and the exponents (base 2) by which scales must grow.
 
     Scales that fit stay: new ones would move other numbers of their blocks.
 
     Args:
-        scale: (out, in/32) or so.
+        scale: (out, groups), such as (out, in/32).
     """
     blocks = W.float().unflatten(1, (scale.shape[1], -1))  # (out, blocks, n)
     top = blocks.abs().amax(2)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stores of weights that only their own module knows how to use: a linear layer is read by its own forward, by what
-it makes of the rows of the identity matrix."""
+"""Stores of weights that only the module's forward can use.
+
+A linear layer is read by running its forward on the rows of the identity matrix.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +22,21 @@ from graft.storage.quantized import OwnModule
 
 ROWS = 512  # of the identity in one call
 TOLERANCE = 0.03  # relative: activations may be rounded to 8 bits
-SIZES = (1.0, 1.0, 8.0, 0.125)  # of random rows, so that what bends or clips is seen
+SIZES = (1.0, 1.0, 8.0, 0.125)  # of random rows: clipping and nonlinearity show at some of them
 
 
 F = TypeVar("F", bound=Callable[..., object])
 
 
 def exclude_from_compiler(f: F) -> F:
-    """Keep a compiler from looking inside. What torch.compiler.disable makes does so too, and imports the compiler."""
+    """Mark a function so that torch.compile does not trace it. torch.compiler.disable would import the compiler."""
     f._torchdynamo_disable = True  # type: ignore[attr-defined]
     return f
 
 
 @exclude_from_compiler
 def read_by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> Tensor:
-    """Return the weight (out, in) of a linear layer, as new memory."""
+    """Return the weight (out, in) of a linear layer in new memory, by running it on blocks of the identity matrix."""
     run = copy_for_reading(m)
     W = torch.empty(dims, device=device, dtype=dtype)
     zero = run_forward(run, torch.zeros(1, dims[1], device=device, dtype=dtype))  # a bias that is out of reach
@@ -45,7 +47,10 @@ def read_by_identity(m: nn.Module, dims: tuple[int, int], device: torch.device |
 
 @exclude_from_compiler
 def why_not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
-    """Return why a module is not y = W x + bias with its own bias; None if it is. Hold no more than a block of W."""
+    """Return why a module is not y = W x + bias with its `bias` attribute; None if it is, as far as random inputs show.
+
+    The module runs on random rows and on the identity. No more than a block of W is held at once.
+    """
     run = copy_for_reading(m)
     x = torch.randn(len(SIZES), dims[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     x = (x * torch.tensor(SIZES, device="cpu")[:, None]).to(device, dtype)
@@ -60,7 +65,7 @@ def why_not_linear(m: nn.Module, dims: tuple[int, int], device: torch.device | N
 
 @exclude_from_compiler
 def why_not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | None, dtype: torch.dtype) -> str | None:
-    """Return what a module adds to W x beside its own bias; None if that is nothing."""
+    """Return why the module adds more than its bias: its output for zeros is not `bias`. None if it is."""
     bias = getattr(m, "bias", None)  # first: a call may put it away again
     zero = run_forward(copy_for_reading(m, keep_bias=True), torch.zeros(1, dims[1], device=device, dtype=dtype))[0]
     if not _is_near(zero.float(), torch.zeros_like(zero).float() if bias is None else bias.detach().float()):
@@ -69,9 +74,9 @@ def why_not_affine(m: nn.Module, dims: tuple[int, int], device: torch.device | N
 
 
 def copy_for_reading(m: nn.Module, keep_bias: bool = False) -> nn.Module:
-    """Return a module with the same tensors, without hooks, in evaluation mode and with a bias of zeros.
+    """Return a shallow copy of a module with the same tensors, in evaluation mode, without hooks, and with a zero bias.
 
-    What its forward sets on itself is lost, so that a reading leaves nothing behind.
+    Its forward then sets attributes on the copy only. keep_bias: leave the bias.
     """
     clone = copy.copy(m)
     clone.__dict__.update({key: type(v)(v) for key, v in m.__dict__.items() if key in _OWN})
@@ -100,9 +105,10 @@ def iterate_tensors(m: nn.Module) -> Iterator[Tensor]:
 
 
 def find_compute_dtype(m: nn.Module) -> torch.dtype | None:
-    """Return the dtype in which a module computes: what it says, or that of scales in half precision.
+    """Return the dtype that a module computes in: its `compute_dtype`, its weight's, or that of tensors in half
+    precision.
 
-    Scales in float32 tell nothing: many layers compute in the dtype of their input.
+    Return None otherwise: scales in float32 say nothing, as many layers compute in the dtype of their input.
     """
     named = getattr(m, "compute_dtype", None)
     if isinstance(named, torch.dtype):
@@ -114,7 +120,7 @@ def find_compute_dtype(m: nn.Module) -> torch.dtype | None:
 
 
 def _iterate_identity(n: int, device: torch.device | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows of the identity, and which they are."""
+    """Yield (slice, rows) for blocks of rows of the identity matrix of size n."""
     for start in range(0, n, ROWS):
         size = min(ROWS, n - start)
         rows = torch.zeros(size, n, device=device, dtype=dtype)
@@ -124,12 +130,14 @@ def _iterate_identity(n: int, device: torch.device | None, dtype: torch.dtype) -
 
 @torch.no_grad()
 def run_forward(m: nn.Module, x: Tensor) -> Tensor:
+    """Return the output of a module's forward without gradients or autocast; the first item if it is a tuple."""
     with torch.autocast(x.device.type, enabled=False):
         y = m.forward(x)
     return y[0] if isinstance(y, tuple) else y
 
 
 def _is_near(rows: Tensor, goal: Tensor) -> bool:
+    """Return True if each row of `rows` is within `TOLERANCE` of its goal, relative to the goal's norm."""
     scale = goal.norm(dim=-1)
     return bool(((rows - goal).norm(dim=-1) <= TOLERANCE * scale + 1e-6).all())
 
@@ -138,11 +146,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # to try where a layer 
 
 
 class ByIdentity(OwnModule):
-    """A layer that is known to be linear, and is read by its own forward. Each reading runs it on in_features rows.
+    """A layer that is known to be linear, read by running its forward on in_features rows at each reading.
 
     Args:
-        codes: what it has in place of a weight: "GPTQ codes".
-        calibrated: data of a model in use were needed to make the codes.
+        codes: what it holds in place of a weight, for errors: "GPTQ codes".
+        calibrated: the codes were made with data from a model in use, so that they are not made anew.
     """
 
     writes = False
@@ -150,16 +158,20 @@ class ByIdentity(OwnModule):
     def __init__(self, name: str, codes: str, calibrated: bool = True):
         self.name, self.codes = name, codes
         self.calibrated = f"its weight is {codes} that were calibrated" if calibrated else None
-        # what `look` says of a layer, and the dtype in which it runs
+        # result of `look` for a layer, and the dtype that it ran with
         self.known: WeakKeyDictionary[nn.Module, tuple[str | None, torch.dtype]] = WeakKeyDictionary()
 
     look = staticmethod(why_not_affine)
 
     def reason(self, m: nn.Module) -> tuple[str, str]:
-        """Return why graft itself cannot read the weight, and what a user can do about it, if anything."""
+        """Return why graft itself cannot read the weight, and the remedy, or ""."""
         return f"its weight is {self.codes}", ""
 
     def why_undecodable(self, m: nn.Module) -> str | None:
+        """Return why running the layer does not give its weight; None if it does.
+
+        The first call runs the layer, in float32 or half precision, and caches the result for this module.
+        """
         reason, remedy = self.reason(m)
         op, (device, dtype) = find_op(m), self.where(m)
         if not op.linear:
@@ -197,11 +209,14 @@ class ByIdentity(OwnModule):
         return computes_on(m, next((t.device for t in iterate_tensors(m)), None)), self.compute_dtype(m)
 
     def strange(self, m: nn.Module) -> str | None:
-        return None  # its own forward says what the weight is
+        return None  # its forward defines the weight
 
 
 class Foreign(ByIdentity):
-    """Adapters beside the layer run. What reads the weight runs if the layer is found linear; nothing writes it."""
+    """The store of classes that graft does not know: adapters act next to the layer, and nothing writes the weight.
+
+    Its weight can be read if running the layer shows that it is linear.
+    """
 
     look = staticmethod(why_not_linear)
 
@@ -214,7 +229,7 @@ class Foreign(ByIdentity):
         return explain_forward(m) or (f"graft does not know how a {type(m).__name__} holds its weight", "")
 
     def protect(self, y: Tensor) -> Tensor:
-        """Copy the output: it may be a view that cannot be written to, or what its backward pass needs."""
+        """Return a copy of the output: it may be a view that forbids writing, or saved for a backward pass."""
         return y.clone()
 
     def ready(self, m: nn.Module) -> str | None:
@@ -222,7 +237,7 @@ class Foreign(ByIdentity):
 
 
 class Packed(Dense):
-    """One parameter that holds codes: its module would not understand anything else in its place."""
+    """The store of one parameter with codes, whose module computes with the codes directly."""
 
     name = "packed"
     exact = live = False

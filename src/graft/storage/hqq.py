@@ -29,7 +29,7 @@ class HQQ(Quantized):
         return None if m.ready else "it is not quantized yet"
 
     def ready(self, m: nn.Module) -> None:
-        """Freeze a bias that is no Parameter: HQQ takes it from the old layer together with its graph."""
+        """Detach a bias that is no Parameter: HQQ takes it over from the old layer with its graph."""
         if isinstance(m.__dict__.get("bias"), Tensor):
             m.bias = m.bias.detach()
 

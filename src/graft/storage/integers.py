@@ -10,13 +10,13 @@ from graft.storage.quantized import OwnModule
 
 
 def unpack_integers(packed: Tensor, bits: int) -> Tensor:
-    """Return the numbers (…, n) in bytes, the first of each in its lowest bits: (…, n / per byte) → (…, n)."""
+    """Return the numbers packed into bytes, the first in the lowest bits: (…, bytes) → (…, bytes · 8 / bits)."""
     byte = packed.to(torch.uint8).int()
     return torch.stack([byte >> shift & 2**bits - 1 for shift in range(0, 8, bits)], -1).flatten(-2)
 
 
 def pack_integers(numbers: Tensor, bits: int) -> Tensor:
-    """Do the reverse of `unpack_integers`, filling up the last byte with zeros."""
+    """Do the reverse of `unpack_integers`; zeros fill the last byte."""
     per = 8 // bits
     numbers = nn.functional.pad(numbers, (0, -numbers.shape[-1] % per)).unflatten(-1, (-1, per))
     shifts = torch.arange(0, 8, bits, device=numbers.device)
@@ -36,6 +36,7 @@ class Gemma(OwnModule):
         return codes * m.weight_scale
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
+        """Return new codes and scales of W, with one scale for each row, in the bits of the old weight."""
         half = 2 ** (m.num_bits - 1)
         scale = W.abs().amax(1, keepdim=True).clamp_min(1e-12) / max(half - 1, 1)
         codes = (W / scale).round().clamp(-half, half - 1)
@@ -53,7 +54,7 @@ class Gemma(OwnModule):
         return super().why_unwritable(m, name)
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return True: rounded activations give a gradient of zero, and to ask for their scales waits for the GPU."""
+        """Return True: rounded activations give a gradient of zero, and reading their scales would wait for the GPU."""
         return True
 
 

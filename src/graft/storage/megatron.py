@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's column and row parallel linear layers: plain tensors, of which nothing says that they are pieces.
+"""Megatron's column and row parallel linear layers: plain tensors that are pieces of a weight, without a mark of it.
 
-`input_size` and `output_size` of the module are those of the whole weight. Its forward returns (output, bias): the bias
-is left for the caller to add where `skip_bias_add` says so.
+`input_size` and `output_size` of the module are those of the whole weight. Its forward returns (output, bias): with
+`skip_bias_add` the caller adds the bias.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def find_megatron_group(m: nn.Module) -> ProcessGroup | None:
 
 
 def find_cut(m: nn.Module) -> Cut | None:
-    """Return the cut of a column parallel layer's outputs, or of a row parallel one's inputs; None if there is none."""
+    """Return the cut of a column parallel layer's outputs, or of a row parallel layer's inputs; None if nothing is cut.
+
+    Raises:
+        UnsupportedLayerError: the weight is a piece, and no process group is known.
+    """
     size, part = m.output_size, m.weight.shape[0]
     if KINDS.find(type(m)) == "RowParallelLinear":
         size, part = m.input_size, m.weight.shape[1]
@@ -53,7 +57,7 @@ def find_cut(m: nn.Module) -> Cut | None:
 
 
 def list_returned_bias(m: nn.Module) -> tuple[Tensor | None]:
-    """Return what follows the output in the tuple that a module returns: the bias, if it leaves that to the caller."""
+    """Return the tuple that follows the output of a module: its bias if the caller has to add it, else None."""
     return ((m.bias if m.skip_bias_add else None),)
 
 
@@ -80,7 +84,10 @@ def why_no_megatron_adapter(m: nn.Module) -> str | None:
 
 
 class Megatron(Dense):
-    """Pieces of dense weights. What reads, writes or restores one takes all processes of the group."""
+    """The store of pieces of dense weights.
+
+    All processes of the group have to take part in reads, writes and restores.
+    """
 
     name, live, exact = "megatron", False, True
 

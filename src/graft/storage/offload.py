@@ -15,7 +15,7 @@ from graft.core.wrappers import bring_for_good, hooks_of, take_hook_off
 
 
 def device_of(m: nn.Module) -> torch.device | None:
-    """Return the device on which an offloaded module computes; None if accelerate does not offload it."""
+    """Return the device that an offloaded module computes on; None if accelerate does not offload it."""
     device = next((h.execution_device for h in hooks_of(m)), None)
     return None if device is None else torch.device(device)
 
@@ -27,7 +27,9 @@ def is_away(m: nn.Module) -> bool:
 
 
 def computes_on(m: nn.Module, device: torch.device | None) -> torch.device | None:
-    """Return the device on which a module computes. device: where its tensors are now."""
+    """Return the device that a module computes on: accelerate's if `device`, that of its tensors now, is meta; else
+    `device`.
+    """
     return device_of(m) or device if device is not None and device.type == "meta" else device
 
 
@@ -44,9 +46,10 @@ def is_hooked(layer: nn.Module) -> bool:
 
 @contextmanager
 def bring_in(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
-    """Bring all offloaded tensors below `module` in for the block; keep what it writes to those of `written`.
+    """Load all offloaded tensors below `module` for the block; keep changes to those of `written`.
 
-    Tensors that are there already, by a block around this one, stay there after it.
+    Tensors that an outer block has loaded stay loaded after this one. Parameters of `written` are copied before the
+    block may change them.
     """
     hooked = [(m, hook) for m in module.modules() for hook in hooks_of(m)]
     away = [(m, hook) for m, hook in hooked if is_away(m)]
@@ -68,7 +71,7 @@ def bring_in(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
 
 
 def write_offloaded(m: nn.Module, name: str, value: Tensor) -> None:
-    """Give an offloaded tensor of a module, which is on the meta device now, this value from the next call on."""
+    """Set the stored value of an offloaded tensor: the module has it from the next call on."""
     tensors: Any = m._parameters if name in m._parameters else m._buffers
     value = value.detach().to("cpu", tensors[name].dtype, copy=True)
     for hook in hooks_of(m):
@@ -77,7 +80,7 @@ def write_offloaded(m: nn.Module, name: str, value: Tensor) -> None:
 
 
 def find_offloaded(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
-    """Return module and name of each offloaded tensor, by the identity of what stands on the meta device for it."""
+    """Return module and name of each offloaded tensor, by the id of its placeholder on the meta device."""
     by_module = ((m, (*m._parameters.items(), *m._buffers.items())) for m in root.modules() if hooks_of(m))
     return {id(t): (m, name) for m, tensors in by_module for name, t in tensors if t is not None and t.is_meta}
 
@@ -88,9 +91,9 @@ def _buffer_names(m: nn.Module, hook: Any) -> list[str]:
 
 
 def standalone(module: nn.Module, copies: dict[int, object] | None = None) -> nn.Module:
-    """Return a copy of a module with all tensors in memory and without accelerate's hooks that offload them.
+    """Return a deep copy of a module with all tensors in memory, without accelerate's offloading hooks.
 
-    copies: what takes the place of other copies, by the identity of the original.
+    copies: replacements for copies, by the id of the original.
     """
     old = list(module.modules())
     if not any(map(hooks_of, old)):
@@ -104,7 +107,7 @@ def standalone(module: nn.Module, copies: dict[int, object] | None = None) -> nn
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """Take accelerate's hooks off a module and those in it, whose tensors stay where they are; return it."""
+    """Remove accelerate's hooks from a module and its children, in place, without moving tensors; return the module."""
     for m in module.modules():
         take_hook_off(m)
     return module

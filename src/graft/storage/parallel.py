@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of which each process holds a part: how to have them whole, and how to put whole values into them.
+"""Layouts of tensors that are spread over processes: gathering them, and writing whole values into them.
 
-A layout is a class with the functions of `Layout`. Everything that reads or writes adapters asks `layout_of`.
+A layout is a class with the functions of `Layout`. All code that reads or writes adapters asks `layout_of`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def processes() -> int:
 
 
 class Layout(Protocol):
-    """One way in which processes hold a tensor together."""
+    """One way to spread a tensor over processes."""
 
     name: str
     has_gradients: bool  # those of a tensor are a tensor of the layout as well
@@ -66,7 +66,7 @@ class Distributed:
 
 
 class OfAll:
-    """What layouts have in common that take all processes."""
+    """The part that layouts over all processes share."""
 
     def ranks(self, t: Tensor) -> list[int]:
         return list(range(dist.get_world_size())) if dist.is_initialized() else [0]
@@ -112,7 +112,7 @@ DISTRIBUTED, FLAT, ZERO3 = Distributed(), FlatParameter(), Zero3()
 
 
 def has_no_layout(t: Tensor) -> bool:
-    """Return True if a tensor bears no mark of any layout, which is quick to see."""
+    """Return True if a tensor is a plain one without marks of any layout, which is quick to check."""
     return type(t) in (nn.Parameter, Tensor) and t._base is None and not t.__dict__
 
 
@@ -132,7 +132,7 @@ def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
 
 
 def find_master_ids(parameters: Iterable[object]) -> set[int]:
-    """Return the ids of parameters of which an optimizer of DeepSpeed keeps the values that train, elsewhere."""
+    """Return the ids of those parameters that an optimizer of DeepSpeed trains through a float32 copy."""
     ids, optimizers = set(), {}
     for p in parameters:
         if hasattr(p, "_hp_mapping"):
@@ -143,7 +143,7 @@ def find_master_ids(parameters: Iterable[object]) -> set[int]:
 
 
 def gather_master_values(t: Tensor) -> Tensor:
-    """Return the whole values, in float32, that an optimizer of DeepSpeed trains. Every process must call this."""
+    """Return the whole float32 values that an optimizer of DeepSpeed trains. Every process must call this."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     values: Tensor = safe_get_full_fp32_param(t)
@@ -151,7 +151,7 @@ def gather_master_values(t: Tensor) -> Tensor:
 
 
 def is_whole(t: Tensor) -> bool:
-    """Return True if a tensor is what it seems: not emptied by ZeRO-3, nor a slice of a flat parameter of FSDP1."""
+    """Return True if a tensor holds all its values: not emptied by ZeRO-3, and no slice of FSDP1's flat parameter."""
     if not t.numel() and t.is_floating_point():
         return False
     if has_no_layout(t):
@@ -169,14 +169,17 @@ def find_whole_shape(t: Tensor) -> torch.Size:
 
 @torch.no_grad()
 def gather_tensor(t: Tensor) -> Tensor:
-    """Return a tensor whole: itself if this process has all of it. Every process must call this."""
+    """Return a tensor whole; itself if this process has all of it. Every process must call this."""
     layout = layout_of(t)
     return t if layout is None else layout.gather(t.detach() if layout is DISTRIBUTED else t)
 
 
 @torch.no_grad()
 def write_whole(t: Tensor, value: Tensor) -> None:
-    """Put a value, which every process has whole, into a tensor in place. Every process must call this."""
+    """Write a value, which every process has whole, into a tensor in place. Every process must call this.
+
+    A float32 copy in a DeepSpeed optimizer is overwritten as well.
+    """
     layout = layout_of(t)
     if layout is None:
         write_all([(t, value)])
@@ -190,7 +193,7 @@ def write_whole(t: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def write_all_whole(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Put whole values into tensors in place, all in one go where that can be. Every process must call this."""
+    """Write whole values into tensors in place; plain tensors all at once. Every process must call this."""
     local = [
         pair for pair in pairs if has_no_layout(t := pair[0]) or (layout_of(t) is None and not find_master_ids([t]))
     ]
@@ -202,7 +205,11 @@ def write_all_whole(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return `value`, which every process has whole, in parts as `like` is. No process waits for another."""
+    """Return `value`, which every process has whole, as a DTensor sharded like `like`; unchanged if `like` is no
+    DTensor.
+
+    No process waits for another.
+    """
     if not is_sharded(like) or is_sharded(value):
         return value
     mesh, placements = like.device_mesh, like.placements
@@ -211,18 +218,18 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def shard_value(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
-    """Return a DTensor of `value`, which every process has whole: each cuts out what is its own, and waits for none."""
+    """Return a DTensor of `value`, which every process has whole: each process cuts out its part without waiting."""
     from torch.distributed import tensor  # rarely needed
 
     if "src_data_rank" in inspect.signature(tensor.distribute_tensor).parameters:
         return tensor.distribute_tensor(value, mesh, placements, src_data_rank=None)
-    copies = [tensor.Replicate()] * mesh.ndim  # torch 2.6, whose distribute_tensor always sends
+    copies = [tensor.Replicate()] * mesh.ndim  # in torch 2.6 distribute_tensor always sends
     return tensor.DTensor.from_local(value, mesh, copies, run_check=False).redistribute(mesh, placements)
 
 
 @contextmanager
 def gather_slots(slots: Iterable[Slot]) -> Iterator[None]:
-    """Have whole tensors stand in these slots within the block, for reading. Every process must call this."""
+    """Replace the tensors in these slots by whole ones within the block, for reading. Every process must call this."""
     before = []
     try:
         for slot in slots:
@@ -238,7 +245,7 @@ def gather_slots(slots: Iterable[Slot]) -> Iterator[None]:
 
 
 def find_parameters_below(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a module and of those below it, each once, as if there were no wrappers."""
+    """Return the parameters of a module and of its children by name, each once, with wrappers' names left out."""
     parameters: dict[int, tuple[str, Tensor]] = {}
     for path, m in walk(module):
         for name, p in parameters_in(m).items():
@@ -248,8 +255,10 @@ def find_parameters_below(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def gather_numbers(t: Any, places: list[int]) -> list[float] | None:
-    """Return the numbers of a tensor at these places of the row that it makes when it is whole; None if this layout
-    has no way to them but to gather the tensor. Every process must call this."""
+    """Return the numbers at these flat positions of the whole tensor. Every process must call this.
+
+    Return None for a DTensor over only some of the processes. Layouts other than FSDP1 and DTensor gather the tensor.
+    """
     piece, layout = find_flat_piece(t), layout_of(t)
     if piece is not None:
         numbers, sent = pick_piece_numbers(piece, places), piece.flat
@@ -267,13 +276,16 @@ def gather_numbers(t: Any, places: list[int]) -> list[float] | None:
 
 
 def pick_piece_numbers(piece: FlatPiece, places: list[int]) -> list[float | None]:
-    """Return the numbers at these places that this process has; None for those of others."""
+    """Return the numbers at these flat positions that this process has; None for each of another process."""
     info, local = piece.flat._shard_param_infos[piece.number], piece.numbers
     begin = info.intra_param_start_idx if info.in_shard else 0
     return [float(local[p - begin]) if begin <= p < begin + len(local) else None for p in places]
 
 
 def pick_shard_numbers(t: DTensor, places: list[int]) -> list[float | None]:
+    """Return the numbers of a DTensor at these flat positions that this process has; None for each of another
+    process.
+    """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     size, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
@@ -290,9 +302,9 @@ def pick_shard_numbers(t: DTensor, places: list[int]) -> list[float | None]:
 
 
 def copy_unwrapped(module: M, values: dict[str, Tensor]) -> M:
-    """Return a copy of a module that runs by itself, with these tensors by name in place of its own.
+    """Return a copy of a module without the hooks, wrappers and classes of layouts, with `values` as tensors, by name.
 
-    It is without the hooks, wrappers and classes that layouts put on modules.
+    Tensors that `values` lacks are the module's own, detached.
     """
     bare: nn.Module = module
     while (inner := inside(bare)) is not None:

@@ -18,10 +18,12 @@ from graft.storage.straight import let_gradients_through
 
 
 class Quantized(Dense):
-    """A rounded weight. A subclass says how to `read` it, and how to `write` one unless it is `calibrated`.
+    """The base of stores of rounded weights.
+
+    A subclass decodes them (`values`), and encodes new ones unless `calibrated`.
 
     A file of a storage lists its stores by the qualified names of their modules (`MODULES`), or of their tensors
-    (`TENSORS`), and `storage/__init__.py` names the file. It imports its package only when one of these is met.
+    (`TENSORS`), and `storage/find.py` names the file. It imports its package only when one of these is met.
     """
 
     name = "quantized"
@@ -31,11 +33,11 @@ class Quantized(Dense):
     calibrated: str | None = None  # why there is no writing: "its weight is … codes that were calibrated"
 
     def values(self, m: nn.Module) -> Tensor:
-        """Return the dense weight, as new memory in the dtype in which the module computes. No gradient flows."""
+        """Return the dense weight in new memory, in the dtype that the module computes in, without gradients."""
         raise NotImplementedError
 
     def pack(self, m: nn.Module, W: Tensor) -> dict[str, object]:
-        """Return new values of `parts` that hold W, with the settings of the old ones, which stay as they are."""
+        """Return new values of `parts` that hold W, with the settings of the old ones, which do not change."""
         raise NotImplementedError
 
     def compute_dtype(self, m: nn.Module) -> torch.dtype | None:
@@ -55,7 +57,10 @@ class Quantized(Dense):
         return device is not None and device.type == "meta"
 
     def strange(self, m: nn.Module) -> str | None:
-        """Return why the module may not compute what `values` says: a class derived from that which is known."""
+        """Return why the module may compute with other values than `values` returns: it has a replaced forward.
+
+        None if not.
+        """
         return strange_forward(m)
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
@@ -76,6 +81,7 @@ class Quantized(Dense):
             return self.values(m)
 
     def why_unwritable(self, m: nn.Module, name: str = "weight") -> str | None:
+        """Return why merging cannot write the weight: calibrated codes, or unreadable ones. None if it can."""
         if name != "weight":
             return None if isinstance(m.__dict__.get(name), Tensor) else super().why_unwritable(m, name)
         if self.calibrated is not None:
@@ -83,13 +89,13 @@ class Quantized(Dense):
         return self.why_unreadable(m)
 
     def write(self, m: nn.Module, name: str, W: Tensor, shared: bool = False) -> nn.Module | None:
-        """Quantize W as the old weight was, into new tensors: those of a snapshot stay as they are."""
+        """Quantize W with the old settings into new tensors: those of a snapshot do not change."""
         with torch.no_grad():
             self.put(m, self.pack(m, W.to(self.compute_dtype(m) or W.dtype)))
         return None
 
     def snapshot(self, m: nn.Module, name: str = "weight", shared: bool = False) -> dict[str, object]:
-        """Return the packed weight itself: `write` makes a new one."""
+        """Return the packed tensors themselves: `write` replaces them and never overwrites them."""
         return {part: getattr(m, part) for part in self.parts}
 
     def snapshot_values(self, m: nn.Module, name: str, state: dict[str, object]) -> Tensor:
@@ -105,7 +111,7 @@ class Quantized(Dense):
         return computes_on(m, device), self.compute_dtype(m)
 
     def dense(self, m: nn.Module, dtype: torch.dtype | None = None) -> nn.Linear:
-        """Return a plain linear layer that holds the same values, in the dtype of its inputs."""
+        """Return a plain linear layer with the same values, in `dtype`, or in the dtype that the module computes in."""
         W, bias = find_op(m).canon(self.read(m)), getattr(m, "bias", None)
         W = W.to(dtype or W.dtype).contiguous()
         layer = nn.Linear(W.shape[1], W.shape[0], bias is not None, device="meta").requires_grad_(False)
@@ -115,25 +121,23 @@ class Quantized(Dense):
         return layer.train(m.training)
 
     def ready(self, m: nn.Module) -> str | None:
-        """Mend what would make adapters on or below this module wrong, before the first of them acts.
-
-        Return what a user should know of that, if anything.
-        """
+        """Prepare a module for adapters on it or below it; return a warning for the user, or None."""
         return None
 
     def release(self, m: nn.Module) -> None:
-        """Let the package do with this module again what `ready` kept it from, as no adapter acts any more."""
+        """Undo `ready` when no adapter acts on the module any more."""
 
     def put(self, m: nn.Module, values: dict[str, object]) -> None:
         """Set `parts`."""
         set_parts(m, values)
 
     def loses_gradient(self, m: nn.Module) -> bool:
-        """Return True if the module's own backward pass is wrong: see `straight.py`."""
+        """Return True if the module's own backward pass is wrong or missing: `straight.py` then replaces it."""
         return False
 
 
 def set_parts(m: nn.Module, values: Mapping[str, Any]) -> None:
+    """Set attributes of a module; parameters in its dictionary, without checks."""
     for part, value in values.items():
         if part in m._parameters:
             m._parameters[part] = value
@@ -142,7 +146,7 @@ def set_parts(m: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 def copy_with(m: nn.Module, values: Mapping[str, object]) -> nn.Module:
-    """Return a copy of m with these values, and m's own otherwise: another thread may run m."""
+    """Return a shallow copy of m with these attributes: m itself may run in another thread meanwhile."""
     clone = copy.copy(m)
     clone.__dict__.update({key: dict(m.__dict__[key]) for key in ("_parameters", "_buffers", "_modules")})
     set_parts(clone, values)
@@ -150,9 +154,10 @@ def copy_with(m: nn.Module, values: Mapping[str, object]) -> nn.Module:
 
 
 class OwnModule(Quantized):
-    """A rounded weight in a module of another type, whose kernel may have no backward pass."""
+    """The base of stores of rounded weights in modules of another class, with kernels that may lack a backward pass."""
 
     def ready(self, m: nn.Module) -> str | None:
+        """Let gradients through the layer; return a warning if that fails, as its weight cannot be read."""
         let_gradients_through(m, self)
         if self.loses_gradient(m) and not self.on_meta(m) and (why := self.why_undecodable(m)) is not None:
             return f"Layers below a {type(m).__name__} get no gradient: {why}."
@@ -160,7 +165,7 @@ class OwnModule(Quantized):
 
 
 def move_snapshot(value: object, device: torch.device | None) -> object:
-    """Return a value of a snapshot where the model is now."""
+    """Return a value of a snapshot on a device, dictionaries included; a Parameter stays one."""
     if isinstance(value, dict):
         return {key: move_snapshot(inner, device) for key, inner in value.items()}
     if not isinstance(value, Tensor) or device is None or value.device == device:

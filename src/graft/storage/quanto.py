@@ -28,7 +28,7 @@ class Quanto(Quantized):
         return "it has no quantized weight" if m.weight_qtype is None else None
 
     def protect(self, y: Tensor) -> Tensor:
-        """Copy what is a view: quanto's Function has made it, and then it cannot be written to."""
+        """Return a copy if the output is a view: quanto's Function returns views, which forbid writing."""
         return y.clone() if y._is_view() else y
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules whose work several processes share: the piece that this one does, or why no adapter can act there."""
+"""Modules that several processes compute in pieces: the piece of this process, or why no adapter can act there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def find_piece(module: nn.Module, op: Op) -> Piece | None:
-    """Return the piece of a layer's work that this process does, where it does not do all."""
+    """Return this process's piece of a layer's work; None if it computes the whole layer."""
     return tensor_parallel.find_parallel_piece(module, op) or megatron.find_megatron_piece(module, op)
 
 
@@ -28,9 +28,9 @@ def find_group(module: nn.Module) -> ProcessGroup | None:
 
 
 def why_no_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
-    """Return why a module that processes share cannot be adapted; None if nothing of the kind keeps it from that.
+    """Return why a module that processes share cannot be adapted; None if no sharing prevents it.
 
-    inside: the adapter knows what happens inside the module.
+    inside: the adapter computes with modules inside this one.
     """
     is_torch = type(module).__module__.startswith(
         "torch.nn.modules."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed stacks of matrices, such as those of experts: codes and scales, of which graft dequantizes one by one."""
+"""Packed stacks of matrices, such as the experts of a block: codes and scales, dequantized matrix by matrix."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PackedMatrices:
         return out
 
     def in_rows(self) -> PackedMatrices:
-        """Return it in the order of the file, of which single matrices can be read."""
+        """Return the stack in the layout of the file, so that single matrices can be read."""
         return self
 
     @property
@@ -63,22 +63,23 @@ class PackedMatrices:
         return self.device.type == "meta"
 
     def remake(self, matrix: Callable[[int], Tensor]) -> PackedMatrices:
-        """Return a new stack with the settings of this one, which stays as it is.
+        """Return a new stack with other values and the settings of this one, which does not change.
 
         Args:
-            matrix: expert → what its matrix (out, in) shall be; the call may come twice, and nothing keeps the result.
+            matrix: returns the new matrix (out, in) of an expert. It may be called twice for one expert; results are
+                not kept.
         """
         raise NotImplementedError
 
     def put(self, m: nn.Module, name: str) -> None:
-        """Make this the stack of a module."""
+        """Make this the stack of a module: replaces the module's tensors."""
         raise NotImplementedError
 
     def to(self, device: torch.device) -> PackedMatrices:
         raise NotImplementedError
 
     def runs(self, m: nn.Module, x: Tensor, trains: bool) -> bool:
-        """Return True if the module's own forward can run, and has a gradient if something `trains`."""
+        """Return True if the module's own forward can run this input, with gradients if `trains`."""
         raise NotImplementedError
 
 
@@ -127,6 +128,9 @@ class MXFP4(PackedMatrices):
         return MXFP4(self.shape, weight, scale)
 
     def put(self, m: nn.Module, name: str) -> None:
+        """Put codes and scales into the module; for a module of Triton kernels, by transformers' conversion to their
+        layout.
+        """
         config = getattr(m, f"{name}_precision_config")
         if isinstance(self.weight, Tensor) and not isinstance(getattr(m, name), Tensor):
             integration = import_module("transformers.integrations.mxfp4")
@@ -150,7 +154,7 @@ class MXFP4(PackedMatrices):
 
 
 def in_rows(t: Tensor) -> Tensor:
-    """Return Triton's tensor in the order of the file; a tensor as it is."""
+    """Return the data of Triton's tensor in the layout of the file; a plain tensor unchanged."""
     return t if isinstance(t, Tensor) else t.storage.layout.unswizzle_data(t.storage.data).mT
 
 
@@ -252,6 +256,7 @@ class Bnb4(PackedMatrices):
         return outer.code[scales.int()] * outer.absmax[places] + state.offset
 
     def remake(self, matrix: Callable[[int], Tensor]) -> Bnb4:
+        """Quantize each matrix anew with the old settings; nested scales are quantized again together."""
         old, functional = self.state, import_module("bitsandbytes.functional")
         settings = dict(blocksize=old.blocksize, quant_type=old.quant_type, quant_storage=self.codes.dtype)
         codes, states = zip(
@@ -287,7 +292,7 @@ CODES: dict[str, tuple[float, ...]] = {}
 
 
 def read_code_table(state: Any) -> tuple[float, ...]:
-    """Return what the codes of a type stand for, read from the device once."""
+    """Return the values of the codes of a quantization type. The device is read once for each type."""
     if state.quant_type not in CODES:
         CODES[state.quant_type] = tuple(state.code.tolist())
     return CODES[state.quant_type]
@@ -295,7 +300,7 @@ def read_code_table(state: Any) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class TorchAO(PackedMatrices):
-    """torchao's 4-bit floats, of which a matrix can be selected."""
+    """torchao's stacks of 4-bit floats (NVFP4), with single matrices selectable."""
 
     weight: Any
     flipped: bool
@@ -321,6 +326,7 @@ class TorchAO(PackedMatrices):
         return W.T if self.flipped else W
 
     def remake(self, matrix: Callable[[int], Tensor]) -> TorchAO:
+        """Quantize each matrix anew with the old settings. The outer scale grows where a new number exceeds it."""
         old, module, experts = self.weight, import_module(type(self.weight).__module__), range(self.shape[0])
         outer = old.per_tensor_scale  # (), or (experts, 1, 1)
         if outer is not None:  # one that grows moves all numbers
@@ -364,7 +370,7 @@ NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def find_stack_class(m: nn.Module, name: str) -> type[PackedMatrices] | None:
-    """Return how a module holds one of its packed stacks; None if it is none."""
+    """Return the class that reads one stack of a module; None if the parameter is no packed stack."""
     kind = MODULES.find(type(m))
     if kind is not None:
         return kind if name in NAMES and getattr(m, name, None) is not None else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients for linear layers that round their inputs, or whose kernels have no backward pass."""
+"""Gradients for linear layers that round their inputs, or that have kernels without a backward pass."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ OF_KIND: WeakKeyDictionary[type, Any] = WeakKeyDictionary()  # stores, by type o
 def go_straight(
     kind: type[Tensor], linear: object, wanted: Callable[[Tensor], bool], dense: Callable[[Tensor], Tensor]
 ) -> None:
-    """Let gradients through linear layers whose weight is of a tensor class, as if they did not round.
+    """Give linear layers with weights of a tensor class a gradient as if they did not round their inputs.
 
-    The class itself changes, once: modules and what is saved of them stay as they are. Values stay the same.
+    The class's `__torch_function__` is replaced, once per class. Outputs, modules and files stay the same.
 
     Args:
         linear: torch's function.
-        wanted: says of a weight whether its layer passes no gradient on.
-        dense: returns its values (out, in).
+        wanted: returns True for a weight whose layer passes no gradient on.
+        dense: returns the values (out, in) of a weight.
     """
     if kind in MENDED:
         return
@@ -54,9 +54,9 @@ def go_straight(
 def let_gradients_through(m: nn.Module, store: object) -> None:
     """Give a layer a gradient for its input, and for a bias that trains, where its own forward gives none.
 
-    The class changes, once, as above, or the module alone where it has its own forward, as accelerate's hooks
-    and compressed-tensors make one. Layers of which the store says `loses_gradient` never use their own backward pass.
-    Nothing changes for a layer that cannot be read.
+    The forward of the module's class is replaced, once per class; or that of the module alone, if accelerate or
+    compressed-tensors has given it one. If the store's `loses_gradient` is true, the layer's own backward pass is never
+    used. A layer that cannot be read keeps its own behaviour.
     """
     attributes = m.__dict__
     name = next((name for name in ("_old_forward", "forward") if name in attributes), None)
@@ -74,7 +74,7 @@ def let_gradients_through(m: nn.Module, store: object) -> None:
 
 
 def _through(before: Callable[..., Tensor], store_of: Callable[[nn.Module], Any]) -> Callable[..., Tensor]:
-    """Return a forward that does as `before`, and lets gradients through."""
+    """Return a forward with the outputs of `before` and a gradient for the input and the bias."""
 
     @wraps(before)
     def through(m: nn.Module, x: object, *args: object, **kwargs: object) -> Tensor:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that transformers' tensor parallelism has cut: each process has a piece of the weight, and computes with it.
+"""Layers that transformers' tensor parallelism has cut: each process computes with its piece of the weight.
 
-The weight is a DTensor, as FSDP2's is; but FSDP2 gathers it before the module runs. What tells the two apart is the
-module: `tp_plan` gives it its own forward, which knows its style and its processes. Modules of styles that cut
-neither a linear layer's inputs nor its outputs in plain pieces take no adapter.
+The weight is a DTensor, as under FSDP2; but FSDP2 gathers it before the module runs. The module tells the two apart:
+`tp_plan` replaces its forward by one that knows its style and its processes. Adapters act only on styles that cut a
+linear layer's inputs or outputs in plain pieces.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 STYLES = "transformers.distributed.tensor_parallel"  # where transformers has them, from 5.17 on
 OF_EXPERTS = "transformers.distributed.expert_parallel"  # of whole experts, some on each process: `ep_size`
-WHOLE = ("EmbeddingParallel", "TensorParallelLayer")  # take and return what the module alone would
+WHOLE = ("EmbeddingParallel", "TensorParallelLayer")  # with inputs and outputs as without parallelism
 
 
 class Style(NamedTuple):
-    """What transformers made of a module."""
+    """The style of transformers' tensor parallelism by which a module runs."""
 
     name: str  # in a plan
     kind: str  # name of its class
@@ -42,7 +42,9 @@ class Style(NamedTuple):
 
 
 def style_of(module: nn.Module) -> Style | None:
-    """Return the style by which a module is parallel; None if it is not."""
+    """Return the style of a module's tensor parallelism, from its replaced forward or `_hf_tp_plan`; None
+    without one.
+    """
     forward = module.__dict__.get("forward")
     if type(forward) is FunctionType and forward.__module__ in (STYLES, OF_EXPERTS):
         kind, _, installs = forward.__qualname__.partition(".install_forward")
@@ -62,7 +64,9 @@ def _name(kind: str, it: object, home: str) -> str:
 
 
 def find_parallel_piece(module: nn.Module, op: Op) -> Piece | None:
-    """Return the piece of a layer's work that this process does; None if it does all, or no adapter may know."""
+    """Return this process's piece of a layer's work; None if it computes the whole layer, or adapters cannot
+    act there.
+    """
     style = style_of(module)
     if style is None or not op.known or why_not_cut(module, style) is not None:
         return None
@@ -86,7 +90,7 @@ def find_parallel_group(module: nn.Module) -> ProcessGroup | None:
 
 
 def why_not_cut(module: nn.Module, style: Style) -> str | None:
-    """Return why the pieces of a parallel module are not plain ones of inputs or outputs; None if they are."""
+    """Return why a parallel module has no plain pieces of inputs or outputs; None if it has."""
     kind, it = style.kind, style.it
     weight = module._parameters.get("weight")
     if kind == "TensorParallelLayer":
@@ -112,7 +116,7 @@ def _last(layout: Any) -> bool:
 
 
 def standalone(module: nn.Module) -> nn.Module:
-    """Return a copy of a module with all tensors in memory, whole on each process, that runs by itself.
+    """Return a copy of a module with all tensors in memory, whole on each process, and without parallel forwards.
 
     Raises:
         UnsupportedLayerError: a parallel module takes or returns pieces, and the copy would not.
@@ -144,7 +148,7 @@ def standalone(module: nn.Module) -> nn.Module:
 def why_no_parallel_adapter(module: nn.Module, op: Op, inside: bool) -> str | None:
     """Return why tensor parallelism keeps a module from being adapted; None if it does not.
 
-    inside: the adapter knows what happens inside the module.
+    inside: the adapter computes with modules inside this one, which then must not be parallel either.
     """
     style = style_of(module)
     if style is not None:
@@ -170,7 +174,7 @@ def _explain_style(style: Style, why: str) -> str:
 
 
 class TensorParallel(Dense):
-    """Pieces of dense weights. What reads, writes or restores one takes all processes."""
+    """The store of pieces of dense weights. All processes have to take part in reads, writes and restores."""
 
     name, live, exact = "tensor parallel", False, True
 
@@ -213,17 +217,19 @@ class TensorParallel(Dense):
 
 
 def gather_dtensor(t: Tensor) -> Tensor:
+    """Return the whole tensor of a DTensor, with a gradient where autograd records; other tensors unchanged."""
     if not is_sharded(t):
         return t
     return (t if t.requires_grad and torch.is_grad_enabled() else t.detach()).full_tensor()  # type: ignore[attr-defined]
 
 
 def local(t: Tensor) -> Tensor:
+    """Return this process's piece of a DTensor; other tensors unchanged."""
     return t.to_local() if is_sharded(t) else t
 
 
 def shard_as(t: Tensor, W: Tensor) -> Tensor:
-    """Return W, which is whole on each process, in pieces as t is."""
+    """Return W, which is whole on each process, sharded like t, in the dtype of t."""
     if not is_sharded(t):
         return W.contiguous()
     return shard_value(W.detach().to(t.dtype), t.device_mesh, t.placements)

@@ -77,7 +77,7 @@ def rounds_inputs(weight: object) -> bool:
 
 
 def dequantize_weight(weight: Tensor) -> Tensor:
-    """Return what a weight does: values, times the scales of its inputs."""
+    """Return the values of a weight, times the scales of its inputs if it has such."""
     W: Tensor = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
     scale = pre_scale(weight)
     return W if scale is None else W * scale

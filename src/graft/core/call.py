@@ -163,7 +163,7 @@ class Call:
             self.here.noted = before
 
     def note(self, adapter: str, layer: str, value: Tensor) -> None:
-        """Pass a value of a layer's rows, or a parameter, with graph, to `Method.compute_auxiliary_loss` after a run.
+        """Pass a layer's values by row, or a parameter, to `Method.compute_auxiliary_loss` after a run, with gradients.
 
         A layer that a backward pass runs again notes nothing, nor one that is called past the model.
 

@@ -2,8 +2,8 @@
 """Prompts: adapters in front of the input. One place puts them into a model, whatever the method and the task.
 
 A prompt enters where the base model's stack of layers begins (`PromptStack`), in a hook that every forward pass
-and step of `generate` runs. Heads and losses are the base model's own, and a cache that holds tokens holds the prompt. A prompt of
-keys and values can begin as those of a text, or of a cache that a model has filled.
+and step of `generate` runs. Heads and losses are the base model's own, and a cache that holds tokens holds the
+prompt. A prompt of keys and values can begin as those of a text, or of a cache that a model has filled.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class BEFT(Method[BeftConfig]):
         return self.beft_bias.flatten()
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return what every row of an embedding gets, as the module would output it."""
+        """Return the update of every row of an embedding, in the dtype and shape of the module's output."""
         return self.site.op.scaled(self.layer.base_layer, self.shift())
 
     def delta(self) -> Tensor:

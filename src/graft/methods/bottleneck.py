@@ -143,7 +143,7 @@ PRESETS: dict[str, Json] = {
 
 
 class BottleneckPlace(NamedTuple):
-    """What an adapter does at a module."""
+    """The way in which a bottleneck acts at one module."""
 
     role: Literal["after", "norm", "tap", "beside", "embedding", "head"]
     width: int | None = None  # of what it acts on; None: as the layer says
@@ -240,7 +240,9 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Bottlenec
 
 
 def find_embedding_output(paths: Iterable[str], modules: Collection[str], twofold: bool) -> str | None:
-    """Return the module whose output enters the first block, of `paths` of the embedding of words; None if none does.
+    """Return the module with the output that enters the first block, starting from `paths` of the word embedding.
+
+    Return None if there is none.
 
     twofold: the model has an encoder and a decoder, and the block is the encoder's.
     """
@@ -434,7 +436,7 @@ class Bottleneck(Method[BottleneckConfig]):
             init_projection(self.bottleneck_gate, "bert")
 
     def u(self, x: Tensor) -> Tensor:
-        """Return what the bottleneck adds, for x (rows, …, H)."""
+        """Return the bottleneck's update for x (rows, …, H), with dropout and gate."""
         z = self.bottleneck_dropout(self.up(x))
         if self.cfg.use_gating:
             gate = self.bottleneck_gate(x.to(self.dtype)).sigmoid()
@@ -443,7 +445,7 @@ class Bottleneck(Method[BottleneckConfig]):
         return out
 
     def up(self, x: Tensor) -> Tensor:
-        """Return s · Up σ(Down x), without dropout and gate: what AdapterFusion weighs."""
+        """Return s · Up σ(Down x), without dropout and gate: AdapterFusion takes this."""
         cfg, x = self.cfg, x.to(self.dtype)
         z = self.bottleneck_norm(x) if cfg.ln_before else x
         z = self.product(self.bottleneck_down, z)
@@ -453,7 +455,7 @@ class Bottleneck(Method[BottleneckConfig]):
         return z * (self.bottleneck_scale if isinstance(cfg.scaling, str) else self.scaling)
 
     def product(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return what Down or Up makes of x."""
+        """Return the output of Down or Up for x."""
         out: Tensor = x @ module.matrix(self.bottleneck_rule) + module.b if self.cfg.phm_layer else module(x)
         return out
 
@@ -479,7 +481,7 @@ class Bottleneck(Method[BottleneckConfig]):
 
 @torch.no_grad()
 def init_projection(module: nn.Module, how: str, last: bool = False) -> None:
-    """Give Down or Up (`last`) its first values, as `init_weights` says."""
+    """Fill Down, or with `last` Up, with the first values that `init_weights` names, in place."""
     if isinstance(module, Kronecker):
         for half in (module.W_left, module.W_right):
             for matrix in half:

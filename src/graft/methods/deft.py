@@ -18,7 +18,7 @@ from graft.kernels.narrow import multiply_widened
 
 @dataclass(kw_only=True)
 class DeftConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
-    """DEFT: what the weight does in the space of P's columns is replaced by P R."""
+    """DEFT: in the space of P's columns, P R replaces the weight."""
 
     peft_type: str = "DEFT"
     r: Annotated[int, COUNT] = 8

@@ -19,7 +19,7 @@ SHORTEST = 1e-4  # a shorter vector keeps its length: B starts at zero
 
 @dataclass(kw_only=True)
 class DeloraConfig(Targeted, LayerRange, RankPattern):
-    """DeLoRA: ΔW of rank r whose terms have the strength λ / r, whatever the lengths of their vectors."""
+    """DeLoRA: ΔW of rank r with terms of strength λ / r, independent of the lengths of their vectors."""
 
     peft_type: str = "DELORA"
     r: Annotated[int, COUNT] = 8

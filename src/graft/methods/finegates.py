@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FineGates: Train Less, Infer Faster, arXiv 2602.09169. A gate for each input and each output of a layer; a gate at 0
-leaves its row or column of the weight out, and a loss asks for such gates."""
+"""FineGates: Train Less, Infer Faster, arXiv 2602.09169.
+
+A gate for each input and each output of a layer. A gate at 0 leaves its row or column of the weight out, and a loss
+pulls gates to 0.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class FineGatesConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
-    """FineGates: factors between 0 and 1 for the inputs and outputs of a layer, many of which become 0.
+    """FineGates: factors between 0 and 1 for the inputs and outputs of a layer; many become 0.
 
     Raises:
         ConfigError: target_sparsity is not between 0 and 1, or a spread or weight is negative.

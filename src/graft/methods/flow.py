@@ -146,7 +146,10 @@ class Recorder(GraphAppendingTracer):
         return (proxy,) if self.tuples and path in self.attentions else proxy
 
     def run(self, block: nn.Module, optional: Callable[[inspect.Parameter], bool]) -> tuple[Node, Any]:
-        """Return the first input of a copy, and what it returns. optional: which arguments with defaults it gets."""
+        """Run a block's copy; return the node of its first input, and its output.
+
+        optional: which arguments with defaults it gets.
+        """
         forward: Any = type(block).forward
         _, first, *parameters = inspect.signature(forward).parameters.values()
         x = self.value(first.name)
@@ -167,7 +170,7 @@ class Recorder(GraphAppendingTracer):
         return inputs if name in names else inputs[:1] if name in PASSES else []
 
     def terms(self, total: Node, names: Collection[str] = SUMS | FACTORS, normed: bool = False) -> set[Node]:
-        """Return a sum, what it adds, and the terms of that: see `parts`."""
+        """Return a sum and all nodes that it adds up, directly or through other sums: see `parts`."""
         left, seen = [total], {total}
         while left:
             more = [n for n in self.parts(left.pop(), names, normed) if n not in seen]
@@ -210,7 +213,7 @@ def flow_of(block: nn.Module, attentions: Collection[str], norms: Collection[str
 def record(
     block: nn.Module, attentions: Collection[str], norms: Collection[str], mlp: str
 ) -> tuple[Recorder, Node, Any]:
-    """Return what a block records, with its first input and its output. See `flow_of`."""
+    """Return the recorder of a block's run, the block's first input, and its output. See `flow_of`."""
     attempts: list[tuple[bool, bool, Callable[[inspect.Parameter], bool]]] = [
         (False, False, lambda p: p.name == ENCODER and len(attentions) > 1),
         (False, False, lambda p: "Tensor" in str(p.annotation)),
@@ -242,7 +245,7 @@ def first_output(out: Any) -> Node:
 
 
 def residual_of(end: Node, summands: Collection[Node]) -> str | None:
-    """Return the module, on the way to the end of the MLP, whose input is a summand; None if it is no module."""
+    """Return the module that gets a summand as its input on the way to the end of the MLP; None if no module does."""
     while inputs := end.all_input_nodes:
         value = inputs[0]
         while value not in summands and node_name(value) in CASTS:

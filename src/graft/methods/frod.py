@@ -26,7 +26,7 @@ SPARSITY = Bound(FRACTION.allows, "`{name}` should be between 0 and 1, got {valu
 
 @dataclass(kw_only=True)
 class FrodConfig(Targets, LayerRange, FanInFanOut, BaseBias):
-    """FRoD: W = U diag(λ) Vᵀ with one V for all layers of a category. λ trains, and few entries beside the diagonal."""
+    """FRoD: W = U diag(λ) Vᵀ with one V for all layers of a category. λ trains, and few entries off the diagonal."""
 
     peft_type: str = "FROD"
     projection_prng_key: int = 0  # seed of the places of those entries
@@ -47,7 +47,10 @@ class FrodConfig(Targets, LayerRange, FanInFanOut, BaseBias):
 
 
 def category(key: str) -> str:
-    """Return the name of the layers with which one at this path shares V: its last two parts, without an index."""
+    """Return the category of a layer: the last two parts of its path, without an index.
+
+    Layers of a category share V.
+    """
     parts = key.split(".")
     if parts[-3:] == ["attention", "output", "dense"]:
         return "attention_output"
@@ -77,7 +80,10 @@ def order(key: str) -> int:
 
 
 def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
-    """Return V (n, n) of a category: by which all its weights have columns that are as orthogonal as can be."""
+    """Return V (n, n) of a category, which makes the columns of W V as orthogonal as possible for all its weights W.
+
+    On the meta device if a weight is there.
+    """
     V = torch.empty(n, n)
     if V.is_meta or any(site.on_meta for site in sites):
         return V.to("meta")
@@ -102,7 +108,7 @@ def count_entries(n: int, rate: float) -> int:
 
 
 def support(n: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Draw the entries of S, beside its diagonal: their rows and columns, (2, entries)."""
+    """Draw rows and columns of the entries of S off its diagonal, (2, entries)."""
     out = torch.empty(2, count_entries(n, rate), dtype=torch.int64)
     if out.is_meta:
         return out

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdapterFusion: Non-Destructive Task Composition for Transfer Learning, arXiv 2005.00247.
 
-An adapter over bottlenecks of other tasks: at each token it attends to what each of them would add. These stay as they
-are.
+An adapter over bottlenecks of other tasks: at each token it attends to their updates. The bottlenecks do not change.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ STRENGTH = 0.01  # of the regularisation
 
 @dataclass(kw_only=True)
 class AdapterFusionConfig(Targeted, Chosen):
-    """AdapterFusion: at each token, attention over what several bottlenecks would add.
+    """AdapterFusion: at each token, attention over the updates of several bottlenecks.
 
     The bottlenecks are adapters of the same model, a PeftMixedModel, and have to be there before. A file holds the
     fusion alone, and names them.
@@ -51,14 +50,14 @@ class AdapterFusionConfig(Targeted, Chosen):
 
 
 class Fused(NamedTuple):
-    """What the bottlenecks do at a layer, and which of them act there."""
+    """The way in which bottlenecks act at a layer, and the names of those that act there."""
 
     place: BottleneckPlace
     adapters: tuple[str, ...]
 
 
 def find_fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
-    """Return what bottlenecks of these names do at their layers in a model, by path.
+    """Return, by path, the layers of a model where these bottlenecks act, and how they act there.
 
     Raises:
         ConfigError: there are none, or one is not there, is no bottleneck, is invertible, or acts in another way than
@@ -88,7 +87,7 @@ def find_fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
 
 
 class AdapterFusion(Method[AdapterFusionConfig]):
-    """y + Σᵢ pᵢ W_v uᵢ(h), p = softmax over the bottlenecks of (W_q h + b) · (W_k uᵢ(h) + b'), h what they act on."""
+    """y + Σᵢ pᵢ W_v uᵢ(h), p = softmax over the bottlenecks of (W_q h + b) · (W_k uᵢ(h) + b'), h their input."""
 
     prefix = "fusion_"
     published_lr = Published(5e-5, 5e-5, "arXiv 2005.00247")
@@ -154,7 +153,10 @@ class AdapterFusion(Method[AdapterFusionConfig]):
                 self.fusion_value.weight.fill_diagonal_(1)
 
     def fuse(self, h: Tensor) -> Tensor:
-        """Return what the fusion adds, for h (…, H) on which the bottlenecks act."""
+        """Return the fusion's update for h (…, H), the input of the bottlenecks.
+
+        Raises RoutingError if one of the bottlenecks is gone.
+        """
         methods, names = self.layer.methods, self.cfg.places[self.site.key].adapters
         if gone := [name for name in names if name not in methods]:
             raise RoutingError(
@@ -170,7 +172,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return out
 
     def note_value_matrix(self) -> None:
-        """Have the value matrix reach `compute_auxiliary_loss`, where it trains."""
+        """Pass the value matrix to `compute_auxiliary_loss` in training, if it trains and the config regularizes it."""
         if self.cfg.value and self.cfg.regularization and self.layer.training:
             W = self.fusion_value.weight
             if W.requires_grad:

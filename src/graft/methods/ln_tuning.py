@@ -22,7 +22,7 @@ class LNTuningConfig(Targeted):
 
 
 class LNTuning(Method[LNTuningConfig]):
-    """A copy of the module, which runs in its place."""
+    """A trainable copy of the module that replaces it in forward passes."""
 
     prefix = "ln_tuning_"
     targets = LN_TUNING

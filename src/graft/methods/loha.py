@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoHa: low-rank Hadamard product. FedPara, arXiv 2108.06098; LyCORIS, arXiv 2309.14859.
 
-ABBA: Highly Expressive Hadamard Product Adaptation for Large Language Models, arXiv 2505.14238: LoHa whose first
-product begins as the weight's own best of rank r.
+ABBA: Highly Expressive Hadamard Product Adaptation for Large Language Models, arXiv 2505.14238: LoHa with a first
+product that starts as the best approximation of the weight of rank r.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class LoHa(Lycoris[LoHaConfig]):
 
     @torch.no_grad()
     def init_ones(self) -> None:
-        """Begin with a second product of ones, of which only the first row of d takes part."""
+        """Set the first values for a start with a second product of ones: only the first row of d takes part in it."""
         warn_of(
             self.site.key,
             "With use_khatri_rao, the factors w2 of {} begin with ones that weight decay would shrink: let it be 0 "

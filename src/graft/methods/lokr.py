@@ -18,7 +18,7 @@ from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
 @dataclass(kw_only=True)
 class LoKrConfig(LycorisConfig):
-    """LoKr: ΔW = alpha / r · w1 ⊗ w2, each of which may be a product of rank r."""
+    """LoKr: ΔW = alpha / r · w1 ⊗ w2; each of the two may be a product of rank r."""
 
     peft_type: str = "LOKR"
     decompose_both: bool = False  # w1, the smaller one, may be a product, too

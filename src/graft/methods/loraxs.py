@@ -2,7 +2,8 @@
 """LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv 2405.17604.
 
 LoRA-SB: Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tuning,
-arXiv 2411.19557: A and B are singular vectors of AdamW's first step of the weight, with which the adapter begins.
+arXiv 2411.19557: A and B are singular vectors of AdamW's first step of the weight, and the adapter begins with that
+step.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class LoraXS(Method[LoraXsConfig]):
         self.loraxs_B.copy_(U)
 
     def step(self) -> Tensor:
-        """Take from the base layer what `preprocess_lorasb` has left there."""
+        """Remove the gradient that `preprocess_lorasb` has left on the base layer, and return it."""
         step: Tensor = self.take_from_base(
             STEP,
             f"There is no step for layer '{self.site.key}' (adapter '{self.name}'): call preprocess_lorasb with this "

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of LoHa and LoKr: products of small matrices with dropout of their own. LyCORIS, arXiv 2309.14859."""
+"""The base of LoHa and LoKr: products of small matrices, with dropout of ranks and modules.
+
+LyCORIS, arXiv 2309.14859.
+"""
 
 from __future__ import annotations
 

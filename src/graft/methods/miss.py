@@ -79,7 +79,7 @@ class MiSS(Method[MissConfig]):
 
 
 class MiniMiSS(MiSS):
-    """MiSS whose D repeats a block of few outputs."""
+    """MiSS with a D that repeats a block of few outputs."""
 
     def check(self) -> str | None:
         out, mini_r = self.site.out_features, self.cfg.mini_r

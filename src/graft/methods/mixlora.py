@@ -28,7 +28,7 @@ FIXED = "MixLoRA's router chooses experts for each token, which no weight does"
 
 @dataclass(kw_only=True)
 class MixLoraConfig(Targeted, LayerRange, RankPatterns):
-    """MixLoRA: MLPs of which each token runs a few, that differ by their LoRA; attention with plain LoRA.
+    """MixLoRA: experts that share an MLP and differ by their LoRA, a few for each token; attention has plain LoRA.
 
     Raises:
         ConfigError: a number out of range; more choices than experts.
@@ -157,7 +157,7 @@ class MixLoRA(Method[MixLoraConfig]):
         return self.mixture
 
     def mixture(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the MLP once, for the pairs of a token and an expert of its own; return the sums by token."""
+        """Run the MLP once for all pairs of a token and one of its experts; return the weighted sums by token."""
         layer, k = self.layer, self.cfg.top_k
         x: Tensor = args[0] if args else kwargs.pop(layer.argument_names[0])
         p = self.mixlora_router(self.cast(x)).softmax(-1, dtype=torch.float32)  # (…, tokens, experts)

@@ -24,7 +24,7 @@ from graft.core.ops import Op
 
 @dataclass(kw_only=True)
 class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
-    """MoE-LoRA: several LoRA experts in each layer, of which a router chooses or weighs some for each token.
+    """MoE-LoRA: several LoRA experts in each layer; a router chooses or weights them for each token.
 
     Raises:
         ConfigError: a number out of range; more choices than experts; a loss of balance where all experts act.
@@ -80,8 +80,8 @@ def sum_experts(op: Op, base: nn.Module, x: Tensor, A: Tensor, B: Tensor, g: Ten
 def compute_balance_loss(noted: Sequence[Tokens], top_k: int) -> Tensor:
     """Return E Σₑ fₑ Pₑ, (): f the share of tokens that chose an expert, P the mean of its probability (tokens, E).
 
-    Routers count together: all tokens of all of them. If numbers of experts differ, each counts by itself, and the mean
-    is returned.
+    Routers count together: all tokens of all of them. If numbers of experts differ, each router counts alone, and the
+    mean is returned.
     """
     alone = len({one.values.shape[-1] for one in noted}) > 1
     device = noted[0].values.device

@@ -22,7 +22,7 @@ from graft.methods.tasks import TASKS, ByTask
 
 @dataclass(kw_only=True)
 class MtlLoraConfig(Targeted, LayerRange):
-    """MTL-LoRA: LoRA whose tasks have weights of their own for its ranks, and mix its up-projections.
+    """MTL-LoRA: LoRA with a factor for each rank and task; tasks also mix its up-projections.
 
     Raises:
         ConfigError: a number that is not positive.

@@ -43,8 +43,11 @@ class OSFConfig(Targets):
 
 
 class OSF(Method[OSFConfig]):
-    """ΔW = U S V - U₀ S₀ V₀, where U₀ S₀ V₀ are the smallest components of W₀. Gradients of U and V lose what lies in
-    the space of the largest, in the forward pass's own graph: hooks on parameters would not survive a cast."""
+    """ΔW = U S V - U₀ S₀ V₀, where U₀ S₀ V₀ are the smallest components of W₀.
+
+    Gradients of U and V are projected out of the space of the largest components, in the graph of the forward pass:
+    hooks on parameters would not survive a cast.
+    """
 
     prefix = "osf_"
     published_lr = Published(5e-5, 5e-5, COMPARISON)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places in a transformer, found from its structure: blocks, and what ends their attentions and MLPs."""
+"""Places in a transformer, found from its structure: blocks, and the layers that end their attentions and MLPs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Block:
         crosses: the attentions to an encoder.
         mlp: the layer that ends its MLP, or the MLP itself where several do (experts).
         norm: the norm of the sum of MLP and residual, if its output is the block's; None before `follow`.
-        residual: the module whose input is that residual; None before `follow`.
+        residual: the module with that residual as its input; None before `follow`.
     """
 
     path: str
@@ -184,6 +184,11 @@ def list_numbered_prefixes(path: str) -> list[str]:
 
 
 def make_block(block: str, paths: list[str], linears: Mapping[str, tuple[int, int]], modules: Iterable[str]) -> Block:
+    """Return the block at a path, from its linear layers `paths` and the model's modules.
+
+    Its width is the input width of its first query projection, or the output width of its last attention's end. The end
+    of the MLP is the experts' module if there is one, else its last layer of the block's width.
+    """
     groups: dict[str, list[str]] = {}  # by attention
     mlp_paths = []
     for path in paths:
@@ -249,9 +254,9 @@ def find_width(model: nn.Module) -> int | None:
 
 
 def text_width(config: Any) -> int | None:
-    """Return the width of a model's text, of a config that says it beside that of images or sound; else None.
+    """Return the width of a model's text, from a config with separate entries for text and images or sound; else None.
 
-    config: an object, or what is in a config.json.
+    config: an object, or the content of a config.json.
     """
     if isinstance(config, Mapping):
         return width_in(SimpleNamespace(**config["text_config"])) if "text_config" in config else None

@@ -22,7 +22,7 @@ DRAWN = ("projection_prng_key", "save_projection", "r")  # in these, adapters th
 
 @dataclass(kw_only=True)
 class ProjectionConfig(Targets, LayerRange, FanInFanOut):
-    """The fields of a method whose layers share random matrices A and B."""
+    """The fields of a method that shares random matrices A and B between layers."""
 
     r: Annotated[int, COUNT]
     projection_prng_key: int = 0  # seed of A and B

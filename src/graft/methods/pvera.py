@@ -21,7 +21,7 @@ from graft.methods.projections import DRAWN, ProjectionConfig, projections
 
 @dataclass(kw_only=True)
 class PveraConfig(ProjectionConfig, BaseBias):
-    """PVeRA: VeRA whose hidden values are random in training, with a mean and a variance that depend on the input."""
+    """PVeRA: VeRA with random hidden values in training; their mean and variance depend on the input."""
 
     peft_type: str = "PVERA"
     r: int = 256

@@ -26,8 +26,8 @@ class ReftConfig(StatesConfig):
     `target_modules` in place of `layers`: the adapter acts on the outputs of these modules.
 
     The prompt of a row ends before its first label other than -100, if the call of a model that can generate has labels
-    of tokens. Rows whose first token has a label, and calls without labels, are all prompt. `reft_prompt_lengths=` in a
-    call says another length: a number of tokens without padding, or one for each row.
+    of tokens. Rows with a label at their first token, and calls without labels, are all prompt. `reft_prompt_lengths=`
+    in a call says another length: a number of tokens without padding, or one for each row.
 
     A decoder that follows an encoder trains on the tokens up to its first label: as a rule the start token alone, from
     which `generate` begins, too. Where that begins with more tokens (Whisper), give their number to the training calls.
@@ -129,7 +129,10 @@ class Reft(OnStates[ReftConfig]):
                 nn.init.kaiming_uniform_(R, a=5**0.5)
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what is added to y, (rows, tokens, H) or (rows, H)."""
+        """Return the update of y, (rows, tokens, H) or (rows, H), zero at positions where the adapter does not act.
+
+        Raises RoutingError if rows or tokens do not match the call's facts.
+        """
         h = y[:, None] if y.dim() == 2 else y
         delta = torch.zeros_like(h, dtype=self.dtype)
         positions = self.positions

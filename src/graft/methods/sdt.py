@@ -2,7 +2,7 @@
 """SDT: Parameter-Efficient Fine-Tuning of State Space Models, arXiv 2410.09016 (SDLoRA in its first version).
 
 Of each mixer of a Mamba some channels train, and of these some states: entries of A_log, and the columns of x_proj that
-make B and C of such a channel. Layers beside the state space have LoRA.
+make B and C of such a channel. Layers outside of the state space have LoRA.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Mixer(NamedTuple):
 
 
 def mixers_of(model: nn.Module) -> dict[str, Mixer]:
-    """Return, by path, the modules whose A_log (channels, states) and x_proj are those of a Mamba."""
+    """Return, by path, the modules with A_log (channels, states) and x_proj as in a Mamba."""
     mixers, linears = {}, {}
     for path, module in walk(model):
         A = module._parameters.get(A_LOG)
@@ -77,7 +77,9 @@ def mixers_of(model: nn.Module) -> dict[str, Mixer]:
 
 
 def strongest(change: Tensor, channels: int, states: int) -> tuple[Tensor, Tensor]:
-    """Return the channels (c,) whose squared change (channels, states) is largest, and the states (c, s) of each."""
+    """Return the channels (c,) with the largest squared change (channels, states), and the s states (c, s) of each with
+    the largest change.
+    """
     squared = change.float().square()
     some = squared.sum(1).topk(channels).indices.sort().values
     return some, squared[some].topk(states, 1).indices.sort(1).values
@@ -105,7 +107,7 @@ class SDT(Method[SdtConfig]):
 
     @property
     def mixer(self) -> Mixer | None:
-        """The mixer of whose state space the site is a part."""
+        """The mixer with a state space that the site is part of; None for other sites."""
         path, _, name = self.site.key.rpartition(".")
         return self.cfg.mixers.get(path) if name in (A_LOG, X_PROJ) else None
 
@@ -158,7 +160,7 @@ class SDT(Method[SdtConfig]):
         return torch.stack([rows.repeat_interleave(len(channels)), channels.repeat(len(rows))])
 
     def change(self) -> Tensor:
-        """Take from the base what `preprocess_sdt` has left there."""
+        """Remove the change that `preprocess_sdt` has left on the base, and return it."""
         change: Tensor = self.take_from_base(
             CHANGE,
             f"It is not known which channels of layer '{self.site.key}' adapter '{self.name}' trains: call "

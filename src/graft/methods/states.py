@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ReFT and steering vectors share: they add to hidden states after blocks, at tokens of each row's prompt."""
+"""The common part of ReFT and steering vectors: they change hidden states after blocks, at tokens of each
+row's prompt.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,7 @@ class OnStates(Method[S]):
         return Rewrite(part=self.part, block=not self.site.op.known)
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what is added to y, (rows, …, H)."""
+        """Return the update of y, (rows, …, H)."""
         raise NotImplementedError
 
     @property
@@ -162,7 +164,7 @@ class OnStates(Method[S]):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Tell the layers where the prompt of each row stands: padding does not count, nor what `generate` adds."""
+        """Tell the layers where the prompt of each row stands: padding and tokens that `generate` adds do not count."""
         with super().surround_run(tuner, call, run) as finish:
             if tuner.disabled:
                 yield finish
@@ -176,12 +178,16 @@ class OnStates(Method[S]):
 
 
 def tokens_in(arguments: Mapping[str, object], name: str) -> Tensor | None:
-    """Return the tokens, or embeddings, among a model's arguments for which a fact of that name is."""
+    """Return the tokens or embeddings among a model's arguments that the fact of this name describes; None without
+    them.
+    """
     return next((t for t in map(arguments.get, TOKENS[name]) if isinstance(t, Tensor)), None)
 
 
 def end_prompt(fact: Positions, name: str, arguments: Mapping[str, object]) -> Positions:
-    """Return the positions of a prompt without a mask with its end, after which `generate` goes on."""
+    """Return a prompt's positions; without a mask, with begin and length set, since `generate` adds tokens
+    behind it.
+    """
     tokens = tokens_in(arguments, name)
     if fact.start is not None or tokens is None:
         return fact
@@ -191,7 +197,9 @@ def end_prompt(fact: Positions, name: str, arguments: Mapping[str, object]) -> P
 
 @contextmanager
 def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
-    """Give the facts of each step of `generate`: the first sees the prompt, further ones with a cache what follows."""
+    """Give the facts of each step of `generate`: the first step sees the prompt; later ones with a cache see only new
+    tokens.
+    """
     if not run.generates:
         yield
         return

@@ -49,7 +49,7 @@ class Steering(OnStates[SteeringConfig]):
         return dict(steering_vector=nn.Parameter(torch.zeros(self.width or 0)))
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what is added to y, (rows, …, H)."""
+        """Return the update of y, (rows, …, H)."""
         h, call = y.to(self.dtype), self.layer.call
         c = call.fact(COEFFICIENT)
         if c is None:
@@ -66,7 +66,7 @@ class Steering(OnStates[SteeringConfig]):
         return self.from_first(delta)
 
     def from_first(self, delta: Tensor) -> Tensor:
-        """Return what is added, (rows, …, H), at the tokens from `min_token_index` on.
+        """Return the update (rows, …, H): the vector from token `min_token_index` on, zero before it.
 
         Raises:
             RoutingError: the output has no row for each sample.

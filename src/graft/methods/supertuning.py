@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Super-Tuning: the largest entries of each weight train, beside a low-rank update if wanted. arXiv 2607.09287."""
+"""Super-Tuning: the largest entries of each weight train, optionally with a low-rank update. arXiv 2607.09287."""
 
 from __future__ import annotations
 

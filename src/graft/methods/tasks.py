@@ -27,7 +27,11 @@ def generate(tuner: Tuner, *args: object, task_ids: object = None, **kwargs: obj
 
 
 def check_tasks(run: Run, model: nn.Module, known: int) -> Tensor:
-    """Return the tasks of the rows, (batch,), checked."""
+    """Return the tasks of a run's rows, (batch,), on the device of the rows.
+
+    Raises:
+        RoutingError: there are none, they are no integers for each row, or one is not below `known`.
+    """
     tasks = run.said(TASKS, model)
     if tasks is None:
         raise RoutingError("task_ids should not be None. Pass the task of each row: model(…, task_ids=…).")
@@ -56,7 +60,7 @@ K = TypeVar("K", bound=ForTasks)
 
 
 class ByTask(Method[K]):
-    """A method whose config has `n_tasks`."""
+    """A method with `n_tasks` in its config."""
 
     arguments = (TASKS,)
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {"generate": generate}

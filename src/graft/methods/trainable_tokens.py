@@ -105,7 +105,8 @@ class TrainableTokens(Method[TrainableTokensConfig]):
     def rows(self) -> Tensor:
         """The rows where the layer is: those of a head are the embedding's, which may be elsewhere.
 
-        A token that is named several times has the mean of its rows, each of which gets its whole gradient, as in PEFT.
+        A token that is named several times has the mean of its rows. Each of the rows gets the whole gradient, as in
+        PEFT.
         """
         rows = copy_on_device(self.trainable_tokens_delta, self.sorted_tokens.device)
         if not self.repeats:

@@ -21,7 +21,7 @@ from graft.methods.projections import check_places, maybe_transient
 
 @dataclass(kw_only=True)
 class UniLoraConfig(Targets, LayerRange, FanInFanOut):
-    """UniLoRA: LoRA whose numbers, in all layers, are those of one trained vector θ, each many times over."""
+    """UniLoRA: LoRA with numbers taken from one trained vector θ, in all layers, each many times."""
 
     peft_type: str = "UNILORA"
     r: Annotated[int, COUNT] = 4

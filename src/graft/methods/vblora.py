@@ -31,7 +31,7 @@ SIZE = Bound(POSITIVE.allows, "`{name}` {value} should be a positive integer val
 
 @dataclass(kw_only=True)
 class VBLoRAConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
-    """VB-LoRA: ΔW = B A, whose numbers are mixtures of a few vectors from a bank that all layers share."""
+    """VB-LoRA: ΔW = B A, made of mixtures of a few vectors from a bank that all layers share."""
 
     peft_type: str = "VBLORA"
     r: Annotated[int, COUNT] = 4

@@ -90,7 +90,7 @@ class XLoraConfig(PeftConfig):
             self.adapters, self.beside = dict(options["adapters"]), {}
 
     def read_from(self, where: str, subfolder: str | None = None, **hub: object) -> None:
-        """Note which experts are saved beside this config, in sub-folders that have their names.
+        """Record the experts that are saved with this config, in sub-folders with their names.
 
         Their order is that of the classifier's outputs. PEFT, which calls them 0, 1, 2, …, sorts them as text.
         """
@@ -206,7 +206,7 @@ def set_topk_lora(tuner: Any, value: int | None) -> None:
 
 
 def set_global_scaling_weight(tuner: Any, weight: float) -> None:
-    """Multiply what all experts add by `weight`."""
+    """Multiply the updates of all experts by `weight`."""
     tuner.classifier.config.global_scaling_weight = weight
 
 

@@ -22,7 +22,8 @@ def losses_of(
 ) -> dict[str, Tensor]:
     """Return the losses of a run, (), by adapter. Of a Parallel each counts as its adapter's copies of the batch do."""
     return {
-        name: methods[name].compute_auxiliary_loss(configs[name], [tokens(one, run, model) for one in own]) * run.share(name, model)
+        name: methods[name].compute_auxiliary_loss(configs[name], [tokens(one, run, model) for one in own])
+        * run.share(name, model)
         for name, own in noted.items()
     }
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt methods, a file each, and the hooks by which prompts enter a model."""
+"""Prompt methods, a file each, and the hooks that put prompts into a model."""

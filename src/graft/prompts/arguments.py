@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prompt changes in the arguments of a call: input, cache, masks, positions, types of tokens, labels."""
+"""Changes of a prompt to the arguments of a call: input, cache, masks, positions, types of tokens, labels."""
 
 from __future__ import annotations
 
@@ -176,7 +176,10 @@ def put_keys(stack: PromptStack, arguments: dict[str, object], cache: object, ba
 
 
 def extend_arguments(stack: PromptStack, arguments: dict[str, Any], total: int, before: int, batch: int) -> None:
-    """Extend masks and positions to the prompt's tokens, of which the input of this call has `before`."""
+    """Extend masks and positions to the prompt's tokens, in place.
+
+    before: the number of these in front of this call's input.
+    """
     mask, window = arguments.get("attention_mask"), getattr(stack.config, "sliding_window", None)
     cuts = kv_prefix.has_sliding_window(arguments.get(stack.cache_name or ""))
     if isinstance(mask, dict):
@@ -203,7 +206,7 @@ def _extend_mask(stack: PromptStack, mask: Tensor, total: int, before: int, wind
 
 
 def extend_encoder_mask(stack: PromptStack, arguments: dict[str, Any]) -> None:
-    """Extend the mask of the encoder's output, where a prompt stands in front of it."""
+    """Extend the mask of the encoder's output, in place, if a prompt precedes that output and the mask lacks it."""
     mask, hidden = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
     if mask is not None and hidden is not None and mask.shape[-1] + stack.now.encoded == hidden.shape[1]:
         arguments["encoder_attention_mask"] = torch.cat(

@@ -63,7 +63,7 @@ class Prompt(nn.Module):
 
     @classmethod
     def check(cls, cfg: PeftConfig) -> None:
-        """Raise ConfigError if the config asks for what the method cannot do."""
+        """Raise ConfigError if the method cannot do something that the config sets."""
 
     def forward(self, indices: Tensor | None = None, **arguments: Any) -> Tensor:
         """Return the prompt, (tokens, dim), or (batch, tokens, dim) where each sample has its own.

@@ -20,7 +20,10 @@ Shape = tuple[int, int]  # heads, head_dim
 
 
 def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
-    """Return heads and head size of each layer, None for one without keys of its own; None: the modules do not say."""
+    """Return heads and head size of each layer; None for a layer that shares keys.
+
+    Return None if the modules do not tell.
+    """
     shapes: dict[int, Shape | None] = {}
     for module in stack.modules():
         index, size, keys = (getattr(module, name, None) for name in ("layer_idx", "head_dim", "k_proj"))
@@ -36,7 +39,7 @@ def key_shapes(stack: nn.Module) -> list[Shape | None] | None:
 
 
 def head_cuts(stack: nn.Module) -> dict[int, Cut]:
-    """Return the cut of the heads of each layer of which this process has some."""
+    """Return, by layer, the cut of the heads for layers with only some of their heads on this process."""
     cuts: dict[int, Cut] = {}
     for module in stack.modules():
         index, size, keys = (getattr(module, name, None) for name in ("layer_idx", "head_dim", "k_proj"))
@@ -49,7 +52,7 @@ def head_cuts(stack: nn.Module) -> dict[int, Cut]:
 
 
 def unclear_heads(stack: nn.Module) -> str | None:
-    """Say which projection gives some heads of a layer, of which nothing tells which ones; None if there is none."""
+    """Return, for an error, a projection that is cut over processes in an unknown way; None if there is none."""
     for module in stack.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             for name, child in module.named_modules():
@@ -68,7 +71,9 @@ def cut_heads(pairs: Pairs, cuts: dict[int, Cut]) -> Pairs:
 
 
 def fit_pairs(pairs: list[tuple[Tensor, Tensor]], shapes: list[Shape | None] | None) -> Pairs:
-    """Return the pairs that each layer can hold: cut where its heads are fewer or smaller, None where they are larger.
+    """Return the pairs that each layer can hold: cut if its heads are fewer or smaller, None if they are larger.
+
+    Warns about layers that are skipped.
 
     Raises:
         ValueError: no layer can hold its pair.
@@ -159,7 +164,7 @@ def per_row(t: Tensor, batch: int) -> Tensor:
 
 
 def freeze_cache(cache: Any) -> Any:
-    """Make a filled cache read-only, so that a layer may run again in a backward pass; return it."""
+    """Make a filled cache read-only, in place, so that a layer may run again in a backward pass; return it."""
     for layer in getattr(cache, "self_attention_cache", cache).layers:
         layer.update = _Reading(layer.keys, layer.values)
     return cache

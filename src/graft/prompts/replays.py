@@ -23,7 +23,7 @@ TURNS = Lock()  # calls that change what layers have in common run in turn
 
 
 class Replays:
-    """The way of a prompt's cache into the checkpointed layers of a stack, from which transformers withholds caches."""
+    """Passes a prompt's cache to the checkpointed layers of a stack: transformers gives them none."""
 
     def __init__(self, stack: Any):
         self.stack, self._in_turn = stack, False
@@ -31,11 +31,16 @@ class Replays:
         self._handle: RemovableHandle | None = None
 
     def layers(self) -> list[nn.Module]:
+        """Return the modules of the stack with gradient checkpointing switched on."""
         modules = self.stack.module.modules()
         return [m for m in modules if getattr(m, "gradient_checkpointing", False) and RUN in m.__dict__]
 
     def prepare_checkpointing(self) -> bool:
-        """Return True if layers will run again. If not, switch checkpointing off: it would only withhold the cache."""
+        """Return True if the backward pass will run layers again, so that they need the cache then.
+
+        In training, takes a lock of all models until `clear`. Without gradients, switches checkpointing off until
+        `clear`, since it hides the cache from the layers.
+        """
         if not self.stack.module.training:
             return False
         if not self._in_turn and any(RUN in m.__dict__ for m in self.stack.module.modules()):
@@ -71,6 +76,7 @@ class Replays:
         layer.__dict__[name] = value
 
     def clear(self) -> None:
+        """Undo all changes to the layers, remove the hook, and release the lock."""
         for layer, name, value in self._before:
             layer.__dict__[name] = value
         self._before = []

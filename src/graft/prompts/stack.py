@@ -92,10 +92,12 @@ class Visits(local):
 
 
 class PromptStack:
-    """A module by which prompts enter (`entry.attach`). `put_…` sets the prompt of the call that `begin` began.
+    """The module of a model where prompts enter (`entry.attach`).
 
-    Positions, masks and types that come with the input are those of its own tokens. `entry` widens them for the
-    prompt where it enters, and in each later step, whose cache then holds the prompt.
+    `put_…` sets the prompt of the call that `begin` began.
+
+    Callers pass positions, masks and types for the input's tokens alone. `entry` extends them to the prompt, in each
+    later step too, when the cache holds the prompt.
 
     Args:
         outer: the module that calls `module` in a model that reads images as well. It may make masks and positions
@@ -136,7 +138,7 @@ class PromptStack:
         self.now.embeddings, self.now.tokens = value, value.shape[1]
 
     def put_keys(self, value: Tensor, as_pairs: Callable[[Tensor], list[tuple[Tensor, Tensor]]]) -> None:
-        """Put keys and values before each layer's own: those that `as_pairs` makes of `value` (tokens, …)."""
+        """Put keys and values before each layer's own: `as_pairs` makes them from `value` (tokens, …)."""
         self.now.keys, self.now.as_pairs, self.now.tokens = value, as_pairs, value.shape[-2]
 
     # facts
@@ -170,6 +172,10 @@ class PromptStack:
             )
 
     def fill_cache(self, cache: object, pairs: kv_prefix.Pairs, batch: int) -> object:
+        """Put a prompt's pairs into a cache and return it; into a new one if `cache` is None.
+
+        Only this process's heads are put.
+        """
         if cache is None:
             cache = kv_prefix.new_cache(self.config, self.in_pair)
         pairs = pairs[: len(self.layers) or None]  # the config counts the encoder's layers, which may be more

@@ -44,7 +44,9 @@ class Importance:
 
 
 def find_rank_budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
-    """Return how many singular values may stay at a step, cubic from `start` to `target`, and whether to prune now."""
+    """Return the number of singular values that stay at a step, on a cubic from the start to the target, and whether to
+    prune now.
+    """
     first, last = cfg.tinit, cfg.total_step - cfg.tfinal
     if step <= first:
         return start, False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """aLoRA: Activated LoRA, arXiv 2504.12397.
 
-s · B A x is added at the positions from the last occurrence of the invocation tokens on, and nowhere before, so that
-keys and values of what stands before them are the base model's.
+s · B A x is added from the last occurrence of the invocation tokens on. Keys and values of earlier positions are the
+base model's.
 """
 
 from __future__ import annotations

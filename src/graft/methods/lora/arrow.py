@@ -3,7 +3,7 @@
 
 The router adapter makes no update itself: it sends each token through the other LoRA adapters of the layer, the
 experts, by how much the token points in the direction that an expert acts on most. With GenKnowSub
-(aclanthology.org/2025.acl-short.54) experts act without what they share with adapters of general knowledge.
+(aclanthology.org/2025.acl-short.54) the mean of the adapters of general knowledge is subtracted from the experts.
 """
 
 from __future__ import annotations

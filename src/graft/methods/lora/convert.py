@@ -69,7 +69,7 @@ def subtract_initial(
 
 
 def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Raise unless `initial` began with what was taken out of the base weights."""
+    """Raise ConfigError unless `initial` has the values that were subtracted from the base weights."""
     factors = [key for key in tensors if any(name in key for name in FACTORS)]
     strange = [key for key in factors if key not in initial or initial[key].shape != tensors[key].shape]
     if strange:

@@ -29,9 +29,9 @@ class DoraCaching:
         caching = DoraCaching(enabled=False)
         caching(enabled=True)  # from here on, in all models and threads
 
-    A layer computes its norms anew in training, when the base weight, A, B or the scaling is another one, and when
-    torch counts another version of one of them, as after optimizers and loads. It does not see what is written to
-    `tensor.data`: switch off and on then. Compiled code computes norms in every call.
+    A layer computes its norms anew in training, and when the base weight, A, B or the scaling has changed, by torch's
+    counts of versions. Writes to `tensor.data` are not counted: switch off and on then. Compiled code computes norms in
+    every call.
     """
 
     on = False
@@ -56,7 +56,7 @@ class DoraCaching:
 
 
 class CachedNorm:
-    """A norm, and the state of the tensors from which it was computed."""
+    """A norm, and the state of its source tensors."""
 
     def __init__(self, norm: Tensor, of: Sequence[Tensor], scaling: float):
         self.norm, self.of, self.state = norm, of, tensor_state(of, scaling)
@@ -66,7 +66,7 @@ class CachedNorm:
 
 
 def tensor_state(tensors: Sequence[Tensor], scaling: float) -> list[object]:
-    """Return what changes with the values of tensors."""
+    """Return a value that is equal only while the tensors have the same values, as torch's version counters show."""
     state: list[object] = [DoraCaching.switched, scaling]
     for t in tensors:
         if is_traceable_wrapper_subclass(t):  # shards, say, whose versions are not counted here: never the same

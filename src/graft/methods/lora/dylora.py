@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation, 2210.07558.
 
-A training step uses the first b ranks, with b at random, and only the last of them learns. So the first b ranks of what
-comes out are an adapter of rank b: see `graft.truncate_lora`.
+A training step uses the first b ranks, with b at random, and only the last of them learns. So the first b ranks of the
+trained adapter are an adapter of rank b: see `graft.truncate_lora`.
 """
 
 from __future__ import annotations
@@ -66,6 +66,6 @@ class DyLoRA(LoRA):
 
 
 def last_alone(factor: Tensor, dim: int) -> Tensor:
-    """Return a factor of which only the last rank gets a gradient."""
+    """Return a factor with a gradient for its last rank only."""
     *before, last = factor.split(1, dim)
     return torch.cat([t.detach() for t in before] + [last], dim)

@@ -66,10 +66,12 @@ def find_top_components(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def distribute_ranks(
     components: dict[str, Components], owner: dict[str, str], most: dict[str, int], budget: int
 ) -> dict[str, int]:
-    """Return the rank of each layer: `budget` in all goes to the components that explain most of their layer.
+    """Return the rank of each layer.
+
+    A total of `budget` ranks goes to the components with the largest share of their layer's variance.
 
     Args:
-        owner: layer → the layer with the same inputs whose components it shares, maybe itself.
+        owner: layer → the layer with the same inputs that owns its components, maybe itself.
         most: the largest rank that a layer can have.
     """
     keys, shares = [], []

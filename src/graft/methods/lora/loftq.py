@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoftQ: LoRA-Fine-Tuning-Aware Quantization, arXiv 2310.08659.
 
-The base weight becomes Q, quantized values in its own dtype, and A, B begin with what is lost: Q + s · B A ≈ W.
+The base weight becomes Q, quantized values in its own dtype, and A, B begin with the loss: Q + s · B A ≈ W.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def int8(W: Tensor) -> Tensor:
 
 
 def start(lora: Method, W: Tensor) -> Start:
-    """Quantize W, and decompose what that loses, in turns."""
+    """Return the start of LoftQ: W is quantized, and the error decomposed into B A, alternately.
+
+    Raises ConfigError for a quantized base.
+    """
     if not lora.layer.store.exact:
         raise ConfigError(
             f"LoftQ quantizes the base itself, and layer '{lora.site.key}' is quantized already: pass the model as it "
@@ -74,7 +77,10 @@ def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int =
 
 
 def alternate(W: Tensor, bits: int, r: int, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Quantize W less B A, and decompose what that loses into B A, in turns; return Q, A, B and the A, B behind Q."""
+    """Return Q, A, B, and the A and B that were subtracted before Q was quantized.
+
+    W - B A is quantized to Q, and W - Q decomposed into B A, `rounds` times.
+    """
     A, B = W.new_zeros(0, W.shape[1]), W.new_zeros(W.shape[0], 0)
     for _ in range(rounds):
         taken_A, taken_B = A, B
@@ -84,7 +90,9 @@ def alternate(W: Tensor, bits: int, r: int, rounds: int) -> tuple[Tensor, Tensor
 
 
 def decompose(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and B (out, r) whose product is nearest to W, each with the roots of the singular values."""
+    """Return A (r, in) and B (out, r) with B A the best approximation of W, each with the roots of the
+    singular values.
+    """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = S[:r].sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root

@@ -143,7 +143,7 @@ class LoRA(Started):
         return self.lora_A.weight, self.lora_B.weight
 
     def holding(self, A: Tensor, B: Tensor) -> Tensors:
-        """Return values of the adapter's tensors with which ΔW = s · B A. A (…, r, fan_in), B (…, out, r)."""
+        """Return values of the adapter's tensors that make ΔW = s · B A. A (…, r, fan_in), B (…, out, r)."""
         if self.site.op.takes_ids:
             return {("lora_embedding_A", ""): A, ("lora_embedding_B", ""): B}
         return {("lora_A", "weight"): A, ("lora_B", "weight"): B}

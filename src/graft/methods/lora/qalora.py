@@ -29,7 +29,7 @@ class Pooled(nn.Module):
 
     @property
     def factor(self) -> float:
-        """What a sum over one group counts with."""
+        """The factor of a sum over one group."""
         return self.in_features / self.size**2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Pooled(nn.Module):
         return sums @ (self.weight * self.factor).T
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return the matrix whose product with x is `forward`: (out, in / size) → (out, in)."""
+        """Return the matrix M with `forward`(x) = x Mᵀ: (out, in / size) → (out, in)."""
         return (weight * self.factor).repeat_interleave(self.size, 1)
 
     def extra_repr(self) -> str:

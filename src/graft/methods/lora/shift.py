@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an initialisation takes out of a base weight: kept with the adapter, and taken out of a fresh base on loading.
+"""The update that an initialisation subtracts from a base weight: saved with the adapter, and subtracted again on
+loading.
 
 PiSSA, OLoRA, CorDA and LoRA-GA make W ← W - B A, LoftQ W ← Q(W - B A). The file holds A, B and a few values of the
-weight before and after, so that the same base is made again without the data, the generator's state, or the same SVD;
-and so that a base that has been changed so already is known.
+weight before and after. So a load makes the same base without the data, the generator's state or the same SVD, and
+recognises a base that has been changed already.
 """
 
 from __future__ import annotations

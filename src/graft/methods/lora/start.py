@@ -31,7 +31,7 @@ STARTS = {  # init → "module:function" beside this, which takes the adapter an
 
 
 class Start(NamedTuple):
-    """Values to begin with, and what is taken out of the base weight for them, in float32."""
+    """First values of A and B, and the product that is subtracted from the base weight for them, in float32."""
 
     A: Tensor  # (r, in)
     B: Tensor  # (out, r)
@@ -40,7 +40,7 @@ class Start(NamedTuple):
 
     @classmethod
     def of(cls, A: Tensor, B: Tensor, scaling: float) -> Start:
-        """Return the start that leaves W + scaling · B A what it was."""
+        """Return the start that subtracts scaling · B A from W, so that outputs stay the same."""
         return cls(A, B, A, scaling * B)
 
 
@@ -57,7 +57,7 @@ def start_of(lora: Method, W: Tensor) -> Start:
 
     Raises:
         TypeError: W is of another dtype than float32, float16 and bfloat16.
-        ConfigError: the rank is above what the weight has.
+        ConfigError: the rank is larger than the weight's.
         CalibrationError: data are needed, and this layer has none.
     """
     kind: Any = start_name(lora.cfg.init_lora_weights)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an adapter of LoRA starts: kaiming (arXiv 2106.09685), gaussian, orthogonal, or by `start.py` from the
-base weight, and what its files hold then.
+"""How an adapter of LoRA starts: kaiming (arXiv 2106.09685), gaussian, orthogonal, or by `start.py` from the base
+weight.
 
-PEFT adds the update of an nn.MultiheadAttention's output projection twice, in training, inference and merging. So a
-file's B stands for twice its values there. graft keeps the update as the config says it in memory, and halves and
-doubles B on the way: either library computes the same from a file of the other, and nothing is rounded."""
+PEFT adds the update of an nn.MultiheadAttention's output projection twice, in training, inference and merging. So the
+values of B in a file count twice there. graft keeps the update as the config says it in memory, and halves and doubles
+B on the way: either library computes the same from a file of the other, and nothing is rounded.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +114,9 @@ def from_file(tensors: Tensors) -> Tensors:
 
 
 class Started(Method[LoraConfig]):
-    """Starts by `init_lora_weights`, and holds a `Shift` on each layer whose base weight that changes."""
+    """LoRA with a start by `init_lora_weights`, and a `Shift` on each layer with a base weight that the start
+    changes.
+    """
 
     def init(self) -> None:
         initialise(self, self.cfg.init_lora_weights)
@@ -129,7 +132,7 @@ class Started(Method[LoraConfig]):
 
     @classmethod
     def changes_base(cls, cfg: LoraConfig) -> str | None:
-        """Return the setting by which `init` changes the base weight; None if it does not."""
+        """Return the setting that makes `init` change the base weight; None if it does not change."""
         how = cfg.init_lora_weights
         return f"init_lora_weights={how!r}" if start_name(how) else None
 
@@ -138,7 +141,7 @@ class Started(Method[LoraConfig]):
 
     @property
     def keeps_shift(self) -> bool:
-        """Return True if the adapter holds what `init` takes out of the base weight."""
+        """Return True if the adapter holds the product that `init` subtracts from the base weight."""
         how = self.cfg.init_lora_weights
         return type(how) is str and start_name(how) is not None and self.site.op.linear
 

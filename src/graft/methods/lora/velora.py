@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """VeLoRA: Memory Efficient Training using Rank-1 Sub-Token Projections, arXiv 2405.17991.
 
-LoRA, whose training keeps projections of A's inputs in place of these: the gradient of A is approximate.
+LoRA that keeps projections of A's inputs for the backward pass, not the inputs: the gradient of A is approximate.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SHADOW: a small network beside the model, whose state the blocks read and update."""
+"""SHADOW: a small network next to the model; the blocks read and update its state."""
 
 from graft.methods.shadow.network import ShadowConfig
 from graft.methods.shadow.shadow import Shadow

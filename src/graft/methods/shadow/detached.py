@@ -30,9 +30,9 @@ def find_cache_class() -> type:
     from transformers import Cache
 
     class ShadowCache(Cache):
-        """The base model's cache, whose layers stand first, and those of the shadow networks, by adapter.
+        """The layers of the base model's cache, then those of the shadow networks, by adapter.
 
-        What reorders, repeats, selects or cuts rows does so to all layers.
+        Reordering, repeating, selecting or cutting rows acts on all layers.
         """
 
         __module__, __qualname__ = __name__, "ShadowCache"  # where `pickle` finds it
@@ -129,7 +129,9 @@ def no_cache_for(network: Any, model: Any) -> str | None:
 
 
 def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-    """Return the loss of what the model's head makes of s, (rows, tokens, hidden); None for tasks without one."""
+    """Return the loss of the head's output for the shadow state s (rows, tokens, hidden); None for tasks without a
+    head.
+    """
     labels, model = inputs["labels"], tuner.model
     if cfg.task_type == "SEQ_CLS":
         head = tuner.shared.containers["shadow_head"][name]
@@ -160,7 +162,9 @@ def pool_logits(logits: Tensor, ids: Tensor | None, padding: int | None) -> Tens
 
 
 def classification(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of logits (rows, labels) by the config's problem type, or what the labels say of it."""
+    """Return the loss of logits (rows, labels) by the config's problem type, else by the dtype of the labels and the
+    number of classes.
+    """
     kind: str | None = config.problem_type
     logits, labels = logits.float(), labels.to(logits.device)
     if kind is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network beside the model: a small copy of the base model's architecture, or one that is loaded."""
+"""The network next to the model: a small copy of the base model's architecture, or a loaded one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediat
 
 @dataclass(kw_only=True)
 class ShadowConfig(Targeted, LayerRange):
-    """SHADOW: h ← h + α Up Down (h - s) before each block, s ← (1 - g) s + g T h after it; s starts as the output of a
-    small network.
+    """SHADOW: h ← h + α Up Down (h - s) before each block, s ← (1 - g) s + g T h after it.
+
+    s starts as a small network's output.
 
     Raises:
         ConfigError: a number that is not positive, or a size for a network that is loaded.
@@ -63,7 +64,8 @@ PROJECTION = "shadow_hidden_projection.weight"
 
 
 def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
-    """Return the network, whose embeddings do not train, and its projection to `width`; None if it has none.
+    """Return the network, with frozen embeddings, and its projection to `width`; None for the projection if it has
+    none.
 
     Raises:
         ConfigError: the projection is to another width.
@@ -92,7 +94,7 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
 
 
 def _load_network(config: object, where: str, prefix: str) -> tuple[nn.Module, nn.Linear | None]:
-    """Return a network with the values of a file, and the projection beside it."""
+    """Return a network with the values of a file, and the projection from the file; None if it has none."""
     from transformers import AutoModel
 
     network = AutoModel.from_config(config, trust_remote_code=False)
@@ -156,7 +158,7 @@ def list_block_paths(model: nn.Module) -> list[str]:
 
 
 def require_width(model: nn.Module) -> int:
-    """Return the width of what goes from block to block."""
+    """Return the width of hidden states. Raises ConfigError if the model's config does not tell it."""
     size = getattr(text_config(model), "hidden_size", None)
     if size is None:
         raise ConfigError(f"SHADOW needs a model whose config tells its hidden_size; {type(model).__name__} has none.")
@@ -164,13 +166,15 @@ def require_width(model: nn.Module) -> int:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """Return the part of a model that makes hidden states of its input: what holds the stack of blocks."""
+    """Return the module that holds the list of blocks and computes hidden states; the model itself if there is none."""
     stack = stack_of(model)
     return model if stack is None else stack[0]
 
 
 def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
-    """Make the modules that stand beside the model: the network, its projection, and the head of its own loss."""
+    """Return the modules that SHADOW adds, by name: the network, its projection, and for SEQ_CLS a head for
+    its loss.
+    """
     width = require_width(model)
     mirrors = cfg.shadow_model == MIRROR
     backbone, projection = (mirror(model, cfg), None) if mirrors else network_from(cfg.shadow_model, width)

@@ -68,7 +68,10 @@ TAKEN = ("attention_mask", "position_ids", "cache_position", "token_type_ids")  
 
 @contextmanager
 def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], object]]:
-    """Run shadow networks before a forward pass, or before each that `generate` makes; yield what follows it."""
+    """Run shadow networks before a forward pass, or before each forward pass of `generate`.
+
+    Yield the function that completes the output.
+    """
     if tuner.disabled:
         yield as_it_is
         return
@@ -107,7 +110,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
 
 
 class Pass:
-    """One forward pass: its arguments, the states of its blocks, and what its output is completed by."""
+    """One forward pass: its arguments, the states of its blocks, and the losses and caches that complete its output."""
 
     def __init__(
         self, tuner: Tuner, call: Call, names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, Any], run: Run
@@ -190,7 +193,9 @@ class Pass:
         return output
 
     def with_loss(self, output: Any, name: str) -> object:
-        """Return an output whose loss has that of an adapter's shadow network, of the rows that use the adapter."""
+        """Return the output with the loss of an adapter's shadow network added to its loss, for the rows that use the
+        adapter.
+        """
         cfg = self.tuner.peft_config[name]
         tensors: dict[str, Any] = {"state": self.starts[name]}
         tensors |= {key: self.arguments.get(key) for key in ("labels", "input_ids")}

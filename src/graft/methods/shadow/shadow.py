@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SHADOW (ShadowPEFT), which has no paper yet: a small network beside the model, and blocks that read its state."""
+"""SHADOW (ShadowPEFT), without a paper yet: a small network next to the model, and blocks that read its state."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from graft.files.base import BaseFiles
     from graft.files.neutral import Kind
-    from graft.inject.experts import Conversions
 
 # names, for bases of which no library makes a model
 TOKENS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
@@ -40,13 +39,13 @@ class Layers:
 
     def __init__(self, tuned: BaseFiles, base: BaseFiles):
         self.config, self.model = base.config, None
-        self._conversions: Conversions | None = None
         self.new, self.old = dict(tuned.tensors), dict(base.tensors)
         self.quantized = [m.path for m in (tuned, base) if "quantization_config" in m.config]
         if not self.quantized and (known := by_model(base)) is not None:
             from graft.files.skeleton import by_name
+            from graft.inject.experts import Experts
 
-            self.model = cast("PreTrainedModel", known.model)
+            self.model, self.experts = cast("PreTrainedModel", known.model), Experts(known.model)
             self.new, self.old = by_name(tuned.tensors, self.model), known.tensors
         self.is_tied, self.twins = False, dict[str, str]()
         for group in self._tied():
@@ -93,13 +92,7 @@ class Layers:
 
     def is_called_as_experts(self, path: str) -> bool:
         """Return True if PEFT takes a module's name for that of a matrix of experts, and rewrites a config with it."""
-        if self.model is None:
-            return False
-        if self._conversions is None:
-            from graft.inject.experts import Conversions
-
-            self._conversions = Conversions(self.model)
-        return self._conversions.by_peft and path.rpartition(".")[2] in self._conversions.names
+        return self.model is not None and self.experts.by_peft and path.rpartition(".")[2] in self.experts.names
 
     def is_embedding(self, name: str) -> bool:
         module = self._module(name)

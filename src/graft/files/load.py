@@ -28,7 +28,7 @@ from graft.files.neutral import AdapterFile
 from graft.files.pickles import from_torch, to_torch
 from graft.files.skeleton import describe_model
 from graft.files.tensors import Tensor
-from graft.inject.experts import Conversions
+from graft.inject.experts import Experts
 from graft.inject.survey import survey
 from graft.io.files import Loaded
 from graft.io.tensors import name_of
@@ -98,8 +98,8 @@ def part_at(path: str | os.PathLike[str], known: Skeleton) -> AdapterFile:
 
 def former_names(known: Skeleton) -> dict[str, str] | None:
     """Return the names that a model's modules had in earlier versions of transformers, by today's; None: the same."""
-    conversions = Conversions(known.model)
-    names = {path: conversions.before(path) for path in known.modules}
+    experts = Experts(known.model)
+    names = {path: experts.before(path) for path in known.modules}
     return names if any(old != new for new, old in names.items()) else None
 
 

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from torch import nn
@@ -21,7 +22,7 @@ from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError
 from graft.core.ops import find_op
 from graft.inject.match import Matcher, minimal_names
-from graft.inject.survey import Tree
+from graft.inject.survey import Tree, survey
 from graft.inject.targets import ALL_LINEAR, all_linear
 from graft.storage import DENSE, find_packed_shape, find_store, innermost, list_packed_names
 
@@ -42,10 +43,15 @@ class Place(NamedTuple):
     parts: tuple[str, ...]  # the names of all that stand there
 
 
-class Conversions:
-    """What transformers does to names and weights of older checkpoints of a model."""
+class Experts:
+    """The experts of a model: their stacks, and how transformers puts weights of older checkpoints into these.
 
-    def __init__(self, model: Any):
+    Args:
+        tree: the survey of the model; None: a new one.
+    """
+
+    def __init__(self, model: Any, tree: Tree | None = None):
+        self.model, self.tree = model, survey(model) if tree is None else tree
         self.renamings: list[WeightRenaming] = []
         self.converters: list[WeightConverter] = []
         self.by_peft = False  # PEFT rewrites configs by them
@@ -65,6 +71,11 @@ class Conversions:
         self.converters = [c for c in found if merges(c)]
         self.by_peft = is_by_peft(model)
         self.names = {part_of(p) for c in self.converters for p in c.source_patterns} | {ROUTER}
+
+    @cached_property
+    def stacks(self) -> list[Stack]:
+        """The stacks of the model, with the old names of their parts."""
+        return [*stacks(self.tree, self)]
 
     def place(self, experts: str, part: str, old: bool = True) -> Place | None:
         """Return where the matrices `<experts>.<number>.<part>` stand now; None if nowhere.
@@ -137,7 +148,7 @@ class Stack(NamedTuple):
         return {*self.parts, self.parameter, *(f"{part}_{kind}" for part in parts)}
 
 
-def stacks(tree: Tree, conversions: Conversions | None = None) -> Iterator[Stack]:
+def stacks(tree: Tree, experts: Experts | None = None) -> Iterator[Stack]:
     """Yield the stacks of a model."""
     for path, module in tree.modules.items():
         if not path.rpartition(".")[2].endswith("experts"):
@@ -149,7 +160,7 @@ def stacks(tree: Tree, conversions: Conversions | None = None) -> Iterator[Stack
         dense = {} if packed else {n: len(p) for n, p in base._parameters.items() if p is not None and p.dim() == 3}
         for name, size in (packed | dense).items():
             if name != "weight":
-                yield Stack(path, name, size, () if conversions is None else conversions.parts(path, name))
+                yield Stack(path, name, size, () if experts is None else experts.parts(path, name))
 
 
 @dataclass
@@ -199,22 +210,21 @@ def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None
     left = LeftOut()
     if cfg.peft_type != "LORA" or cfg.target_modules is None or not (is_by_peft(model) or any(stacks(tree))):
         return left
-    conversions = Conversions(model)
-    every = [*stacks(tree, conversions)]
-    chosen = Chosen(cfg, model, tree, conversions)
+    experts = Experts(model, tree)
+    every, chosen = experts.stacks, Chosen(cfg, experts)
     if keys is None:
         parts_by_stack = {stack: chosen.parts(stack) for stack in every}
-        moved = chosen.modules(conversions.names)
+        moved = chosen.modules()
         named = {part for parts in parts_by_stack.values() for part in parts}
         alone = named.isdisjoint(path.rpartition(".")[2] for path in moved)  # so that the names mean experts
         alone = alone and bool(named) and chosen.linear is None
-        if not (named or moved) or not (conversions.by_peft or alone):
+        if not (named or moved) or not (experts.by_peft or alone):
             left.stacks = [stack for stack in every if chosen.means(stack)]
             left.names = chosen.entries({name for stack in left.stacks for name in stack.names})
             return left
     else:
-        parts_by_stack = stacks_in(keys, every, conversions)
-        moved = chosen.modules(conversions.names) if parts_by_stack else []
+        parts_by_stack = stacks_in(keys, experts)
+        moved = chosen.modules() if parts_by_stack else []
     parts_by_stack = {stack: parts for stack, parts in parts_by_stack.items() if parts}
     if not parts_by_stack and not moved:
         return left
@@ -227,7 +237,7 @@ def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None
     weights = [path for path in moved if has_plain_weight(tree.modules[path], path, tree)]
     left.layers = [path for path in moved if path not in weights]
     rename_patterns(cfg, parts_by_stack, weights, tree)
-    rest = chosen.rest(conversions.names, moved)
+    rest = chosen.rest(moved)
     if keys is not None:  # the file has them
         rest |= shortest(left.layers, [*tree.modules])
         left.layers = []
@@ -243,13 +253,13 @@ def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None
 class Chosen:
     """What the `target_modules` of a config mean in a model, and in the one that it was."""
 
-    def __init__(self, cfg: Any, model: nn.Module, tree: Tree, conversions: Conversions):
-        self.cfg, self.tree, self.conversions = cfg, tree, conversions
+    def __init__(self, cfg: Any, experts: Experts):
+        self.cfg, self.experts, self.tree = cfg, experts, experts.tree
         self.matcher = Matcher(cfg)
         self.regex = isinstance(cfg.target_modules, str)
         self.linear: set[str] | None = None
         if self.regex and cfg.target_modules.lower() == ALL_LINEAR:
-            self.linear = all_linear(cfg, model, tree.modules)
+            self.linear = all_linear(cfg, experts.model, self.tree.modules)
 
     def finds(self, path: str) -> bool:
         return path in self.linear if self.linear is not None else self.matcher(path).outcome == "matched"
@@ -272,18 +282,19 @@ class Chosen:
             return {self.cfg.target_modules}
         return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] in names}
 
-    def modules(self, names: set[str]) -> list[str]:
-        """Return the paths of the chosen modules that have one of these names."""
-        named = [path for path in self.tree.modules if path.rpartition(".")[2] in names]
+    def modules(self) -> list[str]:
+        """Return the paths of the chosen modules that have an old name of experts or routers."""
+        named = [path for path in self.tree.modules if path.rpartition(".")[2] in self.experts.names]
         if self.linear is None:
             return [path for path in named if self.finds(path)]
-        routers = {f"{stack.module.rpartition('.')[0]}.{ROUTER}" for stack in stacks(self.tree)}
+        routers = {f"{stack.module.rpartition('.')[0]}.{ROUTER}" for stack in self.experts.stacks}
         return [path for path in named if self.finds(path) or path in routers]
 
-    def rest(self, names: set[str], moved: list[str]) -> set[str]:
-        """Return the targets without those of these names; of a regex, and "all-linear", the names that it chose."""
+    def rest(self, moved: list[str]) -> set[str]:
+        """Return the targets without those names; of a regex, and "all-linear", the names of the modules that it chose,
+        without `moved`."""
         if not self.regex:
-            return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] not in names}
+            return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] not in self.experts.names}
         gone = set(moved)
         paths = [path for path in self.tree.modules if self.finds(path) and path not in gone]
         return shortest(paths, [*self.tree.modules])
@@ -293,20 +304,20 @@ class Chosen:
         numbers: Iterable[int] = range(stack.size)
         if not self.regex and not any(part.isdigit() for t in self.cfg.target_modules for part in t.split(".")):
             numbers = (0,)
-        blocks = dict.fromkeys((stack.module, self.conversions.before(stack.module)))
+        blocks = dict.fromkeys((stack.module, self.experts.before(stack.module)))
         for block in blocks:
             yield f"{block}.{name}"
             for number in numbers:
                 yield f"{block}.{number}.{name}"
 
 
-def stacks_in(keys: Iterable[str], every: list[Stack], conversions: Conversions) -> dict[Stack, list[str]]:
+def stacks_in(keys: Iterable[str], experts: Experts) -> dict[Stack, list[str]]:
     """Return the stacks of which a file has parts, by experts, and which."""
-    by_path = {stack.path: stack for stack in every}
+    by_path = {stack.path: stack for stack in experts.stacks}
     out: dict[Stack, list[str]] = {}
     matches = (OF_EXPERT.fullmatch(key.removeprefix(PREFIX)) for key in keys)
-    for experts, part in dict.fromkeys((m["experts"], m["part"]) for m in matches if m is not None):
-        place = conversions.place(experts, part)
+    for block, part in dict.fromkeys((m["experts"], m["part"]) for m in matches if m is not None):
+        place = experts.place(block, part)
         if place is not None and place.stack in by_path:
             out.setdefault(by_path[place.stack], []).append(part)
     return out

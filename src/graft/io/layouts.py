@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from graft.core.errors import PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque
-from graft.inject.experts import OF_EXPERT, Conversions
+from graft.inject.experts import OF_EXPERT, Experts
 from graft.inject.parts import Nests, Parts
 from graft.io.written import Layout, exchanged_by, say
 
@@ -34,15 +35,11 @@ def fused(
     matches = {name: match for name in tensors if (match := OF_EXPERT.fullmatch(name)) is not None}
     if not matches:
         return tensors
-    conversions = Conversions(model)
-    places = {
-        key: conversions.place(key[0].removeprefix(prefix), key[1])
-        for key in dict.fromkeys((m["experts"], m["part"]) for m in matches.values())
-    }
+    place_of = cache(Experts(model).place)
     old: dict[str, dict[tuple[int, str], dict[int, str]]] = {}  # stack → (part, A or B) → name by expert
     count: dict[str, int] = {}  # parts of a stack
     for name, match in matches.items():
-        place = places[match["experts"], match["part"]]
+        place = place_of(match["experts"].removeprefix(prefix), match["part"])
         if place is not None:
             of_part = old.setdefault(place.stack, {}).setdefault((place.row, name.removesuffix(".weight")[-1]), {})
             of_part[int(match["number"])] = name

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,8 +19,7 @@ from torch import Tensor, nn
 
 from graft.core.base_config import model_type
 from graft.core.ops import Opaque
-from graft.inject.experts import Conversions, Stack, shortest, stacks
-from graft.inject.survey import Tree, survey
+from graft.inject.experts import Experts, Stack, shortest
 from graft.storage import innermost
 
 if TYPE_CHECKING:
@@ -94,23 +95,20 @@ class Block:
         return Pair(like.A.new_zeros(n, r, fan_in), like.B.new_zeros(n, out, r))
 
 
-class Blocks:
-    """The modules of experts of a model, by path.
+class Blocks(Experts):
+    """The modules of experts of a model as servers see them.
 
     Attributes:
+        found: the modules, by path.
         unknown: path of a module → why nobody can say which of its rows are what.
     """
 
-    def __init__(self, model: nn.Module, tree: Tree | None = None):
-        self.tree = survey(model) if tree is None else tree
-        self.conversions, self.found, self.unknown = Conversions(model), dict[str, Block](), dict[str, str]()
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.found, self.unknown = dict[str, Block](), dict[str, str]()
         self.type = model_type(model) if hasattr(getattr(model, "config", None), "model_type") else ""
-        self.stacks = [*stacks(self.tree, self.conversions)]
-        by_module: dict[str, list[Stack]] = {}
-        for stack in self.stacks:
-            by_module.setdefault(stack.module, []).append(stack)
-        for path, group in by_module.items():
-            made = self.block(path, group)
+        for path, group in groupby(self.stacks, attrgetter("module")):
+            made = self.block(path, [*group])
             if isinstance(made, Block):
                 self.found[path] = made
             else:
@@ -137,7 +135,7 @@ class Blocks:
             return f"{type(module).__name__} does not say in which order gate and up stand"
         parameters = {which: s.parameter for which, s in named.items()}
         interleaved = gated and not getattr(module, "is_concatenated", True)
-        there = self.conversions.before(path)
+        there = self.before(path)
         in_vllm = by_w(parts) if self.type in BY_W_IN_VLLM else {part: part for of in parts.values() for part in of}
         numbered = bool(named[IN].parts)
         return Block(path, there, parameters, shapes, parts, interleaved, transposed != assumed, numbered, in_vllm)
@@ -254,7 +252,7 @@ def arranged(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -
     if not read:
         return tensors
     prefix = next(iter(matches.values()))["prefix"] or ""
-    here = {blocks.conversions.before(path): path for path in blocks.tree.modules}
+    here = {blocks.before(path): path for path in blocks.tree.modules}
     gone = {key for path in read for key in used[path]}
     out = {there(key, prefix, here): t for key, t in tensors.items() if key not in gone}
     for path, found in read.items():

@@ -146,7 +146,7 @@ class View:
 
     def path(self, layer: AdapterLayer) -> str:
         path = clean(layer.site.path)
-        return self.blocks.conversions.before(path) if self.hub else path
+        return self.blocks.before(path) if self.hub else path
 
 
 def is_stack(layer: AdapterLayer) -> bool:
@@ -290,7 +290,7 @@ def config_for(view: View, config: object, ranks: dict[str, int], base: nn.Modul
         ranks: of each module, by path, and of each stack that is named by its parameter.
     """
     r = max(ranks.values())
-    every = {view.blocks.conversions.before(path) if view.hub else path for path in view.blocks.tree.modules}
+    every = {view.blocks.before(path) if view.hub else path for path in view.blocks.tree.modules}
     parameters = {path for path in ranks if path not in every} if view.layout in ("peft", "vllm-3d") else set()
     made = LoraConfig(r=r, lora_alpha=r, task_type=getattr(config, "task_type", None))
     made.base_model_name_or_path = getattr(config, "base_model_name_or_path", None)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO
+from math import prod
+from typing import IO, Any
 
 from graft.config.archives import record_in
 from graft.config.reading import Json, open_file, parsed
@@ -20,7 +21,9 @@ RECORD = "graft.json"  # what holds them in a torch file, which is a zip archive
 LFS = b"version https://git-lfs"  # the beginning of a pointer that stands for a file which has not been fetched
 LARGEST = 100_000_000  # bytes: safetensors reads no longer header
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+BUFFER = 2**20  # bytes: many tensors are small
 Stamp = tuple[int, int, int]
+Source = tuple[str, str, Sequence[int], int, Callable[[], Any]]  # name, dtype, shape, bytes of a number, memory
 
 
 @dataclass
@@ -64,20 +67,28 @@ def in_safetensors(f: IO[bytes]) -> dict[str, str]:
         return {}  # a damaged file, of which reading its tensors tells
 
 
-def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
-    """Return what a safetensors file begins with: its notes, in order, and where each tensor stands.
+def write_tensors(
+    path: str, tensors: Iterable[Source], metadata: Mapping[str, str], see: Callable[[Any], object] = len
+) -> None:
+    """Write a safetensors file: its notes, in order, then the tensors, the widest first so that all are aligned.
 
     Args:
-        tensors: name, dtype, shape and bytes of each, in the order in which they follow.
+        see: gets the bytes of the file, piece by piece.
     """
-    made: Json = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    order = sorted(tensors, key=lambda source: (-source[3], source[0]))
+    header: Json = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
-    for name, dtype, shape, size in tensors:
-        begin, end = end, end + size
-        made[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(made, separators=(",", ":"), ensure_ascii=False).encode()
+    for name, dtype, shape, width, _ in order:
+        begin, end = end, end + prod(shape) * width
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    with open(path, "wb", BUFFER) as f:
+        for load in (lambda: len(text).to_bytes(8, "little") + text, *(source[-1] for source in order)):
+            data = load()
+            f.write(data)
+            see(data)
+            del data  # before the next one comes
 
 
 def header_in(data: bytes) -> tuple[Json, int]:

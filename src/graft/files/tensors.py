@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 from graft import BaseModelMismatchError, CheckpointError
 from graft.config.atomic import Write
 from graft.config.atomic import replace as put_in_place
-from graft.config.notes import LARGEST, LFS, header
+from graft.config.notes import LARGEST, LFS, write_tensors
 from graft.config.reading import Json, open_file, parsed
 from graft.core.errors import shortened
 
@@ -205,17 +205,9 @@ def write_safetensors(path: str, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
-    """Return a function that writes tensors one after another, the widest dtypes first so that all are aligned."""
-    order = sorted(tensors.items(), key=lambda item: (-BITS[item[1].dtype], item[0]))
-    head = header(((name, t.dtype, t.shape, t.nbytes) for name, t in order), metadata)
-
-    def write(path: str) -> None:
-        with open(path, "wb") as f:
-            f.write(head)
-            for _, t in order:
-                f.write(t.load())
-
-    return write
+    """Return a function that writes tensors one after another."""
+    parts = [(name, t.dtype, t.shape, BITS[t.dtype] // 8, t.load) for name, t in tensors.items()]
+    return lambda path: write_tensors(path, parts, metadata)
 
 
 # RoPE turns pairs of a head's rows: entry i with i + d/2 in transformers' order, 2i with 2i + 1 in that of llama.cpp,

@@ -8,27 +8,22 @@ process which is killed leaves behind under a name nobody can recognise.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from graft.config.notes import header, header_in
+from graft.config.notes import header_in, write_tensors
 from graft.core.errors import CheckpointError
 from graft.io.seal import digest
 from graft.storage import standalone
-
-BUFFER = 2**20  # bytes: many tensors are small
 
 
 def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors, the widest dtypes first so that all are aligned, and metadata in order."""
     on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    on_cpu = dict(sorted(on_cpu.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    with open(path, "wb", BUFFER) as f:
-        f.write(header(((key, name_of(t.dtype), t.shape, t.nbytes) for key, t in on_cpu.items()), metadata))
-        for key, t in on_cpu.items():
-            f.write(bytes_of(key, t))
+    parts = ((k, name_of(t.dtype), t.shape, t.element_size(), partial(bytes_of, k, t)) for k, t in on_cpu.items())
+    write_tensors(path, parts, metadata)
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

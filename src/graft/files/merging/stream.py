@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 from graft import CheckpointError
 from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange, replace, sync
-from graft.config.notes import LARGEST, header
+from graft.config.notes import LARGEST, write_tensors
 from graft.config.reading import Json, open_file, read_object
 from graft.core.errors import some
 from graft.files.base import entries, matches
@@ -50,23 +51,17 @@ class Out:
 
 def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
     """Write a safetensors file, which appears whole; return its sha256, and what there is to say of its tensors."""
-    order = sorted(outs, key=lambda out: (-BITS[out.dtype], out.name))  # the widest first, so that all are aligned
-    head = header(((out.name, out.dtype, out.shape, out.nbytes) for out in order), METADATA)
-    digest, rows = hashlib.sha256(head), list[Json]()
+    digest, rows = hashlib.sha256(), list[Json]()
 
-    def write(part: str) -> None:
-        with open(part, "wb") as f:
-            f.write(head)
-            for out in order:
-                data, row = out.make()
-                assert len(data) == out.nbytes, out.name
-                f.write(data)
-                digest.update(data)
-                del data
-                if row is not None:
-                    rows.append({"tensor": out.name, **row})
+    def load(out: Out) -> Bytes:
+        data, row = out.make()
+        assert len(data) == out.nbytes, out.name
+        if row is not None:
+            rows.append({"tensor": out.name, **row})
+        return data
 
-    replace(path, write)
+    parts = [(out.name, out.dtype, out.shape, BITS[out.dtype] // 8, partial(load, out)) for out in outs]
+    replace(path, lambda to: write_tensors(to, parts, METADATA, digest.update))
     return digest.hexdigest(), rows
 
 

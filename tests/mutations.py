@@ -337,14 +337,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a result over its own source",
-        "files/output.py",
+        "files/sources.py",
         "in (here, there)",
         "== here",
         "tests/files/test_hostile.py tests/command/test_app.py",
     ),
     Mutation(
         "a verb that failed leaves its folder",
-        "files/output.py",
+        "files/sources.py",
         "clear(room)",
         "pass",
         "tests/files/test_hostile.py tests/command/test_app.py",

@@ -221,7 +221,7 @@ def test_an_output_without_a_name_is_none(line, places, run, tmp_path, monkeypat
 
 def test_what_another_process_wrote_meanwhile_stays(tmp_path):
     from graft.files.errors import OutputExistsError
-    from graft.files.output import appearing
+    from graft.files.sources import appearing
 
     with pytest.raises(OutputExistsError, match="meanwhile"), appearing(str(tmp_path / "a")) as made:
         Path(made).write_text("mine")

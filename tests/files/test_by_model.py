@@ -15,11 +15,10 @@ from graft.core.errors import BaseModelMismatchError, LossError
 from graft.files.base import base_files
 from graft.files.bases import base_of, by_model, fitted
 from graft.files.convert import convert
-from graft.files.diff import difference
 from graft.files.errors import BaseNeededError
 from graft.files.export import export
 from graft.files.formats import read
-from graft.files.inspect import inspect
+from graft.files.inspect import difference, inspect
 from graft.files.lint import lint
 from graft.files.serving import check
 from graft.files.skeleton import by_name

@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 import graft
 from graft.core.errors import CheckpointError, LossError
 from graft.files.base import base_files
-from graft.files.complete import gaps
 from graft.files.convert import convert
 from graft.files.export import export
 from graft.files.formats import read
-from graft.files.lint import lint
+from graft.files.lint import gaps, lint
 from graft.files.resize import resize
 from graft.files.serving import check, servers
 from tests import models

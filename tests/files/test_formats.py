@@ -18,9 +18,9 @@ from graft.files import formats
 from graft.files.base import Skeleton
 from graft.files.bases import base_of
 from graft.files.convert import convert
-from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import gguf, kohya, peft
+from graft.files.inspect import difference
 from graft.files.resize import resize
 from tests.files.dense import changes
 

@@ -22,9 +22,8 @@ from graft.files import formats
 from graft.files.base import Skeleton
 from graft.files.bases import base_of
 from graft.files.convert import convert
-from graft.files.diff import difference
 from graft.files.errors import BaseNeededError, OptionError, OutputExistsError
-from graft.files.inspect import inspect
+from graft.files.inspect import difference, inspect
 from graft.files.lint import lint
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.resize import resize

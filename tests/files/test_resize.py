@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 import graft
 from graft.core.errors import LossError
 from graft.files import algebra
-from graft.files.diff import difference
 from graft.files.errors import OptionError
 from graft.files.formats import peft as form
 from graft.files.formats import read
-from graft.files.inspect import inspect
+from graft.files.inspect import difference, inspect
 from graft.files.lint import lint
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.resize import factors_in, resize

@@ -29,8 +29,8 @@ import graft
 from graft.files import formats, serving
 from graft.files.bases import base_of
 from graft.files.convert import convert
-from graft.files.diff import difference as between
 from graft.files.export import export
+from graft.files.inspect import difference as between
 from graft.files.inspect import inspect
 from graft.files.lint import lint
 from graft.files.merging.merge import merge

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from graft.command import app
 from graft.config import atomic
 from graft.core.errors import CheckpointError
-from graft.files import output
+from graft.files import sources
 from graft.files.convert import ENDS, convert
 from graft.files.errors import OutputExistsError
 from graft.files.formats import WRITTEN
@@ -116,9 +116,9 @@ def test_where_links_are_junctions_and_opening_follows_them(places, monkeypatch)
     facts = SimpleNamespace(st_mode=stat.S_IFDIR | 0o700, st_reparse_tag=0xA0000003, st_uid=0)
     monkeypatch.setattr(os, "lstat", lambda path: facts)
     with pytest.raises(OutputExistsError, match="is a link"):
-        output.take_folder(str(here / ROOM))
+        sources.take_folder(str(here / ROOM))
     facts.st_reparse_tag = 0
-    output.take_folder(str(here / ROOM))
+    sources.take_folder(str(here / ROOM))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="files have no such modes")
@@ -342,7 +342,7 @@ def test_every_format_knows_the_files_that_it_writes(places, to):
     if to in ENDS:  # a format that is one file, which goes into a folder that is there
         (here / "new").mkdir()
     convert(source, to, here / "new", base, lossy=True)
-    assert files(here / "new") and output.strangers(str(here / "new"), model=False) == []
+    assert files(here / "new") and sources.strangers(str(here / "new"), model=False) == []
 
 
 def test_an_index_names_no_files_of_others(tmp_path):
@@ -353,10 +353,10 @@ def test_an_index_names_no_files_of_others(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for names in ({"a": "*"}, {"a": "thesis.txt"}, {"a": "*.safetensors"}, {"a": "../x.safetensors"}, ["a"], 5):
         index.write_text(json.dumps({"weight_map": names}))
-        assert output.strangers(str(tmp_path), model=True) == ["mine.safetensors", "thesis.txt"]
+        assert sources.strangers(str(tmp_path), model=True) == ["mine.safetensors", "thesis.txt"]
     (tmp_path / "model.safetensors").unlink()
     index.write_text(json.dumps({"weight_map": {"a": "mine.safetensors"}}))
-    assert output.strangers(str(tmp_path), model=True) == ["thesis.txt"]
+    assert sources.strangers(str(tmp_path), model=True) == ["thesis.txt"]
 
 
 # what a merge copies

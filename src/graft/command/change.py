@@ -51,9 +51,8 @@ def resize(
         uniform: One rank for all modules.
     """
     from graft.files.formats import peft
-    from graft.files.output import appearing, check_output
     from graft.files.resize import resize as resized
-    from graft.files.sources import adapter_at, local, with_base
+    from graft.files.sources import adapter_at, appearing, check_output, local, with_base
 
     source = local(adapter)
 
@@ -118,8 +117,7 @@ def extract(
     from graft.files.base import base_files
     from graft.files.extract import extract as extracted
     from graft.files.formats import peft
-    from graft.files.output import appearing, check_output
-    from graft.files.sources import find_base
+    from graft.files.sources import appearing, check_output, find_base
 
     folders = find_base(tuned), find_base(base)
     check_output(output, [*folders], force)

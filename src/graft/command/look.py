@@ -83,7 +83,7 @@ def diff(a: str, b: str, *, base: str | None = None, tol: float = 1e-6) -> Resul
     """
     if base is None:
         show.one_thread()
-    from graft.files.diff import difference
+    from graft.files.inspect import difference
     from graft.files.sources import adapter_at, local, with_base
 
     one, two = local(a), local(b)

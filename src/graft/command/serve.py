@@ -107,8 +107,7 @@ def export(
     from graft.files import export as files
     from graft.files.base import base_files
     from graft.files.formats import read
-    from graft.files.output import appearing, check_output
-    from graft.files.sources import local, need_base
+    from graft.files.sources import appearing, check_output, local, need_base
 
     server_named(server)
     rank_or_share = None if rank is None else number(rank)

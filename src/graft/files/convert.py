@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from graft.files import names
 from graft.files.base import Known
 from graft.files.bases import base_of
-from graft.files.complete import check_whole
 from graft.files.formats import is_model, read, recognise, writer_of
 from graft.files.holding import PEFT, fit, one_scale
+from graft.files.lint import check_whole
 from graft.files.lycoris import as_peft
 from graft.files.neutral import LostModule
-from graft.files.output import appearing, check_output
+from graft.files.sources import appearing, check_output
 
 ENDS = {"kohya": ".safetensors", "gguf": ".gguf", "diffusers": ".safetensors"}  # of formats that are one file
 

@@ -18,10 +18,10 @@ from graft.core.errors import some
 from graft.files.algebra import as_low_rank, block_diagonal
 from graft.files.base import Skeleton
 from graft.files.bases import by_model
-from graft.files.complete import check_whole
 from graft.files.formats import Base, writer_of
 from graft.files.holding import padded
 from graft.files.inspect import check_finite
+from graft.files.lint import check_whole
 from graft.files.lycoris import kasa_as_lora
 from graft.files.names import check_shapes, kind_of
 from graft.files.neutral import AdapterFile, LowRank, Other

@@ -13,10 +13,10 @@ from graft import LossError
 from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files import algebra
-from graft.files.complete import check_whole
 from graft.files.errors import OptionError
 from graft.files.holding import padded
 from graft.files.inspect import check_finite
+from graft.files.lint import check_whole
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import BITS, Tensor, written_dtype
 

@@ -20,8 +20,8 @@ from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files.base import Known
 from graft.files.bases import by_model
-from graft.files.complete import gaps
 from graft.files.errors import UnknownServerError
+from graft.files.lint import gaps
 from graft.files.names import check_shapes, in_layer, layers_by_kind
 from graft.files.neutral import AdapterFile, LowRank, Other
 from graft.files.tensors import read_header

@@ -21,18 +21,18 @@ from graft.config.atomic import replace
 from graft.config.reading import Json
 from graft.core.errors import NonFiniteError, some
 from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
-from graft.files.complete import check_whole
 from graft.files.errors import OptionError
 from graft.files.formats import read
+from graft.files.lint import check_whole
 from graft.files.lycoris import kasa_as_lora
 from graft.files.merging.folds import Change, Job, changes
 from graft.files.merging.stream import Out, Workplace, sha256_of
 from graft.files.merging.ties import Tied, alike, name_architecture, resize_vocabulary, tied_groups
 from graft.files.merging.weights import FLOATS, TORCH, BaseWeights, measured, to_bytes, weights_of
 from graft.files.neutral import AdapterFile, LowRank
-from graft.files.output import CERTIFICATE, check_output
 from graft.files.places import Places
 from graft.files.skeleton import skeleton
+from graft.files.sources import CERTIFICATE, check_output
 from graft.files.tensors import Bytes
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -23,7 +23,7 @@ from graft.core.errors import some
 from graft.files.base import entries, matches
 from graft.files.errors import OutputExistsError
 from graft.files.merging.weights import MEASURES
-from graft.files.output import MODEL, check_output, clear, missing, take_folder
+from graft.files.sources import MODEL, check_output, clear, missing, take_folder
 from graft.files.tensors import BITS, Bytes
 
 STATE, LOCK = "state.json", "lock"

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib import import_module
 from inspect import Parameter, Signature, getdoc, signature
 from io import TextIOWrapper
-from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
@@ -102,13 +102,12 @@ def verb(panel: str) -> Callable[[Verb], Verb]:
             name: " ".join(words.split())
             for name, words in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", described, re.M)
         }
-        hints = get_type_hints(function, include_extras=True) | {"as_json": bool, "quiet": bool}
-        shared = [Parameter(name, Parameter.KEYWORD_ONLY, default=False) for name in ("as_json", "quiet")]
-        arguments = [p for p in signature(function).parameters.values() if p.name != "quiet"]
-        parameters = [describe(p, hints[p.name], texts.get(p.name, "")) for p in (*arguments, *shared)]
+        arguments = signature(function, eval_str=True).parameters
+        flags = {n: Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=bool) for n in ("as_json", "quiet")}
+        parameters = [describe(p, texts.get(p.name, "")) for p in {**arguments, **flags}.values()]
 
         def run(as_json: bool, quiet: bool, **options: Any) -> None:
-            silent = {"quiet": as_json or quiet} if "quiet" in signature(function).parameters else {}
+            silent = {"quiet": as_json or quiet} if "quiet" in arguments else {}
             result = function(**options, **silent)
             if as_json:
                 print_json(result.document)
@@ -125,8 +124,9 @@ def verb(panel: str) -> Callable[[Verb], Verb]:
     return add
 
 
-def describe(parameter: Parameter, hint: Any, text: str) -> Parameter:
+def describe(parameter: Parameter, text: str) -> Parameter:
     """Return a parameter as typer reads it: with its names and its help."""
+    hint: Any = parameter.annotation
     if parameter.kind is not Parameter.KEYWORD_ONLY:
         hint = Annotated[hint, typer.Argument()]
     elif not hasattr(hint, "__metadata__"):

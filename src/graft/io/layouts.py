@@ -9,7 +9,7 @@ other where they took the stack otherwise. Unsloth before September 2026 held th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque
 from graft.inject.experts import OF_EXPERT, Experts
 from graft.inject.parts import Nests, Parts
-from graft.io.written import Layout, exchanged_by, say
+from graft.io.written import Layout, find_exchanges, say
 
 
 def fused(
@@ -113,18 +113,11 @@ class Stack(NamedTuple):
     B: Tensor
 
     @property
-    def square(self) -> bool:
-        return self.layer.site.shape[1] == self.layer.site.shape[2]
-
-    @property
-    def exchanged(self) -> bool:
-        """Whether A fits the outputs and B the inputs."""
+    def verdict(self) -> tuple[bool | None, bool]:
+        """Whether A fits the outputs and B the inputs, None if these are as many; whether the module has (in, out)."""
         _, out_features, in_features = self.layer.site.shape
-        return (self.A.shape[1], self.B.shape[0]) == (out_features, in_features)
-
-    @property
-    def transposed(self) -> bool:
-        return self.layer.op.transposed
+        exchanged = (self.A.shape[1], self.B.shape[0]) == (out_features, in_features)
+        return None if out_features == in_features else exchanged, self.layer.op.transposed
 
 
 def put_right(tensors: dict[str, Tensor], parts: Parts, prefix: str, layout: Layout, what: str) -> dict[str, Tensor]:
@@ -136,36 +129,28 @@ def put_right(tensors: dict[str, Tensor], parts: Parts, prefix: str, layout: Lay
     stacks = [*stacks_in(tensors, parts, prefix)]
     if not stacks:
         return tensors
-    out, doubts = dict(tensors), set[str]()
-    seen = {t: {s.exchanged for s in stacks if not s.square and s.transposed == t} for t in (False, True)}
-    for stack in stacks:
-        out[stack.a], out[stack.b] = as_here(stack, seen[stack.transposed], layout, doubts)
+    doubts = set[str]()
+    out = tensors | as_here(stacks, layout, doubts)
     say(doubts, layout, what)
     return out
 
 
-def as_here(stack: Stack, seen: set[bool], layout: Layout, doubts: set[str]) -> tuple[Tensor, Tensor]:
-    """Return the factors of a stack as graft holds them.
-
-    Args:
-        seen: what the shapes of the file's other stacks say.
-        doubts: gets what nothing tells.
-    """
-    n = stack.layer.site.shape[0]
-    A, B = stack.A, stack.B
-    r = len(A) // n
-    if layout.by_expert and r > 1:
-        B = B.view(-1, n, r).transpose(1, 2).flatten(1)
-        doubts |= {"twice"} if layout.left_to else set()
-    elif layout.by_expert is None and min(r, n) > 1:
-        doubts.add("by_expert")
-    exchanged, sure = is_exchanged(stack, seen, layout)
-    if not sure:
-        doubts.add("exchanged")
-    if exchanged:
-        of_each = Opaque.each(A, B, n)
-        A, B = Opaque.joined(of_each[1].mT, of_each[0].mT)
-    return A, B
+def as_here(stacks: Sequence[Stack], layout: Layout, doubts: set[str]) -> dict[str, Tensor]:
+    """Return the factors of a file's stacks as graft holds them, by name. Add the open questions to `doubts`."""
+    exchanges, out = find_exchanges({s.a: s.verdict for s in stacks}, layout, doubts), dict[str, Tensor]()
+    for layer, a, b, A, B in stacks:
+        n = layer.site.shape[0]
+        r = len(A) // n
+        if layout.by_expert and r > 1:
+            B = B.view(-1, n, r).transpose(1, 2).flatten(1)
+            doubts |= {"twice"} if layout.left_to else set()
+        elif layout.by_expert is None and min(r, n) > 1:
+            doubts.add("by_expert")
+        if exchanges[a][0]:
+            of_each = Opaque.each(A, B, n)
+            A, B = Opaque.joined(of_each[1].mT, of_each[0].mT)
+        out |= {a: A, b: B}
+    return out
 
 
 def stacks_in(tensors: dict[str, Tensor], parts: Parts, prefix: str) -> Iterator[Stack]:
@@ -183,18 +168,3 @@ def fits(layer: AdapterLayer, A: Tensor, B: Tensor) -> bool:
     """Return True if two tensors have shapes that the factors of a stack can have."""
     of_stack = layer.op.opaque and len(layer.site.shape) > 2 and A.dim() == B.dim() == 2
     return of_stack and len(A) == B.shape[1] and len(A) % layer.site.shape[0] == 0
-
-
-def is_exchanged(stack: Stack, seen: set[bool], layout: Layout) -> tuple[bool, bool]:
-    """Return whether A and B of a stack stand for each other, and whether that is sure.
-
-    Args:
-        seen: what the shapes of the file's other stacks say.
-    """
-    if not stack.square:
-        return stack.exchanged, True
-    if layout.exchanged is not None:
-        return layout.exchanged, True
-    if len(seen) == 1:
-        return next(iter(seen)), True
-    return exchanged_by(layout.version, stack.transposed)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from graft.config.base import FORMAT_VERSION
@@ -75,6 +75,31 @@ def exchanged_by(version: str | None, transposed: bool) -> tuple[bool, bool]:
     if ".dev" in version and (0, 18, 0) < release <= (0, 19, 1):  # the changes came between releases
         return False, False
     return release < (0, 19, 1) and (release >= (0, 19, 0) or not transposed), True
+
+
+def find_exchanges(
+    stacks: Mapping[str, tuple[bool | None, bool]], layout: Layout, doubts: set[str]
+) -> dict[str, tuple[bool, bool]]:
+    """Return for each stack of a file whether A and B stand for each other, and whether only PEFT's version says so.
+
+    Args:
+        stacks: → the verdict of its shapes, None if they do not tell; and if its module holds matrices as (in, out).
+            Shapes of other stacks tell for those of equal modules.
+        doubts: gets "exchanged" if nothing tells.
+    """
+    by_shape = {
+        kind: {shape for shape, t in stacks.values() if shape is not None and t == kind} for kind in (False, True)
+    }
+    verdicts = {}
+    for key, (shape, transposed) in stacks.items():
+        exchanged, by_version = layout.exchanged if shape is None else shape, False
+        if exchanged is None and len(by_shape[transposed]) == 1:
+            (exchanged,) = by_shape[transposed]
+        if exchanged is None:
+            exchanged, by_version = exchanged_by(layout.version, transposed)
+            doubts |= set() if by_version else {"exchanged"}
+        verdicts[key] = exchanged, by_version
+    return verdicts
 
 
 def say(doubts: set[str], layout: Layout, what: str) -> None:

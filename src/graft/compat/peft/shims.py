@@ -165,10 +165,10 @@ class Arranging:
         doubts: set[str] = set()
         a, b = target_patterns
         stack = Stack(layer, a, b, found[a], found[b])
-        made = as_here(stack, set(), self.layout, doubts)
+        factors = as_here([stack], self.layout, doubts)
         say(doubts - self.doubts, self.layout, f"Adapter '{self.adapter}' (load it by PeftModel.from_pretrained)")
         self.doubts |= doubts
-        return dict(zip(target_patterns, made))
+        return factors
 
 
 def layer_at(model: nn.Module, name: str) -> AdapterLayer | None:

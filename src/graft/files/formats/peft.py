@@ -26,7 +26,7 @@ from graft.files.names import joined, parts_of, split_parts
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, Other
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
 from graft.io import seal
-from graft.io.written import MARK, Layout, exchanged_by, say
+from graft.io.written import MARK, Layout, find_exchanges, say
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
@@ -404,22 +404,14 @@ def as_today(out: AdapterFile, layout: Layout, base: Base | None) -> None:
     stacks = {path: lora for path, lora in out.low_rank.items() if lora.kind == "experts"}
     if not stacks:
         return
-    doubts, guessed = set(), list[str]()
+    doubts = set[str]()
     if layout.by_expert is None and any(min(lora.A.shape[:2]) > 1 for lora in stacks.values()):
         doubts.add("by_expert")
     kind = "" if base is None else str(base.config.get("model_type"))
-    others = {seen for path in stacks if (seen := exchanged_by_shape(path, stacks, base, kind)) is not None}
+    shapes = {path: (exchanged_by_shape(path, stacks, base, kind), kind in TRANSPOSED) for path in stacks}
+    verdicts = find_exchanges(shapes, layout, doubts)
     for path, lora in stacks.items():
-        exchanged = exchanged_by_shape(path, stacks, base, kind)
-        if exchanged is None and len(others) == 1:
-            exchanged = next(iter(others))
-        if exchanged is None:
-            exchanged, sure = exchanged_by(layout.version, kind in TRANSPOSED)
-            if not sure:
-                doubts.add("exchanged")
-            elif exchanged and base is None:
-                guessed.append(path)
-        if exchanged:
+        if verdicts[path][0]:
             (n, r, fan_in), outs = lora.A.shape, lora.B.shape[1]
             out.modules[path] = replaced(
                 lora, A=rearranged(lora.B, lambda v: v.swapaxes(1, 2), n, r, outs),
@@ -427,7 +419,7 @@ def as_today(out: AdapterFile, layout: Layout, base: Base | None) -> None:
             )  # fmt: skip
             out.config["peft_version"] = FORMAT_VERSION
     say(doubts, layout, out.path)
-    if guessed:
+    if base is None and (guessed := [path for path, verdict in verdicts.items() if all(verdict)]):
         warn(
             f"{out.path} is of PEFT {layout.version}, which had A and B of most stacks of experts in each other's "
             f"place: {some(guessed)} were read so. Give the base model, whose shapes tell (--base).",

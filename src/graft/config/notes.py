@@ -23,6 +23,7 @@ LARGEST = 100_000_000  # bytes: safetensors reads no longer header
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 BUFFER = 2**20  # bytes: many tensors are small
 Stamp = tuple[int, int, int]
+See = Callable[[Any], object]  # is passed bytes
 Source = tuple[str, str, Sequence[int], int, Callable[[], Any]]  # name, dtype, shape, bytes of a number, memory
 
 
@@ -67,16 +68,14 @@ def in_safetensors(f: IO[bytes]) -> dict[str, str]:
         return {}  # a damaged file, of which reading its tensors tells
 
 
-def write_tensors(
-    path: str, tensors: Iterable[Source], metadata: Mapping[str, str], see: Callable[[Any], object] = len
-) -> None:
+def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str], see: See = len) -> None:
     """Write a safetensors file: its notes, in order, then the tensors, the widest first so that all are aligned.
 
     Args:
         see: gets the bytes of the file, piece by piece.
     """
     order = sorted(tensors, key=lambda source: (-source[3], source[0]))
-    header: Json = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header: Json = {"__metadata__": dict(sorted(notes.items()))} if notes else {}
     end = 0
     for name, dtype, shape, width, _ in order:
         begin, end = end, end + prod(shape) * width

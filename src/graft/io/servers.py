@@ -109,10 +109,8 @@ class Blocks(Experts):
         self.type = model_type(model) if hasattr(getattr(model, "config", None), "model_type") else ""
         for path, group in groupby(self.stacks, attrgetter("module")):
             made = self.block(path, [*group])
-            if isinstance(made, Block):
-                self.found[path] = made
-            else:
-                self.unknown[path] = made
+            known: dict[str, Any] = self.found if isinstance(made, Block) else self.unknown
+            known[path] = made
 
     def block(self, path: str, group: list[Stack]) -> Block | str:
         """Return a module of experts; the reason where its stacks cannot be told apart."""

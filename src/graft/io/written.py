@@ -87,9 +87,7 @@ def find_exchanges(
             Shapes of other stacks tell for those of equal modules.
         doubts: gets "exchanged" if nothing tells.
     """
-    by_shape = {
-        kind: {shape for shape, t in stacks.values() if shape is not None and t == kind} for kind in (False, True)
-    }
+    by_shape = {kind: {s for s, t in stacks.values() if s is not None and t == kind} for kind in (False, True)}
     verdicts = {}
     for key, (shape, transposed) in stacks.items():
         exchanged, by_version = layout.exchanged if shape is None else shape, False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graft.core.ops import UNKNOWN, Op
 from graft.storage.quantized import OwnModule
 
+Values = tuple[float, ...]
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # E2M1, by code
 
 MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes of 4-bit floats
@@ -145,19 +146,16 @@ def round_scales_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def make_pair_table(values: tuple[float, ...], low_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+def make_pair_table(values: Values, low_first: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a table (256,) from a byte to the values of its two codes, as one integer of twice the width."""
     table = torch.tensor(values, dtype=dtype, device=device)
     byte = torch.arange(256, device=device)
     both = [table[byte & 15], table[byte >> 4]]
-    return torch.stack(both if low_first else both[::-1], 1).view({2: torch.int32, 4: torch.int64}[dtype.itemsize])[
-        :, 0
-    ]
+    wide = {2: torch.int32, 4: torch.int64}[dtype.itemsize]
+    return torch.stack(both if low_first else both[::-1], 1).view(wide)[:, 0]
 
 
-def unpack_pairs(
-    codes: Tensor, values: tuple[float, ...], low_first: bool, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def unpack_pairs(codes: Tensor, values: Values, low_first: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the values of bytes (…, n), (…, 2n), by one gather for each pair."""
     with torch.inference_mode(False):
         table = make_pair_table(values, low_first, dtype, codes.device)

@@ -10,8 +10,8 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from graft.files.errors import ServerError, UnknownModelError
-from graft.serving.ask import Connection
+from graft import ServerError, UnknownModelError
+from graft.files.ask import Connection
 
 PLUGIN = Path(__file__).with_name("vllm_plugin")
 
@@ -81,7 +81,7 @@ class InThisProcess:
         import torch
 
         from graft import PeftModel
-        from graft.serving.verify import prompts
+        from graft.files.verify import prompts
 
         ids = torch.tensor(prompts(base.config.vocab_size))
         with torch.no_grad():
@@ -102,7 +102,7 @@ class VllmOnACpu(Vllm):
     def answers_as(self, name, folder, base):
         """Return what the server does with an adapter, beside what a folder holds, in words."""
         from graft import PeftModel
-        from graft.serving.verify import verify
+        from graft.files.verify import verify
 
         own = lambda base: PeftModel.from_pretrained(base, folder).eval()
         found = verify(Connection(self.urls[0], 600), base, own, name, "base")

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO
 
-from graft.files.errors import ServerError
-from graft.serving.ask import Connection
+from graft import ServerError
+from graft.files.ask import Connection
 
 LONGEST = 600  # seconds until it must be ready
 

@@ -59,7 +59,7 @@ WARNED = [
     Warned(
         "Setting `save_embedding_layers` to",
         "adapters of embeddings are saved with the embedding",
-        MATRICES + "io/test_checkpoint_files.py methods/test_lora_extras.py methods/test_xlora.py",
+        MATRICES + "files/test_verify.py io/test_checkpoint_files.py methods/test_lora_extras.py methods/test_xlora.py",
     ),
     Warned(r"r=\d+ is odd", "a sample of HRA has an odd number of reflections", MATRICES),
     Warned(

@@ -19,8 +19,8 @@ _NAMES: dict[str, str] = {
     for module, names in {
         "graft.core.errors": "AdapterKeyError AdapterNameError AdapterNotFoundError AlreadyInjectedError "
         "BaseModelMismatchError CalibrationError CheckpointError ConfigError ConfigTypeError DistributedError "
-        "FolderInUseError InUseError LossError NoMatchingPeftModuleError PeftError PeftWarning RoutingError "
-        "UnsupportedLayerError",
+        "FolderInUseError HubError InUseError LossError NoMatchingPeftModuleError NonFiniteError PeftError PeftWarning "
+        "RoutingError ServerError ServerTimeoutError UnknownModelError UnsupportedLayerError",
         "graft.core.layer": "AdapterLayer",
         "graft.core.method": "Method",
         "graft.config.base": "PeftConfig TaskType",

@@ -18,12 +18,17 @@ from graft.core.errors import ConfigError as ConfigError
 from graft.core.errors import ConfigTypeError as ConfigTypeError
 from graft.core.errors import DistributedError as DistributedError
 from graft.core.errors import FolderInUseError as FolderInUseError
+from graft.core.errors import HubError as HubError
 from graft.core.errors import InUseError as InUseError
 from graft.core.errors import LossError as LossError
 from graft.core.errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+from graft.core.errors import NonFiniteError as NonFiniteError
 from graft.core.errors import PeftError as PeftError
 from graft.core.errors import PeftWarning as PeftWarning
 from graft.core.errors import RoutingError as RoutingError
+from graft.core.errors import ServerError as ServerError
+from graft.core.errors import ServerTimeoutError as ServerTimeoutError
+from graft.core.errors import UnknownModelError as UnknownModelError
 from graft.core.errors import UnsupportedLayerError as UnsupportedLayerError
 from graft.core.layer import AdapterLayer as AdapterLayer
 from graft.core.method import Method as Method
@@ -369,6 +374,7 @@ __all__ = [
     "HRAModel",
     "HiraConfig",
     "HiraModel",
+    "HubError",
     "IA3Config",
     "IA3Model",
     "InUseError",
@@ -409,6 +415,7 @@ __all__ = [
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
+    "NonFiniteError",
     "OFTConfig",
     "OFTModel",
     "OSFConfig",
@@ -456,6 +463,8 @@ __all__ = [
     "RoutingError",
     "SdtConfig",
     "SdtModel",
+    "ServerError",
+    "ServerTimeoutError",
     "ShadowConfig",
     "ShadowModel",
     "ShiraConfig",
@@ -477,6 +486,7 @@ __all__ = [
     "Tuner",
     "UniLoraConfig",
     "UniLoraModel",
+    "UnknownModelError",
     "UnsupportedLayerError",
     "VBLoRAConfig",
     "VBLoRAModel",

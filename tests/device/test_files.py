@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.random import made_on, seeded, set_states, states
+from graft.files import verify
 from graft.many import MultiTrain
-from graft.serving import verify
 from graft.serving.fits import _own
 from tests import models
 from tests.conformance.samples import ADAPTERS, CALLED_CELLS, CELLS

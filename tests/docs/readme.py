@@ -13,8 +13,8 @@ from benchmarks.rows import BENCHES
 from benchmarks.tables import line, ratio, show
 from graft.files.formats import FORMATS, WRITTEN
 from graft.files.serving import servers
+from graft.files.verify import FAULTS
 from graft.methods import ROWS
-from graft.serving.verify import FAULTS
 from tests.docs.marks import put
 from tests.docs.tables import HEAD, row, single
 from tests.peft_suite.results import kept, percent

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import graft
 from examples import servers
-from graft.files.errors import ServerError
+from graft import ServerError
 from graft.serving import Versions
 from tests.docs.blocks import ROOT, blocks
 from tests.families import base

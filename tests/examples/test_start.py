@@ -10,8 +10,8 @@ from itertools import pairwise
 import pytest
 
 from examples.start import start_vllm
-from graft.files.errors import ServerError
-from graft.serving.ask import Connection
+from graft import ServerError
+from graft.files.ask import Connection
 
 SERVER = """
 import http.server, json, os, sys

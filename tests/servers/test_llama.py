@@ -20,16 +20,16 @@ import torch
 
 import graft
 from examples.start import wait_for_server
+from graft import ServerError, UnknownModelError
 from graft.core.errors import LossError
 from graft.files import formats
+from graft.files.ask import Connection, ask
 from graft.files.base import base_files
 from graft.files.convert import convert
-from graft.files.errors import ServerError, UnknownModelError
 from graft.files.export import export
 from graft.files.serving import check
 from graft.files.tensors import read_header, tensor, write_safetensors
-from graft.serving.ask import Connection, ask
-from graft.serving.verify import log_probabilities, prompts, rms, shared, values, verify
+from graft.files.verify import log_probabilities, prompts, rms, shared, values, verify
 from tests.files import adapters
 from tests.models import seeded
 from tests.servers.common import broken, model

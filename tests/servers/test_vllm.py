@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 import graft
 from examples import servers
 from examples.start import start_vllm
+from graft import ServerError
 from graft.core.errors import PeftError
 from graft.files import formats
+from graft.files.ask import Connection
 from graft.files.base import base_files
-from graft.files.errors import ServerError
 from graft.files.export import export
 from graft.files.serving import check
+from graft.files.verify import verify
 from graft.io.servers import Blocks
 from graft.serving import Versions
-from graft.serving.ask import Connection
-from graft.serving.verify import verify
 from tests.files import adapters
 from tests.model import test_adapter_tensors as experts
 from tests.models import seeded

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import graft
+from graft import UnknownModelError
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, ServerTimeoutError
-from graft.files.errors import UnknownModelError
 from graft.model.adapter_tensors import AdapterTensors
 from graft.serving import Versions
 

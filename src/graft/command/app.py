@@ -25,10 +25,11 @@ from graft import (
     LossError,
     NoMatchingPeftModuleError,
     PeftError,
+    UnknownModelError,
     UnsupportedLayerError,
 )
 from graft.core.errors import escape_controls
-from graft.files.errors import BaseNeededError, OptionError, OutputExistsError, PackageNeededError, UnknownModelError
+from graft.files.errors import BaseNeededError, OptionError, OutputExistsError, PackageNeededError
 
 FOUND, USAGE, UNREADABLE, MISFIT, LOSS = 1, 2, 3, 4, 5
 CODES: tuple[tuple[type[Exception], int], ...] = (  # the first that fits

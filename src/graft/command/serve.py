@@ -186,10 +186,10 @@ def verify(
         device: On which graft computes.
     """
     from graft.command.models import load_base, on
+    from graft.files.ask import Connection, server_of
     from graft.files.sources import local, need_base
-    from graft.serving.ask import Connection, server_of
-    from graft.serving.verify import check_options
-    from graft.serving.verify import verify as compare
+    from graft.files.verify import check_options
+    from graft.files.verify import verify as compare
 
     check_options(dtype, tolerance)
     connection = Connection(url, timeout, api_key)

@@ -90,6 +90,14 @@ class ServerTimeoutError(PeftError, TimeoutError):
     """A server did not answer in time."""
 
 
+class ServerError(PeftError, OSError):
+    """A server cannot be reached, refuses a request, or answers something else than log-probabilities."""
+
+
+class UnknownModelError(ServerError):
+    """A server has no model, or adapter, of that name."""
+
+
 class LossError(PeftError, ValueError):
     """A format, a server or a smaller rank cannot hold all that an adapter has."""
 

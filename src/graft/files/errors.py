@@ -24,11 +24,3 @@ class OptionError(PeftError, ValueError):
 
 class UnknownServerError(OptionError, ConfigError):
     """Nothing is known of a server of that name."""
-
-
-class ServerError(PeftError, OSError):
-    """A server cannot be reached, refuses a request, or answers something else than log-probabilities."""
-
-
-class UnknownModelError(ServerError):
-    """A server has no model, or adapter, of that name."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from graft import BaseModelMismatchError, CheckpointError, LossError
-from graft.core.errors import NonFiniteError, some
+from graft import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
+from graft.core.errors import some
 from graft.files import algebra
 from graft.files.algebra import Svd
 from graft.files.base import BaseFiles

@@ -9,12 +9,12 @@ from math import prod
 
 import numpy as np
 
-from graft import BaseModelMismatchError
+from graft import BaseModelMismatchError, NonFiniteError
 from graft.config.atomic import replace as put_in_place
 from graft.config.file import DESCRIBING, plain
 from graft.config.notes import CONFIG
 from graft.config.reading import Json
-from graft.core.errors import NonFiniteError, some
+from graft.core.errors import some
 from graft.files import algebra
 from graft.files.base import Known
 from graft.files.bases import fitted

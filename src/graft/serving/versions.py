@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Lock, RLock, Thread
 
-from graft import AdapterNotFoundError, AdapterTensors, ConfigError, PeftWarning
-from graft.core.errors import ServerTimeoutError, warn
-from graft.files.errors import UnknownModelError
+from graft import AdapterNotFoundError, AdapterTensors, ConfigError, PeftWarning, ServerTimeoutError, UnknownModelError
+from graft.core.errors import warn
 
 
 class Versions:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graft import CheckpointError
+from graft import CheckpointError, NonFiniteError
 from graft.config.reading import LARGEST_NUMBER
-from graft.core.errors import NonFiniteError, some
+from graft.core.errors import some
 from graft.io.check import fault, nonfinite
 from graft.train.state_file import as_read
 

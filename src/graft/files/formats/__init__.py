@@ -9,11 +9,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import Protocol
 
-from graft import BaseModelMismatchError, CheckpointError
+from graft import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.config.atomic import is_special
 from graft.config.file import holders
 from graft.config.pair import CONFIG_NAME
-from graft.core.errors import NonFiniteError, shortened, some
+from graft.core.errors import shortened, some
 from graft.files.base import Known
 from graft.files.bases import by_model
 from graft.files.errors import OptionError

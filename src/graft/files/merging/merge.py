@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from graft import BaseModelMismatchError, CheckpointError, LossError
+from graft import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
 from graft.config.atomic import replace
 from graft.config.reading import Json
-from graft.core.errors import NonFiniteError, some
+from graft.core.errors import some
 from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
 from graft.files.errors import OptionError
 from graft.files.formats import read

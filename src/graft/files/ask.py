@@ -17,10 +17,10 @@ from threading import TIMEOUT_MAX, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
-from graft import BaseModelMismatchError
+from graft import BaseModelMismatchError, ServerError, UnknownModelError
 from graft.config.reading import Json
 from graft.core.errors import escape_controls, shortened
-from graft.files.errors import OptionError, ServerError, UnknownModelError
+from graft.files.errors import OptionError
 
 LARGEST = 16_000_000  # bytes of an answer
 PROBABILITIES = 512  # of one position, where a server tells of one only

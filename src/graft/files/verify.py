@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from graft import BaseModelMismatchError
 from graft.config.reading import Json
+from graft.files.ask import Connection, Seen, ask, server_of
 from graft.files.errors import OptionError
 from graft.model.functional import layers_with_scaling, rescaled
-from graft.serving.ask import Connection, Seen, ask, server_of
 
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}  # of a log-probability, as a root mean square
 OF_NOISE = 3  # a tolerance is at least this multiple of what server and graft differ by on the base

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import graft
+from graft import ServerError, UnknownModelError
 from graft.core.errors import BaseModelMismatchError
-from graft.files.errors import OptionError, ServerError, UnknownModelError
-from graft.serving.ask import Connection, server_of
-from graft.serving.verify import verify
+from graft.files.ask import Connection, server_of
+from graft.files.errors import OptionError
+from graft.files.verify import verify
 from tests.models import make, nudged, seeded
 from tests.serving.server import answers, serving
 

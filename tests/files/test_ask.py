@@ -14,9 +14,10 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from graft import ServerError, UnknownModelError
 from graft.core.errors import BaseModelMismatchError
-from graft.files.errors import OptionError, ServerError, UnknownModelError
-from graft.serving.ask import Connection, ask, server_of
+from graft.files.ask import Connection, ask, server_of
+from graft.files.errors import OptionError
 from tests.serving.server import serving
 
 PROMPT = [3, 1, 4, 1, 5]

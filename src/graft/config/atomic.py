@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Put files in place whole: each is written under a name that no other call uses, synced, then renamed."""
 
 from __future__ import annotations

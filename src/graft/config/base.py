@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """PeftConfig ⇄ adapter_config.json; and the task types."""
 
 from __future__ import annotations

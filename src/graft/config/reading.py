@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Configs from anywhere, read with suspicion: JSON of bounded size and depth; patterns matched in bounded time."""
 
 from __future__ import annotations

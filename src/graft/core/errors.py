@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The exceptions and warnings of graft, the function that warns, and texts for both, cut where they are long."""
 
 from __future__ import annotations

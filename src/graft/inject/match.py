@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The module names that a config selects: pure functions on names, and one matcher, compiled once."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """The carriers of one adapter, and the registry of a model."""
 
 from __future__ import annotations

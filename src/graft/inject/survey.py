@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """One walk of a model: its modules by path, what adapters have put there, and how modules around use a layer."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Supported inside: rooms may import this module.
 """Reading and writing an adapter's files, which change together. Writes are local."""
 
 from __future__ import annotations

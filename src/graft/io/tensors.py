@@ -13,9 +13,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from graft.config.atomic import replace
 from graft.config.notes import header_in, write_tensors
 from graft.core.errors import CheckpointError
-from graft.io.seal import digest
+from graft.io.seal import KEY, digest
 from graft.storage import standalone
 
 
@@ -29,6 +30,11 @@ def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str,
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return copies on the CPU, which training in another thread leaves alone: a digest must be that of the file."""
     return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+
+
+def write_sealed(path: str, tensors: dict[str, Tensor]) -> None:
+    """Write tensors, all of them in memory, whole or not at all, with their digest."""
+    replace(path, lambda to: write_safetensors(to, tensors, {"format": "pt", KEY: digest_of(tensors)}))
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graft import AuditReport, ConfigError, audit
+from graft import AuditReport, ConfigError, FineGatesModel, LoraModel, audit
 from graft.inject.parts import registry_of, unwrapped
 from graft.methods.finegates import sparsity_loss
 from graft.methods.lora.lora import monteclora_loss
 from graft.model.audit import SECTIONS, parts_of_active
-from graft.model.tuner import tuner_of
 from graft.model.watch import gradients_elsewhere
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class AdamssAsaCallback(Listener):
 class AddsLoss:
     """Before a Trainer among the bases of a class, by one of the following: the loss of adapters beside the model's."""
 
-    adapters: str  # type of those that have one
+    tuner: type[nn.Module]  # of adapters that have such a loss
     own: Callable[[Any], Tensor | float]  # their loss, of a registry
 
     def compute_loss(
@@ -106,7 +105,7 @@ class AddsLoss:
         if not model.training:
             return found
         kind = type(self)
-        losses = [kind.own(registry_of(m)) for m in model.modules() if isinstance(m, tuner_of(kind.adapters))]
+        losses = [kind.own(registry_of(m)) for m in model.modules() if isinstance(m, kind.tuner)]
         own = sum(losses) / max(1, len(losses)) / summed(self, kwargs)
         return (found[0] + own, found[1]) if return_outputs else found + own
 
@@ -114,13 +113,13 @@ class AddsLoss:
 class MontecloraTrainerMixin(AddsLoss):
     """Before a Trainer among the bases of a class: `class MontecloraTrainer(MontecloraTrainerMixin, Trainer)`."""
 
-    adapters, own = "LORA", staticmethod(monteclora_loss)
+    tuner, own = LoraModel, staticmethod(monteclora_loss)
 
 
 class FineGatesTrainerMixin(AddsLoss):
     """Before a Trainer among the bases of a class: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
 
-    adapters, own = "FINEGATES", staticmethod(sparsity_loss)
+    tuner, own = FineGatesModel, staticmethod(sparsity_loss)
 
 
 def summed(trainer: Any, arguments: dict[str, object]) -> int:

@@ -16,7 +16,6 @@ from graft import AdapterLayer, PeftWarning
 from graft.core.errors import warn
 from graft.inject.parts import unwrapped
 from graft.prompts.base import Prompt
-from graft.prompts.base import shift_tokens_right as shift_tokens_right
 from graft.storage import holds_codes
 from graft.storage.codes import PACKED, dtype_is_fixed, is_marked
 from graft.storage.dense import NUMBERS, is_composed

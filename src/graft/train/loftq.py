@@ -16,7 +16,6 @@ from graft.config.notes import LARGEST
 from graft.config.reading import read_object
 from graft.core.errors import warn
 from graft.core.merging import lifted
-from graft.core.ops import Op
 from graft.inject.parts import registry_of
 from graft.methods.lora.loftq import decompose
 
@@ -67,7 +66,7 @@ def replace_lora_weights_loftq(
         for key, layer in layers.items():
             method = layer.methods[adapter_name]
             W0 = layer.W0.float()
-            A, B = decompose(weights.read(*files[key]).to(W0) - W0, method.cfg.r)
+            A, B = decompose(layer.op.canon(weights.read(*files[key])).to(W0) - W0, method.cfg.r)
             root = method.scaling**0.5
             with ExitStack() as back:
                 for p, value in zip(method.pair, (A / root, B / root)):
@@ -113,7 +112,7 @@ class Weights:
         prefix = getattr(model, "base_model_prefix", "")
         self.prefix = f"{prefix}." if prefix else ""
 
-    def file_of(self, key: str, layer: AdapterLayer) -> tuple[str, str, Op]:
+    def file_of(self, key: str, layer: AdapterLayer) -> tuple[str, str]:
         """Return path and name of a layer's weight, checked."""
         from safetensors import safe_open
 
@@ -131,10 +130,11 @@ class Weights:
             raise CheckpointError(
                 f"The weight of layer '{key}' is {shape} in {path}, and {tuple(layer.site.shape)} in the model."
             )
-        return path, name, layer.op
+        return path, name
 
-    def read(self, path: str, name: str, op: Op) -> Tensor:
+    def read(self, path: str, name: str) -> Tensor:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as f:
-            return op.canon(f.get_tensor(name))
+            tensor: Tensor = f.get_tensor(name)
+            return tensor

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graft import AdapterLayer, ConfigError, LoraConfig, UnsupportedLayerError
+from graft import AdapterLayer, ConfigError, LoraConfig, UnsupportedLayerError, method_of
 from graft.core.folding import delta_of, evaluating
 from graft.core.random import kaiming_bound
 from graft.inject.parts import registry_of, unwrapped
-from graft.methods.lora.lora import LoRA
 from graft.storage.parallel import layout_of
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def adapter_of(registry: Registry) -> str:
     cfg = registry.peft_config[names[0]]
     if not isinstance(cfg, LoraConfig) or set(cfg.variants) - {"use_dylora"} or cfg.lora_bias:
         raise ConfigError(f"Adapter '{names[0]}' is not plain LoRA: a restart could not let it begin again.")
-    if LoRA.variant(cfg).changes_base(cfg):
+    if method_of(cfg.peft_type).variant(cfg).changes_base(cfg):
         raise ConfigError(
             f"init_lora_weights={cfg.init_lora_weights!r} of adapter '{names[0]}' changed the base: begin with True."
         )

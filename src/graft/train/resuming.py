@@ -30,7 +30,7 @@ from graft.core.errors import some
 from graft.core.random import accelerator
 from graft.core.wrappers import clean
 from graft.inject.build import put
-from graft.inject.parts import gate_of, registry_of, unwrapped
+from graft.inject.parts import registry_of, unwrapped
 from graft.io.check import check_tensors
 from graft.io.fingerprint import check_note as check_fingerprint
 from graft.io.fingerprint import in_common
@@ -460,7 +460,7 @@ class Resume:
         agreed(self.look, self.call)
         agreed(self.check_base, self.call)
         agreed(self.check, self.call)
-        with gate_of(self.model).change("resume", None):
+        with registry_of(unwrapped(self.model)).call.gate.change("resume", None):
             with ExitStack() as undo:
                 loader = None if self.mine is None or self.loader is None else self.mine["loader"]
                 schedule = None if "scheduler" in self.report.fresh else self.note["schedule"]

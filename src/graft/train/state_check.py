@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from graft import CheckpointError, NonFiniteError
-from graft.config.reading import LARGEST_NUMBER
 from graft.core.errors import some
 from graft.io.check import fault, nonfinite
 from graft.train.state_file import as_read
@@ -42,6 +41,7 @@ SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta", "ex
 SQUARES |= {"variance", "row_var", "col_var"}
 OWN = ("torch.optim.", "graft.optim")  # modules of classes whose state is known
 
+LARGEST_RATE = 2**24
 RATES = {"lr", "initial_lr", "base_lrs", "_last_lr", "min_lrs", "max_lr", "min_lr", "eta_min"}
 UNBOUNDED = {"best", "mode_worse"}  # losses of ReduceLROnPlateau, before the first
 FUNCTIONS = "lr_lambdas"  # of schedules: what objects of the user's hold
@@ -136,7 +136,7 @@ def check_like(value: object, here: object, what: str, exact: bool, name: str = 
         return
     if is_number(here) and is_number(value):
         n, finite = float(value), math.isfinite(float(here)) and name not in UNBOUNDED  # type: ignore[arg-type]
-        low, high = 0.0 if name in RATES | NOT_NEGATIVE else -math.inf, LARGEST_NUMBER if name in RATES else math.inf
+        low, high = 0.0 if name in RATES | NOT_NEGATIVE else -math.inf, LARGEST_RATE if name in RATES else math.inf
         right = low <= n <= high and (math.isfinite(n) or not (finite and exact)) and (name != "betas" or 0 <= n < 1)
     elif isinstance(here, (list, tuple)) and type(value) is type(here):
         right = not exact or len(value) == len(here)

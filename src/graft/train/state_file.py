@@ -13,15 +13,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from graft import BaseModelMismatchError, CheckpointError, ConfigError
-from graft.config.atomic import replace
 from graft.config.reading import Json, parsed
 from graft.core.containers import Slot
 from graft.core.errors import shortened
 from graft.inject.parts import registry_of
 from graft.io.files import read_safetensors
 from graft.io.fingerprint import Note, difference, same_values
-from graft.io.seal import KEY
-from graft.io.tensors import copied, digest_of, write_safetensors
+from graft.io.tensors import copied, write_sealed
 
 DEEPEST = 100  # lists and dicts inside each other
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has not
@@ -32,7 +30,7 @@ def write(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -
     text = json.dumps(note).encode()
     on_cpu = copied(tensors)
     on_cpu[note_name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    replace(path, lambda to: write_safetensors(to, on_cpu, {"format": "pt", KEY: digest_of(on_cpu)}))
+    write_sealed(path, on_cpu)
 
 
 def read(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]:

@@ -5,19 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from graft import CalibrationError, ConfigError
+from graft import AdapterLayer, CalibrationError, ConfigError, SteeringConfig
 from graft.inject.parts import registry_of
 from graft.methods.states import Positions
-from graft.methods.steering import Steering
 from graft.model.modes import in_mode
-
-if TYPE_CHECKING:
-    from graft.core.protocols import Layer
 
 Inputs = Mapping[str, object]  # arguments of the model's forward
 
@@ -57,7 +53,7 @@ def steering_from(
     registry = registry_of(model)
     found_in = {} if registry is None else registry.layers
     layers = {key: layer for key, layer in found_in.items() if adapter_name in layer.methods}
-    if not layers or not all(isinstance(layer.methods[adapter_name], Steering) for layer in layers.values()):
+    if not layers or not isinstance(registry.peft_config[adapter_name], SteeringConfig):
         raise ConfigError(f"'{adapter_name}' is no adapter of steering vectors: add one with a SteeringConfig before.")
     found: dict[str, list[Tensor]] = {key: [] for key in layers}
     for wanted, unwanted in pairs:
@@ -80,7 +76,7 @@ def steering_from(
             layer.steering_vector[adapter_name].copy_(vectors[key])
 
 
-def last_states(model: nn.Module, layers: Mapping[str, Layer], inputs: Inputs) -> dict[str, Tensor]:
+def last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inputs: Inputs) -> dict[str, Tensor]:
     """Return what the layers give out at the last token of each row, (rows, H) in float32."""
     out: dict[str, Tensor] = {}
     positions = Positions.of(inputs.get("attention_mask"))

@@ -13,7 +13,7 @@ HELD: dict[str, str] = {
     "graft.methods.shadow.detached": "DetachedShadowModel ShadowCache",
     "graft.methods.shira": "random_mask",
     "graft.methods.xlora": "XLoraClassifier",
-    "graft.prompts.base": "BasePromptEncoder=Prompt",
+    "graft.prompts.base": "BasePromptEncoder=Prompt shift_tokens_right",
     "graft.config.base": "CONFIG_NAME PeftConfigMixin=PeftConfig",
     "graft.config.fields": "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING=IA3_FEEDFORWARD",
     "graft.io.files": "SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
@@ -36,7 +36,7 @@ HELD: dict[str, str] = {
     "graft.train.eva": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device "
-    "prepare_model_for_kbit_training shift_tokens_right "
+    "prepare_model_for_kbit_training "
     "_get_no_split_modules=no_split_modules",
     "graft.train.callbacks": "AdamssAsaCallback MontecloraTrainerMixin",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",

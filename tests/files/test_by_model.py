@@ -169,7 +169,7 @@ def test_a_base_of_four_bits_is_compared_by_what_its_codes_stand_for(tmp_path, m
         packed, shapes = {n: [n] for n in dense.tensors if n.endswith("proj.weight")}, dense.shapes
         read = staticmethod(lambda name: torch.from_numpy(dense.tensors[name].read().copy()))
 
-    monkeypatch.setattr(views, "weights_of", lambda base: Weights)
+    monkeypatch.setattr(views, "find_base_weights", lambda base: Weights)
     again = base_files(tmp_path / "base")
     assert inspect(adapter, again)["modules"] == inspect(adapter, dense)["modules"]
 

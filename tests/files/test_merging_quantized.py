@@ -12,7 +12,7 @@ import graft
 from graft.core.errors import UnsupportedLayerError
 from graft.files.base import base_files
 from graft.files.merging.merge import merge
-from graft.files.merging.weights import weights_of
+from graft.files.merging.weights import find_base_weights
 from tests.leaves_out import FP8_ON_CPUS
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -110,7 +110,7 @@ def of_compressed_tensors(folder, tensors, bits, group, symmetric):
 
 def assert_merges(folder, plain, base, read):
     """Dense: the weight that was read, plus ΔW, rounded once. Kept: the same to a step of the form."""
-    held = weights_of(base_files(base))
+    held = find_base_weights(base_files(base))
     assert {n for n in read if not torch.equal(held.read(n).to(read[n].dtype), read[n])} == set()
     exact = held.read(NAME) + delta(folder)
     account = merge(base, [folder / "adapter"], folder / "dense", certificate=True)
@@ -124,7 +124,7 @@ def assert_merges(folder, plain, base, read):
     assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
     differ = {n for n in before if not torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8))}
     assert differ and all("q_proj" in n or "up_proj" in n for n in differ)
-    again = weights_of(base_files(folder / "kept")).read(NAME)
+    again = find_base_weights(base_files(folder / "kept")).read(NAME)
     noise = (held.read(NAME) - plain[NAME].float()).norm()  # of the quantization by the package itself
     assert (again - exact).norm() < 1.2 * noise
     row = json.loads((folder / "kept/merge.json").read_text())["tensors"][NAME]

@@ -16,7 +16,7 @@ from graft.core.errors import BaseModelMismatchError, CheckpointError, LossError
 from graft.files import formats
 from graft.files.convert import convert
 from graft.files.errors import BaseNeededError
-from graft.files.formats.adapterhub_places import parametrized
+from graft.files.formats.adapterhub_places import make_parametrized
 from tests.looks import layers
 from tests.methods.make_reft_steering import IDS
 
@@ -70,7 +70,7 @@ def said(file):
     turned = [key for key in held if "parametrizations" in key]
     if turned:
         parts = {key.rpartition("weight.")[2]: held.pop(key) for key in turned}
-        layer = parametrized(*parts["original"].shape)
+        layer = make_parametrized(*parts["original"].shape)
         layer.load_state_dict({f"parametrizations.weight.{key}": t for key, t in parts.items()})
         held["rotate_layer"] = layer.weight.detach()
     return held

@@ -14,7 +14,7 @@ import numpy as np
 from graft import CheckpointError, LossError
 from graft.core.errors import some
 from graft.files.algebra import as_low_rank, products, with_core
-from graft.files.formats.peft import PREFIXES, VARIANTS, named_as_there
+from graft.files.formats.peft import PREFIXES, VARIANTS, make_names_error
 from graft.files.names import CONV1D
 from graft.files.neutral import AdapterFile, LostModule, LowRank, Other
 from graft.files.tensors import Tensor, rearranged, tensor
@@ -83,7 +83,7 @@ def fit(
         BaseNeededError: the adapter's names are no paths of modules.
     """
     if adapter.flat:
-        raise named_as_there(adapter)
+        raise make_names_error(adapter)
     lost = [f"the key '{key}', which no reader knows" for key in adapter.unread]
     out = replace(adapter, modules={}, unread=[])
     for name, items in (("full", adapter.full), ("rows", adapter.rows), ("shared", adapter.shared)):

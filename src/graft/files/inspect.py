@@ -19,7 +19,7 @@ from graft.files import algebra
 from graft.files.base import Known
 from graft.files.bases import fitted
 from graft.files.errors import BaseNeededError, OptionError, PackageNeededError
-from graft.files.formats.peft import named_as_there
+from graft.files.formats.peft import make_names_error
 from graft.files.holding import FIELDS
 from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank, Other
@@ -259,7 +259,7 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
     for adapter in (a, b):
         check_finite(adapter)
         if adapter.flat and not (a.flat and b.flat and a.format == b.format):
-            raise named_as_there(adapter)
+            raise make_names_error(adapter)
     fields = sorted({*a.config, *b.config} - DESCRIBING)
     config = {f: [a.config.get(f), b.config.get(f)] for f in fields if plain(a.config.get(f)) != plain(b.config.get(f))}
     modules = [compare_modules(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]

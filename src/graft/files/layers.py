@@ -65,12 +65,12 @@ class Layers:
             has_head = HEAD in {*self.new, *self.old} or generates(self.config)
             self.is_tied = bool(self.config.get("tie_word_embeddings", HEAD not in self.old))
             return [[tokens[0], HEAD]] if len(tokens) == 1 and has_head else []
-        from graft.files.merging.ties import tied_groups
+        from graft.files.merging.ties import find_tied_groups
 
         model = self.model
-        self.is_tied = bool(tied_groups(lambda: model, {}, {}))
+        self.is_tied = bool(find_tied_groups(lambda: model, {}, {}))
         model.config.get_text_config().tie_word_embeddings = True  # the fine-tuned one may tie what the base does not
-        groups = tied_groups(lambda: model, {}, {})
+        groups = find_tied_groups(lambda: model, {}, {})
         return [sorted(group, key=lambda name: (self.holds(name), not self.is_embedding(name))) for group in groups]
 
     def _note_twins(self, group: list[str]) -> None:

@@ -21,7 +21,7 @@ from graft.files import algebra
 from graft.files.base import Known
 from graft.files.bases import fitted
 from graft.files.errors import BaseNeededError
-from graft.files.formats.peft import unnamed
+from graft.files.formats.peft import list_unnamed
 from graft.files.inspect import name_of, one_by_one, tensors_of, weight
 from graft.files.names import kind_of
 from graft.files.neutral import AdapterFile, LowRank
@@ -154,7 +154,7 @@ def orphan_key(look: Look) -> Found:
     adapter = look.adapter
     if adapter.unread:
         yield f"keys without a meaning: {some(adapter.unread, 3)}", adapter.unread
-    if lone := unnamed(adapter):
+    if lone := list_unnamed(adapter):
         yield f"whole tensors that modules_to_save does not name: {some(lone, 3)}", lone
 
 

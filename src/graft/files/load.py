@@ -20,7 +20,7 @@ from graft.core.errors import some
 from graft.core.merging import unmerged
 from graft.files.base import Skeleton
 from graft.files.formats import read
-from graft.files.formats.peft import config_of, tensors_of
+from graft.files.formats.peft import complete_config, name_tensors
 from graft.files.holding import PEFT, fit
 from graft.files.lycoris import as_peft
 from graft.files.names import check, part_for, renamed
@@ -72,10 +72,10 @@ def load_adapter(
     if adapter.format != "peft" or adapter.pipeline:
         adapter, _ = fit(as_peft(adapter, known), PEFT, "peft", lossy, known)
     lost: list[str] = []
-    tensors = {name: to_torch(t) for name, t in tensors_of(adapter, lost).items()}
+    tensors = {name: to_torch(t) for name, t in name_tensors(adapter, lost).items()}
     if lost and not lossy:
         raise LossError(f"graft has no method for {some(lost)} of {adapter.path}.")
-    fields = config_of(adapter, known)
+    fields = complete_config(adapter, known)
     config = PeftConfig.resolve(fields["peft_type"])(**{k: v for k, v in fields.items() if k != "peft_type"})
     pair: Any = AdapterInMemory(config, Loaded(tensors, os.fspath(path)))
     if not isinstance(model, PeftModel):

@@ -20,7 +20,7 @@ from torch import nn
 from graft import CheckpointError, UnsupportedLayerError
 from graft.config.reading import Json, read_object
 from graft.files.base import BaseFiles, Skeleton
-from graft.files.merging.weights import NAMES, TORCH, of_file, to_file, weights_of
+from graft.files.merging.weights import NAMES, TORCH, find_base_weights, of_file, to_file
 from graft.files.places import Computed, Spot, renamed
 from graft.files.tensors import EIGHT_BITS, FLOATS, Bytes, Tensor
 
@@ -215,7 +215,7 @@ def dense(base: BaseFiles) -> dict[str, Tensor]:
     if not (base.config.get("quantization_config") or base.config.get("compression_config")):
         return base.tensors
     try:
-        weights = weights_of(base)
+        weights = find_base_weights(base)
     except UnsupportedLayerError:
         return {name: t for name, t in base.tensors.items() if t.dtype in FLOATS and t.dtype not in EIGHT_BITS}
     parts = {part for names in weights.packed.values() for part in names}

@@ -14,7 +14,7 @@ from graft import CheckpointError
 from graft.config.atomic import replace
 from graft.config.reading import Json, read_object
 from graft.files.formats import Base, adapterhub_places
-from graft.files.formats.peft import plain
+from graft.files.formats.peft import round_alpha
 from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit
 from graft.files.neutral import AdapterFile, LostModule, LowRank, Other
 from graft.files.pickles import read_file, to_torch, write_torch
@@ -107,7 +107,7 @@ def read_adapter(path: str, base: Base | None) -> AdapterFile:
             vector = of_module["lora_B"].read().astype("f8").reshape(-1, 1) * alpha
             out.modules[module] = Other("IA3", {"ia3_l": tensor(vector.astype("f4"), of_module["lora_B"].dtype)})
         else:
-            out.modules[module] = low_rank(path, module, of_module, r, alpha)
+            out.modules[module] = read_factors(path, module, of_module, r, alpha)
     if scales:  # which scale outputs everywhere, where PEFT would scale the inputs of some
         out.config = {"peft_type": "IA3", "feedforward_modules": [], "target_modules": sorted(modules)}
     return out
@@ -115,13 +115,13 @@ def read_adapter(path: str, base: Base | None) -> AdapterFile:
 
 def tensors_in(path: str, files: tuple[str, ...]) -> Mapping[str, Tensor]:
     """Return the tensors of the first of these files that a folder has."""
-    file = first_of(path, files)
+    file = take_first(path, files)
     if file is None:
         raise CheckpointError(f"{path} holds neither {' nor '.join(files)}.")
     return read_file(file)[0]
 
 
-def first_of(path: str, files: tuple[str, ...]) -> str | None:
+def take_first(path: str, files: tuple[str, ...]) -> str | None:
     return next((where for name in files if os.path.exists(where := os.path.join(path, name))), None)
 
 
@@ -130,7 +130,7 @@ def add_head(out: AdapterFile, base: Base | None) -> None:
 
     If the base has no such head, its tensors are added to `unread`.
     """
-    file = first_of(out.path, HEAD_FILES)
+    file = take_first(out.path, HEAD_FILES)
     if file is None:
         return
     tensors = read_file(file)[0]
@@ -140,9 +140,9 @@ def add_head(out: AdapterFile, base: Base | None) -> None:
     if names is None or (base is not None and any(base.shapes.get(names[k]) != t.shape for k, t in tensors.items())):
         out.unread += [f"{os.path.basename(file)}: {key}" for key in tensors]
         return
-    there: Mapping[str, Tensor] = getattr(base, "tensors", {})
+    base_tensors: Mapping[str, Tensor] = getattr(base, "tensors", {})
     for key, name in names.items():
-        if name not in there or not np.array_equal(there[name].read(), tensors[key].read()):
+        if name not in base_tensors or not np.array_equal(base_tensors[name].read(), tensors[key].read()):
             out.full[name] = tensors[key]
     if out.full and "peft_type" in out.config:
         out.config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in out.full})
@@ -163,7 +163,7 @@ def head_names(tensors: Iterable[str], config: Json, base: Base | None) -> dict[
     return {key: f"{layers[numbers.index(int(number))]}.{leaf}" for key, (_, number, leaf) in zip(tensors, ends)}
 
 
-def low_rank(path: str, module: str, factors: dict[str, Tensor], r: int, alpha: float) -> LowRank:
+def read_factors(path: str, module: str, factors: dict[str, Tensor], r: int, alpha: float) -> LowRank:
     A, B = both(factors, ("lora_A", "lora_B"), path, module)
     if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
         raise misfit(path, module, A, B, f"of rank {r}")
@@ -182,8 +182,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: its config cannot name the modules: it knows query, key and value, and the two layers of an MLP, in
             all blocks.
     """
-    made, lost = fit(adapter, HOLDS, NAME, lossy)
-    modules = made.modules
+    fitted, lost = fit(adapter, HOLDS, NAME, lossy)
+    modules = fitted.modules
     fields: Json = {"selfattn_lora": False, "intermediate_lora": False, "output_lora": False}
     letters: set[str] = set()
     tensors: dict[str, object] = {}
@@ -203,7 +203,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     first = next(iter(modules.values()))
     numbers = (1, 1.0) if isinstance(first, Other) else (first.rank, first.scale * first.rank)
     config = {
-        "architecture": "lora", "r": numbers[0], "alpha": plain(numbers[1]), "attn_matrices": sorted(letters),
+        "architecture": "lora", "r": numbers[0], "alpha": round_alpha(numbers[1]), "attn_matrices": sorted(letters),
         "composition_mode": "scale" if isinstance(first, Other) else "add", "dropout": 0.0, "dtype": None,
         "init_weights": "ia3" if isinstance(first, Other) else "lora", "leave_out": [], "use_gating": False, **fields,
     }  # fmt: skip

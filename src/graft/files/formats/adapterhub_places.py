@@ -60,17 +60,17 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
         BaseNeededError: the base is not there, whose names tell where it stands.
         CheckpointError: the config says what graft has not, or the base has no such places.
     """
-    blocks, base = blocks_of(path, base)
+    blocks, base = find_base_blocks(path, base)
     if fields["config"].get("architecture") == "reft":
         check_compared(path, base, None)
         return read_reft(path, fields, by_name, blocks)
-    cfg = config_of(path, fields["config"])
+    cfg = make_bottleneck_config(path, fields["config"])
     check_compared(path, base, cfg)
-    blocks = followed(path, blocks, base)
+    blocks = follow_blocks(path, blocks, base)
     out = AdapterFile("adapterhub", path, "BOTTLENECK", base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in by_name.items():
-        where = placed(key, cfg, blocks, base)
+        where = place_tensor(key, cfg, blocks, base)
         if where is None:
             out.unread.append(key)
         elif where[1] == "":
@@ -82,8 +82,8 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
             f"{path} lacks what its Compacter layers share (phm_rule), which adapters 1.3.0 does not save: the file "
             "alone is not the adapter."
         )
-    own = {f.name: getattr(cfg, f.name) for f in fields_of(BottleneckConfig) if f.name in fields["config"]}
-    return complete(out, modules, own)
+    options_of_file = {f.name: getattr(cfg, f.name) for f in fields_of(BottleneckConfig) if f.name in fields["config"]}
+    return complete(out, modules, options_of_file)
 
 
 def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
@@ -117,7 +117,7 @@ def complete(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options
     return out
 
 
-def blocks_of(path: str, base: Base | None) -> tuple[list[Block], Base]:
+def find_base_blocks(path: str, base: Base | None) -> tuple[list[Block], Base]:
     if base is None:
         raise BaseNeededError(f"{path} stands at blocks that only a base names: give the base model (--base).")
     linears = {
@@ -128,7 +128,7 @@ def blocks_of(path: str, base: Base | None) -> tuple[list[Block], Base]:
     return blocks_in(linears, list(base.modules), text_width(base.config)), base
 
 
-def followed(path: str, blocks: list[Block], base: Base) -> list[Block]:
+def follow_blocks(path: str, blocks: list[Block], base: Base) -> list[Block]:
     """Return blocks of a base as its code runs them: a loaded model's, or those of one that its config describes.
 
     Raises:
@@ -170,7 +170,9 @@ def read_reft(path: str, fields: Json, by_name: Mapping[str, Tensor], blocks: li
         try:
             named = {f"reft_A{end}.{leaf}": leaves[f"learned_source.{leaf}"] for leaf in ("weight", "bias")}
             R = leaves.get("projection.weight")
-            named[f"reft_R{end}"] = from_torch(turned(leaves, "projection"), "reft_R") if R is None else R
+            named[f"reft_R{end}"] = (
+                from_torch(compute_orthonormal_weight(leaves, "projection"), "reft_R") if R is None else R
+            )
         except KeyError as e:
             raise CheckpointError(f"{path} lacks {e} of '{module}': it is cut off, or was written wrong.") from None
         modules.setdefault(module, {}).update(named)
@@ -184,11 +186,13 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
         BaseNeededError: the model is not there, or lacks one of them.
         CheckpointError: the config says what graft has not.
     """
-    theirs, names = fields["config"], list(fields.get("adapter_names") or str(fields.get("name")).split(","))
-    strange = [f"{name}={theirs[name]!r}" for name, good in FUSION.items() if theirs.get(name, good[0]) not in good]
+    their_config, names = fields["config"], list(fields.get("adapter_names") or str(fields.get("name")).split(","))
+    strange = [
+        f"{name}={their_config[name]!r}" for name, good in FUSION.items() if their_config.get(name, good[0]) not in good
+    ]
     if strange:
         raise CheckpointError(f"{path} is a fusion of a kind that graft has not: {some(strange)}.")
-    blocks, base = blocks_of(path, base)
+    blocks, base = find_base_blocks(path, base)
     known: Mapping[str, Any] = getattr(base, "adapters", {})
     missing = [name for name in names if not isinstance(known.get(name), BottleneckConfig)]
     if missing:
@@ -198,7 +202,7 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
         )
     for name in names:
         check_compared(path, base, known[name])
-    blocks = followed(path, blocks, base)
+    blocks = follow_blocks(path, blocks, base)
     out = AdapterFile("adapterhub", path, "ADAPTER_FUSION", base=fields.get("model_name") or None)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in by_name.items():
@@ -207,26 +211,30 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
         if match is None or block is None:
             out.unread.append(key)
         elif not all(blocks.index(block) in known[name].leave_out for name in names):  # there it does nothing
-            site = site_of(match["place"], block, known[names[0]])
+            site = find_site(match["place"], block, known[names[0]])
             modules.setdefault(site, {})[f"fusion_{match['leaf']}"] = values
-    own = dict(adapters=names, value=bool(theirs.get("value", True)), regularization=bool(theirs.get("regularization")))
-    own["dropout"] = theirs.get("dropout_prob") or base.config.get("attention_probs_dropout_prob") or 0.0
-    return complete(out, modules, own)
+    settings = dict(
+        adapters=names,
+        value=bool(their_config.get("value", True)),
+        regularization=bool(their_config.get("regularization")),
+    )
+    settings["dropout"] = their_config.get("dropout_prob") or base.config.get("attention_probs_dropout_prob") or 0.0
+    return complete(out, modules, settings)
 
 
-def turned(state: Mapping[str, Tensor], layer: str) -> torch.Tensor:
+def compute_orthonormal_weight(state: Mapping[str, Tensor], layer: str) -> torch.Tensor:
     """Return the weight of a layer that torch keeps orthonormal."""
     parts = {name: to_torch(state[f"{layer}.{TURNED}.{name}"]) for name in ("original", "0.base")}
-    made = parametrized(*parts["original"].shape)
-    made.load_state_dict({f"{TURNED}.{name}": t for name, t in parts.items()})
-    return made.weight.detach()
+    module = make_parametrized(*parts["original"].shape)
+    module.load_state_dict({f"{TURNED}.{name}": t for name, t in parts.items()})
+    return module.weight.detach()
 
 
-def parametrized(*shape: int) -> torch.nn.Module:
+def make_parametrized(*shape: int) -> torch.nn.Module:
     """Return a module whose weight, of this shape, torch keeps orthonormal."""
-    made = torch.nn.Module()
-    made.weight = torch.nn.Parameter(torch.nn.init.orthogonal_(torch.empty(shape)))
-    return torch.nn.utils.parametrizations.orthogonal(made)
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.nn.init.orthogonal_(torch.empty(shape)))
+    return torch.nn.utils.parametrizations.orthogonal(module)
 
 
 def block_of(place: str, blocks: list[Block]) -> Block | None:
@@ -236,7 +244,7 @@ def block_of(place: str, blocks: list[Block]) -> Block | None:
     return None if number is None or int(number[0]) >= len(parts) else parts[int(number[0])]
 
 
-def config_of(path: str, theirs: Json) -> BottleneckConfig:
+def make_bottleneck_config(path: str, theirs: Json) -> BottleneckConfig:
     strange = [f"{name}={theirs[name]!r}" for name, good in ONLY.items() if theirs.get(name, good[0]) not in good]
     norms = {name: theirs.get(name, default) for name, default in NORMS.items()}
     if not theirs.get("is_parallel") and tuple(norms.values()) not in KNOWN:
@@ -251,21 +259,21 @@ def config_of(path: str, theirs: Json) -> BottleneckConfig:
 SAME = "same"  # a tensor that stands under another key, too
 
 
-def placed(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Base) -> tuple[str, str] | None:
+def place_tensor(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Base) -> tuple[str, str] | None:
     """Return the module and the name of a tensor there; the name is "" for one of the whole model."""
     if RULE.fullmatch(key):
         return "bottleneck_rule", ""
     if match := INVERTIBLE.fullmatch(key):
-        return embedding(base), f"bottleneck_inv.{match['net']}.{int(match['i']) // 2}.{match['leaf']}"
+        return find_embedding(base), f"bottleneck_inv.{match['net']}.{int(match['i']) // 2}.{match['leaf']}"
     match = KEY.fullmatch(key)
     block = None if match is None else block_of(match["place"], blocks)
-    leaf = None if match is None else leaf_of(match["leaf"], cfg)
+    leaf = None if match is None else rename_leaf(match["leaf"], cfg)
     if match is None or block is None or leaf is None:
         return None
-    return site_of(match["place"], block, cfg), leaf
+    return find_site(match["place"], block, cfg), leaf
 
 
-def site_of(place: str, block: Block, cfg: BottleneckConfig) -> str:
+def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
     """Return the module of a block at which a module of theirs stands."""
     sublayer = SUBLAYER.search(f".{place}")
     if sublayer:
@@ -276,28 +284,28 @@ def site_of(place: str, block: Block, cfg: BottleneckConfig) -> str:
     if kind != "mlp":
         return block.ends_of(kind == "cross")[0]
     places = of_block(cfg, 0, block)
-    return next(path for path, found in places.items() if found.role != "tap" and path not in block.ends.values())
+    return next(path for path, spot in places.items() if spot.role != "tap" and path not in block.ends.values())
 
 
-def leaf_of(leaf: str, cfg: BottleneckConfig) -> str | None:
+def rename_leaf(leaf: str, cfg: BottleneckConfig) -> str | None:
     """Return graft's name of a tensor of a bottleneck."""
     if leaf == "scaling":
         return "bottleneck_scale"
-    head, _, rest = leaf.partition(".")
+    head, _, tail = leaf.partition(".")
     if head == "adapter_down":
-        i, _, rest = rest.partition(".")
+        i, _, tail = tail.partition(".")
         if cfg.ln_before and i == "0":
             return SAME
-        return f"bottleneck_down.{rest}"
+        return f"bottleneck_down.{tail}"
     names = {"adapter_up": "bottleneck_up", "gate": "bottleneck_gate", "adapter_norm_before": "bottleneck_norm"}
-    return f"{names[head]}.{rest}" if head in names else None
+    return f"{names[head]}.{tail}" if head in names else None
 
 
-def embedding(base: Base) -> str:
+def find_embedding(base: Base) -> str:
     """Return the module whose output is the embedding of the input."""
     ends = ("word_embeddings", "embed_tokens", "wte")
-    found = [m for m in base.modules if m.rpartition(".")[2] in ends]
-    place = find_embedding_output(found, set(base.modules), bool(base.config.get("is_encoder_decoder")))
+    matches = [m for m in base.modules if m.rpartition(".")[2] in ends]
+    place = find_embedding_output(matches, set(base.modules), bool(base.config.get("is_encoder_decoder")))
     if place is None and any(f".{module}".endswith(".shared") for module in base.modules):
         raise CheckpointError(
             f"The encoder and the decoder of {base.path} have one module for their embeddings, and the invertible "

@@ -20,7 +20,7 @@ from graft.config.reading import Json, check, parsed
 from graft.files.bases import COMPONENTS
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
-from graft.files.formats.peft import key_of, numbers_at, plain
+from graft.files.formats.peft import find_rank_and_alpha, key_of, round_alpha
 from graft.files.holding import Holds, both, fit, misfit, scale_of
 from graft.files.names import is_pipeline, parts_of
 from graft.files.neutral import AdapterFile, LowRank
@@ -42,7 +42,7 @@ PART = re.compile(rf"({'|'.join(COMPONENTS)})(_\d+)?\.")
 
 
 def recognises(path: str) -> bool:
-    file = file_in(path)
+    file = find_diffusers_file(path)
     if file is None:
         return False
     if not file.endswith(".safetensors"):
@@ -53,16 +53,16 @@ def recognises(path: str) -> bool:
     return (
         bool(header)
         and sum(PART.match(key) is not None or OLDEST.fullmatch(key) is not None for key in header) > len(header) / 2
-        and any(split(key) is not None for key in header)
+        and any(split_key(key) is not None for key in header)
     )
 
 
 def of_first_release(keys: Iterable[str]) -> bool:
     """Return True if tensors have the names of a model's first release."""
-    return any(FIRST.fullmatch(key) is not None and split(key) is not None for key in keys)
+    return any(FIRST.fullmatch(key) is not None and split_key(key) is not None for key in keys)
 
 
-def renamed(file: str, base: Base | None) -> dict[str, Tensor]:
+def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     """Return a file's tensors by diffusers' names, with alphas in the factors, as the base's pipeline reads them.
 
     Raises:
@@ -99,11 +99,11 @@ def class_of(base: Base) -> str:
     return str(base.config.get("_class_name", "" if model is None else type(model).__name__))
 
 
-def file_in(path: str) -> str | None:
+def find_diffusers_file(path: str) -> str | None:
     return one_file(path, ".safetensors") or one_file(path, "pytorch_lora_weights.bin")
 
 
-def split(key: str) -> tuple[str, str] | None:
+def split_key(key: str) -> tuple[str, str] | None:
     """Return path and kind of a tensor; None: it is of no layout."""
     if match := OLDEST.fullmatch(key):
         path = f"{match['path']}.{match['which']}{'.0' if match['which'] == 'to_out' else ''}"
@@ -118,31 +118,31 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
     Raises:
         CheckpointError: it is damaged, or factors are missing or contradict the metadata.
-        BaseNeededError, PackageNeededError, LossError: it has the names of a first release, see `renamed`.
+        BaseNeededError, PackageNeededError, LossError: it has the names of a first release, see `read_renamed`.
     """
-    file = file_in(path) or path
+    file = find_diffusers_file(path) or path
     tensors, metadata = read_file(file)
     if METADATA not in metadata and of_first_release(tensors):
-        tensors = renamed(file, base)
-    return of_tensors(file, tensors, metadata)
+        tensors = read_renamed(file, base)
+    return make_adapter(file, tensors, metadata)
 
 
-def of_tensors(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
+def make_adapter(file: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> AdapterFile:
     """Return the adapter of tensors by diffusers' names."""
     out = AdapterFile(NAME, file, metadata=metadata)
     configs = configs_in(metadata, file)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in tensors.items():
-        found = split(key)
-        if found is None:
+        place = split_key(key)
+        if place is None:
             out.unread.append(key)
         else:
-            modules.setdefault(found[0], {})[found[1]] = values
+            modules.setdefault(place[0], {})[place[1]] = values
     for module, of_module in modules.items():
         if of_module.keys() == {"alpha"}:
             out.unread.append(f"{module}.alpha")
         else:
-            out.modules[module] = low_rank(file, module, of_module, configs)
+            out.modules[module] = make_low_rank(file, module, of_module, configs)
     out.pipeline = bool(parts_of(out.modules))
     return out
 
@@ -162,14 +162,14 @@ def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
     return out
 
 
-def low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
+def make_low_rank(file: str, module: str, tensors: dict[str, Tensor], configs: dict[str, dict[str, object]]) -> LowRank:
     A, B = both(tensors, "AB", file, module)
     if len(A.shape) < 2 or len(A.shape) != len(B.shape) or B.shape[1] != A.shape[0]:
         raise misfit(file, module, A, B)
     part, _, path = module.partition(".")
     scale = scale_of(tensors.get("alpha"), A.shape[0])
     if "alpha" not in tensors and part in configs:
-        r, alpha = numbers_at(configs[part], path, "lora_alpha")
+        r, alpha = find_rank_and_alpha(configs[part], path, "lora_alpha")
         if r != A.shape[0]:
             raise CheckpointError(f"{file}: '{module}' has rank {A.shape[0]}, and its metadata say {r}.")
         scale = alpha / (r**0.5 if configs[part].get("use_rslora") else r)
@@ -188,15 +188,15 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     Raises:
         BaseNeededError: nothing tells that.
     """
-    made, lost = fit(adapter, HOLDS, NAME, lossy, base)
+    fitted, lost = fit(adapter, HOLDS, NAME, lossy, base)
     parts: dict[str, dict[str, LowRank]] = {}
-    for module, of_module in placed(made, base).items():
+    for module, of_module in place_modules(fitted, base).items():
         part, _, inner = module.partition(".")
         parts.setdefault(part, {})[inner] = of_module
     tensors: dict[str, Tensor] = {}
     fields: Json = {}
     for part, modules in parts.items():
-        fields |= {f"{part}.{name}": value for name, value in config_of(modules).items()}
+        fields |= {f"{part}.{name}": value for name, value in make_config(modules).items()}
         for inner, m in modules.items():
             stem = f"{part}.{inner}"
             tensors |= {f"{stem}.lora_A.weight": m.A, f"{stem}.lora_B.weight": m.B}
@@ -214,7 +214,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     return lost
 
 
-def placed(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
+def place_modules(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
     """Return modules by paths that begin with a part of a pipeline."""
     modules = adapter.low_rank
     known = set() if base is None else set(base.modules)
@@ -233,11 +233,11 @@ def placed(adapter: AdapterFile, base: Base | None) -> dict[str, LowRank]:
     return {fitting[0] + module: of_module for module, of_module in modules.items()}
 
 
-def config_of(modules: dict[str, LowRank]) -> Json:
+def make_config(modules: dict[str, LowRank]) -> Json:
     """Return the fields of a LoraConfig that gives each module its rank and scale."""
     first = next(iter(modules.values()))
-    r, alpha = first.rank, plain(first.scale * first.rank)
-    alphas = {path: plain(m.scale * m.rank) for path, m in modules.items()}
+    r, alpha = first.rank, round_alpha(first.scale * first.rank)
+    alphas = {path: round_alpha(m.scale * m.rank) for path, m in modules.items()}
     return {
         "peft_type": "LORA", "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
         "rank_pattern": {key_of(path, modules): m.rank for path, m in modules.items() if m.rank != r},

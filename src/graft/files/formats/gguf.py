@@ -100,11 +100,11 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     if absent := [name for name in modules if name not in paths]:
         raise BaseModelMismatchError(f"{base.path if base else ''} has no modules for {some(absent, 4)} of {path}.")
     for name, factors in modules.items():
-        out.modules[paths[name]] = low_rank(path, name, factors, alpha, base)
+        out.modules[paths[name]] = read_gguf_pair(path, name, factors, alpha, base)
     return out
 
 
-def low_rank(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:
+def read_gguf_pair(path: str, name: str, tensors: Mapping[str, Tensor], alpha: float, base: Base | None) -> LowRank:
     a, b = both(tensors, "ab", path, name)
     kind: Kind = "embedding"
     if name.startswith("token_embd"):
@@ -157,13 +157,15 @@ def paths_of(base: Base, arch: str, what: str) -> dict[str, str]:
         BaseModelMismatchError: the base is of another architecture.
         CheckpointError: two modules have one name.
     """
-    own, _ = arch_of(base)
-    if own != arch:
-        raise BaseModelMismatchError(f"{what} is for a model of architecture '{arch}', and {base.path} is '{own}'.")
+    base_arch, _ = arch_of(base)
+    if base_arch != arch:
+        raise BaseModelMismatchError(
+            f"{what} is for a model of architecture '{arch}', and {base.path} is '{base_arch}'."
+        )
     out: dict[str, str] = {}
     for path, name in names_of(base).items():
-        if (other := out.setdefault(name, path)) != path:
-            raise CheckpointError(f"llama.cpp has one name, '{name}', for {other} and {path} of {base.path}.")
+        if (first_path := out.setdefault(name, path)) != path:
+            raise CheckpointError(f"llama.cpp has one name, '{name}', for {first_path} and {path} of {base.path}.")
     return out
 
 
@@ -177,8 +179,8 @@ def names_of(base: Base) -> dict[str, str]:
             f"The config of {base.path} says {shortened(repr(blocks))} blocks. Give a model's config."
         )
     table = gguf.get_tensor_name_map(arch, int(blocks or 0))
-    found = {path: table.get_name(path) for path in base.modules}
-    return {path: name for path, name in found.items() if name is not None}
+    by_path = {path: table.get_name(path) for path in base.modules}
+    return {path: name for path, name in by_path.items() if name is not None}
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
@@ -197,10 +199,10 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     if base is None:
         raise BaseNeededError("A GGUF adapter says its base's architecture: give the base model (--base).")
     arch, _ = arch_of(base)
-    made, lost = fit(adapter, HOLDS, NAME, lossy)
+    fitted, lost = fit(adapter, HOLDS, NAME, lossy)
     names = names_of(base)
-    lost += [LostModule(f"no name in llama.cpp: {module}") for module in made.modules if module not in names]
-    modules = {names[path]: module for path, module in made.low_rank.items() if path in names}
+    lost += [LostModule(f"no name in llama.cpp: {module}") for module in fitted.modules if module not in names]
+    modules = {names[path]: module for path, module in fitted.low_rank.items() if path in names}
     check_lost(adapter, NAME, lost, lossy, modules)
     first = next(iter(modules.values()))
     tensors: dict[str, Tensor] = {}
@@ -276,9 +278,11 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
         BaseModelMismatchError: the base has no such block, or other widths.
         CheckpointError: it has no directions.
     """
-    from graft.files.formats.adapterhub_places import blocks_of  # loads torch, which a look at headers does not need
+    from graft.files.formats.adapterhub_places import (
+        find_base_blocks,  # loads torch, which a look at headers does not need
+    )
 
-    blocks, base = blocks_of(path, base)
+    blocks, base = find_base_blocks(path, base)
     out = AdapterFile("gguf", path, "STEERING", config={"peft_type": "STEERING", "inference_mode": True})
     for name, values in tensors.items():
         match = DIRECTION.fullmatch(name)
@@ -305,21 +309,21 @@ def control_vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tup
         BaseNeededError: there is no base, whose blocks count.
         LossError: a vector acts elsewhere than after a block or after the first one, or in another way than by adding.
     """
-    from graft.files.formats.adapterhub_places import blocks_of
+    from graft.files.formats.adapterhub_places import find_base_blocks
 
-    blocks, base = blocks_of(adapter.path, base)
+    blocks, base = find_base_blocks(adapter.path, base)
     numbers = {block.path: i for i, block in enumerate(blocks)}
-    cfg, found, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
+    cfg, directions, lost = adapter.config, dict[int, Tensor](), [f"the key '{key}'" for key in adapter.unread]
     lost += [f"{name}={cfg[name]}" for name in ("normalize", "min_token_index") if cfg.get(name)]
     for module, m in adapter.modules.items():
         number = numbers.get(module, 0)
         vector = m.tensors[VECTOR] if isinstance(m, Other) else None
         if number and vector is not None:
-            found[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
+            directions[number] = tensor(vector.read().astype("f4") * np.float32(cfg.get("coefficient", 1.0)), "F32")
         elif vector is None or vector.read().any():
             place = "the first block" if module in numbers else "no block"
             lost.append(LostModule(f"{module}, which is {place}"))
-    check_lost(adapter, "gguf", lost, lossy, found)
+    check_lost(adapter, "gguf", lost, lossy, directions)
     hint = {f"{ARCHITECTURE}.model_hint": str(base.config.get("model_type", ""))}
-    fields: Json = hint | {f"{ARCHITECTURE}.layer_count": len(found)}
-    return {f"direction.{number}": values for number, values in sorted(found.items())}, fields, lost
+    fields: Json = hint | {f"{ARCHITECTURE}.layer_count": len(directions)}
+    return {f"direction.{number}": values for number, values in sorted(directions.items())}, fields, lost

@@ -50,13 +50,13 @@ class Reader:
         self.f, self.path, self.version = f, path, version_of(f)
         self.left, self.entries = self.version[0], MOST
 
-    def damaged(self, why: str) -> CheckpointError:
+    def make_damage_error(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is damaged or cut off: {why}. Save or download it again.")
 
     def take(self, n: int) -> bytes:
         """Return the next bytes, of which the file must have as many."""
         if n > self.left:
-            raise self.damaged(f"it states a length of {n:,} bytes, and has {self.left:,} left")
+            raise self.make_damage_error(f"it states a length of {n:,} bytes, and has {self.left:,} left")
         self.left -= n
         return self.f.read(n)
 
@@ -67,14 +67,14 @@ class Reader:
         """Return a number of entries of at least so many bytes each, which the file must have."""
         self.entries -= n
         if n * least > self.left or self.entries < 0:
-            raise self.damaged(f"it states {n:,} entries, and has {self.left:,} bytes left")
+            raise self.make_damage_error(f"it states {n:,} entries, and has {self.left:,} bytes left")
         return n
 
     def text(self) -> str:
         try:
             return self.take(self.number()).decode()
         except UnicodeDecodeError:
-            raise self.damaged("a text of it is not UTF-8") from None
+            raise self.make_damage_error("a text of it is not UTF-8") from None
 
     def value(self, kind: int) -> object:
         if kind == TEXT:
@@ -88,7 +88,7 @@ class Reader:
                 form = f"<{n}{NUMBERS[kind]}"
                 return list(struct.unpack(form, self.take(struct.calcsize(form))))
         if kind not in NUMBERS:
-            raise self.damaged(f"it has a value of type {kind}")
+            raise self.make_damage_error(f"it has a value of type {kind}")
         return self.number(NUMBERS[kind])
 
     def contents(self) -> tuple[Json, dict[str, Tensor]]:
@@ -98,44 +98,46 @@ class Reader:
         for _ in range(self.count(self.number(), 13)):
             name = self.text()
             if name in fields:
-                raise self.damaged(f"the field '{shortened(name)}' stands twice")
+                raise self.make_damage_error(f"the field '{shortened(name)}' stands twice")
             fields[name] = self.value(self.number("I"))
         infos = [self.info() for _ in range(self.count(tensors, 24))]
         step = fields.get(ALIGNMENT, 32)
         if type(step) is not int or not 0 < step <= 2**16:
-            raise self.damaged(f"{ALIGNMENT} is {step!r}")
+            raise self.make_damage_error(f"{ALIGNMENT} is {step!r}")
         start = self.f.tell() + -self.f.tell() % step
         out = {name: self.tensor(name, shape, kind, start + offset) for name, shape, kind, offset in infos}
         if len(out) < len(infos):
-            raise self.damaged("a tensor's name stands twice")
+            raise self.make_damage_error("a tensor's name stands twice")
         return fields, out
 
     def info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, n = self.text(), self.number("I")
         if n > MOST_DIMENSIONS:
-            raise self.damaged(f"tensor '{shortened(name)}' has {n} dimensions")
+            raise self.make_damage_error(f"tensor '{shortened(name)}' has {n} dimensions")
         shape = struct.unpack(f"<{n}Q", self.take(8 * n))
         return name, shape[::-1], self.number("I"), self.number()
 
     def tensor(self, name: str, shape: tuple[int, ...], kind: int, begin: int) -> Tensor:
-        block, size = (1, BITS[DTYPES[kind]] // 8) if kind in DTYPES else packed(kind)
+        block, size = (1, BITS[DTYPES[kind]] // 8) if kind in DTYPES else find_block_size(kind)
         nbytes = prod(shape) // block * size
         if not block or (shape[-1] if shape else 1) % block or begin + nbytes > self.version[0]:
-            raise self.damaged(f"tensor '{shortened(name)}' of type {kind} and shape {shape} is not all there")
+            raise self.make_damage_error(
+                f"tensor '{shortened(name)}' of type {kind} and shape {shape} is not all there"
+            )
         load = part_reader(self.path, self.version, begin, nbytes)
         if kind in DTYPES:
             return Tensor(shape, DTYPES[kind], load)
         rows = (*shape[:-1], shape[-1] // block * size)
-        return Tensor(shape, "F32", lambda: dequantized(load(), rows, kind, name))
+        return Tensor(shape, "F32", lambda: dequantize(load(), rows, kind, name))
 
 
-def packed(kind: int) -> tuple[int, int]:
+def find_block_size(kind: int) -> tuple[int, int]:
     """Return the numbers of a block of a quantized type, and its bytes; 0 and 0 of a type that the package lacks."""
     sizes: dict[int, tuple[int, int]] = package().GGML_QUANT_SIZES
     return sizes.get(kind, (0, 0))
 
 
-def dequantized(data: bytes, rows: tuple[int, ...], kind: int, name: str) -> bytes:
+def dequantize(data: bytes, rows: tuple[int, ...], kind: int, name: str) -> bytes:
     """Return the float32 values of a quantized tensor. rows: the shape of its bytes."""
     import numpy as np
 

@@ -52,8 +52,8 @@ def recognises(path: str) -> bool:
         return False
     if not file.endswith(".safetensors"):
         return mentions(file, b"lora_down.weight", b"hada_w1_a", b"lokr_w")
-    found = [*read_header(file)[0]]
-    return bool(found) and sum(KEY.fullmatch(key) is not None for key in found) > len(found) // 2
+    keys = [*read_header(file)[0]]
+    return bool(keys) and sum(KEY.fullmatch(key) is not None for key in keys) > len(keys) // 2
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
@@ -82,7 +82,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             take_modules(out, modules, base)
             out.method, out.pipeline = method_of(out, out.method), is_pipeline(base)
             return out
-        parts = {part: part_of(out, of_part, base) for part, of_part in by_part.items()}
+        parts = {part: take_part(out, of_part, base) for part, of_part in by_part.items()}
         if all(part.flat for part in parts.values()):
             raise names.missing(out, modules, base)
     except BaseModelMismatchError:
@@ -93,7 +93,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     return replace(whole, flat=False, unread=out.unread + whole.unread, method=method_of(whole, whole.method))
 
 
-def part_of(adapter: AdapterFile, modules: Mapping[str, dict[str, Tensor]], base: Base) -> AdapterFile:
+def take_part(adapter: AdapterFile, modules: Mapping[str, dict[str, Tensor]], base: Base) -> AdapterFile:
     """Return the adapter of one part of a pipeline: by the base's paths, or by the file's names if it has none."""
     for known in (base, None):
         out = replace(adapter, modules={}, full={}, unread=[], flat=known is None)
@@ -113,7 +113,7 @@ def take_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], bas
         CheckpointError: factors are missing or do not fit each other, or a name is that of two modules of the base.
         BaseModelMismatchError: the base lacks some of them.
     """
-    paths = dict(zip(modules, modules)) if base is None else found(out, modules, base)
+    paths = dict(zip(modules, modules)) if base is None else match_modules(out, modules, base)
     for name, of_module in modules.items():
         try:
             read_module(out, paths[name], name, of_module, base)
@@ -137,14 +137,14 @@ def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
     if base is None or not file.endswith(".safetensors"):
         return None
     try:
-        adapter = diffusers.of_tensors(file, diffusers.renamed(file, base), {})
+        adapter = diffusers.make_adapter(file, diffusers.read_renamed(file, base), {})
         names.check(part_for(adapter, base), base)
     except PeftError:  # then the base is another, as far as anybody knows
         return None
     return replace(adapter, format=NAME)
 
 
-def found(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> dict[str, str]:
+def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> dict[str, str]:
     """Return the path in the base of each name of a file."""
     flat = names.Flat(base)
     paths: dict[str, str] = {}
@@ -160,25 +160,25 @@ def found(adapter: AdapterFile, modules: Mapping[str, object], base: Base) -> di
         raise names.missing(adapter, absent, base)
     twice: dict[str, str] = {}
     for name, path in paths.items():
-        if (other := twice.setdefault(path, name)) != name:
-            raise CheckpointError(f"{adapter.path} has {path} twice, as {other} and as {name}.")
+        if (first_name := twice.setdefault(path, name)) != name:
+            raise CheckpointError(f"{adapter.path} has {path} twice, as {first_name} and as {name}.")
     return paths
 
 
 def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tensor], base: Base | None) -> None:
     """Put what a file has for one module into `out`."""
-    rest = dict(tensors)
+    unread = dict(tensors)
 
     def take(*leaves: str) -> dict[str, Tensor]:
-        return {leaf: rest.pop(leaf) for leaf in leaves if leaf in rest}
+        return {leaf: unread.pop(leaf) for leaf in leaves if leaf in unread}
 
     if DOWN in tensors or UP in tensors:
         of_module = take(*LOW_RANK)
-        out.modules[path] = low_rank(out.path, name, of_module)
+        out.modules[path] = read_kohya_pair(out.path, name, of_module)
     elif "hada_w1_a" in tensors or LOKR & tensors.keys():
-        made = Other("LOHA", take(*LOHA)) if "hada_w1_a" in tensors else Other("LOKR", take(*LOKR))
-        made.scale = scale_of(take("alpha").get("alpha"), made.rank)
-        out.modules[path] = made
+        module = Other("LOHA", take(*LOHA)) if "hada_w1_a" in tensors else Other("LOKR", take(*LOKR))
+        module.scale = scale_of(take("alpha").get("alpha"), module.rank)
+        out.modules[path] = module
     else:
         for sign, (method, leaves) in OTHERS.items():
             if sign in tensors:
@@ -186,13 +186,13 @@ def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tenso
                 break
     for leaf, values in take(*WHOLE).items():
         whole(out, f"{path}.{WHOLE[leaf]}", leaf, values, base)
-    if "dora_scale" in rest and path in out.modules:  # of a method that is not LoRA
+    if "dora_scale" in unread and path in out.modules:  # of a method that is not LoRA
         out.modules[path] = Other(DORA_OF_OTHERS, tensors)
-        rest.pop("dora_scale")
-    out.unread += [f"{name}.{leaf}" for leaf in rest]
+        unread.pop("dora_scale")
+    out.unread += [f"{name}.{leaf}" for leaf in unread]
 
 
-def low_rank(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | Other:
+def read_kohya_pair(file: str, name: str, tensors: dict[str, Tensor]) -> LowRank | Other:
     (A, B), mid = both(tensors, (DOWN, UP), file, name), tensors.get(MID)
     rank = A.shape[0] if A.shape else 0
     if len(A.shape) < 2 or len(B.shape) < 2 or B.shape[1] != rank or (mid and mid.shape[:2] != (rank, rank)):
@@ -232,16 +232,16 @@ def whole(out: AdapterFile, key: str, leaf: str, difference: Tensor, base: Base 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
     own_names = adapter.format == NAME and adapter.flat
-    made, lost = fit(replace(adapter, flat=False) if own_names else adapter, HOLDS, NAME, lossy)
-    paths = {name: name for name in made.modules} if own_names else written(made)
+    fitted, lost = fit(replace(adapter, flat=False) if own_names else adapter, HOLDS, NAME, lossy)
+    paths = {name: name for name in fitted.modules} if own_names else name_modules(fitted)
     tensors: dict[str, Tensor] = {}
-    for module, of_module in made.modules.items():
+    for module, of_module in fitted.modules.items():
         tensors |= {f"{paths[module]}.{leaf}": values for leaf, values in leaves(of_module).items()}
-    write_safetensors(path, tensors, made.metadata if made.format == NAME else {"format": "pt"})
+    write_safetensors(path, tensors, fitted.metadata if fitted.format == NAME else {"format": "pt"})
     return lost
 
 
-def written(adapter: AdapterFile) -> dict[str, str]:
+def name_modules(adapter: AdapterFile) -> dict[str, str]:
     """Return the name in a file of each path."""
     second = any(path.startswith("text_encoder_2.") for path in adapter.modules)
     prefixes = {"unet": "lora_unet_", "transformer": "lora_transformer_", "text_encoder_2": "lora_te2_",

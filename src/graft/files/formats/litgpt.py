@@ -29,13 +29,13 @@ MLPS = ("LLaMAMLP", "GemmaMLP")  # classes of which litgpt's checkpoints become 
 LARGEST = 2**16  # bytes of a YAML file
 
 
-def file_in(path: str) -> str | None:
+def find_checkpoint(path: str) -> str | None:
     where = os.path.join(path, FILE) if os.path.isdir(path) else path
     return where if os.path.basename(where) == FILE and os.path.isfile(where) else None
 
 
 def recognises(path: str) -> bool:
-    file = file_in(path)
+    file = find_checkpoint(path)
     return file is not None and mentions(file, b".lora_A")
 
 
@@ -87,7 +87,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     Raises:
         CheckpointError: one of the three files is not there or damaged, or they contradict each other.
     """
-    file = file_in(path) or path
+    file = find_checkpoint(path) or path
     folder = os.path.dirname(file)
     run, model = fields_of(os.path.join(folder, OF_RUN)), fields_of(os.path.join(folder, OF_MODEL))
     if model.get("mlp_class_name") not in MLPS:
@@ -113,8 +113,8 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         match = OWN.fullmatch(name)
         if match is not None and match["rest"] == "attn.qkv":
             stem = f"model.layers.{match['number']}."
-            for rest, (a, b) in parts(path, name, A, B, r, run, model).items():
-                out.modules[stem + rest] = LowRank(a, b, alpha / r)
+            for suffix, (a, b) in parts(path, name, A, B, r, run, model).items():
+                out.modules[stem + suffix] = LowRank(a, b, alpha / r)
         elif name == "lm_head" or (match is not None and match["rest"] in NAMES):
             if A.shape[0] != r or B.shape[1] != r:
                 raise misfit(file, name, A, B, f"of rank {r}")
@@ -130,14 +130,14 @@ def parts(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the factors of q, k and v, as far as the run adapted them."""
     rows = rows_of(model)
-    on = [rest for rest, flag in QKV.items() if run.get(flag)]
-    if A.shape[0] != r * len(on) or B.shape != (sum(rows[rest] for rest in on), r):
+    on = [suffix for suffix, flag in QKV.items() if run.get(flag)]
+    if A.shape[0] != r * len(on) or B.shape != (sum(rows[suffix] for suffix in on), r):
         raise misfit(path, name, A, B, f"which do not fit rank {r} on {some(on)}: {OF_RUN} is of another run")
     a, b = A.read(), B.read()
     out, row = {}, 0
-    for i, rest in enumerate(on):
-        out[rest] = tensor(a[i * r : (i + 1) * r], A.dtype), tensor(b[row : row + rows[rest]], B.dtype)
-        row += rows[rest]
+    for i, suffix in enumerate(on):
+        out[suffix] = tensor(a[i * r : (i + 1) * r], A.dtype), tensor(b[row : row + rows[suffix]], B.dtype)
+        row += rows[suffix]
     return out
 
 

@@ -50,11 +50,11 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     if not isinstance(scale, (int, float)):
         raise CheckpointError(f"{path}: the scale in lora_parameters={parameters!r} is no number.")
     for module, of_module in by_module(out, tensors, KEY).items():
-        out.modules[module] = low_rank(path, module, of_module, float(scale), parameters.get("rank"))
+        out.modules[module] = read_mlx_pair(path, module, of_module, float(scale), parameters.get("rank"))
     return out
 
 
-def low_rank(path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object) -> LowRank | Other:
+def read_mlx_pair(path: str, module: str, tensors: dict[str, Tensor], scale: float, rank: object) -> LowRank | Other:
     (a, b), m = both(tensors, ("lora_a", "lora_b"), path, module), tensors.get("m")
     if m is not None and len(m.shape) != 1:
         raise CheckpointError(f"{path}: the magnitude of '{module}' has shape {m.shape}, and is no vector.")
@@ -66,10 +66,10 @@ def low_rank(path: str, module: str, tensors: dict[str, Tensor], scale: float, r
     kind: Kind = "embedding" if module.rpartition(".")[2].startswith(("embed", "wte", "tok_emb")) else "linear"
     if kind == "embedding" and m is not None:
         return Other(DORA_OF_TOKENS, tensors, scale)
-    return LowRank(transposed(a), transposed(b), scale, kind, m)
+    return LowRank(transpose_factors(a), transpose_factors(b), scale, kind, m)
 
 
-def transposed(t: Tensor) -> Tensor:
+def transpose_factors(t: Tensor) -> Tensor:
     """Return a matrix the other way round, bit for bit."""
     return rearranged(t, lambda values: values.T, *t.shape[::-1])
 
@@ -81,17 +81,17 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         LossError: some modules have a magnitude, and others not, and the base's weights are not there; or an embedding
             has one; or it is not of LoRA.
     """
-    made, lost = fit(adapter, HOLDS, NAME, lossy)
-    of_outputs = {path: m for path, m in made.low_rank.items() if m.kind == "embedding" and m.magnitude is not None}
+    fitted, lost = fit(adapter, HOLDS, NAME, lossy)
+    of_outputs = {path: m for path, m in fitted.low_rank.items() if m.kind == "embedding" and m.magnitude is not None}
     lost += [f"DoRA's magnitude, which an embedding has for each token there: {path}" for path in of_outputs]
-    check_lost(adapter, NAME, lost, lossy, made.modules)
-    made.modules.update({path: with_(m, magnitude=None) for path, m in of_outputs.items()})
-    made.modules.update(with_magnitudes(made, base, NAME, of_rows=True))
-    modules = made.low_rank
+    check_lost(adapter, NAME, lost, lossy, fitted.modules)
+    fitted.modules.update({path: with_(m, magnitude=None) for path, m in of_outputs.items()})
+    fitted.modules.update(with_magnitudes(fitted, base, NAME, of_rows=True))
+    modules = fitted.low_rank
     tensors: dict[str, Tensor] = {}
     dora = any(module.magnitude is not None for module in modules.values())
     for name, module in modules.items():
-        swap = (lambda t: t) if module.kind == "experts" else transposed
+        swap = (lambda t: t) if module.kind == "experts" else transpose_factors
         tensors |= {f"{name}.lora_a": swap(module.A), f"{name}.lora_b": swap(module.B)}
         if module.magnitude is not None:
             tensors[f"{name}.m"] = module.magnitude
@@ -116,6 +116,8 @@ def keys(modules: dict[str, LowRank]) -> list[str]:
         if match is None:
             return sorted(modules)
         blocks.setdefault(f"{match['blocks']}.{match['number']}", set()).add(match["key"])
-    first, *others = blocks.values()
-    same = len({block.rpartition(".")[0] for block in blocks}) == 1 and all(other == first for other in others)
+    first, *other_blocks = blocks.values()
+    same = len({block.rpartition(".")[0] for block in blocks}) == 1 and all(
+        keys_of_block == first for keys_of_block in other_blocks
+    )
     return sorted(first if same else modules)

@@ -126,12 +126,12 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     names = set(tensors)
     served = method == "LORA" and is_served(tensors)
     if method == "LORA":
-        tensors = with_todays_names(tensors, base)
+        tensors = rename_from_tinker(tensors, base)
     if served:
-        tensors, config = as_trained(tensors, config, base, folder)
+        tensors, config = convert_served(tensors, config, base, folder)
     out = AdapterFile(NAME, folder, method, config=config, metadata=metadata, served=served)
     out.base = config.get("base_model_name_or_path")
-    by_module = split(out, tensors)
+    by_module = split_tensors(out, tensors)
     for raw, of_module in by_module.items():
         if method == "LORA":
             take_lora(out, raw, of_module, by_module, base, layout)
@@ -140,9 +140,9 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     if method in PREFIXES:
         for path in dict.fromkeys(around(tensors)):  # modules of which the file has nothing but their bias
             out.modules.setdefault(path, Other(method, {}))
-    as_today(out, layout, base)
+    exchange_old_factors(out, layout, base)
     if not any(m.shift for m in out.low_rank.values()):
-        out.changed_base = changes_base(config)
+        out.changed_base = find_base_change(config)
     out.selected = frozenset(out.modules) if served or names == set(tensors) else None
     return out
 
@@ -158,7 +158,7 @@ def check_kinds(config: Json, path: str) -> None:
             raise CheckpointError(f"{path}: {name} is {value!r}, and no {'text' if kind is str else 'dict'}.")
 
 
-def unnamed(adapter: AdapterFile) -> list[str]:
+def list_unnamed(adapter: AdapterFile) -> list[str]:
     """Return the whole tensors of a file of PEFT's that its config does not name."""
     config = adapter.config
     if "peft_type" not in config or adapter.method in PROMPTS:
@@ -201,11 +201,11 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return seal.digest((name, t.dtype, t.shape, t.load) for name, t in tensors.items())
 
 
-def split(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Put what is not a module's adapter into `out`; return the rest: module as the file names it → name → tensor."""
     by_module: dict[str, dict[str, Tensor]] = {}
     of_prompt = out.method in PROMPTS
-    own = PREFIXES.get(out.method, " ")
+    prefix = PREFIXES.get(out.method, " ")
     for key, t in tensors.items():
         if of_prompt and key in OF_PROMPT:
             out.shared[key] = t
@@ -217,7 +217,7 @@ def split(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str
             continue
         name = key.removeprefix(PROMPT_WRAPPED if of_prompt else WRAPPED)
         parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.startswith(own) or part == TOKENS), None)
+        at = next((i for i, part in enumerate(parts) if part.startswith(prefix) or part == TOKENS), None)
         leaf = None if at is None else ".".join(parts[at:])
         path = ".".join(parts[:at])
         if leaf in (f"{TOKENS}.trainable_tokens_delta", "trainable_tokens_delta"):
@@ -263,7 +263,7 @@ def take_rows(out: AdapterFile, path: str, key: str, values: Tensor) -> None:
 def take_other(out: AdapterFile, path: str, method: str, tensors: dict[str, Tensor]) -> None:
     scale = None
     if method in SCALED:
-        r, alpha = numbers_at(out.config, path, SCALED[method])
+        r, alpha = find_rank_and_alpha(out.config, path, SCALED[method])
         scale = alpha / r
     elif method == "ADALORA":
         r, alpha = out.config.get("init_r") or 12, out.config.get("lora_alpha", RANK)
@@ -286,10 +286,10 @@ def take_lora(
     stack = None if embedded else parameter_at(config, raw, every, A, B, base)
     if stack is not None:
         path = f"{path}.{stack}" if stack != "weight" else path
-    r, alpha = numbers_at(config, f"{path}.weight" if stack == "weight" else path, SCALED["LORA"])
+    r, alpha = find_rank_and_alpha(config, f"{path}.weight" if stack == "weight" else path, SCALED["LORA"])
     scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     variant = next((name for field, name in VARIANTS.items() if config.get(field)), None)
-    if variant == "BDLORA" and not any(part in path for part in blocks_of(config)):
+    if variant == "BDLORA" and not any(part in path for part in list_bdlora_blocks(config)):
         variant = None
     if variant is not None:
         pair_of = {"lora_A.weight": A, "lora_B.weight": B}
@@ -304,20 +304,20 @@ def take_lora(
     kind: Kind = "embedding" if embedded else "conv" if len(A.shape) > 2 else "linear"
     if n > 1 or (stack is not None and stack != "weight"):
         kind, A, B = "experts", *by_expert(A, B, n, bool(layout.by_expert))
-    made = LowRank(A, B, scale, kind)
+    module = LowRank(A, B, scale, kind)
     if (m := parts.pop("lora_magnitude_vector", None)) is not None:
-        made.magnitude = reshaped(m, math.prod(m.shape))
-    made.bias = parts.pop("lora_B.bias", None)
-    made.extra = parts
-    out.modules[path] = made
+        module.magnitude = reshaped(m, math.prod(m.shape))
+    module.bias = parts.pop("lora_B.bias", None)
+    module.extra = parts
+    out.modules[path] = module
 
 
-def blocks_of(config: Json) -> list[str]:
+def list_bdlora_blocks(config: Json) -> list[str]:
     options = config["use_bdlora"]
     return [*(options.get("target_modules_bd_a") or ()), *(options.get("target_modules_bd_b") or ())]
 
 
-def numbers_at(config: Json, path: str, name: str) -> tuple[int, float]:
+def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]:
     """Return rank and alpha of a module."""
     numbers: list[Any] = []
     for field, patterns in (("r", "rank_pattern"), (name, "alpha_pattern")):
@@ -325,9 +325,9 @@ def numbers_at(config: Json, path: str, name: str) -> tuple[int, float]:
         by_pattern = config.get(patterns) or {}
         if not isinstance(by_pattern, dict):
             raise CheckpointError(f"adapter_config.json: {patterns} is {by_pattern!r}, and no dict of patterns.")
-        for key, there in by_pattern.items():
+        for key, pattern_value in by_pattern.items():
             if ending(key, patterns).match(path):
-                value = there
+                value = pattern_value
                 break
         value = RANK if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (field == "r" and value < 1):
@@ -355,7 +355,7 @@ def parameter_at(config: Json, raw: str, every: Iterable[str], A: Tensor, B: Ten
         return None
     nest = sorted((e for e in every if clean(e) == path), key=len, reverse=True)  # the innermost first
     if base is not None and len(names) != len(nest):
-        names = [n for n in names if fits(base.shapes.get(f"{path}.{n}"), A, B)] or names
+        names = [n for n in names if has_fitting_shape(base.shapes.get(f"{path}.{n}"), A, B)] or names
     if len(names) == 1 and len(nest) == 1:
         return names[0]
     if len(names) != len(nest):
@@ -380,7 +380,7 @@ def is_target(config: Json, path: str) -> bool:
     return any(f".{path}".endswith(f".{t}") for t in targets or ())
 
 
-def fits(shape: tuple[int, ...] | None, A: Tensor, B: Tensor) -> bool:
+def has_fitting_shape(shape: tuple[int, ...] | None, A: Tensor, B: Tensor) -> bool:
     return shape is not None and len(shape) > 1 and {shape[-1], shape[-2]} == {A.shape[1], B.shape[0]}
 
 
@@ -399,7 +399,7 @@ def by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tens
     return reshaped(A, n, r, fan_in), B
 
 
-def as_today(out: AdapterFile, layout: Layout, base: Base | None) -> None:
+def exchange_old_factors(out: AdapterFile, layout: Layout, base: Base | None) -> None:
     """Give A and B of stacks each other's place where a PEFT before 0.19.1 wrote them so."""
     stacks = {path: lora for path, lora in out.low_rank.items() if lora.kind == "experts"}
     if not stacks:
@@ -408,7 +408,7 @@ def as_today(out: AdapterFile, layout: Layout, base: Base | None) -> None:
     if layout.by_expert is None and any(min(lora.A.shape[:2]) > 1 for lora in stacks.values()):
         doubts.add("by_expert")
     kind = "" if base is None else str(base.config.get("model_type"))
-    shapes = {path: (exchanged_by_shape(path, stacks, base, kind), kind in TRANSPOSED) for path in stacks}
+    shapes = {path: (are_exchanged_by_shape(path, stacks, base, kind), kind in TRANSPOSED) for path in stacks}
     verdicts = find_exchanges(shapes, layout, doubts)
     for path, lora in stacks.items():
         if verdicts[path][0]:
@@ -427,7 +427,7 @@ def as_today(out: AdapterFile, layout: Layout, base: Base | None) -> None:
         )
 
 
-def exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base | None, kind: str) -> bool | None:
+def are_exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base | None, kind: str) -> bool | None:
     """Return whether A and B of a stack stand for each other; None if their sizes do not tell.
 
     The input of gate and up is the output of down, and the output of both twice the input of down.
@@ -460,15 +460,15 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
         CheckpointError: there is nothing to write.
     """
     if adapter.flat:
-        raise named_as_there(adapter)
+        raise make_names_error(adapter)
     if parts := split_parts(adapter):
         lost = []
         for part, of_part in parts.items():
             lost += [type(line)(f"{part}: {line}") for line in write(of_part, os.path.join(path, part), None, lossy)]
         return lost
     lost = [f"{key} (unread)" for key in adapter.unread]
-    tensors = tensors_of(adapter, lost)
-    config = config_of(adapter, base)
+    tensors = name_tensors(adapter, lost)
+    config = complete_config(adapter, base)
     if lost and not lossy:
         raise LossError(f"PEFT's files have no place for {some(lost)} of {adapter.path}.")
     if not tensors:
@@ -482,7 +482,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     return lost
 
 
-def named_as_there(adapter: AdapterFile) -> BaseNeededError:
+def make_names_error(adapter: AdapterFile) -> BaseNeededError:
     """Return the error for modules that have a format's own names."""
     return BaseNeededError(
         f"{adapter.path} names modules as its format does ({some([*adapter.modules], 2)}): give the base model whose "
@@ -490,14 +490,14 @@ def named_as_there(adapter: AdapterFile) -> BaseNeededError:
     )
 
 
-def tensors_of(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
+def name_tensors(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
     """Return an adapter's tensors by the names that PEFT gives them; add to `lost` what has none."""
     out: dict[str, Tensor] = {}
     of_prompt = adapter.method in PROMPTS
     wrapped = PROMPT_WRAPPED if of_prompt else WRAPPED
     alike = {adapter.method, *(VARIANTS.values() if adapter.method == "LORA" else ())}
     for path, of_module in adapter.modules.items():
-        stem = f"{wrapped}{place_of(path, adapter)}"
+        stem = f"{wrapped}{find_peft_path(path, adapter)}"
         if isinstance(of_module, LowRank):
             if adapter.method != "LORA":
                 lost.append(LostModule(f"{path} (LoRA beside {adapter.method})"))
@@ -509,14 +509,16 @@ def tensors_of(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
             out |= {f"{stem}.{name}": t for name, t in of_module.tensors.items()}
     for name, t in adapter.full.items():
         module, _, leaf = name.rpartition(".")
-        own = f"{module}.base_layer" if module in adapter.modules else module
+        target_path = f"{module}.base_layer" if module in adapter.modules else module
         if name in adapter.rows:
-            own = f"{module}.base_layer" if adapter.method == "TRAINABLE_TOKENS" else f"{module}.{TOKENS}.base_layer"
-        out[f"{wrapped}{inside(own, adapter)}.{leaf}"] = t
+            target_path = (
+                f"{module}.base_layer" if adapter.method == "TRAINABLE_TOKENS" else f"{module}.{TOKENS}.base_layer"
+            )
+        out[f"{wrapped}{add_base_layers(target_path, adapter)}.{leaf}"] = t
     for name, (_, values) in adapter.rows.items():
         leaf = "trainable_tokens_delta"
         leaf = leaf if adapter.method == "TRAINABLE_TOKENS" else f"{TOKENS}.{leaf}"
-        out[f"{wrapped}{inside(name.removesuffix('.weight'), adapter)}.{leaf}"] = values
+        out[f"{wrapped}{add_base_layers(name.removesuffix('.weight'), adapter)}.{leaf}"] = values
     for name, t in adapter.shared.items():
         out[name if of_prompt else f"{PROMPT_WRAPPED}{name}"] = t
     return out
@@ -546,7 +548,7 @@ def tensors_of_lora(lora: LowRank) -> dict[str, Tensor]:
     return out | lora.extra
 
 
-def inside(path: str, adapter: AdapterFile) -> str:
+def add_base_layers(path: str, adapter: AdapterFile) -> str:
     """Return a path with `base_layer` behind each module around it that is adapted itself."""
     out, above = [], ""
     for part in path.split("."):
@@ -556,22 +558,22 @@ def inside(path: str, adapter: AdapterFile) -> str:
     return ".".join(out)
 
 
-def place_of(path: str, adapter: AdapterFile) -> str:
+def find_peft_path(path: str, adapter: AdapterFile) -> str:
     """Return the path of a module as PEFT names it; parameters of one module stand around each other."""
     of_module = adapter.modules[path]
     if of_module.kind != "experts":
-        return inside(path, adapter)
+        return add_base_layers(path, adapter)
     module, _, name = path.rpartition(".")
     stacks = (p.rpartition(".") for p, h in adapter.modules.items() if h.kind == "experts")
-    names = in_module_order([other for around, _, other in stacks if around == module])
+    names = in_module_order([parameter for around, _, parameter in stacks if around == module])
     depth = len(names) - 1 - names.index(name)
-    return inside(module, adapter) + ".base_layer" * depth
+    return add_base_layers(module, adapter) + ".base_layer" * depth
 
 
 # the config
 
 
-def config_of(adapter: AdapterFile, base: Base | None) -> Json:
+def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
     """Return the fields of adapter_config.json: those that were read, as far as they are still true."""
     config = dict(adapter.config) if adapter.config.get("peft_type") == adapter.method else new_config(adapter)
     if adapter.selected != frozenset(adapter.modules):
@@ -586,14 +588,18 @@ def config_of(adapter: AdapterFile, base: Base | None) -> Json:
             config["target_parameters"] = [*parameters.values()] or None
     if adapter.method in SCALED:
         set_numbers(config, adapter)
-    if changes_base(config) and adapter.changed_base is None and not any(h.shift for h in adapter.low_rank.values()):
+    if (
+        find_base_change(config)
+        and adapter.changed_base is None
+        and not any(h.shift for h in adapter.low_rank.values())
+    ):
         config["init_lora_weights"] = True
     if any(lora.kind == "experts" for lora in adapter.low_rank.values()):
         config["peft_version"] = FORMAT_VERSION  # by which readers know the order of A and B
     return config
 
 
-def changes_base(config: Mapping[str, object]) -> str | None:
+def find_base_change(config: Mapping[str, object]) -> str | None:
     """Return the initialisation of a config that changes the base's weights; None if it does not."""
     init = str(config.get("init_lora_weights")).lower()
     return init if init.startswith(BASE_CHANGING) else None
@@ -609,11 +615,11 @@ def new_config(adapter: AdapterFile) -> Json:
         "base_model_name_or_path": adapter.base, "modules_to_save": sorted(whole - set(adapter.modules)) or None,
     }  # fmt: skip
     if adapter.method == "LORA":
-        own = adapter.config if adapter.format == NAME else {}
+        old_config = adapter.config if adapter.format == NAME else {}
         low_rank = adapter.low_rank.values()
         config |= {
-            "lora_dropout": 0.0, "fan_in_fan_out": own.get("fan_in_fan_out", False),
-            "ensure_weight_tying": own.get("ensure_weight_tying", False), "use_rslora": False,
+            "lora_dropout": 0.0, "fan_in_fan_out": old_config.get("fan_in_fan_out", False),
+            "ensure_weight_tying": old_config.get("ensure_weight_tying", False), "use_rslora": False,
             "init_lora_weights": True,
             "bias": "all" if biases > of_targets else "lora_only" if biases else "none",
             "use_dora": any(h.magnitude is not None for h in low_rank),
@@ -655,14 +661,14 @@ def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
     def scale_of(r: int, alpha: float) -> float:
         return alpha / (math.sqrt(r) if root else r)
 
-    def said(path: str) -> tuple[int, float]:
-        r, alpha = numbers_at(config, path, name)
+    def read_numbers(path: str) -> tuple[int, float]:
+        r, alpha = find_rank_and_alpha(config, path, name)
         return r, scale_of(r, alpha)
 
-    if "r" in config and all(same(said(p), numbers) for p, numbers in wanted.items()):
+    if "r" in config and all(have_same_rank_and_scale(read_numbers(p), numbers) for p, numbers in wanted.items()):
         return
     r = Counter(r for r, _ in wanted.values()).most_common(1)[0][0]
-    alphas = {p: plain(s * (math.sqrt(k) if root else k)) for p, (k, s) in wanted.items()}
+    alphas = {p: round_alpha(s * (math.sqrt(k) if root else k)) for p, (k, s) in wanted.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config |= {
         "r": r, name: alpha,
@@ -679,11 +685,11 @@ def rank_and_scale(module: LowRank | Other, adapter: AdapterFile) -> tuple[int, 
     return module.rank, module.scale
 
 
-def same(a: tuple[int, float], b: tuple[int, float]) -> bool:
+def have_same_rank_and_scale(a: tuple[int, float], b: tuple[int, float]) -> bool:
     return a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=1e-12)
 
 
-def plain(value: float) -> float:
+def round_alpha(value: float) -> float:
     """Return an alpha without the noise of a division, as a whole number where it is one."""
     near = round(value, 10)
     return int(near) if near == int(near) else near if math.isclose(near, value, rel_tol=1e-12) else value
@@ -703,10 +709,10 @@ OF_SERVERS = re.compile(r".*\bexperts\.(gate_up_proj|gate_proj|up_proj|down_proj
 UNEMBED = re.compile(r"(?:model\.)?unembed_tokens(?=\.lora_)")  # tinker's name of the head
 
 
-def with_todays_names(tensors: Mapping[str, Tensor], base: Base | None) -> dict[str, Tensor]:
+def rename_from_tinker(tensors: Mapping[str, Tensor], base: Base | None) -> dict[str, Tensor]:
     """Return tensors with the model's names for what tinker calls otherwise: the head, and gpt-oss's attention."""
-    own = base is not None and any(m.rpartition(".")[2] == "unembed_tokens" for m in base.modules)
-    if own or not any(UNEMBED.search(key) or OF_SERVERS.fullmatch(key) for key in tensors):
+    renames_head = base is not None and any(m.rpartition(".")[2] == "unembed_tokens" for m in base.modules)
+    if renames_head or not any(UNEMBED.search(key) or OF_SERVERS.fullmatch(key) for key in tensors):
         return dict(tensors)
     known = set() if base is None else {m.rpartition(".")[0].rpartition(".")[2] for m in base.modules}
     out = {}
@@ -723,7 +729,7 @@ def is_served(tensors: Mapping[str, Tensor]) -> bool:
     return any(len(t.shape) == 3 and OF_SERVERS.fullmatch(key) for key, t in tensors.items())
 
 
-def as_trained(
+def convert_served(
     tensors: Mapping[str, Tensor], config: Json, base: Base | None, what: str
 ) -> tuple[dict[str, Tensor], Json]:
     """Return tensors and config of a file as PEFT has them.
@@ -750,6 +756,6 @@ def as_trained(
         raise CheckpointError(
             f"{what} has experts as servers hold them, and {base.path} is no model that is known here."
         )
-    made: Any = PeftConfig.resolve("LORA")(**{k: v for k, v in config.items() if k != "peft_type"})
-    state = arranged({key: to_torch(t) for key, t in tensors.items()}, made, model)
-    return {key: from_torch(t, f"'{key}' in {what}") for key, t in state.items()}, made.saved_dict()
+    lora_config: Any = PeftConfig.resolve("LORA")(**{k: v for k, v in config.items() if k != "peft_type"})
+    state = arranged({key: to_torch(t) for key, t in tensors.items()}, lora_config, model)
+    return {key: from_torch(t, f"'{key}' in {what}") for key, t in state.items()}, lora_config.saved_dict()

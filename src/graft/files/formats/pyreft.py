@@ -64,11 +64,13 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         BaseModelMismatchError: the base has no such block.
         CheckpointError: a file is not there or damaged, or an intervention is none that graft has.
     """
-    from graft.files.formats.adapterhub_places import blocks_of  # loads torch, which a look at headers does not need
+    from graft.files.formats.adapterhub_places import (
+        find_base_blocks,  # loads torch, which a look at headers does not need
+    )
 
     fields = read_object(os.path.join(path, CONFIG))
     places = places_of(path, fields)
-    blocks, base = blocks_of(path, base)
+    blocks, base = find_base_blocks(path, base)
     out = AdapterFile(NAME, path, "REFT", config=fields)
     units: dict[int, int] = {}
     for place in places:
@@ -84,9 +86,15 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
             f"{path} has {units} interventions by block: graft reads one for each, or two, for first tokens and last."
         )
     orthogonality, subtract = KINDS[places[0].kind]
-    own = positions(path, fields, max(units.values()))
+    position_fields = positions(path, fields, max(units.values()))
     numbers = sorted(units) if len(units) < len(blocks) else "all"
-    out.config = {"peft_type": "REFT", "target_modules": "places", "layers": numbers, "inference_mode": True, **own}
+    out.config = {
+        "peft_type": "REFT",
+        "target_modules": "places",
+        "layers": numbers,
+        "inference_mode": True,
+        **position_fields,
+    }
     out.config |= {"orthogonality": orthogonality, "subtract_projection": subtract}
     out.config["r"] = next(iter(out.modules.values())).tensors["reft_R"].shape[0]  # type: ignore[union-attr]
     out.selected = frozenset(out.modules)
@@ -99,7 +107,7 @@ def places_of(path: str, fields: Json) -> list[Place]:
     keys = fields.get("sorted_keys")
     if not isinstance(keys, list) or not isinstance(types, list) or not len(keys) == len(types) == len(representations):
         raise CheckpointError(f"{path}: {CONFIG} does not say one key and one class for each intervention.")
-    found = []
+    places = []
     for entry, key, kind in zip(representations, keys, types):
         layer, component, unit_ = (*entry, *[None] * 3)[:3] if isinstance(entry, list) else (None, None, None)
         name = str(kind).rstrip("'>").rpartition(".")[2]
@@ -112,41 +120,41 @@ def places_of(path: str, fields: Json) -> list[Place]:
             )
         if not isinstance(key, str) or os.path.basename(key) != key:
             raise CheckpointError(f"{path}: {key!r} is no name of an intervention.")
-        found.append(Place(number, key, name))
-    if len({place.kind for place in found}) > 1:
-        raise CheckpointError(f"{path} has interventions of several classes: {some(sorted({p.kind for p in found}))}.")
-    return found
+        places.append(Place(number, key, name))
+    if len({place.kind for place in places}) > 1:
+        raise CheckpointError(f"{path} has interventions of several classes: {some(sorted({p.kind for p in places}))}.")
+    return places
 
 
 def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
     """Return A and R of an intervention, by graft's names."""
-    from graft.files.formats.adapterhub_places import TURNED, turned
+    from graft.files.formats.adapterhub_places import TURNED, compute_orthonormal_weight
 
     file = os.path.join(path, KEY.format(place.key))
     if not os.path.isfile(file):
         raise CheckpointError(f"{path} lacks {os.path.basename(file)}.")
     state = tensors_of(read_torch(file), file)
-    found = {ours.format(end): state[t] for ours, theirs in SOURCE.items() for t in theirs if t in state}
+    values = {name.format(end): state[t] for name, sources in SOURCE.items() for t in sources if t in state}
     if "rotate_layer" in state:  # (H, r)
-        found[f"reft_R{end}"] = from_torch(to_torch(state["rotate_layer"]).T, file)
+        values[f"reft_R{end}"] = from_torch(to_torch(state["rotate_layer"]).T, file)
     elif {f"rotate_layer.{TURNED}.{name}" for name in ("original", "0.base")} <= state.keys():  # of R.T
-        found[f"reft_R{end}"] = from_torch(turned(state, "rotate_layer").T, file)
+        values[f"reft_R{end}"] = from_torch(compute_orthonormal_weight(state, "rotate_layer").T, file)
     elif "proj_layer.weight" in state:
-        found[f"reft_R{end}"] = state["proj_layer.weight"]
+        values[f"reft_R{end}"] = state["proj_layer.weight"]
         bias = state.get("proj_layer.bias")
         if bias is not None and KINDS[place.kind][1] and bias.read().any():
             raise CheckpointError(f"{file} has a bias of the projection, which graft's ReFT has not.")
-    shapes = [found[name].shape for name in sorted(found)]
-    if len(found) < 3 or len(shapes[2]) != 2 or shapes[1] != shapes[2] or shapes[0] != shapes[2][:1]:
+    shapes = [values[name].shape for name in sorted(values)]
+    if len(values) < 3 or len(shapes[2]) != 2 or shapes[1] != shapes[2] or shapes[0] != shapes[2][:1]:
         raise CheckpointError(f"{file} does not hold A, b and R of one rank and width, but {sorted(state)}: {shapes}.")
-    return found
+    return values
 
 
-def state_of(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
+def read_state(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what a class of pyreft keeps in its file, of A's weight and bias, and R (r, H)."""
     import torch
 
-    from graft.files.formats.adapterhub_places import parametrized
+    from graft.files.formats.adapterhub_places import make_parametrized
 
     if kind == "LoreftIntervention":
         return {**A, "rotate_layer": R.T}
@@ -154,16 +162,16 @@ def state_of(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[
     state = {f"learned_source.{name}": t for name, t in A.items()} | {"embed_dim": width, "interchange_dim": width}
     if not KINDS[kind][0]:
         return state | {"proj_layer.weight": R}
-    layer = parametrized(*R.T.shape)
+    layer = make_parametrized(*R.T.shape)
     layer.weight = R.T
     return state | {f"rotate_layer.{name}": t for name, t in layer.state_dict().items()}
 
 
 def positions(path: str, fields: Json, units: int) -> Json:
     """Return the fields of ReftConfig that pyreft's files lack: those that graft wrote there, or defaults."""
-    ours = fields.get(OURS)
-    if isinstance(ours, dict):
-        return {"dropout": 0.0} | {name: ours[name] for name in SAID if name in ours}
+    own_fields = fields.get(OURS)
+    if isinstance(own_fields, dict):
+        return {"dropout": 0.0} | {name: own_fields[name] for name in SAID if name in own_fields}
     first = 3
     last = first if units == 2 else 0
     warn(
@@ -184,18 +192,18 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
             say.
     """
     from graft import ReftConfig
-    from graft.files.formats.adapterhub_places import blocks_of
+    from graft.files.formats.adapterhub_places import find_base_blocks
     from graft.methods.reft import orthonormal
 
     if adapter.method != "REFT":
         raise LossError(f"The format {NAME} holds ReFT alone, and {adapter.path} is {adapter.method}.")
-    numbers = {block.path: i for i, block in enumerate(blocks_of(adapter.path, base)[0])}
+    numbers = {block.path: i for i, block in enumerate(find_base_blocks(adapter.path, base)[0])}
     known = ReftConfig.__dataclass_fields__
     cfg = ReftConfig(**{name: value for name, value in adapter.config.items() if name in known and name != "peft_type"})
-    made, lost = fit(adapter, HOLDS, NAME, lossy)
+    fitted, lost = fit(adapter, HOLDS, NAME, lossy)
     lost += [f"non_linearity={cfg.non_linearity}"] if cfg.non_linearity is not None else []
-    lost += [LostModule(f"{module}, which is no block") for module in made.modules if module not in numbers]
-    modules = {numbers[path]: m for path, m in made.modules.items() if path in numbers and isinstance(m, Other)}
+    lost += [LostModule(f"{module}, which is no block") for module in fitted.modules if module not in numbers]
+    modules = {numbers[path]: m for path, m in fitted.modules.items() if path in numbers and isinstance(m, Other)}
     check_lost(adapter, NAME, lost, lossy, modules)
     kind = next(name for name, fits in KINDS.items() if fits == (cfg.orthogonality, cfg.subtract_projection))
     ends = [end for end in ("", "_suffix") if any(f"reft_R{end}" in m.tensors for m in modules.values())]
@@ -205,7 +213,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
             A = {name: to_torch(m.tensors[f"reft_A{end}.{name}"]) for name in ("weight", "bias")}
             R = to_torch(m.tensors[f"reft_R{end}"])
             width = R.shape[1]
-            state = state_of(kind, A, orthonormal(R) if cfg.orthogonality else R)
+            state = read_state(kind, A, orthonormal(R) if cfg.orthogonality else R)
             key = f"layer_{number}_comp_block_output_unit_pos_nunit_1#{i}"
             keys.append((number, key))
             files[KEY.format(key)] = {name: t.contiguous() for name, t in state.items()}

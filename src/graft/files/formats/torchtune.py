@@ -15,7 +15,7 @@ from graft import CheckpointError, LossError
 from graft.config.reading import Json, read_object
 from graft.files.errors import BaseNeededError
 from graft.files.formats import Base, one_file
-from graft.files.formats.peft import numbers_at
+from graft.files.formats.peft import find_rank_and_alpha
 from graft.files.holding import both, misfit
 from graft.files.names import heads_of
 from graft.files.neutral import AdapterFile, LowRank
@@ -37,15 +37,15 @@ PAIRS = {"llama", "mistral", "gemma", "gemma2"}  # model types whose q and k tor
 HALVES = {"qwen2"}
 
 
-def file_in(path: str) -> str | None:
+def find_torchtune_file(path: str) -> str | None:
     if os.path.isdir(path) and os.path.exists(os.path.join(path, FILE)):
         return os.path.join(path, FILE)
-    found = one_file(path, ".pt") if os.path.isfile(path) else None
-    return found if found and re.fullmatch(r"adapter_(model|\d+)\.pt", os.path.basename(found)) else None
+    file = one_file(path, ".pt") if os.path.isfile(path) else None
+    return file if file and re.fullmatch(r"adapter_(model|\d+)\.pt", os.path.basename(file)) else None
 
 
 def recognises(path: str) -> bool:
-    file = file_in(path)
+    file = find_torchtune_file(path)
     return file is not None and mentions(file, b".lora_a.weight")
 
 
@@ -56,7 +56,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
         CheckpointError: the config is not there, or a file is damaged.
         BaseNeededError: q or k is adapted, and only the base says how many heads it has.
     """
-    file = file_in(path) or path
+    file = find_torchtune_file(path) or path
     config_path = os.path.join(os.path.dirname(file), CONFIG)
     if not os.path.exists(config_path):
         raise CheckpointError(f"{config_path} is not there: torchtune's file alone does not say rank and alpha.")
@@ -66,17 +66,17 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     modules: dict[str, dict[str, Tensor]] = {}
     for key, values in tensors_of(read_torch(file), file).items():
         match = KEY.fullmatch(key)
-        name = None if match is None else renamed(match["path"])
+        name = None if match is None else rename_modules(match["path"])
         if match is None or name is None:
             out.unread.append(key)
         else:
             modules.setdefault(name, {})[LEAVES[match["leaf"]]] = values
     for name, tensors in modules.items():
-        out.modules[name] = low_rank(out, name, tensors, config, base)
+        out.modules[name] = read_torchtune_pair(out, name, tensors, config, base)
     return out
 
 
-def renamed(path: str) -> str | None:
+def rename_modules(path: str) -> str | None:
     """Return transformers' path of a module; None: it has none."""
     if path in ("output", "decoder.output"):
         return "lm_head"
@@ -86,17 +86,19 @@ def renamed(path: str) -> str | None:
     return f"model.layers.{match['number']}.{NAMES[match['rest']]}"
 
 
-def low_rank(out: AdapterFile, name: str, tensors: dict[str, Tensor], config: Json, base: Base | None) -> LowRank:
+def read_torchtune_pair(
+    out: AdapterFile, name: str, tensors: dict[str, Tensor], config: Json, base: Base | None
+) -> LowRank:
     A, B = both(tensors, "AB", out.path, name)
-    r, alpha = numbers_at(config, name, "lora_alpha")
+    r, alpha = find_rank_and_alpha(config, name, "lora_alpha")
     if len(A.shape) != 2 or len(B.shape) != 2 or (A.shape[0], B.shape[1]) != (r, r):
         raise misfit(out.path, name, A, B, f"of rank {r}")
-    made = LowRank(A, B, alpha / r, "linear", tensors.get("magnitude"))
+    module = LowRank(A, B, alpha / r, "linear", tensors.get("magnitude"))
     heads = heads_in(name, base)
     if heads is None:
-        return made
-    magnitude = None if made.magnitude is None else two_halves(made.magnitude, heads)
-    return replace(made, B=two_halves(B, heads), magnitude=magnitude)
+        return module
+    magnitude = None if module.magnitude is None else two_halves(module.magnitude, heads)
+    return replace(module, B=two_halves(B, heads), magnitude=magnitude)
 
 
 def heads_in(name: str, base: Base | None) -> int | None:

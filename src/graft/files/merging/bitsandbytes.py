@@ -43,8 +43,8 @@ class Form(BaseWeights):
         super().__init__(base)
         self.states: dict[str, Json] = {}
         for key in base.tensors:
-            name, found, _ = key.partition(STATE)
-            if found:
+            name, has_state, _ = key.partition(STATE)
+            if has_state:
                 self._four(name, key)
             elif key.endswith(".SCB"):
                 name = f"{key.removesuffix('SCB')}weight"
@@ -101,20 +101,20 @@ class Form(BaseWeights):
         codes = nearest(blocks / scale.clamp_min(1e-30)[:, None], table).flatten()[: len(flat)]
         codes = torch.nn.functional.pad(codes, (0, len(flat) % 2)).view(-1, 2)
         form = of_file(old[name])
-        made = {name: to_file((codes[:, 0] << 4 | codes[:, 1]).to(torch.uint8).view(form.dtype).view(form.shape))}
-        return old | made | self._pack_scales(name, scale, old)
+        parts = {name: to_file((codes[:, 0] << 4 | codes[:, 1]).to(torch.uint8).view(form.dtype).view(form.shape))}
+        return old | parts | self._pack_scales(name, scale, old)
 
     def _pack_scales(self, name: str, scale: torch.Tensor, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if f"{name}.nested_absmax" not in old:
             return {f"{name}.absmax": to_file(scale)}
         state = self.states[name]
         size = state["nested_blocksize"]
-        rest = scale - state["nested_offset"]  # that of the file: a mean of much the same scales
-        blocks = torch.nn.functional.pad(rest, (0, -len(rest) % size)).view(-1, size)
+        remainder = scale - state["nested_offset"]  # that of the file: a mean of much the same scales
+        blocks = torch.nn.functional.pad(remainder, (0, -len(remainder) % size)).view(-1, size)
         outer = blocks.abs().amax(1)
         codes = nearest(blocks / outer.clamp_min(1e-30)[:, None], of_file(old[f"{name}.nested_quant_map"]).float())
         return {
-            f"{name}.absmax": to_file(codes.flatten()[: len(rest)].to(torch.uint8)),
+            f"{name}.absmax": to_file(codes.flatten()[: len(remainder)].to(torch.uint8)),
             f"{name}.nested_absmax": to_file(outer),
         }
 

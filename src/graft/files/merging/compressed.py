@@ -68,7 +68,7 @@ class Form(BaseWeights):
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> torch.Tensor:
         codes, shape = of_file(parts[self.packed[name][0]]), self.shapes[name]
         if codes.dtype == torch.int32:
-            codes = unpacked(codes, self.bits[name], shape[1])
+            codes = unpack_codes(codes, self.bits[name], shape[1])
         W = codes.float()
         scale = of_file(parts[f"{name}_scale"])
         if (zero := self._zero(name, parts, scale)) is not None:
@@ -80,7 +80,7 @@ class Form(BaseWeights):
             return None
         zero = of_file(parts[f"{name}_zero_point"])
         if zero.dtype == torch.int32:  # packed along the rows
-            zero = unpacked(zero.T.contiguous(), self.bits[name], scale.shape[0]).T
+            zero = unpack_codes(zero.T.contiguous(), self.bits[name], scale.shape[0]).T
         return zero.float()
 
     def pack(self, name: str, W: torch.Tensor) -> dict[str, Tensor]:
@@ -98,24 +98,24 @@ class Form(BaseWeights):
         if zero is not None:
             codes += float8.expand_scales(zero, W.shape)
         if kind == torch.float8_e4m3fn:
-            made = codes.clamp_(-most, most).to(kind)
+            values = codes.clamp_(-most, most).to(kind)
         else:
-            made = codes.round_().clamp_(-most - 1, most).to(torch.int8)
-            made = packed(made, self.bits[name]) if kind == torch.int32 else made
-        return old | {self.packed[name][0]: to_file(made), f"{name}_scale": to_file(grown)}
+            values = codes.round_().clamp_(-most - 1, most).to(torch.int8)
+            values = pack_codes(values, self.bits[name]) if kind == torch.int32 else values
+        return old | {self.packed[name][0]: to_file(values), f"{name}_scale": to_file(grown)}
 
     def plain_config(self, config: Mapping[str, object]) -> Json:
         return {n: v for n, v in super().plain_config(config).items() if n != "compression_config"}
 
 
-def unpacked(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+def unpack_codes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Return the codes (rows, columns) that stand in words of 32 bits, the first in the lowest; 0 is the smallest."""
     at = torch.arange(0, 32, bits)
     codes = (words[..., None] >> at) & (2**bits - 1)
     return (codes.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
 
 
-def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Return codes (rows, columns) in words of 32 bits."""
     each = 32 // bits
     raised = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, -codes.shape[1] % each))

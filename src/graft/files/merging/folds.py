@@ -12,9 +12,9 @@ import torch
 from graft import BaseModelMismatchError, LossError
 from graft.config.reading import Json
 from graft.files.errors import OptionError
-from graft.files.formats.peft import unnamed
+from graft.files.formats.peft import list_unnamed
 from graft.files.holding import FIELDS, PARTS
-from graft.files.merging.weights import wide
+from graft.files.merging.weights import to_wide
 from graft.files.names import is_stored_in_out
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.places import Places, Spot
@@ -74,14 +74,14 @@ class Job:
         return BaseModelMismatchError(f"Adapter '{self.name}' does not fit the base at '{path}': {why}.")
 
 
-def changes(job: Job) -> list[Change]:
+def list_changes(job: Job) -> list[Change]:
     """Return what a file's low-rank parts, whole tensors and rows do to a checkpoint, in the order in which they act.
 
     Raises:
         BaseModelMismatchError: something has no place in the checkpoint, or another shape there.
         LossError: no weight does what the adapter does, or its file does not say what it did to the base.
     """
-    found = list[Change]()
+    result = list[Change]()
     if named := [PARTS[name] for name in FIELDS if job.adapter.config.get(name)]:
         raise LossError(
             f"Adapter '{job.name}' has {named[0]}, which no weight of the base can take over: keep it unmerged, on a "
@@ -97,15 +97,15 @@ def changes(job: Job) -> list[Change]:
         [weight_name(path, lora) for path, lora in low.items()] + list(job.adapter.rows), job.name
     )
     for name, value in job.adapter.full.items():  # first, since some files bring along what their factors add to
-        found += whole(job, name, value)
+        result += replace_whole(job, name, value)
     for path, lora in low.items():
         for spot in spots[weight_name(path, lora)]:
-            found.append(low_rank(job, path, lora, spot))
+            result.append(fold_low_rank(job, path, lora, spot))
         if lora.bias is not None:
-            found.append(shift(job, path, lora))
+            result.append(change_bias(job, path, lora))
     for name, (indices, values) in job.adapter.rows.items():
-        found.append(rows(job, name, indices, values, spots[name]))
-    return found
+        result.append(replace_rows(job, name, indices, values, spots[name]))
+    return result
 
 
 def weight_name(path: str, lora: LowRank) -> str:
@@ -115,7 +115,7 @@ def weight_name(path: str, lora: LowRank) -> str:
 # low rank
 
 
-def low_rank(job: Job, path: str, lora: LowRank, spot: Spot) -> Change:
+def fold_low_rank(job: Job, path: str, lora: LowRank, spot: Spot) -> Change:
     replacement = job.adapter.full.get(weight_name(path, lora))
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape
     view = orientation(job, path, lora, spot, shape)
@@ -126,22 +126,22 @@ def low_rank(job: Job, path: str, lora: LowRank, spot: Spot) -> Change:
     shift = None if lora.shift is None else Shift(lora, job.adapter.config, job.kinds.get(spot.key))
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
-        own = own if replacement is None else lambda: wide(replacement)
-        made = W if adds or job.weight == 1 else W.clone()
-        for matrix, before, A, B in parts(lora, spot, view, made, own):
+        own = own if replacement is None else lambda: to_wide(replacement)
+        folded = W if adds or job.weight == 1 else W.clone()
+        for matrix, before, A, B in parts(lora, spot, view, folded, own):
             A, B = A.to(matrix.dtype), B.to(matrix.dtype) * scale
             gain = None
             if not adds:  # norms and shifts are of the checkpoint's own weight, whatever has been merged before
                 unchanged = before()
                 start = unchanged if shift is None else shift(unchanged)
                 if lora.magnitude is not None:
-                    gain = wide(lora.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
+                    gain = to_wide(lora.magnitude).flatten().to(matrix.dtype) / row_norms(start, A, B)
                 if start is not unchanged:
                     matrix.copy_(matrix - unchanged + start)
             matrix.addmm_(B, A)
             if gain is not None:
                 matrix.mul_(gain[:, None])
-        return made if made is W else W.lerp_(made, job.weight)
+        return folded if folded is W else W.lerp_(folded, job.weight)
 
     of = (scale, lora.A, lora.B, lora.magnitude, lora.mid, *(lora.shift or ()))
     return Change(spot.key, weight_name(path, lora), fold, shape, of)
@@ -164,13 +164,13 @@ class Shift:
 
     def __call__(self, W: torch.Tensor) -> torch.Tensor:
         if self.sample is not None:
-            here, (fresh, changed) = sample(W), wide(self.sample)
-            if torch.dist(here, changed) < torch.dist(here, fresh) and are_near(here, changed):
+            current, (fresh, changed) = sample(W), to_wide(self.sample)
+            if torch.dist(current, changed) < torch.dist(current, fresh) and are_near(current, changed):
                 return W  # the base is the one that the initialisation made
-        made = W - wide(self.B).to(W.dtype) @ wide(self.A).to(W.dtype)
+        shifted = W - to_wide(self.B).to(W.dtype) @ to_wide(self.A).to(W.dtype)
         if self.bits is not None:
-            made = round_to_bits(made, self.bits)
-        return made if self.kind is None else made.to(self.kind).to(W.dtype)
+            shifted = round_to_bits(shifted, self.bits)
+        return shifted if self.kind is None else shifted.to(self.kind).to(W.dtype)
 
 
 def orientation(
@@ -178,8 +178,8 @@ def orientation(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what makes a stored weight, or a matrix of a stack, the matrix (out, fan_in) that B A adds to."""
     out, fan_in = sizes(lora, spot)
-    own = shape[1:] if lora.kind == "experts" and spot.expert is None else shape
-    straight, turned = (*own[:1], prod(own[1:])) == (out, fan_in), own == (fan_in, out)
+    matrix_shape = shape[1:] if lora.kind == "experts" and spot.expert is None else shape
+    straight, turned = (*matrix_shape[:1], prod(matrix_shape[1:])) == (out, fan_in), matrix_shape == (fan_in, out)
     if lora.kind == "embedding" or (straight and turned and square_is_turned(job, path, lora, spot)):
         straight = False
     if lora.kind == "experts" and spot.expert is None and shape[0] != lora.A.shape[0]:
@@ -188,7 +188,9 @@ def orientation(
         return lambda W: W.flatten(1)
     if turned:
         return lambda W: W.T
-    raise job.misfit(path, f"B A is {(out, fan_in)}, '{spot.key}' {shape}" + groups_hint(lora, own, out, fan_in))
+    raise job.misfit(
+        path, f"B A is {(out, fan_in)}, '{spot.key}' {shape}" + groups_hint(lora, matrix_shape, out, fan_in)
+    )
 
 
 def groups_hint(lora: LowRank, own: tuple[int, ...], out: int, fan_in: int) -> str:
@@ -217,10 +219,10 @@ def parts(
     lora: LowRank, spot: Spot, view: Callable[[torch.Tensor], torch.Tensor], W: torch.Tensor, own: Read
 ) -> Iterator[tuple[torch.Tensor, Callable[..., torch.Tensor], torch.Tensor, torch.Tensor]]:
     """Yield each matrix (out, fan_in) of a weight, what returns the checkpoint's own, and the factors A and B."""
-    A, B = wide(lora.A), wide(lora.B)
+    A, B = to_wide(lora.A), to_wide(lora.B)
     if lora.kind != "experts":
         if lora.mid is not None:
-            core = wide(lora.mid)
+            core = to_wide(lora.mid)
             A = torch.einsum("ij...,jn->in...", core, A.flatten(1))
         yield view(W), lambda: view(own()), A.flatten(1), B.flatten(1)
     elif spot.expert is not None:
@@ -231,36 +233,36 @@ def parts(
             yield view(W[e]), lambda e=e: view(own()[e]), A[e], B[e]
 
 
-def shift(job: Job, path: str, lora: LowRank) -> Change:
+def change_bias(job: Job, path: str, lora: LowRank) -> Change:
     """Return the change of a bias, which the second factor's own bias adds to."""
     assert lora.bias is not None
-    found = job.places.find(f"{path}.bias")
-    if not found:
+    spot = job.places.find(f"{path}.bias")
+    if not spot:
         raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
-    shape, value = job.places.shapes[found[0].key], lora.bias
+    shape, value = job.places.shapes[spot[0].key], lora.bias
     if shape != tuple(value.shape):
-        raise job.misfit(path, f"its bias is {tuple(value.shape)}, '{found[0].key}' {shape}")
+        raise job.misfit(path, f"its bias is {tuple(value.shape)}, '{spot[0].key}' {shape}")
 
     def fold(b: torch.Tensor, own: Read) -> torch.Tensor:
-        return b.add_(wide(value).to(b.dtype), alpha=lora.scale * job.weight)
+        return b.add_(to_wide(value).to(b.dtype), alpha=lora.scale * job.weight)
 
-    return Change(found[0].key, f"{path}.bias", fold, shape, (value, lora.scale))
+    return Change(spot[0].key, f"{path}.bias", fold, shape, (value, lora.scale))
 
 
 # whole tensors and rows
 
 
-def whole(job: Job, name: str, value: Tensor) -> list[Change]:
+def replace_whole(job: Job, name: str, value: Tensor) -> list[Change]:
     """Return the changes that put a trained tensor in the place of the base's, or beside it if the base has none."""
     spots = job.places.find(name)
-    if spots is None and name in unnamed(job.adapter):
+    if spots is None and name in list_unnamed(job.adapter):
         raise job.misfit(name, "it is a tensor that neither the base has nor the adapter's modules_to_save names")
     if spots is None:
-        return [Change(name, name, lambda _, own: wide(value), tuple(value.shape), (value,), new=True)]
-    return [part_of_whole(job, name, value, spot) for spot in spots]
+        return [Change(name, name, lambda _, own: to_wide(value), tuple(value.shape), (value,), new=True)]
+    return [replace_part(job, name, value, spot) for spot in spots]
 
 
-def part_of_whole(job: Job, name: str, value: Tensor, spot: Spot) -> Change:
+def replace_part(job: Job, name: str, value: Tensor, spot: Spot) -> Change:
     shape = job.places.shapes[spot.key]
     cut = value.shape
     if spot.expert is not None:
@@ -270,23 +272,23 @@ def part_of_whole(job: Job, name: str, value: Tensor, spot: Spot) -> Change:
         raise job.misfit(name, f"it brings a tensor {tuple(value.shape)}, '{spot.key}' is {shape}")
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
-        made = wide(value)
+        new = to_wide(value)
         if spot.expert is not None:
-            made = made[spot.expert]
-            made = made if spot.rows is None else made[spot.rows[0] : sum(spot.rows)]
+            new = new[spot.expert]
+            new = new if spot.rows is None else new[spot.rows[0] : sum(spot.rows)]
         if job.weight == 1:
-            return made
+            return new
         if resized:
             raise OptionError(
                 f"Adapter '{job.name}' brings '{name}' with other sizes than the base's, which weight {job.weight} "
                 "cannot mix: give it weight 1."
             )
-        return W.lerp_(made.to(W.dtype), job.weight)
+        return W.lerp_(new.to(W.dtype), job.weight)
 
     return Change(spot.key, name, fold, tuple(cut), (value,), replaces=job.weight == 1)
 
 
-def rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> Change:
+def replace_rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> Change:
     """Return the change that puts trained rows of an embedding in the place of the base's."""
     (spot,) = spots
     replacement = job.adapter.full.get(name)
@@ -297,11 +299,11 @@ def rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: list[Spot]
         raise job.misfit(name, f"it brings rows {tuple(values.shape)} up to number {int(at.max())}, of {shape}")
 
     def fold(W: torch.Tensor, own: Read) -> torch.Tensor:
-        made = wide(values).to(W.dtype)
+        new = to_wide(values).to(W.dtype)
         if len(distinct) < len(at):  # a token that is named several times has the mean of its rows
-            made = torch.zeros(len(distinct), made.shape[1], dtype=made.dtype).index_add_(0, place, made)
-            made = (made / place.bincount()[:, None])[place]
-        W[at] = made if job.weight == 1 else W[at].lerp(made, job.weight)
+            new = torch.zeros(len(distinct), new.shape[1], dtype=new.dtype).index_add_(0, place, new)
+            new = (new / place.bincount()[:, None])[place]
+        W[at] = new if job.weight == 1 else W[at].lerp(new, job.weight)
         return W
 
     return Change(spot.key, name, fold, shape, ("rows", indices, values), rows=frozenset(distinct.tolist()))

@@ -25,10 +25,10 @@ from graft.files.errors import OptionError
 from graft.files.formats import read
 from graft.files.lint import check_whole
 from graft.files.lycoris import kasa_as_lora
-from graft.files.merging.folds import Change, Job, changes
+from graft.files.merging.folds import Change, Job, list_changes
 from graft.files.merging.stream import Out, Workplace, sha256_of
-from graft.files.merging.ties import Tied, alike, name_architecture, resize_vocabulary, tied_groups
-from graft.files.merging.weights import FLOATS, TORCH, BaseWeights, measured, to_bytes, weights_of
+from graft.files.merging.ties import Tied, are_alike, find_tied_groups, name_architecture, resize_vocabulary
+from graft.files.merging.weights import FLOATS, TORCH, BaseWeights, find_base_weights, measure_loss, to_bytes
 from graft.files.neutral import AdapterFile, LowRank
 from graft.files.places import Places
 from graft.files.skeleton import skeleton
@@ -165,23 +165,26 @@ class Work:
         if dtype is not None and dtype not in DTYPES:
             raise OptionError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}.")
         self.base, self.notes = base, list[str]()
-        self.beside = needed(base, self.notes)
+        self.beside = list_needed_files(base, self.notes)
         self.paths, self.dtype = adapters, None if dtype is None else DTYPES[dtype]
         self.weights = weights
-        self.base_weights: BaseWeights = weights_of(base)
+        self.base_weights: BaseWeights = find_base_weights(base)
         self.keep = keep_quantized and bool(self.base_weights.packed)
         if keep_quantized and not self.base_weights.packed:
             raise OptionError(f"{base.path} is not quantized: leave --keep-quantized out.")
         self.model = cache(partial(skeleton, base.path))
         self.tied: Tied = Tied(
-            self.base_weights.shapes, partial(tied_groups, self.model, base.config, self.base_weights.shapes)
+            self.base_weights.shapes, partial(find_tied_groups, self.model, base.config, self.base_weights.shapes)
         )
         self.places = Places(self.tied.shapes, self.model)
         self.changed: dict[str, list[Change]] = {}
         self.adapters = [self._read(path) for path in adapters]
         kinds: Any = {name: TORCH[t.dtype] for name, t in base.tensors.items() if t.dtype in FLOATS}
         for weight, adapter in zip(self.weights, self.adapters):
-            self._add(Job(adapter, weight, self.places, base.config, self._stacked, kinds, self._own), others)
+            self._add(
+                Job(adapter, weight, self.places, base.config, self._is_stored_transposed, kinds, self._read_own),
+                others,
+            )
         self.notes += self.tied.settle(self.changed)
         self._check_writable()
 
@@ -197,16 +200,16 @@ class Work:
     def _add(self, job: Job, others: Others | None) -> None:
         adapter = job.adapter
         self.tied.look_at(adapter)
-        found = changes(job)
+        new_changes = list_changes(job)
         check_whole(adapter, self.base)
         unusual = {path: module for path, module in adapter.modules.items() if not isinstance(module, LowRank)}
         if unusual or adapter.shared:
             if others is None:
                 raise LossError(f"{adapter.method} of {job.name} is not low rank: merge it with graft.merge_files.")
-            found += others(job, self.base)
-        if not found:
+            new_changes += others(job, self.base)
+        if not new_changes:
             raise CheckpointError(f"{job.name} ({adapter.method}) changes no weight: there is nothing to merge.")
-        together = self.tied.spread(found, adapter)
+        together = self.tied.spread(new_changes, adapter)
         for change in together:
             before = self.changed.setdefault(change.key, [])
             if change.new and any(c.new for c in before):
@@ -221,11 +224,11 @@ class Work:
                 raise OptionError(
                     f"{job.name} and an adapter before it each replace {what}, which has one value: merge one of them."
                 )
-            if before and change.replaces and not alike(before, [change]):
+            if before and change.replaces and not are_alike(before, [change]):
                 self.notes.append(f"'{change.key}' is as {job.name} brings it: what came before changes nothing there.")
             before.append(change)
 
-    def _stacked(self, path: str) -> bool:
+    def _is_stored_transposed(self, path: str) -> bool:
         """Return True if the module of a parameter says that the matrices of its stacks are stored (in, out)."""
         model = self.model()
         try:
@@ -251,28 +254,28 @@ class Work:
         by_file: dict[str, list[Out]] = {name: [] for name in shards(self.base.path)}
         for key, file in self.base.files.items():
             if (name := parts.get(key)) is not None:
-                by_file[file] += self._packed(name, key)
+                by_file[file] += self._list_packed(name, key)
             elif key in self.changed:
-                by_file[file].append(self._edited(key))
+                by_file[file].append(self._edit(key))
             else:
-                by_file[file].append(self._copied(key))
+                by_file[file].append(self._copy(key))
         last = next(reversed(by_file))
         for key in self.changed:
             if key not in self.base.tensors and key not in self.base_weights.packed:
-                by_file[self.base.files.get(self.tied.source(key), last)].append(self._edited(key))
+                by_file[self.base.files.get(self.tied.source(key), last)].append(self._edit(key))
         by_file = {name: outs for name, outs in by_file.items() if outs}
-        return by_file if shard_size is None else resharded(by_file, shard_size)
+        return by_file if shard_size is None else split_shards(by_file, shard_size)
 
-    def _packed(self, name: str, key: str) -> list[Out]:
+    def _list_packed(self, name: str, key: str) -> list[Out]:
         """Return what stands in the output for one of the tensors that hold a packed weight."""
         if self.keep:
             if name not in self.changed:
-                return [self._copied(key, cast=False)]
+                return [self._copy(key, cast=False)]
             old = self.base.tensors[key]
             return [Out(key, old.dtype, old.shape, partial(self._repack, name, key))]
-        return [self._edited(name)] if key == self.base_weights.packed[name][0] else []
+        return [self._edit(name)] if key == self.base_weights.packed[name][0] else []
 
-    def _copied(self, key: str, cast: bool = True) -> Out:
+    def _copy(self, key: str, cast: bool = True) -> Out:
         tensor = self.base.tensors[key]
         if cast and self.dtype is not None and tensor.dtype in FLOATS and tensor.dtype != self.dtype:
             return Out(key, self.dtype, tensor.shape, partial(self._cast, key, self.dtype))
@@ -281,7 +284,7 @@ class Work:
     def _cast(self, key: str, dtype: str) -> tuple[Bytes, None]:
         return to_bytes(self._in_dtype(key, self.base_weights.read(key), dtype)), None
 
-    def _edited(self, key: str) -> Out:
+    def _edit(self, key: str) -> Out:
         folds = self.changed.get(key, [])
         shape = folds[-1].shape if folds else self.tied.shapes[key]
         dtype = self._dtype(key)
@@ -300,16 +303,16 @@ class Work:
 
     # values
 
-    def _own(self, key: str) -> torch.Tensor:
+    def _read_own(self, key: str) -> torch.Tensor:
         W = self.base_weights.read(self.tied.source(key))
         return W.to(torch.promote_types(W.dtype, torch.float32), copy=True)
 
     @torch.no_grad()
     def _exact(self, key: str) -> torch.Tensor:
         folds = self.changed.get(key, [])
-        W = torch.empty(0) if folds and folds[0].new else self._own(key)
+        W = torch.empty(0) if folds and folds[0].new else self._read_own(key)
         for i, change in enumerate(folds):
-            W = change.fold(W, partial(self._own, key) if i else partial(torch.Tensor.view_as, W, W))
+            W = change.fold(W, partial(self._read_own, key) if i else partial(torch.Tensor.view_as, W, W))
             if not W.isfinite().all():
                 raise NonFiniteError(f"Merged, '{change.param}' holds NaN or infinite numbers: an adapter is broken.")
         return W
@@ -333,17 +336,17 @@ class Work:
         before = self.base_weights.read(self.tied.source(key))
         if before.shape != exact.shape:
             return {"resized": [list(before.shape), list(exact.shape)]}
-        return measured(before, exact, after)
+        return measure_loss(before, exact, after)
 
     @torch.no_grad()
     def _repack(self, name: str, key: str) -> tuple[Bytes, Json | None]:
         exact = self._exact(name)
-        made = self.base_weights.pack(name, exact)
+        parts = self.base_weights.pack(name, exact)
         row = None
         if key == self.base_weights.packed[name][0]:
-            row = measured(self.base_weights.read(name), exact, self.base_weights.unpack(name, made))
+            row = measure_loss(self.base_weights.read(name), exact, self.base_weights.unpack(name, parts))
             row["tensor"] = name
-        return made[key].load(), row
+        return parts[key].load(), row
 
     # the rest
 
@@ -376,26 +379,26 @@ class Work:
         return name_architecture(config, self.changed, self.adapters)
 
 
-def needed(base: BaseFiles, notes: list[str]) -> list[str]:
+def list_needed_files(base: BaseFiles, notes: list[str]) -> list[str]:
     """Return the names of files that a model needs beside its weights, and note what else stands there.
 
     Raises:
         CheckpointError: one of them, or of the weights, is no file, or a link that leads out of the folder.
     """
-    found, others = list[str](), list[str]()
+    names, skipped = list[str](), list[str]()
     for name, _ in entries(base.path, NEEDED):
         if matches(name, NEEDED):
-            found.append(name)
+            names.append(name)
         elif not name.startswith(".") and not matches(name, ELSEWHERE):
-            others.append(name)
-    for name in (*found, *dict.fromkeys(base.files.values())):
+            skipped.append(name)
+    for name in (*names, *dict.fromkeys(base.files.values())):
         check_inside(base.path, name)
-    if others:
-        notes.append(f"Not copied from the base: {some(others)}.")
-    return found
+    if skipped:
+        notes.append(f"Not copied from the base: {some(skipped)}.")
+    return names
 
 
-def resharded(by_file: dict[str, list[Out]], size: int) -> dict[str, list[Out]]:
+def split_shards(by_file: dict[str, list[Out]], size: int) -> dict[str, list[Out]]:
     """Return the same tensors in files of at most that many bytes, where no tensor is larger."""
     groups: list[list[Out]] = [[]]
     for out in (out for outs in by_file.values() for out in outs):
@@ -437,8 +440,8 @@ def certificate_of(work: Work, place: Workplace, account: Merged) -> Json:
 
 def digests(paths: Iterable[str]) -> dict[str, str]:
     """Return the sha256 of files, by their names."""
-    found = {}
+    by_name = {}
     for path in sorted(paths):
         with suppress(FileNotFoundError):
-            found[os.path.basename(path)] = sha256_of(path)
-    return found
+            by_name[os.path.basename(path)] = sha256_of(path)
+    return by_name

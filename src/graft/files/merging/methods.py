@@ -22,7 +22,7 @@ from graft.core.method import Use
 from graft.core.random import made_on
 from graft.files.base import BaseFiles
 from graft.files.formats import peft
-from graft.files.merging.folds import Change, Job, Read, whole
+from graft.files.merging.folds import Change, Job, Read, replace_whole
 from graft.files.merging.merge import Merged, merge
 from graft.files.merging.ties import head_class
 from graft.files.merging.weights import to_file
@@ -38,10 +38,10 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
     `graft.files.merging.merge.merge`."""
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     with made_on(torch.device("cpu")):  # values come from files, whatever device a process has as its default
-        return merge(base, adapters, output, others=changes, **options)
+        return merge(base, adapters, output, others=list_method_changes, **options)
 
 
-def changes(job: Job, base: BaseFiles) -> list[Change]:
+def list_method_changes(job: Job, base: BaseFiles) -> list[Change]:
     """Return what the parts of an adapter that are not low rank do to a checkpoint.
 
     Raises:
@@ -56,8 +56,8 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
             f"FROD of {job.name} has a basis of all weights of a kind, which its file lacks (save_projection=False): "
             "merge it in memory, with PeftModel.from_pretrained(…).merge_and_unload(), and save that model."
         )
-    layers = {path: layer for path, layer in loaded(job, base).items() if NAME in layer.methods}
-    found: list[Change] = []
+    layers = {path: layer for path, layer in load_layers(job, base).items() if NAME in layer.methods}
+    result: list[Change] = []
     asked: dict[object, bool] = {}
     if absent := [p for p, module in adapter.modules.items() if p not in layers and not isinstance(module, LowRank)]:
         raise job.misfit(absent[0], "there is no such layer in the model")
@@ -71,13 +71,13 @@ def changes(job: Job, base: BaseFiles) -> list[Change]:
             raise LossError(f"{adapter.method} of {job.name} cannot be merged at '{path}': {why}.")
         if isinstance(effect, Replace):
             for name, p in effect.module().named_parameters():
-                found += [replace(change, alone=True) for change in whole(job, f"{path}.{name}", to_file(p))]
+                result += [replace(change, alone=True) for change in replace_whole(job, f"{path}.{name}", to_file(p))]
         else:
-            found += of_layer(job, path, layer, m, asked)
-    return found
+            result += list_layer_changes(job, path, layer, m, asked)
+    return result
 
 
-def loaded(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
+def load_layers(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
     """Return the layers of an adapter on the base's model, whose weights are zeros that take no memory."""
     kind = head_class(base.config, job.adapter) if job.adapter.full else None
     model = skeleton(base.path, kind)
@@ -92,11 +92,11 @@ def loaded(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
         if job.adapter.format != peft.NAME:
             peft.write(job.adapter, folder, base)
             path = folder
-        made = PeftModel.from_pretrained(weightless(model), path, adapter_name=NAME)
-    return survey(made.get_base_model()).layers
+        peft_model = PeftModel.from_pretrained(weightless(model), path, adapter_name=NAME)
+    return survey(peft_model.get_base_model()).layers
 
 
-def of_layer(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> list[Change]:
+def list_layer_changes(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> list[Change]:
     name = f"{path}.{layer.site.parameter}" if not path.endswith(f".{layer.site.parameter}") else path
     (spot, *more) = job.places.settle([name], job.name)[name]
     shape = job.places.shapes[spot.key]
@@ -110,15 +110,15 @@ def of_layer(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[ob
     key = bias[0].key if bias and getattr(layer.base_layer, "bias", None) is not None else None
     kind = job.kinds.get(spot.key)  # what a model has that is loaded from the checkpoint
     where = layer.where if kind is None or kind.itemsize < 2 else (layer.where[0], kind)
-    found = []
+    layer_changes = []
     if not m.effect.keeps_weight:
-        found.append(Change(spot.key, name, partial(fold, job, layer, m, where, False, key), shape, (m,)))
+        layer_changes.append(Change(spot.key, name, partial(fold, job, layer, m, where, False, key), shape, (m,)))
     if shifts(layer, m, asked):
         if key is None:
             raise job.misfit(path, "it shifts the bias, and the layer has none: merged, there is no place for that")
         act = partial(fold, job, layer, m, where, True, spot.key)
-        found.append(Change(key, f"{path}.bias", act, job.places.shapes[key], (m,)))
-    return found
+        layer_changes.append(Change(key, f"{path}.bias", act, job.places.shapes[key], (m,)))
+    return layer_changes
 
 
 def shifts(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
@@ -178,10 +178,10 @@ def fold(
         if Use.AGAIN in m.uses_weight() or type(m).finish_load is not Method.finish_load:
             find_again(layer, m, where)
         try:
-            made = fold_step(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]
-            assert made is not None
-            made = made if of_bias else layer.op.uncanon(made)
-            return made if job.weight == 1 else torch.lerp(value, made.to(value.dtype), job.weight)
+            merged = fold_step(layer, m, m.effect, layer.op.canon(W), b)[1 if of_bias else 0]
+            assert merged is not None
+            merged = merged if of_bias else layer.op.uncanon(merged)
+            return merged if job.weight == 1 else torch.lerp(value, merged.to(value.dtype), job.weight)
         finally:
             parameters[layer.site.parameter] = nn.Parameter(nothing(W0), requires_grad=False)
             if b0 is not None:

@@ -142,9 +142,9 @@ class Workplace:
                 raise
 
     def _check_own(self) -> None:
-        if others := [name for name, is_own in self._entries() if not is_own]:
+        if foreign := [name for name, is_own in self._entries() if not is_own]:
             raise OutputExistsError(
-                f"{self.room}, where work in progress goes, holds {some(others, 4)}, which no merge has written: "
+                f"{self.room}, where work in progress goes, holds {some(foreign, 4)}, which no merge has written: "
                 "remove it, or give another place for the result."
             )
 
@@ -173,13 +173,13 @@ class Workplace:
 
     def _entries(self) -> list[tuple[str, bool]]:
         """Return the names of what is in the room, and whether a merge may have written each: no link, a known name."""
-        found = []
+        rows = []
         for path, is_file in entries(self.room, self.names):
             folder, name = os.path.split(path)
             temporary = TEMPORARY.fullmatch(name)
             known = os.path.join(folder, temporary["of"]) if temporary else path
-            found.append((path, is_file and matches(known, self.names)))
-        return found
+            rows.append((path, is_file and matches(known, self.names)))
+        return rows
 
     def _take_up(self, shards: Collection[str], changed: Collection[str]) -> None:
         """Find the shards that a run of the same key has finished, by their digests; delete all else."""
@@ -194,9 +194,9 @@ class Workplace:
                 self.done[name] = note
         if not self.done:
             clear(self.folder)
-        kept = {LOCK, STATE, *(os.path.join(os.path.basename(self.folder), name) for name in self.done)}
+        kept_names = {LOCK, STATE, *(os.path.join(os.path.basename(self.folder), name) for name in self.done)}
         for name, _ in self._entries():
-            if name not in kept:
+            if name not in kept_names:
                 os.remove(os.path.join(self.room, name))
         os.makedirs(self.folder, exist_ok=True)  # with the modes that the umask gives
 
@@ -224,12 +224,12 @@ class Workplace:
         """Put the folder where the output goes; what stands there gets its name, and is deleted."""
         self.check()
         sync(self.folder)
-        made = os.stat(self.folder)
+        folder_state = os.stat(self.folder)
         try:
             exchange(self.folder, self.output) if os.path.isdir(self.output) else os.rename(self.folder, self.output)
             sync(os.path.dirname(self.output))
         finally:  # after an interrupt, too
-            if os.path.isdir(self.output) and os.path.samestat(made, os.stat(self.output)):
+            if os.path.isdir(self.output) and os.path.samestat(folder_state, os.stat(self.output)):
                 self.clear()
 
     def clear(self) -> None:

@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 Groups = list[list[str]]
 
 
-def tied_groups(
+def find_tied_groups(
     model: Callable[[], PreTrainedModel | None], config: Mapping[str, object], shapes: Mapping[str, object]
 ) -> Groups:
     """Return the names of parameters that are one, by the model; without one, by its config."""
     if config.get("tie_word_embeddings") is False:
         return []
-    made = model()
-    if made is None:
+    empty_model = model()
+    if empty_model is None:
         known = [n for n in shapes if n.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))]
         return [[known[0], "lm_head.weight"]] if len(known) == 1 and config.get("tie_word_embeddings") else []
-    if hasattr(made, "tie_weights"):
-        made.tie_weights()
+    if hasattr(empty_model, "tie_weights"):
+        empty_model.tie_weights()
     same: dict[int, list[str]] = {}
-    for name, p in made.named_parameters(remove_duplicate=False):
+    for name, p in empty_model.named_parameters(remove_duplicate=False):
         same.setdefault(id(p), []).append(name)
     return [names for names in same.values() if len(names) > 1]
 
@@ -61,10 +61,10 @@ class Tied:
             return
         self.groups = self.groups_of()
         for group in self.groups:
-            there = [name for name in group if name in self.names]
-            for name in group if there else ():
+            present = [name for name in group if name in self.names]
+            for name in group if present else ():
                 if name not in self.names:
-                    self.shapes[name], self.sources[name] = self.shapes[there[0]], there[0]
+                    self.shapes[name], self.sources[name] = self.shapes[present[0]], present[0]
 
     def source(self, key: str) -> str:
         return self.sources.get(key, key)
@@ -75,16 +75,16 @@ class Tied:
         Trained rows and biases of the base are those of all, since training had the one tensor; others are if the
         config says `ensure_weight_tying`.
         """
-        made = list(found)
+        result = list(found)
         together = bool(adapter.config.get("ensure_weight_tying"))
         biases = adapter.config.get("bias") not in (None, "none")
         for group in self.groups or ():
             for change in found:
                 one = together or change.of[:1] == ("rows",) or (biases and change.key.endswith(".bias"))
                 if change.key in group and one:
-                    others = [n for n in group if not any(c.key == n and c.of[:1] == change.of[:1] for c in found)]
-                    made += [replace(change, key=name, param=name) for name in others if name in self.shapes]
-        return made
+                    missing = [n for n in group if not any(c.key == n and c.of[:1] == change.of[:1] for c in found)]
+                    result += [replace(change, key=name, param=name) for name in missing if name in self.shapes]
+        return result
 
     def settle(self, changed: dict[str, list[Change]]) -> list[str]:
         """Leave out what tied tensors have in common, or have all of a group written; return what a user should know.
@@ -96,7 +96,7 @@ class Tied:
             names = [name for name in group if name in self.shapes]
             if not any(name in changed for name in names):
                 continue
-            if all(alike(changed.get(names[0], []), changed.get(name, [])) for name in names[1:]):
+            if all(are_alike(changed.get(names[0], []), changed.get(name, [])) for name in names[1:]):
                 for name in names:
                     if name not in self.names:
                         changed.pop(name, None)
@@ -126,14 +126,14 @@ class Tied:
 HEADS = ("lm_head", "embed_out", "output", "decoder", "score", "classifier")  # last names of what may be tied
 
 
-def alike(a: list[Change], b: list[Change]) -> bool:
+def are_alike(a: list[Change], b: list[Change]) -> bool:
     """Return True if two lists of changes do the same, by the values that they come from."""
     return len(a) == len(b) and all(
-        x.shape == y.shape and len(x.of) == len(y.of) and all(map(same, x.of, y.of)) for x, y in zip(a, b)
+        x.shape == y.shape and len(x.of) == len(y.of) and all(map(is_same_value, x.of, y.of)) for x, y in zip(a, b)
     )
 
 
-def same(a: object, b: object) -> bool:
+def is_same_value(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or ((a.shape, a.dtype) == (b.shape, b.dtype) and bytes(a.load()) == bytes(b.load()))
     return bool(a == b)

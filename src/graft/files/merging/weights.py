@@ -60,7 +60,7 @@ class BaseWeights:
 FORMS = {"fp8": "block_fp8", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed"}  # → module
 
 
-def weights_of(base: BaseFiles) -> BaseWeights:
+def find_base_weights(base: BaseFiles) -> BaseWeights:
     """Return how a checkpoint holds its weights.
 
     Raises:
@@ -75,8 +75,8 @@ def weights_of(base: BaseFiles) -> BaseWeights:
             f"{base.path} is quantized by '{method}', which merging cannot read; it reads {', '.join(FORMS)}. Merge "
             "into the model as it was before quantization, and quantize the result."
         )
-    made: BaseWeights = import_module(f"graft.files.merging.{FORMS[method]}").Form(base, config)
-    return made
+    weights: BaseWeights = import_module(f"graft.files.merging.{FORMS[method]}").Form(base, config)
+    return weights
 
 
 TORCH = {
@@ -102,7 +102,7 @@ def of_file(t: Tensor) -> torch.Tensor:
         return torch.frombuffer(data, dtype=torch.uint8).view(kind).view(t.shape)
 
 
-def wide(t: Tensor) -> torch.Tensor:
+def to_wide(t: Tensor) -> torch.Tensor:
     """Return the values as float32, or float64 if they are that; new memory."""
     values = of_file(t)
     kind = torch.float32 if values.dtype in NARROW else torch.promote_types(values.dtype, torch.float32)
@@ -124,7 +124,7 @@ AT_ONCE = 2**18  # numbers: copies of a few rows, not of a weight
 
 
 @torch.no_grad()
-def measured(before: torch.Tensor, exact: torch.Tensor, after: torch.Tensor) -> Json:
+def measure_loss(before: torch.Tensor, exact: torch.Tensor, after: torch.Tensor) -> Json:
     """Compare a merged weight with the one that was asked for.
 
     Args:
@@ -153,5 +153,5 @@ def measured(before: torch.Tensor, exact: torch.Tensor, after: torch.Tensor) -> 
         moves = delta != 0
         changed += int(moves.sum())
         lost += int((moves & (new == old.to(after.dtype).double())).sum())
-    unchanged, kept = lost / changed if changed else 0.0, share / update if update else 1.0
-    return dict(zip(MEASURES, (math.sqrt(update), math.sqrt(weight), largest, relative, unchanged, kept)))
+    unchanged, survival = lost / changed if changed else 0.0, share / update if update else 1.0
+    return dict(zip(MEASURES, (math.sqrt(update), math.sqrt(weight), largest, relative, unchanged, survival)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formats of adapter files, a module each, and the table by which a file is recognised."""
+"""The formats of adapter files, a module each, and the table that recognises a file's format."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from graft.files.neutral import AdapterFile
 from graft.files.pickles import mentions
 from graft.files.tensors import read_header
 
-Base = Known  # what a format may ask of: names and shapes; values only where it says so
+Base = Known  # a format may need: names and shapes; values only where it says so
 # in the order in which they look at a path
 FORMATS = ("gguf", "torchtune", "litgpt", "peft", "mlx", "adapterhub", "pyreft", "kohya", "diffusers")
-WRITTEN = tuple(name for name in FORMATS if name not in ("torchtune", "litgpt"))  # whose libraries have ended
+WRITTEN = tuple(name for name in FORMATS if name not in ("torchtune", "litgpt"))  # their libraries have ended
 
 
 NEMO = "adapter_metadata.json"  # beside the weights that NeMo 2 saves
@@ -52,7 +52,7 @@ class Format(Protocol):
     def read(self, path: str, base: Base | None = None) -> AdapterFile: ...
 
     def write(self, adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-        """Write a file or folder, whole or not at all; return what was lost, empty unless `lossy`.
+        """Write a file or folder, whole or not at all; return descriptions of the losses, [] unless `lossy`.
 
         Of formats in `WRITTEN`.
         """
@@ -97,7 +97,7 @@ def recognise(path: str) -> str:
 
 
 def unread(path: str) -> str | None:
-    """Return what a file or folder is, and why graft does not read it, of formats that it knows by sight; else None."""
+    """Return the name of a known format that graft does not read, with the reason; None for other files."""
     if one_file(path, ".nemo") or os.path.exists(os.path.join(path, NEMO)):
         return OF_NEMO
     file = one_file(path, ".pth", ".pt", ".ckpt") or one_file(path, ".safetensors")
@@ -130,7 +130,7 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
     except BaseModelMismatchError:
         if (known := None if base is None else by_model(base)) is None:
             raise
-        adapter = form.read(path, known)  # whose modules may have other names than its files
+        adapter = form.read(path, known)  # its modules may have other names than its files
     if not isinstance(adapter.base, str | None):
         raise CheckpointError(f"{path} names {shortened(repr(adapter.base))} as its base model, and no text. Edit it.")
     for module, factors in adapter.modules.items():
@@ -140,7 +140,7 @@ def read(path: str | os.PathLike[str], base: Base | None = None) -> AdapterFile:
 
 
 def one_file(path: str, *suffixes: str) -> str | None:
-    """Return a file, or the only one of a folder, whose name ends in one of `suffixes`; None: none, or several."""
+    """Return a file with one of `suffixes`, or the only such file of a folder; None: none, or several."""
     if os.path.isfile(path):
         return path if path.endswith(suffixes) else None
     names = [name for name in sorted(os.listdir(path)) if name.endswith(suffixes) and not name.startswith(".")]

@@ -126,7 +126,9 @@ def take_first(path: str, files: tuple[str, ...]) -> str | None:
 
 
 def add_head(out: AdapterFile, base: Base | None) -> None:
-    """Add the head in an adapter's folder to the adapter, as whole tensors, less those whose values the base has.
+    """Add the head in an adapter's folder to the adapter, as whole tensors.
+
+    Tensors with the base's values are left out.
 
     If the base has no such head, its tensors are added to `unread`.
     """

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bottlenecks, ReFT and fusion of AdapterHub's adapters: their keys name modules of their own, at places of a base."""
+"""Bottlenecks, ReFT and fusion of AdapterHub's adapters: their keys name modules of AdapterHub's, at places of
+a base.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,8 @@ def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | No
     """Read a bottleneck, or ReFT.
 
     Raises:
-        BaseNeededError: the base is not there, whose names tell where it stands.
-        CheckpointError: the config says what graft has not, or the base has no such places.
+        BaseNeededError: there is no base to tell the adapter's places.
+        CheckpointError: the config has a value that graft lacks, or the base has no such places.
     """
     blocks, base = find_base_blocks(path, base)
     if fields["config"].get("architecture") == "reft":
@@ -110,7 +112,7 @@ def check_compared(path: str, base: Base, cfg: BottleneckConfig | None) -> None:
 
 
 def complete(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], options: Json) -> AdapterFile:
-    """Give an adapter its modules, and a config that puts them where its base's blocks say."""
+    """Give an adapter its modules, and a config that puts them at the places of its base's blocks."""
     out.modules = {module: Other(out.method, tensors) for module, tensors in modules.items()}
     out.selected = frozenset(out.modules)
     out.config = {"peft_type": out.method, "target_modules": PLACES, "inference_mode": True, **options}
@@ -184,7 +186,7 @@ def read_fusion(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Ba
 
     Raises:
         BaseNeededError: the model is not there, or lacks one of them.
-        CheckpointError: the config says what graft has not.
+        CheckpointError: the config has a value that graft lacks.
     """
     their_config, names = fields["config"], list(fields.get("adapter_names") or str(fields.get("name")).split(","))
     strange = [
@@ -231,14 +233,14 @@ def compute_orthonormal_weight(state: Mapping[str, Tensor], layer: str) -> torch
 
 
 def make_parametrized(*shape: int) -> torch.nn.Module:
-    """Return a module whose weight, of this shape, torch keeps orthonormal."""
+    """Return a module with a weight of this shape that torch keeps orthonormal."""
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(torch.nn.init.orthogonal_(torch.empty(shape)))
     return torch.nn.utils.parametrizations.orthogonal(module)
 
 
 def block_of(place: str, blocks: list[Block]) -> Block | None:
-    """Return the block that the path of a module of theirs begins with."""
+    """Return the block that a path of AdapterHub's begins with; None if no block fits."""
     number = re.search(r"\d{1,9}", place)
     parts = [b for b in blocks if ("decoder" in b.path) == ("decoder" in place)] or blocks
     return None if number is None or int(number[0]) >= len(parts) else parts[int(number[0])]
@@ -260,7 +262,9 @@ SAME = "same"  # a tensor that stands under another key, too
 
 
 def place_tensor(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Base) -> tuple[str, str] | None:
-    """Return the module and the name of a tensor there; the name is "" for one of the whole model."""
+    """Return the module and the tensor's name in it for a key of AdapterHub's file; the name is "" for one of the whole
+    model.
+    """
     if RULE.fullmatch(key):
         return "bottleneck_rule", ""
     if match := INVERTIBLE.fullmatch(key):
@@ -274,7 +278,7 @@ def place_tensor(key: str, cfg: BottleneckConfig, blocks: list[Block], base: Bas
 
 
 def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
-    """Return the module of a block at which a module of theirs stands."""
+    """Return the path in the base where a bottleneck of AdapterHub's acts."""
     sublayer = SUBLAYER.search(f".{place}")
     if sublayer:
         last = len(block.ends)
@@ -288,7 +292,7 @@ def find_site(place: str, block: Block, cfg: BottleneckConfig) -> str:
 
 
 def rename_leaf(leaf: str, cfg: BottleneckConfig) -> str | None:
-    """Return graft's name of a tensor of a bottleneck."""
+    """Return graft's name for AdapterHub's name of a bottleneck's tensor; None if graft has no such tensor."""
     if leaf == "scaling":
         return "bottleneck_scale"
     head, _, tail = leaf.partition(".")
@@ -302,7 +306,7 @@ def rename_leaf(leaf: str, cfg: BottleneckConfig) -> str | None:
 
 
 def find_embedding(base: Base) -> str:
-    """Return the module whose output is the embedding of the input."""
+    """Return the path of the module that outputs the embedding of the input."""
     ends = ("word_embeddings", "embed_tokens", "wte")
     matches = [m for m in base.modules if m.rpartition(".")[2] in ends]
     place = find_embedding_output(matches, set(base.modules), bool(base.config.get("is_encoder_decoder")))

@@ -4,7 +4,7 @@
 Files in the names of a model's first release (ComfyUI's of Flux, Wan and others) are read by diffusers itself.
 
 Since diffusers 0.34 the header's `lora_adapter_metadata` has a LoraConfig for each part. Without it, and without alpha
-beside the factors, the scale is 1.
+next to the factors, the scale is 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAME = "diffusers"
 FILE, METADATA = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 FOLDER = (FILE, "adapter.safetensors"), ()
 HOLDS = Holds(parts=frozenset({"magnitude", "bias", "conv"}))
-LEAVES = {  # ends of names → what they are; the newest layout first
+LEAVES = {  # ends of names → factor; the newest layout first
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude", ".lora.down.weight": "A", ".lora.up.weight": "B",
     ".lora_linear_layer.down.weight": "A", ".lora_linear_layer.up.weight": "B", ".alpha": "alpha",
@@ -66,7 +66,7 @@ def read_renamed(file: str, base: Base | None) -> dict[str, Tensor]:
     """Return a file's tensors by diffusers' names, with alphas in the factors, as the base's pipeline reads them.
 
     Raises:
-        BaseNeededError: there is no base, or one of which nobody knows the pipeline.
+        BaseNeededError: there is no base, or the base has an unknown pipeline.
         PackageNeededError: diffusers is not installed.
         LossError: the pipeline reads no such files.
         CheckpointError: it cannot read this one.

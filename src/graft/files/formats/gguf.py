@@ -143,7 +143,7 @@ def arch_of(base: Base) -> tuple[str, bool]:
 
 
 def heads_in(name: str, base: Base) -> int | None:
-    """Return the number of heads by which the rows of a module are permuted; None: they are not."""
+    """Return the number of heads if llama.cpp permutes the rows of a module by heads; None: they are not."""
     leaf = name.rpartition(".")[2]
     if leaf not in ("attn_q", "attn_k") or not arch_of(base)[1]:
         return None
@@ -188,7 +188,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
     Raises:
         BaseNeededError: `base` is None: its architecture and heads are in the file.
-        LossError: llama.cpp has no name for a module; or what `fit` raises.
+        LossError: llama.cpp has no name for a module, or `fit` raises it.
         PackageNeededError: the package is too old for aLoRA's tokens.
     """
     gguf = package()
@@ -274,7 +274,7 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
     """Read control vectors: `direction.N` is added to the output of block N.
 
     Raises:
-        BaseNeededError: there is no base, whose blocks they count.
+        BaseNeededError: there is no base to count blocks.
         BaseModelMismatchError: the base has no such block, or other widths.
         CheckpointError: it has no directions.
     """
@@ -303,10 +303,11 @@ def read_control(path: str, fields: dict[str, object], tensors: Mapping[str, Ten
 
 
 def control_vectors(adapter: AdapterFile, base: Base | None, lossy: bool) -> tuple[dict[str, Tensor], Json, list[str]]:
-    """Return steering vectors times their coefficient, by the number of their block, a file's fields, and what is lost.
+    """Return steering vectors times their coefficient, by block number, the fields of a file, and descriptions of the
+    losses.
 
     Raises:
-        BaseNeededError: there is no base, whose blocks count.
+        BaseNeededError: there is no base to count blocks.
         LossError: a vector acts elsewhere than after a block or after the first one, or in another way than by adding.
     """
     from graft.files.formats.adapterhub_places import find_base_blocks

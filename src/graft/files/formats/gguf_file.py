@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The content of a GGUF file: its fields, and its tensors, which are read when they are asked for.
+"""The content of a GGUF file: its fields, and its tensors, which are read on demand.
 
 The package gguf makes an object of each number of an array, and believes every length that a file states. This reader
-compares each length with the bytes that are left."""
+compares each length with the bytes that are left.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ class Reader:
         return CheckpointError(f"{self.path} is damaged or cut off: {why}. Save or download it again.")
 
     def take(self, n: int) -> bytes:
-        """Return the next bytes, of which the file must have as many."""
+        """Return the next n bytes. Raises CheckpointError if the file is shorter."""
         if n > self.left:
             raise self.make_damage_error(f"it states a length of {n:,} bytes, and has {self.left:,} left")
         self.left -= n

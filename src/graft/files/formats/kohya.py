@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kohya's sd-scripts and LyCORIS: one file, modules by their paths with "_" for ".", alpha beside the factors."""
+"""kohya's sd-scripts and LyCORIS: one file, modules by their paths with "_" for ".", alpha next to the factors."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def take_part(adapter: AdapterFile, modules: Mapping[str, dict[str, Tensor]], ba
 
 
 def take_modules(out: AdapterFile, modules: Mapping[str, dict[str, Tensor]], base: Base | None) -> None:
-    """Put what a file has for these modules into `out`.
+    """Read these modules of a file into `out`.
 
     Raises:
         CheckpointError: factors are missing or do not fit each other, or a name is that of two modules of the base.
@@ -130,7 +130,7 @@ def components_of(name: str) -> tuple[str, ...]:
 def of_first_release(file: str, base: Base | None) -> AdapterFile | None:
     """Return a file in the names that a model had first, as sd-scripts write them of Flux; None: it is none.
 
-    diffusers knows those names, its own of today, and which part of a product of q, k and v is whose.
+    diffusers knows those names, today's names, and how a product of q, k and v is split.
     """
     from graft.files.formats import diffusers
 
@@ -166,7 +166,7 @@ def match_modules(adapter: AdapterFile, modules: Mapping[str, object], base: Bas
 
 
 def read_module(out: AdapterFile, path: str, name: str, tensors: dict[str, Tensor], base: Base | None) -> None:
-    """Put what a file has for one module into `out`."""
+    """Read one module of a file into `out`; tensors without a meaning go to `out.unread`."""
     unread = dict(tensors)
 
     def take(*leaves: str) -> dict[str, Tensor]:
@@ -254,7 +254,7 @@ def name_modules(adapter: AdapterFile) -> dict[str, str]:
 
 
 def leaves(module: LowRank | Other) -> dict[str, Tensor]:
-    """Return what a file has for a module, by what stands behind its name."""
+    """Return a module's tensors by the ends of their names."""
     if isinstance(module, Other):
         out = dict(module.tensors)
         if module.scale is not None and "alpha" not in out:
@@ -262,7 +262,7 @@ def leaves(module: LowRank | Other) -> dict[str, Tensor]:
             if not module.scale:  # an alpha of 0 means 1 to every reader
                 first = next(name for name in ("hada_w1_a", "lokr_w1", "lokr_w1_a") if name in out)
                 out[first] = tensor(np.zeros(out[first].shape, "f4"), out[first].dtype)
-            elif module.method == "LOKR" and not module.rank and module.scale != 1:  # whose alpha no reader looks at
+            elif module.method == "LOKR" and not module.rank and module.scale != 1:  # readers ignore its alpha
                 out["lokr_w1"] = tensor((out["lokr_w1"].read() * module.scale).astype("f4"), out["lokr_w1"].dtype)
         return out
     alpha = module.scale * module.rank

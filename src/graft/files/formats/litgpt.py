@@ -40,7 +40,7 @@ def recognises(path: str) -> bool:
 
 
 def fields_of(path: str) -> Json:
-    """Return what a YAML file holds: plain values, each named once.
+    """Return the content of a YAML file: plain values, each named once.
 
     Raises:
         CheckpointError: it is not there, too large, or holds more than plain values; or it has an alias, since a few

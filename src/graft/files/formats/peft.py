@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's folders, which are graft's: adapter_config.json beside adapter_model.safetensors or .bin."""
+"""PEFT's folders, which are graft's: adapter_config.json with adapter_model.safetensors or .bin."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ VARIANTS: dict[str, str] = {"kasa_config": "KASA", "use_bdlora": "BDLORA", "use_
 BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # values of init_lora_weights, or their beginning
 SCALED = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # methods of the scale alpha / r → its field
 FIRST = ("gate_up_proj", "w1", "w13", "up_proj", "down_proj", "w2", "w3")  # parameters of experts as modules hold them
-TRANSPOSED = ("gpt_oss",)  # types of models whose experts say that their matrices are stored (in, out)
+TRANSPOSED = ("gpt_oss",)  # types of models with matrices of experts stored (in, out)
 UNMARKED = ("llama4", "llama4_text")  # and of those that store them so, and do not say it
 RANK = 8  # where a config does not say r or alpha
 LISTS = ("target_parameters", "modules_to_save")  # lists of text in a config
@@ -84,7 +84,7 @@ def recognises(path: str) -> bool:
 
 
 def parts_in(path: str) -> list[str]:
-    """Return which folders inside hold the adapters of a pipeline's parts; [] if the folder is one adapter."""
+    """Return the sub-folders with adapters of a pipeline's parts; [] if the folder is one adapter."""
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, pair.CONFIG_NAME)):
         return []
     folders = [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
@@ -92,7 +92,7 @@ def parts_in(path: str) -> list[str]:
 
 
 def folder_of(path: str) -> str | None:
-    """Return the folder of an adapter; its files stand for it. None: it is neither."""
+    """Return the folder of an adapter, for the folder itself or one of its files; None for other paths."""
     if os.path.isdir(path):
         return path
     if os.path.basename(path) in (pair.CONFIG_NAME, pair.SAFETENSORS, pair.TORCH):
@@ -148,7 +148,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
 
 
 def check_kinds(config: Json, path: str) -> None:
-    """Raise CheckpointError for a field that is of another kind than what follows takes it for."""
+    """Raise CheckpointError for a config field of a type that this module cannot read."""
     for name in LISTS:
         value = config.get(name) or []
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
@@ -173,7 +173,7 @@ def list_unnamed(adapter: AdapterFile) -> list[str]:
 
 
 def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.Noted]:
-    """Return the tensors in an adapter's folder, the notes beside them, and what the file says of itself."""
+    """Return the tensors of an adapter's folder, the file's metadata, and graft's notes in it."""
     path = os.path.join(folder, pair.SAFETENSORS)
     if os.path.isfile(path):
         with open_file(path) as f:
@@ -202,7 +202,10 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Put what is not a module's adapter into `out`; return the rest: module as the file names it → name → tensor."""
+    """Sort a file's tensors: whole tensors, rows and unknown keys go to `out`.
+
+    Return the tensors of adapted modules: module as the file names it → name → tensor.
+    """
     by_module: dict[str, dict[str, Tensor]] = {}
     of_prompt = out.method in PROMPTS
     prefix = PREFIXES.get(out.method, " ")
@@ -234,7 +237,7 @@ def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def around(names: Iterable[str]) -> Iterator[str]:
-    """Yield the modules of which a file has a tensor of the base's own: with adapters around them."""
+    """Yield the modules with a base tensor in the file: with adapters around them."""
     for name in names:
         head, middle, tail = name.partition(".base_layer.")
         if middle and tail in ("weight", "bias") and not head.endswith(f".{TOKENS}"):
@@ -242,7 +245,7 @@ def around(names: Iterable[str]) -> Iterator[str]:
 
 
 def clean(path: str) -> str:
-    """Return a path without the modules that PEFT puts around those of the base."""
+    """Return a module's path without the wrappers that PEFT adds."""
     return ".".join(part for part in path.split(".") if part not in ("base_layer", "modules_to_save"))
 
 
@@ -400,7 +403,7 @@ def by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tens
 
 
 def exchange_old_factors(out: AdapterFile, layout: Layout, base: Base | None) -> None:
-    """Give A and B of stacks each other's place where a PEFT before 0.19.1 wrote them so."""
+    """Exchange A and B of stacks that a PEFT before 0.19.1 wrote exchanged, in place."""
     stacks = {path: lora for path, lora in out.low_rank.items() if lora.kind == "experts"}
     if not stacks:
         return
@@ -428,7 +431,7 @@ def exchange_old_factors(out: AdapterFile, layout: Layout, base: Base | None) ->
 
 
 def are_exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base | None, kind: str) -> bool | None:
-    """Return whether A and B of a stack stand for each other; None if their sizes do not tell.
+    """Return True if A and B of a stack are exchanged, by the base's shape; None if the sizes do not tell.
 
     The input of gate and up is the output of down, and the output of both twice the input of down.
     """
@@ -449,7 +452,9 @@ def are_exchanged_by_shape(path: str, stacks: Mapping[str, LowRank], base: Base 
 
 
 def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool = False) -> list[str]:
-    """Write an adapter as a folder that PEFT and graft load, of a pipeline one for each part; return what was lost.
+    """Write an adapter as a folder that PEFT and graft load; for a pipeline, one folder for each part.
+
+    Return descriptions of the losses.
 
     Args:
         base: its modules' names let `target_modules` be short.
@@ -483,7 +488,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
 
 
 def make_names_error(adapter: AdapterFile) -> BaseNeededError:
-    """Return the error for modules that have a format's own names."""
+    """Return the error for an adapter that has a format's module names, not the base's: a base is needed."""
     return BaseNeededError(
         f"{adapter.path} names modules as its format does ({some([*adapter.modules], 2)}): give the base model whose "
         "names they come from (--base)."
@@ -491,7 +496,7 @@ def make_names_error(adapter: AdapterFile) -> BaseNeededError:
 
 
 def name_tensors(adapter: AdapterFile, lost: list[str]) -> dict[str, Tensor]:
-    """Return an adapter's tensors by the names that PEFT gives them; add to `lost` what has none."""
+    """Return an adapter's tensors by PEFT's names. Tensors that PEFT has no name for are added to `lost`."""
     out: dict[str, Tensor] = {}
     of_prompt = adapter.method in PROMPTS
     wrapped = PROMPT_WRAPPED if of_prompt else WRAPPED
@@ -549,7 +554,7 @@ def tensors_of_lora(lora: LowRank) -> dict[str, Tensor]:
 
 
 def add_base_layers(path: str, adapter: AdapterFile) -> str:
-    """Return a path with `base_layer` behind each module around it that is adapted itself."""
+    """Return a path with `base_layer` after each parent module that is adapted too."""
     out, above = [], ""
     for part in path.split("."):
         out += ["base_layer"] * (part != "base_layer" and above in adapter.modules)
@@ -559,7 +564,7 @@ def add_base_layers(path: str, adapter: AdapterFile) -> str:
 
 
 def find_peft_path(path: str, adapter: AdapterFile) -> str:
-    """Return the path of a module as PEFT names it; parameters of one module stand around each other."""
+    """Return the path of a module as PEFT names it. PEFT nests the layers of several parameters of one module."""
     of_module = adapter.modules[path]
     if of_module.kind != "experts":
         return add_base_layers(path, adapter)
@@ -574,7 +579,7 @@ def find_peft_path(path: str, adapter: AdapterFile) -> str:
 
 
 def complete_config(adapter: AdapterFile, base: Base | None) -> Json:
-    """Return the fields of adapter_config.json: those that were read, as far as they are still true."""
+    """Return the fields of adapter_config.json: those of the source, corrected where the adapter has changed."""
     config = dict(adapter.config) if adapter.config.get("peft_type") == adapter.method else new_config(adapter)
     if adapter.selected != frozenset(adapter.modules):
         parameters = {p: as_target(p, adapter) for p, h in adapter.modules.items() if h.kind == "experts"}
@@ -606,7 +611,7 @@ def find_base_change(config: Mapping[str, object]) -> str | None:
 
 
 def new_config(adapter: AdapterFile) -> Json:
-    """Return the config of an adapter that was no folder of PEFT."""
+    """Return a new config for an adapter that was read from another format."""
     biases = {n for n in adapter.full if n.endswith(".bias") and f"{n.removesuffix('bias')}weight" not in adapter.full}
     of_targets = {n for n in biases if n.removesuffix(".bias") in adapter.modules}
     whole = {n.rpartition(".")[0] for n in adapter.full if n not in biases}
@@ -644,12 +649,12 @@ def targets_of(paths: list[str], base: Base | None) -> list[str]:
 
 
 def as_target(path: str, adapter: AdapterFile) -> str:
-    """Return what a config calls a module, or a parameter."""
+    """Return the name that a config has for a module, or a parameter."""
     return f"{path}.weight" if path in adapter.by_parameter else path
 
 
 def set_numbers(config: dict[str, object], adapter: AdapterFile) -> None:
-    """Let rank, alpha and their patterns say what each module has, unless they do."""
+    """Set rank, alpha and their patterns in the config to those of the modules, unless they are right already."""
     name = SCALED[adapter.method]
     wanted = {
         as_target(p, adapter): n for p, h in adapter.modules.items() if (n := rank_and_scale(h, adapter)) is not None
@@ -690,7 +695,7 @@ def have_same_rank_and_scale(a: tuple[int, float], b: tuple[int, float]) -> bool
 
 
 def round_alpha(value: float) -> float:
-    """Return an alpha without the noise of a division, as a whole number where it is one."""
+    """Return alpha rounded to a whole number if it differs by the noise of a division only."""
     near = round(value, 10)
     return int(near) if near == int(near) else near if math.isclose(near, value, rel_tol=1e-12) else value
 
@@ -710,7 +715,7 @@ UNEMBED = re.compile(r"(?:model\.)?unembed_tokens(?=\.lora_)")  # tinker's name 
 
 
 def rename_from_tinker(tensors: Mapping[str, Tensor], base: Base | None) -> dict[str, Tensor]:
-    """Return tensors with the model's names for what tinker calls otherwise: the head, and gpt-oss's attention."""
+    """Return tensors by the model's names: tinker has other names for the head and gpt-oss's attention."""
     renames_head = base is not None and any(m.rpartition(".")[2] == "unembed_tokens" for m in base.modules)
     if renames_head or not any(UNEMBED.search(key) or OF_SERVERS.fullmatch(key) for key in tensors):
         return dict(tensors)
@@ -738,7 +743,7 @@ def convert_served(
         what: the file, for errors.
 
     Raises:
-        BaseNeededError: there is no base, whose class says which rows are gate's and which are up's.
+        BaseNeededError: there is no base, and its class is needed to tell rows of gate from rows of up.
         CheckpointError: transformers does not know the base.
     """
     if base is None:

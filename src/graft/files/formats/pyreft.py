@@ -60,7 +60,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     """Read a folder. Where it does not say at which tokens it acts, take ReftConfig's and warn.
 
     Raises:
-        BaseNeededError: there is no base, whose blocks it counts.
+        BaseNeededError: there is no base to count blocks.
         BaseModelMismatchError: the base has no such block.
         CheckpointError: a file is not there or damaged, or an intervention is none that graft has.
     """
@@ -151,7 +151,7 @@ def unit(path: str, place: Place, end: str) -> dict[str, Tensor]:
 
 
 def read_state(kind: str, A: Mapping[str, torch.Tensor], R: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what a class of pyreft keeps in its file, of A's weight and bias, and R (r, H)."""
+    """Return the tensors that a class of pyreft saves, made from A's weight and bias and from R (r, H)."""
     import torch
 
     from graft.files.formats.adapterhub_places import make_parametrized
@@ -187,7 +187,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     """Write a folder.
 
     Raises:
-        BaseNeededError: there is no base, whose blocks count.
+        BaseNeededError: there is no base to count blocks.
         LossError: it is no ReFT, acts elsewhere than after blocks, or has an activation, which pyreft's files do not
             say.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torchtune, read only: a folder with adapter_model.pt and a config; its own names, and the rows of q and k as pairs.
 
-The PEFT files that torchtune 0.6 writes beside it are wrong for DoRA, whose magnitude it leaves in the other order, and
-for Qwen, whose rows it permutes though they are no pairs: graft reads adapter_model.pt.
+The PEFT files that torchtune 0.6 writes next to it are wrong. It leaves DoRA's magnitude in the other order, and
+permutes Qwen's rows though they are no pairs: graft reads adapter_model.pt.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def recognises(path: str) -> bool:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a folder, or the file in it with the config beside it.
+    """Read a folder, or the file in it with the config next to it.
 
     Raises:
         CheckpointError: the config is not there, or a file is damaged.
@@ -102,7 +102,7 @@ def read_torchtune_pair(
 
 
 def heads_in(name: str, base: Base | None) -> int | None:
-    """Return the number of heads by which the rows of a module are pairs; None: they are not.
+    """Return the number of heads if a module's rows are pairs by heads; None: they are not.
 
     Raises:
         BaseNeededError: there is no base to say it.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of 8-bit floats with a scale for each block (DeepSeek-V3's form), as transformers reads them.
 
-The quantized tensor `x.weight` stands beside `x.weight_scale_inv`, by which its values are multiplied.
+The quantized tensor `x.weight` has factors in `x.weight_scale_inv`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of compressed-tensors: integers of 8 bits, or of 4 packed into 32, with scales for rows or groups.
 
-`x.weight` (int8) or `x.weight_packed` (int32, with `x.weight_shape`) stands beside `x.weight_scale` and, where zero is
-no code 0, `x.weight_zero_point`.
+`x.weight` (int8) or `x.weight_packed` (int32, with `x.weight_shape`) comes with `x.weight_scale` and, if zero is not
+code 0, `x.weight_zero_point`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Form(BaseWeights):
 
 
 def unpack_codes(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Return the codes (rows, columns) that stand in words of 32 bits, the first in the lowest; 0 is the smallest."""
+    """Return the codes (rows, columns) in words of 32 bits, the first in the lowest bits; 0 is the smallest code."""
     at = torch.arange(0, 32, bits)
     codes = (words[..., None] >> at) & (2**bits - 1)
     return (codes.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
@@ -124,7 +124,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def reaching(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: float) -> torch.Tensor:
-    """Return scales by which codes from -most - 1 to most, less their zero, reach over all of each group."""
+    """Return scales that let codes from -most - 1 to most, minus their zero, cover all values of each group."""
     parts = W.float().reshape(*scale.shape, -1)
     for end, last in ((parts.amax(-1), most - zero), (parts.amin(-1), -most - 1 - zero)):
         beyond = (last != 0) & (end / last > scale)

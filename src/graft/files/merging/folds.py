@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of an adapter file do to the tensors of a checkpoint."""
+"""Changes of an adapter file's parts to the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Read = Callable[[], torch.Tensor]  # returns the checkpoint's own value, in new 
 
 @dataclass
 class Change:
-    """What one adapter does to one tensor of a checkpoint.
+    """The change of one adapter to one tensor of a checkpoint.
 
     Attributes:
         key: the tensor's name.
@@ -75,11 +75,11 @@ class Job:
 
 
 def list_changes(job: Job) -> list[Change]:
-    """Return what a file's low-rank parts, whole tensors and rows do to a checkpoint, in the order in which they act.
+    """Return the changes of a file's low-rank parts, whole tensors and rows to a checkpoint, in order.
 
     Raises:
         BaseModelMismatchError: something has no place in the checkpoint, or another shape there.
-        LossError: no weight does what the adapter does, or its file does not say what it did to the base.
+        LossError: the adapter has no merged form, or its file lacks the change that its start made to the base.
     """
     result = list[Change]()
     if named := [PARTS[name] for name in FIELDS if job.adapter.config.get(name)]:
@@ -148,10 +148,11 @@ def fold_low_rank(job: Job, path: str, lora: LowRank, spot: Spot) -> Change:
 
 
 class Shift:
-    """What an initialisation took out of a weight before training: a base that still has it loses it now.
+    """The product that an initialisation subtracted from a weight before training: a base that still has it loses it
+    now.
 
     Args:
-        kind: dtype of the base's weight, to which training had it rounded.
+        kind: dtype of the base's weight in training.
     """
 
     def __init__(self, lora: LowRank, config: Json, kind: torch.dtype | None):
@@ -176,7 +177,9 @@ class Shift:
 def orientation(
     job: Job, path: str, lora: LowRank, spot: Spot, shape: tuple[int, ...]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what makes a stored weight, or a matrix of a stack, the matrix (out, fan_in) that B A adds to."""
+    """Return the function that views a stored weight, or a matrix of a stack, as the matrix (out, fan_in) that B A adds
+    to.
+    """
     out, fan_in = sizes(lora, spot)
     matrix_shape = shape[1:] if lora.kind == "experts" and spot.expert is None else shape
     straight, turned = (*matrix_shape[:1], prod(matrix_shape[1:])) == (out, fan_in), matrix_shape == (fan_in, out)
@@ -218,7 +221,9 @@ def sizes(lora: LowRank, spot: Spot) -> tuple[int, int]:
 def parts(
     lora: LowRank, spot: Spot, view: Callable[[torch.Tensor], torch.Tensor], W: torch.Tensor, own: Read
 ) -> Iterator[tuple[torch.Tensor, Callable[..., torch.Tensor], torch.Tensor, torch.Tensor]]:
-    """Yield each matrix (out, fan_in) of a weight, what returns the checkpoint's own, and the factors A and B."""
+    """Yield each matrix (out, fan_in) of a weight, a function that returns the checkpoint's matrix, and the factors A
+    and B.
+    """
     A, B = to_wide(lora.A), to_wide(lora.B)
     if lora.kind != "experts":
         if lora.mid is not None:
@@ -253,7 +258,7 @@ def change_bias(job: Job, path: str, lora: LowRank) -> Change:
 
 
 def replace_whole(job: Job, name: str, value: Tensor) -> list[Change]:
-    """Return the changes that put a trained tensor in the place of the base's, or beside it if the base has none."""
+    """Return the changes that replace a base tensor by a trained one, or add it if the base has none."""
     spots = job.places.find(name)
     if spots is None and name in list_unnamed(job.adapter):
         raise job.misfit(name, "it is a tensor that neither the base has nor the adapter's modules_to_save names")
@@ -289,7 +294,7 @@ def replace_part(job: Job, name: str, value: Tensor, spot: Spot) -> Change:
 
 
 def replace_rows(job: Job, name: str, indices: Tensor, values: Tensor, spots: list[Spot]) -> Change:
-    """Return the change that puts trained rows of an embedding in the place of the base's."""
+    """Return the change that replaces rows of an embedding by trained ones."""
     (spot,) = spots
     replacement = job.adapter.full.get(name)
     shape = job.places.shapes[spot.key] if replacement is None else replacement.shape

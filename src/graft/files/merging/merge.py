@@ -51,8 +51,8 @@ class Merged:
     """The account of a merge.
 
     Attributes:
-        tensors: names of those that were changed, with what a certificate says of each, once they are written.
-        notes: what differs from a plain sum, in sentences.
+        tensors: names of the changed tensors, with the certificate's entry for each, once they are written.
+        notes: sentences about differences from a plain sum.
         shards: file → bytes of its tensors.
     """
 
@@ -79,8 +79,8 @@ def merge(
 ) -> Merged:
     """Write a model's folder with adapters merged into it, one after another: W ← W + weight · ΔW, rounded once.
 
-    Peak memory is one weight in float32 and what the certificate's figures need. A run that was killed goes on when the
-    same call is made again; one that fails leaves nothing. Sources are never changed.
+    Peak memory is one weight in float32, plus the temporaries of the certificate's figures. The same call continues a
+    run that was killed; a run that fails leaves nothing. Sources are never changed.
 
     Args:
         base: a folder with config.json and safetensors files.
@@ -93,12 +93,12 @@ def merge(
         keep_quantized: a quantized checkpoint stays so; else it becomes a dense one.
         force: replace an output that exists.
         dry_run: check all and write nothing.
-        others: what merges the parts of adapters that are not low rank; None: they are refused.
+        others: the function that merges the parts of adapters that are not low rank; None: they are refused.
         step: called with the name of each shard when it stands.
 
     Raises:
         OutputExistsError, CheckpointError, BaseModelMismatchError, LossError, OptionError, OSError: before anything has
-            been written, but for what only the values can tell, such as NaN.
+            been written, except for faults of values, such as NaN.
     """
     files = base_files(base)
     output, paths = os.fspath(output), [os.fspath(a) for a in adapters]
@@ -145,7 +145,7 @@ def inputs(path: str) -> list[str]:
 
 
 class Work:
-    """What a merge will do: all checked, nothing written."""
+    """A merge that is checked and not written yet."""
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ class Work:
         return by_file if shard_size is None else split_shards(by_file, shard_size)
 
     def _list_packed(self, name: str, key: str) -> list[Out]:
-        """Return what stands in the output for one of the tensors that hold a packed weight."""
+        """Return the output's tensors for one tensor of a packed weight; [] if another tensor covers it."""
         if self.keep:
             if name not in self.changed:
                 return [self._copy(key, cast=False)]
@@ -351,7 +351,7 @@ class Work:
     # the rest
 
     def small_files(self, folder: str, layout: dict[str, list[Out]]) -> None:
-        """Write config and index, and copy what else the model needs."""
+        """Write config and index, and copy the other files that the model needs."""
         for name in self.beside:
             check_inside(self.base.path, name)  # once more, since the work took its time
             target = os.path.join(folder, name)
@@ -380,7 +380,7 @@ class Work:
 
 
 def list_needed_files(base: BaseFiles, notes: list[str]) -> list[str]:
-    """Return the names of files that a model needs beside its weights, and note what else stands there.
+    """Return the names of files that a model needs besides its weights. Add a note about files that are left out.
 
     Raises:
         CheckpointError: one of them, or of the weights, is no file, or a link that leads out of the folder.
@@ -411,7 +411,7 @@ def split_shards(by_file: dict[str, list[Out]], size: int) -> dict[str, list[Out
 
 
 def note_losses(account: Merged) -> None:
-    """Note updates of which rounding left little."""
+    """Add a note about updates that rounding removed for the most part."""
     lost = {key: row["kept"] for key, row in account.tensors.items() if row.get("kept", 1.0) < KEPT}
     if lost:
         worst = min(lost, key=lost.__getitem__)

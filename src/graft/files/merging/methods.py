@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging of any method into a checkpoint: on a model whose weights take no memory, each of which comes by in turn."""
+"""Merging of any method into a checkpoint: on a model with weights that take no memory; each weight is loaded
+in turn.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
 
 
 def list_method_changes(job: Job, base: BaseFiles) -> list[Change]:
-    """Return what the parts of an adapter that are not low rank do to a checkpoint.
+    """Return the changes of an adapter's parts that are not low rank to a checkpoint.
 
     Raises:
         LossError: they have no merged form.
@@ -78,7 +80,7 @@ def list_method_changes(job: Job, base: BaseFiles) -> list[Change]:
 
 
 def load_layers(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
-    """Return the layers of an adapter on the base's model, whose weights are zeros that take no memory."""
+    """Return the layers of an adapter on the base's model, with zeros as weights, which take no memory."""
     kind = head_class(base.config, job.adapter) if job.adapter.full else None
     model = skeleton(base.path, kind)
     if model is None:
@@ -135,9 +137,9 @@ def shifts(layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> bool:
 
 
 def find_again(layer: AdapterLayer, m: Method, where: Where) -> None:
-    """Have an adapter find what its file lacks, of the weight that has come; when it was loaded there were zeros.
+    """Let an adapter compute, from the true weight, the tensors that its file lacks; it was loaded on zeros.
 
-    where: of the weight in a model, whose dtype it rounds to.
+    where: dtype of the weight in a model, to which the result is rounded.
     """
     if Use.AGAIN in m.uses_weight():
         saved = [(slot, t.clone()) for slot, t in layer.tensors(m.name)]
@@ -159,7 +161,7 @@ def fold(
     value: torch.Tensor,
     own: Read,
 ) -> torch.Tensor:
-    """Return the weight, or the bias, that an adapter makes of its layer's.
+    """Return the merged weight, or the merged bias, of an adapter's layer.
 
     Args:
         where: as of `find_again`.

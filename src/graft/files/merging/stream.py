@@ -36,7 +36,7 @@ class Out:
     """A tensor that the output will hold.
 
     Attributes:
-        make: returns its bytes, and what a certificate says of it, if anything.
+        make: returns its bytes, and its entry in the certificate, or None.
     """
 
     name: str
@@ -50,7 +50,9 @@ class Out:
 
 
 def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
-    """Write a safetensors file, which appears whole; return its sha256, and what there is to say of its tensors."""
+    """Write a safetensors file, which appears whole; return its sha256, and its tensors' entries for the
+    certificate.
+    """
     digest, rows = hashlib.sha256(), list[Json]()
 
     def load(out: Out) -> Bytes:
@@ -75,7 +77,10 @@ def sha256_of(path: str) -> str:
 
 
 def is_note(note: object, changed: Collection[str]) -> bool:
-    """Return True if a state notes of a shard what `Workplace.write` does. changed: tensors of which rows may speak."""
+    """Return True if a state's note about a shard has the form that `Workplace.write` gives it.
+
+    changed: tensors that its rows may name.
+    """
     rows = note.get("rows") if isinstance(note, dict) and "sha256" in note else None
     return isinstance(rows, list) and all(
         isinstance(row, dict)
@@ -90,11 +95,12 @@ def is_note(note: object, changed: Collection[str]) -> bool:
 
 
 class Workplace:
-    """A folder beside the output that nobody else may enter, under a name that the next run finds. In it stand the
-    output until it gets its name, a lock, and the state: which files of the output are finished.
+    """A locked folder next to the output, under a name that the next run finds.
+
+    In it stand the output until it gets its name, a lock, and the state: which files of the output are finished.
 
     Args:
-        key: of inputs and options. What another key has left there is deleted.
+        key: of inputs and options. Files of another key are deleted.
     """
 
     def __init__(self, output: str, key: str, force: bool):
@@ -108,22 +114,22 @@ class Workplace:
         self.parents: list[str] = []  # folders around the output that this run has made
 
     def check(self) -> None:
-        """Raise OutputExistsError if something stands where the output goes that it does not replace."""
+        """Raise OutputExistsError if the output's path exists and may not be replaced."""
         check_output(self.output, [], self.force, model=True)
 
     @contextmanager
     def lock(self, shards: Collection[str], changed: Collection[str]) -> Iterator[None]:
-        """Have the folder alone; take up what a killed run of the same key has finished.
+        """Lock the folder for the block; keep the shards that a killed run of the same key has finished.
 
-        An error deletes what is there; an interrupt leaves it for the next run.
+        An error deletes the folder; an interrupt leaves it for the next run.
 
         Args:
             shards: names of the files that are to be written.
             changed: names of the tensors that a certificate speaks of.
 
         Raises:
-            OutputExistsError: the folder is a link or another user's, or holds what no merge writes; or another process
-                has it. Nothing changes then. Or as `check`.
+            OutputExistsError: the folder is a link, another user's, locked by another process, or has files that no
+                merge writes. Nothing changes then. Or as `check`.
         """
         parent = os.path.dirname(self.output)
         self.parents = missing(parent)
@@ -172,7 +178,9 @@ class Workplace:
             os.close(lock)
 
     def _entries(self) -> list[tuple[str, bool]]:
-        """Return the names of what is in the room, and whether a merge may have written each: no link, a known name."""
+        """Return the names of the folder's entries, and whether a merge may have written each: no link, a
+        known name.
+        """
         rows = []
         for path, is_file in entries(self.room, self.names):
             folder, name = os.path.split(path)
@@ -201,7 +209,7 @@ class Workplace:
         os.makedirs(self.folder, exist_ok=True)  # with the modes that the umask gives
 
     def check_room(self, shards: Mapping[str, Sequence[Out]]) -> None:
-        """Raise OSError (ENOSPC) unless the disk has room for what is not written yet."""
+        """Raise OSError (ENOSPC) unless the disk has room for the shards that are not written yet."""
         left = sum(out.nbytes for name, outs in shards.items() if name not in self.done for out in outs) + SPARE
         free = shutil.disk_usage(self.folder).free
         if left > free:
@@ -221,7 +229,7 @@ class Workplace:
                 step(name)
 
     def finish(self) -> None:
-        """Put the folder where the output goes; what stands there gets its name, and is deleted."""
+        """Move the folder to the output's path. An older output is moved away first, and then deleted."""
         self.check()
         sync(self.folder)
         folder_state = os.stat(self.folder)
@@ -233,7 +241,7 @@ class Workplace:
                 self.clear()
 
     def clear(self) -> None:
-        """Delete what a merge has put into the room, and the room if nothing else is there."""
+        """Delete the files that a merge wrote to the folder, and the folder if it is empty then."""
         clear(self.folder)
         for path in self.state, self.lock_file:
             with suppress(OSError):

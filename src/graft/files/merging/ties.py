@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tied weights, new sizes and heads: what changes mean for other weights, and for a merged model's config."""
+"""Tied weights, new sizes and heads: effects of changes on other weights, and on a merged model's config."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Tied:
         self.untied = False
 
     def look_at(self, adapter: AdapterFile) -> None:
-        """Find the ties, if an adapter changes what may be tied: embeddings, whole tensors, what seems not there."""
+        """Find the ties, if an adapter changes tensors that may be tied: embeddings, whole tensors, tensors that seem
+        missing.
+        """
         touched = [path for path, lora in adapter.low_rank.items() if lora.kind != "experts"]
         may = adapter.rows or adapter.full or len(touched) < len(adapter.modules)
         may = may or any(lora.kind == "embedding" for lora in adapter.low_rank.values())
@@ -87,9 +89,9 @@ class Tied:
         return result
 
     def settle(self, changed: dict[str, list[Change]]) -> list[str]:
-        """Leave out what tied tensors have in common, or have all of a group written; return what a user should know.
+        """Decide for each group of tied tensors whether to write one or all of them. Return sentences for the user.
 
-        Members whose changes are the same stay tied.
+        Members with the same changes stay tied.
         """
         notes = []
         for group in self.groups or ():
@@ -114,7 +116,7 @@ class Tied:
         return notes
 
     def mark(self, config: dict[str, object]) -> None:
-        """Say in a config that embeddings are not tied any more."""
+        """Set the config's fields for untied embeddings, if a merge has untied them."""
         if not self.untied:
             return
         config["tie_word_embeddings"] = False
@@ -123,11 +125,11 @@ class Tied:
                 config[name] = {**part, "tie_word_embeddings": False}
 
 
-HEADS = ("lm_head", "embed_out", "output", "decoder", "score", "classifier")  # last names of what may be tied
+HEADS = ("lm_head", "embed_out", "output", "decoder", "score", "classifier")  # last names of tensors that may be tied
 
 
 def are_alike(a: list[Change], b: list[Change]) -> bool:
-    """Return True if two lists of changes do the same, by the values that they come from."""
+    """Return True if two lists of changes have the same source values."""
     return len(a) == len(b) and all(
         x.shape == y.shape and len(x.of) == len(y.of) and all(map(is_same_value, x.of, y.of)) for x, y in zip(a, b)
     )

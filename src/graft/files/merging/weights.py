@@ -130,7 +130,7 @@ def measure_loss(before: torch.Tensor, exact: torch.Tensor, after: torch.Tensor)
     Args:
         before: the weight without adapters.
         exact: W + ΔW in float32 or float64.
-        after: what the output holds.
+        after: the output's values.
 
     Returns:
         update: ‖ΔW‖; weight: ‖W‖; largest_difference, largest_relative_difference: of single numbers, stored against

@@ -19,12 +19,13 @@ LONG = set(Path(__file__).with_name("quick_without.txt").read_text().split())
 SHARES = {
     "tests/conformance/test_together.py": 9, "tests/conformance/test_matrix.py::test_a_default_device": 1,
     "tests/conformance/": 3,
-    "tests/kernels/test_eager.py": 5, "tests/kernels/test_other_kernels.py": 5, "tests/kernels/": 1,
+    "tests/kernels/test_eager.py": 5, "tests/kernels/test_other_kernels.py": 5, "tests/kernels/test_low_rank.py": 5,
+    "tests/kernels/": 1,
     "tests/methods/test_adapterhub.py": 8, "tests/methods/test_places.py": 8, "tests/methods/test_reft.py": 3,
     "tests/methods/test_poly.py": 3, "tests/methods/test_xlora.py": 3, "tests/methods/test_shadow.py": 3,
-    "tests/methods/test_lora_extras.py": 3, "tests/methods/test_adaption_prompt.py": 3, "tests/methods/": 1,
+    "tests/methods/test_lora_extras.py": 3, "tests/methods/test_adaption_prompt.py": 3, "tests/methods/": 2,
     "tests/inject/test_reading.py": 5, "tests/inject/": 2, "tests/io/test_layouts.py": 5, "tests/io/": 1,
-    "tests/core/": 1, "tests/storage/": 5, "tests/": 25,
+    "tests/core/test_planned.py": 2, "tests/core/": 1, "tests/storage/": 5, "tests/": 25,
 }  # fmt: skip
 
 

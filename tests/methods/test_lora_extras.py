@@ -279,16 +279,27 @@ def test_a_conversion_of_pissa_says_nothing(tmp_path):
         model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
 
 
-def test_a_conversion_refuses_an_initial_adapter_whose_small_values_differ(tmp_path):
-    model = graft.get_peft_model(llama(), graft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_conversion_refuses_rslora_with_either_pattern(pattern, tmp_path):
+    options = {"use_rslora": True, pattern: {"0.self_attn.q_proj": 1}}
+    with pytest.warns(UserWarning, match="cannot be converted to plain LoRA"):
+        config = graft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa", **options)
+    model = graft.get_peft_model(llama(), config)
     model.peft_config["default"].init_lora_weights = True
-    A = [p for name, p in model.named_parameters() if "lora_A" in name]
-    for p in A:
-        p.data.mul_(1e-3)
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = "pissa"
-    for p in A:
-        p.data.neg_()
+    with pytest.raises(graft.ConfigError, match="rank_pattern or alpha_pattern"):
+        model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+
+def test_a_conversion_refuses_an_initial_adapter_that_differs_by_a_tenth(tmp_path):
+    model = graft.get_peft_model(llama(), graft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model.peft_config["default"].init_lora_weights = True
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.data.mul_(1.1)
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
     with pytest.raises(graft.ConfigError, match="not what this one began with"):
         model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
 

@@ -70,3 +70,38 @@ def test_a_second_derivative():
     )
     torch.testing.assert_close(dA, torch.stack(found[::2]), rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(dB, torch.stack(found[1::2]), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("rows, r, out", [(4, 2, 32), (64, 16, 160), (300, 16, 96)])
+def test_values_and_derivatives_are_those_of_the_formula(rows, r, out, stacked):
+    with seeded(0):
+        base, side, x = nn.Linear(INPUT, out).requires_grad_(False), Side(3, out, r), torch.randn(3 * rows, INPUT)
+    segments, leaves = [Segment(rows, A, B, 1.37) for A, B in side.rows], [t for row in side.rows for t in row]
+    groups = group_segments(segments, side if stacked else None, x.dtype)
+    own = [side.A, side.B] if len(groups) == 1 else leaves
+    y, (dx, *grads) = results(base, x, groups, own)
+    wide = [t.detach().double().requires_grad_() for t in (x, side.A, side.B)]
+    parts = [1.37 * part @ a.T @ b.T for part, a, b in zip(wide[0].chunk(3), wide[1], wide[2])]
+    expected = wide[0] @ base.weight.double().T + base.bias.double() + torch.cat(parts)
+    with seeded(1):
+        weights = torch.randn_like(y).double()
+    exact = torch.autograd.grad((expected * weights).sum(), wide, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in exact), wide[1:])
+    seconds = torch.autograd.grad(sum(g.square().sum() for g in (dx, *grads)), own)
+
+    def close(ours, theirs):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+    def stack(values):
+        return values if len(groups) == 1 else (torch.stack(values[::2]), torch.stack(values[1::2]))
+
+    given = x.clone().requires_grad_()
+    once = segments_linear(base, lambda g, W: g @ W, base.weight.detach(), given, groups)
+    first = torch.autograd.grad((once * weights.float()).sum(), [given, *own])  # another path than with create_graph
+    close(y, expected)
+    close(dx, exact[0])
+    close(first[0], exact[0])
+    for found, wanted in ((stack(grads), exact[1:]), (stack(first[1:]), exact[1:]), (stack(seconds), second)):
+        close(found[0], wanted[0])
+        close(found[1], wanted[1])

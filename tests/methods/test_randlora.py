@@ -88,3 +88,15 @@ def test_merged_in_half_precision_and_back():
     model.merge_adapter()
     model.unmerge_adapter()
     close_dicts(dict(model.named_parameters()), before, 0)
+
+
+@pytest.mark.parametrize("options", [dict(sparse=True), dict(sparse=True, very_sparse=True)], ids=["sparse", "very"])
+def test_projections_of_three_values_are_pefts(options):
+    outputs = []
+    for lib in LIBS:
+        config = lib.RandLoraConfig(target_modules=["lin0"], r=4, **options)
+        model = randomize(lib.get_peft_model(models.make("mlp"), config), SAMPLE).eval()
+        outputs.append(output(model, SAMPLE))
+        A = model.base_model.model.lin0.randlora_A["default"]
+        assert 2 <= len(A.unique()) <= 3
+    close(*outputs, 1e-5)

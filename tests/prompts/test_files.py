@@ -278,6 +278,9 @@ def test_state_dict_of_a_second_adapter(sample):
 def test_explicit_state_dict(sample):
     """Its values are taken, not the model's: PEFT takes the prompt from the model all the same."""
     model, other = randomize(adapt(graft, sample)), randomize(adapt(graft, sample), 0.4)
+    for name, p in other.named_parameters():
+        if ".modules_to_save." in name:
+            p.data.add_(1.0)
     expected = graft.get_peft_model_state_dict(other)
     before = graft.get_peft_model_state_dict(model)
     given = {k: v.clone() for k, v in other.state_dict().items()}

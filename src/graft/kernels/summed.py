@@ -165,9 +165,10 @@ def _multiply_right(function: Any, x: Tensor, M: Summed) -> Any:
 
 
 def _multiply_grouped(function: Any, x: Tensor, M: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the products of rows of x, sorted by expert, with the matrices of a stack.
+    """Return the products of rows of x, sorted by expert, with the matrices of a stack, without forming the sums.
 
-    offs: the end of each expert's rows.
+    Rows behind the last offset belong to no expert: they get no update. offs: the end of each expert's rows; the host
+    waits for them.
 
     Return NotImplemented if M is no `Summed` stack or offsets are missing.
     """

@@ -97,7 +97,10 @@ class BOFT(Method[BOFTConfig]):
             nn.init.normal_(self.boft_s, mean=1.0, std=0.1)
 
     def R(self) -> Tensor:
-        """Return the blocks of all factors, (F, blocks, b, b), in at least float32."""
+        """Return the orthogonal blocks of all factors, (F, blocks, b, b), in at least float32.
+
+        In training with dropout, a random share of the blocks of one random factor is the identity.
+        """
         B = self.boft_R.to(torch.promote_types(self.boft_R.dtype, torch.float32))  # solvers have no half precision
         F, D, b, _ = B.shape
         S = (B - B.mT) / 2

@@ -358,6 +358,10 @@ class Bottleneck(Method[BottleneckConfig]):
         return self.place.width or 0
 
     def check(self) -> str | None:
+        """Return why a bottleneck cannot act at this place: it needs vectors of a known width. None if it can.
+
+        Raises ConfigError if phm_dim does not divide the widths.
+        """
         site, place = self.site, self.place
         if place.role in ("tap", *ENDS):
             return None

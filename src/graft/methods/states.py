@@ -122,6 +122,9 @@ class OnStates(Method[S]):
 
     @classmethod
     def prepare(cls, cfg: S, model: nn.Module) -> None:
+        """Set the config's `widths` by path, `target_paths` (the chosen blocks, unless target_modules names modules),
+        and `width`.
+        """
         blocks = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
         cfg.widths = {block.path: block.width for block in blocks}
         cfg.target_paths = set(cfg.widths) or None
@@ -197,8 +200,11 @@ def end_prompt(fact: Positions, name: str, arguments: Mapping[str, object]) -> P
 
 @contextmanager
 def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
-    """Give the facts of each step of `generate`: the first step sees the prompt; later ones with a cache see only new
-    tokens.
+    """Give the facts of each step of `generate` to the layers, by a hook on the model, in this thread; do nothing for
+    other runs.
+
+    The first step sees the whole prompt. Later ones with a cache see only new tokens: their facts tell how many have
+    passed.
     """
     if not run.generates:
         yield

@@ -159,6 +159,7 @@ class WaveFT(Spectral[WaveFTConfig]):
                 m.cfg.n_frequency = max(1, round(size / sum(sizes) * cfg.n_frequency * len(methods)))
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the trained coefficients, their places in the weight's wavelet transform, dropout and scaling."""
         cfg = self.cfg
         return dict(
             waveft_spectrum=nn.Parameter(torch.zeros(cfg.n_frequency)),

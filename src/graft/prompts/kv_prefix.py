@@ -164,7 +164,12 @@ def per_row(t: Tensor, batch: int) -> Tensor:
 
 
 def freeze_cache(cache: Any) -> Any:
-    """Make a filled cache read-only, in place, so that a layer may run again in a backward pass; return it."""
+    """Replace each layer's `update` of a filled cache by one that stores nothing, so that a layer may run again in a
+    backward pass.
+
+    It returns the prompt's keys and values followed by the call's. Of an encoder-decoder cache only self-attention is
+    changed. Return the cache.
+    """
     for layer in getattr(cache, "self_attention_cache", cache).layers:
         layer.update = _Reading(layer.keys, layer.values)
     return cache

@@ -182,7 +182,10 @@ class TensorParallel(Dense):
         return gather_dtensor(getattr(m, name))
 
     def piece(self, m: nn.Module, op: Op) -> tuple[Tensor, Cut | None, Cut | None]:
-        """Return this process's piece of the weight (canonical), and the cuts of its rows and columns."""
+        """Return this process's piece of the weight (canonical), and the cuts of its rows and columns.
+
+        At most one of the cuts is set; both are None if the weight is whole on each process.
+        """
         t = m.weight
         mesh, shard = t.device_mesh, t.placements[0]
         if mesh.size() == 1 or not hasattr(shard, "dim"):

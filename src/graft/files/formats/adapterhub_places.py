@@ -58,9 +58,12 @@ KNOWN = ((True, True, True), (False, True, True), (True, False, False))  # Pfeif
 def read(path: str, fields: Json, by_name: Mapping[str, Tensor], base: Base | None) -> AdapterFile:
     """Read a bottleneck, or ReFT.
 
+    Keys without a place go to `unread`; the tensors of phm layers that layers share, to `shared`.
+
     Raises:
         BaseNeededError: there is no base to tell the adapter's places.
-        CheckpointError: the config has a value that graft lacks, or the base has no such places.
+        CheckpointError: the config has a value that graft lacks, the base has no such places, graft was never compared
+            with AdapterHub's library on its type, or shared tensors are missing.
     """
     blocks, base = find_base_blocks(path, base)
     if fields["config"].get("architecture") == "reft":

@@ -69,10 +69,11 @@ def recognises(path: str) -> bool:
 
 
 def read(path: str, base: Base | None = None) -> AdapterFile:
-    """Read a file; without a base the modules have llama.cpp's names.
+    """Read a file with LoRA or control vectors; without a base, LoRA's modules have llama.cpp's names.
 
     Raises:
-        CheckpointError: it is a model, or damaged.
+        CheckpointError: it is a model, an adapter of another type, has an alpha or aLoRA's tokens of a wrong type, or
+            is damaged.
         BaseModelMismatchError: the base is of another architecture, or lacks a module.
     """
     path = one_file(path, ".gguf") or path

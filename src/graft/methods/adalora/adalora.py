@@ -186,7 +186,11 @@ class AdaLoRA(Method[AdaLoraConfig]):
     sees = False  # the tensors are whole only then
 
     def distances(self) -> list[Tensor]:
-        """Return how far the singular vectors are from orthonormal, on the right and on the left."""
+        """Return how far A and B are from orthonormal, ‖P Pᵀ - I‖ for A and for Bᵀ.
+
+        Under FSDP (`sees`) the forward pass has computed them: they are returned once and then forgotten. Raises
+        NotImplementedError if it left none.
+        """
         seen, self.seen = self.seen, None
         if not self.sees:
             return [gram_distance(self.lora_A), gram_distance(self.lora_B.T)]

@@ -58,7 +58,12 @@ class Offsets:
 
 
 def ids_of(run: Run) -> Tensor | None:
-    """Return the input ids, (batch, positions); None if the run has none."""
+    """Return the input ids, (batch, positions), a single row with a batch of 1.
+
+    In `generate`, `inputs` may be the ids.
+
+    Return None if there are none, or they are no integers of at most two dimensions.
+    """
     ids = run.argument("input_ids")
     if ids is None and run.generates:
         ids = run.kwargs.get("inputs")

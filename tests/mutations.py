@@ -90,7 +90,7 @@ MUTATIONS = [
     Mutation(
         "a gate is ignored",
         "core/plan.py",
-        "if layer.call.weights() is not None:\n            x = once(x)",
+        "if layer.call.open and layer.call.weights() is not None:\n            x = once(x)",
         "if False:\n            x = once(x)",
     ),
     Mutation("a gate of other rows", "core/rows.py", "self.gates.rows(index)", "self.gates.rows(index.flip(0) * 0)"),
@@ -148,10 +148,10 @@ MUTATIONS = [
     ),
     Mutation(
         "the loss of an adapter for each batch of a step",
-        "model/auxiliary.py",
-        "return share\n",
-        "return 1.0\n",
-        "tests/conformance/test_auxiliary.py tests/methods/test_mixtures.py",
+        "core/rows.py",
+        "return share * (labels != -100)",
+        "return share + 0 * (labels != -100)",
+        "tests/conformance/test_auxiliary.py",
     ),
     Mutation(
         "what runs again notes again",
@@ -184,8 +184,8 @@ MUTATIONS = [
     Mutation(
         "SDT: rows of the time step in place of B and C",
         "methods/sdt.py",
-        "torch.arange(self.site.out_features - 2 * self.mixer.states, self.site.out_features)",
-        "torch.arange(2 * self.mixer.states)",
+        "torch.arange(out - 2 * self.mixer.states, out, ",
+        "torch.arange(2 * self.mixer.states, ",
         "tests/methods/test_sdt.py",
     ),
     Mutation(
@@ -254,7 +254,7 @@ MUTATIONS = [
     Mutation(
         "validation: each batch counts the same",
         "many/runs.py",
-        "weights = torch.tensor(rows, dtype=torch.float64)",
+        'weights = torch.tensor(rows, dtype=torch.float64, device="cpu")',
         "weights = torch.ones(len(rows), dtype=torch.float64)",
         "tests/many/test_runs.py",
     ),
@@ -289,7 +289,7 @@ MUTATIONS = [
     Mutation(
         "versions: one that could not be loaded stays",
         "serving/versions.py",
-        'self._within(undo, f"undo to {what}")',
+        "self._unload([name], self.leftovers)",
         "pass",
         "tests/serving/test_versions.py",
     ),

@@ -33,12 +33,12 @@ CUDA = torch.device("cuda:0")
 ROWS = ["default", "other", BASE, "default", "other"]
 ALLOWED = {
     "core/finite.py:largest": "the audit after the first backward pass that reaches all layers, once",
-    "methods/lora/alora.py:find": "aLoRA in `generate`, once per prompt: says which rows do not invoke it",
+    "methods/lora/alora.py:find_offsets": "aLoRA in `generate`, once per prompt: says which rows do not invoke it",
     "methods/adalora/allocator.py:allocate": "AdaLoRA's config holds what stays; one read per allocation",
     "methods/adamss.py:of": "AdaMSS freezes parameters by their scores; one read per choice",
     "kernels/waits.py:differences": "experts by grouped products: how many rows each has, once per layer and call",
-    "kernels/summed.py:_grouped": "torch's own grouped product, which reads them too without a kernel for the dtype",
-    "kernels/waits.py:carried": "an adapter that enters a slot, by one copy per dtype",
+    "kernels/summed.py:_multiply_grouped": "torch's own grouped product, which reads them too without a kernel for the dtype",
+    "kernels/waits.py:move_to_devices": "an adapter that enters a slot, by one copy per dtype",
     "kernels/waits.py:_constant": "rows or slots in an arrangement that no batch before had",
 }
 folder = xlora.folder
@@ -150,7 +150,7 @@ def test_alora():
         few, many = (partial(model.generate, **inputs, **options, min_new_tokens=n, max_new_tokens=n) for n in (2, 5))
         few()
         found = waiting(few)
-        assert set(found) == {"methods/lora/alora.py:find"}
+        assert set(found) == {"methods/lora/alora.py:find_offsets"}
         assert found == waiting(many)  # per prompt, not per token
 
 
@@ -234,7 +234,7 @@ def test_experts(name):
     with torch.no_grad():
         act()
         found = waiting(act)
-    found.pop("kernels/summed.py:_grouped", 0)  # torch's, not graft's
+    found.pop("kernels/summed.py:_multiply_grouped", 0)  # torch's, not graft's
     grouped = name != "llama4"  # which multiplies all experts by all rows
     assert found == ({"kernels/waits.py:differences": layers} if grouped else {})
 
@@ -340,7 +340,7 @@ def test_slots(tmp_path, keep):
         check(lambda: slots(**inputs, adapter_names="a"))
         new = ["b", BASE, "a"] if keep else ["b", BASE, "b"]
         assert waiting(lambda: slots(**inputs, adapter_names=new)) == {"kernels/waits.py:_constant": 1}
-        assert waiting(lambda: slots.pin("c")) == {"kernels/waits.py:carried": 1}  # one enters, of six tensors
+        assert waiting(lambda: slots.pin("c")) == {"kernels/waits.py:move_to_devices": 1}  # one enters, of six tensors
 
 
 # the list

@@ -212,7 +212,7 @@ def test_an_encoder_layer_calls_it():
 
 
 REFUSED = {  # with PEFT's beginning of the text, where it refuses as well
-    "velora": (dict(velora_config={}), "adapts linear layers only"),
+    "velora": (dict(velora_config={}), "does not work with velora_config"),
     "kasa": (dict(kasa_config={}), "adapts linear layers only"),
     "bdlora": (dict(use_bdlora=dict(target_modules_bd_a=["attn"])), "adapts linear layers only"),
     "monteclora": (dict(monteclora_config={}), "MultiheadAttention does not work with monteclora_config"),

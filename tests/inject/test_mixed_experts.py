@@ -149,7 +149,7 @@ def test_what_graft_cannot_run_is_refused_and_nothing_is_left_behind():
     expected = model(IDS).logits
     inner = layers(model)["model.layers.0.mlp.experts.down_proj"].get_base_layer()
     inner.down_proj.requires_grad = True
-    with pytest.raises(RoutingError, match="for frozen ones on this process"):
+    with pytest.raises(RoutingError, match="need a frozen stack on this process"):
         model(IDS, adapter_names=ROWS)
     inner.down_proj.requires_grad = False
     inner._is_expert_parallel = True

@@ -37,7 +37,7 @@ ALLOWED = {
     "methods/adalora/allocator.py:allocate": "AdaLoRA's config holds what stays; one read per allocation",
     "methods/adamss.py:of": "AdaMSS freezes parameters by their scores; one read per choice",
     "kernels/waits.py:differences": "experts by grouped products: how many rows each has, once per layer and call",
-    "kernels/summed.py:_multiply_grouped": "torch's own grouped product, which reads them too without a kernel for the dtype",
+    "kernels/summed.py:_multiply_grouped": "torch's grouped product, which reads them without a kernel for the dtype",
     "kernels/waits.py:move_to_devices": "an adapter that enters a slot, by one copy per dtype",
     "kernels/waits.py:_constant": "rows or slots in an arrangement that no batch before had",
 }

@@ -18,7 +18,8 @@ OF = {"ddp": ["ddp", "ddp-two"], "fsdp2": ["fsdp2"], "fsdp1": ["fsdp1"], "zero2"
 
 
 def blocks(language: str) -> list[str]:
-    return [block.text for block in pages.blocks(PAGE, language)]
+    """Return the page's blocks of a language, without those that run on the page."""
+    return [b.text for b in pages.blocks(PAGE, language) if language != "python" or b.mark == "run by"]
 
 
 def python(name: str) -> str:

@@ -236,6 +236,9 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/python -m tests.house.budget
 
+# interpreters under which dist tries what it built
+DIST_PYTHONS ?= $(foreach p,python3.10 python3.13,$(shell $(p) -c 'import sys; print(sys.executable)' 2>/dev/null))
+
 $(VENV)/dist/.tools:
 	$(PYTHON) -m venv $(VENV)/dist
 	$(VENV)/dist/bin/pip install -q 'build>=1.2' 'twine>=6.1'
@@ -245,7 +248,7 @@ dist: $(VENV)/dist/.tools
 	rm -rf dist
 	$(VENV)/dist/bin/python -m build > $(VENV)/dist/build.log || { cat $(VENV)/dist/build.log; exit 1; }
 	$(VENV)/dist/bin/twine check --strict dist/*
-	$(VENV)/dist/bin/python -m tools.dist dist
+	$(VENV)/dist/bin/python -m tools.dist dist $(DIST_PYTHONS)
 
 # checks, tests, builds and tags; uploads nothing (see CONTRIBUTING.md)
 release: $(VENV)/.test

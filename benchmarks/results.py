@@ -7,7 +7,6 @@ after it, by today's goals, and notes which of these are met.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -69,11 +68,6 @@ def put(path: str | Path, rows: list[Row], versions: str, run: str, whole: bool)
 def read(path: Path | None = None) -> Run:
     held = json.loads((path or RESULTS).read_text())
     return Run(held["versions"], held["run"], held["whole"], [Found(**row) for row in held["rows"]])
-
-
-def digest() -> str:
-    """What the picture of the run that is shown says that it was drawn from."""
-    return hashlib.sha256(RESULTS.read_bytes()).hexdigest()
 
 
 def joined(goals: dict[str, Goal], whole: Run, again: list[Run]) -> tuple[list[Row], str]:

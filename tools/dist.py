@@ -8,14 +8,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import venv
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "graft"
 IN_SDIST = ("CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "docs", "src", "tests", "examples")
-
+LIMITS = {".whl": 1_500_000, ".tar.gz": 4_000_000}  # bytes of what is built
 
 ITS_OWN = re.compile(r"[^/]+\.dist-info/")  # what a wheel says of itself
 
@@ -49,25 +48,52 @@ def sdist_problems(sdist: Path, wanted: dict[str, bytes]) -> list[str]:
     return [f"{sdist.name} lacks {name}" for name in sorted(expected) if name not in found]
 
 
-def try_out(built: Path) -> None:
-    """Install a file into a fresh virtual environment, and run `tools/smoke.py` there, far from the source tree."""
+def size_problems(built: Path) -> list[str]:
+    """Return an error text if a built file is larger than its kind may be."""
+    limit = next(limit for ending, limit in LIMITS.items() if built.name.endswith(ending))
+    size = built.stat().st_size
+    return [f"{built.name} has {size:,} bytes, and may have {limit:,}"] if size > limit else []
+
+
+def try_out(built: Path, interpreter: str) -> None:
+    """Install a file into a fresh environment of an interpreter and run `tools/smoke.py` there.
+
+    Then install its extra `trainer` and run README's first example.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True)
+        subprocess.run([interpreter, "-m", "venv", folder], check=True)
         python = str(Path(folder, "bin", "python"))
         subprocess.run([python, "-m", "pip", "install", "-q", str(built.resolve())], check=True, cwd=folder)
         subprocess.run([python, "-m", "pip", "check"], check=True, cwd=folder)
         subprocess.run([python, "-I", str(ROOT / "tools" / "smoke.py")], check=True, cwd=folder)
+        subprocess.run([python, "-m", "pip", "install", "-q", f"{built.resolve()}[trainer]"], check=True, cwd=folder)
+        text, printed = first_example((ROOT / "README.md").read_text())
+        done = subprocess.run([python, "-I", "-c", text], check=True, cwd=folder, stdout=subprocess.PIPE, text=True)
+        if not done.stdout.endswith(printed):
+            sys.exit(f"README's first example prints, under {built.name}:\n{done.stdout}")
+        print("README's first example prints the text that stands below it", flush=True)
 
 
-def main(folder: str) -> None:
+def first_example(page: str) -> tuple[str, str]:
+    """Return the Python blocks of a page up to its first block of output, and that output."""
+    until, found, after = page.partition("```text\n")
+    if not found:
+        raise ValueError("README has no block of output")
+    return "\n".join(re.findall(r"```python\n(.*?)```", until, re.DOTALL)), after.partition("```")[0]
+
+
+def main(folder: str, *interpreters: str) -> None:
+    """Check the files of a folder and try them out under each interpreter, by default the running one."""
     (wheel,), (sdist,) = Path(folder).glob("*.whl"), Path(folder).glob("*.tar.gz")
     wanted = source_files()
     problems = [*wheel_problems(wheel, wanted), *sdist_problems(sdist, wanted)]
+    problems += [*size_problems(wheel), *size_problems(sdist)]
     if problems:
         sys.exit("\n".join(problems))
-    for built in (wheel, sdist):
-        print(f"{built.name}:", flush=True)
-        try_out(built)
+    for interpreter in interpreters or (sys.executable,):
+        for built in (wheel, sdist):
+            print(f"{built.name}, {interpreter}:", flush=True)
+            try_out(built, interpreter)
 
 
 if __name__ == "__main__":

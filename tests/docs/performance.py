@@ -2,7 +2,7 @@
 """The numbers of docs/performance.md and docs/performance_rows.md, printed from a run of the benchmark.
 
 `python -m tests.docs.performance [FILE]` takes what `make bench BENCH="--json FILE"` wrote as the run to show, and
-writes pages, pictures and README's bars anew.
+writes the pages and README's bars anew.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import guard, results, tables
-from benchmarks.plots import draw
 from benchmarks.results import Run
 from benchmarks.rows import BENCHES
 from benchmarks.tables import ratio, show
 from tests.docs.marks import put
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
-PICTURE = PAGE.with_name("bench.png")
 ROWS = PAGE.with_name("performance_rows.md")
 EXPECT = (  # the rows that a reader looks for first
     "import (floor: torch and safetensors)",
@@ -132,10 +130,8 @@ def main(*files: str) -> None:
         if not results.read(Path(file)).whole:
             sys.exit(f"{file} has not all rows: run the benchmark without --only and --quick, to its end")
         shutil.copyfile(file, results.RESULTS)
-    run = results.read()
     for page, text in pages().items():
         page.write_text(text)
-    draw(run.rows, str(PICTURE), run.versions, results.digest())
     readme.main()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/performance.md, its picture and docs/performance_rows.md show the run in benchmarks/results.json."""
+"""docs/performance.md and docs/performance_rows.md show the run in benchmarks/results.json."""
 
 import itertools
 import json
@@ -16,14 +16,9 @@ def test_the_numbers_of_the_page_are_those_of_the_run():
         assert text == page.read_text(), "run python -m tests.docs.performance"
 
 
-def test_the_picture_was_drawn_from_the_run():
-    assert results.digest().encode() in performance.PICTURE.read_bytes(), "run python -m tests.docs.performance"
-
-
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
-    """Pages, pictures and run, to write into."""
-    monkeypatch.setattr(performance, "PICTURE", tmp_path / "bench.png")
+    """Pages and the run, to write into."""
     for module, name in (
         (performance, "PAGE"),
         (performance, "ROWS"),
@@ -46,12 +41,11 @@ def run(folder, **changes):
 
 
 @pytest.mark.slow
-def test_a_new_run_changes_pages_and_pictures(copies):
+def test_a_new_run_changes_pages_and_bars(copies):
     performance.main(run(copies, run="a later day"))
     assert "The run: a later day" in performance.PAGE.read_text()
     assert all("| 123 |" in page.read_text() for page in (performance.PAGE, performance.ROWS))
     assert "(123 ×)" in readme.GLANCE.read_text()
-    assert results.digest().encode() in performance.PICTURE.read_bytes()
     assert all(text == page.read_text() for page, text in performance.pages().items())
     assert all(text == page.read_text() for page, text in readme.pages().items())
 

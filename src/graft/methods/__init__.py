@@ -13,6 +13,8 @@ from graft.core.errors import ConfigError
 
 
 class Row(NamedTuple):
+    """One row of the table: the places and public names of a method's classes."""
+
     method: str  # "module:Class" below graft
     config: str  # public name of its config
     tuner: str  # public name of the model class that holds it; of a prompt, its encoder
@@ -99,7 +101,7 @@ PeftType.__doc__ = "The methods, by the name that adapter_config.json uses."
 
 @cache
 def method_of(peft_type: str) -> Any:
-    """Return the Method or Prompt class of a peft_type; import its file.
+    """Return the Method or Prompt class of a peft_type, given as a string or a `PeftType`; import its file. Cached.
 
     Raises:
         ConfigError: there is no such method.
@@ -112,15 +114,20 @@ def method_of(peft_type: str) -> Any:
 
 
 def config_of(peft_type: str) -> type[PeftConfig]:
-    """Return the config class of a peft_type."""
+    """Return the config class of a peft_type: the `config` of `method_of`, which imports the method's file.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
     config: type[PeftConfig] = method_of(peft_type).config
     return config
 
 
 def tier_of(peft_type: str) -> str:
-    """Return "core", "extra" or "experimental": which promise a method keeps until version 1.0.
+    """Return "core", "extra" or "experimental": the promise that a method keeps until version 1.0.
 
-    core: PEFT has the method and it merges; API and files stay. extra: files stay. experimental: it may be removed.
+    experimental: in EXPERIMENTAL; it may be removed. core: PEFT has the method and it merges; API and files stay.
+    extra: all others, unknown names too; files stay.
     """
     name = getattr(peft_type, "value", peft_type)
     if name in EXPERIMENTAL:

@@ -32,12 +32,14 @@ class ProjectionConfig(Targets, LayerRange, FanInFanOut):
     counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
 
     def __post_init__(self) -> None:
+        """Validate the fields as every config does; warn (`warn_unsaved`) if `save_projection` is False."""
         super().__post_init__()
         if not self.save_projection:
             warn_unsaved(self.matrices)
 
 
 def warn_unsaved(names: str) -> None:
+    """Warn that files will lack the tensors `names`, which a load then draws again from `projection_prng_key`."""
     warn(
         f"Specified to not save {names}: they are drawn again from `projection_prng_key` on load, which gives the same "
         "values only if torch's generator is the same."
@@ -45,18 +47,25 @@ def warn_unsaved(names: str) -> None:
 
 
 def maybe_transient(tensor: Tensor, saved: bool) -> Tensor | Transient:
-    """Return a tensor as `share` and `build` give it: in files, or not."""
+    """Return the tensor itself if `saved`: checkpoints hold it.
+
+    Else return `Transient(tensor)`, which no checkpoint holds.
+    """
     return tensor if saved else Transient(tensor)
 
 
 def indivisible(site: Site, part: int, text: str, names: Sequence[str] = ("in_features", "out_features")) -> str | None:
-    """Return `text` with the {name} and {size} of the first width of a layer that `part` does not divide, or None."""
+    """Return the reason why a layer's widths do not fit blocks of `part` values, or None if `part` divides both.
+
+    Checked in order: fan_in, out_features. The reason is `text`, with {name} and {size} of the first width that `part`
+    does not divide; `names` are their two names.
+    """
     sizes = zip(names, (site.fan_in, site.out_features))
     return next((text.format(name=name, size=size) for name, size in sizes if size % part), None)
 
 
 def check_wide(name: str, size: int, needed: int) -> None:
-    """Raise ConfigError if projections that an earlier adapter has drawn are too small for this one."""
+    """Raise ConfigError if `size`, a width of projections that an earlier adapter drew, is below the `needed` one."""
     if size < needed:
         raise ConfigError(
             f"{name} has a size of {size} but {needed} or greater is required; add the adapter with the widest layers "
@@ -65,9 +74,11 @@ def check_wide(name: str, size: int, needed: int) -> None:
 
 
 def check_places(tensors: Tensors, name: str, most: int, key: str) -> None:
-    """Raise CheckpointError unless a file's places, if it holds them, are from 0 to below `most`.
+    """Raise CheckpointError if a file's tensor (`name`, "") has an index below 0 or not below `most`.
 
-    Past that a GPU stops for good in the first call, and a negative one is a place from the end.
+    Without that tensor, do nothing.
+
+    An index past the end would stop a GPU for good in the first call; a negative one would count from the end.
     """
     places = tensors.get((name, ""))
     if places is not None and not ((places >= 0) & (places < most)).all():
@@ -75,7 +86,13 @@ def check_places(tensors: Tensors, name: str, most: int, key: str) -> None:
 
 
 def projections(layers: Layers, names: tuple[str, str], rows: int) -> dict[str, object]:
-    """Draw A (rows, widest in), then B (widest out, r), from one generator; or take those of the other adapters."""
+    """Return the shared random matrices, by `names`: A (rows, widest in) and B (widest out, r), `Transient` unless
+    `save_projection`.
+
+    If another adapter shares them already, return that one's; ConfigError if they are too small. Else draw both, A
+    first, from one CPU generator with the seed `projection_prng_key`, uniform within ±√(6 / columns). On the meta
+    device nothing is drawn.
+    """
     cfg, wide_in, wide_out = layers.cfg, layers.wide_in, layers.wide_out
     if layers.existing and layers.others:
         A, B = (layers.existing[name][next(iter(layers.others))] for name in names)

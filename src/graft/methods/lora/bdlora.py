@@ -20,38 +20,57 @@ from graft.methods.lora.lora import LoRA
 
 
 class BlockDiagonal(nn.Module):
-    """The product with a block-diagonal matrix (out_features, in_features)."""
+    """The product with a block-diagonal matrix (out_features, in_features); `weight` (out_features, in_features /
+    nblocks) holds the blocks one below the other.
+    """
 
     def __init__(self, in_features: int, out_features: int, nblocks: int, device: torch.device | None = None):
+        """Make an uninitialised parameter `weight` (out_features, in_features // nblocks)."""
         super().__init__()
         self.in_features, self.out_features, self.nblocks = in_features, out_features, nblocks
         self.weight = nn.Parameter(torch.empty(out_features, in_features // nblocks, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Split x (…, in_features) into `nblocks` parts, multiply each with its block, and return them joined, (…,
+        out_features).
+        """
         blocks = self.weight.view(self.nblocks, -1, self.weight.shape[1])
         return torch.einsum("...kn,kmn->...km", x.unflatten(-1, (self.nblocks, -1)), blocks).flatten(-2)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Put the blocks in place: (out, in / nblocks) → (out, in)."""
+        """Return the whole matrix (out, in), zero outside of the blocks, from a weight (out, in / nblocks)."""
         whole: Tensor = torch.block_diag(*weight.chunk(self.nblocks))
         return whole
 
     def extra_repr(self) -> str:
+        """Return the two sizes and the number of blocks for `repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, nblocks={self.nblocks}"
 
 
 class BdLoRA(LoRA):
-    """`side` says which of A and B is block-diagonal here; where none is, this is LoRA."""
+    """BD-LoRA, arXiv 2510.23346: LoRA whose A or B (`side`) is block-diagonal; plain LoRA on layers of neither list."""
 
     holds_any = False
 
     @cached_property
     def side(self) -> str:
+        """ "A" or "B": the block-diagonal factor here.
+
+        The site's path contains a string of `target_modules_bd_a` or `_b`; "AB" for both, "" for none.
+        """
         cfg, key = settings(self.cfg.use_bdlora), self.site.key
         patterns = {"A": cfg.target_modules_bd_a or (), "B": cfg.target_modules_bd_b or ()}
         return "".join(side for side, parts in patterns.items() if any(part in key for part in parts))
 
     def check(self) -> str | None:
+        """Return why the layer cannot be adapted: blocks on a layer that is not linear, or a reason of `LoRA.check`;
+        None if it can.
+
+        Raises:
+            ConfigError: the path fits both lists; or none, with `match_strict`; an initialisation that needs plain
+                shapes (`checks.plain_start`); `nblocks` does not divide r and the width of the blocked factor;
+                `lora_bias` with a block-diagonal B.
+        """
         site, side, cfg = self.site, self.side, settings(self.cfg.use_bdlora)
         if side == "AB":
             raise ConfigError(f"Target {site.key} matches both A and B block-diagonal patterns: take it out of one.")
@@ -75,6 +94,9 @@ class BdLoRA(LoRA):
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
+        """Return LoRA's tensors, with `lora_A` (side A) or `lora_B` (side B) replaced by a `BlockDiagonal` of
+        `nblocks`.
+        """
         values, site, r, n = super().build(shared, device), self.site, self.cfg.r, settings(self.cfg.use_bdlora).nblocks
         if self.side == "A":
             values["lora_A"] = BlockDiagonal(site.in_features, r, n, device)
@@ -83,6 +105,10 @@ class BdLoRA(LoRA):
         return values
 
     def init(self) -> None:
+        """Initialise as LoRA, then fill the block-diagonal factor again: A kaiming uniform (a=0), B zeros.
+
+        With init_lora_weights=True and side A the generator also advances as far as for a whole A, as in PEFT.
+        """
         super().init()
         A, B = self.pair
         if self.side == "A":
@@ -93,6 +119,10 @@ class BdLoRA(LoRA):
             nn.init.zeros_(B)
 
     def factors(self) -> Factors:
+        """Return LoRA's factors, with the block-diagonal one as a `Compact`, which forms its whole matrix on demand.
+
+        Unchanged where neither is blocked.
+        """
         f = super().factors()
         if self.side == "A":
             return f._replace(A=Compact(self.lora_A, self.lora_A.matrix))

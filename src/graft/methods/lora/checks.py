@@ -10,7 +10,9 @@ from graft.methods.lora.config import LoraConfig
 
 
 def check_site(site: Site, cfg: LoraConfig) -> None:
-    """Raise ConfigError for a rank or a bias that this layer cannot have."""
+    """Raise ConfigError if r < 1, if `lora_bias` meets an embedding, if the groups of a convolution do not divide r, or
+    if `check_parameter` refuses a parameter.
+    """
     COUNT.check("r", cfg.r)
     if site.op.opaque:
         check_parameter(site, cfg)
@@ -26,7 +28,11 @@ def check_site(site: Site, cfg: LoraConfig) -> None:
 
 
 def check_parameter(site: Site, cfg: LoraConfig) -> None:
-    """Raise ConfigError for an option that has no meaning for a parameter which its module uses in its own ways."""
+    """Raise ConfigError for options that do not work on a parameter which its own module uses (an opaque op).
+
+    These are `lora_bias`, `fan_in_fan_out` and all variants but DoRA; for a stack of matrices also DoRA and any named
+    initialisation but "gaussian". The text names MultiheadAttention if the site is a module, else ParamWrapper.
+    """
     what = "MultiheadAttention" if site.path == site.key else "ParamWrapper"
     options = {name: getattr(cfg, name) for name in ("lora_bias", "fan_in_fan_out")}
     options |= {name: True for name in cfg.variants if name != "use_dora" or len(site.shape) > 2}
@@ -41,12 +47,18 @@ def check_parameter(site: Site, cfg: LoraConfig) -> None:
 
 
 def only_linear(site: Site, what: str) -> str | None:
-    """Return why a variant cannot adapt a layer that is not linear, or None. what: what it does with features."""
+    """Return "`what`: it adapts linear layers only" if the layer's type is known and not linear; else None.
+
+    `what` is a clause that says what the variant does with features.
+    """
     return None if site.op.linear or not site.op.known else f"{what}: it adapts linear layers only"
 
 
 def plain_start(site: Site, cfg: LoraConfig, option: str) -> None:
-    """Raise ConfigError for an initialisation that needs A (r, in) and B (out, r), where a variant has other shapes."""
+    """Raise ConfigError for a named initialisation other than "gaussian" and "orthogonal".
+
+    The others need A (r, in) and B (out, r), and the variant of `option` has another shape.
+    """
     how = cfg.init_lora_weights
     if isinstance(how, str) and how.lower() not in ("gaussian", "orthogonal"):
         raise ConfigError(
@@ -56,7 +68,9 @@ def plain_start(site: Site, cfg: LoraConfig, option: str) -> None:
 
 
 def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
-    """Return why an adapter on this layer has no merged form; None if it has one."""
+    """Return the reason why an adapter has no merged form: a convolution with groups > 1, or `lora_bias` on a layer
+    without bias. None if it has one.
+    """
     if site.op.known and site.op.groups(site.module) > 1:
         return "Merging is not supported for _ConvNd layers with groups > 1! A mixes the groups"
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
@@ -65,7 +79,9 @@ def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
 
 
 def warn_unmergeable(site: Site, cfg: LoraConfig) -> None:
-    """Warn where `unmergeable` has a reason."""
+    """Warn (`warn_of`, gathered over layers) of each reason: `lora_bias` on a layer without bias, a convolution with
+    groups > 1.
+    """
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
         text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
         warn_of(site.key, f"{text} Adapter weights of {{}} cannot be merged.", PeftWarning)

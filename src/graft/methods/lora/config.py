@@ -30,7 +30,11 @@ from graft.methods.lora.sub_configs import (
 
 
 def ops_of(mapping: dict[type[nn.Module], type | Op]) -> dict[type[nn.Module], Op]:
-    """Return the ops for types of modules; raise TypeError where a value tells of none."""
+    """Return the `Op` for each type of module: the value itself if it is an Op, else the row of OPS for the type in the
+    value.
+
+    Raises TypeError if graft knows no op for the type.
+    """
     ops: dict[type[nn.Module], Op] = {}
     for kind, how in mapping.items():
         op = how if isinstance(how, Op) else OPS.find(how)
@@ -45,7 +49,7 @@ def ops_of(mapping: dict[type[nn.Module], type | Op]) -> dict[type[nn.Module], O
 
 
 def check_invocation(tokens: list[int], task_type: str | None) -> None:
-    """Raise ConfigError for invocation tokens that cannot occur; warn of a task other than CAUSAL_LM."""
+    """Raise ConfigError if `tokens` is empty or has a negative id; warn if `task_type` is not CAUSAL_LM."""
     if not tokens or min(tokens) < 0:
         raise ConfigError(
             f"`alora_invocation_tokens` must be the ids of one token or more, got {tokens}: aLoRA begins to act "
@@ -56,7 +60,12 @@ def check_invocation(tokens: list[int], task_type: str | None) -> None:
 
 
 def check_loftq(cfg: LoraConfig) -> None:
-    """Make the settings of LoftQ a dict, as in files."""
+    """Complete or clear `loftq_config`.
+
+    With init_lora_weights="loftq" it becomes a dict of all fields of LoftQConfig, or ConfigError if it is empty.
+
+    With another initialisation, warn that it is ignored and set it to {}.
+    """
     if cfg.init_lora_weights == "loftq":
         if not cfg.loftq_config:
             raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
@@ -67,7 +76,17 @@ def check_loftq(cfg: LoraConfig) -> None:
 
 
 def check_start(cfg: LoraConfig) -> None:
-    """Complete the settings of the initialisation; raise ConfigError where options contradict it."""
+    """Complete the settings of the initialisation in `cfg`.
+
+    "OLoRA" in any spelling becomes "olora". The dicts `eva_config`, `corda_config` and `lora_ga_config` become their
+    classes. Warns, and fills in the defaults, if the initialisation lacks its settings; warns if settings belong to
+    another one. `check_loftq` completes `loftq_config`. Warns of rsLoRA with patterns and an initialisation that
+    changes the base.
+
+    Raises:
+        ConfigError: KaSA with PiSSA by iterations, CorDA or LoRA-GA; `lora_bias` with any initialisation but True and
+            False, or with DoRA.
+    """
     if str(cfg.init_lora_weights).lower() == "olora":  # which PEFT takes in any spelling
         cfg.init_lora_weights = "olora"
     init = cfg.init_lora_weights
@@ -160,6 +179,12 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
     runtime_fields: ClassVar[tuple[str, ...]] = ("runtime_config", "use_dylora")
 
     def __post_init__(self) -> None:
+        """Validate all fields and complete those that depend on each other; dicts of sub-configs become their classes.
+
+        Raises:
+            ConfigError: DoRA with `megatron_config`; a `megatron_core` outside "megatron."; two variants at once;
+                invocation tokens or an initialisation that cannot work (`check_invocation`, `check_start`).
+        """
         super().__post_init__()
         if self.use_dora and self.megatron_config:
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
@@ -179,6 +204,11 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
 
     @classmethod
     def tolerant(cls, values: dict[str, object]) -> PeftConfig:
+        """Return a config from a file's values.
+
+        The key `lora_B_layout`, which Unsloth writes, becomes a plain attribute: it is no field, so graft writes it to
+        no file.
+        """
         mark = "lora_B_layout"  # Unsloth's, of a file, which `io.layouts` reads
         config = super().tolerant({k: v for k, v in values.items() if k != mark})
         vars(config).update({mark: values[mark]} if mark in values else {})  # no field: no file of graft's has it
@@ -198,13 +228,18 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The names in VARIANTS that the values select."""
+        """The names in VARIANTS that the config selects, sorted: fields with a true value, and `init_lora_weights` in
+        lower case.
+        """
         init = self.init_lora_weights
         start = init.lower() if isinstance(init, str) else None
         return tuple(sorted(name for name in VARIANTS if name == start or getattr(self, name, None)))
 
     def drop_variant(self) -> None:
-        """Make this a config of plain LoRA."""
+        """Make this a config of plain LoRA: set each field in `variants` back to its default.
+
+        An `init_lora_weights` of a variant stays.
+        """
         selected = self.variants
         for f in fields(self):
             if f.name in selected:

@@ -27,10 +27,10 @@ UNTARGETABLE = {"conv1d"}  # of them
 
 
 def kasa_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the sum of `KaSA.loss` over layers and adapters; 0.0 without any.
+    """Return the sum of `KaSA.loss` over all layers and KaSA adapters; 0.0 without any.
 
     Args:
-        adapter_names: which ones; the active ones if None.
+        adapter_names: one name or several; the active ones if None.
 
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
@@ -39,13 +39,24 @@ def kasa_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Ten
 
 
 def monteclora_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the mean of `MonteCLoRA.loss` over layers and adapters; 0.0 without any. Otherwise as `kasa_loss`."""
+    """Return the sum of `MonteCLoRA.loss` over layers and adapters, divided by their number; 0.0 without any.
+
+    Args:
+        adapter_names: one name or several; the active ones if None.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of that name.
+    """
     methods = adapters_of(tuner, adapter_names, "monteclora_config")
     return sum((m.loss() for m in methods), 0.0) / max(1, len(methods))
 
 
 def adapters_of(tuner: Tuner, adapter_names: str | list[str] | None, variant: str) -> list[Method]:
-    """Return the adapters of a variant, the active ones if `adapter_names` is None, on all layers."""
+    """Return the methods, over all layers, of the adapters whose config selects `variant` (a key of VARIANTS).
+
+    `adapter_names`: one name or several; None: the active adapters. Raises AdapterNotFoundError for a name that the
+    model does not have.
+    """
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
     unknown = [name for name in names if name not in tuner.peft_config]
@@ -56,12 +67,14 @@ def adapters_of(tuner: Tuner, adapter_names: str | list[str] | None, variant: st
 
 
 def import_beside(where: str) -> Any:
-    """Import a file of this folder and return a name in it: "module:name"."""
+    """Import the module "module" of this folder from "module:name", and return its attribute "name"."""
     module, name = where.split(":")
     return getattr(import_module(f"graft.methods.lora.{module}"), name)
 
 
 class LoRA(Started):
+    """LoRA, arXiv 2106.09685: ΔW = s · B A, with A (r, in), B (out, r) and s = alpha / r, or alpha / √r."""
+
     prefix = "lora_"
     lays_out_stacks = True  # as files of PEFT do
     published_lr = Published(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
@@ -84,14 +97,25 @@ class LoRA(Started):
 
     @classmethod
     def variant(cls, cfg: LoraConfig) -> type[LoRA]:
+        """Return the subclass for the first name in `cfg.variants`, such as DoRA for `use_dora`; imports its file.
+
+        Return `cls` if the config selects no variant.
+        """
         return next((import_beside(VARIANTS[name]) for name in cfg.variants), cls)
 
     @classmethod
     def restructure(cls, cfg: LoraConfig, model: nn.Module) -> Callable[[], None] | None:
+        """Replicate the model's layers as `cfg.layer_replication` says, and return the function that undoes it; None
+        without that option.
+        """
         return replicate(model, cfg.layer_replication) if cfg.layer_replication else None
 
     @classmethod
     def prepare(cls, cfg: LoraConfig, model: nn.Module) -> None:
+        """Raise ConfigError if the model is of a Mamba family (MAMBA) and the set `target_modules` names "conv1d".
+
+        Else do nothing.
+        """
         kind, targets = getattr(getattr(model, "config", None), "model_type", None), cfg.target_modules
         hit: set[str] = UNTARGETABLE & targets if kind in MAMBA and isinstance(targets, set) else set()
         if hit:
@@ -101,10 +125,21 @@ class LoRA(Started):
             )
 
     def check(self) -> str | None:
+        """Return the reasons of `Method.check`.
+
+        Before that `check_site` raises ConfigError for a rank, bias or option that the layer cannot have.
+        """
         checks.check_site(self.site, self.cfg)
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
+        """Return the config's facts, `scaling` and `lora_dropout` (an identity for 0), and two factors that train.
+
+        Embeddings get normal values: `lora_embedding_A` (r, vocabulary) and `lora_embedding_B` (dim, r). Other layers
+        get the modules `lora_A` (r, in) and `lora_B` (out, r) of their op, with a bias in B for `lora_bias`; `init`
+        fills them. Warns if the adapter cannot merge (`lora_bias` on a layer without bias, groups > 1). `lora_shift` is
+        added if `keeps_shift`.
+        """
         site, cfg, r = self.site, self.cfg, self.cfg.r
         values: dict[str, object] = dict(
             r=r,
@@ -130,28 +165,46 @@ class LoRA(Started):
         return values
 
     def tie(self, source: Method) -> None:
-        """Give a head tied to an embedding (B A)ᵀ = Aᵀ Bᵀ, another embedding B A, on the embedding's own memory."""
+        """Put this adapter onto the memory of `source`, the same adapter on the tied embedding.
+
+        Between an embedding and a head the factors are transposed and exchanged: (B A)ᵀ = Aᵀ Bᵀ. Between two layers of
+        one kind A and B are shared as they are.
+        """
         A, B = source.pair
         pair, like = self.pair, self.site.op.takes_ids == source.site.op.takes_ids
         pair[0].data, pair[1].data = (A.data, B.data) if like else (B.data.T, A.data.T)
 
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The parameters A (r, …) and B (out, …), as the layer stores them."""
+        """The parameters A (r, …) and B (out, …), as the layer stores them: `lora_embedding_A`, `_B` on an embedding,
+        else the weights of `lora_A`, `lora_B`.
+        """
         if self.site.op.takes_ids:
             return self.lora_embedding_A, self.lora_embedding_B
         return self.lora_A.weight, self.lora_B.weight
 
     def holding(self, A: Tensor, B: Tensor) -> Tensors:
-        """Return values of the adapter's tensors that make ΔW = s · B A. A (…, r, fan_in), B (…, out, r)."""
+        """Return tensors, by place, that make ΔW = s · B A: (`lora_A`, "weight") and (`lora_B`, "weight"); on an
+        embedding `lora_embedding_A`, `_B`.
+
+        A (…, r, fan_in) and B (…, out, r) are stored as they come; s is the adapter's scaling.
+        """
         if self.site.op.takes_ids:
             return {("lora_embedding_A", ""): A, ("lora_embedding_B", ""): B}
         return {("lora_A", "weight"): A, ("lora_B", "weight"): B}
 
     def describe(self) -> Effect:
+        """Return an `Update` by `factors`.
+
+        It cannot merge (`fixed`) on a convolution with groups > 1, or with `lora_bias` on a layer without bias.
+        """
         return Update(factors=self.factors, fixed=checks.unmergeable(self.site, self.cfg))
 
     def factors(self) -> Factors:
+        """Return `Factors` of the modules `lora_A`, `lora_B`, the scaling and `lora_dropout`.
+
+        On an embedding: the two parameters and the scaling, without dropout.
+        """
         if self.site.op.takes_ids:
             return Factors(self.lora_embedding_A, self.lora_embedding_B, self.scaling)
         own, name = self.layer.__dict__, self.name  # not by attributes, which take twice the time

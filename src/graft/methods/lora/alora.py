@@ -31,38 +31,48 @@ ALL = 1 << 30  # more positions than any input has
 
 @dataclass
 class Progress:
-    """How far `generate` is. A fixed number for all steps after the prompt, so that a compiled one is used again."""
+    """How far `generate` has come; all `Offsets` of one input share it.
 
-    passed: int = 0  # positions between the end of the prompt and the end of what the model sees now
+    `passed` is fixed for all steps with a full prompt in the cache, so that compiled code for one step serves all.
+    """
+
+    passed: int = 0  # positions between the end of the prompt and the end of the current input
 
 
 @dataclass
 class Offsets:
-    """The positions, counted from the end of the prompt, at which the adapter acts on each row."""
+    """The positions at which an aLoRA adapter acts on each row, counted from the end of the prompt."""
 
     counts: Tensor  # (batch,), 0: nowhere
     longest: int  # of `counts`, at least
     progress: Progress
 
     def __getitem__(self, index: Tensor) -> Offsets:
+        """Return the offsets of the rows `index`, in that order; `longest` and `progress` stay the same."""
         return Offsets(self.counts[index.to(self.counts.device)], self.longest, self.progress)
 
     def repeat_interleave(self, repeats: int, dim: int) -> Offsets:
+        """Return the offsets for rows that are repeated `repeats` times each, next to each other; `longest` and
+        `progress` stay the same.
+        """
         return Offsets(self.counts.repeat_interleave(repeats, dim), self.longest, self.progress)
 
     def mask(self, positions: int, tail: int) -> Tensor:
-        """Return where the adapter acts at the last `tail` of so many positions, (batch, tail)."""
+        """Return a boolean mask (batch, tail): True where the adapter acts among the last `tail` of `positions`
+        positions.
+
+        A row acts from position `positions - passed - count` on; a row with count 0 acts nowhere.
+        """
         at = torch.arange(positions - tail, positions, device=self.counts.device)
         acts = at >= (positions - self.progress.passed - self.counts)[:, None]
         return acts & (self.counts > 0)[:, None]
 
 
 def ids_of(run: Run) -> Tensor | None:
-    """Return the input ids, (batch, positions), a single row with a batch of 1.
+    """Return the input ids of a run, (batch, positions); a single row becomes a batch of 1.
 
-    In `generate`, `inputs` may be the ids.
-
-    Return None if there are none, or they are no integers of at most two dimensions.
+    In `generate` the argument `inputs` is read too. Return None if there are no ids, or they are floats, or have more
+    than two dimensions.
     """
     ids = run.argument("input_ids")
     if ids is None and run.generates:
@@ -74,8 +84,12 @@ def ids_of(run: Run) -> Tensor | None:
 
 @contextmanager
 def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> Iterator[None]:
-    """Keep the offsets, which count from the end of the prompt, right in every step of `generate`, with a cache or
-    without."""
+    """In the block, update `Progress.passed` of all offsets before each forward of `generate`, with a cache or without
+    one.
+
+    Does nothing for a run that does not generate, or without offsets. Else puts pre-forward hooks on the model and its
+    decoder, and removes them at the end.
+    """
     if not (run.generates and offsets):
         yield
         return
@@ -84,6 +98,12 @@ def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> 
     length = (run.kwargs["inputs_embeds"] if prompt is None else prompt).shape[1]
 
     def follow(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set `passed` from the input's length and the number of cached tokens: ALL after the whole prompt was seen,
+        else seen + new - prompt length.
+
+        Without a readable cache count, an input shorter than the prompt or a cache with state means that the prompt was
+        seen. Calls of other threads and calls without inputs change nothing.
+        """
         if get_ident() != thread:  # others may run the model as well
             return
         candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
@@ -113,9 +133,14 @@ ONLY_EMBEDS = "when only inputs_embeds are provided. Disabling aLoRA for this fo
 
 
 def find_offsets(tuner: Tuner, run: Run) -> dict[str, Offsets]:
-    """Return the offsets for each aLoRA adapter that acts; none if the input does not tell them.
+    """Return the `Offsets` of each aLoRA adapter that acts in this run, by name.
 
-    On a device, `generate` and the first forward of an adapter wait for them, to say where it does not act.
+    The caller's `alora_offsets` count first, for all such adapters. Else they are found by a search for the invocation
+    tokens in the input ids. Without ids warns, and returns {}.
+
+    On the CPU, in `generate`, and at an adapter's first forward the counts are read on the host: `longest` is then
+    exact, and `warn_absent` may warn. In later forwards on a device, and in compiled code, `longest` is the input's
+    length. Marks the adapter in `tuner.states`.
     """
     names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
     all_tokens = {name: getattr(tuner.peft_config[name], "alora_invocation_tokens", None) for name in names}
@@ -133,7 +158,7 @@ def find_offsets(tuner: Tuner, run: Run) -> dict[str, Offsets]:
         counts = find_last_occurrence(ids, constant(tuple(invocation), torch.long, ids.device))
         longest = ids.shape[1]
         if not torch.compiler.is_compiling() and (ids.is_cpu or run.generates or name not in tuner.states):
-            tuner.states[name] = True  # of what follows, `generate` apart, the host does not wait for the counts
+            tuner.states[name] = True  # later forwards outside of `generate` do not wait for them
             listed = counts.tolist()
             longest = max(listed, default=0)
             warn_absent(name, listed, run.rows)
@@ -142,7 +167,11 @@ def find_offsets(tuner: Tuner, run: Run) -> dict[str, Offsets]:
 
 
 def find_last_occurrence(ids: Tensor, invocation: Tensor) -> Tensor:
-    """Return how far before the end the last occurrence in each row starts, (batch,); 0 where there is none."""
+    """Return, for each row of `ids` (batch, positions), the number of positions from the last occurrence of
+    `invocation` to the end, (batch,).
+
+    0 where the row does not contain it, or is shorter than it. The count includes the invocation itself.
+    """
     n, positions = len(invocation), ids.shape[1]
     if n > positions:
         return ids.new_zeros(len(ids))
@@ -152,7 +181,13 @@ def find_last_occurrence(ids: Tensor, invocation: Tensor) -> Tensor:
 
 
 def offsets_from(value: object, run: Run) -> Offsets:
-    """Return the caller's offsets: a number for each row, or None where the adapter is not to act."""
+    """Return `Offsets` of the caller's value: per row a number of positions before the end, or None (no action on that
+    row).
+
+    Raises:
+        ConfigTypeError: the value is no list or tensor of non-negative integers and None.
+        RoutingError: its length fits the first dimension of no tensor in the call.
+    """
     values = value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, Sequence) else None
     if values is None or not all(v is None or (isinstance(v, int) and v >= 0) for v in values):
         raise ConfigTypeError(
@@ -166,7 +201,10 @@ def offsets_from(value: object, run: Run) -> Offsets:
 
 
 def warn_absent(name: str, counts: list[int], rows: Rows | None) -> None:
-    """Warn of rows that use an adapter and do not invoke it."""
+    """Warn if rows that use adapter `name` have a count of 0, so that it does nothing there.
+
+    In a mixed batch only its own `rows` matter.
+    """
     rows_of_adapter: Sequence[int] = range(len(counts))
     if rows is not None:
         rows_of_adapter = rows.rows_of(name)
@@ -180,15 +218,27 @@ def warn_absent(name: str, counts: list[int], rows: Rows | None) -> None:
 
 
 class ALoRA(LoRA):
-    """LoRA at some positions. It does nothing where a call tells of no invocation."""
+    """aLoRA, arXiv 2504.12397: s · B A x is added from the last invocation on; nothing is added in a call
+    without one.
+    """
 
     arguments = (ARGUMENT,)
     only_linear = "aLoRA acts on the features of some positions, and so on linear layers only"
 
     def describe(self) -> Effect:
+        """Return an `Update` with a `branch` only, which cannot merge: it acts at some positions."""
         return Update(branch=self.branch, fixed="aLoRA does not support merging, as it acts at some positions only")
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return LoRA's part s · B A x at the positions at which the adapter acts, zeros elsewhere, in the shape of the
+        layer's output.
+
+        The part is computed for the last `longest + passed` positions only, then masked by row. Without offsets in the
+        call it is all zeros.
+
+        Raises:
+            RoutingError: the call has offsets, and x is not one row with positions for each sample.
+        """
         offsets = self.layer.call.fact((ARGUMENT, self.name))
         by_position = x[:, None] if x.dim() == 2 else x
         if offsets is not None and (by_position.dim() != 3 or len(x) != len(offsets.counts)):
@@ -207,7 +257,10 @@ class ALoRA(LoRA):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Find the invocations in the input.
+        """Find each adapter's offsets before the run, and show them to the layers in it as facts of the call; follow
+        `generate`.
+
+        With adapters disabled, do nothing more than LoRA.
 
         Raises:
             RoutingError: a search with several beams, or offsets that are not one per row.
@@ -224,6 +277,9 @@ class ALoRA(LoRA):
 
 
 def beams(model: nn.Module, run: Run) -> int:
+    """Return the number of beams of a run that generates: `num_beams` of the call, else of its or the model's
+    generation config, else 1. Return 1 for other runs.
+    """
     config = run.kwargs.get("generation_config") or getattr(model, "generation_config", None)
     n: int = run.kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
     return n if run.generates else 1

@@ -27,41 +27,59 @@ STEPS, EPS = 15, 1e-8  # of the power iteration
 
 
 class Router(nn.Module):
-    """The directions of the experts, as long as these keep their values."""
+    """The experts' directions, cached; valid as long as the experts' tensors keep their values."""
 
     prototypes: Tensor | None  # (experts, in)
 
     def __init__(self) -> None:
+        """Register an empty buffer `prototypes` that no checkpoint holds, and an empty list `of` of source tensors."""
         super().__init__()
         self.register_buffer("prototypes", None, persistent=False)
         self.of: list[tuple[Tensor, int]] = []  # the tensors that they were made of, with their versions
 
     def current(self, tensors: list[Tensor]) -> bool:
+        """Return True if `tensors` are the same objects as in `of`, in the same versions: `prototypes` is
+        still right.
+        """
         return len(self.of) == len(tensors) and all(
             a is b and version == version_of(b) for (a, version), b in zip(self.of, tensors)
         )
 
     def __getstate__(self) -> dict[str, object]:
+        """Return the state without the source tensors, so that a copy or a pickle computes its directions anew."""
         return {**self.__dict__, "of": []}  # a copy has other tensors
 
 
 class Arrow(LoRA):
+    """Arrow, arXiv 2405.11157: a router.
+
+    Each token goes through its `top_k` experts, the other LoRA adapters of the layer.
+    """
+
     only_linear = "Arrow compares features of tokens, and so it routes on linear layers only"
 
     lora_arrow: Router  # without parameters
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
+        """Return LoRA's tensors, and an empty `Router` as `lora_arrow`."""
         return super().build(shared, device) | dict(lora_arrow=Router())
 
     def describe(self) -> Effect:
+        """Return an `Update` with a `branch` only, which cannot merge."""
         return Update(branch=self.branch, fixed="Cannot merge an active Arrow router adapter. Remove it first")
 
     def factors(self) -> Factors:
+        """Raise NotImplementedError: a router has no update, only its experts have."""
         raise NotImplementedError(
             f"Adapter '{self.name}' is an Arrow router, which has no update of its own: name its experts."
         )
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return Σ share_e · s_e · B_e A_e x over the experts, for x (…, in), followed by this adapter's dropout.
+
+        The score of an expert is |x · direction|. The `top_k` largest get softmax(score / router_temperature) as share,
+        all others 0. x is cast to the experts' dtype. Raises RoutingError if the layer cannot route.
+        """
         general, experts = self.split_adapters()
         A, B = self.matrices(general, experts)
         cfg, E, x = settings(self.cfg.arrow_config), len(experts), x.to(A.dtype)  # not the router's dtype
@@ -74,7 +92,11 @@ class Arrow(LoRA):
         return out
 
     def split_adapters(self) -> tuple[list[Method], list[Method]]:
-        """Return the adapters of general knowledge on this layer, and the experts: all others but routers."""
+        """Return two lists of the layer's adapters: general knowledge, and experts.
+
+        General are those in `gks_adapter_names` or with a name "gks_<number>"; experts are all others except Arrow
+        routers.
+        """
         named = settings(self.cfg.arrow_config).gks_adapter_names or ()
         general, experts = [], []
         for name, m in self.layer.methods.items():
@@ -85,7 +107,13 @@ class Arrow(LoRA):
         return general, experts
 
     def matrices(self, general: list[Method], experts: list[Method]) -> tuple[Tensor, Tensor]:
-        """Return A (experts, r, in) and B (experts, out, r), without general knowledge."""
+        """Return the stacks A (experts, r, in) and B (experts, out, r).
+
+        With `use_gks`, subtract the means of A and of B over the general adapters.
+
+        Raises:
+            RoutingError: the stack cannot be made: unequal ranks, or no general adapter.
+        """
         try:
             A, B = (torch.stack([m.pair[i] for m in experts]) for i in (0, 1))
             if settings(self.cfg.arrow_config).use_gks:
@@ -95,7 +123,14 @@ class Arrow(LoRA):
         return A, B
 
     def directions(self, general: list[Method], experts: list[Method], A: Tensor, B: Tensor) -> Tensor:
-        """Return the top right singular vector of each expert, (experts, in); find it anew if an expert has changed."""
+        """Return the top right singular vector of each expert's B A, (experts, in), from the router's cache.
+
+        If a source tensor has changed, compute them in float32 and store them in the cache. Compiled code uses the
+        cache unchecked if its number of experts fits.
+
+        Raises:
+            RoutingError: fewer than `top_k` experts, or one that is not plain LoRA.
+        """
         router = self.lora_arrow
         if is_dynamo_compiling() and router.prototypes is not None and len(router.prototypes) == len(experts):
             return router.prototypes
@@ -104,7 +139,7 @@ class Arrow(LoRA):
             return router.prototypes  # type: ignore[return-value]
         if settings(self.cfg.arrow_config).top_k > len(experts) or not all(is_plain_lora(m) for m in experts):
             raise RoutingError(why_no_routing(self, general, experts))
-        # not in inference mode: training may save what is kept
+        # not in inference mode: training may save the cached tensor
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(A.device.type, enabled=False):
             seed = settings(self.cfg.arrow_config).rng_seed
             prototypes = torch.stack([top_direction(a.float(), b.float(), seed) for a, b in zip(A, B)]).to(A.dtype)
@@ -113,11 +148,15 @@ class Arrow(LoRA):
 
 
 def is_plain_lora(m: Method) -> bool:
+    """Return True if the method is exactly LoRA, no variant, and has no bias."""
     return type(m) is LoRA and not m.lora_bias
 
 
 def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
-    """Return the input (in,) of norm 1 that B A answers most: power iteration on (B A)ᵀ B A from a random start."""
+    """Return the unit vector (in,) that maximizes ‖B A v‖, by 15 steps of power iteration on (B A)ᵀ B A.
+
+    The start is random, drawn on the CPU: from `seed`, or from torch's generator if None.
+    """
     generator = None if seed is None else torch.Generator("cpu").manual_seed(int(seed))
     gram = B.T @ B  # (r, r)
     v: Tensor = torch.randn(A.shape[1], dtype=A.dtype, device="cpu", generator=generator).to(A.device)
@@ -129,7 +168,11 @@ def top_direction(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
 
 
 def why_no_routing(router: Arrow, general: list[Method], experts: list[Method]) -> str:
-    """Return why a router cannot run on its layer."""
+    """Return the text of the error for a router that cannot run, with adapter and layer.
+
+    The first reason that holds: experts that are not plain LoRA; `top_k` above their number; `use_gks` without general
+    adapters; else unequal ranks.
+    """
     start = f"Arrow router '{router.name}' on layer '{router.site.key}': "
     cfg, names = settings(router.cfg.arrow_config), [m.name for m in experts]
     variants = [m.name for m in experts if not is_plain_lora(m)]

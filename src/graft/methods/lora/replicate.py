@@ -17,10 +17,16 @@ LISTS = ("layers", "layer", "h")  # names of the list of layers in transformers
 
 
 def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], None]:
-    """Replace the model's list of layers by the layers of these (start, end) ranges. Return a function that undoes it.
+    """Replace the model's list of layers by the layers of these (start, end) ranges, and return a function that undoes
+    it.
+
+    A layer that appears again is a copy of the modules on the same parameters and buffers. Sets `num_hidden_layers` in
+    the config and each module's `layer_idx`. Warns if the model has adapters. If the same ranges were replicated
+    before, changes nothing.
 
     Raises:
-        ConfigError: there is no such list, a range is outside it, or other ranges were replicated before.
+        ConfigError: there is no such list; a range is outside it; over 32 times as many layers; other ranges were
+            replicated before.
     """
     done = model.__dict__.get("_graft_replicated")
     if done is not None:
@@ -56,6 +62,9 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
 
     def put(stack: nn.ModuleList, depth: int | None) -> None:
+        """Make `stack` the model's list of layers, set the config's `num_hidden_layers` unless `depth` is None, and
+        number each `layer_idx`.
+        """
         owner._modules[name] = stack
         if depth is not None:
             model.config.num_hidden_layers = depth
@@ -65,6 +74,7 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
                     module.__dict__["layer_idx"] = i
 
     def undo() -> None:
+        """Put the former list of layers and depth back, and remove the mark `_graft_replicated` from the model."""
         put(layers, depth)
         del model._graft_replicated
 
@@ -74,6 +84,11 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
 
 
 def _layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    """Return the owner, name and ModuleList of the first list called "layers", "layer" or "h" that is in no other list.
+
+    Raises:
+        ConfigError: the model has none.
+    """
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
         outermost = not any(part.isdigit() for part in parent.split("."))

@@ -31,13 +31,19 @@ TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
 
 class Shift(Exact):
-    """B A of one layer, in float32: rounded, it would not make the same base again."""
+    """The product B A that an initialisation subtracted from one weight, kept in float32: rounded, it would make
+    another base.
+    """
 
     A: Tensor  # (k, in)
     B: Tensor  # (out, k), times the scaling
     sample: Tensor  # (2, n): evenly spaced values of the base weight before, and after
 
     def __init__(self, k: int, shape: tuple[int, ...], device: torch.device | None = None):
+        """Register the buffers A (k, in), B (out, k) and sample (2, n), n = min(16, out · in): zeros in float32.
+
+        The base counts as unchanged.
+        """
         super().__init__()
         out, fan_in = shape
         zeros = partial(torch.zeros, device=device, dtype=torch.float32)
@@ -49,14 +55,17 @@ class Shift(Exact):
 
 
 def sample(W: Tensor) -> Tensor:
-    """Return evenly spaced values of a matrix."""
+    """Return min(16, numel) evenly spaced values of a matrix W, row by row, in float32, without gradient."""
     n = min(SAMPLES, W.numel())
     at = torch.arange(n, device=W.device) * (W.numel() // n)
     return W.detach()[at // W.shape[1], at % W.shape[1]].float()
 
 
 def without(lora: Method, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Return the weight that W (out, in) becomes."""
+    """Return the base weight that remains: W - B A, in W's dtype, computed in at least float32.
+
+    For "loftq" it is also rounded to `loftq_bits`.
+    """
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     if len(A):
         wide = wide - B.to(wide) @ A.to(wide)
@@ -66,7 +75,11 @@ def without(lora: Method, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def take_out(lora: Method, A: Tensor, B: Tensor) -> None:
-    """Change the base weight, and note that in the adapter."""
+    """Replace the base weight by `without(W, A, B)`. Warns if the layer has other adapters too.
+
+    With `keeps_shift`, also store A and B in `lora_shift`, with a sample of the weight before and after, and mark it as
+    done.
+    """
     layer, W = lora.layer, lora.layer.W0
     if len(layer.methods) > 1:
         title = title_of(lora)
@@ -84,16 +97,30 @@ def take_out(lora: Method, A: Tensor, B: Tensor) -> None:
 
 
 def title_of(lora: Method) -> str:
+    """Return the printed name of the adapter's initialisation, such as "PiSSA"."""
     how = lora.cfg.init_lora_weights
     return TITLES["pissa" if how.startswith("pissa") else how]
 
 
 def are_near(a: Tensor, b: Tensor) -> bool:
+    """Return True if a and b are equal up to 2⁻⁷, relative to each value plus b's largest: the rounding of half
+    precision.
+    """
     return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(b.abs().max()))
 
 
 def complete_file_tensors(lora: Method, tensors: Tensors) -> Tensors:
-    """Complete a file's tensors: one of PEFT holds no shift, which is then computed anew where that is possible."""
+    """Return a file's tensors with a complete shift.
+
+    A file with all three tensors of the shift stays as it is. Else they are added: those of this adapter if it has
+    changed the base already, or `compute_shift`.
+
+    If the base was changed with another A or B than the file's, keep the current ones in `shift.before`, so that
+    `apply_file_shift` can undo them.
+
+    Raises:
+        ConfigError: that change was a quantization, which cannot be undone.
+    """
     shift = lora.lora_shift
     shift_in_file = {place[1]: t for place, t in tensors.items() if place[0] == NAME}
     complete = shift_in_file.keys() >= {"A", "B", "sample"}
@@ -115,7 +142,12 @@ def complete_file_tensors(lora: Method, tensors: Tensors) -> Tensors:
 
 
 def compute_shift(lora: Method) -> Tensors:
-    """Return the shift of a file that does not hold it, as the initialisation makes it from the weight."""
+    """Return the three tensors of the shift for a file that lacks them, computed anew by the initialisation from the
+    current weight.
+
+    On the meta device they are zeros. LoRA-GA without a gradient warns, and gets a shift of zeros: the base counts as
+    changed already.
+    """
     site, cfg = lora.site, lora.cfg
     empty_shift = Shift(lora.shift_rank, site.shape)
     if site.on_meta:
@@ -134,7 +166,12 @@ def compute_shift(lora: Method) -> Tensors:
 
 
 def apply_file_shift(lora: Method) -> None:
-    """Change the base weight as the file's shift says, unless it has been changed so already."""
+    """Change the base weight as the loaded shift says.
+
+    If this adapter has changed it already: exchange the former product for the file's (`shift.before`), or do nothing.
+    On the meta device only warn. If the weight's sample is nearest to the file's changed one, warn, mark it as done and
+    leave it. If the sample fits neither, warn. Then subtract the product (`take_out`).
+    """
     shift, layer = lora.lora_shift, lora.layer
     if shift.done:
         if shift.before is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from graft.core.method import Method
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-STARTS = {  # init → "module:function" beside this, which takes the adapter and W (out, in) in float32
+STARTS = {  # init → "module:function" in this folder, called with the adapter and W (out, in) in float32
     "pissa": "start:pissa",
     "olora": "start:olora",
     "corda": "start:corda",
@@ -31,7 +31,9 @@ STARTS = {  # init → "module:function" beside this, which takes the adapter an
 
 
 class Start(NamedTuple):
-    """First values of A and B, and the product that is subtracted from the base weight for them, in float32."""
+    """First values of A and B, and the product taken_B taken_A that is subtracted from the base weight for them; all
+    float32.
+    """
 
     A: Tensor  # (r, in)
     B: Tensor  # (out, r)
@@ -40,12 +42,16 @@ class Start(NamedTuple):
 
     @classmethod
     def of(cls, A: Tensor, B: Tensor, scaling: float) -> Start:
-        """Return the start that subtracts scaling · B A from W, so that outputs stay the same."""
+        """Return the start with A and B that subtracts scaling · B A from W, so that the layer's outputs stay
+        the same.
+        """
         return cls(A, B, A, scaling * B)
 
 
 def start_name(how: object) -> str | None:
-    """Return the init in STARTS that `init_lora_weights` asks for; None for any other."""
+    """Return the key of STARTS for `init_lora_weights`: "pissa" for each text that begins so, else an equal key; None
+    for all other values.
+    """
     if not isinstance(how, str):
         return None
     return "pissa" if how.startswith("pissa") else how if how in STARTS else None
@@ -53,12 +59,14 @@ def start_name(how: object) -> str | None:
 
 @torch.no_grad()
 def start_of(lora: Method, W: Tensor) -> Start:
-    """Return the start of an adapter on W (out, in).
+    """Return the `Start` of an adapter on W (out, in): import the function in STARTS and call it with W in float32.
+
+    No gradients.
 
     Raises:
         TypeError: W is of another dtype than float32, float16 and bfloat16.
-        ConfigError: the rank is larger than the weight's.
-        CalibrationError: data are needed, and this layer has none.
+        ConfigError: the rank is larger than the weight's, or lora_alpha is not positive (`check_rank`).
+        CalibrationError: the initialisation needs data, and this layer has none.
     """
     kind: Any = start_name(lora.cfg.init_lora_weights)
     if W.dtype not in FLOATS:
@@ -72,7 +80,7 @@ def start_of(lora: Method, W: Tensor) -> Start:
 
 
 def check_rank(lora: Method, times: int) -> None:
-    """Raise ConfigError unless the weight has r (or 2 r) singular vectors, and the scaling a root."""
+    """Raise ConfigError if the scaling is not positive, or `times` · r is above the smaller side of the weight."""
     cfg, most = lora.cfg, min(lora.site.shape) // times
     if lora.scaling <= 0 or cfg.r > most:
         raise ConfigError(
@@ -82,7 +90,14 @@ def check_rank(lora: Method, times: int) -> None:
 
 
 def pissa(lora: Method, W: Tensor) -> Start:
-    """Return the r largest singular triples of W, with an even share for A and B."""
+    """Return the start of PiSSA: A = √(S/s) Vᵀ and B = U √(S/s) of the r largest singular triples of W; s · B A is
+    subtracted.
+
+    "pissa" takes an exact SVD, "pissa_niter_N" a randomized one with N iterations.
+
+    Raises:
+        ConfigError: N has more than three digits, or the text has another form.
+    """
     how, r, s = lora.cfg.init_lora_weights, lora.cfg.r, lora.scaling
     if how == "pissa":
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -101,7 +116,9 @@ def pissa(lora: Method, W: Tensor) -> Start:
 
 
 def olora(lora: Method, W: Tensor) -> Start:
-    """Return the first r columns and rows of W = Q R."""
+    """Return the start of OLoRA: A is the first r rows of R, B the first r columns of Q, with W = Q R; s · B A is
+    subtracted.
+    """
     Q, R = torch.linalg.qr(W)
     return Start.of(R[: lora.cfg.r], Q[:, : lora.cfg.r], lora.scaling)
 
@@ -120,7 +137,13 @@ class CordaEigens:
 
 
 def corda(lora: Method, W: Tensor) -> Start:
-    """Return the triples that `preprocess_corda` has chosen, with an even share for A and B."""
+    """Return the start of CorDA: A = √(S/s) Vᵀ and B = U √(S/s), from the triples in the base layer's attribute
+    `eigens`, which it removes.
+
+    Raises:
+        CalibrationError: `preprocess_corda` has left no triples; their shapes do not fit W and r; a value is not
+            finite.
+    """
     site, r, s = lora.site, lora.cfg.r, lora.scaling
     eigens = lora.take_from_base(
         EIGENS,
@@ -143,10 +166,13 @@ def corda(lora: Method, W: Tensor) -> Start:
 
 @torch.no_grad()
 def eigens_of(W: Tensor, C: Tensor, r: int, method: str, key: str) -> CordaEigens:
-    """Decompose W C, W (out, in), C (in, in); keep the r largest triples (ipm) or the smallest (kpm).
+    """Return r singular triples of W C with C's inverse multiplied back; W (out, in), C (in, in).
+
+    The r largest for method "ipm", else the r smallest ("kpm"). C's diagonal gets 1 % of its mean added, doubled until
+    the inverse is good (error < 0.05).
 
     Raises:
-        CalibrationError: C is zero or not finite.
+        CalibrationError: C is zero or not finite; `key` names the layer.
     """
     W, C = W.float(), C.float()
     mean = C.diagonal().mean()
@@ -169,7 +195,16 @@ GRADIENT = "_peft_loraga_grad"  # attribute of a base layer, as in PEFT
 
 
 def loraga(lora: Method, W: Tensor) -> Start:
-    """Return singular vectors of the gradient: some of the first 2r for A, some for B."""
+    """Return the start of LoRA-GA from a randomized SVD of the gradient G in the base layer's `_peft_loraga_grad`,
+    which it removes.
+
+    A is vectors V of G, B vectors U times their singular values; `directions` picks r of the first 2r for each.
+    `scale`: "stable" multiplies B by out^¼ / √stable_gamma, "weight_svd" by σ₁(W) / its first singular value,
+    "gd_scale" divides both by s, "unit" does nothing. Values are rounded to the weight's dtype.
+
+    Raises:
+        CalibrationError: there is no gradient, or it has another shape than W.
+    """
     site, r, s, cfg = lora.site, lora.cfg.r, lora.scaling, lora.cfg.lora_ga_config
     G = lora.take_from_base(
         GRADIENT,
@@ -198,7 +233,11 @@ def loraga(lora: Method, W: Tensor) -> Start:
 
 
 def directions(how: str, r: int) -> tuple[Tensor, Tensor]:
-    """Return which of 2r singular vectors A and B take."""
+    """Return two index tensors (r,) into 2r singular vectors: for A and for B.
+
+    "ArBr": odd ones and even ones. "A2rBr": last r and first r. "ArB2r": first r and last r. "random": the same r
+    random ones for both.
+    """
     both = torch.arange(2 * r)
     if how == "random":
         chosen = torch.randperm(2 * r)[:r]

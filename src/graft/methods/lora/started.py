@@ -28,6 +28,16 @@ KNOWN = ("True", "False", "gaussian", "orthogonal", "mica", "eva", "pissa_niter_
 
 
 def initialise(lora: Method, how: bool | str) -> None:
+    """Fill A and B of `lora`, and set a bias of B to 0 unless `how` is False.
+
+    True: A kaiming uniform, B zeros; on an embedding A zeros, B normal. False: all values stay as `build` made them.
+    "gaussian": A normal with std 1/r, B zeros. "orthogonal", for 2-D factors: `_orthogonal`. "eva", on linear layers: B
+    zeros, A stays. An initialisation of STARTS (pissa, olora, corda, lora_ga, loftq): `set_first_values`, which changes
+    the base weight.
+
+    Raises:
+        ConfigError: any other value, or one that has no meaning for this type of layer.
+    """
     A, B = (p.data for p in lora.pair)
     site = lora.site
     if lora.lora_bias and how is not False:
@@ -56,18 +66,23 @@ def initialise(lora: Method, how: bool | str) -> None:
 
 
 def _plain(A: Tensor, B: Tensor) -> None:
+    """Fill A as a new nn.Linear: uniform within ±1/√fan_in, fan_in counted over a row of A. Fill B with zeros."""
     bound = kaiming_bound(A[0].numel())
     A.uniform_(-bound, bound)
     B.zero_()
 
 
 def _table(A: Tensor, B: Tensor) -> None:
+    """Fill A with zeros and B with standard normal values, the start of an embedding."""
     A.zero_()
     B.normal_()
 
 
 def _orthogonal(A: Tensor, B: Tensor) -> None:
-    """A's rows and B's columns are built on orthogonal halves of one random basis, so that B A = 0."""
+    """Fill A (r, in) and B (out, r) from odd and even rows of one random orthogonal matrix (r, r), so that B A = 0.
+
+    Both are products with normal values, divided by 10. Raises ConfigError for an odd r.
+    """
     r = A.shape[0]
     if r % 2:
         raise ConfigError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
@@ -79,7 +94,14 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
 
 @torch.no_grad()
 def set_first_values(lora: Method, A: Tensor, B: Tensor) -> None:
-    """Fill in A and B, and change the base weight."""
+    """Fill A and B with the start of `init_lora_weights`, and subtract its product from the base weight
+    (`shift.take_out`).
+
+    On the meta device nothing is filled; `rewrite_base` warns.
+
+    Raises:
+        ConfigError: the layer is not linear, or another module uses its weight as well.
+    """
     site, how = lora.site, lora.cfg.init_lora_weights
     if not site.op.linear:
         raise ConfigError(
@@ -106,10 +128,12 @@ PLACE = ("lora_B", "weight")
 
 
 def to_file(values: Tensors) -> Tensors:
+    """Return the tensors with `lora_B.weight` halved; all others as they are."""
     return {place: t / 2 if place == PLACE else t for place, t in values.items()}
 
 
 def from_file(tensors: Tensors) -> Tensors:
+    """Return the tensors with `lora_B.weight` doubled; all others as they are."""
     return {place: t * 2 if place == PLACE else t for place, t in tensors.items()}
 
 
@@ -119,10 +143,17 @@ class Started(Method[LoraConfig]):
     """
 
     def init(self) -> None:
+        """Fill A and B as `init_lora_weights` says (`initialise`); an initialisation of STARTS also changes the base
+        weight.
+        """
         initialise(self, self.cfg.init_lora_weights)
 
     def restart(self, how: bool | str) -> None:
-        """Give A and B the values of another start."""
+        """Fill A and B anew as initialisation `how` (`initialise`).
+
+        Raises:
+            ConfigError: `how` is not True, False or "gaussian".
+        """
         if not isinstance(how, bool) and how.lower() != "gaussian":
             raise ConfigError(
                 f"Unknown initialization init_lora_weights={how!r} for values that start again on layer "
@@ -132,27 +163,40 @@ class Started(Method[LoraConfig]):
 
     @classmethod
     def changes_base(cls, cfg: LoraConfig) -> str | None:
-        """Return the setting that makes `init` change the base weight; None if it does not change."""
+        """Return "init_lora_weights=…" if that initialisation is in STARTS, so that `init` changes the base weight;
+        else None.
+        """
         how = cfg.init_lora_weights
         return f"init_lora_weights={how!r}" if start_name(how) else None
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS | Use.CHANGES` if `changes_base` names a setting: `init` reads and changes the weight.
+
+        Else `Use.NOT`.
+        """
         return Use.NOT if self.changes_base(self.cfg) is None else Use.STARTS | Use.CHANGES
 
     @property
     def keeps_shift(self) -> bool:
-        """Return True if the adapter holds the product that `init` subtracts from the base weight."""
+        """True if the adapter holds the product that `init` subtracts from the base: the initialisation is in STARTS
+        and the layer is linear.
+        """
         how = self.cfg.init_lora_weights
         return type(how) is str and start_name(how) is not None and self.site.op.linear
 
     @property
     def shift_rank(self) -> int:
-        """Return the rank of that: LoftQ takes nothing out before it quantizes for the first time."""
+        """The rank of that product: 0 for LoftQ with one round, which subtracts nothing before it quantizes; else r."""
         cfg, loftq = self.cfg, self.cfg.loftq_config
         assert isinstance(loftq, dict)  # as `check_start` leaves it
         return 0 if cfg.init_lora_weights == "loftq" and loftq["loftq_iter"] == 1 else cfg.r
 
     def to_file_tensors(self, values: Tensors, cfg: LoraConfig) -> Tensors:
+        """Return the file's tensors: B halved if the config names the module around the site (`via_container`).
+
+        `lora_shift` is left out if the initialisation in `cfg` is not one of STARTS: then the file is for the base as
+        it is now.
+        """
         if self.via_container:
             values = to_file(values)
         if start_name(cfg.init_lora_weights) is None:  # a caller says so: the file is for the base as it is now
@@ -161,12 +205,19 @@ class Started(Method[LoraConfig]):
 
     @property
     def is_stored_unchanged(self) -> bool:
+        """True if `to_file_tensors` is this class's, the adapter holds no shift, and B is not halved
+        (`via_container`).
+        """
         return type(self).to_file_tensors is Started.to_file_tensors and not self.keeps_shift and not self.via_container
 
     def from_file_tensors(self, tensors: Tensors, cfg: PeftConfig) -> Tensors:
+        """Return the tensors in memory: B doubled with `via_container`; with `keeps_shift` a missing shift is added
+        (`complete_file_tensors`).
+        """
         tensors = shift.complete_file_tensors(self, tensors) if self.keeps_shift else tensors
         return from_file(tensors) if self.via_container else tensors
 
     def finish_load(self) -> None:
+        """With `keeps_shift`, change the base weight as the loaded shift says (`apply_file_shift`). Else do nothing."""
         if self.keeps_shift:
             shift.apply_file_shift(self)

@@ -2,12 +2,14 @@
 """The built site in a browser: `make docs-look`. Not a part of `make test`, which knows no browser.
 
 Every page, as wide as a desktop and as a phone: its headings are there, it is no wider than the window, pictures load,
-nothing is fetched from elsewhere, no error is written to the console. Search finds what it should. Screenshots stay in
-out/look.
+nothing is fetched from elsewhere, no error is written to the console. Search and filters find what they should.
+Screenshots stay in out/look. Those of a few pages are compared with the small pictures in tests/docs/pictures, so that
+a change of the layout is noticed: `LOOK_WRITE=1 make docs-look` takes the pictures of now.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright import sync_api
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +40,10 @@ FOUND = {  # what a reader types → the page that has to be among the first res
     "TRL": "training/",
 }
 FIRST = 3  # pages
+KEPT = Path(__file__).with_name("pictures")
+COMPARED = ("index", "getting_started", "performance_rows", "reference/errors")  # pages
+SMALL = 48, 36  # pixels of a kept picture
+DEVIATION = 3.0  # mean difference of the grey values, of 255; two pages of text differ by 6, home from others by 31
 
 
 def chromium() -> str:
@@ -132,6 +139,40 @@ def test_a_config_has_a_table_of_its_fields(tab, address):
     assert "task_type" not in rows  # of PeftConfig, which has an entry
 
 
+def shrink(picture: bytes) -> Image.Image:
+    """Return a screenshot as a small picture in grey."""
+    return Image.open(io.BytesIO(picture)).convert("L").resize(SMALL, Image.Resampling.BOX)
+
+
+@pytest.mark.parametrize("page", COMPARED)
+@pytest.mark.parametrize("tab", WIDTHS, indirect=True)
+def test_a_page_looks_as_before(tab, address, page):
+    tab.goto(address + url_of(Path(page)))
+    tab.wait_for_load_state("networkidle")
+    small = shrink(tab.screenshot())
+    kept = KEPT / f"{page.replace('/', '-')}-{tab.viewport_size['width']}.png"
+    if os.environ.get("LOOK_WRITE"):
+        kept.parent.mkdir(exist_ok=True)
+        small.save(kept)
+    before = shrink(kept.read_bytes())
+    pairs = [*zip(small.tobytes(), before.tobytes(), strict=True)]
+    deviation = sum(abs(a - b) for a, b in pairs) / len(pairs)
+    assert deviation <= DEVIATION, (
+        f"{kept.name} differs by {deviation:.1f}: look at it, then LOOK_WRITE=1 make docs-look"
+    )
+
+
+def test_a_long_table_has_a_filter(tab, address):
+    tab.goto(address + "performance_rows/")
+    field, rows = tab.locator("input.filter").first, tab.locator("article table").first.locator("tbody tr:visible")
+    every = rows.count()
+    field.fill("nf4 memory")
+    assert 0 < rows.count() < every
+    assert all("NF4" in text and "memory" in text for text in rows.all_inner_texts())
+    field.fill("")
+    assert rows.count() == every > 30
+
+
 def search(tab, text: str) -> None:
     field = tab.get_by_role("textbox", name="Search")
     field.click()
@@ -163,7 +204,10 @@ def test_a_link_of_the_navigation_leads_to_its_page(tab, address):
     tab.goto(address)
     if tab.viewport_size["width"] == WIDTHS["phone"]:
         tab.locator("label.md-header__button[for=__drawer]").click()
-        tab.locator("nav.md-nav--primary label.md-nav__link", has_text="Change it").click()
+        tab.locator("nav.md-nav--primary label.md-nav__title", has_text="Guide").click()
+        tab.locator("nav.md-nav--primary label.md-nav__link", has_text="About").click()
+    else:
+        tab.locator("nav.md-tabs").get_by_role("link", name="About").click()
     tab.locator("nav.md-nav--primary").get_by_role("link", name="Glossary").click()
     tab.wait_for_load_state("networkidle")
     assert tab.url == address + "glossary/"

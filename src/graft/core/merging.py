@@ -23,7 +23,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from graft.core import stacked
 from graft.core.containers import Slot, slots_of
 from graft.core.each import Making, pieces_of, stack_of
 from graft.core.effect import HALF, Effect, Replace, Rewrite, Update
@@ -334,7 +333,7 @@ def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
     with evaluating(layer):
         fold = _by_matrix(layer, steps)
         if fold is not None:
-            return stacked.stays_finite(stack_of(layer) if from_w0 else layer.base_weight.snapshot(), fold)
+            return bool((stack_of(layer) if from_w0 else layer.base_weight.snapshot()).folds_finite(fold))
     W, b = folded(layer, steps, from_w0)
     return bool(W.isfinite().all() and (b is None or b.isfinite().all()))
 
@@ -385,7 +384,7 @@ def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
     return found
 
 
-def _by_matrix(layer: Layer, steps: Sequence[Step]) -> stacked.Fold | None:
+def _by_matrix(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Tensor], Tensor] | None:
     """Return the function that folds steps into one matrix of a packed stack; None for another weight, or if a step
     says nothing of single matrices."""
     pieces = [pieces_of(layer, effect) for _, effect in steps] if layer.op.packed is not None else [None]
@@ -446,7 +445,7 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
         return
     fold = _by_matrix(layer, steps)
     if fold is not None:
-        made, survived = stacked.merged(layer.base_weight.snapshot(), fold)
+        made, survived = layer.base_weight.snapshot().fold(fold)
         if undoable:
             state.undo.append(("restore", _snapshot(layer), None))
         layer.base_weight.restore(made)

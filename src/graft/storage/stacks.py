@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from graft.core.finite import survival
 from graft.core.ops import TypeTable
 from graft.storage.float8 import FP4, decode, encode, unpack_pairs
+
+Fold = Callable[[int, Tensor], Tensor]  # expert, its matrix (out, in) in at least float32 → the matrix with all updates
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,31 @@ class PackedMatrices:
                 not kept.
         """
         raise NotImplementedError
+
+    def fold_one(self, fold: Fold, expert: int) -> tuple[Tensor, Tensor]:
+        """Return a matrix (out, in) before `fold`, in the stack's dtype; and after it, in at least float32."""
+        W = self.matrix(expert, self.dtype or torch.float32)
+        return W, fold(expert, W.to(torch.promote_types(W.dtype, torch.float32)))
+
+    def fold(self, fold: Fold) -> tuple[PackedMatrices, Tensor]:
+        """Return a new stack with all matrices folded, one at a time, and the `survival` of the updates."""
+        stack = self.in_rows()
+
+        def matrix(expert: int) -> Tensor:
+            """Return the folded matrix of an expert, rounded to the stack's dtype."""
+            W, wide = stack.fold_one(fold, expert)
+            return wide.to(W.dtype)
+
+        new, shares = stack.remake(matrix), []
+        for expert in range(self.shape[0]):
+            W, wide = stack.fold_one(fold, expert)
+            shares.append(survival(W, wide, new.matrix(expert, W.dtype)))
+        return new, torch.stack(shares).sum(0)
+
+    def folds_finite(self, fold: Fold) -> bool:
+        """Return True if all numbers of the folded matrices are finite in the stack's dtype."""
+        pairs = map(partial(self.in_rows().fold_one, fold), range(self.shape[0]))
+        return bool(torch.stack([wide.to(W.dtype).isfinite().all() for W, wide in pairs]).all())
 
     def put(self, m: nn.Module, name: str) -> None:
         """Make this the stack of a module: replaces the module's tensors."""

@@ -261,7 +261,7 @@ MUTATIONS = [
     Mutation(
         "experts: (in, out) is taken as (out, in)",
         "storage/experts.py",
-        "return W.mT if is_transposed(m) else W\n",
+        "return W.mT if ExpertBlock(m).is_transposed else W\n",
         "return W\n",
         "tests/storage/test_experts.py",
     ),

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 import graft
 from graft.core.errors import RoutingError
-from graft.core.routing import Groups
 from graft.core.rows import Rows
 from tests.inject.test_parameters import SIZES, base
 from tests.leaves_out import FUSED_EXPERTS
@@ -159,4 +158,4 @@ def test_what_graft_cannot_run_is_refused_and_nothing_is_left_behind():
     assert "forward" not in inner.__dict__ and not any("graft" in key for key in inner.__dict__)
     assert torch.equal(model(IDS).logits, expected)
     with pytest.raises(RoutingError, match="70 tokens in a mixed batch of 4 samples"):
-        Groups(Rows.of(ROWS[:4])).of_tokens(70, "x", IDS.device)
+        Rows.of(ROWS[:4]).groups_of_tokens(70, "x", IDS.device)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,40 +12,40 @@ from graft.kernels import experts
 
 
 def plain_run_experts(
-    block: experts.ExpertBlock,
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    stacks: Mapping[str, experts.UpdatedStack],
+    up: experts.UpdatedStack,
+    act: Callable[[Tensor], Tensor],
+    down: experts.UpdatedStack,
+    norm: Callable[[Tensor], Tensor] | None = None,
     group: Tensor | None = None,
 ) -> Tensor:
     """The reference of `run_experts`: token by token, with dense matrices."""
 
-    def product(name: str, v: Tensor, e: int, t: int) -> Tensor:
-        codes, parts = stacks[name]
-        W = codes.dense([e], v.dtype)[0]
+    def product(stack: experts.UpdatedStack, v: Tensor, e: int, t: int) -> Tensor:
+        W = stack.codes.dense([e], v.dtype)[0]
         y = W @ v
-        for part in parts:
+        for part in stack.parts:
             if part.group is None or (group is not None and part.group == int(group[t])):
                 update = (
                     (part.A[e], part.B[e])
                     if isinstance(part, experts.LowRankUpdate)
-                    else part.form(e, [u[e] for u in part.tensors], W)
+                    else part.form(e, [u[e] for u in part.form.tensors], W)
                 )
                 z = update[0] @ v
                 for B in update[1:]:
                     z = B @ z
                 y = y + z * (1 if part.gate is None else part.gate[t])
-        bias = block.up_bias if name == block.up else block.down_bias
-        return y if bias is None else y + bias[e]
+        return y if stack.bias is None else y + stack.bias[e]
 
     out = []
     for t, v in enumerate(x):
         y = torch.zeros_like(v)
         for e, w in zip(index[t].tolist(), weights[t]):
-            if 0 <= e < stacks[block.up].codes.shape[0]:
-                z = product(block.down, block.act(product(block.up, v, e, t)), e, t)
-                y = y + w * (z if block.norm is None else block.norm(z))
+            if 0 <= e < up.codes.shape[0]:
+                z = product(down, act(product(up, v, e, t)), e, t)
+                y = y + w * (z if norm is None else norm(z))
         out.append(y)
     return torch.stack(out)
 

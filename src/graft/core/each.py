@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from inspect import get_annotations
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from graft.core.ops import META, Op, Opaque
 from graft.core.protocols import Layer
 from graft.core.random import set_states, states
 from graft.core.site import Site
+from graft.kernels.experts import Form
 
 
 class Matrix(Op):
@@ -280,33 +281,27 @@ def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:
     return Products(*Opaque.each(*same_inputs(effect.product()).matrices(), layer.site.shape[0]))
 
 
-class Making:
-    """How adapters, each on the matrix that those before it made, change a matrix: a `Form` of `kernels/experts.py`.
+class Making(Form):
+    """How adapters, each on the matrix that those before it made, change a matrix.
 
     The second time, in a backward pass, they draw what they drew the first time.
     """
 
     def __init__(self, pieces: Sequence[Pieces], trains: bool):
         self.pieces, self.trains = pieces, trains
-        self.reads = any(p.reads for p in pieces)
+        self.reads = len(pieces) > 1 or any(p.reads for p in pieces)
         self.drawn: dict[int, list[Tensor]] = {}
+        self.tensors = [t for p in pieces for t in p.tensors()]
+        self.shared = list({id(t): t for p in pieces for t in p.shared()}.values())
 
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        return [t for p in self.pieces for t in p.tensors()]
-
-    @cached_property
-    def shared(self) -> list[Tensor]:
-        return list({id(t): t for p in self.pieces for t in p.shared()}.values())
-
-    def __call__(self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None = None) -> tuple[Tensor, ...]:
+    def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:
         if not self.trains:
-            return self.made(expert, tensors, W0)
+            return self.made(expert, tensors, W)
         now = states()
         before = self.drawn.setdefault(expert, now)
         set_states(before)
         try:
-            return self.made(expert, tensors, W0)
+            return self.made(expert, tensors, W)
         finally:
             if before is not now:
                 set_states(now)

@@ -36,7 +36,6 @@ from graft.core.plan import (
     with_first,
 )
 from graft.core.protocols import Layer
-from graft.core.routing import Groups, route
 from graft.core.rows import CallContext, Key, Rows, Together, members
 from graft.kernels.eager import autocast_dtype, eager, has_no_hooks
 from graft.kernels.low_rank import new_seed
@@ -120,8 +119,13 @@ class Mixed:
             if self.routes and (len(rows.segments) > 1 or layer.call.now().draws is not None):
                 if not all(plan.adds for _, plan in self.stacks):
                     refuse_gates(layer)
-                own = [part for i, plan in self.stacks for part in plan.parts(i)]
-                return route(layer, layer.get_base_layer(), args, kwargs, own, Groups(rows))
+                return layer.site.experts.run_updated(
+                    layer,
+                    args,
+                    kwargs,
+                    lambda n: [u for i, plan in self.stacks for u in plan.stack_updates(n, i)],
+                    rows,
+                )
             one = self.only(rows)
             return layer.base_module(*args, **kwargs) if one is None else one.run(*args, **kwargs)
         if self.whole is not None:

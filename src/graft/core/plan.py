@@ -6,7 +6,6 @@ An adapter's part is what it adds to the output; a plan sums parts, or chains wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -15,16 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from graft.core import fused
 from graft.core.each import Making, pieces_of
-from graft.core.effect import Effect, Factors, Pieces, Replace, Rewrite, Tap, Unformed, Update, dense
+from graft.core.effect import Effect, Factors, Replace, Rewrite, Tap, Unformed, Update, dense
 from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.folding import averaged, fold_step, lazy_delta, same_inputs
 from graft.core.lean import share_dropped
 from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer
-from graft.core.routing import Own, route
 from graft.kernels.eager import cast, eager, once, watched
-from graft.kernels.experts import FormedUpdate, LowRankUpdate
+from graft.kernels.experts import FormedUpdate, LowRankUpdate, StackUpdate
 from graft.kernels.low_rank import dropout
 from graft.kernels.summed import make_sum
 
@@ -448,7 +446,7 @@ class Folded(Plan):
         if gated and not (self.routes and self.adds):
             refuse_gates(layer)
         if self.routes and (gated or self.op.packed is not None or (self.forms and self.may_route)):
-            return route(layer, layer.get_base_layer(), args, kwargs, self.parts(), None)
+            return layer.site.experts.run_updated(layer, args, kwargs, self.stack_updates, None)
         if self.op.packed is not None:
             self.refuse_packed()
         W = self.stand_in()
@@ -468,21 +466,24 @@ class Folded(Plan):
         W = self.layer.weight_now
         return eager() and not watched() and type(W) in fused.PLAIN and not W.requires_grad
 
-    def parts(self, group: int | None = None) -> list[Own]:
-        """Return what each step adds to the stack; for one group of the rows of a batch."""
-        layer, parts = self.layer, []
+    def stack_updates(self, tokens: int, group: int | None = None) -> list[StackUpdate]:
+        """Return the update of the stack by each step, with a gate for each of so many tokens if the call has gates.
+
+        Steps that do more than add give one update together. With `group`, the updates act on that group of tokens.
+        """
+        layer, updates = self.layer, list[StackUpdate]()
         gates = layer.call.weights()
         if not self.adds:  # each changes what those before it made
             found = [pieces for _, effect in self.steps if (pieces := pieces_of(layer, effect)) is not None]
-            return [Own(formed_part(found, layer.training, group))]
+            return [FormedUpdate(Making(found, layer.training), group)]
         for m, effect in self.steps:
-            gate = None if gates is None else partial(gates.of_tokens, layer, m.name)
+            gate = None if gates is None else gates.of_tokens(layer, m.name, tokens)
             if effect.pieces is not None:
-                parts.append(Own(formed_part([effect.pieces], layer.training, group), gate))
+                updates.append(FormedUpdate(Making([effect.pieces], layer.training), group, gate))
             elif effect.product is not None:
                 A, B = same_inputs(effect.product()).matrices()
-                parts.append(Own(LowRankUpdate(*self.op.each(A, B, self.op.stack(layer.site.module)), group), gate))
-        return parts
+                updates.append(LowRankUpdate(*self.op.each(A, B, self.op.stack(layer.site.module)), group, gate))
+        return updates
 
     def stand_in(self) -> Tensor | None:
         """Return a tensor that stands for the sum; None where operations do not run as written."""
@@ -497,12 +498,6 @@ class Folded(Plan):
             A, B = same_inputs(product()).matrices()
             parts.append((*(op.each(A, B, len(W)) if W.dim() > 2 else (A, B)), 1.0))
         return make_sum(W, parts, op.transposed)
-
-
-def formed_part(pieces: Sequence[Pieces], trains: bool, group: int | None) -> FormedUpdate:
-    """Return what adapters of a stack add to it together, made one matrix at a time."""
-    making = Making(pieces, trains)
-    return FormedUpdate(making.tensors, making, group, None, making.reads or len(pieces) > 1, making.shared)
 
 
 class Whole(Plan):

@@ -128,6 +128,21 @@ class Rows:
             "this layer with exclude_modules."
         )
 
+    def groups_of_tokens(self, tokens: int, layer: str, device: torch.device) -> Tensor:
+        """Return the number of each token's group of rows, (tokens,): blocks flatten a batch row by row.
+
+        Raises:
+            RoutingError: the rows do not have the same number of tokens.
+        """
+        if tokens % self.batch:
+            raise RoutingError(
+                f"layer '{layer}' received {tokens} tokens in a mixed batch of {self.batch} samples, which do not tell "
+                "which is of which sample. Run one adapter at a time, or make adapters that leave this layer out."
+            )
+        numbers = {row: i for i, rows in enumerate(self.groups.values()) for row in rows}
+        of_rows = constant(tuple(numbers[row] for row in range(self.batch)), torch.long, device)
+        return of_rows.repeat_interleave(tokens // self.batch)
+
 
 OFF = Rows.of(())  # stands for a call with all adapters disabled
 UNCLEAR = Rows.of(())  # stands for the rows of a backward pass over calls with different rows

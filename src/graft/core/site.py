@@ -90,7 +90,7 @@ class Site:
     is_read: bool = False  # modules around it read weight and bias, and compute with them
     is_called: bool = True  # False: nobody calls the module
     piece: Any = None  # of the module's work, where this process does not do all of it
-    experts: Any = None  # runs the module, of whose stacks this is one, in its place
+    experts: Any = None  # the `ExpertBlock` of a stack, if graft can run the module with updates of the stack
     out_features: int = field(init=False)  # or channels
     in_features: int = field(init=False)  # or channels; `fan_in` counts the kernel as well
     shape: tuple[int, ...] = field(init=False)  # canonical: (out, in / groups, *kernel)

@@ -24,7 +24,7 @@ from graft.core.ops import find_op
 from graft.inject.match import Matcher, minimal_names
 from graft.inject.survey import Tree, survey
 from graft.inject.targets import ALL_LINEAR, all_linear
-from graft.storage import DENSE, find_packed_shape, find_store, innermost, list_packed_names
+from graft.storage import DENSE, ExpertBlock, find_store, innermost
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
@@ -154,9 +154,8 @@ def stacks(tree: Tree, experts: Experts | None = None) -> Iterator[Stack]:
         if not path.rpartition(".")[2].endswith("experts"):
             continue
         base = innermost(module)
-        packed = {
-            name: shape[0] for name in list_packed_names(base) if (shape := find_packed_shape(base, name)) is not None
-        }
+        block = ExpertBlock(base)
+        packed = {name: shape[0] for name in block.packed if (shape := block.packed_shape(name)) is not None}
         dense = {} if packed else {n: len(p) for n, p in base._parameters.items() if p is not None and p.dim() == 3}
         for name, size in (packed | dense).items():
             if name != "weight":

@@ -19,7 +19,7 @@ from graft.core.shared import Shared
 from graft.core.wrappers import inside
 from graft.inject.survey import Wrapper, check_model, survey
 from graft.prompts.base import Prompt
-from graft.storage import list_parameter_names
+from graft.storage import ExpertBlock
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +59,7 @@ class Nests:
 def inside_out(layers: Iterable[AdapterLayer]) -> list[AdapterLayer]:
     """Sort layers of parameters of one module as they stand around it: the module's first parameter innermost."""
     layers = list(layers)
-    order = list_parameter_names(layers[0].site.module)
+    order = ExpertBlock(layers[0].site.module).parameters
     return sorted(layers, key=lambda layer: order.index(layer.site.parameter))
 
 

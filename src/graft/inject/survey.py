@@ -25,15 +25,13 @@ from graft.core.site import Site
 from graft.core.wrappers import inside, place_inside
 from graft.inject.beside import ModulesToSaveWrapper, RowsLayer
 from graft.storage import (
+    ExpertBlock,
     count_numbers,
-    find_experts_function,
-    find_packed_shape,
     find_piece,
     find_store,
     find_store_of_tensor,
     find_tensor_store,
     innermost,
-    is_transposed,
 )
 
 Path = tuple[str, ...]  # of attributes, from a module on; ITEM for one of a list
@@ -423,13 +421,12 @@ def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str
     """
     weight: Any = module._parameters.get(name)
     shared = weight is not None and tree.owners.get(weight, 0) > 1
-    packed = find_packed_shape(module, name)
+    block = ExpertBlock(module)
+    packed = block.packed_shape(name)
     flat = packed is None and weight.dim() < 3
-    op = Opaque(name, not flat and is_transposed(module), packed)
-    experts = None if flat else find_experts_function(module)
-    return Site(
-        key or f"{path}.{name}", module, op, find_tensor_store(module, name), name, shared, path, experts=experts
-    )
+    op, store = Opaque(name, not flat and block.is_transposed, packed), find_tensor_store(module, name)
+    experts = block if not flat and block.can_run else None
+    return Site(key or f"{path}.{name}", module, op, store, name, shared, path, experts=experts)
 
 
 def kind_of(module: nn.Module) -> str:

@@ -20,7 +20,7 @@ from graft.inject.beside import matches
 from graft.inject.match import Matcher, Names, minimal_names, unmatched
 from graft.inject.report import InjectReport, Skipped
 from graft.inject.survey import Tree, kind_of, parameter_site, site_of, uncovered
-from graft.storage import DENSE, find_experts_function, find_store, innermost, list_packed_names
+from graft.storage import DENSE, ExpertBlock, find_store, innermost
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -192,7 +192,7 @@ def search_parameters(cfg: Any, root: Any, tree: Tree, report: InjectReport) -> 
     paths: list[str] = []
     for key, module in tree.modules.items():
         base = innermost(module)
-        names = dict.fromkeys([*base._parameters, *getattr(base, "parametrizations", ()), *list_packed_names(base)])
+        names = dict.fromkeys([*base._parameters, *getattr(base, "parametrizations", ()), *ExpertBlock(base).packed])
         for name in names:
             path = f"{key}.{name}"
             verdict = matcher(path)
@@ -242,8 +242,8 @@ def why_not_parameter(path: str, key: str, module: nn.Module, name: str, is_take
             "module itself is adapted or trained whole. Take it out of target_modules, or its parameter out of "
             "target_parameters"
         )
-    if name in list_packed_names(base):
-        if find_experts_function(base) is not None:
+    if name in (block := ExpertBlock(base)).packed:
+        if block.can_run:
             return None
         return (
             f"The stack '{path}' is packed, and graft does not know how a {kind_of(module)} uses it: load the base "

@@ -7,7 +7,7 @@ Rows are sorted by expert, and may have updates of their adapters. A packed stac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,37 +42,35 @@ class LowRankUpdate(NamedTuple):
     gate: Tensor | None = None  # (tokens,): factor of the update for each token
 
 
-# (expert, its tensors, its matrix if the update `reads` it) → ΔW (out, in), or A (r, in) and B (out, r)
-Form = Callable[[int, Sequence[Tensor], Tensor | None], tuple[Tensor, ...]]
+class Form:
+    """A function that makes the update of one matrix from smaller tensors; it runs again in the backward pass."""
+
+    tensors: Sequence[Tensor]  # (experts, …)
+    shared: Sequence[Tensor]  # tensors of all experts that the function reads where they stand
+    reads: bool  # the function needs the matrix
+
+    def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return ΔW (out, in), or A (r, in) and B (out, r), from the expert's own `tensors` and its matrix."""
+        raise NotImplementedError
 
 
 class FormedUpdate(NamedTuple):
-    """An update of a stack that is made of smaller tensors, one matrix at a time, and again in the backward pass."""
+    """An update of a stack that is formed for one matrix at a time."""
 
-    tensors: Sequence[Tensor]  # (experts, …)
     form: Form
     group: int | None = None
     gate: Tensor | None = None
-    reads: bool = False
-    shared: Sequence[Tensor] = ()  # tensors of all experts that `form` reads where they stand
+
+
+StackUpdate = LowRankUpdate | FormedUpdate
 
 
 class UpdatedStack(NamedTuple):
-    """A stack of matrices, and the updates of its adapters."""
+    """A stack of matrices, the updates of its adapters, and the bias of each product."""
 
     codes: MatrixStack
-    parts: Sequence[LowRankUpdate | FormedUpdate] = ()
-
-
-class ExpertBlock(NamedTuple):
-    """The computation of an expert: down(act(up x)), each product with an optional bias, then an optional norm."""
-
-    up: str  # names of the stacks
-    down: str
-    act: Callable[[Tensor], Tensor]
-    up_bias: Tensor | None = None  # (experts, out)
-    down_bias: Tensor | None = None
-    norm: Callable[[Tensor], Tensor] | None = None
+    parts: Sequence[StackUpdate] = ()
+    bias: Tensor | None = None  # (experts, out)
 
 
 class Routes(NamedTuple):
@@ -127,36 +125,32 @@ class Routes(NamedTuple):
 
 
 def run_experts(
-    block: ExpertBlock,
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    stacks: Mapping[str, UpdatedStack],
+    up: UpdatedStack,
+    act: Callable[[Tensor], Tensor],
+    down: UpdatedStack,
+    norm: Callable[[Tensor], Tensor] | None = None,
     group: Tensor | None = None,
     groups: int = 1,
 ) -> Tensor:
     """Return the output of a block of experts, (tokens, width), in the dtype of x.
 
-    Each token's output is the sum over its experts, weighted by `weights`, summed in at least float32. Experts of other
-    processes add zero.
+    An expert computes norm(down(act(up x))), without the norm if it is None. Each token's output is the sum over its
+    experts, weighted by `weights`, summed in at least float32. Experts of other processes add zero.
 
     Args:
         x: (tokens, width).
         index: (tokens, k), the experts of each token.
         weights: (tokens, k), the weight of each of these experts.
-        stacks: by the names that `block` has.
         group: (tokens,), the group of each token: an update with a group acts on its tokens only.
         groups: the number of groups.
     """
-    routes = Routes.of(index, stacks[block.up].codes.shape[0], group, groups)
-    y = multiply_stack(x, routes, stacks[block.up], gather=True)
-    if block.up_bias is not None:
-        y = y + block.up_bias[routes.experts].to(y.dtype)
-    y = multiply_stack(block.act(y), routes, stacks[block.down])
-    if block.down_bias is not None:
-        y = y + block.down_bias[routes.experts].to(y.dtype)
-    if block.norm is not None:
-        y = block.norm(y)
+    routes = Routes.of(index, up.codes.shape[0], group, groups)
+    y = multiply_stack(act(multiply_stack(x, routes, up, gather=True)), routes, down)
+    if norm is not None:
+        y = norm(y)
     counts = weights.reshape(-1)[routes.order]
     if routes.row_count < len(counts):
         counts = counts.masked_fill(torch.arange(len(counts), device=counts.device) >= routes.row_count, 0)
@@ -165,8 +159,9 @@ def run_experts(
 
 
 def multiply_stack(x: Tensor, routes: Routes, stack: UpdatedStack, gather: bool = False) -> Tensor:
-    """Return the product of each row with its expert's updated matrix, (rows, out); zeros for rows without an expert.
+    """Return the product of each row with its expert's updated matrix, (rows, out), plus the expert's bias.
 
+    Rows without an expert get zeros, plus the last expert's bias.
     Computes in autocast's dtype if it is on, else in the stack's `compute_dtype`, else in that of x; updates in their
     own. Gradients flow to x and to the tensors of the updates, none to the stack.
 
@@ -184,12 +179,12 @@ def multiply_stack(x: Tensor, routes: Routes, stack: UpdatedStack, gather: bool 
             part_tensors = [t if auto is None else t.to(auto) for t in (part.A, part.B)]
             makers.append(Maker(spans, part_tensors[0].dtype, None))
         else:
-            part_tensors = [*part.tensors, *part.shared]
-            wide = auto or part.tensors[0].dtype
-            makers.append(Maker(spans, wide, part.form, part.reads, len(part.tensors), part.shared))
+            form, part_tensors = part.form, [*part.form.tensors, *part.form.shared]
+            makers.append(Maker(spans, auto or part_tensors[0].dtype, form, len(form.tensors), len(part_tensors)))
         tensors += [None if gate is None else gate.to(makers[-1].dtype), *part_tensors]
     job = StackProduct(stack.codes, dtype, [*routes.spans()], makers, len(routes.order))
-    return _StackProduct.apply(x, routes.tokens if gather else None, job, *tensors)
+    y = _StackProduct.apply(x, routes.tokens if gather else None, job, *tensors)
+    return y if stack.bias is None else y + stack.bias[routes.experts].to(y.dtype)
 
 
 class Maker(NamedTuple):
@@ -201,9 +196,8 @@ class Maker(NamedTuple):
     spans: dict[int, tuple[int, int]]  # rows, by expert
     dtype: torch.dtype  # of the update's tensors and products
     form: Form | None  # None: the tensors are A and B
-    reads: bool = False
     per_expert: int = 2  # tensors that have a part for each expert
-    shared: Sequence[Tensor] = ()
+    tensor_count: int = 2  # with those of all experts
 
     def make(self, e: int, tensors: Sequence[Tensor], W: Tensor | None) -> Sequence[Tensor]:
         """Return ΔW, or A and B, of expert e, formed without autocast in `dtype`. `tensors` are that expert's."""
@@ -224,7 +218,7 @@ class Maker(NamedTuple):
         leaves = [t.detach().requires_grad_(wanted) for t, wanted in zip(tensors, need)]
         with torch.enable_grad():
             update = self.make(e, leaves, W)
-        inputs = [*leaves, *self.shared]
+        inputs = [*leaves, *self.form.shared]
         wanted = [i for i, (t, needed) in enumerate(zip(inputs, need)) if needed]
 
         def back(of_made: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -251,7 +245,7 @@ class StackProduct(NamedTuple):
 
     @property
     def reads(self) -> bool:
-        return any(maker.reads for maker in self.makers)
+        return any(maker.form is not None and maker.form.reads for maker in self.makers)
 
     def visit_matrices(self, use: Callable[[Tensor | None, int, int, int], object], dense: bool = True) -> None:
         """Call `use(matrix, expert, start, stop)` for each expert with rows; the matrix is None if not `dense`.
@@ -274,7 +268,7 @@ class StackProduct(NamedTuple):
         """Return for each update its maker, the position of its gate among all tensors, its gate, and its tensors."""
         out, i = [], 0
         for maker in self.makers:
-            end = i + 1 + maker.per_expert + len(maker.shared)
+            end = i + 1 + maker.tensor_count
             out.append((maker, i, tensors[i], tensors[i + 1 : end]))
             i = end
         return out

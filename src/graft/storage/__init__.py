@@ -11,7 +11,7 @@ from graft.storage.codes import (
     why_copy_cannot_train,
 )
 from graft.storage.dense import Dense
-from graft.storage.experts import find_experts_function, find_packed_shape, is_transposed, list_parameter_names
+from graft.storage.experts import ExpertBlock
 from graft.storage.find import (
     DENSE,
     FOREIGN,
@@ -27,7 +27,6 @@ from graft.storage.find import (
 from graft.storage.foreign import ByIdentity
 from graft.storage.quantized import Quantized
 from graft.storage.shared_work import find_group, find_piece, why_no_adapter
-from graft.storage.stacks import list_packed_names
 from graft.storage.tensor_parallel import standalone
 
 __all__ = [
@@ -38,12 +37,11 @@ __all__ = [
     "TENSORS",
     "ByIdentity",
     "Dense",
+    "ExpertBlock",
     "Quantized",
     "count_numbers",
     "find_device_and_dtype",
-    "find_experts_function",
     "find_group",
-    "find_packed_shape",
     "find_piece",
     "find_store",
     "find_store_of_tensor",
@@ -51,9 +49,6 @@ __all__ = [
     "has_loose_bias",
     "holds_codes",
     "innermost",
-    "is_transposed",
-    "list_packed_names",
-    "list_parameter_names",
     "make_bias_parameter",
     "prepare_packed",
     "release_packed",

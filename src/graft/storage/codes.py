@@ -15,10 +15,9 @@ from graft.core.ops import find_op
 from graft.core.site import Store
 from graft.storage.compressed import Compressed
 from graft.storage.dense import NUMBERS, PLAIN, strange_tensor
-from graft.storage.experts import let_experts_train, restore_experts
+from graft.storage.experts import ExpertBlock
 from graft.storage.find import STORES, TENSORS, find_marked_store
 from graft.storage.quantized import Quantized
-from graft.storage.stacks import list_packed_names
 
 FLAGS = ("is_loaded_in_8bit", "is_loaded_in_4bit")
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # lists of plain modules in configs of transformers
@@ -85,8 +84,7 @@ def prepare_packed(modules: Iterable[nn.Module]) -> None:
     """
     warnings: dict[str | None, None] = {}
     for m in modules:
-        if list_packed_names(m):
-            let_experts_train(m)
+        ExpertBlock(m).prepare()
         store = find_packed_store(m)
         if isinstance(store, (Quantized, Compressed)):
             warnings[store.ready(m)] = None
@@ -98,7 +96,7 @@ def prepare_packed(modules: Iterable[nn.Module]) -> None:
 def release_packed(modules: Iterable[nn.Module]) -> None:
     """Undo `prepare_packed` for modules on which no adapter acts any more."""
     for m in modules:
-        restore_experts(m)
+        ExpertBlock(m).release()
         store = find_packed_store(m)
         if isinstance(store, Quantized):
             store.release(m)

@@ -26,7 +26,7 @@ from graft.storage import (
 )
 from graft.storage.dense import NUMBERS, PLAIN, Dense, strange_tensor
 from graft.storage.engine import Engine
-from graft.storage.experts import PackedStack
+from graft.storage.experts import PACKED_STACK
 from graft.storage.foreign import Foreign, Packed
 from graft.storage.megatron import Megatron
 from graft.storage.parallel import is_sharded
@@ -95,10 +95,10 @@ def find_marked_store(module: nn.Module) -> Store | None:
 def find_tensor_store(module: nn.Module, name: str) -> Store:
     """Return the store of one parameter of a module that uses it directly, such as a stack of experts.
 
-    A packed stack gets a PackedStack; codes that a replacement could not stand in for get PACKED.
+    A packed stack gets PACKED_STACK; codes that a replacement could not stand in for get PACKED.
     """
     if stacks.find_stack_class(module, name) is not None:
-        return PackedStack(name)
+        return PACKED_STACK
     module_store = STORES.find(type(module))
     store = find_store_of_tensor(module, name) if module_store is None else module_store
     return PACKED if store is FOREIGN or isinstance(module_store, Quantized) else store

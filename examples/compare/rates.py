@@ -26,7 +26,7 @@ from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
 from examples.demo.display import console
 from graft.combine.adding import changes_base
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 from graft.methods import method_of
 from graft.model.rates import FILE, Row, adapter_of, settings_of
 
@@ -148,7 +148,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     """Write one row a line, in the order of tasks and methods."""
     tasks, methods = list(FIELDS), list(CHOICES)
     ordered = sorted(rows, key=lambda r: (tasks.index(r["task"]), methods.index(r["method"]), str(r["config"])))
-    replace(str(path), "[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
+    replace_file(str(path), "[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

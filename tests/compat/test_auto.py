@@ -97,7 +97,7 @@ def test_refused(case, saved):
 
 def test_a_tokenizer_that_a_hub_out_of_reach_keeps(monkeypatch):
     """The adapter and a part of the tokenizer are in the cache: the base keeps its size, and a warning says so."""
-    monkeypatch.setattr(tasks, "fetch", lambda *args, **kwargs: "tokenizer_config.json")
+    monkeypatch.setattr(tasks, "fetch_file", lambda *args, **kwargs: "tokenizer_config.json")
 
     def out_of_reach(*args, **kwargs):
         raise OSError("We couldn't connect")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from graft.config.file import whole_model
-from graft.config.reading import MOST_CONTAINERS, open_file, parsed, read_object
+from graft.config.file import describe_whole_model
+from graft.config.reading import MOST_CONTAINERS, open_file, parse_json, read_object
 from graft.core.errors import CheckpointError, NonFiniteError, PeftError
 from graft.files import formats
 from graft.files.base import base_files
@@ -65,7 +65,7 @@ def test_pipes_and_devices_elsewhere(tmp_path):
                     read(path)
         with pytest.raises(CheckpointError, match="folder, pipe or device"):
             base_files(tmp_path)
-        assert licence_in(tmp_path) is None and "whole model" in whole_model(tmp_path)
+        assert licence_in(tmp_path) is None and "whole model" in describe_whole_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_gguf_is_read_without_the_package(tmp_path):
 def test_json_of_many_lists_and_tensors_of_many_dimensions(tmp_path):
     text = b"[" + b"[]," * MOST_CONTAINERS + b"[]]"
     with at_once(), pytest.raises(CheckpointError, match="lists and objects"):
-        parsed(text, "x")
+        parse_json(text, "x")
     entry = {"dtype": "F32", "shape": [10**299] * 3000, "data_offsets": [0, 0]}
     for header in ({"a": entry}, {"a": entry | {"shape": [2**63]}}, [], {"a": []}):
         data = json.dumps(header).encode()

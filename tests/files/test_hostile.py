@@ -297,7 +297,7 @@ def test_an_output_that_exists(tmp_path, locon):
 
 @pytest.mark.parametrize("call, at", [("fsync", 1), ("rename", 2)], ids=["written", "named"])
 def test_an_error_while_writing_leaves_what_was_there(call, at, tmp_path, locon, monkeypatch):
-    monkeypatch.setattr(atomic, "swap", lambda *_: False)  # as where the system cannot
+    monkeypatch.setattr(atomic, "swap_by_system", lambda *_: False)  # as where the system cannot
     out = tmp_path / "out"
     convert(locon, "peft", out, NET)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -389,7 +389,7 @@ def test_an_interrupt_between_the_names(kind, at, tmp_path, locon, monkeypatch):
         if len(calls) == at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic, "swap", lambda *_: False)
+    monkeypatch.setattr(atomic, "swap_by_system", lambda *_: False)
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(locon, kind, out, NET, force=True)

@@ -737,7 +737,7 @@ def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
     merge(base, [adapter], tmp_path / "out", weights=[2.0])
     weights = lambda: {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")}
     before = weights()
-    original, swap, calls = os.rename, atomic.swap, []
+    original, swap, calls = os.rename, atomic.swap_by_system, []
 
     def interrupted(*args):
         original(*args)
@@ -750,7 +750,7 @@ def test_an_interrupt_between_the_names(at, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "rename", interrupted)
-    monkeypatch.setattr(atomic, "swap", swapped if at is None else lambda *_: False)
+    monkeypatch.setattr(atomic, "swap_by_system", swapped if at is None else lambda *_: False)
     with pytest.raises(KeyboardInterrupt):
         merge(base, [adapter], tmp_path / "out", force=True)
     monkeypatch.undo()

@@ -736,4 +736,4 @@ def test_peft_tells_that_it_does_not_know_stacks_of_other_methods(method, target
         else:
             peft.PeftModel.from_pretrained(base("mixtral"), tmp_path)
     plain = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](r=2, target_modules=["q_proj"])
-    assert "target_parameters" not in plain.saved_dict()
+    assert "target_parameters" not in plain.to_file_dict()

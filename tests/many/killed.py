@@ -18,7 +18,7 @@ STEPS = 10
 
 
 def kill_in_the_last_save(runs: int) -> None:
-    sync, calls = atomic.sync, []
+    sync, calls = atomic.sync_file, []
 
     def kill(path: str) -> None:
         calls.append(path)
@@ -26,7 +26,7 @@ def kill_in_the_last_save(runs: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
-    atomic.sync = kill
+    atomic.sync_file = kill
 
 
 def main(folder: str, at: int, names: list[str]) -> None:

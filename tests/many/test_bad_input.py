@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import graft
-from graft.config.atomic import machine
+from graft.config.atomic import machine_token
 from graft.core.errors import AdapterNameError, AlreadyInjectedError, ConfigError
 from graft.many import MultiTrain, Trial
 from tests.many.alone import batches, lora, tiny
@@ -125,7 +125,7 @@ def test_what_killed_sweeps_have_left_goes(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     (tmp_path / "s0").mkdir()
-    left = [f".{of}.{machine()}-{gone.pid}-{'0' * 16}.tmp" for of in ("sweep.json", "run.safetensors", "notes")]
+    left = [f".{of}.{machine_token()}-{gone.pid}-{'0' * 16}.tmp" for of in ("sweep.json", "run.safetensors", "notes")]
     places = [tmp_path, tmp_path / "s0", tmp_path]
     for where, name in zip(places, left):
         (where / name).touch()

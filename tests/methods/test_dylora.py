@@ -70,7 +70,7 @@ def test_the_first_ranks_are_an_adapter(rank, tmp_path):
 
 
 def test_files_are_plain_loras():
-    assert made().peft_config["default"].saved_dict() == made(use_dylora=False).peft_config["default"].saved_dict()
+    assert made().peft_config["default"].to_file_dict() == made(use_dylora=False).peft_config["default"].to_file_dict()
 
 
 def test_rows_and_two_layers_have_one_draw():

@@ -24,8 +24,8 @@ def parts(target="0", **options):
 
 
 def test_files_say_it_where_it_is_set():
-    assert "use_khatri_rao" not in graft.LoHaConfig().saved_dict()
-    assert graft.LoHaConfig(use_khatri_rao=True).saved_dict()["use_khatri_rao"] is True
+    assert "use_khatri_rao" not in graft.LoHaConfig().to_file_dict()
+    assert graft.LoHaConfig(use_khatri_rao=True).to_file_dict()["use_khatri_rao"] is True
 
 
 @pytest.mark.filterwarnings("ignore:With use_khatri_rao")

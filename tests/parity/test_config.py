@@ -68,11 +68,11 @@ NEEDED = {
 def test_null_is_the_default(method):
     """In a file and in a call, in every field that has a default and of which None is no value."""
     config, needed = cls(LIBS[0], method), NEEDED.get(method, {})
-    wanted = config(**needed).saved_dict()
+    wanted = config(**needed).to_file_dict()
     for name in wanted.keys() - needed.keys() - {"peft_type", "random_loc_seed"}:  # FourierFT has no value without it
         given = {"peft_type": method, **needed, name: None}
         for made in (LIBS[0].PeftConfig.from_peft_type(**given), config(**given)):
-            assert made.saved_dict()[name] in (None, wanted[name]), name
+            assert made.to_file_dict()[name] in (None, wanted[name]), name
 
 
 @pytest.mark.parametrize("name", sorted(SUB_CONFIGS.keys() - {"LoraRuntimeConfig"}))

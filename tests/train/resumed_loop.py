@@ -82,7 +82,7 @@ class Training:
 
 
 def main(folder, syncs):
-    training, sync = Training(), atomic.sync
+    training, sync = Training(), atomic.sync_file
     left = [syncs]
 
     def kill(path):
@@ -91,7 +91,7 @@ def main(folder, syncs):
             os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
-    atomic.sync = kill
+    atomic.sync_file = kill
     for step in range(1, 4):
         training.run(1)
         graft.save_training(folder, *training.parts, step=step)

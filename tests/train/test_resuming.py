@@ -298,8 +298,8 @@ def test_a_folder_without_a_training(tmp_path):
 @pytest.fixture
 def syncs(tmp_path, monkeypatch):
     """How often each of two saves has the disk confirm something: a file before it is renamed, its folder after."""
-    calls, sync, training, found = [], atomic.sync, Training(), []
-    monkeypatch.setattr(atomic, "sync", lambda path: (calls.append(path), sync(path)))
+    calls, sync, training, found = [], atomic.sync_file, Training(), []
+    monkeypatch.setattr(atomic, "sync_file", lambda path: (calls.append(path), sync(path)))
     for step in (1, 2):
         graft.save_training(tmp_path / "counted", *training.run(1).parts, step=step)
         found.append(len(calls) - sum(found))

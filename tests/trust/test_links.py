@@ -68,7 +68,7 @@ def test_a_link_under_the_temporary_name_is_never_opened(places, monkeypatch, ta
     folder, elsewhere = places
     monkeypatch.setattr("os.urandom", bytes)
     for of in (TENSORS, CONFIG):
-        name = f".{of}.{atomic.machine()}-{os.getpid()}-{'0' * 16}.tmp"
+        name = f".{of}.{atomic.machine_token()}-{os.getpid()}-{'0' * 16}.tmp"
         (folder / name).symlink_to(elsewhere / target)
         with pytest.raises(FileExistsError):
             adapter(2).save_pretrained(folder)
@@ -157,7 +157,7 @@ def name_of(of, machine, pid):
 
 def test_left_over_files_are_cleared_and_not_followed(places):
     folder, elsewhere = places
-    gone, here = 999_999_999, atomic.machine()
+    gone, here = 999_999_999, atomic.machine_token()
     cleared = [name_of(of, here, gone) for of in (TENSORS, CONFIG, CARD, "saving-1-2")]
     for name in cleared[:2]:
         (folder / name).write_bytes(b"x" * 100)

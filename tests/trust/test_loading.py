@@ -93,7 +93,7 @@ def test_a_slow_pattern_of_key_mapping_and_of_feed_forward_modules():
 @pytest.mark.parametrize("text", ["a{1000000000}", "((a{1000}){1000}){1000}", "a" * 200_000])
 def test_a_pattern_that_would_fill_memory_is_refused(text):
     with pytest.raises(graft.ConfigError, match="too large"):
-        reading.pattern(text, "target_modules")
+        reading.compile_pattern(text, "target_modules")
 
 
 # JSON

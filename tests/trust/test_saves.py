@@ -278,14 +278,14 @@ def test_saves_of_one_adapter_are_equal_bytes(tmp_path, safe):
 def test_a_step_of_training_meanwhile_does_not_spoil_the_file(tmp_path, monkeypatch, safe):
     model = adapter.__wrapped__(OLD)  # others use the cached one
     before = {key: t.clone() for key, t in graft.get_peft_model_state_dict(model).items()}
-    save = graft.config.pair.save
+    save = graft.config.pair.save_pair
 
     def and_step(*args):
         for t in graft.get_peft_model_state_dict(model).values():
             t.data += 1  # as an optimizer's step in another thread
         save(*args)
 
-    monkeypatch.setattr("graft.config.pair.save", and_step)
+    monkeypatch.setattr("graft.config.pair.save_pair", and_step)
     model.save_pretrained(tmp_path, safe_serialization=safe)
     found = graft.get_peft_model_state_dict(graft.PeftModel.from_pretrained(net(), tmp_path))
     assert all(torch.equal(found[key], t) for key, t in before.items())

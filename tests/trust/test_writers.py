@@ -253,5 +253,5 @@ def test_a_temporary_file_of_a_living_process_is_not_touched(tmp_path, monkeypat
         assert in_child(lambda: adapter(3).save_pretrained(tmp_path)) == 0
         assert set(theirs) <= set(os.listdir(tmp_path))
 
-    atomic.replace(str(tmp_path / "mine"), run)
+    atomic.replace_file(str(tmp_path / "mine"), run)
     assert len(theirs) == 1 and held(tmp_path) == (3, 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 from graft.combine import adding, rules
 from graft.combine.adding import put, warn_if_base_changed
 from graft.combine.forms import factors_of
-from graft.config.fields import whole_number
+from graft.config.fields import to_int
 from graft.core.containers import UPCAST
 from graft.core.errors import ConfigError
 from graft.core.folding import wide
@@ -55,7 +55,7 @@ def reduce_intruder_dimension(
     if registry is None or not any(isinstance(config, LoraConfig) for config in registry.peft_config.values()):
         raise ConfigError("The provided model is not using LoRA and is therefore not supported.")
     registry.check_known([old_adapter_name])
-    top_k = whole_number(top_k, "top_k")
+    top_k = to_int(top_k, "top_k")
     cfg = copy.deepcopy(registry.peft_config[old_adapter_name])
     parts = registry.parts_of(old_adapter_name)
     layers = parts.layers

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graft.combine.forms import Form, Term
-from graft.config.fields import whole_number
+from graft.config.fields import to_int
 from graft.core.errors import ConfigError, ConfigTypeError, PeftWarning, warn
 
 # elementwise
@@ -200,7 +200,7 @@ class Recipe:
             check_density(self.density)
             if self.density >= 1:
                 warn(f"The density {self.density} is greater than or equal to 1, no pruning will be performed.")
-        if self.rank is not None and whole_number(self.rank, "svd_rank") < 1:
+        if self.rank is not None and to_int(self.rank, "svd_rank") < 1:
             raise ConfigError(f"`svd_rank` should be a positive integer value but the value passed is {self.rank}")
         if self.clamp is not None and not (isinstance(self.clamp, (int, float)) and 0 <= self.clamp <= 1):
             raise ConfigError(f"`svd_clamp` is a quantile, between 0 and 1, got {self.clamp}.")

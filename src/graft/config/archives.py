@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def content_of(f: IO[bytes], path: str) -> object:
+def load_torch_file(f: IO[bytes], path: str) -> object:
     """Return what a file of torch.save holds, and run nothing that is in it.
 
     Raises:
@@ -29,8 +29,8 @@ def content_of(f: IO[bytes], path: str) -> object:
         f.seek(0)
         return torch.load(f, map_location="cpu", weights_only=True)
     except UnpicklingError as e:  # whose own text says how to run it
-        found = re.search(r"WeightsUnpickler error: *\n?(.*?)(\. |\n|$)", str(e))
-        at = f" ({found[1].strip()})" if found and found[1].strip() else ""
+        match = re.search(r"WeightsUnpickler error: *\n?(.*?)(\. |\n|$)", str(e))
+        at = f" ({match[1].strip()})" if match and match[1].strip() else ""
         raise CheckpointError(f"{path} holds other objects than tensors, and nothing of it has been run{at}.") from e
     except Warning:  # torch's, of a program whose warnings are errors
         raise
@@ -38,7 +38,7 @@ def content_of(f: IO[bytes], path: str) -> object:
         raise CheckpointError(f"{path} cannot be read as tensors ({e}): it is damaged, or holds other objects.") from e
 
 
-def weights_in(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
     """Return the tensors of a file of safetensors or of torch.save, by name.
 
     Args:
@@ -58,17 +58,17 @@ def weights_in(path: str | os.PathLike[str], what: str) -> dict[str, Tensor]:
             if path.endswith(".safetensors"):
                 from safetensors.torch import load
 
-                found: object = load(f.read())
+                tensors: object = load(f.read())
             else:
-                found = content_of(f, path)
+                tensors = load_torch_file(f, path)
     except Exception as e:  # damaged files raise errors of many types
         raise CheckpointError(f"{what} '{path}' cannot be read as tensors ({e}). Give another file.") from e
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{what} '{path}' does not hold tensors by name. Give another file.")
-    return found
+    return tensors
 
 
-def record_in(f: IO[bytes], end: str, most: int) -> bytes | None:
+def read_record(f: IO[bytes], end: str, most: int) -> bytes | None:
     """Return the first `most` bytes of the file in a zip archive whose name ends in `end`.
 
     None: there is no such file, or no archive, or it is damaged, and reading its tensors tells.

@@ -50,7 +50,7 @@ def check_no_link(folder: str, what: str) -> None:
         )
 
 
-def replace(path: str, write: Write) -> None:
+def replace_file(path: str, write: Write) -> None:
     """Write a file. Whatever happens meanwhile, the path holds the old one or the new one, whole.
 
     Temporary files that killed processes have left of it go.
@@ -63,16 +63,16 @@ def replace(path: str, write: Write) -> None:
     with Scratch(os.path.dirname(path) or ".") as scratch:
         name = os.path.basename(path)
         os.replace(scratch.write(name, write), path)
-        sync(scratch.folder)
-        scratch.made += [left for left, of in left_over(scratch.folder).items() if of == name]
+        sync_file(scratch.folder)
+        scratch.paths += [left for left, of in find_abandoned(scratch.folder).items() if of == name]
 
 
-def exchange(one: str, other: str) -> None:
+def exchange_paths(one: str, other: str) -> None:
     """Swap two files or folders, in one step where the system has it: no kill leaves either name without a file.
 
     Elsewhere, and on file systems that cannot (NFS), one goes by a third name.
     """
-    if swap(os.fsencode(one), os.fsencode(other)):
+    if swap_by_system(os.fsencode(one), os.fsencode(other)):
         return
     third = f"{one}-{os.urandom(8).hex()}"
     try:
@@ -85,20 +85,20 @@ def exchange(one: str, other: str) -> None:
     os.rename(third, one)
 
 
-def swap(one: bytes, other: bytes) -> bool:
+def swap_by_system(one: bytes, other: bytes) -> bool:
     """Have the system's own call swap two paths; return False if there is none, or it does not go there."""
     import ctypes  # only where something is replaced
 
-    here, swapping = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux is RENAME_SWAP of macOS
+    cwd, swapping = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux is RENAME_SWAP of macOS
     library = ctypes.CDLL(None) if os.name == "posix" else None
-    for name, arguments in ("renameat2", (here, one, here, other, swapping)), ("renamex_np", (one, other, swapping)):
+    for name, arguments in ("renameat2", (cwd, one, cwd, other, swapping)), ("renamex_np", (one, other, swapping)):
         if hasattr(library, name):
             return not getattr(library, name)(*arguments)
     return False
 
 
 @contextmanager
-def folder_for(path: str) -> Iterator[None]:
+def make_folder(path: str) -> Iterator[None]:
     """Have a folder to write into; one that was not there goes again if writing fails."""
     new = not os.path.isdir(path)
     os.makedirs(path, exist_ok=True)
@@ -115,19 +115,19 @@ class Scratch:
     """The temporary files of one call in one folder. Leaving the block deletes those that have not been renamed."""
 
     def __init__(self, folder: str):
-        self.folder, self.made = folder, list[str]()
+        self.folder, self.paths = folder, list[str]()
 
     def __enter__(self) -> Scratch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for path in self.made:
+        for path in self.paths:
             with suppress(OSError):  # the next save clears what cannot be deleted now
                 os.remove(path)
 
     def create(self, of: str) -> str:
         """Make an empty file; return its path. A file or link that is there already is an error, never used."""
-        path = self._name(of)
+        path = self._add_path(of)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666))
         return path
 
@@ -140,42 +140,44 @@ class Scratch:
             else:
                 with open(path, "wb") as f:
                     f.write(write.encode() if isinstance(write, str) else write)
-            sync(path)
+            sync_file(path)
         except OSError as e:
             if e.filename is None and e.errno is not None:  # a disk that is full does not say whose
                 e.filename = os.path.join(self.folder, of)
             raise
         return path
 
-    def keep(self, path: str) -> str | None:
+    def add_link(self, path: str) -> str | None:
         """Give a file a second name and return that; None if there is no such file, or there are no hard links."""
-        link = self._name(os.path.basename(path))
+        link = self._add_path(os.path.basename(path))
         try:
             os.link(path, link, follow_symlinks=False)
         except (OSError, NotImplementedError):
             return None
         return link
 
-    def leave(self, of: str) -> None:
+    def spare(self, of: str) -> None:
         """Do not delete the files whose `of` begins so."""
-        self.made = [path for path in self.made if not os.path.basename(path).startswith(f".{of}")]
+        self.paths = [path for path in self.paths if not os.path.basename(path).startswith(f".{of}")]
 
-    def _name(self, of: str) -> str:
-        path = os.path.join(self.folder, f".{of}.{machine()}-{os.getpid()}-{os.urandom(8).hex()}.tmp")
-        self.made.append(path)
+    def _add_path(self, of: str) -> str:
+        path = os.path.join(self.folder, f".{of}.{machine_token()}-{os.getpid()}-{os.urandom(8).hex()}.tmp")
+        self.paths.append(path)
         return path
 
 
-def left_over(folder: str) -> dict[str, str]:
+def find_abandoned(folder: str) -> dict[str, str]:
     """Return the temporary files in a folder whose process is no more: path → what it is of. Links count, too."""
-    with os.scandir(folder) as found:
-        names = {entry.path: match for entry in found if (match := TEMPORARY.fullmatch(entry.name))}
-    return {path: match["of"] for path, match in names.items() if not in_use(path, match["machine"], int(match["pid"]))}
+    with os.scandir(folder) as entries:
+        names = {entry.path: match for entry in entries if (match := TEMPORARY.fullmatch(entry.name))}
+    return {
+        path: match["of"] for path, match in names.items() if not is_in_use(path, match["machine"], int(match["pid"]))
+    }
 
 
-def in_use(path: str, where: str, pid: int) -> bool:
+def is_in_use(path: str, where: str, pid: int) -> bool:
     """Return True if the process that made a temporary file may still run."""
-    if where == machine() and os.name == "posix" and not alive(pid):  # elsewhere `os.kill` would end it
+    if where == machine_token() and os.name == "posix" and not is_alive(pid):  # elsewhere `os.kill` would end it
         return False
     try:
         return time.time() - os.lstat(path).st_mtime < LONGEST
@@ -183,7 +185,7 @@ def in_use(path: str, where: str, pid: int) -> bool:
         return True
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -194,20 +196,20 @@ def alive(pid: int) -> bool:
 
 
 @cache
-def machine() -> str:
+def machine_token() -> str:
     """Return a token of this boot of this machine and of this space of process ids, in which a number is a process."""
     import hashlib  # these two only where something is written
     import platform
 
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:
-            here = f.read() + os.readlink("/proc/self/ns/pid")
+            identity = f.read() + os.readlink("/proc/self/ns/pid")
     except OSError:  # not Linux
-        here = platform.node()
-    return hashlib.sha256(here.encode()).hexdigest()[:8]
+        identity = platform.node()
+    return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
-def sync(path: str) -> None:
+def sync_file(path: str) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

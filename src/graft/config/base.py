@@ -18,12 +18,12 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 from graft.config.bounds import check_bounds, check_numbers
 from graft.config.file import ConfigFile
-from graft.config.hub import hub_keywords
-from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, found_in
-from graft.config.reading import Json, ending, read_object
+from graft.config.hub import select_hub_keywords
+from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH, find_weights
+from graft.config.reading import Json, compile_ending, read_object
 from graft.core.errors import CheckpointError, ConfigError, ConfigTypeError, PeftError, PeftWarning, shortened, warn
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class PeftConfig:
     patterns: ClassVar[dict[str, str]] = {}  # field with overrides by layer path → field that they override
     runtime_fields: ClassVar[tuple[str, ...]] = ()  # fields that no file holds
     beyond: ClassVar[frozenset[str]] = frozenset()  # fields that PEFT's config lacks: files hold them if they are set
-    taken_on_loading: ClassVar[frozenset[str]] = frozenset()  # options of a load that `take` knows
+    load_options: ClassVar[frozenset[str]] = frozenset()  # options of a load that `take` knows
     results: ClassVar[tuple[str, ...]] = ()  # fields that training writes: they belong to an adapter's values
     counters: ClassVar[tuple[str, ...]] = ()  # numbers that are no sizes: seeds, and steps of training
 
@@ -119,11 +119,11 @@ class PeftConfig:
         if self.peft_version is None:
             self.peft_version = FORMAT_VERSION
         validate(self)
-        own = type(self).__dataclass_fields__["peft_type"].default
-        if own is not None and self.peft_type not in (own, None):
-            warn(f"`peft_type` of a {type(self).__name__} is {own}: {self.peft_type!r} is ignored.", PeftWarning)
-        if own is not None or self.peft_type is not None:
-            self.peft_type = self.peft_types(own or self.peft_type)
+        default = type(self).__dataclass_fields__["peft_type"].default
+        if default is not None and self.peft_type not in (default, None):
+            warn(f"`peft_type` of a {type(self).__name__} is {default}: {self.peft_type!r} is ignored.", PeftWarning)
+        if default is not None or self.peft_type is not None:
+            self.peft_type = self.peft_types(default or self.peft_type)
         if self.task_type is not None:
             names = [t.value for t in TaskType]
             if self.task_type not in names:
@@ -152,10 +152,10 @@ class PeftConfig:
                     break
         if not changes:
             return self
-        here = copy.copy(self)
+        config = copy.copy(self)
         for name, value in changes.items():
-            setattr(here, name, value)
-        return here
+            setattr(config, name, value)
+        return config
 
     def reaches(self, text: str, key: str, field: str) -> bool:
         """Return True if a pattern of `field`, one of `patterns`, fits layer path `key`."""
@@ -167,10 +167,10 @@ class PeftConfig:
         """Return the fields, copied, without `runtime_fields`; sets and enums stay. A config made of them is equal."""
         return {k: v for k, v in asdict(self).items() if k not in self.runtime_fields}
 
-    def saved_dict(self) -> Json:
+    def to_file_dict(self) -> Json:
         """Return the fields that files hold, as JSON can: sets as lists, enums as their values."""
-        own = type(self).__dataclass_fields__
-        return {k: plain(v) for k, v in self.to_dict().items() if k not in self.beyond or v != own[k].default}
+        known = type(self).__dataclass_fields__
+        return {k: to_json_value(v) for k, v in self.to_dict().items() if k not in self.beyond or v != known[k].default}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], auto_mapping_dict: dict[str, object] | None = None, **_: object
@@ -183,11 +183,11 @@ class PeftConfig:
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
-        replace(os.path.join(save_directory, CONFIG_NAME), self.to_json(auto_mapping_dict))
+        replace_file(os.path.join(save_directory, CONFIG_NAME), self.to_json(auto_mapping_dict))
 
     def to_json(self, auto_mapping_dict: dict[str, object] | None = None) -> str:
         """Return the text of adapter_config.json."""
-        values = self.saved_dict()
+        values = self.to_file_dict()
         if auto_mapping_dict is not None:
             values["auto_mapping"] = auto_mapping_dict
         return json.dumps(values, indent=2, sort_keys=True)
@@ -212,21 +212,21 @@ class PeftConfig:
             ConfigError: its peft_type is unknown, or another field has a value that cannot be.
             TypeError: it has none, and fields that this class does not know.
         """
-        hub = hub_keywords(kwargs)
+        hub = select_hub_keywords(kwargs)
         file = ConfigFile(pretrained_model_name_or_path, subfolder, **hub)
-        loaded = file.of(found_in(file.folder))
+        loaded = file.of(find_weights(file.folder))
         known = {f.name for f in fields(PeftConfig)}
         if loaded.get("peft_type") is None and not set(loaded) <= {f.name for f in fields(cls)} | known:
             raise TypeError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
                 f"{file.path} is no adapter's, such as the config of a base model, or damaged."
             )
-        made = cls.from_file({k: v for k, v in kwargs.items() if k not in hub} | loaded, file.path)
-        made.read_from(pretrained_model_name_or_path, subfolder, **hub)
-        return made
+        config = cls.from_file({k: v for k, v in kwargs.items() if k not in hub} | loaded, file.path)
+        config.read_from(pretrained_model_name_or_path, subfolder, **hub)
+        return config
 
     def take(self, options: dict[str, object]) -> None:
-        """Take those of the options of a load that `taken_on_loading` names."""
+        """Take those of the options of a load that `load_options` names."""
 
     def read_from(self, where: str, subfolder: str | None = None, **hub: object) -> None:
         """Note where the config was read: a hook for those that have other checkpoints beside them."""
@@ -235,18 +235,18 @@ class PeftConfig:
     def from_file(cls, values: dict[str, object], path: str) -> PeftConfig:
         """Make a config of the fields in a file. Errors name the file."""
         try:
-            target = cls.named_in(values)
-            return target.tolerant(target.check_kwargs(**values))
+            target = cls.find_class(values)
+            return target.from_known_fields(target.check_kwargs(**values))
         except PeftError as e:
             raise type(e)(f"{e} It stands in {path}.") from e
 
     @classmethod
     def from_peft_type(cls, **kwargs: object) -> PeftConfig:
         """Make a config of the class that `peft_type` names, from plain data."""
-        return cls.named_in(kwargs).tolerant(kwargs)
+        return cls.find_class(kwargs).from_known_fields(kwargs)
 
     @classmethod
-    def named_in(cls, values: dict[str, object]) -> type[PeftConfig]:
+    def find_class(cls, values: dict[str, object]) -> type[PeftConfig]:
         """Return the class that `peft_type` names; this one if there is none.
 
         Raises:
@@ -255,7 +255,7 @@ class PeftConfig:
         """
         kind = values.get("peft_type")
         if kind is not None and not isinstance(kind, str):
-            raise ConfigTypeError(f"peft_type must be the name of a method, got {described(kind)}.")
+            raise ConfigTypeError(f"peft_type must be the name of a method, got {describe_value(kind)}.")
         return cls if kind is None else PeftConfig.resolve(kind)
 
     @classmethod
@@ -264,14 +264,14 @@ class PeftConfig:
         return kwargs
 
     @classmethod
-    def tolerant(cls, values: Json) -> PeftConfig:
+    def from_known_fields(cls, values: Json) -> PeftConfig:
         known = {f.name for f in fields(cls)}
         for name in cls.runtime_fields:
             if name in values:
                 warn(f"'{name}' describes a machine, not an adapter: the stored value is ignored.")
         unknown = sorted(set(values) - known)
         if unknown:
-            meant = close_to(unknown, known)
+            meant = suggest_names(unknown, known)
             warn(
                 f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. "
                 + (f"Did you mean {meant}? If not, the" if meant else "This probably means that the")
@@ -288,7 +288,7 @@ class PeftConfig:
 SAVE, READ = PeftConfig.save_pretrained, PeftConfig.from_pretrained.__func__  # type: ignore[attr-defined]
 
 
-def files_of(config: PeftConfig) -> dict[str, bytes]:
+def make_files(config: PeftConfig) -> dict[str, bytes]:
     """Return the files of a config by name: adapter_config.json, and what a class's own `save_pretrained` writes.
 
     Raises:
@@ -303,19 +303,19 @@ def files_of(config: PeftConfig) -> dict[str, bytes]:
         try:
             config.save_pretrained(folder, auto_mapping_dict=config.auto_mapping)
             read_object(os.path.join(folder, CONFIG_NAME))
-            found = {}
+            files = {}
             for of in os.listdir(folder):
                 path = os.path.join(folder, of)
                 if of in (SAFETENSORS, TORCH) or os.path.islink(path) or not os.path.isfile(path):
                     raise CheckpointError(f"It writes '{of}': beside the weights stand files of other names.")
                 with open(path, "rb") as f:
-                    found[of] = f.read()
+                    files[of] = f.read()
         except Exception as e:
             raise CheckpointError(f"{name} failed, and nothing was saved: {type(e).__name__}: {e}") from e
-    return found
+    return files
 
 
-def config_in(fields: dict[str, object], path: str, where: str, subfolder: str | None, **hub: object) -> PeftConfig:
+def make_config(fields: dict[str, object], path: str, where: str, subfolder: str | None, **hub: object) -> PeftConfig:
     """Return the config of a saved adapter: of its fields, or what a `from_pretrained` returns that a client replaced.
 
     Args:
@@ -326,7 +326,7 @@ def config_in(fields: dict[str, object], path: str, where: str, subfolder: str |
         ConfigTypeError: that returns no config.
     """
     try:
-        target = PeftConfig.named_in(fields)
+        target = PeftConfig.find_class(fields)
     except PeftError as e:
         raise type(e)(f"{e} It stands in {path}.") from e
     if target is PeftConfig:
@@ -339,35 +339,37 @@ def config_in(fields: dict[str, object], path: str, where: str, subfolder: str |
         config = PeftConfig.from_file(fields, path)
         config.read_from(where, subfolder, **hub)
         return config
-    made = target.from_pretrained(where, subfolder=subfolder, **hub)
-    if not isinstance(made, PeftConfig):
-        raise ConfigTypeError(f"{target.__name__}.from_pretrained() returned {described(made)}, which is no config.")
-    return made
+    result = target.from_pretrained(where, subfolder=subfolder, **hub)
+    if not isinstance(result, PeftConfig):
+        raise ConfigTypeError(
+            f"{target.__name__}.from_pretrained() returned {describe_value(result)}, which is no config."
+        )
+    return result
 
 
-def close_to(unknown: Iterable[str], known: Iterable[str]) -> str:
+def suggest_names(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Return the known names that unknown ones look like, as text; "" if there are none."""
     from difflib import get_close_matches
 
-    found = [(name, get_close_matches(name, known, n=1, cutoff=0.8)) for name in unknown]
-    return ", ".join(f"'{close[0]}' for '{name}'" for name, close in found if close)
+    matches = [(name, get_close_matches(name, known, n=1, cutoff=0.8)) for name in unknown]
+    return ", ".join(f"'{close[0]}' for '{name}'" for name, close in matches if close)
 
 
 def matches_end(pattern: str, key: str, field: str) -> bool:
     """Return True if a regular expression of `field` matches the end of a layer path, from its start or from a dot."""
-    return ending(pattern, field).match(key) is not None
+    return compile_ending(pattern, field).match(key) is not None
 
 
-def plain(value: object) -> object:
+def to_json_value(value: object) -> object:
     """Return `value` as JSON can hold it."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=str)
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [to_json_value(v) for v in value]
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: to_json_value(v) for k, v in value.items()}
     return value
 
 
@@ -375,7 +377,7 @@ def plain(value: object) -> object:
 
 
 @cache
-def hints(cls: type) -> dict[str, object]:
+def type_hints(cls: type) -> dict[str, object]:
     return typing.get_type_hints(cls)
 
 
@@ -390,17 +392,17 @@ def validate(config: DataclassInstance) -> None:
         if isinstance(path := getattr(config, f.name), os.PathLike):
             setattr(config, f.name, os.fspath(path))
     check_types(config)
-    check_numbers(config, hints(type(config)))
+    check_numbers(config, type_hints(type(config)))
     check_bounds(config)
 
 
 def fill_nulls(config: DataclassInstance) -> None:
     """Put the defaults into fields of a dataclass that are None and cannot be."""
-    wanted = hints(type(config))
+    wanted = type_hints(type(config))
     for f in fields(config):
         if f.default is None or getattr(config, f.name) is not None:
             continue
-        if wanted[f.name] is Any or not fits(None, wanted[f.name]):
+        if wanted[f.name] is Any or not is_typed(None, wanted[f.name]):
             default = f.default if f.default_factory is MISSING else f.default_factory()
             if default is not MISSING:
                 setattr(config, f.name, default)
@@ -408,31 +410,31 @@ def fill_nulls(config: DataclassInstance) -> None:
 
 def check_types(config: DataclassInstance) -> None:
     """Raise ConfigTypeError for the first value in a dataclass that the field's annotation does not allow."""
-    wanted = hints(type(config))
+    wanted = type_hints(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
-        if value is not f.default and not fits(value, wanted[f.name]):
+        if value is not f.default and not is_typed(value, wanted[f.name]):
             allowed = re.sub(r"^Annotated\[(.*), \w+(\(.*\))?\]$", r"\1", str(f.type)).replace("NoneType", "None")
             raise ConfigTypeError(
-                f"{type(config).__name__}.{f.name} must be {allowed}, got {described(value)} of type "
+                f"{type(config).__name__}.{f.name} must be {allowed}, got {describe_value(value)} of type "
                 f"{type(value).__name__}."
             )
 
 
-def described(value: object) -> str:
+def describe_value(value: object) -> str:
     try:
         return shortened(repr(value))
     except ValueError:  # a number of more digits than Python writes
         return "a number of thousands of digits"
 
 
-def fits(value: object, hint: Any) -> bool:
+def is_typed(value: object, hint: Any) -> bool:
     """Return True if `value`, and all that it contains, is of the type that an annotation names."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, a) for a in args)
+        return any(is_typed(value, a) for a in args)
     if origin is typing.Literal:
         return value in args
     if hint is float:
@@ -440,9 +442,9 @@ def fits(value: object, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin in (list, set):  # a list is fine for a set, and a set for a list
-        return isinstance(value, (list, tuple, set, frozenset)) and all(fits(v, args[0]) for v in value)
+        return isinstance(value, (list, tuple, set, frozenset)) and all(is_typed(v, args[0]) for v in value)
     if origin is tuple:
-        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(fits, value, args))
+        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(is_typed, value, args))
     if origin is dict:
-        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(is_typed(k, args[0]) and is_typed(v, args[1]) for k, v in value.items())
     return isinstance(value, hint)

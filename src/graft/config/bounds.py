@@ -80,7 +80,7 @@ def check_numbers(config: DataclassInstance, hints: dict[str, object]) -> None:
     """
     for f in fields(config):
         value = getattr(config, f.name)
-        if value is None or isinstance(value, (str, bool)) or anything(hints[f.name]):
+        if value is None or isinstance(value, (str, bool)) or allows_anything(hints[f.name]):
             continue
         if f.name.endswith("dropout") and not 0 <= value <= 1:
             raise ConfigError(f"`{f.name}` must be a probability, between 0 and 1, got {value}.")
@@ -89,29 +89,29 @@ def check_numbers(config: DataclassInstance, hints: dict[str, object]) -> None:
             if len(value) > most:
                 raise ConfigError(f"`{f.name}` has {len(value):,} entries: {most:,} is the most.")
         most = LARGEST_COUNTER if f.name in getattr(config, "counters", ()) else LARGEST_NUMBER
-        for number in numbers(value):
+        for number in iterate_numbers(value):
             if number != number or number in (float("inf"), -float("inf")):
                 raise ConfigError(f"`{f.name}` must be a finite number, got {number}.")
             if not -most <= number <= most:
-                raise ConfigError(f"`{f.name}` must be between {-most:,} and {most:,}, got {brief(number)}.")
+                raise ConfigError(f"`{f.name}` must be between {-most:,} and {most:,}, got {format_number(number)}.")
 
 
-def anything(hint: object) -> bool:
+def allows_anything(hint: object) -> bool:
     """Return True if a type says nothing of the contents of a value."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(anything(part) for part in typing.get_args(hint))
+        return any(allows_anything(part) for part in typing.get_args(hint))
     return hint in (Any, dict)
 
 
-def numbers(value: object) -> Iterator[int | float]:
+def iterate_numbers(value: object) -> Iterator[int | float]:
     """Yield the numbers that a value is or contains."""
     if isinstance(value, (int, float)):
         if not isinstance(value, bool):
             yield value
     elif isinstance(value, (list, tuple, set, dict)):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from numbers(inner)
+            yield from iterate_numbers(inner)
 
 
-def brief(number: int | float) -> str:
+def format_number(number: int | float) -> str:
     return str(number) if isinstance(number, float) or number.bit_length() < 80 else "a number of many digits"

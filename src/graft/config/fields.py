@@ -106,7 +106,7 @@ class RankPatterns(RankPattern):
             warn(f"`{name}` is 0 on some or all layers: the adapter has no effect there.", PeftWarning)
 
 
-def sub_config(value: Any, cls: type[Any]) -> Any:
+def make_sub_config(value: Any, cls: type[Any]) -> Any:
     """Make the config inside another of the dict that a file has for it; report and leave out keys it does not know."""
     if not isinstance(value, dict):
         return value
@@ -117,13 +117,13 @@ def sub_config(value: Any, cls: type[Any]) -> Any:
     return cls(**{k: v for k, v in value.items() if k in known})
 
 
-def settings(value: T | dict[str, object] | None) -> T:
-    """Return the config inside another where there is one, which is no dict since `sub_config`."""
+def require_sub_config(value: T | dict[str, object] | None) -> T:
+    """Return the config inside another where there is one, which is no dict since `make_sub_config`."""
     assert value is not None and not isinstance(value, dict)
     return value
 
 
-def whole_number(value: object, name: str) -> int:
+def to_int(value: object, name: str) -> int:
     """Convert a whole number of any type, such as NumPy's, to an int. Raises ConfigTypeError for others."""
     try:
         return operator.index(value)  # type: ignore[arg-type]
@@ -134,11 +134,11 @@ def whole_number(value: object, name: str) -> int:
 # default target_modules by architecture (`config.model_type`)
 
 
-def _table(*rows: tuple[str, list[str] | str]) -> dict[str, list[str] | str]:
+def _by_model_type(*rows: tuple[str, list[str] | str]) -> dict[str, list[str] | str]:
     return {model_type: targets for model_types, targets in rows for model_type in model_types.split()}
 
 
-LORA = _table(
+LORA = _by_model_type(
     ("t5 mt5", ["q", "v"]),
     (
         "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3",
@@ -161,7 +161,7 @@ LORA = _table(
 )
 
 # mixers with a state, which PEFT has no targets for: the projections around them, and attention as in `LORA`
-MIXERS = _table(
+MIXERS = _by_model_type(
     ("mamba mamba2 falcon_mamba", ["in_proj", "out_proj"]),
     (
         "jamba bamba falcon_h1 zamba zamba2 granitemoehybrid lfm2 lfm2_moe",
@@ -170,9 +170,9 @@ MIXERS = _table(
     ("qwen3_next", ["q_proj", "v_proj", "in_proj_qkvz", "out_proj"]),
 )
 
-SDT = _table(("mamba falcon_mamba jamba", ["x_proj", "out_proj"]))  # A_log of their mixers as well
+SDT = _by_model_type(("mamba falcon_mamba jamba", ["x_proj", "out_proj"]))  # A_log of their mixers as well
 
-IA3 = _table(
+IA3 = _by_model_type(
     ("t5", ["k", "v", "wo"]),
     ("mt5", ["k", "v", "wi_1"]),
     ("gpt2 gpt_bigcode", ["c_attn", "mlp.c_proj"]),
@@ -190,7 +190,7 @@ IA3 = _table(
     ("deberta", ["in_proj", "output.dense"]),
 )
 
-IA3_FEEDFORWARD = _table(
+IA3_FEEDFORWARD = _by_model_type(
     ("t5", ["wo"]),
     ("mt5", []),
     ("gpt2 gpt_bigcode", ["mlp.c_proj"]),
@@ -204,7 +204,7 @@ IA3_FEEDFORWARD = _table(
     ("mixtral", ["w2"]),
 )
 
-LN_TUNING = _table(
+LN_TUNING = _by_model_type(
     ("llama mistral gemma", ["input_layernorm", "post_attention_layernorm", "norm"]),
     ("bloom falcon", ["input_layernorm", "post_attention_layernorm", "ln_f"]),
     (
@@ -230,7 +230,7 @@ LN_TUNING = _table(
     ("qwen2 qwen3", ["post_attention_layernorm"]),
 )
 
-ADALORA = _table(
+ADALORA = _by_model_type(
     ("t5", ["q", "k", "v", "o", "wi", "wo"]),
     ("mt5", ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]),
     ("bart opt", ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
@@ -247,7 +247,7 @@ ADALORA = _table(
 
 VBLORA = {**ADALORA, "roberta": ["query", "value"]}
 
-BEFT = _table(
+BEFT = _by_model_type(
     ("t5 mt5", ["v"]),
     ("roberta bert", ["value"]),
     (
@@ -257,7 +257,7 @@ BEFT = _table(
     ("deberta-v2", ["value_proj"]),
 )
 
-OSF = _table(
+OSF = _by_model_type(
     (
         "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi",
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],

@@ -11,9 +11,9 @@ import os
 import time
 
 from graft.config import notes
-from graft.config.hub import fetch, looks_like_repository, not_asked
-from graft.config.pair import CONFIG_NAME, found_in, marked, stamp_in, token
-from graft.config.reading import Json, open_file, parsed, read_object
+from graft.config.hub import describe_offline, fetch_file, looks_like_repository
+from graft.config.pair import CONFIG_NAME, find_stamp, find_weights, mark_token, read_marks
+from graft.config.reading import Json, open_file, parse_json, read_object
 from graft.core.errors import CheckpointError, PeftWarning, some, warn
 
 PATIENCE, PAUSE = 0.2, 0.01  # seconds: a save takes less from the weights to the config
@@ -31,72 +31,77 @@ class ConfigFile:
 
     def __init__(self, where: str | os.PathLike[str], subfolder: str | None, **hub: object):
         self.where, self.hub = where, hub
-        path = fetch(where, CONFIG_NAME, subfolder=subfolder, **hub)
+        path = fetch_file(where, CONFIG_NAME, subfolder=subfolder, **hub)
         self.folder = os.path.join(where, subfolder or "") if path is None else os.path.dirname(path)
         self.path = os.path.join(self.folder, CONFIG_NAME)
-        self.beside = self._now()
-        if self.beside is None and getattr(found_in(self.folder), "config", None) is None:
-            self._needed(None)
+        self.beside = self._read()
+        if self.beside is None and getattr(find_weights(self.folder), "config", None) is None:
+            self._require(None)
 
-    def _now(self) -> Json | None:
+    def _read(self) -> Json | None:
         return read_object(self.path) if os.path.isfile(self.path) else None
 
-    def of(self, weights: notes.Noted | None) -> Json:
+    def of(self, weights: notes.WeightsFile | None) -> Json:
         """Return the fields that belong to weights which were read since."""
         beside = self.beside
         if weights is None or weights.config is None:
-            return self._needed(beside)
+            return self._require(beside)
         where = f"The config that {weights.path} holds"
-        inside: Json = parsed(weights.config, where)
+        inside: Json = parse_json(weights.config, where)
         if not isinstance(inside, dict):
             raise CheckpointError(f"{where} is a {type(inside).__name__}: save or download it again.")
         end = time.monotonic() + PATIENCE
         while beside != inside:
             saving = self._is_marked(weights.stamp)  # asked first: a save takes its mark away when all is done
-            before, beside = beside, self._now()
-            if stamp_in(os.path.dirname(weights.path)) != weights.stamp:
+            before, beside = beside, self._read()
+            if find_stamp(os.path.dirname(weights.path)) != weights.stamp:
                 return inside  # another save came: its config may be beside already
             if not saving and beside == before:
-                beside = self._needed(beside)
-                self._say_edited(beside, inside)
+                beside = self._require(beside)
+                self._warn_edited(beside, inside)
                 return beside
             if time.monotonic() > end:
-                self._say_cut_short(weights.path)
+                self._warn_cut_short(weights.path)
                 return inside
             time.sleep(PAUSE)
         return inside
 
     def _is_marked(self, stamp: notes.Stamp | None) -> bool:
         """Return True if a save, under way or cut short, has brought these weights or what is beside them."""
-        marks = marked(self.folder)
-        if not marks or token(stamp) in marks:
+        marks = read_marks(self.folder)
+        if not marks or mark_token(stamp) in marks:
             return bool(marks)
         if not os.path.isfile(self.path):
             return False
         with open_file(self.path) as f:
-            return token(f.read()) in marks
+            return mark_token(f.read()) in marks
 
-    def _needed(self, fields: Json | None) -> Json:
+    def _require(self, fields: Json | None) -> Json:
         if fields is None:
-            why = whole_model(self.folder) or adapters_in(self.folder) or self._not_there()
+            why = describe_whole_model(self.folder) or describe_adapter_folders(self.folder) or self._describe_missing()
             raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{self.where}'{why}")
         return fields
 
-    def _not_there(self) -> str:
+    def _describe_missing(self) -> str:
         """Return a note for errors about a missing adapter: what its place is instead of a folder; '' if it is one."""
         where = os.fspath(self.where)
         if os.path.isfile(where):
             return ": it is a file, give the folder around it. graft.load_adapter(model, …) reads single files"
         if os.path.isdir(where) and not os.path.isdir(self.folder):
             inner = os.path.relpath(self.folder, where)
-            return f": there is no folder {inner!r} in it{adapters_in(where).replace(': it holds', ', which holds', 1)}"
+            return (
+                f": there is no folder {inner!r} in it"
+                f"{describe_adapter_folders(where).replace(': it holds', ', which holds', 1)}"
+            )
         if os.path.isdir(where) or looks_like_repository(where):
-            return not_asked(where, **self.hub)
+            return describe_offline(where, **self.hub)
         return ": there is no such folder"
 
-    def _say_edited(self, beside: dict[str, object], inside: dict[str, object]) -> None:
-        # a save writes all fields of a config: of others, `PeftConfig.tolerant` warns
-        names = [n for n in sorted(set(inside) - DESCRIBING) if plain(beside.get(n)) != plain(inside[n])]
+    def _warn_edited(self, beside: dict[str, object], inside: dict[str, object]) -> None:
+        # a save writes all fields of a config: of others, `PeftConfig.from_known_fields` warns
+        names = [
+            n for n in sorted(set(inside) - DESCRIBING) if normalize_value(beside.get(n)) != normalize_value(inside[n])
+        ]
         if names:
             differ = ", ".join(f"{n} ({beside.get(n)!r}, saved with {inside.get(n)!r})" for n in names)
             warn(
@@ -105,7 +110,7 @@ class ConfigFile:
                 PeftWarning,
             )
 
-    def _say_cut_short(self, weights: str) -> None:
+    def _warn_cut_short(self, weights: str) -> None:
         warn(
             f"A save was cut short: {self.path} belongs to another adapter than {weights}, whose own config is used. "
             "Other libraries would take the two together: save the adapter again.",
@@ -113,7 +118,7 @@ class ConfigFile:
         )
 
 
-def plain(value: object) -> object:
+def normalize_value(value: object) -> object:
     """Return a value as it counts: the order of a list of names means nothing, nor does one that is empty."""
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = sorted(value)
@@ -124,41 +129,41 @@ NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 WRAPPED = "base_model."  # how the names of a PeftModel's tensors begin
 
 
-def whole_model(folder: str | os.PathLike[str]) -> str:
+def describe_whole_model(folder: str | os.PathLike[str]) -> str:
     """Return a note for errors about a missing adapter: what of a whole model is there; '' if nothing."""
-    found = next((name for name in NAMES if os.path.isfile(os.path.join(folder, name))), None)
-    if found is None:
+    name = next((name for name in NAMES if os.path.isfile(os.path.join(folder, name))), None)
+    if name is None:
         return ""
-    if not any(key.startswith(WRAPPED) for key in keys_in(os.path.join(folder, found))):
-        return f": the folder holds a whole model ({found}), to be loaded by its own class, and no adapter"
+    if not any(key.startswith(WRAPPED) for key in read_tensor_names(os.path.join(folder, name))):
+        return f": the folder holds a whole model ({name}), to be loaded by its own class, and no adapter"
     return (
-        f": the folder holds a whole model ({found}) with an adapter inside, as transformers' Trainer saves one that "
+        f": the folder holds a whole model ({name}) with an adapter inside, as transformers' Trainer saves one that "
         "it does not know for a PeftModel. For the adapter, make the model by get_peft_model() as it was trained, "
         "read the file into it by load_state_dict(), and call its save_pretrained(). Before training, call "
         "graft.compat.peft.install(), and checkpoints will hold the adapter alone"
     )
 
 
-def adapters_in(folder: str | os.PathLike[str]) -> str:
+def describe_adapter_folders(folder: str | os.PathLike[str]) -> str:
     """Return a note for errors about a missing adapter: which folders in this one hold one; '' if none does."""
-    found = holders(folder)
-    return f": it holds adapters in the folders {some(found)}, give one of them, or subfolder=" if found else ""
+    folders = find_adapter_folders(folder)
+    return f": it holds adapters in the folders {some(folders)}, give one of them, or subfolder=" if folders else ""
 
 
-def holders(folder: str | os.PathLike[str]) -> list[str]:
+def find_adapter_folders(folder: str | os.PathLike[str]) -> list[str]:
     """Return the names, in quotes, of the folders in this one that hold an adapter."""
     inner = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [repr(name) for name in inner if os.path.isfile(os.path.join(folder, name, CONFIG_NAME))]
 
 
-def keys_in(path: str) -> list[str]:
+def read_tensor_names(path: str) -> list[str]:
     """Return the names of the tensors in a safetensors file or an index; none if it cannot be read so."""
     try:
         if path.endswith(".json"):
             return list(read_object(path, notes.LARGEST)["weight_map"])
         if path.endswith(".safetensors"):
             with open_file(path) as f:
-                return list(parsed(f.read(min(int.from_bytes(f.read(8), "little"), notes.LARGEST)), path))
+                return list(parse_json(f.read(min(int.from_bytes(f.read(8), "little"), notes.LARGEST)), path))
     except (OSError, CheckpointError, LookupError, TypeError):
         pass
     return []

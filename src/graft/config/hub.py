@@ -18,7 +18,7 @@ IDLE_LOADING = {"torch_device", "device_map", "max_memory", "offload_folder", "o
 IDLE_SAVING = {"save_function", "max_shard_size", "token", "variant", "save_peft_format"}
 
 
-def hub_keywords(kwargs: dict[str, object]) -> dict[str, Any]:
+def select_hub_keywords(kwargs: dict[str, object]) -> dict[str, Any]:
     """Return those of `kwargs` that are for the hub."""
     return {k: v for k, v in kwargs.items() if k in HUB_KEYWORDS}
 
@@ -35,10 +35,10 @@ def warn_unknown(function: Callable[..., object], kwargs: Iterable[str], known: 
             warn(f"{function.__name__}() knows no argument '{name}': it has no effect.{hint}", PeftWarning)
 
 
-def fetch(where: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
+def fetch_file(where: str | os.PathLike[str], filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
     """Return the local path of one file of an adapter; None if there is none.
 
-    Without the hub (HF_HUB_OFFLINE, `local_files_only`) its cache is all there is: see `not_asked`.
+    Without the hub (HF_HUB_OFFLINE, `local_files_only`) its cache is all there is: see `describe_offline`.
 
     Raises:
         HubError: the hub cannot be reached, there is no such repository or revision, or another failure.
@@ -52,13 +52,13 @@ def fetch(where: str | os.PathLike[str], filename: str, subfolder: str | None = 
         return None
     from huggingface_hub import errors, hf_hub_download
 
-    failure = None if offline(**hub) else unreached(where, filename, subfolder, **hub)
+    failure = None if is_offline(**hub) else find_hub_failure(where, filename, subfolder, **hub)
     known = hub if failure is None else {**hub, "local_files_only": True}
     try:
         fetched: str = hf_hub_download(where, filename, subfolder=subfolder, **known)
         return fetched
     except errors.LocalEntryNotFoundError as e:
-        if offline(**hub):
+        if is_offline(**hub):
             return None
         raise HubError(
             f"There is no folder '{where}' here, '{filename}' of no such repository is in the hub's cache, and "
@@ -79,7 +79,7 @@ def fetch(where: str | os.PathLike[str], filename: str, subfolder: str | None = 
         raise HubError(f"'{filename}' of '{where}' cannot be fetched from the hub: {type(e).__name__}: {e}") from e
 
 
-def unreached(
+def find_hub_failure(
     where: str,
     filename: str,
     subfolder: str | None,
@@ -105,16 +105,16 @@ def unreached(
     return None
 
 
-def offline(local_files_only: bool = False, **_: object) -> bool:
+def is_offline(local_files_only: bool = False, **_: object) -> bool:
     from huggingface_hub import constants
 
     return bool(local_files_only or constants.HF_HUB_OFFLINE)
 
 
-def not_asked(where: str | os.PathLike[str], **hub: object) -> str:
+def describe_offline(where: str | os.PathLike[str], **hub: object) -> str:
     """Return a note for errors about a missing file: the hub was not asked, if it was not; else ''."""
     where = os.fspath(where)
-    if os.path.isdir(where) or not looks_like_repository(where) or not offline(bool(hub.get("local_files_only"))):
+    if os.path.isdir(where) or not looks_like_repository(where) or not is_offline(bool(hub.get("local_files_only"))):
         return ""
     return (
         ": there is no such folder, the hub's cache does not have it, and the hub was not asked, since HF_HUB_OFFLINE "
@@ -143,10 +143,10 @@ def push(save: Callable[[str], None], repo_id: str, **kwargs: Any) -> object:
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(folder_path=folder, repo_id=repo, **kwargs)
         except Exception as e:  # of the network or the hub, of types that differ between versions
-            raise HubError(f"'{repo_id}' cannot be pushed to the hub: {type(e).__name__}: {e}{login(e)}") from e
+            raise HubError(f"'{repo_id}' cannot be pushed to the hub: {type(e).__name__}: {e}{suggest_login(e)}") from e
 
 
-def login(e: BaseException) -> str:
+def suggest_login(e: BaseException) -> str:
     """Return what to do if the hub refuses a token; else ''."""
     status = getattr(getattr(e, "response", None), "status_code", None)
     return " Log in (`hf auth login`), or pass another token." if status in (401, 403) else ""

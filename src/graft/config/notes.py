@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import IO, Any
 
-from graft.config.archives import record_in
-from graft.config.reading import Json, open_file, parsed
+from graft.config.archives import read_record
+from graft.config.reading import Json, open_file, parse_json
 from graft.core.errors import CheckpointError
 
 CONFIG = "graft_config"  # the note that holds the text of adapter_config.json
@@ -28,7 +28,7 @@ Source = tuple[str, str, Sequence[int], int, Callable[[], Any]]  # name, dtype, 
 
 
 @dataclass
-class Noted:
+class WeightsFile:
     """A weights file, and what it says of itself."""
 
     path: str
@@ -36,17 +36,17 @@ class Noted:
     stamp: Stamp | None
 
 
-def look(path: str) -> Noted | None:
+def read_notes(path: str) -> WeightsFile | None:
     """Return what a weights file says of itself, without its tensors; None if there is no such file."""
     try:
         with open_file(path) as f:
-            notes = in_torch(f) if path.endswith(".bin") else in_safetensors(f)
-            return Noted(path, notes.get(CONFIG), stamp(f.fileno()))
+            notes = read_torch_notes(f) if path.endswith(".bin") else read_safetensors_notes(f)
+            return WeightsFile(path, notes.get(CONFIG), read_stamp(f.fileno()))
     except (OSError, CheckpointError):
         return None
 
 
-def stamp(file: str | int) -> Stamp | None:
+def read_stamp(file: str | int) -> Stamp | None:
     """Return what tells one file from those that replace it at its path; None if there is none."""
     try:
         facts = os.stat(file)
@@ -57,13 +57,13 @@ def stamp(file: str | int) -> Stamp | None:
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def in_safetensors(f: IO[bytes]) -> dict[str, str]:
+def read_safetensors_notes(f: IO[bytes]) -> dict[str, str]:
     size = int.from_bytes(f.read(8), "little")
     header = f.read(min(size, LARGEST))
     if not header.startswith(START):
         return {}
     try:
-        return texts(json.JSONDecoder().raw_decode(header[len(START) :].decode())[0])
+        return select_texts(json.JSONDecoder().raw_decode(header[len(START) :].decode())[0])
     except (ValueError, RecursionError):
         return {}  # a damaged file, of which reading its tensors tells
 
@@ -90,14 +90,14 @@ def write_tensors(path: str, tensors: Iterable[Source], notes: Mapping[str, str]
             del data  # before the next one comes
 
 
-def header_in(data: bytes) -> tuple[Json, int]:
+def parse_header(data: bytes) -> tuple[Json, int]:
     """Return the header of the bytes of a safetensors file, which must be valid, and where its tensors begin."""
     begin = 8 + int.from_bytes(data[:8], "little")
-    header: Json = parsed(data[8:begin], "The header of a safetensors file")
+    header: Json = parse_json(data[8:begin], "The header of a safetensors file")
     return header, begin
 
 
-def add(f: IO[bytes], notes: dict[str, str]) -> None:
+def add_notes(f: IO[bytes], notes: dict[str, str]) -> None:
     """Add notes to a torch file, open for reading and writing. Its readers pass by what they do not know."""
     from zipfile import ZipFile, ZipInfo
 
@@ -105,13 +105,13 @@ def add(f: IO[bytes], notes: dict[str, str]) -> None:
         archive.writestr(ZipInfo(f"archive/{RECORD}"), json.dumps(notes, sort_keys=True))
 
 
-def in_torch(f: IO[bytes]) -> dict[str, str]:
-    text = record_in(f, f"/{RECORD}", LARGEST)
+def read_torch_notes(f: IO[bytes]) -> dict[str, str]:
+    text = read_record(f, f"/{RECORD}", LARGEST)
     try:
-        return {} if text is None else texts(parsed(text, RECORD))
+        return {} if text is None else select_texts(parse_json(text, RECORD))
     except CheckpointError:
         return {}  # as of a file that graft did not write
 
 
-def texts(notes: object) -> dict[str, str]:
+def select_texts(notes: object) -> dict[str, str]:
     return {k: v for k, v in notes.items() if isinstance(v, str)} if isinstance(notes, dict) else {}

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from graft.config import notes
-from graft.config.atomic import TEMPORARY, Scratch, Write, left_over, sync
+from graft.config.atomic import TEMPORARY, Scratch, Write, find_abandoned, sync_file
 from graft.core.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -26,7 +26,7 @@ MARK = "saving-"
 ROUNDS = 100
 
 
-def save(folder: str, name: str, write: Write, text: str, beside: dict[str, bytes] | None = None) -> None:
+def save_pair(folder: str, name: str, write: Write, text: str, beside: dict[str, bytes] | None = None) -> None:
     """Replace an adapter in a folder: its weights, which `write` writes and which hold `text`, and its config.
 
     A call that fails leaves the old files. One that is cut short leaves the old adapter or the new one.
@@ -36,73 +36,77 @@ def save(folder: str, name: str, write: Write, text: str, beside: dict[str, byte
         text: of adapter_config.json.
         beside: further files, by name.
     """
-    left = left_over(folder)
+    left = find_abandoned(folder)
     if left:
-        clear(path for path, of in left.items() if not of.startswith(MARK))
+        remove_files(path for path, of in left.items() if not of.startswith(MARK))
     weights, config = os.path.join(folder, name), os.path.join(folder, CONFIG_NAME)
     stale = os.path.join(folder, TORCH if name == SAFETENSORS else SAFETENSORS)
-    old = {path: notes.stamp(path) for path in (stale, weights)}
+    old = {path: notes.read_stamp(path) for path in (stale, weights)}
     with Scratch(folder) as scratch:
         new = scratch.write(name, write)
         new_config = scratch.write(CONFIG_NAME, text)
         more = {scratch.write(of, data): of for of, data in (beside or {}).items()}
-        links = {path: scratch.keep(path) for path in old}
-        made = notes.stamp(new)
-        scratch.create(mark_of(made, text))
+        links = {path: scratch.add_link(path) for path in old}
+        new_stamp = notes.read_stamp(new)
+        scratch.create(mark_name(new_stamp, text))
         try:
             os.replace(new, weights)
-            if old[stale] is not None and notes.stamp(stale) == old[stale]:  # and not another process's new one
+            if old[stale] is not None and notes.read_stamp(stale) == old[stale]:  # and not another process's new one
                 with suppress(FileNotFoundError):  # another process was quicker
                     os.remove(stale)
             os.replace(new_config, config)
             for path, of in more.items():
                 os.replace(path, os.path.join(folder, of))
-            agree(scratch, text)
-            sync(folder)
+            agree_on_config(scratch, text)
+            sync_file(folder)
         except BaseException as e:
             if os.path.lexists(new):
                 raise  # nothing has changed
             if not os.path.lexists(new_config):  # both are in place
-                scratch.leave(MARK)
+                scratch.spare(MARK)
                 raise
             try:
-                put_back(weights, stale, made, old, links)
+                restore_weights(weights, stale, new_stamp, old, links)
             except OSError:
-                scratch.leave(MARK)
+                scratch.spare(MARK)
                 raise CheckpointError(
                     f"{weights} is saved, and graft loads it, but {config} is still the old one ({e}): other libraries "
                     "would take the two together. Save again."
                 ) from e
             raise
     if left:
-        clear(path for path, of in left.items() if of.startswith(MARK))
+        remove_files(path for path, of in left.items() if of.startswith(MARK))
 
 
-def agree(scratch: Scratch, text: str) -> None:
+def agree_on_config(scratch: Scratch, text: str) -> None:
     """Make the config that of the weights: another process may have put its own there since `text` was written."""
     for _ in range(ROUNDS):
-        weights = found_in(scratch.folder)
+        weights = find_weights(scratch.folder)
         if weights is None or weights.config is None or weights.config == text:
             return
         text = weights.config
-        scratch.create(mark_of(weights.stamp, text))
+        scratch.create(mark_name(weights.stamp, text))
         os.replace(scratch.write(CONFIG_NAME, text), os.path.join(scratch.folder, CONFIG_NAME))
 
 
-def found_in(folder: str) -> notes.Noted | None:
+def find_weights(folder: str) -> notes.WeightsFile | None:
     """Return the weights that a reader of this folder takes; None if there are none."""
-    found = (notes.look(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
-    return next((weights for weights in found if weights is not None), None)
+    files = (notes.read_notes(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
+    return next((weights for weights in files if weights is not None), None)
 
 
-def stamp_in(folder: str) -> notes.Stamp | None:
+def find_stamp(folder: str) -> notes.Stamp | None:
     """Return the stamp of the weights that a reader of this folder takes."""
-    stamps = (notes.stamp(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
+    stamps = (notes.read_stamp(os.path.join(folder, name)) for name in (SAFETENSORS, TORCH))
     return next((stamp for stamp in stamps if stamp is not None), None)
 
 
-def put_back(
-    weights: str, stale: str, made: notes.Stamp | None, old: dict[str, notes.Stamp | None], links: dict[str, str | None]
+def restore_weights(
+    weights: str,
+    stale: str,
+    new_stamp: notes.Stamp | None,
+    old: dict[str, notes.Stamp | None],
+    links: dict[str, str | None],
 ) -> None:
     """Undo what a save has done to the weights, unless another process has put its own there since.
 
@@ -113,14 +117,14 @@ def put_back(
         raise OSError("the old weights have no second name")
     if (link := links[stale]) and not os.path.lexists(stale):
         os.replace(link, stale)
-    if notes.stamp(weights) == made:
+    if notes.read_stamp(weights) == new_stamp:
         if link := links[weights]:
             os.replace(link, weights)
         else:
             os.remove(weights)
 
 
-def clear(paths: Iterable[str]) -> None:
+def remove_files(paths: Iterable[str]) -> None:
     for path in paths:
         with suppress(OSError):
             os.remove(path)
@@ -129,18 +133,18 @@ def clear(paths: Iterable[str]) -> None:
 # marks
 
 
-def marked(folder: str) -> set[str]:
+def read_marks(folder: str) -> set[str]:
     """Return the tokens of weights and configs that the marks in a folder name."""
-    with os.scandir(folder) as found:
-        names = [match["of"] for entry in found if (match := TEMPORARY.fullmatch(entry.name))]
+    with os.scandir(folder) as entries:
+        names = [match["of"] for entry in entries if (match := TEMPORARY.fullmatch(entry.name))]
     return {part for name in names if name.startswith(MARK) for part in name.removeprefix(MARK).split("-")}
 
 
-def mark_of(stamp: notes.Stamp | None, text: str) -> str:
-    return f"{MARK}{token(stamp)}-{token(text)}"
+def mark_name(stamp: notes.Stamp | None, text: str) -> str:
+    return f"{MARK}{mark_token(stamp)}-{mark_token(text)}"
 
 
-def token(of: object) -> str:
+def mark_token(of: object) -> str:
     """Return what stands in a mark for a stamp of weights, or for the text of a config."""
     import hashlib
 

@@ -60,18 +60,18 @@ class PromptLearningConfig(PeftConfig):
         Raises:
             ConfigError: a size is neither given nor in the model's config, or sizes contradict each other.
         """
-        facts = as_dict(model_config)
+        facts = to_dict(model_config)
         if self.token_dim is None and not self.holds_keys:
             self.token_dim = width
         for field, names in NAMES.items():
             if getattr(self, field) is None:
-                found = next((facts[n] for n in names if facts.get(n) is not None), None)
-                if found is None:
+                size = next((facts[n] for n in names if facts.get(n) is not None), None)
+                if size is None:
                     raise ConfigError(
                         f"Please specify `{field}` in `peft_config`: the base model "
                         + (f"has none of {', '.join(names)} in its config." if facts else "has no config.")
                     )
-                setattr(self, field, found)
+                setattr(self, field, size)
         if self.num_transformer_submodules is None:
             self.num_transformer_submodules = 2 if self.task_type == "SEQ_2_SEQ_LM" else 1
         if self.holds_keys:
@@ -103,7 +103,7 @@ class PromptLearningConfig(PeftConfig):
         self.token_dim, self.num_attention_heads = size * heads, heads
 
 
-def as_dict(model_config: Any) -> Json:
+def to_dict(model_config: Any) -> Json:
     """Return the text part of a model's config as a dict."""
     if model_config is None:
         return {}

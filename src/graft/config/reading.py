@@ -51,14 +51,14 @@ def read_object(path: str | os.PathLike[str], largest: int = LARGEST, finite: bo
     with open_file(path) as f:
         if (size := os.fstat(f.fileno()).st_size) > largest:
             raise CheckpointError(f"{path} has {size:,} bytes: a config has at most {largest:,}, so it is none.")
-        loaded = parsed(f.read(size), str(path))
-    check(loaded, str(path), "", 0, finite)
+        loaded = parse_json(f.read(size), str(path))
+    check_value(loaded, str(path), "", 0, finite)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not the fields of an adapter.")
     return loaded
 
 
-def parsed(text: str | bytes, what: str) -> Any:
+def parse_json(text: str | bytes, what: str) -> Any:
     """Return the value of a JSON text. `what`: where it stands, for errors.
 
     Raises:
@@ -70,18 +70,18 @@ def parsed(text: str | bytes, what: str) -> Any:
             text = text.decode()
         if len(text) > MOST_CONTAINERS and text.count("[") + text.count("{") > MOST_CONTAINERS:
             raise CheckpointError(f"{what} holds more than {MOST_CONTAINERS:,} lists and objects. It is damaged.")
-        return json.loads(text, parse_int=whole if LONG.search(text) else None, object_pairs_hook=once)
+        return json.loads(text, parse_int=parse_int if LONG.search(text) else None, object_pairs_hook=make_object)
     except RecursionError as e:
         raise CheckpointError(f"{what} nests lists and objects more than {DEEPEST} deep: no adapter does.") from e
     except ValueError as e:  # of JSON or UTF-8
         raise CheckpointError(f"{what} is not valid JSON ({e}): it is truncated or was edited by hand.") from e
 
 
-def whole(digits: str) -> float:
-    return int(digits) if len(digits) <= DIGITS else math.inf  # `check` names the field
+def parse_int(digits: str) -> float:
+    return int(digits) if len(digits) <= DIGITS else math.inf  # `check_value` names the field
 
 
-def once(pairs: list[tuple[str, object]]) -> Json:
+def make_object(pairs: list[tuple[str, object]]) -> Json:
     """Return pairs as a dict; raise ValueError if a key stands twice."""
     out = dict(pairs)
     if len(out) < len(pairs):
@@ -91,7 +91,7 @@ def once(pairs: list[tuple[str, object]]) -> Json:
     return out
 
 
-def check(value: object, what: str, field: str, depth: int, finite: bool = True) -> None:
+def check_value(value: object, what: str, field: str, depth: int, finite: bool = True) -> None:
     """Raise CheckpointError for a number that is not finite, if `finite`, and for too deep a nesting."""
     if isinstance(value, float):
         if finite and not math.isfinite(value):
@@ -101,7 +101,7 @@ def check(value: object, what: str, field: str, depth: int, finite: bool = True)
             raise CheckpointError(f"{what}: the field '{field}' nests lists and objects more than {DEEPEST} deep.")
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if type(inner) in (float, list, dict):
-                check(inner, what, field or str(key), depth + 1, finite)
+                check_value(inner, what, field or str(key), depth + 1, finite)
 
 
 LONGEST = 100_000  # characters of a pattern
@@ -127,8 +127,8 @@ class Pattern:
     def __init__(self, text: str, field: str, whole: str | None = None):
         self.text, self.field, self.left = text, field, BUDGET
         whole = text if whole is None else whole
-        bare = unescaped(text)
-        if len(text) > LONGEST or math.prod(counts(bare)) > MOST_REPEATS:
+        bare = remove_escapes(text)
+        if len(text) > LONGEST or math.prod(repeat_counts(bare)) > MOST_REPEATS:
             raise ConfigError(f"{shortened(repr(text))} of {field} is too large for a regular expression of names.")
         try:
             plain = re.compile(whole)
@@ -143,42 +143,45 @@ class Pattern:
                 f"{shortened(repr(text))} of {field} is not a regular expression: {e or type(e).__name__}. Give a list "
                 "to name modules plainly."
             ) from e
-        self.match, self.fullmatch = partial(self._timed, timed.match), partial(self._timed, timed.fullmatch)
-        self.subn = partial(self._timed, timed.subn)
+        self.match, self.fullmatch = (
+            partial(self._call_in_time, timed.match),
+            partial(self._call_in_time, timed.fullmatch),
+        )
+        self.subn = partial(self._call_in_time, timed.subn)
 
-    def _timed(self, function: Callable[..., object], *args: object) -> Any:
+    def _call_in_time(self, function: Callable[..., object], *args: object) -> Any:
         start = perf_counter()
         try:
-            found = function(*args, timeout=max(self.left, SLOW))
+            result = function(*args, timeout=max(self.left, SLOW))
         except TimeoutError as e:
             self.left = 0.0
             raise ConfigError(
                 f"{shortened(repr(self.text))} of {self.field} takes too long to match '{args[-1]}': it has "
                 "repetitions inside repetitions, such as (a+)+. Write it without, or give a list of names."
             ) from e
-        taken = perf_counter() - start
-        if taken > SLOW:
-            self.left -= taken
-        return found
+        seconds = perf_counter() - start
+        if seconds > SLOW:
+            self.left -= seconds
+        return result
 
 
 @lru_cache(maxsize=4096)
-def pattern(text: str, field: str, whole: str | None = None) -> Pattern:
+def compile_pattern(text: str, field: str, whole: str | None = None) -> Pattern:
     """Return the compiled pattern of a config's field."""
     return Pattern(text, field, whole)
 
 
-def ending(text: str, field: str) -> Pattern:
+def compile_ending(text: str, field: str) -> Pattern:
     """Return the pattern that matches a path whose end `text` matches, from the path's start or from a dot."""
-    return pattern(text, field, rf"(.*\.)?({text})$")
+    return compile_pattern(text, field, rf"(.*\.)?({text})$")
 
 
-def unescaped(text: str) -> str:
+def remove_escapes(text: str) -> str:
     """Return a pattern without what is escaped, and without the question marks that name a kind of group."""
     return re.sub(r"\(\?", "(", re.sub(r"\\.", "", text, flags=re.DOTALL))
 
 
-def counts(bare: str) -> list[int]:
+def repeat_counts(bare: str) -> list[int]:
     """Return the numbers that stand in braces."""
     return [int(n[:9]) or 1 for braces in re.findall(r"\{[\d,\s]*\}", bare) for n in re.findall(r"[0-9]+", braces)]
 

@@ -10,8 +10,8 @@ from math import prod
 import numpy as np
 
 from graft import BaseModelMismatchError, NonFiniteError
-from graft.config.atomic import replace as put_in_place
-from graft.config.file import DESCRIBING, plain
+from graft.config.atomic import replace_file as put_in_place
+from graft.config.file import DESCRIBING, normalize_value
 from graft.config.notes import CONFIG
 from graft.config.reading import Json
 from graft.core.errors import some
@@ -261,7 +261,11 @@ def difference(a: AdapterFile, b: AdapterFile, tol: float = TOLERANCE) -> Json:
         if adapter.flat and not (a.flat and b.flat and a.format == b.format):
             raise make_names_error(adapter)
     fields = sorted({*a.config, *b.config} - DESCRIBING)
-    config = {f: [a.config.get(f), b.config.get(f)] for f in fields if plain(a.config.get(f)) != plain(b.config.get(f))}
+    config = {
+        f: [a.config.get(f), b.config.get(f)]
+        for f in fields
+        if normalize_value(a.config.get(f)) != normalize_value(b.config.get(f))
+    }
     modules = [compare_modules(path, a.modules[path], b.modules[path]) for path in a.modules if path in b.modules]
     tensors = []
     for kind in ("full", "shared"):

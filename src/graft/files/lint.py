@@ -15,7 +15,7 @@ import numpy as np
 
 from graft import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.config.hub import looks_like_repository
-from graft.config.reading import Json, parsed, pattern
+from graft.config.reading import Json, compile_pattern, parse_json
 from graft.core.errors import some
 from graft.files import algebra
 from graft.files.base import Known
@@ -138,7 +138,7 @@ def unused_target(look: Look) -> Found:
             continue
         if isinstance(targets, str):
             try:
-                used = any(pattern(targets, name).fullmatch(p) for p in paths)
+                used = any(compile_pattern(targets, name).fullmatch(p) for p in paths)
             except ConfigError:
                 used = False
             unused = [] if used else [targets]
@@ -179,7 +179,7 @@ def base_mismatch(look: Look) -> Found:
     if wrong:
         yield f"{len(wrong)} of {len(look.low)} modules do not fit: {texts[0]}", wrong
     note = look.adapter.metadata.get("graft_base")
-    shapes = (parsed(note, "the fingerprint") or {}).get("weights", {}) if note else {}
+    shapes = (parse_json(note, "the fingerprint") or {}).get("weights", {}) if note else {}
     here = {p: look.base.shapes[name] for p in shapes if (name := name_of(p, look.base)) is not None}
     other = [p for p, s in here.items() if tuple(shapes[p]) not in (s, (*s[:-2], *s[:-3:-1]))]  # stored (in, out)
     if other and not wrong:

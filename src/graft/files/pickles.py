@@ -8,8 +8,8 @@ import os
 from typing import TYPE_CHECKING
 
 from graft import CheckpointError
-from graft.config.archives import content_of, record_in
-from graft.config.atomic import replace
+from graft.config.archives import load_torch_file, read_record
+from graft.config.atomic import replace_file
 from graft.config.reading import open_file
 from graft.files.tensors import Tensor, read_header
 
@@ -26,7 +26,7 @@ def read_torch(path: str) -> object:
         CheckpointError: it holds anything else, such as code, or is damaged.
     """
     with open_file(path) as f:
-        return content_of(f, path)
+        return load_torch_file(f, path)
 
 
 def read_file(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -56,7 +56,7 @@ def write_torch(path: str, content: object) -> None:
         except RuntimeError as e:  # its writer of archives knows no other
             raise OSError(errno.EIO, f"it could not be written, perhaps because the disk is full ({e})", path) from None
 
-    replace(path, save)
+    replace_file(path, save)
 
 
 def tensors_of(state: object, path: str) -> dict[str, Tensor]:
@@ -94,5 +94,5 @@ def to_torch(t: Tensor) -> torch.Tensor:
 def mentions(path: str | os.PathLike[str], *names: bytes) -> bool:
     """Return True if one of `names` stands in the pickle of a file of torch.save: a look, without torch."""
     with open_file(path) as f:
-        text = record_in(f, "data.pkl", LOOKED_AT) or b""
+        text = read_record(f, "data.pkl", LOOKED_AT) or b""
     return any(name in text for name in names)

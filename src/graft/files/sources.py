@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from graft import CheckpointError, PeftError
-from graft.config.atomic import NO_FILE, exchange, is_link, is_special
-from graft.config.hub import fetch, not_asked
+from graft.config.atomic import NO_FILE, exchange_paths, is_link, is_special
+from graft.config.hub import describe_offline, fetch_file
 from graft.config.pair import CONFIG_NAME, SAFETENSORS, TORCH
 from graft.config.reading import open_file, read_object
 from graft.core.errors import some
@@ -51,10 +51,10 @@ def local(source: str) -> str:
     if named is None:
         return source
     hub = {"revision": named["revision"]} if named["revision"] else {}
-    config = fetch(named["repo"], CONFIG_NAME, **hub)
-    if config is None or all(fetch(named["repo"], name, **hub) is None for name in (SAFETENSORS, TORCH)):
-        raise CheckpointError(f"There is no adapter at '{source}'{not_asked(named['repo'])}.")
-    fetch(named["repo"], CARD, **hub)
+    config = fetch_file(named["repo"], CONFIG_NAME, **hub)
+    if config is None or all(fetch_file(named["repo"], name, **hub) is None for name in (SAFETENSORS, TORCH)):
+        raise CheckpointError(f"There is no adapter at '{source}'{describe_offline(named['repo'])}.")
+    fetch_file(named["repo"], CARD, **hub)
     return os.path.dirname(config)
 
 
@@ -298,7 +298,7 @@ def put(made: str, target: str, stood: bool) -> None:
         raise CheckpointError(f"Nothing was written for {target}.")
     if stood and os.path.lexists(target):
         check_output(target, [], force=True)  # once more, since the work took its time
-        exchange(made, target)
+        exchange_paths(made, target)
     else:
         move(made, target)
 

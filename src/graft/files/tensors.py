@@ -12,9 +12,9 @@ from typing import IO, TYPE_CHECKING
 
 from graft import BaseModelMismatchError, CheckpointError
 from graft.config.atomic import Write
-from graft.config.atomic import replace as put_in_place
+from graft.config.atomic import replace_file as put_in_place
 from graft.config.notes import LARGEST, LFS, write_tensors
-from graft.config.reading import Json, open_file, parsed
+from graft.config.reading import Json, open_file, parse_json
 from graft.core.errors import shortened
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
             raise CheckpointError(
                 f"{path} is no safetensors file, or is cut off: its header would be {size} bytes long."
             )
-        header = parsed(f.read(size), f"The header of {path}")
+        header = parse_json(f.read(size), f"The header of {path}")
         try:
             metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX: null
             listed = [(name, _entry(entry)) for name, entry in header.items()]

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graft.config.reading import pattern
+from graft.config.reading import compile_pattern
 
 Outcome = Literal["matched", "excluded", "saved", "layer", "tied", "left", "untargeted"]
 MOST_HINTS, LONGEST_NAME = 100, 100  # entries for which similar names are sought, which takes a while; characters
-LAYER_INDEX = pattern("", "layers_pattern", r".*?\.[^.]*\.(\d+)\.")
+LAYER_INDEX = compile_pattern("", "layers_pattern", r".*?\.[^.]*\.(\d+)\.")
 WHY = {
     "excluded": "named by exclude_modules",
     "saved": "trained whole, through modules_to_save",
@@ -39,7 +39,7 @@ class Names:
     """A set of names, each matching a path that equals it or ends with it after a dot; or one regex on whole paths."""
 
     def __init__(self, names: Iterable[str] | str | None, field: str = "target_modules"):
-        self.regex = pattern(names, field) if isinstance(names, str) else None
+        self.regex = compile_pattern(names, field) if isinstance(names, str) else None
         self.names = frozenset(names) if names and not isinstance(names, str) else frozenset()
 
     def find(self, path: str) -> str | None:
@@ -73,12 +73,14 @@ class Matcher:
         self.targets = Names(cfg.target_parameters if parameters else chosen or cfg.target_modules)
         self.excluded = Names(getattr(cfg, "exclude_modules", None), "exclude_modules")
         saved = getattr(cfg, "modules_to_save", None) or ()
-        self.saved = [pattern(m, "modules_to_save", rf"(^|.*\.){m}($|\..*)") for m in saved]
+        self.saved = [compile_pattern(m, "modules_to_save", rf"(^|.*\.){m}($|\..*)") for m in saved]
         indices = getattr(cfg, "layers_to_transform", None)
         self.indices = {indices} if isinstance(indices, int) else set(indices or ())
         lists = getattr(cfg, "layers_pattern", None) or ()
         lists = [lists] if isinstance(lists, str) else list(lists)
-        self.index_patterns = [pattern(name, "layers_pattern", rf"(?:^|.*?\.){name}\.(\d+)\.") for name in lists]
+        self.index_patterns = [
+            compile_pattern(name, "layers_pattern", rf"(?:^|.*?\.){name}\.(\d+)\.") for name in lists
+        ]
         self.index_patterns = self.index_patterns or [LAYER_INDEX]
 
     def __call__(self, path: str) -> Verdict:

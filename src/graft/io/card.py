@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 from graft.config.base import FORMAT_VERSION
 from graft.config.reading import open_file
 from graft.core.errors import escape_controls
@@ -65,4 +65,4 @@ def write_card(model: nn.Module, folder: str) -> None:
     text = str(card)
     if text != before:
         os.makedirs(folder, exist_ok=True)
-        replace(path, text)
+        replace_file(path, text)

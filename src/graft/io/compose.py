@@ -53,7 +53,7 @@ def join_stages(
 
 def join_config(config: PeftConfig, other: PeftConfig, part: str) -> None:
     """Take over what another stage's config says of its own layers."""
-    ours, theirs = config.saved_dict(), other.saved_dict()
+    ours, theirs = config.to_file_dict(), other.to_file_dict()
     if type(config) is not type(other):
         raise CheckpointError(f"{part} holds a {type(other).__name__}, and a part before it a {type(config).__name__}.")
     for name in ours:

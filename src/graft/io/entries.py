@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.reading import pattern
+from graft.config.reading import compile_pattern
 from graft.core.containers import Slot, parameter_dict
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
@@ -198,7 +198,7 @@ def renamed(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool = Fal
     """
     patterns = []
     for text, replacement in mapping.items():
-        patterns.append((pattern(text, "key_mapping"), replacement))
+        patterns.append((compile_pattern(text, "key_mapping"), replacement))
         try:
             re.sub(text, replacement, "")
         except (re.error, IndexError) as e:

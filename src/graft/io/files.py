@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from graft.config import notes, pair
-from graft.config.archives import content_of
-from graft.config.base import config_in, files_of
-from graft.config.file import ConfigFile, whole_model
-from graft.config.hub import fetch, not_asked
+from graft.config.archives import load_torch_file
+from graft.config.base import make_config, make_files
+from graft.config.file import ConfigFile, describe_whole_model
+from graft.config.hub import describe_offline, fetch_file
 from graft.config.pair import SAFETENSORS as SAFETENSORS_WEIGHTS_NAME
 from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.reading import open_file
@@ -47,7 +47,7 @@ class Loaded:
     tensors: dict[str, Tensor]
     path: str
     fingerprint: Note | None = None  # the base model's, if graft wrote the file
-    noted: notes.Noted | None = None  # what the file says of itself
+    noted: notes.WeightsFile | None = None  # what the file says of itself
     layout: Layout = TODAY  # of the factors of stacks
     finite: bool = False  # the reader saw that all its numbers are; False: nobody has looked
 
@@ -57,7 +57,7 @@ def save_adapter(
 ) -> None:
     """Write weights and config; on an error both stay as they were."""
     check(folder, tensors)
-    beside = files_of(config)
+    beside = make_files(config)
     text = beside.pop(pair.CONFIG_NAME).decode()
     os.makedirs(folder, exist_ok=True)
     on_cpu = copied(tensors)
@@ -69,9 +69,9 @@ def save_adapter(
         else:
             with open(path, "w+b") as f:  # given a path, torch writes its name into the file
                 torch.save(on_cpu, f)
-                notes.add(f, noted)
+                notes.add_notes(f, noted)
 
-    pair.save(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text, beside)
+    pair.save_pair(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text, beside)
 
 
 def check(folder: str, tensors: dict[str, Tensor]) -> None:
@@ -100,7 +100,7 @@ def load_pair(where: str, subfolder: str | None = None, check_digest: bool = Tru
     fields = config_file.of(loaded.noted)
     if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
         loaded.layout = Layout.of(fields)
-    return config_in(fields, config_file.path, os.fspath(where), subfolder, **hub), loaded
+    return make_config(fields, config_file.path, os.fspath(where), subfolder, **hub), loaded
 
 
 def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> Loaded:
@@ -117,14 +117,14 @@ def load_weights(where: str, subfolder: str | None = None, check_digest: bool = 
             (SAFETENSORS_WEIGHTS_NAME, partial(read_safetensors, check_digest=check_digest)),
             (WEIGHTS_NAME, partial(read_torch, check_digest=check_digest)),
         ):
-            path = fetch(where, name, subfolder=subfolder, **hub)
+            path = fetch_file(where, name, subfolder=subfolder, **hub)
             if path is not None:
                 with suppress(FileNotFoundError):
                     return read(path)
     place = os.path.join(where, subfolder) if subfolder else where
     raise CheckpointError(
         f"Can't find weights for {place}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there, or on "
-        f"the hub{whole_model(place) or not_asked(where, **hub)}."
+        f"the hub{describe_whole_model(place) or describe_offline(where, **hub)}."
     )
 
 
@@ -137,11 +137,11 @@ def by_name(content: object, path: str) -> dict[str, Tensor]:
 
 def read_torch(path: str, check_digest: bool = True) -> Loaded:
     with open_file(path) as f:
-        stamp, noted = notes.stamp(f.fileno()), notes.in_torch(f)
-        tensors = by_name(content_of(f, path), path)
+        stamp, noted = notes.read_stamp(f.fileno()), notes.read_torch_notes(f)
+        tensors = by_name(load_torch_file(f, path), path)
     if check_digest and seal.KEY in noted and not any(map(fault, tensors.values())):
         seal.check(noted[seal.KEY], digest_of(tensors), path)
-    of_base, held = read_note(noted.get(KEY), path), notes.Noted(path, noted.get(notes.CONFIG), stamp)
+    of_base, held = read_note(noted.get(KEY), path), notes.WeightsFile(path, noted.get(notes.CONFIG), stamp)
     return Loaded(apart(tensors), path, of_base, held)
 
 
@@ -173,14 +173,14 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
     with ThreadPoolExecutor(1) as beside:
         try:
             with open_file(path) as f:
-                data, stamp = f.read(), notes.stamp(f.fileno())
-            saved = notes.in_safetensors(BytesIO(data)).get(seal.KEY) if check_digest else None
+                data, stamp = f.read(), notes.read_stamp(f.fileno())
+            saved = notes.read_safetensors_notes(BytesIO(data)).get(seal.KEY) if check_digest else None
             digest = None if saved is None else beside.submit(seal.digest_in, data)
             try:
                 found = load(data)
             except ValueError:  # tensors of no numbers (AdaLoRA's rank 0), which safetensors 0.4 reads from files alone
                 found = {key: t.clone() for key, t in load_file(path).items()}
-            header, _ = notes.header_in(data)  # `load` does not return it
+            header, _ = notes.parse_header(data)  # `load` does not return it
             tensors = {key: found[key] for key in header if key in found}  # in the file's order, which `load` loses
         except FileNotFoundError:
             raise
@@ -193,12 +193,12 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
             raise CheckpointError(f"{path} has no digest, by which graft knows what it wrote. Take another file.")
         if saved is not None and digest is not None:
             seal.check(saved, digest.result(), path, may_differ)
-    noted = notes.texts(header.get("__metadata__"))
+    noted = notes.select_texts(header.get("__metadata__"))
     return Loaded(
         tensors,
         path,
         read_note(noted.get(KEY), path),
-        notes.Noted(path, noted.get(notes.CONFIG), stamp),
+        notes.WeightsFile(path, noted.get(notes.CONFIG), stamp),
         finite=finite,
     )
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from graft.config.reading import Json, parsed
+from graft.config.reading import Json, parse_json
 from graft.core.carrier import carrier_of
 from graft.core.errors import CheckpointError
 from graft.core.ops import find_op
@@ -212,7 +212,7 @@ def read_note(text: str | None, path: str) -> Note | None:
     if not text:
         return None
     where = f"{path}: the note '{KEY}' on its base model"
-    note: Note | None = parsed(text, where)
+    note: Note | None = parse_json(text, where)
     if note is not None:
         check_note(note, where)
     return note

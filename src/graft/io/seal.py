@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
-from graft.config.notes import header_in
+from graft.config.notes import parse_header
 from graft.core.errors import CheckpointError, shortened
 
 KEY = "graft_digest"  # key in the safetensors metadata
@@ -33,7 +33,7 @@ def digest(parts: Iterable[Part]) -> str:
 
 def digest_in(data: bytes) -> str:
     """Return the digest of the tensors in the bytes of a safetensors file, which must be valid."""
-    header, begin = header_in(data)
+    header, begin = parse_header(data)
     body = memoryview(data)[begin:]
     header.pop("__metadata__", None)
     return digest((key, t["dtype"], t["shape"], body[slice(*t["data_offsets"])]) for key, t in header.items())

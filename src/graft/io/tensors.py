@@ -13,8 +13,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from graft.config.atomic import replace
-from graft.config.notes import header_in, write_tensors
+from graft.config.atomic import replace_file
+from graft.config.notes import parse_header, write_tensors
 from graft.core.errors import CheckpointError
 from graft.io.seal import KEY, digest
 from graft.storage import standalone
@@ -34,7 +34,7 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_sealed(path: str, tensors: dict[str, Tensor]) -> None:
     """Write tensors, all of them in memory, whole or not at all, with their digest."""
-    replace(path, lambda to: write_safetensors(to, tensors, {"format": "pt", KEY: digest_of(tensors)}))
+    replace_file(path, lambda to: write_safetensors(to, tensors, {"format": "pt", KEY: digest_of(tensors)}))
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:
@@ -59,7 +59,7 @@ def name_of(dtype: torch.dtype) -> str:
     """Return what safetensors calls a dtype."""
     from safetensors.torch import save
 
-    return str(header_in(save({"x": torch.empty(0, dtype=dtype)}))[0]["x"]["dtype"])
+    return str(parse_header(save({"x": torch.empty(0, dtype=dtype)}))[0]["x"]["dtype"])
 
 
 Shapes = dict[str, torch.Size]  # of parameters, by name

@@ -99,7 +99,7 @@ class Run:
     def __post_init__(self) -> None:
         self._window = self.accumulate  # batches of the step under way
         self.draws_in_steps = not type(self.optimizer).__module__.startswith("torch.optim.")
-        self.config_values = {k: v for k, v in self.config.saved_dict().items() if k not in ELSEWHERE}
+        self.config_values = {k: v for k, v in self.config.to_file_dict().items() if k not in ELSEWHERE}
         self.begun, self.begun_schedule = settings_of(self.optimizer), kind_of(self.schedule)
         self.step, self.state = 0, RUNNING
         self.why: str | None = None

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from graft import CheckpointError, ConfigError, PeftConfig
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 from graft.config.base import check_config
 from graft.config.reading import Json, read_object
 from graft.core.errors import shortened
@@ -236,7 +236,7 @@ def sweep(
     mine = range(rank, len(trials), world)
     with job.alone(mine):
         try:
-            job.go_on({"config": config.saved_dict(), "rungs": ladder, "keep": keep, **arguments})
+            job.go_on({"config": config.to_file_dict(), "rungs": ladder, "keep": keep, **arguments})
             job.halve(mine, ladder, keep)
             job.finish(mine, len(ladder))
         except BaseException:
@@ -446,7 +446,7 @@ class Job:
         os.makedirs(self.folder, exist_ok=True)
         document = {"sweep": self.note, "trials": [asdict(t) for t in self.trials]}
         text = json.dumps(document, indent=1, default=run_file.name_object, skipkeys=True)
-        replace(os.path.join(self.folder, TABLE), text + "\n")
+        replace_file(os.path.join(self.folder, TABLE), text + "\n")
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):
                 run_file.delete(trial.name, self.folder)

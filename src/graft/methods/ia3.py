@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import IA3 as TARGETS
 from graft.config.fields import IA3_FEEDFORWARD, FanInFanOut, Targeted, as_set
-from graft.config.reading import pattern
+from graft.config.reading import compile_pattern
 from graft.core.base_config import model_type
 from graft.core.containers import Attached
 from graft.core.effect import Effect, Rewrite
@@ -104,5 +104,5 @@ class IA3(Method[IA3Config]):
 def is_feedforward(key: str, cfg: IA3Config) -> bool:
     """Return True if the config scales the input of a layer, and not its output."""
     if isinstance(cfg.feedforward_modules, str):
-        return pattern(cfg.feedforward_modules, "feedforward_modules").fullmatch(key) is not None
+        return compile_pattern(cfg.feedforward_modules, "feedforward_modules").fullmatch(key) is not None
     return any(key.endswith(name) for name in cfg.feedforward_modules or ())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import OSF as TARGETS
 from graft.config.fields import Targets
-from graft.config.reading import pattern
+from graft.config.reading import compile_pattern
 from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
@@ -39,7 +39,7 @@ class OSFConfig(Targets):
             warn("target_svd_config has no effect: set effective_rank or rank_pattern.")
 
     def reaches(self, text: str, key: str, field: str) -> bool:
-        return pattern(text, field, f".*?(?:{text})").match(key) is not None
+        return compile_pattern(text, field, f".*?(?:{text})").match(key) is not None
 
 
 class OSF(Method[OSFConfig]):

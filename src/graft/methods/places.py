@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from graft.config.reading import pattern
+from graft.config.reading import compile_pattern
 from graft.core.base_config import text_config
 from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError, some
@@ -238,7 +238,7 @@ def match_paths(paths: Iterable[str], names: Collection[str] | str, field: str) 
     """
     paths = list(paths)
     if isinstance(names, str):
-        regex = pattern(names, field)
+        regex = compile_pattern(names, field)
         matches = [path for path in paths if regex.fullmatch(path)]
     else:
         matches = [path for path in paths if any(path == n or path.endswith(f".{n}") for n in names)]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from graft.config.base import PeftConfig
 from graft.config.bounds import Bound
 from graft.config.fields import FRACTION, POSITIVE
-from graft.config.hub import fetch
+from graft.config.hub import fetch_file
 from graft.config.pair import CONFIG_NAME
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.method import Layers, Method
@@ -57,7 +57,7 @@ class XLoraConfig(PeftConfig):
     scaling_pass_value: float = 0.0  # weight of every expert in the pass that the classifier reads
     global_scaling_weight: float = 1.0  # times every weight
 
-    taken_on_loading: ClassVar[frozenset[str]] = frozenset({"adapters"})
+    load_options: ClassVar[frozenset[str]] = frozenset({"adapters"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +99,7 @@ class XLoraConfig(PeftConfig):
             self.adapters = {name: self.adapters[name] for name in sorted(names, key=int)}  # type: ignore[index]
         for name in self.adapters or {}:
             folder = os.path.join(subfolder or "", name)
-            if fetch(where, CONFIG_NAME, subfolder=folder, **hub) is not None:
+            if fetch_file(where, CONFIG_NAME, subfolder=folder, **hub) is not None:
                 self.beside[name] = (where, folder, hub)
 
 

@@ -100,7 +100,7 @@ def adapter_tensors(
     values = save.get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
     tensors, ranks = laid_out(view, values, dtype)
     made = config_for(view, config, ranks, base)
-    fields = made.saved_dict()
+    fields = made.to_file_dict()
     here = tensors if first else {}
     digest = hashed(digest_of(here) + json.dumps(fields, sort_keys=True)) if here else ""
     note = save.base_fingerprint(model, adapter_name, False, together=bool(ranks_here))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graft.config.atomic import check_no_link
 from graft.config.base import FORMAT_VERSION, PeftConfig, why_no_config
-from graft.config.hub import hub_keywords
+from graft.config.hub import select_hub_keywords
 from graft.config.prompt import NAMES as OF_THE_BASE
 from graft.core.containers import place
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
@@ -64,7 +64,7 @@ def read(
     """
     if isinstance(where, AdapterInMemory):
         return where
-    source = hub_keywords(options) | {"where": os.fspath(where), "subfolder": options.get("subfolder")}
+    source = select_hub_keywords(options) | {"where": os.fspath(where), "subfolder": options.get("subfolder")}
     source["check_digest"] = options.get("check_digest", True)
     if config is None:
         config, loaded = files.load_pair(**source)
@@ -143,7 +143,7 @@ def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = Fa
 
 def warn_other_config(adapter: str, path: str, here: PeftConfig, there: PeftConfig) -> None:
     """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
-    ours, theirs = here.saved_dict(), there.saved_dict()
+    ours, theirs = here.to_file_dict(), there.to_file_dict()
     left = SETTLED | set(here.results) | (set(ours) - set(theirs))  # these come from the file, or are a client's
     if here.is_prompt_learning:
         left |= {n for n in OF_THE_BASE if theirs[n] is None}  # sizes that the base model gives: CPT's files have none

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.combine.convert import convert
 from graft.config.base import PeftConfig
-from graft.config.fields import whole_number
+from graft.config.fields import to_int
 from graft.core.errors import ConfigError, ConfigTypeError
 from graft.core.wrappers import clean
 from graft.inject.parts import Nests, Parts, reads, unwrapped
@@ -85,7 +85,7 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
         TypeError: the model has no adapter on layers, or the rank is no whole number.
         ConfigError: it is another method's, or a variant whose first ranks are none; or the rank is not in its range.
     """
-    rank = whole_number(rank, "rank")
+    rank = to_int(rank, "rank")
     parts, prefix, _, config = found(model, adapter_name)
     made = copy.deepcopy(config)
     if not isinstance(made, LoraConfig) or made.lora_bias or set(made.variants) - {"use_dylora"}:

@@ -607,9 +607,9 @@ class PeftModel(nn.Module):
         kind = by_task.get(config.task_type, cls)
         theirs = None if isinstance(model_id, checkpoints.AdapterInMemory) else replacement(kind)
         if theirs is None and kwargs:
-            warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.taken_on_loading)
+            warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.load_options)
         with unless_it_fails(config), nullcontext() if theirs is None else modes_unless_it_fails(model):
-            if options := {name: kwargs[name] for name in config.taken_on_loading if name in kwargs}:
+            if options := {name: kwargs[name] for name in config.load_options if name in kwargs}:
                 config.take(options)
             checkpoints.prepare(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)

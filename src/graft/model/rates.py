@@ -178,7 +178,7 @@ def published_lr(config: PeftConfig) -> Published | None:
 def settings_of(config: PeftConfig) -> Json:
     """Return the numbers, words and flags of a config that are no defaults."""
     kinds, defaults = (bool, int, float, str), type(config).__dataclass_fields__
-    values = config.saved_dict().items()
+    values = config.to_file_dict().items()
     return {k: v for k, v in values if k not in COMMON and isinstance(v, kinds) and v != defaults[k].default}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from graft.config.base import PeftConfig
 from graft.config.fields import TASK_HEADS
-from graft.config.hub import fetch, hub_keywords
+from graft.config.hub import fetch_file, select_hub_keywords
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shortened, warn
 from graft.inject.beside import add_task_heads
 from graft.inject.parts import registry_of
@@ -245,7 +245,7 @@ class AutoPeftModel:
             ConfigError: its `auto_mapping` names no class that can be loaded.
             OSError: there is no such base model.
         """
-        hub = hub_keywords(kwargs)
+        hub = select_hub_keywords(kwargs)
         if revision is not None:
             hub["revision"] = revision
         place = hub | {"subfolder": kwargs.pop("subfolder", None)}
@@ -333,7 +333,7 @@ class AutoPeftModel:
 
         try:
             places = [place] if place.get("subfolder") is None else [place, place | {"subfolder": None}]
-            found = next((p for p in places if fetch(where, "tokenizer_config.json", **p) is not None), None)
+            found = next((p for p in places if fetch_file(where, "tokenizer_config.json", **p) is not None), None)
             if found is None:
                 return
             options = {k: v for k, v in found.items() if k != "repo_type" and v is not None}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graft.config.archives import weights_in
+from graft.config.archives import read_weights
 from graft.config.fields import POSITIVE
 from graft.core.errors import CheckpointError, ConfigError
 from graft.core.wrappers import clean
@@ -106,7 +106,7 @@ def source_values(cfg: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
             "prompt_tuning_init_state_dict_path needs to be specified with "
             f"prompt_tuning_init={cfg.prompt_tuning_init.value}: the weights file of the source."
         )
-    source = {clean(name): value for name, value in weights_in(path, "prompt_tuning_init_state_dict_path").items()}
+    source = {clean(name): value for name, value in read_weights(path, "prompt_tuning_init_state_dict_path").items()}
     alone = cfg.prompt_tuning_init == "ONLY_SOURCE_SHARED"
     missing = [name for name in (STORED, *(() if alone else FACTORS)) if name not in source]
     if missing:

@@ -22,10 +22,10 @@ from graft import (
     SdtConfig,
     method_of,
 )
-from graft.config.archives import weights_in
-from graft.config.atomic import replace
+from graft.config.archives import read_weights
+from graft.config.atomic import replace_file
 from graft.config.base import check_config
-from graft.config.fields import settings
+from graft.config.fields import require_sub_config
 from graft.core.errors import some
 from graft.core.pieces import refuse_pieces
 from graft.inject.inject import Injection
@@ -77,7 +77,7 @@ def cached_tensors(path: str | None) -> dict[str, Tensor] | None:
     if path is None or not os.path.isfile(path) or not os.path.getsize(path):
         return None
     try:
-        return weights_in(path, "The cache")
+        return read_weights(path, "The cache")
     except CheckpointError as e:
         raise CheckpointError(f"{e} Or delete it, and it will be made anew.") from e
 
@@ -91,7 +91,7 @@ def store(path: str | None, tensors: dict[str, Tensor]) -> None:
             with open(where, "wb") as f:  # given a path, torch 2.6 says nothing of a full disk
                 torch.save(tensors, f)
 
-        replace(path, write)
+        replace_file(path, write)
 
 
 def of_file(found: dict[str, Tensor], name: str, path: str | None) -> Tensor:
@@ -132,7 +132,7 @@ def preprocess_corda(
     from tqdm import tqdm
 
     methods = linear_methods(model, lora_config, "corda")
-    cfg = settings(lora_config.corda_config)
+    cfg = require_sub_config(lora_config.corda_config)
     for key, m in methods.items():
         if m.cfg.r > min(m.site.shape):
             raise ConfigError(

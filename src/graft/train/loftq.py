@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import AdapterLayer, CheckpointError, ConfigError, PeftWarning
-from graft.config.hub import fetch
+from graft.config.hub import fetch_file
 from graft.config.notes import LARGEST
 from graft.config.reading import read_object
 from graft.core.errors import warn
@@ -92,8 +92,8 @@ class Weights:
 
     def __init__(self, where: str, model: nn.Module):
         self.where = os.path.dirname(where) or "." if where.endswith(".safetensors") else where
-        path = where if where.endswith(".safetensors") else fetch(where, FILE, local_files_only=True)
-        index = None if path and os.path.isfile(path) else fetch(self.where, INDEX, local_files_only=True)
+        path = where if where.endswith(".safetensors") else fetch_file(where, FILE, local_files_only=True)
+        index = None if path and os.path.isfile(path) else fetch_file(self.where, INDEX, local_files_only=True)
         if index is not None:
             self.files: dict[str, str] = read_object(index, LARGEST).get("weight_map", {})
             named = [*self.files.values()] if isinstance(self.files, dict) else [self.files]
@@ -121,7 +121,7 @@ class Weights:
             name = name.removeprefix(self.prefix)
         if name not in self.files:
             raise CheckpointError(f"{self.where} has no weight for layer '{key}': is it the base model's folder?")
-        path = fetch(self.where, self.files[name], local_files_only=True)
+        path = fetch_file(self.where, self.files[name], local_files_only=True)
         if path is None:
             raise FileNotFoundError(f"{self.where} lacks {self.files[name]}, which its index names.")
         with safe_open(path, framework="pt") as f:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graft import AdapterKeyError, CheckpointError, ConfigError, DistributedError, PeftError
-from graft.config.atomic import folder_for, replace
-from graft.config.fields import whole_number
+from graft.config.atomic import make_folder, replace_file
+from graft.config.fields import to_int
 from graft.config.reading import Json
 from graft.core.containers import Slot
 from graft.core.errors import some
@@ -136,7 +136,7 @@ def save_training(
     inner = peft_model_in(model, "save_training")
     note, tensors = state_of(model, optimizer, scheduler, loader, step, extra or {})
     where = os.fspath(folder)
-    with nullcontext() if processes() > 1 else folder_for(where):
+    with nullcontext() if processes() > 1 else make_folder(where):
         inner.save_pretrained(where)
         write_state(where, note, tensors)
 
@@ -145,7 +145,7 @@ def write_state(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
     """Write training.json and training.safetensors, which holds the same text and counts: the first process does."""
 
     def act() -> None:
-        replace(os.path.join(folder, NOTE), json.dumps(note, indent=1))
+        replace_file(os.path.join(folder, NOTE), json.dumps(note, indent=1))
         write(os.path.join(folder, FILE), NOTE, note, tensors)
 
     if processes() > 1:
@@ -257,7 +257,7 @@ class Taken:
         options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer_states.groups]
         self.note: Json = {
             "format": FORMAT,
-            "step": whole_number(step, "step"),
+            "step": to_int(step, "step"),
             "extra": pack(extra, tensors, "extra"),
             "processes": processes(),
             "optimizer": called(optimizer_states.inner),

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from graft import BaseModelMismatchError, CheckpointError, ConfigError
-from graft.config.reading import Json, parsed
+from graft.config.reading import Json, parse_json
 from graft.core.containers import Slot
 from graft.core.errors import shortened
 from graft.inject.parts import registry_of
@@ -46,7 +46,7 @@ def read(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]
     text = tensors.pop(note_name, None)
     if text is None or text.dtype is not torch.uint8:
         raise CheckpointError(f"{path} is not {what}.")
-    note = unpack(parsed(text.numpy().tobytes(), f"The note in {path}"), tensors, path)
+    note = unpack(parse_json(text.numpy().tobytes(), f"The note in {path}"), tensors, path)
     if not isinstance(note, dict):
         raise CheckpointError(f"{path} is not {what}: its note is a {type(note).__name__}.")
     return note, tensors

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from graft import ConfigError
 from graft.compat.peft.modules import VERSION, metadata
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 
 VARIABLE = "GRAFT_AS_PEFT"  # "1": `import graft` calls install(children=True)
 VERSION_VARIABLE = "GRAFT_PEFT_VERSION"  # what `install` says where it is not told
@@ -65,7 +65,7 @@ def folders(version: str) -> list[str]:
     info = os.path.join(folder, f"peft-{version}.dist-info")
     try:
         os.makedirs(info, exist_ok=True)
-        replace(os.path.join(info, "METADATA"), metadata(version))
+        replace_file(os.path.join(info, "METADATA"), metadata(version))
     except OSError as e:
         raise OSError(f"Other processes cannot be told version {version} ({e}): set XDG_CACHE_HOME.") from e
     return [folder, FOLDER]

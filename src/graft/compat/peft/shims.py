@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft import AdapterLayer, method_of
 from graft.config.base import matches_end
 from graft.config.fields import EMBEDDING_NAMES
-from graft.config.reading import pattern
+from graft.config.reading import compile_pattern
 from graft.core.merging import not_merged
 from graft.core.names import one_or_several
 from graft.inject.experts import merges, part_of
@@ -194,7 +194,7 @@ def check_target_module_exists(config: PeftConfig, key: str) -> bool:
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
-    return pattern(target_pattern, "target_modules").fullmatch(key)
+    return compile_pattern(target_pattern, "target_modules").fullmatch(key)
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:

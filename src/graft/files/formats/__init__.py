@@ -11,7 +11,7 @@ from typing import Protocol
 
 from graft import BaseModelMismatchError, CheckpointError, NonFiniteError
 from graft.config.atomic import is_special
-from graft.config.file import holders
+from graft.config.file import find_adapter_folders
 from graft.config.pair import CONFIG_NAME
 from graft.core.errors import shortened, some
 from graft.files.base import Known
@@ -90,7 +90,7 @@ def recognise(path: str) -> str:
             return name
     if what := unread(path):
         raise CheckpointError(f"{path} is {what}.")
-    if inner := holders(path):
+    if inner := find_adapter_folders(path):
         raise CheckpointError(f"{path} is no adapter, but holds some in the folders {some(inner)}: give one of them.")
     what = "holds a model, and no adapter" if is_model(path) else "is no adapter"
     raise CheckpointError(f"{path} {what} of a format that graft reads: {', '.join(FORMATS)}.")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from graft import CheckpointError
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 from graft.config.reading import Json, read_object
 from graft.files.formats import Base, adapterhub_places
 from graft.files.formats.peft import round_alpha
@@ -217,7 +217,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     }  # fmt: skip
     os.makedirs(path, exist_ok=True)
     write_torch(os.path.join(path, FILES[1]), tensors)
-    replace(os.path.join(path, CONFIG), json.dumps(text, indent=2, sort_keys=True) + "\n")
+    replace_file(os.path.join(path, CONFIG), json.dumps(text, indent=2, sort_keys=True) + "\n")
     return lost
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graft import CheckpointError, LossError
-from graft.config.reading import Json, check, parsed
+from graft.config.reading import Json, check_value, parse_json
 from graft.files.bases import COMPONENTS
 from graft.files.errors import BaseNeededError, PackageNeededError
 from graft.files.formats import Base, one_file
@@ -151,10 +151,10 @@ def configs_in(metadata: dict[str, str], file: str) -> dict[str, Json]:
     """Return the config of each part of the pipeline."""
     if METADATA not in metadata:
         return {}
-    fields = parsed(metadata[METADATA], f"{file}: {METADATA}")
+    fields = parse_json(metadata[METADATA], f"{file}: {METADATA}")
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file}: {METADATA} is a {type(fields).__name__}, and no dict of the parts' fields.")
-    check(fields, f"{file}: {METADATA}", "", 0)
+    check_value(fields, f"{file}: {METADATA}", "", 0)
     out: dict[str, Json] = {}
     for key, value in fields.items():
         part, _, name = key.partition(".")

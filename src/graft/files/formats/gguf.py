@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from graft import BaseModelMismatchError, CheckpointError, LossError
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 from graft.config.reading import LARGEST_NUMBER, Json, open_file
 from graft.core.errors import shortened, some
 from graft.files.errors import BaseNeededError, PackageNeededError
@@ -252,7 +252,7 @@ def save(path: str, arch: str, fields: Json, tensors: Mapping[str, Tensor]) -> N
         except CheckpointError as e:
             raise OSError(errno.EIO, "it was not written whole, perhaps because the disk is full", path) from e
 
-    replace(path, write)
+    replace_file(path, write)
 
 
 def add(gguf: ModuleType, writer: Any, name: str, t: Tensor) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graft import CheckpointError
-from graft.config.reading import LARGEST_NUMBER, Json, check, open_file
+from graft.config.reading import LARGEST_NUMBER, Json, check_value, open_file
 from graft.core.errors import shortened, some
 from graft.files.formats import Base
 from graft.files.holding import both, by_module, misfit
@@ -60,7 +60,7 @@ def fields_of(path: str) -> Json:
         raise CheckpointError(f"{path} is damaged, or holds more than plain values: {shortened(str(e))}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} holds a {type(fields).__name__}, not the fields of a config.")
-    check(fields, path, "", 0)
+    check_value(fields, path, "", 0)
     return fields
 
 

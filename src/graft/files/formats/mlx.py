@@ -9,7 +9,7 @@ import re
 from dataclasses import replace as with_
 
 from graft import CheckpointError
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 from graft.config.reading import read_object
 from graft.files.formats import Base
 from graft.files.holding import Holds, both, by_module, check_lost, fit, misfit, with_magnitudes
@@ -104,7 +104,7 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     }
     os.makedirs(path, exist_ok=True)
     write_safetensors(os.path.join(path, WEIGHTS), tensors, {"format": "mlx"})
-    replace(os.path.join(path, CONFIG), json.dumps(config, indent=4, sort_keys=True) + "\n")
+    replace_file(os.path.join(path, CONFIG), json.dumps(config, indent=4, sort_keys=True) + "\n")
     return lost
 
 

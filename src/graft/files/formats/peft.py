@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from graft import CheckpointError, LossError, PeftWarning
 from graft.config import notes, pair
-from graft.config.atomic import folder_for
+from graft.config.atomic import make_folder
 from graft.config.base import FORMAT_VERSION
-from graft.config.file import ConfigFile, whole_model
-from graft.config.reading import Json, ending, open_file, pattern, read_object
+from graft.config.file import ConfigFile, describe_whole_model
+from graft.config.reading import Json, compile_ending, compile_pattern, open_file, read_object
 from graft.core.errors import shortened, some, warn
 from graft.files import pickles
 from graft.files.bases import COMPONENTS
@@ -79,8 +79,8 @@ def recognises(path: str) -> bool:
     try:
         fields = read_object(config) if os.path.isfile(config) else {}
     except CheckpointError:
-        return pair.found_in(folder) is not None  # then reading says what is wrong with it
-    return "peft_type" in fields or getattr(pair.found_in(folder), "config", None) is not None
+        return pair.find_weights(folder) is not None  # then reading says what is wrong with it
+    return "peft_type" in fields or getattr(pair.find_weights(folder), "config", None) is not None
 
 
 def parts_in(path: str) -> list[str]:
@@ -172,28 +172,28 @@ def list_unnamed(adapter: AdapterFile) -> list[str]:
     ]  # fmt: skip
 
 
-def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.Noted]:
+def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.WeightsFile]:
     """Return the tensors of an adapter's folder, the file's metadata, and graft's notes in it."""
     path = os.path.join(folder, pair.SAFETENSORS)
     if os.path.isfile(path):
         with open_file(path) as f:
-            stamp = notes.stamp(f.fileno())
+            stamp = notes.read_stamp(f.fileno())
         tensors, metadata = read_header(path)
         if (saved := metadata.get(seal.KEY)) is not None:
             seal.check(saved, digest_of(tensors), path)
-        return tensors, metadata, notes.Noted(path, metadata.get(notes.CONFIG), stamp)
+        return tensors, metadata, notes.WeightsFile(path, metadata.get(notes.CONFIG), stamp)
     path = os.path.join(folder, pair.TORCH)
     if not os.path.isfile(path):
         raise CheckpointError(
             f"Can't find weights in {folder}: neither {pair.SAFETENSORS} nor {pair.TORCH} is there"
-            f"{whole_model(folder)}."
+            f"{describe_whole_model(folder)}."
         )
     from graft.io.files import read_torch
 
     loaded = read_torch(path)
     with open_file(path) as f:
-        metadata = notes.in_torch(f)
-    return pickles.tensors_of(loaded.tensors, path), metadata, loaded.noted or notes.Noted(path, None, None)
+        metadata = notes.read_torch_notes(f)
+    return pickles.tensors_of(loaded.tensors, path), metadata, loaded.noted or notes.WeightsFile(path, None, None)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -329,7 +329,7 @@ def find_rank_and_alpha(config: Json, path: str, name: str) -> tuple[int, float]
         if not isinstance(by_pattern, dict):
             raise CheckpointError(f"adapter_config.json: {patterns} is {by_pattern!r}, and no dict of patterns.")
         for key, pattern_value in by_pattern.items():
-            if ending(key, patterns).match(path):
+            if compile_ending(key, patterns).match(path):
                 value = pattern_value
                 break
         value = RANK if value is None else value
@@ -379,7 +379,7 @@ def is_target(config: Json, path: str) -> bool:
     """Return True if `target_modules` selects a module."""
     targets = config.get("target_modules")
     if isinstance(targets, str):
-        return targets == "all-linear" or pattern(targets, "target_modules").fullmatch(path) is not None
+        return targets == "all-linear" or compile_pattern(targets, "target_modules").fullmatch(path) is not None
     return any(f".{path}".endswith(f".{t}") for t in targets or ())
 
 
@@ -482,8 +482,8 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     unchanged = adapter.selected == frozenset(adapter.modules)
     noted = {"graft_base": adapter.metadata["graft_base"]} if unchanged and "graft_base" in adapter.metadata else {}
     noted |= {"format": "pt", notes.CONFIG: text, seal.KEY: digest_of(tensors)}
-    with folder_for(path):
-        pair.save(path, pair.SAFETENSORS, safetensors(tensors, noted), text)
+    with make_folder(path):
+        pair.save_pair(path, pair.SAFETENSORS, safetensors(tensors, noted), text)
     return lost
 
 
@@ -763,4 +763,4 @@ def convert_served(
         )
     lora_config: Any = PeftConfig.resolve("LORA")(**{k: v for k, v in config.items() if k != "peft_type"})
     state = arranged({key: to_torch(t) for key, t in tensors.items()}, lora_config, model)
-    return {key: from_torch(t, f"'{key}' in {what}") for key, t in state.items()}, lora_config.saved_dict()
+    return {key: from_torch(t, f"'{key}' in {what}") for key, t in state.items()}, lora_config.to_file_dict()

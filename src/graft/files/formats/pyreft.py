@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from graft import BaseModelMismatchError, CheckpointError, LossError, PeftWarning
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 from graft.config.reading import Json, read_object
 from graft.core.errors import some, warn
 from graft.files.formats import Base
@@ -227,5 +227,5 @@ def write(adapter: AdapterFile, path: str, base: Base | None = None, lossy: bool
     os.makedirs(path, exist_ok=True)
     for name, values in files.items():
         write_torch(os.path.join(path, name), values)
-    replace(os.path.join(path, CONFIG), json.dumps(config, indent=2) + "\n")
+    replace_file(os.path.join(path, CONFIG), json.dumps(config, indent=2) + "\n")
     return lost

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from graft import CheckpointError
-from graft.config.reading import Json, parsed
+from graft.config.reading import Json, parse_json
 from graft.files.base import BaseFiles
 from graft.files.merging.weights import BaseWeights, of_file, to_file
 from graft.files.tensors import Tensor
@@ -58,7 +58,7 @@ class Form(BaseWeights):
 
     def _four(self, name: str, key: str) -> None:
         where = f"'{key}' of {self.base.path}"
-        state = parsed(bytes(self.base.tensors[key].load()), where)
+        state = parse_json(bytes(self.base.tensors[key].load()), where)
         if not is_state(state) or not {name, f"{name}.absmax", f"{name}.quant_map"} <= self.base.tensors.keys():
             raise CheckpointError(f"{where} does not say how its codes are packed. Save or download the model again.")
         state["dtype"], self.shapes[name] = KINDS[state["dtype"]], tuple(state["shape"])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from graft import BaseModelMismatchError, CheckpointError, LossError, NonFiniteError
-from graft.config.atomic import replace
+from graft.config.atomic import replace_file
 from graft.config.reading import Json
 from graft.core.errors import some
 from graft.files.base import INDEX, NEEDED, BaseFiles, base_files, check_inside, entries, matches, shards
@@ -122,7 +122,7 @@ def merge(
         work.small_files(place.folder, layout)
         if certificate:
             text = json.dumps(certificate_of(work, place, account), indent=1)
-            replace(os.path.join(place.folder, CERTIFICATE), text + "\n")
+            replace_file(os.path.join(place.folder, CERTIFICATE), text + "\n")
         place.finish()
     return account
 
@@ -356,15 +356,15 @@ class Work:
             check_inside(self.base.path, name)  # once more, since the work took its time
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            replace(target, partial(shutil.copyfile, os.path.join(self.base.path, name)))
+            replace_file(target, partial(shutil.copyfile, os.path.join(self.base.path, name)))
         if self.base.config:
             text = json.dumps(self.config(), indent=2, ensure_ascii=False)
-            replace(os.path.join(folder, "config.json"), text + "\n")
+            replace_file(os.path.join(folder, "config.json"), text + "\n")
         if [*layout] != ["model.safetensors"]:
             total = sum(out.nbytes for outs in layout.values() for out in outs)
             names = {out.name: file for file, outs in layout.items() for out in outs}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-            replace(os.path.join(folder, INDEX), json.dumps(index, indent=2) + "\n")
+            replace_file(os.path.join(folder, INDEX), json.dumps(index, indent=2) + "\n")
 
     def config(self) -> Json:
         """Return config.json of the output."""

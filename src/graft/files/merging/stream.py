@@ -16,7 +16,7 @@ from functools import partial
 from math import prod
 
 from graft import CheckpointError
-from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange, replace, sync
+from graft.config.atomic import NO_FOLLOW, TEMPORARY, exchange_paths, replace_file, sync_file
 from graft.config.notes import LARGEST, write_tensors
 from graft.config.reading import Json, open_file, read_object
 from graft.core.errors import some
@@ -63,7 +63,7 @@ def write_shard(path: str, outs: Sequence[Out]) -> tuple[str, list[Json]]:
         return data
 
     parts = [(out.name, out.dtype, out.shape, BITS[out.dtype] // 8, partial(load, out)) for out in outs]
-    replace(path, lambda to: write_tensors(to, parts, METADATA, digest.update))
+    replace_file(path, lambda to: write_tensors(to, parts, METADATA, digest.update))
     return digest.hexdigest(), rows
 
 
@@ -224,18 +224,20 @@ class Workplace:
             if name not in self.done:
                 digest, rows = write_shard(os.path.join(self.folder, name), outs)
                 self.done[name] = {"sha256": digest, "rows": rows}
-                replace(self.state, json.dumps({"key": self.key, "shards": self.done}))
+                replace_file(self.state, json.dumps({"key": self.key, "shards": self.done}))
             if step is not None:
                 step(name)
 
     def finish(self) -> None:
         """Move the folder to the output's path. An older output is moved away first, and then deleted."""
         self.check()
-        sync(self.folder)
+        sync_file(self.folder)
         folder_state = os.stat(self.folder)
         try:
-            exchange(self.folder, self.output) if os.path.isdir(self.output) else os.rename(self.folder, self.output)
-            sync(os.path.dirname(self.output))
+            exchange_paths(self.folder, self.output) if os.path.isdir(self.output) else os.rename(
+                self.folder, self.output
+            )
+            sync_file(os.path.dirname(self.output))
         finally:  # after an interrupt, too
             if os.path.isdir(self.output) and os.path.samestat(folder_state, os.stat(self.output)):
                 self.clear()

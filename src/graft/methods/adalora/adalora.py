@@ -88,8 +88,8 @@ class AdaLoraConfig(LoraConfig):
         if self.r != 8:
             warn("Note that `r` is not used in AdaLora and will be ignored. Use `init_r`.")
 
-    def saved_dict(self) -> Json:
-        values = super().saved_dict()
+    def to_file_dict(self) -> Json:
+        values = super().to_file_dict()
         if self.rank_pattern:  # keys without the adapter's name
             values["rank_pattern"] = {re.sub(r"(\.lora_E)\..*$", r"\1", k): v for k, v in self.rank_pattern.items()}
         return values

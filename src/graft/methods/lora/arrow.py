@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from graft.config.fields import settings
+from graft.config.fields import require_sub_config
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import RoutingError
 from graft.core.method import Method
@@ -82,7 +82,7 @@ class Arrow(LoRA):
         """
         general, experts = self.split_adapters()
         A, B = self.matrices(general, experts)
-        cfg, E, x = settings(self.cfg.arrow_config), len(experts), x.to(A.dtype)  # not the router's dtype
+        cfg, E, x = require_sub_config(self.cfg.arrow_config), len(experts), x.to(A.dtype)  # not the router's dtype
         score, which = (x @ self.directions(general, experts, A, B).T).abs().topk(cfg.top_k, dim=-1)  # (…, top_k)
         share = torch.zeros(*x.shape[:-1], E, device=x.device, dtype=x.dtype)
         share = share.scatter(-1, which, (score / cfg.router_temperature).softmax(-1).to(x.dtype))
@@ -97,7 +97,7 @@ class Arrow(LoRA):
         General are those in `gks_adapter_names` or with a name "gks_<number>"; experts are all others except Arrow
         routers.
         """
-        named = settings(self.cfg.arrow_config).gks_adapter_names or ()
+        named = require_sub_config(self.cfg.arrow_config).gks_adapter_names or ()
         general, experts = [], []
         for name, m in self.layer.methods.items():
             if name in named or GENERAL.fullmatch(name):
@@ -116,7 +116,7 @@ class Arrow(LoRA):
         """
         try:
             A, B = (torch.stack([m.pair[i] for m in experts]) for i in (0, 1))
-            if settings(self.cfg.arrow_config).use_gks:
+            if require_sub_config(self.cfg.arrow_config).use_gks:
                 A, B = (M - torch.stack([m.pair[i] for m in general]).mean(0) for i, M in ((0, A), (1, B)))
         except RuntimeError as e:  # of torch, about sizes
             raise RoutingError(why_no_routing(self, general, experts)) from e
@@ -137,11 +137,11 @@ class Arrow(LoRA):
         tensors = [t for m in (*experts, *general) for t in m.pair]
         if router.current(tensors):
             return router.prototypes  # type: ignore[return-value]
-        if settings(self.cfg.arrow_config).top_k > len(experts) or not all(is_plain_lora(m) for m in experts):
+        if require_sub_config(self.cfg.arrow_config).top_k > len(experts) or not all(is_plain_lora(m) for m in experts):
             raise RoutingError(why_no_routing(self, general, experts))
         # not in inference mode: training may save the cached tensor
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(A.device.type, enabled=False):
-            seed = settings(self.cfg.arrow_config).rng_seed
+            seed = require_sub_config(self.cfg.arrow_config).rng_seed
             prototypes = torch.stack([top_direction(a.float(), b.float(), seed) for a, b in zip(A, B)]).to(A.dtype)
         router.prototypes, router.of = prototypes, [(t, version_of(t)) for t in tensors]
         return prototypes
@@ -174,7 +174,7 @@ def why_no_routing(router: Arrow, general: list[Method], experts: list[Method]) 
     adapters; else unequal ranks.
     """
     start = f"Arrow router '{router.name}' on layer '{router.site.key}': "
-    cfg, names = settings(router.cfg.arrow_config), [m.name for m in experts]
+    cfg, names = require_sub_config(router.cfg.arrow_config), [m.name for m in experts]
     variants = [m.name for m in experts if not is_plain_lora(m)]
     if variants:
         return f"{start}experts must be plain LoRA, without bias, and {variants} are not. Delete these adapters."

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import settings
+from graft.config.fields import require_sub_config
 from graft.core.effect import Compact, Factors
 from graft.core.errors import ConfigError
 from graft.core.random import skip
@@ -58,7 +58,7 @@ class BdLoRA(LoRA):
 
         The site's path contains a string of `target_modules_bd_a` or `_b`; "AB" for both, "" for none.
         """
-        cfg, key = settings(self.cfg.use_bdlora), self.site.key
+        cfg, key = require_sub_config(self.cfg.use_bdlora), self.site.key
         patterns = {"A": cfg.target_modules_bd_a or (), "B": cfg.target_modules_bd_b or ()}
         return "".join(side for side, parts in patterns.items() if any(part in key for part in parts))
 
@@ -71,7 +71,7 @@ class BdLoRA(LoRA):
                 shapes (`checks.plain_start`); `nblocks` does not divide r and the width of the blocked factor;
                 `lora_bias` with a block-diagonal B.
         """
-        site, side, cfg = self.site, self.side, settings(self.cfg.use_bdlora)
+        site, side, cfg = self.site, self.side, require_sub_config(self.cfg.use_bdlora)
         if side == "AB":
             raise ConfigError(f"Target {site.key} matches both A and B block-diagonal patterns: take it out of one.")
         if not side and cfg.match_strict:
@@ -97,7 +97,12 @@ class BdLoRA(LoRA):
         """Return LoRA's tensors, with `lora_A` (side A) or `lora_B` (side B) replaced by a `BlockDiagonal` of
         `nblocks`.
         """
-        values, site, r, n = super().build(shared, device), self.site, self.cfg.r, settings(self.cfg.use_bdlora).nblocks
+        values, site, r, n = (
+            super().build(shared, device),
+            self.site,
+            self.cfg.r,
+            require_sub_config(self.cfg.use_bdlora).nblocks,
+        )
         if self.side == "A":
             values["lora_A"] = BlockDiagonal(site.in_features, r, n, device)
         elif self.side == "B":

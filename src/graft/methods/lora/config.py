@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from torch import nn
 
 from graft.config.base import PeftConfig
-from graft.config.fields import COUNT, BaseBias, FanInFanOut, LayerRange, RankPatterns, Targeted, sub_config
+from graft.config.fields import COUNT, BaseBias, FanInFanOut, LayerRange, RankPatterns, Targeted, make_sub_config
 from graft.core.errors import ConfigError, warn
 from graft.core.ops import OPS, Op
 from graft.methods.lora.sub_configs import (
@@ -69,7 +69,7 @@ def check_loftq(cfg: LoraConfig) -> None:
     if cfg.init_lora_weights == "loftq":
         if not cfg.loftq_config:
             raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
-        cfg.loftq_config = vars(sub_config(cfg.loftq_config, LoftQConfig)).copy()
+        cfg.loftq_config = vars(make_sub_config(cfg.loftq_config, LoftQConfig)).copy()
     else:
         warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
         cfg.loftq_config = {}
@@ -91,7 +91,7 @@ def check_start(cfg: LoraConfig) -> None:
         cfg.init_lora_weights = "olora"
     init = cfg.init_lora_weights
     for name, (how, cls) in SETTINGS.items():
-        setattr(cfg, name, sub_config(getattr(cfg, name), cls))
+        setattr(cfg, name, make_sub_config(getattr(cfg, name), cls))
         if getattr(cfg, name) is not None and init != how:
             warn(f"`{name}` specified but will be ignored when `init_lora_weights` is not '{how}'.")
         elif getattr(cfg, name) is None and init == how:
@@ -190,12 +190,12 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if self.megatron_config and not str(self.megatron_core).startswith("megatron."):
             raise ConfigError(f"megatron_core must name a module of Megatron, 'megatron.core': {self.megatron_core!r}.")
-        self.runtime_config = sub_config(self.runtime_config, LoraRuntimeConfig)
-        self.kasa_config = sub_config(self.kasa_config, KasaConfig)
-        self.arrow_config = sub_config(self.arrow_config, ArrowConfig)
-        self.velora_config = sub_config(self.velora_config, VeloraConfig)
-        self.monteclora_config = sub_config(self.monteclora_config, MontecloraConfig)
-        self.use_bdlora = sub_config(self.use_bdlora, BdLoraConfig)
+        self.runtime_config = make_sub_config(self.runtime_config, LoraRuntimeConfig)
+        self.kasa_config = make_sub_config(self.kasa_config, KasaConfig)
+        self.arrow_config = make_sub_config(self.arrow_config, ArrowConfig)
+        self.velora_config = make_sub_config(self.velora_config, VeloraConfig)
+        self.monteclora_config = make_sub_config(self.monteclora_config, MontecloraConfig)
+        self.use_bdlora = make_sub_config(self.use_bdlora, BdLoraConfig)
         if len(self.variants) > 1:
             raise ConfigError(f"Invalid or unsupported variant combination: {self.variants}. Choose one of them.")
         if self.alora_invocation_tokens is not None:
@@ -203,14 +203,14 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
         check_start(self)
 
     @classmethod
-    def tolerant(cls, values: dict[str, object]) -> PeftConfig:
+    def from_known_fields(cls, values: dict[str, object]) -> PeftConfig:
         """Return a config from a file's values.
 
         The key `lora_B_layout`, which Unsloth writes, becomes a plain attribute: it is no field, so graft writes it to
         no file.
         """
         mark = "lora_B_layout"  # Unsloth's, of a file, which `io.layouts` reads
-        config = super().tolerant({k: v for k, v in values.items() if k != mark})
+        config = super().from_known_fields({k: v for k, v in values.items() if k != mark})
         vars(config).update({mark: values[mark]} if mark in values else {})  # no field: no file of graft's has it
         return config
 

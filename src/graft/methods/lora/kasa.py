@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import settings
+from graft.config.fields import require_sub_config
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Tensors, Use
@@ -73,7 +73,7 @@ class KaSA(LoRA):
     def loss(self) -> Tensor:
         """Return β ‖d‖² + γ (‖Bᵀ B - 1‖ + ‖A Aᵀ - 1‖), in float32."""
         A, B = (p.float() for p in self.pair)
-        cfg = settings(self.cfg.kasa_config)
+        cfg = require_sub_config(self.cfg.kasa_config)
         size = self.lora_diag.float().square().sum()
         loss: Tensor = cfg.beta * size + cfg.gamma * (gram_distance(B.T) + gram_distance(A))
         return loss

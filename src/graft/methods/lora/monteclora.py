@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from graft.config.fields import settings
+from graft.config.fields import require_sub_config
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
 from graft.core.method import Method
@@ -104,7 +104,7 @@ class MonteCLoRA(LoRA):
     ungrouped = "MonteCLoRA draws A as a matrix, and a convolution with groups > 1 has none: A mixes its groups"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        sampler = Sampler(self.cfg.r, settings(self.cfg.monteclora_config), device)
+        sampler = Sampler(self.cfg.r, require_sub_config(self.cfg.monteclora_config), device)
         return super().build(shared, device) | dict(lora_monteclora_sampler=sampler)
 
     def init(self) -> None:

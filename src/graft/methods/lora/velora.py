@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.config.fields import settings
+from graft.config.fields import require_sub_config
 from graft.core.effect import Factors, Product
 from graft.kernels.eager import functional
 from graft.kernels.low_rank import mean_direction, sketched_product, unit, width
@@ -23,13 +23,13 @@ class VeLoRA(LoRA):
     only_linear = "VeLoRA projects groups of an input vector: it adapts linear layers only"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        groups = settings(self.cfg.velora_config).num_groups
+        groups = require_sub_config(self.cfg.velora_config).num_groups
         direction = torch.zeros(width(self.site.in_features, groups), device=device)
         return super().build(shared, device) | dict(lora_velora_embed=direction, lora_velora_initialized=False)
 
     def init(self) -> None:
         super().init()
-        if settings(self.cfg.velora_config).init_type == "random":
+        if require_sub_config(self.cfg.velora_config).init_type == "random":
             self.lora_velora_embed.copy_(unit(self.lora_velora_embed.normal_()))
 
     def factors(self) -> Factors:
@@ -39,14 +39,14 @@ class VeLoRA(LoRA):
         return f
 
     def product(self, x: Tensor) -> Tensor:
-        cfg = settings(self.cfg.velora_config)
+        cfg = require_sub_config(self.cfg.velora_config)
         return sketched_product(x, self.pair[0], self.direction(x), cfg.num_groups, cfg.scale)
 
     @torch.no_grad()
     def direction(self, x: Tensor) -> Tensor:
         """Return v for a batch x (…, in). Where x gives it, it is new: a backward pass may still need the last one."""
         v: Tensor = self.lora_velora_embed
-        cfg = settings(self.cfg.velora_config)
+        cfg = require_sub_config(self.cfg.velora_config)
         if cfg.init_type == "random" or (cfg.init_type == "batch_average_once" and self.is_ready()):
             return v
         new = mean_direction(x, cfg.num_groups).to(v.dtype)

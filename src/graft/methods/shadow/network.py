@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from graft.config.archives import weights_in
+from graft.config.archives import read_weights
 from graft.config.fields import COUNT, LayerRange, Targeted
 from graft.config.reading import read_object
 from graft.core.base_config import text_config
@@ -98,7 +98,7 @@ def _load_network(config: object, where: str, prefix: str) -> tuple[nn.Module, n
     from transformers import AutoModel
 
     network = AutoModel.from_config(config, trust_remote_code=False)
-    tensors = weights_in(_file(where, "model.safetensors"), f"The shadow network of '{where}'")
+    tensors = read_weights(_file(where, "model.safetensors"), f"The shadow network of '{where}'")
     network.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
     weight = tensors.get(PROJECTION)
     if weight is None:

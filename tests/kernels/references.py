@@ -24,7 +24,7 @@ def plain_run_experts(
     """The reference of `run_experts`: token by token, with dense matrices."""
 
     def product(stack: experts.UpdatedStack, v: Tensor, e: int, t: int) -> Tensor:
-        W = stack.codes.dense([e], v.dtype)[0]
+        W = stack.matrices.dense([e], v.dtype)[0]
         y = W @ v
         for part in stack.parts:
             if part.group is None or (group is not None and part.group == int(group[t])):
@@ -43,7 +43,7 @@ def plain_run_experts(
     for t, v in enumerate(x):
         y = torch.zeros_like(v)
         for e, w in zip(index[t].tolist(), weights[t]):
-            if 0 <= e < up.codes.shape[0]:
+            if 0 <= e < up.matrices.shape[0]:
                 z = product(down, act(product(up, v, e, t)), e, t)
                 y = y + w * (z if norm is None else norm(z))
         out.append(y)

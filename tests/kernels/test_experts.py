@@ -15,8 +15,6 @@ TOKENS, WIDTH, INNER, EXPERTS, USED = 9, 6, 5, 4, 2
 class Held:
     """A dense stack that counts what it hands out, as if that were dequantized."""
 
-    compute_dtype = None
-
     def __init__(self, W):
         self.W, self.shape, self.counts = W, tuple(W.shape), [0] * len(W)
 

@@ -7,7 +7,7 @@ Rows are sorted by expert, and may have updates of their adapters. A packed stac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,13 +23,11 @@ FEW = 4  # rows: products of fewer are other functions, so that a row would depe
 Span = tuple[int, int, int]  # an expert, and its rows from here to there
 
 
-class MatrixStack(Protocol):
-    """A stack of matrices, dense or packed, that returns single matrices."""
+class PackedMatrices(Protocol):
+    """A packed stack of matrices that returns single matrices."""
 
     @property
     def shape(self) -> tuple[int, int, int]: ...  # (experts, out, in)
-    @property
-    def compute_dtype(self) -> torch.dtype | None: ...  # of the products; None: that of the inputs
     def dense(self, experts: Sequence[int], dtype: torch.dtype) -> Sequence[Tensor]: ...  # matrices (out, in)
 
 
@@ -68,7 +66,7 @@ StackUpdate = LowRankUpdate | FormedUpdate
 class UpdatedStack(NamedTuple):
     """A stack of matrices, the updates of its adapters, and the bias of each product."""
 
-    codes: MatrixStack
+    matrices: Tensor | PackedMatrices  # (experts, out, in)
     parts: Sequence[StackUpdate] = ()
     bias: Tensor | None = None  # (experts, out)
 
@@ -147,7 +145,7 @@ def run_experts(
         group: (tokens,), the group of each token: an update with a group acts on its tokens only.
         groups: the number of groups.
     """
-    routes = Routes.of(index, up.codes.shape[0], group, groups)
+    routes = Routes.of(index, up.matrices.shape[0], group, groups)
     y = multiply_stack(act(multiply_stack(x, routes, up, gather=True)), routes, down)
     if norm is not None:
         y = norm(y)
@@ -162,14 +160,14 @@ def multiply_stack(x: Tensor, routes: Routes, stack: UpdatedStack, gather: bool 
     """Return the product of each row with its expert's updated matrix, (rows, out), plus the expert's bias.
 
     Rows without an expert get zeros, plus the last expert's bias.
-    Computes in autocast's dtype if it is on, else in the stack's `compute_dtype`, else in that of x; updates in their
+    Computes in autocast's dtype if it is on, else in the dtype of a dense stack, else in that of x; updates in their
     own. Gradients flow to x and to the tensors of the updates, none to the stack.
 
     Args:
         x: (rows, in), or with `gather` (tokens, in).
     """
     auto = autocast_dtype(x.device)
-    dtype = auto or stack.codes.compute_dtype or x.dtype
+    dtype = auto or (stack.matrices.dtype if isinstance(stack.matrices, Tensor) else x.dtype)
     tensors: list[Tensor | None] = []
     makers = []
     for part in stack.parts:
@@ -182,7 +180,7 @@ def multiply_stack(x: Tensor, routes: Routes, stack: UpdatedStack, gather: bool 
             form, part_tensors = part.form, [*part.form.tensors, *part.form.shared]
             makers.append(Maker(spans, auto or part_tensors[0].dtype, form, len(form.tensors), len(part_tensors)))
         tensors += [None if gate is None else gate.to(makers[-1].dtype), *part_tensors]
-    job = StackProduct(stack.codes, dtype, [*routes.spans()], makers, len(routes.order))
+    job = StackProduct(stack.matrices, dtype, [*routes.spans()], makers, len(routes.order))
     y = _StackProduct.apply(x, routes.tokens if gather else None, job, *tensors)
     return y if stack.bias is None else y + stack.bias[routes.experts].to(y.dtype)
 
@@ -237,7 +235,7 @@ class Maker(NamedTuple):
 class StackProduct(NamedTuple):
     """The facts of one product with a stack: its matrices, rows and updates."""
 
-    codes: MatrixStack
+    matrices: Tensor | PackedMatrices
     dtype: torch.dtype
     spans: list[Span]
     makers: list[Maker]
@@ -246,6 +244,12 @@ class StackProduct(NamedTuple):
     @property
     def reads(self) -> bool:
         return any(maker.form is not None and maker.form.reads for maker in self.makers)
+
+    def densify(self, experts: Sequence[int]) -> Iterable[Tensor]:
+        """Return the matrices of some experts in `dtype`; views, one after the other, of a dense stack in that dtype."""
+        if isinstance(self.matrices, Tensor):
+            return (self.matrices[e].to(self.dtype) for e in experts)
+        return self.matrices.dense(experts, self.dtype)
 
     def visit_matrices(self, use: Callable[[Tensor | None, int, int, int], object], dense: bool = True) -> None:
         """Call `use(matrix, expert, start, stop)` for each expert with rows; the matrix is None if not `dense`.
@@ -256,11 +260,11 @@ class StackProduct(NamedTuple):
             for span in self.spans:
                 use(None, *span)
             return
-        _, out_features, in_features = self.codes.shape
+        _, out_features, in_features = self.matrices.shape
         size = max(1, BUDGET // (out_features * in_features * self.dtype.itemsize))
         for i in range(0, len(self.spans), size):
             some = self.spans[i : i + size]
-            for W, span in zip(self.codes.dense([e for e, _, _ in some], self.dtype), some):
+            for W, span in zip(self.densify([e for e, _, _ in some]), some):
                 use(W, *span)
             del W  # before the next chunk is made
 
@@ -290,7 +294,7 @@ class _StackProduct(Function):
         def rows(a: int, b: int) -> Tensor:
             return x[a:b] if at is None else x[at[a:b]]
 
-        y = x.new_zeros(job.rows, job.codes.shape[1], dtype=job.dtype)
+        y = x.new_zeros(job.rows, job.matrices.shape[1], dtype=job.dtype)
         parts = job.split_tensors(tensors)
         low: dict[tuple[int, int], Tensor] = {}  # (rows, r) of each part and expert
 

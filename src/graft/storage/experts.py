@@ -40,24 +40,6 @@ MENDED = "_graft_routes"  # mark on modules that `ExpertBlock.prepare` has chang
 UPDATES = "_graft_updates"  # mark on a module while layers around it run
 
 
-@dataclass(frozen=True)
-class Dense3:
-    """A dense stack that returns views of its matrices."""
-
-    W: Tensor  # (experts, out, in)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return tuple(self.W.shape)  # type: ignore[return-value]
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.W.dtype
-
-    def dense(self, experts: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        return [self.W[e].to(dtype) for e in experts]
-
-
 @dataclass
 class Updates:
     """The updates that layers add to the stacks of one block in one call."""
@@ -116,7 +98,7 @@ class ExpertBlock:
         return None if stack is None else stack.shape
 
     def find_stack(self, name: str) -> Any:
-        """Return a stack, packed or dense, in canonical orientation.
+        """Return a stack, packed matrices or a tensor, in canonical orientation.
 
         Raises:
             UnsupportedLayerError: a packed stack cannot be read.
@@ -134,7 +116,7 @@ class ExpertBlock:
                 f"The stack {name} of a {type(m).__name__} trains, is spread over processes, or has an adapter that "
                 "is no product. Rows with different adapters and gates need a frozen stack on this process."
             )
-        return Dense3(W.mT if getattr(m, "is_transposed", False) else W)
+        return W.mT if getattr(m, "is_transposed", False) else W
 
     def run(self, updates: Updates, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the output of the module, computed by graft, with updates on its stacks.

@@ -27,7 +27,6 @@ class PackedMatrices:
 
     name: ClassVar[str]
     why_unwritable: ClassVar[str | None] = None  # why graft cannot write it
-    compute_dtype: ClassVar[torch.dtype | None] = None  # packed stacks compute in the dtype of their inputs
 
     @classmethod
     def of(cls, m: nn.Module, name: str) -> PackedMatrices:

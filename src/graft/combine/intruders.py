@@ -87,8 +87,7 @@ def check(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConfig) -> Non
         raise ConfigError(f"The provided model is not using LoRA for '{adapter}' and is therefore not supported.")
     for key, layer in layers.items():
         m = layer.methods[adapter]
-        stack = layer.op.opaque and len(layer.site.shape) > 2
-        if not (m.effect.additive and m.holds_any) or layer.op.groups(layer.base_layer) > 1 or stack:
+        if not (m.effect.additive and m.holds_any) or layer.op.groups(layer.base_layer) > 1 or layer.site.is_stack:
             raise ConfigError(
                 f"Intruder dimensions of '{adapter}' cannot be reduced: on layer '{key}' ({type(m).__name__}, "
                 f"{layer.site.type_name}) it is no plain product B A with the shape of the weight."

@@ -23,7 +23,7 @@ from graft.core.lean import begin, lean
 from graft.core.method import Method
 from graft.core.mixed import Mixed
 from graft.core.names import one_or_several
-from graft.core.ops import Op, Opaque, is_stock
+from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
 from graft.core.plan import Apart, Plan, plan_of, refuse_gates
 from graft.core.rows import OFF, Rows
@@ -480,14 +480,12 @@ class ParamWrapper(AdapterLayer):
     @property
     def num_experts(self) -> int:
         """The matrices of the stack; 1 for a parameter that is one."""
-        shape = self.site.op.shape(self.site.module)
-        return int(shape[0]) if len(shape) > 2 else 1
+        return self.site.shape[0] if self.site.is_stack else 1
 
     @property
     def _did_swap_in_out_features(self) -> bool:
         """PEFT's word for a stack (n, out, in), not (n, in, out): of square ones clients cannot see it by the shape."""
-        op = self.site.op
-        return isinstance(op, Opaque) and not op.transposed and len(op.shape(self.site.module)) > 2
+        return self.site.is_stack and not self.op.transposed
 
     def __getattr__(self, name: str) -> Any:
         """Return what the adapters make of the parameter, where modules around ask for it."""

@@ -113,6 +113,11 @@ class Site:
         return Weight(self.module, self.parameter, self.op, self.store, self.shared)
 
     @property
+    def is_stack(self) -> bool:
+        """True if the weight is a stack of matrices, (n, out, in), such as those of experts."""
+        return self.op.opaque and len(self.shape) > 2
+
+    @property
     def fan_in(self) -> int:
         return prod(self.shape[1:])
 

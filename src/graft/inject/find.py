@@ -128,8 +128,7 @@ def leave_out_read(cfg: Targeted, method: type[Method], adapter: str, tree: Tree
 
 def made_for(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
     """Make the method of a site: of a stack of matrices, on each of them."""
-    stack = site.op.opaque and len(site.shape) > 2 and not kind.lays_out_stacks
-    made: Method = (on_each(kind) if stack else kind)(site, cfg, adapter)
+    made: Method = (on_each(kind) if site.is_stack and not kind.lays_out_stacks else kind)(site, cfg, adapter)
     return made
 
 

@@ -47,7 +47,7 @@ def fused(
     out, nests = dict(tensors), Nests(parts.layers.values())
     for key, layer in parts.layers.items():
         names = old.get(f"{layer.site.path}.{layer.site.parameter}")
-        if not layer.op.opaque or len(layer.site.shape) < 3 or names is None:
+        if not layer.site.is_stack or names is None:
             continue
         every = range(layer.site.shape[0])
         indices = range(count[f"{layer.site.path}.{layer.site.parameter}"])
@@ -166,5 +166,5 @@ def stacks_in(tensors: dict[str, Tensor], parts: Parts, prefix: str) -> Iterator
 
 def fits(layer: AdapterLayer, A: Tensor, B: Tensor) -> bool:
     """Return True if two tensors have shapes that the factors of a stack can have."""
-    of_stack = layer.op.opaque and len(layer.site.shape) > 2 and A.dim() == B.dim() == 2
-    return of_stack and len(A) == B.shape[1] and len(A) % layer.site.shape[0] == 0
+    site = layer.site
+    return site.is_stack and A.dim() == B.dim() == 2 and len(A) == B.shape[1] and len(A) % site.shape[0] == 0

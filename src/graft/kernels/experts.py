@@ -246,7 +246,7 @@ class StackProduct(NamedTuple):
         return any(maker.form is not None and maker.form.reads for maker in self.makers)
 
     def densify(self, experts: Sequence[int]) -> Iterable[Tensor]:
-        """Return the matrices of some experts in `dtype`; views, one after the other, of a dense stack in that dtype."""
+        """Return the matrices of some experts in `dtype`; views, one by one, of a dense stack in that dtype."""
         if isinstance(self.matrices, Tensor):
             return (self.matrices[e].to(self.dtype) for e in experts)
         return self.matrices.dense(experts, self.dtype)

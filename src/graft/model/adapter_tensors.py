@@ -104,7 +104,7 @@ def adapter_tensors(
     here = tensors if first else {}
     digest = hashed(digest_of(here) + json.dumps(fields, sort_keys=True)) if here else ""
     note = save.base_fingerprint(model, adapter_name, False, together=bool(ranks_here))
-    if view.hub and any(layer.op.opaque and not is_stack(layer) for _, layer in view.layers):
+    if view.hub and any(layer.op.opaque and not layer.site.is_stack for _, layer in view.layers):
         note = {}  # what acts on a parameter is for the module that has it
     return AdapterTensors(here, fields, needs(view, ranks), digest, made, note)
 
@@ -142,15 +142,11 @@ class View:
         return self.layout != "peft"
 
     def block(self, layer: AdapterLayer) -> Block | None:
-        return self.blocks.found.get(clean(layer.site.path)) if is_stack(layer) else None
+        return self.blocks.found.get(clean(layer.site.path)) if layer.site.is_stack else None
 
     def path(self, layer: AdapterLayer) -> str:
         path = clean(layer.site.path)
         return self.blocks.before(path) if self.hub else path
-
-
-def is_stack(layer: AdapterLayer) -> bool:
-    return layer.op.opaque and len(layer.site.shape) == 3
 
 
 # what no server does
@@ -192,7 +188,7 @@ def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
         yield f"the start of {type(m).__name__} changed the base, and nothing says how"
     if view.layout == "peft":
         return
-    if is_stack(layer):
+    if layer.site.is_stack:
         path = clean(layer.site.path)
         block = view.block(layer)
         if block is None:
@@ -209,9 +205,9 @@ def fits(layer: AdapterLayer, m: Method) -> bool:
     """Return True if the factors have the shapes of whole matrices, as far as this process sees."""
     A, B = m.pair
     out, fan_in = layer.op.dims(layer.site.module)
-    if layout_of(A) is not None or not A.numel():
+    if layer.site.is_stack or layout_of(A) is not None or not A.numel():
         return True
-    return A.flatten(1).shape[1] == fan_in and len(B) == out and len(A) == B.shape[1] if not is_stack(layer) else True
+    return A.flatten(1).shape[1] == fan_in and len(B) == out and len(A) == B.shape[1]
 
 
 # tensors
@@ -232,7 +228,7 @@ def laid_out(
             at = path if view.hub else stem.removeprefix(view.prefix)
             out |= {f"{PREFIX}{at}.{ends[0]}": A, f"{PREFIX}{at}.{ends[1]}": B}
             named = f"{path}.{layer.site.parameter}" if layer.op.opaque and not view.hub else path
-            ranks[named] = len(A) // (layer.site.shape[0] if is_stack(layer) else 1)
+            ranks[named] = len(A) // (layer.site.shape[0] if layer.site.is_stack else 1)
             continue
         pair = Pair(*Opaque.each(A, B, layer.site.shape[0]))
         pair = Pair(pair.B.mT, pair.A.mT) if block.exchanged else pair

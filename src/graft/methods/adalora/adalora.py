@@ -157,7 +157,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         site, cfg = self.site, self.cfg
-        if site.op.opaque and len(site.shape) > 2:
+        if site.is_stack:
             raise ConfigError(
                 f"AdaLoRA does not adapt stacks of experts (layer '{site.key}'), whose matrices would share singular "
                 "values: take LoRA there, or leave it out of target_parameters."

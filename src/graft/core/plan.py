@@ -441,30 +441,36 @@ class Folded(Plan):
         self.forms = len(self.products) < len(self.steps)
 
     def run(self, *args: object, **kwargs: object) -> object:
-        layer = self.layer
-        gated = layer.call.weights() is not None
+        layer, op = self.layer, self.op
+        gated, packed = layer.call.weights() is not None, op.packed is not None
         if gated and not (self.routes and self.adds):
             refuse_gates(layer)
-        if self.routes and (gated or self.op.packed is not None or (self.forms and self.may_route)):
+        W = None if gated or packed else self.find_plain_weight()
+        if self.routes and (gated or packed or (self.forms and W is not None and not W.requires_grad)):
             return layer.site.experts.run_updated(layer, args, kwargs, self.stack_updates, None)
-        if self.op.packed is not None:
+        if packed:
             self.refuse_packed()
-        W = self.stand_in()
-        return self.op.apply(layer.base_layer, args, kwargs, self.op.uncanon(self.folded_now()[0]) if W is None else W)
+        if self.forms or W is None or W.dim() < 2:
+            W = op.uncanon(self.folded_now()[0])
+        else:
+            factors = (same_inputs(product()).matrices() for product in self.products)
+            n = len(W) if W.dim() > 2 else None
+            W = make_sum(W, [(*(AB if n is None else op.each(*AB, n)), 1.0) for AB in factors], op.transposed)
+        return op.apply(layer.base_layer, args, kwargs, W)
 
-    def refuse_packed(self) -> None:
-        """Raise, as nobody can put a folded weight in the place of codes."""
-        names = [m.name for m, _ in self.steps]
+    def refuse_packed(self) -> NoReturn:
+        """Raise UnsupportedLayerError: no folded weight can take the place of codes."""
         raise UnsupportedLayerError(
-            f"The stack of layer '{self.layer.site.key}' is packed, and adapters {names} are not products alone: "
-            "deactivate the others, or load the base dequantized."
+            f"The stack of layer '{self.layer.site.key}' is packed, and adapters {[m.name for m, _ in self.steps]} are "
+            "not products alone: deactivate the others, or load the base dequantized."
         )
 
-    @property
-    def may_route(self) -> bool:
-        """Return True if graft may run the module of a dense stack, as if its own forward ran."""
+    def find_plain_weight(self) -> Tensor | None:
+        """Return the weight if it is a plain tensor and operations run as written (`eager`, not `watched`), or None."""
+        if not eager() or watched():
+            return None
         W = self.layer.weight_now
-        return eager() and not watched() and type(W) in fused.PLAIN and not W.requires_grad
+        return W if type(W) in fused.PLAIN else None
 
     def stack_updates(self, tokens: int, group: int | None = None) -> list[StackUpdate]:
         """Return the update of the stack by each step, with a gate for each of so many tokens if the call has gates.
@@ -484,20 +490,6 @@ class Folded(Plan):
                 A, B = same_inputs(effect.product()).matrices()
                 updates.append(LowRankUpdate(*self.op.each(A, B, self.op.stack(layer.site.module)), group, gate))
         return updates
-
-    def stand_in(self) -> Tensor | None:
-        """Return a tensor that stands for the sum; None where operations do not run as written."""
-        layer = self.layer
-        if len(self.products) < len(self.steps) or not eager() or watched():
-            return None
-        op, W = self.op, layer.weight_now
-        if type(W) not in fused.PLAIN or W.dim() < 2:
-            return None
-        parts = []
-        for product in self.products:
-            A, B = same_inputs(product()).matrices()
-            parts.append((*(op.each(A, B, len(W)) if W.dim() > 2 else (A, B)), 1.0))
-        return make_sum(W, parts, op.transposed)
 
 
 class Whole(Plan):

@@ -48,7 +48,7 @@ class BlockDiagonal(nn.Module):
 
 
 class BdLoRA(LoRA):
-    """BD-LoRA, arXiv 2510.23346: LoRA whose A or B (`side`) is block-diagonal; plain LoRA on layers of neither list."""
+    """BD-LoRA, arXiv 2510.23346: LoRA with a block-diagonal A or B (`side`); plain LoRA on layers of neither list."""
 
     holds_any = False
 
@@ -63,13 +63,14 @@ class BdLoRA(LoRA):
         return "".join(side for side, parts in patterns.items() if any(part in key for part in parts))
 
     def check(self) -> str | None:
-        """Return why the layer cannot be adapted: blocks on a layer that is not linear, or a reason of `LoRA.check`;
-        None if it can.
+        """Return the reason against blocks on a layer that is not linear, or a reason of `LoRA.check`; None if the
+        layer can be adapted.
 
         Raises:
-            ConfigError: the path fits both lists; or none, with `match_strict`; an initialisation that needs plain
-                shapes (`checks.plain_start`); `nblocks` does not divide r and the width of the blocked factor;
-                `lora_bias` with a block-diagonal B.
+            ConfigError: the path fits both lists, or neither with `match_strict`.
+            ConfigError: the initialisation needs plain shapes (`checks.plain_start`).
+            ConfigError: `nblocks` does not divide r and the width of the blocked factor, or `lora_bias` has a
+                block-diagonal B.
         """
         site, side, cfg = self.site, self.side, require_sub_config(self.cfg.use_bdlora)
         if side == "AB":

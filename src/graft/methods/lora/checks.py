@@ -47,9 +47,8 @@ def check_parameter(site: Site, cfg: LoraConfig) -> None:
 
 
 def only_linear(site: Site, what: str) -> str | None:
-    """Return "`what`: it adapts linear layers only" if the layer's type is known and not linear; else None.
-
-    `what` is a clause that says what the variant does with features.
+    """Return a reason if the layer's type is known and not linear, else None: the clause `what` and "it adapts linear
+    layers only".
     """
     return None if site.op.linear or not site.op.known else f"{what}: it adapts linear layers only"
 

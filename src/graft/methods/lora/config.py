@@ -144,7 +144,7 @@ class LoraConfig(Targeted, LayerRange, RankPatterns, FanInFanOut, BaseBias):
     use_rslora: bool = False
     init_lora_weights: bool | str = True  # True, False, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq, mica,
     # eva, corda, lora_ga; the last three begin with data
-    megatron_config: dict[str, object] | None = None  # Megatron's layers need none: they say themselves what they are
+    megatron_config: dict[str, object] | None = None  # graft reads Megatron's layers without it
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None  # embedding rows to train as well
     loftq_config: dict[str, object] | LoftQConfig = field(default_factory=dict)  # becomes a dict, as in files

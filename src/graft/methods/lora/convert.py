@@ -27,14 +27,19 @@ FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 def subtract_initial(
     initial: dict[str, Tensor], tensors: dict[str, Tensor], config: LoraConfig
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Return tensors and config of the converted adapter, which has twice the rank.
+    """Return tensors and config of a plain LoRA adapter with twice the rank: A = [A; A₀], B = [B, -B₀], so ΔW = s (B A
+    - B₀ A₀).
+
+    The tensors of `lora_shift` are left out; all others stay. The config gets init_lora_weights=True, twice r, ranks
+    and alphas (lora_alpha · √2 with rsLoRA). Warns if the initialisation is not one that changes the base. The inputs
+    stay as they are.
 
     Args:
         initial: the adapter's tensors before training, by file key; A (r, …), B (out, r, …).
 
     Raises:
-        ConfigError: the initial adapter is not what this one began with; alpha / √r cannot be kept, or the variant
-            changes the base weights, too.
+        ConfigError: not a LoRA config; rsLoRA with patterns; `initial` is not this adapter's start (`check_initial`);
+            the variant changes the base weights, too.
     """
     if not hasattr(config, "init_lora_weights"):
         raise ConfigError(f"path_initial_model_for_weight_conversion is not supported for {type(config).__name__}.")
@@ -69,7 +74,10 @@ def subtract_initial(
 
 
 def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Raise ConfigError unless `initial` has the values that were subtracted from the base weights."""
+    """Raise ConfigError unless `initial` is the start of the adapter in `tensors`.
+
+    It needs each factor in the same shape, and, where the file has a shift, an A equal to the shift's up to 1 %.
+    """
     factors = [key for key in tensors if any(name in key for name in FACTORS)]
     strange = [key for key in factors if key not in initial or initial[key].shape != tensors[key].shape]
     if strange:
@@ -91,7 +99,9 @@ def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> Non
 
 
 def warn_rounded(adapter: str, layers: Mapping[str, Layer]) -> None:
-    """Warn where the initialisation has rounded a weight anew, which no ΔW undoes."""
+    """Warn if a layer of the adapter holds a quantized weight, which the initialisation has rounded anew: no ΔW undoes
+    that. Names the first such layer.
+    """
     rounded = [key for key, layer in layers.items() if adapter in layer.methods and not layer.store.exact]
     if rounded:
         warn(

@@ -88,7 +88,7 @@ def tensor_state(tensors: Sequence[Tensor], scaling: float) -> list[object]:
     """
     state: list[object] = [DoraCaching.switched, scaling]
     for t in tensors:
-        if is_traceable_wrapper_subclass(t):  # shards, say, whose versions are not counted here: never the same
+        if is_traceable_wrapper_subclass(t):  # such as shards: torch does not count their versions here
             state.append(object())
         else:
             state += [t.data_ptr(), version_of(t)]
@@ -119,8 +119,8 @@ class DoRA(LoRA):
     norm_cache: CachedNorm | None = None
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        """Return LoRA's tensors and `lora_magnitude_vector`, a `Magnitude` whose values `init` sets: weight (out,), or
-        (1, out, 1, …) on a convolution.
+        """Return LoRA's tensors and `lora_magnitude_vector`, a `Magnitude` with weight (out,), or (1, out, 1, …) on a
+        convolution; `init` fills it.
         """
         kernel = [1] * (len(self.site.shape) - 2)
         shape = (1, self.site.out_features, *kernel) if kernel else (self.site.out_features,)
@@ -182,7 +182,7 @@ class DoRA(LoRA):
         """
         of, cache = (self.layer.weight, *self.pair), self.norm_cache
         if cache is None or not cache.holds(of, self.scaling):
-            with torch.inference_mode(False), torch.no_grad():  # or a call with gradients could not save what is kept
+            with torch.inference_mode(False), torch.no_grad():  # else no call with gradients could save the cached norm
                 norm = self.compute_norm(f)
             cache = self.norm_cache = CachedNorm(norm, of, self.scaling)
         return cache.norm

@@ -26,9 +26,14 @@ CPU = torch.device("cpu")
 
 
 class DyLoRA(LoRA):
-    """LoRA; in training ΔW = alpha / b · B[:, :b] A[:b]."""
+    """DyLoRA, arXiv 2210.07558: LoRA that in training uses the first b ranks, ΔW = alpha / b · B[:, :b] A[:b], b drawn
+    for each run.
+    """
 
     def check(self) -> str | None:
+        """Return a reason against opaque parameters, convolutions with groups > 1, and `lora_bias`; else that of
+        `LoRA.check`.
+        """
         site = self.site
         if site.op.known and (site.op.opaque or site.op.groups(site.module) > 1):
             return "DyLoRA uses the first ranks of one matrix, and this weight is several"
@@ -37,6 +42,16 @@ class DyLoRA(LoRA):
         return super().check()
 
     def factors(self) -> Factors:
+        """Return LoRA's factors in eval mode.
+
+        In training, the first b = 1 + ⌊share · r⌋ ranks with the scale for rank b (alpha / b, or alpha / √b).
+
+        The share is this run's draw. Only rank b gets a gradient; the ranks before it are detached. No dropout on
+        embeddings.
+
+        Raises:
+            RoutingError: there is no draw: somebody called another model than the one that `get_peft_model` returns.
+        """
         if not self.layer.training:
             return super().factors()
         share = self.layer.call.fact((DRAWN, self.name))
@@ -55,7 +70,11 @@ class DyLoRA(LoRA):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Draw the ranks of this run, for each adapter."""
+        """Draw a number in [0, 1) for each adapter, on the CPU, and show it to the layers in the run as a fact of the
+        call.
+
+        An adapter's own generator draws it, if the call has generators by adapter; else torch's.
+        """
         with super().surround_run(tuner, call, run) as finish:
             draws, shares = call.context.draws, {}
             for name in run.adapters:
@@ -66,6 +85,6 @@ class DyLoRA(LoRA):
 
 
 def last_alone(factor: Tensor, dim: int) -> Tensor:
-    """Return a factor with a gradient for its last rank only."""
+    """Return `factor` with gradient only for the last index of dimension `dim`; all before it is detached."""
     *before, last = factor.split(1, dim)
     return torch.cat([t.detach() for t in before] + [last], dim)

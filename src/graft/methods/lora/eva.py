@@ -12,10 +12,10 @@ SEED = 42  # of the random projections: every process finds the same components
 
 
 class Components:
-    """The n largest principal components of rows that come batch by batch (Ross et al., IJCV 77, 2008).
+    """The n largest principal components of rows that arrive batch by batch (Ross et al., IJCV 77, 2008).
 
-    Each batch is decomposed together with what is known: its rows less their mean, the components times their singular
-    values, and the shift of the mean.
+    Each batch is decomposed together with the former result: its rows less their mean, the components times their
+    singular values, and the shift of the mean.
     """
 
     mean: Tensor  # (in,), float64; this and the next three from the first rows on
@@ -24,12 +24,20 @@ class Components:
     S: Tensor  # (n,)
 
     def __init__(self, n: int, tau: float):
+        """Start without rows.
+
+        n: number of components; tau: the cosine similarity at which a component counts as converged.
+        """
         self.n, self.tau = n, tau
         self.rows = 0
         self.converged = torch.zeros(n, dtype=torch.bool)
 
     def add(self, X: Tensor) -> None:
-        """Take in rows X (m, in) with m ≥ n."""
+        """Update mean, squared deviations, components V (n, in) and singular values S (n,) with rows X (m, in), m ≥ n.
+
+        After the first batch, `converged` (n,) is True for components with a cosine similarity of tau or more to their
+        former value.
+        """
         m, seen = len(X), self.rows
         X = X.float()
         mean = X.mean(0, dtype=torch.float64)
@@ -48,14 +56,19 @@ class Components:
 
     @property
     def variance_shares(self) -> Tensor:
-        """Return each component's share of the variance, (n,)."""
+        """The share of each component in the variance of all rows, (n,), float64 on the CPU: S² over the sum of squared
+        deviations.
+        """
         whole = self.squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
         shares: Tensor = self.S.double().square() / whole
         return shares.cpu()
 
 
 def find_top_components(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return right singular vectors of X as rows, each with its largest number positive, and n singular values."""
+    """Return the n largest right singular vectors of X as rows (n, in), and singular values (n,).
+
+    The SVD is randomized with a fixed seed; generators stay as they are. The largest number of each vector is positive.
+    """
     with seeded(SEED):
         _, S, V = torch.svd_lowrank(X, q=2 * n, niter=4)
     V = V.T[:n]
@@ -69,6 +82,8 @@ def distribute_ranks(
     """Return the rank of each layer.
 
     A total of `budget` ranks goes to the components with the largest share of their layer's variance.
+
+    A layer never gets more ranks than the layer that owns its components: else the two ranks are exchanged.
 
     Args:
         owner: layer → the layer with the same inputs that owns its components, maybe itself.

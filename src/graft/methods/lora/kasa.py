@@ -23,11 +23,19 @@ if TYPE_CHECKING:
 
 
 class KaSA(LoRA):
-    """LoRA with a d (r,) that trains. The base weight stays without the components, whatever becomes of the adapter."""
+    """KaSA, arXiv 2412.06071: ΔW = s · B diag(d) A with d (r,) that trains, on W without its r smallest singular
+    components.
+
+    The base weight stays without the components when the adapter is deleted.
+    """
 
     lora_diag: nn.Parameter  # (r,)
 
     def check(self) -> str | None:
+        """Return a reason against layers that are not linear, else that of `LoRA.check`.
+
+        Raises ConfigError if r ≥ the smaller side of the weight.
+        """
         site, r = self.site, self.cfg.r
         if site.op.known and not site.op.linear:
             return "KaSA takes singular components out of a matrix: it adapts linear layers only"
@@ -40,24 +48,36 @@ class KaSA(LoRA):
 
     @classmethod
     def changes_base(cls, cfg: PeftConfig) -> str | None:
+        """Return "kasa_config": `init` always changes the base weight."""
         return "kasa_config"
 
     @property
     def keeps_shift(self) -> bool:
+        """False: a load computes the truncated weight anew, with the change of the initialisation."""
         return False  # the weight is made anew on loading, in one go with the truncation
 
     def uses_weight(self) -> Use:
+        """Return LoRA's flags with `Use.AGAIN`: `init` also runs before a load, since files lack the truncation."""
         return super().uses_weight() | Use.AGAIN
 
     def excludes(self, other: object) -> str | None:
+        """Return None if the other adapter has a `kasa_config`, too; else the reason that KaSA changes the base
+        weights.
+        """
         if getattr(other, "kasa_config", None) is not None:
             return None
         return "KaSA cannot be combined with adapters that don't use KaSA, since it changes the base weights"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
+        """Return LoRA's tensors and `lora_diag` (r,), uninitialised."""
         return super().build(shared, device) | dict(lora_diag=nn.Parameter(torch.empty(self.cfg.r, device=device)))
 
     def init(self) -> None:
+        """Initialise as LoRA, `lora_diag` with normal values; then remove the r smallest singular components from the
+        base weight.
+
+        The weight stays as it is if another KaSA adapter of the layer has at least rank r: its init has removed them.
+        """
         super().init()
         self.lora_diag.data.normal_()
         ranks = [m.cfg.r for m in self.layer.methods.values() if m is not self and isinstance(m, KaSA)]
@@ -65,9 +85,11 @@ class KaSA(LoRA):
             self.layer.rewrite_base(without_smallest(self.layer.W0, self.cfg.r))
 
     def factors(self) -> Factors:
+        """Return LoRA's factors with `lora_diag` as `inner`, so that ΔW = s · B diag(d) A."""
         return super().factors()._replace(inner=self.lora_diag)
 
     def holding(self, A: Tensor, B: Tensor) -> Tensors:
+        """Return the tensors that make ΔW = s · B A: LoRA's, and `lora_diag` full of ones, one for each rank of A."""
         return super().holding(A, B) | {("lora_diag", ""): A.new_ones(A.numel() // self.site.fan_in)}
 
     def loss(self) -> Tensor:
@@ -81,7 +103,9 @@ class KaSA(LoRA):
 
 @torch.no_grad()
 def without_smallest(W: Tensor, r: int) -> Tensor:
-    """Return W (out, in) without its r smallest singular components; compute in at least float32."""
+    """Return W (out, in) minus its r smallest singular components, in W's dtype; the SVD runs in at least float32,
+    without gradient.
+    """
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
     smallest: Tensor = (U[:, -r:] * S[-r:]) @ Vh[-r:]

@@ -27,12 +27,16 @@ BLOCK = 64  # values that share a scale
 
 
 def round_to_bits(W: Tensor, bits: int) -> Tensor:
-    """Return W (out, in) as 4 or 8 bits hold it."""
+    """Return W (out, in) rounded to quantized values, in its own dtype: NF4 (`nf4`) for 4 bits, else `int8`."""
     return nf4(W) if bits == 4 else int8(W)
 
 
 def nf4(W: Tensor) -> Tensor:
-    """Round to the nearest of 16 values, times the largest absolute value in each block of 64."""
+    """Return W with each value rounded to the nearest of 16 NF4 codes, times the largest absolute value in its block of
+    64.
+
+    Blocks run over the flattened weight; the last is padded with zeros.
+    """
     codes = torch.tensor(NF4, device=W.device, dtype=W.dtype)
     flat = W.reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
@@ -43,15 +47,17 @@ def nf4(W: Tensor) -> Tensor:
 
 
 def int8(W: Tensor) -> Tensor:
-    """Round to 127 steps of the largest absolute value in each row, either way."""
+    """Return W (out, in) rounded to multiples of 1/127 of the largest absolute value in each row."""
     scale = W.abs().amax(1, keepdim=True) / 127
     return (W / scale.clamp(min=torch.finfo(W.dtype).tiny)).round() * scale
 
 
 def start(lora: Method, W: Tensor) -> Start:
-    """Return the start of LoftQ: W is quantized, and the error decomposed into B A, alternately.
+    """Return the `Start` of LoftQ for W (out, in): A and B of `alternate`, each divided by √scaling, and the product to
+    subtract before W is quantized.
 
-    Raises ConfigError for a quantized base.
+    Raises:
+        ConfigError: the layer holds a quantized weight already.
     """
     if not lora.layer.store.exact:
         raise ConfigError(
@@ -66,7 +72,10 @@ def start(lora: Method, W: Tensor) -> Start:
 
 @torch.no_grad()
 def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Q (out, in), A (r, in) and B (out, r) with Q + B A ≈ weight (out, in).
+    """Return Q (out, in), A (r, in) and B (out, r) with Q + B A ≈ weight (out, in): LoftQ's `num_iter` rounds, computed
+    in float32.
+
+    Q has the weight's dtype, A and B are float32.
 
     Raises:
         ConfigError: `num_bits` is neither 4 nor 8, or `num_iter` is less than 1.
@@ -77,9 +86,10 @@ def loftq_init(weight: Tensor, num_bits: int, reduced_rank: int, num_iter: int =
 
 
 def alternate(W: Tensor, bits: int, r: int, rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return Q, A, B, and the A and B that were subtracted before Q was quantized.
+    """Return Q (out, in), A (r, in), B (out, r), and the A and B that were subtracted before Q was quantized.
 
-    W - B A is quantized to Q, and W - Q decomposed into B A, `rounds` times.
+    `rounds` times: quantize W - B A to Q, then decompose W - Q into B A. The first round subtracts nothing: its A (0,
+    in) and B (out, 0) are empty.
     """
     A, B = W.new_zeros(0, W.shape[1]), W.new_zeros(W.shape[0], 0)
     for _ in range(rounds):
@@ -90,7 +100,7 @@ def alternate(W: Tensor, bits: int, r: int, rounds: int) -> tuple[Tensor, Tensor
 
 
 def decompose(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and B (out, r) with B A the best approximation of W, each with the roots of the
+    """Return A (r, in) and B (out, r), with B A the best approximation of rank r of W; each has the roots of the
     singular values.
     """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -27,7 +27,7 @@ UNTARGETABLE = {"conv1d"}  # of them
 
 
 def kasa_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the sum of `KaSA.loss` over all layers and KaSA adapters; 0.0 without any.
+    """Return the sum of `KaSA.loss` over all layers and KaSA adapters; 0.0 without any. Other adapters are left out.
 
     Args:
         adapter_names: one name or several; the active ones if None.
@@ -39,7 +39,8 @@ def kasa_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Ten
 
 
 def monteclora_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
-    """Return the sum of `MonteCLoRA.loss` over layers and adapters, divided by their number; 0.0 without any.
+    """Return the sum of `MonteCLoRA.loss` over layers and MonteCLoRA adapters, divided by their number; 0.0 without
+    any. Other adapters are left out.
 
     Args:
         adapter_names: one name or several; the active ones if None.
@@ -52,7 +53,7 @@ def monteclora_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) 
 
 
 def adapters_of(tuner: Tuner, adapter_names: str | list[str] | None, variant: str) -> list[Method]:
-    """Return the methods, over all layers, of the adapters whose config selects `variant` (a key of VARIANTS).
+    """Return the methods, over all layers, of the adapters with a config that selects `variant` (a key of VARIANTS).
 
     `adapter_names`: one name or several; None: the active adapters. Raises AdapterNotFoundError for a name that the
     model does not have.

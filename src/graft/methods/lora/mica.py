@@ -18,9 +18,15 @@ from graft.methods.lora.lora import LoRA
 
 
 class MiCA(LoRA):
-    """B is frozen for good, A begins at zero."""
+    """MiCA, arXiv 2604.01694: LoRA with B frozen at the r minor left singular vectors of W; A starts at zero and
+    trains.
+    """
 
     def check(self) -> str | None:
+        """Return a reason against convolutions with groups > 1, else that of `LoRA.check`.
+
+        Raises ConfigError if r is above the smaller side of the weight.
+        """
         site, r = self.site, self.cfg.r
         if site.op.known and site.op.groups(site.module) > 1:
             return "MiCA takes singular vectors of a matrix, and a convolution with groups > 1 has one for each"
@@ -32,12 +38,20 @@ class MiCA(LoRA):
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
+        """Return LoRA's tensors, with B frozen (`requires_grad` False)."""
         values = super().build(shared, device)
         B = values["lora_embedding_B"] if self.site.op.takes_ids else values["lora_B"].weight
         B.requires_grad_(False)
         return values
 
     def init(self) -> None:
+        """Fill A with zeros and B with the left singular vectors of W₀ of its r smallest singular values.
+
+        On the meta device do nothing.
+
+        Raises:
+            UnsupportedLayerError: the weight cannot be read.
+        """
         layer, site = self.layer, self.site
         if site.on_meta:
             return
@@ -51,12 +65,14 @@ class MiCA(LoRA):
         B.copy_(minor(layer.W0.flatten(1), len(A)).view(B.shape))
 
     def factors(self) -> Factors:
+        """Return LoRA's factors. If A has another dtype than B, B is cast to A's."""
         factors, (A, B) = super().factors(), self.pair
         if A.dtype != B.dtype:  # somebody cast the one that trains
             factors = factors._replace(B=B.to(A.dtype).flatten(1))
         return factors
 
     def tie(self, source: Method) -> None:
+        """Raise ConfigError: a tied layer would have the frozen B as its A, so `ensure_weight_tying` cannot be used."""
         raise ConfigError(
             f"MiCA freezes B, which the tied layer '{self.site.key}' would have as its A: leave ensure_weight_tying "
             "off, or choose another init_lora_weights."
@@ -65,6 +81,8 @@ class MiCA(LoRA):
 
 @torch.no_grad()
 def minor(W: Tensor, r: int) -> Tensor:
-    """Return the left singular vectors of W (out, in) of its r smallest singular values, (out, r)."""
+    """Return the left singular vectors (out, r) of the r smallest singular values of W (out, in), in at least float32,
+    without gradient.
+    """
     U: Tensor = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False).U
     return U[:, -r:]

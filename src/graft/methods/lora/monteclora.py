@@ -23,26 +23,40 @@ if TYPE_CHECKING:
 
 
 class Sampler(nn.Module):
-    """Draws the noise of an A of r rows. The loss refers to the last draw."""
+    """Draws the noise of MonteCLoRA for an A with r rows.
+
+    Two parameters train: standard deviations and concentrations.
+
+    `last` and `loss` refer to the last draw.
+    """
 
     gaussian_var_prior: Tensor  # (r, r), diagonal: variances of the last draw
     expert_weights: Tensor  # (n,): w of the last draw
 
     def __init__(self, r: int, cfg: MontecloraConfig, device: torch.device | None = None):
+        """Make parameters `std_prior` (r,) and `expert_weights_prior` (n,), n = `num_samples`, both uninitialised.
+
+        Buffers: `gaussian_var_prior`, the identity (r, r), and `expert_weights` (n,), all 1/n. There is no draw yet.
+        """
         super().__init__()
         n, self.cfg = cfg.num_samples, cfg
         self.std_prior = nn.Parameter(torch.empty(r, device=device))  # logarithms of standard deviations
         self.expert_weights_prior = nn.Parameter(torch.empty(n, device=device))  # of concentrations
         self.register_buffer("gaussian_var_prior", torch.eye(r, device=device))
         self.register_buffer("expert_weights", torch.full((n,), 1 / n, device=device))
-        self.drawn: tuple[Tensor, Tensor] | None = None  # what both came from
+        self.drawn: tuple[Tensor, Tensor] | None = None  # χ² and normal values of the last draw
 
     def init(self) -> None:
+        """Fill both parameters with uniform values from [0, 1)."""
         self.std_prior.data.uniform_()
         self.expert_weights_prior.data.uniform_()
 
     def forward(self, fan_in: int) -> Tensor:
-        """Return noise for A, (r, fan_in)."""
+        """Draw and return noise for A, (r, fan_in): sample_scaler · √variance ⊙ Σₖ wₖ Nₖ, with N (n, fan_in, r)
+        standard normal.
+
+        Stores the random numbers in `drawn`, and copies variances (as a diagonal matrix) and weights into the buffers.
+        """
         like = self.std_prior
         r, n = len(like), self.cfg.num_samples
         samples = torch.randn(n, fan_in, r, device=like.device, dtype=like.dtype)
@@ -56,7 +70,11 @@ class Sampler(nn.Module):
         return noise.T
 
     def last(self) -> tuple[Tensor, Tensor]:
-        """Return variances (r,) and weights (n,) of the last draw, as functions of the parameters."""
+        """Return variances (r,) and weights w (n,) of the last draw, as differentiable functions of the parameters.
+
+        Variances: exp(2 std_prior) · χ², at least 1e-3. Weights: a softmax of normal values with the mean and spread
+        that approximate the Dirichlet distribution. Without a draw, return the buffers.
+        """
         if self.drawn is None:
             return self.gaussian_var_prior.diagonal(), self.expert_weights
         chi2, z = self.drawn
@@ -67,7 +85,11 @@ class Sampler(nn.Module):
         return variances, (spread.sqrt() * z + logs - logs.mean()).softmax(-1)
 
     def loss(self) -> Tensor:
-        """Return kl_loss_weight · (three divergences from the priors), plus Σ w² with `use_entropy`, in float32."""
+        """Return kl_loss_weight · (three divergences from the priors), (), in float32, of the last draw; with
+        `use_entropy` plus Σ w².
+
+        The three: Wishart, Gaussian, and Dirichlet with the concentration `dirichlet_prior`.
+        """
         cfg, std, prior = self.cfg, self.std_prior.float(), self.expert_weights_prior.float()
         variances, weights = (t.float() for t in self.last())
         variances = variances.clamp(min=1e-6)
@@ -80,9 +102,10 @@ class Sampler(nn.Module):
 
 
 def wishart_diagonal(r: int, like: Tensor) -> Tensor:
-    """Draw the diagonal of a matrix (r, r) from the Wishart distribution of r degrees of freedom, without correlations.
+    """Draw the diagonal (r,) of a matrix (r, r) from the Wishart distribution of r degrees of freedom and scale 1, in
+    the dtype of `like`.
 
-    It comes from Bartlett's decomposition L Lᵀ, with L drawn in the order of torch's `Wishart`.
+    It is the row sums of squares of Bartlett's L, drawn on the device of `like` in the order of torch's `Wishart`.
     """
     freedom = r - torch.arange(r, device=like.device, dtype=torch.float32)
     diagonal = 2 * torch._standard_gamma(freedom / 2)  # chi-squared; torch's class copies a number to the device
@@ -93,31 +116,38 @@ def wishart_diagonal(r: int, like: Tensor) -> Tensor:
 
 
 def dirichlet_divergence(a: Tensor, b: Tensor) -> Tensor:
+    """Return KL(Dirichlet(a) ‖ Dirichlet(b)), (), for two vectors of concentrations."""
     norms = a.sum().lgamma() - b.sum().lgamma() + (a.lgamma() - b.lgamma()).sum()
     return norms + ((a - b) * (a.digamma() - a.sum().digamma())).sum()
 
 
 class MonteCLoRA(LoRA):
+    """MonteCLoRA, arXiv 2411.04358: LoRA with A + noise in training; variances and weights of the noise train, too."""
+
     lora_monteclora_sampler: Sampler
 
     holds_any = False
     ungrouped = "MonteCLoRA draws A as a matrix, and a convolution with groups > 1 has none: A mixes its groups"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
+        """Return LoRA's tensors and `lora_monteclora_sampler`, a `Sampler` for r rows."""
         sampler = Sampler(self.cfg.r, require_sub_config(self.cfg.monteclora_config), device)
         return super().build(shared, device) | dict(lora_monteclora_sampler=sampler)
 
     def init(self) -> None:
+        """Initialise as LoRA, then the sampler's parameters."""
         super().init()
         self.lora_monteclora_sampler.init()
 
     def tie(self, source: Method) -> None:
+        """Raise ConfigError: a tied layer would have the random A as its B, so `ensure_weight_tying` cannot be used."""
         raise ConfigError(
             f"MonteCLoRA draws A of an embedding, which the tied layer '{self.site.key}' would have as its B: leave "
             "ensure_weight_tying off."
         )
 
     def factors(self) -> Factors:
+        """Return LoRA's factors; in training with A + a new draw of noise in place of A."""
         f = super().factors()
         if not self.layer.training:
             return f
@@ -125,5 +155,5 @@ class MonteCLoRA(LoRA):
         return f._replace(A=A + self.lora_monteclora_sampler(A.shape[1]))
 
     def loss(self) -> Tensor | float:
-        """Return `Sampler.loss`; 0.0 in eval mode."""
+        """Return the sampler's loss of the last draw (`Sampler.loss`) in training; 0.0 in eval mode."""
         return self.lora_monteclora_sampler.loss() if self.layer.training else 0.0

@@ -32,6 +32,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
+        """Validate types and bounds of all fields."""
         validate(self)
 
 
@@ -73,12 +74,13 @@ class BdLoraConfig(Settings):
         ConfigError: a pattern is in both lists, or `nblocks` is not positive.
     """
 
-    target_modules_bd_a: list[str] | None = None  # parts of the paths of modules whose A is block-diagonal
+    target_modules_bd_a: list[str] | None = None  # parts of module paths where A is block-diagonal
     target_modules_bd_b: list[str] | None = None  # the same for B
     nblocks: Annotated[int, GROUPS] = 1  # how many blocks such a factor has
     match_strict: bool = True  # an adapted module that fits no pattern is an error; else it gets plain LoRA
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError if a pattern is in both lists."""
         super().__post_init__()
         a, b = self.target_modules_bd_a, self.target_modules_bd_b
         if set(a or ()) & set(b or ()):
@@ -98,6 +100,9 @@ class VeloraConfig(Settings):
     init_type: str = "batch_average"  # the direction of the projection: of each batch, of the first, random
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError if `init_type` is none of "batch_average", "batch_average_once" and
+        "random".
+        """
         super().__post_init__()
         if self.init_type not in DIRECTIONS:
             raise ConfigError(f"Unsupported `init_type` {self.init_type!r}. Supported values are {DIRECTIONS}.")
@@ -122,7 +127,7 @@ class MontecloraConfig(Settings):
 
 @dataclass
 class LoftQConfig(Settings):
-    """LoftQ (arXiv 2310.08659): the base weight is quantized, and A, B begin with what that loses.
+    """LoftQ (arXiv 2310.08659): the base weight is quantized, and A, B begin with the error of that.
 
     Raises:
         ConfigError: a value out of range.
@@ -141,8 +146,8 @@ class EvaConfig(Settings):
     """
 
     rho: Annotated[float, RHO] = 2.0  # a layer's rank can grow to rho · r
-    tau: Annotated[float, TAU] = 0.99  # cosine similarity from batch to batch, from which on a component has converged
-    use_label_mask: bool = True  # leave out tokens whose label is `label_mask_value`
+    tau: Annotated[float, TAU] = 0.99  # a component with this cosine similarity to the batch before has converged
+    use_label_mask: bool = True  # leave out tokens with the label `label_mask_value`
     label_mask_value: int = -100
     whiten: bool = False  # divide components by the roots of their singular values
     adjust_scaling_factors: bool = True  # change alpha with the rank, so that the scaling stays
@@ -177,7 +182,7 @@ class LoraGAConfig(Settings):
     stable_gamma: Annotated[int, POSITIVE] = 16  # of "stable"
 
 
-VARIANTS = {  # field, or value of init_lora_weights, that selects it → "module:Class" beside this
+VARIANTS = {  # field or init_lora_weights that selects it → "module:Class" in this folder
     "use_dora": "dora:DoRA",
     "kasa_config": "kasa:KaSA",
     "alora_invocation_tokens": "alora:ALoRA",

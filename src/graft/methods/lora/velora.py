@@ -17,34 +17,55 @@ from graft.methods.lora.lora import LoRA
 
 
 class VeLoRA(LoRA):
-    """A buffer `lora_velora_embed`, (D,), has the direction of the projection: zero until a batch gives it."""
+    """VeLoRA, arXiv 2405.17991: LoRA that keeps rank-1 projections of A's inputs for the backward pass, so that A's
+    gradient is approximate.
+
+    The buffer `lora_velora_embed` (D,) has the direction of the projection: zero until a batch gives it.
+    """
 
     holds_any = False
     only_linear = "VeLoRA projects groups of an input vector: it adapts linear layers only"
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
+        """Return LoRA's tensors, the buffer `lora_velora_embed` (D,) of zeros, D = in / num_groups, and
+        `lora_velora_initialized` = False.
+        """
         groups = require_sub_config(self.cfg.velora_config).num_groups
         direction = torch.zeros(width(self.site.in_features, groups), device=device)
         return super().build(shared, device) | dict(lora_velora_embed=direction, lora_velora_initialized=False)
 
     def init(self) -> None:
+        """Initialise as LoRA. With init_type "random", fill the direction with a random unit vector."""
         super().init()
         if require_sub_config(self.cfg.velora_config).init_type == "random":
             self.lora_velora_embed.copy_(unit(self.lora_velora_embed.normal_()))
 
     def factors(self) -> Factors:
+        """Return LoRA's factors.
+
+        In training with gradients, outside of functional transforms, A's product is `product`, which keeps less for the
+        backward pass.
+        """
         f = super().factors()
         if self.layer.training and torch.is_grad_enabled() and not functional():
             return f._replace(A=Product(self.product, self.pair[0]))
         return f
 
     def product(self, x: Tensor) -> Tensor:
+        """Return x Aᵀ, (…, r).
+
+        The backward pass gets only the projections of x onto the direction, in `num_groups` groups, times `scale`.
+        """
         cfg = require_sub_config(self.cfg.velora_config)
         return sketched_product(x, self.pair[0], self.direction(x), cfg.num_groups, cfg.scale)
 
     @torch.no_grad()
     def direction(self, x: Tensor) -> Tensor:
-        """Return v for a batch x (…, in). Where x gives it, it is new: a backward pass may still need the last one."""
+        """Return the unit vector v (D,) of the projection for a batch x (…, in), without gradient.
+
+        init_type "random", or "batch_average_once" after the first batch: the buffer. Else: the mean direction of x, a
+        new tensor, which is also copied into the buffer and marks it as initialised.
+        """
         v: Tensor = self.lora_velora_embed
         cfg = require_sub_config(self.cfg.velora_config)
         if cfg.init_type == "random" or (cfg.init_type == "batch_average_once" and self.is_ready()):
@@ -55,7 +76,11 @@ class VeLoRA(LoRA):
         return new
 
     def is_ready(self) -> bool:
-        """Return True if a batch or a file has given a direction. It waits for the device once, at the first batch."""
+        """Return True if a batch or a file has given a direction.
+
+        While the flag is False, look for nonzero values in the buffer, which waits for the device, and store the result
+        as the flag.
+        """
         if not self.lora_velora_initialized:
             self.layer.tell(self.name, lora_velora_initialized=bool(self.lora_velora_embed.any()))
         return bool(self.lora_velora_initialized)

@@ -55,19 +55,27 @@ class AdaLoraConfig(LoraConfig):
     target_r: Annotated[int, at_least(1)] = 8  # average rank at the end
     init_r: Annotated[int, at_least(1)] = 12  # rank of every layer at the start
     tinit: Annotated[int, at_least(0)] = 0  # steps before pruning begins
-    tfinal: Annotated[int, at_least(0)] = 0  # steps at the end, in which ranks stay as they are
+    tfinal: Annotated[int, at_least(0)] = 0  # steps at the end without changes of ranks
     deltaT: Annotated[int, at_least(1)] = 1  # steps between two allocations
     beta1: Annotated[float, SMOOTHING] = 0.85  # smoothing of the sensitivity
     beta2: Annotated[float, SMOOTHING] = 0.85  # smoothing of its uncertainty
     orth_reg_weight: Annotated[float, PENALTY] = 0.5  # weight of the loss that keeps A and B orthogonal
     total_step: int | None = None  # number of training steps; required
-    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # result: what each layer kept
+    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # result: masks of the kept values, by layer
 
     patterns: ClassVar[dict[str, str]] = {}
     results: ClassVar[tuple[str, ...]] = ("rank_pattern",)
     counters: ClassVar[tuple[str, ...]] = ("total_step", "tinit", "tfinal", "deltaT")
 
     def __post_init__(self) -> None:
+        """Validate the fields.
+
+        Warns if `target_r` is above `init_r`, so that nothing is pruned, and if `r` is set, which is not used.
+
+        Raises:
+            ConfigError: DoRA or LoftQ; `total_step` is missing or not positive; `tinit` ≥ `total_step` - `tfinal`, so
+                that no step can prune.
+        """
         if self.use_dora:
             raise ConfigError("PeftType.ADALORA does not support DoRA.")
         if self.init_lora_weights == "loftq" or self.loftq_config:
@@ -89,13 +97,19 @@ class AdaLoraConfig(LoraConfig):
             warn("Note that `r` is not used in AdaLora and will be ignored. Use `init_r`.")
 
     def to_file_dict(self) -> Json:
+        """Return the fields for a file.
+
+        Keys of `rank_pattern` lose the adapter's name: "path.lora_E.name" becomes "path.lora_E".
+        """
         values = super().to_file_dict()
         if self.rank_pattern:  # keys without the adapter's name
             values["rank_pattern"] = {re.sub(r"(\.lora_E)\..*$", r"\1", k): v for k, v in self.rank_pattern.items()}
         return values
 
     def rank_mask(self, key: str) -> list[bool] | None:
-        """Return the mask of the singular values that the layer at `key` kept; None while there is none."""
+        """Return the mask of the singular values that the layer at `key` kept, from `rank_pattern`; None without an
+        entry.
+        """
         for name, mask in (self.rank_pattern or {}).items():
             if name == f"{key}.lora_E" or name.startswith(f"{key}.lora_E."):
                 return mask
@@ -103,7 +117,11 @@ class AdaLoraConfig(LoraConfig):
 
 
 def warn_if_forgotten(tuner: Tuner) -> None:
-    """Warn if an optimizer step has changed the adapter and nobody has allocated, whatever the loop."""
+    """Warn once if an optimizer step has changed the trained adapter and `update_and_allocate` was never called.
+
+    A step is a changed version of the first A since the first call. Does nothing if an active adapter has been
+    allocated or warned of already, or if A is frozen.
+    """
     for name in tuner.active_adapters:
         state = tuner.states.get(name)
         if state is not None and (state.called or state.warned):
@@ -135,7 +153,10 @@ TENSORS = ("lora_A", "lora_B", "lora_E")
 
 
 class AdaLoRA(Method[AdaLoraConfig]):
-    """ΔW = s · B diag(E) A, A (r, in), E (r, 1), B (out, r). Training sets the least important of E to 0."""
+    """AdaLoRA, arXiv 2303.10512: ΔW = s · B diag(E) A, A (r, in), E (r, 1), B (out, r).
+
+    Training sets the least important of E to 0.
+    """
 
     prefix = "lora_"
     lays_out_stacks = True  # it takes none
@@ -156,6 +177,14 @@ class AdaLoRA(Method[AdaLoraConfig]):
     scaling: float
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return normal `lora_A` (r, fan_in), `lora_E` (r, 1) and `lora_B` (out, r), the dropout and facts; r =
+        `init_r`, or the number that the config's mask kept.
+
+        scaling = lora_alpha, or `init_r` for an alpha ≤ 0. `ranknum` (1,) holds `init_r`, frozen, and is in no file.
+
+        Raises:
+            ConfigError: the weight is a stack of experts.
+        """
         site, cfg = self.site, self.cfg
         if site.is_stack:
             raise ConfigError(
@@ -177,6 +206,10 @@ class AdaLoRA(Method[AdaLoraConfig]):
         )
 
     def init(self) -> None:
+        """Fill E with zeros, A and B with normal values of std 0.02.
+
+        With `init_lora_weights=False` keep the normal values of `build`.
+        """
         if self.cfg.init_lora_weights:
             nn.init.zeros_(self.lora_E)
             nn.init.normal_(self.lora_A, mean=0.0, std=0.02)
@@ -186,7 +219,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
     sees = False  # the tensors are whole only then
 
     def distances(self) -> list[Tensor]:
-        """Return how far A and B are from orthonormal, ‖P Pᵀ - I‖ for A and for Bᵀ.
+        """Return ‖P Pᵀ - I‖ for A and for Bᵀ: how far they are from orthonormal.
 
         Under FSDP (`sees`) the forward pass has computed them: they are returned once and then forgotten. Raises
         NotImplementedError if it left none.
@@ -202,13 +235,21 @@ class AdaLoRA(Method[AdaLoraConfig]):
         return seen
 
     def factors(self) -> Factors:
+        """Return A and B, with E · scaling / (ranknum + 1e-5) as `inner`, and dropout.
+
+        Under FSDP (`sees`), in training with gradients, also stores the two distances for the loss.
+        """
         if self.sees and torch.is_grad_enabled() and self.layer.training:
             self.seen = [gram_distance(self.lora_A), gram_distance(self.lora_B.T)]
         E = (self.lora_E * (self.scaling / (self.ranknum + 1e-5))).flatten().to(self.lora_A.dtype)
         return Factors(self.lora_A, self.lora_B, dropout=self.lora_dropout, inner=E)
 
     def to_file_tensors(self, values: Tensors, cfg: AdaLoraConfig) -> Tensors:
-        """Return the singular triples that the layer kept."""
+        """Return the tensors cut to the singular triples that the config's mask kept for this layer; unchanged without
+        a mask.
+
+        A tensor of another number of triples than the mask stays as it is.
+        """
         mask = cfg.rank_mask(self.site.key)
         if mask is None:
             return values
@@ -220,7 +261,11 @@ class AdaLoRA(Method[AdaLoraConfig]):
         }
 
     def from_file_tensors(self, tensors: Tensors, cfg: AdaLoraConfig) -> Tensors:
-        """Put the triples of the file in their places; the others get the singular value 0."""
+        """Return the tensors in memory: the file's triples at the places that the mask kept, all others as they are in
+        memory, with E = 0.
+
+        Unchanged without a mask, for tensors of equal shapes, and for tensors other than A, B and E.
+        """
         mask = cfg.rank_mask(self.site.key)
         if mask is None:
             return tensors
@@ -243,7 +288,11 @@ class AdaLoRA(Method[AdaLoraConfig]):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Add the orthogonal regularisation to the loss of a training step, or keep it; say if nobody allocates."""
+        """Yield the function that adds the orthogonal regularisation to the loss of a training step, or keeps it for
+        the caller.
+
+        Before the run it sets `sees` of each layer that trains: True if its tensors are sharded.
+        """
 
         names = list(run.adapters)
         trains = tuner.training and torch.is_grad_enabled() and not is_dynamo_compiling()
@@ -252,6 +301,11 @@ class AdaLoRA(Method[AdaLoraConfig]):
                 m.sees = layout_of(m.lora_A) is not None
 
         def with_loss(output: Any) -> object:
+            """Return the output; in training with gradients add the losses of all adapters to `output.loss`.
+
+            An output without a loss leaves them in the call's `losses`, unless `generate` runs. Warns if nobody
+            allocates ranks. Without gradients nothing changes.
+            """
             if not torch.is_grad_enabled():
                 return output
             if not torch.compiler.is_compiling():  # a version is no number that can be traced
@@ -269,9 +323,10 @@ class AdaLoRA(Method[AdaLoraConfig]):
 
 
 def find_triples_dim(container: str) -> int:
-    """Return the dimension that counts singular triples."""
+    """Return the dimension that counts singular triples: 1 for "lora_B", else 0."""
     return 1 if container == "lora_B" else 0
 
 
 def find_kept_indices(mask: list[bool], like: Tensor) -> Tensor:
+    """Return the indices of the True entries of a mask, on the device of `like`."""
     return torch.tensor(mask, device=like.device).nonzero()[:, 0]

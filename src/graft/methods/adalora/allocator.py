@@ -19,15 +19,21 @@ from graft.storage.parallel import find_whole_shape, gather_tensor, layout_of, w
 
 
 class Importance:
-    """Smoothed sensitivity |p ∂p| of parameters, and its uncertainty."""
+    """Smoothed sensitivity |p ∂p| of parameters, and its uncertainty, by name (arXiv 2303.10512, equations 8 to 11)."""
 
     def __init__(self, beta1: float, beta2: float):
+        """Start without parameters. beta1 smooths the sensitivity, beta2 its uncertainty."""
         self.beta1, self.beta2 = beta1, beta2
         self.mean: dict[str, Tensor] = {}
         self.spread: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
+        """Update the mean of |p ∂p| and its spread |now - mean| of parameter `name`, from its gradient; do nothing
+        without a gradient.
+
+        Sharded tensors are gathered first.
+        """
         grad = p.grad
         if grad is None:
             return
@@ -39,13 +45,17 @@ class Importance:
         spread.mul_(self.beta2).add_((now - mean).abs(), alpha=1 - self.beta2)
 
     def score(self, name: str, p: Tensor) -> Tensor:
-        """Return the score of each element of `p`; 0 if it never had a gradient, as in an expert without tokens."""
+        """Return mean · spread of each element of `p`, in its whole shape; zeros if it never had a gradient, as in an
+        expert without tokens.
+        """
         return self.mean[name] * self.spread[name] if name in self.mean else p.new_zeros(find_whole_shape(p))
 
 
 def find_rank_budget(step: int, start: int, target: int, cfg: Any) -> tuple[int, bool]:
-    """Return the number of singular values that stay at a step, on a cubic from the start to the target, and whether to
-    prune now.
+    """Return the number of singular values that stay at a step, and whether to prune now.
+
+    `start`, False up to `tinit`; `target`, True after `total_step` - `tfinal`. Between them a cubic from start to
+    target, with pruning at multiples of `deltaT`.
     """
     first, last = cfg.tinit, cfg.total_step - cfg.tfinal
     if step <= first:
@@ -60,13 +70,17 @@ class Allocator:
     """The state of the allocation between two steps."""
 
     def __init__(self, cfg: Any):
+        """Start without importance, calls and warnings, with `beta1` and `beta2` of the config."""
         self.importance = Importance(cfg.beta1, cfg.beta2)
         self.called = self.warned = False
         self.version: int | None = None  # of a parameter, at first sight
 
     @torch.no_grad()
     def allocate(self, methods: dict[str, Method], keep: int) -> dict[str, list[bool]]:
-        """Set all but the `keep` most important singular values to 0. Return masks of those that stay, by layer."""
+        """Set all but the `keep` most important singular values to 0. Return masks of those that stay, by layer.
+
+        Values equal to the threshold are set to 0, too. The host waits for the device once.
+        """
         scores = {key: self.triplet_scores(key, m) for key, m in methods.items()}
         values = torch.cat(list(scores.values()))
         drop = len(values) - keep
@@ -77,14 +91,19 @@ class Allocator:
         return {key: list(islice(stays, len(score))) for key, score in scores.items()}
 
     def triplet_scores(self, key: str, m: Method) -> Tensor:
-        """Return the importance of each singular value with its two vectors, (r,)."""
+        """Return the importance of each singular value with its two vectors, (r,): E's score plus the means of A's row
+        and B's column.
+        """
         A, B, E = (self.importance.score(f"{key}.lora_{x}", getattr(m, f"lora_{x}")) for x in "ABE")
         return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)
 
 
 def all_trainable(tuner: Tuner, names: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each AdaLoRA adapter of these (None: the active ones) that trains, and its methods by layer: several only
-    in a PeftMixedModel."""
+    """Yield (name, methods by layer) of each AdaLoRA adapter in `names` (None: the active ones) that is not in
+    inference mode.
+
+    There can be several only in a PeftMixedModel.
+    """
     for name in tuner.active_adapters if names is None else names:
         config = tuner.peft_config[name]
         if config.peft_type == "ADALORA" and not config.inference_mode:
@@ -97,6 +116,7 @@ def trainable(tuner: Tuner) -> tuple[str, dict[str, Method]] | None:
 
 
 def allocator_of(tuner: Tuner, name: str) -> Allocator:
+    """Return the adapter's Allocator in `tuner.states`; create it from the config if there is none."""
     if name not in tuner.states:
         tuner.states[name] = Allocator(tuner.peft_config[name])
     allocator: Allocator = tuner.states[name]
@@ -104,13 +124,19 @@ def allocator_of(tuner: Tuner, name: str) -> Allocator:
 
 
 def update_and_allocate(tuner: Tuner, global_step: int) -> None:
-    """Measure importance and prune. Call after each optimizer step, while the gradients are there.
+    """Measure importance and prune the first AdaLoRA adapter that trains.
+
+    Call after each optimizer step, while the gradients are there.
+
+    Importance is updated before step `total_step` - `tfinal`; a pruning step writes E and the config's `rank_pattern`.
+    After that step pruned values are only set to 0 again.
 
     Args:
         global_step: number of the step, counted from 0 to `total_step`.
 
     Raises:
         ValueError: no adapter trains, or it has no gradients.
+        NotImplementedError: gradients are in parts that cannot be put together.
     """
     trained = trainable(tuner)
     if trained is None:
@@ -143,7 +169,7 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
 
 
 def check_gradients(name: str, methods: dict[str, Method]) -> None:
-    """Raise NotImplementedError if gradients are in parts that cannot be put together."""
+    """Raise NotImplementedError if a sharded layout of E keeps gradients in parts that cannot be put together."""
     for m in methods.values():
         layout = layout_of(m.lora_E)
         if layout is not None and not layout.has_gradients:
@@ -155,7 +181,10 @@ def check_gradients(name: str, methods: dict[str, Method]) -> None:
 
 @torch.no_grad()
 def zero_pruned_values(methods: dict[str, Method], cfg: Any) -> None:
-    """Set singular values to 0 again that the optimizer has moved away from it."""
+    """Set singular values to 0 that `rank_pattern` marks as pruned and the optimizer has moved away from 0.
+
+    Layers with another number of values than their mask are left out: an adapter from a file has only the kept ones.
+    """
     for key, m in methods.items():
         mask = cfg.rank_mask(key)
         if mask is not None and len(mask) == len(m.lora_E):  # an adapter from a file has no others
@@ -164,7 +193,11 @@ def zero_pruned_values(methods: dict[str, Method], cfg: Any) -> None:
 
 
 def orthogonal_losses(tuner: Tuner, names: Iterable[str], run: Run) -> dict[str, Callable[[], Tensor]]:
-    """Return functions that compute the losses, in a run, of those of these adapters that train and have one."""
+    """Return, by name, functions that compute the regularisation of these adapters: those that train, with
+    `orth_reg_weight` > 0.
+
+    Each is weighed by the share of the run that uses the adapter.
+    """
     return {
         name: partial(orthogonal_loss, methods, weight * run.share(name, tuner.model))
         for name, methods in all_trainable(tuner, names)
@@ -173,7 +206,7 @@ def orthogonal_losses(tuner: Tuner, names: Iterable[str], run: Run) -> dict[str,
 
 
 def orthogonal_loss(methods: dict[str, Any], weight: Tensor | float) -> Tensor:
-    """Return orth_reg_weight · mean ‖P Pᵀ - I‖_F over all A and B of an adapter."""
+    """Return weight · the mean of ‖P Pᵀ - I‖_F over all A and Bᵀ of an adapter, (), on the first one's device."""
     first, *distances = (d for m in methods.values() for d in m.distances())
     return weight * torch.stack([first, *(d.to(first.device) for d in distances)]).mean()  # on several devices
 
@@ -181,7 +214,9 @@ def orthogonal_loss(methods: dict[str, Any], weight: Tensor | float) -> Tensor:
 def resize_modules_by_rank_pattern(
     tuner: Tuner, rank_pattern: dict[str, Sequence[bool] | Tensor], adapter_name: str
 ) -> None:
-    """Keep only the singular triples that masks name: their parameters are new ones, so make the optimizer afterwards.
+    """Keep only the singular triples that masks name, and record the masks in the config's `rank_pattern`.
+
+    A, E and B of these layers become new parameters, so make the optimizer afterwards.
 
     Args:
         rank_pattern: as the config's, {"path.lora_E" or "path.lora_E.adapter": a mask of the layer's triples}.
@@ -219,6 +254,6 @@ def resize_modules_by_rank_pattern(
             old = getattr(layer, name)[adapter_name]
             values = old.detach()[:, mask] if of_columns else old.detach()[mask]
             getattr(layer, name)[adapter_name] = nn.Parameter(values.clone(), old.requires_grad)
-    cfg = tuner.peft_config[adapter_name]  # whose pattern says what a file holds
+    cfg = tuner.peft_config[adapter_name]  # its pattern says which triples a file holds
     other_masks = {k: mask for k, mask in (cfg.rank_pattern or {}).items() if k.partition(".lora_E")[0] not in masks}
     cfg.rank_pattern = other_masks | {f"{key}.lora_E.{adapter_name}": mask.tolist() for key, mask in masks.items()}

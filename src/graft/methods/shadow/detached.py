@@ -26,7 +26,7 @@ NAMES = ("cache", "past_key_values")  # the argument in transformers from 5.2x o
 
 @cache
 def find_cache_class() -> type:
-    """Return the class of the cache, which derives from transformers' own."""
+    """Return the class ShadowCache, which derives from transformers' Cache; made at the first call."""
     from transformers import Cache
 
     class ShadowCache(Cache):
@@ -38,34 +38,46 @@ def find_cache_class() -> type:
         __module__, __qualname__ = __name__, "ShadowCache"  # where `pickle` finds it
 
         def __init__(self, base: Cache, shadows: dict[str, Cache]):
+            """Hold the base model's cache, and those of shadow networks by adapter."""
             self.base, self.shadows = base, shadows
 
         def __getattr__(self, name: str) -> Any:
+            """Return the attribute of the base model's cache.
+
+            Raises AttributeError for dunder names, `base` and `shadows`.
+            """
             if name.startswith("__") or name in ("base", "shadows"):
                 raise AttributeError(name)
             return getattr(self.base, name)
 
         @property
         def layers(self) -> list[object]:  # type: ignore[override]
+            """The layers of the base model's cache, then those of all shadow networks."""
             return [layer for cache in (self.base, *self.shadows.values()) for layer in cache.layers]
 
         def __len__(self) -> int:
+            """Return the length of the base model's cache."""
             return len(self.base)
 
     return ShadowCache
 
 
 def pack(base: Cache, shadows: dict[str, Cache]) -> Cache:
-    """Return a cache that packs the base model's with those of shadow networks."""
+    """Return a ShadowCache of the base model's cache and those of shadow networks, by adapter."""
     packed: Cache = find_cache_class()(base, shadows)
     return packed
 
 
 def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) -> dict[str, Cache] | None:
-    """Return the shadow networks' caches from a call's arguments, and leave the base model's there; None: no cache.
+    """Return the shadow networks' caches, by adapter, from a call's arguments, and replace a ShadowCache in `kwargs` by
+    its base.
+
+    Without a cache among the arguments: {} if `use_cache`, or for None the model's config, wants one; else None. An
+    empty cache of transformers gives {}.
 
     Raises:
         ValueError: the cache holds tokens that the shadow network has not seen.
+        NotImplementedError: the cache does not tell its tokens.
     """
     name = next((n for n in NAMES if kwargs.get(n) is not None), None)
     if name is None:
@@ -90,10 +102,13 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
 
 
 def with_cache(output: Any, shadows: dict[str, Cache]) -> object:
-    """Return a model's output with its cache packed."""
+    """Return a model's output with each plain cache in it packed with `shadows`: a new tuple, or the same object
+    changed in place.
+    """
     from transformers import Cache
 
     def pack_value(value: object) -> object:
+        """Return a cache of transformers packed with the shadows; any other value, or a ShadowCache, as it is."""
         return pack(value, shadows) if isinstance(value, Cache) and not isinstance(value, find_cache_class()) else value
 
     if isinstance(output, tuple):
@@ -105,7 +120,9 @@ def with_cache(output: Any, shadows: dict[str, Cache]) -> object:
 
 
 def empty(network: nn.Module) -> Cache:
-    """Return a cache for a shadow network."""
+    """Return an empty cache for a shadow network, with its layers' kinds, unless it is a decoder of an
+    encoder-decoder.
+    """
     from transformers import DynamicCache
 
     if hasattr(network.config, "decoder_layers"):  # which num_hidden_layers does not count there
@@ -114,7 +131,11 @@ def empty(network: nn.Module) -> Cache:
 
 
 def no_cache_for(network: Any, model: Any) -> str | None:
-    """Return the reason why a shadow network beside `model` cannot run with a cache, and the remedy; None if it can."""
+    """Return the reason why a shadow network next to `model` cannot run with a cache, and the remedy; None if it can.
+
+    Reasons: the model has a cache of another class than transformers' dynamic one; it is an encoder-decoder; no layer
+    of the network counts tokens.
+    """
     kind, plain = type(network).__name__, "Pass use_cache=False."
     if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
         return f"{kind} has a cache that transformers makes for it alone. {plain}"
@@ -129,8 +150,10 @@ def no_cache_for(network: Any, model: Any) -> str | None:
 
 
 def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-    """Return the loss of the head's output for the shadow state s (rows, tokens, hidden); None for tasks without a
-    head.
+    """Return the loss of the head's output for the shadow state s (rows, tokens, hidden), ().
+
+    For SEQ_CLS a classification by the shadow's own head at the last token, else the next token by the model's output
+    embeddings; None if it has none.
     """
     labels, model = inputs["labels"], tuner.model
     if cfg.task_type == "SEQ_CLS":
@@ -142,17 +165,23 @@ def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, inputs: dic
 
 
 def find_head_dtype(head: nn.Module) -> torch.dtype:
+    """Return the dtype of the head's first parameter."""
     return next(head.parameters()).dtype
 
 
 def next_token(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross entropy of each token's logits (rows, tokens, vocabulary) with the next label; -100 has none."""
+    """Return the mean cross entropy of each token's logits (rows, tokens, vocabulary) with the next label, in float32;
+    label -100 has none.
+    """
     wanted = F.pad(labels, (0, 1), value=-100)[:, 1:].to(logits.device)
     return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100)
 
 
 def pool_logits(logits: Tensor, ids: Tensor | None, padding: int | None) -> Tensor:
-    """Return the logits (rows, labels) at each row's last token that is no padding."""
+    """Return the logits (rows, labels) of (rows, tokens, labels) at each row's last token that is no padding.
+
+    Without ids or a padding id that is the last position.
+    """
     rows, tokens = logits.shape[:2]
     last = torch.full((rows,), tokens - 1, device=logits.device)
     if ids is not None and padding is not None:
@@ -162,8 +191,10 @@ def pool_logits(logits: Tensor, ids: Tensor | None, padding: int | None) -> Tens
 
 
 def classification(config: Config, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of logits (rows, labels) by the config's problem type, else by the dtype of the labels and the
-    number of classes.
+    """Return the loss of logits (rows, labels), in float32: mean squared error, binary cross entropy, or cross entropy.
+
+    The config's `problem_type` says which. Without it: one logit is a regression, floating-point labels have several
+    classes each.
     """
     kind: str | None = config.problem_type
     logits, labels = logits.float(), labels.to(logits.device)
@@ -181,7 +212,9 @@ NAME = "DetachedShadowModel"
 
 @cache
 def find_model_class() -> type[PreTrainedModel]:
-    """Return the class of such a model, which derives from transformers' own."""
+    """Return the class DetachedShadowModel, which derives from transformers' PreTrainedModel; made at the
+    first call.
+    """
     from transformers import GenerationMixin, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
@@ -204,20 +237,29 @@ def find_model_class() -> type[PreTrainedModel]:
         def __init__(
             self, config: Config, backbone: nn.Module, projection: nn.Module, head: nn.Module, classifies: bool
         ):
+            """Hold the network, projection and head as they are; `classifies` tells a head of SEQ_CLS from output
+            embeddings.
+            """
             super().__init__(config)
             self.backbone, self.shadow_hidden_projection, self.head = backbone, projection, head
             self.classifies = classifies
 
         def get_input_embeddings(self) -> Any:
+            """Return the network's word embeddings."""
             return self.backbone.get_input_embeddings()
 
         def get_output_embeddings(self) -> nn.Module | None:
+            """Return the head; None if it classifies."""
             return None if self.classifies else self.head
 
         def forward(
             self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
         ) -> object:
-            """Return logits, and with labels the loss, as the base model's class does."""
+            """Return logits, and with labels the loss, as the base model's class does.
+
+            A classifier gives those at each row's last token; others the next-token logits at all positions, or at
+            `logits_to_keep`, with the cache.
+            """
             kwargs.pop("return_dict", None)
             tail: Any = kwargs.pop("logits_to_keep", 0)
             out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -235,6 +277,10 @@ def find_model_class() -> type[PreTrainedModel]:
 
 
 def __getattr__(name: str) -> type:
+    """Return the class "ShadowCache" or "DetachedShadowModel", which `pickle` finds here.
+
+    Raises AttributeError for other names.
+    """
     makes = {"ShadowCache": find_cache_class, NAME: find_model_class}.get(name)
     if makes is None:
         raise AttributeError(name)
@@ -242,10 +288,10 @@ def __getattr__(name: str) -> type:
 
 
 def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) -> object:
-    """Return the shadow network of an adapter (None: the active one) as a separate model, with the base's head.
+    """Return the shadow network of an adapter (None: the first active one) as a separate model, with the base's head.
 
     Args:
-        copy: give it its own modules, and not those that this model has.
+        copy: True: it gets copies of the modules; False: it shares them with this model.
 
     Raises:
         AdapterNotFoundError: there is no such adapter, or none is active.
@@ -261,6 +307,12 @@ def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) ->
 
 
 def detach(tuner: Tuner, name: str, separate: bool) -> object:
+    """Return a DetachedShadowModel of adapter `name`: network, projection and a head, in the base model's training
+    mode.
+
+    The head is the shadow's own for SEQ_CLS, else the base's output embeddings. A network without embeddings gets the
+    base's. `separate`: all modules are copied; else shared, and the adapter's network stays without embeddings.
+    """
     model, containers = tuner.model, tuner.shared.containers
     network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
     classifies = "shadow_head" in containers and name in containers["shadow_head"]

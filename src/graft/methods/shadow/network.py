@@ -49,6 +49,11 @@ class ShadowConfig(Targeted, LayerRange):
     auxiliary_loss_weight: float = 0.05  # of the shadow network's own loss
 
     def __post_init__(self) -> None:
+        """Validate the fields; set `hidden_size` to 0, which `prepare` fills for one model.
+
+        Raises:
+            ConfigError: a size of a mirror is set with a `shadow_model` that is loaded.
+        """
         super().__post_init__()
         self.hidden_size = 0  # no field: it is that of one model
         names = [f"shadow_{size}" for size in SIZES if getattr(self, f"shadow_{size}") is not None]
@@ -64,8 +69,11 @@ PROJECTION = "shadow_hidden_projection.weight"
 
 
 def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
-    """Return the network, with frozen embeddings, and its projection to `width`; None for the projection if it has
-    none.
+    """Return the network at `where` (a folder or a name on the hub), with frozen embeddings, and its projection to
+    `width`, or None.
+
+    Reads three kinds by config.json: a file of PEFT with a projection, a detached shadow model, any model of
+    transformers. No remote code runs.
 
     Raises:
         ConfigError: the projection is to another width.
@@ -94,7 +102,9 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
 
 
 def _load_network(config: object, where: str, prefix: str) -> tuple[nn.Module, nn.Linear | None]:
-    """Return a network with the values of a file, and the projection from the file; None if it has none."""
+    """Return a network of `config` with the values of model.safetensors under `prefix`, and the projection in the file;
+    None if it has none.
+    """
     from transformers import AutoModel
 
     network = AutoModel.from_config(config, trust_remote_code=False)
@@ -109,6 +119,7 @@ def _load_network(config: object, where: str, prefix: str) -> tuple[nn.Module, n
 
 
 def _file(where: str, name: str) -> Path:
+    """Return the path of a file of `where`, a folder or a repository, which is downloaded into transformers' cache."""
     from transformers.utils import cached_file
 
     return Path(str(cached_file(where, name)))
@@ -120,7 +131,7 @@ EMBEDDINGS = "embed_tokens"  # where networks share word embeddings, PEFT's lack
 
 
 def containers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) of the model, and of the backbones within it, the outermost first."""
+    """Yield (path with a dot at its end, module) of the model, and of the backbones within it, the outermost first."""
     path, module = "", model
     while True:
         yield path, module
@@ -134,7 +145,9 @@ def containers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def stack_of(model: nn.Module) -> tuple[nn.Module, str, int] | None:
-    """Return the module that holds the stack of blocks, the path of that stack, and how many there are."""
+    """Return the module that holds the stack of blocks, the path of that stack, and the number of blocks; None without
+    a stack.
+    """
     for path, container in containers_of(model):
         for name in LISTS:
             stack = container._modules.get(name)
@@ -144,10 +157,10 @@ def stack_of(model: nn.Module) -> tuple[nn.Module, str, int] | None:
 
 
 def list_block_paths(model: nn.Module) -> list[str]:
-    """Return the paths of all blocks.
+    """Return the paths of all blocks in the model's stack: "layers.0", "layers.1", …
 
     Raises:
-        AttributeError: the model has no stack of blocks where transformers' models have theirs.
+        AttributeError: the model has no stack of blocks (`stack_of`).
     """
     stack = stack_of(model)
     if stack is not None:
@@ -158,7 +171,10 @@ def list_block_paths(model: nn.Module) -> list[str]:
 
 
 def require_width(model: nn.Module) -> int:
-    """Return the width of hidden states. Raises ConfigError if the model's config does not tell it."""
+    """Return the `hidden_size` of the model's config (of a multimodal one, its text's).
+
+    Raises ConfigError if there is none.
+    """
     size = getattr(text_config(model), "hidden_size", None)
     if size is None:
         raise ConfigError(f"SHADOW needs a model whose config tells its hidden_size; {type(model).__name__} has none.")
@@ -166,14 +182,20 @@ def require_width(model: nn.Module) -> int:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """Return the module that holds the list of blocks and computes hidden states; the model itself if there is none."""
+    """Return the module that holds the stack of blocks (`stack_of`); the model itself if there is none."""
     stack = stack_of(model)
     return model if stack is None else stack[0]
 
 
 def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
-    """Return the modules that SHADOW adds, by name: the network, its projection, and for SEQ_CLS a head for
-    its loss.
+    """Return the modules that SHADOW adds: "shadow_backbone", the mirror or loaded network, "shadow_projection" to the
+    model's width, and for SEQ_CLS "shadow_head".
+
+    The projection is the file's, an identity for equal widths, else a new linear layer without bias. The head is a copy
+    of the model's, without hooks. All are in the model's training mode.
+
+    Raises:
+        ConfigError: the mirror would have a head, as the model has no backbone with a stack of blocks.
     """
     width = require_width(model)
     mirrors = cfg.shadow_model == MIRROR
@@ -197,7 +219,11 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
 
 
 def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
-    """Return a network of the class of the base model's backbone, with new values."""
+    """Return a network of the class of the base model's backbone, with new values and the sizes of the config; one
+    block by default.
+
+    With `share_embeddings` and an equal width it has no word embeddings, and is marked with `needs_embeddings`.
+    """
     base = backbone_of(model)
     config = copy.deepcopy(base.config)
     sizes = {size: getattr(cfg, f"shadow_{size}") for size in SIZES}
@@ -218,6 +244,6 @@ def mirror(model: nn.Module, cfg: ShadowConfig) -> Any:
 
 
 def last_loss(tuner: Tuner) -> Tensor | None:
-    """The shadow network's own loss in the last call with labels, detached; None if there was none."""
+    """Return the shadow network's own loss in the last call with labels, detached; None if there was none."""
     names = (name for name in tuner.active_adapters if tuner.peft_config[name].peft_type == "SHADOW")
     return next((tuner.states[name] for name in names if name in tuner.states), None)

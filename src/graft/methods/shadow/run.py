@@ -26,25 +26,36 @@ FACT = "shadow"  # its name among the facts of a call
 
 
 class States:
-    """By adapter: of its rows, in their order. So the states of some rows need no selection."""
+    """The current state (rows, tokens, hidden) of each adapter, for the rows that use it; selections of rows change
+    nothing.
+    """
 
     def __init__(self, seed: Callable[[str, Tensor], Tensor]):
+        """Start without states.
+
+        `seed` is called as (adapter, input of the first block) for the state before that block.
+        """
         self.seed = seed  # (adapter, its rows at the first block) → state before that
         self.now: dict[str, Tensor] = {}  # (rows, tokens, hidden)
         # by adapter and block: the state before each of its runs, None where it was the seed, for blocks that run again
         self.before: dict[tuple[str, str], list[Tensor | None]] = {}
 
     def __getitem__(self, index: object) -> States:
+        """Return the object itself: each state is already that of its adapter's rows."""
         return self
 
     def repeat_interleave(self, repeats: int, dim: int) -> States:
+        """Return the object itself: each state is already that of its adapter's rows."""
         return self
 
     def take(self, adapter: str, block: str, h: Tensor) -> Tensor:
-        """Return the state before a block with input h: that of its call, if a backward pass runs it again.
+        """Return the state before a block with input h, and make it the adapter's current one: `seed` before the first
+        block.
+
+        With gradients the state is also kept by block. A backward pass that runs the block again gets that one.
 
         Raises:
-            NotImplementedError: it is not known for which of its runs, or there was no graph.
+            NotImplementedError: a backward pass runs a block again that ran several times, or without gradients.
         """
         eager = not torch.compiler.is_compiling()
         if eager and torch._C._current_graph_task_id() != -1:
@@ -68,9 +79,11 @@ TAKEN = ("attention_mask", "position_ids", "cache_position", "token_type_ids")  
 
 @contextmanager
 def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], object]]:
-    """Run shadow networks before a forward pass, or before each forward pass of `generate`.
+    """Run the shadow networks before a forward pass, or before each forward pass of `generate`, and show their `States`
+    to the layers.
 
-    Yield the function that completes the output.
+    Yield the function that completes the output with loss and cache; in `generate` hooks do that, and it changes
+    nothing. With adapters disabled do nothing.
     """
     if tuner.disabled:
         yield as_it_is
@@ -87,6 +100,10 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     def before(
         _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Start a `Pass` for a step of `generate`, and show its states to the layers.
+
+        Return the arguments; in other threads return None.
+        """
         if get_ident() != thread:  # others may run the model as well
             return None
         one = Pass(tuner, call, names, args, kwargs, run)
@@ -95,6 +112,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
         return args, kwargs
 
     def after(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
+        """Return the output of the step, completed by its `Pass`; None in other threads."""
         return passes.pop().finish(output) if get_ident() == thread else None
 
     handles = [
@@ -115,6 +133,15 @@ class Pass:
     def __init__(
         self, tuner: Tuner, call: Call, names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, Any], run: Run
     ):
+        """Take the caches of the shadow networks out of `kwargs`, and run the networks if the call has ids or
+        embeddings.
+
+        If a network cannot run with a cache, the pass has none, unless the call asks for one.
+
+        Raises:
+            ValueError: a cache is passed by position, or holds tokens that the network has not seen.
+            NotImplementedError: the call asks for a cache, and a network cannot run with one.
+        """
         self.tuner, self.names, self.share = tuner, names, run.share
         self.rows = call.rows  # also when a backward pass runs a block again
         self.arguments = by_name(tuner.model, args, kwargs)
@@ -137,7 +164,9 @@ class Pass:
                 self.starts[name] = self.start(name)
 
     def why_no_cache(self) -> str | None:
-        """Return the reason why the network of an adapter cannot run with a cache, and the remedy; None if all can."""
+        """Return the first reason why an adapter's network cannot run with a cache, with the remedy; None if
+        all can.
+        """
         for name in self.names:
             network = self.tuner.shared.containers["shadow_backbone"][name]
             why = no_cache_for(network, self.tuner.model)
@@ -146,7 +175,12 @@ class Pass:
         return None
 
     def start(self, name: str, inputs_embeds: Tensor | None = None) -> Tensor:
-        """Return the state before the first block, (rows, tokens, hidden): the network's output, projected."""
+        """Return the state before the first block, (rows, tokens, hidden): the network's output for the call's
+        arguments, projected.
+
+        Input embeddings come from the argument, the call, or the base model's embedding, if the network has none. A
+        cache, if there is one, is used and extended.
+        """
         containers = self.tuner.shared.containers
         network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
         parameters = signature(network.forward).parameters
@@ -175,7 +209,10 @@ class Pass:
         return states
 
     def seed(self, name: str, h: Tensor) -> Tensor:
-        """Return the state of an adapter's rows."""
+        """Return the state before the first block for the adapter's rows.
+
+        If the network has not run yet, run it on h, keep the result, and return it for all rows.
+        """
         start = self.starts.get(name)
         if start is None:
             start = self.start(name, h)
@@ -185,7 +222,9 @@ class Pass:
         return start if index is None else start.index_select(0, index)
 
     def finish(self, output: Any) -> object:
-        """Return the model's output with the shadow network's loss, and with its cache."""
+        """Return the model's output with the caches packed and, if the call has labels, the losses of the shadow
+        networks added.
+        """
         if self.shadows:
             output = with_cache(output, self.shadows)
         for name in () if self.arguments.get("labels") is None else self.names:
@@ -193,8 +232,11 @@ class Pass:
         return output
 
     def with_loss(self, output: Any, name: str) -> object:
-        """Return the output with the loss of an adapter's shadow network added to its loss, for the rows that use the
-        adapter.
+        """Return the output with auxiliary_loss_weight · share · the loss of an adapter's network added to its loss,
+        over the adapter's rows.
+
+        The detached loss is stored in `tuner.states` and, unless the output is a tuple, as `output.shadow_loss`.
+        Unchanged for models without a head.
         """
         cfg = self.tuner.peft_config[name]
         tensors: dict[str, Any] = {"state": self.starts[name]}

@@ -27,7 +27,9 @@ BESIDE = ("shadow_backbone", "shadow_projection", "shadow_head")
 
 
 class Shadow(Method[ShadowConfig]):
-    """h' = h + α Up Down (h - s) goes into a block; s' = (1 - g) s + g T(y), g = σ(G(y)), follows from its output y."""
+    """SHADOW, a method of PEFT: h' = h + α Up Down (h - s) enters a block; s' = (1 - g) s + g T(y), g = σ(G(y)),
+    follows from its output y.
+    """
 
     prefix = "shadow_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
@@ -50,20 +52,30 @@ class Shadow(Method[ShadowConfig]):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str]:
+        """Return the paths of all blocks of the model. Raises AttributeError if it has no stack of blocks."""
         return network.list_block_paths(model)
 
     @classmethod
     def prepare(cls, cfg: ShadowConfig, model: nn.Module) -> None:
+        """Set `cfg.hidden_size` to the width of the model's hidden states.
+
+        Raises ConfigError if its config does not tell it.
+        """
         cfg.hidden_size = network.require_width(model)
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, Any]:
+        """Return the shadow network, its projection and, for SEQ_CLS, its head (`make_modules`).
+
+        Raises ConfigError for a second adapter if one of them is for SEQ_CLS.
+        """
         tasks = (c.task_type for c in (layers.cfg, *layers.others.values()))
         if layers.others and "SEQ_CLS" in tasks:
             raise ConfigError("SHADOW supports one adapter only for SEQ_CLS, whose head it copies.")
         return network.make_modules(layers.model, layers.cfg)
 
     def check(self) -> str | None:
+        """Return a reason against known layers other than hidden_size → hidden_size; else that of `Method.check`."""
         site, d = self.site, self.cfg.hidden_size
         if site.op.known and (site.in_features, site.out_features) != (d, d):
             return (
@@ -74,19 +86,27 @@ class Shadow(Method[ShadowConfig]):
 
     @classmethod
     def split_budget(cls, methods: Sequence[Shadow]) -> None:
+        """Mark the method of the last block (`last`): no block reads the state after it."""
         for method in methods[-1:]:
             method.last = True
 
     @classmethod
     def check_together(cls, methods: Sequence[Method]) -> None:
+        """Raise ValueError always: exactly one SHADOW adapter can be active."""
         names = [m.name for m in methods]
         raise ValueError(f"SHADOW supports exactly one active adapter at a time, got {names}: each has its own state.")
 
     def describe(self) -> Effect:
+        """Return a `Rewrite` of the block with `pre` and `post`, which cannot merge."""
         why = "SHADOW adapts whole blocks by a state that changes from token to token, which no weight does"
         return Rewrite(pre=self.pre, post=self.post, block=True, fixed=why)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return linear layers `shadow_down` (r, d) and `shadow_up` (d, r) without bias, `shadow_update_transform` and
+        `shadow_update_gate`, and the dropout.
+
+        Both of the latter are Linear (u, d), GELU, Linear (d, u); u = `update_hidden_size` or r, d the hidden size.
+        """
         cfg, d = self.cfg, self.cfg.hidden_size
         u = cfg.update_hidden_size or cfg.r
         return dict(
@@ -99,11 +119,16 @@ class Shadow(Method[ShadowConfig]):
         )
 
     def init(self) -> None:
+        """Fill Up with zeros, so that the adapter starts as nothing; with `init_weights=False` keep torch's values."""
         if self.cfg.init_weights:
             nn.init.zeros_(self.shadow_up.weight)
 
     def state(self) -> States:
-        """Return the states of the call."""
+        """Return the `States` of the call.
+
+        Raises:
+            RoutingError: there are none: somebody called the model inside, which does not run the shadow network.
+        """
         states: States | None = self.layer.call.fact(FACT)
         if states is None:
             raise RoutingError(
@@ -113,6 +138,11 @@ class Shadow(Method[ShadowConfig]):
         return states
 
     def pre(self, h: Tensor) -> Tensor:
+        """Return h + α Up dropout(Down (h - s)) in the adapter's dtype, with the state s before this block.
+
+        Raises:
+            ValueError: s has another shape than h.
+        """
         s, x = self.state().take(self.name, self.site.key, h), h.to(self.dtype)
         if s.shape != h.shape:
             raise ValueError(
@@ -124,6 +154,10 @@ class Shadow(Method[ShadowConfig]):
         return x + update
 
     def post(self, h: Tensor, y: Tensor) -> Tensor:
+        """Return y unchanged, and set the adapter's state to s + g (T(y) - s), g = σ(G(y)).
+
+        After the last block remove the state.
+        """
         now = self.state().now
         if self.last:
             now.pop(self.name, None)
@@ -136,6 +170,8 @@ class Shadow(Method[ShadowConfig]):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Run the shadow network before the model, and add its loss to the model's."""
+        """Run the shadow networks before the model, or before each step of `generate`; add their losses and caches to
+        the output (`surround`).
+        """
         with super().surround_run(tuner, call, run) as _, surround(tuner, call, run) as finish:
             yield finish

@@ -30,6 +30,9 @@ class BOFTConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     init_weights: bool = True
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError unless exactly one of `boft_block_size` and `boft_block_num` is
+        nonzero, and none is negative.
+        """
         super().__post_init__()
         size, blocks = self.boft_block_size, self.boft_block_num
         if (size == 0) == (blocks == 0) or size < 0 or blocks < 0:
@@ -40,8 +43,10 @@ class BOFTConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
 
 
 class BOFT(Method[BOFTConfig]):
-    """s ⊙ W (x R) + b, R = R_F … R_1, R_i = P_i blockdiag((I - S)(I + S)⁻¹) P_iᵀ. In convolutions R turns the weight,
-    of embeddings the output."""
+    """BOFT, arXiv 2311.06243: s ⊙ W (x R) + b, R = R_F … R_1, R_i = P_i blockdiag((I - S)(I + S)⁻¹) P_iᵀ.
+
+    In convolutions R turns the weight, of embeddings the output.
+    """
 
     prefix = "boft_"
     targets = LORA
@@ -52,6 +57,11 @@ class BOFT(Method[BOFTConfig]):
     boft_orders: Tensor  # (F, 2, n): P_i and its inverse as indices
 
     def describe(self) -> Effect:
+        """Return a `Rewrite` by `fold`: on linear layers `pre` rotates the input, and `post` scales the output without
+        its bias (`apart`).
+
+        On embeddings `post` rotates and scales the output; on convolutions only the weight changes.
+        """
         if self.site.op.takes_ids:
             return Rewrite(self.fold, post=self.post)
         if len(self.site.shape) > 2:  # overlapping patches: turn the weight
@@ -60,20 +70,31 @@ class BOFT(Method[BOFTConfig]):
 
     @property
     def width(self) -> int:
-        """The number of channels that R turns."""
+        """The number n of channels that R turns: out_features of an embedding, else fan_in."""
         return self.site.out_features if self.site.op.takes_ids else self.site.fan_in
 
     @property
     def blocks(self) -> int:
+        """The number of blocks: `boft_block_num`, or width // `boft_block_size`."""
         return int(self.cfg.boft_block_num or self.width // self.cfg.boft_block_size)
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`.
+
+        Raises ConfigError if the width does not have these blocks and factors (`unfit`).
+        """
         why = super().check()
         if why is None and (wrong := unfit(self.width, self.cfg)):
             raise ConfigError(f"{wrong} (layer '{self.site.key}'). Choose other blocks, or do not target this layer.")
         return why
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised parameters `boft_R` (F, blocks, b, b) and `boft_s` (out, 1), of a convolution (1, out),
+        and facts.
+
+        With F > 1 also the buffer `boft_orders` (F, 2, n), which no file holds: each factor's permutation and its
+        inverse.
+        """
         cfg, n, blocks = self.cfg, self.width, self.blocks
         F, b, out = cfg.boft_n_butterfly_factor, n // blocks, self.site.out_features
         values = dict(
@@ -89,6 +110,9 @@ class BOFT(Method[BOFTConfig]):
         return values | dict(boft_orders=Transient(torch.stack([torch.stack((o, o.argsort())) for o in orders])))
 
     def init(self) -> None:
+        """Fill R with zeros and s with ones, the identity; with `init_weights=False` normal values of std 0.1 around 0
+        and 1.
+        """
         if self.cfg.init_weights:
             nn.init.zeros_(self.boft_R)
             nn.init.ones_(self.boft_s)
@@ -112,28 +136,37 @@ class BOFT(Method[BOFTConfig]):
         return R
 
     def rotate_blocks(self, x: Tensor, dtype: torch.dtype, transpose: bool = False) -> Tensor:
-        """Return x R, or x Rᵀ, by blocks in `dtype`. x (…, n)."""
+        """Return x R, or with `transpose` x Rᵀ, in `dtype`. x (…, n); R is drawn anew in training with dropout."""
         orders = self.boft_orders if self.cfg.boft_n_butterfly_factor > 1 else None
         return butterfly(x, self.R().to(dtype), orders, transpose)
 
     def pre(self, x: Tensor) -> Tensor:
+        """Return the input times R, in the adapter's dtype."""
         return self.rotate_blocks(x, self.dtype)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y ⊙ s; of an embedding y R ⊙ s."""
         if self.site.op.takes_ids:
             y = self.rotate_blocks(y, self.dtype)
         return y * self.boft_s.flatten()
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return s ⊙ W R in W's shape, and the bias unchanged; of an embedding, R and s act on the columns that are
+        looked up.
+        """
         s = self.boft_s.flatten().to(W.dtype)
-        if self.site.op.takes_ids:  # R turns what is looked up: columns
+        if self.site.op.takes_ids:  # R turns the columns, which a call looks up
             return (self.rotate_blocks(W.T, W.dtype) * s).T, b
         turned = self.rotate_blocks(W.flatten(1), W.dtype, transpose=True)
         return (turned * s[:, None]).view(W.shape), b
 
 
 def unfit(n: int, cfg: BOFTConfig) -> str | None:
-    """Return why n channels do not have these blocks and factors; None if they have."""
+    """Return the reason why n channels do not fit the config's blocks and factors; None if they do.
+
+    The block size or number must divide n. With F > 1 factors, size and number must be even, and the number at least
+    2^(F - 1).
+    """
     size, blocks, F = cfg.boft_block_size, cfg.boft_block_num, cfg.boft_n_butterfly_factor
     name, number = ("boft_block_num", blocks) if blocks else ("boft_block_size", size)
     if n % number:

@@ -35,7 +35,7 @@ class C3AConfig(Targets, LayerRange, BaseBias):
 
 
 class C3A(Method[C3AConfig]):
-    """ΔW[m b + t, n b + s] = w[m, n, (s - t) mod b] / in."""
+    """C3A, arXiv 2407.19342: ΔW of circulant blocks, ΔW[m b + t, n b + s] = w[m, n, (s - t) mod b] / in."""
 
     prefix = "c3a_"
     published_lr = Published(0.3, 0.3, COMPARISON)
@@ -44,14 +44,19 @@ class C3A(Method[C3AConfig]):
     c3a_kernel: nn.Parameter  # (out / b, in / b, b)
 
     def describe(self) -> Effect:
+        """Return an `Update` by `delta`; on layers that take vectors also with a `branch` that never forms ΔW."""
         return Update(self.delta, branch=self.branch if self.site.takes_vectors else None)
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`, or that b = `block_size` does not divide the input size or the output
+        size.
+        """
         b = self.cfg.block_size
         text = "The block size should be a factor of the {name}. However, the {name} is {size} and the block size is "
         return super().check() or indivisible(self.site, b, f"{text}{b}", ("input size", "output size"))
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `c3a_kernel` (out / b, in / b, b) of zeros, trained, and the fact `block_size`."""
         b = self.cfg.block_size
         return dict(
             c3a_kernel=nn.Parameter(torch.zeros(self.site.out_features // b, self.site.fan_in // b, b)),
@@ -59,6 +64,12 @@ class C3A(Method[C3AConfig]):
         )
 
     def init(self) -> None:
+        """Fill the kernel as `init_weights` says.
+
+        True: zeros. "gaussian": normal. "kaiming_uniform": within ±√(1 / in).
+
+        "xavier_uniform", False and None: within ±√(6 / (in + out)).
+        """
         start, fan_in, w = self.cfg.init_weights, self.site.fan_in, self.c3a_kernel
         if start is True:
             nn.init.zeros_(w)
@@ -69,7 +80,9 @@ class C3A(Method[C3AConfig]):
             nn.init.uniform_(w, -math.sqrt(bound), math.sqrt(bound))
 
     def delta(self) -> Circulant:
+        """Return ΔW as a `Circulant` of the kernel with the factor 1 / in, not formed until somebody needs it."""
         return Circulant(self.c3a_kernel, 1 / self.site.fan_in, self.site.shape)
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return ΔW x, (…, out), as circular convolutions of the blocks of x."""
         return multiply_circulant(x, self.c3a_kernel, 1 / self.site.fan_in)

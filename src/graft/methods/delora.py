@@ -33,7 +33,7 @@ class DeloraConfig(Targeted, LayerRange, RankPattern):
 
 
 class DeLoRA(Method[DeloraConfig]):
-    """ΔW = Σ λ / r · b_k (a_k ⊙ w)ᵀ / (‖a_k‖ ‖b_k‖), w the norms of the columns of W₀."""
+    """DeLoRA, arXiv 2503.18225: ΔW = Σ λ / r · b_k (a_k ⊙ w)ᵀ / (‖a_k‖ ‖b_k‖), w the norms of the columns of W₀."""
 
     prefix = "delora_"
     targets = LORA
@@ -44,6 +44,11 @@ class DeLoRA(Method[DeloraConfig]):
     delora_dropout: nn.Module
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised parameters `delora_A` (r, fan_in), `delora_B` (out, r), `delora_lambda` (1,), and the
+        dropout.
+
+        The buffer `delora_w_norm` (fan_in,) starts as ones.
+        """
         cfg, site = self.cfg, self.site
         return dict(
             delora_A=nn.Parameter(torch.empty(cfg.r, site.fan_in)),
@@ -55,15 +60,24 @@ class DeLoRA(Method[DeloraConfig]):
         )
 
     def init(self) -> None:
+        """Fill A kaiming uniform (a=√5), B with zeros (random with `init_weights=False`), λ with `delora_lambda`.
+
+        The buffer gets the norms of the columns of W₀.
+        """
         nn.init.kaiming_uniform_(self.delora_A, a=math.sqrt(5))
         self.fill_start(self.delora_B)
         self.delora_lambda.data.fill_(self.cfg.delora_lambda)
         self.delora_w_norm.copy_(torch.linalg.vector_norm(self.layer.W0.detach().flatten(1), dim=0))
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS`: the norms come from the weight; a file has them."""
         return Use.STARTS  # the file has the norms
 
     def factors(self) -> Factors:
+        """Return A ⊙ w and B ⊙ λ / (r ‖a_k‖ ‖b_k‖), with dropout.
+
+        Lengths are computed in at least float32, and are at least 1e-4.
+        """
         A, B = self.delora_A, self.delora_B
         wide = torch.promote_types(A.dtype, torch.float32)  # λ over the shortest lengths is beyond half precision
         lengths = [v.to(wide).norm(dim=dim).clamp(min=SHORTEST) for v, dim in ((A, 1), (B, 0))]

@@ -27,7 +27,10 @@ class HiraConfig(Targeted, LayerRange, RankPattern, FanInFanOut):
 
 
 class HiRA(Method[HiraConfig]):
-    """ΔW = W₀ ⊙ (B A). A has the inputs that the weight stores: in / groups for a convolution with groups."""
+    """HiRA, ICLR 2025: ΔW = W₀ ⊙ (B A).
+
+    A has the inputs that the weight stores: in / groups for a convolution with groups.
+    """
 
     prefix = "hira_"
     published_lr = Published(4.5e-3, 4.5e-3, COMPARISON)
@@ -43,9 +46,14 @@ class HiRA(Method[HiraConfig]):
     hira_dropout: nn.Module
 
     def describe(self) -> Effect:
+        """Return an `Update` by `delta` that reads W₀ (`of_weight`), with the dropout."""
         return Update(self.delta, of_weight=True, dropout=self.dropout)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `hira_A` (r, in / groups, *kernel) and `hira_B` (out, r, 1, …) of normal values, and the dropout.
+
+        On an embedding they are called `hira_embedding_A` and `hira_embedding_B`.
+        """
         site, r = self.site, self.cfg.r
         kernel = site.shape[2:]
         A, B = torch.randn(r, site.shape[1], *kernel), torch.randn(site.out_features, r, *[1] * len(kernel))
@@ -54,6 +62,11 @@ class HiRA(Method[HiraConfig]):
         return {"r": r, "hira_dropout": dropout, f"{where}A": nn.Parameter(A), f"{where}B": nn.Parameter(B)}
 
     def init(self) -> None:
+        """Fill A kaiming uniform (a=√5), or normal with std 1/r for "gaussian", and B with zeros; on an embedding A
+        zeros, B normal.
+
+        With `init_weights` False or None keep the normal values of `build`.
+        """
         start, (A, B) = self.cfg.init_weights, self.pair
         if not start:
             return
@@ -69,14 +82,16 @@ class HiRA(Method[HiraConfig]):
 
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The factors A (r, …) and B (out, r, …)."""
+        """The factors A (r, …) and B (out, r, …): `hira_embedding_A`, `_B` on an embedding, else `hira_A`, `hira_B`."""
         if self.site.op.takes_ids:
             return self.hira_embedding_A, self.hira_embedding_B
         return self.hira_A, self.hira_B
 
     def dropout(self) -> nn.Module:
+        """Return the module `hira_dropout`."""
         return self.hira_dropout
 
     def delta(self, W0: Tensor) -> Modulated:  # type: ignore[override]
+        """Return W₀ ⊙ (B A) as a `Modulated`, which is not formed until somebody needs it."""
         A, B = self.pair
         return Modulated(W0, B.flatten(1), A.flatten(1))

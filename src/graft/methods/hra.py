@@ -28,7 +28,10 @@ class HRAConfig(Targeted, LayerRange, BaseBias):
 
 
 class HRA(Method[HRAConfig]):
-    """W H, H = Π (I - 2 û_k û_kᵀ), k = 1 … r. H acts on the input; in convolutions and embeddings, on the weight."""
+    """HRA, arXiv 2405.17484: W H, H = Π (I - 2 û_k û_kᵀ), k = 1 … r.
+
+    H acts on the input; in convolutions and embeddings, on the weight.
+    """
 
     prefix = "hra_"
     published_lr = Published(1e-5, 1e-2, "arXiv 2405.17484, its code, MetaMathQA and GLUE")
@@ -38,13 +41,21 @@ class HRA(Method[HRAConfig]):
     hra_apply_GS: bool
 
     def describe(self) -> Effect:
+        """Return a `Rewrite`: `fold` makes W H; on layers that take vectors `pre` reflects the input instead."""
         return Rewrite(self.fold, pre=self.pre if self.site.takes_vectors else None)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `hra_u` (fan_in, r), uninitialised, and the facts `hra_r` and `hra_apply_GS`."""
         u = nn.Parameter(torch.empty(self.site.fan_in, self.cfg.r))
         return dict(hra_u=u, hra_r=self.cfg.r, hra_apply_GS=self.cfg.apply_GS)
 
     def init(self) -> None:
+        """Fill `hra_u` kaiming uniform (a=√5).
+
+        For an even r with `init_weights`, columns are equal in pairs, so that H = I.
+
+        Warns if `init_weights` is set and r is odd: H is not the identity.
+        """
         r, init = self.cfg.r, self.cfg.init_weights
         if init and r % 2 == 0:
             half = torch.empty(self.hra_u.shape[0], r // 2)
@@ -56,7 +67,10 @@ class HRA(Method[HRAConfig]):
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
 
     def compact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return (U, T) with H = I - U T Uᵀ. U (fan_in, r), T (r, r)."""
+        """Return U (fan_in, r) and T (r, r), in `dtype`, with H = I - U T Uᵀ; computed in at least float32.
+
+        With `hra_apply_GS` the vectors are orthonormalized first, and T = 2 I.
+        """
         u = self.hra_u.to(torch.promote_types(dtype, torch.float32))
         if self.hra_apply_GS:
             U, T = gram_schmidt(u), 2 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
@@ -65,9 +79,11 @@ class HRA(Method[HRAConfig]):
         return U.to(dtype), T.to(dtype)
 
     def pre(self, x: Tensor) -> Tensor:
+        """Return the input reflected, H x, in the adapter's dtype."""
         return reflect(x, *self.compact(self.dtype))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return W H in W's shape, and the bias unchanged."""
         U, T = self.compact(W.dtype)
         flat = W.flatten(1)  # (out, fan_in)
         return (flat - (flat @ U) @ T @ U.T).view(W.shape), b

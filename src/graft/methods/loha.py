@@ -32,7 +32,7 @@ class LoHaConfig(LycorisConfig):
     """LoHa: ΔW = alpha / r · (w1_a w1_b) ⊙ (w2_a w2_b), of rank up to r².
 
     Raises:
-        ConfigError: `use_khatri_rao` beside another start than the default.
+        ConfigError: `use_khatri_rao` with another start than the default.
     """
 
     peft_type: str = "LOHA"
@@ -41,13 +41,16 @@ class LoHaConfig(LycorisConfig):
     beyond: ClassVar[frozenset[str]] = Targets.beyond | {"use_khatri_rao"}
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError for `use_khatri_rao` with an `init_weights` other than True."""
         super().__post_init__()
         if self.use_khatri_rao and self.init_weights is not True:
             raise ConfigError(f"use_khatri_rao is a start of its own: leave init_weights={self.init_weights!r} out.")
 
 
 class LoHa(Lycoris[LoHaConfig]):
-    """ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b); in convolutions, optionally, with a kernel factor t within each product."""
+    """LoHa, arXiv 2108.06098: ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b); in convolutions, optionally, with a kernel factor t
+    within each product.
+    """
 
     prefix = "hada_"
 
@@ -60,6 +63,9 @@ class LoHa(Lycoris[LoHaConfig]):
 
     @classmethod
     def split_budget(cls, methods: Sequence[Method]) -> None:
+        """Raise ConfigError if `use_khatri_rao` is set and every layer of the adapter factors its kernel (`cp`): the
+        option would do nothing.
+        """
         if methods and methods[0].cfg.use_khatri_rao and all(m.cp for m in methods):
             raise ConfigError(
                 f"use_khatri_rao has no effect: all layers of adapter '{methods[0].name}' are convolutions whose "
@@ -67,6 +73,11 @@ class LoHa(Lycoris[LoHaConfig]):
             )
 
     def check(self) -> str | None:
+        """Return a reason against init_weights="abba" on a layer with factored kernel (`cp`), else that of
+        `Lycoris.check`.
+
+        Raises ConfigError for "abba" with r above the smaller side of the weight, or r < 1.
+        """
         site, r = self.site, self.cfg.r
         if self.cfg.init_weights == "abba" and site.op.known:
             if self.cp:
@@ -79,14 +90,25 @@ class LoHa(Lycoris[LoHaConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS` for init_weights="abba", which starts from the weight; else `Use.NOT`."""
         return Use.STARTS if self.cfg.init_weights == "abba" else Use.NOT
 
     def describe(self) -> Effect:
+        """Return an `Update` by `factors` of rank r² where these are cheaper than ΔW (`is_narrow`) and the kernel is
+        not factored.
+
+        Else an `Update` by `delta`, marked as random (`draws`) with a dropout of ranks or modules.
+        """
         if not self.cp and is_narrow(self.cfg.r, self.site.out_features, self.site.fan_in):
             return Update(factors=self.factors)
         return Update(self.delta, draws=self.draws)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the facts and uninitialised parameters `hada_w1_a`, `w2_a` (out, r) and `hada_w1_b`, `w2_b` (r,
+        fan_in).
+
+        With a factored kernel (`cp`): a (r, out), b (r, in / groups), and `hada_t1`, `hada_t2` (r, r, *kernel).
+        """
         site, r = self.site, self.cfg.r
         if self.cp:
             a, b, t = (r, site.out_features), (r, site.shape[1]), self.kernel_shape
@@ -97,6 +119,11 @@ class LoHa(Lycoris[LoHaConfig]):
         return self.facts() | {f"hada_{name}": nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
 
     def init(self) -> None:
+        """Fill all parameters kaiming uniform (a=√5), and w2_b with zeros; with `init_weights=False` w2_b, too, is
+        random.
+
+        "abba": `init_abba`. `use_khatri_rao`, unless the kernel is factored: `init_ones`.
+        """
         if self.cfg.init_weights == "abba":
             self.init_abba()
         elif self.cfg.use_khatri_rao and not self.cp:
@@ -111,7 +138,11 @@ class LoHa(Lycoris[LoHaConfig]):
 
     @torch.no_grad()
     def init_ones(self) -> None:
-        """Set the first values for a start with a second product of ones: only the first row of d takes part in it."""
+        """Start with a second product of ones: column 0 of w2_a and row 0 of w2_b are 1, the rest of w2_a 0, the rest
+        of w2_b normal with std 1/√fan_in.
+
+        w1_a is 0, so that ΔW = 0, and w1_b kaiming uniform (a=√5). Warns that weight decay would shrink the ones.
+        """
         warn_of(
             self.site.key,
             "With use_khatri_rao, the factors w2 of {} begin with ones that weight decay would shrink: let it be 0 "
@@ -127,7 +158,9 @@ class LoHa(Lycoris[LoHaConfig]):
 
     @torch.no_grad()
     def init_abba(self) -> None:
-        """Begin with the best product of rank r for W₀, times zero."""
+        """Fill w1_a and w1_b with the best product of rank r for W₀ (√S in each), w2_a with zeros and w2_b kaiming
+        uniform.
+        """
         U, S, V = find_largest_components(self.layer.W0.flatten(1), self.cfg.r)
         self.hada_w1_a.copy_(U * S.sqrt())
         self.hada_w1_b.copy_(S.sqrt()[:, None] * V)
@@ -135,7 +168,10 @@ class LoHa(Lycoris[LoHaConfig]):
         nn.init.zeros_(self.hada_w2_a)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return a, b, c, d of ΔW = scaling · (a b) ⊙ (c d), as matrices; in training with dropout."""
+        """Return matrices a (out, r), b (r, fan_in), c, d of ΔW = scaling · (a b) ⊙ (c d).
+
+        With a factored kernel b and d include it. In training, rank and module dropout scale the rows of a, rescaled.
+        """
         a, b, c, d = (getattr(self, f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
         if self.cp:  # b and d take in the kernel's factors
             b, d = kernel_of(self.hada_t1, b), kernel_of(self.hada_t2, d)
@@ -144,8 +180,11 @@ class LoHa(Lycoris[LoHaConfig]):
         return a if mask is None else a * mask[:, None], b, c, d
 
     def factors(self) -> Factors:
-        """Return factors of rank r², for where they are cheaper than ΔW."""
+        """Return `Factors` of rank r² that equal ΔW: row-wise products of the four matrices of `parts`, with the scale
+        alpha / r.
+        """
         return Factors(*narrow(*self.parts()), scale=self.scaling)
 
     def delta(self) -> Hadamard:
+        """Return ΔW = scaling · (a b) ⊙ (c d) as a `Hadamard`, which is not formed until somebody needs it."""
         return Hadamard(*self.parts(), self.scaling, self.site.shape)

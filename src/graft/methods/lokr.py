@@ -23,12 +23,14 @@ class LoKrConfig(LycorisConfig):
     peft_type: str = "LOKR"
     decompose_both: bool = False  # w1, the smaller one, may be a product, too
     decompose_factor: int = -1  # the most rows and columns of w1; -1: as many as w2 has, or fewer
-    rank_dropout_scale: bool = False  # scale up what rank_dropout leaves
+    rank_dropout_scale: bool = False  # divide by the share of rows that rank_dropout leaves
     init_weights: bool | Literal["lycoris"] = True  # w1 is zero; "lycoris": w2 is; False: none
 
 
 class LoKr(Lycoris[LoKrConfig]):
-    """ΔW = s · w1 ⊗ w2; of a convolution, w2 holds the kernel, optionally with a factor t2 for it."""
+    """LoKr, arXiv 2309.14859: ΔW = s · w1 ⊗ w2; of a convolution, w2 holds the kernel, optionally with a factor t2 for
+    it.
+    """
 
     prefix = "lokr_"
     published_lr = Published(3e-3, 3e-3, COMPARISON)
@@ -43,14 +45,25 @@ class LoKr(Lycoris[LoKrConfig]):
     rank_dropout_scale: bool
 
     def describe(self) -> Effect:
+        """Return an `Update` by `delta`, marked as random with a dropout; on layers that take vectors also with a
+        `branch` that never forms ΔW.
+        """
         return Update(self.delta, branch=self.branch if self.site.takes_vectors else None, draws=self.draws)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the facts and an uninitialised parameter `lokr_…` for each entry of `shapes`."""
         facts = self.facts() | dict(rank_dropout_scale=self.cfg.rank_dropout_scale)
         return facts | {f"lokr_{name}": nn.Parameter(torch.empty(shape)) for name, shape in self.shapes().items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the parameters."""
+        """Return the shapes of the parameters, by name.
+
+        out = l · k, in = m · n by `factorization` with `decompose_factor`.
+
+        w1 (l, m), or w1_a (l, r) and w1_b (r, m) with `decompose_both` and r < max(l, m) / 2. w2 (k, n, *kernel) if r ≥
+        max(k, n) / 2; else w2_a (k, r) and w2_b (r, n · kernel size). With a factored kernel (`cp`): w2_a (r, k), w2_b
+        (r, n), t2 (r, r, *kernel).
+        """
         site, cfg, r = self.site, self.cfg, self.cfg.r
         kernel = site.shape[2:]
         l, k = factorization(site.out_features, cfg.decompose_factor)
@@ -64,6 +77,9 @@ class LoKr(Lycoris[LoKrConfig]):
         return shapes | dict(w2_a=(k, r), w2_b=(r, n * math.prod(kernel)))
 
     def init(self) -> None:
+        """Fill all parameters kaiming uniform (a=√5), except zeros in w1 or w1_a; "lycoris": zeros in w2 or w2_b;
+        False: no zeros.
+        """
         zero: dict[object, tuple[str, ...]] = {True: ("w1", "w1_a"), "lycoris": ("w2", "w2_b"), False: ()}
         for name in self.shapes():
             p = getattr(self, f"lokr_{name}")
@@ -73,7 +89,9 @@ class LoKr(Lycoris[LoKrConfig]):
                 nn.init.kaiming_uniform_(p, a=math.sqrt(5))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return scaling · w1 (l, m) and w2 (k, n, *kernel) or (k, n · kernel size)."""
+        """Return scaling · w1 (l, m) and w2, (k, n, *kernel) or (k, n · kernel size); products of factors are
+        multiplied out.
+        """
         shapes = self.shapes()
         w1: Tensor = self.lokr_w1 if "w1" in shapes else self.lokr_w1_a @ self.lokr_w1_b
         if "w2" in shapes:
@@ -85,6 +103,11 @@ class LoKr(Lycoris[LoKrConfig]):
         return w1 * self.scaling, w2
 
     def delta(self) -> Tensor | Kronecker:
+        """Return ΔW = scaling · w1 ⊗ w2: a `Kronecker` that is not formed yet, or a tensor in training with dropout or
+        for a Conv1d.
+
+        Dropout multiplies the rows of ΔW, rescaled with `rank_dropout_scale`.
+        """
         w1, w2 = self.pair()
         mask = self.row_mask(w1, self.rank_dropout_scale)
         if w2.dim() == 3:  # of a Conv1d, PEFT's files mean this order
@@ -96,6 +119,7 @@ class LoKr(Lycoris[LoKrConfig]):
         return W if mask is None else W * mask.view(-1, *[1] * (W.dim() - 1))
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return (scaling · w1 ⊗ w2) x without forming ΔW, (…, out); in training with dropout of output rows."""
         w1, w2 = self.pair()
         y, mask = multiply_kronecker(x, w1, w2), self.row_mask(w1, self.rank_dropout_scale)
         return y if mask is None else y * mask

@@ -19,6 +19,8 @@ from graft.core.method import Method
 
 @dataclass(kw_only=True)
 class LycorisConfig(Targeted, LayerRange, RankPatterns):
+    """The fields of LoHa and LoKr."""
+
     r: Annotated[int, COUNT] = 8
     alpha: float = 8  # ΔW has the factor alpha / r
     rank_dropout: float = 0.0  # drops output rows of ΔW in training
@@ -30,6 +32,10 @@ L = TypeVar("L", bound=LycorisConfig)
 
 
 class Lycoris(Method[L]):
+    """The base of LoHa and LoKr, arXiv 2309.14859: scaling alpha / r, dropout of ranks and modules, factored
+    kernels.
+    """
+
     targets = LORA
 
     scaling: float
@@ -37,11 +43,14 @@ class Lycoris(Method[L]):
     module_dropout: float
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`. Raises ConfigError if r < 1."""
         COUNT.check("r", self.cfg.r)
         return super().check()
 
     def facts(self) -> dict[str, object]:
-        """Return the plain facts that `build` adds to the layer."""
+        """Return the plain facts that `build` adds to the layer: r, alpha, scaling = alpha / r, and both
+        dropout rates.
+        """
         cfg = self.cfg
         return dict(
             r=cfg.r,
@@ -53,7 +62,9 @@ class Lycoris(Method[L]):
 
     @property
     def cp(self) -> bool:
-        """Return True if the adapter factors the kernel of a convolution, too."""
+        """True if the adapter factors the kernel of a convolution, too: `use_effective_conv2d`, and a kernel larger
+        than one.
+        """
         return self.cfg.use_effective_conv2d and math.prod(self.site.shape[2:]) > 1
 
     @property
@@ -64,15 +75,17 @@ class Lycoris(Method[L]):
 
     @property
     def draws(self) -> bool:
-        """Return True if ΔW is random in training."""
+        """True if ΔW is random in training: one of the two dropout rates is above 0."""
         return bool(self.cfg.rank_dropout or self.cfg.module_dropout)
 
     def row_mask(self, like: Tensor, rescale: bool) -> Tensor | None:
-        """Return factors of the output rows, zeros where dropout takes them out, (out,); None if it takes out none.
+        """Return factors of the output rows, (out,), 0 for dropped ones; None in eval mode or without dropout.
+
+        `rank_dropout` drops single rows, `module_dropout` all at once.
 
         Args:
-            like: a tensor of their dtype and device.
-            rescale: scale up what `rank_dropout` leaves.
+            like: a tensor of the wanted dtype and device.
+            rescale: divide by the share of rows that `rank_dropout` left.
         """
         if not (self.layer.training and (self.rank_dropout or self.module_dropout)):
             return None
@@ -87,5 +100,5 @@ class Lycoris(Method[L]):
 
 
 def kernel_of(t: Tensor, b: Tensor) -> Tensor:
-    """Return Σ_j t[i, j] b[j], (r, in / groups · kernel size)."""
+    """Return Σ_j t[i, j] b[j] of t (r, r, *kernel) and b (r, n), as a matrix (r, n · kernel size)."""
     return torch.einsum("ijk,jq->iqk", t.flatten(2), b).flatten(1)

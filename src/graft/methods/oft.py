@@ -36,6 +36,9 @@ class OFTConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     num_cayley_neumann_terms: Annotated[int, TERMS] = 5
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError unless exactly one of `r` and `oft_block_size` is nonzero, and none is
+        negative.
+        """
         super().__post_init__()
         if (self.r == 0) == (self.oft_block_size == 0) or self.r < 0 or self.oft_block_size < 0:
             raise ConfigError(
@@ -45,10 +48,12 @@ class OFTConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
 
     @classmethod
     def check_kwargs(cls, **kwargs: object) -> dict[str, object]:
-        """Return a file's fields; warn where this release of graft computes otherwise.
+        """Return a file's fields unchanged.
+
+        Warn if the file uses the Cayley-Neumann series and is older than PEFT 0.18, with another series.
 
         Raises:
-            ConfigError: the file is older than PEFT 0.14, whose OFT was another.
+            ConfigError: `oft_block_size` is missing: the file is older than PEFT 0.14, with another OFT.
         """
         if "oft_block_size" not in kwargs:
             raise ConfigError("OFT has been updated since PEFT 0.14.0: this checkpoint is older, retrain it.")
@@ -62,12 +67,16 @@ class Rotation(nn.Module):
     """Skew-symmetric blocks Q, each as its strict upper triangle."""
 
     def __init__(self, blocks: int, size: int):
+        """Make an uninitialised parameter `weight` (blocks, size (size - 1) / 2)."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, size * (size - 1) // 2))
 
 
 class OFT(Method[OFTConfig]):
-    """W (x R), R per block (I - Q)(I + Q)⁻¹ or the series of its inverse. In convolutions, R rotates the weight."""
+    """OFT, arXiv 2306.07280: W (x R), R per block (I - Q)(I + Q)⁻¹ or the series of its inverse.
+
+    In convolutions, R rotates the weight.
+    """
 
     prefix = "oft_"
     targets = LORA
@@ -81,12 +90,24 @@ class OFT(Method[OFTConfig]):
     module_dropout: float
 
     def describe(self) -> Effect:
+        """Return a `Rewrite` by `fold`: `pre` rotates the input; of a convolution only the weight is rotated; of an
+        embedding `post` rotates the output.
+
+        Of several active adapters on a layer that is no embedding, each acts inside the ones after it (`inward`).
+        """
         if self.site.op.takes_ids:
             return Rewrite(self.fold, post=self.post)
         kernel = len(self.site.shape) > 2  # overlapping patches: rotate the weight
         return Rewrite(self.fold, pre=None if kernel else self.pre, inward=True)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `oft_R` (on an embedding `oft_embedding_R`), a `Rotation` of all blocks, or of one with `block_share`;
+        and facts.
+
+        The blocks divide the inputs, of an embedding the outputs. A `r` or `oft_block_size` that does not divide them
+        becomes the nearest divisor, with a warning. `eps` is None without `coft`, `terms` None without
+        `use_cayley_neumann`.
+        """
         site, cfg = self.site, self.cfg
         n = site.out_features if site.op.takes_ids else site.fan_in
         what = "r" if cfg.r else "oft_block_size"
@@ -106,14 +127,22 @@ class OFT(Method[OFTConfig]):
         }
 
     def init(self) -> None:
+        """Fill the rotation's weight with zeros, so that R = I; with `init_weights=False` with normal values of std
+        0.1.
+        """
         self.fill_start(self.rotation.weight, 0.1)
 
     @property
     def rotation(self) -> Rotation:
+        """The `Rotation` of this layer: `oft_embedding_R` on an embedding, else `oft_R`."""
         return self.oft_embedding_R if self.site.op.takes_ids else self.oft_R
 
     def R(self) -> Tensor:
-        """Return the blocks of R, (blocks, b, b); one if they share it."""
+        """Return the orthogonal blocks of R, (blocks, b, b), or (1, b, b) if they share one, in at least float32.
+
+        With `coft` the parameters are constrained to `eps` in the backward pass. In training with `module_dropout`,
+        random blocks are the identity.
+        """
         v: Tensor = self.rotation.weight
         if self.eps is not None:
             v = constrain_in_backward(v, self.eps)
@@ -125,16 +154,22 @@ class OFT(Method[OFTConfig]):
         return R
 
     def pre(self, x: Tensor) -> Tensor:
+        """Return the input times R, block by block, in the adapter's dtype."""
         return self.rotate(x)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output y times R, block by block, in the adapter's dtype; for embeddings."""
         return self.rotate(y)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Return x R, block by block. x (…, n)."""
+        """Return x R, block by block, in the adapter's dtype. x (…, n); one shared block acts on all parts."""
         return rotate(x, self.R().to(self.dtype).expand(self.blocks, -1, -1))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight times R, such that W' x = W (x R); of an embedding Rᵀ W, as R rotates its output.
+
+        The bias is unchanged.
+        """
         R = self.R().to(W.dtype)
         if self.site.op.takes_ids:  # R rotates the output: Rᵀ W
             blocks = W.reshape(self.blocks, self.block_size, -1)
@@ -144,5 +179,5 @@ class OFT(Method[OFTConfig]):
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """Return the divisor of n nearest to `wanted`, the smaller of two; n itself if `wanted` is no less."""
+    """Return the divisor of n nearest to `wanted`, the smaller of two equally near; n itself if `wanted` ≥ n."""
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d)) if wanted < n else n

@@ -35,11 +35,14 @@ class PveraConfig(ProjectionConfig, BaseBias):
     counters: ClassVar[tuple[str, ...]] = ("projection_prng_key", "generator_seed")
 
 
-KEPT = 16  # runs of a layer of which the backward pass may still come
+KEPT = 16  # runs of a layer that may still have a backward pass
 
 
 class PVeRA(Method[PveraConfig]):
-    """(μ, log σ²) = λ_d ⊙ A x; y += λ_b ⊙ B (μ + ε σ), ε ~ N(0, 1). Without ε this is ΔW = diag(λ_b) B diag(λ_d) A."""
+    """PVeRA, arXiv 2512.07703: (μ, log σ²) = λ_d ⊙ A x; y += λ_b ⊙ B (μ + ε σ), ε ~ N(0, 1).
+
+    Without ε this is ΔW = diag(λ_b) B diag(λ_d) A.
+    """
 
     prefix = "pvera_lambda_"
     published_lr = Published(3e-3, 3e-3, COMPARISON)
@@ -54,15 +57,25 @@ class PVeRA(Method[PveraConfig]):
     pvera_dropout: nn.Module
 
     def __init__(self, site: Site, cfg: PveraConfig, name: str):
+        """Set up the method without a generator; `noise` makes one from `generator_seed`.
+
+        Start an empty table of the generator's states.
+        """
         super().__init__(site, cfg, name)
         self.generator: torch.Generator | None = None
         self.before: dict[int, Tensor] = {}  # the generator's states before the last draws, by ticket
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
+        """Return the shared random matrices `pvera_A` (2 r, widest in) and `pvera_B` (widest out, r): see
+        `projections`.
+        """
         return projections(layers, ("pvera_A", "pvera_B"), 2 * layers.cfg.r)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the shared matrices, `pvera_lambda_b` (out,) of ones, `pvera_lambda_d` (2 r,) of normal values, both
+        trained, and the dropout.
+        """
         cfg = self.cfg
         return shared | dict(
             r=cfg.r,
@@ -72,11 +85,20 @@ class PVeRA(Method[PveraConfig]):
         )
 
     def init(self) -> None:
+        """Fill λ_d with `d_initial` and λ_b with zeros.
+
+        With `init_weights=False` keep the values of `build`: normal and ones.
+        """
         if self.cfg.init_weights:
             nn.init.constant_(self.pvera_lambda_d, self.cfg.d_initial)
             nn.init.zeros_(self.pvera_lambda_b)
 
     def factors(self) -> Factors:
+        """Return factors of the means (first r rows of A), with λ_d as `inner`, λ_b as `outer`, with dropout.
+
+        In training, or with `sample_at_inference`, the product with A is `sample`: random hidden values. A and B are
+        copied to λ_d's device and dtype.
+        """
         r, d, b = self.cfg.r, self.pvera_lambda_d, self.pvera_lambda_b
         A, B = copy_on_device(self.pvera_A, d.device), copy_on_device(self.pvera_B, d.device)
         A, B = A[:, : self.site.fan_in], B[: self.site.out_features]
@@ -86,7 +108,7 @@ class PVeRA(Method[PveraConfig]):
         return Factors(Product(self.sample, d[:r, None] * A[:r]), B, dropout=self.pvera_dropout, outer=b)
 
     def sample(self, x: Tensor) -> Tensor:
-        """Return μ + ε σ, with r channels, for an input that dropout has seen."""
+        """Return μ + ε σ, r channels, for an input x after dropout: (μ, log σ²) = λ_d ⊙ A x, ε from `noise`."""
         op, d = self.site.op, self.pvera_lambda_d
         A = copy_on_device(self.pvera_A, d.device)[:, : self.site.fan_in]
         x = self.cast(x)
@@ -96,6 +118,13 @@ class PVeRA(Method[PveraConfig]):
         return mean + self.noise(std) * std
 
     def noise(self, std: Tensor) -> Tensor:
+        """Return standard normal values in the shape, dtype and device of `std`.
+
+        Without `generator_seed`, or in compiled code, torch's generator draws them. Else a CPU generator of this layer
+        with that seed draws them. The state before each draw is kept, for the last 16 runs. When gradient checkpointing
+        runs the layer again in a backward pass, the kept state gives the same noise, and the generator continues from
+        its present state.
+        """
         if self.cfg.generator_seed is None or not eager():
             return torch.randn_like(std)
         if self.generator is None:
@@ -117,6 +146,8 @@ class PVeRA(Method[PveraConfig]):
         return noise.to(std.device, non_blocking=pinned)
 
     def ticket(self) -> int:
-        """Return the number of a run of the layer, which has the same when gradient checkpointing runs it again: that
-        puts torch's generator back before."""
+        """Return a number that identifies a run of the layer in training, drawn from torch's generator; 0 in eval mode.
+
+        Gradient checkpointing restores that generator, so a repeated run gets the same number.
+        """
         return new_seed() if self.layer.training else 0

@@ -31,7 +31,10 @@ class VeraConfig(ProjectionConfig, BaseBias):
 
 
 class VeRA(Method[VeraConfig]):
-    """ΔW = diag(λ_b) B diag(λ_d) A. A (r, in) and B (out, r) are parts of matrices that all layers share."""
+    """VeRA, arXiv 2310.11454: ΔW = diag(λ_b) B diag(λ_d) A.
+
+    A (r, in) and B (out, r) are random, frozen, and parts of matrices that all layers share.
+    """
 
     prefix = "vera_lambda_"
     published_lr = Published(1e-3, 1e-2, COMPARISON + "; RandLoRA's code, commonsense reasoning")
@@ -46,9 +49,13 @@ class VeRA(Method[VeraConfig]):
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
+        """Return the shared random matrices `vera_A` (r, widest in) and `vera_B` (widest out, r): see `projections`."""
         return projections(layers, ("vera_A", "vera_B"), layers.cfg.r)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the shared matrices, `vera_lambda_b` (out,) of ones, `vera_lambda_d` (r,) of normal values, both
+        trained, and the dropout.
+        """
         cfg = self.cfg
         return shared | dict(
             r=cfg.r,
@@ -58,11 +65,20 @@ class VeRA(Method[VeraConfig]):
         )
 
     def init(self) -> None:
+        """Fill λ_d with `d_initial` and λ_b with zeros.
+
+        With `init_weights=False` keep the values of `build`: normal and ones.
+        """
         if self.cfg.init_weights:
             nn.init.constant_(self.vera_lambda_d, self.cfg.d_initial)
             nn.init.zeros_(self.vera_lambda_b)
 
     def factors(self) -> Factors:
+        """Return factors with the first `fan_in` columns of A and `out` rows of B, λ_d as `inner`, λ_b as `outer`, with
+        dropout.
+
+        A and B are copied to λ_d's device, and cast to its dtype.
+        """
         d, b = self.vera_lambda_d, self.vera_lambda_b
         A, B = copy_on_device(self.vera_A, d.device), copy_on_device(self.vera_B, d.device)
         A, B = A[:, : self.site.fan_in], B[: self.site.out_features]

@@ -29,7 +29,7 @@ class FourierFTConfig(SpectralConfig, BaseBias):
 
 
 class FourierFT(Spectral[FourierFTConfig]):
-    """ΔW = scaling · Re ifft2(F), where F is zero but at n places."""
+    """FourierFT, arXiv 2405.03003: ΔW = scaling · Re ifft2(F), where F is zero but at n places."""
 
     prefix = "fourierft_"
     published_lr = Published(4.3e-2, 0.12, "arXiv 2405.03003, its code, GLUE")
@@ -39,6 +39,9 @@ class FourierFT(Spectral[FourierFTConfig]):
     indices: Tensor  # (2, n), the places in F
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the parameter `fourierft_spectrum` (n,) of normal values, the places `indices` (2, n), which no file
+        holds, and facts.
+        """
         cfg = self.cfg
         return dict(
             fourierft_spectrum=nn.Parameter(torch.randn(cfg.n_frequency)),
@@ -49,10 +52,12 @@ class FourierFT(Spectral[FourierFTConfig]):
         )
 
     def init(self) -> None:
+        """With `init_weights` fill the coefficients with zeros; else, by default, keep the normal values."""
         if self.cfg.init_weights:
             nn.init.zeros_(self.fourierft_spectrum)
 
     def transform(self) -> Spectrum:
+        """Return ΔW = scaling · Re ifft2(F) as a `Spectrum`, which is not formed until somebody needs it."""
         site = self.site
         size = site.out_features, site.fan_in
         return Spectrum(self.fourierft_spectrum, self.indices, size, self.cfg.scaling, site.shape)

@@ -29,20 +29,23 @@ class GraloraConfig(Targets, LayerRange, FanInFanOut, BaseBias):
 
     peft_type: str = "GRALORA"
     r: Annotated[int, COUNT] = 32  # rank of each row, and of each column, of blocks
-    hybrid_r: Annotated[int, NOT_NEGATIVE] = 0  # rank of a plain low-rank update beside the blocks
+    hybrid_r: Annotated[int, NOT_NEGATIVE] = 0  # rank of a plain low-rank update in addition to the blocks
     alpha: float = 64  # the scaling is alpha / (r + hybrid_r)
     gralora_dropout: float = 0.0
     gralora_k: Annotated[int, COUNT] = 2  # the weight has k × k blocks; must divide r and the widths of all layers
     init_weights: bool = True
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError if `gralora_k` does not divide r."""
         super().__post_init__()
         if self.r % self.gralora_k:
             raise ConfigError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
 
 class GraLoRA(Method[GraloraConfig]):
-    """ΔW = s · the blocks (A_n[:, j] B_j[n, :])ᵀ, j = 1 … k of the output, n of the input; and s · B A, if hybrid."""
+    """GraLoRA, arXiv 2505.20355: ΔW = s · the blocks (A_n[:, j] B_j[n, :])ᵀ, j = 1 … k of the output, n of the input;
+    and s · B A, if hybrid.
+    """
 
     prefix = "gralora_"
     published_lr = Published(2e-4, 2e-4, COMPARISON)
@@ -59,10 +62,17 @@ class GraLoRA(Method[GraloraConfig]):
     scaling: float
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`, or that `gralora_k` does not divide in_features or out_features."""
         text = f"{{name}} should be divisible by gralora_k, but got {{size}} and {self.cfg.gralora_k}"
         return super().check() or indivisible(self.site, self.cfg.gralora_k, text)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the parameters `gralora_A` (k, in / k, r) and `gralora_B` (k, r, out / k) with the values of `blocks`,
+        the dropout and facts.
+
+        scaling = alpha / (r + hybrid_r). With `hybrid_r` also the linear layers `gralora_A_general` (hybrid_r, in) and
+        `gralora_B_general` (out, hybrid_r), which `init` fills.
+        """
         cfg, site, k = self.cfg, self.site, self.cfg.gralora_k
         A, B = self.blocks()
         values = dict(
@@ -81,7 +91,9 @@ class GraLoRA(Method[GraloraConfig]):
         return values
 
     def blocks(self) -> tuple[Tensor, Tensor]:
-        """Draw A and B: as PEFT, block by block, and before the modules of the plain update."""
+        """Draw A (k, in / k, r) and B (k, r, out / k), block by block in PEFT's order: A kaiming uniform, B zeros, or
+        random with `init_weights=False`.
+        """
         cfg, k = self.cfg, self.cfg.gralora_k
         sizes = self.site.fan_in // k, self.site.out_features // k
         A, B = [], []
@@ -91,6 +103,9 @@ class GraLoRA(Method[GraloraConfig]):
         return torch.stack(A), torch.stack(B)
 
     def init(self) -> None:
+        """With `hybrid_r`, fill the plain factors: A kaiming uniform (a=√5), B zeros (random with
+        `init_weights=False`). Else do nothing.
+        """
         if not self.cfg.hybrid_r:
             return
         A = self.gralora_A_general.weight
@@ -99,6 +114,10 @@ class GraLoRA(Method[GraloraConfig]):
         self.fill_start(B)
 
     def factors(self) -> Factors:
+        """Return factors of the blocks, with the plain ones if hybrid, the scaling and the dropout.
+
+        On layers that take vectors A and B are products that form no matrix, else matrices.
+        """
         A, B = (getattr(self, f"gralora_{x}_general") if self.cfg.hybrid_r else None for x in "AB")
         A, B = Inputs(self.gralora_A, A), Outputs(self.gralora_B, B)
         if not self.site.takes_vectors:  # the layer takes matrices
@@ -107,4 +126,5 @@ class GraLoRA(Method[GraloraConfig]):
 
 
 def draw_factor(out: int, fan_in: int) -> Tensor:
+    """Return a new tensor (out, fan_in), kaiming uniform with a=√5."""
     return nn.init.kaiming_uniform_(torch.empty(out, fan_in), a=math.sqrt(5))

@@ -27,6 +27,10 @@ class IA3Config(Targeted, FanInFanOut):
     init_ia3_weights: bool = True  # ones; else N(0, 1)
 
     def __post_init__(self) -> None:
+        """Validate the fields; make `feedforward_modules` a set unless it is a regular expression.
+
+        Raises ConfigError if it has names that are in neither `target_modules` nor `target_parameters`.
+        """
         super().__post_init__()
         self.feedforward_modules = as_set(self.feedforward_modules)
         targets, inner = self.target_modules, self.feedforward_modules
@@ -38,7 +42,7 @@ class IA3Config(Targeted, FanInFanOut):
 
 
 class IA3(Method[IA3Config]):
-    """y ⊙ l, l (out,); in feed-forward layers W (x ⊙ l), l (in,)."""
+    """IA3, arXiv 2205.05638: y ⊙ l, l (out,); in feed-forward layers W (x ⊙ l), l (in,)."""
 
     prefix = "ia3_"
     published_lr = Published(3e-3, 3e-3, "arXiv 2205.05638, T-Few, with Adafactor")
@@ -49,6 +53,10 @@ class IA3(Method[IA3Config]):
 
     @classmethod
     def prepare(cls, cfg: IA3Config, model: nn.Module) -> None:
+        """Set `feedforward_modules`, if it is None, to the default of the model type.
+
+        Raises ConfigError if there is none.
+        """
         if cfg.feedforward_modules is None:
             kind = model_type(model)
             if kind not in IA3_FEEDFORWARD:
@@ -59,40 +67,57 @@ class IA3(Method[IA3Config]):
             cfg.feedforward_modules = as_set(IA3_FEEDFORWARD[kind])
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`, or that an embedding's input cannot be scaled, if a feed-forward name
+        fits it.
+        """
         if self.site.op.takes_ids and self.inner:
             return "An embedding's input cannot be scaled, so it cannot be a feed-forward module"
         return super().check()
 
     @property
     def inner(self) -> bool:
-        """Return True if the config scales this layer's input."""
+        """True if the config scales this layer's input, as `is_feedforward` says."""
         return is_feedforward(self.site.key, self.cfg)
 
     def describe(self) -> Effect:
+        """Return a `Rewrite` by `fold`, with `pre` on a feed-forward layer, else `post`."""
         inner = self.inner
         return Rewrite(self.fold, pre=self.pre if inner else None, post=None if inner else self.post)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `ia3_l` with normal values, and `is_feedforward`.
+
+        Shape (out, 1); feed-forward (1, in); convolutions (1, channels, 1, …).
+        """
         site, inner = self.site, self.inner
         n, spatial = site.in_features if inner else site.out_features, len(site.shape) - 2
         shape = (1, n, *[1] * spatial) if spatial or inner else (n, 1)
         return dict(ia3_l=nn.Parameter(torch.randn(shape)), is_feedforward=Attached(inner))
 
     def init(self) -> None:
+        """Fill l with ones; with `init_ia3_weights=False` keep the normal values."""
         if self.cfg.init_ia3_weights:
             nn.init.ones_(self.ia3_l)
 
     @property
     def scale(self) -> Tensor:
+        """The factors l, shaped so that they multiply the channels of an input or output."""
         return self.site.op.channels(self.ia3_l.flatten())
 
     def pre(self, x: Tensor) -> Tensor:
+        """Return x ⊙ l."""
         return x * self.scale
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y ⊙ l."""
         return y * self.scale
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight with rows times l, and the bias times l; on a feed-forward layer columns times l, and the
+        bias unchanged.
+
+        Of a convolution with groups, l's channels are those of each group.
+        """
         l = self.ia3_l.flatten().to(W.dtype)
         if not self.inner:
             return W * l.view(-1, *[1] * (W.dim() - 1)), None if b is None else b * l.to(b.dtype)
@@ -102,7 +127,10 @@ class IA3(Method[IA3Config]):
 
 
 def is_feedforward(key: str, cfg: IA3Config) -> bool:
-    """Return True if the config scales the input of a layer, and not its output."""
+    """Return True if the layer at `key` is a feed-forward layer, scaled at its input.
+
+    `feedforward_modules` is a regular expression for the whole path, or names that the path may end with.
+    """
     if isinstance(cfg.feedforward_modules, str):
         return compile_pattern(cfg.feedforward_modules, "feedforward_modules").fullmatch(key) is not None
     return any(key.endswith(name) for name in cfg.feedforward_modules or ())

@@ -28,13 +28,14 @@ class MissConfig(Targeted, LayerRange, BaseBias):
     init_weights: bool | Literal["bat", "mini"] = True  # a variant; True: plain, False: with a random D
 
     def __post_init__(self) -> None:
+        """Validate the fields; warn that `miss_dropout` does nothing with init_weights="bat"."""
         super().__post_init__()
         if self.init_weights == "bat" and self.miss_dropout:
             warn("miss_dropout has no effect with init_weights='bat', which has no product of the input by itself.")
 
 
 class MiSS(Method[MissConfig]):
-    """ΔW[o, i] = D[i mod r, o]: a shard sum of the input, times D."""
+    """MiSS, arXiv 2409.15371: ΔW[o, i] = D[i mod r, o]: a shard sum of the input, times D (r, out)."""
 
     prefix = "miss_"
     targets = LORA
@@ -44,15 +45,20 @@ class MiSS(Method[MissConfig]):
 
     @classmethod
     def variant(cls, cfg: MissConfig) -> type[Method]:
+        """Return BatMiSS for init_weights="bat", MiniMiSS for "mini", else `cls`."""
         return {"bat": BatMiSS, "mini": MiniMiSS}.get(cfg.init_weights, cls)  # type: ignore[arg-type]
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`, or that r is above fan_in."""
         why = super().check()
         if why is None and self.cfg.r > self.site.fan_in:
             return f"`r` ({self.cfg.r}) must be less than or equal to in_features ({self.site.fan_in})"
         return why
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the parameter `miss_block` of zeros in `shape`, the dropout, and the facts `miss_r` and
+        `miss_mini_r`.
+        """
         cfg = self.cfg
         return dict(
             miss_r=cfg.r,
@@ -63,14 +69,19 @@ class MiSS(Method[MissConfig]):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the block."""
+        """The shape of the block D: (r, out)."""
         return self.cfg.r, self.site.out_features
 
     def init(self) -> None:
+        """Keep D at zero; with `init_weights=False` fill it kaiming uniform (a=√5)."""
         if self.cfg.init_weights is False:
             nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
 
     def factors(self) -> Factors:
+        """Return factors with dropout: A sums the shards of the input, (r, fan_in), B repeats Dᵀ to (out, r).
+
+        On layers that take vectors both are products that form no matrix, else matrices.
+        """
         A = Shards(self.cfg.r, self.site.fan_in, self.miss_block)
         B = Repeated(self.miss_block, self.site.out_features // self.miss_block.shape[1])
         if not self.site.takes_vectors:  # the layer takes matrices
@@ -82,6 +93,7 @@ class MiniMiSS(MiSS):
     """MiSS with a D that repeats a block of few outputs."""
 
     def check(self) -> str | None:
+        """Return the reason of `MiSS.check`, or that `mini_r` does not divide out_features."""
         out, mini_r = self.site.out_features, self.cfg.mini_r
         return super().check() or (
             f"out_features ({out}) must be divisible by `mini_r` ({mini_r})" if out % mini_r else None
@@ -89,6 +101,7 @@ class MiniMiSS(MiSS):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the block D: (r, mini_r)."""
         return self.cfg.r, self.cfg.mini_r
 
 
@@ -96,6 +109,7 @@ class BatMiSS(MiSS):
     """MiSS on blocks (r, r) of the weight: W_mn becomes W_mn + W_mn D_m + D_m."""
 
     def check(self) -> str | None:
+        """Return the reason of `MiSS.check`, or that r does not divide both in_features and out_features."""
         out, fan_in, r = self.site.out_features, self.site.fan_in, self.cfg.r
         return super().check() or (
             f"in_features ({fan_in}) and out_features ({out}) must be divisible by `r` ({r}): the weight consists of "
@@ -106,13 +120,16 @@ class BatMiSS(MiSS):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of D: (out / r, r, r), a matrix for each row of blocks."""
         return self.site.out_features // self.cfg.r, self.cfg.r, self.cfg.r
 
     def describe(self) -> Effect:
+        """Return a `Rewrite` by `fold` only, which needs the weight in every call."""
         # no Update of W₀: as in PEFT, the second of two adapters acts on the weight that the first made
         return Rewrite(self.fold)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight with each block W_mn (r, r) replaced by W_mn + W_mn D_m + D_m, and the bias unchanged."""
         D = self.miss_block.to(W.dtype)
         blocks = W.reshape(len(D), -1, self.cfg.r)  # (m, rows of every n, r)
         new = torch.baddbmm(blocks, blocks, D).view(len(D), self.cfg.r, -1, self.cfg.r) + D[:, :, None]

@@ -34,7 +34,10 @@ class RandLoraConfig(ProjectionConfig, BaseBias):
 
 
 class RandLoRA(Method[RandLoraConfig]):
-    """ΔW = s Σₙ Bₙ diag(λₙ) A diag(γₙ), transposed where out < in. d is the smaller of in and out, D the other."""
+    """RandLoRA, arXiv 2502.00987: ΔW = s Σₙ Bₙ diag(λₙ) A diag(γₙ), transposed where out < in.
+
+    d is the smaller of in and out, D the other.
+    """
 
     prefix = "randlora_"
     published_lr = Published(1e-4, 1e-4, "arXiv 2502.00987, its code, commonsense reasoning")
@@ -50,6 +53,12 @@ class RandLoRA(Method[RandLoraConfig]):
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
+        """Return the shared random matrices `randlora_A` (r, 1, largest d) and `randlora_B` (largest D, largest n, r),
+        n = ⌈d / r⌉.
+
+        If another adapter shares them, return that one's; ConfigError if they are too small. Else draw them: `ternary`
+        with `sparse` or `very_sparse`, `uniform` otherwise. No file holds them with `save_projection=False`.
+        """
         cfg, existing = layers.cfg, layers.existing
         sizes = [sorted((s.out_features, s.fan_in)) for s in layers.sites]
         d, D = max(size[0] for size in sizes), max(size[1] for size in sizes)
@@ -66,11 +75,14 @@ class RandLoRA(Method[RandLoraConfig]):
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """n, d and D."""
+        """The number n = ⌈d / r⌉ of products, the smaller width d of the layer, and the larger D."""
         d, D = sorted((self.site.out_features, self.site.fan_in))
         return -(-d // self.cfg.r), d, D
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the shared matrices, `randlora_lambda` (r, n) of normal values, `randlora_gamma` (n, d) of ones, both
+        trained, the dropout and scaling = alpha / r.
+        """
         cfg, (n, d, _) = self.cfg, self.sizes
         return shared | dict(
             r=cfg.r,
@@ -81,14 +93,25 @@ class RandLoRA(Method[RandLoraConfig]):
         )
 
     def init(self) -> None:
+        """Fill γ with 1 / max(n, d) and λ with zeros.
+
+        With `init_weights=False` γ is 1 / D, and λ keeps its normal values.
+        """
         n, d, D = self.sizes
         nn.init.constant_(self.randlora_gamma, 1 / max(n, d) if self.cfg.init_weights else 1 / D)
         if self.cfg.init_weights:
             nn.init.zeros_(self.randlora_lambda)
 
     def factors(self) -> Factors:
+        """Return factors of rank n · r with scaling and dropout.
+
+        The small one is A between λ and γ, (n r, d), the large one B, (D, n r).
+
+        If d is the input, A is the small and B the large one; else both are exchanged and transposed. The shared
+        matrices are copied to γ's device and dtype.
+        """
         n, d, D = self.sizes
-        # rank by product, and product by rank: PEFT pairs the two in the order in which each has them
+        # λ is stored by rank, γ by product: PEFT pairs both in the order of storage
         gamma = self.randlora_gamma
         A, B = copy_on_device(self.randlora_A, gamma.device), copy_on_device(self.randlora_B, gamma.device)
         dtype = gamma.dtype  # FSDP casts parameters for a call, and leaves buffers as they are
@@ -99,7 +122,11 @@ class RandLoRA(Method[RandLoraConfig]):
 
 
 def uniform(cfg: RandLoraConfig, d: int, D: int) -> tuple[Tensor, Tensor]:
-    """Draw A (r, 1, d) and B (D, n, r) with the standard deviation 1, in bfloat16, as PEFT does."""
+    """Draw A (r, 1, d) and B (D, n, r), n = ⌈d / r⌉, uniform in bfloat16 as PEFT does, from the seed
+    `projection_prng_key`.
+
+    Return both in float32, divided by their standard deviation. On the meta device nothing is drawn.
+    """
     n, r = -(-d // cfg.r), cfg.r
     generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
     A, *parts = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((r, 1, d), *[(D, 1, r)] * n))
@@ -112,7 +139,11 @@ def uniform(cfg: RandLoraConfig, d: int, D: int) -> tuple[Tensor, Tensor]:
 
 
 def ternary(cfg: RandLoraConfig, d: int, D: int) -> tuple[Tensor, Tensor]:
-    """Draw A (r, 1, d) and B (D, n, r) of three values, with the standard deviation 1."""
+    """Draw A (r, 1, d) and B (D, ⌈d / r⌉, r) with values -1, 0, 1, from the seed `projection_prng_key`, divided by
+    their standard deviation.
+
+    A third of the values is not 0; with `very_sparse` 1/√d of them. On the meta device nothing is drawn.
+    """
     share = 1 / (2 * (d**0.5 if cfg.very_sparse else 3))  # of the values below 0
     generator = torch.Generator("cpu").manual_seed(cfg.projection_prng_key)
     matrices = []

@@ -35,6 +35,9 @@ class RoadConfig(Targets):
     init_weights: bool = True  # the identity; else random
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError for a variant other than road_1, road_2 and road_4, and for a
+        `group_size` that is not positive and even.
+        """
         super().__post_init__()
         if self.variant not in LAYOUT:
             raise ConfigError(f"Invalid variant {self.variant} specified. Known ones: {', '.join(LAYOUT)}.")
@@ -45,7 +48,7 @@ class RoadConfig(Targets):
 
 
 class Road(Method[RoadConfig]):
-    """R (W x + b): of each pair, (c₁ z₁ - s₁ z₂, c₂ z₂ + s₂ z₁), c = α cos θ, s = α sin θ."""
+    """RoAd, arXiv 2409.00119: R (W x + b): of each pair, (c₁ z₁ - s₁ z₂, c₂ z₂ + s₂ z₁), c = α cos θ, s = α sin θ."""
 
     prefix = "road_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
@@ -55,6 +58,7 @@ class Road(Method[RoadConfig]):
     road_alpha: nn.Parameter  # as road_theta
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`. Raises ConfigError if `group_size` does not divide out_features."""
         n, g = self.site.out_features, self.cfg.group_size
         if n % g:
             raise ConfigError(
@@ -64,12 +68,19 @@ class Road(Method[RoadConfig]):
         return super().check()
 
     def describe(self) -> Effect:
+        """Return a `Rewrite` by `fold` and `post`.
+
+        It cannot merge (`fixed`) if a group of a convolution's channels is no multiple of `group_size`.
+        """
         op, per_group = self.site.op, self.cfg.group_size
         torn = self.site.out_features // op.groups(self.site.module) % per_group if op.known else 0
         why = "A pair of channels that are in two groups of a convolution has no kernel" if torn else None
         return Rewrite(self.fold, post=self.post, fixed=why)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised parameters `road_theta` and `road_alpha`, (n / 2), (n) or (2 n) for road_1, road_2,
+        road_4, n = out; and facts.
+        """
         size = self.site.out_features // 2 * math.prod(LAYOUT[self.cfg.variant])
         return dict(
             variant=self.cfg.variant,
@@ -79,6 +90,9 @@ class Road(Method[RoadConfig]):
         )
 
     def init(self) -> None:
+        """Fill θ with zeros and α with ones, the identity; with `init_weights=False` normal values of std 0.5 around 0
+        and 1.
+        """
         if self.cfg.init_weights:
             nn.init.zeros_(self.road_theta)
             nn.init.ones_(self.road_alpha)
@@ -87,15 +101,17 @@ class Road(Method[RoadConfig]):
             nn.init.normal_(self.road_alpha, mean=1.0, std=0.5)
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output y with each pair of channels rotated and scaled, R y."""
         return self.rotate_channels(y, 1 - len(self.site.shape))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return R W and R b (None without bias). Raises NotImplementedError if the effect cannot merge."""
         if self.effect.fixed is not None:
             raise NotImplementedError(f"{self.effect.fixed} (layer '{self.site.key}').")
         return self.rotate_channels(W, 0), None if b is None else self.rotate_channels(b, 0)
 
     def rotate_channels(self, z: Tensor, dim: int) -> Tensor:
-        """Return R z. dim: the dimension of z that counts channels."""
+        """Return R z, where `dim` is the dimension of z that counts channels; in the wider dtype of z and θ."""
         (of, each), half = LAYOUT[self.cfg.variant], self.cfg.group_size // 2
         dtype = torch.promote_types(self.road_theta.dtype, z.dtype)
         both = (self.road_theta, self.road_alpha)

@@ -20,6 +20,8 @@ from graft.kernels.eager import watched
 
 @dataclass(kw_only=True)
 class SpectralConfig(Targeted, LayerRange, FanInFanOut):
+    """The fields of FourierFT and WaveFT."""
+
     n_frequency: Annotated[int, COUNT]
     random_loc_seed: int | None = 777  # of the places, which no file holds; so there has to be one
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)  # n by layer name or regex
@@ -28,6 +30,7 @@ class SpectralConfig(Targeted, LayerRange, FanInFanOut):
     counters: ClassVar[tuple[str, ...]] = ("random_loc_seed",)
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError if `random_loc_seed` is None: no file holds the places."""
         super().__post_init__()
         if self.random_loc_seed is None:
             raise ConfigError("`random_loc_seed` must be a number: nothing else says where the coefficients stand.")
@@ -37,16 +40,21 @@ S = TypeVar("S", bound=SpectralConfig)
 
 
 class Spectral(Method[S]):
-    """ΔW is a transform of a matrix that is zero but at n places. A subclass says which."""
+    """The base of FourierFT and WaveFT: ΔW is a transform of a matrix that is zero but at n places."""
 
     def transform(self) -> Any:
-        """Return ΔW, not formed yet; `times(x)` is its product with vectors."""
+        """Return ΔW, not formed yet; `times(x)` is its product with vectors.
+
+        A subclass overrides it: here NotImplementedError.
+        """
         raise NotImplementedError
 
     def describe(self) -> Effect:
+        """Return an `Update` by `delta`; on layers that take vectors also with a `branch` that need not form ΔW."""
         return Update(self.delta, branch=self.branch if self.site.takes_vectors else None)
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`, or that `n_frequency` is above out · fan_in."""
         n, most = self.cfg.n_frequency, self.site.out_features * self.site.fan_in
         too_many = (
             "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "
@@ -55,20 +63,28 @@ class Spectral(Method[S]):
         return super().check() or (too_many if n > most else None)
 
     def places(self) -> Transient:
-        """Draw the places of the coefficients, (2, n)."""
+        """Return the places of the coefficients, (2, n), drawn from `random_loc_seed`, as a `Transient` that no file
+        holds.
+        """
         cfg, site = self.cfg, self.site
         assert cfg.random_loc_seed is not None
         return Transient(draw_places(site.out_features, site.fan_in, cfg.n_frequency, cfg.random_loc_seed))
 
     def delta(self) -> Any:
+        """Return ΔW, not formed yet (`transform`)."""
         return self.transform()
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return ΔW x, (…, out), by the transform's own product."""
         return self.transform().times(x)  # type: ignore[no-any-return]
 
 
 def draw_places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
-    """Draw n places in a matrix, (2, n), on the CPU: as in PEFT, the first of a random order of all."""
+    """Return n places in a matrix (out, fan_in) as row and column indices, (2, n): the first of a random order of all,
+    drawn on the CPU from `seed`.
+
+    The last 16 results are cached, and shared between layers; under a dispatch mode nothing is cached.
+    """
     if watched():  # a dispatch mode may give tensors without values
         return _draw_places.__wrapped__(out, fan_in, n, seed)
     with torch.inference_mode(False):  # layers that train may get the same tensor
@@ -77,6 +93,7 @@ def draw_places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _draw_places(out: int, fan_in: int, n: int, seed: int) -> Tensor:
+    """Draw the places of `draw_places`, cached by arguments."""
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(out * fan_in, generator=generator, device="cpu")[:n]
     return torch.stack((order // fan_in, order % fan_in))

@@ -34,7 +34,10 @@ class TinyLoraConfig(Targets, LayerRange, FanInFanOut, BaseBias):
 
 
 class TinyLoRA(Method[TinyLoraConfig]):
-    """ΔW = B (Σ v_k P_k) A, with B diag(s) A the best approximation of W₀ of rank r. Embeddings have Aᵀ (…)ᵀ Bᵀ."""
+    """TinyLoRA, arXiv 2602.04118: ΔW = B (Σ v_k P_k) A, with B diag(s) A the best approximation of W₀ of rank r.
+
+    Embeddings have Aᵀ (…)ᵀ Bᵀ.
+    """
 
     prefix = "tinylora_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
@@ -50,6 +53,12 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
+        """Return the trained vectors `tinylora_v` (u,), one for each group of layers, and the number of each layer by
+        path.
+
+        There are round(layers · (1 - weight_tying)) groups, at least one. The vectors are zeros, or uniform within
+        ±`init_v_bound` if `init_weights` is not True.
+        """
         cfg, sites = layers.cfg, layers.sites
         groups = max(1, round(len(sites) * (1 - cfg.weight_tying)))
         vectors = nn.ParameterDict()
@@ -64,10 +73,16 @@ class TinyLoRA(Method[TinyLoraConfig]):
 
     @property
     def rank(self) -> int:
-        """r, as far as the weight has that many singular vectors."""
+        """r, or the smaller width of the layer if that is less."""
         return min(int(self.cfg.r), self.site.fan_in, self.site.out_features)
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
+        """Return the shared vectors, buffers `tinylora_A` (r, in) and `tinylora_B` (out, r) of zeros, `tinylora_P` (u,
+        r, r), the layer's group and the dropout.
+
+        P is normal with std 1/√r from the seed `projection_seed` + the layer's number; files hold it with
+        `save_projection`. On an embedding A is (r, embedding_dim), B (vocabulary, r).
+        """
         cfg, site, r = self.cfg, self.site, self.rank
         places = shared["tinylora_places"].container[self.name] if shared else {}
         place, groups, layers = places.get(site.key, (0, 1, 1))
@@ -85,10 +100,12 @@ class TinyLoRA(Method[TinyLoraConfig]):
         )
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS`: A and B come from the weight; a file has them."""
         return Use.STARTS  # a file holds A and B
 
     @torch.no_grad()
     def init(self) -> None:
+        """Fill A = √S Vᵀ and B = U √S with the r largest singular triples of W₀; of an embedding, of W₀ᵀ."""
         W = self.layer.W0.flatten(1)
         svd = torch.linalg.svd((W.T if self.site.op.takes_ids else W).float(), full_matrices=False)
         U, S, V = (t.to(W.dtype) for t in svd)  # rounded before the square root, as PEFT does
@@ -97,6 +114,9 @@ class TinyLoRA(Method[TinyLoraConfig]):
         self.tinylora_B.copy_(U[:, : self.rank] * root)
 
     def factors(self) -> Factors:
+        """Return A and B R with R = Σ v_k P_k (r, r), v that of the layer's group, with dropout; on an embedding Bᵀ and
+        (R A)ᵀ.
+        """
         P, v = self.tinylora_P, getattr(self.tinylora_v, str(self.tinylora_group))
         R = (v.to(P.device, P.dtype) @ P.flatten(1)).view(P.shape[1:])
         A, B = self.tinylora_A, self.tinylora_B

@@ -31,15 +31,22 @@ class UniLoraConfig(Targets, LayerRange, FanInFanOut):
     bias: Annotated[str, one_of("none", "all", "unilora_only")] = "none"  # which base biases train
     init_theta_d_bound: Annotated[float, POSITIVE] = 0.02  # θ begins uniform within it
     init_weights: bool = True  # False: normal
-    save_indices: bool = False  # put the places into files, which then do not depend on what else is adapted
+    save_indices: bool = False  # put the places into files, which then do not depend on other adapted layers
 
     counters: ClassVar[tuple[str, ...]] = ("proj_seed",)
 
 
 class Places:
-    """The number of θ at each place of A and B of all layers, drawn once for the model: (places,)."""
+    """The index into θ for each place of A and B of all layers, (places,), dealt once for the model; and the factor 1 /
+    √(count of the index).
+    """
 
     def __init__(self, sites: Sequence[Site], cfg: UniLoraConfig):
+        """Number the places of the layers, r · (fan_in + out) each, in order; deal the indices of θ (`deal_places`),
+        and compute the factors.
+
+        On the meta device the factors stay uninitialised.
+        """
         self.first: dict[str, int] = {}  # the place where a layer begins, by path
         total = 0
         for site in sites:
@@ -52,7 +59,7 @@ class Places:
             self.scale = self.index.bincount(minlength=cfg.theta_d_length).rsqrt()[self.index]
 
     def of(self, site: Site, r: int) -> list[Tensor]:
-        """Return factors of A (r, in) and B (out, r), and indices of both."""
+        """Return four tensors of a layer: factors of A (r, in) and B (out, r), then indices of A and B."""
         start, a, b = self.first[site.key], r * site.fan_in, r * site.out_features
         shapes = ((r, site.fan_in), (site.out_features, r))
         return [
@@ -63,7 +70,7 @@ class Places:
 
 
 class UniLoRA(Method[UniLoraConfig]):
-    """ΔW = B A. A place that holds the number k of θ has the value θ[k] / √(how many places hold k)."""
+    """UniLoRA: ΔW = B A. A place that holds the number k of θ has the value θ[k] / √(how many places hold k)."""
 
     prefix = "unilora_"
     published_lr = Published(2e-3, 2e-3, COMPARISON)
@@ -79,6 +86,9 @@ class UniLoRA(Method[UniLoraConfig]):
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
+        """Return the vector `unilora_theta_d` (length,), uniform within ±`init_theta_d_bound`, or normal with
+        `init_weights=False`, and the `Places` of all layers.
+        """
         cfg = layers.cfg
         theta = torch.empty(cfg.theta_d_length)
         if cfg.init_weights:
@@ -88,6 +98,11 @@ class UniLoRA(Method[UniLoraConfig]):
         return dict(unilora_theta_d=nn.Parameter(theta), unilora_places=Places(layers.sites, cfg))
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
+        """Return θ, and this layer's buffers `unilora_scales_A`, `_B` and `unilora_indices_A`, `_B`, in shapes (r, in)
+        and (out, r); and the dropout.
+
+        Files hold the buffers only with `save_indices`.
+        """
         cfg = self.cfg
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
         names = [f"unilora_{part}_{x}" for part in ("scales", "indices") for x in "AB"]  # a floating one first
@@ -95,25 +110,33 @@ class UniLoRA(Method[UniLoraConfig]):
         return shared | facts | {name: maybe_transient(t, cfg.save_indices) for name, t in zip(names, places)}
 
     def init(self) -> None:
+        """Advance the generator as if A and B were drawn, as PEFT does. No tensor changes."""
         skip(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))  # as PEFT
 
     def from_file_tensors(self, tensors: Tensors, cfg: UniLoraConfig) -> Tensors:
+        """Return the file's tensors. Raises CheckpointError if they have indices outside of θ."""
         for x in "AB":
             check_places(tensors, f"unilora_indices_{x}", self.cfg.theta_d_length, self.site.key)
         return tensors
 
     def factors(self) -> Factors:
+        """Return A (r, in) and B (out, r), looked up in θ, with dropout."""
         A = self.values(self.unilora_indices_A, self.unilora_scales_A)
         B = self.values(self.unilora_indices_B, self.unilora_scales_B)
         return Factors(A, B, dropout=self.unilora_dropout)
 
     def values(self, index: Tensor, scale: Tensor) -> Tensor:
+        """Return θ[index] · scale in the shape of `index`; θ is moved to the index's device and the scale's dtype."""
         theta = self.unilora_theta_d.to(index.device, scale.dtype)  # FSDP casts parameters for a call, not buffers
         return theta.index_select(0, index.flatten()).view(index.shape) * scale
 
 
 def deal_places(places: int, length: int, seed: int) -> Tensor:
-    """Deal the numbers below `length` out to the places, each as often as the others but for one, as PEFT does."""
+    """Return an index below `length` for each of `places` places, shuffled by numpy's generator with `seed`, as PEFT
+    does.
+
+    Each index appears equally often, up to one more. On the meta device the tensor stays uninitialised.
+    """
     out = torch.empty(places, dtype=torch.int64)
     if out.is_meta:
         return out

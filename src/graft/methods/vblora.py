@@ -38,19 +38,22 @@ class VBLoRAConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     num_vectors: Annotated[int, SIZE] = 256  # in the bank
     vector_length: Annotated[int, SIZE] = 256  # must divide the widths of all layers
     topk: Annotated[int, SIZE] = 2  # how many vectors a mixture has
-    save_only_topk_weights: bool = False  # small files, from which training cannot go on
+    save_only_topk_weights: bool = False  # small files, which cannot be trained further
     vblora_dropout: float = 0.0
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError if `topk` is above `num_vectors`."""
         super().__post_init__()
         if self.topk > self.num_vectors:
             raise ConfigError(f"`topk` {self.topk} is more than `num_vectors` {self.num_vectors}")
 
     @property
     def index_type(self) -> torch.dtype:
-        """The smallest integer type that counts the vectors, for files."""
+        """The integer dtype for indices of vectors in files: uint8 below 256 vectors, int16 below 2¹⁵, int32 below 2³¹,
+        else int64.
+        """
         sizes = ((2**8, torch.uint8), (2**15, torch.int16), (2**31, torch.int32))
         return next((dtype for most, dtype in sizes if self.num_vectors < most), torch.int64)
 
@@ -60,7 +63,12 @@ ROUNDED = 1.05  # the most that weights in half precision can sum up to
 
 
 def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, where: str) -> None:
-    """Raise CheckpointError unless these are indices and weights of the largest logits, all but the last."""
+    """Raise CheckpointError unless `index` (…, topk) and `first` (…, topk - 1) can be indices and weights of the
+    largest logits of `shape`.
+
+    Checked: shapes and integer dtype, the range of indices, no index twice, weights ≥ 0 with a sum of at most 1.05.
+    `where` names the tensor.
+    """
     rows, n = shape[:-1], shape[-1]
     shapes = index.shape == (*rows, topk) and first.shape == (*rows, topk - 1)
     if not shapes or index.is_floating_point() or index.dtype is torch.bool:
@@ -79,7 +87,12 @@ def check_largest(shape: torch.Size, index: Tensor, first: Tensor, topk: int, wh
 
 
 def savable_parameters(tuner: Tuner, adapter: str = "default") -> tuple[int, int]:
-    """Return how many numbers a file of `adapter` holds, in units of four bytes: VB-LoRA's, and others that train."""
+    """Return two counts of numbers, in units of four bytes: VB-LoRA's in a file of `adapter`, and those of other
+    parameters that train.
+
+    With `save_only_topk_weights` logits count as their `topk` indices and weights. Raises AdapterNotFoundError for an
+    unknown adapter.
+    """
     tuner.check_known([adapter])
     cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.shared]
     added = {id(slot.tensor) for c in carriers for name in c.adapters for slot in c.slots(name)}
@@ -92,7 +105,7 @@ def savable_parameters(tuner: Tuner, adapter: str = "default") -> tuple[int, int
 
 
 def print_savable_parameters(tuner: Tuner, adapter: str = "default") -> None:
-    """Print how many numbers a file of `adapter` holds."""
+    """Print the two counts of `savable_parameters`: VB-LoRA's, and the total."""
     count, trained = savable_parameters(tuner, adapter)
     print(
         f"VB-LoRA params to-be-saved (float32-equivalent): {count:,d} || total params to-be-saved: {count + trained:,d}"
@@ -107,7 +120,10 @@ TRUNCATED = (
 
 
 class VBLoRA(Method[VBLoRAConfig]):
-    """ΔW = B A. Each L numbers of a row of A, or of a column of B, mix the vectors of the k largest logits."""
+    """VB-LoRA, arXiv 2405.15179: ΔW = B A.
+
+    Each L numbers of a row of A, or of a column of B, mix the vectors of the k largest logits.
+    """
 
     prefix = "vblora_"
     published_lr = Published(5e-4, 5e-4, COMPARISON)
@@ -126,6 +142,10 @@ class VBLoRA(Method[VBLoRAConfig]):
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
+        """Return the trained bank `vblora_vector_bank` (vectors, L), uniform within ±`init_vector_bank_bound`.
+
+        The values are those of PEFT, which draws the bank again for each layer; torch's generator stays as it was.
+        """
         cfg = layers.cfg
         bank = torch.empty(cfg.num_vectors, cfg.vector_length)
         with torch.random.fork_rng(devices=[]):  # PEFT draws it for each layer, before the logits, and keeps the last
@@ -136,26 +156,34 @@ class VBLoRA(Method[VBLoRAConfig]):
         return dict(vblora_vector_bank=nn.Parameter(bank))
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`, or that `vector_length` does not divide in_features or out_features."""
         text = f"`{{name}}` {{size}} must be divisible by `vector_length` {self.cfg.vector_length}"
         return super().check() or indivisible(self.site, self.cfg.vector_length, text)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised logits `vblora_logits_A` (r, in / L, vectors) and `vblora_logits_B` (out / L, r,
+        vectors), the shared bank, the dropout and facts.
+        """
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
         dropout = dropout_for(self.cfg.vblora_dropout)
         facts = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)
         return facts | dict(vblora_logits_A=A, vblora_logits_B=B) | shared
 
     def init(self) -> None:
+        """Fill both logits with normal values of std `init_logits_std`, after the generator has advanced as far as for
+        a bank, as in PEFT.
+        """
         skip(torch.empty(self.cfg.num_vectors, self.cfg.vector_length))  # see `share`
         for logits in (self.vblora_logits_A, self.vblora_logits_B):
             nn.init.normal_(logits, std=self.cfg.init_logits_std)
 
     def factors(self) -> Factors:
+        """Return A (r, in) and B (out, r), mixed from the bank by the logits, with dropout."""
         A, B = self.mix_vectors(self.vblora_logits_A), self.mix_vectors(self.vblora_logits_B)
         return Factors(A.flatten(1), B.transpose(1, 2).flatten(0, 1), dropout=self.vblora_dropout)
 
     def mix_vectors(self, logits: Tensor) -> Tensor:
-        """Mix the bank's vectors by logits, (…, vectors) → (…, L)."""
+        """Return Σ softmax(k largest logits) · their vectors of the bank: logits (…, vectors) → (…, L)."""
         largest, index = logits.topk(self.cfg.topk, dim=-1)
         vectors = self.vblora_vector_bank.to(logits.device).index_select(0, index.flatten())
         return (largest.softmax(-1)[..., None] * vectors.view(*index.shape, -1)).sum(-2)
@@ -163,7 +191,11 @@ class VBLoRA(Method[VBLoRAConfig]):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Refuse to train an adapter from a file that holds only the largest logits."""
+        """Before a run, raise RuntimeError for an active adapter in training that came from a file with only its
+        largest logits.
+
+        Not checked in compiled code, under a dispatch mode, or with adapters disabled.
+        """
         if eager() and not (watched() or tuner.disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
@@ -173,7 +205,10 @@ class VBLoRA(Method[VBLoRAConfig]):
             yield finish
 
     def to_file_tensors(self, values: Tensors, cfg: VBLoRAConfig) -> Tensors:
-        """With `save_only_topk_weights`, return indices of the largest logits and their weights but for the last."""
+        """Return the tensors as they are. With `save_only_topk_weights` replace each logits by two tensors:
+
+        `…_topk_indices` (…, k), in `index_type`, and `…_topk_weights` (…, k - 1), their softmax without the last.
+        """
         out = dict(values)
         for name in LOGITS if cfg.save_only_topk_weights else ():
             largest, index = out.pop((name, "")).topk(cfg.topk, dim=-1)
@@ -182,7 +217,11 @@ class VBLoRA(Method[VBLoRAConfig]):
         return out
 
     def from_file_tensors(self, tensors: Tensors, cfg: VBLoRAConfig) -> Tensors:
-        """Return logits with the same largest ones; the others are -inf."""
+        """Return the tensors with logits restored from `…_topk_indices` and `…_topk_weights`: log weights at the
+        indices, -inf elsewhere.
+
+        Other tensors stay. Raises CheckpointError for indices or weights that cannot be (`check_largest`).
+        """
         out, self.looked_at = dict(tensors), None
         for name in LOGITS:
             if (name + INDICES, "") in out and (name + WEIGHTS, "") in out:
@@ -196,8 +235,11 @@ class VBLoRA(Method[VBLoRAConfig]):
 
 
 def refuse_truncated(m: Any) -> None:
-    """Raise RuntimeError if an adapter has no logits but the largest, on its layer or stack. The host waits for the
-    answer where they are new, as they may come from a file; later CUDA looks."""
+    """Raise RuntimeError if the adapter's first logits contain -inf: it has only its largest logits, and cannot train.
+
+    New logits are read on the host, which waits for the device; later runs check on the device, without a wait. Does
+    nothing on the meta device.
+    """
     logits, text = m.vblora_logits_A, TRUNCATED.format(m.name)
     if logits.is_meta:
         return
@@ -207,6 +249,6 @@ def refuse_truncated(m: Any) -> None:
 
 
 def logits_of(site: Site, cfg: VBLoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of the logits of A and B."""
+    """Return the shapes of the logits: of A (r, fan_in / L, vectors), and of B (out / L, r, vectors)."""
     L, n, r = cfg.vector_length, cfg.num_vectors, cfg.r
     return (r, site.fan_in // L, n), (site.out_features // L, r, n)

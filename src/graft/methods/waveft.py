@@ -38,6 +38,9 @@ class WaveFTConfig(SpectralConfig, BaseBias):
     init_weights: bool = True  # zeros, the identity; False: small random values
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError for an unknown `wavelet_family`; warn of coif4 and coif5, where PEFT's
+        filters differ.
+        """
         super().__post_init__()
         if self.wavelet_family not in LOW:
             raise ConfigError(
@@ -126,6 +129,7 @@ coif5: -0.00021208186206749 0.00035857774116176 0.00217829437784569 -0.004159312
 
 
 def _low(text: str) -> dict[str, tuple[float, ...]]:
+    """Parse a table "family: number number …" into the numbers of each family."""
     families: dict[str, list[float]] = {}
     for word in text.split():
         if word.endswith(":"):
@@ -141,7 +145,10 @@ HIGH = {name: tuple((-1) ** k * c for k, c in enumerate(reversed(low))) for name
 
 
 class WaveFT(Spectral[WaveFTConfig]):
-    """ΔW = scaling · S M Tᵀ, where M is zero but at n places. S synthesizes its columns, T its rows, by a wavelet."""
+    """WaveFT, arXiv 2505.12532: ΔW = scaling · S M Tᵀ, where M is zero but at n places.
+
+    S synthesizes its columns, T its rows, by a wavelet.
+    """
 
     prefix = "waveft_"
     targets = WAVELET
@@ -151,6 +158,11 @@ class WaveFT(Spectral[WaveFTConfig]):
 
     @classmethod
     def split_budget(cls, methods: Sequence[Method]) -> None:
+        """With `proportional_parameters`, give each layer a copy of its config with its part of n times the number of
+        layers, at least 1.
+
+        The part is in proportion to out · fan_in.
+        """
         cfgs = [m.cfg for m in methods]
         sizes = [m.site.out_features * m.site.fan_in for m in methods]
         for m, cfg, size in zip(methods, cfgs, sizes):
@@ -159,7 +171,9 @@ class WaveFT(Spectral[WaveFTConfig]):
                 m.cfg.n_frequency = max(1, round(size / sum(sizes) * cfg.n_frequency * len(methods)))
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        """Return the trained coefficients, their places in the weight's wavelet transform, dropout and scaling."""
+        """Return the parameter `waveft_spectrum` (n,) of zeros, the places `waveft_indices` (2, n), which no file
+        holds, and facts.
+        """
         cfg = self.cfg
         return dict(
             waveft_spectrum=nn.Parameter(torch.zeros(cfg.n_frequency)),
@@ -172,15 +186,23 @@ class WaveFT(Spectral[WaveFTConfig]):
         )
 
     def init(self) -> None:
+        """With `init_weights=False` fill the coefficients with normal values of std 0.01; else keep the zeros."""
         if not self.cfg.init_weights:
             self.waveft_spectrum.data.copy_(torch.randn(len(self.waveft_spectrum)) * 0.01)
 
     def basis(self, n: int) -> Basis:
-        """Return the basis of vectors of n numbers."""
+        """Return the basis of vectors of n numbers: a `Wavelet` of the family; with `use_idwt=False` `Plain`, the
+        entries themselves.
+        """
         family = self.cfg.wavelet_family
         return Wavelet(n, LOW[family], HIGH[family]) if self.cfg.use_idwt else Plain(n)
 
     def transform(self) -> Sparse:
+        """Return ΔW = scaling · S M Tᵀ as a `Sparse`, which is not formed until somebody needs it.
+
+        The places are moved to the middle of the grid of coefficients, which may be larger than ΔW. With wavelets,
+        their halves are exchanged as in PEFT.
+        """
         site = self.site
         S, T = self.basis(site.out_features), self.basis(site.fan_in)
         u, v = self.waveft_indices  # in the middle of the grid of coefficients, which may be larger than ΔW

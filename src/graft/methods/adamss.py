@@ -56,6 +56,14 @@ class AdamssConfig(Targets, LayerRange):
     counters: ClassVar[tuple[str, ...]] = ("random_seed", "init_warmup", "final_warmup", "mask_interval")
 
     def __post_init__(self) -> None:
+        """Validate the fields.
+
+        Without `use_asa`, null fields of the schedule become their defaults; `init_weights=False` becomes None.
+
+        Raises:
+            ConfigError: `init_weights` is neither "orthogonal" nor None; with `use_asa`, an interval, target or
+                exponent that is not positive, or `init_warmup` ≥ `final_warmup`.
+        """
         for name in SCHEDULE if not self.use_asa else ():  # nobody looks at these: files have null there
             if getattr(self, name) is None:
                 setattr(self, name, type(self).__dataclass_fields__[name].default)
@@ -93,6 +101,10 @@ class Clusters(NamedTuple):
 
 
 def require_sklearn() -> Any:
+    """Return scikit-learn's KMeans class.
+
+    Raises ImportError, with the command to install it, if the package is missing.
+    """
     try:
         from sklearn.cluster import KMeans
     except ImportError as e:
@@ -103,7 +115,15 @@ def require_sklearn() -> Any:
 
 
 def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters:
-    """Find the clusters of W (out, in) with its bias (out,)."""
+    """Return the start of an adapter on W (out, in) and its bias (out,), which becomes a last column: `Clusters`.
+
+    A randomized SVD of rank R = min(r, sizes), seeded with `random_seed`, gives the space. K-means puts the rows of U
+    into `num_subspaces` clusters. A of a cluster is `make_cluster_A`, B zeros, or normal with std 0.01 if
+    `init_weights` is None. Generators stay as they are.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+    """
     dtype, W = W.dtype, W.detach().float()
     if bias is not None:
         W = torch.cat((W, bias.detach().float()[:, None]), 1)
@@ -123,7 +143,11 @@ def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters
 
 
 def make_cluster_A(U: Tensor, cfg: AdamssConfig) -> Tensor:
-    """Return A (rank, R) of a cluster with the coordinates U (n, R)."""
+    """Return A (rank, R) of a cluster with the coordinates U (n, R): orthonormal rows, the main directions of U.
+
+    rank = min(n, `subspace_rank`); with `use_dynamic_rank` at most the number of singular values above `svd_threshold`
+    times the largest, at least 1.
+    """
     gram, rank = U @ U.T, min(len(U), cfg.subspace_rank)
     if cfg.use_dynamic_rank:
         S = torch.svd_lowrank(gram, q=len(U), niter=2)[1]
@@ -142,6 +166,11 @@ class Allocator(Importance):
 
     @torch.no_grad()
     def update(self, name: str, p: Tensor) -> None:
+        """Update the smoothed sensitivity |p ∂p| of parameter `name`, and its uncertainty; do nothing without a
+        gradient.
+
+        The uncertainty takes the distance from the mean before the update; AdaLoRA's takes the mean after it.
+        """
         if p.grad is None:
             return
         now = (p * p.grad).abs()
@@ -152,7 +181,10 @@ class Allocator(Importance):
 
     @torch.no_grad()
     def of(self, methods: Mapping[str, object], spaces: list[tuple[str, int]]) -> list[float]:
-        """Return the scores of subspaces, by one wait for the device."""
+        """Return the score of each subspace (layer, cluster): the sum of the mean scores of its A and B.
+
+        The host waits once.
+        """
         means = [
             self.score(f"{key}.{part}.{j}", getattr(methods[key], part)[j]).mean()
             for key, j in spaces
@@ -164,7 +196,11 @@ class Allocator(Importance):
 
 
 def count_trained_subspaces(step: int, total: int, cfg: AdamssConfig) -> int:
-    """Return how many of all subspaces train from a step on: the fewer, the less of the warm-up is left."""
+    """Return the number of subspaces, of `total`, that train after a step.
+
+    It falls from all at `init_warmup` to `asa_target_subspaces` at `final_warmup`: target + (total - target) · (share
+    of the warm-up left) ^ `asa_schedule_exponent`.
+    """
     left = 1 - (step - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
     target = min(cfg.asa_target_subspaces, total)
     return int(target + (total - target) * left**cfg.asa_schedule_exponent)
@@ -188,6 +224,14 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
 
 
 def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
+    """Measure importance for adapter `name` at a step; do nothing outside of `init_warmup` to `final_warmup`.
+
+    Updates the `Allocator` in `tuner.states` from all gradients. At each multiple of `mask_interval` also chooses the
+    subspaces that train (`choose`), and starts a new Allocator.
+
+    Raises:
+        ValueError: no parameter has a gradient.
+    """
     if not cfg.init_warmup <= step <= cfg.final_warmup:
         return
     methods = {key: layer.methods[name] for key, layer in tuner.layers.items() if name in layer.methods}
@@ -210,7 +254,11 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
 
 
 def choose(methods: dict[str, Method], state: Allocator, step: int, cfg: AdamssConfig) -> None:
-    """Let the most important subspaces train; of equals, those that do by now."""
+    """Let the most important subspaces train, `count_trained_subspaces` of them; among equal scores those that train
+    now come first.
+
+    Sets `requires_grad` of each A and B, and whether their slot may train. Parameters that stop lose their gradient.
+    """
     spaces = [(key, j) for key, m in methods.items() for j in range(len(m.adamss_A))]
     scores = zip(spaces, state.of(methods, spaces))
     rank = {(key, j): (score, methods[key].adamss_A[j].requires_grad) for (key, j), score in scores}
@@ -236,11 +284,12 @@ class Shifted(NamedTuple):
     bias: Tensor  # (out,)
 
     def __call__(self, z: Tensor) -> Tensor:
+        """Return the product with z, with the bias."""
         return self.call(z)
 
 
 class AdaMSS(Method[AdamssConfig]):
-    """Rows of Δ[W | b] in cluster j: B_j A_j N, with the right singular vectors N of [W | b], which stay."""
+    """AdaMSS: rows of Δ[W | b] in cluster j are B_j A_j N, with the frozen right singular vectors N of [W | b]."""
 
     prefix = "adamss_"
     published_lr = Published(1e-4, 1e-4, COMPARISON)
@@ -254,6 +303,14 @@ class AdaMSS(Method[AdamssConfig]):
     adamss_places: Tensor  # (out,) the place of each row when they stand cluster by cluster
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, Any]:
+        """Return `adamss_newB` (N), lists `adamss_A` and `adamss_B` (a parameter for each cluster), `adamss_clusters`
+        and `adamss_places`, from `find_clusters` of W₀ and b₀.
+
+        Without a layer: `build_largest`. With a `device` (values come later): `build_empty`.
+
+        Raises:
+            UnsupportedLayerError: the weight is on the meta device.
+        """
         if self.layer is None:  # nobody has the weight at hand
             with device or nullcontext():
                 return self.build_largest()
@@ -275,7 +332,10 @@ class AdaMSS(Method[AdamssConfig]):
         )
 
     def build_empty(self, shared: dict[str, object], device: torch.device) -> dict[str, Any]:
-        """Return tensors of the shapes that the weight gives, without values."""
+        """Return the tensors of `build` on `device`, without values.
+
+        Keeps the clusters of the rows in `self.rows`, for files that lack them.
+        """
         with torch.random.fork_rng(devices=[]):
             values = self.build(shared)
         self.rows = values["adamss_clusters"]  # for files that do not say
@@ -283,7 +343,9 @@ class AdaMSS(Method[AdamssConfig]):
         return {name: v if isinstance(v, Transient) else v.to(device) for name, v in values.items()}
 
     def build_largest(self) -> dict[str, object]:
-        """Return tensors as large as those of any weight of this shape, and as many as those of most."""
+        """Return empty tensors of the largest sizes that `build` can give for this shape of weight: N (R, columns), one
+        A and one B for all clusters.
+        """
         cfg, out = self.cfg, self.site.out_features
         columns = self.site.fan_in + (getattr(self.site.module, "bias", None) is not None)
         R, count = min(cfg.r, out, columns), min(cfg.num_subspaces, out)
@@ -294,20 +356,27 @@ class AdaMSS(Method[AdamssConfig]):
         )
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS`: the clusters come from the weight; a file has them."""
         return Use.STARTS
 
     def finish_load(self) -> None:
+        """Forget `self.rows`, and compute `adamss_places` from the loaded clusters."""
         self.__dict__.pop("rows", None)
         self.adamss_places.copy_(find_cluster_order(self.adamss_clusters))
 
     def factors(self) -> Factors:
+        """Return factors of rank Σ ranks: A = [A_1; A_2; …] N, B = blockdiag(B_j) with its rows in the weight's order.
+
+        On layers that take vectors A is two products, which save memory in the backward pass. If N has a column for the
+        bias, B also shifts the layer's bias.
+        """
         n, op, base = self.site.fan_in, self.site.op, self.layer.base_layer
         dtype = self.dtype  # of N: FSDP casts parameters for a call, and leaves buffers as they are
         inner = torch.cat([*self.adamss_A]).to(dtype)  # (Σ ranks, R)
         down = inner @ self.adamss_newB  # (Σ ranks, in), or with a column for the bias
         up = torch.block_diag(*self.adamss_B).index_select(0, self.adamss_places).to(dtype)  # (out, Σ ranks)
         A: Any = down[:, :n]
-        if self.site.takes_vectors:  # two products, of which the backward pass keeps R numbers per row instead of x
+        if self.site.takes_vectors:  # two products: the backward pass keeps R numbers per row instead of x
             A = Product(lambda x: linear(linear(x.to(dtype), self.adamss_newB[:, :n]), inner), A)
         if down.shape[1] == n:
             return Factors(A, up)
@@ -315,7 +384,11 @@ class AdaMSS(Method[AdamssConfig]):
         return Factors(A, Shifted(lambda z: op.up(base, z, up) + op.channels(shift), up, shift))
 
     def from_file_tensors(self, tensors: Tensors, cfg: AdamssConfig) -> Tensors:
-        """Take the clusters of the file and their sizes, as another device may find others; PEFT's files lack them."""
+        """Return the file's tensors. A file of PEFT lacks the clusters: this adapter's own are added.
+
+        If the adapter has no values yet (meta device) and the file's A, B and clusters fit each other
+        (`match_clusters`), its parameters are replaced by ones of the file's shapes.
+        """
         current = self.adamss_clusters
         if ROWS not in tensors:
             return {**tensors, ROWS: self.rows if current.is_meta else current}
@@ -333,7 +406,11 @@ class AdaMSS(Method[AdamssConfig]):
 
 
 def match_clusters(rows: Tensor, shapes: dict[tuple[str, str], torch.Size], like: torch.Size, space: Tensor) -> bool:
-    """Return True if A and B of these shapes, by (container, cluster), are for clusters with these rows."""
+    """Return True if the shapes of A and B, by (container, cluster), belong to the clusters in `rows`.
+
+    `rows` must be integers in the shape `like`, from 0 to below the number of clusters. B_j has the rows of cluster j
+    and the rank of A_j; A_j has the width of `space`.
+    """
     count = len(shapes) // 2
     if rows.shape != like or rows.is_floating_point() or not ((rows >= 0) & (rows < count)).all():
         return False
@@ -343,5 +420,5 @@ def match_clusters(rows: Tensor, shapes: dict[tuple[str, str], torch.Size], like
 
 
 def find_cluster_order(rows: Tensor) -> Tensor:
-    """Return where each row stands when they are sorted by cluster, in their order within it."""
+    """Return, for each row, its position when rows are sorted by cluster, in their order within a cluster: (out,)."""
     return rows.argsort(stable=True).argsort()

@@ -37,7 +37,9 @@ class AdaptionPromptConfig(Chosen):
 
 
 class AdaptionPrompt(Method[AdaptionPromptConfig]):
-    """attention(h) + (gate · softmax(q Kᵀ / √d) V) Wₒ with q of the attention itself, K and V of a learned prompt."""
+    """LLaMA-Adapter, arXiv 2303.16199: attention(h) + (gate · softmax(q Kᵀ / √d) V) Wₒ with q of the attention itself,
+    K and V of a learned prompt.
+    """
 
     prefix = "adaption_"
     published_lr = Published(5e-4, 5e-3, COMPARISON)
@@ -49,6 +51,10 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> str:
+        """Return the name of the attention modules for the model's type.
+
+        Raises ConfigError for types other than llama, mistral and gpt2.
+        """
         kind = model_type(model)
         if kind not in cls.targets:
             raise ConfigError(
@@ -58,6 +64,13 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
 
     @classmethod
     def prepare(cls, cfg: AdaptionPromptConfig, model: nn.Module) -> None:
+        """Set `cfg.target_paths` to the paths of the last `adapter_layers` modules called `target_modules`, or the
+        type's default.
+
+        Raises:
+            ConfigError: the model type is unknown; `adapter_len` or `adapter_layers` is None; the model has fewer such
+                modules.
+        """
         default = cls.default_targets(model)  # raises for other models
         name = cfg.target_modules or default
         if cfg.adapter_len is None or cfg.adapter_layers is None:
@@ -72,15 +85,24 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         cfg.target_paths = set(paths[-cfg.adapter_layers :])
 
     def check(self) -> str | None:
+        """Return None for an attention with q_proj, k_proj, v_proj and o_proj, or with c_attn and no q_attn; else the
+        reason.
+        """
         names = self.site.module._modules.keys()
         if names >= {"q_proj", "k_proj", "v_proj", "o_proj"} or ("c_attn" in names and "q_attn" not in names):
             return None
         return "It is no attention with q_proj, k_proj, v_proj and o_proj, or with all in one c_attn, as in GPT-2"
 
     def describe(self) -> Effect:
+        """Return an `Update` with a `branch` on the queries that `input_of` computes; it cannot merge."""
         return Update(branch=self.branch, input_of=self.input_of)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised `adaption_prompt` (1, adapter_len, hidden) and `adaption_gate` (1,), in the dtype of the
+        base weight.
+
+        `hidden` is the input width of q_proj, or of c_attn.
+        """
         site, cfg = self.site, self.cfg
         projection = innermost(site.module.get_submodule("c_attn" if has_fused_projection(site.module) else "q_proj"))
         hidden, dtype = find_op(projection).dims(projection)[1], site.weight.where()[1]
@@ -90,12 +112,17 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         )
 
     def init(self) -> None:
+        """Fill the prompt with normal values and the gate with 0, so that the adapter starts as nothing."""
         nn.init.normal_(self.adaption_prompt)
         nn.init.zeros_(self.adaption_gate)  # the adapter starts as nothing
 
     @staticmethod
     def input_of(module: nn.Module, call: dict[str, Any]) -> Tensor:
-        """Compute the queries, which the attention does not return. (batch, tokens, heads, head_dim)"""
+        """Return the queries of an attention, (batch, tokens, heads, head_dim), computed again from its arguments by
+        name.
+
+        Llama's and Mistral's get rotary embeddings, from `position_embeddings` or `position_ids`; GPT-2's none.
+        """
         x, shape = call["hidden_states"], (-1, module.head_dim)
         q: Tensor = module.c_attn(x).chunk(3, -1)[0] if has_fused_projection(module) else module.q_proj(x)
         q = q.unflatten(-1, shape)
@@ -107,9 +134,16 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
         return turned
 
     def cast(self, x: Tensor) -> Tensor:
+        """Return x as it is: `branch` casts the prompt to the queries' dtype instead."""
         return x  # `branch` casts the prompt instead
 
     def branch(self, q: Tensor) -> Tensor:
+        """Return the prompt's part of the attention's output, (batch, tokens, hidden), for queries q (batch, tokens,
+        heads, head_dim).
+
+        Keys and values come from the prompt by the attention's own layers, values times the gate; heads are repeated to
+        fit the queries. The result passes o_proj, with a fused projection (GPT-2) nothing.
+        """
         attention = self.layer.base_layer
         prompt, gate = self.adaption_prompt.to(q.dtype), self.adaption_gate.to(q.dtype)
         if has_fused_projection(attention):
@@ -124,5 +158,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
 
 
 def has_fused_projection(attention: nn.Module) -> bool:
-    """Return True if one layer makes queries, keys and values (GPT-2): the prompt's output then has no projection."""
+    """Return True if the attention has a layer `c_attn` for queries, keys and values (GPT-2): the prompt's output then
+    has no projection.
+    """
     return "c_attn" in attention._modules

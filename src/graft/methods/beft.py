@@ -24,7 +24,7 @@ class BeftConfig(Targets):
 
 
 class BEFT(Method[BeftConfig]):
-    """y + c. An embedding has no bias: there c is an update of every row, ΔW = c 1ᵀ."""
+    """BEFT, arXiv 2509.15974: y + c. An embedding has no bias: there c is an update of every row, ΔW = c 1ᵀ."""
 
     prefix = "beft_"
     targets = TARGETS
@@ -32,18 +32,27 @@ class BEFT(Method[BeftConfig]):
     beft_bias: nn.Parameter  # (1, out)
 
     def describe(self) -> Effect:
+        """Return an `Update` of the bias by `shift`, which cannot merge if the layer has no bias.
+
+        On an embedding an `Update` by `delta` and `branch`.
+        """
         if self.site.op.takes_ids:
             return Update(self.delta, branch=self.branch)
         has_bias = getattr(self.site.module, "bias", None) is not None
         return Update(bias=self.shift, fixed=None if has_bias else "Base layer has no bias to merge into")
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `beft_bias` (1, out) with normal values.
+
+        Warns if the layer has no bias, so that the adapter cannot merge.
+        """
         if self.effect.fixed is not None:
             text = "Layer {} has no bias. Note you cannot merge the BEFT adapter into the base layer."
             warn_of(self.site.key, text, PeftWarning)
         return dict(beft_bias=nn.Parameter(torch.randn(1, self.site.out_features)))
 
     def init(self) -> None:
+        """Fill c with zeros; with `init_weights=False` keep the normal values."""
         if self.cfg.init_weights:
             nn.init.zeros_(self.beft_bias)
 
@@ -52,8 +61,12 @@ class BEFT(Method[BeftConfig]):
         return self.beft_bias.flatten()
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return the update of every row of an embedding, in the dtype and shape of the module's output."""
+        """Return c (out,), scaled as the embedding scales its outputs (`op.scaled`).
+
+        It is the same for all ids, so x is not read.
+        """
         return self.site.op.scaled(self.layer.base_layer, self.shift())
 
     def delta(self) -> Tensor:
+        """Return c as an update of every row of an embedding: expanded to the weight's shape."""
         return self.shift()[:, None].expand(self.site.shape)

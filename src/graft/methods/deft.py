@@ -27,11 +27,13 @@ class DeftConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
     alpha: int | None = None  # R counts alpha / r times; None: once
     para: bool = False  # PaRa: there is no R, the space is only taken out
     deft_dropout: float = 0.0  # acts on the input of R
-    init_weights: bool = True  # R makes up for what P takes out; else random
+    init_weights: bool = True  # R starts so that the update is 0; else random
 
 
 class DEFT(Method[DeftConfig]):
-    """ΔW = Q (s R - Zᵀ W₀); Q = P and Z = relu(P), or both are an orthonormal basis of P's columns."""
+    """DEFT, NeurIPS 2025: ΔW = Q (s R - Zᵀ W₀); Q = P and Z = relu(P), or both are an orthonormal basis of P's
+    columns.
+    """
 
     prefix = "deft_"
     targets = LORA
@@ -42,12 +44,19 @@ class DEFT(Method[DeftConfig]):
     scaling: float
 
     def describe(self) -> Effect:
+        """Return an `Update` by `factors` that reads W₀ (`of_weight`)."""
         return Update(factors=self.factors, of_weight=True)
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS` if R starts from the weight: with `init_weights` and without `para`. Else `Use.NOT`."""
         return Use.STARTS if self.cfg.init_weights and not self.cfg.para else Use.NOT
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised `deft_P` (out, r) and, unless `para`, `deft_R` (r, fan_in), with r at most out; the
+        dropout and scaling.
+
+        scaling = alpha / r, or 1 without alpha.
+        """
         cfg, site = self.cfg, self.site
         r = min(cfg.r, site.out_features)
         values = dict(
@@ -59,6 +68,10 @@ class DEFT(Method[DeftConfig]):
         return values if cfg.para else values | dict(deft_R=nn.Parameter(torch.empty(r, site.fan_in)))
 
     def init(self) -> None:
+        """Fill P with normal values of std 0.02, and R with Zᵀ W₀ / scaling, so that ΔW = 0.
+
+        With `para` there is no R. With `init_weights=False` R is normal with std 0.02 · `init_scale`.
+        """
         cfg = self.cfg
         nn.init.normal_(self.deft_P, std=0.02)
         if cfg.para:
@@ -72,11 +85,14 @@ class DEFT(Method[DeftConfig]):
 
     @property
     def W0(self) -> Tensor:
+        """The base weight (out, fan_in) without adapters and gradient."""
         W0: Tensor = self.layer.W0
         return W0.detach().flatten(1)
 
     def projections(self) -> tuple[Tensor, Tensor]:
-        """Return Q and Z (out, r), in at least float32."""
+        """Return Q and Z (out, r), in at least float32: P and relu(P) for "relu", else twice the orthonormal Q of P's
+        QR decomposition.
+        """
         P = self.deft_P.to(torch.promote_types(self.deft_P.dtype, torch.float32))
         if self.cfg.decomposition_method == "relu":
             return P, P.relu()
@@ -84,6 +100,11 @@ class DEFT(Method[DeftConfig]):
         return Q, Q
 
     def factors(self) -> Factors:
+        """Return A = s R - Zᵀ W₀ and B = Q; with `para` A = -Zᵀ W₀, without dropout.
+
+        In training with dropout, A is a product that drops inputs of R alone. Where that is not possible (a convolution
+        with groups), dropout acts on both.
+        """
         Q, Z = self.projections()
         A0, B = -multiply_widened(Z.T, self.W0).to(self.dtype), Q.to(self.dtype)
         if self.cfg.para:
@@ -95,6 +116,6 @@ class DEFT(Method[DeftConfig]):
         return Factors(R + A0, B, dropout=self.deft_dropout)  # acts on both where groups tear the two apart
 
     def down(self, R: Tensor, A0: Tensor, x: Tensor) -> Tensor:
-        """Return own dropout(x) + kept x: dropout acts on the input of R alone."""
+        """Return R dropout(x) + A0 x: dropout acts on the input of R alone. A0 is -Zᵀ W₀."""
         op, base, x = self.site.op, self.layer.base_layer, x.to(self.dtype)
         return op.down(base, self.deft_dropout(x), R) + op.down(base, x, A0)

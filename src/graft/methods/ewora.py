@@ -34,6 +34,7 @@ class EworaConfig(Targeted, LayerRange, RankPattern, FanInFanOut, BaseBias):
     layer_replication: list[tuple[int, int]] | None = None  # only None
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError if `use_dora`, `megatron_config` or `layer_replication` is set."""
         super().__post_init__()
         for name in ("use_dora", "megatron_config", "layer_replication"):
             if getattr(self, name):
@@ -41,7 +42,10 @@ class EworaConfig(Targeted, LayerRange, RankPattern, FanInFanOut, BaseBias):
 
 
 class Ewora(Method[EworaConfig]):
-    """Δy = Σₑ gₑ Bₑᵀ Aₑᵀ x, g = W relu(all Aₑᵀ x) + b: weights of any sign, which sum to anything."""
+    """EWoRA, IJCNLP 2025 Findings 108: Δy = Σₑ gₑ Bₑᵀ Aₑᵀ x, g = W relu(all Aₑᵀ x) + b.
+
+    The weights g have any sign and any sum.
+    """
 
     prefix = "ewora_"
     targets = LORA
@@ -53,6 +57,9 @@ class Ewora(Method[EworaConfig]):
     ewora_dropout: nn.Module
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised `ewora_As` (experts, in, r) and `ewora_Bs` (experts, r, out), `ewora_weighting`, a
+        linear layer (experts, experts · r) with bias, and the dropout.
+        """
         cfg, site = self.cfg, self.site
         E, r = cfg.num_experts, cfg.r
         A, B = torch.empty(E, site.in_features, r), torch.empty(E, r, site.out_features)
@@ -65,17 +72,24 @@ class Ewora(Method[EworaConfig]):
         )
 
     def init(self) -> None:
+        """Fill A uniform within ±1/√(in · r), the weighting within ±0.01, its bias within ±1/√(experts · r), and B with
+        zeros.
+
+        With `init_weights=False` B is kaiming uniform.
+        """
         nn.init.kaiming_uniform_(self.ewora_As, a=math.sqrt(5))  # of all three dimensions: ±1 / √(in · r)
         nn.init.uniform_(self.ewora_weighting.weight, -0.01, 0.01)
         nn.init.uniform_(self.ewora_weighting.bias, *(s * (self.cfg.num_experts * self.cfg.r) ** -0.5 for s in (-1, 1)))
         self.fill_start(self.ewora_Bs)
 
     def describe(self) -> Effect:
+        """Return an `Update` with a `branch` only, which cannot merge: each token weighs the experts."""
         return Update(
             branch=self.branch, fixed="EWoRA's experts are dynamically weighted, by each token, which no weight is"
         )
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return Σₑ gₑ Bₑᵀ Aₑᵀ x, (…, out). Dropout acts on the input of each expert, drawn for each."""
         op, base, E = self.site.op, self.layer.base_layer, self.cfg.num_experts
         A = self.ewora_As.mT  # (experts, r, in)
         if isinstance(self.ewora_dropout, nn.Identity):

@@ -43,7 +43,12 @@ class FineGatesConfig(Targeted, LayerRange, FanInFanOut, BaseBias):
 
 
 def find_gates(tuner: Tuner, adapter_names: str | list[str] | None) -> list[FineGates]:
-    """Return the adapters of these names on all layers, and on each matrix of stacks; the active ones if None."""
+    """Return the FineGates methods of these adapters (None: the active ones) on all layers; of a stack one for each
+    matrix.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of that name.
+    """
     names = tuner.active_adapters if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
     tuner.check_known(names)
@@ -54,6 +59,8 @@ def find_gates(tuner: Tuner, adapter_names: str | list[str] | None) -> list[Fine
 def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) -> Tensor | float:
     """Return the mean of `FineGates.loss` over layers and adapters, (); 0.0 without any.
 
+    `adapter_names`: None for the active ones.
+
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
     """
@@ -63,8 +70,12 @@ def sparsity_loss(tuner: Tuner, adapter_names: str | list[str] | None = None) ->
 
 @torch.no_grad()
 def compression(tuner: Tuner, adapter_names: str | list[str] | None = None) -> dict[str, float]:
-    """Return the shares of rows, columns and entries of the adapted weights that closed gates leave out."""
-    sizes = torch.zeros(3, 2)  # of all; of those that are left
+    """Return the shares of "rows", "columns" and "entries" of the adapted weights that gates at 0 leave out, without
+    noise.
+
+    `adapter_names`: None for the active ones. 0 without any gates.
+    """
+    sizes = torch.zeros(3, 2)  # counts of all; of those with open gates
     for m in find_gates(tuner, adapter_names):
         both = (compute_openness(z) > 0 for z in (m.finegates_rows, m.finegates_columns))  # without noise
         rows, columns = (torch.tensor([len(open_), float(open_.sum())]) for open_ in both)
@@ -74,12 +85,12 @@ def compression(tuner: Tuner, adapter_names: str | list[str] | None = None) -> d
 
 
 def compute_openness(z: Tensor) -> Tensor:
-    """Return how far gates of z (n,) are open, before they are cut to [0, 1]."""
+    """Return tanh z + ½ of z (n,): the gates before they are clamped to [0, 1]."""
     return z.tanh() + 0.5
 
 
 class FineGates(Method[FineGatesConfig]):
-    """y = r ⊙ base(c ⊙ x), with gates r (out,) and c (in,) in [0, 1]."""
+    """FineGates, arXiv 2602.09169: y = r ⊙ base(c ⊙ x), with gates r (out,) and c (in,) in [0, 1]."""
 
     prefix = "finegates_"
     published_lr = Published(5e-4, 1e-3, "arXiv 2602.09169, with gate_noise_std 0.1")
@@ -93,15 +104,21 @@ class FineGates(Method[FineGatesConfig]):
     finegates_columns: nn.Parameter  # (in,): z of the inputs
 
     def check(self) -> str | None:
+        """Return a reason against embeddings, since their inputs are ids; else that of `Method.check`."""
         if self.site.op.takes_ids:
             return "FineGates scales inputs, and those of an embedding are ids"
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised parameters `finegates_rows` (out,) and `finegates_columns` (in,)."""
         rows, columns = torch.empty(self.site.out_features), torch.empty(self.site.in_features)
         return dict(finegates_rows=nn.Parameter(rows), finegates_columns=nn.Parameter(columns))
 
     def init(self) -> None:
+        """Fill z with normal values of `gate_init_mean` and `gate_init_std`; with `init_weights=False` of 0 and 1.
+
+        Warns if nearly all gates are open, tanh(mean) > ½ + std, and `gate_noise_std` is 0: such gates get no gradient.
+        """
         cfg = self.cfg
         mean, std = (0.0, 1.0) if cfg.init_weights is False else (cfg.gate_init_mean, cfg.gate_init_std)
         for z in (self.finegates_rows, self.finegates_columns):
@@ -115,10 +132,13 @@ class FineGates(Method[FineGatesConfig]):
             )
 
     def describe(self) -> Effect:
+        """Return a `Rewrite` by `fold`, with `pre` and `post` that scale input and output."""
         return Rewrite(self.fold, pre=self.pre, post=self.post)
 
     def gate(self, z: Tensor) -> Tensor:
-        """Return the gates of z (n,), in [0, 1]; with noise in training."""
+        """Return the gates of z (n,), tanh z + ½ clamped to [0, 1]; in training with noise of std `gate_noise_std`
+        before the clamp.
+        """
         open_by = compute_openness(z)
         if self.layer.training and self.cfg.gate_noise_std:
             open_by = open_by + torch.randn_like(z) * self.cfg.gate_noise_std
@@ -129,12 +149,17 @@ class FineGates(Method[FineGatesConfig]):
         return self.gate(self.finegates_rows), self.gate(self.finegates_columns)
 
     def pre(self, x: Tensor) -> Tensor:
+        """Return x times the gates of the inputs."""
         return x * self.site.op.channels(self.gate(self.finegates_columns))
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y times the gates of the outputs."""
         return y * self.site.op.channels(self.gate(self.finegates_rows))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight with rows and columns times their gates, and the bias (None without one) times the rows'
+        gates.
+        """
         rows, columns = (g.to(W.dtype) for g in self.gates())
         groups = self.site.op.groups(self.site.module)
         columns = columns.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)
@@ -142,7 +167,11 @@ class FineGates(Method[FineGatesConfig]):
         return W, None if b is None else b * rows.to(b.dtype)
 
     def loss(self) -> Tensor:
-        """Return weight · ½ Σ |share of open gates - (1 - target_sparsity)| over outputs and inputs, (), in float32."""
+        """Return sparsity_loss_weight · ½ Σ |share of open gates - (1 - target_sparsity)| over outputs and inputs, (),
+        in float32.
+
+        The share is smooth: the mean of Φ((tanh z + ½) / ½), with Φ the normal distribution.
+        """
         cfg = self.cfg
         off: Any = 0.0
         for z in (self.finegates_rows, self.finegates_columns):

@@ -33,7 +33,7 @@ class FrodConfig(Targets, LayerRange, FanInFanOut, BaseBias):
     save_projection: bool = True  # put V and the places into files, too: else a load computes and draws them again
     frod_dropout: float = 0.0
     init_weights: bool = True  # False: random, away from W
-    sparse_rate: Annotated[float, SPARSITY] = 0.01  # share of the entries beside the diagonal that train
+    sparse_rate: Annotated[float, SPARSITY] = 0.01  # share of the entries off the diagonal that train
     regularization_alpha: float = 0.001  # of the inverse in the search for V
     progressbar: bool = True  # accepted for PEFT's files: there is none
     runtime_offload_base_weight: bool = False  # accepted for PEFT's files: the base weight stays where it is
@@ -41,15 +41,17 @@ class FrodConfig(Targets, LayerRange, FanInFanOut, BaseBias):
     counters: ClassVar[tuple[str, ...]] = ("projection_prng_key",)
 
     def __post_init__(self) -> None:
+        """Validate the fields; warn (`warn_unsaved`) if `save_projection` is False."""
         super().__post_init__()
         if not self.save_projection:
             warn_unsaved("frod_V and frod_s_indices")
 
 
 def category(key: str) -> str:
-    """Return the category of a layer: the last two parts of its path, without an index.
+    """Return the category of a layer from its path; layers of a category share V.
 
-    Layers of a category share V.
+    It is the last two names, joined by "_"; the last one alone if the other is an index or missing. A path that ends in
+    "attention.output.dense" gives "attention_output".
     """
     parts = key.split(".")
     if parts[-3:] == ["attention", "output", "dense"]:
@@ -58,10 +60,10 @@ def category(key: str) -> str:
 
 
 def width(name: str, sites: Sequence[Site]) -> int:
-    """Return the number of inputs that the layers of a category have.
+    """Return the number of inputs of the layers of category `name`.
 
     Raises:
-        ConfigError: it is not the same for all.
+        ConfigError: the layers have different numbers.
     """
     sizes = {site.fan_in for site in sites}
     if len(sizes) > 1:
@@ -73,16 +75,20 @@ def width(name: str, sites: Sequence[Site]) -> int:
 
 
 def order(key: str) -> int:
-    """Return the number of the block that a layer is in: after `layers`, or the first in its path."""
+    """Return the number of a layer's block: the part of its path after "layers" if numeric, else the first number in
+    it, else 0.
+    """
     parts = key.split(".")
     after = [b for a, b in pairwise(parts) if a == "layers"]
     return next((int(part) for part in (*after, *parts) if part.isdigit()), 0)
 
 
 def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
-    """Return V (n, n) of a category, which makes the columns of W V as orthogonal as possible for all its weights W.
+    """Return V (n, n) of a category, in float32 on the CPU: it makes the columns of W V as orthogonal as possible for
+    all its weights W.
 
-    On the meta device if a weight is there.
+    Of layers with equal `order` only the last counts. If all weights together have fewer than n rows, V are their right
+    singular vectors. Return an empty V on the meta device if a weight is there.
     """
     V = torch.empty(n, n)
     if V.is_meta or any(site.on_meta for site in sites):
@@ -102,13 +108,18 @@ def basis(sites: Sequence[Site], n: int, alpha: float) -> Tensor:
 
 
 def count_entries(n: int, rate: float) -> int:
-    """Return how many entries of S (n, n) train."""
+    """Return the number of entries of S (n, n) that train: ⌊n² · rate⌋, at most n² - n, and at least 1 if rate > 0 and
+    n > 1.
+    """
     count = min(int(n * n * rate), n * n - n)
     return max(count, min(1, n * n - n)) if rate > 0 else count
 
 
 def support(n: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Draw rows and columns of the entries of S off its diagonal, (2, entries)."""
+    """Draw the places of the entries of S, off its diagonal and without repetition: rows and columns, (2, entries).
+
+    On the meta device the tensor stays uninitialised.
+    """
     out = torch.empty(2, count_entries(n, rate), dtype=torch.int64)
     if out.is_meta:
         return out
@@ -121,7 +132,7 @@ SMALLEST = 1e-12  # norm of a column that counts
 
 
 class FRoD(Method[FrodConfig]):
-    """W' = U (diag(λ) + S) Vᵀ, with U diag(λ) Vᵀ = W₀ at the start and S sparse, 0 at the start."""
+    """FRoD, AAAI 2026: W' = U (diag(λ) + S) Vᵀ, with U diag(λ) Vᵀ = W₀ at the start and S sparse, 0 at the start."""
 
     prefix = "frod_"
     published_lr = Published(1e-3, 1e-3, COMPARISON)
@@ -137,6 +148,16 @@ class FRoD(Method[FrodConfig]):
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
+        """Return three tensors for each category of layers: `frod_V` (n, n), `frod_s_indices` (2, entries) and
+        `frod_s_size` [n, n].
+
+        V and indices of a category come from another adapter that shares them, the indices only in the same shape. Else
+        V is `basis`, and `support` draws the places from `projection_prng_key`, in the alphabetical order of
+        categories. No file holds them with `save_projection=False`.
+
+        Raises:
+            ConfigError: layers of a category have different widths, or the shared V has another width.
+        """
         cfg, existing, first = layers.cfg, layers.existing, next(iter(layers.others), None)
         groups: dict[str, list[Site]] = {}
         for site in layers.sites:
@@ -158,11 +179,19 @@ class FRoD(Method[FrodConfig]):
         return values
 
     def check(self) -> str | None:
+        """Return a reason against parameters that their module uses itself (opaque ops); else that of
+        `Method.check`.
+        """
         if self.site.op.opaque:
             return "FRoD gives a V to all layers of a category, made of their weights, and these are parameters"
         return super().check()
 
     def build(self, shared: dict[str, Any]) -> dict[str, object]:
+        """Return trained `frod_lambda_l` (in,) and `frod_lambda_s_values` (entries,) of zeros, the buffer `frod_U`
+        (out, in) of zeros, which no file holds, and the dropout.
+
+        `frod_shared` holds the containers of this category's V and indices.
+        """
         cfg, site, group = self.cfg, self.site, category(self.site.key)
         n = site.fan_in
         common = [shared[f"frod_{part}.{group}"].container for part in ("V", "s_indices")] if shared else []
@@ -175,16 +204,25 @@ class FRoD(Method[FrodConfig]):
         )
 
     def describe(self) -> Effect:
+        """Return an `Update` by `delta` that reads W₀ (`of_weight`), with the dropout."""
         return Update(self.delta, of_weight=True, dropout=self.dropout)
 
     def dropout(self) -> nn.Module:
+        """Return the module `frod_dropout`."""
         return self.frod_dropout
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS`: U and λ come from the weight; `finish_load` computes U again after a load."""
         return Use.STARTS  # `finish_load` follows
 
     @torch.no_grad()
     def init(self) -> None:
+        """Compute U and fill λ with the lengths from `rotate`, so that W' = W₀; S stays 0.
+
+        On the meta device do nothing.
+
+        With `init_weights=False` fill S with normal values of std 0.1, and add such values to λ.
+        """
         scale = self.rotate()
         if scale is None:
             return
@@ -196,21 +234,27 @@ class FRoD(Method[FrodConfig]):
         self.frod_lambda_l.copy_(scale)
 
     def check_shared(self, tensors: Tensors) -> None:
+        """Raise CheckpointError if the file's indices of this layer's category are not below its number of inputs."""
         check_places(tensors, f"frod_s_indices.{category(self.site.key)}", self.site.fan_in, self.site.key)
 
     @torch.no_grad()
     def finish_load(self) -> None:
+        """Compute U anew from the base weight and the loaded V."""
         self.rotate()
 
     @property
     def shared_tensors(self) -> tuple[Tensor, Tensor]:
-        """V (in, in), and the rows and columns of the entries of S (2, entries)."""
+        """V (in, in), and the rows and columns of the entries of S (2, entries), on the device of U."""
         device = self.frod_U.device
         V, places = (copy_on_device(container[self.name], device) for container in self.layer.frod_shared)
         return V, places
 
     def rotate(self) -> Tensor | None:
-        """Set U so that U diag(λ) Vᵀ = W₀; return λ, (in,). None on the meta device."""
+        """Fill U so that U diag(λ) Vᵀ = W₀, with unit columns, and return λ (in,), in float64 on the CPU.
+
+        A singular V gets a pseudo-inverse. Columns of a norm below 1e-12 are 0. On the meta device warn, and return
+        None.
+        """
         shared = self.layer.frod_shared[0][self.name]
         if self.site.on_meta or shared.is_meta:
             text = "FRoD needs the weight of layer {}, which is on the meta device: adapt a model that has its values."
@@ -227,6 +271,7 @@ class FRoD(Method[FrodConfig]):
         return scale
 
     def delta(self, W0: Tensor) -> Tensor:  # type: ignore[override]
+        """Return ΔW = U (diag(λ) + S) Vᵀ - W₀, in W₀'s shape."""
         V, (rows, columns) = self.shared_tensors
         values, n = self.frod_lambda_s_values, len(V)
         M = values.new_zeros(n, n).index_put((rows, columns), values) + torch.diag(self.frod_lambda_l)

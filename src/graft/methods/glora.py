@@ -42,6 +42,11 @@ class Support(nn.Module):
     zeros: Tensor  # in memory and in files, as PEFT has it; nothing reads it
 
     def __init__(self, kind: str, shape: tuple[int, ...], r: int):
+        """Make the parameters of a tensor of `shape`, uninitialised.
+
+        "lora": `Xd` (rows, r) and `Xu` (r, columns). "none": a buffer `zeros` of the whole shape. "constant": `X` (1,).
+        "vector": `X` (rows, 1, …).
+        """
         super().__init__()
         self.kind = kind
         if kind == "lora":
@@ -52,6 +57,10 @@ class Support(nn.Module):
             self.X = nn.Parameter(torch.empty(1 if kind == "constant" else (shape[0], *[1] * (len(shape) - 1))))
 
     def start(self, as_nothing: bool) -> None:
+        """Fill the parameters: with `as_nothing` zeros, except `Xu`.
+
+        All others are kaiming uniform (a=√5), except a constant, which is normal with std 0.02.
+        """
         for name, p in reversed(list(self.named_parameters())):
             if as_nothing and name != "Xu":
                 nn.init.zeros_(p)
@@ -62,7 +71,7 @@ class Support(nn.Module):
 
 
 class GLoRA(Method[GloraConfig]):
-    """ΔW = W₀ ⊙ A + B, Δb = b₀ ⊙ D + E + W₀ C."""
+    """GLoRA, arXiv 2306.07967: ΔW = W₀ ⊙ A + B, Δb = b₀ ⊙ D + E + W₀ C."""
 
     prefix = "glora_"
     published_lr = Published(5e-4, 5e-4, COMPARISON)
@@ -76,13 +85,21 @@ class GLoRA(Method[GloraConfig]):
 
     @property
     def shifts(self) -> bool:
-        """Return True if C, D and E act: on a layer that has a bias."""
+        """True if C, D and E act: the layer has a bias."""
         return getattr(self.site.module, "bias", None) is not None
 
     def describe(self) -> Effect:
+        """Return an `Update` by `delta` that reads W₀ (`of_weight`), with the bias update `shift` if the layer has a
+        bias.
+        """
         return Update(self.delta, of_weight=True, bias=self.shift if self.shifts else None)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return five `Support` modules of the kinds in the config: A and B (out, fan_in), C (fan_in, 1), D and E
+        (out,).
+
+        On a layer without bias C, D and E are of kind "none".
+        """
         cfg, out, fan_in = self.cfg, self.site.out_features, self.site.fan_in
         C, D_E = (cfg.config_C, cfg.config_D_E) if self.shifts else ("none", "none")
         return dict(
@@ -95,17 +112,21 @@ class GLoRA(Method[GloraConfig]):
         )
 
     def init(self) -> None:
+        """Fill all five tensors (`Support.start`): the update starts as zero, or random with `init_weights=False`."""
         for support in (self.glora_A, self.glora_B, self.glora_C, self.glora_D, self.glora_E):
             support.start(self.cfg.init_weights)
 
     def delta(self, W0: Tensor) -> Modulated | Rescaled:  # type: ignore[override]
+        """Return ΔW = W₀ ⊙ A + B, not formed yet: a `Modulated` of the four factors for kind "lora", else a
+        `Rescaled`.
+        """
         A, B = self.glora_A, self.glora_B
         if A.kind == "lora":
             return Modulated(W0, A.Xd, A.Xu, B.Xd, B.Xu)
         return Rescaled(W0, None, None) if A.kind == "none" else Rescaled(W0, A.X, B.X)
 
     def shift(self) -> Tensor:
-        """Return Δb, (out,)."""
+        """Return Δb = b₀ ⊙ D + E + W₀ C, (out,), in the adapter's dtype; without the terms of kind "none"."""
         C, D, E, dtype = self.glora_C, self.glora_D, self.glora_E, self.dtype
         b0 = self.layer.b0.to(dtype)
         shift = torch.zeros_like(b0) if D.kind == "none" else b0 * D.X + E.X

@@ -34,19 +34,25 @@ class LilyConfig(Targeted, LayerRange):
 
 
 def entry_of(targets: str | Iterable[str] | None, key: str) -> str:
-    """Return the entry of `target_modules` that names a layer, the longest if there are several; a regex itself."""
+    """Return the longest entry of `target_modules` that ends the path `key`, or the path itself if none does.
+
+    A regular expression is returned as it is.
+    """
     if isinstance(targets, str):
         return targets
     return max((entry for entry in targets or () if key.endswith(entry)), key=len, default=key)
 
 
 def kinds(methods: Sequence[Method]) -> list[Hashable]:
-    """Return the kind of each layer: layers of one kind have one B."""
+    """Return the kind of each layer: the entry of `target_modules` that names it, and the weight's shape.
+
+    Layers of one kind share B.
+    """
     return [(entry_of(m.cfg.target_modules, m.site.key), m.site.shape) for m in methods]
 
 
 def strides(methods: Sequence[Method]) -> list[Hashable]:
-    """Return the stretch of each layer: `stride_A` layers of a kind, one after another, have one A."""
+    """Return (kind, number) for each layer: `stride_A` consecutive layers of a kind have one number, and share A."""
     before = Counter[Hashable]()
     stretches: list[Hashable] = []
     for m, kind in zip(methods, kinds(methods)):
@@ -56,7 +62,8 @@ def strides(methods: Sequence[Method]) -> list[Hashable]:
 
 
 class Lily(Method[LilyConfig]):
-    """scaling · B̄ A x, B̄ = Σ p_e B_e, p the mean over all tokens of the call of softmax(router A x).
+    """Lily, arXiv 2407.09946: Δy = scaling · B̄ A x, B̄ = Σ p_e B_e, p the mean over all tokens of the call of
+    softmax(router A x).
 
     Layers are of a kind if the same entry of `target_modules` names them and their weights have one shape.
     """
@@ -71,14 +78,19 @@ class Lily(Method[LilyConfig]):
     scaling: float
 
     def check(self) -> str | None:
+        """Return a reason against layers with groups of channels that do not mix; else that of `Method.check`."""
         if self.site.op.known and not self.site.op.factorable(self.site.module):
             return "Its groups of channels do not mix, and Lily's projections would mix them"
         return super().check()
 
     def describe(self) -> Effect:
+        """Return an `Update` with a `branch` only, which cannot merge: each input mixes the projections anew."""
         return Update(branch=self.branch, fixed="Lily mixes its projections anew for each input, which no weight does")
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the facts and three linear layers without bias: `lily_A` (r, fan_in), `lily_B` (num_B · r, out) and
+        `lily_router` (num_B, r).
+        """
         cfg, site = self.cfg, self.site
         return dict(
             r=cfg.r,
@@ -91,11 +103,15 @@ class Lily(Method[LilyConfig]):
         )
 
     def init(self) -> None:
+        """Fill A and router kaiming uniform (a=√5), and B with zeros; with `init_weights=False` B kaiming
+        uniform, too.
+        """
         for layer in (self.lily_A, self.lily_router):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
         self.fill_start(self.lily_B.weight)
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return scaling · B̄ A x, (…, out). p averages the router's softmax over all tokens; without tokens p is 0."""
         op, base = self.site.op, self.layer.base_layer
         h = op.down(base, x, self.lily_A.weight.to(x.device))
         p = self.lily_router(h.movedim(1 - len(self.site.shape), -1)).softmax(-1).flatten(0, -2)

@@ -16,13 +16,13 @@ from graft.storage import standalone, why_copy_cannot_train
 
 @dataclass(kw_only=True)
 class LNTuningConfig(Targeted):
-    """LN tuning: a trainable copy of each layer (made for norms, works on any module) runs in its place."""
+    """LN tuning: a trainable copy of each layer (made for norms, works on any module) replaces it in forward passes."""
 
     peft_type: str = "LN_TUNING"
 
 
 class LNTuning(Method[LNTuningConfig]):
-    """A trainable copy of the module that replaces it in forward passes."""
+    """LN tuning, arXiv 2312.11420: a trainable copy of the module that replaces it in forward passes."""
 
     prefix = "ln_tuning_"
     targets = LN_TUNING
@@ -31,18 +31,24 @@ class LNTuning(Method[LNTuningConfig]):
     ln_tuning_layers: nn.Module
 
     def check(self) -> str | None:
+        """Return the reason why a copy of the module cannot train, else that of `Method.check`."""
         why = why_copy_cannot_train(self.site.module)
         return super().check() if why is None else f"LN tuning trains a copy of the layer, and {why}"
 
     def describe(self) -> Effect:
+        """Return a `Replace`: the copy runs in place of the layer."""
         return Replace(self.get_copy)
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
-        """Copy the module where it is, whatever `device`: that draws no random values."""
+        """Return `ln_tuning_layers`, a copy of the module without hooks, on the module's device whatever `device` is.
+
+        Floating-point parameters of the copy train. Draws no random values.
+        """
         clone = standalone(self.site.module)
         for p in clone.parameters():
             p.requires_grad = p.is_floating_point()
         return dict(ln_tuning_layers=clone)
 
     def get_copy(self) -> nn.Module:
+        """Return the copy, `ln_tuning_layers`."""
         return self.ln_tuning_layers

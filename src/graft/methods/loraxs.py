@@ -36,13 +36,14 @@ class LoraXsConfig(Targeted, LayerRange):
     init_weights: bool | Literal["sb"] = True  # R of zeros; False: of the paper's N(0, 1e-5); "sb": LoRA-SB
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError for init_weights="sb" without `save_projection`."""
         super().__post_init__()
         if self.init_weights == "sb" and not self.save_projection:
             raise ConfigError("init_weights='sb' begins with data, which a load lacks: leave save_projection on.")
 
 
 class LoraXS(Method[LoraXsConfig]):
-    """ΔW = s · B R A, with B A the best approximation of W₀ of rank r."""
+    """LoRA-XS, arXiv 2405.17604: ΔW = s · B R A, with B A the best approximation of W₀ of rank r; only R trains."""
 
     prefix = "loraxs_"
     published_lr = Published(1e-4, 4e-3, "arXiv 2405.17604, GLUE (to 1e-3) and models of 7B (from 2e-3)")
@@ -55,6 +56,10 @@ class LoraXS(Method[LoraXsConfig]):
     scaling: float
 
     def check(self) -> str | None:
+        """Return a reason against init_weights="sb" on layers other than linear ones; else that of `Method.check`.
+
+        Raises ConfigError if r is above the smaller side of the weight.
+        """
         site, r = self.site, self.cfg.r
         if site.op.known and r > min(site.out_features, site.fan_in):
             raise ConfigError(
@@ -66,9 +71,17 @@ class LoraXS(Method[LoraXsConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS`; with `save_projection=False` also `Use.AGAIN`, so that `init` computes A and B before a
+        load.
+        """
         return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `loraxs_R` (r, r), trained, and the buffers `loraxs_A` (r, fan_in) and `loraxs_B` (out, r), all zeros;
+        the dropout and scaling = alpha / r.
+
+        Files hold A and B only with `save_projection`.
+        """
         cfg, site, r = self.cfg, self.site, self.cfg.r
         return dict(
             loraxs_R=nn.Parameter(torch.zeros(r, r)),
@@ -81,6 +94,11 @@ class LoraXS(Method[LoraXsConfig]):
 
     @torch.no_grad()
     def init(self) -> None:
+        """Fill A = S Vᵀ and B = U with the r largest singular triples of W₀; R stays 0, or is normal with std 1e-5 for
+        `init_weights=False`.
+
+        "sb" takes the triples of the step that `preprocess_lorasb` has left: R = diag(S / scaling) and A = Vᵀ.
+        """
         W = self.layer.W0 if self.cfg.init_weights != "sb" else self.step()
         U, S, V = find_largest_components(W.flatten(1), self.cfg.r)
         if not self.cfg.init_weights:
@@ -92,7 +110,12 @@ class LoraXS(Method[LoraXsConfig]):
         self.loraxs_B.copy_(U)
 
     def step(self) -> Tensor:
-        """Remove the gradient that `preprocess_lorasb` has left on the base layer, and return it."""
+        """Take the update step (out, in) that `preprocess_lorasb` has left on the base layer, remove it there, and
+        return it.
+
+        Raises:
+            CalibrationError: the layer has none.
+        """
         step: Tensor = self.take_from_base(
             STEP,
             f"There is no step for layer '{self.site.key}' (adapter '{self.name}'): call preprocess_lorasb with this "
@@ -101,13 +124,15 @@ class LoraXS(Method[LoraXsConfig]):
         return step
 
     def factors(self) -> Factors:
+        """Return A and B R with scaling and dropout; A and B are cast to R's dtype."""
         R = self.loraxs_R
         A, B = self.loraxs_A.to(R.dtype), self.loraxs_B.to(R.dtype)  # FSDP casts parameters for a call, not buffers
         return Factors(A, B @ R, self.scaling, self.loraxs_dropout)
 
 
 def find_largest_components(W: Tensor, r: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (out, r), S (r,) and V (r, in) of the r largest singular values of W, but for the `first` ones.
+    """Return U (out, r), S (r,) and V (r, in) of the r largest singular values of W after the `first` ones, in at least
+    float32.
 
     The largest entry of each column of U is positive, so that every decomposition gives the same.
     """

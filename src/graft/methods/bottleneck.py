@@ -52,7 +52,7 @@ class BottleneckConfig(Targeted, Chosen):
     output_adapter: bool = True  # after the MLP
     original_ln_before: bool = True  # after the residual is added, too (and the norm, where that stands after it)
     original_ln_after: bool = True  # such a norm acts on the result
-    is_parallel: bool = False  # beside the MLP, on its residual
+    is_parallel: bool = False  # parallel to the MLP, on its residual
     scaling: float | Literal["learned", "channel"] = 1.0  # s; "channel": one for each feature
     use_gating: bool = False  # weigh by a gate for each row
     ln_before: bool = False  # one more norm, before Down
@@ -65,11 +65,17 @@ class BottleneckConfig(Targeted, Chosen):
     inv_adapter: Literal["nice"] | None = None  # an invertible adapter after the embedding
     inv_adapter_reduction_factor: Annotated[float, POSITIVE] = 2
     inverse_before_head: bool = True  # its inverse acts before the output embedding
-    attention_modules: list[str] | str | None = None  # in place of those found: whose outputs `mh_adapter` adapts
-    mlp_modules: list[str] | str | None = None  # whose outputs `output_adapter` adapts
+    attention_modules: list[str] | str | None = None  # modules for `mh_adapter`, in place of those found
+    mlp_modules: list[str] | str | None = None  # modules for `output_adapter`
     block_modules: list[str] | str | None = None  # with `original_ln_before`
 
     def __post_init__(self) -> None:
+        """Validate the fields; set `places` to {} and `width` to None, which `prepare` fills for one model.
+
+        Raises:
+            ConfigError: a reduction factor that is not positive; an unknown `non_linearity`; `is_parallel` with
+                adapters of attentions or without `output_adapter`; `original_ln_before` with adapters of attentions.
+        """
         super().__post_init__()
         self.places: dict[str, BottleneckPlace] = {}  # no fields: these hold for one model only
         self.width: int | None = None
@@ -86,14 +92,16 @@ class BottleneckConfig(Targeted, Chosen):
 
     @property
     def factors(self) -> list[float]:
+        """The reduction factors, as a list: all values of a dict, or the one number."""
         r = self.reduction_factor
         return list(r.values()) if isinstance(r, dict) else [r]
 
     def factor(self, block: int) -> float:
-        """Return the reduction factor of a block.
+        """Return the reduction factor of a block: the number itself, or the dict's entry for the block, or for
+        "default".
 
         Raises:
-            ConfigError: it has none, and there is no default.
+            ConfigError: the dict has neither entry.
         """
         r = self.reduction_factor
         if not isinstance(r, dict):
@@ -103,7 +111,9 @@ class BottleneckConfig(Targeted, Chosen):
         return r.get(str(block), r.get("default", 0))
 
     def check_blocks(self, numbers: Collection[int]) -> None:
-        """Raise ConfigError if a field names a block whose number is not among `numbers`, those of the model."""
+        """Raise ConfigError if `leave_out` or `reduction_factor` names a block that is not in `numbers`, the model's
+        blocks.
+        """
         by_block = self.reduction_factor if isinstance(self.reduction_factor, dict) else {}
         for name, blocks in ("leave_out", self.leave_out), ("reduction_factor", [*by_block]):
             if unknown := [block for block in blocks if str(block) not in {"default", *map(str, numbers)}]:
@@ -112,7 +122,7 @@ class BottleneckConfig(Targeted, Chosen):
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> BottleneckConfig:
-        """Return the config of a paper, by AdapterHub's name for it, with some fields changed.
+        """Return the config of a paper by AdapterHub's name for it, such as "pfeiffer"; `changes` override its fields.
 
         Raises:
             ConfigError: there is no such preset.
@@ -143,16 +153,23 @@ PRESETS: dict[str, Json] = {
 
 
 class BottleneckPlace(NamedTuple):
-    """The way in which a bottleneck acts at one module."""
+    """The role of a bottleneck at one module.
+
+    "after" adds to the output, "norm" to the input of a norm. A "tap" only passes its input to `readers`; "beside" is
+    such a reader, and adds to the output. "embedding" and "head" are the invertible adapter.
+    """
 
     role: Literal["after", "norm", "tap", "beside", "embedding", "head"]
-    width: int | None = None  # of what it acts on; None: as the layer says
+    width: int | None = None  # of the hidden states; None: the layer's
     block: int = 0
     readers: tuple[str, ...] = ()  # of a tap
 
 
 def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPlace]:
     """Return the places of an adapter in a model, by path.
+
+    They are those in each block except `leave_out` (`of_block`). With `attention_modules`, `mlp_modules` or
+    `block_modules` they are the outputs of these modules instead. The invertible adapter adds its own (`around_model`).
 
     Raises:
         NoMatchingPeftModuleError: the model has no such places.
@@ -184,10 +201,14 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPl
 
 
 def of_block(cfg: BottleneckConfig, i: int, block: Block) -> dict[str, BottleneckPlace]:
-    """Return the places in one block, which has been followed.
+    """Return the places in block number `i`, by path; `Block.follow` has completed the block.
+
+    Parallel: a tap at the module with the residual, and its reader at the end of the MLP. Else "after" at the ends of
+    attentions (`mh_adapter`, `cross_adapter`). `output_adapter`: "after" at the MLP without `original_ln_before`, else
+    "norm" if the block ends with one and `original_ln_after`, else "after" at the block.
 
     Raises:
-        UnsupportedLayerError: the adapter needs the residual of the MLP, and no module gets it.
+        UnsupportedLayerError: a parallel adapter needs the residual of the MLP, and no module gets it.
     """
     places: dict[str, BottleneckPlace] = {}
     after = BottleneckPlace("after", block.width, i)
@@ -213,11 +234,14 @@ def of_block(cfg: BottleneckConfig, i: int, block: Block) -> dict[str, Bottlenec
 
 
 def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPlace]:
-    """Return the places of an invertible adapter: after the embedding (of the encoder), and before the head.
+    """Return the places of an invertible adapter: "embedding" after the embedding (of the encoder), and "head" before
+    the output embedding.
+
+    A model with encoder and decoder, or `inverse_before_head=False`, has no "head".
 
     Raises:
         NoMatchingPeftModuleError: there is no embedding.
-        UnsupportedLayerError: the decoder has the encoder's.
+        UnsupportedLayerError: encoder and decoder share one module for their embeddings.
     """
     modules = dict(walk(model))
     embedding: Any = strip_carriers(input_embeddings(model))
@@ -240,11 +264,12 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Bottlenec
 
 
 def find_embedding_output(paths: Iterable[str], modules: Collection[str], twofold: bool) -> str | None:
-    """Return the module with the output that enters the first block, starting from `paths` of the word embedding.
+    """Return the path of the module with the output that enters the first block; None without `paths`, those of the
+    word embedding.
 
-    Return None if there is none.
-
-    twofold: the model has an encoder and a decoder, and the block is the encoder's.
+    It is the module "embeddings" around the embedding; else "drop" next to it, if there is a "wpe"; else
+    "layernorm_embedding" next to it; else the embedding. twofold: the model has an encoder and a decoder: take the
+    encoder's embedding.
     """
     if twofold:
         paths = [path for path in modules if ENCODERS.fullmatch(path)]
@@ -260,56 +285,64 @@ def find_embedding_output(paths: Iterable[str], modules: Collection[str], twofol
 
 
 def strip_carriers(module: nn.Module | None) -> nn.Module | None:
-    """Return a module as it is without adapters."""
+    """Return the module inside all adapter layers around it; None for None."""
     return None if module is None else next(walk(module))[1]
 
 
 class Kronecker(nn.Module):
-    """A matrix (in, out) as Σᵢ Aᵢ ⊗ (Lᵢ Rᵢ), with A of the whole model."""
+    """A matrix (in, out) as Σᵢ Aᵢ ⊗ (Lᵢ Rᵢ); the whole model shares A (n, n, n). Compacter, arXiv 2106.04647."""
 
     def __init__(self, n: int, fan_in: int, out: int):
+        """Make uninitialised parameters `W_left` (n, fan_in / n, 1) and `W_right` (n, 1, out / n), and a bias `b`
+        (out,) of zeros.
+        """
         super().__init__()
         self.W_left = nn.Parameter(torch.empty(n, fan_in // n, 1))
         self.W_right = nn.Parameter(torch.empty(n, 1, out // n))
         self.b = nn.Parameter(torch.zeros(out))
 
     def matrix(self, A: Tensor) -> Tensor:
-        """Return the matrix, (in, out). A (n, n, n)."""
+        """Return Σᵢ Aᵢ ⊗ (Lᵢ Rᵢ), (in, out), for the shared A (n, n, n), cast to the dtype of L."""
         product = torch.einsum("iab,icd->acbd", A.to(self.W_left), self.W_left @ self.W_right)
         return product.flatten(2).flatten(0, 1)
 
 
 def two_layers(fan_in: int, out: int, factor: float) -> nn.ModuleList:
+    """Return two linear layers: fan_in → max(1, ⌊fan_in / factor⌋) → out."""
     width = max(1, int(fan_in // factor))
     return nn.ModuleList([nn.Linear(fan_in, width), nn.Linear(width, out)])
 
 
 class Coupling(nn.Module):
-    """An invertible function of x = (x₁, x₂): y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁)."""
+    """An invertible function of x = (x₁, x₂): y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁). NICE, as in MAD-X, arXiv 2005.00052."""
 
     def __init__(self, width: int, factor: float, activation: str):
+        """Make F and G, each two linear layers with the activation between, for parts of width // 2 and the rest."""
         super().__init__()
         first, second = width // 2, width - width // 2
         self.F, self.G = two_layers(second, first, factor), two_layers(first, second, factor)
         self.first, self.activation = first, activation
 
     def step(self, net: nn.ModuleList, x: Tensor) -> Tensor:
+        """Return net[1](activation(net[0](x)))."""
         out: Tensor = net[1](ACTIVATIONS[self.activation](net[0](x)))
         return out
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return y (…, width) with y₁ = x₁ + F(x₂) and y₂ = x₂ + G(y₁)."""
         a, b = x[..., : self.first], x[..., self.first :]
         a = a + self.step(self.F, b)
         return torch.cat([a, b + self.step(self.G, a)], -1)
 
     def inverse(self, y: Tensor) -> Tensor:
+        """Return the x with `forward`(x) = y."""
         a, b = y[..., : self.first], y[..., self.first :]
         b = b - self.step(self.G, a)
         return torch.cat([a - self.step(self.F, b), b], -1)
 
 
 class Bottleneck(Method[BottleneckConfig]):
-    """u(x) = g(x) · s · (Up σ(Down x)), added to the output of a layer, at places found from the model's structure."""
+    """Bottleneck adapters, arXiv 1902.00751: u(x) = g(x) · s · (Up σ(Down x)), added to the output of a layer."""
 
     prefix = "bottleneck_"
     published_lr = Published(1e-4, 1e-4, "AdapterFusion, arXiv 2005.00247, adapters of single tasks")
@@ -330,10 +363,15 @@ class Bottleneck(Method[BottleneckConfig]):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> str:
+        """Return "places": the targets are found from the model's structure."""
         return PLACES
 
     @classmethod
     def prepare(cls, cfg: BottleneckConfig, model: nn.Module) -> None:
+        """Find the places in the model (`places_in`) if `target_modules` is "places", and make their paths the targets.
+
+        Other targets have no places: they are all "after". Also notes the model's hidden width in `cfg.width`.
+        """
         finds_places = cfg.target_modules == PLACES
         cfg.places = places_in(cfg, model) if finds_places else {}
         cfg.target_paths = set(cfg.places) or None
@@ -341,6 +379,7 @@ class Bottleneck(Method[BottleneckConfig]):
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
+        """Return Compacter's shared `bottleneck_rule` (n, n, n), normal with std 1e-4; {} without `phm_layer`."""
         cfg = layers.cfg
         if not cfg.phm_layer:
             return {}
@@ -349,18 +388,24 @@ class Bottleneck(Method[BottleneckConfig]):
 
     @property
     def place(self) -> BottleneckPlace:
+        """The place of this site in the config; "after", with the layer's output width or the model's, if it
+        has none.
+        """
         site = self.site
         place = self.cfg.places.get(site.key)
         return place or BottleneckPlace("after", site.out_features if site.op.known else self.cfg.width)
 
     @property
     def width(self) -> int:
+        """The width H that the bottleneck acts on; 0 if it is unknown."""
         return self.place.width or 0
 
     def check(self) -> str | None:
-        """Return why a bottleneck cannot act at this place: it needs vectors of a known width. None if it can.
+        """Return the reason why a bottleneck cannot act here: the width is unknown, or the weight no matrix; else that
+        of `Method.check`.
 
-        Raises ConfigError if phm_dim does not divide the widths.
+        A tap and the invertible adapter need no check. With `phm_layer`, raises ConfigError if `phm_dim` does not
+        divide the width and the bottleneck's.
         """
         site, place = self.site, self.place
         if place.role in ("tap", *ENDS):
@@ -379,10 +424,15 @@ class Bottleneck(Method[BottleneckConfig]):
 
     @property
     def narrow(self) -> int:
-        """The width of the bottleneck."""
+        """The inner width d: max(1, ⌊width / reduction factor of the block⌋)."""
         return max(1, int(self.width // self.cfg.factor(self.place.block)))
 
     def describe(self) -> Effect:
+        """Return the effect of the place's role: a `Tap`, or a `Rewrite` with this class's method for that role.
+
+        Norms and blocks get a Rewrite of a block; the parallel role one on a tapped input; the head one of the input
+        (`pre`).
+        """
         place, block = self.place, not self.site.op.known
         if place.role == "tap":
             return Tap(place.readers)
@@ -397,6 +447,12 @@ class Bottleneck(Method[BottleneckConfig]):
         return Rewrite(part=self.after, block=block)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `bottleneck_down` (d, H) and `bottleneck_up` (H, d), linear layers or `Kronecker`, the shared rule,
+        the dropout and the scaling.
+
+        By options also `bottleneck_norm`, `bottleneck_scale` ((H,) or (1,), ones) and `bottleneck_gate` (1, H). A tap
+        gets one empty buffer, the invertible adapter a `Coupling`.
+        """
         cfg, place = self.cfg, self.place
         if place.role == "tap":
             return dict(bottleneck_tap=Transient(torch.empty(0)))
@@ -425,6 +481,10 @@ class Bottleneck(Method[BottleneckConfig]):
         )
 
     def init(self) -> None:
+        """Fill Down and Up as `init_weights` says (`init_projection`), and the gate as "bert". A tap has no values.
+
+        Of the invertible adapter, first layers are filled as "bert", second ones too, or with zeros for "mam_adapter".
+        """
         role, how = self.place.role, self.cfg.init_weights
         if role == "tap":
             return
@@ -440,7 +500,10 @@ class Bottleneck(Method[BottleneckConfig]):
             init_projection(self.bottleneck_gate, "bert")
 
     def u(self, x: Tensor) -> Tensor:
-        """Return the bottleneck's update for x (rows, …, H), with dropout and gate."""
+        """Return the bottleneck's update for x (rows, …, H): `up` with dropout, times a sigmoid gate with `use_gating`.
+
+        The gate is averaged over all positions of a row.
+        """
         z = self.bottleneck_dropout(self.up(x))
         if self.cfg.use_gating:
             gate = self.bottleneck_gate(x.to(self.dtype)).sigmoid()
@@ -449,7 +512,10 @@ class Bottleneck(Method[BottleneckConfig]):
         return out
 
     def up(self, x: Tensor) -> Tensor:
-        """Return s · Up σ(Down x), without dropout and gate: AdapterFusion takes this."""
+        """Return s · Up σ(Down x), without dropout and gate: AdapterFusion takes this.
+
+        `ln_before` normalizes x first. In training, `stochastic_depth` sets whole rows to 0, and rescales the others.
+        """
         cfg, x = self.cfg, x.to(self.dtype)
         z = self.bottleneck_norm(x) if cfg.ln_before else x
         z = self.product(self.bottleneck_down, z)
@@ -459,33 +525,43 @@ class Bottleneck(Method[BottleneckConfig]):
         return z * (self.bottleneck_scale if isinstance(cfg.scaling, str) else self.scaling)
 
     def product(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the output of Down or Up for x."""
+        """Return the output of Down or Up for x: of a `Kronecker` with the shared rule and its bias, else the
+        module's.
+        """
         out: Tensor = x @ module.matrix(self.bottleneck_rule) + module.b if self.cfg.phm_layer else module(x)
         return out
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the update for the layer's output y."""
         return self.u(y)
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the update for x, the input of the tapped module."""
         return self.u(x)
 
     def after_embedding(self, ids: object, y: Tensor) -> Tensor:
+        """Return the invertible function of the embedding's output y."""
         out: Tensor = self.bottleneck_inv(y.to(self.dtype))
         return out
 
     def before_head(self, h: Tensor) -> Tensor:
+        """Return the inverse of the invertible function of h, the head's input."""
         coupling = self.bottleneck_inv
         out: Tensor = coupling.inverse(h.to(self.dtype))
         return out
 
     def before_norm(self, s: Tensor) -> Tensor:
-        """Return u(LN s): the norm then gets it on top of s."""
+        """Return the update u(LN s) for the norm's input s; the norm's input becomes s + u."""
         return self.u(self.layer.base_layer(s))
 
 
 @torch.no_grad()
 def init_projection(module: nn.Module, how: str, last: bool = False) -> None:
-    """Fill Down, or with `last` Up, with the first values that `init_weights` names, in place."""
+    """Fill Down, or with `last` Up, with the first values that `how` names, in place. Biases are zeros.
+
+    "bert": normal with std 0.02. "houlsby": normal with std 0.01, cut at ±0.02. "mam_adapter": kaiming uniform (a=√5),
+    with `last` zeros. A `Kronecker` is xavier normal, with zeros in W_right for `last` and "mam_adapter".
+    """
     if isinstance(module, Kronecker):
         for half in (module.W_left, module.W_right):
             for matrix in half:

@@ -29,7 +29,7 @@ ENCODER = "encoder_hidden_states"  # the argument of a block for the states of a
 
 
 class UnfollowedError(UnsupportedLayerError):
-    """The code of a block cannot run without values."""
+    """The code of a block cannot run on values that do not exist."""
 
 
 class Flow(NamedTuple):
@@ -47,18 +47,20 @@ class Flow(NamedTuple):
 
 
 class Items:
-    """A value that does not exist, as a sequence: of as many items as the code that asks unpacks, or of two."""
+    """A value that does not exist, as a sequence: of as many items as the unpacking code expects, or of two."""
 
     def __len__(self) -> int:
+        """Return 2."""
         return 2
 
     def __getitem__(self, i: Any) -> Any:
-        """Return an item, which is the same value each time."""
+        """Return item `i` as a recorded value; an integer index gives the same node each time."""
         of: Any = self
         proxy = of.tracer.create_proxy("call_function", operator.getitem, (self, i), {})
         return of.tracer.proxy(of.tracer.items.setdefault((of.node, i), proxy.node)) if isinstance(i, int) else proxy
 
     def __iter__(self) -> Iterator[Any]:
+        """Return an iterator over as many items as the caller's bytecode unpacks at this place, else over two."""
         caller, n = sys._getframe(1), 2  # without a frame that holds itself, as torch's own way leaves
         for step in dis.get_instructions(caller.f_code):
             if step.offset == caller.f_lasti and step.opname == "UNPACK_SEQUENCE":
@@ -75,6 +77,7 @@ class Value(Items, Proxy):
     """A value that does not exist."""
 
     def __getattr__(self, name: str) -> Attribute:
+        """Return the attribute `name` of the value as a `Field`, which does not exist either."""
         return Field(self, name)
 
 
@@ -91,33 +94,45 @@ class Recorder(GraphAppendingTracer):
     """
 
     def __init__(self, attentions: Collection[str], norms: Collection[str], mlp: str, around: bool, tuples: bool):
+        """Start an empty graph.
+
+        Attentions and `mlp` are the ends, modules with outputs that are no sum with their input.
+        """
         super().__init__(Graph())
         self.attentions, self.norms = frozenset(attentions), frozenset(norms)
-        self.ends = {*attentions, mlp}  # modules whose output is no sum with their input; linear layers are added
+        self.ends = {
+            *attentions,
+            mlp,
+        }  # modules with an output that is no sum with their input; linear layers are added
         self.inner = tuple(self.ends) if around else None
         self.tuples = tuples
         self.items: dict[tuple[Node, int], Node] = {}
 
     def proxy(self, node: Node) -> Proxy:
+        """Return a `Value` for a node."""
         return Value(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
+        """Return False for each condition on a value that does not exist."""
         return False
 
     def create_arg(self, a: Any) -> Any:
+        """Return the graph's form of an argument; None for an object that torch.fx cannot hold."""
         try:
             return super().create_arg(a)
         except NotImplementedError:  # an object that holds no value of the block
             return None
 
     def value(self, name: str) -> Proxy:
-        """Return a value that does not exist, of an argument."""
+        """Return a value that does not exist, as a new argument `name` of the graph."""
         return self.create_proxy("placeholder", name, (), {})
 
     def copy(self, module: nn.Module, path: str = "") -> nn.Module:
-        """Return a copy of a module without adapters, hooks and wrappers. It is not in training; tensors stay shared.
+        """Return a copy of a module without adapters, hooks and wrappers, in eval mode; its tensors are shared with the
+        original.
 
-        Ends, norms and modules of torch without children record that they are called. The code of others runs.
+        Ends, norms and modules of torch without children get a forward that only records the call (`note`). The code of
+        others runs; with `around` only that of modules around ends. Linear layers are added to the ends.
         """
         while (carrier := carrier_of(module)) is not None or place_inside(module) is not None:
             if carrier is None:
@@ -141,14 +156,18 @@ class Recorder(GraphAppendingTracer):
         return copy
 
     def note(self, path: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Record a call of a module."""
+        """Record a call of the module at `path` and return its value; as a tuple of one for an attention with
+        `tuples`.
+        """
         proxy = self.create_proxy("call_module", path, args, kwargs)
         return (proxy,) if self.tuples and path in self.attentions else proxy
 
     def run(self, block: nn.Module, optional: Callable[[inspect.Parameter], bool]) -> tuple[Node, Any]:
-        """Run a block's copy; return the node of its first input, and its output.
+        """Run the forward of a block's copy on values that do not exist.
 
-        optional: which arguments with defaults it gets.
+        Return the node of its first input, and its output.
+
+        optional: returns True for an argument with a default that the block gets, too.
         """
         forward: Any = type(block).forward
         _, first, *parameters = inspect.signature(forward).parameters.values()
@@ -158,7 +177,10 @@ class Recorder(GraphAppendingTracer):
         return x.node, self.create_arg(forward(block, x, **{name: self.value(name) for name in needed}))
 
     def parts(self, value: Node, names: Collection[str] = SUMS | FACTORS, normed: bool = False) -> list[Node]:
-        """Return the inputs that a value continues as they are, scaled or added up.
+        """Return the inputs that a value continues as they are, scaled or added up; [] if it continues none.
+
+        A called module continues its inputs, except ends and, without `normed`, norms. Functions in `names` continue
+        all inputs, casts and views the first.
 
         Args:
             names: the functions that continue all inputs.
@@ -170,7 +192,7 @@ class Recorder(GraphAppendingTracer):
         return inputs if name in names else inputs[:1] if name in PASSES else []
 
     def terms(self, total: Node, names: Collection[str] = SUMS | FACTORS, normed: bool = False) -> set[Node]:
-        """Return a sum and all nodes that it adds up, directly or through other sums: see `parts`."""
+        """Return a sum and all nodes that it adds up, directly or through other sums: `parts`, followed to the end."""
         left, seen = [total], {total}
         while left:
             more = [n for n in self.parts(left.pop(), names, normed) if n not in seen]
@@ -180,7 +202,9 @@ class Recorder(GraphAppendingTracer):
 
 
 def flow_of(block: nn.Module, attentions: Collection[str], norms: Collection[str], mlp: str) -> Flow:
-    """Return how values flow through a block. The block's own code runs, without values.
+    """Return the norm, the residual and the cross attentions of a block (`Flow`).
+
+    The block's own code runs, without values.
 
     Args:
         attentions: paths in the block.
@@ -213,7 +237,14 @@ def flow_of(block: nn.Module, attentions: Collection[str], norms: Collection[str
 def record(
     block: nn.Module, attentions: Collection[str], norms: Collection[str], mlp: str
 ) -> tuple[Recorder, Node, Any]:
-    """Return the recorder of a block's run, the block's first input, and its output. See `flow_of`."""
+    """Return the recorder of a block's run, the node of its first input, and its output.
+
+    Tries four ways in turn: with the encoder's states as input, with all tensor arguments, only around the attentions,
+    with attentions that return tuples.
+
+    Raises:
+        UnfollowedError: all four fail; it tells the first error.
+    """
     attempts: list[tuple[bool, bool, Callable[[inspect.Parameter], bool]]] = [
         (False, False, lambda p: p.name == ENCODER and len(attentions) > 1),
         (False, False, lambda p: "Tensor" in str(p.annotation)),
@@ -231,12 +262,17 @@ def record(
 
 
 def node_name(node: Node) -> str:
-    """Return the path of a module that is called, or the name of a function, a method or an argument."""
+    """Return the path of a called module, or the name of a function, a method or an argument."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def first_output(out: Any) -> Node:
-    """Return the first value of an output: itself, or the first in a tuple, or in a sum that begins with one."""
+    """Return the node of the first value of an output: itself, or the first in a tuple or list, also in a sum of
+    tuples.
+
+    Raises:
+        UnsupportedLayerError: the output holds no value.
+    """
     while not isinstance(out, Node) or (node_name(out) in SUMS and isinstance(out.args[0], (tuple, list))):
         out = out.args[0] if isinstance(out, Node) else out[0] if isinstance(out, (tuple, list)) and out else None
         if out is None:
@@ -245,7 +281,12 @@ def first_output(out: Any) -> Node:
 
 
 def residual_of(end: Node, summands: Collection[Node]) -> str | None:
-    """Return the module that gets a summand as its input on the way to the end of the MLP; None if no module does."""
+    """Follow the first inputs backward from the end of the MLP.
+
+    Return the path of the module that gets a summand, maybe cast, as input.
+
+    None if a function gets it, or no summand is on the way.
+    """
     while inputs := end.all_input_nodes:
         value = inputs[0]
         while value not in summands and node_name(value) in CASTS:
@@ -257,12 +298,14 @@ def residual_of(end: Node, summands: Collection[Node]) -> str | None:
 
 
 def is_cross(attention: Node, x: Node) -> bool:
-    """Return True if an input of an attention is computed from an encoder's states, and not from the block's input."""
+    """Return True if an input of an attention is computed from an encoder's states, and not from the block's
+    input `x`.
+    """
     return any(ENCODER in sources and x.target not in sources for sources in map(sources_of, attention.all_input_nodes))
 
 
 def sources_of(node: Node) -> set[object]:
-    """Return the arguments, functions and modules that a value is computed from."""
+    """Return the targets of all nodes that a value is computed from: arguments, functions and modules, its own too."""
     left, seen = [node], {node}
     while left:
         more = [n for n in left.pop().all_input_nodes if n not in seen]

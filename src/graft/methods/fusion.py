@@ -37,11 +37,15 @@ class AdapterFusionConfig(Targeted, Chosen):
 
     peft_type: str = "ADAPTER_FUSION"
     adapters: list[str] = field(default_factory=list)  # names of the bottlenecks
-    value: bool = True  # what they add goes through a matrix, which starts as the identity
+    value: bool = True  # their updates pass a matrix, which starts as the identity
     regularization: bool = True  # add 0.01 · ‖W_value - I‖² of each place to the loss
     dropout: Annotated[float, BELOW_1] = 0.0  # of the scores, before the softmax
 
     def __post_init__(self) -> None:
+        """Validate the fields; set `places` to {}, which `prepare` fills for one model.
+
+        Raises ConfigError if `adapters` has a name twice.
+        """
         super().__post_init__()
         self.places: dict[str, Fused] = {}  # no field: they hold for one model only
         self.adapters = list(self.adapters or ())
@@ -50,18 +54,18 @@ class AdapterFusionConfig(Targeted, Chosen):
 
 
 class Fused(NamedTuple):
-    """The way in which bottlenecks act at a layer, and the names of those that act there."""
+    """The place of bottlenecks at a layer, and the names of the adapters."""
 
     place: BottleneckPlace
     adapters: tuple[str, ...]
 
 
 def find_fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
-    """Return, by path, the layers of a model where these bottlenecks act, and how they act there.
+    """Return, by path, the layers of a model where the bottlenecks `names` act, with their place and names.
 
     Raises:
-        ConfigError: there are none, or one is not there, is no bottleneck, is invertible, or acts in another way than
-            the others.
+        ConfigError: `names` is empty, or one is not there, is no bottleneck, is invertible, or has another place at a
+            layer than the others.
     """
     if not names:
         raise ConfigError("AdapterFusion needs bottlenecks: name them in AdapterFusionConfig(adapters=[…]).")
@@ -87,7 +91,9 @@ def find_fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
 
 
 class AdapterFusion(Method[AdapterFusionConfig]):
-    """y + Σᵢ pᵢ W_v uᵢ(h), p = softmax over the bottlenecks of (W_q h + b) · (W_k uᵢ(h) + b'), h their input."""
+    """AdapterFusion, arXiv 2005.00247: y + Σᵢ pᵢ W_v uᵢ(h), p = softmax over the bottlenecks of (W_q h + b) · (W_k
+    uᵢ(h) + b'), h their input.
+    """
 
     prefix = "fusion_"
     published_lr = Published(5e-5, 5e-5, "arXiv 2005.00247")
@@ -100,25 +106,34 @@ class AdapterFusion(Method[AdapterFusionConfig]):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> str:
+        """Return "places": the targets are the layers where the bottlenecks act."""
         return PLACES
 
     @classmethod
     def prepare(cls, cfg: AdapterFusionConfig, model: nn.Module) -> None:
+        """Find the places of the bottlenecks in the model; with the default target "places", make their paths the
+        targets.
+        """
         cfg.places = find_fused_places(model, cfg.adapters)
         if cfg.target_modules == PLACES:
             cfg.target_paths = set(cfg.places)
 
     @property
     def place(self) -> BottleneckPlace | None:
+        """The place of the bottlenecks at this site; None if none acts here."""
         fused = self.cfg.places.get(self.site.key)
         return None if fused is None else fused.place
 
     def check(self) -> str | None:
+        """Return a reason if no bottleneck acts here, None at a tap, else the reason of `Method.check`."""
         if self.place is None:
             return f"None of the adapters {self.cfg.adapters} acts on it"
         return None if self.place.role == "tap" else super().check()
 
     def describe(self) -> Effect:
+        """Return the effect of the bottlenecks' role: a `Tap`; a `Rewrite` with `before_norm` at a norm, else one that
+        adds `fuse` of the output, or of a tapped input.
+        """
         place, block = self.place, not self.site.op.known
         if place is None:  # which `check` refuses
             return Rewrite(part=self.after)
@@ -130,6 +145,11 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return Rewrite(part=self.beside if beside else self.after, tapped=beside, block=block)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return linear layers `fusion_query` and `fusion_key` (H, H) and, with `value`, `fusion_value` without bias,
+        and the dropout.
+
+        At a tap return one empty buffer.
+        """
         place = self.place
         assert place is not None
         if place.role == "tap":
@@ -141,6 +161,11 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return values | dict(fusion_dropout=dropout_for(self.cfg.dropout))
 
     def init(self) -> None:
+        """Fill query and key with normal values of std 0.02, their biases with zeros, and the value matrix with 1e-6
+        and a diagonal of 1.
+
+        At a tap do nothing.
+        """
         assert self.place is not None
         if self.place.role == "tap":
             return
@@ -153,9 +178,13 @@ class AdapterFusion(Method[AdapterFusionConfig]):
                 self.fusion_value.weight.fill_diagonal_(1)
 
     def fuse(self, h: Tensor) -> Tensor:
-        """Return the fusion's update for h (…, H), the input of the bottlenecks.
+        """Return the fusion's update for h (…, H), the input of the bottlenecks: attention over their updates, without
+        their dropout and gates.
 
-        Raises RoutingError if one of the bottlenecks is gone.
+        In training passes the value matrix on to the auxiliary loss.
+
+        Raises:
+            RoutingError: one of the bottlenecks is gone.
         """
         methods, names = self.layer.methods, self.cfg.places[self.site.key].adapters
         if gone := [name for name in names if name not in methods]:
@@ -172,25 +201,31 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return out
 
     def note_value_matrix(self) -> None:
-        """Pass the value matrix to `compute_auxiliary_loss` in training, if it trains and the config regularizes it."""
+        """In training, note the value matrix for `compute_auxiliary_loss`, if it trains and the config has `value` and
+        `regularization`.
+        """
         if self.cfg.value and self.cfg.regularization and self.layer.training:
             W = self.fusion_value.weight
             if W.requires_grad:
                 self.layer.call.note(self.name, self.site.key, W)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the update for the layer's output y."""
         return self.fuse(y)
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the update for x, the input of the tapped module."""
         return self.fuse(x)
 
     def before_norm(self, s: Tensor) -> Tensor:
-        """Return s + fused(LN s), which the norm then gets in place of s."""
+        """Return s + fused(LN s), the norm's new input."""
         return s + self.fuse(self.layer.base_layer(s))
 
     @classmethod
     def compute_auxiliary_loss(cls, cfg: AdapterFusionConfig, noted: Sequence[Tokens]) -> Tensor:
-        """Return 0.01 · Σ ‖W_value - I‖² over the places, (), each once, however often its layer ran."""
+        """Return 0.01 · Σ ‖W_value - I‖² over the places, (), each once, however often its layer ran; on the first
+        place's device.
+        """
         values = {one.layer: one.values for one in noted}.values()
         device = noted[0].values.device
         each = [(W - torch.eye(len(W), device=W.device, dtype=W.dtype)).square().sum().to(device) for W in values]

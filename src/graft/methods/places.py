@@ -55,15 +55,16 @@ class Block:
     residual: str | None = None
 
     def ends_of(self, cross: bool) -> list[str]:
-        """Return the layers that end the attentions to an encoder, or those that end the others."""
+        """Return the layers that end the attentions to an encoder (`cross`), or those that end the other attentions."""
         return [end for attention, end in self.ends.items() if (attention in self.crosses) is cross]
 
     def follow(self, module: nn.Module) -> Block:
-        """Return the block with the norm, the residual and the attentions to an encoder that its code tells.
+        """Return the block with norm, residual and cross attentions, found by a run of its code without values
+        (`flow_of`).
 
         Raises:
             UnsupportedLayerError: the block adds its MLP to no residual, or not in its first output.
-            UnfollowedError: its code does not tell.
+            UnfollowedError: its code cannot run without values.
         """
         inside = f"{self.path}."
         norms = [p for p, m in walk(module) if NORM.search(p.rpartition(".")[2]) or type(m).__name__.endswith("Norm")]
@@ -81,7 +82,9 @@ class Block:
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model with their paths, as they are without adapters."""
+    """Yield the path and module of each module of a model, depth first, with adapter layers replaced by their base
+    modules.
+    """
     while (carrier := carrier_of(module)) is not None:
         module = carrier.base_module
     yield path, module
@@ -91,10 +94,10 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """Return the blocks of a model, encoder first.
+    """Return the blocks of a model, encoder first, from the names and sizes of its linear layers (`blocks_in`).
 
     Raises:
-        NoMatchingPeftModuleError: it has none that can be told.
+        NoMatchingPeftModuleError: the names show no blocks.
     """
     linears: dict[str, tuple[int, int]] = {}
     modules = []
@@ -113,11 +116,13 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block]:
-    """Return the blocks of these numbers, encoder first; all for "all".
+    """Return the blocks with the numbers `layers`, encoder first; all for "all".
+
+    One block of each type is followed as a check.
 
     Raises:
         ConfigError: the model has no block of such a number.
-        NoMatchingPeftModuleError: it has none that can be told.
+        NoMatchingPeftModuleError: the names show no blocks.
         UnsupportedLayerError: the first output of a block does not continue its first input.
     """
     blocks = find_blocks(model)
@@ -135,7 +140,10 @@ def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block
 def blocks_in(
     linears: Mapping[str, tuple[int, int]], modules: Collection[str], hidden: int | None = None
 ) -> list[Block]:
-    """Return the blocks of a model: of several lists of blocks the longest, those of width `hidden` first.
+    """Return the blocks of a model. A block is a numbered path with an attention and other layers below it.
+
+    Of several lists of blocks, those of width `hidden` come first, of these those that are not for images or sound, of
+    these the longest. Routers do not count.
 
     Args:
         linears: the sizes (out, in) of its linear layers.
@@ -178,7 +186,9 @@ def blocks_in(
 
 
 def list_numbered_prefixes(path: str) -> list[str]:
-    """Return the beginnings of a path that end in a number, the longest first."""
+    """Return the beginnings of a path that end in a number, the longest first: "a.0.b.1.c" gives "a.0.b.1" and
+    "a.0".
+    """
     parts = path.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts) - 1, -1, -1) if parts[i].isdecimal()]
 
@@ -186,8 +196,8 @@ def list_numbered_prefixes(path: str) -> list[str]:
 def make_block(block: str, paths: list[str], linears: Mapping[str, tuple[int, int]], modules: Iterable[str]) -> Block:
     """Return the block at a path, from its linear layers `paths` and the model's modules.
 
-    Its width is the input width of its first query projection, or the output width of its last attention's end. The end
-    of the MLP is the experts' module if there is one, else its last layer of the block's width.
+    Its width is the output width of its first attention's last end, else the input width of its first query projection.
+    The end of the MLP is the experts' module if there is one, else its last layer of the block's width.
     """
     groups: dict[str, list[str]] = {}  # by attention
     mlp_paths = []
@@ -224,17 +234,21 @@ def make_block(block: str, paths: list[str], linears: Mapping[str, tuple[int, in
 
 
 def find_last_layer(paths: list[str], linears: Mapping[str, tuple[int, int]], width: int) -> str:
-    """Return the layer that ends a sublayer: of those with a name that says so, the last that is as wide."""
+    """Return the layer that ends a sublayer: the last with an output of `width` among those with a name of END (all, if
+    none has).
+
+    If none is that wide, return the last of them.
+    """
     named = [path for path in paths if END.fullmatch(path.rpartition(".")[2])] or paths
     return ([path for path in named if linears[path][0] == width] or named)[-1]
 
 
 def match_paths(paths: Iterable[str], names: Collection[str] | str, field: str) -> list[str]:
-    """Return the paths that a field of a config names: whole ones or their ends, or one regular expression.
+    """Return the paths that `names` selects: whole paths or their ends, or one regular expression for whole paths.
 
     Raises:
-        NoMatchingPeftModuleError: there is no such path.
-        ConfigError: it is no regular expression.
+        NoMatchingPeftModuleError: no path fits; it tells the field and the names there are.
+        ConfigError: the text is no regular expression.
     """
     paths = list(paths)
     if isinstance(names, str):
@@ -249,12 +263,15 @@ def match_paths(paths: Iterable[str], names: Collection[str] | str, field: str) 
 
 
 def find_width(model: nn.Module) -> int | None:
-    """Return the width of a model's hidden states, as its config says; None if it does not."""
+    """Return the width of a model's hidden states from its config (of a multimodal one, its text's); None if the config
+    does not say it.
+    """
     return width_in(text_config(model))
 
 
 def text_width(config: Any) -> int | None:
-    """Return the width of a model's text, from a config with separate entries for text and images or sound; else None.
+    """Return the width of a model's text, from a config with separate entries for text and images or sound; None for
+    other configs.
 
     config: an object, or the content of a config.json.
     """
@@ -265,4 +282,5 @@ def text_width(config: Any) -> int | None:
 
 
 def width_in(config: object) -> int | None:
+    """Return the first of `hidden_size`, `d_model`, `n_embd` and `dim` that a config has; None if it has none."""
     return next((v for n in ("hidden_size", "d_model", "n_embd", "dim") if (v := getattr(config, n, None))), None)

@@ -40,15 +40,19 @@ class MixLoraConfig(Targeted, LayerRange, RankPatterns):
     lora_dropout: Annotated[float, BELOW_1] = 0.0
     num_experts: Annotated[int, POSITIVE] = 8  # of each MLP
     top_k: int = 2  # experts that each token runs
-    mlp_modules: list[str] | str | None = None  # names of MLPs, or one regex; None: by their names and what they hold
+    mlp_modules: list[str] | str | None = None  # names of MLPs, or one regex; None: found by name
     router_init_range: Annotated[float, NOT_NEGATIVE] = 0.02  # standard deviation of a router's start
-    router_loss: bool = True  # training adds a loss by which all experts get tokens
+    router_loss: bool = True  # training adds a loss that spreads the tokens over all experts
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
     init_weights: bool = True  # B of zeros; False: random, for tests
 
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __post_init__(self) -> None:
+        """Validate the fields; set `within` and `routers` to {}, which `accompany` fills for one model.
+
+        Raises ConfigError if `top_k` is not from 1 to `num_experts`.
+        """
         super().__post_init__()
         self.within: dict[str, str] = {}  # no fields, but of one model: layer → MLP
         self.routers: dict[str, int] = {}  # MLP → width
@@ -56,7 +60,9 @@ class MixLoraConfig(Targeted, LayerRange, RankPatterns):
 
 
 def mlp_of(path: str) -> str | None:
-    """Return the path of the MLP around a layer, by its name; None if there is none."""
+    """Return the path up to the last part before its end that is named as an MLP; None without one, or if a part is
+    named as an attention.
+    """
     parts = path.split(".")
     if any(ATTENTION.search(part) for part in parts):
         return None
@@ -65,12 +71,14 @@ def mlp_of(path: str) -> str | None:
 
 
 def of_these(path: str, mlps: Sequence[str]) -> str | None:
-    """Return the innermost of these MLPs that a layer is in."""
+    """Return the longest path among `mlps` that `path` is below; None if it is below none."""
     return max((mlp for mlp in mlps if path.startswith(f"{mlp}.")), key=len, default=None)
 
 
 class MixLoRA(Method[MixLoraConfig]):
-    """y = Σₑ gₑ MLPₑ(h), g the k largest of softmax(G h) divided by their sum: 1 in all, so it begins as the MLP."""
+    """MixLoRA, arXiv 2404.15159: y = Σₑ gₑ MLPₑ(h), g the k largest of softmax(G h) divided by their sum, 1 in all;
+    attention has plain LoRA.
+    """
 
     prefix = "mixlora_"
     published_lr = Published(2e-4, 2e-4, "arXiv 2404.15159, its code, MoE-PEFT")
@@ -82,14 +90,17 @@ class MixLoRA(Method[MixLoraConfig]):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> str:
+        """Return "all-linear"."""
         return "all-linear"
 
     @classmethod
     def accompany(cls, cfg: MixLoraConfig, model: nn.Module, paths: Sequence[str]) -> Sequence[str]:
-        """Return the MLPs of the layers that the config targets.
+        """Return the MLPs around the target layers `paths`: by name, or those in `mlp_modules`; they get the routers.
+
+        Sets `cfg.within` (layer → MLP) and `cfg.routers` (MLP → its input width).
 
         Raises:
-            NoMatchingPeftModuleError: there are none.
+            NoMatchingPeftModuleError: no target layer is in an MLP.
         """
         modules = dict(walk(model))
         linears = {path: op.dims(m)[1] for path, m in modules.items() if (op := find_op(m)).linear}
@@ -109,15 +120,18 @@ class MixLoRA(Method[MixLoraConfig]):
 
     @property
     def routes(self) -> bool:
-        """Return True if the site is an MLP."""
+        """True if the site is an MLP, with a router."""
         return self.site.key in self.cfg.routers
 
     @property
     def chosen(self) -> bool:
-        """Return True if the site is a layer of an MLP, with a LoRA for each expert."""
+        """True if the site is a layer of an MLP, with a LoRA for each expert."""
         return self.site.key in self.cfg.within
 
     def check(self) -> str | None:
+        """Return a reason against a site that is neither linear nor an MLP, and against an "MLP" that is itself a known
+        layer; else that of `Method.check`.
+        """
         if not (self.routes or self.site.op.linear):
             return "MixLoRA adapts linear layers only, and MLPs of them"
         if self.routes and self.site.op.known:
@@ -125,6 +139,11 @@ class MixLoRA(Method[MixLoraConfig]):
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return, of an MLP, the linear layer `mixlora_router` (experts, H).
+
+        Of a layer in an MLP uninitialised `mixlora_A` (experts, r, in) and `mixlora_B` (experts, out, r), of others (r,
+        in) and (out, r); and the dropout.
+        """
         cfg, site, E = self.cfg, self.site, self.cfg.num_experts
         if self.routes:
             return dict(mixlora_router=nn.Linear(cfg.routers[site.key], E, bias=False))
@@ -138,6 +157,10 @@ class MixLoRA(Method[MixLoraConfig]):
         )
 
     def init(self) -> None:
+        """Fill a router with normal values of std `router_init_range`; else A kaiming uniform (a=√5), B zeros.
+
+        With `init_weights=False` B is normal with std 1/√r.
+        """
         if self.routes:
             nn.init.normal_(self.mixlora_router.weight, std=self.cfg.router_init_range)
             return
@@ -146,18 +169,32 @@ class MixLoRA(Method[MixLoraConfig]):
         self.fill_start(self.mixlora_B, self.cfg.r**-0.5)
 
     def describe(self) -> Effect:
+        """Return, of an MLP, a `Replace` by `mixture`; of a layer in one, an `Update` with the branch `expert`; both
+        cannot merge.
+
+        Of other layers an `Update` by `factors`.
+        """
         if self.routes:
             return Replace(self.module, fixed=FIXED)
         return Update(branch=self.expert, fixed=FIXED) if self.chosen else Update(factors=self.factors)
 
     def factors(self) -> Factors:
+        """Return `mixlora_A` (r, in) and `mixlora_B` (out, r) with the scale alpha / r and dropout: plain LoRA."""
         return Factors(self.mixlora_A, self.mixlora_B, self.cfg.lora_alpha / self.cfg.r, self.mixlora_dropout)
 
     def module(self) -> Callable[..., Tensor]:
+        """Return `mixture`, which runs in place of the MLP."""
         return self.mixture
 
     def mixture(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the MLP once for all pairs of a token and one of its experts; return the weighted sums by token."""
+        """Run the MLP once for all pairs of a token and one of its `top_k` experts; return the weighted sums by token.
+
+        Weights are the k largest router probabilities over their sum. The layers inside get the experts' numbers by the
+        call. In training with `router_loss`, the probabilities are noted for the auxiliary loss.
+
+        Raises:
+            UnsupportedLayerError: the MLP returns no tensor.
+        """
         layer, k = self.layer, self.cfg.top_k
         x: Tensor = args[0] if args else kwargs.pop(layer.argument_names[0])
         p = self.mixlora_router(self.cast(x)).softmax(-1, dtype=torch.float32)  # (…, tokens, experts)
@@ -175,7 +212,11 @@ class MixLoRA(Method[MixLoraConfig]):
         return out.to(y.dtype)
 
     def expert(self, x: Tensor) -> Tensor:
-        """Return the update of each token by the LoRA of the expert that it is paired with."""
+        """Return alpha / r · B_e A_e dropout(x) for each token, with e the expert that `mixture` has paired it with.
+
+        Raises:
+            RoutingError: no MLP runs around the layer, or x has another number of tokens than the pairs.
+        """
         cfg, chosen = self.cfg, self.layer.call.handed(self.name)
         if chosen is None or chosen.shape != x.shape[:-1]:
             raise RoutingError(
@@ -189,4 +230,5 @@ class MixLoRA(Method[MixLoraConfig]):
 
     @classmethod
     def compute_auxiliary_loss(cls, cfg: MixLoraConfig, noted: Sequence[Tokens]) -> Tensor:
+        """Return router_aux_loss_coef · the balance loss of the noted probabilities (`compute_balance_loss`), ()."""
         return cfg.router_aux_loss_coef * compute_balance_loss(noted, cfg.top_k)

@@ -38,7 +38,7 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
     experts_pattern: dict[str, int] | None = field(default_factory=dict)  # number by layer name or regex, as in MoLA
     top_k: int | None = 2  # experts that act on a token; None: all
     shared_A: bool = False  # the experts of a layer have one A
-    router_loss: bool = False  # training adds a loss by which all experts get tokens
+    router_loss: bool = False  # training adds a loss that spreads the tokens over all experts
     router_aux_loss_coef: Annotated[float, NOT_NEGATIVE] = 1e-3  # its weight
     init_weights: bool = True  # B of zeros; False: random, for tests
 
@@ -49,6 +49,9 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
     }
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError if `top_k` exceeds a number of experts, or `router_loss` is set with
+        top_k=None.
+        """
         super().__post_init__()
         check_experts(self.top_k, self.num_experts, self.experts_pattern)
         if self.router_loss and self.top_k is None:
@@ -56,7 +59,9 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
 
 
 def check_experts(top_k: int | None, experts: int, pattern: dict[str, int] | None = None) -> None:
-    """Raise ConfigError if a layer has fewer experts than a router chooses."""
+    """Raise ConfigError unless top_k is None or from 1 to each number of experts: `experts`, and the values of
+    `pattern`.
+    """
     places = {"": experts} | {f" in experts_pattern['{key}']": n for key, n in (pattern or {}).items()}
     for place, n in places.items():
         if top_k is not None and not 1 <= top_k <= n:
@@ -64,7 +69,9 @@ def check_experts(top_k: int | None, experts: int, pattern: dict[str, int] | Non
 
 
 def find_expert_weights(p: Tensor, top_k: int | None) -> Tensor:
-    """Return how much experts count, of their probabilities (…, experts): the k largest over their sum, and 0."""
+    """Return the weights of experts from probabilities p (…, experts): p itself for top_k None; else the k largest over
+    their sum, others 0.
+    """
     if top_k is None:
         return p
     top = p.topk(top_k, -1)
@@ -72,16 +79,19 @@ def find_expert_weights(p: Tensor, top_k: int | None) -> Tensor:
 
 
 def sum_experts(op: Op, base: nn.Module, x: Tensor, A: Tensor, B: Tensor, g: Tensor) -> Tensor:
-    """Return Σₑ gₑ Bₑ Aₑ x for g (…, experts), A (experts or 1, r, in), B (experts, out, r)."""
+    """Return Σₑ gₑ Bₑ Aₑ x for g (…, experts), A (experts or 1, r, in), B (experts, out, r), by the layer type's own
+    products.
+    """
     z = op.down(base, x, A.flatten(0, 1)).unflatten(-1, A.shape[:2])
     return op.up(base, (z * g.unsqueeze(-1)).flatten(-2), B.transpose(0, 1).flatten(1))
 
 
 def compute_balance_loss(noted: Sequence[Tokens], top_k: int) -> Tensor:
-    """Return E Σₑ fₑ Pₑ, (): f the share of tokens that chose an expert, P the mean of its probability (tokens, E).
+    """Return E Σₑ fₑ Pₑ, (): f the share of tokens that chose an expert among their `top_k`, P the mean of its
+    probability (tokens, E).
 
-    Routers count together: all tokens of all of them. If numbers of experts differ, each router counts alone, and the
-    mean is returned.
+    Padding does not count. Routers count together: all tokens of all of them. If numbers of experts differ, each router
+    counts alone, and the mean is returned.
     """
     alone = len({one.values.shape[-1] for one in noted}) > 1
     device = noted[0].values.device
@@ -98,7 +108,9 @@ def compute_balance_loss(noted: Sequence[Tokens], top_k: int) -> Tensor:
 
 
 class MoeLoRA(Method[MoeLoraConfig]):
-    """Δy = s · Σₑ gₑ Bₑ Aₑ x, g from p = softmax(G x): p itself, or its k largest divided by their sum."""
+    """MoLA, arXiv 2402.08562: Δy = s · Σₑ gₑ Bₑ Aₑ x, g from p = softmax(G x): p itself, or its k largest divided by
+    their sum.
+    """
 
     prefix = "moelora_"
     published_lr = Published(2e-4, 2e-4, "HydraLoRA, arXiv 2404.19245, with r 4 and alpha 32")
@@ -111,6 +123,9 @@ class MoeLoRA(Method[MoeLoraConfig]):
     moelora_dropout: nn.Module
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised `moelora_A` (experts, r, in), or (1, r, in) with `shared_A`, `moelora_B` (experts, out,
+        r), the linear layer `moelora_router` (experts, in) without bias, and the dropout.
+        """
         cfg, site = self.cfg, self.site
         E, r = cfg.num_experts, cfg.r
         A, B = torch.empty(1 if cfg.shared_A else E, r, site.in_features), torch.empty(E, site.out_features, r)
@@ -123,14 +138,22 @@ class MoeLoRA(Method[MoeLoraConfig]):
         )
 
     def init(self) -> None:
+        """Fill each A and the router kaiming uniform (a=√5), and B with zeros; with `init_weights=False` B is normal
+        with std 1/√r.
+        """
         for matrix in (*self.moelora_A, self.moelora_router.weight):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
         self.fill_start(self.moelora_B, self.cfg.r**-0.5)
 
     def describe(self) -> Effect:
+        """Return an `Update` with a `branch` only, which cannot merge: each token weighs the experts."""
         return Update(branch=self.branch, fixed="MoE-LoRA's routers weigh experts by each token, which no weight does")
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return alpha / r · Σₑ gₑ Bₑ Aₑ dropout(x).
+
+        In training with `router_loss`, note the router's probabilities for the auxiliary loss.
+        """
         cfg, op, base = self.cfg, self.site.op, self.layer.base_layer
         p = self.moelora_router(x).softmax(-1, dtype=torch.float32)  # (…, experts)
         if cfg.router_loss and self.layer.training and self.moelora_router.weight.requires_grad:
@@ -140,4 +163,5 @@ class MoeLoRA(Method[MoeLoraConfig]):
 
     @classmethod
     def compute_auxiliary_loss(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
+        """Return router_aux_loss_coef · the balance loss of the noted probabilities (`compute_balance_loss`), ()."""
         return cfg.router_aux_loss_coef * compute_balance_loss(noted, cfg.top_k)  # type: ignore[no-any-return]

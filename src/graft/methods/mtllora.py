@@ -38,7 +38,7 @@ class MtlLoraConfig(Targeted, LayerRange):
 
 
 class MtlLoRA(ByTask[MtlLoraConfig]):
-    """Δy = s · Σₖ softmax(w_t / τ)ₖ Bₖ diag(λ_t) A x, for a row of task t."""
+    """MTL-LoRA, arXiv 2410.09437: Δy = s · Σₖ softmax(w_t / τ)ₖ Bₖ diag(λ_t) A x, for a row of task t."""
 
     prefix = "mtllora_"
     targets = LORA
@@ -52,6 +52,11 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
     mtllora_w: nn.Parameter  # (tasks, projections)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return parameters of ones: `mtllora_A` (r, in), `mtllora_B` (projections, out, r), `mtllora_lambda` (tasks,
+        r), `mtllora_w` (tasks, projections).
+
+        w trains only if there are several projections.
+        """
         cfg, site = self.cfg, self.site
         tasks, n, r = cfg.n_tasks, cfg.n_up_projection, cfg.r
         shapes = dict(A=(r, site.in_features), B=(n, site.out_features, r)) | {"lambda": (tasks, r)}
@@ -61,22 +66,31 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         return values | dict(mtllora_w=nn.Parameter(torch.ones(tasks, n), requires_grad=n > 1))  # else nothing to mix
 
     def init(self) -> None:
+        """Fill A kaiming uniform (a=√5) and B with zeros; with `init_weights=False` B is normal with std 1/√r.
+
+        λ and w stay ones.
+        """
         nn.init.kaiming_uniform_(self.mtllora_A, a=math.sqrt(5))
         self.fill_start(self.mtllora_B, self.cfg.r**-0.5)
 
     def describe(self) -> Effect:
+        """Return an `Update` with a `branch` only, which cannot merge: each task has its own weights."""
         return Update(
             branch=self.branch, fixed="MTL-LoRA has weights for each task, and no weight is that of all tasks"
         )
 
     def effect_at(self, value: object) -> Effect:
+        """Return an `Update` with the factors of task `value` (`of_task`).
+
+        Raises ConfigError unless it is an int from 0 to below `n_tasks`.
+        """
         tasks = self.cfg.n_tasks
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < tasks:
             raise ConfigError(f"Only {tasks} tasks available: task_ids={value!r} is none of 0 to {tasks - 1}.")
         return Update(factors=lambda: self.of_task(value))
 
     def of_task(self, task: int) -> Factors:
-        """Return the factors for one task."""
+        """Return the factors for one task: A, Σₖ softmax(w_t / τ)ₖ Bₖ, alpha / r, and λ_t as `inner`."""
         mixing = (
             (self.mtllora_w[task] / self.cfg.weights_sharpness).softmax(-1).to(self.mtllora_B.dtype)
         )  # (projections,)
@@ -84,6 +98,10 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         return Factors(self.mtllora_A, B, self.cfg.lora_alpha / self.cfg.r, inner=self.mtllora_lambda[task])
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return the update of x (batch, …, in), each row by its own task's λ and mixture.
+
+        Raises RoutingError without a task for each row.
+        """
         tasks = self.tasks_of(x)
         mixing = (self.mtllora_w[tasks] / self.cfg.weights_sharpness).softmax(-1).to(x.dtype)  # (batch, projections)
         between = [1] * (x.dim() - 2)

@@ -34,16 +34,18 @@ class OSFConfig(Targets):
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "effective_rank"}
 
     def __post_init__(self) -> None:
+        """Validate the fields; warn that `target_svd_config` does nothing."""
         super().__post_init__()
         if self.target_svd_config is not None:
             warn("target_svd_config has no effect: set effective_rank or rank_pattern.")
 
     def reaches(self, text: str, key: str, field: str) -> bool:
+        """Return True if the regular expression `text` matches anywhere in the path `key`."""
         return compile_pattern(text, field, f".*?(?:{text})").match(key) is not None
 
 
 class OSF(Method[OSFConfig]):
-    """ΔW = U S V - U₀ S₀ V₀, where U₀ S₀ V₀ are the smallest components of W₀.
+    """OSF, arXiv 2504.07097: ΔW = U S V - U₀ S₀ V₀, where U₀ S₀ V₀ are the smallest components of W₀.
 
     Gradients of U and V are projected out of the space of the largest components, in the graph of the forward pass:
     hooks on parameters would not survive a cast.
@@ -62,16 +64,18 @@ class OSF(Method[OSFConfig]):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str] | str:
+        """Return the targets of the model type; "all-linear" for unknown types."""
         return cls.targets.get(model_type(model), "all-linear")
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Return out, fan_in, how many components stay and how many train."""
+        """out, fan_in, the number of components that stay, and the number that train."""
         out, n = self.site.out_features, self.site.fan_in
         k = staying(self.cfg.effective_rank, min(out, n))
         return out, n, k, min(out, n) - k
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`. Raises ConfigError if no component stays."""
         if self.site.op.known and self.sizes[2] <= 0:
             raise ConfigError(
                 f"`effective_rank` should be a positive integer value but the value passed is {self.sizes[2]}, from "
@@ -80,13 +84,23 @@ class OSF(Method[OSFConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS | Use.AGAIN`: files lack the frozen components, so `init` also runs before a load."""
         return Use.STARTS | Use.AGAIN
 
     def describe(self) -> Effect:
+        """Return an `Update` by `factors` of rank 2 r where these are cheap, 4 r (out + in) < out · in; else by
+        `delta`.
+        """
         out, n, _, r = self.sizes
         return Update(factors=self.factors) if 4 * r * (out + n) < out * n else Update(self.delta)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the trained `osf_svd_params` with U_low (out, r), S_low (r,), V_low (r, in): zeros, or normal values
+        with `init_weights=False`.
+
+        Uninitialised buffers, which no file holds: `osf_U_init`, `osf_S_init`, `osf_V_init` of these shapes;
+        `osf_U_high` (out, k) if out > in, `osf_V_high` (k, in) if out < in.
+        """
         out, n, k, r = self.sizes
         fixed: dict[str, tuple[int, ...]] = {"U_init": (out, r), "S_init": (r,), "V_init": (r, n)}
         fixed |= {"U_high": (out, k)} if out > n else {"V_high": (k, n)} if out < n else {}
@@ -98,6 +112,12 @@ class OSF(Method[OSFConfig]):
 
     @torch.no_grad()
     def init(self) -> None:
+        """Decompose W₀ in at least float32.
+
+        The r smallest components fill the `_init` buffers and, unless `init_weights=False`, the trained tensors.
+
+        The k largest fill `osf_U_high` or `osf_V_high`, where they exist.
+        """
         out, n, k, _ = self.sizes
         W = self.layer.W0.detach().flatten(1)
         U, S, V = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)).contiguous(), full_matrices=False)
@@ -112,7 +132,10 @@ class OSF(Method[OSFConfig]):
             self.layer.osf_V_high[name] = V[:k].clone()
 
     def components(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return U S, V, U₀ S₀ and V₀; gradients of U and V leave the space of the large components alone."""
+        """Return U S, V, U₀ S₀ and V₀, in U's dtype.
+
+        With gradients on, those of U and V are projected out of the space of the k large components.
+        """
         small, U0, V0 = self.osf_svd_params, self.osf_U_init, self.osf_V_init
         out, n, *_ = self.sizes
         U, V = small["U_low"], small["V_low"]
@@ -125,16 +148,19 @@ class OSF(Method[OSFConfig]):
         return U * small["S_low"], V, U0 * S0, V0
 
     def factors(self) -> Factors:
-        """Return factors of twice the rank, for where they are cheaper than ΔW."""
+        """Return factors of rank 2 r with the product U S V - U₀ S₀ V₀."""
         B, A, B0, A0 = self.components()
         return Factors(torch.cat((A, A0)), torch.cat((B, -B0), 1))
 
     def delta(self) -> Difference:
+        """Return ΔW = U S V - U₀ S₀ V₀ as a `Difference`, not formed until somebody needs it."""
         return Difference(*self.components(), self.site.shape)
 
 
 def staying(wanted: int | float | None, m: int) -> int:
-    """Return how many of m components stay."""
+    """Return the number of m components that stay: half for None, a share for a float up to 1, else the number itself;
+    at most m.
+    """
     if wanted is None:
         return m // 2
     share = isinstance(wanted, float) and wanted <= 1

@@ -40,12 +40,15 @@ class PeanutConfig(Targeted, LayerRange):
     init_weights: bool = True  # B is zero; else random
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError for an unknown `act_fn`."""
         super().__post_init__()
         activation(self.act_fn)
 
 
 class PEANuT(Method[PeanutConfig]):
-    """ΔW = scaling · B z, z = σ(A W₀) (r, in); encoders z ← σ(E z), decoders z ← σ(D z) + input of its encoder."""
+    """PEANuT, arXiv 2410.01870: ΔW = scaling · B z, z = σ(A W₀) (r, in); encoders z ← σ(E z), decoders z ← σ(D z) +
+    input of its encoder.
+    """
 
     prefix = "peanut_"
     targets = LORA
@@ -58,9 +61,13 @@ class PEANuT(Method[PeanutConfig]):
     scaling: float
 
     def describe(self) -> Effect:
+        """Return an `Update` by `factors` that reads W₀ (`of_weight`)."""
         return Update(factors=self.factors, of_weight=True)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return linear layers without bias: `peanut_A` (r, out), `peanut_B` (out, r), and `depth` encoders and
+        decoders (r, r); and facts.
+        """
         cfg, r, out = self.cfg, self.cfg.r, self.site.out_features
         A = nn.Linear(out, r, bias=False)  # PEFT draws in this order, and holds in another
         encoders, decoders = (nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(cfg.depth)) for _ in "ED")
@@ -69,11 +76,18 @@ class PEANuT(Method[PeanutConfig]):
         return facts | dict(peanut_A=A, peanut_B=B, peanut_encoders=encoders, peanut_decoders=decoders)
 
     def init(self) -> None:
+        """Fill A, encoders and decoders kaiming uniform (a=√5), and B with zeros; with `init_weights=False` B, too, is
+        random.
+        """
         for layer in (self.peanut_A, *self.peanut_encoders, *self.peanut_decoders):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
         self.fill_start(self.peanut_B.weight)
 
     def factors(self) -> Factors:
+        """Return z (r, in) as A, and B, with the scaling.
+
+        z = σ(A W₀) goes through encoders and decoders; decoders add the inputs of their encoders, last first.
+        """
         act = activation(self.cfg.act_fn)
         z = act(multiply_widened(self.peanut_A.weight, self.layer.W0.flatten(1)))
         skips = []
@@ -86,7 +100,8 @@ class PEANuT(Method[PeanutConfig]):
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return an activation function by the name that transformers has for it.
+    """Return the activation function with transformers' name `name`; one that is not in ACTIVATIONS is added from
+    transformers.
 
     Raises:
         ConfigError: there is none of that name.

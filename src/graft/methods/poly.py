@@ -39,6 +39,7 @@ class PolyConfig(Targeted):
     n_splits: Annotated[int, POSITIVE] = 1  # of its inputs and outputs
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError for a `poly_type` other than "poly" or None."""
         if self.poly_type not in ("poly", None):
             raise ConfigError(
                 f"Unsupported poly_type: {self.poly_type}. Currently, only the following types are supported: `poly`."
@@ -50,14 +51,17 @@ EPS = 1e-12
 
 
 class Router(nn.Module):
-    """How much a task counts on each skill, in each split."""
+    """The logits of a task for each skill, in each split."""
 
     def __init__(self, tasks: int, splits: int, skills: int):
+        """Make an uninitialised parameter `module_logits` (tasks, splits · skills)."""
         super().__init__()
         self.module_logits = nn.Parameter(torch.empty(tasks, splits * skills))
 
 
 class Poly(ByTask[PolyConfig]):
+    """Poly, arXiv 2202.13914: Δy = x A' B' / r, A' = Σ α A and B' = Σ α B over skills, with α of the row's task."""
+
     prefix = "poly_"
     targets = LORA
 
@@ -66,6 +70,10 @@ class Poly(ByTask[PolyConfig]):
     poly_router: nn.Module  # module_logits (tasks, splits · skills)
 
     def check(self) -> str | None:
+        """Return a reason against layers that are not linear, else that of `Method.check`.
+
+        Raises ConfigError if `n_splits` does not divide both widths.
+        """
         site, q = self.site, self.cfg.n_splits
         if site.op.known and not site.op.linear:
             return "Currently, only the following modules are supported: `torch.nn.Linear`, and those like it"
@@ -75,6 +83,9 @@ class Poly(ByTask[PolyConfig]):
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return the facts, uninitialised `poly_lora_A` (splits, skills, in / splits, r) and `poly_lora_B` (splits,
+        skills, r, out / splits), and the `Router`.
+        """
         cfg, site = self.cfg, self.site
         q, k = cfg.n_splits, cfg.n_skills
         A, B = torch.empty(q, k, site.in_features // q, cfg.r), torch.empty(q, k, cfg.r, site.out_features // q)
@@ -90,6 +101,10 @@ class Poly(ByTask[PolyConfig]):
         )
 
     def init(self) -> None:
+        """Fill A as kaiming does (`fill_skills`), B with zeros, and the logits uniform within ±0.001.
+
+        With `init_weights=False` B is filled like A.
+        """
         fill_skills(self.poly_lora_A.data)
         if self.cfg.init_weights:
             nn.init.zeros_(self.poly_lora_B)
@@ -98,11 +113,16 @@ class Poly(ByTask[PolyConfig]):
         nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)
 
     def describe(self) -> Effect:
+        """Return an `Update` with a `branch` only, which cannot merge: each task mixes the skills."""
         return Update(
             branch=self.branch, fixed="Poly mixes its skills for each task, and no weight is that of all tasks"
         )
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return x A' B' / r in x's leading shape, with A' (in, r) and B' (r, out) of each row's task.
+
+        Raises RoutingError without a task for each row.
+        """
         mixing = self.mixing(self.tasks_of(x)).to(self.poly_lora_A.dtype)
         A = torch.einsum("bqk,qkir->bqir", mixing, self.poly_lora_A).flatten(1, 2)  # (batch, in, r)
         B = torch.einsum("bqk,qkro->brqo", mixing, self.poly_lora_B).flatten(2)  # (batch, r, out)
@@ -110,7 +130,10 @@ class Poly(ByTask[PolyConfig]):
         return y.view(*x.shape[:-1], self.site.out_features)
 
     def mixing(self, tasks: Tensor) -> Tensor:
-        """Return α (batch, splits, skills), random in training."""
+        """Return α (batch, splits, skills) of tasks (batch,): sigmoid of the logits, divided by the sum over skills.
+
+        In training the sigmoids are draws from a relaxed Bernoulli distribution.
+        """
         logits = self.poly_router.module_logits
         z = logits[tasks.to(logits.device)].unflatten(-1, (self.cfg.n_splits, -1))
         if self.layer.training:
@@ -122,7 +145,9 @@ class Poly(ByTask[PolyConfig]):
 
 
 def draw_relaxed_bernoulli(logits: Tensor) -> Tensor:
-    """Draw from the relaxed Bernoulli distribution of temperature 1, as torch does, which would check the logits."""
+    """Draw from the relaxed Bernoulli distribution of temperature 1, strictly between 0 and 1, as torch does but
+    without its check of the logits.
+    """
     temperature = torch.ones((), device=logits.device)
     drawn: Tensor = LogitRelaxedBernoulli(temperature, logits=logits, validate_args=False).rsample()
     limits = torch.finfo(drawn.dtype)
@@ -130,7 +155,9 @@ def draw_relaxed_bernoulli(logits: Tensor) -> Tensor:
 
 
 def fill_skills(skills: Tensor) -> None:
-    """Fill (splits, skills, n, m): each skill as kaiming draws (m, n), in PEFT's order."""
+    """Fill (splits, skills, n, m) uniform within ±1/√n, as kaiming draws (m, n) for each skill, skill by skill in
+    PEFT's order.
+    """
     q, k, n, m = skills.shape
     bound = kaiming_bound(n)
     for skill in range(k):

@@ -32,7 +32,7 @@ class PsoftConfig(Targeted, LayerRange, FanInFanOut):
     r: Annotated[int, COUNT] = 32
     psoft_alpha: int = 32  # the update counts alpha / r times
     psoft_dropout: float = 0.0
-    ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"  # singular values stand in B, or in A and B
+    ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"  # singular values in B, or their roots in A and B
     psoft_svd: Literal["full", "lowrank"] = "full"
     psoft_svd_lowrank_niter: int = 10
     random_seed: int = 0  # of "lowrank"
@@ -47,6 +47,11 @@ class PsoftConfig(Targeted, LayerRange, FanInFanOut):
     counters: ClassVar[tuple[str, ...]] = ("random_seed",)
 
     def __post_init__(self) -> None:
+        """Validate the fields; warn of options of the Cayley-Neumann series or the low-rank SVD that have no effect.
+
+        Raises:
+            ConfigError: `psoft_alpha` is 0.
+        """
         super().__post_init__()
         eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
         niter = self.psoft_svd_lowrank_niter
@@ -68,6 +73,9 @@ class Turn(nn.Module):
     """R (r, r) as the strict upper triangle of Q or as it is, and the factors of its rows and columns."""
 
     def __init__(self, r: int, cfg: PsoftConfig):
+        """Make uninitialised `weight`: (r (r - 1) / 2) with `psoft_orth`, else (r, r); and `vector_b`, `vector_a` (r,)
+        of ones, None without `psoft_mag_b`, `psoft_mag_a`.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(r * (r - 1) // 2 if cfg.psoft_orth else (r, r)))
         self.vector_b = nn.Parameter(torch.ones(r)) if cfg.psoft_mag_b else None
@@ -81,16 +89,18 @@ class Basis(Exact):
     B: Tensor  # (out, r)
 
     def __init__(self, r: int, site: Site):
+        """Register uninitialised buffers A (r, fan_in) and B (out, r)."""
         super().__init__()
         self.register_buffer("A", torch.empty(r, site.fan_in))
         self.register_buffer("B", torch.empty(site.out_features, r))
 
 
 class PSOFT(Method[PsoftConfig]):
-    """ΔW = s · B (R - I) A, where s · B A are the r largest singular components of W₀ and do not train.
+    """PSOFT, arXiv 2505.11235: ΔW = s · B (R - I) A, where s · B A are the r largest singular components of W₀ and do
+    not train.
 
     Files hold A and B: decomposed anew on another device, or from a rounded weight, they may have other signs and mix
-    components of similar size, and R would turn something else. PEFT's files lack them.
+    components of similar size, and R would turn another space. PEFT's files lack them.
     """
 
     prefix = "psoft_"
@@ -102,6 +112,7 @@ class PSOFT(Method[PsoftConfig]):
     scaling: float
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`. Raises ConfigError if r is above the smaller side of the weight."""
         r, most = self.cfg.r, min(self.site.out_features, self.site.fan_in)
         if self.site.op.known and r > most:
             raise ConfigError(
@@ -111,10 +122,15 @@ class PSOFT(Method[PsoftConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS`: the basis comes from the weight; a file has it."""
         return Use.STARTS  # a file holds the basis
 
     def from_file_tensors(self, tensors: Tensors, cfg: PsoftConfig) -> Tensors:
-        """Complete a file of PEFT by the basis of the weight here."""
+        """Return the file's tensors; if they lack the basis, as PEFT's do, add that of this adapter, or of the weight
+        if it has no values.
+
+        On the meta device nothing is added.
+        """
         basis = self.psoft_basis
         if any(place[0] == BASIS for place in tensors) or self.site.on_meta:
             return tensors
@@ -122,6 +138,7 @@ class PSOFT(Method[PsoftConfig]):
         return tensors | {(BASIS, "A"): A, (BASIS, "B"): B}
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `psoft_R` (`Turn`), `psoft_basis` (`Basis`), the dropout, r, and scaling = alpha / r."""
         cfg, r = self.cfg, self.cfg.r
         return dict(
             r=r,
@@ -133,6 +150,10 @@ class PSOFT(Method[PsoftConfig]):
 
     @torch.no_grad()
     def init(self) -> None:
+        """Fill R with the identity (zeros of its triangle with `psoft_orth`), and the basis with `components`.
+
+        With `init_weights=False` R is random: triangle normal with std 0.1, or the identity plus such values.
+        """
         cfg, R = self.cfg, self.psoft_R.weight
         if cfg.psoft_orth:
             nn.init.zeros_(R) if cfg.init_weights else nn.init.normal_(R, mean=0.0, std=0.1)
@@ -143,7 +164,11 @@ class PSOFT(Method[PsoftConfig]):
         self.psoft_basis.A, self.psoft_basis.B = self.components()
 
     def components(self) -> tuple[Tensor, Tensor]:
-        """Return A and B of the weight."""
+        """Return A (r, fan_in) and B (out, r) from the r largest singular components of W₀, with singular values / s in
+        B.
+
+        With "pissa_init" their roots are in A and B.
+        """
         U, S, V = self.largest()
         S = S / self.scaling
         if self.cfg.ab_svd_init == "pissa_init":
@@ -152,7 +177,10 @@ class PSOFT(Method[PsoftConfig]):
         return V.clone(memory_format=torch.contiguous_format), (U * S).contiguous()  # as a file gives them: equal bits
 
     def largest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the r largest singular components of W₀: U (out, r), S (r,), V (r, fan_in)."""
+        """Return the r largest singular components of W₀ in at least float32: U (out, r), S (r,), V (r, fan_in).
+
+        psoft_svd="lowrank" takes a randomized SVD, seeded with `random_seed`; generators stay as they are.
+        """
         cfg, W = self.cfg, self.layer.W0.detach().flatten(1)
         W = W.to(torch.promote_types(W.dtype, torch.float32)).contiguous()
         if cfg.psoft_svd == "full":
@@ -163,7 +191,12 @@ class PSOFT(Method[PsoftConfig]):
         return U, S, V.T
 
     def R(self) -> Tensor:
-        """Return R (r, r), in at least float32."""
+        """Return R (r, r), in at least float32: orthogonal from the skew-symmetric Q with `psoft_orth`, else the
+        weight.
+
+        Rows are multiplied by `vector_b`, columns by `vector_a`. `use_cayley_neumann` takes a series, with Q's norm at
+        most `cayley_neumann_eps`.
+        """
         cfg, parameters = self.cfg, self.psoft_R
         R = parameters.weight.to(torch.promote_types(parameters.weight.dtype, torch.float32))
         if cfg.psoft_orth:
@@ -176,6 +209,12 @@ class PSOFT(Method[PsoftConfig]):
         return R if parameters.vector_a is None else R * parameters.vector_a
 
     def factors(self) -> Factors:
+        """Return (R - I) A and B with scaling and dropout.
+
+        On layers that take vectors A is a `Product` that keeps no input for the backward pass.
+
+        On others both are cast to the adapter's dtype.
+        """
         R = self.R()
         A, B = (t.to(R.dtype) for t in (self.psoft_basis.A, self.psoft_basis.B))  # `.half()` rounds them
         turn = R - torch.eye(len(R), dtype=R.dtype, device=R.device)
@@ -187,5 +226,5 @@ class PSOFT(Method[PsoftConfig]):
 
 
 def into(A: Tensor, turn: Tensor, x: Tensor) -> Tensor:
-    """Return x Aᵀ turnᵀ in the dtype of A."""
+    """Return x Aᵀ turnᵀ in the dtype of A: x (…, fan_in), A (r, fan_in), turn (r, r)."""
     return (x.to(A.dtype) @ A.T) @ turn.T

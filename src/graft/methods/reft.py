@@ -47,6 +47,12 @@ class ReftConfig(StatesConfig):
     dropout: Annotated[float, BELOW_1] = 0.05  # of the whole state there
 
     def __post_init__(self) -> None:
+        """Validate the fields.
+
+        Raises:
+            ConfigError: `prefix_positions` or `suffix_positions` is negative, or both are 0; an unknown
+                `non_linearity`.
+        """
         super().__post_init__()
         if min(self.prefix_positions, self.suffix_positions) < 0 or not self.prefix_positions + self.suffix_positions:
             raise ConfigError("`prefix_positions` and `suffix_positions` must not be negative, nor both 0.")
@@ -55,7 +61,7 @@ class ReftConfig(StatesConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> ReftConfig:
-        """Return the config of a variant ("loreft", "noreft", "direft") with some fields changed.
+        """Return the config of a variant ("loreft", "noreft", "direft"); `changes` override its fields.
 
         Raises:
             ConfigError: there is no such preset.
@@ -73,7 +79,11 @@ PRESETS: dict[str, Json] = {
 
 
 def orthonormal(V: Tensor) -> Tensor:
-    """Return rows that span those of V (r, H), one after another: V itself if its rows are orthonormal."""
+    """Return rows (r, H) that are orthonormal and span those of V one after another (QR, with signs such that
+    orthonormal rows stay).
+
+    Computed in at least float32, returned in V's dtype.
+    """
     Q, S = torch.linalg.qr(V.T.to(torch.promote_types(V.dtype, torch.float32)))
     R: Tensor = (Q * S.diagonal().sign()).T
     return R.to(V.dtype)
@@ -84,7 +94,7 @@ IGNORED = -100  # the label of tokens without a loss
 
 
 class Reft(OnStates[ReftConfig]):
-    """h + Rᵀ(σ(A h + b) - R h) at the first and last tokens of the prompt."""
+    """ReFT, arXiv 2404.03592: h + Rᵀ(σ(A h + b) - R h) at the first and last tokens of the prompt."""
 
     prefix = "reft_"
     published_lr = Published(6e-4, 4e-3, "arXiv 2404.03592, r 4 to 8 (to 9e-4), and its README (4e-3)")
@@ -98,21 +108,26 @@ class Reft(OnStates[ReftConfig]):
     reft_dropout: nn.Module
 
     def check(self) -> str | None:
+        """Return the reason of `OnStates.check`. Raises ConfigError if r is above the width, with `orthogonality`."""
         if self.cfg.orthogonality and self.width is not None and self.cfg.r > self.width:
             raise ConfigError(f"Layer '{self.site.key}' is {self.width} wide: choose a smaller r than {self.cfg.r}.")
         return super().check()
 
     @property
     def units(self) -> list[str]:
-        """The ends of the names of A and R, for the first tokens and for the last."""
+        """The ends of the names of A and R: "" for the first tokens or tied weights, "_suffix" for the last."""
         cfg = self.cfg
         return [*([""] if cfg.prefix_positions or cfg.tied_weights else []), *self.of_suffix]
 
     @property
     def of_suffix(self) -> list[str]:
+        """["_suffix"] if the last tokens have their own A and R, else []."""
         return ["_suffix"] if self.cfg.suffix_positions and not self.cfg.tied_weights else []
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return, for each of `units`, a linear layer `reft_A…` (r, H) and an uninitialised parameter `reft_R…` (r, H);
+        and the dropout.
+        """
         H, r = self.width or 0, self.cfg.r
         values: dict[str, object] = {}
         for unit in self.units:
@@ -121,6 +136,10 @@ class Reft(OnStates[ReftConfig]):
         return values | dict(r=r, reft_dropout=dropout_for(self.cfg.dropout))
 
     def init(self) -> None:
+        """Fill each R with orthonormal rows; without `orthogonality` kaiming uniform (a=√5).
+
+        A keeps the values of nn.Linear.
+        """
         for unit in self.units:
             R = getattr(self, f"reft_R{unit}")
             if self.cfg.orthogonality:
@@ -129,9 +148,13 @@ class Reft(OnStates[ReftConfig]):
                 nn.init.kaiming_uniform_(R, a=5**0.5)
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the update of y, (rows, tokens, H) or (rows, H), zero at positions where the adapter does not act.
+        """Return the update of y, (rows, tokens, H) or (rows, H): nonzero at the first and last positions of each row's
+        prompt only.
 
-        Raises RoutingError if rows or tokens do not match the call's facts.
+        Steps of `generate` after the prompt, with a cache, get zeros. Where both ends meet, the last positions win.
+
+        Raises:
+            RoutingError: y has not one row, with tokens, for each sample of the call.
         """
         h = y[:, None] if y.dim() == 2 else y
         delta = torch.zeros_like(h, dtype=self.dtype)
@@ -165,9 +188,11 @@ class Reft(OnStates[ReftConfig]):
 
     @classmethod
     def arguments_of(cls, batch: Mapping[str, object], model: nn.Module) -> dict[str, Tensor]:
-        """Return how many tokens each row's prompt has by the labels of a batch, (batch,), without padding.
+        """Return `reft_prompt_lengths` (batch,): the number of real tokens before each row's first label other than
+        -100.
 
-        Return {} if there are no labels of tokens, or the model cannot generate.
+        A row with none counts all its tokens. Return {} without labels (batch, tokens), or if the model cannot
+        generate.
         """
         labels = batch.get("labels")
         generates = getattr(model, "can_generate", None)
@@ -185,7 +210,8 @@ class Reft(OnStates[ReftConfig]):
 
     @classmethod
     def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
-        """Return the length of each row's prompt, if the call says it or its labels tell.
+        """Return the length of each row's prompt: the call's `reft_prompt_lengths`, else from its labels
+        (`arguments_of`).
 
         Raises:
             RoutingError: the lengths are no positive whole numbers, or not one for each row.
@@ -198,13 +224,19 @@ class Reft(OnStates[ReftConfig]):
         return {LENGTHS: numbers.long()}
 
     def add_changes(self, unit: str, h: Tensor, index: Tensor, acts: Tensor, delta: Tensor) -> Tensor:
-        """Return delta with the changes of h at positions (rows, n), where they count."""
+        """Return delta plus the changes of h at positions `index` (rows, n), where `acts` is True.
+
+        Positions outside of h are clamped.
+        """
         index = index.clamp(0, h.shape[1] - 1)[..., None].expand(-1, -1, h.shape[2])
         states = h.gather(1, index).to(self.dtype)
         return delta.scatter_add(1, index, (self.intervene(unit, states) - states) * acts[..., None])
 
     def intervene(self, unit: str, h: Tensor) -> Tensor:
-        """Return h' for h (…, H)."""
+        """Return dropout(h + Rᵀ z) for h (…, H), z = σ(A h + b) - R h; without `subtract_projection` z = σ(A h + b).
+
+        `unit` is the end of the names of A and R; with `orthogonality` R is made orthonormal first.
+        """
         cfg, R, A = self.cfg, getattr(self, f"reft_R{unit}"), getattr(self, f"reft_A{unit}")
         R = orthonormal(R) if cfg.orthogonality else R
         z = A(h)

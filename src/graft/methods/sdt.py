@@ -43,13 +43,14 @@ class SdtConfig(Targeted, LayerRange):
     peft_type: str = "SDT"
     channels: Annotated[float, SHARE] = 0.01  # share of the channels of a mixer that train, one at least
     states: Annotated[float, SHARE] = 0.25  # share of a channel's states, one at least; in the paper 0.05 to 0.25
-    r: Annotated[int, COUNT] = 8  # of LoRA beside
+    r: Annotated[int, COUNT] = 8  # rank of LoRA on other layers
     lora_alpha: float = 8  # LoRA's update counts alpha / r times
     lora_dropout: Annotated[float, BELOW_1] = 0.0  # of LoRA
     target_parameters: list[str] | None = None  # None: A_log of each mixer
     init_weights: bool = True  # zeros; False: random ones at random places, for tests
 
     def __post_init__(self) -> None:
+        """Validate the fields; set `mixers` to {}, which `prepare` fills for one model."""
         super().__post_init__()
         self.mixers: dict[str, Mixer] = {}  # no field: they are those of one model
 
@@ -61,12 +62,14 @@ class Mixer(NamedTuple):
     states: int
 
     def some(self, cfg: SdtConfig) -> tuple[int, int]:
-        """Return how many channels train, and how many states of each."""
+        """Return the number of channels that train, and of states of each: the config's shares, rounded, at least 1."""
         return max(1, round(cfg.channels * self.channels)), max(1, round(cfg.states * self.states))
 
 
 def mixers_of(model: nn.Module) -> dict[str, Mixer]:
-    """Return, by path, the modules with A_log (channels, states) and x_proj as in a Mamba."""
+    """Return, by path, the modules with A_log (channels, states) and an x_proj with `channels` inputs, as in a
+    Mamba.
+    """
     mixers, linears = {}, {}
     for path, module in walk(model):
         A = module._parameters.get(A_LOG)
@@ -77,8 +80,10 @@ def mixers_of(model: nn.Module) -> dict[str, Mixer]:
 
 
 def strongest(change: Tensor, channels: int, states: int) -> tuple[Tensor, Tensor]:
-    """Return the channels (c,) with the largest squared change (channels, states), and the s states (c, s) of each with
-    the largest change.
+    """Return the `channels` channels (c,) with the largest sum of squares in `change` (channels, states), and the
+    `states` largest states of each (c, s).
+
+    Both are in ascending order.
     """
     squared = change.float().square()
     some = squared.sum(1).topk(channels).indices.sort().values
@@ -86,7 +91,9 @@ def strongest(change: Tensor, channels: int, states: int) -> tuple[Tensor, Tenso
 
 
 class SDT(Method[SdtConfig]):
-    """ΔW = v at some entries of A_log and x_proj; ΔW = s · B A on layers that are not of a state space."""
+    """SDT, arXiv 2410.09016: ΔW = v at some entries of A_log and x_proj; ΔW = s · B A on layers that are not of a state
+    space.
+    """
 
     prefix = "sdt_"
     lays_out_stacks = True  # it takes none
@@ -101,24 +108,30 @@ class SDT(Method[SdtConfig]):
 
     @classmethod
     def prepare(cls, cfg: SdtConfig, model: nn.Module) -> None:
+        """Find the model's mixers, and set `target_parameters`, if it is None, to ["A_log"] if there are any."""
         cfg.mixers = mixers_of(model)
         if cfg.target_parameters is None:
             cfg.target_parameters = [A_LOG] if cfg.mixers else None
 
     @property
     def mixer(self) -> Mixer | None:
-        """The mixer with a state space that the site is part of; None for other sites."""
+        """The sizes of the mixer, if the site is its A_log or x_proj; None for other sites."""
         path, _, name = self.site.key.rpartition(".")
         return self.cfg.mixers.get(path) if name in (A_LOG, X_PROJ) else None
 
     @property
     def size(self) -> int:
-        """The number of entries that train."""
+        """The number of entries that train: channels · states of A_log, channels · 2 · all states of x_proj (the rows
+        of B and C).
+        """
         assert self.mixer is not None
         channels, states = self.mixer.some(self.cfg)
         return channels * (states if self.site.op.opaque else 2 * self.mixer.states)
 
     def check(self) -> str | None:
+        """Return a reason against parameters other than a mixer's A_log, and against convolutions with groups; else
+        that of `Method.check`.
+        """
         site = self.site
         if self.mixer is None and site.op.opaque:
             return f"SDT trains {A_LOG} of a Mamba's mixer, (channels, states), and LoRA on modules"
@@ -127,6 +140,10 @@ class SDT(Method[SdtConfig]):
         return super().check()
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return, in a mixer, `sdt_weight` (k,) of zeros and the places `sdt_indices` (2, k) int32, which files hold.
+
+        Elsewhere uninitialised `sdt_A` (r, fan_in), `sdt_B` (out, r) of zeros, and the dropout.
+        """
         cfg, site = self.cfg, self.site
         if self.mixer is not None:
             indices = Filed(torch.zeros(2, self.size, dtype=torch.int32))
@@ -139,6 +156,15 @@ class SDT(Method[SdtConfig]):
 
     @torch.no_grad()
     def init(self) -> None:
+        """Fill the places in a mixer from the change that `preprocess_sdt` has left (`strongest`); v stays 0.
+
+        Elsewhere A is kaiming uniform (a=√5), B 0.
+
+        With `init_weights=False` a random change gives the places, and v and B are normal.
+
+        Raises:
+            CalibrationError: there is no change.
+        """
         drawn = not self.cfg.init_weights
         if self.mixer is None:
             nn.init.kaiming_uniform_(self.sdt_A, a=math.sqrt(5))
@@ -151,7 +177,11 @@ class SDT(Method[SdtConfig]):
             nn.init.normal_(self.sdt_weight)
 
     def places(self, channels: Tensor, states: Tensor) -> Tensor:
-        """Return the row and the column of each entry that trains, (2, k)."""
+        """Return the row and the column of each entry that trains, (2, k).
+
+        Of A_log: each channel with its states. Of x_proj: the channels, as columns, in each of the last 2 · states
+        rows.
+        """
         assert self.mixer is not None
         if self.site.op.opaque:
             return torch.stack([channels[:, None].expand_as(states).flatten(), states.flatten()])
@@ -160,7 +190,12 @@ class SDT(Method[SdtConfig]):
         return torch.stack([rows.repeat_interleave(len(channels)), channels.repeat(len(rows))])
 
     def change(self) -> Tensor:
-        """Remove the change that `preprocess_sdt` has left on the base, and return it."""
+        """Take the change of A_log (channels, states) that `preprocess_sdt` has left on the base module, remove it
+        there, and return it.
+
+        Raises:
+            CalibrationError: there is none.
+        """
         change: Tensor = self.take_from_base(
             CHANGE,
             f"It is not known which channels of layer '{self.site.key}' adapter '{self.name}' trains: call "
@@ -169,15 +204,21 @@ class SDT(Method[SdtConfig]):
         return change
 
     def describe(self) -> Effect:
+        """Return an `Update` by `delta` in a mixer, else by `factors`."""
         return Update(factors=self.factors) if self.mixer is None else Update(self.delta)
 
     def factors(self) -> Factors:
+        """Return `sdt_A` and `sdt_B` with the scale alpha / r and dropout."""
         return Factors(self.sdt_A, self.sdt_B, self.cfg.lora_alpha / self.cfg.r, self.sdt_dropout)
 
     def delta(self) -> Scattered:
+        """Return ΔW with v at its places, 0 elsewhere, as a `Scattered`."""
         rows, columns = self.sdt_indices.long()
         return Scattered(self.sdt_weight, rows * self.site.fan_in + columns, self.site.shape)
 
     def from_file_tensors(self, tensors: Tensors, cfg: SdtConfig) -> Tensors:
-        """Return the places as int32, checked."""
+        """Return the file's tensors with the places as int32.
+
+        Raises CheckpointError if they are outside of the weight.
+        """
         return with_places(tensors, "sdt_indices", self.site)

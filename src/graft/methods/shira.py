@@ -36,6 +36,10 @@ class ShiraConfig(Targets, FanInFanOut):
     counters: ClassVar[tuple[str, ...]] = ("random_seed",)
 
     def __post_init__(self) -> None:
+        """Validate the fields; set `mask_fn` to `random_mask` for mask_type="random", else to None.
+
+        Without a mask function, warn unless the config is for inference.
+        """
         super().__post_init__()
         self.mask_fn: Callable[..., Tensor] | None = random_mask if self.mask_type == "random" else None
         if self.mask_fn is None and not self.inference_mode:
@@ -46,14 +50,19 @@ class ShiraConfig(Targets, FanInFanOut):
 
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **_: object) -> Tensor:
-    """Return a mask of the weight's shape with r · (in + out) ones at random places, the same for the same seed."""
+    """Return a mask of the weight's shape, dtype and device with r · (in + out) ones at random places, the same for the
+    same seed.
+    """
     weight = base_layer.weight
     places = random_places(weight.shape, r, random_seed).to(weight.device)
     return torch.zeros_like(weight).view(-1).index_fill(0, places, 1).view(weight.shape)
 
 
 def random_places(shape: Sequence[int], r: int, seed: int | None) -> Tensor:
-    """Return r · (in + out) random places of a matrix (out, in) as a flat list, in order."""
+    """Return r · (in + out) distinct random places of a matrix (out, in), as ascending flat indices on the CPU.
+
+    `seed` None: torch's default generator.
+    """
     generator = torch.Generator("cpu")  # without a seed, torch's default one
     if seed is not None:
         generator.manual_seed(seed)
@@ -62,7 +71,7 @@ def random_places(shape: Sequence[int], r: int, seed: int | None) -> Tensor:
 
 
 class SHiRA(Method[ShiraConfig]):
-    """ΔW = s · v at the places of a mask, 0 elsewhere."""
+    """SHiRA, arXiv 2406.13175: ΔW = s · v at the places of a mask, 0 elsewhere."""
 
     prefix = "shira_"
     published_lr = Published(3e-4, 3e-4, COMPARISON)
@@ -74,10 +83,14 @@ class SHiRA(Method[ShiraConfig]):
 
     @property
     def size(self) -> int:
-        """The number of entries that train."""
+        """The number of entries that train: r · (in + out)."""
         return int(self.cfg.r) * (self.site.out_features + self.site.fan_in)
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`.
+
+        Raises ConfigError if r < 1, or more entries would train than the weight has.
+        """
         COUNT.check("r", self.cfg.r)
         total = self.site.out_features * self.site.fan_in
         if self.site.op.known and self.size > total:
@@ -88,9 +101,13 @@ class SHiRA(Method[ShiraConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS` with a `mask_fn` of the user's, which may look at the weight; else `Use.NOT`."""
         return Use.STARTS if self.cfg.mask_fn not in (None, random_mask) else Use.NOT  # a mask may look at it
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `shira_weight` (k,) of zeros, trained, the places `shira_indices` (2, k) int32, which files hold, and
+        scaling = 1.
+        """
         return dict(
             r=self.cfg.r,
             scaling=1.0,
@@ -99,6 +116,10 @@ class SHiRA(Method[ShiraConfig]):
         )
 
     def init(self) -> None:
+        """Fill the places as output and input of each entry of the mask.
+
+        v stays 0, or is normal with `init_weights=False`.
+        """
         if not self.cfg.init_weights:
             nn.init.normal_(self.shira_weight)
         places = self.chosen()
@@ -106,7 +127,14 @@ class SHiRA(Method[ShiraConfig]):
         self.shira_indices.copy_(torch.stack((places // n, places % n)))
 
     def chosen(self) -> Tensor:
-        """Return the places that the mask chooses, in order, (k,)."""
+        """Return the places that the mask chooses, as ascending flat indices of the canonical weight, (k,), on the CPU.
+
+        A `mask_fn` of the user's gets the base layer with merged adapters removed for the call.
+
+        Raises:
+            ConfigError: there is no mask function, or its mask has another shape, or another number of ones than r ·
+                (in + out).
+        """
         cfg, layer = self.cfg, self.layer
         if cfg.mask_fn is None:
             raise ConfigError(
@@ -132,16 +160,22 @@ class SHiRA(Method[ShiraConfig]):
         return places.cpu()
 
     def delta(self) -> Scattered:
+        """Return ΔW with s · v at the places, 0 elsewhere, as a `Scattered`."""
         rows, cols = self.shira_indices.long()
         return Scattered(self.shira_weight * self.scaling, rows * self.site.fan_in + cols, self.site.shape)
 
     def from_file_tensors(self, tensors: Tensors, cfg: ShiraConfig) -> Tensors:
-        """Return the places as int32, which some files hold as floating-point numbers."""
+        """Return the file's tensors with the places as int32; some files hold floats.
+
+        Raises CheckpointError if they are outside of the weight.
+        """
         return with_places(tensors, "shira_indices", self.site)
 
 
 def with_places(tensors: Tensors, name: str, site: Site) -> Tensors:
-    """Return a file's tensors, with the output and the input of each entry, (2, k), as int32.
+    """Return a file's tensors with tensor `name` (2, k), the output and the input of each entry, as int32.
+
+    Without it return them unchanged.
 
     Raises:
         CheckpointError: places are outside of the weight.

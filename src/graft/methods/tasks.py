@@ -20,7 +20,7 @@ TASKS = "task_ids"
 
 
 def generate(tuner: Tuner, *args: object, task_ids: object = None, **kwargs: object) -> object:
-    """Run the base model's generate for these tasks, one for each row."""
+    """Run the base model's `generate` with adapters, each row as its task in `task_ids`; return its output."""
     run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
     with tuner.calling("generate"), tuner.call.using(None), tuner.acting(run) as finish:
         return finish(tuner.model.generate(*args, **kwargs))
@@ -30,7 +30,8 @@ def check_tasks(run: Run, model: nn.Module, known: int) -> Tensor:
     """Return the tasks of a run's rows, (batch,), on the device of the rows.
 
     Raises:
-        RoutingError: there are none, they are no integers for each row, or one is not below `known`.
+        RoutingError: the call gives none, or no list of integers; one is not from 0 to below `known`; no input has as
+            many rows. Compiled code does not check the range.
     """
     tasks = run.said(TASKS, model)
     if tasks is None:
@@ -42,6 +43,7 @@ def check_tasks(run: Run, model: nn.Module, known: int) -> Tensor:
         low, high = tasks.aminmax()
 
         def unknown() -> RoutingError:
+            """Return the RoutingError that names the task outside of the range."""
             return RoutingError(f"{available}. Found task id = {int(high) if high >= known else int(low)}")
 
         available = f"Only {known} tasks available"
@@ -66,7 +68,11 @@ class ByTask(Method[K]):
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {"generate": generate}
 
     def tasks_of(self, x: Tensor) -> Tensor:
-        """Return the task of each row of a layer's input, (batch,)."""
+        """Return the task of each row of a layer's input, (batch,), on its device.
+
+        Raises:
+            RoutingError: the call has no tasks, or another number than x has rows.
+        """
         tasks: Tensor | None = self.layer.call.fact(TASKS)
         if tasks is None:
             raise RoutingError("task_ids should not be None.")
@@ -80,7 +86,9 @@ class ByTask(Method[K]):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Give the task of each row to the layers.
+        """Show the task of each row to the layers within the run, as a fact of the call.
+
+        With adapters disabled do nothing more.
 
         Raises:
             RoutingError: there are none, or not one for each row, or an adapter that acts lacks a task.

@@ -18,8 +18,8 @@ class Row(NamedTuple):
     method: str  # "module:Class" below graft
     config: str  # public name of its config
     tuner: str  # public name of the model class that holds it; of a prompt, its encoder
-    base: str = "model.tuner:Tuner"  # what that class derives from, "module:Class" below graft
-    in_peft: bool = True  # PEFT has it: else no name of the package `peft` stands for it
+    base: str = "model.tuner:Tuner"  # base of that class, "module:Class" below graft
+    in_peft: bool = True  # PEFT has the method; else the package `peft` gets no names for it
 
 
 METHODS: dict[str, Row] = {

@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class StatesConfig(Targeted, Chosen):
+    """The fields of ReFT and steering vectors."""
+
     layers: Literal["all"] | list[int] = "all"  # numbers of blocks, encoder first
 
     def __post_init__(self) -> None:
+        """Validate the fields; set `widths` to {} and `width` to None, which `prepare` fills for one model."""
         super().__post_init__()
         self.widths: dict[str, int | None] = {}  # no fields: these hold for one model only
         self.width: int | None = None
@@ -43,27 +46,33 @@ S = TypeVar("S", bound=StatesConfig)
 
 @dataclass
 class Positions:
-    """Where the prompt of each row begins, and how many tokens it has; None for both: everywhere."""
+    """The begin and the length of each row's prompt; None for both: everywhere."""
 
     start: Tensor | None  # (batch,)
     length: Tensor | None  # (batch,)
-    passed: Tensor | None = None  # (), how many tokens have passed: the model sees what follows them; None: it sees all
+    passed: Tensor | None = None  # (), number of passed tokens, which the model does not see; None: it sees all
 
     @classmethod
     def of(cls, mask: object) -> Positions:
-        """Return those of an attention mask, (batch, tokens)."""
+        """Return the begin of each row and its number of tokens from an attention mask (batch, tokens); None for both
+        without such a mask.
+        """
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return cls(None, None)
         real = mask != 0
         return cls(real.int().argmax(1), real.sum(1))
 
     def __getitem__(self, index: Tensor) -> Positions:
+        """Return the positions of the rows `index`, in that order; unchanged if they hold for all rows."""
         if self.start is None or self.length is None:
             return self
         index = index.to(self.start.device)
         return replace(self, start=self.start[index], length=self.length[index])
 
     def repeat_interleave(self, repeats: int, dim: int) -> Positions:
+        """Return the positions for rows that are repeated `repeats` times each, next to each other; unchanged if they
+        hold for all rows.
+        """
         if self.start is None or self.length is None:
             return self
         start, length = (t.repeat_interleave(repeats, dim) for t in (self.start, self.length))
@@ -77,7 +86,11 @@ MASKS = {False: {FACT: "attention_mask"}, True: {FACT: "attention_mask", OF_DECO
 
 
 def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[str, Positions]:
-    """Return the positions that the arguments of a forward pass tell."""
+    """Return the `Positions` of a forward pass by fact, from its attention masks: FACT, and OF_DECODER of a model with
+    encoder and decoder.
+
+    With a cache, the last of them also gets the number of tokens that have passed; MANY if the cache does not count.
+    """
     masks = MASKS[is_encoder_decoder(model)]
     facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in masks.items()}
     cache = cache_in(arguments)
@@ -93,10 +106,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def numbers_by_row(name: str, value: object, run: Run, holds: Callable[[Tensor], Tensor], text: str) -> Tensor:
-    """Return the value of an argument as a number for each row, (batch,), on the device of the batch.
+    """Return the value of an argument as a number for each row, float32 (batch,), on the device of the batch; a single
+    number counts for all.
 
     Raises:
-        RoutingError: they are no numbers, or not one for each row, or `holds` is not true of all: with that text.
+        RoutingError: it is no number or list of numbers, there is not one for each row, or `holds` is not True for all
+            (with `text`).
     """
     try:
         c = torch.as_tensor(value, dtype=torch.float32)
@@ -111,19 +126,24 @@ def numbers_by_row(name: str, value: object, run: Run, holds: Callable[[Tensor],
 
 
 class OnStates(Method[S]):
-    """A method that adds `part(x, y)` to the outputs of blocks, or of the modules that `target_modules` names."""
+    """The base of ReFT and steering vectors: `part(x, y)` is added to the outputs of blocks, or of modules in
+    `target_modules`.
+    """
 
     compresses_targets = False
-    acts: str  # for errors: what it does to vectors
+    acts: str  # for errors: the action on vectors, a clause
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> str:
+        """Return "places": the targets are the blocks that `layers` chooses."""
         return PLACES
 
     @classmethod
     def prepare(cls, cfg: S, model: nn.Module) -> None:
-        """Set the config's `widths` by path, `target_paths` (the chosen blocks, unless target_modules names modules),
-        and `width`.
+        """Fill the config's `widths` with the widths of the chosen blocks, by path, and make these the targets, if
+        `target_modules` is "places".
+
+        Other targets leave `widths` empty. Also notes the model's hidden width in `cfg.width`.
         """
         blocks = chosen_blocks(model, cfg.layers) if cfg.target_modules == PLACES else []
         cfg.widths = {block.path: block.width for block in blocks}
@@ -132,42 +152,53 @@ class OnStates(Method[S]):
 
     @property
     def width(self) -> int | None:
+        """The width H of the site's output: the block's, else the layer's, else the model's; None if unknown."""
         site = self.site
         return self.cfg.widths.get(site.key) or (site.out_features if site.op.known else self.cfg.width)
 
     def check(self) -> str | None:
+        """Return the reason why the output is no vectors of a known width, else that of `Method.check`."""
         if self.width is None or (self.site.op.known and len(self.site.shape) != 2):
             return f"{self.acts}: of outputs of linear layers, embeddings, and blocks whose width is known"
         return super().check()
 
     def describe(self) -> Effect:
+        """Return a `Rewrite` that adds `part` to the output; of a block if the site's type is unknown."""
         return Rewrite(part=self.part, block=not self.site.op.known)
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the update of y, (rows, …, H)."""
+        """Return the update of y, (rows, …, H). A subclass overrides it: here NotImplementedError."""
         raise NotImplementedError
 
     @property
     def continues(self) -> bool:
-        """True for a layer that sees the text that `generate` continues, False for one of an encoder before it."""
+        """True for a layer that sees the text that `generate` continues: of a model without encoder, or with "decoder."
+        in the path.
+        """
         return self.layer.call.fact(OF_DECODER) is None or "decoder." in f"{self.site.key}."
 
     @property
     def positions(self) -> Positions | None:
-        """Where the prompt of each row stands: of the encoder's text or the decoder's; None outside of a call."""
+        """The positions of each row's prompt for this layer, in the encoder's text or the decoder's; None outside of a
+        call.
+        """
         fact = self.layer.call.fact(OF_DECODER) if self.continues else None
         positions: Positions | None = self.layer.call.fact(FACT) if fact is None else fact
         return positions
 
     @classmethod
     def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
-        """Return further facts about each row of a run of the base model."""
+        """Return further facts about the rows of a run, by name; none here."""
         return {}
 
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Tell the layers where the prompt of each row stands: padding and tokens that `generate` adds do not count."""
+        """Show the positions of each row's prompt, and further `facts`, to the layers within the run; follow the steps
+        of `generate`.
+
+        Padding and tokens that `generate` adds do not count as prompt. With adapters disabled do nothing more.
+        """
         with super().surround_run(tuner, call, run) as finish:
             if tuner.disabled:
                 yield finish
@@ -181,14 +212,16 @@ class OnStates(Method[S]):
 
 
 def tokens_in(arguments: Mapping[str, object], name: str) -> Tensor | None:
-    """Return the tokens or embeddings among a model's arguments that the fact of this name describes; None without
-    them.
+    """Return the first tensor of tokens or embeddings among a model's arguments that the fact `name` describes; None
+    without one.
     """
     return next((t for t in map(arguments.get, TOKENS[name]) if isinstance(t, Tensor)), None)
 
 
 def end_prompt(fact: Positions, name: str, arguments: Mapping[str, object]) -> Positions:
-    """Return a prompt's positions; without a mask, with begin and length set, since `generate` adds tokens
+    """Return a prompt's positions.
+
+    Without a mask, but with tokens, they get begin 0 and the tokens' number as length, since `generate` adds tokens
     behind it.
     """
     tokens = tokens_in(arguments, name)
@@ -200,8 +233,8 @@ def end_prompt(fact: Positions, name: str, arguments: Mapping[str, object]) -> P
 
 @contextmanager
 def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
-    """Give the facts of each step of `generate` to the layers, by a hook on the model, in this thread; do nothing for
-    other runs.
+    """In the block, show the facts of each step of `generate` to the layers, by a pre-forward hook on the model; do
+    nothing for other runs.
 
     The first step sees the whole prompt. Later ones with a cache see only new tokens: their facts tell how many have
     passed.
@@ -215,6 +248,12 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
     prompt = seen = 0  # tokens of the first step, and of all steps so far
 
     def before(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Put the first step's positions into this thread's call.
+
+        Later steps with a cache, or with no more tokens than the prompt, also get the number of passed tokens.
+
+        Calls of other threads change nothing.
+        """
         nonlocal prompt, seen
         if get_ident() != thread:  # others may run the model as well
             return

@@ -37,7 +37,10 @@ class SteeringConfig(StatesConfig):
 
 
 class Steering(OnStates[SteeringConfig]):
-    """h + c · v. A fresh v is zero; `graft.steering_from` finds it from pairs of inputs, or it trains."""
+    """Steering vectors, arXiv 2312.06681: h + c · v.
+
+    A fresh v is zero; `graft.steering_from` finds it from pairs of inputs, or it trains.
+    """
 
     prefix = "steering_"
     acts = "A steering vector is added to vectors"
@@ -46,10 +49,17 @@ class Steering(OnStates[SteeringConfig]):
     steering_vector: nn.Parameter  # (H,)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `steering_vector` (H,) of zeros."""
         return dict(steering_vector=nn.Parameter(torch.zeros(self.width or 0)))
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the update of y, (rows, …, H)."""
+        """Return the update of y, (rows, …, H): c · v; with `normalize` the sum is scaled back to the norm of y first.
+
+        c is the call's coefficient of each row, else the config's. Tokens before `min_token_index` get zero.
+
+        Raises:
+            RoutingError: y has another number of rows than the call has coefficients.
+        """
         h, call = y.to(self.dtype), self.layer.call
         c = call.fact(COEFFICIENT)
         if c is None:
@@ -66,10 +76,13 @@ class Steering(OnStates[SteeringConfig]):
         return self.from_first(delta)
 
     def from_first(self, delta: Tensor) -> Tensor:
-        """Return the update (rows, …, H): the vector from token `min_token_index` on, zero before it.
+        """Return delta (rows, tokens, H) with zeros before token `min_token_index` of each row; padding and passed
+        tokens are counted off.
+
+        Unchanged for index 0 or another number of dimensions.
 
         Raises:
-            RoutingError: the output has no row for each sample.
+            RoutingError: the output has not one row for each sample.
         """
         least, positions = self.cfg.min_token_index, self.positions
         if not least or delta.dim() != 3:
@@ -89,7 +102,7 @@ class Steering(OnStates[SteeringConfig]):
 
     @classmethod
     def facts(cls, run: Run, model: nn.Module) -> dict[str, PerRow]:
-        """Return the coefficient of each row, if the call says any.
+        """Return the `steering_coefficient` of each row, if the call gives one; else {}.
 
         Raises:
             RoutingError: they are no finite numbers, or not one for each row.
@@ -99,7 +112,7 @@ class Steering(OnStates[SteeringConfig]):
 
 
 def coefficients(value: object, run: Run) -> Tensor:
-    """Return a number for each row, (batch,).
+    """Return a coefficient for each row, (batch,), from a number or a list.
 
     Raises:
         RoutingError: there is another number of them, or one is not finite.

@@ -30,13 +30,18 @@ class SupertuningConfig(Targets):
     peft_type: str = "SUPERTUNING"
     sparsity: Annotated[float, BELOW_1] = 0.99  # share of the entries that stay; in [0, 1)
     select_top: bool = True  # False: the entries of smallest magnitude
-    r: Annotated[int | None, COUNT] = None  # rank of a LoRA update beside them; None: there is none
+    r: Annotated[int | None, COUNT] = None  # rank of an additional LoRA update; None: there is none
     lora_alpha: float | None = None  # its update counts alpha / r times; None: twice
     lora_dropout: Annotated[float, BELOW_1] = 0.0  # acts on its input
     init_weights: bool = True  # zero updates; else random
     save_precomputed_indices: bool = True  # put the places into files, which then do not depend on the weight
 
     def __post_init__(self) -> None:
+        """Validate the fields; set `lora_alpha`, if it is None, to 2 r. Warns with `save_precomputed_indices=False`.
+
+        Raises:
+            ConfigError: `lora_alpha` is set without `r`.
+        """
         super().__post_init__()
         if self.r is None and self.lora_alpha is not None:
             raise ConfigError("`lora_alpha` is set, but `r` is None: there is no low-rank update to scale.")
@@ -50,7 +55,7 @@ class SupertuningConfig(Targets):
 
 
 class SuperTuning(Method[SupertuningConfig]):
-    """ΔW = v at the places of the largest |W₀|, plus s · B A."""
+    """Super-Tuning, arXiv 2607.09287: ΔW = v at the places of the largest |W₀|, plus s · B A."""
 
     prefix = "supertuning_"
     targets = LORA
@@ -64,10 +69,14 @@ class SuperTuning(Method[SupertuningConfig]):
 
     @property
     def size(self) -> int:
-        """The number of entries that train."""
+        """The number of entries that train: ⌊entries of the weight · (1 - sparsity)⌋."""
         return int(math.prod(self.site.shape) * (1 - self.cfg.sparsity))
 
     def check(self) -> str | None:
+        """Return the reason of `Method.check`.
+
+        Raises ConfigError if no entry would train, or the weight has more than 2³¹.
+        """
         site = self.site
         if site.op.known and (self.size < 1 or math.prod(site.shape) > MOST):
             raise ConfigError(
@@ -77,16 +86,29 @@ class SuperTuning(Method[SupertuningConfig]):
         return super().check()
 
     def excludes(self, other: object) -> str | None:
+        """Return the reason against an adapter with another `save_precomputed_indices`; None for an equal one, or a
+        config without that field.
+        """
         saves = getattr(other, "save_precomputed_indices", self.cfg.save_precomputed_indices)
         return None if saves == self.cfg.save_precomputed_indices else SAVING
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS`; with `save_precomputed_indices=False` also `Use.AGAIN`, so that `init` finds the places
+        before a load.
+        """
         return Use.STARTS if self.cfg.save_precomputed_indices else Use.STARTS | Use.AGAIN
 
     def describe(self) -> Effect:
+        """Return an `Update` by `delta`, with the factors of the LoRA update if r is set."""
         return Update(self.delta, factors=None if self.cfg.r is None else self.factors_beside)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return `supertuning_values` (k,), zeros or normal with `init_weights=False`, and `supertuning_indices` (k,)
+        int32, in files with `save_precomputed_indices`.
+
+        With r also the linear layers `supertuning_lora_A` (r, fan_in) and `supertuning_lora_B` (out, r), the dropout
+        and scaling = alpha / r.
+        """
         cfg, site = self.cfg, self.site
         keep = (lambda t: t) if cfg.save_precomputed_indices else Transient
         values = dict(
@@ -105,6 +127,10 @@ class SuperTuning(Method[SupertuningConfig]):
 
     @torch.no_grad()
     def init(self) -> None:
+        """Fill the indices with the flat places of the k largest |W₀|; the smallest with `select_top=False`.
+
+        With r fill A kaiming uniform (a=√5), B with zeros (random with `init_weights=False`).
+        """
         cfg, W = self.cfg, self.layer.W0.detach()
         largest = W.abs().flatten().topk(self.size, largest=cfg.select_top)
         self.supertuning_indices.copy_(largest.indices)
@@ -113,13 +139,18 @@ class SuperTuning(Method[SupertuningConfig]):
             self.fill_start(self.supertuning_lora_B.weight)
 
     def from_file_tensors(self, tensors: Tensors, cfg: SupertuningConfig) -> Tensors:
+        """Return the file's tensors. Raises CheckpointError if they have indices outside of the weight."""
         check_places(tensors, "supertuning_indices", math.prod(self.site.shape), self.site.key)
         return tensors
 
     def delta(self) -> Scattered:
+        """Return ΔW with v at the indices, 0 elsewhere, as a `Scattered`."""
         return Scattered(self.supertuning_values, self.supertuning_indices.long(), self.site.shape)
 
     def factors_beside(self) -> Factors:
+        """Return the LoRA update's factors with scaling and dropout: the modules on a linear layer, else their
+        weights.
+        """
         pair = self.supertuning_lora_A, self.supertuning_lora_B
         A, B = pair if self.site.op.linear else (m.weight for m in pair)
         return Factors(A, B, self.scaling, self.supertuning_lora_dropout)

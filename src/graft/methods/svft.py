@@ -39,7 +39,9 @@ class SvftConfig(Targeted, LayerRange):
 
 
 class SVFT(Method[SvftConfig]):
-    """ΔW = σ(γ) U M V, with U and V of W₀ = U diag(S) V, and M (n, n) of few numbers that are not 0."""
+    """SVFT, arXiv 2405.19597: ΔW = σ(γ) U M V, with U and V of W₀ = U diag(S) V, and M (n, n) of few numbers that are
+    not 0.
+    """
 
     prefix = "svft_"
     published_lr = Published(5e-2, 5e-2, "arXiv 2405.19597")
@@ -53,10 +55,16 @@ class SVFT(Method[SvftConfig]):
 
     @property
     def n(self) -> int:
+        """The number of singular vectors: r, or the smaller side of the weight without r."""
         most = min(self.site.out_features, self.site.fan_in)
         return most if self.cfg.r is None else self.cfg.r
 
     def check(self) -> str | None:
+        """Return a reason against pattern="top_k" on a weight that is not square; else that of `Method.check`.
+
+        Raises ConfigError if r is above the smaller side of the weight. Layers of unknown type get `Method.check`
+        alone.
+        """
         site, cfg = self.site, self.cfg
         if not site.op.known:
             return super().check()
@@ -70,9 +78,18 @@ class SVFT(Method[SvftConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS`; with `save_projection=False` also `Use.AGAIN`, so that `init` computes U and V before a
+        load.
+        """
         return Use.STARTS if self.cfg.save_projection else Use.STARTS | Use.AGAIN
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return trained `svft_M` (numbers,) and `svft_gate` (1,), buffers `svft_places` (numbers,), `svft_U` (out, n)
+        and `svft_V` (n, fan_in), all zeros.
+
+        numbers = n (2 d + 1) - d (d + 1) with d = min(off_diag, n - 1): those on the d diagonals on each side. Files
+        hold U and V with `save_projection`.
+        """
         site, n = self.site, self.n
         d = min(self.cfg.off_diag, n - 1)
         numbers = n * (2 * d + 1) - d * (d + 1)
@@ -86,6 +103,10 @@ class SVFT(Method[SvftConfig]):
 
     @torch.no_grad()
     def init(self) -> None:
+        """Fill U and V with the singular vectors of W₀, and the places with `places`.
+
+        M stays 0, or is normal with std 1/√n for `init_weights=False`.
+        """
         U, _, V = find_largest_components(self.layer.W0.flatten(1), self.n)
         self.svft_U.copy_(U)
         self.svft_V.copy_(V)
@@ -94,7 +115,10 @@ class SVFT(Method[SvftConfig]):
             nn.init.normal_(self.svft_M, std=self.n**-0.5)
 
     def places(self, U: Tensor, V: Tensor) -> Tensor:
-        """Return where the numbers of M stand, (numbers,), in order."""
+        """Return the flat places of the numbers in M (n, n), ascending, (numbers,).
+
+        "banded": the diagonals up to `off_diag`. "random": drawn from `seed`. "top_k": the largest entries of (V U)ᵀ.
+        """
         n, numbers = self.n, len(self.svft_M)
         if self.cfg.pattern == "banded":
             row = torch.arange(n, device="cpu")
@@ -109,10 +133,12 @@ class SVFT(Method[SvftConfig]):
         return in_order
 
     def from_file_tensors(self, tensors: Tensors, cfg: SvftConfig) -> Tensors:
+        """Return the file's tensors. Raises CheckpointError if they have places outside of M."""
         check_places(tensors, "svft_places", self.n**2, self.site.key)
         return tensors
 
     def factors(self) -> Factors:
+        """Return A = σ(γ) M V and B = U; U and V are cast to M's dtype."""
         n, M = self.n, self.svft_M * self.svft_gate.sigmoid()
         dense = M.new_zeros(n * n).index_put((self.svft_places,), M).view(n, n)
         U, V = self.svft_U.to(M.dtype), self.svft_V.to(M.dtype)  # FSDP casts parameters for a call, not buffers

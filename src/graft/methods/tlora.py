@@ -51,6 +51,7 @@ class TLoraConfig(Targeted, LayerRange, RankPatterns):
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __post_init__(self) -> None:
+        """Validate the fields; raise ConfigError unless `min_rank` is from 1 to r."""
         super().__post_init__()
         if not 1 <= self.min_rank <= self.r:
             raise ConfigError(f"`min_rank` must be between 1 and r={self.r}, got {self.min_rank}.")
@@ -58,13 +59,19 @@ class TLoraConfig(Targeted, LayerRange, RankPatterns):
 
 @contextmanager
 def timestep(tuner: Tuner, t: float | Tensor) -> Iterator[None]:
-    """Have calls within the block be at this timestep: one for all rows, or (batch,)."""
+    """Within the block, calls of this thread are at timestep `t`: one for all rows, or (batch,).
+
+    Raises:
+        RoutingError: t is None or no number or list of numbers.
+    """
     with tuner.call.giving(facts={TIMESTEP: per_row(t)}):
         yield
 
 
 class TLoRA(Method[TLoraConfig]):
-    """ΔW = s · (P diag(λ ⊙ m) Q - P₀ diag(λ₀ ⊙ m) Q₀), m (r,) with ones for the ranks that act at a row's timestep."""
+    """T-LoRA, arXiv 2507.05964: ΔW = s · (P diag(λ ⊙ m) Q - P₀ diag(λ₀ ⊙ m) Q₀), m (r,) with ones for the ranks that
+    act at a row's timestep.
+    """
 
     prefix = "tlora_"
     published_lr = Published(1e-4, 1e-4, "arXiv 2507.05964")
@@ -82,6 +89,11 @@ class TLoRA(Method[TLoraConfig]):
     scaling: float
 
     def check(self) -> str | None:
+        """Return a reason against convolutions with groups, else that of `Method.check`.
+
+        Raises ConfigError if r is above the smaller side of the weight, or `min_rank` above this layer's r. Layers of
+        unknown type get `Method.check` alone.
+        """
         site, cfg = self.site, self.cfg
         if not site.op.known:
             return super().check()
@@ -99,9 +111,13 @@ class TLoRA(Method[TLoraConfig]):
         return super().check()
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS` with `use_data_init`, else `Use.NOT`."""
         return Use.STARTS if self.cfg.use_data_init else Use.NOT
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return trained `tlora_P` (out, r), `tlora_Q` (r, fan_in) and `tlora_lambda` (r,), buffers `…P0`, `…Q0`,
+        `…lambda0` of the same shapes, all zeros; and scaling = alpha / r.
+        """
         site, r = self.site, self.cfg.r
         shapes = dict(P=(site.out_features, r), Q=(r, site.fan_in)) | {"lambda": (r,)}
         return dict(
@@ -113,6 +129,12 @@ class TLoRA(Method[TLoraConfig]):
 
     @torch.no_grad()
     def init(self) -> None:
+        """Fill P, λ, Q and their frozen copies with r singular triples of W₀: the largest, last or middle ones by
+        `sig_type`.
+
+        Without `use_data_init` of a random matrix / r. With `init_weights=False` λ gets normal values added, so that ΔW
+        is not 0.
+        """
         cfg, P = self.cfg, self.tlora_P
         if cfg.use_data_init:
             W = self.layer.W0.flatten(1)
@@ -131,18 +153,25 @@ class TLoRA(Method[TLoraConfig]):
             self.tlora_lambda.add_(torch.randn(cfg.r, device="cpu").to(P.device))
 
     def describe(self) -> Effect:
+        """Return an `Update` with a `branch` only, which cannot merge: the rank follows the timestep."""
         return Update(
             branch=self.branch, fixed="T-LoRA's rank follows the timestep, and no weight is that of all of them"
         )
 
     def effect_at(self, value: object) -> Effect:
+        """Return an `Update` with the factors of timestep `value`.
+
+        Raises ConfigError unless it is a number from 0 to `max_timestep`.
+        """
         most = self.cfg.max_timestep
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
             raise ConfigError(f"timestep must be a number between 0 and max_timestep={most:g}, got {value!r}.")
         return Update(factors=lambda: self.of_timestep(value))
 
     def of_timestep(self, t: float) -> Factors:
-        """Return the factors for one timestep, of twice the ranks that act."""
+        """Return the factors for timestep t, with the first k = `ranks`(t): A = [Q; Q₀], B = [P λ, -P₀ λ₀], and the
+        scaling.
+        """
         k = int(ranks(torch.tensor(t, device="cpu"), self.cfg))
         now = self.tlora_P[:, :k] * self.tlora_lambda[:k]
         start = self.tlora_P0[:, :k] * self.tlora_lambda0[:k]
@@ -150,12 +179,19 @@ class TLoRA(Method[TLoraConfig]):
         return Factors(A, torch.cat([now, -start], 1), self.scaling)
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return s · (P (λ ⊙ m) Q x - P₀ (λ₀ ⊙ m) Q₀ x), m that of each row's timestep.
+
+        Raises RoutingError as `acting` does.
+        """
         m = self.acting(x)
         now = self.product(x, self.tlora_Q, self.tlora_lambda * m, self.tlora_P)
         return (now - self.product(x, self.tlora_Q0, self.tlora_lambda0 * m, self.tlora_P0)) * self.scaling
 
     def product(self, x: Tensor, Q: Tensor, weights: Tensor, P: Tensor) -> Tensor:
-        """Return P (weights ⊙ Q x), with weights for each row, (batch, r), or for all, (1, r)."""
+        """Return P (weights ⊙ Q x) in the layer's way, with weights for each row, (batch, r), or for all, (1, r).
+
+        All are cast to the adapter's dtype.
+        """
         op, base = self.layer.op, self.layer.base_layer
         Q, weights, P = (t.to(self.dtype) for t in (Q, weights, P))  # those that are frozen may have another
         z = op.down(base, x, Q)
@@ -164,7 +200,11 @@ class TLoRA(Method[TLoraConfig]):
         return op.up(base, z * weights.unflatten(-1, (*between, -1, *[1] * spatial)), P)  # type: ignore[no-any-return]
 
     def acting(self, x: Tensor) -> Tensor:
-        """Return m of each row, (batch, r), or of all, (1, r)."""
+        """Return the mask m of the ranks that act: of each row, (batch, r), or of all, (1, r).
+
+        Raises:
+            RoutingError: the call has no timestep, or another number than x has rows.
+        """
         t = self.layer.call.fact(TIMESTEP)
         if t is None:
             raise RoutingError(MISSING)
@@ -181,10 +221,13 @@ class TLoRA(Method[TLoraConfig]):
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
-        """Give the timestep of each row to the layers: that of the block around the call, or of its arguments.
+        """Show the timestep of each row to the layers: that of the `timestep` block around the call, else the model's
+        argument `timestep`.
+
+        With adapters disabled do nothing more.
 
         Raises:
-            RoutingError: there is none, or one above `max_timestep`, or not one for each row.
+            RoutingError: there is none, or one outside of 0 to `max_timestep`, or not one for each row.
         """
         with super().surround_run(tuner, call, run) as finish:
             if tuner.disabled:
@@ -214,7 +257,11 @@ MISSING = (
 
 
 def per_row(t: object) -> Same | Tensor:
-    """Return a timestep, a number, (), (1,) or (batch,), as a fact about each row."""
+    """Return a timestep as a fact about each row: a tensor (batch,), or a `Same` of a single number, () or (1,).
+
+    Raises:
+        RoutingError: t is None, has more than one dimension, or is complex or boolean.
+    """
     if t is None:
         raise RoutingError(MISSING)
     t = torch.as_tensor(t)
@@ -224,7 +271,9 @@ def per_row(t: object) -> Same | Tensor:
 
 
 def move_to_rows(fact: Same | Tensor, run: Run) -> Same | Tensor:
-    """Return a timestep on the device of the rows, so that no layer has to copy it there."""
+    """Return a timestep on the device of the run's first tensor, so that no layer copies it there; unchanged without
+    one.
+    """
     t = fact.value if isinstance(fact, Same) else fact
     values = (*run.inputs, *(value for name, value in run.kwargs.items() if name != TIMESTEP))
     rows = [r for r in values if isinstance(r, Tensor) and r.dim()]
@@ -235,7 +284,9 @@ def move_to_rows(fact: Same | Tensor, run: Run) -> Same | Tensor:
 
 
 def ranks(t: Tensor, cfg: TLoraConfig) -> Tensor:
-    """Return how many ranks act at each timestep: ⌊((T - t) / T)ᵃ (r - min_rank)⌋ + min_rank, for T - t above 0."""
+    """Return the number of ranks that act at each timestep: ⌊((T - t) / T)ᵃ (r - min_rank)⌋ + min_rank, with T - t at
+    least 0.
+    """
     T, a, more = cfg.max_timestep, cfg.alpha_rank_scale, cfg.r - cfg.min_rank
     left = (T - t.float()).clamp(0, T)
     share = left * more / T if a == 1 else (left / T) ** a * more  # a whole number is not rounded

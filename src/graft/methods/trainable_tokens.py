@@ -29,7 +29,10 @@ class TrainableTokensConfig(PeftConfig):
 
 
 class TrainableTokens(Method[TrainableTokensConfig]):
-    """Rows `token_indices` of W are those of a table (tokens, dim) that trains."""
+    """Trainable tokens: rows `token_indices` of W are those of a table (tokens, dim) that trains.
+
+    A feature of PEFT, without a paper.
+    """
 
     prefix = "trainable_tokens_"
     published_lr = Published(0.2, 0.2, COMPARISON)
@@ -44,9 +47,15 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
     @classmethod
     def default_targets(cls, model: nn.Module) -> list[str] | str | None:
+        """Return the path of the model's input embedding; ["embed_tokens"] if the model does not tell it."""
         return input_embedding(model) or ["embed_tokens"]  # a path alone is a string, as in PEFT's files
 
     def check(self) -> str | None:
+        """Return a reason against layers other than embeddings and linear ones, and against indices outside of their
+        rows; else that of `Method.check`.
+
+        Raises ConfigError if `token_indices` is empty.
+        """
         site = self.site
         if not site.op.known or len(site.shape) != 2:
             return "Only embeddings and linear layers have a row for each token"
@@ -61,6 +70,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
     @classmethod
     def check_together(cls, methods: Sequence[TrainableTokens]) -> None:
+        """Raise ValueError if two of these adapters train the same token."""
         seen: set[int] = set()
         for m in methods:
             if seen & set(m.token_indices):
@@ -71,12 +81,24 @@ class TrainableTokens(Method[TrainableTokensConfig]):
             seen |= set(m.token_indices)
 
     def uses_weight(self) -> Use:
+        """Return `Use.STARTS | Use.AGAIN`: `init` copies rows of the weight, also before a load.
+
+        With `init_weights=False` `Use.READS | Use.AGAIN`.
+        """
         return (Use.STARTS if self.cfg.init_weights else Use.READS) | Use.AGAIN
 
     def describe(self) -> Effect:
+        """Return a `Rewrite` by `fold` and `post`, which acts on the output without its bias (`apart`) and gives rows
+        of another table (`looks_up`).
+        """
         return Rewrite(self.fold, post=self.post, apart=True, looks_up=True)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return uninitialised `trainable_tokens_delta` (k, d), trained, and facts: the indices, and whether one
+        repeats.
+
+        Buffers that no file holds: `trainable_tokens_original` (k, d), the sorted tokens (k,), and their order.
+        """
         width = self.site.out_features if self.site.op.takes_ids else self.site.in_features
         indices = list(self.cfg.token_indices)
         tokens, order = torch.tensor(indices).sort()
@@ -90,6 +112,11 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         )
 
     def init(self) -> None:
+        """Fill `trainable_tokens_original` with a copy of the base's rows, and `trainable_tokens_delta` with the same
+        values.
+
+        With `init_weights=False` the trained rows are normal.
+        """
         W = self.layer.W0.detach()
         rows = (W.T if self.site.op.takes_ids else W)[self.token_indices]  # a copy
         self.layer.trainable_tokens_original[self.name] = rows
@@ -99,11 +126,13 @@ class TrainableTokens(Method[TrainableTokensConfig]):
             nn.init.normal_(self.trainable_tokens_delta)
 
     def tie(self, source: Method) -> None:
+        """Use the parameter of `source` as this layer's own `trainable_tokens_delta`."""
         self.layer.trainable_tokens_delta[self.name] = source.trainable_tokens_delta
 
     @property
     def rows(self) -> Tensor:
-        """The rows where the layer is: those of a head are the embedding's, which may be elsewhere.
+        """The trained rows (k, d) on the layer's device: those of a tied head are the embedding's, which may be
+        elsewhere.
 
         A token that is named several times has the mean of its rows. Each of the rows gets the whole gradient, as in
         PEFT.
@@ -112,11 +141,14 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         if not self.repeats:
             return rows
         first = torch.searchsorted(self.sorted_tokens, self.order_to_token())  # (k,): one number for each token
-        one = rows.detach()[self.order_of_tokens[first]]  # to which the others are equal, as a rule: so is the mean
+        one = rows.detach()[self.order_of_tokens[first]]  # the others are usually equal to it: so is the mean
         sums, counts = (torch.zeros_like(t).index_add(0, first, t) for t in (rows - one, torch.ones_like(rows[:, :1])))
         return one + ((sums / counts.clamp(min=1)).detach() + (sums - sums.detach()))[first]
 
     def post(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y with the outputs of the trained tokens replaced: of an embedding where x is one of them, of a head
+        their logits.
+        """
         layer, rows = self.layer, self.rows
         if not layer.op.takes_ids:
             logits = layer.op.call(layer.base_layer, self.cast(x), rows, None)
@@ -127,10 +159,13 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         return torch.where(hit.unsqueeze(-1), token_rows.to(y.dtype), y)
 
     def order_to_token(self) -> Tensor:
-        """Return the token of each row, (k,)."""
+        """Return the token of each row of the table, (k,)."""
         return self.sorted_tokens[self.order_of_tokens.argsort()]
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return W with the tokens' rows (of an embedding's canonical weight: columns) replaced by the trained ones,
+        and the bias unchanged.
+        """
         rows, tokens = self.rows.to(W.dtype), self.order_to_token()
         if self.layer.op.takes_ids:
             return W.index_copy(1, tokens, rows.T), b
@@ -138,6 +173,6 @@ class TrainableTokens(Method[TrainableTokensConfig]):
 
 
 def input_embedding(model: nn.Module) -> str | None:
-    """Return the path of a model's input embedding; None if the model does not tell."""
+    """Return the path of a model's input embedding; None if the model does not tell it."""
     embedding = input_embeddings(model)
     return next((name for name, m in model.named_modules() if m is embedding), None)

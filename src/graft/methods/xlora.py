@@ -60,6 +60,11 @@ class XLoraConfig(PeftConfig):
     load_options: ClassVar[frozenset[str]] = frozenset({"adapters"})
 
     def __post_init__(self) -> None:
+        """Validate the fields; set `hidden_size` to 4096 and `adapters` to {} where they are None, with a warning each.
+
+        Warns of top-k options that contradict each other, and of `top_k_lora` below 1. Starts without saved experts;
+        `read_from` records them.
+        """
         super().__post_init__()
         # expert → (where this config was read, sub-folder there, keywords for the hub)
         self.beside: dict[str, tuple[str, str, dict[str, object]]] = {}
@@ -80,19 +85,22 @@ class XLoraConfig(PeftConfig):
             warn("`top_k_lora` value must be at least 1.")
 
     def to_json(self, auto_mapping_dict: dict[str, object] | None = None) -> str:
-        """Return the text of adapter_config.json, with the experts in their order, which means something."""
+        """Return the text of adapter_config.json, with the experts in their order, which is that of the classifier's
+        outputs.
+        """
         values = json.loads(super().to_json(auto_mapping_dict))
         return json.dumps({**values, "adapters": self.adapters}, indent=2)
 
     def take(self, options: dict[str, Any]) -> None:
-        """Take the experts from other places."""
+        """Replace the experts by `options["adapters"]`, if it is there, and forget the folders of the former ones."""
         if "adapters" in options:
             self.adapters, self.beside = dict(options["adapters"]), {}
 
     def read_from(self, where: str, subfolder: str | None = None, **hub: object) -> None:
         """Record the experts that are saved with this config, in sub-folders with their names.
 
-        Their order is that of the classifier's outputs. PEFT, which calls them 0, 1, 2, …, sorts them as text.
+        Names "0", "1", "2", …, in the order of text as PEFT sorts them, are put in the order of numbers first: that of
+        the classifier's outputs.
         """
         names = list(self.adapters or ())
         if names == sorted(names) and all(name.isdigit() for name in names):
@@ -105,11 +113,18 @@ class XLoraConfig(PeftConfig):
 
 @dataclass(eq=False)
 class Scalings:
+    """The weights of experts at each token of a call, as the gates of its layers."""
+
     weights: Tensor  # (batch, tokens, layers, experts)
     layers: dict[str, int]  # path → place in `weights`
     experts: dict[str, int]  # adapter → place in `weights`
 
     def apply(self, layer: Layer, adapter: str, part: Tensor) -> Tensor:
+        """Return an adapter's part of a layer's output (batch, tokens, …), times its weight at each token.
+
+        Raises:
+            RoutingError: the part has other samples or tokens than the weights.
+        """
         w = self.weights[:, :, self.layers[layer.site.key], self.experts[adapter]]
         if part.shape[:2] != w.shape:
             raise RoutingError(
@@ -119,6 +134,11 @@ class Scalings:
         return part * w[..., None].to(part.device)
 
     def of_tokens(self, layer: Layer, adapter: str, tokens: int) -> Tensor:
+        """Return an adapter's weights on a layer that computes a flat list of `tokens` tokens, (tokens,).
+
+        Raises:
+            RoutingError: there are not as many weights.
+        """
         w = self.weights[:, :, self.layers[layer.site.key], self.experts[adapter]]
         if w.numel() != tokens:
             raise RoutingError(
@@ -128,11 +148,14 @@ class Scalings:
         return w.flatten()
 
     def rows(self, index: Tensor) -> Scalings:
+        """Return the scalings of the rows `index`, in that order."""
         return Scalings(self.weights[index.to(self.weights.device)], self.layers, self.experts)
 
 
 def chosen(scalings: Tensor, cfg: XLoraConfig) -> Tensor:
-    """Return the weights that act: the `top_k_lora` largest, through a softmax if wanted, times the global weight."""
+    """Return the weights that act: the `top_k_lora` largest (others 0), with `enable_softmax_topk` through a softmax
+    over the nonzero ones, times `global_scaling_weight`.
+    """
     if cfg.top_k_lora is not None:
         largest = scalings.topk(cfg.top_k_lora, dim=-1).indices
         scalings = scalings * torch.zeros_like(scalings).scatter(-1, largest, 1)
@@ -153,6 +176,11 @@ class XLoraClassifier(nn.Module):
     config: XLoraConfig
 
     def __init__(self, config: Any, n_classes: int, n_layers: int, where: dict[str, Any]):
+        """Make `xlora_depth` linear layers, hidden_size → xlora_size … → experts, with ReLU and dropout between them,
+        as keyword arguments `where` say.
+
+        With `layerwise_scalings` there are experts · layers outputs. Logging is off.
+        """
         super().__init__()
         self.config, self.n_classes, self.n_layers = config, n_classes, n_layers
         self.log_scalings: list[Tensor] = []
@@ -170,10 +198,18 @@ class XLoraClassifier(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def __getstate__(self) -> dict[str, object]:
+        """Return the state without the latest weights: they are a part of a graph, which cannot be copied."""
         return {**self.__dict__, "latest": None}  # a part of a graph, which cannot be copied
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return weights (batch, tokens, layers, experts) for hidden states (batch, tokens, width)."""
+        """Return weights (batch, tokens, layers, experts) for hidden states (batch, tokens, width); a softmax over
+        experts with `enable_softmax`.
+
+        Stores them as `latest`, and with logging on appends a detached copy to `log_scalings`.
+
+        Raises:
+            RoutingError: the width is not `hidden_size`.
+        """
         if hidden.shape[-1] != self.config.hidden_size:
             raise RoutingError(
                 f"X-LoRA's classifier reads hidden states of width {self.config.hidden_size}, and the base model's "
@@ -190,48 +226,56 @@ class XLoraClassifier(nn.Module):
         return scalings
 
     def constant(self, like: Tensor, value: float) -> Tensor:
-        """Return the weights of the first pass, all `value`, for inputs (batch, tokens, …)."""
+        """Return weights (batch, tokens, layers, experts) that are all `value`, for inputs (batch, tokens, …), in the
+        classifier's dtype.
+        """
         shape = *like.shape[:2], self.n_layers, self.n_classes
         return torch.full(shape, value, device=like.device, dtype=self.layers[0].weight.dtype)
 
 
 def set_topk_lora(tuner: Any, value: int | None) -> None:
-    """Let only so many experts act on each token; None: all of them.
+    """Let only `value` experts act on each token; None: all of them. Writes `top_k_lora` of the classifier's config.
 
     Raises:
-        ConfigError: there are not so many.
+        ConfigError: there are fewer experts.
     """
     check_top_k(value, tuner.classifier.n_classes)
     tuner.classifier.config.top_k_lora = value
 
 
 def set_global_scaling_weight(tuner: Any, weight: float) -> None:
-    """Multiply the updates of all experts by `weight`."""
+    """Set the factor of all experts' updates, `global_scaling_weight` of the classifier's config."""
     tuner.classifier.config.global_scaling_weight = weight
 
 
 def get_global_scaling_weight(tuner: Any) -> float:
+    """Return the factor of all experts' updates."""
     weight: float = tuner.classifier.config.global_scaling_weight
     return weight
 
 
 def set_scaling_pass_value(tuner: Any, value: float | None) -> None:
-    """Set the weight of every expert in the first pass; None: 1 / number of experts."""
+    """Set the weight of every expert in the first pass, `scaling_pass_value` of the classifier's config; None: 1 /
+    number of experts.
+    """
     tuner.classifier.config.scaling_pass_value = 1 / tuner.classifier.n_classes if value is None else value
 
 
 def get_latest_scalings(tuner: Any) -> Tensor | None:
-    """Return the weights of the last call, (batch, tokens, layers, experts); None before the first."""
+    """Return the classifier's last output, (batch, tokens, layers, experts), before top-k; None before the
+    first call.
+    """
     classifier: XLoraClassifier = tuner.classifier
     return classifier.latest
 
 
 def get_scalings_log(tuner: Any) -> list[Tensor]:
-    """Return the weights of the calls since logging was turned on, in a new list."""
+    """Return the logged weights, (batch, tokens, layers, experts) for each call while logging was on, in a new list."""
     return list(tuner.classifier.log_scalings)
 
 
 def enable_scalings_logging(tuner: Any) -> None:
+    """Turn logging on: each call of the classifier appends its weights to the log."""
     tuner.classifier.scalings_logging = True
 
 
@@ -241,11 +285,12 @@ def disable_scalings_logging(tuner: Any) -> None:
 
 
 def clear_scalings_log(tuner: Any) -> None:
+    """Remove all entries of the log."""
     tuner.classifier.log_scalings.clear()
 
 
 def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
-    """Return the log by number of tokens: {tokens: (places in the log, weights)}."""
+    """Return the log by number of tokens: {tokens: (indices in the log, their weights)}."""
     buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
     for i, scalings in enumerate(tuner.classifier.log_scalings):
         places, values = buckets.setdefault(scalings.shape[1], ([], []))
@@ -255,6 +300,7 @@ def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Ten
 
 
 def check_top_k(value: int | None, experts: int) -> None:
+    """Raise ConfigError if `value` is above the number of experts; None is allowed."""
     if value is not None and value > experts:
         raise ConfigError(f"top_k_lora={value} is more than the {experts} experts.")
 
@@ -280,22 +326,29 @@ CLASSIFIER = "internal_xlora_classifier"
 
 
 class XLora(Method[XLoraConfig]):
-    """It has no site: its one tensor carrier is the classifier, on the tuner (`model/experts.py`)."""
+    """X-LoRA, arXiv 2402.07148: LoRA experts, weighed at each token by a classifier.
+
+    It has no site: its only tensors are the classifier's, on the tuner (`model/experts.py`).
+    """
 
     prefix = "xlora_"
     tuner_methods = API
 
     @classmethod
     def share(cls, layers: Layers) -> dict[str, object]:
+        """Raise ConfigError: X-LoRA adapts no layers itself, and cannot be injected into a model."""
         raise ConfigError("X-LoRA adapts no layers itself: its experts do. Use get_peft_model.")
 
     @classmethod
     @contextmanager
     def surround_run(cls, tuner: Any, call: Call, run: Run) -> Iterator[Finish]:
-        """Weigh the experts: once before a forward pass, before each step of `generate`, which keeps no cache.
+        """Weigh the experts (`weigh`) and show the weights to the layers as gates: once for a forward pass, before each
+        step of `generate`.
+
+        For `generate` sets `use_cache` to False. With adapters disabled do nothing more.
 
         Raises:
-            RoutingError: rows use adapters of their own, or the model returns no hidden states.
+            RoutingError: the call names adapters for its rows, or the model returns no hidden states.
         """
         with super().surround_run(tuner, call, run) as finish:
             if tuner.disabled:
@@ -315,6 +368,9 @@ class XLora(Method[XLoraConfig]):
             thread = get_ident()
 
             def step(_model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+                """Weigh the experts for the step's arguments and set the gates of this thread's call; do nothing in
+                other threads.
+                """
                 if get_ident() == thread:  # others may run the model as well
                     call.put(call.context._replace(gates=weigh(tuner, call, args, kwargs)))
 
@@ -327,7 +383,15 @@ class XLora(Method[XLoraConfig]):
 
 
 def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scalings:
-    """Return the gates for a forward pass with these arguments."""
+    """Return the gates for a forward pass with these arguments, from the last hidden states of an extra pass without
+    gradients.
+
+    In the extra pass all experts have the weight `scaling_pass_value`; for 0 all rows use the base. Labels are left
+    out.
+
+    Raises:
+        RoutingError: the arguments have a cache, or the model returns no hidden states.
+    """
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config
     arguments = by_name(tuner.model, args, kwargs)

@@ -17,7 +17,7 @@ from examples.demo_lm import methods as demo
 from examples.demo_lm.chat import training_batch
 from examples.demo_lm.data import Task
 from examples.demo_lm.training import BATCH, batches
-from graft.model.rates import best, rows, settings_of
+from graft.model.rates import best_lr, find_settings, read_searches
 
 DTYPE = torch.bfloat16  # of the language model, as most train such models
 CALIBRATION = 8  # batches, where an initialisation looks at data
@@ -222,9 +222,9 @@ OTHERS: dict[str, Choice] = {
 
 def searched(name: str, choice: Choice) -> Choice:
     """Return a choice with the rate that `make rates` found for it on the dates, if it has been there."""
-    found = [row for row in rows() if (row["method"], row["task"]) == (name, "dates")]
-    own = [row for row in found if row["config"] == settings_of(choice.config(row["steps"]))]
-    return replace(choice, lr=best(own)) if own else choice
+    found = [row for row in read_searches() if (row["method"], row["task"]) == (name, "dates")]
+    own = [row for row in found if row["config"] == find_settings(choice.config(row["steps"]))]
+    return replace(choice, lr=best_lr(own)) if own else choice
 
 
 CHOICES = {name: searched(name, choice) for name, choice in (FAMILY | OTHERS).items()}

@@ -28,14 +28,14 @@ from examples.demo.display import console
 from graft.combine.adding import changes_base
 from graft.config.atomic import replace_file
 from graft.methods import method_of
-from graft.model.rates import FILE, Row, adapter_of, settings_of
+from graft.model.rates import FILE, RateSearch, class_name_of, find_settings
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SEEDS = (0, 1, 2)
 STEPS = {"spam": 24, "topics": 32, "dates": 12}
 
 
-def main(argv: Sequence[str] | None = None) -> list[Row]:
+def main(argv: Sequence[str] | None = None) -> list[RateSearch]:
     """Search; return the rows of the file."""
     args = parse(argv)
     rows = read(args.into)
@@ -78,12 +78,12 @@ def configured(choice: Choice, field: Field, steps: int, rank: int | None) -> An
     return config if rank is None else dataclasses.replace(config, r=rank)
 
 
-def blank(name: str, config: Any, task: str, field: Field, steps: int, rates: Sequence[float]) -> Row:
+def blank(name: str, config: Any, task: str, field: Field, steps: int, rates: Sequence[float]) -> RateSearch:
     """Return a row without scores."""
-    return Row(
+    return RateSearch(
         method=name,
-        adapter=adapter_of(config),
-        config=settings_of(config),
+        adapter=class_name_of(config),
+        config=find_settings(config),
         task=task,
         model=field.model,
         model_type=field.model_type,
@@ -134,17 +134,17 @@ def judged(field: Field, choice: Choice, config: Any, rate: float, steps: int, s
     return mean_loss(found.model, field.valid) if math.isfinite(found.loss) else math.nan
 
 
-def same(one: Row, other: Row) -> bool:
+def same(one: RateSearch, other: RateSearch) -> bool:
     """Return True if two rows are of one search, whatever it found and when."""
     found = ("means", "spreads", "date")
     return {k: v for k, v in one.items() if k not in found} == {k: v for k, v in other.items() if k not in found}
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[RateSearch]:
     return json.loads(path.read_text()) if path.exists() else []  # type: ignore[no-any-return]
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
+def write(path: Path, rows: Iterable[RateSearch]) -> None:
     """Write one row a line, in the order of tasks and methods."""
     tasks, methods = list(FIELDS), list(CHOICES)
     ordered = sorted(rows, key=lambda r: (tasks.index(r["task"]), methods.index(r["method"]), str(r["config"])))

@@ -26,7 +26,7 @@ from examples.demo.cli import add_common, make_out, parse_common, run
 from examples.demo.data import DemoError
 from examples.demo.display import console
 from examples.demo_lm.story import size
-from graft.model.rates import Row, best, rows, settings_of
+from graft.model.rates import RateSearch, best_lr, find_settings, read_searches
 
 STEPS = {"topics": 96, "spam": 96}
 WHAT = {"topics": "headlines", "spam": "messages"}
@@ -81,14 +81,14 @@ def searched(name: str, task: str, field: Field) -> float:
     Raises:
         DemoError: it was not searched with the config of today.
     """
-    found = [row for row in rows() if (row["method"], row["task"]) == (name, task)]
-    own = [row for row in found if row["config"] == settings_of(fitted(name, field, row))]
+    found = [row for row in read_searches() if (row["method"], row["task"]) == (name, task)]
+    own = [row for row in found if row["config"] == find_settings(fitted(name, field, row))]
     if not own:
         raise DemoError(f"no rate was searched. Run: make rates RATES='\"{name}\" --tasks {task}'")
-    return best(own)
+    return best_lr(own)
 
 
-def fitted(name: str, field: Field, row: Row) -> Any:
+def fitted(name: str, field: Field, row: RateSearch) -> Any:
     return field.fit(CHOICES[name].made(row["steps"], field.tokenizer))
 
 

@@ -417,11 +417,11 @@ def test_restored(monkeypatch):
     """What is replaced counts as long as it stands there; the original is none."""
     cls = graft.LoraModel
     original, expected = cls._create_and_replace, GRAFT.shapes(GRAFT.wrap(base(), LINEAR))
-    assert not tuner_type.replaced(graft.get_peft_model(base(), graft.LoraConfig(**LINEAR)).base_model, None)
+    assert not tuner_type.names_of_replaced(graft.get_peft_model(base(), graft.LoraConfig(**LINEAR)).base_model, None)
     with monkeypatch.context() as within:
         within.setattr(cls, "_create_and_replace", by_clients(cls))
         model = GRAFT.wrap(base(), LINEAR)
-        assert tuner_type.replaced(model.base_model, None) == ["_create_and_replace"]
+        assert tuner_type.names_of_replaced(model.base_model, None) == ["_create_and_replace"]
         assert len(GRAFT.shapes(model)) == len(expected) / 2
     assert cls._create_and_replace is original
     assert GRAFT.shapes(GRAFT.wrap(base(), LINEAR)) == expected

@@ -20,7 +20,7 @@ from examples.compare.choices import CHOICES, DTYPE
 from examples.compare.fields import NOT_IN_BERT
 from examples.compare.picture import deviation, draw, front
 from examples.compare.texts import WHAT
-from graft.model.rates import best, rows
+from graft.model.rates import best_lr, read_searches
 from tests.docs.marks import put
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -124,14 +124,14 @@ def apart(what: str, found: dict[str, tuple[float, float]], seeds: int) -> str:
 
 def losses(task: str) -> str:
     """Return what the search of learning rates says of a task: the loss of each method at its best rate, in order."""
-    own = [row for row in rows() if row["task"] == task and best([row])]
-    at = {row["method"]: row["rates"].index(best([row])) for row in own}
+    own = [row for row in read_searches() if row["task"] == task and best_lr([row])]
+    at = {row["method"]: row["rates"].index(best_lr([row])) for row in own}
     found = {row["method"]: (row["means"][at[row["method"]]], row["spreads"][at[row["method"]]]) for row in own}
     lines = [["method", "", f"loss, {task}", "lr"], ["---"] * 4]
     for row in sorted(own, key=lambda row: found[row["method"]]):
         mean, spread = found[row["method"]]
         note = CHOICES[row["method"]].note
-        lines.append([row["method"], note, f"{mean:.3f} ± {spread:.3f}", f"{best([row]):g}"])
+        lines.append([row["method"], note, f"{mean:.3f} ± {spread:.3f}", f"{best_lr([row]):g}"])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{apart(f'loss on {task}', found, own[0]['seeds'])}\n\n{table}"
 

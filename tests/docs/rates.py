@@ -9,7 +9,7 @@ from itertools import groupby
 from graft.core.method import COMPARISON, Published
 from graft.methods import ROWS, method_of
 from graft.methods.lora.lora import VARIANTS, import_beside
-from graft.model.rates import Row, best, good, rows
+from graft.model.rates import RateSearch, best_lr, good_range, read_searches
 
 TASKS = ("topics", "spam", "dates")
 HEAD = ("method", *TASKS, "size", "its source")
@@ -23,7 +23,7 @@ def table() -> str:
 
 def cells() -> Iterator[list[str]]:
     classes = {c.__name__: c for name in ROWS for c in kinds(name)}
-    found = sorted(rows(), key=lambda row: (row["method"].lower(), size(row)))
+    found = sorted(read_searches(), key=lambda row: (row["method"].lower(), size(row)))
     for (method, sizes), group in groupby(found, lambda row: (row["method"], size(row))):
         by_task = {row["task"]: row for row in group}
         adapter = next(iter(by_task.values()))["adapter"]
@@ -35,10 +35,10 @@ def cells() -> Iterator[list[str]]:
             yield [name, *[""] * len(TASKS), "", source(cls.published_lr)]
 
 
-def rate(row: Row) -> str:
+def rate(row: RateSearch) -> str:
     """Return the best rate, and those that are as good."""
-    low, high = good([row])
-    return f"{best([row]):g}" if low == high else f"{best([row]):g} ({low:g} to {high:g})"
+    low, high = good_range([row])
+    return f"{best_lr([row]):g}" if low == high else f"{best_lr([row]):g} ({low:g} to {high:g})"
 
 
 def kinds(name: str) -> list[type]:
@@ -46,7 +46,7 @@ def kinds(name: str) -> list[type]:
     return [method_of(name), *(map(import_beside, VARIANTS.values()) if name == "LORA" else ())]
 
 
-def size(row: Row) -> str:
+def size(row: RateSearch) -> str:
     return ", ".join(f"{k} {v}" for k, v in row["config"].items()) or "defaults"
 
 

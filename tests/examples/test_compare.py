@@ -113,7 +113,7 @@ def test_three_seeds_have_a_mean_and_a_spread(tmp_path, monkeypatch):
 def test_a_rate_that_was_searched_on_the_dates_is_taken(monkeypatch):
     row = dict(method="LoRA", task="dates", steps=9, config={"r": 4, "lora_alpha": 16}, rates=[0.1, 0.2], means=[2, 1])
     other = row | dict(config={"r": 8, "lora_alpha": 16}, means=[1, 2])
-    monkeypatch.setattr(choices, "rows", lambda: [row, other, row | dict(task="spam", means=[1, 2])])
+    monkeypatch.setattr(choices, "read_searches", lambda: [row, other, row | dict(task="spam", means=[1, 2])])
     assert choices.searched("LoRA", FAMILY["LoRA"]).lr == 0.2
     assert choices.searched("DoRA", FAMILY["DoRA"]) is FAMILY["DoRA"]
 

@@ -125,7 +125,7 @@ def test_an_unknown_method_is_refused(search, capsys):
 def test_texts_compare_methods_at_their_best_rates(search, tmp_path, monkeypatch, capsys):
     run, _, _ = search
     found = run("LoRA", "IA3", "EVA")
-    monkeypatch.setattr(texts, "rows", lambda: found)
+    monkeypatch.setattr(texts, "read_searches", lambda: found)
     arguments = ["--tasks", "topics", "--steps", "3", "--out", str(tmp_path)]
     with pytest.raises(DemoError, match="topics, DoRA: DemoError: no rate was searched"):
         texts.main(["LoRA", "IA3", "EVA", "DoRA", *arguments])

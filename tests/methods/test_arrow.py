@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
-from graft.model.experts import source_of
+from graft.model.experts import split_source
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
 from tests.looks import layers, registry_of
@@ -103,9 +103,9 @@ def test_half_precision_without_autocast(dtype, folder):
 
 
 def test_adapters_from_the_hub_may_lie_in_folders_of_a_repository(folder):
-    assert source_of("me/tasks") == ("me/tasks", None)
-    assert source_of("me/tasks/deep/er") == ("me/tasks", "deep/er")
-    assert source_of(str(folder / "0")) == (str(folder / "0"), None)
+    assert split_source("me/tasks") == ("me/tasks", None)
+    assert split_source("me/tasks/deep/er") == ("me/tasks", "deep/er")
+    assert split_source(str(folder / "0")) == (str(folder / "0"), None)
 
 
 @pytest.mark.differs(

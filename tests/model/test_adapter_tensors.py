@@ -203,7 +203,7 @@ def test_experts_by_sglang_of_others(tmp_path):
     """A file with a scaling of its own, half precision and without a version."""
     model = with_experts("gpt_oss", lora_alpha=3)
     made = graft.adapter_tensors(model, layout="sglang", dtype=torch.bfloat16)
-    config = made.made
+    config = made.lora_config
     config.lora_alpha *= 2  # B is half of what it was
     config.alpha_pattern, config.peft_version = {}, None
     halved = {key: t / 2 if "lora_B" in key else t for key, t in made.tensors.items()}

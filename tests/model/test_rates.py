@@ -15,7 +15,7 @@ GRID = [1e-4, 1e-3, 1e-2, 1e-1]
 
 
 def row(adapter="LoRA", config=None, means=(0.5, 0.3, 0.29, None), spreads=(0.01, 0.02, 0.01, None), **other):
-    return rates.Row(
+    return rates.RateSearch(
         method=adapter, adapter=adapter, config=config or {"r": 4}, task="spam", model="tiny", model_type="bert",
         steps=9, batch=2, seeds=3, date="2026-01-01", rates=GRID, means=list(means), spreads=list(spreads),
     ) | other  # fmt: skip
@@ -24,7 +24,7 @@ def row(adapter="LoRA", config=None, means=(0.5, 0.3, 0.29, None), spreads=(0.01
 @pytest.fixture
 def found(monkeypatch):
     """Return a function that puts rows in place of the package's."""
-    return lambda *rows: monkeypatch.setattr(rates, "rows", lambda: rows)
+    return lambda *rows: monkeypatch.setattr(rates, "read_searches", lambda: rows)
 
 
 def test_a_measured_rate_with_what_is_as_good(found):
@@ -138,11 +138,11 @@ def test_ranges_of_sources(name):
 
 def test_the_packages_rows():
     known = {cls.__name__ for cls in (*map(method_of, ROWS), *map(lora.import_beside, lora.VARIANTS.values()))}
-    for one in rates.rows():
+    for one in rates.read_searches():
         assert one["adapter"] in known and one["rates"] == sorted(one["rates"])
         assert len(one["rates"]) == len(one["means"]) == len(one["spreads"])
         assert [m is None for m in one["means"]] == [s is None for s in one["spreads"]]
-        assert rates.best([one]) in one["rates"] and one["steps"] > 0 and one["seeds"] > 1
+        assert rates.best_lr([one]) in one["rates"] and one["steps"] > 0 and one["seeds"] > 1
 
 
 # the audit

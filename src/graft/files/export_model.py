@@ -21,8 +21,8 @@ from graft.files.serving import server_named
 from graft.inject.parts import reads
 from graft.io import files
 from graft.io.fingerprint import fingerprint, weights_of
-from graft.model.checkpoints import check, contents, folder_of, names_to_save
-from graft.model.convert import found
+from graft.model.checkpoints import adapter_folder, check_save_arguments, file_contents, names_to_save
+from graft.model.convert import find_adapter
 
 ENERGY = 1 - 1e-8  # part of ‖ΔW‖² that each layer of a method which is no LoRA keeps
 LOSS = 1e-3  # part of ‖ΔW‖ of a layer; who wants to lose more says so
@@ -37,10 +37,10 @@ def export_adapters(
     A format that is one file is adapter.gguf there, or what its end is.
     """
     end = ENDS.get(server_named(server).formats[0])
-    check(directory, "sampled", True)
+    check_save_arguments(directory, "sampled", True)
     for name in names_to_save(model, selected, directory):
         if writes:
-            path = folder_of(name, directory)
+            path = adapter_folder(name, directory)
             if end is not None:
                 os.makedirs(path, exist_ok=True)
                 path = os.path.join(path, f"adapter{end}")
@@ -68,14 +68,14 @@ def export(
             "serve it from a PeftModel, or train a LoRA."
         )
     if config.peft_type == "LORA" and rank is None:
-        tensors, config = contents(model, adapter, None, False, None)
+        tensors, config = file_contents(model, adapter, None, False, None)
     else:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "As LoRA of rank", PeftWarning)  # the error below says it
             made, tensors = convert_to_lora(model, ENERGY if rank is None else rank, adapter)
         error = check_loss(model, adapter, tensors, rank, lossy)
         made.base_model_name_or_path, config = config.base_model_name_or_path, made
-    parts, _, base, _ = found(model, adapter)
+    parts, _, base, _ = find_adapter(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
         files.save_adapter(folder, tensors, config, True, fingerprint(weights_of(parts, base)))
         file = peft.read(folder)
@@ -97,7 +97,7 @@ def check_loss(
         LossError: a layer loses more than `LOSS` and what its dtype rounds, unless `lossy`; or without a `rank`, one is
             above the limits of servers.
     """
-    parts, prefix, *_ = found(model, adapter)
+    parts, prefix, *_ = find_adapter(model, adapter)
     lost = whole = worst = 0.0
     where, ranks = "", dict[str, int]()
     for key, layer in parts.layers.items():

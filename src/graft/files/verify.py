@@ -20,7 +20,7 @@ from graft import BaseModelMismatchError
 from graft.config.reading import Json
 from graft.files.ask import Connection, Seen, ask, server_of
 from graft.files.errors import OptionError
-from graft.model.functional import layers_with_scaling, rescaled
+from graft.model.functional import layers_with_scaling, rescale_layers
 
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}  # of a log-probability, as a root mean square
 OF_NOISE = 3  # a tolerance is at least this multiple of what server and graft differ by on the base
@@ -124,7 +124,7 @@ def verify(
     layers = layers_with_scaling(model)
 
     def own(factor: Callable[[str], float] | None = None) -> Tensor:
-        with nullcontext() if factor is None or not layers else rescaled(layers, factor, "verify()"):
+        with nullcontext() if factor is None or not layers else rescale_layers(layers, factor, "verify()"):
             return log_probabilities(model, asked, places)
 
     scales = scalings(model, layers)

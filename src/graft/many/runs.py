@@ -46,7 +46,7 @@ from graft.many.loader import Loader, annotate_error, one_position
 from graft.many.losses import Loss, own_loss
 from graft.many.run import RUNNING, STOPPED, Run, Valid
 from graft.many.trainer import Description
-from graft.model.checkpoints import save_alone
+from graft.model.checkpoints import save_one_adapter
 from graft.model.registry import check_adapter_name
 
 if TYPE_CHECKING:
@@ -892,7 +892,7 @@ class MultiTrain:
         Raises:
             AdapterNotFoundError: there is no such run.
         """
-        save_alone(self._adapted, self[name].name, os.fspath(folder))
+        save_one_adapter(self._adapted, self[name].name, os.fspath(folder))
 
 
 def no_memory(error: Exception) -> bool:

@@ -22,7 +22,7 @@ TASKS = "task_ids"
 def generate(tuner: Tuner, *args: object, task_ids: object = None, **kwargs: object) -> object:
     """Run the base model's `generate` with adapters, each row as its task in `task_ids`; return its output."""
     run = Run(args, kwargs, {TASKS: task_ids}, generates=True)
-    with tuner.calling("generate"), tuner.call.using(None), tuner.acting(run) as finish:
+    with tuner.calling("generate"), tuner.call.using(None), tuner.enter_methods(run) as finish:
         return finish(tuner.model.generate(*args, **kwargs))
 
 

@@ -28,7 +28,7 @@ from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, Block, Block
 from graft.io.tensors import digest_of
 from graft.io.written import TRAINING_ONLY
 from graft.methods.lora.config import LoraConfig
-from graft.model.checkpoints import check, folder_of, names_to_save
+from graft.model.checkpoints import adapter_folder, check_save_arguments, names_to_save
 from graft.storage.parallel import layout_of, processes
 
 PREFIX = "base_model.model."
@@ -53,13 +53,13 @@ class AdapterTensors:
     config: Json
     needs: Json
     digest: str
-    made: PeftConfig = field(repr=False, compare=False)  # the config itself
+    lora_config: PeftConfig = field(repr=False, compare=False)  # the config itself
     base: Note = field(repr=False, compare=False)  # the fingerprint of the base model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write adapter_model.safetensors and adapter_config.json into a folder; nothing where there are no tensors."""
         if self.tensors:
-            files.save_adapter(os.fspath(folder), self.tensors, self.made, True, self.base)
+            files.save_adapter(os.fspath(folder), self.tensors, self.lora_config, True, self.base)
 
 
 @reads
@@ -92,35 +92,37 @@ def adapter_tensors(
     blocks = Blocks(base)
     if layout == "vllm":
         layout = "vllm-3d" if blocks.stacked_in_vllm else "vllm-2d"
-    view = View(adapter_name, parts, prefix, blocks, layout)
-    if why := [*reasons(view, config, model)]:
+    view = ServerView(adapter_name, parts, prefix, blocks, layout)
+    if why := [*find_obstacles(view, config, model)]:
         raise LossError(f"Adapter '{adapter_name}' cannot be given to a server as '{layout}': {'; '.join(why)}.")
     ranks_here = save.ranks_of_adapters(model, [adapter_name])
     first = not ranks_here or dist.get_rank() == ranks_here[0]
     values = save.get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
-    tensors, ranks = laid_out(view, values, dtype)
-    made = config_for(view, config, ranks, base)
-    fields = made.to_file_dict()
-    here = tensors if first else {}
-    digest = hashed(digest_of(here) + json.dumps(fields, sort_keys=True)) if here else ""
+    tensors, ranks = lay_out(view, values, dtype)
+    lora_config = make_lora_config(view, config, ranks, base)
+    fields = lora_config.to_file_dict()
+    local_tensors = tensors if first else {}
+    digest = hashed(digest_of(local_tensors) + json.dumps(fields, sort_keys=True)) if local_tensors else ""
     note = save.base_fingerprint(model, adapter_name, False, together=bool(ranks_here))
     if view.hub and any(layer.op.opaque and not layer.site.is_stack for _, layer in view.layers):
         note = {}  # what acts on a parameter is for the module that has it
-    return AdapterTensors(here, fields, needs(view, ranks), digest, made, note)
+    return AdapterTensors(local_tensors, fields, server_needs(view, ranks), digest, lora_config, note)
 
 
-def save_in(model: nn.Module, directory: str, selected: list[str] | None, layout: str, writes: bool = True) -> None:
+def save_in_layout(
+    model: nn.Module, directory: str, selected: list[str] | None, layout: str, writes: bool = True
+) -> None:
     """Write adapters in a layout, "default" into the folder and others into sub-folders."""
-    check(directory, "sampled", True)
+    check_save_arguments(directory, "sampled", True)
     names = names_to_save(model, selected, directory)
-    made = {name: adapter_tensors(model, name, layout) for name in names}
-    for name, tensors in made.items():
+    adapters = {name: adapter_tensors(model, name, layout) for name in names}
+    for name, tensors in adapters.items():
         if writes:
-            tensors.save(folder_of(name, directory))
+            tensors.save(adapter_folder(name, directory))
 
 
 @dataclass
-class View:
+class ServerView:
     """An adapter, and the layout that it gets."""
 
     adapter: str
@@ -132,9 +134,9 @@ class View:
     @property
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """Yield the layers with the beginning of their keys."""
-        own = Nests(self.parts.layers.values())
+        nests = Nests(self.parts.layers.values())
         for key, layer in self.parts.layers.items():
-            yield f"{self.prefix}{own.path(key, layer)}", layer
+            yield f"{self.prefix}{nests.path(key, layer)}", layer
 
     @property
     def hub(self) -> bool:
@@ -152,16 +154,16 @@ class View:
 # what no server does
 
 
-def reasons(view: View, config: PeftConfig | None, model: nn.Module) -> Iterator[str]:
+def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module) -> Iterator[str]:
     """Yield why an adapter cannot be given to a server in a layout."""
     if config is not None and config.peft_type != "LORA":
         yield f"it is {config.peft_type.value}, and servers load LoRA: convert it (graft.convert_to_lora)"
         return
-    found: dict[str, list[str]] = {}
+    layers_by_reason: dict[str, list[str]] = {}
     for stem, layer in view.layers:
-        for why in of_layer(view, layer):
-            found.setdefault(why, []).append(stem.removeprefix(view.prefix))
-    for why, layers in found.items():
+        for why in find_layer_obstacles(view, layer):
+            layers_by_reason.setdefault(why, []).append(stem.removeprefix(view.prefix))
+    for why, layers in layers_by_reason.items():
         yield f"{why} ({some(layers, 2)})"
     if view.parts.wrappers:
         yield f"it trains {some([*view.parts.wrappers], 2)} whole, or rows of it: merge it, and serve the model"
@@ -173,7 +175,7 @@ def reasons(view: View, config: PeftConfig | None, model: nn.Module) -> Iterator
         yield "its layers are stages of a pipeline: save it, join them (graft.join_stages), and load that"
 
 
-def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
+def find_layer_obstacles(view: ServerView, layer: AdapterLayer) -> Iterator[str]:
     m: Method = layer.methods[view.adapter]
     containers = {slot.container for slot in layer.slots(view.adapter) if slot.saved}
     strange = sorted(name for name in containers - FACTORS if not name.startswith(TRAINING_ONLY))
@@ -182,7 +184,7 @@ def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
         yield f"{type(m).__name__} does more than to add B A"
     elif strange or biased:
         yield f"servers know no {', '.join(strange or ['bias of B'])}"
-    elif "lora_A" in containers and not fits(layer, m):
+    elif "lora_A" in containers and not is_full_size(layer, m):
         yield f"the factors of {type(m).__name__} are no whole matrices: export it (graft export)"
     if Use.CHANGES in m.uses_weight() and "lora_shift" not in containers:
         yield f"the start of {type(m).__name__} changed the base, and nothing says how"
@@ -201,7 +203,7 @@ def of_layer(view: View, layer: AdapterLayer) -> Iterator[str]:
         yield f"no server of language models adapts a {layer.site.type_name}"
 
 
-def fits(layer: AdapterLayer, m: Method) -> bool:
+def is_full_size(layer: AdapterLayer, m: Method) -> bool:
     """Return True if the factors have the shapes of whole matrices, as far as this process sees."""
     A, B = m.pair
     out, fan_in = layer.op.dims(layer.site.module)
@@ -213,15 +215,15 @@ def fits(layer: AdapterLayer, m: Method) -> bool:
 # tensors
 
 
-def laid_out(
-    view: View, values: dict[str, Tensor], dtype: torch.dtype | None
+def lay_out(
+    view: ServerView, values: dict[str, Tensor], dtype: torch.dtype | None
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return the tensors, sorted, and the rank of each module or stack by its path."""
     out: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     experts: dict[str, dict[str, Pair]] = {}
     for stem, layer in view.layers:
-        A, B, ends = factors(values, stem, layer, layer.scaling[view.adapter], dtype)
+        A, B, ends = read_factors(values, stem, layer, layer.scaling[view.adapter], dtype)
         block = view.block(layer) if view.hub else None
         if block is None:
             path = view.path(layer)
@@ -239,18 +241,18 @@ def laid_out(
         pairs = {which: pairs[which] if which in pairs else block.zeros(which, only) for which in (IN, OUT)}
         if view.layout.endswith("-shared") and (why := differs(pairs)) is not None:
             raise LossError(f"Adapter '{view.adapter}' cannot be given to a server as '{view.layout}': {why} ({path}).")
-        made = dict(WRITERS[view.layout](block, pairs))
-        out |= {f"{PREFIX}{key}": t for key, t in made.items()}
+        written = dict(WRITERS[view.layout](block, pairs))
+        out |= {f"{PREFIX}{key}": t for key, t in written.items()}
         if view.layout == "vllm-3d":
             ranks |= {f"{block.there}.{block.parameters[which]}": pair.A.shape[1] for which, pair in pairs.items()}
         else:
-            ranks |= {key.partition(".lora_")[0]: t.shape[-2] for key, t in made.items() if ".lora_A" in key}
+            ranks |= {key.partition(".lora_")[0]: t.shape[-2] for key, t in written.items() if ".lora_A" in key}
     if view.layout.startswith("sglang"):
-        out, ranks = padded(out, max(ranks.values())), dict.fromkeys(ranks, max(ranks.values()))
+        out, ranks = pad_ranks(out, max(ranks.values())), dict.fromkeys(ranks, max(ranks.values()))
     return {key: out[key].contiguous() for key in sorted(out)}, ranks
 
 
-def factors(
+def read_factors(
     values: dict[str, Tensor], stem: str, layer: AdapterLayer, scaling: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, tuple[str, str]]:
     """Return A and B of a layer, with the scaling in B, and the ends of their names."""
@@ -265,7 +267,7 @@ def factors(
     return A.to(dtype), B.to(dtype), ends
 
 
-def padded(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+def pad_ranks(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Return factors of one rank, with zeros."""
     out = {}
     for key, t in tensors.items():
@@ -279,7 +281,7 @@ def padded(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 # config
 
 
-def config_for(view: View, config: object, ranks: dict[str, int], base: nn.Module) -> LoraConfig:
+def make_lora_config(view: ServerView, config: object, ranks: dict[str, int], base: nn.Module) -> LoraConfig:
     """Return the config of plain LoRA with the scaling 1.
 
     Args:
@@ -288,30 +290,30 @@ def config_for(view: View, config: object, ranks: dict[str, int], base: nn.Modul
     r = max(ranks.values())
     every = {view.blocks.before(path) if view.hub else path for path in view.blocks.tree.modules}
     parameters = {path for path in ranks if path not in every} if view.layout in ("peft", "vllm-3d") else set()
-    made = LoraConfig(r=r, lora_alpha=r, task_type=getattr(config, "task_type", None))
-    made.base_model_name_or_path = getattr(config, "base_model_name_or_path", None)
-    save.describe_base(made, base)
-    made.target_modules = suffixes({*ranks} - parameters, every)
-    others = {stack.path for stack in view.blocks.stacks} | {f"{path}.weight" for path in every}
-    made.target_parameters = suffixes(parameters, others, 2) or None
-    made.rank_pattern = rank_patterns(dict(sorted(ranks.items())))
-    made.alpha_pattern = dict(made.rank_pattern)
-    made.inference_mode, made.peft_version = True, FORMAT_VERSION
-    return made
+    lora_config = LoraConfig(r=r, lora_alpha=r, task_type=getattr(config, "task_type", None))
+    lora_config.base_model_name_or_path = getattr(config, "base_model_name_or_path", None)
+    save.describe_base(lora_config, base)
+    lora_config.target_modules = find_suffixes({*ranks} - parameters, every)
+    unadapted = {stack.path for stack in view.blocks.stacks} | {f"{path}.weight" for path in every}
+    lora_config.target_parameters = find_suffixes(parameters, unadapted, 2) or None
+    lora_config.rank_pattern = rank_patterns(dict(sorted(ranks.items())))
+    lora_config.alpha_pattern = dict(lora_config.rank_pattern)
+    lora_config.inference_mode, lora_config.peft_version = True, FORMAT_VERSION
+    return lora_config
 
 
-def suffixes(names: set[str], every: set[str], least: int = 1) -> list[str]:
+def find_suffixes(names: set[str], every: set[str], least: int = 1) -> list[str]:
     """Return the shortest ends of names, of `least` parts or more, that no other name has."""
-    taken = {end for name in every - names for end in ends(name, least)}
-    return sorted({next((end for end in ends(name, least) if end not in taken), name) for name in names})
+    foreign = {end for name in every - names for end in iterate_suffixes(name, least)}
+    return sorted({next((end for end in iterate_suffixes(name, least) if end not in foreign), name) for name in names})
 
 
-def ends(path: str, least: int) -> Iterator[str]:
+def iterate_suffixes(path: str, least: int) -> Iterator[str]:
     parts = path.split(".")
     yield from (".".join(parts[n:]) for n in range(max(0, len(parts) - least), -1, -1))
 
 
-def needs(view: View, ranks: dict[str, int]) -> Json:
+def server_needs(view: ServerView, ranks: dict[str, int]) -> Json:
     """Return what a server has to be, or to be told, to load the tensors."""
     r = max(ranks.values())
     experts = any(view.block(layer) is not None for _, layer in view.layers)

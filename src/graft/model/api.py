@@ -26,9 +26,9 @@ from graft.inject.survey import survey
 from graft.methods import ROWS, PeftType, config_of, method_of
 from graft.model.mixed import PeftMixedModel
 from graft.model.peft_model import PeftModel
-from graft.model.registry import unless_it_fails
+from graft.model.registry import restore_on_error
 from graft.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from graft.model.tuner import steps_for, tuner_of
+from graft.model.tuner import find_replaced_steps, tuner_of
 
 
 def get_peft_model(
@@ -77,7 +77,7 @@ def get_peft_model(
             "but PEFT may not find all keys of a checkpoint that it loads under that name."
         )
     cls = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
-    with unless_it_fails(peft_config):
+    with restore_on_error(peft_config):
         record_origin(model, peft_config, revision)
         return cls(
             model,
@@ -139,32 +139,32 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
             return Prompts.plan(model, config, adapter_name)
         if not hasattr(config, "target_modules"):
             raise ConfigError(f"{config.peft_type.value} adapts no layers itself: plan its experts, one by one.")
-        made = Injection(model, config, method, adapter_name, steps=steps_for(model, config))
-        with made.restructured(keep=False):
-            return _plan(made.find(), method, adapter_name)
+        injection = Injection(model, config, method, adapter_name, steps=find_replaced_steps(model, config))
+        with injection.restructured(keep=False):
+            return _fill_report(injection.find(), method, adapter_name)
 
 
-def _plan(made: Injection, method: type[Method], adapter_name: str) -> InjectReport:
-    report = made.report
+def _fill_report(injection: Injection, method: type[Method], adapter_name: str) -> InjectReport:
+    report = injection.report
     with torch.device("meta"):
         shared = Shared()
         if method.shares:
-            values = method.share(Layers(made.model, [m.site for m in made.here.values()], made.cfg))
+            values = method.share(Layers(injection.model, [m.site for m in injection.here.values()], injection.cfg))
             report.other_trainable += shared.hold(adapter_name, values, (None, None), False)
-        for m in made.here.values():
-            report.matched.append(matched(m, shared.attached()))
+        for m in injection.here.values():
+            report.matched.append(describe_target(m, shared.attached()))
     sizes = {m.name: m.parameters for m in report.matched}
-    for key, m in made.methods.items():
+    for key, m in injection.methods.items():
         if m.source is not None:
             size = 0 if m.always_tied else sizes[m.source.site.key]
             report.matched.append(Matched(key, m.site.type_name, size))
-    made.count_beside()
+    injection.count_beside()
     return report
 
 
-def matched(method: Method, shared: dict[str, object]) -> Matched:
+def describe_target(method: Method, shared: dict[str, object]) -> Matched:
     site, values = method.site, placeholders(method, shared)
-    sized = [(name, p) for name, v in values.items() for p in _parameters(v)]
+    sized = [(name, p) for name, v in values.items() for p in _parameters_in(v)]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
     return Matched(
         site.key,
@@ -174,7 +174,7 @@ def matched(method: Method, shared: dict[str, object]) -> Matched:
     )
 
 
-def _parameters(value: object) -> list[Tensor]:
+def _parameters_in(value: object) -> list[Tensor]:
     if isinstance(value, nn.Parameter):
         return [value]
     return list(value.parameters()) if isinstance(value, nn.Module) else []
@@ -186,7 +186,7 @@ def _parameters(value: object) -> list[Tensor]:
 T = TypeVar("T")
 
 
-class _View(Mapping[str, T]):
+class _TypeTable(Mapping[str, T]):
     def __init__(self, of: Callable[[str], T]):
         self._of = of
 
@@ -202,6 +202,6 @@ class _View(Mapping[str, T]):
         return len(ROWS)
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING = _View(config_of)
-PEFT_TYPE_TO_TUNER_MAPPING = _View(tuner_of)
-PEFT_TYPE_TO_PREFIX_MAPPING = _View(lambda peft_type: method_of(peft_type).prefix)
+PEFT_TYPE_TO_CONFIG_MAPPING = _TypeTable(config_of)
+PEFT_TYPE_TO_TUNER_MAPPING = _TypeTable(tuner_of)
+PEFT_TYPE_TO_PREFIX_MAPPING = _TypeTable(lambda peft_type: method_of(peft_type).prefix)

@@ -27,7 +27,7 @@ from graft.inject.report import generic
 from graft.inject.survey import survey
 from graft.io.entries import entries
 from graft.io.save import base_tensors, config_of, parts_of
-from graft.model.rates import adapter_of, usual
+from graft.model.rates import class_name_of, find_known_range
 from graft.storage.parallel import layout_of
 
 NONE, ZERO, BROKEN, FINE = "none", "zero", "broken", "fine"  # what became of the gradients of a part
@@ -70,11 +70,11 @@ class AuditReport:
         if self.stepped and self.updates:
             lines.append(f"Their updates are {self.range_of_updates()} of the weights.")
         for name, (title, remedy) in SECTIONS.items():
-            found = getattr(self, name)
-            if found:
-                alike = Counter(generic(entry) for entry in found)
+            entries = getattr(self, name)
+            if entries:
+                alike = Counter(generic(entry) for entry in entries)
                 shown = [entry if n == 1 else f"{entry} × {n}" for entry, n in alike.items()]
-                lines.append(f"- {title} ({len(found)}): {some(shown)}. {remedy}")
+                lines.append(f"- {title} ({len(entries)}): {some(shown)}. {remedy}")
         return "\n".join(lines)
 
     def range_of_updates(self) -> str:
@@ -188,37 +188,39 @@ def audit(
         names = list(dict.fromkeys(name for carrier in carriers for name in carrier.adapters))
     else:
         carriers, names = list(registry.carriers()), list(registry.peft_config)
-    report, parts = AuditReport(), parts_of_active(carriers)
-    measure(parts, report, has_stepped(model, registry, optimizer))
+    report, parts = AuditReport(), find_active_parts(carriers)
+    report_updates(parts, report, was_stepped(model, registry, optimizer))
     if loss is None:
-        look(parts, report)
+        report_gradients(parts, report)
         report.after = "a backward pass" if any(p.grad is not None for p in model.parameters()) else ""
     else:
-        with tried(model, registry, carriers, loss) as called:
-            look(parts, report, called)
+        with run_trial(model, registry, carriers, loss) as called:
+            report_gradients(parts, report, called)
         report.after = "a backward pass of its own"
     if not report.after:
         report.no_gradient.clear()
         if was_trained(registry):
             report.after = "training, whose gradients are gone"
-    report.not_trained = frozen(carriers)
+    report.not_trained = find_frozen(carriers)
     configs = {name: config_of(model, name) for name in names}
     by_name = {name: parts_of(model, name) for name in names}
-    report.not_saved = unsaved(model, [(name, own, base, configs[name]) for name, (own, _, base) in by_name.items()])
+    report.not_saved = find_unsaved(
+        model, [(name, parts_of_name, base, configs[name]) for name, (parts_of_name, _, base) in by_name.items()]
+    )
     if optimizer is not None:
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         report.not_optimized = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-        report.far_rates = far_rates(parts, configs, optimizer)
+        report.far_rates = find_far_rates(parts, configs, optimizer)
     return report
 
 
-def parts_of_active(carriers: Iterable[Carrier]) -> list[Part]:
+def find_active_parts(carriers: Iterable[Carrier]) -> list[Part]:
     """Return the parts that should get gradients."""
     parts = ((c, name, [p for p in c.parameters_of(name) if p.requires_grad]) for c, name in carried(carriers))
     return [Part(*part) for part in parts if part[2]]
 
 
-def states(parts: Iterable[Part]) -> list[str]:
+def gradient_states(parts: Iterable[Part]) -> list[str]:
     """Return what became of the gradients of each part, all its parameters together: those of LoRA's A begin with 0."""
     gradients = [[p.grad for p in part.parameters if p.grad is not None] for part in parts]
     sizes = iter(largest([g for grads in gradients for g in grads]))
@@ -234,12 +236,12 @@ def states(parts: Iterable[Part]) -> list[str]:
     return out
 
 
-def look(parts: list[Part], report: AuditReport, called: set[int] | None = None) -> None:
+def report_gradients(parts: list[Part], report: AuditReport, called: set[int] | None = None) -> None:
     """Enter into a report what is wrong with the gradients of these parts.
 
     called: ids of the modules that ran; None: not known.
     """
-    for part, state in zip(parts, states(parts)):
+    for part, state in zip(parts, gradient_states(parts)):
         if state == NONE and called is not None and part.carrier.replaces and id(part.carrier) not in called:
             report.never_called.append(part.label)
         elif state == NONE:
@@ -250,7 +252,7 @@ def look(parts: list[Part], report: AuditReport, called: set[int] | None = None)
             report.not_finite.append(part.label)
 
 
-def has_stepped(model: nn.Module, registry: object, optimizer: torch.optim.Optimizer | None) -> bool:
+def was_stepped(model: nn.Module, registry: object, optimizer: torch.optim.Optimizer | None) -> bool:
     """Return True if an optimizer has changed a model's adapters, as far as one can tell: its state says so, or
     gradients of a backward pass are gone."""
     training = [p for p in model.parameters() if p.requires_grad]
@@ -265,10 +267,10 @@ def was_trained(registry: Any) -> bool:
     return bool(active) and registry.trained.issuperset(active)
 
 
-def measure(parts: list[Part], report: AuditReport, stepped: bool) -> None:
+def report_updates(parts: list[Part], report: AuditReport, stepped: bool) -> None:
     """Enter into a report how large the updates of these parts are, and what is wrong with their values."""
     report.stepped = stepped
-    for part, (finite, share) in zip(parts, sizes(parts)):
+    for part, (finite, share) in zip(parts, measure_updates(parts)):
         if not finite:
             report.broken.append(part.label)
         elif not math.isnan(share):
@@ -287,7 +289,7 @@ def starts_large(part: Part) -> bool:
 
 
 @contextmanager
-def tried(
+def run_trial(
     model: nn.Module, registry: Any, carriers: Iterable[Carrier], loss: Callable[[], Tensor]
 ) -> Iterator[set[int]]:
     """Run forward and backward; yield ids of the carriers that ran, and put gradients back after the block.
@@ -320,7 +322,7 @@ def tried(
 # what trains and what is saved
 
 
-def frozen(carriers: Iterable[Carrier]) -> list[str]:
+def find_frozen(carriers: Iterable[Carrier]) -> list[str]:
     """Name the parameters of active adapters that a file holds and that do not require gradients."""
     return [
         f"{carrier.key}.{slot.container} ('{name}')"
@@ -330,7 +332,7 @@ def frozen(carriers: Iterable[Carrier]) -> list[str]:
     ]
 
 
-def unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, PeftConfig]]) -> list[str]:
+def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, PeftConfig]]) -> list[str]:
     """Name the parameters of the model that require gradients and are in no adapter's file.
 
     adapters: (name, carriers, base model, config) of each.
@@ -341,14 +343,16 @@ def unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, Pe
         saved |= {id(entry.tensor) for entry in entries(parts, adapter, "")}
         if parts.prompt is not None:  # the file holds the prompt that they compute
             saved |= {id(p) for p in parts.prompt.parameters()}
-        own = {name: id(p) for name, p in base.named_parameters(remove_duplicate=False)}
+        ids = {name: id(p) for name, p in base.named_parameters(remove_duplicate=False)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # saving will say it
-            saved |= {own[name] for name in base_tensors(base, parts, config, "auto") if name in own}
+            saved |= {ids[name] for name in base_tensors(base, parts, config, "auto") if name in ids}
     return [name for name, p in training.items() if id(p) not in saved]
 
 
-def far_rates(parts: Iterable[Part], configs: dict[str, PeftConfig], optimizer: torch.optim.Optimizer) -> list[str]:
+def find_far_rates(
+    parts: Iterable[Part], configs: dict[str, PeftConfig], optimizer: torch.optim.Optimizer
+) -> list[str]:
     """Name the adapters whose learning rate is far from what is good for their methods, as far as that is known.
 
     Heads have rates of their own. Optimizers without `betas` have other rates than Adam, and are left alone.
@@ -356,39 +360,41 @@ def far_rates(parts: Iterable[Part], configs: dict[str, PeftConfig], optimizer: 
     owners = {
         id(p): part.adapter for part in parts if not isinstance(part.carrier, ModulesToSaveWrapper) for p in part[2]
     }
-    found = []
+    rates = []
     for group in optimizer.param_groups:
         rate = float(group.get("initial_lr", group["lr"]))  # of the schedule, before it begins
         for name in dict.fromkeys(owners[id(p)] for p in group["params"] if id(p) in owners):
-            known = usual(configs[name])
+            known = find_known_range(configs[name])
             if "betas" in group and rate > 0 and known and not known[0] / FAR <= rate <= known[1] * FAR:
-                found.append(f"{rate:g} for '{name}' ({adapter_of(configs[name])}: {known[0]:g} to {known[1]:g})")
-    return found
+                rates.append(f"{rate:g} for '{name}' ({class_name_of(configs[name])}: {known[0]:g} to {known[1]:g})")
+    return rates
 
 
 # how large updates are
 
 
 @torch.no_grad()
-def sizes(parts: Sequence[Part]) -> list[tuple[bool, float]]:
+def measure_updates(parts: Sequence[Part]) -> list[tuple[bool, float]]:
     """Return whether the values of each part are finite, and its update as a share of the weight, NaN if that is not
     known. With a few waits for each device."""
     plain = [all([is_plain(p) and p.numel() and layout_of(p) is None for p in part.parameters]) for part in parts]
-    read = [part.parameters if here else [] for part, here in zip(parts, plain)]  # else in parts, or elsewhere
-    pairs = [norms(part.carrier, part.adapter) if here else () for part, here in zip(parts, plain)]
-    numbers = iter(largest([t for own, pair in zip(read, pairs) for t in (*own, *pair)]))
-    found = []
-    for own, pair in zip(read, pairs):
-        finite = math.isfinite(sum([next(numbers) for _ in own]))
+    read = [
+        part.parameters if is_readable else [] for part, is_readable in zip(parts, plain)
+    ]  # else in parts, or elsewhere
+    pairs = [update_norms(part.carrier, part.adapter) if is_readable else () for part, is_readable in zip(parts, plain)]
+    numbers = iter(largest([t for values, pair in zip(read, pairs) for t in (*values, *pair)]))
+    shares = []
+    for values, pair in zip(read, pairs):
+        finite = math.isfinite(sum([next(numbers) for _ in values]))
         update, weight = [next(numbers) for _ in pair] or (0.0, 0.0)
-        found.append((finite, update / weight if weight and math.isfinite(weight) else math.nan))
-    return found
+        shares.append((finite, update / weight if weight and math.isfinite(weight) else math.nan))
+    return shares
 
 
-def norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
+def update_norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
     """Return the norms of update and weight; () if there is no such pair that can be read here."""
     if isinstance(carrier, ModulesToSaveWrapper):
-        return of_module(carrier.modules_to_save[adapter], carrier.original_module)
+        return module_norms(carrier.modules_to_save[adapter], carrier.original_module)
     layer = carrier.adapter_layer
     if layer is None or adapter not in layer.methods:
         return ()
@@ -415,7 +421,7 @@ def norms(carrier: Carrier, adapter: str) -> tuple[Tensor, ...]:
         return update, W.float().norm()
 
 
-def of_module(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
+def module_norms(module: nn.Module, original: nn.Module) -> tuple[Tensor, ...]:
     """Return the norms of the difference between a module and the one that it stands for, and of that one."""
     pairs = list(zip(module.parameters(), original.parameters()))
     if not pairs or not all([is_plain(t) and t.numel() and layout_of(t) is None for pair in pairs for t in pair]):

@@ -13,7 +13,7 @@ from graft.core.method import Method, Tokens
 from graft.core.rows import Run
 
 
-def losses_of(
+def compute_losses(
     noted: Mapping[str, Sequence[Noted]],
     methods: Mapping[str, type[Method]],
     configs: Mapping[str, object],
@@ -22,19 +22,19 @@ def losses_of(
 ) -> dict[str, Tensor]:
     """Return the losses of a run, (), by adapter. Of a Parallel each counts as its adapter's copies of the batch do."""
     return {
-        name: methods[name].compute_auxiliary_loss(configs[name], [tokens(one, run, model) for one in own])
+        name: methods[name].compute_auxiliary_loss(configs[name], [make_tokens(one, run, model) for one in values])
         * run.share(name, model)
-        for name, own in noted.items()
+        for name, values in noted.items()
     }
 
 
-def with_loss(output: Any, more: Any) -> object:
+def add_to_loss(output: Any, more: Any) -> object:
     """Return an output with more in its loss: `loss`, the first number of a tuple, or itself; None if it has none."""
     if is_loss(output):
         return output + more.to(output.device)
     if type(output) is tuple:
-        found = bool(output) and is_loss(output[0])
-        return (output[0] + more.to(output[0].device), *output[1:]) if found else None
+        has_loss = bool(output) and is_loss(output[0])
+        return (output[0] + more.to(output[0].device), *output[1:]) if has_loss else None
     loss = output.get("loss") if type(output) is dict else getattr(output, "loss", None)
     if not is_loss(loss):
         return None
@@ -49,9 +49,9 @@ def is_loss(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and not value.dim() and value.requires_grad
 
 
-def tokens(noted: Noted, run: Run, model: nn.Module) -> Tokens:
+def make_tokens(noted: Noted, run: Run, model: nn.Module) -> Tokens:
     """Return the tokens of a value (rows, tokens, …), and which of them are no padding, as the call's mask says."""
-    value, real = noted.value, mask_of(noted.layer, run, model)
+    value, real = noted.value, padding_mask(noted.layer, run, model)
     if real is not None and noted.rows is not None:
         real = real.to(noted.rows.device)[noted.rows]
     if real is not None and value.shape[: value.dim() - 1] in (real.shape, (real.numel(),)):
@@ -59,7 +59,7 @@ def tokens(noted: Noted, run: Run, model: nn.Module) -> Tokens:
     return Tokens(noted.layer, value.flatten(0, -2), None)
 
 
-def mask_of(layer: str, run: Run, model: nn.Module) -> Tensor | None:
+def padding_mask(layer: str, run: Run, model: nn.Module) -> Tensor | None:
     """Return the mask of padding of the tokens that a layer sees, (rows, tokens); None if the call has none."""
     of_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder." in layer
     mask = run.said("decoder_attention_mask" if of_decoder else "attention_mask", model)

@@ -29,7 +29,7 @@ from graft.io.fingerprint import hashed, tensor_digest
 from graft.io.load import Values
 from graft.io.rendezvous import CALL, Meeting, once
 from graft.io.written import Layout
-from graft.model.watch import has_copies
+from graft.model.watch import is_replicated
 from graft.storage.parallel import processes
 
 SETTLED = {f.name for f in fields(PeftConfig)} | {  # fields that the tensors settle, or that have no effect later
@@ -44,7 +44,7 @@ class AdapterInMemory(NamedTuple):
     loaded: files.Loaded
 
 
-def read(
+def read_adapter(
     where: str | os.PathLike[str] | AdapterInMemory,
     options: dict[str, Any],
     replacement: Callable[[PeftConfig], str | None],
@@ -81,7 +81,7 @@ def read(
     return config, loaded
 
 
-def prepare(config: PeftConfig, is_trainable: bool) -> None:
+def prepare_config(config: PeftConfig, is_trainable: bool) -> None:
     """Have the config of an adapter that is about to come say whether it trains."""
     if config.is_prompt_learning and is_trainable:
         raise ValueError(
@@ -91,7 +91,7 @@ def prepare(config: PeftConfig, is_trainable: bool) -> None:
     config.inference_mode = not is_trainable
 
 
-def widen(layers: Iterable[AdapterLayer], adapter: str) -> None:
+def widen_to_float32(layers: Iterable[AdapterLayer], adapter: str) -> None:
     """Have the half-precision tensors of an adapter in float32, where its method trains so."""
     for layer in layers:
         for key in layer.adapter_layer_names:
@@ -100,7 +100,7 @@ def widen(layers: Iterable[AdapterLayer], adapter: str) -> None:
                 place(container, adapter, None, None, upcast=True)
 
 
-def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = False) -> None:
+def fill_adapter(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = False) -> None:
     """Put a checkpoint's values into an adapter that the model has, which keeps its config.
 
     Args:
@@ -110,24 +110,24 @@ def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = Fa
         ConfigError: the adapter is of another method, or cannot train beside those that do.
     """
     adapter, config, registry = values.adapter, values.config, registry_of(model)
-    own = registry.peft_config[adapter]
-    if config.peft_type != own.peft_type:
+    current = registry.peft_config[adapter]
+    if config.peft_type != current.peft_type:
         raise ConfigError(
-            f"Adapter '{adapter}' is {own.peft_type}, but the checkpoint holds {config.peft_type}: load it under "
+            f"Adapter '{adapter}' is {current.peft_type}, but the checkpoint holds {config.peft_type}: load it under "
             "another name into another model."
         )
     if is_trainable:
-        registry.check_trainable(adapter, own)
-    warn_other_config(adapter, values.path, own, config)
+        registry.check_trainable(adapter, current)
+    warn_other_config(adapter, values.path, current, config)
     parts = registry.parts_of(adapter)
     prompt = parts.prompt or nn.Module()
     before = len([*prompt.modules()])
-    found = values.of(parts, adapter)
-    whole = adapter in registry.merged_adapters or getattr(own, "bias", "none") != "none"
-    registry.close(None if whole else (adapter,))
+    new_values = values.of(parts, adapter)
+    whole = adapter in registry.merged_adapters or getattr(current, "bias", "none") != "none"
+    registry.wait_for_calls(None if whole else (adapter,))
     if upcast:
-        widen(parts.layers.values(), adapter)
-    put(parts, adapter, found)
+        widen_to_float32(parts.layers.values(), adapter)
+    put(parts, adapter, new_values)
     registry.states.pop(adapter, None)  # which belongs to the values from before
     if is_trainable and len([*prompt.modules()]) < before:
         warn(
@@ -138,18 +138,22 @@ def fill(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = Fa
             PeftWarning,
         )
     for name in config.results:
-        setattr(own, name, getattr(config, name))
+        setattr(current, name, getattr(config, name))
 
 
-def warn_other_config(adapter: str, path: str, here: PeftConfig, there: PeftConfig) -> None:
+def warn_other_config(adapter: str, path: str, config: PeftConfig, file_config: PeftConfig) -> None:
     """Warn where a file's config differs from that of an adapter which takes only the values from the file."""
-    ours, theirs = here.to_file_dict(), there.to_file_dict()
-    left = SETTLED | set(here.results) | (set(ours) - set(theirs))  # these come from the file, or are a client's
-    if here.is_prompt_learning:
-        left |= {n for n in OF_THE_BASE if theirs[n] is None}  # sizes that the base model gives: CPT's files have none
-    names = [n for n in ours if n not in left and "init" not in n and (ours[n] or None) != (theirs[n] or None)]
+    fields, file_fields = config.to_file_dict(), file_config.to_file_dict()
+    left = (
+        SETTLED | set(config.results) | (set(fields) - set(file_fields))
+    )  # these come from the file, or are a client's
+    if config.is_prompt_learning:
+        left |= {
+            n for n in OF_THE_BASE if file_fields[n] is None
+        }  # sizes that the base model gives: CPT's files have none
+    names = [n for n in fields if n not in left and "init" not in n and (fields[n] or None) != (file_fields[n] or None)]
     if names:
-        differ = ", ".join(f"{n} ({ours[n]!r}, in the file {theirs[n]!r})" for n in names)
+        differ = ", ".join(f"{n} ({fields[n]!r}, in the file {file_fields[n]!r})" for n in names)
         warn(
             f"Adapter '{adapter}' gets the values of {path} and keeps its own config, which differs: {differ}. To take "
             "that over as well, delete_adapter() it before loading, or use hotswap_adapter() (LoRA).",
@@ -182,7 +186,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     layers = [layer for layer in survey(model).layers.values() if adapter_name in layer.methods]
     if layers:
         with layers[0].call.gate.change(f"cast_adapter_dtype({adapter_name!r})", (adapter_name,)):
-            widen(layers, adapter_name)
+            widen_to_float32(layers, adapter_name)
 
 
 # saving
@@ -207,27 +211,27 @@ def save_adapters(
         writes: this process writes, unless several save together.
         subtract: folder of the adapter as it was before training.
     """
-    check(directory, fingerprint, safetensors)
+    check_save_arguments(directory, fingerprint, safetensors)
     registry = registry_of(model)
     names, are_several = names_to_save(model, selected, directory), processes() > 1
     ranks = save.ranks_of_adapters(model, names) if are_several and state_dict is None else []
     if not (ranks or writes):
         return
     meeting = Meeting(CALL, f"{sorted(names)}, fingerprint={fingerprint!r}", ranks) if len(ranks) > 1 else None
-    made = {}
+    contents_by_folder = {}
     together = state_dict is None and (bool(ranks) or not are_several)
     for name in names:
-        tensors, config = contents(model, name, state_dict, embeddings, subtract)
-        folder = folder_of(name, directory)
+        tensors, config = file_contents(model, name, state_dict, embeddings, subtract)
+        folder = adapter_folder(name, directory)
         files.check(folder, tensors)
         parts, full = registry.parts_of(name), fingerprint == "full"
         note = save.fingerprint_of_base(parts, registry.model, name, registry.peft_config[name], full, together)
-        made[folder] = (tensors, config, note)
+        contents_by_folder[folder] = (tensors, config, note)
 
     def write() -> None:
         if not writes:
             return
-        for folder, (tensors, config, note) in made.items():
+        for folder, (tensors, config, note) in contents_by_folder.items():
             files.save_adapter(folder, tensors, config, safetensors, note)
         try:
             model.create_or_update_model_card(directory)
@@ -236,20 +240,20 @@ def save_adapters(
 
     if meeting is not None:
         meeting.by_the_first(write)
-    elif are_several and state_dict is None and has_copies(registry):
-        values = [tensor_digest(t) for tensors, *_ in made.values() for t in tensors.values()]
+    elif are_several and state_dict is None and is_replicated(registry):
+        values = [tensor_digest(t) for tensors, *_ in contents_by_folder.values() for t in tensors.values()]
         once(os.fspath(directory), hashed(str(values)), write)
     else:
         write()
 
 
-def save_alone(model: nn.Module, name: str, folder: str) -> None:
+def save_one_adapter(model: nn.Module, name: str, folder: str) -> None:
     """Write an adapter into a folder, whatever its name, with the contents that `save_pretrained` gives it."""
-    tensors, config = contents(model, name, None, "auto", None)
+    tensors, config = file_contents(model, name, None, "auto", None)
     files.save_adapter(folder, tensors, config, True, save.base_fingerprint(model, name))
 
 
-def check(directory: str, fingerprint: str, safetensors: bool) -> None:
+def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) -> None:
     """Raise ValueError for a fingerprint that cannot be made or held, or a directory that is a file."""
     if fingerprint not in ("sampled", "full"):
         raise ValueError(f'fingerprint must be "sampled" or "full", got {fingerprint!r}.')
@@ -277,7 +281,7 @@ def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) 
     return names
 
 
-def contents(
+def file_contents(
     model: nn.Module, name: str, state_dict: dict[str, Tensor] | None, embeddings: str | bool, subtract: str | None
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return the tensors and the config that a file holds of an adapter."""
@@ -299,7 +303,7 @@ def contents(
     return tensors, config
 
 
-def folder_of(adapter: str, directory: str) -> str:
+def adapter_folder(adapter: str, directory: str) -> str:
     """Return the folder an adapter is saved to; refuse a link, which may have come with a folder from elsewhere."""
     if adapter == "default":
         return directory

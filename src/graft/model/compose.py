@@ -118,29 +118,29 @@ class Parallel(Composition):
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys(name for child in self.children for name in names_in(child)))
+        return list(dict.fromkeys(name for child in self.children for name in adapters_in(child)))
 
 
-def names_in(value: str | Composition) -> list[str]:
+def adapters_in(value: str | Composition) -> list[str]:
     return [value] if isinstance(value, str) else value.names
 
 
-def keys_of(value: str | Composition) -> list[str | Together]:
+def row_keys(value: str | Composition) -> list[str | Together]:
     """Return what each copy of a row uses: one key, or of a Parallel one for each child."""
     if isinstance(value, Parallel):
-        return [key for child in value.children for key in keys_of(child)]
+        return [key for child in value.children for key in row_keys(child)]
     if isinstance(value, Average):
         return [Together(value.children, value.weights)]
     if isinstance(value, Stack) and len(value.children) > 1:
         return [Together(value.children)]
-    return [*names_in(value)]
+    return [*adapters_in(value)]
 
 
-def shares_of(value: Composition | None) -> dict[str, float]:
+def copy_shares(value: Composition | None) -> dict[str, float]:
     """Return the share of a batch's copies on which each adapter of a Parallel acts; {} for other values."""
     if not isinstance(value, Parallel):
         return {}
-    children = [names_in(child) for child in value.children]
+    children = [adapters_in(child) for child in value.children]
     return {name: sum(name in child for child in children) / len(children) for name in value.names}
 
 
@@ -154,7 +154,7 @@ def check_known(names: Sequence[str], configs: Mapping[str, PeftConfig], value: 
         raise RoutingError(f"{value!r} names prompts {prompts}, of which one acts at a time: set_adapter(name).")
 
 
-def batch_of(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
+def count_rows(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
     """Return the number of rows: those of the tokens or images, if named, else of the first tensor argument."""
     for value in (*inputs, *(kwargs.get(name) for name in MAIN), *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
@@ -162,8 +162,8 @@ def batch_of(inputs: Sequence[object], kwargs: Mapping[str, object]) -> int:
     raise RoutingError("A composition for one call needs a tensor among the arguments, which tells the rows.")
 
 
-def copied(
-    batch: int, inputs: tuple[object, ...], kwargs: Mapping[str, object], copies: int, own: Collection[str]
+def copy_rows(
+    batch: int, inputs: tuple[object, ...], kwargs: Mapping[str, object], copies: int, own_arguments: Collection[str]
 ) -> tuple[tuple[object, ...], dict[str, Any]]:
     """Return arguments, or facts, of a batch of `batch` rows for `copies` such batches, one after the other.
 
@@ -175,18 +175,18 @@ def copied(
     if copies == 1:
         return inputs, dict(kwargs)
 
-    def of(value: Any, name: str) -> object:
+    def copy_value(value: Any, name: str) -> object:
         if name == ITEMS and isinstance(value, (int, Tensor)):
             return value * copies
         if isinstance(value, Tensor):
-            mine = value.dim() and len(value) == batch and name not in SHARED
-            return value.repeat(copies, *[1] * (value.dim() - 1)) if mine else value
-        if name in own and isinstance(value, (list, tuple)) and len(value) == batch:
+            has_rows = value.dim() and len(value) == batch and name not in SHARED
+            return value.repeat(copies, *[1] * (value.dim() - 1)) if has_rows else value
+        if name in own_arguments and isinstance(value, (list, tuple)) and len(value) == batch:
             return value * copies
         if type(value) in (list, tuple):
-            return type(value)(of(item, name) for item in value)
+            return type(value)(copy_value(item, name) for item in value)
         if type(value) is dict:
-            return {key: of(item, name) for key, item in value.items()}
+            return {key: copy_value(item, name) for key, item in value.items()}
         if any(t.dim() for t in tensors_in(value)):
             raise RoutingError(
                 f"Parallel copies the rows of tensors, and argument '{name}' is a {type(value).__name__} that holds "
@@ -195,8 +195,8 @@ def copied(
         return value
 
     return (
-        tuple(of(value, f"number {i}") for i, value in enumerate(inputs)),
-        {name: of(value, name) for name, value in kwargs.items()},
+        tuple(copy_value(value, f"number {i}") for i, value in enumerate(inputs)),
+        {name: copy_value(value, name) for name, value in kwargs.items()},
     )
 
 
@@ -213,10 +213,10 @@ def split(output: T, n: int) -> list[T]:
     """
     if not isinstance(n, int) or n < 1:
         raise RoutingError(f"split takes the number of parts, got {n!r}.")
-    return [_part(output, n, i) for i in range(n)]
+    return [_cut_part(output, n, i) for i in range(n)]
 
 
-def _part(value: object, n: int, i: int) -> Any:
+def _cut_part(value: object, n: int, i: int) -> Any:
     if isinstance(value, Tensor):
         if not value.dim():
             return value
@@ -225,11 +225,11 @@ def _part(value: object, n: int, i: int) -> Any:
         size = len(value) // n
         return value[i * size : (i + 1) * size]
     if isinstance(value, Mapping):
-        items = {key: _part(item, n, i) for key, item in value.items()}
+        items = {key: _cut_part(item, n, i) for key, item in value.items()}
         fields = items if type(value) is dict else {key: item for key, item in items.items() if item is not None}
         return fields if type(value) is dict else type(value)(**fields)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_part(item, n, i) for item in value))
+        return type(value)(*(_cut_part(item, n, i) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_part(item, n, i) for item in value)
+        return type(value)(_cut_part(item, n, i) for item in value)
     return None if any(True for _ in tensors_in(value)) else value

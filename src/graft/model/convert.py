@@ -58,8 +58,8 @@ def convert_to_lora(
         TypeError: the model has no adapter on layers, or this one has no ΔW on some layer.
         ValueError: a layer cannot have that rank; the adapter trains biases of the base, or is not loaded.
     """
-    parts, prefix, base, config = found(model, adapter_name)
-    made, values = convert(base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs, at)
+    parts, prefix, base, config = find_adapter(model, adapter_name)
+    lora_config, values = convert(base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs, at)
     nests = Nests(parts.layers.values())
     tensors = {
         f"{prefix}{clean(nests.path(key, parts.layers[key]))}.{container}" + (f".{path}" if path else ""): t
@@ -68,7 +68,7 @@ def convert_to_lora(
     }
     for entry in entries(Parts({}, parts.wrappers), adapter_name, prefix):
         tensors[entry.file] = entry.tensor.detach().clone()
-    return made, tensors
+    return lora_config, tensors
 
 
 @reads
@@ -86,19 +86,24 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
         ConfigError: it is another method's, or a variant whose first ranks are none; or the rank is not in its range.
     """
     rank = to_int(rank, "rank")
-    parts, prefix, _, config = found(model, adapter_name)
-    made = copy.deepcopy(config)
-    if not isinstance(made, LoraConfig) or made.lora_bias or set(made.variants) - {"use_dylora"}:
+    parts, prefix, _, config = find_adapter(model, adapter_name)
+    lora_config = copy.deepcopy(config)
+    if not isinstance(lora_config, LoraConfig) or lora_config.lora_bias or set(lora_config.variants) - {"use_dylora"}:
         raise ConfigError(f"Adapter '{adapter_name}' is not plain LoRA or DyLoRA, so that its first ranks are none.")
     for key, layer in parts.layers.items():
-        r = made.at(key).r
+        r = lora_config.at(key).r
         if layer.op.opaque or layer.op.groups(layer.base_layer) > 1:
             raise ConfigError(
                 f"Layer '{key}' has several matrices, whose first ranks are no adapter: use convert_to_lora."
             )
         if not 1 <= rank <= r:
             raise ConfigError(f"The rank must be between 1 and {r}, that of layer '{key}', got {rank}.")
-    made.r, made.rank_pattern, made.init_lora_weights, made.use_dylora = rank, {}, True, False
+    lora_config.r, lora_config.rank_pattern, lora_config.init_lora_weights, lora_config.use_dylora = (
+        rank,
+        {},
+        True,
+        False,
+    )
     tensors = {}
     for entry in entries(parts, adapter_name, prefix):
         t = entry.tensor.detach()
@@ -107,7 +112,7 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
         elif ".lora_B." in entry.file or ".lora_embedding_B" in entry.file:
             t = t[:, :rank]
         tensors[entry.file] = t.clone()
-    return made, tensors
+    return lora_config, tensors
 
 
 def save_as_lora(
@@ -125,12 +130,12 @@ def save_as_lora(
         TypeError, ValueError: as `convert_to_lora`; nothing is written.
     """
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs, at)
-    parts, _, base, _ = found(model, adapter_name)
+    parts, _, base, _ = find_adapter(model, adapter_name)
     save.describe_base(config, base)
     files.save_adapter(os.fspath(path), tensors, config, True, fingerprint(weights_of(parts, base)))
 
 
-def found(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module, PeftConfig]:
+def find_adapter(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module, PeftConfig]:
     """Return the carriers of an adapter, the prefix of its keys, its base model and its config."""
     model = unwrapped(model)
     config = save.config_of(model, adapter)

@@ -29,7 +29,7 @@ from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.sub_configs import ArrowConfig
 from graft.methods.xlora import CLASSIFIER, XLoraClassifier, XLoraConfig, check_top_k
 from graft.model.compose import Composition
-from graft.model.modes import modes_of, put_back
+from graft.model.modes import read_modes, restore_modes
 from graft.model.peft_model import PeftModel
 from graft.model.registry import Configs, Registry, check_adapter_name
 from graft.model.tuner import Tuner
@@ -83,16 +83,16 @@ class XLoraRegistry(Registry):
         self.check_new(adapter_name, config)
         if not (options.heads is None and options.state_dict is None):
             raise ConfigError("X-LoRA takes its layers from its experts: pass neither heads nor a state_dict.")
-        found = {name: self._expert(adapter_name, config, name) for name in config.adapters or {}}
-        if not found:
+        experts = {name: self._read_expert(adapter_name, config, name) for name in config.adapters or {}}
+        if not experts:
             raise ConfigError("X-LoRA needs experts: name them in XLoraConfig.adapters, {name: path}.")
-        check_top_k(config.top_k_lora, len(found))
+        check_top_k(config.top_k_lora, len(experts))
         with self._all_or_nothing():
-            for name, (expert, loaded) in found.items():
-                own = Values(self.model, expert, name, loaded)
-                self._inject(name, expert, Options(options.upcast, values=own))
-            self._check_experts(found)
-            self._gather(adapter_name, config, list(found), options.on_meta)
+            for name, (expert, loaded) in experts.items():
+                values = Values(self.model, expert, name, loaded)
+                self._inject(name, expert, Options(options.upcast, values=values))
+            self._check_experts(experts)
+            self._make_classifier(adapter_name, config, list(experts), options.on_meta)
             report = InjectReport(adapter_name, "XLORA")
             report.other_trainable = sum(p.numel() for p in self.classifier.parameters())
             if options.values is not None:
@@ -103,7 +103,7 @@ class XLoraRegistry(Registry):
         self.reports[adapter_name] = report
         return report
 
-    def _expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[LoraConfig, files.Loaded]:
+    def _read_expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[LoraConfig, files.Loaded]:
         """Read an expert: from beside the config, where that is a whole checkpoint, else from where it says."""
         check_adapter_name(name, [*self.peft_config, owner])
         where = config.adapters[name]  # type: ignore[index]
@@ -142,17 +142,17 @@ class XLoraRegistry(Registry):
                         f"({layer.site.type_name}, {type(m).__name__}) of expert '{m.name}'."
                     )
         for key, wrapper in self.wrappers.items():
-            own = [name for name in names if name in wrapper.adapters]
+            users = [name for name in names if name in wrapper.adapters]
             try:
-                wrapper.check_active(own)
+                wrapper.check_active(users)
             except ValueError as e:
                 raise ConfigError(
-                    f"X-LoRA runs its experts at once, and {own} each bring a '{key}' of their own (a head, or token "
+                    f"X-LoRA runs its experts at once, and {users} each bring a '{key}' of their own (a head, or token "
                     "rows), which it does not mix. Train experts without: no modules_to_save, and no task_type that "
                     "adds a head, as SEQ_CLS does."
                 ) from e
 
-    def _gather(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:
+    def _make_classifier(self, adapter_name: str, config: XLoraConfig, names: list[str], on_meta: bool) -> None:
         """Make the classifier, for the layers in the order in which they stand in the model."""
         modules = {id(m): i for i, (_, m) in enumerate(self.model.named_modules())}
         order = sorted(self.layers, key=lambda key: modules[id(self.layers[key])])
@@ -162,12 +162,12 @@ class XLoraRegistry(Registry):
         where = dict(device=first.where[0], dtype=next(self.model.parameters()).dtype)
         if on_meta:
             where["device"] = META
-        made = XLoraClassifier(config, len(names), len(order), where)
-        self.gate = OnTuner(adapter_name, {CLASSIFIER: made})
+        classifier = XLoraClassifier(config, len(names), len(order), where)
+        self.gate = OnTuner(adapter_name, {CLASSIFIER: classifier})
         self.gate.state.call = self.call
         self.gate.require_grad(adapter_name, False)
         self.owner, self.experts = adapter_name, tuple(names)
-        self.holder.add_module(CLASSIFIER, made)
+        self.holder.add_module(CLASSIFIER, classifier)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -272,9 +272,9 @@ def create_arrow_model(
     if arrow_config.top_k > len(tasks):
         raise ConfigError(f"top_k={arrow_config.top_k} is more than the {len(tasks)} experts.")
     general = {f"{GENERAL}{i}": path for i, path in enumerate(general_adapter_paths or ()) if arrow_config.use_gks}
-    sources = {name: source_of(path) for name, path in {**tasks, **general}.items()}
+    sources = {name: split_source(path) for name, path in {**tasks, **general}.items()}
     model: PeftModel | None = None
-    before = modes_of(base_model)
+    before = read_modes(base_model)
     try:
         for name, (where, subfolder) in sources.items():
             options = dict(adapter_kwargs) if subfolder is None else {"subfolder": subfolder, **adapter_kwargs}
@@ -284,20 +284,20 @@ def create_arrow_model(
                 model.load_adapter(where, name, **options)
         assert model is not None
         arrow_config.task_adapter_names, arrow_config.gks_adapter_names = list(tasks), list(general)
-        targets, r = agreed(model, list(sources))
+        targets, r = agree_on_targets(model, list(sources))
         router = LoraConfig(arrow_config=arrow_config, target_modules=targets, r=r)
         autocast = adapter_kwargs.get("autocast_adapter_dtype", True)
         model.add_adapter(ROUTER, router, autocast_adapter_dtype=autocast)
     except BaseException:
         if model is not None:
             registry_of(model).unload(keep_modules=False)
-        put_back(before)
+        restore_modes(before)
         raise
     model.set_adapter(ROUTER)
     return model
 
 
-def source_of(path: str) -> tuple[str, str | None]:
+def split_source(path: str) -> tuple[str, str | None]:
     """Return the folder, or the hub repository and its sub-folder."""
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, CONFIG_NAME)):
@@ -309,14 +309,16 @@ def source_of(path: str) -> tuple[str, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
-def agreed(model: PeftModel, names: list[str]) -> tuple[list[str], int]:
+def agree_on_targets(model: PeftModel, names: list[str]) -> tuple[list[str], int]:
     """Return the targets and the rank of the router: those of the adapters, which must agree."""
     layers = registry_of(model).layers
     adapted = {name: {key: layer for key, layer in layers.items() if name in layer.methods} for name in names}
-    other = [f"  - adapter '{n}' on module '{k}' of type {a.site.type_name}" for n, found in adapted.items()
-             for k, a in found.items() if not a.site.op.linear]  # fmt: skip
-    if other:
-        raise UnsupportedLayerError("LoRA adapters must only target Linear-like layers. Found:\n" + "\n".join(other))
+    unsupported = [f"  - adapter '{n}' on module '{k}' of type {a.site.type_name}" for n, by_key in adapted.items()
+             for k, a in by_key.items() if not a.site.op.linear]  # fmt: skip
+    if unsupported:
+        raise UnsupportedLayerError(
+            "LoRA adapters must only target Linear-like layers. Found:\n" + "\n".join(unsupported)
+        )
     first = names[0]
     for name in names[1:]:
         if adapted[name].keys() != adapted[first].keys():

@@ -23,20 +23,20 @@ from graft.kernels.versions import version_of
 from graft.model.checkpoints import cast_adapter_dtype as cast_adapter_dtype
 from graft.model.peft_model import PeftModel
 from graft.model.registry import Registry
-from graft.model.tuner import Tuner, targets_of
+from graft.model.tuner import Tuner, make_target_test
 
 
-def parts_in(model: nn.Module) -> list[AdapterLayer | Wrapper]:
+def find_carriers(model: nn.Module) -> list[AdapterLayer | Wrapper]:
     tree = survey(model)
     return [*tree.layers.values(), *tree.wrappers.values()]
 
 
-def check_there(parts: list[AdapterLayer | Wrapper], names: Sequence[str]) -> None:
-    have = dict.fromkeys(name for part in parts for name in part.adapters)
-    unknown = [n for n in names if n not in have]
-    if unknown or not have:
+def check_carried(parts: list[AdapterLayer | Wrapper], names: Sequence[str]) -> None:
+    known = dict.fromkeys(name for part in parts for name in part.adapters)
+    unknown = [n for n in names if n not in known]
+    if unknown or not known:
         raise AdapterNotFoundError(
-            f"Adapter {', '.join(unknown) or 'without a name'} not found. The model has: {', '.join(have) or 'none'}."
+            f"Adapter {', '.join(unknown) or 'without a name'} not found. The model has: {', '.join(known) or 'none'}."
         )
 
 
@@ -52,8 +52,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
     if registry is not None:
         registry.set_adapter(names, inference_mode)
         return
-    parts = parts_in(model)
-    check_there(parts, names)
+    parts = find_carriers(model)
+    check_carried(parts, names)
     with parts[0].call.gate.change(f"set_adapter({names})"):
         for part in parts:
             part.check_active(names)
@@ -79,11 +79,11 @@ def delete_adapter(
     if registry is not None:
         registry.delete_adapter(adapter_name)
         return list(registry.active_adapters)
-    parts = parts_in(model)
-    have = dict.fromkeys(name for part in parts for name in part.adapters)
+    parts = find_carriers(model)
+    known = dict.fromkeys(name for part in parts for name in part.adapters)
     active = next((list(p.active_adapters) for p in parts if p.active_adapters), [])
-    if adapter_name not in have:
-        warn(f"There is no adapter {adapter_name} to delete. The model has: {', '.join(have) or 'none'}.", PeftWarning)
+    if adapter_name not in known:
+        warn(f"There is no adapter {adapter_name} to delete. The model has: {', '.join(known) or 'none'}.", PeftWarning)
         return active
     check_not_merged([adapter_name], {name for part in parts for name in part.merged_adapters})
     with parts[0].call.gate.change(f"delete_adapter({adapter_name!r})", deletion(adapter_name, active)):
@@ -92,7 +92,7 @@ def delete_adapter(
         configs = getattr(model, "peft_config", None)
         if isinstance(configs, dict):  # a model without a PeftModel
             configs.pop(adapter_name, None)
-        left = active_without(adapter_name, active, have.keys() - {adapter_name})
+        left = active_without(adapter_name, active, known.keys() - {adapter_name})
         if left and left[0] not in active:
             set_adapter(model, left)
     return left
@@ -109,8 +109,8 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     if registry is not None:
         registry.set_requires_grad(names, requires_grad)
         return
-    parts = parts_in(model)
-    check_there(parts, names)
+    parts = find_carriers(model)
+    check_carried(parts, names)
     with parts[0].call.gate.change(f"set_requires_grad({names})", names):
         for part in parts:
             part.set_requires_grad(names, requires_grad)
@@ -129,7 +129,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers = layers_with_scaling(model)
     if not layers:
         raise ValueError("scaling is only supported for models with `LoraLayer`s, and this one has none.")
-    with rescaled(layers, lambda path: multiplier, "rescale_adapter_scale()"):
+    with rescale_layers(layers, lambda path: multiplier, "rescale_adapter_scale()"):
         yield
 
 
@@ -139,32 +139,32 @@ def layers_with_scaling(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def rescaled(layers: Mapping[str, Any], factor: Callable[[str], float], what: str) -> Iterator[None]:
+def rescale_layers(layers: Mapping[str, Any], factor: Callable[[str], float], what: str) -> Iterator[None]:
     """Multiply the scalings of layers within the block, each by a factor of its path. what: does so, for who waits."""
     gate, before = next(iter(layers.values())).call.gate, {path: layer.scaling for path, layer in layers.items()}
     marks: dict[str, dict[str, tuple[Any, int]]] = {}
     with gate.change(what):
         for path, layer in layers.items():  # another dict: callers compare the two
             layer.scaling = {name: value * factor(path) for name, value in layer.scaling.items()}
-            marks[path] = {name: mark_of(value) for name, value in layer.scaling.items()}
+            marks[path] = {name: mark_scaling(value) for name, value in layer.scaling.items()}
     try:
         yield
     finally:
         with gate.change(f"the end of {what}"):
             for path, layer in layers.items():
-                same = {name for name, mark in marks[path].items() if is_still(layer.scaling.get(name), mark)}
-                own = before[path]  # those that others have set meanwhile, as a hot-swap does, stay
-                layer.scaling = {name: own[name] if name in same else value for name, value in layer.scaling.items()}
+                same = {name for name, mark in marks[path].items() if is_unchanged(layer.scaling.get(name), mark)}
+                old = before[path]  # those that others have set meanwhile, as a hot-swap does, stay
+                layer.scaling = {name: old[name] if name in same else value for name, value in layer.scaling.items()}
 
 
-def mark_of(value: object) -> tuple[object, int]:
+def mark_scaling(value: object) -> tuple[object, int]:
     """Return a scaling, with what changes when somebody writes to it: a tensor where hot-swaps are compiled."""
     return value, version_of(value) if isinstance(value, Tensor) else 0
 
 
-def is_still(value: object, mark: tuple[object, int]) -> bool:
+def is_unchanged(value: object, mark: tuple[object, int]) -> bool:
     """Return True if a scaling is the one that was marked, and nobody has written to it."""
-    return value is mark[0] and mark_of(value) == mark
+    return value is mark[0] and mark_scaling(value) == mark
 
 
 @contextmanager
@@ -202,7 +202,7 @@ def calling(model: nn.Module) -> AbstractContextManager[object]:
 
 def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:
     """Return the paths of modules that an adapter's config names, and of all others: {"matched": …, "unmatched": …}."""
-    targets = targets_of(tuner, tuner.peft_config[adapter_name])
+    targets = make_target_test(tuner, tuner.peft_config[adapter_name])
     paths: dict[str, list[str]] = {"matched": [], "unmatched": []}
     for key in survey(tuner.model).modules:
         paths["matched" if targets(key) else "unmatched"].append(key)
@@ -236,8 +236,8 @@ def update_signature(model: PeftModel, method: str = "all") -> None:
         raise ValueError(f"method {method} is not supported please choose one of {[*CALLS, 'all']}")
     base = model.get_base_model()
     for name in CALLS if method == "all" else (method,):
-        if hasattr(base, name) and takes_anything(getattr(model, name)):
-            setattr(model, name, like(getattr(model, name), getattr(base, name)))
+        if hasattr(base, name) and accepts_anything(getattr(model, name)):
+            setattr(model, name, copy_signature(getattr(model, name), getattr(base, name)))
 
 
 def update_forward_signature(model: PeftModel) -> None:
@@ -248,16 +248,16 @@ def update_generate_signature(model: PeftModel) -> None:
     update_signature(model, "generate")
 
 
-def takes_anything(function: Callable[..., object]) -> bool:
+def accepts_anything(function: Callable[..., object]) -> bool:
     kinds = [p.kind for p in inspect.signature(function).parameters.values()]
     return kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 
 
-def like(function: Callable[..., object], example: Callable[..., object]) -> Callable[..., object]:
+def copy_signature(function: Callable[..., object], example: Callable[..., object]) -> Callable[..., object]:
     """Return `function` with the signature and help of `example`."""
 
     @functools.wraps(example)
-    def wrapped(*args: object, **kwargs: object) -> object:
+    def call(*args: object, **kwargs: object) -> object:
         return function(*args, **kwargs)
 
-    return wrapped
+    return call

@@ -18,7 +18,7 @@ from graft.inject.survey import is_block, nest_of, survey
 from graft.storage import innermost, release_packed
 
 
-def union(names: Iterable[list[str]]) -> list[str]:
+def unique_names(names: Iterable[list[str]]) -> list[str]:
     """Return all names, each once, in order."""
     return list(dict.fromkeys(name for some in names for name in some))
 
@@ -32,41 +32,43 @@ def merge_layers(
     """
     from tqdm import tqdm
 
-    done = union(layer.state.merged for layer in layers)
+    done = unique_names(layer.state.merged for layer in layers)
     active = {layer: [n for n in layer.active_adapters if n in layer.methods] for layer in layers}
     wanted = active if choice is None else {layer: [n for n in choice if n in layer.methods] for layer in layers}
     chosen = {layer: [n for n in names if n not in layer.merged_adapters] for layer, names in wanted.items()}
     chosen = {layer: names for layer, names in chosen.items() if names}
-    names = union(chosen.values())
-    replaces = any(merging.replaces(layer, here) for layer, here in chosen.items())
-    merging.warn_merged(done, union(wanted.values()), names, replaces)
+    names = unique_names(chosen.values())
+    replaces = any(merging.replaces(layer, names_here) for layer, names_here in chosen.items())
+    merging.warn_merged(done, unique_names(wanted.values()), names, replaces)
     if not names:
         return None
     asked: merging.Asked = set()
     replaced = {layer: f for layer in chosen if (f := merging.theirs(layer, "merge")) is not None}
-    own = {layer: here for layer, here in chosen.items() if layer not in replaced}
-    for layer, here in own.items():
-        merging.check(layer, here, safe_merge, undoable, asked)
-    merging.check_finite(own)
+    graft_merges = {layer: names_here for layer, names_here in chosen.items() if layer not in replaced}
+    for layer, names_here in graft_merges.items():
+        merging.check(layer, names_here, safe_merge, undoable, asked)
+    merging.check_finite(graft_merges)
     left = {
         layer: [n for n in active[layer] if n not in chosen.get(layer, ()) and n not in layer.merged_adapters]
         for layer in (chosen if undoable else layers)
     }
-    if silent := union(left.values()):
+    if silent := unique_names(left.values()):
         until = "the merged model is without them"
         if undoable:
             until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
         warn(f"Active adapters {silent} are not merged: {until}.")
-    by_delta = {layer: own.pop(layer) for layer in [*own] if merging.theirs(layer, merging.DELTA) is not None}
-    before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta, *(own if undoable else ()))}
+    by_delta = {
+        layer: graft_merges.pop(layer) for layer in [*graft_merges] if merging.theirs(layer, merging.DELTA) is not None
+    }
+    before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta, *(graft_merges if undoable else ()))}
     try:  # first a client's `merge`, which may raise: the merges after it may keep no undo
         for layer, merge in replaced.items():
             merge(safe_merge=safe_merge, adapter_names=chosen[layer])
-        for layer, here in by_delta.items():
-            layer.merge_checked(here, True)
+        for layer, names_here in by_delta.items():
+            layer.merge_checked(names_here, True)
         if undoable:
-            for layer, here in tqdm(own.items(), desc="Merging", unit="layer", disable=not progress):
-                layer.merge_checked(here, True)
+            for layer, names_here in tqdm(graft_merges.items(), desc="Merging", unit="layer", disable=not progress):
+                layer.merge_checked(names_here, True)
     except BaseException:
         for layer, merged in before.items():
             if layer.state.merged != merged:
@@ -74,8 +76,8 @@ def merge_layers(
                 layer.merge_checked(merged, True) if merged else layer.changed()
         raise
     if not undoable:
-        for layer, here in tqdm(own.items(), desc="Merging", unit="layer", disable=not progress):
-            layer.merge_checked(here, False)
+        for layer, names_here in tqdm(graft_merges.items(), desc="Merging", unit="layer", disable=not progress):
+            layer.merge_checked(names_here, False)
     return merging.warn_lost(layers)
 
 
@@ -93,26 +95,26 @@ def merge_report(model: nn.Module) -> dict[str, float]:
     return dict(zip(merged, merging.shares_kept(list(merged.values()))))
 
 
-def unload(model: nn.Module, frozen: Set[str] | None) -> None:
+def unload_adapters(model: nn.Module, frozen: Set[str] | None) -> None:
     """Take the adapter layers and wrappers out of a model, and let its parameters train but for `frozen` ones.
 
     Args:
         frozen: names of parameters; None: leave all as they are.
     """
-    before = vocabulary(model)
-    restore(model)
+    before = vocabulary_sizes(model)
+    restore_modules(model)
     release_packed(model.modules())
     if "peft_config" in model.__dict__:
         del model.peft_config
-    resize(model, before)
-    retie(model)
+    update_vocabulary_size(model, before)
+    retie_embeddings(model)
     if frozen is not None:
         for name, p in model.named_parameters(remove_duplicate=False):
             if p.is_floating_point():
                 p.requires_grad_(name not in frozen)
 
 
-def restore(model: nn.Module) -> None:
+def restore_modules(model: nn.Module) -> None:
     """Put what adapter layers and wrappers hold in their places, also in blocks and where parameters are adapted."""
     seen: set[int] = set()
 
@@ -132,7 +134,7 @@ def restore(model: nn.Module) -> None:
     visit(model)
 
 
-def declared_tied(model: nn.Module) -> Iterator[nn.Module]:
+def find_tied_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules whose weights a transformers model says are tied to others."""
     for part in model.modules():
         for key in getattr(part, "_tied_weights_keys", None) or ():
@@ -145,16 +147,16 @@ def declared_tied(model: nn.Module) -> Iterator[nn.Module]:
                 yield module
 
 
-def vocabulary(model: nn.Module) -> list[int | None]:
+def vocabulary_sizes(model: nn.Module) -> list[int | None]:
     """Return for how many tokens the base's embeddings, and its head, have rows; nothing if its config says no size."""
     if getattr(text_config(model), "vocab_size", None) is None:
         return []
     return [tokens_of(m and innermost(m)) for m in (input_embeddings(model), output_embeddings(model))]
 
 
-def resize(model: nn.Module, before: list[int | None]) -> None:
+def update_vocabulary_size(model: nn.Module, before: list[int | None]) -> None:
     """Set the size of the vocabulary in the config, if embeddings with another came out of an adapter."""
-    after, config = vocabulary(model), text_config(model)
+    after, config = vocabulary_sizes(model), text_config(model)
     if after == before or config.vocab_size not in before:
         return
     old, sizes = config.vocab_size, {n for n in after if n is not None}
@@ -169,7 +171,7 @@ def resize(model: nn.Module, before: list[int | None]) -> None:
         model.vocab_size = config.vocab_size
 
 
-def retie(model: nn.Module) -> None:
+def retie_embeddings(model: nn.Module) -> None:
     """Tie the embeddings of a tied model again after merging, or say in its config that they now differ."""
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
@@ -177,9 +179,9 @@ def retie(model: nn.Module) -> None:
     table = getattr(input_embeddings(model), "weight", None)
     if table is None or table.is_meta:  # CSM's have tables inside
         return
-    for module in declared_tied(model):  # those of an encoder and a decoder
-        own = module.weight
-        if own is not table and not own.is_meta and torch.equal(own, table):
+    for module in find_tied_modules(model):  # those of an encoder and a decoder
+        weight = module.weight
+        if weight is not table and not weight.is_meta and torch.equal(weight, table):
             module.weight = table
     outputs = output_embeddings(model)
     head = getattr(outputs, "weight", None)

@@ -13,8 +13,8 @@ from graft.inject.parts import HOLDER, registry_of
 from graft.methods import METHODS, method_of
 from graft.model.compose import Composition
 from graft.model.peft_model import PeftModel
-from graft.model.tuner import Tuner, for_tuner, tuner_of
-from graft.model.tuner_type import step
+from graft.model.tuner import Tuner, as_tuner_method, tuner_of
+from graft.model.tuner_type import mark_step
 
 if TYPE_CHECKING:
     from graft.combine.weighted import WeightedReport
@@ -39,7 +39,7 @@ class MixedModel(Tuner):
         functions = list(dict.fromkeys(m.tuner_methods[name] for m in owners.values() if name in m.tuner_methods))
         if not functions:
             return super().__getattr__(name)
-        bound = [for_tuner(function) for function in functions]
+        bound = [as_tuner_method(function) for function in functions]
         if isinstance(bound[0], property):
             return bound[0].__get__(self)
 
@@ -56,7 +56,7 @@ class MixedModel(Tuner):
 
         return run
 
-    @step
+    @mark_step
     def _create_and_replace(self, peft_config: PeftConfig, *args: object, **kwargs: object) -> None:
         """Do what the tuner class of the config's method does."""
         tuner_of(peft_config.peft_type)._create_and_replace(self, peft_config, *args, **kwargs)

@@ -10,31 +10,31 @@ from torch import nn
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def use_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Have the model in training or evaluation mode in the block, and all modules in their own again afterwards."""
-    before = modes_of(model)
+    before = read_modes(model)
     model.train(training)
     try:
         yield
     finally:
-        put_back(before)
+        restore_modes(before)
 
 
 @contextmanager
-def modes_unless_it_fails(model: nn.Module) -> Iterator[None]:
+def restore_modes_on_error(model: nn.Module) -> Iterator[None]:
     """Have all modules of a model in their modes from before again if the block raises."""
-    before = modes_of(model)
+    before = read_modes(model)
     try:
         yield
     except BaseException:
-        put_back(before)
+        restore_modes(before)
         raise
 
 
-def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+def read_modes(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     return [(module, module.training) for module in model.modules()]
 
 
-def put_back(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+def restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
         module.training = training

@@ -25,11 +25,20 @@ from graft.inject.survey import Tree
 from graft.io.load import LoadReport, Values
 from graft.methods import method_of
 from graft.model import checkpoints
-from graft.model.compose import Composition, names_in, shares_of
-from graft.model.modes import modes_unless_it_fails
-from graft.model.registry import Registry, check_adapter_name, unless_it_fails
+from graft.model.compose import Composition, adapters_in, copy_shares
+from graft.model.modes import restore_modes_on_error
+from graft.model.registry import Registry, check_adapter_name, restore_on_error
 from graft.model.rooms import import_from_room
-from graft.model.rows import RowNames, composed, composition_for, draws_of, names_of_rows, rows_of, spread, untouched
+from graft.model.rows import (
+    RowNames,
+    check_row_names,
+    choose_composition,
+    copy_batch,
+    forbid_shared_draws,
+    make_draws,
+    make_rows,
+    use_copies,
+)
 from graft.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from graft.model.tuner import Tuner, tuner_of
 from graft.model.watch import check_averaged, note_start, warn_trainer_unaware
@@ -86,7 +95,7 @@ class PeftModel(nn.Module):
         check_adapter_name(adapter_name)
         check_config(peft_config)
         options = Options(autocast_adapter_dtype, low_cpu_mem_usage, values, heads, provisional=provisional)
-        with unless_it_fails(peft_config):
+        with restore_on_error(peft_config):
             self._extend_config(peft_config)
             if isinstance(peft_config, PromptLearningConfig):
                 from graft.model.prompts import Prompts  # not needed for adapters on layers
@@ -209,8 +218,8 @@ class PeftModel(nn.Module):
         warn_trainer_unaware(type(self))  # Trainer asks when it gets the model
         base = self.get_base_model()
         said = getattr(base, "accepts_loss_kwargs", None)
-        taken = inspect.signature(base.forward).parameters.values()
-        return any(p.kind is p.VAR_KEYWORD for p in taken) if said is None else bool(said)
+        parameters = inspect.signature(base.forward).parameters.values()
+        return any(p.kind is p.VAR_KEYWORD for p in parameters) if said is None else bool(said)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True if plain LoRA can hold what an adapter does to all of its layers: see `graft.convert_to_lora`."""
@@ -262,12 +271,12 @@ class PeftModel(nn.Module):
             ValueError: the name is taken, or the config is of another method.
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: nothing has changed.
         """
-        self._add(adapter_name, peft_config, Options(autocast_adapter_dtype, low_cpu_mem_usage, None, heads))
+        self._add_adapter(adapter_name, peft_config, Options(autocast_adapter_dtype, low_cpu_mem_usage, None, heads))
 
-    def _add(self, adapter_name: str, config: PeftConfig, options: Options) -> None:
+    def _add_adapter(self, adapter_name: str, config: PeftConfig, options: Options) -> None:
         with self._registry.call.gate.change(f"add_adapter({adapter_name!r})", (), late=True):
             self._registry.check_new(adapter_name, config)
-            with unless_it_fails(config):
+            with restore_on_error(config):
                 self._extend_config(config)
                 self._registry.add_adapter(adapter_name, config, options)
             if options.values is None and processes() > 1:
@@ -309,9 +318,9 @@ class PeftModel(nn.Module):
             AdapterNotFoundError: the adapter is not loaded.
             AdapterNameError: the name is taken, or cannot be one.
         """
-        from graft.model.reference import refer
+        from graft.model.reference import make_reference
 
-        return refer(self, adapter_name, name, self._add)
+        return make_reference(self, adapter_name, name, self._add_adapter)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         self._registry.set_requires_grad(adapter_names, requires_grad)
@@ -326,7 +335,7 @@ class PeftModel(nn.Module):
         Raises:
             InUseError: adapters are merged, and this thread is in a call, or other threads' do not end.
         """
-        with self._registry.disabled_here():
+        with self._registry.disable_for_thread():
             yield
 
     def _heads_changed(self) -> None:
@@ -345,7 +354,7 @@ class PeftModel(nn.Module):
             TypeError: the model has no prompts.
             ValueError: none of them is active.
         """
-        return self._prompts("get_prompt").prompt(batch_size, task_ids)
+        return self._require_prompts("get_prompt").prompt(batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """Return a prompt as in a checkpoint: (tokens, dim), or keys and values (tokens, 2 · layers · token_dim).
@@ -354,9 +363,9 @@ class PeftModel(nn.Module):
             TypeError: the model has no prompts.
             AdapterNotFoundError: there is none of that name.
         """
-        return self._prompts("get_prompt_embedding_to_save").file_prompt(adapter_name)
+        return self._require_prompts("get_prompt_embedding_to_save").file_prompt(adapter_name)
 
-    def _prompts(self, asked: str) -> Prompts:
+    def _require_prompts(self, asked: str) -> Prompts:
         if "prompt_encoder" not in self._modules:
             raise TypeError(
                 f"{asked}() is of prompt methods, such as PROMPT_TUNING, and the adapters of this model are "
@@ -366,29 +375,29 @@ class PeftModel(nn.Module):
 
     # forward
 
-    def _call(
+    def _call_base(
         self, function: Any, inputs: tuple[object, ...], kwargs: dict[str, Any], generates: bool = False
     ) -> object:
         """Run a function of the base model; take graft's own arguments out and act on them."""
-        names = names_of_rows(kwargs.pop("adapter_names", None))
+        names = check_row_names(kwargs.pop("adapter_names", None))
         registry, compose = self._registry, kwargs.pop("compose", None)
-        value = composition_for(registry, compose, names)
+        value = choose_composition(registry, compose, names)
         while True:
             of_rows = names if value is None else [value]
-            used = None if of_rows is None else [n for name in of_rows for n in names_in(name)]
-            with self._calling("generate" if generates else "forward", used):
-                known, value = value, composition_for(registry, compose, names)
+            used = None if of_rows is None else [n for name in of_rows for n in adapters_in(name)]
+            with self._begin_call("generate" if generates else "forward", used):
+                known, value = value, choose_composition(registry, compose, names)
                 if value != known:
                     continue  # another one is active since, for which this call waited
                 if compose is not None:
                     registry.check_composition(compose)
-                given: AbstractContextManager[None] = nullcontext()
+                facts: AbstractContextManager[None] = nullcontext()
                 if value is not None:
                     methods = [method_of(config.peft_type) for config in self.peft_config.values()]
-                    own = {*self.special_peft_forward_args, *(name for m in methods for name in m.arguments)}
-                    inputs, kwargs, names, given = composed(registry.call, value, inputs, kwargs, own)
-                with given:
-                    output, context = self._run(function, names, inputs, kwargs, generates, shares_of(value))
+                    own_arguments = {*self.special_peft_forward_args, *(name for m in methods for name in m.arguments)}
+                    inputs, kwargs, names, facts = copy_batch(registry.call, value, inputs, kwargs, own_arguments)
+                with facts:
+                    output, context = self._run_in_call(function, names, inputs, kwargs, generates, copy_shares(value))
             break
         if torch.is_grad_enabled() and not (generates or torch.compiler.is_compiling()):
             registry.call.keep_for_backward(output, context)
@@ -396,7 +405,7 @@ class PeftModel(nn.Module):
                 registry.watch.follow(output, (*inputs, *kwargs.values()))
         return output
 
-    def _run(
+    def _run_in_call(
         self,
         function: Callable[..., object],
         names: RowNames,
@@ -412,26 +421,31 @@ class PeftModel(nn.Module):
         registry = self._registry
         if generates:
             registry.check_generate(kwargs)
-        call, taken = registry.call, (*self.special_peft_forward_args, *registry.arguments)
-        own = {name: kwargs.pop(name) for name in taken if name in kwargs}
+        call, names_of_own = registry.call, (*self.special_peft_forward_args, *registry.arguments)
+        own_arguments = {name: kwargs.pop(name) for name in names_of_own if name in kwargs}
         generators = kwargs.pop("adapter_generators", None)
         if generates and generators is not None:
             raise TypeError("adapter_generators are for training, by the model's forward: generate() takes none.")
-        rows = rows_of(registry, names, inputs, kwargs)
-        draws = draws_of(generators, rows)
+        rows = make_rows(registry, names, inputs, kwargs)
+        draws = make_draws(generators, rows)
         if not registry.averaged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_averaged(registry)
             registry.averaged = True
         used = None if rows is None else [BASE if n is None else n for n in rows.names]
-        run = Run(inputs, kwargs, own, rows, generates, shares=shares)
+        run = Run(inputs, kwargs, own_arguments, rows, generates, shares=shares)
         run.copies = copies_of(registry.model, inputs, kwargs) if generates else 1
-        with untouched(draws), call.using(rows, draws), self._heads_of(used), registry.acting(run) as finish:
+        with (
+            forbid_shared_draws(draws),
+            call.using(rows, draws),
+            self._heads_of(used),
+            registry.enter_methods(run) as finish,
+        ):
             if run.copies > 1 and call.context:
-                with spread(call, run.copies, self.get_base_model()):
+                with use_copies(call, run.copies, self.get_base_model()):
                     return finish(function(*inputs, **kwargs)), call.context
             return finish(function(*inputs, **kwargs)), call.context
 
-    def _calling(self, what: str, names: Sequence[str] | None) -> AbstractContextManager[object]:
+    def _begin_call(self, what: str, names: Sequence[str] | None) -> AbstractContextManager[object]:
         """Return a context: a call of the model."""
         return self._registry.calling(what, names)
 
@@ -453,11 +467,11 @@ class PeftModel(nn.Module):
                 generator, or shares one; or the base itself draws random numbers.
             TypeError: `adapter_names` are no names, or `adapter_generators` no generators.
         """
-        return self._call(self.get_base_model(), args, kwargs)
+        return self._call_base(self.get_base_model(), args, kwargs)
 
     def generate(self, *args: object, **kwargs: object) -> Any:
         """Run the base model's generate, with `adapter_names` and `compose` as in `forward`."""
-        return self._call(self.get_base_model().generate, args, kwargs, generates=True)
+        return self._call_base(self.get_base_model().generate, args, kwargs, generates=True)
 
     @staticmethod
     def prepare_model_for_gradient_checkpointing(model: object) -> None:
@@ -521,9 +535,9 @@ class PeftModel(nn.Module):
             if layout is not None and for_server is not None:
                 raise ConfigError(f"layout={layout!r} and for_server={for_server!r}: give one of the two.")
             if layout is not None:
-                from graft.model.adapter_tensors import save_in
+                from graft.model.adapter_tensors import save_in_layout
 
-                save_in(self, save_directory, selected_adapters, layout, is_main_process)
+                save_in_layout(self, save_directory, selected_adapters, layout, is_main_process)
                 return
             if for_server is not None:
                 export_adapters = import_from_room("export_adapters")
@@ -601,37 +615,41 @@ class PeftModel(nn.Module):
             HubError: the hub cannot be reached, or does not give a file.
         """
         by_task = {} if cls._mixed_tuner else OF_TASKS
-        config, loaded = checkpoints.read(
-            model_id, kwargs, lambda read: replacement(by_task.get(read.task_type, cls)), config
+        config, loaded = checkpoints.read_adapter(
+            model_id, kwargs, lambda read: find_replaced_loader(by_task.get(read.task_type, cls)), config
         )
         kind = by_task.get(config.task_type, cls)
-        theirs = None if isinstance(model_id, checkpoints.AdapterInMemory) else replacement(kind)
-        if theirs is None and kwargs:
+        replaced_loader = None if isinstance(model_id, checkpoints.AdapterInMemory) else find_replaced_loader(kind)
+        if replaced_loader is None and kwargs:
             warn_unknown(PeftModel.from_pretrained, kwargs, LOADING | IDLE_LOADING | config.load_options)
-        with unless_it_fails(config), nullcontext() if theirs is None else modes_unless_it_fails(model):
+        with restore_on_error(config), nullcontext() if replaced_loader is None else restore_modes_on_error(model):
             if options := {name: kwargs[name] for name in config.load_options if name in kwargs}:
                 config.take(options)
-            checkpoints.prepare(config, is_trainable)
+            checkpoints.prepare_config(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
             values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
-            made = kind(
+            peft_model = kind(
                 model,
                 config,
                 adapter_name,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 values=values,
                 change_timeout=change_timeout,
-                provisional=theirs is not None,
+                provisional=replaced_loader is not None,
             )
-            checkpoints.let_train(made, adapter_name, is_trainable)
-            made._heads_changed()
-            if theirs is not None:
+            checkpoints.let_train(peft_model, adapter_name, is_trainable)
+            peft_model._heads_changed()
+            if replaced_loader is not None:
                 arguments = dict(kwargs, is_trainable=is_trainable, key_mapping=key_mapping)
                 arguments["autocast_adapter_dtype"] = autocast_adapter_dtype
-                made._hand_over(theirs, values.report, (model_id, adapter_name, arguments), low_cpu_mem_usage)
-        return made
+                peft_model._call_replaced_loader(
+                    replaced_loader, values.report, (model_id, adapter_name, arguments), low_cpu_mem_usage
+                )
+        return peft_model
 
-    def _hand_over(self, theirs: str, report: LoadReport, request: LoadRequest, low_cpu_mem_usage: bool) -> None:
+    def _call_replaced_loader(
+        self, replaced_loader: str, report: LoadReport, request: LoadRequest, low_cpu_mem_usage: bool
+    ) -> None:
         """Call a replaced `load_adapter`, whose call of the original returns the report of what is loaded already."""
         model_id, adapter_name, options = request
         self.__dict__["_done"] = request, report
@@ -642,7 +660,7 @@ class PeftModel(nn.Module):
             done = self.__dict__.pop("_done", None)
         if done is not None:
             warn(
-                f"PeftModel.load_adapter was replaced by {theirs}, which has not called the original: adapter "
+                f"PeftModel.load_adapter was replaced by {replaced_loader}, which has not called the original: adapter "
                 f"'{adapter_name}' holds the values of its file wherever that has set no others.",
                 PeftWarning,
             )
@@ -686,18 +704,18 @@ class PeftModel(nn.Module):
         if all(k in kwargs for k in ("offload_folder", "offload_dir")):
             raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they mean the same.")
         warn_unknown(PeftModel.load_adapter, kwargs, LOADING | IDLE_LOADING)
-        config, loaded = checkpoints.read(model_id, kwargs, lambda _: replacement(type(self)))
+        config, loaded = checkpoints.read_adapter(model_id, kwargs, lambda _: find_replaced_loader(type(self)))
         tears: Names = None if self.training and not is_trainable else ()  # the model goes to eval mode
         with self._registry.call.gate.change(f"load_adapter({adapter_name!r})", tears, late=True):
             new = adapter_name not in self.peft_config
             if new:
-                checkpoints.prepare(config, is_trainable)
+                checkpoints.prepare_config(config, is_trainable)
             base, ignore = self.get_base_model(), kwargs.get("ignore_mismatched_sizes", False)
             values = Values(base, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
             if new:
-                self._add(adapter_name, config, Options(autocast_adapter_dtype, values=values))
+                self._add_adapter(adapter_name, config, Options(autocast_adapter_dtype, values=values))
             else:
-                checkpoints.fill(self, values, is_trainable)
+                checkpoints.fill_adapter(self, values, is_trainable)
             checkpoints.let_train(self, adapter_name, is_trainable, new)
             self._heads_changed()
             return values.report
@@ -712,6 +730,6 @@ LOAD_ADAPTER = PeftModel.load_adapter
 LoadRequest = tuple[Any, str, dict[str, Any]]  # what, as which adapter, how
 
 
-def replacement(kind: type[PeftModel]) -> str | None:
+def find_replaced_loader(kind: type[PeftModel]) -> str | None:
     """Return who has replaced `load_adapter` of a class, or overridden it; None if nobody has."""
     return None if kind.load_adapter is LOAD_ADAPTER else who(kind.load_adapter)

@@ -33,8 +33,8 @@ from graft.inject.report import InjectReport, Matched
 from graft.inject.stage import absent_from, draw_alike, group_in
 from graft.inject.survey import Tree, survey
 from graft.methods import method_of
-from graft.model.merging import unload
-from graft.model.modes import in_mode
+from graft.model.merging import unload_adapters
+from graft.model.modes import use_mode
 from graft.model.registry import Registry
 from graft.prompts.arguments import put_labels
 from graft.prompts.base import PLACE, STORED, Encoders, Prompt, check_tokens
@@ -84,12 +84,12 @@ class Prompts(Registry):
         """Return the report of a first prompt on `model`."""
         prompts = cls(model, config)
         cfg = copy.copy(config)
-        made = Injection(model, cfg, NoLayers, adapter_name, keys=()).find()
-        made.count_beside()
+        injection = Injection(model, cfg, NoLayers, adapter_name, keys=()).find()
+        injection.count_beside()
         prompts._fit(cfg, adapter_name)
         with torch.random.fork_rng(devices=()):
-            made.report.matched.append(matched(prompts._made(cfg)))
-        return made.report
+            injection.report.matched.append(describe_prompt(prompts._make_prompt(cfg)))
+        return injection.report
 
     def carriers(self) -> Iterator[Carrier]:
         yield self.prompt_encoder
@@ -109,22 +109,22 @@ class Prompts(Registry):
         cfg = copy.copy(config)
         self._fit(cfg, adapter_name)
         if options.values is not None:
-            options.values.check_room(size(lambda: {"": self._made(cfg)}))
+            options.values.check_room(size(lambda: {"": self._make_prompt(cfg)}))
         if processes() > 1 and (group := group_in(self.model.modules())) is not None:
             draw_alike(group)
         tree, self.tree = self.tree, None
-        prompt = self._made(cfg)
+        prompt = self._make_prompt(cfg)
         prompt.to(self.stacks["main"].device)
         done = Injection(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
             tree=tree or survey(self.model), options=options, keys=(), prompt=prompt,
         ).run()  # fmt: skip
-        done.report.matched.append(matched(prompt))
+        done.report.matched.append(describe_prompt(prompt))
         prompt.train(self.model.training)
         self.prompt_encoder.add(adapter_name, prompt)
         config.__dict__.update(cfg.__dict__)
         self.peft_config[adapter_name] = config
-        return self.take_in(adapter_name, done)
+        return self.register_injection(adapter_name, done)
 
     @contextmanager
     def provisional(self, adapter_name: str, then_keep: bool = True) -> Iterator[None]:
@@ -134,10 +134,10 @@ class Prompts(Registry):
         except BaseException:
             for wrapper in self.wrappers.values():
                 wrapper.forget(adapter_name)
-            unload(self.model, self.frozen_before)
+            unload_adapters(self.model, self.frozen_before)
             raise
 
-    def _made(self, cfg: PromptLearningConfig) -> Prompt:
+    def _make_prompt(self, cfg: PromptLearningConfig) -> Prompt:
         """Make a prompt of a complete config, on the CPU, with initial values: of the base's own words, if of any."""
         words = self.stacks["main"].words
         return self.method(cfg, getattr(words, "original_module", words))
@@ -178,7 +178,7 @@ class Prompts(Registry):
         main = self.stacks["main"]
         check_kind(self.stacks.get("decoder", main) if cfg.holds_keys else main, cfg)
         cfg.fit(getattr(self.model, "config", None), main.width)
-        for stack in self._entered(cfg):
+        for stack in self._find_stacks(cfg):
             check_size(stack, cfg)
         if type(self.model).__name__ in COUNTED and not cfg.holds_keys:
             raise ConfigError(
@@ -191,7 +191,7 @@ class Prompts(Registry):
                 "the task_type that it was made for, or FEATURE_EXTRACTION."
             )
 
-    def _entered(self, cfg: PromptLearningConfig) -> list[PromptStack]:
+    def _find_stacks(self, cfg: PromptLearningConfig) -> list[PromptStack]:
         """Return the stacks that a prompt goes into."""
         if "decoder" not in self.stacks or not (cfg.holds_keys or self._in_decoder(cfg)):
             return [self.stacks["main"]]
@@ -205,13 +205,13 @@ class Prompts(Registry):
     def check_generate(self, kwargs: dict[str, object]) -> None:
         if self.active is None:
             return
-        last = self._entered(self.active[0])[-1]
+        last = self._find_stacks(self.active[0])[-1]
         if last is self.stacks.get("decoder", last):  # else the prompt is in the encoder, which has no cache
             check_caches(kwargs, self.model)
             check_assistant(kwargs, self.model, last)
 
-    def _used(self) -> tuple[str, ...]:
-        return super()._used() if self.wrappers else ()  # the prompt has been computed when the model begins
+    def _names_used(self) -> tuple[str, ...]:
+        return super()._names_used() if self.wrappers else ()  # the prompt has been computed when the model begins
 
     @property
     def active(self) -> tuple[PromptLearningConfig, Prompt] | None:
@@ -222,7 +222,7 @@ class Prompts(Registry):
         return self.peft_config[name], self.prompt_encoder[name]
 
     @contextmanager
-    def acting(self, run: Run) -> Iterator[Finish]:
+    def enter_methods(self, run: Run) -> Iterator[Finish]:
         kwargs, arguments = run.kwargs, {name: run.own.get(name) for name in self.method.arguments}
         kwargs.pop("task_ids", None)  # only multitask prompts take it
         if self.call.rows is not None:
@@ -231,7 +231,7 @@ class Prompts(Registry):
             )
         outer = [stack.begin() for stack in self.stacks.values()]
         try:
-            finish, value = self._ready(kwargs, arguments)
+            finish, value = self._compute_prompt(kwargs, arguments)
             if value is not None:
                 self._insert(self.active[0], value)  # type: ignore[index]
             yield finish
@@ -241,7 +241,7 @@ class Prompts(Registry):
             for stack, call in zip(self.stacks.values(), outer):
                 stack.end(call)
 
-    def _ready(self, kwargs: dict[str, object], arguments: dict[str, object]) -> tuple[Finish, Tensor | None]:
+    def _compute_prompt(self, kwargs: dict[str, object], arguments: dict[str, object]) -> tuple[Finish, Tensor | None]:
         """Return a function for the output of a call, and the prompt that enters. Change `kwargs`."""
         if self.active is None:
             return as_it_is, None
@@ -300,7 +300,7 @@ class Prompts(Registry):
         return value if len(value) == batch_size else value.expand(batch_size, -1, -1)
 
 
-def matched(prompt: Prompt) -> Matched:
+def describe_prompt(prompt: Prompt) -> Matched:
     sized = [(name, p) for name, p in prompt.named_parameters() if p.requires_grad]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
     return Matched(PLACE, type(prompt).__name__, sum(p.numel() for _, p in sized), shapes)
@@ -324,7 +324,7 @@ def prompt_embeddings_from_past_key_values(past_key_values: object, *, num_virtu
         ValueError: the cache is empty, too short, not of one sequence, or its layers differ in shape.
         TypeError: it is no cache.
     """
-    return from_pairs(checked(past_key_values, num_virtual_tokens), num_virtual_tokens)
+    return from_pairs(read_pairs(past_key_values, num_virtual_tokens), num_virtual_tokens)
 
 
 def initialize_kv_prefix_from_past_key_values(
@@ -345,16 +345,16 @@ def initialize_kv_prefix_from_past_key_values(
             by a projection, or has another shape. The adapter is then as it was.
         TypeError: it is no cache, or `model` is no PeftModel.
     """
-    name, config, encoder = prefix_of(model, adapter_name, num_virtual_tokens)
+    name, config, encoder = find_prefix_adapter(model, adapter_name, num_virtual_tokens)
     tokens = config.num_virtual_tokens
-    pairs = checked(past_key_values, tokens)
-    have = len(pairs), pairs[0][0].shape[1], pairs[0][0].shape[3]
+    pairs = read_pairs(past_key_values, tokens)
+    cache_shape = len(pairs), pairs[0][0].shape[1], pairs[0][0].shape[3]
     heads = config.num_attention_heads
     need = config.num_layers, heads, config.token_dim // heads
-    if have != need:
+    if cache_shape != need:
         raise ValueError(
             "The cache has {} layers with {} heads of {}, but adapter '{}' needs {} with {} of {}: fill it with the "
-            "adapter's own base model.".format(*have, name, *need)
+            "adapter's own base model.".format(*cache_shape, name, *need)
         )
     values = from_pairs(pairs, tokens).detach()
     with registry_of(unwrapped(model)).call.gate.change(f"new keys and values of adapter '{name}'", (name,)):
@@ -393,11 +393,11 @@ def initialize_kv_prefix_from_text(
     """
     from transformers import DynamicCache
 
-    name, config, _ = prefix_of(model, adapter_name, num_virtual_tokens)
+    name, config, _ = find_prefix_adapter(model, adapter_name, num_virtual_tokens)
     stack = registry_of(unwrapped(model)).stacks["main"]
     if stack.in_pair:
         raise ValueError(f"Adapter '{name}' acts in a decoder beside an encoder, which cannot read a text on its own.")
-    ids, P = token_ids(tokenizer, text, use_chat_template, max_length), config.num_virtual_tokens
+    ids, P = tokenize_text(tokenizer, text, use_chat_template, max_length), config.num_virtual_tokens
     if ids.shape[1] < P:
         raise ValueError(
             f"Need at least {P} cached tokens, got {ids.shape[1]}: adapter '{name}' has as many virtual tokens. Pass a "
@@ -406,12 +406,14 @@ def initialize_kv_prefix_from_text(
     if stack.words is not None:
         check_tokens(ids, stack.words, "The text")
     cache = DynamicCache()  # without the model's config it also keeps tokens outside a sliding window
-    with torch.no_grad(), model.disable_adapter(), in_mode(stack.module, False):
+    with torch.no_grad(), model.disable_adapter(), use_mode(stack.module, False):
         stack.module(input_ids=ids[:, :P].to(stack.device), use_cache=True, **{stack.cache_name: cache})
     return initialize_kv_prefix_from_past_key_values(model, adapter_name=name, past_key_values=cache)
 
 
-def prefix_of(model: nn.Module, adapter_name: str | None, num_virtual_tokens: int | None) -> tuple[str, Any, Prompt]:
+def find_prefix_adapter(
+    model: nn.Module, adapter_name: str | None, num_virtual_tokens: int | None
+) -> tuple[str, Any, Prompt]:
     """Return name, config and encoder of an adapter whose keys and values a caller can set; raise for any other."""
     registry = registry_of(unwrapped(model))
     if registry is None:
@@ -448,7 +450,7 @@ def prefix_of(model: nn.Module, adapter_name: str | None, num_virtual_tokens: in
     return adapter_name, config, encoder
 
 
-def token_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: int | None) -> Tensor:
+def tokenize_text(tokenizer: Any, text: str, use_chat_template: bool, max_length: int | None) -> Tensor:
     """Return the tokens of a text, (1, tokens), as a system message if the tokenizer has a template for chats."""
     ids = None
     template = getattr(tokenizer, "chat_template", "unknown") if hasattr(tokenizer, "apply_chat_template") else None
@@ -469,11 +471,11 @@ def token_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: in
     return torch.as_tensor(ids).reshape(1, -1)[:, :max_length].long()
 
 
-def checked(cache: object, tokens: int) -> list[Pair]:
+def read_pairs(cache: object, tokens: int) -> list[Pair]:
     """Return key and value of each layer of a cache; raise for all that can be wrong with it."""
     if tokens is None or tokens <= 0:
         raise ValueError(f"`num_virtual_tokens` must be positive, got {tokens}.")
-    pairs = pairs_in(cache)
+    pairs = find_pairs(cache)
     if not pairs:
         raise ValueError("Empty `past_key_values`.")
     both = [t for pair in pairs for t in pair]
@@ -500,7 +502,7 @@ def checked(cache: object, tokens: int) -> list[Pair]:
     return pairs
 
 
-def pairs_in(cache: object) -> list[Pair]:
+def find_pairs(cache: object) -> list[Pair]:
     """Return key and value of each layer, from a cache or from an iterable of pairs."""
     cache = getattr(cache, "self_attention_cache", cache)
     if hasattr(cache, "layers"):

@@ -38,12 +38,12 @@ COMMON = {
 }
 
 
-class Row(TypedDict):
+class RateSearch(TypedDict):
     """What a search found: one method with one config, on one task of one model."""
 
     method: str
-    adapter: str  # as of `adapter_of`
-    config: Json  # as of `settings_of`
+    adapter: str  # as of `class_name_of`
+    config: Json  # as of `find_settings`
     task: str
     model: str
     model_type: str
@@ -92,8 +92,10 @@ class Suggestion:
             lines += [f"- {size}: {rate:g}" for size, rate in self.by_size.items()]
         if self.published is not None:
             low, high, source = self.published
-            own = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            lines.append(f"{'- ' if lines else f'{self.adapter}, not measured here; '}its source: {own} ({source}).")
+            lr_range = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            lines.append(
+                f"{'- ' if lines else f'{self.adapter}, not measured here; '}its source: {lr_range} ({source})."
+            )
             if self.tested is None:
                 lines += [f"- on a model of another type: {line}" for line in self.found_on]
         if self.steps is not None:
@@ -112,40 +114,40 @@ def suggest_lr(config: PeftConfig, model: nn.Module | None = None) -> Suggestion
         model: the base. Only searches on models of its type count then, if the method's source has rates; None: all.
     """
     check_config(config)
-    adapter, published = adapter_of(config), published_lr(config)
-    like = alike(config)
-    if not like:
+    adapter, published = class_name_of(config), find_published_lr(config)
+    similar = find_similar(config)
+    if not similar:
         if published is None:
             return Suggestion(adapter)
         low, high, _ = published
         return Suggestion(adapter, low if low == high else None, low, high, published=published)
     kind = None if model is None else model_type(model)
-    near = [row for row in like if row["model_type"] == kind] or like
-    own = closest(near, config)
-    if model is not None and published is not None and own[0]["model_type"] != kind:
+    near = [row for row in similar if row["model_type"] == kind] or similar
+    closest_rows = find_closest(near, config)
+    if model is not None and published is not None and closest_rows[0]["model_type"] != kind:
         low, high, _ = published
-        found_on = tuple(map(about, own))
+        found_on = tuple(map(describe_search, closest_rows))
         return Suggestion(adapter, low if low == high else None, low, high, found_on=found_on, published=published)
-    low, high = good(own)
+    low, high = good_range(closest_rows)
     sizes = {size_of(row): [r for r in near if size_of(r) == size_of(row)] for row in near}
     return Suggestion(
         adapter,
-        best(own),
+        best_lr(closest_rows),
         low,
         high,
-        (min(min(row["rates"]) for row in own), max(max(row["rates"]) for row in own)),
-        tuple(map(about, own)),
-        {size: best(rows) for size, rows in sizes.items() if size != size_of(own[0])},
+        (min(min(row["rates"]) for row in closest_rows), max(max(row["rates"]) for row in closest_rows)),
+        tuple(map(describe_search, closest_rows)),
+        {size: best_lr(rows) for size, rows in sizes.items() if size != size_of(closest_rows[0])},
         published,
-        (min(row["steps"] for row in own), max(row["steps"] for row in own)),
+        (min(row["steps"] for row in closest_rows), max(row["steps"] for row in closest_rows)),
     )
 
 
-def usual(config: PeftConfig) -> tuple[float, float] | None:
+def find_known_range(config: PeftConfig) -> tuple[float, float] | None:
     """Return the range of all rates that a search has found good or the method's source has; None: none is known."""
-    ends = [*found[:2]] if (found := published_lr(config)) else []
-    for row in alike(config):
-        ends += good([row])
+    ends = [*published[:2]] if (published := find_published_lr(config)) else []
+    for row in find_similar(config):
+        ends += good_range([row])
     return (min(ends), max(ends)) if ends else None
 
 
@@ -153,108 +155,113 @@ def usual(config: PeftConfig) -> tuple[float, float] | None:
 
 
 @cache
-def rows() -> tuple[Row, ...]:
+def read_searches() -> tuple[RateSearch, ...]:
     """Return all rows of the package's file."""
     return tuple(json.loads(FILE.read_text()))
 
 
-def class_of(config: PeftConfig) -> type[Method] | type[Prompt]:
+def find_class(config: PeftConfig) -> type[Method] | type[Prompt]:
     method: type[Method] | type[Prompt] = method_of(config.peft_type)
     return method.variant(config) if issubclass(method, Method) else method
 
 
-def adapter_of(config: PeftConfig) -> str:
+def class_name_of(config: PeftConfig) -> str:
     """Return the name of the class that a config selects: "LoRA", "DoRA"."""
-    name: str = class_of(config).__name__
+    name: str = find_class(config).__name__
     return name
 
 
-def published_lr(config: PeftConfig) -> Published | None:
+def find_published_lr(config: PeftConfig) -> Published | None:
     """Return the range of the source of a config's method; None if it is not known."""
-    found: Published | None = class_of(config).published_lr
-    return found
+    published: Published | None = find_class(config).published_lr
+    return published
 
 
-def settings_of(config: PeftConfig) -> Json:
+def find_settings(config: PeftConfig) -> Json:
     """Return the numbers, words and flags of a config that are no defaults."""
     kinds, defaults = (bool, int, float, str), type(config).__dataclass_fields__
     values = config.to_file_dict().items()
     return {k: v for k, v in values if k not in COMMON and isinstance(v, kinds) and v != defaults[k].default}
 
 
-def alike(config: PeftConfig) -> list[Row]:
+def find_similar(config: PeftConfig) -> list[RateSearch]:
     """Return the rows of adapters of the same class, those that share the most words and flags with a config, and of
     these, those that have the fewest that it has not."""
-    same = [row for row in rows() if row["adapter"] == adapter_of(config) and best([row])]
-    own = marks(settings_of(config))
+    same = [row for row in read_searches() if row["adapter"] == class_name_of(config) and best_lr([row])]
+    marks_of_config = words_and_flags(find_settings(config))
     apart = [
-        (differences(theirs, own), len(theirs.items() - own.items())) for theirs in (marks(r["config"]) for r in same)
+        (count_differences(marks_of_row, marks_of_config), len(marks_of_row.items() - marks_of_config.items()))
+        for marks_of_row in (words_and_flags(r["config"]) for r in same)
     ]
     return [row for row, n in zip(same, apart) if n == min(apart)]
 
 
-def differences(one: Json, other: Json) -> int:
+def count_differences(one: Json, other: Json) -> int:
     """Return how many entries two mappings differ in."""
     return sum(one.get(key) != other.get(key) for key in one.keys() | other)
 
 
-def marks(values: dict[str, object]) -> Json:
+def words_and_flags(values: dict[str, object]) -> Json:
     """Return the words and flags among the values of a config; a number within a word (pissa_niter_4) is none of it."""
     words = {k: NUMBER.sub("", v) if isinstance(v, str) else v for k, v in values.items()}
     return {k: v for k, v in words.items() if isinstance(v, (bool, str))}
 
 
-def numbers(values: Json) -> dict[str, float]:
+def number_fields(values: Json) -> dict[str, float]:
     return {k: v for k, v in values.items() if not isinstance(v, (bool, str))}
 
 
-def closest(found: Sequence[Row], config: PeftConfig) -> list[Row]:
+def find_closest(similar: Sequence[RateSearch], config: PeftConfig) -> list[RateSearch]:
     """Return the rows of the size that is closest to that of a config. What neither says is the default."""
     fields = type(config).__dataclass_fields__.items()
     defaults = {k: float(f.default) for k, f in fields if type(f.default) in (int, float)}  # type: ignore[arg-type]
-    own = defaults | numbers(settings_of(config))
+    sizes = defaults | number_fields(find_settings(config))
 
-    def distance(row: Row) -> float:
-        theirs = defaults | numbers(row["config"])
-        return sum(abs(math.log(own[k] / theirs[k])) for k in own.keys() & theirs if own[k] > 0 and theirs[k] > 0)
+    def distance(row: RateSearch) -> float:
+        row_sizes = defaults | number_fields(row["config"])
+        return sum(
+            abs(math.log(sizes[k] / row_sizes[k]))
+            for k in sizes.keys() & row_sizes
+            if sizes[k] > 0 and row_sizes[k] > 0
+        )
 
-    size = size_of(min(found, key=distance))
-    return [row for row in found if size_of(row) == size]
+    size = size_of(min(similar, key=distance))
+    return [row for row in similar if size_of(row) == size]
 
 
 # what rows say
 
 
-def size_of(row: Row) -> str:
+def size_of(row: RateSearch) -> str:
     """Return the numbers of a row's config as text: "r 4, lora_alpha 16"."""
-    return ", ".join(f"{k} {v:g}" for k, v in numbers(row["config"]).items()) or "default size"
+    return ", ".join(f"{k} {v:g}" for k, v in number_fields(row["config"]).items()) or "default size"
 
 
-def about(row: Row) -> str:
+def describe_search(row: RateSearch) -> str:
     """Return on what a row was found, and what, as text."""
     words = "".join(f", {k} {v}" for k, v in row["config"].items() if isinstance(v, (bool, str)))
     return (
-        f"{row['task']} ({row['model']}), {size_of(row)}{words}: {best([row]):g}, of {len(row['rates'])} rates and "
+        f"{row['task']} ({row['model']}), {size_of(row)}{words}: {best_lr([row]):g}, of {len(row['rates'])} rates and "
         f"{row['seeds']} seeds, {row['steps']} steps of {row['batch']}, {row['date']}"
     )
 
 
-def best(found: Sequence[Row]) -> float:
+def best_lr(searches: Sequence[RateSearch]) -> float:
     """Return the rate with the least loss, as a share of each row's least, on average; 0 if each diverged somewhere."""
     shares: dict[float, list[float]] = {}
-    for row in found:
+    for row in searches:
         least = min((mean for mean in row["means"] if mean is not None), default=0.0)
         for rate, mean in zip(row["rates"], row["means"]):
             shares.setdefault(rate, []).append(math.inf if mean is None else mean / least if least else mean)
-    ranked = {rate: sum(values) / len(values) for rate, values in shares.items() if len(values) == len(found)}
+    ranked = {rate: sum(values) / len(values) for rate, values in shares.items() if len(values) == len(searches)}
     ranked = {rate: share for rate, share in ranked.items() if math.isfinite(share)}
     return min(ranked, key=ranked.__getitem__) if ranked else 0.0
 
 
-def good(found: Iterable[Row]) -> tuple[float, float]:
+def good_range(searches: Iterable[RateSearch]) -> tuple[float, float]:
     """Return the least and the largest rate whose loss is within a standard deviation of some row's best."""
     rates = []
-    for row in found:
+    for row in searches:
         known = [(r, m, s or 0.0) for r, m, s in zip(row["rates"], row["means"], row["spreads"]) if m is not None]
         _, least, spread = min(known, key=lambda item: item[1])
         rates += [rate for rate, mean, _ in known if mean <= least + spread]

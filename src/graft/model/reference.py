@@ -50,7 +50,7 @@ class Reference:
         self.model.delete_adapter(self.name)
 
 
-def refer(
+def make_reference(
     model: nn.Module, adapter_name: str, name: str | None, add: Callable[[str, PeftConfig, Options], None]
 ) -> Reference:
     """Do what `PeftModel.reference` says.
@@ -63,7 +63,7 @@ def refer(
     name = f"{adapter_name}-reference" if name is None else name
     config = copy.deepcopy(registry.peft_config[adapter_name])
     config.inference_mode = True
-    state = values_of(model, adapter_name)
+    state = copy_tensors(model, adapter_name)
     if changes_base(config):  # and has done so: beside it a copy is plain
         config.init_lora_weights = True
         state = {key: t for key, t in state.items() if ".lora_shift." not in key}
@@ -77,7 +77,7 @@ def refer(
 
 
 @reads
-def values_of(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+def copy_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Return copies of an adapter's tensors."""
     state = get_peft_model_state_dict(model, None, adapter, save_embedding_layers=False)
     return {key: t.detach().clone() for key, t in state.items()}

@@ -50,9 +50,9 @@ from graft.io.base import original
 from graft.io.rendezvous import Note
 from graft.methods import ROWS, method_of
 from graft.model import merging
-from graft.model.auxiliary import losses_of, with_loss
-from graft.model.compose import Average, Composition, Parallel, Stack, check_known, keys_of
-from graft.model.tuner_type import INJECT, replaced
+from graft.model.auxiliary import add_to_loss, compute_losses
+from graft.model.compose import Average, Composition, Parallel, Stack, check_known, row_keys
+from graft.model.tuner_type import INJECT, names_of_replaced
 from graft.model.watch import Watch
 from graft.prompts.base import Prompt
 from graft.storage import DENSE, Quantized, holds_codes
@@ -64,12 +64,12 @@ _TAKEN = {name for container in (nn.ModuleDict(), nn.ParameterDict(), BufferDict
 LONGEST_NAME = 255  # bytes
 
 
-def names_for(choice: str | Sequence[str] | Composition) -> list[str]:
+def names_to_activate(choice: str | Sequence[str] | Composition) -> list[str]:
     """Return the adapters that `set_adapter` is to make active."""
     return choice.names if isinstance(choice, Composition) else one_or_several(choice, "set_adapter")
 
 
-def how(value: Composition | None) -> tuple[tuple[float, ...] | None, bool]:
+def weights_and_apart(value: Composition | None) -> tuple[tuple[float, ...] | None, bool]:
     """Return the weights of the active adapters, and whether each has its own rows."""
     return value.weights if isinstance(value, Average) else None, isinstance(value, Parallel)
 
@@ -111,7 +111,7 @@ class Configs(dict[str, PeftConfig]):
 
 
 @contextmanager
-def unless_it_fails(config: PeftConfig) -> Iterator[None]:
+def restore_on_error(config: PeftConfig) -> Iterator[None]:
     """Restore a config's fields if the block raises."""
     before = dict(vars(config))
     try:
@@ -122,7 +122,7 @@ def unless_it_fails(config: PeftConfig) -> Iterator[None]:
         raise
 
 
-class NothingAround:
+class PlainRun:
     """A run that no method surrounds. A class: the compiler of torch 2.6 does not look into generators."""
 
     def __enter__(self) -> Finish:
@@ -210,9 +210,9 @@ class Registry:
         """Note the config of an adapter, and the parts that its method has in a run of the model."""
         self.peft_config[adapter_name] = config
         method = method_of(config.peft_type).variant(config)
-        for known, has in ((self.surrounding, method.surrounds), (self.losing, method.has_loss)):
+        for known, is_used in ((self.surrounding, method.surrounds), (self.losing, method.has_loss)):
             known.pop(adapter_name, None)
-            if has:
+            if is_used:
                 known[adapter_name] = method
         if method.arguments:
             self.arguments |= {*method.arguments}.difference(parameters_of(self.model))  # the base gets its own
@@ -248,13 +248,13 @@ class Registry:
         """
         self.check_known([adapter])
         slots = {name: list(self.slots_of(name)) for name in self.peft_config}
-        own = {id(slot.tensor) for slot in slots[adapter] if slot.trains and slot.is_parameter}
+        ids = {id(slot.tensor) for slot in slots[adapter] if slot.trains and slot.is_parameter}
         adapted = [layer.base_module for layer in self.parts_of(adapter).layers.values()]
         config = self.peft_config[adapter]
         has_biases = getattr(config, "bias", "none") != "none"
         biases = biases_of(config, self.model, adapted, list(self.wrappers)) if has_biases else []
-        own |= {id(bias) for bias in biases} - {id(slot.tensor) for group in slots.values() for slot in group}
-        return ((name, p) for name, p in module.named_parameters() if id(p) in own)
+        ids |= {id(bias) for bias in biases} - {id(slot.tensor) for group in slots.values() for slot in group}
+        return ((name, p) for name, p in module.named_parameters() if id(p) in ids)
 
     # add
 
@@ -267,7 +267,7 @@ class Registry:
     ) -> InjectReport:
         """Inject another adapter, inactive. All or nothing: see `graft.inject.inject`."""
         self.check_new(adapter_name, config)
-        if INJECT in replaced(self.holder, method_of(config.peft_type)):
+        if INJECT in names_of_replaced(self.holder, method_of(config.peft_type)):
             return self._ask_to_inject(adapter_name, config, options)
         return self._inject(adapter_name, config, options)
 
@@ -296,10 +296,10 @@ class Registry:
     def _inject(self, adapter_name: str, config: PeftConfig, options: Options) -> InjectReport:
         """Inject an adapter that has been checked, and register it: in a change that is being prepared."""
         if getattr(config, "bias", "none") != "none":
-            self.close(None)  # the base's biases get the values of the file
+            self.wait_for_calls(None)  # the base's biases get the values of the file
         tree, self.tree = self.tree, None
         method = method_of(config.peft_type)
-        steps = [name for name in replaced(self.holder, method) if name != INJECT]
+        steps = [name for name in names_of_replaced(self.holder, method) if name != INJECT]
         done = Injection(
             self.model,
             config,
@@ -307,7 +307,7 @@ class Registry:
             adapter_name,
             call=self.call,
             shared=self.shared,
-            others=self.alike(config) if method.shares else {},
+            others=self.find_same_method(config) if method.shares else {},
             tree=tree,  # type: ignore[arg-type]  # None: it makes one
             mixed=self.mixed,
             steps=Steps(self.holder, steps) if steps else None,
@@ -318,7 +318,7 @@ class Registry:
             if name not in self.holder._modules:
                 self.holder.add_module(name, container)
         self._register(adapter_name, config)
-        return self.take_in(adapter_name, done)
+        return self.register_injection(adapter_name, done)
 
     @prepares
     def inject_adapter(
@@ -354,7 +354,7 @@ class Registry:
                 self.peft_config[adapter_name] = config  # which `_ask_to_inject` takes back
             raise
 
-    def alike(self, config: PeftConfig) -> dict[str, PeftConfig]:
+    def find_same_method(self, config: PeftConfig) -> dict[str, PeftConfig]:
         """Return the configs of the adapters of the same method, by name."""
         method = method_of(config.peft_type)
         return {name: c for name, c in self.peft_config.items() if method_of(c.peft_type) is method}
@@ -363,7 +363,7 @@ class Registry:
         mark = f".{method_of(config.peft_type).prefix}"
         return {original(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}
 
-    def take_in(self, adapter_name: str, injection: Injection) -> InjectReport:
+    def register_injection(self, adapter_name: str, injection: Injection) -> InjectReport:
         """Register the carriers of a new adapter, and forget those that have no adapter left; return the report.
 
         Where the others are switched off, the new ones are, too.
@@ -372,8 +372,8 @@ class Registry:
         if self.frozen_before is None:
             self.frozen_before = injection.frozen_before
         known = {id(part) for part in self.carriers()}
-        others = [part.state.disabled for part in self.carriers() if part is not self.shared]  # it may be new
-        disabled = bool(others) and all(others)
+        states = [part.state.disabled for part in self.carriers() if part is not self.shared]  # it may be new
+        disabled = bool(states) and all(states)
         self.layers = {key: layer for key, layer in self.layers.items() if layer.methods} | parts.layers
         self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
         for part in parts.carriers():
@@ -381,7 +381,7 @@ class Registry:
                 state = part.state
                 state.active = list(self.active_adapters)  # which it does not carry
                 if self.composition is not None:
-                    state.weights, state.apart = how(self.composition)
+                    state.weights, state.apart = weights_and_apart(self.composition)
             if disabled:
                 part.enable_adapters(False)
         return injection.report
@@ -425,10 +425,10 @@ class Registry:
                     "it acts on no layers. Use get_peft_model without mixed=True."
                 )
         elif config.peft_type != self.method.config.peft_type:
-            mine = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type
+            kind = next(iter(self.peft_config.values())).peft_type if self.peft_config else self.method.config.peft_type
             prompts = config.is_prompt_learning or self.method.config.is_prompt_learning
             raise ConfigError(
-                f"Cannot combine adapters with different peft types. Found {mine} and {config.peft_type} (of adapter "
+                f"Cannot combine adapters with different peft types. Found {kind} and {config.peft_type} (of adapter "
                 f"'{adapter_name}'): "
                 + (
                     "prompts stand in a model by themselves, so load it with a base model that has no other adapter."
@@ -442,12 +442,12 @@ class Registry:
         """Raise ConfigError if the method lets one adapter train at a time, and another one does."""
         if self.mixed or not method_of(config.peft_type).over_layers:  # a mixed model has no allocator
             return
-        others = [n for n, c in self.alike(config).items() if n != adapter_name and not c.inference_mode]
-        if others:
+        trainable = [n for n, c in self.find_same_method(config).items() if n != adapter_name and not c.inference_mode]
+        if trainable:
             raise ConfigError(
                 f"{ROWS[config.peft_type.value].tuner} supports only 1 trainable adapter. When using multiple "
                 "adapters, set inference_mode to True for all adapters except the one you want to train. "
-                f"Trainable: {others}."
+                f"Trainable: {trainable}."
             )
 
     def check_known(self, names: Sequence[str]) -> None:
@@ -460,7 +460,7 @@ class Registry:
     # activate
 
     # those before them as well, which train no more
-    @changes(lambda self, adapter_name, *_, **__: (ACTIVE, *self.active_adapters, *names_for(adapter_name)))
+    @changes(lambda self, adapter_name, *_, **__: (ACTIVE, *self.active_adapters, *names_to_activate(adapter_name)))
     def set_adapter(self, adapter_name: str | Sequence[str] | Composition, inference_mode: bool = False) -> None:
         """Make these adapters active, in this order or as a composition says, and trainable unless for inference.
 
@@ -469,7 +469,7 @@ class Registry:
             ValueError: two of them cannot be active together.
             RoutingError: a composition names one that is not loaded, or averages one that does more than add.
         """
-        names, composition = names_for(adapter_name), None
+        names, composition = names_to_activate(adapter_name), None
         if isinstance(adapter_name, Composition):
             self.check_composition(adapter_name)
             composition = None if isinstance(adapter_name, Stack) else adapter_name
@@ -484,7 +484,7 @@ class Registry:
         ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
-        weights, apart = (None, False) if composition is None else how(composition)
+        weights, apart = (None, False) if composition is None else weights_and_apart(composition)
         for part in self.carriers():
             part.activate(names, not inference_mode, weights, apart)
         if not self.frozen.isdisjoint(names):
@@ -509,7 +509,7 @@ class Registry:
             ValueError: two of them cannot be active together.
         """
         check_known(value.names, self.peft_config, value)
-        for key in keys_of(value):
+        for key in row_keys(value):
             if isinstance(key, Together) and key not in self.checked:
                 if len(key.names) > 1:
                     self.check_together(key.names)
@@ -561,7 +561,7 @@ class Registry:
         self.on_change()
 
     @contextmanager
-    def disabled_here(self) -> Iterator[None]:
+    def disable_for_thread(self) -> Iterator[None]:
         """Let the base model run alone within the block, for this thread. Unmerge merged adapters; they stay unmerged.
 
         Raises:
@@ -649,7 +649,7 @@ class Registry:
             dequantize: hold the weights of adapted layers as plain tensors from then on, where they are packed (4-bit
                 codes and the like). Merging is then exact, also into weights that cannot be quantized anew.
         """
-        with self._dequantized(adapter_names) if dequantize else nullcontext(False) as some:
+        with self._dequantize_layers(adapter_names) if dequantize else nullcontext(False) as some:
             self._merge(adapter_names, safe_merge, undoable=False, progress=progressbar)
         plain = self.unload()
         if dequantize and not any(map(holds_codes, plain.modules())):
@@ -659,7 +659,7 @@ class Registry:
         return plain
 
     @contextmanager
-    def _dequantized(self, adapter_names: list[str] | None) -> Iterator[bool]:
+    def _dequantize_layers(self, adapter_names: list[str] | None) -> Iterator[bool]:
         """Hold packed weights of the layers of these adapters as plain tensors, and tell whether there are any; as
         before if the block raises."""
         done = self.merged_adapters
@@ -714,7 +714,7 @@ class Registry:
                 self.unmerge_adapter()
             for part in self.carriers():
                 part.state.active = []
-        merging.unload(self.model, self.frozen_before)
+        merging.unload_adapters(self.model, self.frozen_before)
         self.layers, self.wrappers = {}, {}
         return self.model
 
@@ -765,35 +765,35 @@ class Registry:
         """
         if torch.compiler.is_compiling():
             return nullcontext()
-        return self.call.gate.call(what, self._used if rows is None else lambda: rows)
+        return self.call.gate.call(what, self._names_used if rows is None else lambda: rows)
 
-    def _used(self) -> tuple[str, ...]:
+    def _names_used(self) -> tuple[str, ...]:
         """Return what a call uses that names no adapters."""
         return (ACTIVE, *self.active_adapters)
 
-    def close(self, touches: Names = ()) -> None:
+    def wait_for_calls(self, touches: Names = ()) -> None:
         """Wait until no call is under way, in the middle of a change that this thread has prepared."""
         with self.call.gate.change("a change", touches):
             pass
 
-    def acting(self, run: Run) -> AbstractContextManager[Finish]:
+    def enter_methods(self, run: Run) -> AbstractContextManager[Finish]:
         names = self.active_adapters if run.rows is None else run.rows.names
-        found: dict[type[Method], list[str]] = {}
+        adapters_by_method: dict[type[Method], list[str]] = {}
         for name in names if self.surrounding else ():
             if name is not None and name in self.surrounding:
-                found.setdefault(self.surrounding[name], []).append(name)
+                adapters_by_method.setdefault(self.surrounding[name], []).append(name)
         losing = torch.is_grad_enabled() and not run.generates and any(name in self.losing for name in names)
-        return self._around(run, found, losing) if found or losing else NothingAround()
+        return self._surround(run, adapters_by_method, losing) if adapters_by_method or losing else PlainRun()
 
     @contextmanager
-    def _around(self, run: Run, found: dict[type[Method], list[str]], losing: bool) -> Iterator[Finish]:
+    def _surround(self, run: Run, adapters_by_method: dict[type[Method], list[str]], losing: bool) -> Iterator[Finish]:
         with ExitStack() as stack:
             steps = []
-            for method, run.adapters in found.items():
+            for method, run.adapters in adapters_by_method.items():
                 steps.append(stack.enter_context(method.surround_run(self, self.call, run)))
             if losing:
                 noted = stack.enter_context(self.call.noting())
-                steps.append(lambda output: self._with_losses(output, noted, run))
+                steps.append(lambda output: self._add_losses(output, noted, run))
 
             def finish(output: object) -> object:
                 for step in steps:
@@ -802,10 +802,10 @@ class Registry:
 
             yield finish
 
-    def _with_losses(self, output: object, noted: Mapping[str, Sequence[Noted]], run: Run) -> object:
+    def _add_losses(self, output: object, noted: Mapping[str, Sequence[Noted]], run: Run) -> object:
         """Return the output with the adapters' losses in its own; keep them if it has none."""
-        losses = losses_of(noted, self.losing, self.peft_config, run, self.model)
-        both = with_loss(output, sum(losses.values())) if losses else output
+        losses = compute_losses(noted, self.losing, self.peft_config, run, self.model)
+        both = add_to_loss(output, sum(losses.values())) if losses else output
         if both is None:
             self.call.here.losses.update(losses)
         return output if both is None else both

@@ -14,13 +14,13 @@ from graft.core.call import Call
 from graft.core.errors import RoutingError
 from graft.core.random import Draws, Untouched
 from graft.core.rows import BASE, CallContext, Rows, Together
-from graft.model.compose import Composition, Parallel, batch_of, copied, keys_of
+from graft.model.compose import Composition, Parallel, copy_rows, count_rows, row_keys
 from graft.model.registry import Registry
 
 RowNames = list[str | Composition] | None  # what acts on each row
 
 
-def names_of_rows(names: Iterable[str | Composition] | None) -> RowNames:
+def check_row_names(names: Iterable[str | Composition] | None) -> RowNames:
     """Return `adapter_names` as a list; raise TypeError for anything but names and compositions."""
     if names is None:
         return None
@@ -40,7 +40,9 @@ def names_of_rows(names: Iterable[str | Composition] | None) -> RowNames:
     return names
 
 
-def rows_of(registry: Registry, names: RowNames, inputs: tuple[object, ...], kwargs: dict[str, object]) -> Rows | None:
+def make_rows(
+    registry: Registry, names: RowNames, inputs: tuple[object, ...], kwargs: dict[str, object]
+) -> Rows | None:
     """Return the rows of a mixed batch, checked; None without names."""
     if names is None:
         return None
@@ -63,11 +65,11 @@ def rows_of(registry: Registry, names: RowNames, inputs: tuple[object, ...], kwa
             "Length of `adapter_names` should be the same as the number of inputs, "
             f"but got {len(names)} and {Counter(rows).most_common(1)[0][0]} respectively."
         )
-    keys = {name: keys_of(name)[0] for name in set(names)}
+    keys = {name: row_keys(name)[0] for name in set(names)}
     return Rows.of([keys[name] for name in names], tensors[0].device if tensors else None)
 
 
-def composition_for(registry: Registry, value: Composition | None, names: object) -> Composition | None:
+def choose_composition(registry: Registry, value: Composition | None, names: object) -> Composition | None:
     """Return the composition that gives rows of a call their adapters: its `compose`, or an active Parallel.
 
     Raises:
@@ -84,18 +86,18 @@ def composition_for(registry: Registry, value: Composition | None, names: object
     return value
 
 
-def composed(
-    call: Call, value: Composition, inputs: tuple[object, ...], kwargs: dict[str, object], own: set[str]
+def copy_batch(
+    call: Call, value: Composition, inputs: tuple[object, ...], kwargs: dict[str, object], own_arguments: set[str]
 ) -> tuple[tuple[object, ...], dict[str, object], list[str | Composition], AbstractContextManager[None]]:
     """Return the arguments of a call, with copies of its rows for a Parallel, what acts on each row, and a block in
     which facts that were given around the call have these copies, too."""
-    batch, children = batch_of(inputs, kwargs), value.children if isinstance(value, Parallel) else (value,)
-    inputs, kwargs = copied(batch, inputs, kwargs, len(children), own)
-    _, facts = copied(batch, (), call.context.facts, len(children), own)
+    batch, children = count_rows(inputs, kwargs), value.children if isinstance(value, Parallel) else (value,)
+    inputs, kwargs = copy_rows(batch, inputs, kwargs, len(children), own_arguments)
+    _, facts = copy_rows(batch, (), call.context.facts, len(children), own_arguments)
     return inputs, kwargs, [child for child in children for _ in range(batch)], call.giving(facts=facts)
 
 
-def draws_of(generators: object, rows: Rows | None) -> Draws | None:
+def make_draws(generators: object, rows: Rows | None) -> Draws | None:
     """Return the generators of a call by adapter, checked; None without `adapter_generators`."""
     if generators is None:
         return None
@@ -124,14 +126,14 @@ def draws_of(generators: object, rows: Rows | None) -> Draws | None:
     return Draws({name: generators[name] for name in rows.names if name is not None})
 
 
-def untouched(draws: Draws | None) -> AbstractContextManager[None]:
+def forbid_shared_draws(draws: Draws | None) -> AbstractContextManager[None]:
     """Raise RoutingError if the block draws from torch's own generators, when adapters have theirs. What they drew is
     taken back then."""
-    return nullcontext() if draws is None else _untouched(draws)
+    return nullcontext() if draws is None else _forbid_shared_draws(draws)
 
 
 @contextmanager
-def _untouched(draws: Draws) -> Iterator[None]:
+def _forbid_shared_draws(draws: Draws) -> Iterator[None]:
     before = Untouched()
     try:
         yield
@@ -147,7 +149,7 @@ def _untouched(draws: Draws) -> Iterator[None]:
 
 
 @contextmanager
-def spread(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
+def use_copies(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
     """Have what is given of each row stand in `call` for its copies, which `generate` makes of it; an encoder sees the
     rows without copies."""
     once = call.context
@@ -156,12 +158,12 @@ def spread(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             encoder, thread = model.get_encoder(), get_ident()
 
-            def put(context: CallContext) -> None:
+            def put_context(context: CallContext) -> None:
                 if get_ident() == thread:  # others may run the model as well
                     call.put(context)
 
-            undo.enter_context(encoder.register_forward_pre_hook(lambda *_: put(once)))
-            undo.enter_context(encoder.register_forward_hook(lambda *_: put(copied)))
+            undo.enter_context(encoder.register_forward_pre_hook(lambda *_: put_context(once)))
+            undo.enter_context(encoder.register_forward_hook(lambda *_: put_context(copied)))
         undo.callback(call.put, once)
         call.put(copied)
         yield

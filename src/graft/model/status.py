@@ -51,32 +51,32 @@ class TunerModelStatus:
     quantization_backend: str | None = None
 
 
-def same(values: list[T]) -> T | Irregular:
+def common_value(values: list[T]) -> T | Irregular:
     """Return the one value that all have, or "irregular"."""
     return values[0] if all(v == values[0] for v in values) else "irregular"
 
 
-def _layers(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
+def _layers_by_path(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     """Return adapter layers and modules trained whole by path, in the model's order, which is PEFT's."""
     registry = registry_of(model)
     tree = survey(model if registry is None else registry.model)
     prefix = "" if registry is None else "model."
     paths = Nests(tree.layers.values())
-    found: dict[str, AdapterLayer | ModulesToSaveWrapper] = {}
+    layers: dict[str, AdapterLayer | ModulesToSaveWrapper] = {}
     for key, module in tree.modules.items():
         carrier: Any = carrier_of(module)
         for layer in reversed(tree.nests.get(key, ())):
-            found[f"{prefix}{paths.path(key, layer)}"] = layer
+            layers[f"{prefix}{paths.path(key, layer)}"] = layer
         if carrier is not None and key not in tree.nests:
             path = f"{prefix}{paths.path(key)}"
             if not carrier.takes_rows:
-                found[path] = carrier
+                layers[path] = carrier
             elif not any(m.lenders for m in carrier.methods.values()):  # else its rows are another's
-                found[f"{path}.{module.inner_name}"] = carrier
-    return found
+                layers[f"{path}.{module.inner_name}"] = carrier
+    return layers
 
 
-def with_layers(model: nn.Module, caller: str) -> nn.Module:
+def unwrap_with_layers(model: nn.Module, caller: str) -> nn.Module:
     model = unwrapped(model)
     check_foreign(model)
     if getattr(registry_of(model), "prompt_encoder", None) is not None:
@@ -87,7 +87,7 @@ def with_layers(model: nn.Module, caller: str) -> nn.Module:
     return model
 
 
-def shared_parameters(layer: AdapterLayer | ModulesToSaveWrapper, adapter: str) -> list[nn.Parameter]:
+def find_shared_parameters(layer: AdapterLayer | ModulesToSaveWrapper, adapter: str) -> list[nn.Parameter]:
     """Return the parameters of an adapter that a layer shares with others."""
     slots = (slot for key in layer.attached for slot in slots_of(key, layer._modules[key], adapter))
     return [slot.tensor for slot in slots if slot.is_parameter]  # type: ignore[misc]
@@ -100,16 +100,16 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         ValueError: the model has none.
         TypeError: its adapters are prompts, and not on layers.
     """
-    model = with_layers(model, "get_layer_status")
+    model = unwrap_with_layers(model, "get_layer_status")
     out = []
-    for key, layer in _layers(model).items():
+    for key, layer in _layers_by_path(model).items():
         adapters = sorted(layer.adapters)
         grads: dict[str, bool | Irregular] = {}
         devices = {}
         for adapter in adapters:
-            found = list(layer.parameters_of(adapter)) or shared_parameters(layer, adapter)
-            grads[adapter] = same([p.requires_grad for p in found]) if found else False
-            devices[adapter] = sorted({p.device.type for p in found})
+            parameters = list(layer.parameters_of(adapter)) or find_shared_parameters(layer, adapter)
+            grads[adapter] = common_value([p.requires_grad for p in parameters]) if parameters else False
+            devices[adapter] = sorted({p.device.type for p in parameters})
         out.append(
             TunerLayerStatus(
                 name=key,
@@ -138,7 +138,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         ValueError: the model has no adapter layers.
         TypeError: its adapters are prompts, and not on layers.
     """
-    model = with_layers(model, "get_model_status")
+    model = unwrap_with_layers(model, "get_model_status")
     layers = get_layer_status(model)
     registry = registry_of(model)
     wrapped = registry is not None
@@ -154,17 +154,17 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         total_params=sum(p.numel() for p in params),
         num_adapter_layers=len(layers),
-        enabled=same([s.enabled for s in layers]),
-        active_adapters=same([s.active_adapters for s in layers]),
-        merged_adapters=_merged(layers),
-        requires_grad={a: same([s.requires_grad[a] for s in layers if a in s.requires_grad]) for a in adapters},
+        enabled=common_value([s.enabled for s in layers]),
+        active_adapters=common_value([s.active_adapters for s in layers]),
+        merged_adapters=_common_merged(layers),
+        requires_grad={a: common_value([s.requires_grad[a] for s in layers if a in s.requires_grad]) for a in adapters},
         available_adapters=adapters,
         devices={a: sorted({d for s in layers for d in s.devices.get(a, ())}) for a in adapters},
-        quantization_backend=same([s.quantization_backend for s in layers]),
+        quantization_backend=common_value([s.quantization_backend for s in layers]),
     )
 
 
-def _merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
+def _common_merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
     """Return merged adapters in order, or "irregular" if a layer has one of them unmerged."""
     names = list(dict.fromkeys(n for s in layers for n in s.merged_adapters))
     for s in layers:

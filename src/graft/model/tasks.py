@@ -40,7 +40,7 @@ class _Classification(_WithHead):
 
     def __init__(self, *args: Any, **kwargs: Any):
         model = args[0] if args else kwargs["model"]
-        labels = _labels(model), getattr(getattr(model, "config", None), "problem_type", None)
+        labels = _read_labels(model), getattr(getattr(model, "config", None), "problem_type", None)
         super().__init__(*args, **kwargs)
         self._base_labels, self._problem_type = labels
         self._heads_changed()
@@ -49,25 +49,28 @@ class _Classification(_WithHead):
         self._set_labels(self._width(self._head()))
 
     @contextmanager
-    def _calling(self, what: str, names: Sequence[str] | None) -> Iterator[None]:
+    def _begin_call(self, what: str, names: Sequence[str] | None) -> Iterator[None]:
         """Have a call alone that has another number of labels: all calls read the model's."""
-        with super()._calling(what, names):
-            if not self._has_other_labels(names):
+        with super()._begin_call(what, names):
+            if not self._needs_other_labels(names):
                 yield
                 return
-        with self._registry.call.gate.change(f"{what} of a head with other labels", ()), super()._calling(what, names):
+        with (
+            self._registry.call.gate.change(f"{what} of a head with other labels", ()),
+            super()._begin_call(what, names),
+        ):
             yield
 
-    def _has_other_labels(self, names: Sequence[str] | None) -> bool:
+    def _needs_other_labels(self, names: Sequence[str] | None) -> bool:
         if names is None and not self._registry.call.open:
             return False
-        n, now = self._labels_of(names), _labels(self.get_base_model())
+        n, now = self._labels_of(names), _read_labels(self.get_base_model())
         return n is not None and now is not None and n != now[0]
 
     @contextmanager
     def _heads_of(self, names: Sequence[str] | None) -> Iterator[None]:
         """Set the labels to those of the head that runs."""
-        if not self._has_other_labels(names):
+        if not self._needs_other_labels(names):
             yield
             return
         self._set_labels(self._labels_of(names))
@@ -100,7 +103,7 @@ class _Classification(_WithHead):
 
     def _set_labels(self, n: int | None) -> None:
         model, before = self.get_base_model(), self._base_labels
-        now = _labels(model)
+        now = _read_labels(model)
         if n is None or before is None or now is None or n == now[0]:
             return
         with self._registry.call.gate.change(f"setting num_labels to {n}", ()):
@@ -113,7 +116,7 @@ class _Classification(_WithHead):
                 model.num_labels = n  # type: ignore[assignment]
 
 
-def _labels(model: nn.Module) -> tuple[int, object, object] | None:
+def _read_labels(model: nn.Module) -> tuple[int, object, object] | None:
     config = getattr(model, "config", None)
     n = getattr(config, "num_labels", None)
     return None if n is None else (n, getattr(config, "id2label", None), getattr(config, "label2id", None))
@@ -123,12 +126,14 @@ FIRST = "input_ids attention_mask"
 LAST = "output_attentions output_hidden_states return_dict task_ids"
 
 
-def _forward(names: str) -> Callable[..., object]:
+def _make_forward(names: str) -> Callable[..., object]:
     """Return a `forward` with these arguments, which tell transformers' Trainer the columns of a data set to keep."""
     arguments, kind = names.split(), inspect.Parameter
     known = frozenset(arguments)
-    own = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in arguments]
-    signature = inspect.Signature([kind("self", kind.POSITIONAL_OR_KEYWORD), *own, kind("kwargs", kind.VAR_KEYWORD)])
+    parameters = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=None) for name in arguments]
+    signature = inspect.Signature(
+        [kind("self", kind.POSITIONAL_OR_KEYWORD), *parameters, kind("kwargs", kind.VAR_KEYWORD)]
+    )
 
     def forward(self: PeftModel, *args: object, **kwargs: object) -> object:
         """Run the base model's forward with the arguments that the caller passed: it need not know the others."""
@@ -140,7 +145,7 @@ def _forward(names: str) -> Callable[..., object]:
         if "task_ids" in kwargs and "task_ids" not in registry_of(self).arguments:
             del kwargs["task_ids"]
         passed = {name: value for name, value in kwargs.items() if value is not None or name not in known}
-        return self._call(self.get_base_model(), (), passed)
+        return self._call_base(self.get_base_model(), (), passed)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
@@ -150,7 +155,7 @@ class PeftModelForSequenceClassification(_Classification):
     """The PeftModel for task type SEQ_CLS. `classifier` or `score` trains with the adapter."""
 
     task = "SEQ_CLS"
-    forward = _forward(f"{FIRST} inputs_embeds labels {LAST} token_type_ids position_ids")
+    forward = _make_forward(f"{FIRST} inputs_embeds labels {LAST} token_type_ids position_ids")
 
 
 class PeftModelForTokenClassification(_Classification):
@@ -174,7 +179,7 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
     prepare_inputs_for_generation = PeftModelForCausalLM.prepare_inputs_for_generation
 
-    forward = _forward(
+    forward = _make_forward(
         f"{FIRST} inputs_embeds decoder_input_ids decoder_attention_mask decoder_inputs_embeds labels {LAST}"
     )
 
@@ -183,13 +188,13 @@ class PeftModelForQuestionAnswering(_WithHead):
     """The PeftModel for task type QUESTION_ANS. `qa_outputs` trains with the adapter."""
 
     task = "QUESTION_ANS"
-    forward = _forward(f"{FIRST} token_type_ids position_ids inputs_embeds start_positions end_positions {LAST}")
+    forward = _make_forward(f"{FIRST} token_type_ids position_ids inputs_embeds start_positions end_positions {LAST}")
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     """The PeftModel for task type FEATURE_EXTRACTION."""
 
-    forward = _forward(f"{FIRST} inputs_embeds {LAST} token_type_ids position_ids")
+    forward = _make_forward(f"{FIRST} inputs_embeds {LAST} token_type_ids position_ids")
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING = OF_TASKS
@@ -254,11 +259,13 @@ class AutoPeftModel:
             raise ValueError(
                 f"The config at '{pretrained_model_name_or_path}' does not name its base model: load that yourself."
             )
-        base_class = cls._base_class(cfg, import_allowlist)
+        base_class = cls._find_base_class(cfg, import_allowlist)
         trusted = kwargs.get("trust_remote_code", False)
         if base_class.__module__.partition(".")[0] == "transformers":  # which would ask the user otherwise
             kwargs["trust_remote_code"] = trusted
-        own = {k: kwargs.pop(k) for k in ("allow_nonfinite", "check_digest", "expert_layout") if k in kwargs}
+        adapter_options = {
+            k: kwargs.pop(k) for k in ("allow_nonfinite", "check_digest", "expert_layout") if k in kwargs
+        }
         try:
             base = base_class.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision, **kwargs)
         except OSError as e:  # such as a path of the machine that trained
@@ -270,24 +277,24 @@ class AutoPeftModel:
         cls._fit_vocabulary(base, pretrained_model_name_or_path, trusted, place)
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(cls.task, PeftModel)
         return target.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **own, **place
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config=config, **adapter_options, **place
         )
 
     @classmethod
-    def _base_class(cls, config: PeftConfig, allowlist: list[str] | None) -> Any:
+    def _find_base_class(cls, config: PeftConfig, allowlist: list[str] | None) -> Any:
         if config.task_type is None:
-            return cls._recorded_class(config, allowlist)
+            return cls._find_recorded_class(config, allowlist)
         if cls.auto_class is None:
             raise ValueError(
                 "Cannot use `AutoPeftModel` with a task type, please use a specific class for your task type: the "
                 f"adapter is for {config.task_type}, so AutoPeftModelFor… of that task, or PeftModel."
             )
         expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type)
-        mine = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task]
-        if expected is not mine:
+        target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[cls.task]
+        if expected is not target:
             wanted = expected.__name__ if expected else "PeftModel"
             raise ValueError(
-                f"Expected target PEFT class: {wanted}, but you have asked for: {mine.__name__}. The adapter is for "
+                f"Expected target PEFT class: {wanted}, but you have asked for: {target.__name__}. The adapter is for "
                 f"{config.task_type}: use the AutoPeftModel class of that task."
             )
         import transformers
@@ -295,7 +302,7 @@ class AutoPeftModel:
         return getattr(transformers, cls.auto_class)
 
     @staticmethod
-    def _recorded_class(config: PeftConfig, allowlist: list[str] | None) -> type:
+    def _find_recorded_class(config: PeftConfig, allowlist: list[str] | None) -> type:
         """Return the class that an adapter without a task type recorded of its base."""
         mapping = config.auto_mapping
         if not mapping:
@@ -316,12 +323,12 @@ class AutoPeftModel:
                 f"{allowed}. If you trust it, pass import_allowlist."
             )
         try:
-            found = getattr(importlib.import_module(library), name, None)
+            base_class = getattr(importlib.import_module(library), name, None)
         except (ImportError, ValueError, TypeError) as e:
             raise ConfigError(f"auto_mapping: the library '{shortened(library)}' cannot be imported: {e}") from e
-        if not (isinstance(found, type) and hasattr(found, "from_pretrained")):
+        if not (isinstance(base_class, type) and hasattr(base_class, "from_pretrained")):
             raise ConfigError(f"auto_mapping: '{shortened(name)}' of '{library}' is no class of models to load.")
-        return found
+        return base_class
 
     @staticmethod
     def _fit_vocabulary(base: nn.Module, where: str, trust_remote_code: bool, place: dict[str, Any]) -> None:
@@ -333,10 +340,10 @@ class AutoPeftModel:
 
         try:
             places = [place] if place.get("subfolder") is None else [place, place | {"subfolder": None}]
-            found = next((p for p in places if fetch_file(where, "tokenizer_config.json", **p) is not None), None)
-            if found is None:
+            source = next((p for p in places if fetch_file(where, "tokenizer_config.json", **p) is not None), None)
+            if source is None:
                 return
-            options = {k: v for k, v in found.items() if k != "repo_type" and v is not None}
+            options = {k: v for k, v in source.items() if k != "repo_type" and v is not None}
             size = len(AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options))
         except Exception as e:  # of many types, where files of a tokenizer are damaged
             if isinstance(e, OSError) and not os.path.isdir(where):  # a hub out of reach, whose adapter is in the cache

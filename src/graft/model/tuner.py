@@ -22,13 +22,13 @@ from graft.inject.parts import HOLDER, registry_of, unwrapped
 from graft.inject.steps import Steps
 from graft.inject.survey import Tree, survey
 from graft.methods import METHODS, PROMPTS, method_of
-from graft.model.checkpoints import cast_adapter_dtype, fill
+from graft.model.checkpoints import cast_adapter_dtype, fill_adapter
 from graft.model.registry import Registry
-from graft.model.tuner_type import INJECT, INTERNALS, TunerType, not_here, replaced, step
-from graft.model.watch import tell_once
+from graft.model.tuner_type import INJECT, INTERNALS, TunerType, describe_missing, mark_step, names_of_replaced
+from graft.model.watch import warn_at_first_gradient
 
 
-def of_registry(name: str) -> Callable[..., object]:
+def delegate_to_registry(name: str) -> Callable[..., object]:
     """Return the method of that name of a tuner's registry, which may be of any class, as one of the tuner."""
 
     @wraps(getattr(Registry, name))
@@ -70,11 +70,11 @@ class Tuner(nn.Module, metaclass=TunerType):
                     f"{list(peft_config)}: pass one, then add_adapter() the others."
                 )
             peft_config = peft_config[adapter_name]
-        registry = begin(self, model, tree)
+        registry = attach_registry(self, model, tree)
         options = options or Options(upcast=False, on_meta=low_cpu_mem_usage, state_dict=state_dict)
         values: Any = options.values
         if values is not None and any(adapter_name in part.adapters for part in registry.carriers()):
-            fill(self, values, False, options.upcast)  # transformers has loaded it into the model
+            fill_adapter(self, values, False, options.upcast)  # transformers has loaded it into the model
             registry.peft_config[adapter_name].inference_mode = peft_config.inference_mode
         else:
             registry.add_adapter(adapter_name, peft_config, options)
@@ -88,18 +88,18 @@ class Tuner(nn.Module, metaclass=TunerType):
             if name == "model" or name.startswith("__"):
                 raise
             if name in INTERNALS:
-                raise AttributeError(not_here(name, type(self).__name__)) from None
+                raise AttributeError(describe_missing(name, type(self).__name__)) from None
             return getattr(self.model, name)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         registry = registry_of(self)
-        own = {name: kwargs.pop(name) for name in registry.arguments if name in kwargs}
-        with registry.calling("forward"), registry.acting(Run(args, kwargs, own)) as finish:
+        own_arguments = {name: kwargs.pop(name) for name in registry.arguments if name in kwargs}
+        with registry.calling("forward"), registry.enter_methods(Run(args, kwargs, own_arguments)) as finish:
             return finish(self.model(*args, **kwargs))
 
     # steps of an injection: their originals, which `inject/steps.py` describes
 
-    @step
+    @mark_step
     def _create_and_replace(
         self,
         peft_config: PeftConfig,
@@ -115,7 +115,7 @@ class Tuner(nn.Module, metaclass=TunerType):
         steps = steps_under_way(self, "_create_and_replace")
         steps.note(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
 
-    @step
+    @mark_step
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
     ) -> list[str]:
@@ -123,12 +123,12 @@ class Tuner(nn.Module, metaclass=TunerType):
         return steps_under_way(self, "_inject_parameters").search(peft_config)[0]
 
     @staticmethod
-    @step
+    @mark_step
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool:
         """Return True if a config targets the module at path `key`."""
         return Matcher(peft_config)(key).outcome == "matched"
 
-    @step
+    @mark_step
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
         steps = registry_of(self).steps
@@ -149,18 +149,18 @@ class Tuner(nn.Module, metaclass=TunerType):
         lambda self, names: self.set_adapter(names),
         doc="The active adapters. Setting it is `set_adapter`.",
     )
-    set_adapter = of_registry("set_adapter")
-    delete_adapter = of_registry("delete_adapter")
-    set_requires_grad = of_registry("set_requires_grad")
-    inject_adapter = step(of_registry("inject_adapter"))
-    enable_adapter_layers = of_registry("enable_adapter_layers")
-    disable_adapter_layers = of_registry("disable_adapter_layers")
-    merge_adapter = of_registry("merge_adapter")
-    unmerge_adapter = of_registry("unmerge_adapter")
-    merge_and_unload = of_registry("merge_and_unload")
-    unload = of_registry("unload")
-    auxiliary_loss = of_registry("auxiliary_loss")
-    supports_lora_conversion = of_registry("supports_lora_conversion")
+    set_adapter = delegate_to_registry("set_adapter")
+    delete_adapter = delegate_to_registry("delete_adapter")
+    set_requires_grad = delegate_to_registry("set_requires_grad")
+    inject_adapter = mark_step(delegate_to_registry("inject_adapter"))
+    enable_adapter_layers = delegate_to_registry("enable_adapter_layers")
+    disable_adapter_layers = delegate_to_registry("disable_adapter_layers")
+    merge_adapter = delegate_to_registry("merge_adapter")
+    unmerge_adapter = delegate_to_registry("unmerge_adapter")
+    merge_and_unload = delegate_to_registry("merge_and_unload")
+    unload = delegate_to_registry("unload")
+    auxiliary_loss = delegate_to_registry("auxiliary_loss")
+    supports_lora_conversion = delegate_to_registry("supports_lora_conversion")
 
     # facts
 
@@ -184,14 +184,14 @@ class Tuner(nn.Module, metaclass=TunerType):
         return "" if self._method is None else self._method.prefix
 
 
-def begin(tuner: Tuner, model: nn.Module, tree: Tree | None = None) -> Registry:
+def attach_registry(tuner: Tuner, model: nn.Module, tree: Tree | None = None) -> Registry:
     """Put a tuner around a model, which stays as it is; return the tuner's registry."""
     registry = tuner.__dict__[HOLDER] = tuner._registry_class(model, tuner._method, tree, tuner)
     tuner.model = model
     return registry
 
 
-def steps_for(model: nn.Module, config: PeftConfig) -> Steps | None:
+def find_replaced_steps(model: nn.Module, config: PeftConfig) -> Steps | None:
     """Return the replaced steps that an injection into a model, with or without adapters, would ask; None for none."""
     method, registry = method_of(config.peft_type), registry_of(unwrapped(model))
     if registry is None:
@@ -199,18 +199,18 @@ def steps_for(model: nn.Module, config: PeftConfig) -> Steps | None:
         nn.Module.__init__(tuner)
     else:
         tuner = registry.holder
-    steps = [name for name in replaced(tuner, method) if name != INJECT]
+    steps = [name for name in names_of_replaced(tuner, method) if name != INJECT]
     if steps and registry is None:
-        begin(tuner, model)
+        attach_registry(tuner, model)
     return Steps(tuner, steps) if steps else None
 
 
-def targets_of(tuner: Tuner, config: PeftConfig) -> Callable[[str], bool]:
+def make_target_test(tuner: Tuner, config: PeftConfig) -> Callable[[str], bool]:
     """Return the function that says of a path whether a config targets it: graft's, or one that has replaced it."""
-    theirs = "_check_target_module_exists" in replaced(tuner, None)
+    is_replaced = "_check_target_module_exists" in names_of_replaced(tuner, None)
     check = partial(tuner._check_target_module_exists, config)
     matcher = Matcher(config)
-    return check if theirs else lambda path: matcher(path).outcome == "matched"
+    return check if is_replaced else lambda path: matcher(path).outcome == "matched"
 
 
 def steps_under_way(tuner: Tuner, step: str) -> Steps:
@@ -237,14 +237,14 @@ def tuner_of(peft_type: str) -> Any:
 
     module, base = METHODS[name].base.split(":")
     members = {"_method": method, "uses_shared_state": method.shares, "__module__": __name__, "__doc__": Tuner.__doc__}
-    own = {**method.tuner_methods, "add_weighted_adapter": weighted.function_for(name)}
-    members |= {key: for_tuner(value) for key, value in own.items()}
+    functions = {**method.tuner_methods, "add_weighted_adapter": weighted.function_for(name)}
+    members |= {key: as_tuner_method(value) for key, value in functions.items()}
     members["_create_and_replace"] = Tuner._create_and_replace  # each has its own, to be replaced for its method alone
     new = type(METHODS[name].tuner, (getattr(import_module(f"graft.{module}"), base),), members)
     return _CLASSES.setdefault(name, new)
 
 
-def for_tuner(function: Any) -> Any:
+def as_tuner_method(function: Any) -> Any:
     """Return a function (or property) of a registry as one of the tuner."""
     if isinstance(function, property):
         read: Any = function.fget
@@ -295,27 +295,27 @@ def inject_adapter_in_model(
     cls = tuner_of(peft_config.peft_type)
     tuner = cls(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
     if state_dict is not None:
-        compare_targets(tuner, peft_config, adapter_name)
+        warn_other_targets(tuner, peft_config, adapter_name)
     model.peft_config = dict(tuner.peft_config)  # type: ignore[assignment]
-    tell_once(registry_of(tuner).carriers(), tuner.peft_config, adapter_name)
+    warn_at_first_gradient(registry_of(tuner).carriers(), tuner.peft_config, adapter_name)
     return model
 
 
-def compare_targets(tuner: Tuner, config: PeftConfig, adapter_name: str) -> None:
+def warn_other_targets(tuner: Tuner, config: PeftConfig, adapter_name: str) -> None:
     if getattr(config, "target_modules", None) is None:
         return
-    targets = targets_of(tuner, config)
+    targets = make_target_test(tuner, config)
     wanted = {k for k in survey(tuner.model).modules if targets(k)}
     wanted |= set(method_of(config.peft_type).accompany(config, tuner.model, sorted(wanted)))
-    have = set(registry_of(tuner).layers)
-    if wanted == have:
+    adapted = set(registry_of(tuner).layers)
+    if wanted == adapted:
         return
     text = (
         "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
         "state_dict. The state_dict decides. "
     )
-    if wanted - have:
-        text += f"The PEFT config contained these additional target modules: {sorted(wanted - have)}. "
-    if have - wanted:
-        text += f"The state_dict contained these additional target modules: {sorted(have - wanted)}. "
+    if wanted - adapted:
+        text += f"The PEFT config contained these additional target modules: {sorted(wanted - adapted)}. "
+    if adapted - wanted:
+        text += f"The state_dict contained these additional target modules: {sorted(adapted - wanted)}. "
     warn(text, RuntimeWarning)

@@ -30,7 +30,7 @@ INSTEAD = (
 )
 
 
-def step(function: F) -> F:
+def mark_step(function: F) -> F:
     """Mark a function of a tuner as graft's own form of a step that other packages may replace."""
     STEPS.setdefault(function.__name__, []).append(function)
     return function
@@ -39,7 +39,7 @@ def step(function: F) -> F:
 INJECT = "inject_adapter"  # the injection as a whole, around the steps of it
 
 
-def replaced(tuner: nn.Module, method: object) -> list[str]:
+def names_of_replaced(tuner: nn.Module, method: object) -> list[str]:
     """Return the names of the steps that were replaced on a tuner, its class, or the class for a method."""
     classes = (type(tuner), OF_METHODS.get(method, type(tuner)))
     return [
@@ -49,7 +49,7 @@ def replaced(tuner: nn.Module, method: object) -> list[str]:
     ]
 
 
-def not_here(name: str, holder: str) -> str:
+def describe_missing(name: str, holder: str) -> str:
     return f"{holder}.{name} is not in graft, which makes layers in other ways: {INSTEAD}."
 
 
@@ -66,7 +66,7 @@ class TunerType(type):
 
     def __getattr__(cls, name: str) -> object:
         if name in INTERNALS:
-            raise AttributeError(not_here(name, cls.__name__))
+            raise AttributeError(describe_missing(name, cls.__name__))
         raise AttributeError(f"type object '{cls.__name__}' has no attribute '{name}'")
 
     def __setattr__(cls, name: str, value: object) -> None:

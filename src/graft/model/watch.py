@@ -35,15 +35,15 @@ from graft.core.wrappers import MANAGED
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.io.rendezvous import Note
 from graft.kernels.eager import autocast_dtype
-from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, parts_of_active, states, unsaved
+from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, find_active_parts, find_unsaved, gradient_states
 from graft.storage.flat import is_flat, trains
 from graft.storage.parallel import find_master_ids, is_sharded, layout_of, processes
 
 
-def dropouts(config: PeftConfig) -> list[str]:
+def active_dropouts(config: PeftConfig) -> list[str]:
     """Return the fields of a config that are shares to drop, with their values, where they are not 0."""
-    found = [(f.name, getattr(config, f.name)) for f in fields(config) if "dropout" in f.name]
-    return [f"{name}={value}" for name, value in found if value and not isinstance(value, bool)]
+    shares = [(f.name, getattr(config, f.name)) for f in fields(config) if "dropout" in f.name]
+    return [f"{name}={value}" for name, value in shares if value and not isinstance(value, bool)]
 
 
 def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) -> None:
@@ -53,7 +53,7 @@ def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) ->
         if hasattr(part.carrier, "training") and part.adapter in configs:
             modes[part.adapter].append(part.carrier.training)
     for name, training in modes.items():
-        if dropped := [] if any(training) else dropouts(configs[name]):
+        if dropped := [] if any(training) else active_dropouts(configs[name]):
             warn(
                 f"Adapter '{name}' trains without its {', '.join(dropped)}: its {len(training)} modules are in eval "
                 "mode, as from_pretrained() leaves a model. Call model.train() before training.",
@@ -61,17 +61,17 @@ def warn_eval_mode_dropout(parts: list[Part], configs: dict[str, PeftConfig]) ->
             )
 
 
-def tell_once(carriers: Iterable[Carrier], configs: dict[str, PeftConfig], adapter: str) -> None:
+def warn_at_first_gradient(carriers: Iterable[Carrier], configs: dict[str, PeftConfig], adapter: str) -> None:
     """Have the first gradient of `adapter` say so, on a model without a PeftModel, whose calls nobody follows."""
-    parts = [part for part in parts_of_active(carriers) if part.adapter == adapter]
-    if not parts or not dropouts(configs[adapter]):
+    parts = [part for part in find_active_parts(carriers) if part.adapter == adapter]
+    if not parts or not active_dropouts(configs[adapter]):
         return
 
-    def look(_grad: Tensor) -> None:
+    def warn_once(_grad: Tensor) -> None:
         handle.remove()
         warn_eval_mode_dropout(parts, configs)
 
-    handle = parts[0].parameters[0].register_hook(look)
+    handle = parts[0].parameters[0].register_hook(warn_once)
 
 
 PASSES = 8  # backward passes after which a layer without gradients is no coincidence
@@ -106,76 +106,80 @@ class Watch:
         for t in tensors_in(output):
             if t.grad_fn is None:
                 continue
-            t.register_hook(self._begins)
+            t.register_hook(self._on_begin)
             if first:
                 first = False
                 self.half |= autocast_dtype(t.device) == torch.float16
                 self.moving |= any([isinstance(x, Tensor) and x.requires_grad for x in inputs])
 
     @unserializable_hook  # type: ignore[untyped-decorator]
-    def _begins(self, _grad: Tensor) -> None:
+    def _on_begin(self, _grad: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         if task != self.task:
             self.task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._ends)
+            torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
 
-    def _ends(self) -> None:
+    def _on_end(self) -> None:
         self.task = None
         if self.registry.watch is not self:
             return
         self.looks += 1
         self.registry.trained.update(self.registry.active_adapters)
         if self.looks == 1:
-            warn_eval_mode_dropout(parts_of_active(self.registry.carriers()), self.registry.peft_config)
-        report = self._first() if self.suspects is None else self._again()
+            warn_eval_mode_dropout(find_active_parts(self.registry.carriers()), self.registry.peft_config)
+        report = self._report_first_pass() if self.suspects is None else self._report_later_pass()
         if report is not None or self.looks >= LOOKS:
             self.registry.watch = None
         if report is not None and not report.ok:
             warn(f"{report}\nThis is said once; graft.audit(model) says it again.", PeftWarning)
 
-    def _first(self) -> AuditReport | None:
+    def _report_first_pass(self) -> AuditReport | None:
         """Return the report if the watch is over, else None."""
         registry, model = self.registry, self.registry.model
-        parts = parts_of_active(registry.carriers())
+        parts = find_active_parts(registry.carriers())
         if not parts:
-            return self._nothing_trains(model)
-        found = list(zip(parts, states(parts)))
-        mine = {id(p) for part in parts for p in part.parameters}
-        others = [p for p in parameters_in(model) if p.requires_grad and p.grad is not None and id(p) not in mine]
-        if not others and all([state in (NONE, ZERO) for _, state in found]):
+            return self._report_frozen(model)
+        part_states = list(zip(parts, gradient_states(parts)))
+        ids = {id(p) for part in parts for p in part.parameters}
+        others_trained = [
+            p for p in iterate_parameters(model) if p.requires_grad and p.grad is not None and id(p) not in ids
+        ]
+        if not others_trained and all([state in (NONE, ZERO) for _, state in part_states]):
             return None  # the loss was flat, or something takes gradients away
-        report = AuditReport(after="the first backward pass", not_saved=self._unsaved(others))
+        report = AuditReport(after="the first backward pass", not_saved=self._find_unsaved(others_trained))
         half = self.half or any([p.dtype == torch.float16 for p in model.parameters()])
-        if BROKEN in [state for _, state in found] and not half:
-            report.not_finite = [part.label for part, state in found if state == BROKEN]
-        suspects = [(part, state) for part, state in found if state == NONE or (state == ZERO and not has_rows(part))]
+        if BROKEN in [state for _, state in part_states] and not half:
+            report.not_finite = [part.label for part, state in part_states if state == BROKEN]
+        suspects = [
+            (part, state) for part, state in part_states if state == NONE or (state == ZERO and not trains_rows(part))
+        ]
         if any([state == NONE for _, state in suspects]) and gradients_elsewhere(model, parts):
             return report
-        if all([state == NONE for part, state in found if not isinstance(part.carrier, ModulesToSaveWrapper)]):
+        if all([state == NONE for part, state in part_states if not isinstance(part.carrier, ModulesToSaveWrapper)]):
             report.no_gradient = [part.label for part, _ in suspects]
             return report
         self.passes, self.suspects = 1, [(part.carrier, part.adapter) for part, _ in suspects]
         return None if suspects and report.ok else report
 
-    def _again(self) -> AuditReport | None:
-        parts = parts_of_active(self.registry.carriers())
+    def _report_later_pass(self) -> AuditReport | None:
+        parts = find_active_parts(self.registry.carriers())
         suspected = {(id(carrier), adapter) for carrier, adapter in self.suspects or ()}
         left = [part for part in parts if (id(part.carrier), part.adapter) in suspected]
-        rest = [part for part in parts if (id(part.carrier), part.adapter) not in suspected]
-        if not any(p.grad is not None for part in rest for p in part.parameters):
+        unsuspected = [part for part in parts if (id(part.carrier), part.adapter) not in suspected]
+        if not any(p.grad is not None for part in unsuspected for p in part.parameters):
             return None
         self.passes += 1
-        found = [(part, state) for part, state in zip(left, states(left)) if state in (NONE, ZERO)]
-        self.suspects = [(part.carrier, part.adapter) for part, _ in found]
-        if found and self.passes < PASSES:
+        still_without = [(part, state) for part, state in zip(left, gradient_states(left)) if state in (NONE, ZERO)]
+        self.suspects = [(part.carrier, part.adapter) for part, _ in still_without]
+        if still_without and self.passes < PASSES:
             return None
         return AuditReport(
             after=f"{self.passes} backward passes",
-            no_gradient=[part.label for part, state in found if state == NONE],
-            zero_gradient=[part.label for part, state in found if state == ZERO],
+            no_gradient=[part.label for part, state in still_without if state == NONE],
+            zero_gradient=[part.label for part, state in still_without if state == ZERO],
         )
 
-    def _nothing_trains(self, model: nn.Module) -> AuditReport | None:
+    def _report_frozen(self, model: nn.Module) -> AuditReport | None:
         """Report a pass for nothing: neither a parameter nor an input of the call was to get a gradient."""
         if self.moving or not self._is_frozen(model):
             return None
@@ -187,7 +191,7 @@ class Watch:
         """Return True if a model is in training mode, and none of its parameters trains."""
         return model.training and not any(p.requires_grad for p in model.parameters())
 
-    def _unsaved(self, others: list[nn.Parameter]) -> list[str]:
+    def _find_unsaved(self, others: list[nn.Parameter]) -> list[str]:
         """Name those of the base's parameters with gradients that no file would hold."""
         if not others:
             return []
@@ -195,10 +199,10 @@ class Watch:
         adapters = [(n, registry.parts_of(n), registry.model, c) for n, c in registry.peft_config.items()]
         got = {id(p) for p in others}
         parameters = dict(registry.model.named_parameters())
-        return [name for name in unsaved(registry.model, adapters) if id(parameters[name]) in got]
+        return [name for name in find_unsaved(registry.model, adapters) if id(parameters[name]) in got]
 
 
-def parameters_in(model: nn.Module) -> Iterator[nn.Parameter]:
+def iterate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters of a model, some twice; quicker than `parameters()`, for which depth counts."""
     left, seen = [model], set()
     while left:
@@ -209,7 +213,7 @@ def parameters_in(model: nn.Module) -> Iterator[nn.Parameter]:
             left += [child for child in module._modules.values() if child is not None]
 
 
-def has_rows(part: Part) -> bool:
+def trains_rows(part: Part) -> bool:
     """Return True if a part may train rows of a table, of which a batch uses some."""
     layer = part.carrier.adapter_layer
     return part.carrier.takes_rows or (layer is not None and layer.op.takes_ids)
@@ -254,9 +258,11 @@ REMEDY = (
 
 def note_start(registry: Tuner, adapter: str) -> None:
     """Note for the other processes with which values an adapter begins."""
-    tensors = tensors_of(registry, adapter)
-    own = torch._foreach_norm(tensors) if tensors else []
-    norms = torch.stack([n.to(own[0].device) for n in own]).tolist() if own else []  # of several devices, maybe
+    tensors = initial_tensors(registry, adapter)
+    tensor_norms = torch._foreach_norm(tensors) if tensors else []
+    norms = (
+        torch.stack([n.to(tensor_norms[0].device) for n in tensor_norms]).tolist() if tensor_norms else []
+    )  # of several devices, maybe
     registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
 
 
@@ -270,31 +276,33 @@ def check_averaged(registry: Tuner) -> None:
     registry.in_ddp = ddp is not None
     if processes() < 2:
         return
-    found = list(slots_of_active(registry))
-    trained = {name: slot.tensor for name, slot, _ in found if trains(slot.tensor)}
+    slots = list(slots_of_active(registry))
+    trained = {name: slot.tensor for name, slot, _ in slots if trains(slot.tensor)}
     if ddp is not None:
         owned = {id(p) for bucket in ddp.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
-        refuse([n for n, p in trained.items() if id(p) not in owned], "DistributedDataParallel", REMEDY)
-    still = [name for name, slot, wanted in found if wanted and is_flat(slot.tensor) and not trains(slot.tensor)]
-    refuse(still, "FullyShardedDataParallel", f"{REMEDY}, or use_orig_params=True")
+        check_none_missed([n for n, p in trained.items() if id(p) not in owned], "DistributedDataParallel", REMEDY)
+    still = [name for name, slot, wanted in slots if wanted and is_flat(slot.tensor) and not trains(slot.tensor)]
+    check_none_missed(still, "FullyShardedDataParallel", f"{REMEDY}, or use_orig_params=True")
     if any(map(is_managed, registry.model.modules())):
-        late = [name for name, slot, _ in found if trains(slot.tensor) and is_late(slot)]
-        refuse(late, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
+        late = [name for name, slot, _ in slots if trains(slot.tensor) and is_late(slot)]
+        check_none_missed(late, "FSDP", "inject all adapters before fully_shard (or FullyShardedDataParallel)")
     ids = find_master_ids([*registry.model.parameters(), *trained.values()])
     if ids:
-        refuse([n for n, p in trained.items() if id(p) not in ids], "DeepSpeed", "call deepspeed.initialize again")
-    if any([layout_of(slot.tensor) is not None or is_managed(slot.owner) for _, slot, _ in found]):
-        compare_starts(registry)
+        check_none_missed(
+            [n for n, p in trained.items() if id(p) not in ids], "DeepSpeed", "call deepspeed.initialize again"
+        )
+    if any([layout_of(slot.tensor) is not None or is_managed(slot.owner) for _, slot, _ in slots]):
+        warn_other_starts(registry)
 
 
-def has_copies(registry: Tuner) -> bool:
+def is_replicated(registry: Tuner) -> bool:
     """Return True if each process is known to hold all of one adapter, which they train together."""
     if processes() < 2:
         return False
     return registry.in_ddp or bool(find_master_ids(registry.model.parameters()))
 
 
-def refuse(names: list[str], who: str, remedy: str) -> None:
+def check_none_missed(names: list[str], who: str, remedy: str) -> None:
     if names:
         raise DistributedError(
             f"{len(names)} parameters train that {who} did not see when it wrapped the model, such as '{names[0]}': "
@@ -303,14 +311,14 @@ def refuse(names: list[str], who: str, remedy: str) -> None:
         )
 
 
-def compare_starts(registry: Tuner) -> None:
+def warn_other_starts(registry: Tuner) -> None:
     """Warn if the processes drew other initial values for an active adapter, which a layout in parts mixes."""
     for adapter in registry.active_adapters:
         note = registry.starts.pop(adapter, None)
-        others = [] if note is None else note.others()
-        if others:
+        ranks = [] if note is None else note.others()
+        if ranks:
             warn(
-                f"Adapter '{adapter}' began with other values on rank(s) {others} than on this one, and each process "
+                f"Adapter '{adapter}' began with other values on rank(s) {ranks} than on this one, and each process "
                 "holds a part of it: a mixture that no seed gives again. Call torch.manual_seed() with one seed on "
                 "all processes before the adapter is made, or have rank 0's values broadcast.",
                 PeftWarning,
@@ -325,7 +333,7 @@ def slots_of_active(registry: Tuner) -> Iterable[tuple[str, Slot, bool]]:
                 yield f"{carrier.key}.{slot.container}.{name}", slot, name in carrier.state.trainable
 
 
-def tensors_of(registry: Tuner, adapter: str) -> list[Tensor]:
+def initial_tensors(registry: Tuner, adapter: str) -> list[Tensor]:
     """Return the floating tensors of an adapter that have values."""
     slots = (s for carrier, name in carried(registry.carriers(), [adapter]) for s in carrier.slots(name))
     tensors = [s.tensor.detach() for s in slots if s.tensor.is_floating_point() and not s.tensor.is_meta]
@@ -339,8 +347,8 @@ def is_late(slot: Slot) -> bool:
     """
     if not is_managed(slot.owner):
         return True
-    others = [layout_of(p) is not None for p in slot.owner._parameters.values() if p is not None]
-    return layout_of(slot.tensor) is None and any(others)
+    are_sharded = [layout_of(p) is not None for p in slot.owner._parameters.values() if p is not None]
+    return layout_of(slot.tensor) is None and any(are_sharded)
 
 
 def is_managed(module: nn.Module) -> bool:

@@ -38,7 +38,7 @@ from graft.io.files import Loaded
 from graft.io.save import config_of
 from graft.kernels.waits import move_to_devices
 from graft.methods.lora import LoRA
-from graft.model.checkpoints import read as read_adapter
+from graft.model.checkpoints import read_adapter as read_adapter
 from graft.model.registry import check_adapter_name
 from graft.serving.fits import A_, Known, SlotFactors, by_layer, check_config, fitted
 from graft.serving.layer import NONE, Choice, SlotLayer

@@ -32,7 +32,7 @@ from graft.inject.inject import Injection
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
 from graft.methods.loraxs import STEP
 from graft.methods.sdt import A_LOG, CHANGE, SDT, X_PROJ
-from graft.model.modes import in_mode
+from graft.model.modes import use_mode
 
 
 def linear_methods(
@@ -189,7 +189,7 @@ def covariances_of(
 
     watched = hooked_model if hooked_model is not None else model
     modules = dict(watched.named_modules())
-    with ExitStack() as hooks, in_mode(watched, False):
+    with ExitStack() as hooks, use_mode(watched, False):
         for key in methods.keys() & modules:
             hooks.enter_context(modules[key].register_forward_hook(watch(key)))
         run_model()
@@ -287,7 +287,7 @@ def gradients_of(model: nn.Module, methods: dict[str, Method], train_step: Calla
     with ExitStack() as hooks, training_only(model, weights.values()):
         for key, m in methods.items():
             hooks.enter_context(m.site.module.register_forward_hook(count(key)))
-        with in_mode(model, True), torch.enable_grad():
+        with use_mode(model, True), torch.enable_grad():
             train_step()
         seen = [key for key, W in weights.items() if W.grad is not None and calls[key]]
         require_all(methods, seen, "gradient")

@@ -14,7 +14,7 @@ from graft import AuditReport, ConfigError, FineGatesModel, LoraModel, audit
 from graft.inject.parts import registry_of, unwrapped
 from graft.methods.finegates import sparsity_loss
 from graft.methods.lora.lora import monteclora_loss
-from graft.model.audit import SECTIONS, parts_of_active
+from graft.model.audit import SECTIONS, find_active_parts
 from graft.model.watch import gradients_elsewhere
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def look(model: nn.Module, optimizer: torch.optim.Optimizer, half: bool, early: 
     """
     model = unwrapped(model)
     registry = registry_of(model)
-    elsewhere = registry is not None and gradients_elsewhere(model, parts_of_active(registry.carriers()))
+    elsewhere = registry is not None and gradients_elsewhere(model, find_active_parts(registry.carriers()))
     report = audit(model, None if elsewhere else optimizer)
     if early:
         waiting = half or optimizer is None or not any([group["lr"] for group in optimizer.param_groups])

@@ -22,7 +22,7 @@ from graft.inject.parts import registry_of
 from graft.inject.survey import Place, survey
 from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute_ranks
-from graft.model.modes import in_mode
+from graft.model.modes import use_mode
 from graft.model.registry import Registry
 from graft.storage import find_device_and_dtype
 from graft.train.calibration import linear_methods, require_all
@@ -382,7 +382,7 @@ def get_eva_state_dict(
         gather_distributed_inputs,
         show_progress_bar,
     )
-    with model.disable_adapter() if registry is not None else nullcontext(), in_mode(model, False):
+    with model.disable_adapter() if registry is not None else nullcontext(), use_mode(model, False):
         return measure.state_dict()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft import AdapterLayer, CalibrationError, ConfigError, SteeringConfig
 from graft.inject.parts import registry_of
 from graft.methods.states import Positions
-from graft.model.modes import in_mode
+from graft.model.modes import use_mode
 
 Inputs = Mapping[str, object]  # arguments of the model's forward
 
@@ -93,7 +93,7 @@ def last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inputs: In
 
         return hook
 
-    with ExitStack() as hooks, in_mode(model, False), model.disable_adapter():
+    with ExitStack() as hooks, use_mode(model, False), model.disable_adapter():
         for key, layer in layers.items():
             hooks.enter_context(layer.base_layer.register_forward_hook(note(key)))
         model(**inputs)

@@ -15,8 +15,8 @@ from torch import nn
 import graft
 from benchmarks.measure import Bench, Effort, Goal, Row, Turns, take_turns
 from benchmarks.models import Stack, lora, smollm, stack_config
-from graft.core.lean import Linear, bare
-from graft.core.random import kaiming_bound, skip
+from graft.core.lean import Linear, new_lean
+from graft.core.random import kaiming_bound, skip_draws
 from graft.inject.inject import collector_paused
 
 
@@ -46,11 +46,11 @@ def least(build: Callable[[], nn.Module], modules: int, r: int = 16, device: str
     def layer(rows: int, width: int) -> list[nn.Module]:
         A, B = torch.empty(r, width, device=device), torch.empty(rows, r, device=device)
         if device != "meta":
-            skip(A, B)
+            skip_draws(A, B)
             bound = kaiming_bound(width)
             A.uniform_(-bound, bound)
             B.zero_()
-        made: list[nn.Module] = [bare(Linear) for _ in range(modules)]
+        made: list[nn.Module] = [new_lean(Linear) for _ in range(modules)]
         for module, values in zip(made, (A, B)):
             module._parameters["weight"] = nn.Parameter(values)
         return made

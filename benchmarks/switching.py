@@ -14,7 +14,7 @@ from torch import nn
 import graft
 from benchmarks.measure import Bench, Goal, Turns
 from benchmarks.models import lora, smollm
-from graft.core.lean import Identity, Linear, bare
+from graft.core.lean import Identity, Linear, new_lean
 
 
 @cache
@@ -125,7 +125,7 @@ def release() -> Turns:
     while True:
         held = []
         for A, B in zip(shapes[::2], shapes[1::2]):
-            a, b, dropout = (bare(kind) for kind in (Linear, Linear, Identity))
+            a, b, dropout = (new_lean(kind) for kind in (Linear, Linear, Identity))
             a._parameters["weight"], b._parameters["weight"] = (
                 nn.Parameter(torch.empty(A)),
                 nn.Parameter(torch.empty(B)),

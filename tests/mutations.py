@@ -37,7 +37,7 @@ MUTATIONS = [
     Mutation("fused path: the scale is lost", "core/fused.py", "1.0 if f.scale is None else f.scale", "1.0"),
     Mutation("fused path: a vector is lost", "core/fused.py", "A if f.inner is None else f.inner[:, None] * A", "A"),
     Mutation(
-        "fold order: the newest first", "core/plan.py", "for i in sorted(groups)", "for i in sorted(groups)[::-1]"
+        "fold order: the newest first", "core/plan.py", "for i in sorted(by_kind)", "for i in sorted(by_kind)[::-1]"
     ),
     Mutation(
         "fold order: inward adapters outward",

@@ -363,8 +363,8 @@ def test_the_forward_pass_decides_nothing():
     """`forward` and every `run` hold no isinstance, hasattr, warning or string."""
     hot = {
         "layer": {"forward"},
-        "plan": {"run", "through", "add", "gated"},
-        "mixed": {"run", "one", "add"},
+        "plan": {"run", "run_steps", "add", "add_gated"},
+        "mixed": {"run", "run_one", "add"},
     }
     for module, names in hot.items():
         found = [

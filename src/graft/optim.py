@@ -39,28 +39,28 @@ __all__ = [
 Pair = tuple[nn.Parameter, nn.Parameter, float, int]  # A, B, scaling and number of matrices
 
 
-def pairs(model: nn.Module) -> Iterator[Pair]:
+def find_pairs(model: nn.Module) -> Iterator[Pair]:
     """Yield A, B, scaling and number of matrices of each LoRA adapter on a layer that is no embedding."""
     for layer in model.modules():
         if layer_in(layer) is layer and "lora_A" in layer.holders and isinstance(layer.lora_A, nn.ModuleDict):
             Bs = layer.lora_B
             for name, A in layer.lora_A.items():
-                check_whole(layer, name)
+                check_plain_factors(layer, name)
                 op = layer.site.op
-                matrices = op.stack(layer.site.module) if isinstance(op, Opaque) else 1
+                matrices = op.count_matrices(layer.site.module) if isinstance(op, Opaque) else 1
                 yield A.weight, Bs[name].weight, layer.scaling[name], matrices
 
 
-def apart(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
+def split_stack(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
     """Return A and B, or what has their shapes, of each matrix of a stack: (n, r, in) and (n, out, r)."""
-    return Opaque.each(A.contiguous(), B.contiguous(), matrices) if matrices > 1 else (A, B)
+    return Opaque.split_matrices(A.contiguous(), B.contiguous(), matrices) if matrices > 1 else (A, B)
 
 
-def together(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
-    return Opaque.joined(A, B) if matrices > 1 else (A, B)
+def join_stack(A: Tensor, B: Tensor, matrices: int) -> tuple[Tensor, Tensor]:
+    return Opaque.join_matrices(A, B) if matrices > 1 else (A, B)
 
 
-def check_whole(layer: AdapterLayer, adapter: str) -> None:
+def check_plain_factors(layer: AdapterLayer, adapter: str) -> None:
     """Raise ConfigError if the weights of A and B are not the matrices that they stand for."""
     cfg = layer.methods[adapter].cfg
     for option in ("use_bdlora", "use_qalora"):
@@ -71,17 +71,17 @@ def check_whole(layer: AdapterLayer, adapter: str) -> None:
             )
 
 
-def gram(factor: Tensor, damping: float) -> Tensor:
+def invert_gram(factor: Tensor, damping: float) -> Tensor:
     """Return (factor factorᵀ + damping · 1)⁺, (…, r, r), of a matrix (…, r, n), in float32."""
     if not factor.is_cpu:
-        return by_cholesky(factor, damping)
+        return invert_gram_by_cholesky(factor, damping)
     factor = factor.float()
     eye = torch.eye(factor.shape[-2], device=factor.device)
     inverted: Tensor = torch.linalg.pinv(factor @ factor.mT + damping * eye)
     return inverted
 
 
-def by_cholesky(factor: Tensor, damping: float) -> Tensor:
+def invert_gram_by_cholesky(factor: Tensor, damping: float) -> Tensor:
     """Return (factor factorᵀ + damping · 1)⁺ on a device for which the host would wait, as an SVD needs it.
 
     It is R = (G + c)⁻¹ with the damping c. Where that is less than what float32 rounds, c is the latter, and with
@@ -90,7 +90,7 @@ def by_cholesky(factor: Tensor, damping: float) -> Tensor:
     wide = factor.to(torch.float32 if factor.device.type == "mps" else torch.float64)
     r = wide.shape[-2]
     G, eye = wide @ wide.mT, torch.eye(r, dtype=wide.dtype, device=wide.device)
-    least = r * torch.finfo(torch.float32).eps * largest(G) + torch.finfo(torch.float32).tiny
+    least = r * torch.finfo(torch.float32).eps * max_diagonal(G) + torch.finfo(torch.float32).tiny
     c = least.clamp(min=damping)
     L = torch.linalg.cholesky_ex(G + c * eye)[0]
     inverse = torch.linalg.solve_triangular(L, eye, upper=False)
@@ -99,7 +99,7 @@ def by_cholesky(factor: Tensor, damping: float) -> Tensor:
     return torch.where(least > damping, R @ (eye + E) @ (eye - E @ E), R).float()
 
 
-def largest(G: Tensor) -> Tensor:
+def max_diagonal(G: Tensor) -> Tensor:
     """Return the largest number on the diagonal of each matrix, (…, 1, 1)."""
     return G.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
 
@@ -134,8 +134,8 @@ def create_loraplus_optimizer(
             groups["B without decay" if "bias" in name or id(p) in norms else "B"].append(p)
     fast = lr * loraplus_lr_ratio
     rates = {"A": (lr, decay), "embedding": (lr_embedding, decay), "B": (fast, decay), "B without decay": (fast, 0.0)}
-    made = [{"params": groups[k], "lr": rate, "weight_decay": wd} for k, (rate, wd) in rates.items()]
-    optimizer = optimizer_cls(made, **kwargs)  # type: ignore[arg-type]
+    param_groups = [{"params": groups[k], "lr": rate, "weight_decay": wd} for k, (rate, wd) in rates.items()]
+    optimizer = optimizer_cls(param_groups, **kwargs)  # type: ignore[arg-type]
     if optimizer_cls.__name__ in EIGHT_BIT:
         keep_embeddings_wide(model)
     return optimizer
@@ -151,7 +151,7 @@ def keep_embeddings_wide(model: nn.Module) -> None:
             manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
-class ByParameter(Optimizer):
+class PerParameterOptimizer(Optimizer):
     """An optimizer that changes one parameter after the other, by `_update`."""
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class ByParameter(Optimizer):
         raise NotImplementedError
 
 
-class LoraFAOptimizer(ByParameter):
+class LoraFAOptimizer(PerParameterOptimizer):
     """Adam with a projected gradient of B, which follows that of ΔW as far as the fixed A allows.
 
     Args:
@@ -221,14 +221,14 @@ class LoraFAOptimizer(ByParameter):
     def _update(self, p: nn.Parameter, g: Tensor, group: Group) -> None:
         if p in self.factors:
             (A, scaling), n = self.factors[p], self.stacks.get(p, 1)
-            a, b = apart(A.flatten(1), g.flatten(1).float(), n)
-            g = together(a, b @ gram(a, 1e-8) / scaling**2, n)[1].view_as(p).to(p.dtype)
-        adam(p, g, self.state[p], group, group["correct_bias"])
+            a, b = split_stack(A.flatten(1), g.flatten(1).float(), n)
+            g = join_stack(a, b @ invert_gram(a, 1e-8) / scaling**2, n)[1].view_as(p).to(p.dtype)
+        step_adam(p, g, self.state[p], group, group["correct_bias"])
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def adam(p: Tensor, g: Tensor, state: Group, group: Group, correct_bias: bool) -> None:
+def step_adam(p: Tensor, g: Tensor, state: Group, group: Group, correct_bias: bool) -> None:
     """Take one step of Adam, without decay."""
     b1, b2 = group["betas"]
     if not state:
@@ -260,15 +260,15 @@ def create_lorafa_optimizer(
             Nothing is frozen then.
     """
     check_options(model, r, lora_alpha, use_rslora)
-    found = list(pairs(model))
-    As = {A for A, *_ in found}
-    factors = {B: (A, scaling) for A, B, scaling, _ in found if scaling}  # with 0 no gradient comes to B
-    stacks = {B: matrices for _, B, _, matrices in found if matrices > 1}
+    all_pairs = list(find_pairs(model))
+    As = {A for A, *_ in all_pairs}
+    factors = {B: (A, scaling) for A, B, scaling, _ in all_pairs if scaling}  # with 0 no gradient comes to B
+    stacks = {B: matrices for _, B, _, matrices in all_pairs if matrices > 1}
     trained = [p for p in model.parameters() if p.requires_grad and p not in As]
-    made = LoraFAOptimizer(trained, lr, weight_decay=weight_decay, factors=factors, stacks=stacks)
+    optimizer = LoraFAOptimizer(trained, lr, weight_decay=weight_decay, factors=factors, stacks=stacks)
     for A in As:
         A.requires_grad_(False)
-    return made
+    return optimizer
 
 
 def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use_rslora: bool | None) -> None:
@@ -276,11 +276,11 @@ def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use
     registry = registry_of(model)
     configs = {} if registry is None else {name: registry.peft_config[name] for name in registry.active_adapters}
     if use_rslora is not None:
-        other = [name for name, cfg in configs.items() if getattr(cfg, "use_rslora", use_rslora) != use_rslora]
-        if other:
+        conflicting = [name for name, cfg in configs.items() if getattr(cfg, "use_rslora", use_rslora) != use_rslora]
+        if conflicting:
             raise ConfigError(
                 f"`use_rslora={use_rslora}` was passed to create_lorafa_optimizer, and the config of the active "
-                f"adapters {other} says otherwise. Leave the argument out: the config decides."
+                f"adapters {conflicting} says otherwise. Leave the argument out: the config decides."
             )
         warn("`use_rslora` of create_lorafa_optimizer is deprecated: LoraConfig says it.", FutureWarning)
     for option, value in (("r", r), ("lora_alpha", lora_alpha)):
@@ -306,12 +306,12 @@ def create_riemannian_optimizer(
     """
 
     names = "create_riemannian_optimizer", "Riemannian preconditioning"
-    return preconditioned(model, optimizer_cls, partial(metric_gradients, reg), names, lr=lr, **kwargs)
+    return make_preconditioned(model, optimizer_cls, partial(compute_metric_gradients, reg), names, lr=lr, **kwargs)
 
 
-def metric_gradients(reg: float, A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
+def compute_metric_gradients(reg: float, A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
     """Return the gradients a of A (…, r, n) and b of B (…, m, r) in the metric of B A; `reg` dampens it."""
-    return gram(B.mT, reg) @ a, b @ gram(A, reg)
+    return invert_gram(B.mT, reg) @ a, b @ invert_gram(A, reg)
 
 
 def create_lorapro_optimizer(
@@ -326,30 +326,30 @@ def create_lorapro_optimizer(
         TypeError, ConfigError: as `create_riemannian_optimizer`.
     """
     names = "create_lorapro_optimizer", "LoRA-Pro"
-    return preconditioned(model, optimizer_cls, pro_gradients, names, lr=lr, **kwargs)
+    return make_preconditioned(model, optimizer_cls, compute_pro_gradients, names, lr=lr, **kwargs)
 
 
-def pro_gradients(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
+def compute_pro_gradients(A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of A (…, r, n) and B (…, m, r) with which s (B a' + b' A) comes closest to the weight's.
 
     a and b are the usual gradients; the results are in float32.
     """
     wide = torch.float32 if A.device.type == "mps" else torch.float64
     A, B, a, b = (t.to(wide) for t in (A, B, a, b))
-    P, Q = damped(B.mT @ B), damped(A @ A.mT)
-    p, q = inverse(P), inverse(Q)
+    P, Q = damp_gram(B.mT @ B), damp_gram(A @ A.mT)
+    p, q = invert_matrices(P), invert_matrices(Q)
     to_a, to_b = p @ a / s**2, b @ q / s**2
-    X = sylvester(P, Q, -(to_a @ A.mT))
+    X = solve_sylvester(P, Q, -(to_a @ A.mT))
     return (to_a + X @ A).float(), (to_b - B @ (p @ (B.mT @ to_b)) - B @ X).float()
 
 
-def damped(G: Tensor) -> Tensor:
+def damp_gram(G: Tensor) -> Tensor:
     """Return a Gram matrix that can be inverted."""
     eps = torch.finfo(G.dtype).eps
-    return G + (100 * eps * largest(G) + eps) * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    return G + (100 * eps * max_diagonal(G) + eps) * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
 
 
-def inverse(G: Tensor) -> Tensor:
+def invert_matrices(G: Tensor) -> Tensor:
     """Return G⁻¹; the host does not wait to see whether there is one."""
     inverted: Tensor = torch.linalg.inv_ex(G)[0]
     return inverted
@@ -358,17 +358,17 @@ def inverse(G: Tensor) -> Tensor:
 SIGN_STEPS = 40  # of Newton's iteration, which doubles small eigenvalues and halves large ones, then converges
 
 
-def sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
+def solve_sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
     """Return X with P X + X Q = C for positive definite P and Q, (…, r, r), by the matrix sign."""
-    size = torch.maximum(norm(P), norm(Q))
+    size = torch.maximum(matrix_norms(P), matrix_norms(Q))
     P, Q, C = P / size, Q / size, C / size
     for _ in range(SIGN_STEPS):
-        p, q = inverse(P), inverse(Q)
+        p, q = invert_matrices(P), invert_matrices(Q)
         P, Q, C = (P + p) / 2, (Q + q) / 2, (C + p @ C @ q) / 2
     return C / 2
 
 
-def norm(M: Tensor) -> Tensor:
+def matrix_norms(M: Tensor) -> Tensor:
     """Return the norm of each matrix, (…, 1, 1)."""
     size: Tensor = M.norm(dim=(-2, -1), keepdim=True)
     return size
@@ -377,7 +377,7 @@ def norm(M: Tensor) -> Tensor:
 Change = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # of A, B, their gradients, s
 
 
-def preconditioned(
+def make_preconditioned(
     model: nn.Module, optimizer_cls: type[Optimizer], change: Change, names: tuple[str, str], **kwargs: Any
 ) -> Optimizer:
     """Make an optimizer with other gradients of A and B, by a hook before its steps. names: of function and method."""
@@ -389,7 +389,7 @@ def preconditioned(
             f"{optimizer_cls.__name__} requires a closure, which computes gradients again within a step. Only "
             "those before it would be changed: choose an optimizer whose step() takes none."
         )
-    both = [p for p in pairs(model) if p[0].requires_grad and p[1].requires_grad and p[0].ndim == 2 and p[2]]
+    both = [p for p in find_pairs(model) if p[0].requires_grad and p[1].requires_grad and p[0].ndim == 2 and p[2]]
     if not both:
         raise ConfigError(f"{names[0]} did not find any trainable lora_A/lora_B parameter pairs.")
     optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **kwargs)
@@ -410,12 +410,12 @@ class GradientChange:
     @torch.no_grad()
     def __call__(self, _: object, inputs: tuple[object, ...], options: dict[str, object]) -> None:
         # accelerate's optimizers, and so Trainer's, pass the None on by its place
-        if any(given is not None for given in inputs[1:]) or options.get("closure") is not None:
+        if any(value is not None for value in inputs[1:]) or options.get("closure") is not None:
             raise ConfigError(f"An optimizer with {self.method} does not support closures.")
         for A, B, s, n in self.both:
             if A.grad is not None and B.grad is not None:
-                changed = self.change(*apart(A, B, n), *apart(A.grad.float(), B.grad.float(), n), s)
-                a, b = together(*changed, n)
+                gradients = self.change(*split_stack(A, B, n), *split_stack(A.grad.float(), B.grad.float(), n), s)
+                a, b = join_stack(*gradients, n)
                 A.grad.copy_(a)
                 B.grad.copy_(b)
 
@@ -436,19 +436,19 @@ NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalised(M: Tensor) -> Tensor:
+def orthogonalise(M: Tensor) -> Tensor:
     """Return U V of M = U diag(S) V (…, m, n), about: all singular values become some number between 0.7 and 1.2."""
     a, b, c = NEWTON_SCHULZ
     wide = M.shape[-2] <= M.shape[-1]
     X: Tensor = M.float() if wide else M.float().mT
-    X = X / norm(X).clamp_min(1e-7)
+    X = X / matrix_norms(X).clamp_min(1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         G = X @ X.mT
         X = a * X + (b * G + c * G @ G) @ X
     return X if wide else X.mT
 
 
-class LoraMuonOptimizer(ByParameter):
+class LoraMuonOptimizer(PerParameterOptimizer):
     """Muon with Nesterov momentum for groups with `muon=True`, whose parameters are matrices; AdamW for others.
 
     `matrices` of such a group: each parameter is B for a stack of so many (1).
@@ -480,7 +480,7 @@ class LoraMuonOptimizer(ByParameter):
         if group["muon"]:
             self._muon(p, g, group)
         else:
-            adam(p, g, self.state[p], group, True)
+            step_adam(p, g, self.state[p], group, True)
 
     def _muon(self, p: Tensor, g: Tensor, group: Group) -> None:
         state, momentum = self.state[p], group["momentum"]
@@ -489,9 +489,9 @@ class LoraMuonOptimizer(ByParameter):
         buffer = state["momentum_buffer"]
         buffer.lerp_(g, 1 - momentum)
         update, n = g.lerp(buffer, momentum).flatten(1), group.get("matrices", 1)
-        each = apart(update.mT, update, n)[1]
-        step = together(each.mT, orthogonalised(each), n)[1].view_as(p).to(p.dtype)
-        p.add_(step, alpha=-group["lr"] * 0.2 * max(each.shape[-2:]) ** 0.5)
+        matrices = split_stack(update.mT, update, n)[1]
+        step = join_stack(matrices.mT, orthogonalise(matrices), n)[1].view_as(p).to(p.dtype)
+        p.add_(step, alpha=-group["lr"] * 0.2 * max(matrices.shape[-2:]) ** 0.5)
 
 
 def create_muon_optimizer(model: nn.Module, *, lr: float, muon_lr: float | None = None, **kwargs: Any) -> Optimizer:
@@ -507,7 +507,7 @@ def create_muon_optimizer(model: nn.Module, *, lr: float, muon_lr: float | None 
     Raises:
         ConfigError: no B of LoRA trains, or a number is out of range.
     """
-    Bs = {B: matrices for _, B, _, matrices in pairs(model) if B.requires_grad}
+    Bs = {B: matrices for _, B, _, matrices in find_pairs(model) if B.requires_grad}
     if not Bs:
         raise ConfigError("create_muon_optimizer did not find any trainable lora_B.")
     trained = [p for p in model.parameters() if p.requires_grad]

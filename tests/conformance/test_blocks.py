@@ -306,7 +306,7 @@ def test_a_linear_layers_part_beside_lora(monkeypatch):
 
 
 def layer_rows(model, layer, x, names):
-    with registry_of(model).call.using(Rows.of(names)):
+    with registry_of(model).call.using(Rows.from_names(names)):
         return layer(x)
 
 

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 import graft
 from graft.core.call import Call
 from graft.core.layer import AdapterLayer
-from graft.core.method import Layers
-from graft.core.rows import Rows, Same
-from graft.core.shared import Shared
+from graft.core.method import AdaptedLayers
+from graft.core.rows import Constant, Rows
+from graft.core.shared import SharedTensors
 from graft.inject.build import add_adapter
 from graft.inject.survey import site_of, survey
 from graft.methods.lora.dylora import DRAWN
@@ -70,7 +70,7 @@ def carried(on: Layer, *samples: Sample) -> AdapterLayer:
         module = torch.nn.ModuleDict({"layer": on.make()})
     layer = AdapterLayer(site_of("layer", module["layer"], survey(module)), Call())
     module.requires_grad_(False)
-    layer.shared = shared = Shared()  # for adapters that a test adds
+    layer.shared = shared = SharedTensors()  # for adapters that a test adds
     with seeded(1):
         for name, sample in zip("abc", samples):
             cfg = sample.make("default" if name == "a" else "other")
@@ -83,10 +83,10 @@ def carried(on: Layer, *samples: Sample) -> AdapterLayer:
     return layer.eval()
 
 
-def place(method, layer: AdapterLayer, cfg, shared: Shared) -> None:
+def place(method, layer: AdapterLayer, cfg, shared: SharedTensors) -> None:
     if type(method).shares:
-        shared.hold(method.name, method.share(Layers(layer, [layer.site], cfg)), (None, torch.float32), True)
-    add_adapter(layer, method, shared.attached(), on_meta=False, upcast=True)
+        shared.hold(method.name, method.share(AdaptedLayers(layer, [layer.site], cfg)), (None, torch.float32), True)
+    add_adapter(layer, method, shared.wrap_containers(), on_meta=False, upcast=True)
 
 
 def inputs(on: Layer, rows: int = 4) -> torch.Tensor:
@@ -146,7 +146,7 @@ def test_gradients_reach_both(a, b, on):
     layer, x = carried(on, a, b).train(), inputs(on)
     for carrier in (layer, layer.shared):
         carrier.set_adapter(["a", "b"])
-    with seeded(5), layer.call.giving(facts={(DRAWN, name): Same(0.9) for name in "ab"}):  # as a model's call draws
+    with seeded(5), layer.call.giving(facts={(DRAWN, name): Constant(0.9) for name in "ab"}):  # as a model's call draws
         y = layer(x)
         (y * torch.randn_like(y)).sum().backward()
     for name in "ab":
@@ -160,7 +160,7 @@ def test_rows_of_a_batch_use_either(a, b, on):
     names = ["b", "__base__", "a", "b", "a"]
     layer.set_adapter(["a", "b"])
     with torch.no_grad():
-        with layer.call.using(Rows.of(names)):
+        with layer.call.using(Rows.from_names(names)):
             mixed = layer(x)
         for row, name in enumerate(names):
             layer.set_adapter([] if name == "__base__" else [name])

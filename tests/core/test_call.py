@@ -28,7 +28,7 @@ FIRST, SECOND = ["default", "b", BASE, "b"], ["b", "b", "default", BASE]
 
 
 def test_rows_are_grouped_by_adapter_in_order_of_appearance():
-    rows = Rows.of(["b", "a", BASE, "b", "a"])
+    rows = Rows.from_names(["b", "a", BASE, "b", "a"])
     assert [(name, index.tolist()) for name, index in rows.segments] == [("b", [0, 3]), ("a", [1, 4]), (None, [2])]
     grouped = torch.cat([index for _, index in rows.segments])
     assert grouped[rows.inverse].tolist() == [0, 1, 2, 3, 4]
@@ -36,7 +36,10 @@ def test_rows_are_grouped_by_adapter_in_order_of_appearance():
 
 def test_a_batch_grouped_as_one_before_has_its_indices():
     names = ["b", "a", BASE, "b", "a"]
-    first, other = Rows.of(names, torch.device("cpu")), Rows.of(["x", "y", "z", "x", "y"], torch.device("cpu"))
+    first, other = (
+        Rows.from_names(names, torch.device("cpu")),
+        Rows.from_names(["x", "y", "z", "x", "y"], torch.device("cpu")),
+    )
     assert first.order.data_ptr() == other.order.data_ptr() and other.names == ("x", "y", "z")
     assert first.on(torch.device("cpu")) is first
     there = first.on(torch.device("meta"))
@@ -48,13 +51,13 @@ def test_a_batch_grouped_as_one_before_has_its_indices():
     [(["a", "a", "b"], True), (["a", "b", "a"], False), (["b", "c", "a", "b"], False), ([BASE, "a", "b"], False)],
 )
 def test_rows_in_order(names, in_order):
-    rows = Rows.of(names)
-    order, found = rows.grouped[1], rows.grouped[3]
+    rows = Rows.from_names(names)
+    order, found = rows.adapter_groups[1], rows.adapter_groups[3]
     assert found == in_order == (order.tolist() == list(range(len(names))))
 
 
 def test_ids_that_all_samples_share_are_repeated():
-    rows, ids = Rows.of(["a", "b", "a"]), torch.arange(4)[None]
+    rows, ids = Rows.from_names(["a", "b", "a"]), torch.arange(4)[None]
     assert torch.equal(rows.take(ids, "positions", ids=True), ids.expand(3, 4))
     whole = torch.randn(3, 4)
     assert rows.take(whole, "layer") is whole
@@ -64,11 +67,11 @@ def test_ids_that_all_samples_share_are_repeated():
 def test_other_numbers_of_rows_cannot_be_routed(size):
     text = rf"'down' received {size} rows in a mixed batch of 3.*exclude_modules"
     with pytest.raises(graft.RoutingError, match=text):
-        Rows.of(["a", "b", "a"]).take(torch.randn(size, 4), "down")
+        Rows.from_names(["a", "b", "a"]).take(torch.randn(size, 4), "down")
 
 
 def test_using_puts_back_what_was_there_also_after_an_error():
-    call, outer, inner = Call(), Rows.of(["a"]), Rows.of(["b"])
+    call, outer, inner = Call(), Rows.from_names(["a"]), Rows.from_names(["b"])
     with call.using(outer):
         with pytest.raises(KeyError), call.using(inner):
             assert call.current() is inner

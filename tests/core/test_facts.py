@@ -56,13 +56,13 @@ def test_rows_see_their_own():
 
 
 def test_copies_of_rows_have_what_the_rows_have():
-    rows = Rows.of(["b", BASE, "a", "b"])
+    rows = Rows.from_names(["b", BASE, "a", "b"])
     once = CallContext(rows, None, {"a": FACT})
-    twice = once.repeated(2)
+    twice = once.repeat(2)
     assert twice.facts["a"].tolist() == [0, 0, 1, 1, 2, 2, 1, 1]
     named = {name: index.tolist() for name, index in twice.rows.segments}
     assert named == {"b": [0, 1, 6, 7], None: [2, 3], "a": [4, 5]}
-    assert CallContext(None, None, NO_FACTS).repeated(3) == CallContext()
+    assert CallContext(None, None, NO_FACTS).repeat(3) == CallContext()
 
 
 @pytest.mark.parametrize("method", ["LORA", "OFT"])

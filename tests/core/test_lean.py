@@ -8,25 +8,25 @@ import pytest
 import torch
 from torch import nn
 
-from graft.core.lean import Identity, Linear, ModuleDict, bare
-from graft.core.ops import linear
+from graft.core.lean import Identity, Linear, ModuleDict, new_lean
+from graft.core.ops import make_linear
 
 HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 
 
 def test_hooks_come_when_asked_for_and_stay():
-    m = linear(3, 2, bias=True)
+    m = make_linear(3, 2, bias=True)
     assert HOOKS and not set(HOOKS) & set(vars(m))
     for name in HOOKS:
         assert getattr(m, name) is getattr(m, name) and type(getattr(m, name)) is type(vars(nn.Module())[name])
-    other = linear(3, 2, bias=True)
+    other = make_linear(3, 2, bias=True)
     other.register_forward_hook(lambda *_: None)
     assert not m._forward_hooks and len(other._forward_hooks) == 1
 
 
 @pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_hook", "full_backward_pre_hook"])
 def test_hooks_run_and_can_be_removed(kind):
-    m, calls = linear(3, 2, bias=True), []
+    m, calls = make_linear(3, 2, bias=True), []
     handle = getattr(m, f"register_{kind}")(lambda *_: calls.append(kind))
     m(torch.ones(1, 3, requires_grad=True)).sum().backward()
     handle.remove()
@@ -35,7 +35,7 @@ def test_hooks_run_and_can_be_removed(kind):
 
 
 def test_hooks_of_state_dicts_run():
-    m, calls = linear(3, 2, bias=False), []
+    m, calls = make_linear(3, 2, bias=False), []
     m.register_state_dict_post_hook(lambda *_: calls.append("saved"))
     m.register_load_state_dict_post_hook(lambda *_: calls.append("loaded"))
     m.load_state_dict(m.state_dict())
@@ -44,8 +44,8 @@ def test_hooks_of_state_dicts_run():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_whole(duplicate):
-    m = bare(ModuleDict)
-    m["a"], m["b"] = linear(3, 2, bias=True), bare(Identity)
+    m = new_lean(ModuleDict)
+    m["a"], m["b"] = make_linear(3, 2, bias=True), new_lean(Identity)
     other = duplicate(m)
     assert repr(other) == repr(m) and isinstance(other["a"], Linear) and isinstance(other["a"], nn.Linear)
     assert torch.equal(other["a"](torch.ones(3)), m["a"](torch.ones(3)))
@@ -61,7 +61,7 @@ def test_copies_are_whole(duplicate):
 )
 def test_a_lean_linear_is_torchs():
     torch.manual_seed(0)
-    ours = linear(3, 2, bias=True)
+    ours = make_linear(3, 2, bias=True)
     torch.manual_seed(0)
     theirs = nn.Linear(3, 2)
     assert repr(ours) == repr(theirs) and ours.state_dict().keys() == theirs.state_dict().keys()

@@ -239,7 +239,7 @@ def test_an_error_on_one_layer_leaves_all_as_they_were(make, after, dtype, monke
     y, base = model(x), weights(model)
     with pytest.warns(UserWarning, match="no effect"):
         model.merge_adapter(["b"])
-    before, write = model(x), merging._write
+    before, write = model(x), merging._write_merge
 
     def fails(layer, names, *args):
         if layer.site.key != "1" or names != ["b", "a"]:
@@ -248,7 +248,7 @@ def test_an_error_on_one_layer_leaves_all_as_they_were(make, after, dtype, monke
             write(layer, names, *args)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(merging, "_write", fails)
+    monkeypatch.setattr(merging, "_write_merge", fails)
     with pytest.warns(UserWarning, match="additionally"), pytest.raises(MemoryError):
         model.merge_adapter(["a"])
     assert merged(model) == ["b"] and all(layer.merged_adapters == ["b"] for layer in layers(model).values())

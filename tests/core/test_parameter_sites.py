@@ -12,10 +12,10 @@ from torch.testing import assert_close
 import graft
 from graft.core.call import Call
 from graft.core.errors import RoutingError
-from graft.core.layer import layer_for
-from graft.core.method import Layers
+from graft.core.layer import make_adapter_layer
+from graft.core.method import AdaptedLayers
 from graft.core.rows import Rows
-from graft.core.shared import Shared
+from graft.core.shared import SharedTensors
 from graft.inject.build import add_adapter
 from graft.inject.survey import parameter_site, survey
 from tests.models import seeded
@@ -44,14 +44,14 @@ CONFIGS = {
 def carried(*methods):
     with seeded(0):
         module = nn.ModuleDict({"m": Gated()}).requires_grad_(False)
-        layer = layer_for(parameter_site("m", module["m"], "w", survey(module)), Call())
+        layer = make_adapter_layer(parameter_site("m", module["m"], "w", survey(module)), Call())
         for name, method in zip("ab", methods):
             cfg = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["m"], **CONFIGS[method])
-            m, shared = graft.method_of(method)(layer.site, cfg, name), Shared()
+            m, shared = graft.method_of(method)(layer.site, cfg, name), SharedTensors()
             assert m.check() is None
             if m.shares:
-                shared.hold(name, m.share(Layers(module, [layer.site], cfg)), (None, torch.float32), True)
-            add_adapter(layer, m, shared.attached(), on_meta=False, upcast=True)
+                shared.hold(name, m.share(AdaptedLayers(module, [layer.site], cfg)), (None, torch.float32), True)
+            add_adapter(layer, m, shared.wrap_containers(), on_meta=False, upcast=True)
             layer.require_grad(name, True)
             for p in layer.parameters_of(name):
                 p.data.add_(torch.randn(p.shape), alpha=0.3)
@@ -83,10 +83,10 @@ def test_forward_is_the_module_with_the_folded_parameter(a, b):
 def test_rows_with_different_adapters_are_refused():
     """A module may flatten, repeat or sort its inputs: which of them belong to which row is its own business."""
     layer = carried("LORA", "OFT")
-    different = layer.call.using(Rows.of(["b", "__base__", "a", "b"]))
+    different = layer.call.using(Rows.from_names(["b", "__base__", "a", "b"]))
     with pytest.raises(RoutingError, match="does not support mixed adapter batches"), different:
         layer(X, gate=GATE)
-    with layer.call.using(Rows.of(["b"] * 4)):
+    with layer.call.using(Rows.from_names(["b"] * 4)):
         mixed = layer(X, gate=GATE)
     layer.set_adapter(["b"])
     assert_close(mixed, layer(X, gate=GATE))

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from graft.core.ops import linear
-from graft.core.random import _SCRATCH, _WORTH, DrawnOnCPU, skip
+from graft.core.ops import make_linear
+from graft.core.random import _SCRATCH, _WORTH, DrawOnCPU, skip_draws
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_skipping_advances_like_filling(sizes):
         t.uniform_(-0.3, 0.3)
     state, following = torch.get_rng_state(), torch.randn(20)
     torch.manual_seed(5)
-    skip(*tensors)
+    skip_draws(*tensors)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(torch.randn(20), following)
 
 
@@ -31,7 +31,7 @@ def test_other_dtypes_take_their_own_steps(dtype):
     t.uniform_()
     state = torch.get_rng_state()
     torch.manual_seed(5)
-    skip(t)
+    skip_draws(t)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -42,7 +42,7 @@ def test_a_linear_layer_draws_as_torchs(bias, fill):
     theirs = nn.Linear(7, 9, bias=bias)
     state = torch.get_rng_state()
     torch.manual_seed(5)
-    ours = linear(7, 9, bias, fill)
+    ours = make_linear(7, 9, bias, fill)
     assert torch.equal(torch.get_rng_state(), state)
     if fill:
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
@@ -63,7 +63,7 @@ def test_draws_on_the_cpu_are_torchs(draw):
     torch.manual_seed(5)
     expected = draw()
     torch.manual_seed(5)
-    with DrawnOnCPU():
+    with DrawOnCPU():
         drawn = draw()
     assert torch.equal(drawn, expected) and drawn.dtype == expected.dtype
 
@@ -71,6 +71,6 @@ def test_draws_on_the_cpu_are_torchs(draw):
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 def test_without_values_nothing_is_drawn(draw):
     state = torch.get_rng_state()
-    with torch.device("meta"), DrawnOnCPU():
+    with torch.device("meta"), DrawOnCPU():
         assert draw().is_meta
     assert torch.equal(torch.get_rng_state(), state)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import graft
-from graft.core.mixed import Unchanged
+from graft.core.mixed import FactorSnapshot
 from tests.models import seeded
 
 
@@ -19,8 +19,8 @@ def layer_with(**kwargs):
 
 
 def noted(method):
-    unchanged = Unchanged()
-    return unchanged, unchanged.note(method, method.factors())
+    unchanged = FactorSnapshot()
+    return unchanged, unchanged.record(method, method.factors())
 
 
 CHANGES = {
@@ -41,18 +41,18 @@ CHANGES = {
 def test_a_change_is_seen(change):
     layer, method = layer_with()
     unchanged, known = noted(method)
-    assert known and unchanged.still()
+    assert known and unchanged.is_unchanged()
     change(layer)
-    assert not unchanged.still()
+    assert not unchanged.is_unchanged()
 
 
 def test_dropout_that_begins_is_seen():
     layer, method = layer_with(lora_dropout=0.5)
     assert not noted(method.layer.train().methods["default"])[1], "what drops inputs is not noted"
     unchanged, known = noted(method.layer.eval().methods["default"])
-    assert known and unchanged.still()
+    assert known and unchanged.is_unchanged()
     layer.train()
-    assert not unchanged.still()
+    assert not unchanged.is_unchanged()
 
 
 @pytest.mark.parametrize("config", [graft.VeraConfig(target_modules=["0"]), graft.LoHaConfig(target_modules=["0"])])

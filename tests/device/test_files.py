@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
-from graft.core.random import made_on, seeded, set_states, states
+from graft.core.random import build_on, draw_from_seed, read_generator_states, restore_generator_states
 from graft.files import verify
 from graft.many import MultiTrain
 from graft.serving.fits import _own
@@ -83,10 +83,10 @@ def test_a_seed_draws_the_same_everywhere():
     ):
         drawn = []
         for device in (CPU, DEVICE):
-            before = states()
-            with seeded(3):
+            before = read_generator_states()
+            with draw_from_seed(3):
                 drawn.append(draw(device).cpu())
-            assert all(torch.equal(a, b) for a, b in zip(before, states())), "no generator has moved"
+            assert all(torch.equal(a, b) for a, b in zip(before, read_generator_states())), "no generator has moved"
         assert_close(*drawn)
 
 
@@ -128,18 +128,18 @@ def test_what_is_kept_or_computed_in_host_memory_is_there_with_a_default_device(
 
 
 def test_made_on_leaves_what_a_caller_asks_for():
-    with made_on(DEVICE):
+    with build_on(DEVICE):
         assert torch.empty(2).device == DEVICE and torch.empty(2, device="cpu").device == CPU
         assert torch.zeros(2, device="meta").is_meta and torch.randn(2, device="meta").is_meta
         layer = torch.nn.Linear(2, 3)
         assert {p.device for p in layer.parameters()} == {DEVICE}
-    with torch.device("meta"), made_on(DEVICE):
+    with torch.device("meta"), build_on(DEVICE):
         assert torch.empty(2).is_meta
 
 
 def test_states_are_those_of_the_devices_generator_as_well():
-    before = states()
+    before = read_generator_states()
     drawn = torch.randn(3, device=DEVICE), torch.randn(3)
-    set_states(before)
+    restore_generator_states(before)
     assert torch.equal(torch.randn(3, device=DEVICE), drawn[0]) and torch.equal(torch.randn(3), drawn[1])
     assert len(before) == 2

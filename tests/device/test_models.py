@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing import assert_close
 
 import graft
-from graft.core.random import DrawnOnCPU
+from graft.core.random import DrawOnCPU
 from graft.kernels import decomposed, low_rank, narrow, one_product, segments
 from graft.kernels.eager import Function
 from graft.serving import AdapterSlots
@@ -336,7 +336,7 @@ def test_weighted_adapters(kind):
         model = two(device)
         options = {} if kind in ("linear", "cat", "svd", "exact") else {"density": 0.6}
         models.seed(5)
-        with DrawnOnCPU():  # DARE draws where the adapters are, as PEFT does
+        with DrawOnCPU():  # DARE draws where the adapters are, as PEFT does
             model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "new", combination_type=kind, **options)
         model.set_adapter("new")
         yield from run(model, device) if kind not in ("svd", "exact", "ties_svd") else [logits(model, device)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from graft.core.method import COMPARISON, Published
+from graft.core.method import COMPARISON, PublishedRate
 from graft.methods import ROWS, method_of
 from graft.methods.lora.lora import VARIANTS, import_beside
 from graft.model.rates import RateSearch, best_lr, good_range, read_searches
@@ -50,7 +50,7 @@ def size(row: RateSearch) -> str:
     return ", ".join(f"{k} {v}" for k, v in row["config"].items()) or "defaults"
 
 
-def source(published: Published | None) -> str:
+def source(published: PublishedRate | None) -> str:
     if published is None:
         return ""
     low, high, where = published

@@ -88,7 +88,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, tmp_path):
             own[name] = []
             for adapter, method in layer.methods.items():
                 A, B = method.effect.factors().matrices()
-                own[name].append((adapter, *layer.op.each(A, B, layer.site.shape[0])))
+                own[name].append((adapter, *layer.op.split_matrices(A, B, layer.site.shape[0])))
                 gates[name, adapter] = scalings[:, :, places[layer.site.key], ADAPTERS.index(adapter)].flatten()
                 trained += layer.parameters_of(adapter)
         (x, index, weights), y = seen[path]

@@ -158,4 +158,4 @@ def test_what_graft_cannot_run_is_refused_and_nothing_is_left_behind():
     assert "forward" not in inner.__dict__ and not any("graft" in key for key in inner.__dict__)
     assert torch.equal(model(IDS).logits, expected)
     with pytest.raises(RoutingError, match="70 tokens in a mixed batch of 4 samples"):
-        Rows.of(ROWS[:4]).groups_of_tokens(70, "x", IDS.device)
+        Rows.from_names(ROWS[:4]).groups_of_tokens(70, "x", IDS.device)

@@ -235,7 +235,7 @@ def test_dropout_takes_the_same_inputs_out_of_all_rows():
     draws = []
     for i in range(400):
         with seeded(i), torch.no_grad():
-            draws.append(layers(model)["model.layers.0.mlp.experts.down_proj"].state.plan.folded_now()[0])
+            draws.append(layers(model)["model.layers.0.mlp.experts.down_proj"].state.plan.fold_current()[0])
     layer = layers(model)["model.layers.0.mlp.experts.down_proj"]
     change = torch.stack(draws) - layer.weight_now
     assert_close(change.mean(0), delta(layer), rtol=0.3, atol=0.3)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graft
 import graft.core.fused as fused_forms
-from graft.core.lean import share_dropped
+from graft.core.lean import find_dropout_rate
 from graft.kernels import low_rank, narrow, one_product, orthogonal
 from graft.kernels.low_rank import FUSED_FROM, worth_it
 from graft.kernels.one_product import Difference, Factored, linear_with
@@ -701,7 +701,7 @@ def test_dropout_is_the_same_in_both_directions(name, rows):
     p = {"VERA": "vera_dropout", "ADALORA": "lora_dropout"}[name]
     made = model(name, **{p: 0.4}).train()
     first = made.base_model.model[0]
-    assert share_dropped(first.methods["default"].layer._modules[p]["default"]) == 0.4
+    assert find_dropout_rate(first.methods["default"].layer._modules[p]["default"]) == 0.4
     x = inputs(rows).requires_grad_()
     with seeded(4):
         y = first(x)
@@ -721,7 +721,7 @@ def test_dropout_is_the_same_in_both_directions(name, rows):
     mask = (~dropped).float() / 0.6
     assert_close(y, first.base_layer(x) + (x * mask) @ (B @ A).T, rtol=1e-4, atol=1e-4)
     made.eval()
-    assert share_dropped(getattr(first, p)["default"]) == 0
+    assert find_dropout_rate(getattr(first, p)["default"]) == 0
 
 
 def test_a_foreign_dropout_is_called():
@@ -729,7 +729,7 @@ def test_a_foreign_dropout_is_called():
         def forward(self, x):
             return x * 3
 
-    assert share_dropped(Louder()) is None
+    assert find_dropout_rate(Louder()) is None
     for name, p in (("VERA", "vera_dropout"), ("ADALORA", "lora_dropout")):
         made = model(name)
         layer = made.base_model.model[0]

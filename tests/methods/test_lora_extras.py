@@ -345,8 +345,8 @@ def test_without_a_task_the_base_class_comes_from_the_stored_mapping(tmp_path):
 @pytest.mark.parametrize("order", [["z", "y"], ["y", "z"]])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_shifted_bias_and_dora_act_together_as_they_merge(order, kind, bias):
-    from graft.core.merging import folded
-    from graft.core.plan import ordered
+    from graft.core.merging import compute_merged
+    from graft.core.plan import order_steps
 
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 8, bias=bias) if kind == "linear" else nn.Conv1d(6, 8, 3, bias=bias)).double()
@@ -371,5 +371,5 @@ def test_a_shifted_bias_and_dora_act_together_as_they_merge(order, kind, bias):
             assert_close(rows[:35], alone[:35])
     else:  # there is no bias to merge into, but one may be put there
         layer.base_layer.bias = nn.Parameter(torch.zeros(8).double())
-        W, b = folded(layer, ordered(layer, [layer.methods[n] for n in order]))
+        W, b = compute_merged(layer, order_steps(layer, [layer.methods[n] for n in order]))
         assert_close(layer.op.call(layer.base_layer, x, W, b), y)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification, MambaConfig, MambaForCausalLM
 
 import graft
-from graft.core.rows import parameters_of
+from graft.core.rows import list_forward_arguments
 from graft.methods.shadow.detached import NAMES
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
@@ -273,7 +273,7 @@ def test_a_cache_goes_on_by_hand():
     with pytest.raises(ValueError, match="tokens that the shadow network has not seen"):
         model(input_ids=IDS[:, 4:], past_key_values=plain)
     cache = model(input_ids=IDS[:, :4]).past_key_values
-    by_place = [cache if name in NAMES else None for name in parameters_of(model.get_base_model())]
+    by_place = [cache if name in NAMES else None for name in list_forward_arguments(model.get_base_model())]
     with pytest.raises(ValueError, match="pass past_key_values by its name"):
         model.base_model(IDS[:, 4:], *by_place[1 : by_place.index(cache) + 1])
 

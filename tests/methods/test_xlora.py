@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import graft
-from graft.core.rows import CACHES, parameters_of
+from graft.core.rows import CACHES, list_forward_arguments
 from tests import models
 from tests.looks import layers, registry_of
 from tests.models import adapted, seeded
@@ -204,7 +204,7 @@ def test_generation(folder):
     with pytest.raises(graft.RoutingError, match="takes no cache"):
         cache = ours.get_base_model()(batch["input_ids"], use_cache=True).past_key_values
         ours(batch["input_ids"][:, :1], past_key_values=cache)
-    by_place = [cache if name in CACHES else None for name in parameters_of(ours.get_base_model())]
+    by_place = [cache if name in CACHES else None for name in list_forward_arguments(ours.get_base_model())]
     with pytest.raises(graft.RoutingError, match="takes no cache"):
         ours.base_model(batch["input_ids"][:, :1], *by_place[1 : by_place.index(cache) + 1])
 

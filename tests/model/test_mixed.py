@@ -92,7 +92,7 @@ def disturb(model):
                 for slot in layer.slots(name):
                     if slot.trains:
                         slot.tensor.add_(torch.randn(slot.tensor.shape) * 0.3)
-        for slot in [s for n in model.peft_config for s in registry_of(model).shared.slots(n) if s.trains]:
+        for slot in [s for n in model.peft_config for s in registry_of(model).shared_tensors.slots(n) if s.trains]:
             slot.tensor.add_(torch.randn(slot.tensor.shape) * 0.3)
     return model
 

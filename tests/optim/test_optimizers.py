@@ -15,7 +15,7 @@ import torch
 import graft
 from graft import optim as optimizers
 from graft.core.errors import ConfigError
-from graft.optim import by_cholesky, gram, pro_gradients
+from graft.optim import compute_pro_gradients, invert_gram, invert_gram_by_cholesky
 from tests import models
 from tests.pair import adapt, both, close_dicts, gradients, outcome, randomize
 from tests.samples import each, first
@@ -369,8 +369,10 @@ def test_the_form_for_devices_is_that_of_the_cpu(r, n, rank, damping):
     factor = torch.randn(r, rank) @ torch.linalg.qr(torch.randn(n, n)).Q[:rank]
     gradient = torch.randn(5, n) @ factor.T
     if damping == 0.01:
-        torch.testing.assert_close(by_cholesky(factor, damping), gram(factor, damping), rtol=1e-3, atol=1e-3)
-    ours, theirs = (gradient @ form(factor, damping) @ factor for form in (by_cholesky, gram))
+        torch.testing.assert_close(
+            invert_gram_by_cholesky(factor, damping), invert_gram(factor, damping), rtol=1e-3, atol=1e-3
+        )
+    ours, theirs = (gradient @ form(factor, damping) @ factor for form in (invert_gram_by_cholesky, invert_gram))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
@@ -419,7 +421,7 @@ def test_lorapro_changes_the_weight_as_nearly_as_it_can(B_scale):
     """P_B G + (1 - P_B) G P_A, by projections and no Sylvester equation."""
     torch.manual_seed(0)
     A, B, G, s = torch.randn(3, 8), torch.randn(7, 3) * B_scale, torch.randn(7, 8), 1.5
-    a, b = pro_gradients(A, B, s * B.T @ G, s * G @ A.T, s)
+    a, b = compute_pro_gradients(A, B, s * B.T @ G, s * G @ A.T, s)
     P_A, P_B = (torch.linalg.pinv(t.double()) @ t.double() for t in (A, B.T))
     G, one = G.double(), torch.eye(7, dtype=torch.double)
     found = s * (B.double() @ a.double() + b.double() @ A.double())
@@ -452,7 +454,7 @@ def test_lorapro_steps():
     made = optimizers.create_lorapro_optimizer(model, torch.optim.SGD, lr=0.1)
     for p in model.parameters():
         p.grad = torch.randn_like(p) if p.requires_grad else None
-    a, b = pro_gradients(A.detach(), B.detach(), A.grad, B.grad, 2.0)  # alpha / r
+    a, b = compute_pro_gradients(A.detach(), B.detach(), A.grad, B.grad, 2.0)  # alpha / r
     wanted = A.detach() - 0.1 * a, B.detach() - 0.1 * b
     made.step()
     torch.testing.assert_close((A, B), wanted)

@@ -121,7 +121,7 @@ def check(layers: Layers, adapter: str, cfg: Any, rank: Any, effects: Mapping[st
             "the biases of the base model that it trained."
         )
     for key, layer in layers.items() if isinstance(rank, int) else ():
-        groups = layer.op.groups(layer.base_layer)
+        groups = layer.op.count_groups(layer.base_layer)
         most = groups * min(layer.out_features // groups, layer.in_features if layer.op.opaque else layer.fan_in)
         if rank > most:
             raise ConfigError(
@@ -215,7 +215,7 @@ def values_on(m: Method, change: Change, cfg: LoraConfig) -> Tensors:
     site, B = m.site, change.B
     assert B is not None
     if site.op.opaque:
-        A, B = Opaque.joined(change.A, B)
+        A, B = Opaque.join_matrices(change.A, B)
         made = method_of("LORA")(site, cfg, m.name).holding(A, B)
         return {place: t.detach().to(m.dtype, copy=True).contiguous() for place, t in made.items()}
     B = B.flatten(0, 1)

@@ -58,7 +58,7 @@ class Term:
     def product(self) -> tuple[Tensor, Tensor]:
         """Return A (groups, r / groups, n) and B (groups, m / groups, r / groups)."""
         if self.stack > 1:
-            return Opaque.each(self.A, self.B, self.stack)
+            return Opaque.split_matrices(self.A, self.B, self.stack)
         A, B, groups = self.A, self.B, self.groups
         r = len(A) // groups  # may be 0
         return A.reshape(groups, r, prod(A.shape[1:])), B.reshape(groups, len(B) // groups, prod(B.shape[1:]))
@@ -97,9 +97,9 @@ def factors_of(m: Method, weight: float) -> Term:
         f = m.factors()
     A, B = f.unscaled()
     op, module = m.site.op, m.site.module
-    stack = op.stack(module) if op.opaque else 1
+    stack = op.count_matrices(module) if op.opaque else 1
     scale: Any = 1.0 if f.scale is None else f.scale
-    return Term(wide(A), wide(B), scale, weight, op.groups(module), stack, op.transposed)
+    return Term(wide(A), wide(B), scale, weight, op.count_groups(module), stack, op.transposed)
 
 
 class LoraForm(Form["LoraConfig"]):
@@ -109,8 +109,8 @@ class LoraForm(Form["LoraConfig"]):
 
     def write(self, A: Tensor, B: Tensor, parts: Parts, cfg: LoraConfig) -> Tensors:
         m = parts[0][0]
-        if m.site.op.opaque and len(B) == m.site.op.stack(m.site.module) > 1 and B.dim() > 2:
-            A, B = Opaque.joined(A, B)
+        if m.site.op.opaque and len(B) == m.site.op.count_matrices(m.site.module) > 1 and B.dim() > 2:
+            A, B = Opaque.join_matrices(A, B)
         values = method_of(cfg.peft_type).variant(cfg)(m.site, cfg, m.name).holding(A, B)
         if cfg.lora_bias and not m.site.op.takes_ids:
             shifts = [shift * w for m, w in parts if (shift := self.shift(m)) is not None]

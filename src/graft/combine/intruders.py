@@ -87,7 +87,11 @@ def check(layers: dict[str, AdapterLayer], adapter: str, cfg: PeftConfig) -> Non
         raise ConfigError(f"The provided model is not using LoRA for '{adapter}' and is therefore not supported.")
     for key, layer in layers.items():
         m = layer.methods[adapter]
-        if not (m.effect.additive and m.holds_any) or layer.op.groups(layer.base_layer) > 1 or layer.site.is_stack:
+        if (
+            not (m.effect.additive and m.holds_any)
+            or layer.op.count_groups(layer.base_layer) > 1
+            or layer.site.is_stack
+        ):
             raise ConfigError(
                 f"Intruder dimensions of '{adapter}' cannot be reduced: on layer '{key}' ({type(m).__name__}, "
                 f"{layer.site.type_name}) it is no plain product B A with the shape of the weight."

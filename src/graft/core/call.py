@@ -21,7 +21,7 @@ from torch.utils.hooks import unserializable_hook
 
 from graft.core.errors import PeftWarning, RoutingError, warn
 from graft.core.gate import Gate
-from graft.core.random import Draws
+from graft.core.random import AdapterGenerators
 from graft.core.rows import (
     ALL_OFF,
     AMBIGUOUS,
@@ -33,7 +33,7 @@ from graft.core.rows import (
     Facts,
     Gates,
     Rows,
-    tensors_in,
+    find_tensors,
 )
 from graft.kernels.segments import Stacks
 
@@ -110,7 +110,7 @@ class Call:
             self.open.pop()
         return before
 
-    def using(self, rows: Rows | None, draws: Draws | None = None) -> Using:
+    def using(self, rows: Rows | None, draws: AdapterGenerators | None = None) -> Using:
         """Show `rows`, and the generators from which adapters draw, to the layers within the block."""
         return Using(self, rows, draws)
 
@@ -226,7 +226,7 @@ class Call:
         if self.here.off:
             context = ALL_OFF
         losses = (loss for loss in self.here.losses.values() if isinstance(loss, Tensor))
-        for t in (*tensors_in(output), *losses):
+        for t in (*find_tensors(output), *losses):
             if t.grad_fn is not None:
                 t.register_hook(unserializable_hook(lambda _grad: self._restore(context, thread)))
                 has_hook = True
@@ -358,7 +358,7 @@ def threads_now() -> frozenset[int | None]:
 class Using:
     """A block of `Call.using`. The compiler of torch 2.6 looks into classes, and into no generator."""
 
-    def __init__(self, call: Call, rows: Rows | None, draws: Draws | None):
+    def __init__(self, call: Call, rows: Rows | None, draws: AdapterGenerators | None):
         self.call, self.rows, self.draws = call, rows, draws
 
     def __enter__(self) -> None:

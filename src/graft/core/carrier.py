@@ -12,7 +12,7 @@ from graft.core.call import Call
 from graft.core.containers import Slot
 from graft.core.errors import warn
 from graft.core.gate import changes, everything
-from graft.core.names import one_or_several
+from graft.core.names import as_name_list
 
 
 class State:
@@ -46,7 +46,7 @@ class State:
 
 class Carrier:
     """Base of all that can carry adapters. A subclass says which it has (`adapters`), where their tensors stand
-    (`slots`), how it forgets one (`drop`), and what follows when other adapters run (`changed`)."""
+    (`slots`), how it forgets one (`drop`), and what follows when other adapters run (`refresh_plan`)."""
 
     state: State
     key: str  # path in the model
@@ -78,7 +78,7 @@ class Carrier:
     def check_active(self, names: Sequence[str]) -> None:
         """Raise if these adapters cannot be active together here."""
 
-    def changed(self) -> None:
+    def refresh_plan(self) -> None:
         """Decide anew what runs."""
 
     @property
@@ -122,7 +122,7 @@ class Carrier:
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         have = self.adapters
-        for name in one_or_several(adapter_names, "set_requires_grad"):
+        for name in as_name_list(adapter_names, "set_requires_grad"):
             if name in have:
                 self.require_grad(name, requires_grad)
                 others = [n for n in self.state.trainable if n != name]
@@ -131,7 +131,7 @@ class Carrier:
     @changes(everything)
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make `adapters` the active ones (in this order) and, unless for inference, the trainable ones."""
-        names = one_or_several(adapters, "set_adapter")
+        names = as_name_list(adapters, "set_adapter")
         if len(names) > 1:
             self.check_active(names)
         self.activate(names, not inference_mode)
@@ -148,12 +148,12 @@ class Carrier:
             if not state.let_train(name, True):
                 self.require_grad(name, True)
         state.active, state.trainable, state.weights, state.apart = names, on, weights, apart
-        self.changed()
+        self.refresh_plan()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off."""
         self.state.disabled = not enabled
-        self.changed()
+        self.refresh_plan()
 
     def forget(self, adapter: str) -> None:
         """Forget `adapter` and its tensors."""
@@ -163,7 +163,7 @@ class Carrier:
             state.trainable = [a for a in state.trainable if a != adapter]
         if adapter in state.active:
             state.active, state.weights = [a for a in state.active if a != adapter], None
-            self.changed()
+            self.refresh_plan()
 
     @changes(everything)
     def delete_adapter(self, adapter: str, new_active_adapters: list[str] | None = None) -> None:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from graft.core.lean import ModuleDict, bare
-from graft.core.wrappers import parameters_in, walk
+from graft.core.lean import ModuleDict, new_lean
+from graft.core.wrappers import collect_parameters, walk_unwrapped
 
 
 class BufferDict(nn.Module):
@@ -275,7 +275,7 @@ def container_for(value: object) -> Any:
     kind = kind_of(value)
     if kind is BufferDict:
         return BufferDict(persistent=not isinstance(value, Transient))
-    return bare(ModuleDict) if kind is ModuleDict else kind()
+    return new_lean(ModuleDict) if kind is ModuleDict else kind()
 
 
 def takes(container: object, value: object) -> bool:
@@ -308,9 +308,9 @@ def tensors_of(
     """Yield (path below its name, owner, attribute, tensor) of each tensor of `adapter`, persistent or all."""
     root = module_of(container, adapter)
     if root is not None:
-        for prefix, module in walk(root) if root._modules else (("", root),):
+        for prefix, module in walk_unwrapped(root) if root._modules else (("", root),):
             dot = f"{prefix}." if prefix else ""
-            for name, p in parameters_in(module).items():
+            for name, p in collect_parameters(module).items():
                 yield f"{dot}{name}", module, name, p
             for name, b in module._buffers.items():
                 if b is not None and (transient or name not in module._non_persistent_buffers_set):

@@ -19,10 +19,10 @@ from graft.core.containers import Slot, Transient
 from graft.core.effect import Effect, Pieces, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import delta_of, fold_step, same_inputs, unfolded
-from graft.core.method import Method, Tensors, Use, placeholders
+from graft.core.method import Method, Tensors, Use, build_placeholders
 from graft.core.ops import META, Op, Opaque
 from graft.core.protocols import Layer
-from graft.core.random import set_states, states
+from graft.core.random import read_generator_states, restore_generator_states
 from graft.core.site import Site
 from graft.kernels.experts import Form
 
@@ -66,7 +66,7 @@ class One:
         return W  # type: ignore[no-any-return]
 
     @property
-    def own_W0(self) -> tuple[Tensor, None, None]:
+    def local_W0(self) -> tuple[Tensor, None, None]:
         return self.W0, None, None
 
 
@@ -132,7 +132,7 @@ class OnEach(Method):
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:
         count = self.site.shape[0]
         if device == META:
-            return stacked([placeholders(self.alone, shared)] * count)
+            return stacked([build_placeholders(self.alone, shared)] * count)
         made = []
         for expert in range(count):
             m = self.kind(self.alone.site, self.cfg, self.name)
@@ -278,7 +278,7 @@ def pieces_of(layer: Layer, effect: Effect) -> Pieces | None:
     """Return what makes the changes of single matrices of a stack; None if an effect has no such."""
     if effect.product is None:
         return effect.pieces
-    return Products(*Opaque.each(*same_inputs(effect.product()).matrices(), layer.site.shape[0]))
+    return Products(*Opaque.split_matrices(*same_inputs(effect.product()).matrices(), layer.site.shape[0]))
 
 
 class Making(Form):
@@ -297,14 +297,14 @@ class Making(Form):
     def __call__(self, expert: int, tensors: Sequence[Tensor], W: Tensor | None = None) -> tuple[Tensor, ...]:
         if not self.trains:
             return self.made(expert, tensors, W)
-        now = states()
+        now = read_generator_states()
         before = self.drawn.setdefault(expert, now)
-        set_states(before)
+        restore_generator_states(before)
         try:
             return self.made(expert, tensors, W)
         finally:
             if before is not now:
-                set_states(now)
+                restore_generator_states(now)
 
     def made(self, expert: int, tensors: Sequence[Tensor], W0: Tensor | None) -> tuple[Tensor, ...]:
         if len(self.pieces) == 1:

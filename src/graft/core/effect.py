@@ -209,7 +209,7 @@ class Effect:
         return True
 
     @property
-    def above(self) -> bool:
+    def only_adds_on_top(self) -> bool:
         """Return True if it needs no more than input and output of the layer as those before it made it."""
         return self.additive
 
@@ -400,7 +400,7 @@ class Rewrite(Effect):
         return False
 
     @property
-    def above(self) -> bool:
+    def only_adds_on_top(self) -> bool:
         return self.pre is None and self.post is not None
 
     @property
@@ -458,7 +458,7 @@ class Replace(Effect):
     """
 
     module: Callable[[], Any]
-    aside: bool = field(default=False, kw_only=True)
+    acts_elsewhere: bool = field(default=False, kw_only=True)
 
     whole: ClassVar[bool] = True
 
@@ -467,4 +467,4 @@ class Replace(Effect):
         return False
 
     def times(self, weight: float) -> Effect | None:
-        return self if self.aside else None
+        return self if self.acts_elsewhere else None

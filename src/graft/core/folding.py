@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graft.core.effect import HALF, Effect, Factors, Pieces, Rewrite, Update, dense, matrix
 from graft.core.errors import RoutingError
-from graft.core.lean import share_dropped
+from graft.core.lean import find_dropout_rate
 from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer
@@ -76,7 +76,7 @@ def unfolded(m: Method) -> str | None:
 
 def same_inputs(f: Factors) -> Factors:
     """Return factors whose dropout has taken columns out of A, in training: the same inputs of all rows."""
-    if f.dropout is None or share_dropped(f.dropout) == 0:
+    if f.dropout is None or find_dropout_rate(f.dropout) == 0:
         return f
     A = matrix(f.A)
     mask = f.dropout(torch.ones_like(A[0]))
@@ -139,7 +139,7 @@ def why_none(m: Method, effect: Effect | None = None) -> str | None:
 def change_of(m: Method, effect: Effect | None = None) -> Change:
     """Return the change that a method makes to its layer without other adapters, which `why_none` has allowed."""
     layer, effect, op = m.layer, effect or m.effect, m.site.op
-    groups = op.groups(m.site.module)
+    groups = op.count_groups(m.site.module)
     with layer.base_weight.bring_in(layer), evaluating(layer):
         if effect.pieces is not None:
             return change_of_each(effect.pieces, layer.site.shape[0])
@@ -147,7 +147,7 @@ def change_of(m: Method, effect: Effect | None = None) -> Change:
             f = effect.product()
             A, B = (wide(t) for t in f.unscaled())
             if op.opaque:  # a stack
-                A, B = Opaque.each(A, B, layer.site.shape[0])
+                A, B = Opaque.split_matrices(A, B, layer.site.shape[0])
                 return Change(A, B if f.scale is None else B * f.scale, None)
             own = len(A) == groups * B.shape[1]  # each group has rows of A for itself
             return Change(

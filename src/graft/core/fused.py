@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Compact, Factors, Product, Unformed
-from graft.core.lean import Linear, share_dropped
+from graft.core.lean import Linear, find_dropout_rate
 from graft.core.method import Method
 from graft.core.protocols import Layer
 from graft.kernels import decomposed, one_product
@@ -43,7 +43,7 @@ def plain(f: Factors) -> tuple[Tensor, Tensor, Any, float] | None:
     A, B = tensors_of(f.A, f.B)
     if A is None or B is None:
         return None
-    p = 0.0 if f.dropout is None else share_dropped(f.dropout)
+    p = 0.0 if f.dropout is None else find_dropout_rate(f.dropout)
     return None if p is None else (A, B, 1.0 if f.scale is None else f.scale, p)
 
 
@@ -153,7 +153,7 @@ def called(f: Factors, x: Tensor, base: Callable[[], Tensor]) -> Tensor | None:
     """Return the output with an A that is a `Product`, which this calls; else None. base: gives what to add to."""
     if type(f.A) is not Product or f.gain is not None:
         return None
-    (B,), p = tensors_of(f.B), 0.0 if f.dropout is None else share_dropped(f.dropout)
+    (B,), p = tensors_of(f.B), 0.0 if f.dropout is None else find_dropout_rate(f.dropout)
     if B is None or p is None:
         return None
     h = f.A(dropout(x, p) if p else x)

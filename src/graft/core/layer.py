@@ -19,16 +19,16 @@ from graft.core.errors import ConfigError, PeftWarning, RoutingError, Unsupporte
 from graft.core.folding import unfolded
 from graft.core.gate import Lock, changes, everything
 from graft.core.holding import Holding
-from graft.core.lean import begin, lean
+from graft.core.lean import init_lean, make_lean
 from graft.core.method import Method
-from graft.core.mixed import Mixed
-from graft.core.names import one_or_several
+from graft.core.mixed import MixedPlan
+from graft.core.names import as_name_list
 from graft.core.ops import Op, is_stock
 from graft.core.peft_names import PeftNames
-from graft.core.plan import Apart, Plan, plan_of, refuse_gates
+from graft.core.plan import LayerPlan, ParallelPlan, check_no_gates, plan_adapters
 from graft.core.rows import OFF, Rows
 from graft.core.site import Site, Store, Weight
-from graft.core.wrappers import HOOK, brought_in, end_offloading
+from graft.core.wrappers import HOOK, end_offloading, move_inputs
 from graft.kernels.cuts import Cut
 from graft.kernels.eager import eager, has_no_hooks
 from graft.kernels.withheld import Withheld
@@ -40,20 +40,20 @@ class LayerState(State):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.takebacks: list[Callable[[], None]] | None = None  # each undoes a step of an injection under way
-        self.plan: Plan | None = None  # what `forward` runs; None: the base layer
-        self.plans: dict[tuple[str, ...], Plan | None] = {}  # by the names of the adapters that run
-        self.mix: Mixed | None = None  # that of the last mixed batch
+        self.plan: LayerPlan | None = None  # what `forward` runs; None: the base layer
+        self.plans: dict[tuple[str, ...], LayerPlan | None] = {}  # by the names of the adapters that run
+        self.mixed_plan: MixedPlan | None = None  # that of the last mixed batch
 
     def forget(self, adapter: str) -> None:
         """Forget the plans in which an adapter that comes or goes has a part."""
         self.plans = {names: plan for names, plan in self.plans.items() if adapter not in names}
-        self.mix = None
+        self.mixed_plan = None
 
 
-SWAPS = Lock()
+SWAP_LOCK = Lock()
 
 
-@lean
+@make_lean
 class Host(Holding, Carrier, nn.Module):
     """A module of the base model and the methods on it: runs what those that are active make of the module."""
 
@@ -62,7 +62,7 @@ class Host(Holding, Carrier, nn.Module):
     state: LayerState
 
     def __init__(self, site: Site, call: Call):
-        begin(
+        init_lean(
             self,
             site=site,
             op=site.op,
@@ -112,12 +112,12 @@ class Host(Holding, Carrier, nn.Module):
         Raises:
             ConfigError: it cannot stand beside one that the layer has.
         """
-        for other in self.methods.values():
-            if not (method.chooses or other.chooses):
+        for present in self.methods.values():
+            if not (method.chooses or present.chooses):
                 continue
-            why = method.excludes(other.cfg) or other.excludes(method.cfg)
+            why = method.excludes(present.cfg) or present.excludes(method.cfg)
             if why is not None:
-                raise ConfigError(f"{why}: '{method.name}' beside '{other.name}', on layer '{self.site.key}'.")
+                raise ConfigError(f"{why}: '{method.name}' beside '{present.name}', on layer '{self.site.key}'.")
         method.layer = self
         self.hold(method, values)
         self.methods[method.name] = method
@@ -134,11 +134,11 @@ class Host(Holding, Carrier, nn.Module):
         self.let_go(adapter)
         methods.pop(adapter, None)
         if not methods or len(self.kinds) > 1:
-            have = {m.config for m in methods.values()}
-            self.kinds[:] = [kind for kind in self.kinds if kind in have]
+            used_kinds = {m.config for m in methods.values()}
+            self.kinds[:] = [kind for kind in self.kinds if kind in used_kinds]
         state.forget(adapter)
 
-    def changed(self) -> None:
+    def refresh_plan(self) -> None:
         """Decide on the plan of `forward`, once per change."""
         state = self.state
         if state.disabled or state.merged:
@@ -146,33 +146,33 @@ class Host(Holding, Carrier, nn.Module):
             return
         names = tuple(state.active)
         if state.apart and any(name in self.methods for name in names):
-            state.plan = Apart(self, ())
+            state.plan = ParallelPlan(self, ())
         elif state.weights is None and names in state.plans:
             state.plan = state.plans[names]
         else:
             state.plan = self.plan_for(names, state.weights)
 
-    def plan_for(self, names: tuple[str, ...], weights: tuple[float, ...] | None = None) -> Plan | None:
+    def plan_for(self, names: tuple[str, ...], weights: tuple[float, ...] | None = None) -> LayerPlan | None:
         """Return the plan for these adapters; None if the layer carries none of them.
 
         weights: of an average of them; None: each acts on what those before it made.
         """
         if weights is not None:
-            return plan_of(self, names, weights)  # not kept: a caller may have other weights each time
+            return plan_adapters(self, names, weights)  # not kept: a caller may have other weights each time
         plans = self.state.plans
         if names not in plans:
-            plans[names] = plan_of(self, names)  # a head has what its plan asks for
+            plans[names] = plan_adapters(self, names)  # a head has what its plan asks for
         return plans[names]
 
     def forward(self, *args: object, **kwargs: object) -> object:
         base, plan, back = self._modules[self.inner_name], self.state.plan, None
         if HOOK in base.__dict__:
-            args, kwargs, back = brought_in(base, args, kwargs)
+            args, kwargs, back = move_inputs(base, args, kwargs)
             self.end_offloading()
         elif not self.op.known and not is_dynamo_compiling():  # a block: hooks are on the modules in it
             self.end_offloading()
         if self.call.open and (rows := self.call.current()) is not None:
-            y = base(*args, **kwargs) if rows is OFF else self.mix_of(rows).run(rows, *args, **kwargs)
+            y = base(*args, **kwargs) if rows is OFF else self.find_mixed_plan(rows).run(rows, *args, **kwargs)
         elif plan is None:
             y = base(*args, **kwargs)
         else:
@@ -185,13 +185,13 @@ class Host(Holding, Carrier, nn.Module):
             if name != self.inner_name and module is not None:
                 end_offloading(module)
 
-    def mix_of(self, rows: Rows) -> Mixed:
+    def find_mixed_plan(self, rows: Rows) -> MixedPlan:
         """Return the layer's plans for a batch with these rows."""
         state = self.state
         keys = () if state.disabled else rows.keys
-        mix = state.mix
+        mix = state.mixed_plan
         if mix is None or mix.keys != keys:
-            mix = state.mix = Mixed(self, keys)
+            mix = state.mixed_plan = MixedPlan(self, keys)
         return mix
 
 
@@ -237,7 +237,7 @@ class AdapterLayer(PeftNames, Host):
     def adapter_layer(self) -> AdapterLayer:
         return self
 
-    _own_forward = Host.forward  # whatever other packages put in the place of `forward`
+    _graft_forward = Host.forward  # whatever other packages put in the place of `forward`
 
     def check_active(self, names: Sequence[str]) -> None:
         """Raise if these adapters cannot be active together here."""
@@ -245,15 +245,15 @@ class AdapterLayer(PeftNames, Host):
 
     @changes(everything)
     def set_adapter(self, adapters: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = one_or_several(adapters, "set_adapter")
+        names = as_name_list(adapters, "set_adapter")
         if len(names) > 1:
             self.check_active(names)
-        if self.state.merged and not (names == self.state.active and self.is_merged(names)):
+        if self.state.merged and not (names == self.state.active and self.is_exactly_merged(names)):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge()
         self.activate(names, not inference_mode)
 
-    def is_merged(self, names: list[str]) -> bool:
+    def is_exactly_merged(self, names: list[str]) -> bool:
         """Return True if of the merged adapters there are just these."""
         return self.state.merged == [n for n in names if n in self.methods]
 
@@ -264,7 +264,7 @@ class AdapterLayer(PeftNames, Host):
         if not enabled and state.merged:
             self.unmerge()
         state.disabled = not enabled
-        self.changed()
+        self.refresh_plan()
 
     # the base weight
 
@@ -290,10 +290,10 @@ class AdapterLayer(PeftNames, Host):
     @property
     def W0(self) -> Tensor:
         """The canonical weight, as it is without any adapter."""
-        return self.op.canon(merging.unmerged(self)) if self.state.undo else self.weight_now
+        return self.op.canon(merging.compute_unmerged_weight(self)) if self.state.undo else self.weight_now
 
     @property
-    def own_W0(self) -> tuple[Tensor, Cut | None, Cut | None]:
+    def local_W0(self) -> tuple[Tensor, Cut | None, Cut | None]:
         """This process's piece of `W0`, or all of it, and the cuts of its rows and columns."""
         if self.site.piece is None or self.state.undo:
             return self.W0, None, None
@@ -302,7 +302,7 @@ class AdapterLayer(PeftNames, Host):
     @property
     def b0(self) -> Tensor | None:
         """The bias, as it is without any adapter; None if the layer has none."""
-        return merging.unmerged_bias(self)
+        return merging.find_unmerged_bias(self)
 
     @property
     def base_trains(self) -> bool:
@@ -311,7 +311,7 @@ class AdapterLayer(PeftNames, Host):
         b = base._parameters["bias"] if "bias" in base._parameters else getattr(base, "bias", None)
         return (base.weight if W is None else W).requires_grad or (b is not None and b.requires_grad)
 
-    def plan_of_reader(self) -> Plan | None:
+    def find_reader_plan(self) -> LayerPlan | None:
         """Return the plan of the adapters that act now, for modules that read the weight; None for the base alone.
 
         Raises:
@@ -323,9 +323,9 @@ class AdapterLayer(PeftNames, Host):
             if rows is OFF:
                 return None
             if rows is not None:
-                plan = self.mix_of(rows).only(rows)
+                plan = self.find_mixed_plan(rows).find_single_plan(rows)
             else:
-                refuse_gates(self)
+                check_no_gates(self)
         for m, _ in () if plan is None else plan.steps:
             if (why := unfolded(m)) is not None:
                 raise UnsupportedLayerError(
@@ -341,7 +341,7 @@ class AdapterLayer(PeftNames, Host):
         raises RoutingError where it is used.
         """
         try:
-            plan = self.plan_of_reader()
+            plan = self.find_reader_plan()
         except RoutingError as e:
             text = str(e)
             return Withheld(self.base_weight.read(), lambda: RoutingError(text))
@@ -375,7 +375,7 @@ class AdapterLayer(PeftNames, Host):
                 weight.restore(before)
 
         rewriting = self.call.gate.change(f"rewriting the weight of layer '{self.key}'")
-        with rewriting, merging.lifted(self), weight.bring_in(self, writes=True):
+        with rewriting, merging.lift_merged(self), weight.bring_in(self, writes=True):
             before = weight.snapshot()
             self.on_rollback(restore)
             weight.write(W)
@@ -387,8 +387,8 @@ class AdapterLayer(PeftNames, Host):
         self.output_is_new = op.output_is_new and store.exact and is_stock(module)
         self._modules["base_layer"] = module
         self.state.plans.clear()
-        self.state.mix = None
-        self.changed()
+        self.state.mixed_plan = None
+        self.refresh_plan()
 
     def on_rollback(self, takeback: Callable[[], None]) -> None:
         """Have `rollback` call `takeback`, with nothing merged, unless `keep` comes first."""
@@ -398,11 +398,11 @@ class AdapterLayer(PeftNames, Host):
         """Undo what an initialisation did beside filling in values, its last step first."""
         takebacks, self.state.takebacks = self.state.takebacks, None
         if takebacks:
-            with merging.lifted(self):
+            with merging.lift_merged(self):
                 for takeback in reversed(takebacks):
                     takeback()
 
-    def keep(self) -> None:
+    def drop_rollback(self) -> None:
         self.state.takebacks = None
 
     @property
@@ -425,17 +425,17 @@ class AdapterLayer(PeftNames, Host):
             ValueError: a value is not finite, or adapters are disabled.
             NotImplementedError: the method, or the way the weight is stored, has no merged form.
         """
-        names = [n for n in merging.not_merged(self, adapter_names) if n in self.methods]
+        names = [n for n in merging.select_unmerged(self, adapter_names) if n in self.methods]
         if names:
-            merging.check(self, names, safe_merge, undoable)
-            merging.check_finite({self: names})
+            merging.check_merge(self, names, safe_merge, undoable)
+            merging.check_adapters_finite({self: names})
             self.merge_checked(names, undoable)
             merging.warn_lost([self])
 
     def merge_checked(self, names: list[str], undoable: bool) -> None:
         """`merge` of adapters that are here and have been checked."""
-        merging.merge(self, names, undoable)
-        self.changed()
+        merging.merge_adapters(self, names, undoable)
+        self.refresh_plan()
 
     @property
     def share_kept(self) -> float:
@@ -445,7 +445,7 @@ class AdapterLayer(PeftNames, Host):
         as they are stored (dequantized), and ΔW is what the adapters asked for. 0.0: the whole update vanished. Noise
         of rounding that points nowhere leaves it at 1.0. Of several merges, both products are sums.
         """
-        return merging.shares_kept([self])[0]
+        return merging.measure_shares_kept([self])[0]
 
     @changes(everything)
     def unmerge(self) -> None:
@@ -454,7 +454,7 @@ class AdapterLayer(PeftNames, Host):
             warn("Already unmerged. Nothing to do.")
             return
         merging.unmerge(self)
-        self.changed()
+        self.refresh_plan()
 
 
 class ParamWrapper(AdapterLayer):
@@ -465,11 +465,11 @@ class ParamWrapper(AdapterLayer):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         if is_dynamo_compiling():
-            return super()._own_forward(*args, **kwargs)
-        with SWAPS.lock:
-            return super()._own_forward(*args, **kwargs)
+            return super()._graft_forward(*args, **kwargs)
+        with SWAP_LOCK.lock:
+            return super()._graft_forward(*args, **kwargs)
 
-    _own_forward = forward
+    _graft_forward = forward
 
     where = property(lambda self: self.base_weight.where())  # the parameter's
 
@@ -495,6 +495,6 @@ class ParamWrapper(AdapterLayer):
         return super().__getattr__(name)
 
 
-def layer_for(site: Site, call: Call) -> AdapterLayer:
+def make_adapter_layer(site: Site, call: Call) -> AdapterLayer:
     """Make the layer of a site."""
     return ParamWrapper(site, call) if site.op.opaque else AdapterLayer(site, call)

@@ -22,7 +22,7 @@ _EMPTY = [(k, type(v)) for k, v in _NEW.items() if isinstance(v, (dict, set)) an
 M = TypeVar("M", bound=nn.Module)
 
 
-class _Later:
+class _LazyDict:
     """A dictionary that a module gets when somebody first asks for it."""
 
     def __init__(self, name: str, kind: type):
@@ -36,14 +36,14 @@ class _Later:
         return module.__dict__.setdefault(self.name, self.kind())
 
 
-def lean(cls: type[M]) -> type[M]:
+def make_lean(cls: type[M]) -> type[M]:
     """Decorate a class so that its instances, made by `bare`, have no dictionaries for hooks at first."""
     for name, kind in _HOOKS.items():
-        setattr(cls, name, _Later(name, kind))
+        setattr(cls, name, _LazyDict(name, kind))
     return cls
 
 
-def begin(module: nn.Module, **facts: object) -> None:
+def init_lean(module: nn.Module, **facts: object) -> None:
     """Do for an instance of a lean class as `nn.Module.__init__` does. Set facts, which are no modules or tensors, past
     `nn.Module.__setattr__`, which takes 1 µs for each."""
     attributes = module.__dict__
@@ -53,29 +53,29 @@ def begin(module: nn.Module, **facts: object) -> None:
         attributes[name] = kind()
 
 
-def bare(cls: type[M]) -> M:
+def new_lean(cls: type[M]) -> M:
     """Make an instance of a lean class that is begun and no more, in a quarter of the time of `nn.Module.__init__`."""
     module = object.__new__(cls)
-    begin(module)
+    init_lean(module)
     return module
 
 
-@lean
+@make_lean
 class Linear(nn.Linear):
     pass
 
 
-@lean
+@make_lean
 class Identity(nn.Identity):
     pass
 
 
-@lean
+@make_lean
 class ModuleDict(nn.ModuleDict):
     pass
 
 
-def share_dropped(dropout: nn.Module) -> float | None:
+def find_dropout_rate(dropout: nn.Module) -> float | None:
     """Return the share of inputs that a method's dropout takes out now. None for a module that the layer has to call:
     one that is not torch's, has hooks, drops everything, or whose draws a dispatch mode has to see."""
     kind = type(dropout)

@@ -30,27 +30,27 @@ from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
 from graft.core.finite import largest, survival
 from graft.core.folding import averaged, evaluating, fold_step
 from graft.core.method import Method
-from graft.core.names import several
+from graft.core.names import check_name_list
 from graft.core.ops import Op
-from graft.core.plan import Step, ordered
+from graft.core.plan import Step, order_steps
 from graft.core.protocols import Layer
 
 L = TypeVar("L", bound=Layer)
 FULL = (torch.float32, torch.float64)  # unmerging subtracts, which gives weights back to the last digits
-ENOUGH = 0.9  # of an update; less is worth a warning
+MIN_SHARE_KEPT = 0.9  # of an update; less is worth a warning
 
 
-def not_merged(layer: Layer, names: Sequence[str] | None) -> list[str]:
+def select_unmerged(layer: Layer, names: Sequence[str] | None) -> list[str]:
     """Return those of `names` (None: the active ones) that are not merged yet. Warn of those that are."""
     done = layer.state.merged
-    names = layer.state.active if names is None else several(names, "adapter_names")
+    names = layer.state.active if names is None else check_name_list(names, "adapter_names")
     left = [n for n in names if n not in done]
     if done:
-        warn_merged(done, names, left, replaces(layer, left))
+        warn_merged(done, names, left, includes_replacement(layer, left))
     return left
 
 
-def replaces(layer: Layer, names: Sequence[str]) -> bool:
+def includes_replacement(layer: Layer, names: Sequence[str]) -> bool:
     """Return True if one of these adapters stands in for the whole layer."""
     return any([layer.methods[n].effect.whole for n in names if n in layer.methods])
 
@@ -87,7 +87,9 @@ def check_together(layer: Layer, methods: Sequence[Method]) -> None:
             type(same[0]).check_together(same)
 
 
-def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked: Asked | None = None) -> None:
+def check_merge(
+    layer: Layer, names: Sequence[str], safe: bool, undoable: bool, checked_kinds: CheckedKinds | None = None
+) -> None:
     """Raise the errors of merging, without writing.
 
     Args:
@@ -109,32 +111,32 @@ def check(layer: Layer, names: Sequence[str], safe: bool, undoable: bool, asked:
             "them at once. Enable them first (or leave the disable_adapter() block, which may be another thread's); "
             "merge_and_unload() works as it is."
         )
-    why = fixed(layer, methods)
+    why = why_unmergeable(layer, methods)
     if why is not None:
         raise NotImplementedError(
             f"Cannot merge adapter(s) {list(names)} into layer '{key}': {why}. Keep them unmerged, or "
             + ("merge_and_unload(dequantize=True)." if may_dequantize(layer, methods) else "unload().")
         )
-    if replaces(layer, names):  # one stands in for another
+    if includes_replacement(layer, names):  # one stands in for another
         check_together(layer, methods)
         modules = [m.effect.module() for m in methods if isinstance(m.effect, Replace)]
         with layer.base_weight.bring_in(layer) if safe else nullcontext():
             if safe and not all(p.isfinite().all() for module in modules for p in module.parameters()):
-                raise ValueError(_broken(layer, names))
+                raise ValueError(_not_finite_text(layer, names))
         return
     check_together(layer, [layer.methods[n] for n in layer.state.merged] + methods)
-    asked = set() if asked is None else asked
-    if getattr(layer.base_layer, "bias", None) is None and any([shifts_bias(layer, m, asked) for m in methods]):
-        raise NotImplementedError(_no_bias(layer, names))
+    checked_kinds = set() if checked_kinds is None else checked_kinds
+    if getattr(layer.base_layer, "bias", None) is None and any([shifts_bias(layer, m, checked_kinds) for m in methods]):
+        raise NotImplementedError(_no_bias_text(layer, names))
     if safe:
         with layer.base_weight.bring_in(layer):
-            everything, start = in_order(layer, names)
+            everything, start = order_merge_steps(layer, names)
             finite = stays_finite(layer, everything if start is None else start, from_w0=start is None)
         if not finite:
-            raise ValueError(_broken(layer, names))
+            raise ValueError(_not_finite_text(layer, names))
 
 
-def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
+def why_unmergeable(layer: Layer, methods: Sequence[Method]) -> str | None:
     """Return why merging cannot write these adapters into this layer; None if it can."""
     effects = [m.effect for m in methods]
     for effect in effects:
@@ -160,19 +162,19 @@ def fixed(layer: Layer, methods: Sequence[Method]) -> str | None:
     return why
 
 
-Asked = set[tuple[type, int, type]]  # method, id of the config, kind of layer
+CheckedKinds = set[tuple[type, int, type]]  # method, id of the config, kind of layer
 
 
-def shifts_bias(layer: Layer, m: Method, asked: Asked) -> bool:
+def shifts_bias(layer: Layer, m: Method, checked_kinds: CheckedKinds) -> bool:
     """Return True if merging an adapter makes a bias where there is none.
 
     A method decides that by its config and the kind of layer, so that one layer of those in `asked` stands for all: a
     `Rewrite` tells only as it folds, which takes as long as the merge.
     """
     kind = (type(m), id(m.cfg), type(layer.op))
-    if kind in asked or m.effect.pieces is not None:
+    if kind in checked_kinds or m.effect.pieces is not None:
         return False
-    asked.add(kind)
+    checked_kinds.add(kind)
     with layer.base_weight.bring_in(layer), evaluating(layer), torch.no_grad():
         if not isinstance(m.effect, Rewrite):
             return m.effect.shift() is not None
@@ -187,14 +189,14 @@ def may_dequantize(layer: Layer, methods: Sequence[Method]) -> bool:
     return packed and all(m.effect.fixed is None for m in methods)
 
 
-def _no_bias(layer: Layer, names: Sequence[str]) -> str:
+def _no_bias_text(layer: Layer, names: Sequence[str]) -> str:
     return (
         f"Cannot merge adapter(s) {list(names)} into layer '{layer.site.key}': they shift the bias, and it has none. "
         "Keep them unmerged, or unload()."
     )
 
 
-def _broken(layer: Layer, names: Sequence[str]) -> str:
+def _not_finite_text(layer: Layer, names: Sequence[str]) -> str:
     wrong = [
         f"'{slot.container}.{name}'" for name, slot, t in _tensors(layer, names) if not math.isfinite(*largest([t]))
     ]
@@ -212,7 +214,7 @@ def _tensors(layer: Layer, names: Sequence[str]) -> Iterator[tuple[str, Slot, Te
                 yield name, slot, t
 
 
-def check_finite(chosen: Mapping[L, Sequence[str]]) -> None:
+def check_adapters_finite(chosen: Mapping[L, Sequence[str]]) -> None:
     """Raise ValueError if adapters chosen for layers would write values that are not finite, which no unmerging undoes.
 
     Look at the adapters' own tensors, all in one go; compute weights only where one of these is not finite, since a
@@ -228,29 +230,31 @@ def check_finite(chosen: Mapping[L, Sequence[str]]) -> None:
     sizes = largest([tensor for tensor, _ in tensors.values()])
     broken = [layer for (_, users), x in zip(tensors.values(), sizes) if not math.isfinite(x) for layer in users]
     for layer in dict.fromkeys(broken):
-        check(layer, chosen[layer], safe=True, undoable=False)
+        check_merge(layer, chosen[layer], safe=True, undoable=False)
 
 
-def theirs(layer: Layer, name: str) -> Callable[..., object] | None:
+def find_patched_method(layer: Layer, name: str) -> Callable[..., object] | None:
     """Return what has replaced a method of a layer: on itself, or on PEFT's class of its kind; None if nothing has."""
-    own, now = getattr(type(layer), name), getattr(layer, name)
-    if getattr(now, "__func__", None) is not own:
-        return now  # type: ignore[no-any-return]
-    find = getattr(own, "find", None)
-    found = None if find is None else find(layer)
-    return None if found is None else MethodType(found, layer)
+    original, current = getattr(type(layer), name), getattr(layer, name)
+    if getattr(current, "__func__", None) is not original:
+        return current  # type: ignore[no-any-return]
+    find = getattr(original, "find", None)
+    replacement = None if find is None else find(layer)
+    return None if replacement is None else MethodType(replacement, layer)
 
 
 DELTA = "get_delta_weight"
 
 
-def with_delta_weight(layer: Layer, steps: Sequence[Step]) -> list[Step]:
+def use_patched_delta_weight(layer: Layer, steps: Sequence[Step]) -> list[Step]:
     """Return steps that add what a replaced `get_delta_weight` of the layer gives in the place of their own updates."""
-    function = theirs(layer, DELTA)
-    return [*steps] if function is None else [(m, _update_by(layer, m, effect, function)) for m, effect in steps]
+    function = find_patched_method(layer, DELTA)
+    return (
+        [*steps] if function is None else [(m, _make_patched_update(layer, m, effect, function)) for m, effect in steps]
+    )
 
 
-def _update_by(layer: Layer, m: Method, effect: Effect, function: Callable[..., object]) -> Update:
+def _make_patched_update(layer: Layer, m: Method, effect: Effect, function: Callable[..., object]) -> Update:
     def delta() -> Tensor:
         update, shape = function(m.name), layer.base_weight.read().shape
         if not isinstance(update, Tensor) or update.shape != shape:
@@ -267,7 +271,7 @@ def _update_by(layer: Layer, m: Method, effect: Effect, function: Callable[..., 
 
 def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
     """Return why a replaced `get_delta_weight` cannot give adapters' updates; None if it can, or there is none."""
-    function = theirs(layer, DELTA)
+    function = find_patched_method(layer, DELTA)
     if function is None:
         return None
     more = [m for m in methods if not m.effect.additive or m.effect.weightless]
@@ -280,7 +284,7 @@ def why_no_delta_weight(layer: Layer, methods: Sequence[Method]) -> str | None:
     return f"get_delta_weight was replaced by {who(function)}, and {why}"
 
 
-def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
+def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step] | None]:
     """Return the steps of all merged adapters and `names`; and of `names` alone, if they can go on top, else None.
 
     Active ones come in the order of their activation, in which a forward pass runs them, whichever is merged first.
@@ -288,7 +292,9 @@ def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step]
     """
     done, active = layer.state.merged, layer.state.active
     together = sorted([*done, *names], key=lambda n: active.index(n) if n in active else len(active))
-    steps = with_delta_weight(layer, ordered(layer, [layer.methods[n] for n in together if n in layer.methods]))
+    steps = use_patched_delta_weight(
+        layer, order_steps(layer, [layer.methods[n] for n in together if n in layer.methods])
+    )
     if layer.state.weights is not None:
         steps = averaged(layer, steps, dict(zip(active, layer.state.weights)))
     if not done:
@@ -298,32 +304,32 @@ def in_order(layer: Layer, names: Sequence[str]) -> tuple[list[Step], list[Step]
     return steps, new if on_top and layer.store.exact else None
 
 
-def merge(layer: Layer, names: list[str], undoable: bool) -> None:
+def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
     """Merge adapters after `check`. One that can be undone and fails leaves the layer as it was."""
-    if replaces(layer, names):
-        _swap(layer, names)
+    if includes_replacement(layer, names):
+        _merge_replacement(layer, names)
         return
-    (steps, new), done = in_order(layer, names), list(layer.state.merged)
+    (steps, new), done = order_merge_steps(layer, names), list(layer.state.merged)
     try:
         if new is None:
             unmerge(layer)
-            _fold_in(layer, [*done, *names], steps, undoable)
+            _write_steps(layer, [*done, *names], steps, undoable)
         else:
-            _fold_in(layer, names, new, undoable)
+            _write_steps(layer, names, new, undoable)
     except BaseException:
         if undoable:
             try:
                 unmerge(layer)
                 if done:
-                    _fold_in(layer, done, in_order(layer, done)[0], undoable)
+                    _write_steps(layer, done, order_merge_steps(layer, done)[0], undoable)
             finally:
-                layer.changed()
+                layer.refresh_plan()
         raise
 
 
-def _fold_in(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
+def _write_steps(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
     with layer.base_weight.bring_in(layer, writes=True), evaluating(layer):
-        _write(layer, names, steps, undoable)
+        _write_merge(layer, names, steps, undoable)
     layer.state.merged += names
 
 
@@ -331,25 +337,25 @@ def _fold_in(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bo
 def stays_finite(layer: Layer, steps: Sequence[Step], from_w0: bool) -> bool:
     """Return True if weight and bias with `steps` folded in are finite."""
     with evaluating(layer):
-        fold = _by_matrix(layer, steps)
+        fold = _make_matrix_fold(layer, steps)
         if fold is not None:
             return bool((stack_of(layer) if from_w0 else layer.base_weight.snapshot()).folds_finite(fold))
-    W, b = folded(layer, steps, from_w0)
+    W, b = compute_merged(layer, steps, from_w0)
     return bool(W.isfinite().all() and (b is None or b.isfinite().all()))
 
 
 @torch.no_grad()
-def folded(layer: Layer, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
+def compute_merged(layer: Layer, steps: Sequence[Step], from_w0: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return weight (canonical) and bias with `steps` folded in, rounded once, at the end."""
     if from_w0:
-        W, b = layer.op.canon(unmerged(layer)), unmerged_bias(layer)
+        W, b = layer.op.canon(compute_unmerged_weight(layer)), find_unmerged_bias(layer)
     else:
         W, b = layer.weight_now, layer.bias_now
-    wide, b = _folded(layer, steps, W, b)
+    wide, b = _fold_steps(layer, steps, W, b)
     return wide.to(W.dtype), b
 
 
-def _folded(layer: Layer, steps: Sequence[Step], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _fold_steps(layer: Layer, steps: Sequence[Step], W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return W with `steps` folded in, in at least float32, and b in its dtype; b itself if nothing changes it."""
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     wide = None if b is None else b.to(torch.promote_types(b.dtype, torch.float32))
@@ -360,7 +366,7 @@ def _folded(layer: Layer, steps: Sequence[Step], W: Tensor, b: Tensor | None) ->
     return W, b if bias is wide or bias is None else bias.to(bias.dtype if b is None else b.dtype)
 
 
-def in_place(layer: Layer) -> Tensor | None:
+def find_in_place_weight(layer: Layer) -> Tensor | None:
     """Return the base weight if merging can add products to it in place: a matrix (out, fan_in), or a stack."""
     if not layer.store.live or layer.site.shared:
         return None
@@ -370,9 +376,9 @@ def in_place(layer: Layer) -> Tensor | None:
     return W if W.dim() == 2 or layer.op.opaque else W.flatten(1) if W.is_contiguous() else None
 
 
-def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
+def _collect_products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
     """Return A and B of each step, if all are nothing but products that merging adds to the weight; else None."""
-    found = []
+    products = []
     for _, effect in steps:
         if effect.product is None:
             return None
@@ -380,11 +386,11 @@ def _products(steps: Sequence[Step]) -> list[tuple[Tensor, Tensor]] | None:
         if f.shift() is not None:
             return None
         A, B = f.matrices()
-        found.append((A.detach(), B.detach()))
-    return found
+        products.append((A.detach(), B.detach()))
+    return products
 
 
-def _by_matrix(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Tensor], Tensor] | None:
+def _make_matrix_fold(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Tensor], Tensor] | None:
     """Return the function that folds steps into one matrix of a packed stack; None for another weight, or if a step
     says nothing of single matrices."""
     pieces = [pieces_of(layer, effect) for _, effect in steps] if layer.op.packed is not None else [None]
@@ -395,7 +401,7 @@ def _by_matrix(layer: Layer, steps: Sequence[Step]) -> Callable[[int, Tensor], T
     return lambda expert, W: making.folded(expert, [t[expert] for t in tensors], W, W)
 
 
-def _added(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
+def _add_products(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: int = 1) -> Tensor:
     """Return W plus products, or minus them: W itself, or a copy in float32 if W is in half precision.
 
     On an error W is as it was, but for the last digits.
@@ -404,67 +410,67 @@ def _added(op: Op, W: Tensor, products: Sequence[tuple[Tensor, Tensor]], sign: i
     done: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
         for both in products:
-            for part, A, B in op.matrices(wide, *both):
-                part.addmm_(B.to(wide), A.to(wide), alpha=sign)
-                done.append((part, A, B))
+            for matrix, A, B in op.pair_matrices(wide, *both):
+                matrix.addmm_(B.to(wide), A.to(wide), alpha=sign)
+                done.append((matrix, A, B))
     except BaseException:
-        for part, A, B in reversed(done):
-            part.addmm_(B.to(wide), A.to(wide), alpha=-sign)
+        for matrix, A, B in reversed(done):
+            matrix.addmm_(B.to(wide), A.to(wide), alpha=-sign)
         raise
     return wide
 
 
-def _snapshot(layer: Layer) -> object:
+def _take_snapshot(layer: Layer) -> object:
     """Return the base weight as it is; None if the layer keeps a snapshot already, which undoes this merge as well."""
     if any(kind == "restore" for kind, _, _ in layer.state.undo):
         return None
     return layer.base_weight.snapshot()
 
 
-def copied(bias: Tensor | None) -> Tensor | None:
+def _copy_bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().clone()
 
 
 @torch.no_grad()
-def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
+def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool) -> None:
     state = layer.state
-    products = _products(steps)
-    W = None if products is None else in_place(layer)
+    products = _collect_products(steps)
+    W = None if products is None else find_in_place_weight(layer)
     if products is not None and W is not None:
         if undoable and W.dtype in FULL:
             # copies, so that unmerging subtracts the same products, whatever happens to the adapter
             products = [(A.clone(), B.clone()) for A, B in products]
-            _added(layer.op, W, products)
+            _add_products(layer.op, W, products)
             state.undo.append(("subtract", products, None))
             return
         if undoable:  # half precision has lost what subtracting would have to give back
-            state.undo.append(("restore", _snapshot(layer), None))
-        wide = _added(layer.op, W, products)
+            state.undo.append(("restore", _take_snapshot(layer), None))
+        wide = _add_products(layer.op, W, products)
         if wide is not W:
             state.survived.append(survival(W, wide, W))
         return
-    fold = _by_matrix(layer, steps)
+    fold = _make_matrix_fold(layer, steps)
     if fold is not None:
-        made, survived = layer.base_weight.snapshot().fold(fold)
+        new_stack, survived = layer.base_weight.snapshot().fold(fold)
         if undoable:
-            state.undo.append(("restore", _snapshot(layer), None))
-        layer.base_weight.restore(made)
+            state.undo.append(("restore", _take_snapshot(layer), None))
+        layer.base_weight.restore(new_stack)
         state.survived.append(survived)
         return
     before = layer.weight_now
     old = layer.bias_now
-    wide, bias = _folded(layer, steps, before, old)
+    wide, bias = _fold_steps(layer, steps, before, old)
     shifted = None if bias is old else bias
     if shifted is not None and old is None:
-        raise NotImplementedError(_no_bias(layer, names))
+        raise NotImplementedError(_no_bias_text(layer, names))
     if all([effect.keeps_weight for _, effect in steps]):
         if undoable:
-            state.undo.append(("bias", None, copied(old)))
+            state.undo.append(("bias", None, _copy_bias(old)))
         if shifted is not None:
             layer.write_bias(shifted)
         return
     if undoable:
-        state.undo.append(("restore", _snapshot(layer), None if shifted is None else copied(old)))
+        state.undo.append(("restore", _take_snapshot(layer), None if shifted is None else _copy_bias(old)))
     rounded = wide.to(before.dtype)
     if layer.store.exact and rounded is not wide:
         state.survived.append(survival(before, wide))  # now, as writing may change what was read
@@ -477,14 +483,14 @@ def _write(layer: Layer, names: list[str], steps: Sequence[Step], undoable: bool
         layer.write_bias(shifted)
 
 
-def _swap(layer: Layer, names: list[str]) -> None:
+def _merge_replacement(layer: Layer, names: list[str]) -> None:
     if layer.state.merged:
         unmerge(layer)
-    _change_places(layer, names[0])
+    _swap_modules(layer, names[0])
     layer.state.merged = names
 
 
-def _change_places(layer: Layer, adapter: str) -> None:
+def _swap_modules(layer: Layer, adapter: str) -> None:
     """Put the base layer and the adapter's module where the other stood (PEFT's layout while merged)."""
     container = getattr(layer, layer.methods[adapter].layer_names[0])
     layer._modules["base_layer"], container[adapter] = container[adapter], layer.base_layer
@@ -495,11 +501,11 @@ def unmerge(layer: Layer) -> None:
     """Undo all merges, the last one first."""
     state = layer.state
     if not state.undo and state.merged and isinstance(layer.methods[state.merged[0]].effect, Replace):
-        _change_places(layer, state.merged[0])
+        _swap_modules(layer, state.merged[0])
     with layer.base_weight.bring_in(layer, writes=True) if state.undo else nullcontext():
         for kind, previous, bias in reversed(state.undo):
             if kind == "subtract":
-                _subtract(layer, previous)
+                _subtract_products(layer, previous)
             elif previous is not None:
                 layer.base_weight.restore(previous)
             if bias is not None:
@@ -509,7 +515,7 @@ def unmerge(layer: Layer) -> None:
     state.merged = []
 
 
-def shares_kept(layers: Sequence[Layer]) -> list[float]:
+def measure_shares_kept(layers: Sequence[Layer]) -> list[float]:
     """Return the share of the merged update that each base weight holds, with one wait for each device.
 
     See `AdapterLayer.share_kept`.
@@ -520,8 +526,8 @@ def shares_kept(layers: Sequence[Layer]) -> list[float]:
         if layer.state.survived:
             both = torch.stack(layer.state.survived).sum(0)
             sums.setdefault(both.device, {})[i] = both
-    for found in sums.values():
-        for i, (dot, asked) in zip(found, torch.stack(list(found.values())).tolist()):
+    for by_layer in sums.values():
+        for i, (dot, asked) in zip(by_layer, torch.stack(list(by_layer.values())).tolist()):
             shares[i] = dot / asked if asked > 0 else 1.0
     return shares
 
@@ -529,8 +535,8 @@ def shares_kept(layers: Sequence[Layer]) -> list[float]:
 def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
     """Return the share of the merged update that each layer holds, by key, and warn of those that lost a part."""
     merged = [layer for layer in layers if layer.state.merged]
-    shares = dict(zip([layer.site.key for layer in merged], shares_kept(merged)))
-    lost = [layer for layer in merged if shares[layer.site.key] < ENOUGH]
+    shares = dict(zip([layer.site.key for layer in merged], measure_shares_kept(merged)))
+    lost = [layer for layer in merged if shares[layer.site.key] < MIN_SHARE_KEPT]
     if lost:
         worst = min((layer.site.key for layer in lost), key=shares.__getitem__)
         packed = any(not layer.store.exact for layer in lost)
@@ -552,10 +558,10 @@ def warn_lost(layers: Iterable[Layer]) -> dict[str, float]:
 
 
 @contextmanager
-def lifted(layer: Layer) -> Iterator[None]:
+def lift_merged(layer: Layer) -> Iterator[None]:
     """Take merged adapters out within the block, and fold them in again on the weight that the block leaves."""
     names = list(layer.state.merged)
-    if not names or replaces(layer, names):
+    if not names or includes_replacement(layer, names):
         yield
         return
     with layer.call.gate.change(f"taking merged adapters {names} out for a while"):
@@ -563,22 +569,22 @@ def lifted(layer: Layer) -> Iterator[None]:
         try:
             yield
         finally:
-            merge(layer, names, undoable=True)
+            merge_adapters(layer, names, undoable=True)
 
 
 @torch.no_grad()
-def unmerged(layer: Layer) -> Tensor:
+def compute_unmerged_weight(layer: Layer) -> Tensor:
     """Return the weight, as stored, without merged adapters."""
     W = layer.base_weight.read()
     for kind, state, _ in reversed(layer.state.undo):
         if kind == "subtract":
-            W = layer.op.uncanon(_without(layer, layer.op.canon(W), state))
+            W = layer.op.uncanon(_compute_without(layer, layer.op.canon(W), state))
         elif state is not None:
             W = layer.base_weight.snapshot_values(state).to(W.device)  # the model may have moved
     return W
 
 
-def unmerged_bias(layer: Layer) -> Tensor | None:
+def find_unmerged_bias(layer: Layer) -> Tensor | None:
     """Return the bias without merged adapters."""
     first: Tensor | None = next((old for _, _, old in layer.state.undo if old is not None), None)
     if first is None:
@@ -587,24 +593,24 @@ def unmerged_bias(layer: Layer) -> Tensor | None:
     return first if bias.is_meta else first.to(bias.device)
 
 
-def tied_weight(layer: Layer) -> nn.Parameter | None:
+def find_tied_weight(layer: Layer) -> nn.Parameter | None:
     """Return the weight that a merged layer has left to the modules tied to it, and shares again after unmerging."""
     return next((w for kind, w, _ in layer.state.undo if kind == "restore" and isinstance(w, nn.Parameter)), None)
 
 
-def _without(layer: Layer, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _compute_without(layer: Layer, W: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
     wide = W.to(torch.promote_types(W.dtype, torch.float32))
     for A, B in reversed(factors):
         wide = wide - layer.op.product(A.to(wide), B.to(wide), layer.site.shape)
     return wide.to(W.dtype)
 
 
-def _subtract(layer: Layer, factors: list[tuple[Tensor, Tensor]]) -> None:
-    matrix = in_place(layer)
+def _subtract_products(layer: Layer, factors: list[tuple[Tensor, Tensor]]) -> None:
+    matrix = find_in_place_weight(layer)
     if matrix is not None:
-        wide = _added(layer.op, matrix, factors[::-1], -1)
+        wide = _add_products(layer.op, matrix, factors[::-1], -1)
         if wide is not matrix:
             matrix.copy_(wide)
         return
     weight = replace(layer.base_weight, shared=False)  # the model was sharded since, say
-    weight.write(_without(layer, weight.canon(), factors))
+    weight.write(_compute_without(layer, weight.canon(), factors))

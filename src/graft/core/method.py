@@ -23,7 +23,7 @@ from graft.core.effect import Delta, Effect, Factors, Update
 from graft.core.errors import CalibrationError, ConfigError
 from graft.core.ops import META, OPS
 from graft.core.rows import Finish, Run
-from graft.core.shared import Shared
+from graft.core.shared import SharedTensors
 from graft.core.site import Site
 from graft.kernels.eager import cast
 
@@ -40,9 +40,9 @@ else:
 T = TypeVar("T")
 
 # annotations of what does not train: facts, which a layer keeps in plain dicts, and buffers
-STILL = ("float", "int", "bool", "str", "list", "dict", "Tensor")
-SAME_MATHS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
-OWN = frozenset({"layer", "name", "site", "cfg", "effect", "via_container", "config_path"})
+UNTRAINED_TYPES = ("float", "int", "bool", "str", "list", "dict", "Tensor")
+EQUIVALENT_HOOKS = (("fold", "pre", "post"), ("factors", "delta", "branch"))  # groups of hooks that say the same
+INSTANCE_FIELDS = frozenset({"layer", "name", "site", "cfg", "effect", "via_container", "config_path"})
 
 # {(container, path below the adapter's name): tensor}
 Tensors = dict[tuple[str, str], Tensor]
@@ -52,9 +52,11 @@ def _reader(name: str) -> property:
     """Return a property that reads a declared value from the layer. `__getattr__` would find it, too, but slower."""
 
     def read(self: Method) -> object:
-        own = self.layer.__dict__
+        attributes = self.layer.__dict__
         try:
-            return (own[name] if name in own else own["_modules"][name])[self.name]  # facts stand in plain dicts
+            return (attributes[name] if name in attributes else attributes["_modules"][name])[
+                self.name
+            ]  # facts stand in plain dicts
         except (KeyError, AttributeError):  # the second: an empty container of Parameters
             raise _not_built(self, name) from None
 
@@ -87,7 +89,7 @@ class Use(Flag):
     STARTS = TAKES | READS  # what most methods do whose `init` looks at it
 
 
-class Tokens(NamedTuple):
+class NotedTokens(NamedTuple):
     """What a layer noted of the tokens of an adapter's rows."""
 
     layer: str
@@ -96,36 +98,36 @@ class Tokens(NamedTuple):
 
 
 @dataclass
-class Layers(Generic[C]):
+class AdaptedLayers(Generic[C]):
     """The layers that an adapter is put on, as `Method.share` sees them."""
 
     model: nn.Module
     sites: Sequence[Site]
     cfg: C
     existing: dict[str, Any] = field(default_factory=dict)  # containers of what adapters share already, by name
-    others: Mapping[str, C] = field(default_factory=dict)  # configs of these adapters, by name
+    other_configs: Mapping[str, C] = field(default_factory=dict)  # configs of these adapters, by name
 
     @property
-    def wide_in(self) -> int:
+    def max_fan_in(self) -> int:
         return max(site.fan_in for site in self.sites)
 
     @property
-    def wide_out(self) -> int:
+    def max_out_features(self) -> int:
         return max(site.out_features for site in self.sites)
 
-    def agree(self, method: type[Method]) -> None:
+    def check_agreement(self, method: type[Method]) -> None:
         """Raise ConfigError if the adapter differs from one that shares its tensors in a field of `agreeing_fields`."""
-        for name, other in self.others.items():
+        for name, config in self.other_configs.items():
             for key in method.agreeing_fields:
-                if getattr(other, key) != getattr(self.cfg, key):
+                if getattr(config, key) != getattr(self.cfg, key):
                     raise ConfigError(
                         f"{method.__name__} projections are shared: they must be saved for all adapters or none, and "
                         f"drawn alike. {key} is {getattr(self.cfg, key)}, but adapter '{name}' has "
-                        f"{getattr(other, key)}."
+                        f"{getattr(config, key)}."
                     )
 
 
-class Published(NamedTuple):
+class PublishedRate(NamedTuple):
     """The learning rates with which a method's authors trained it.
 
     Attributes:
@@ -141,7 +143,7 @@ class Published(NamedTuple):
 COMPARISON = "PEFT's method comparison, on MetaMathQA with Llama 3.2 3B"
 
 
-def dropout_for(share: float) -> nn.Module:
+def make_dropout(share: float) -> nn.Module:
     """Return a module that drops this share of its input in training; one that does nothing for 0."""
     return nn.Dropout(share) if share > 0 else nn.Identity()
 
@@ -180,7 +182,7 @@ class Method(Generic[C]):
         None  # the argument of a call that its update follows, and which `effect_at` fixes
     )
     over_layers: ClassVar[str | None] = None  # what it does with all layers at once: then one adapter trains at a time
-    published_lr: ClassVar[Published | None] = None  # of its source; None: not known
+    published_lr: ClassVar[PublishedRate | None] = None  # of its source; None: not known
     agreeing_fields: ClassVar[tuple[str, ...]] = ()  # fields in which adapters that share tensors have to agree
     # containers of which layers of one adapter have one tensor: all its methods, in the model's order → a key for each
     common: ClassVar[dict[str, Callable[[Sequence[Any]], Sequence[Hashable]]]] = {}
@@ -214,8 +216,8 @@ class Method(Generic[C]):
             setattr(cls, name, _reader(name))
             cls.computes_with |= {name}
             kind = str(getattr(annotation, "__name__", annotation))
-            own = name.startswith(getattr(cls, "prefix", "")) and not name.endswith("dropout")
-            if own and not kind.startswith(STILL):
+            is_container = name.startswith(getattr(cls, "prefix", "")) and not name.endswith("dropout")
+            if is_container and not kind.startswith(UNTRAINED_TYPES):
                 cls.empty = {**cls.empty, name: nn.ParameterDict() if kind.endswith("Parameter") else nn.ModuleDict()}
         cls.layer_names = tuple(cls.empty)
         cls.surrounds = cls.surround_run.__func__ is not Method.surround_run.__func__  # type: ignore[attr-defined]
@@ -223,15 +225,15 @@ class Method(Generic[C]):
         cls.takes_device = "device" in inspect.signature(cls.build).parameters
         cls.chooses = cls.excludes is not Method.excludes
         cls.shares = cls.share.__func__ is not Method.share.__func__  # type: ignore[attr-defined]
-        _refuse_half_an_override(cls)
+        _check_overrides(cls)
 
     def __init__(self, site: Site, cfg: C, name: str):
         self.site, self.cfg, self.name, self.layer = site, cfg, name, None
 
     def __getattr__(self, key: str) -> Any:
         # fail for dunder names and the attributes that `__init__` sets, or copy and pickle recurse without end
-        if key.startswith("__") or key in OWN or self.layer is None:
-            raise AttributeError(f"{type(self).__name__} has no '{key}'" + ("" if key in OWN else " yet"))
+        if key.startswith("__") or key in INSTANCE_FIELDS or self.layer is None:
+            raise AttributeError(f"{type(self).__name__} has no '{key}'" + ("" if key in INSTANCE_FIELDS else " yet"))
         return getattr(self.layer, key)[self.name]
 
     # declare
@@ -265,7 +267,7 @@ class Method(Generic[C]):
         return None
 
     @classmethod
-    def share(cls, layers: Layers[C]) -> dict[str, nn.Parameter | nn.Module | Tensor | object]:
+    def share(cls, layers: AdaptedLayers[C]) -> dict[str, nn.Parameter | nn.Module | Tensor | object]:
         """Make the tensors that all layers of the model share, by name. Parameters and modules train."""
         return {}
 
@@ -273,7 +275,7 @@ class Method(Generic[C]):
     @contextmanager
     def surround_run(cls, tuner: Tuner, call: Call, run: Run) -> Iterator[Finish]:
         """Surround one run of the model in which adapters of this class act; yield the function for its output."""
-        yield as_it_is
+        yield return_unchanged
 
     @classmethod
     def arguments_of(cls, batch: Mapping[str, object], model: nn.Module) -> dict[str, Tensor]:
@@ -281,7 +283,7 @@ class Method(Generic[C]):
         return {}
 
     @classmethod
-    def compute_auxiliary_loss(cls, cfg: C, noted: Sequence[Tokens]) -> Tensor:
+    def compute_auxiliary_loss(cls, cfg: C, noted: Sequence[NotedTokens]) -> Tensor:
         """Return the loss of an adapter, (), of what its layers noted in a run (`call.note`): of its own rows."""
         raise NotImplementedError
 
@@ -301,7 +303,7 @@ class Method(Generic[C]):
         site, effect, name = self.site, self.effect, type(self).__name__
         if self.only_linear and site.op.known and not site.op.linear:
             return self.only_linear
-        if self.ungrouped and site.op.known and site.op.groups(site.module) > 1:
+        if self.ungrouped and site.op.known and site.op.count_groups(site.module) > 1:
             return self.ungrouped
         if not (site.op.known or effect.any_module):
             return f"Currently, only the following modules are supported: {', '.join(OPS.names())}"
@@ -379,7 +381,7 @@ class Method(Generic[C]):
 
         It may depend on the site and the config, and on nothing else.
         """
-        by_factors = _last(type(self), "factors", "delta") == "factors"
+        by_factors = _find_last_override(type(self), "factors", "delta") == "factors"
         return Update(factors=self.factors) if by_factors else Update(self.delta)
 
     def take_from_base(self, mark: str, missing: str) -> Any:
@@ -418,8 +420,8 @@ class Method(Generic[C]):
     @property
     def is_variant(self) -> bool:
         """Return True if the class is one that a method chooses by its config, and not the method's own."""
-        own = next(cls for cls in type(self).__mro__ if "variant" in vars(cls))
-        return own not in (type(self), Method)
+        owner = next(cls for cls in type(self).__mro__ if "variant" in vars(cls))
+        return owner not in (type(self), Method)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -432,7 +434,7 @@ class Method(Generic[C]):
         return x if self.site.op.takes_ids or not self.layer.cast_input_dtype_enabled else cast(x, self.dtype)
 
 
-def placeholders(method: Method, shared: dict[str, object]) -> dict[str, object]:
+def build_placeholders(method: Method, shared: dict[str, object]) -> dict[str, object]:
     """Return what `build` gives where values come later, mostly on the meta device."""
     if method.takes_device:
         return method.build(shared, META)  # type: ignore[call-arg]
@@ -440,12 +442,12 @@ def placeholders(method: Method, shared: dict[str, object]) -> dict[str, object]
         return method.build(shared)
 
 
-def as_it_is(output: T) -> T:
+def return_unchanged(output: T) -> T:
     """Return an output unchanged."""
     return output
 
 
-def _last(cls: type, *hooks: str) -> str:
+def _find_last_override(cls: type, *hooks: str) -> str:
     """Return the hook that the most derived class overrides."""
     for base in cls.__mro__:
         for hook in hooks:
@@ -454,16 +456,16 @@ def _last(cls: type, *hooks: str) -> str:
     raise AttributeError(hooks)
 
 
-def _refuse_half_an_override(cls: type[Method]) -> None:
+def _check_overrides(cls: type[Method]) -> None:
     """Raise TypeError if a class overrides one of several hooks that say the same, and inherits another."""
     if "describe" in vars(cls) or cls.describe is Method.describe:  # that one asks for the most derived hook
         return
-    for group in SAME_MATHS:
-        own = [hook for hook in group if hook in vars(cls)]
-        inherited = [h for h in group if h not in own and getattr(cls, h, None) is not getattr(Method, h, None)]
-        if own and inherited:
+    for hooks in EQUIVALENT_HOOKS:
+        new = [hook for hook in hooks if hook in vars(cls)]
+        inherited = [h for h in hooks if h not in new and getattr(cls, h, None) is not getattr(Method, h, None)]
+        if new and inherited:
             raise TypeError(
-                f"{cls.__name__} overrides {', '.join(own)} and inherits {', '.join(inherited)}, which says the same: "
+                f"{cls.__name__} overrides {', '.join(new)} and inherits {', '.join(inherited)}, which says the same: "
                 "override both, or `describe`."
             )
 
@@ -476,9 +478,9 @@ class Tuner(Protocol):
     @property
     def training(self) -> bool: ...
     @property
-    def disabled(self) -> bool: ...
+    def is_disabled(self) -> bool: ...
     @property
-    def mixed(self) -> bool: ...
+    def is_mixed(self) -> bool: ...
     @property
     def peft_config(self) -> Mapping[str, Any]: ...  # by adapter
     @property
@@ -490,7 +492,7 @@ class Tuner(Protocol):
     @property
     def states(self) -> dict[str, Any]: ...  # of methods that allocate a budget, by adapter
     @property
-    def shared(self) -> Shared: ...
+    def shared_tensors(self) -> SharedTensors: ...
 
     starts: dict[str, Any]  # notes of first values, by adapter
     trained: set[str]

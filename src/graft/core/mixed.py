@@ -18,36 +18,36 @@ from graft.core import fused
 from graft.core.effect import Factors, matrix
 from graft.core.errors import RoutingError
 from graft.core.fused import LINEARS
-from graft.core.lean import share_dropped
-from graft.core.method import Method, as_it_is
+from graft.core.lean import find_dropout_rate
+from graft.core.method import Method, return_unchanged
 from graft.core.ops import find_op
 from graft.core.plan import (
-    Block,
-    Folded,
-    Instead,
-    Plan,
-    Sum,
-    Tapped,
-    Whole,
+    BlockPlan,
+    FoldedPlan,
+    InputOutputPlan,
+    LayerPlan,
+    ReplacementPlan,
+    SumPlan,
+    TappedPlan,
+    change_first_output,
+    check_no_gates,
     drop_inputs,
-    first_of,
+    find_first_input,
     keep_input,
-    refuse_gates,
-    with_first,
 )
 from graft.core.protocols import Layer
-from graft.core.rows import CallContext, Key, Rows, Together, members
+from graft.core.rows import CallContext, JointAdapters, Key, Rows, adapters_in
 from graft.kernels.eager import autocast_dtype, eager, has_no_hooks
 from graft.kernels.low_rank import new_seed
 from graft.kernels.mixed import add_groups, can_add_groups
 from graft.kernels.segments import LINE, Group, Segment, Stacks, align, group_segments, is_at_line, segments_linear
 
 
-def runs_of(alike: Sequence[Segment | None]) -> list[slice]:
+def group_runs(segments: Sequence[Segment | None]) -> list[slice]:
     """Return the segments that run together: those side by side that can, and each other by itself."""
     runs: list[slice] = []
-    for i, own in enumerate(alike):
-        if own is not None and runs and runs[-1].stop == i and alike[i - 1] is not None:
+    for i, segment in enumerate(segments):
+        if segment is not None and runs and runs[-1].stop == i and segments[i - 1] is not None:
             runs[-1] = slice(runs[-1].start, i + 1)
         else:
             runs.append(slice(i, i + 1))
@@ -61,50 +61,52 @@ class BatchGroups(NamedTuple):
     sizes: list[int]
     shape: torch.Size  # of a row of the input
     dtype: torch.dtype
-    unchanged: Unchanged
+    unchanged: FactorSnapshot
     computed: list[tuple[Callable[[], Factors], Factors, Segment]]  # of adapters that it does not know
     groups: Sequence[Group]
 
 
-class Mixed:
+class MixedPlan:
     """The plans of a layer for the rows of a batch. keys: what groups of rows use; None for rows without an adapter."""
 
     def __init__(self, layer: Layer, keys: tuple[Key, ...]):
         self.layer, self.keys = layer, keys
-        self.plans: dict[Key, Plan | None] = {}
+        self.plans: dict[Key, LayerPlan | None] = {}
         for key in keys:
-            weights = key.weights if isinstance(key, Together) else None
-            self.plans[key] = None if key is None else layer.plan_for(members(key), weights)
+            weights = key.weights if isinstance(key, JointAdapters) else None
+            self.plans[key] = None if key is None else layer.plan_for(adapters_in(key), weights)
         self.taps: list[tuple[str, str]] = []  # of inputs to keep
         self.tapped = False
         for n, plan in self.plans.items():
-            if isinstance(plan, Tapped):
+            if isinstance(plan, TappedPlan):
                 self.taps += plan.taps
                 self.plans[n], self.tapped = plan.plan, True
         plans = [plan for plan in self.plans.values() if plan is not None]
-        self.whole = next((plan for plan in plans if isinstance(plan, Whole)), None)
-        self.blocks = {n: plan for n, plan in self.plans.items() if isinstance(plan, Block)}
-        self.adds = all(plan.above for plan in plans)
-        self.products = all(isinstance(p, Sum) and p.single and p.product is not None for p in plans)
-        self.stacks = [(i, plan) for i, n in enumerate(keys) if isinstance(plan := self.plans[n], Folded)]
-        self.routes = all(isinstance(plan, Folded) and plan.routes for plan in plans)  # experts, which graft can run
-        self.aside = any(isinstance(plan, Instead) and plan.aside for plan in plans)
-        self.idle = not plans
-        self.sums = any(type(p) is Sum and p.product is not None for p in plans)
-        self.last: BatchGroups | None = None
+        self.whole = next((plan for plan in plans if isinstance(plan, InputOutputPlan)), None)
+        self.blocks = {n: plan for n, plan in self.plans.items() if isinstance(plan, BlockPlan)}
+        self.adds = all(plan.only_adds_on_top for plan in plans)
+        self.products = all(isinstance(p, SumPlan) and p.single and p.product is not None for p in plans)
+        self.stacks = [(i, plan) for i, n in enumerate(keys) if isinstance(plan := self.plans[n], FoldedPlan)]
+        self.routes = all(
+            isinstance(plan, FoldedPlan) and plan.routes for plan in plans
+        )  # experts, which graft can run
+        self.acts_elsewhere = any(isinstance(plan, ReplacementPlan) and plan.acts_elsewhere for plan in plans)
+        self.is_idle = not plans
+        self.sums = any(type(p) is SumPlan and p.product is not None for p in plans)
+        self.cached_groups: BatchGroups | None = None
         # A norm uses its input several times. Gradients of rows that no adapter changes are summed with those of other
         # uses one by one, as where no adapter acts; a part of the input would sum its own first.
         base = layer.base_module
-        op = find_op(base) if self.aside else layer.op
+        op = find_op(base) if self.acts_elsewhere else layer.op
         leaf = not op.known and not [*base.children()] and not isinstance(base, _NormBase)  # which mixes rows
         self.whole_base = leaf and len(plans) < len(keys)
-        self.joins: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
+        self.has_own_factors: dict[str | None, bool] = {}  # adapters whose factors are tensors of theirs, as last seen
 
     def run(self, rows: Rows, *args: object, **kwargs: object) -> object:
         if not self.tapped:
             return self.run_plans(rows, *args, **kwargs)
         if self.taps:
-            x = rows.take(first_of(self.layer.argument_names, args, kwargs), self.layer.site.key)
+            x = rows.take(find_first_input(self.layer.argument_names, args, kwargs), self.layer.site.key)
             keep_input(self.layer, self.taps, x)
         try:
             return self.run_plans(rows, *args, **kwargs)
@@ -113,12 +115,12 @@ class Mixed:
 
     def run_plans(self, rows: Rows, *args: Any, **kwargs: Any) -> object:
         layer = self.layer
-        if self.idle:
+        if self.is_idle:
             return layer.base_module(*args, **kwargs)
         if self.stacks:
             if self.routes and (len(rows.segments) > 1 or layer.call.now().draws is not None):
                 if not all(plan.adds for _, plan in self.stacks):
-                    refuse_gates(layer)
+                    check_no_gates(layer)
                 return layer.site.experts.run_updated(
                     layer,
                     args,
@@ -126,15 +128,15 @@ class Mixed:
                     lambda n: [u for i, plan in self.stacks for u in plan.stack_updates(n, i)],
                     rows,
                 )
-            one = self.only(rows)
+            one = self.find_single_plan(rows)
             return layer.base_module(*args, **kwargs) if one is None else one.run(*args, **kwargs)
         if self.whole is not None:
             output = layer.base_module(*args, **kwargs)
-            with self.without_others(rows):
-                x = rows.take(self.whole.input(args, kwargs), layer.site.key)
-            return with_first(output, lambda y: self.add(rows.on(x.device), x, y))
+            with self.hide_idle_adapters(rows):
+                x = rows.take(self.whole.read_input(args, kwargs), layer.site.key)
+            return change_first_output(output, lambda y: self.add(rows.on(x.device), x, y))
         if self.blocks:
-            return self.around(rows, args, kwargs)
+            return self.run_block(rows, args, kwargs)
         if args:
             x, args = args[0], args[1:]
         else:
@@ -144,14 +146,14 @@ class Mixed:
         rows = rows.on(x.device)
         context = layer.call.now()
         if len(rows.segments) == 1 and context.draws is None:
-            return self.one(rows.segments[0][0], x, args, kwargs)
+            return self.run_one(rows.segments[0][0], x, args, kwargs)
         if self.adds and context.draws is None and not torch.is_grad_enabled():
             return self.add(rows, x, layer.store.protect(layer.base_module(x, *args, **kwargs)))
-        if not (self.adds or self.aside):
-            refuse_gates(layer)
-        return self.apart(rows, x, context, args, kwargs)
+        if not (self.adds or self.acts_elsewhere):
+            check_no_gates(layer)
+        return self.run_groups(rows, x, context, args, kwargs)
 
-    def apart(
+    def run_groups(
         self, rows: Rows, x: Tensor, context: CallContext, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor:
         """Run each adapter on its rows as it runs alone: to the same bits, in the backward pass as well.
@@ -162,34 +164,38 @@ class Mixed:
         ticket = 0 if draws is None else draws.ticket()
 
         def drawing(key: Key) -> AbstractContextManager[None]:
-            return nullcontext() if draws is None or isinstance(key, Together) else draws.of(key, ticket, x.device)
+            return (
+                nullcontext()
+                if draws is None or isinstance(key, JointAdapters)
+                else draws.use_generator(key, ticket, x.device)
+            )
 
-        x, stacks = rows.by_adapter(x), context.stacks
-        alone = context.gates is None and not (args or kwargs) and self.may_share(x)
-        if alone and stacks is not None and (groups := self.last_groups(stacks, rows, x)) is not None:
-            return rows.as_they_came(self.shared(x, groups))
-        alike = self.segments(rows, x, drawing) if alone else None
-        if alike is not None and None not in alike:
-            groups = group_segments(alike, stacks, x.dtype)  # type: ignore[arg-type]
+        x, stacks = rows.sort_by_adapter(x), context.stacks
+        may_share = context.gates is None and not (args or kwargs) and self.may_share(x)
+        if may_share and stacks is not None and (groups := self.find_cached_groups(stacks, rows, x)) is not None:
+            return rows.restore_order(self.run_shared_base(x, groups))
+        segments = self.make_segments(rows, x, drawing) if may_share else None
+        if segments is not None and None not in segments:
+            groups = group_segments(segments, stacks, x.dtype)  # type: ignore[arg-type]
             if stacks is not None:
-                self.keep(stacks, rows, x, alike, groups)  # type: ignore[arg-type]
-            return rows.as_they_came(self.shared(x, groups))
-        runs = runs_of(alike or [None] * len(rows.sizes))
-        parts = x.split([sum(rows.sizes[run]) for run in runs])
+                self.cache_groups(stacks, rows, x, segments, groups)  # type: ignore[arg-type]
+            return rows.restore_order(self.run_shared_base(x, groups))
+        runs = group_runs(segments or [None] * len(rows.sizes))
+        run_inputs = x.split([sum(rows.sizes[run]) for run in runs])
         bases = layer.base_module(x, *args, **kwargs).split(rows.sizes) if self.whole_base else ()
         outputs = []
-        for run, part in zip(runs, parts):
+        for run, run_input in zip(runs, run_inputs):
             if bases and self.plans[rows.keys[run.start]] is None:
                 outputs.append(bases[run.start])
                 continue
-            if alike is not None and alike[run.start] is not None:
-                outputs.append(self.shared(part, group_segments(alike[run], stacks, x.dtype)))  # type: ignore[arg-type]
+            if segments is not None and segments[run.start] is not None:
+                outputs.append(self.run_shared_base(run_input, group_segments(segments[run], stacks, x.dtype)))  # type: ignore[arg-type]
                 continue
             key, index = rows.segments[run.start]
-            with self.seeing(index) if layer.op.known else self.alone(index, key), drawing(key):
-                outputs.append(self.one(key, align(part), args, kwargs))
-        outputs = widened(outputs, layer.site.key) if self.aside else outputs
-        return rows.as_they_came(torch.cat([align(y) for y in outputs]))
+            with self.narrow_facts(index) if layer.op.known else self.narrow_to_rows(index, key), drawing(key):
+                outputs.append(self.run_one(key, align(run_input), args, kwargs))
+        outputs = pad_outputs(outputs, layer.site.key) if self.acts_elsewhere else outputs
+        return rows.restore_order(torch.cat([align(y) for y in outputs]))
 
     def may_share(self, x: Tensor) -> bool:
         """Return True if adapters may share the call of the base, as far as that depends on the layer and its input."""
@@ -198,83 +204,89 @@ class Mixed:
             return False
         return autocast_dtype(x.device) is None and is_at_line(x)
 
-    def segments(
+    def make_segments(
         self, rows: Rows, x: Tensor, drawing: Callable[[Key], AbstractContextManager[None]]
     ) -> list[Segment | None]:
         """Return what the adapters add to their rows of x, which they `may_share`; None for those that cannot."""
         layer = self.layer
-        W, tokens, found = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
+        W, tokens, segments = layer.weight_now, x.numel() // (x.shape[-1] * len(x)), []
         starts = accumulate(rows.sizes, initial=0)
         for name, size, start in zip(rows.keys, rows.sizes, starts):
-            plan, own = self.plans[name], None
-            if isinstance(name, Together) or not all(
+            plan, segment = self.plans[name], None
+            if isinstance(name, JointAdapters) or not all(
                 start * tokens * n * x.element_size() % LINE == 0 for n in W.shape
             ):
                 pass
             elif plan is None:
-                own = Segment(size * tokens, None, None)
-            elif self.joins.get(name, True) and type(plan) is Sum and plan.product is not None:
-                f = self.factors_of(name, plan.product)
-                own = None if f is None else fused.segment(W, f, x, size * tokens)
-                if own is not None and own.p:
+                segment = Segment(size * tokens, None, None)
+            elif self.has_own_factors.get(name, True) and type(plan) is SumPlan and plan.product is not None:
+                f = self.find_own_factors(name, plan.product)
+                segment = None if f is None else fused.segment(W, f, x, size * tokens)
+                if segment is not None and segment.p:
                     with drawing(name):
-                        own = own._replace(seed=new_seed())
-            found.append(own)
-        return found
+                        segment = segment._replace(seed=new_seed())
+            segments.append(segment)
+        return segments
 
-    def factors_of(self, name: str | None, product: Callable[[], Factors]) -> Factors | None:
+    def find_own_factors(self, name: str | None, product: Callable[[], Factors]) -> Factors | None:
         """Return an adapter's factors, if they are its own tensors.
 
         The first time leave torch's generator as it is: factors that are computed may be random, and the adapter will
         compute them again when it runs by itself.
         """
-        if name in self.joins:
+        if name in self.has_own_factors:
             return product()
         before = torch.get_rng_state()
-        with saved_tensors_hooks(as_it_is, as_it_is):  # a checkpointed block counts what is saved without them
+        with saved_tensors_hooks(
+            return_unchanged, return_unchanged
+        ):  # a checkpointed block counts what is saved without them
             f = product()
-            self.joins[name] = f.inner is None and f.outer is None and all(matrix(m).is_leaf for m in (f.A, f.B))
+            self.has_own_factors[name] = (
+                f.inner is None and f.outer is None and all(matrix(m).is_leaf for m in (f.A, f.B))
+            )
         torch.set_rng_state(before)
-        return f if self.joins[name] else None
+        return f if self.has_own_factors[name] else None
 
-    def keep(self, stacks: Stacks, rows: Rows, x: Tensor, segments: Sequence[Segment], groups: Sequence[Group]) -> None:
+    def cache_groups(
+        self, stacks: Stacks, rows: Rows, x: Tensor, segments: Sequence[Segment], groups: Sequence[Group]
+    ) -> None:
         """Keep groups for the next batch like this one."""
-        self.last = None
+        self.cached_groups = None
         if not any(s.p for s in segments):
             plans: list[Any] = [self.plans[name] for name in rows.keys]
-            unchanged, computed = Unchanged(), []
-            for plan, own in ((plan, s) for plan, s in zip(plans, segments) if plan is not None):
+            unchanged, computed = FactorSnapshot(), []
+            for plan, segment in ((plan, s) for plan, s in zip(plans, segments) if plan is not None):
                 f = plan.product()
-                if not unchanged.note(plan.steps[0][0], f):
-                    computed.append((plan.product, f, own))
-            self.last = BatchGroups(stacks, rows.sizes, x.shape[1:], x.dtype, unchanged, computed, groups)
+                if not unchanged.record(plan.steps[0][0], f):
+                    computed.append((plan.product, f, segment))
+            self.cached_groups = BatchGroups(stacks, rows.sizes, x.shape[1:], x.dtype, unchanged, computed, groups)
 
-    def last_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
+    def find_cached_groups(self, stacks: Stacks, rows: Rows, x: Tensor) -> Sequence[Group] | None:
         """Return the groups of the last batch, if they are those of this one: nothing about an adapter has changed."""
-        last = self.last
+        last = self.cached_groups
         if last is None or last.stacks is not stacks or last.sizes != rows.sizes:
             return None
         if last.shape != x.shape[1:] or last.dtype != x.dtype:
             return None
-        if not last.unchanged.still():
+        if not last.unchanged.is_unchanged():
             return None
-        for factors, was, own in last.computed:
-            if not fused.is_still(factors(), was, own):
+        for factors, was, segment in last.computed:
+            if not fused.is_still(factors(), was, segment):
                 return None
         return last.groups
 
-    def shared(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+    def run_shared_base(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
         """Run the base once for adapters that add to its output."""
         layer = self.layer
         return segments_linear(layer.base_layer, layer.op.input_gradient, layer.weight_now, x, groups)
 
-    def only(self, rows: Rows) -> Plan | None:
+    def find_single_plan(self, rows: Rows) -> LayerPlan | None:
         """Return the plan that all rows use, of a weight that its module uses in its own ways.
 
         Raises:
             RoutingError: rows use different ones.
         """
-        if self.idle:
+        if self.is_idle:
             return None
         if len(rows.segments) > 1:
             site = self.layer.site
@@ -285,61 +297,61 @@ class Mixed:
             )
         return self.plans[rows.segments[0][0]]
 
-    def one(self, name: Key, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+    def run_one(self, name: Key, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         plan = self.plans[name]
         return self.layer.base_module(x, *args, **kwargs) if plan is None else plan.run(x, *args, **kwargs)
 
-    def around(self, rows: Rows, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def run_block(self, rows: Rows, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Run a module with several inputs once; before and after it, the adapters of each row."""
-        x, call = next(iter(self.blocks.values())).input(args, kwargs)
+        x, call = next(iter(self.blocks.values())).read_input(args, kwargs)
         x = rows.take(x, self.layer.site.key)
-        some = [(n, self.blocks[n], index) for n, index in rows.on(x.device).segments if self.plans[n] is not None]
+        adapted = [(n, self.blocks[n], index) for n, index in rows.on(x.device).segments if self.plans[n] is not None]
         inner, inputs = x, []
-        for name, plan, index in some:
-            with self.seeing(index), self.drawing(name, x.device):
-                own, seen = plan.before(x.index_select(0, index))
+        for name, plan, index in adapted:
+            with self.narrow_facts(index), self.draw_for(name, x.device):
+                adapter_input, seen = plan.apply_pre(x.index_select(0, index))
             inputs.append(seen)
-            if own is not seen[-1]:
-                inner = inner.index_copy(0, index, own)
+            if adapter_input is not seen[-1]:
+                inner = inner.index_copy(0, index, adapter_input)
 
         def after(y: Tensor) -> Tensor:
-            for (name, plan, index), seen in zip(some, inputs):
-                with self.seeing(index), self.drawing(name, x.device):
-                    own = plan.after(seen, y.index_select(0, index))
-                y = y.index_copy(0, index, own)
+            for (name, plan, index), seen in zip(adapted, inputs):
+                with self.narrow_facts(index), self.draw_for(name, x.device):
+                    adapter_output = plan.apply_post(seen, y.index_select(0, index))
+                y = y.index_copy(0, index, adapter_output)
             return y
 
-        return with_first(call(inner), after)
+        return change_first_output(call(inner), after)
 
-    def seeing(self, index: Tensor) -> AbstractContextManager[None]:
+    def narrow_facts(self, index: Tensor) -> AbstractContextManager[None]:
         """Have the layer see what the call says of these rows alone."""
         call = self.layer.call
         return call.narrowed(call.now().only(index))
 
-    def drawing(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
+    def draw_for(self, key: Key, device: torch.device) -> AbstractContextManager[None]:
         """Have an adapter draw from its own generator, if the call gives one, what it draws beside a call of the base:
         calls of other layers may not be within."""
         draws = self.layer.call.now().draws if self.layer.training else None
-        if draws is None or isinstance(key, Together):
+        if draws is None or isinstance(key, JointAdapters):
             return nullcontext()
-        return draws.of(key, draws.ticket(), device)
+        return draws.use_generator(key, draws.ticket(), device)
 
-    def alone(self, index: Tensor, key: Key) -> AbstractContextManager[None]:
+    def narrow_to_rows(self, index: Tensor, key: Key) -> AbstractContextManager[None]:
         """Have layers within the module see a batch of these rows, which all use the same."""
         call, n = self.layer.call, len(index)
-        rows = Rows.placed(n, {key: list(range(n))}, index.device)
+        rows = Rows.from_groups(n, {key: list(range(n))}, index.device)
         return call.narrowed(call.now().only(index)._replace(rows=rows, draws=None))
 
-    def without_others(self, rows: Rows) -> AbstractContextManager[None]:
+    def hide_idle_adapters(self, rows: Rows) -> AbstractContextManager[None]:
         """Have layers within the module see rows of adapters that do nothing here as rows of the base: what runs once
         more for the adapters here draws nothing for others."""
         if None not in self.plans.values():
             return nullcontext()
         groups: dict[Key, list[int]] = {}
-        for key, own in rows.groups.items():
-            groups.setdefault(None if self.plans[key] is None else key, []).extend(own)
+        for key, group_rows in rows.groups.items():
+            groups.setdefault(None if self.plans[key] is None else key, []).extend(group_rows)
         call = self.layer.call
-        return call.narrowed(call.now()._replace(rows=Rows.placed(rows.batch, groups, rows.order.device)))
+        return call.narrowed(call.now()._replace(rows=Rows.from_groups(rows.batch, groups, rows.order.device)))
 
     def add(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
         """Add each adapter's part to the rows of y that use it; return y. Each sees what the call says of its rows."""
@@ -356,46 +368,50 @@ class Mixed:
             plan = self.plans[name]
             if plan is None:
                 continue
-            own, part = x.index_select(0, index), y.index_select(0, index)
-            with self.drawing(name, x.device):
+            adapter_input, adapter_output = x.index_select(0, index), y.index_select(0, index)
+            with self.draw_for(name, x.device):
                 if gates is None and not facts and not self.tapped and self.whole is None:
-                    part = plan.add(own, part, fuse)
+                    adapter_output = plan.add(adapter_input, adapter_output, fuse)
                 else:
-                    with self.seeing(index) if self.whole is None else self.alone(index, name):
-                        part = plan.add(own, part, fuse) if gates is None else plan.gated(own, part)
-            y.index_copy_(0, index, part.to(y.dtype))
+                    with self.narrow_facts(index) if self.whole is None else self.narrow_to_rows(index, name):
+                        adapter_output = (
+                            plan.add(adapter_input, adapter_output, fuse)
+                            if gates is None
+                            else plan.add_gated(adapter_input, adapter_output)
+                        )
+            y.index_copy_(0, index, adapter_output.to(y.dtype))
         return y
 
     def add_products(self, rows: Rows, x: Tensor, y: Tensor) -> Tensor | None:
         """Do the same by grouped products. None if an adapter is more than two matrices, or drops inputs."""
-        if rows.grouped is None:
+        if rows.adapter_groups is None:
             return None
-        names, order, sizes, in_order = rows.grouped
+        names, order, sizes, in_order = rows.adapter_groups
         factors = []
         for name in names:
             plan = self.plans[name]
             if plan is None:
                 return None
             f = plan.product()  # type: ignore[attr-defined]
-            found = None if f.outer is not None else fused.plain(f)
-            if found is None or found[3]:
+            plain = None if f.outer is not None else fused.plain(f)
+            if plain is None or plain[3]:
                 return None
-            factors.append((*fused.scaled(found[0], found[1], f), found[2]))
+            factors.append((*fused.scaled(plain[0], plain[1], f), plain[2]))
         return add_groups(y, x, factors, order, sizes, in_order) if can_add_groups(y, x, factors, sizes) else None
 
 
-def widened(parts: list[Any], key: str) -> list[Tensor]:
+def pad_outputs(outputs: list[Any], key: str) -> list[Tensor]:
     """Pad rows of narrower heads with -inf: labels that the row's adapter does not have get no probability."""
-    other = next((type(part).__name__ for part in parts if not isinstance(part, Tensor)), None)
-    if other is not None:
+    type_name = next((type(part).__name__ for part in outputs if not isinstance(part, Tensor)), None)
+    if type_name is not None:
         raise TypeError(
-            f"Mixed batches need a tensor from '{key}', which returns a {other}: run one adapter at a time."
+            f"Mixed batches need a tensor from '{key}', which returns a {type_name}: run one adapter at a time."
         )
-    width = max(p.shape[-1] for p in parts)
-    return [nn.functional.pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in parts]
+    width = max(p.shape[-1] for p in outputs)
+    return [nn.functional.pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in outputs]
 
 
-class Unchanged:
+class FactorSnapshot:
     """Entries of dictionaries, and how many some have: modules, their tensors and numbers, and that nobody hooks in."""
 
     def __init__(self) -> None:
@@ -405,20 +421,20 @@ class Unchanged:
         self._sized: list[Sized] = []
         self._sizes: list[int] = []
 
-    def still(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Return True if all is as it was noted."""
         return list(map(len, self._sized)) == self._sizes and all(
             map(is_, map(dict.get, self._dicts, self._keys), self._values)
         )
 
-    def note(self, method: Method, f: Factors) -> bool:
+    def record(self, method: Method, f: Factors) -> bool:
         """Note what the factors of a method consist of: two linear modules, a number, a dropout that does nothing.
         Return False, having noted nothing, if they are something else, or computed."""
         parts = [part for part in (f.A, f.B, f.scale, f.dropout) if part is not None]
-        places = [place for part in parts for place in places_of(method, part)]
+        places = [place for part in parts for place in find_entries(method, part)]
         if {id(d[key]) for d, key in places} != {id(part) for part in parts}:
             return False
-        if f.dropout is not None and share_dropped(f.dropout) != 0:
+        if f.dropout is not None and find_dropout_rate(f.dropout) != 0:
             return False
         modules = [m for m in (f.A, f.B) if isinstance(m, nn.Linear) and type(m) in LINEARS]
         if len(modules) < 2 or not has_no_hooks(*modules):
@@ -446,14 +462,14 @@ class Unchanged:
             self._sizes.append(len(d))
 
 
-def places_of(method: Method, part: object) -> list[tuple[dict[str, object], str]]:
+def find_entries(method: Method, part: object) -> list[tuple[dict[str, object], str]]:
     """Return where the layer holds a part of a method's: (dictionary, key), the container itself among them."""
-    own = method.layer.__dict__
-    found = []
+    attributes = method.layer.__dict__
+    entries = []
     for name in method.computes_with:
-        above = own if name in own else own["_modules"]
+        above = attributes if name in attributes else attributes["_modules"]
         container = above.get(name)
         d = container if isinstance(container, dict) else getattr(container, "_modules", {})
         if d.get(method.name) is part:
-            found.append((d, method.name))
-    return found
+            entries.append((d, method.name))
+    return entries

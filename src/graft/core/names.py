@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def one_or_several(names: str | Iterable[str], argument: str) -> list[str]:
+def as_name_list(names: str | Iterable[str], argument: str) -> list[str]:
     """Return names as a list; one name may stand for a list of it. Raises as `several`."""
-    return [names] if isinstance(names, str) else several(names, argument)
+    return [names] if isinstance(names, str) else check_name_list(names, argument)
 
 
-def several(names: Iterable[str], argument: str) -> list[str]:
+def check_name_list(names: Iterable[str], argument: str) -> list[str]:
     """Return names as a list.
 
     Raises:
@@ -20,19 +20,19 @@ def several(names: Iterable[str], argument: str) -> list[str]:
     """
     if isinstance(names, str):
         raise TypeError(f"{argument} should be a list of strings, got {names!r}: write ['{names}'].")
-    found = list(names)
-    if len(found) > 1 or not all([isinstance(name, str) for name in found]):
-        check(found, argument)
-    return found
+    listed = list(names)
+    if len(listed) > 1 or not all([isinstance(name, str) for name in listed]):
+        check_unique_names(listed, argument)
+    return listed
 
 
-def check(names: list[str], argument: str) -> None:
+def check_unique_names(names: list[str], argument: str) -> None:
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"{argument} takes names of adapters, got {wrong[0]!r} of type {type(wrong[0]).__name__}.")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{argument} holds {twice} twice, and an adapter acts once: name each adapter one time.")
+    repeats = sorted({name for name in names if names.count(name) > 1})
+    if repeats:
+        raise ValueError(f"{argument} holds {repeats} twice, and an adapter acts once: name each adapter one time.")
 
 
 def is_bias(name: str) -> bool:

@@ -19,27 +19,27 @@ from torch.func import functional_call
 
 from graft.core.carrier import carrier_of
 from graft.core.lean import Linear as LeanLinear
-from graft.core.lean import bare
-from graft.core.random import kaiming_bound, skip
+from graft.core.lean import new_lean
+from graft.core.random import kaiming_bound, skip_draws
 
 META = torch.device("meta")
 
 
-def linear(
+def make_linear(
     in_features: int, out_features: int, bias: bool, fill: bool = True, device: torch.device | None = None
 ) -> nn.Linear:
     """Make an `nn.Linear` with the values that its constructor would draw, in a quarter of the time; none on meta.
 
     Without `fill` the generator advances as if to draw them, and the values are undefined.
     """
-    m = bare(LeanLinear)
+    m = new_lean(LeanLinear)
     m.__dict__.update(in_features=in_features, out_features=out_features)
     weight = torch.empty(out_features, in_features, device=device)
     b = torch.empty(out_features, device=device) if bias else None
     if device == META or weight.is_meta:
         pass
     elif not fill:
-        skip(weight) if b is None else skip(weight, b)
+        skip_draws(weight) if b is None else skip_draws(weight, b)
     elif in_features:
         bound = kaiming_bound(in_features)
         weight.uniform_(-bound, bound)
@@ -96,7 +96,7 @@ class Op:
             )
         return (B @ A).view(shape)
 
-    def matrices(self, W: Tensor, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def pair_matrices(self, W: Tensor, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the parts of W that are matrices, each with the factors of its product."""
         yield W, A, B
 
@@ -120,7 +120,7 @@ class Op:
         """Shape a vector over features or channels so that it broadcasts over this layer's activations."""
         return v
 
-    def scaled(self, m: nn.Module, rows: Tensor) -> Tensor:
+    def scale_rows(self, m: nn.Module, rows: Tensor) -> Tensor:
         """Return rows of another table as the module, which takes ids, would output them."""
         return rows
 
@@ -128,11 +128,11 @@ class Op:
         """Return why the module with another weight cannot do what it and an adapter beside it do; None if it can."""
         return None
 
-    def groups(self, m: nn.Module) -> int:
+    def count_groups(self, m: nn.Module) -> int:
         """Return the number of groups of channels that do not mix."""
         return 1
 
-    def stack(self, m: nn.Module) -> int:
+    def count_matrices(self, m: nn.Module) -> int:
         """Return the number of matrices that the weight is a stack of."""
         return 1
 
@@ -145,7 +145,7 @@ class Op:
             fill: with the values that torch's constructors draw; else they may be undefined.
         """
         out_features, in_features = self.dims(m)
-        return linear(in_features, r, False, fill, device), linear(r, out_features, bias, fill, device)
+        return make_linear(in_features, r, False, fill, device), make_linear(r, out_features, bias, fill, device)
 
 
 class Unknown(Op):
@@ -215,7 +215,7 @@ class Embedding(Op):
 
     def down(self, m: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """Look rows of A up. `max_norm` is for the weight: torch would shrink the rows of any table, in place."""
-        return self.scaled(m, F.embedding(x, A.T, m.padding_idx, None, m.norm_type, m.scale_grad_by_freq))
+        return self.scale_rows(m, F.embedding(x, A.T, m.padding_idx, None, m.norm_type, m.scale_grad_by_freq))
 
     def factor_modules(self, *args: object, **kwargs: object) -> None:
         return None
@@ -234,15 +234,15 @@ class Embedding(Op):
 class ScaledEmbedding(Embedding):
     """An embedding that multiplies its output by `embed_scale` (Gemma)."""
 
-    def scaled(self, m: nn.Module, rows: Tensor) -> Tensor:
+    def scale_rows(self, m: nn.Module, rows: Tensor) -> Tensor:
         out: Tensor = rows * m.embed_scale
         return out
 
     def call(self, m: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        return self.scaled(m, super().call(m, x, W, b))
+        return self.scale_rows(m, super().call(m, x, W, b))
 
     def lookup(self, m: nn.Module, places: Tensor, rows: Tensor) -> Tensor:
-        return self.scaled(m, super().lookup(m, places, rows))
+        return self.scale_rows(m, super().lookup(m, places, rows))
 
 
 SCALED_EMBEDDING = ScaledEmbedding()
@@ -280,7 +280,7 @@ class Conv(Op):
     def channels(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.spatial)
 
-    def groups(self, m: nn.Module) -> int:
+    def count_groups(self, m: nn.Module) -> int:
         return int(m.groups)
 
     def factor_modules(
@@ -329,29 +329,29 @@ class Opaque(Op):
         shape = self.shape(m)
         return (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], 1)
 
-    def stack(self, m: nn.Module) -> int:
+    def count_matrices(self, m: nn.Module) -> int:
         shape = self.shape(m)
         return shape[0] if len(shape) > 2 else 1
 
     def product(self, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
         if len(shape) < 3:
             return super().product(A, B, shape)
-        A, B = self.each(A, B, shape[0])
+        A, B = self.split_matrices(A, B, shape[0])
         return B @ A
 
-    def matrices(self, W: Tensor, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def pair_matrices(self, W: Tensor, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if W.dim() < 3:
             yield W, A, B
         else:
-            yield from zip(W, *self.each(A, B, len(W)))
+            yield from zip(W, *self.split_matrices(A, B, len(W)))
 
     @staticmethod
-    def each(A: Tensor, B: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    def split_matrices(A: Tensor, B: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Return the factors of each matrix of a stack, (n, r, in) and (n, out, r), from those of all."""
         return A.view(n, -1, A.shape[1]), B.view(B.shape[0], -1, n).permute(2, 0, 1)
 
     @staticmethod
-    def joined(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    def join_matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of a stack, (n·r, in) and (out, r·n), from those of each matrix."""
         return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
@@ -359,8 +359,8 @@ class Opaque(Op):
         self, m: nn.Module, r: int, bias: bool, fill: bool = True, device: torch.device | None = None
     ) -> tuple[nn.Module, nn.Module]:
         out_features, in_features = self.dims(m)
-        r *= self.stack(m)
-        return linear(in_features, r, False, fill, device), linear(r, out_features, bias, fill, device)
+        r *= self.count_matrices(m)
+        return make_linear(in_features, r, False, fill, device), make_linear(r, out_features, bias, fill, device)
 
     def apply(self, base: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], W: Tensor) -> object:
         """Return the output of a layer's base with W in place of the parameter."""
@@ -415,16 +415,16 @@ class TypeTable(Generic[T]):
         return cls.__mro__[place] if place >= 0 else None
 
     def _search(self, cls: type) -> tuple[ref[type], int, T | None]:
-        found = self._found.get(id(cls))
-        if found is None or found[0]() is not cls:
-            places = (i for i, base in enumerate(cls.__mro__) if qualified(base) in self._rows)
+        match = self._found.get(id(cls))
+        if match is None or match[0]() is not cls:
+            places = (i for i, base in enumerate(cls.__mro__) if class_path(base) in self._rows)
             place = next(places, -1)
-            entry = None if place < 0 else self._rows[qualified(cls.__mro__[place])]
-            found = self._found[id(cls)] = (ref(cls), place, entry)
-        return found
+            entry = None if place < 0 else self._rows[class_path(cls.__mro__[place])]
+            match = self._found[id(cls)] = (ref(cls), place, entry)
+        return match
 
 
-def qualified(cls: type) -> str:
+def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -452,7 +452,7 @@ def is_stock(module: nn.Module) -> bool:
     return known is not None and kind.forward is known.forward
 
 
-def replaced_forward(module: nn.Module) -> type | None:
+def find_replaced_forward(module: nn.Module) -> type | None:
     """Return the class of the table whose forward a module's class has replaced; None if its Op knows the new one."""
     kind = type(module)
     known = OPS.origin(kind)

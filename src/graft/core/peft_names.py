@@ -15,15 +15,15 @@ from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, Ro
 from graft.core.finite import is_finite
 from graft.core.folding import delta_of, evaluating, why_none
 from graft.core.gate import changes, everything
-from graft.core.merging import lifted
+from graft.core.merging import lift_merged
 from graft.core.method import Method
 from graft.core.protocols import Layer
 
 ACTIVATE = "set_adapter() activates adapters"
-SHOWN = {"trainable_tokens": "TrainableTokensLayer"}  # PEFT's; others are by folder and module: lora.Linear
+CLASS_NAMES = {"trainable_tokens": "TrainableTokensLayer"}  # PEFT's; others are by folder and module: lora.Linear
 
 
-class Variant:
+class VariantForward:
     """An adapter that adds another thing than scaling · B A dropout(x), as a forward for PEFT's layers runs it."""
 
     def __init__(self, method: Method):
@@ -31,7 +31,7 @@ class Variant:
 
     def forward(self, module: Layer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object) -> Tensor:
         """Return `result`, the output of a layer for x, with the adapter."""
-        y: Tensor = module.plan_for((active_adapter,)).over(x, result)
+        y: Tensor = module.plan_for((active_adapter,)).add_to_output(x, result)
         return y
 
     def supports_lora_conversion(self) -> bool:
@@ -41,7 +41,7 @@ class Variant:
         raise AttributeError(f"A variant has no '{name}' in graft, whose layers merge() and unmerge() adapters.")
 
 
-class Shown(list[str]):
+class ReadOnlyNames(list[str]):
     """The names of adapters as a layer shows them: changing the list would change nothing, and is refused."""
 
     def __init__(self, names: Sequence[str], shown_as: str, remedy: str):
@@ -66,17 +66,17 @@ class PeftNames:
     @property
     def weight(self: Layer) -> Tensor:
         """The base layer's weight; where modules around read it to compute with it, with what the adapters do."""
-        if self.site.is_read and (plan := self.plan_of_reader()) is not None:
-            return self.op.uncanon(plan.folded_now()[0])
+        if self.site.is_read and (plan := self.find_reader_plan()) is not None:
+            return self.op.uncanon(plan.fold_current()[0])
         weight: Tensor = self.get_base_layer().weight
         return weight
 
     @property
     def bias(self: Layer) -> Tensor | None:
-        if self.site.is_read and (plan := self.plan_of_reader()) is not None:
+        if self.site.is_read and (plan := self.find_reader_plan()) is not None:
             shifted: Tensor | None = plan.bias()
-            own = self.bias_now
-            return shifted if shifted is None or own is None else shifted.to(own.dtype)
+            base_bias = self.bias_now
+            return shifted if shifted is None or base_bias is None else shifted.to(base_bias.dtype)
         bias: Tensor | None = self.get_base_layer().bias
         return bias
 
@@ -129,7 +129,7 @@ class PeftNames:
 
     @property
     def merged_adapters(self: Layer) -> list[str]:
-        return Shown(self.state.merged, "merged_adapters", "merge() and unmerge() change what is merged")
+        return ReadOnlyNames(self.state.merged, "merged_adapters", "merge() and unmerge() change what is merged")
 
     @property
     def merged(self: Layer) -> bool:
@@ -144,7 +144,7 @@ class PeftNames:
 
     @property
     def _active_adapter(self: Layer) -> list[str]:
-        return Shown(self.state.active, "_active_adapter", ACTIVATE)
+        return ReadOnlyNames(self.state.active, "_active_adapter", ACTIVATE)
 
     @_active_adapter.setter
     def _active_adapter(self, names: object) -> None:
@@ -174,9 +174,9 @@ class PeftNames:
     # what a forward written for PEFT's layers uses
 
     @property
-    def lora_variant(self: Layer) -> dict[str, Variant]:
+    def lora_variant(self: Layer) -> dict[str, VariantForward]:
         """The adapters whose forward is another than plain LoRA's."""
-        return {name: Variant(m) for name, m in self.methods.items() if m.is_variant}
+        return {name: VariantForward(m) for name, m in self.methods.items() if m.is_variant}
 
     def _check_forward_args(self, x: Tensor, *args: object, **kwargs: object) -> None:
         """Do nothing: names of rows are checked where the model is called."""
@@ -199,7 +199,7 @@ class PeftNames:
         """
         if adapter_names is not None and not (self.call.open and self.call.current()):
             raise RoutingError(f"adapter_names for layer '{self.site.key}' alone: pass them to the PeftModel.")
-        return self._own_forward(x, *args, **kwargs)
+        return self._graft_forward(x, *args, **kwargs)
 
     @changes(everything)
     def reset_lora_parameters(self: Layer, adapter_name: str, init_lora_weights: bool | str) -> None:
@@ -220,7 +220,7 @@ class PeftNames:
                 f"Adapter '{adapter_name}' on layer '{self.site.key}' is {type(method).__name__}, which has no A and B "
                 "of LoRA: delete_adapter() it and add it anew."
             )
-        with lifted(self):
+        with lift_merged(self):
             method.restart(init_lora_weights)
 
     def _move_adapter_to_device_of_base_layer(
@@ -229,11 +229,11 @@ class PeftNames:
         """Put an adapter where the base weight is, or on another device; its floats get the base's dtype."""
         if adapter_name not in self.methods:
             return
-        there, dtype = self.where
+        base_device, dtype = self.where
         for slot in self.slots(adapter_name):
             keeps = isinstance(slot.owner, Exact) or dtype is None or not dtype.is_floating_point
             data = slot.tensor.data
-            new = moved(data, there if device is None else torch.device(device), None if keeps else dtype, False)
+            new = moved(data, base_device if device is None else torch.device(device), None if keeps else dtype, False)
             if new is not data:
                 slot.tensor.data = new
 
@@ -245,7 +245,7 @@ class PeftNames:
         if adapter in self.scaling_at_start:
             self.scaling[adapter] = scale * self.scaling_at_start[adapter]
         elif adapter in self.methods:
-            no_scaling(self, adapter)
+            warn_no_scaling(self, adapter)
 
     def scale_layer(self: Layer, scale: float) -> None:
         """Multiply the current scaling of the active adapters by `scale`. Raises ConfigError as `set_scale`."""
@@ -280,7 +280,7 @@ class PeftNames:
 
     def _get_name(self: Layer) -> str:
         modules = {type(m).__module__.removeprefix("graft.methods.").split(".")[0]: None for m in self.methods.values()}
-        return SHOWN.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{self.type_name}")
+        return CLASS_NAMES.get("+".join(modules), f"{'+'.join(modules) or 'graft'}.{self.type_name}")
 
     def extra_repr(self: Layer) -> str:
         parameter = f"parameter_name='{self.site.parameter}', " if self.site.path != self.site.key else ""
@@ -293,7 +293,7 @@ def rescale(layer: Layer, new: Callable[[str], float], changes: bool) -> None:
         if adapter in layer.scaling_at_start:
             layer.scaling[adapter] = new(adapter)
         elif adapter in layer.methods and changes:
-            no_scaling(layer, adapter)
+            warn_no_scaling(layer, adapter)
 
 
 def check_scale(layer: Layer, scale: float | None, divides: bool = False) -> None:
@@ -305,6 +305,6 @@ def check_scale(layer: Layer, scale: float | None, divides: bool = False) -> Non
         raise ConfigError(f"Layer '{layer.site.key}' cannot scale an adapter by {scale}. Give another number.")
 
 
-def no_scaling(layer: Layer, adapter: str) -> None:
+def warn_no_scaling(layer: Layer, adapter: str) -> None:
     name = type(layer.methods[adapter]).__name__
     warn(f"Scaling has no meaning for {name} adapters (layer '{layer.site.key}'): ignored.", PeftWarning)

@@ -23,18 +23,18 @@ from graft.core.effect import Effect, Factors, Rewrite, Update
 from graft.core.errors import UnsupportedLayerError
 from graft.core.folding import lazy_delta
 from graft.core.fused import tensors_of
-from graft.core.lean import share_dropped
+from graft.core.lean import find_dropout_rate
 from graft.core.method import Method
-from graft.core.plan import Chain, Plan, Step, Sum, applied, part_of, seen
+from graft.core.plan import ChainPlan, LayerPlan, Step, SumPlan, apply_delta, compute_part, find_step_input
 from graft.core.protocols import Layer
-from graft.core.random import states
+from graft.core.random import read_generator_states
 from graft.core.site import Site
 from graft.kernels.cuts import Cut, cut_tensor, join_pieces, sum_gradient, sum_partial_results
 from graft.kernels.low_rank import dropout
 
 
 @dataclass(frozen=True)
-class Piece:
+class LayerPiece:
     """The piece of a layer's work that one process does.
 
     Args:
@@ -59,7 +59,7 @@ class Piece:
     @property
     def plans(self) -> dict[type, type]:
         """The plans for layers of this kind, by those of other layers."""
-        return {Sum: SumOfPieces, Chain: ChainOfPieces}
+        return {SumPlan: PieceSumPlan, ChainPlan: PieceChainPlan}
 
     def check(self, x: Tensor, y: Tensor, key: str) -> None:
         """Raise UnsupportedLayerError unless the module gives the piece that its style says."""
@@ -71,17 +71,17 @@ class Piece:
             or not (x.shape == y.shape[:-1] or x.shape[:-1] == y.shape[:-1])
         ):
             raise UnsupportedLayerError(
-                f"Layer '{key}', parallel by the style '{self.style}', maps {described(x)} to {described(y)}: adapters "
+                f"Layer '{key}', parallel by the style '{self.style}', maps {show_type(x)} to {show_type(y)}: adapters "
                 "need plain tensors of all tokens on each process. Take sequence parallelism out of the model's plan, "
                 "or the layer out of target_modules."
             )
 
     def check_draws(self, key: str) -> None:
         """Raise RuntimeError if the processes would draw different random numbers for tensors that are equal."""
-        own = [zlib.crc32(bytes(state.tolist())) for state in states()]
-        found: list[object] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(found, own, group=self.group)
-        if any(other != own for other in found):
+        checksums = [zlib.crc32(bytes(state.tolist())) for state in read_generator_states()]
+        gathered: list[object] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(gathered, checksums, group=self.group)
+        if any(of_process != checksums for of_process in gathered):
             raise RuntimeError(
                 f"The processes that share layer '{key}' have different random states, so that dropout would take "
                 "different inputs out on each and their adapters drift apart: call torch.manual_seed with one seed on "
@@ -89,7 +89,7 @@ class Piece:
             )
 
 
-def refuse_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
+def check_no_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
     """Raise UnsupportedLayerError if a process has only a piece of one of these sites (path, site)."""
     cut = [(key, p.style) for key, s in sites if (p := s.piece) is not None and (p.inputs or p.outputs or p.left_out)]
     if cut:
@@ -99,11 +99,11 @@ def refuse_pieces(sites: Iterable[tuple[str, Site]], what: str) -> None:
         )
 
 
-def described(t: Tensor) -> str:
+def show_type(t: Tensor) -> str:
     return f"a {type(t).__name__}{tuple(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
 
 
-def run(layer: Layer, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+def call_piece(layer: Layer, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Return the module's output with another (whole, canonical) weight and bias."""
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     if piece.outputs is not None:
@@ -115,14 +115,14 @@ def run(layer: Layer, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     return y if b is None else y + b
 
 
-def drops(layer: Layer, module: nn.Module | None) -> bool:
-    return module is not None and not layer.op.takes_ids and share_dropped(module) != 0
+def drops_inputs(layer: Layer, module: nn.Module | None) -> bool:
+    return module is not None and not layer.op.takes_ids and find_dropout_rate(module) != 0
 
 
-def dropped(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
+def drop_piece_inputs(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
     """Return the piece of an input with the same inputs taken out on all processes, those that one would take out."""
     piece = layer.site.piece
-    p, whole = share_dropped(module), join_pieces(x, piece.inputs)
+    p, whole = find_dropout_rate(module), join_pieces(x, piece.inputs)
     return cut_tensor(module(whole) if p is None else dropout(whole, p), piece.inputs)
 
 
@@ -130,8 +130,8 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     """Return this process's piece of scale · outer ⊙ B (inner ⊙ A dropout(x)). Modules with hooks see whole tensors."""
     op, base, piece = layer.op, layer.base_layer, layer.site.piece
     x = m.cast(x)
-    if f.dropout is not None and drops(layer, f.dropout):
-        x = dropped(layer, f.dropout, x)
+    if f.dropout is not None and drops_inputs(layer, f.dropout):
+        x = drop_piece_inputs(layer, f.dropout, x)
     A, B = tensors_of(f.A, f.B)
     if A is None:
         z = f.A(join_pieces(x, piece.inputs))  # type: ignore[operator]
@@ -152,24 +152,28 @@ def low_rank_piece(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     return op.up(base, sum_gradient(z, piece.outputs), cut_tensor(B, piece.outputs, 0))
 
 
-def piece_of_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+def compute_part_piece(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
     """Return this process's piece of what an adapter adds to y, the output for x."""
     piece = layer.site.piece
     if effect.product is not None:
         return low_rank_piece(layer, m, effect.product(), x)
-    if isinstance(effect, Update) and not drops(layer, effect.dropout and effect.dropout()) and effect.branch is None:
+    if (
+        isinstance(effect, Update)
+        and not drops_inputs(layer, effect.dropout and effect.dropout())
+        and effect.branch is None
+    ):
         delta, bias = lazy_delta(layer, effect), None if effect.bias is None else effect.bias()
         if isinstance(delta, Tensor):
-            y = run(layer, m.cast(x), delta.to(m.dtype), bias)
+            y = call_piece(layer, m.cast(x), delta.to(m.dtype), bias)
         else:
-            y = cut_tensor(applied(layer, m, delta, bias, m.cast(join_pieces(x, piece.inputs))), piece.outputs)
+            y = cut_tensor(apply_delta(layer, m, delta, bias, m.cast(join_pieces(x, piece.inputs))), piece.outputs)
         return y if effect.factors is None else y + low_rank_piece(layer, m, effect.factors(), x)
     if isinstance(effect, Rewrite):
         y = join_pieces(y, piece.outputs)
-    return cut_tensor(part_of(layer, m, effect, join_pieces(x, piece.inputs), y), piece.outputs)
+    return cut_tensor(compute_part(layer, m, effect, join_pieces(x, piece.inputs), y), piece.outputs)
 
 
-class OfPieces(Plan):
+class PiecePlan(LayerPlan):
     """The share of both plans: each calls the module with its piece of the input."""
 
     checked = False  # draws of a training pass
@@ -179,7 +183,7 @@ class OfPieces(Plan):
         y, left_out = super().run(x, *args, **kwargs), self.layer.site.piece.left_out
         return y if left_out is None else (y, *left_out(self.layer.base_layer))
 
-    def base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    def run_base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the base layer's output, a piece of it if that is what the module returns."""
         layer = self.layer
         out = layer.base_layer(x, *args, **kwargs)
@@ -187,52 +191,54 @@ class OfPieces(Plan):
         layer.site.piece.check(x, y, layer.site.key)
         if layer.training and not self.checked:
             self.checked = True
-            if any(draws(m) for m, _ in self.steps):
+            if any(may_draw(m) for m, _ in self.steps):
                 layer.site.piece.check_draws(layer.site.key)
         return y
 
-    def part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
-        return piece_of_part(self.layer, m, effect, x, y)
+    def compute_part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+        return compute_part_piece(self.layer, m, effect, x, y)
 
 
-def draws(m: Method) -> bool:
+def may_draw(m: Method) -> bool:
     """Return True if an adapter may draw random numbers in training."""
     return any(
         isinstance(value, float) and value > 0 for name, value in vars(m.cfg).items() if "dropout" in name
     ) or bool(getattr(m.effect, "draws", False))
 
 
-class SumOfPieces(OfPieces, Sum):
+class PieceSumPlan(PiecePlan, SumPlan):
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
         dtype = y.dtype
         for m, effect in self.steps[first:]:
-            y = y + piece_of_part(self.layer, m, effect, x, y)
+            y = y + compute_part_piece(self.layer, m, effect, x, y)
         return y.to(dtype)
 
 
-class ChainOfPieces(OfPieces, Chain):
+class PieceChainPlan(PiecePlan, ChainPlan):
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
-        self.above = False
+        self.only_adds_on_top = False
 
     def bias(self, n: int | None = None) -> Tensor | None:
         return None if self.layer.site.piece.leaves_bias(self.layer.base_layer) else super().bias(n)
 
-    def through(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    def run_steps(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         m, effect = self.steps[n - 1]
         if n and isinstance(effect, Rewrite) and not effect.folds:
-            return self.rewritten(n - 1, m, effect, x, args, kwargs)
-        return super().through(n, x, args, kwargs)
+            return self.run_rewrite(n - 1, m, effect, x, args, kwargs)
+        return super().run_steps(n, x, args, kwargs)
 
-    def rewritten(
+    def run_rewrite(
         self, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> Tensor:
         piece = self.layer.site.piece
         whole = join_pieces(x, piece.inputs)
         inner = x if effect.pre is None else cut_tensor(effect.pre(whole).to(x.dtype), piece.inputs)
-        return self.after(n, m, effect, seen(self.layer, m, effect, whole), self.through(n, inner, args, kwargs))
+        return self.apply_post(
+            n, m, effect, find_step_input(self.layer, m, effect, whole), self.run_steps(n, inner, args, kwargs)
+        )
 
-    def after(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
+    def apply_post(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
         if effect.post is None:
             return y
         piece = self.layer.site.piece
@@ -245,10 +251,10 @@ class ChainOfPieces(OfPieces, Chain):
         return low_rank_piece(self.layer, m, f, x)
 
     def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        return run(self.layer, x, W, b)
+        return call_piece(self.layer, x, W, b)
 
     def channels(self, v: Tensor) -> Tensor:
         return cut_tensor(v, self.layer.site.piece.outputs, 0)
 
-    def dropped(self, module: nn.Module, x: Tensor) -> Tensor:
-        return dropped(self.layer, module, x)
+    def apply_dropout(self, module: nn.Module, x: Tensor) -> Tensor:
+        return drop_piece_inputs(self.layer, module, x)

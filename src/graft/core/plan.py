@@ -17,7 +17,7 @@ from graft.core.each import Making, pieces_of
 from graft.core.effect import Effect, Factors, Replace, Rewrite, Tap, Unformed, Update, dense
 from graft.core.errors import RoutingError, UnsupportedLayerError
 from graft.core.folding import averaged, fold_step, lazy_delta, same_inputs
-from graft.core.lean import share_dropped
+from graft.core.lean import find_dropout_rate
 from graft.core.method import Method
 from graft.core.ops import Opaque
 from graft.core.protocols import Layer
@@ -27,7 +27,7 @@ from graft.kernels.low_rank import dropout
 from graft.kernels.summed import make_sum
 
 
-def again(layer: Layer, run: Callable[..., Tensor], *args: object) -> Tensor:
+def recompute_in_backward(layer: Layer, run: Callable[..., Tensor], *args: object) -> Tensor:
     """Return run(*args); compute it again in the backward pass."""
     if not (torch.is_grad_enabled() and eager()):
         return run(*args)
@@ -35,7 +35,7 @@ def again(layer: Layer, run: Callable[..., Tensor], *args: object) -> Tensor:
     return out
 
 
-def low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
+def compute_low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     """Return scale · outer ⊙ B (inner ⊙ A dropout(x)); call modules one by one."""
     op, base, A, B = layer.op, layer.base_layer, f.A, f.B
     x = m.cast(x)
@@ -55,23 +55,23 @@ def low_rank_part(layer: Layer, m: Method, f: Factors, x: Tensor) -> Tensor:
     return z if f.scale is None else z * f.scale
 
 
-def update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
+def compute_update_part(layer: Layer, m: Method, effect: Update, x: Tensor) -> Tensor:
     """Return ΔW dropout(x) + Δb."""
     if effect.product is not None:
-        return low_rank_part(layer, m, effect.product(), x)
+        return compute_low_rank_part(layer, m, effect.product(), x)
     op = layer.op
     x = m.cast(x)
     if effect.dropout is not None and not op.takes_ids:
         x = effect.dropout()(x)
     bias = None if effect.bias is None else effect.bias()
     if effect.branch is None:
-        y = applied(layer, m, lazy_delta(layer, effect), bias, x)
+        y = apply_delta(layer, m, lazy_delta(layer, effect), bias, x)
     else:
         y = effect.branch(x) if bias is None else effect.branch(x) + op.channels(bias)
-    return y if effect.factors is None else y + low_rank_part(layer, m, effect.factors(), x)
+    return y if effect.factors is None else y + compute_low_rank_part(layer, m, effect.factors(), x)
 
 
-def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor:
+def apply_delta(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tensor | None, x: Tensor) -> Tensor:
     """Return ΔW x + Δb. Of a ΔW that is not formed yet, form only columns that ids name, or nothing where that pays."""
     op, base = layer.op, layer.base_layer
     if delta is None:
@@ -79,7 +79,7 @@ def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tens
         return op.channels(bias)
     if not isinstance(delta, Tensor):
         if op.takes_ids:
-            return op.scaled(base, delta.columns(x).to(m.dtype))
+            return op.scale_rows(base, delta.columns(x).to(m.dtype))
         y = delta.product(x) if op.linear else None
         if y is not None:
             return y if bias is None else y + bias
@@ -87,49 +87,49 @@ def applied(layer: Layer, m: Method, delta: Tensor | Unformed | None, bias: Tens
     return op.down(base, x, delta) if op.takes_ids else op.call(base, x, delta, bias)
 
 
-def part_of(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+def compute_part(layer: Layer, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
     """Return the part that an adapter adds to y, the output for x."""
     if isinstance(effect, Rewrite):
         assert effect.part is not None
-        return effect.part(seen(layer, m, effect, x), y)
+        return effect.part(find_step_input(layer, m, effect, x), y)
     assert isinstance(effect, Update)
     if not layer.store.exact and effect.forms:
-        return again(layer, update_part, layer, m, effect, x)
-    return update_part(layer, m, effect, x)
+        return recompute_in_backward(layer, compute_update_part, layer, m, effect, x)
+    return compute_update_part(layer, m, effect, x)
 
 
 def add_product(layer: Layer, m: Method, f: Factors, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
     out = fused.added(f, x, y) if fuse else None
-    return y + low_rank_part(layer, m, f, x) if out is None else out
+    return y + compute_low_rank_part(layer, m, f, x) if out is None else out
 
 
-def join_update(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
+def run_with_update(layer: Layer, m: Method, effect: Effect, x: Tensor) -> Tensor:
     assert isinstance(effect, Update)
     if effect.factors is not None:
         x = once(x)
-    if effect.branch is None and (effect.dropout is None or share_dropped(effect.dropout()) == 0):
+    if effect.branch is None and (effect.dropout is None or find_dropout_rate(effect.dropout()) == 0):
         delta = lazy_delta(layer, effect)
         bias = None if effect.bias is None else effect.bias()
         out = fused.updated(layer, m, delta, bias, x)
         if out is None:
             x = once(x)
             y: Tensor = layer.base_layer(x)
-            out = cast(y + applied(layer, m, delta, bias, m.cast(x)), y.dtype)
+            out = cast(y + apply_delta(layer, m, delta, bias, m.cast(x)), y.dtype)
         if effect.factors is not None:
             out = cast(add_product(layer, m, effect.factors(), x, out, True), out.dtype)
         return out
     x = once(x)
     y = layer.base_layer(x)
-    return cast(y + update_part(layer, m, effect, x), y.dtype)
+    return cast(y + compute_update_part(layer, m, effect, x), y.dtype)
 
 
 Step = tuple[Method, Effect]  # (method, its effect)
 
 
-class Plan:
+class LayerPlan:
     """Base of the plans. steps: the innermost first."""
 
-    above = False  # `add` needs no more than input and output of the base layer
+    only_adds_on_top = False  # `add` needs no more than input and output of the base layer
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         self.layer, self.steps = layer, list(steps)
@@ -137,11 +137,11 @@ class Plan:
     def run(self, *args: Any, **kwargs: Any) -> object:  # of the module's arguments
         raise NotImplementedError
 
-    def base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    def run_base(self, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the output of the base layer for x and the module's other arguments."""
         return self.layer.store.protect(self.layer.base_layer(x, *args, **kwargs))
 
-    def over(self, x: Tensor, y: Tensor) -> Tensor:
+    def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y, the output for x of what is beneath them, with the steps on it: of a plan of one adapter."""
         raise NotImplementedError(
             f"Adapter '{self.steps[0][0].name}' of layer '{self.layer.site.key}' acts on more than an output: call the "
@@ -152,19 +152,19 @@ class Plan:
         """Return y, the output of the base layer for x, with the steps on it. fuse: a kernel may write to y."""
         raise NotImplementedError
 
-    def gated(self, x: Tensor, y: Tensor) -> Tensor:
+    def add_gated(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y with the parts of all steps, weighed by the gates of the call. All are parts of y itself."""
         if not all([effect.weighable for _, effect in self.steps]):
-            refuse_gates(self.layer)
+            check_no_gates(self.layer)
         out, gates = y, self.layer.call.weights()
         assert gates is not None
         for m, effect in self.steps:
-            out = out + gates.apply(self.layer, m.name, self.part(m, effect, x, y))
+            out = out + gates.apply(self.layer, m.name, self.compute_part(m, effect, x, y))
         return out.to(y.dtype)
 
-    def part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+    def compute_part(self, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
         """Return the part that a step adds to y, the output for x."""
-        return part_of(self.layer, m, effect, x, y)
+        return compute_part(self.layer, m, effect, x, y)
 
     def fold(self, W: Tensor, b: Tensor | None, drops: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return weight (canonical) and bias of a plain layer that acts as base and adapters together.
@@ -175,7 +175,7 @@ class Plan:
             W, b = fold_step(self.layer, m, effect, W, b, drops)
         return W, b
 
-    def folded_now(self) -> tuple[Tensor, Tensor | None]:
+    def fold_current(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (canonical) and bias with which the module runs, which uses them in its own ways.
 
         There dropout takes out the same inputs for all rows of a call.
@@ -199,10 +199,10 @@ class Plan:
         return b
 
 
-class Sum(Plan):
+class SumPlan(LayerPlan):
     """Adapters that only add to the output."""
 
-    above = True
+    only_adds_on_top = True
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
@@ -215,62 +215,62 @@ class Sum(Plan):
         layer = self.layer
         if layer.call.open and layer.call.weights() is not None:
             x = once(x)
-            return self.gated(x, self.base(x, args, kwargs))
+            return self.add_gated(x, self.run_base(x, args, kwargs))
         fuse = layer.may_fuse
         if fuse and not (args or kwargs) and not (torch.is_grad_enabled() and layer.base_trains):
             m, effect = self.steps[0]
             x = x if self.single else once(x)
             if self.product is None:
-                y = join_update(layer, m, effect, x)
+                y = run_with_update(layer, m, effect, x)
             elif (joined := fused.joined(layer, factors := self.product(), x)) is not None:
                 y = joined
             else:
                 inner = once(x)
                 y = layer.base_layer(inner)
-                y = (y + low_rank_part(layer, m, factors, inner)).to(y.dtype)
+                y = (y + compute_low_rank_part(layer, m, factors, inner)).to(y.dtype)
             return y if self.single else self.add(x, y, True, 1)
         x = once(x)
-        return self.add(x, self.base(x, args, kwargs), fuse)
+        return self.add(x, self.run_base(x, args, kwargs), fuse)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool, first: int = 0) -> Tensor:
         """Add the parts of the steps from `first` on to y. fuse: write to y, and pass modules without hooks by."""
         layer, dtype = self.layer, y.dtype
         for m, effect, product in self.adds[first:]:
             if product is None:
-                y = y + part_of(layer, m, effect, x, y)
+                y = y + compute_part(layer, m, effect, x, y)
             else:
                 y = add_product(layer, m, product(), x, y, fuse)
         return cast(y, dtype)
 
-    def over(self, x: Tensor, y: Tensor) -> Tensor:
+    def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
         return self.add(x, y, False)
 
 
-class Chain(Plan):
+class ChainPlan(LayerPlan):
     """Adapters each of which acts on the layer that those before it made."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
-        self.ways = [way(effect) for _, effect in self.steps]
-        self.above = all([effect.above for _, effect in self.steps])
+        self.step_runners = [choose_step_runner(effect) for _, effect in self.steps]
+        self.only_adds_on_top = all([effect.only_adds_on_top for _, effect in self.steps])
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         if self.layer.call.open and self.layer.call.weights() is not None:
-            return self.gated(x, self.through(0, x, args, kwargs))
-        return self.through(len(self.steps), x, args, kwargs)
+            return self.add_gated(x, self.run_steps(0, x, args, kwargs))
+        return self.run_steps(len(self.steps), x, args, kwargs)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
         for n, (m, effect) in enumerate(self.steps):
-            y = self.on_top(n, m, effect, x, y)
+            y = self.apply_step(n, m, effect, x, y)
         return y
 
-    def on_top(self, n: int, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
+    def apply_step(self, n: int, m: Method, effect: Effect, x: Tensor, y: Tensor) -> Tensor:
         """Return y, the output with n steps for x, with the next one on it."""
         if isinstance(effect, Rewrite):
-            return self.after(n, m, effect, seen(self.layer, m, effect, x), y)
-        return cast(y + self.part(m, effect, x, y), y.dtype)
+            return self.apply_post(n, m, effect, find_step_input(self.layer, m, effect, x), y)
+        return cast(y + self.compute_part(m, effect, x, y), y.dtype)
 
-    def after(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
+    def apply_post(self, n: int, m: Method, effect: Rewrite, x: Tensor, y: Tensor) -> Tensor:
         """Return what `post` makes of y, the output with n steps."""
         if effect.post is None:
             return y
@@ -280,23 +280,23 @@ class Chain(Plan):
         b = self.channels(b)
         return cast(effect.post(x, y - b) + b, y.dtype)
 
-    def through(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    def run_steps(self, n: int, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         """Return the output of the layer with the first n steps on it."""
         if n == 0:
-            return self.base(x, args, kwargs)
+            return self.run_base(x, args, kwargs)
         m, effect = self.steps[n - 1]
-        return self.ways[n - 1](self, n - 1, m, effect, x, args, kwargs)
+        return self.step_runners[n - 1](self, n - 1, m, effect, x, args, kwargs)
 
-    def over(self, x: Tensor, y: Tensor) -> Tensor:
+    def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
         m, effect = self.steps[0]
         if not isinstance(effect, Update) or effect.additive or effect.factors is None:
-            return super().over(x, y)
-        return _gained(self, 0, m, effect.factors(), x, y, lambda inner: self.through(0, inner, (), {}), False)
+            return super().add_to_output(x, y)
+        return _apply_gain(self, 0, m, effect.factors(), x, y, lambda inner: self.run_steps(0, inner, (), {}), False)
 
     # what a layer of which a process computes a piece does in another way
 
     def low_rank(self, m: Method, f: Factors, x: Tensor) -> Tensor:
-        return low_rank_part(self.layer, m, f, x)
+        return compute_low_rank_part(self.layer, m, f, x)
 
     def call(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Return the module's output with another (canonical) weight and bias."""
@@ -305,36 +305,36 @@ class Chain(Plan):
     def channels(self, v: Tensor) -> Tensor:
         return self.layer.op.channels(v)
 
-    def dropped(self, module: nn.Module, x: Tensor) -> Tensor:
-        p = share_dropped(module)
+    def apply_dropout(self, module: nn.Module, x: Tensor) -> Tensor:
+        p = find_dropout_rate(module)
         return module(x) if p is None else dropout(x, p)
 
 
-def way(effect: Effect) -> Callable[..., Tensor]:
+def choose_step_runner(effect: Effect) -> Callable[..., Tensor]:
     """Return the function that runs a step of a chain."""
     if isinstance(effect, Rewrite):
-        return _fold if effect.folds else _rewrite
-    return _add if effect.additive else _gain
+        return _run_fold if effect.folds else _run_rewrite
+    return _run_add if effect.additive else _run_gain
 
 
-def _rewrite(
-    plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+def _run_rewrite(
+    plan: ChainPlan, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
     x = once(x)
     inner = x if effect.pre is None else cast(effect.pre(x), x.dtype)
-    return plan.on_top(n, m, effect, x, plan.through(n, inner, args, kwargs))
+    return plan.apply_step(n, m, effect, x, plan.run_steps(n, inner, args, kwargs))
 
 
-def _fold(
-    plan: Chain, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+def _run_fold(
+    plan: ChainPlan, n: int, m: Method, effect: Rewrite, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
     """Run the layer's own function with the folded weight: nothing else sees the patches that a kernel sees."""
     if not plan.layer.store.exact:
-        return again(plan.layer, _with_folded, plan, n, x)
-    return _with_folded(plan, n, x)
+        return recompute_in_backward(plan.layer, _call_folded, plan, n, x)
+    return _call_folded(plan, n, x)
 
 
-def _with_folded(plan: Chain, n: int, x: Tensor) -> Tensor:
+def _call_folded(plan: ChainPlan, n: int, x: Tensor) -> Tensor:
     layer, op = plan.layer, plan.layer.op
     W, b = layer.weight_now, layer.bias_now
     out = W.dtype if op.takes_ids else x.dtype
@@ -344,15 +344,15 @@ def _with_folded(plan: Chain, n: int, x: Tensor) -> Tensor:
     return y.to(out) if y.dtype == W.dtype else y  # autocast chose another
 
 
-def _add(
-    plan: Chain, n: int, m: Method, effect: Effect, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+def _run_add(
+    plan: ChainPlan, n: int, m: Method, effect: Effect, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
     x = once(x)
-    return plan.on_top(n, m, effect, x, plan.through(n, x, args, kwargs))
+    return plan.apply_step(n, m, effect, x, plan.run_steps(n, x, args, kwargs))
 
 
-def _gain(
-    plan: Chain, n: int, m: Method, effect: Update, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+def _run_gain(
+    plan: ChainPlan, n: int, m: Method, effect: Update, x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> Tensor:
     assert effect.factors is not None
     layer, f = plan.layer, effect.factors()
@@ -362,12 +362,19 @@ def _gain(
         if joined is not None:
             return joined
     x = once(x)
-    y = plan.through(n, x, args, kwargs)
-    return _gained(plan, n, m, f, x, y, lambda inner: plan.through(n, inner, args, kwargs), fuse)
+    y = plan.run_steps(n, x, args, kwargs)
+    return _apply_gain(plan, n, m, f, x, y, lambda inner: plan.run_steps(n, inner, args, kwargs), fuse)
 
 
-def _gained(
-    plan: Chain, n: int, m: Method, f: Factors, x: Tensor, y: Tensor, beneath: Callable[[Tensor], Tensor], fuse: bool
+def _apply_gain(
+    plan: ChainPlan,
+    n: int,
+    m: Method,
+    f: Factors,
+    x: Tensor,
+    y: Tensor,
+    beneath: Callable[[Tensor], Tensor],
+    fuse: bool,
 ) -> Tensor:
     """Return b + gain ⊙ (y - b + ΔW x). Dropout acts on x in both products, and not in y itself.
 
@@ -378,13 +385,13 @@ def _gained(
     op = plan.layer.op
     assert f.gain is not None
     gain = plan.channels(f.gain)
-    p = 0.0 if op.takes_ids or f.dropout is None else share_dropped(f.dropout)
-    rest = None
+    p = 0.0 if op.takes_ids or f.dropout is None else find_dropout_rate(f.dropout)
+    untouched = None
     if p != 0:
         assert f.dropout is not None
-        masked_x = plan.dropped(f.dropout, x)
+        masked_x = plan.apply_dropout(f.dropout, x)
         product = beneath(masked_x)
-        rest = y - product
+        untouched = y - product
         z = product + plan.low_rank(m, f._replace(dropout=None), masked_x)
     elif fuse and y.dtype == m.dtype:
         added = fused.added(f, x, y)
@@ -394,24 +401,24 @@ def _gained(
     out, b = z * gain, plan.bias(n)
     if b is not None:
         out = out + plan.channels(b) * (1 - gain)
-    return cast(out if rest is None else out + rest, y.dtype)
+    return cast(out if untouched is None else out + untouched, y.dtype)
 
 
-def seen(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
+def find_step_input(layer: Layer, m: Method, effect: Rewrite, x: Tensor) -> Tensor:
     """Return what a step gets as the input of its layer."""
     if not effect.tapped:
         return x
     return once(layer.call.tapped(m.name, layer.site.key))
 
 
-def once_first(args: tuple[object, ...]) -> tuple[object, ...]:
+def sum_first_gradient(args: tuple[object, ...]) -> tuple[object, ...]:
     """Return positional arguments, of which the first, if it is a tensor, gets the sum of its gradients at once."""
     if args and isinstance(args[0], Tensor):
         return once(args[0]), *args[1:]
     return args
 
 
-def refuse_gates(layer: Layer) -> None:
+def check_no_gates(layer: Layer) -> None:
     """Raise if the call has gates."""
     if layer.call.weights() is None:
         return
@@ -421,7 +428,7 @@ def refuse_gates(layer: Layer) -> None:
     )
 
 
-class Folded(Plan):
+class FoldedPlan(LayerPlan):
     """A weight that only its module knows how to use: fold, then call the module with the folded weight.
 
     A sum of products is not formed: the module gets a tensor that stands for it, so that of a stack only the matrices
@@ -444,21 +451,21 @@ class Folded(Plan):
         layer, op = self.layer, self.op
         gated, packed = layer.call.weights() is not None, op.packed is not None
         if gated and not (self.routes and self.adds):
-            refuse_gates(layer)
+            check_no_gates(layer)
         W = None if gated or packed else self.find_plain_weight()
         if self.routes and (gated or packed or (self.forms and W is not None and not W.requires_grad)):
             return layer.site.experts.run_updated(layer, args, kwargs, self.stack_updates, None)
         if packed:
-            self.refuse_packed()
+            self.raise_packed()
         if self.forms or W is None or W.dim() < 2:
-            W = op.uncanon(self.folded_now()[0])
+            W = op.uncanon(self.fold_current()[0])
         else:
             factors = (same_inputs(product()).matrices() for product in self.products)
             n = len(W) if W.dim() > 2 else None
-            W = make_sum(W, [(*(AB if n is None else op.each(*AB, n)), 1.0) for AB in factors], op.transposed)
+            W = make_sum(W, [(*(AB if n is None else op.split_matrices(*AB, n)), 1.0) for AB in factors], op.transposed)
         return op.apply(layer.base_layer, args, kwargs, W)
 
-    def refuse_packed(self) -> NoReturn:
+    def raise_packed(self) -> NoReturn:
         """Raise UnsupportedLayerError: no folded weight can take the place of codes."""
         raise UnsupportedLayerError(
             f"The stack of layer '{self.layer.site.key}' is packed, and adapters {[m.name for m, _ in self.steps]} are "
@@ -488,11 +495,13 @@ class Folded(Plan):
                 updates.append(FormedUpdate(Making([effect.pieces], layer.training), group, gate))
             elif effect.product is not None:
                 A, B = same_inputs(effect.product()).matrices()
-                updates.append(LowRankUpdate(*self.op.each(A, B, self.op.stack(layer.site.module)), group, gate))
+                updates.append(
+                    LowRankUpdate(*self.op.split_matrices(A, B, self.op.count_matrices(layer.site.module)), group, gate)
+                )
         return updates
 
 
-class Whole(Plan):
+class InputOutputPlan(LayerPlan):
     """A module with several inputs, to whose output adapters add."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
@@ -502,19 +511,19 @@ class Whole(Plan):
 
     def run(self, *args: object, **kwargs: object) -> object:
         output = self.layer.base_layer(*args, **kwargs)
-        x, gates = self.input(args, kwargs), self.layer.call.weights() is not None
-        return with_first(output, lambda y: self.gated(x, y) if gates else self.add(x, y))
+        x, gates = self.read_input(args, kwargs), self.layer.call.weights() is not None
+        return change_first_output(output, lambda y: self.add_gated(x, y) if gates else self.add(x, y))
 
-    def input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    def read_input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         return self.input_of(self.layer.base_layer, {**dict(zip(self.names, args)), **kwargs})
 
     def add(self, x: Tensor, y: Tensor, fuse: bool = False) -> Tensor:
         for m, effect in self.steps:
-            y = y + self.part(m, effect, x, y)
+            y = y + self.compute_part(m, effect, x, y)
         return y
 
 
-class Block(Plan):
+class BlockPlan(LayerPlan):
     """A module with several inputs, before and after which adapters act."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
@@ -522,19 +531,21 @@ class Block(Plan):
         self.names = layer.argument_names  # before a compiler asks
 
     def run(self, *args: object, **kwargs: object) -> object:
-        x, call = self.input(args, kwargs)
-        inner, inputs = self.before(x)
-        return with_first(call(inner), lambda y: self.after(inputs, y))
+        x, call = self.read_input(args, kwargs)
+        inner, inputs = self.apply_pre(x)
+        return change_first_output(call(inner), lambda y: self.apply_post(inputs, y))
 
-    def input(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, Callable[[Tensor], object]]:
+    def read_input(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[Tensor, Callable[[Tensor], object]]:
         """Return the first input, and the module as a function of it."""
-        layer, x = self.layer, first_of(self.names, args, kwargs)
+        layer, x = self.layer, find_first_input(self.names, args, kwargs)
         if args:
             return x, lambda x: layer.base_layer(x, *args[1:], **kwargs)
         name = self.names[0]
         return x, lambda x: layer.base_layer(**{**kwargs, name: x})
 
-    def before(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def apply_pre(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the input that the module gets, and what each step got."""
         inputs = []
         for _, effect in reversed(self.steps):
@@ -543,36 +554,36 @@ class Block(Plan):
                 x = effect.pre(x).to(x.dtype)  # type: ignore[attr-defined]
         return x, inputs[::-1]
 
-    def after(self, inputs: list[Tensor], y: Tensor) -> Tensor:
+    def apply_post(self, inputs: list[Tensor], y: Tensor) -> Tensor:
         """Return the output, from the module's."""
         if self.layer.call.weights() is not None:
-            return self.gated(inputs[0], y)  # nothing has changed the input, or it is refused
+            return self.add_gated(inputs[0], y)  # nothing has changed the input, or it is refused
         for (m, effect), x in zip(self.steps, inputs):
             if effect.post is not None:  # type: ignore[attr-defined]
-                y = effect.post(seen(self.layer, m, effect, x), y).to(y.dtype)  # type: ignore[attr-defined, arg-type]
+                y = effect.post(find_step_input(self.layer, m, effect, x), y).to(y.dtype)  # type: ignore[attr-defined, arg-type]
         return y
 
 
-class Level(Chain):
+class AveragePlan(ChainPlan):
     """Adapters whose parts all come from one output: those of an average."""
 
-    above = True
+    only_adds_on_top = True
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
-        y = self.through(0, x, args, kwargs)
-        return self.gated(x, y) if self.layer.call.weights() is not None else self.over(x, y)
+        y = self.run_steps(0, x, args, kwargs)
+        return self.add_gated(x, y) if self.layer.call.weights() is not None else self.add_to_output(x, y)
 
     def add(self, x: Tensor, y: Tensor, fuse: bool) -> Tensor:
-        return self.over(x, y)
+        return self.add_to_output(x, y)
 
-    def over(self, x: Tensor, y: Tensor) -> Tensor:
-        return level(self, x, y)
+    def add_to_output(self, x: Tensor, y: Tensor) -> Tensor:
+        return add_all_parts(self, x, y)
 
 
-class LevelBlock(Block):
+class AverageBlockPlan(BlockPlan):
     """The same, of a module with several inputs. What acts on its input all comes from one input."""
 
-    def before(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def apply_pre(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the input that the module gets, with the parts of all steps, and what each step got."""
         inner = x
         for _, effect in self.steps:
@@ -580,28 +591,28 @@ class LevelBlock(Block):
                 inner = inner + effect.ahead(x)
         return inner.to(x.dtype), [x] * len(self.steps)
 
-    def after(self, inputs: list[Tensor], y: Tensor) -> Tensor:
+    def apply_post(self, inputs: list[Tensor], y: Tensor) -> Tensor:
         if self.layer.call.weights() is not None:
-            return self.gated(inputs[0], y)
-        return level(self, inputs[0], y)
+            return self.add_gated(inputs[0], y)
+        return add_all_parts(self, inputs[0], y)
 
 
-def level(plan: Plan, x: Tensor, y: Tensor) -> Tensor:
+def add_all_parts(plan: LayerPlan, x: Tensor, y: Tensor) -> Tensor:
     """Return y with the parts of all steps, each of y itself."""
     out = y
     for m, effect in plan.steps:
         if not isinstance(effect, Rewrite) or effect.part is not None:
-            out = out + plan.part(m, effect, x, y)
+            out = out + plan.compute_part(m, effect, x, y)
     return out.to(y.dtype)
 
 
-class Apart(Plan):
+class ParallelPlan(LayerPlan):
     """Adapters each of which acts on its own rows, in a call that does not say which."""
 
     def run(self, *args: object, **kwargs: object) -> NoReturn:
-        raise self.no_rows()
+        raise self.make_no_rows_error()
 
-    def no_rows(self) -> RoutingError:
+    def make_no_rows_error(self) -> RoutingError:
         return RoutingError(
             f"Adapters {self.layer.state.active} are active in parallel, and layer '{self.layer.site.key}' runs in a "
             "call that gives them no rows: call the PeftModel itself, or set_adapter() to one of them."
@@ -611,7 +622,7 @@ class Apart(Plan):
         self.run()
 
 
-class Tapped(Plan):
+class TappedPlan(LayerPlan):
     """A plan of adapters that keep the layer's input for a later one of its block, or get that of an earlier one.
 
     Attributes:
@@ -621,12 +632,12 @@ class Tapped(Plan):
     def __init__(self, layer: Layer, steps: Sequence[Step], one_output: bool = False):
         self.taps = [(m.name, reader) for m, effect in steps if isinstance(effect, Tap) for reader in effect.readers]
         super().__init__(layer, [step for step in steps if not isinstance(step[1], Tap)])
-        self.plan = made(layer, self.steps, one_output) if self.steps else None
+        self.plan = make_plan(layer, self.steps, one_output) if self.steps else None
         self.names = layer.argument_names  # before a compiler asks
 
     def run(self, *args: object, **kwargs: object) -> object:
         if self.taps:
-            keep_input(self.layer, self.taps, first_of(self.names, args, kwargs))
+            keep_input(self.layer, self.taps, find_first_input(self.names, args, kwargs))
         try:
             return (self.layer.base_layer if self.plan is None else self.plan.run)(*args, **kwargs)
         finally:
@@ -646,12 +657,12 @@ def drop_inputs(layer: Layer) -> None:
         del taps[tap]
 
 
-def first_of(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+def find_first_input(names: Sequence[str], args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
     """Return the first input of a module that has arguments of these names."""
     return args[0] if args else kwargs[names[0]]
 
 
-def with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def change_first_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return the output of a module with its tensor, or the first item of its tuple, named or not, changed."""
     if isinstance(output, Tensor):
         return change(output)
@@ -659,25 +670,25 @@ def with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return type(output)(*items) if hasattr(output, "_fields") else items
 
 
-class Instead(Plan):
+class ReplacementPlan(LayerPlan):
     """A module that runs in place of the layer."""
 
     def __init__(self, layer: Layer, steps: Sequence[Step]):
         super().__init__(layer, steps)
         effect = self.steps[0][1]
         assert isinstance(effect, Replace)
-        self.effect, self.aside = effect, effect.aside
+        self.effect, self.acts_elsewhere = effect, effect.acts_elsewhere
 
     def run(self, *args: object, **kwargs: object) -> object:
-        if not self.aside:
-            refuse_gates(self.layer)
-        return self.module(*once_first(args), **kwargs)
+        if not self.acts_elsewhere:
+            check_no_gates(self.layer)
+        return self.module(*sum_first_gradient(args), **kwargs)
 
     @property
     def module(self) -> Any:
         return self.effect.module()
 
-    def folded_now(self) -> tuple[Tensor, Tensor | None]:
+    def fold_current(self) -> tuple[Tensor, Tensor | None]:
         module = self.module
         return self.layer.op.canon(module.weight), self.bias()
 
@@ -685,24 +696,24 @@ class Instead(Plan):
         return getattr(self.module, "bias", None)
 
 
-def ordered(layer: Layer, methods: Iterable[Method]) -> list[Step]:
+def order_steps(layer: Layer, methods: Iterable[Method]) -> list[Step]:
     """Return the steps of these methods of a layer, the innermost first."""
     kinds = layer.kinds
     rank = {kind: i for i, kind in enumerate(kinds)}
-    groups: dict[int, list[Step]] = {}
+    by_kind: dict[int, list[Step]] = {}
     for m in methods:
         effect = m.effect
-        steps = groups.setdefault(rank[m.config], [])
+        steps = by_kind.setdefault(rank[m.config], [])
         if effect.inward:
             steps.insert(0, (m, effect))
         else:
             steps.append((m, effect))
-    if len(groups) == 1:
-        return next(iter(groups.values()))
-    return [step for i in sorted(groups) for step in groups[i]]
+    if len(by_kind) == 1:
+        return next(iter(by_kind.values()))
+    return [step for i in sorted(by_kind) for step in by_kind[i]]
 
 
-def plan_of(layer: Layer, names: Sequence[str], weights: Sequence[float] | None = None) -> Plan | None:
+def plan_adapters(layer: Layer, names: Sequence[str], weights: Sequence[float] | None = None) -> LayerPlan | None:
     """Return the plan for those of `names` that the layer carries; None if it carries none.
 
     weights: of an average of them.
@@ -710,28 +721,28 @@ def plan_of(layer: Layer, names: Sequence[str], weights: Sequence[float] | None 
     methods = [layer.methods[n] for n in names if n in layer.methods]
     if not methods:
         return None
-    steps = ordered(layer, methods)
+    steps = order_steps(layer, methods)
     if weights is not None:
         steps = averaged(layer, steps, dict(zip(names, weights)))
     if any([isinstance(e, Tap) or (isinstance(e, Rewrite) and e.tapped) for _, e in steps]):
-        return Tapped(layer, steps, weights is not None)
-    return made(layer, steps, weights is not None)
+        return TappedPlan(layer, steps, weights is not None)
+    return make_plan(layer, steps, weights is not None)
 
 
-def made(layer: Layer, steps: Sequence[Step], one_output: bool = False) -> Plan:
+def make_plan(layer: Layer, steps: Sequence[Step], one_output: bool = False) -> LayerPlan:
     """Return the plan of steps that act on the layer alone. one_output: all parts come from one."""
     effects = [effect for _, effect in steps]
-    kind: type[Plan]
+    kind: type[LayerPlan]
     if layer.op.opaque:
-        kind = Folded
+        kind = FoldedPlan
     elif any(e.whole for e in effects):
-        kind = Instead
+        kind = ReplacementPlan
     elif any(e.input_of for e in effects):
-        kind = Whole
+        kind = InputOutputPlan
     elif any(e.any_module for e in effects):
-        kind = LevelBlock if one_output else Block
+        kind = AverageBlockPlan if one_output else BlockPlan
     else:
-        kind = Sum if all(e.additive for e in effects) else Level if one_output else Chain
+        kind = SumPlan if all(e.additive for e in effects) else AveragePlan if one_output else ChainPlan
     if layer.site.piece is not None:
         kind = layer.site.piece.plans.get(kind, kind)
     return kind(layer, steps)

@@ -28,13 +28,13 @@ def kaiming_bound(fan_in: int) -> float:
     return math.sqrt(3.0) * (math.sqrt(2.0 / (1 + a**2)) / math.sqrt(fan_in)) if fan_in else 0.0
 
 
-def skip(*tensors: Tensor) -> None:
+def skip_draws(*tensors: Tensor) -> None:
     """Advance the CPU's generator as if to fill these with uniform values, in little more than half the time."""
     left = sum([t.numel() for t in tensors])
     if left >= _WORTH and all(t.dtype is torch.float32 for t in tensors):
         while left > 1:  # a 64-bit word takes two steps of the generator, a float one
             words = min(left // 2, _SCRATCH)
-            scratch()[:words].random_(-(2**63), None)
+            make_scratch()[:words].random_(-(2**63), None)
             left -= 2 * words
         if left:
             torch.empty(1, device="cpu").uniform_()
@@ -44,14 +44,14 @@ def skip(*tensors: Tensor) -> None:
 
 
 @cache
-def scratch() -> Tensor:
+def make_scratch() -> Tensor:
     return torch.empty(_SCRATCH, dtype=torch.int64, device="cpu")
 
 
 CPU = torch.device("cpu")
 
 
-def accelerator() -> torch.device | None:
+def find_accelerator() -> torch.device | None:
     """Return the device of this process that is not the CPU, of whatever maker; None if it has none, or none in use."""
     if not torch.accelerator.is_available():
         return None
@@ -60,36 +60,36 @@ def accelerator() -> torch.device | None:
     return device if begun is None or begun() else None
 
 
-def states() -> list[Tensor]:
+def read_generator_states() -> list[Tensor]:
     """Return the states of the generators that this process draws by: the CPU's, and that of its accelerator."""
-    device = accelerator()
+    device = find_accelerator()
     return [torch.get_rng_state(), *([] if device is None else [torch.get_device_module(device).get_rng_state()])]
 
 
-def set_states(states: list[Tensor]) -> None:
+def restore_generator_states(states: list[Tensor]) -> None:
     """Put back what `states` has returned."""
     torch.set_rng_state(states[0])
     for state in states[1:]:
-        torch.get_device_module(accelerator()).set_rng_state(state)
+        torch.get_device_module(find_accelerator()).set_rng_state(state)
 
 
-_MADE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
+_CREATE = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
 _LIKE = frozenset({torch.rand_like, torch.randn_like, torch.randint_like})
-_OF = {"bernoulli", "multinomial", "poisson"}  # of a tensor of shares, functions and methods
+_SAMPLE = {"bernoulli", "multinomial", "poisson"}  # of a tensor of shares, functions and methods
 # functions of a tensor, torch's or what a library has put in place of those of torch.nn.init
 _UNIFORM = {"uniform_", "kaiming_uniform_", "xavier_uniform_", "random_", "bernoulli_", "sparse_"}
 _NORMAL = {"normal_", "kaiming_normal_", "xavier_normal_", "trunc_normal_", "log_normal_", "orthogonal_"}
-_FILLED = _UNIFORM | _NORMAL | {"exponential_", "cauchy_", "geometric_"}
+_FILL = _UNIFORM | _NORMAL | {"exponential_", "cauchy_", "geometric_"}
 
 
-class DrawnOnCPU(TorchFunctionMode):
+class DrawOnCPU(TorchFunctionMode):
     """Random values come from the CPU's generator, whatever device their tensor is on."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         kwargs = kwargs or {}
-        if func in _MADE or func in _LIKE:
+        if func in _CREATE or func in _LIKE:
             like = args[0] if func in _LIKE else None
             default = torch.get_default_device() if like is None else like.device
             device = torch.device(kwargs.pop("device", None) or default)
@@ -97,11 +97,11 @@ class DrawnOnCPU(TorchFunctionMode):
                 return func(*args, **kwargs, device=device)
             return func(*args, **kwargs, device=CPU).to(device)
         name = getattr(func, "__name__", "")
-        if name in _OF:
+        if name in _SAMPLE:
             shares = args[0] if args else kwargs.pop("input")
             twin = shares if shares.is_meta else shares.to(CPU)
             return func(twin, *args[1:], **kwargs).to(shares.device)
-        if name in _FILLED:
+        if name in _FILL:
             t = args[0] if args else kwargs.pop("tensor", None)
             if not isinstance(t, Tensor) or t.device.type in ("cpu", "meta"):
                 return func(t, *args[1:], **kwargs)
@@ -117,7 +117,7 @@ class DrawnOnCPU(TorchFunctionMode):
 NOTHING = nullcontext()
 
 
-def made_on(device: torch.device | None, default: torch.device | None = None) -> AbstractContextManager[None]:
+def build_on(device: torch.device | None, default: torch.device | None = None) -> AbstractContextManager[None]:
     """Make tensors on `device` within the block, with the random values that a seed gives on a CPU.
 
     A default device that a caller has set does not count; "meta" does. default: that device, if it was asked for.
@@ -128,20 +128,20 @@ def made_on(device: torch.device | None, default: torch.device | None = None) ->
         device = CPU
     if default.type == "meta" or (default.type == "cpu" and device.type == "cpu"):
         return NOTHING
-    return _made_on(device)
+    return _build_with_cpu_draws(device)
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def draw_from_seed(seed: int) -> Iterator[None]:
     """Draw what `seed` gives on a CPU within the block, on any device, and leave all generators as they are."""
-    with torch.random.fork_rng(devices=[]), DrawnOnCPU():
+    with torch.random.fork_rng(devices=[]), DrawOnCPU():
         torch.default_generator.manual_seed(seed)
         yield
 
 
 @contextmanager
-def _made_on(device: torch.device) -> Iterator[None]:
-    with device, DrawnOnCPU():
+def _build_with_cpu_draws(device: torch.device) -> Iterator[None]:
+    with device, DrawOnCPU():
         yield
 
 
@@ -149,7 +149,7 @@ LOCK = RLock()  # torch's own generator is one for all threads
 _tickets = [0]  # drawn so far, by all threads
 
 
-class Draws:
+class AdapterGenerators:
     """The generators of a call, by adapter.
 
     While an adapter's rows run, its generator stands in the place of torch's own: methods draw as they do alone. Each
@@ -169,46 +169,48 @@ class Draws:
             return new_seed()
 
     @contextmanager
-    def of(self, adapter: str | None, ticket: int, device: torch.device) -> Iterator[None]:
+    def use_generator(self, adapter: str | None, ticket: int, device: torch.device) -> Iterator[None]:
         """Have all that is drawn within the block come from the adapter's generator; on an accelerator, from a seed
         that comes from it."""
         if adapter is None:
             yield
             return
-        generator, own = self.generators[adapter], torch.default_generator
+        generator, torch_generator = self.generators[adapter], torch.default_generator
         began = self._began.get((ticket, adapter))
         with LOCK:
-            before = own.get_state()
+            before = torch_generator.get_state()
             start = generator.get_state() if began is None else began
-            own.set_state(start)
-            there = None if device.type == "cpu" or accelerator() is None else torch.get_device_module(device)
-            if there is not None:
-                elsewhere = there.get_rng_state(device)
-                there.manual_seed(new_seed())
+            torch_generator.set_state(start)
+            device_module = (
+                None if device.type == "cpu" or find_accelerator() is None else torch.get_device_module(device)
+            )
+            if device_module is not None:
+                device_state = device_module.get_rng_state(device)
+                device_module.manual_seed(new_seed())
             try:
                 yield
             finally:
                 if began is None:
-                    generator.set_state(own.get_state())
+                    generator.set_state(torch_generator.get_state())
                     self._began[ticket, adapter] = start
-                own.set_state(before)
-                if there is not None:
-                    there.set_rng_state(elsewhere, device)
+                torch_generator.set_state(before)
+                if device_module is not None:
+                    device_module.set_rng_state(device_state, device)
 
-    def take_back(self) -> None:
+    def rewind(self) -> None:
         """Put the generators back to where they were when the call began."""
         for name, state in self._first.items():
             self.generators[name].set_state(state)
 
 
-class Untouched:
+class GeneratorSnapshot:
     """A look at torch's own generators: whether anything but tickets has been drawn from them since."""
 
     def __init__(self) -> None:
         with LOCK:
             self._cpu, self._tickets, self._device = torch.default_generator.get_state(), _tickets[0], _device_state()
 
-    def still(self) -> bool:
+    def is_untouched(self) -> bool:
         with LOCK:
             twin = Generator("cpu")
             twin.set_state(self._cpu)
@@ -221,5 +223,5 @@ class Untouched:
 
 
 def _device_state() -> Tensor | None:
-    device = accelerator()
+    device = find_accelerator()
     return None if device is None else torch.get_device_module(device).get_rng_state()

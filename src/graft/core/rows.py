@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.errors import RoutingError
-from graft.core.random import Draws
+from graft.core.random import AdapterGenerators
 from graft.kernels.segments import Stacks
 from graft.kernels.waits import constant
 
@@ -23,19 +23,19 @@ BASE = "__base__"  # the row uses no adapter
 EMPTY = torch.empty(0, dtype=torch.long, device="cpu")
 
 
-class Together(NamedTuple):
+class JointAdapters(NamedTuple):
     """Adapters that act on the same rows: each on what those before it made, or by weights, all on one output."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...] | None = None
 
 
-Key = str | Together | None  # of a group of rows: an adapter, several, or None for the base model
+Key = str | JointAdapters | None  # of a group of rows: an adapter, several, or None for the base model
 
 
-def members(key: Key) -> tuple[str, ...]:
+def adapters_in(key: Key) -> tuple[str, ...]:
     """Return the adapters of a group of rows."""
-    return () if key is None else key.names if isinstance(key, Together) else (key,)
+    return () if key is None else key.names if isinstance(key, JointAdapters) else (key,)
 
 
 @dataclass(eq=False)
@@ -51,14 +51,14 @@ class Rows:
     elsewhere: dict[torch.device, Rows] = field(default_factory=dict)  # the same on other devices
 
     @classmethod
-    def of(cls, names: Sequence[str | Together], device: torch.device | None = None) -> Rows:
+    def from_names(cls, names: Sequence[str | JointAdapters], device: torch.device | None = None) -> Rows:
         groups: dict[Key, list[int]] = {}
         for row, name in enumerate(names):
             groups.setdefault(None if name == BASE else name, []).append(row)
-        return cls.placed(len(names), groups, device)
+        return cls.from_groups(len(names), groups, device)
 
     @classmethod
-    def placed(cls, batch: int, groups: dict[Key, list[int]], device: torch.device | None) -> Rows:
+    def from_groups(cls, batch: int, groups: dict[Key, list[int]], device: torch.device | None) -> Rows:
         """Make the indices, by one copy to the device; by none if the last batches had these groups, too."""
         listed = [row for rows in groups.values() for row in rows]
         places = sorted(range(batch), key=listed.__getitem__)
@@ -71,7 +71,7 @@ class Rows:
         if device == self.order.device:
             return self
         if device not in self.elsewhere:
-            self.elsewhere[device] = self.placed(self.batch, self.groups, device)
+            self.elsewhere[device] = self.from_groups(self.batch, self.groups, device)
         return self.elsewhere[device]
 
     @cached_property
@@ -79,11 +79,11 @@ class Rows:
         """How many rows each segment has."""
         return [len(rows) for rows in self.groups.values()]
 
-    def by_adapter(self, x: Tensor) -> Tensor:
+    def sort_by_adapter(self, x: Tensor) -> Tensor:
         """Return x (batch, …) with the rows of the first adapter, then those of the second, …: x itself if it is so."""
         return x if self.in_order else x.index_select(0, self.order)
 
-    def as_they_came(self, x: Tensor) -> Tensor:
+    def restore_order(self, x: Tensor) -> Tensor:
         """Undo `by_adapter`."""
         return x if self.in_order else x.index_select(0, self.inverse)
 
@@ -95,26 +95,26 @@ class Rows:
     @cached_property
     def names(self) -> tuple[str | None, ...]:
         """The adapters in the batch, None for the base model."""
-        return tuple(dict.fromkeys(name for key in self.groups for name in (members(key) or (None,))))
+        return tuple(dict.fromkeys(name for key in self.groups for name in (adapters_in(key) or (None,))))
 
     def rows_of(self, adapter: str) -> list[int]:
         """Return the rows that use an adapter, alone or among others."""
-        return [row for key, rows in self.groups.items() if adapter in members(key) for row in rows]
+        return [row for key, rows in self.groups.items() if adapter in adapters_in(key) for row in rows]
 
     def index_of(self, adapter: str) -> Tensor:
         """Return the rows that use an adapter as a tensor on their device, in the order of their segments."""
-        return torch.cat([index for key, index in self.segments if adapter in members(key)])
+        return torch.cat([index for key, index in self.segments if adapter in adapters_in(key)])
 
     @cached_property
-    def grouped(self) -> tuple[list[Key], Tensor, list[int], bool] | None:
+    def adapter_groups(self) -> tuple[list[Key], Tensor, list[int], bool] | None:
         """The adapters, their rows, adapter by adapter, how many each has, and whether this is the batch as it stands;
         None unless there are several adapters."""
-        own = [(name, index) for name, index in self.segments if name is not None]
-        if len(own) < 2:
+        adapted = [(name, index) for name, index in self.segments if name is not None]
+        if len(adapted) < 2:
             return None
-        whole = len(own) == len(self.segments)
-        order = self.order if whole else torch.cat([index for _, index in own])
-        return [name for name, _ in own], order, [len(index) for _, index in own], whole and self.in_order
+        whole = len(adapted) == len(self.segments)
+        order = self.order if whole else torch.cat([index for _, index in adapted])
+        return [name for name, _ in adapted], order, [len(index) for _, index in adapted], whole and self.in_order
 
     def take(self, x: Tensor, layer: str, ids: bool = False) -> Tensor:
         """Return `x` with one row per sample. Repeat ids that all samples share, such as positions."""
@@ -144,8 +144,8 @@ class Rows:
         return of_rows.repeat_interleave(tokens // self.batch)
 
 
-OFF = Rows.of(())  # stands for a call with all adapters disabled
-UNCLEAR = Rows.of(())  # stands for the rows of a backward pass over calls with different rows
+OFF = Rows.from_names(())  # stands for a call with all adapters disabled
+UNCLEAR = Rows.from_names(())  # stands for the rows of a backward pass over calls with different rows
 
 
 class Gates(Protocol):
@@ -171,21 +171,21 @@ class PerRow(Protocol):
     def repeat_interleave(self, repeats: int, dim: int) -> PerRow: ...
 
 
-def rows_at(fact: PerRow, index: Tensor) -> PerRow:
+def select_facts(fact: PerRow, index: Tensor) -> PerRow:
     """Return a fact about some rows: where the index is, if it is a tensor, which a caller may have elsewhere."""
     return fact.to(index.device)[index] if isinstance(fact, Tensor) else fact[index]
 
 
-class Same:
+class Constant:
     """One value for all rows, whichever they are."""
 
     def __init__(self, value: Any):
         self.value = value
 
-    def __getitem__(self, index: object) -> Same:
+    def __getitem__(self, index: object) -> Constant:
         return self
 
-    def repeat_interleave(self, repeats: int, dim: int) -> Same:
+    def repeat_interleave(self, repeats: int, dim: int) -> Constant:
         return self
 
 
@@ -199,7 +199,7 @@ class CallContext(NamedTuple):
     rows: Rows | None = None
     gates: Gates | None = None
     facts: Facts = NO_FACTS
-    draws: Draws | None = None
+    draws: AdapterGenerators | None = None
     some: Tensor | None = None  # indices of those rows that a layer sees now; None: all
     stacks: Stacks | None = None  # tensors of adapters that can share products
     copies: int = 1  # of each row of the base's input, where adapters act
@@ -215,11 +215,11 @@ class CallContext(NamedTuple):
     def only(self, index: Tensor) -> CallContext:
         """Return gates and facts of some rows of the batch."""
         gates = None if self.gates is None else self.gates.rows(index)
-        facts = {name: rows_at(fact, index) for name, fact in self.facts.items()} or NO_FACTS
+        facts = {name: select_facts(fact, index) for name, fact in self.facts.items()} or NO_FACTS
         some = index if self.some is None else self.some[index]
         return self._replace(gates=gates, facts=facts, some=some)
 
-    def repeated(self, copies: int) -> CallContext:
+    def repeat(self, copies: int) -> CallContext:
         """Return what a batch with `copies` of each row is given. Whoever makes gates makes them for that batch."""
         rows = self.rows
         if rows is not None:
@@ -227,7 +227,7 @@ class CallContext(NamedTuple):
                 name: [row * copies + copy for row in group for copy in range(copies)]
                 for name, group in rows.groups.items()
             }
-            rows = Rows.placed(rows.batch * copies, groups, rows.order.device)
+            rows = Rows.from_groups(rows.batch * copies, groups, rows.order.device)
         facts = {k: v.repeat_interleave(copies, 0) for k, v in self.facts.items()} or NO_FACTS
         return self._replace(rows=rows, facts=facts)
 
@@ -235,26 +235,26 @@ class CallContext(NamedTuple):
 NOTHING, ALL_OFF, AMBIGUOUS = CallContext(), CallContext(OFF), CallContext(UNCLEAR)
 
 
-LIMIT = 100_000  # objects of an output that `tensors_in` visits
+MAX_OBJECTS = 100_000  # objects of an output that `tensors_in` visits
 
 
-def tensors_in(output: object) -> Iterator[Tensor]:
+def find_tensors(output: object) -> Iterator[Tensor]:
     """Yield the tensors in containers and in attributes of objects, such as dataclasses and caches, but not modules."""
     seen: set[int] = set()
-    found = [output]
-    while found and len(seen) < LIMIT:
-        part = found.pop()
-        if isinstance(part, (str, bytes, int, float, NoneType, nn.Module, type)) or id(part) in seen:
+    pending = [output]
+    while pending and len(seen) < MAX_OBJECTS:
+        item = pending.pop()
+        if isinstance(item, (str, bytes, int, float, NoneType, nn.Module, type)) or id(item) in seen:
             continue
-        seen.add(id(part))
-        if isinstance(part, Tensor):
-            yield part
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
             continue
-        if isinstance(part, Mapping):
-            found += part.values()
-        elif isinstance(part, (list, tuple, set, frozenset)):
-            found += part
-        found += getattr(part, "__dict__", {}).values()
+        if isinstance(item, Mapping):
+            pending += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            pending += item
+        pending += getattr(item, "__dict__", {}).values()
 
 
 Finish = Callable[[object], object]  # of the output of a run of the model
@@ -267,7 +267,7 @@ class Run:
 
     inputs: tuple[object, ...]
     kwargs: dict[str, Any]
-    own: dict[str, object]  # arguments that are graft's and not the model's
+    graft_arguments: dict[str, object]  # arguments that are graft's and not the model's
     rows: Rows | None = None
     generates: bool = False  # the model's `generate` runs, and it its forward several times
     copies: int = 1  # of each row, which `generate` makes
@@ -280,10 +280,10 @@ class Run:
         The weight is the share of the batch's copies on which the adapter acts. If the call says how many tokens the
         optimizer step has, the weight is also the share of the call's tokens in them: Trainer sums such losses.
         """
-        share, items = self.shares.get(adapter, 1.0), self.said("num_items_in_batch", model)
-        labels = None if items is None else self.said("shift_labels", model)
+        share, items = self.shares.get(adapter, 1.0), self.find_argument("num_items_in_batch", model)
+        labels = None if items is None else self.find_argument("shift_labels", model)
         if items is not None and labels is None:
-            labels = self.said("labels", model)
+            labels = self.find_argument("labels", model)
             twofold = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
             if isinstance(labels, Tensor) and getattr(model, "loss_type", None) in SHIFTED and not twofold:
                 labels = labels[..., 1:]
@@ -291,16 +291,16 @@ class Run:
             return share
         return share * (labels != -100).sum() / torch.as_tensor(items, device=labels.device)
 
-    def said(self, name: str, model: nn.Module) -> Any:
+    def find_argument(self, name: str, model: nn.Module) -> Any:
         """Return what the call says under a name: to graft, or to the model, by its signature; None if nothing."""
-        if name in self.own or name in self.kwargs:
-            return self.own.get(name, self.kwargs.get(name))
-        place = parameters_of(model).index(name) if name in parameters_of(model) else len(self.inputs)
+        if name in self.graft_arguments or name in self.kwargs:
+            return self.graft_arguments.get(name, self.kwargs.get(name))
+        place = list_forward_arguments(model).index(name) if name in list_forward_arguments(model) else len(self.inputs)
         return self.inputs[place] if place < len(self.inputs) else None
 
-    def by_name(self, model: nn.Module) -> dict[str, Any]:
+    def name_arguments(self, model: nn.Module) -> dict[str, Any]:
         """Return all that the call says to the model's forward, by name."""
-        return by_name(model, self.inputs, self.kwargs)
+        return name_arguments(model, self.inputs, self.kwargs)
 
     def argument(self, name: str) -> Any:
         """Return an argument of the model; the caller need not name the first."""
@@ -308,24 +308,24 @@ class Run:
         return self.inputs[0] if value is None and name == "input_ids" and self.inputs else value
 
 
-def parameters_of(model: nn.Module) -> list[str]:
+def list_forward_arguments(model: nn.Module) -> list[str]:
     """Return the names of the arguments that a model's forward lists, compiled or not."""
     return list(inspect.signature(getattr(model, "_orig_mod", model).forward).parameters)
 
 
-def by_name(model: nn.Module, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def name_arguments(model: nn.Module, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model's forward by name, also those that are given by their place."""
-    return {**dict(zip(parameters_of(model), inputs)), **kwargs} if inputs else dict(kwargs)
+    return {**dict(zip(list_forward_arguments(model), inputs)), **kwargs} if inputs else dict(kwargs)
 
 
-def copies_of(model: object, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> int:
+def count_copies(model: object, inputs: Sequence[object], kwargs: Mapping[str, Any]) -> int:
     """Return how often the `generate` of a model repeats each row: for beams, or for several samples."""
-    given = kwargs.get("generation_config") or next((value for value in inputs if hasattr(value, "num_beams")), None)
-    configs = given, getattr(model, "generation_config", None)  # the model's fills in what the caller's leaves open
+    config = kwargs.get("generation_config") or next((value for value in inputs if hasattr(value, "num_beams")), None)
+    configs = config, getattr(model, "generation_config", None)  # the model's fills in what the caller's leaves open
 
     def setting(name: str) -> int:
-        found: list[int | None] = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-        return next((value for value in found if value), 1)
+        values: list[int | None] = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value), 1)
 
     return max(setting("num_beams"), setting("num_return_sequences"))
 
@@ -335,12 +335,12 @@ def copies_of(model: object, inputs: Sequence[object], kwargs: Mapping[str, Any]
 CACHES = ("cache", "past_key_values")  # the argument in transformers from 5.2x on, and before
 
 
-def cache_in(arguments: Mapping[str, Any]) -> Any:
+def find_cache(arguments: Mapping[str, Any]) -> Any:
     """Return the cache among the arguments of a model's forward; None if there is none."""
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
-def tokens_seen(cache: Any) -> int | None:
+def count_cached_tokens(cache: Any) -> int | None:
     """Return how many tokens a cache has seen; None if it does not tell, as one of states alone (Mamba)."""
     layers = getattr(cache, "layers", ())
     if not hasattr(cache, "get_seq_length") or (layers and not any(hasattr(n, "get_seq_length") for n in layers)):
@@ -348,7 +348,7 @@ def tokens_seen(cache: Any) -> int | None:
     return int(cache.get_seq_length())
 
 
-def has_state(cache: Any) -> bool:
+def is_stateful(cache: Any) -> bool:
     """Return True if a layer of a cache has the state after the tokens that it has seen."""
     states = [getattr(layer, "has_previous_state", False) for layer in getattr(cache, "layers", ())]
     return any(any(state.values()) if isinstance(state, Mapping) else state for state in states)

@@ -15,7 +15,7 @@ from graft.core.carrier import Carrier, State
 from graft.core.containers import Attached, Slot, Transient, container_for, place, slots_of
 
 
-class Shared(Carrier):
+class SharedTensors(Carrier):
     """The carrier of shared tensors: containers by name, each keyed by adapter."""
 
     key = ""
@@ -24,7 +24,7 @@ class Shared(Carrier):
     def __init__(self) -> None:
         self.state = State()
         self.containers: dict[str, Any] = {}  # "a.b": b within a module a
-        self.groups: dict[str, nn.Module] = {}  # these modules
+        self.parents: dict[str, nn.Module] = {}  # these modules
         self.never: dict[str, set[tuple[str, str]]] = {}  # by adapter: the tensors that never train
         self.files: dict[str, str] = {}  # see `Method.files`
 
@@ -73,29 +73,29 @@ class Shared(Carrier):
                 del container[adapter]
         self.never.pop(adapter, None)
 
-    def part(self, adapter: str) -> list[tuple[Slot, Tensor]]:
+    def separate_buffers(self, adapter: str) -> list[tuple[Slot, Tensor]]:
         """Give an adapter its own buffers in place of those that it has from others, before a load writes to them.
 
         Return the slots, each with the other adapter's tensor. Buffers that no checkpoint holds stay.
         """
-        parted = []
+        separated = []
         for slot in self.slots(adapter):
-            theirs = slot.tensor
-            others = (t for name, t in slot.where.items() if name != slot.attribute)
-            if slot.is_parameter or not slot.saved or theirs.is_meta or all(t is not theirs for t in others):
+            tensor = slot.tensor
+            other_tensors = (t for name, t in slot.where.items() if name != slot.attribute)
+            if slot.is_parameter or not slot.saved or tensor.is_meta or all(t is not tensor for t in other_tensors):
                 continue
-            slot.where[slot.attribute] = theirs.clone()
-            parted.append((slot, theirs))
-        return parted
+            slot.where[slot.attribute] = tensor.clone()
+            separated.append((slot, tensor))
+        return separated
 
     @staticmethod
-    def join(parted: Iterable[tuple[Slot, Tensor]]) -> None:
+    def rejoin_buffers(separated: Iterable[tuple[Slot, Tensor]]) -> None:
         """Take the others' tensors again where the load has brought the same values."""
-        for slot, theirs in parted:
-            if torch.equal(slot.tensor, theirs):
-                slot.where[slot.attribute] = theirs
+        for slot, tensor in separated:
+            if torch.equal(slot.tensor, tensor):
+                slot.where[slot.attribute] = tensor
 
-    def attached(self) -> dict[str, object]:
+    def wrap_containers(self) -> dict[str, object]:
         """Return the containers in the form in which `Method.build` puts them on each layer."""
         return {name: Attached(container) for name, container in self.containers.items()}
 
@@ -104,22 +104,22 @@ class Shared(Carrier):
         container = self.containers[name] = container_for(value)
         group, dot, inner = name.rpartition(".")
         if dot:
-            self.groups.setdefault(group, nn.Module()).add_module(inner, container)
+            self.parents.setdefault(group, nn.Module()).add_module(inner, container)
 
-    def take_out(self, names: Iterable[str]) -> None:
+    def remove_containers(self, names: Iterable[str]) -> None:
         """Drop the containers that a failed injection made."""
         for name in list(names):
             del self.containers[name]
             group, dot, inner = name.rpartition(".")
             if dot:
-                del self.groups[group]._modules[inner]
+                del self.parents[group]._modules[inner]
 
     def modules(self) -> dict[str, nn.Module]:
-        own = {name: c for name, c in self.containers.items() if isinstance(c, nn.Module) and "." not in name}
-        return own | self.groups
+        containers = {name: c for name, c in self.containers.items() if isinstance(c, nn.Module) and "." not in name}
+        return containers | self.parents
 
 
-class OnTuner(Shared):
+class TunerTensors(SharedTensors):
     """The same for one adapter of a model, whose modules stand on the tuner by their own names."""
 
     keyed = False

@@ -122,12 +122,12 @@ class Site:
         return prod(self.shape[1:])
 
     @property
-    def takes_vectors(self) -> bool:
+    def multiplies_vectors(self) -> bool:
         """Return True if a matrix multiplies the inputs: they are no ids, and no channels of a convolution."""
         return len(self.shape) == 2 and not self.op.takes_ids
 
     @property
-    def by_itself(self) -> bool:
+    def adapts_tensor(self) -> bool:
         """Return True if what is adapted is a tensor, and not a call of the module."""
         return self.op.opaque or not self.is_called
 

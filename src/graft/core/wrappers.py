@@ -15,63 +15,75 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-INNER = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")  # attributes with the module inside
-AROUND = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")  # classes that hold a whole model as `module`
-PARTS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join((*INNER, 'module'))})\.")
-FIRST = re.compile(rf"(?:(?:{'|'.join((*INNER, 'module'))})\.)+")  # at the beginning: see `unprefixed`
+INNER_ATTRIBUTES = (
+    "_fsdp_wrapped_module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+)  # attributes with the module inside
+OUTER_CLASSES = (
+    "DistributedDataParallel",
+    "DataParallel",
+    "DeepSpeedEngine",
+)  # classes that hold a whole model as `module`
+WRAPPER_NAMES = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join((*INNER_ATTRIBUTES, 'module'))})\.")
+WRAPPER_PREFIX = re.compile(
+    rf"(?:(?:{'|'.join((*INNER_ATTRIBUTES, 'module'))})\.)+"
+)  # at the beginning: see `unprefixed`
 MANAGED = "_is_fsdp_managed_module"  # FSDP's mark on all modules in its hands
 
 
-def clean(name: str) -> str:
+def strip_inner_wrappers(name: str) -> str:
     """Return a name as it stands in a file: without the parts of wrappers around modules within a model."""
     if "_wrapped_module" not in name and "_orig_mod" not in name:  # no name of INNER, as for most
         return name
-    return re.sub(rf"(?:^|(?<=\.))(?:{'|'.join(INNER)})\.", "", name)
+    return re.sub(rf"(?:^|(?<=\.))(?:{'|'.join(INNER_ATTRIBUTES)})\.", "", name)
 
 
-def bare(name: str) -> str:
+def strip_all_wrappers(name: str) -> str:
     """Return a name without any part of a wrapper, those around whole models included, to compare it with others."""
-    return PARTS.sub("", name)
+    return WRAPPER_NAMES.sub("", name)
 
 
-def unprefixed(name: str) -> str:
+def strip_outer_wrappers(name: str) -> str:
     """Return a name without the parts of wrappers around the whole model."""
-    found = FIRST.match(name)
-    return name if found is None else name[found.end() :]
+    prefix = WRAPPER_PREFIX.match(name)
+    return name if prefix is None else name[prefix.end() :]
 
 
-def place_inside(module: nn.Module) -> str | None:
+def find_inner_attribute(module: nn.Module) -> str | None:
     """Return the attribute under which a wrapper has the module within; None for any other module."""
     modules = module._modules
     if len(modules) != 1:
         return None
     name: str = next(iter(modules))
-    return name if name in INNER or (name == "module" and type(module).__name__ in AROUND) else None
+    return name if name in INNER_ATTRIBUTES or (name == "module" and type(module).__name__ in OUTER_CLASSES) else None
 
 
-def inside(module: nn.Module) -> nn.Module | None:
+def find_inner_module(module: nn.Module) -> nn.Module | None:
     """Return the module within a wrapper; None for any other module."""
-    name = place_inside(module)
+    name = find_inner_attribute(module)
     return None if name is None else module._modules[name]
 
 
-def walk(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk_unwrapped(root: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield all modules from `root` on with their paths, as if there were no wrappers."""
-    while (inner := inside(root)) is not None:
+    while (inner := find_inner_module(root)) is not None:
         root = inner
     yield path, root
     for name, child in root._modules.items():
         if child is not None:
-            yield from walk(child, f"{path}.{name}" if path else name)
+            yield from walk_unwrapped(child, f"{path}.{name}" if path else name)
 
 
-def parameters_in(module: nn.Module) -> dict[str, Tensor]:
+def collect_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of one module by name; where FSDP has flattened them, the attributes in their place."""
     attributes = module.__dict__
     if MANAGED not in attributes:
         return {name: p for name, p in module._parameters.items() if p is not None}
-    own = {name: p for name, p in module._parameters.items() if p is not None and not hasattr(p, "_is_flat_param")}
-    return own | {
+    parameters = {
+        name: p for name, p in module._parameters.items() if p is not None and not hasattr(p, "_is_flat_param")
+    }
+    return parameters | {
         name: t for name, t in attributes.items() if isinstance(t, Tensor) and hasattr(t._base, "_is_flat_param")
     }
 
@@ -79,7 +91,7 @@ def parameters_in(module: nn.Module) -> dict[str, Tensor]:
 HOOK = "_hf_hook"  # accelerate's mark on a module
 
 
-def hooks_of(m: nn.Module) -> list[Any]:
+def find_offload_hooks(m: nn.Module) -> list[Any]:
     """Return the hooks of accelerate that bring the module's own tensors in for a call and offload them again."""
     hook: Any = m.__dict__.get(HOOK)
     return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
@@ -87,18 +99,18 @@ def hooks_of(m: nn.Module) -> list[Any]:
 
 def copy_offloaded(m: nn.Module, name: str) -> Tensor:
     """Return a copy of an offloaded tensor of a module, on the device on which the module computes."""
-    hook = hooks_of(m)[0]
+    hook = find_offload_hooks(m)[0]
     weights: Mapping[str, Tensor] = hook.weights_map
     return weights[name].to(hook.execution_device, copy=True)
 
 
-def take_hook_off(m: nn.Module) -> None:
+def remove_hook(m: nn.Module) -> None:
     """Take accelerate's hook off a module, whose tensors stay where they are."""
     for name in (HOOK, "_old_forward", "forward"):
         m.__dict__.pop(name, None)
 
 
-def bring_for_good(m: nn.Module, source: nn.Module) -> None:
+def load_offloaded(m: nn.Module, source: nn.Module) -> None:
     """Replace the tensors of a module on the meta device by those that the hooks of `source` hold."""
     for name, p in m._parameters.items():
         if p is not None and p.is_meta:
@@ -108,7 +120,7 @@ def bring_for_good(m: nn.Module, source: nn.Module) -> None:
             m._buffers[name] = copy_offloaded(source, name)
 
 
-ENDING = Lock()  # of one thread at a time
+OFFLOAD_LOCK = Lock()  # of one thread at a time
 
 
 def end_offloading(root: nn.Module) -> None:
@@ -118,14 +130,14 @@ def end_offloading(root: nn.Module) -> None:
     and torch multiplies by those that are away without an error.
     """
     for m in root.modules():
-        if hooks_of(m):
-            with ENDING:
-                if hooks_of(m):  # else another thread was first
-                    bring_for_good(m, m)
-                    take_hook_off(m)
+        if find_offload_hooks(m):
+            with OFFLOAD_LOCK:
+                if find_offload_hooks(m):  # else another thread was first
+                    load_offloaded(m, m)
+                    remove_hook(m)
 
 
-def brought_in(
+def move_inputs(
     module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object], Callable[[object], object] | None]:
     """Return the arguments of a call on the device to which the module's hook would move them, and the function for the
@@ -134,27 +146,27 @@ def brought_in(
     for h in getattr(hook, "hooks", (hook,)):
         if hasattr(h, "io_same_device") and h.execution_device is not None:
             device = torch.device(h.execution_device)
-            came = first_device((args, kwargs)) if h.io_same_device else None
+            came = find_device((args, kwargs)) if h.io_same_device else None
             skipped = (h.skip_keys,) if isinstance(h.skip_keys, str) else h.skip_keys or ()
-            back = None if came is None or came == device else partial(sent, device=came)
-            return sent(args, device), sent(kwargs, device, skipped), back
+            back = None if came is None or came == device else partial(move_tensors, device=came)
+            return move_tensors(args, device), move_tensors(kwargs, device, skipped), back
     return args, kwargs, None
 
 
-def sent(value: Any, device: torch.device, skipped: Collection[str] = ()) -> Any:
+def move_tensors(value: Any, device: torch.device, skipped: Collection[str] = ()) -> Any:
     """Return a value with all tensors in it on `device`, but for those below the keys `skipped`."""
     if isinstance(value, Tensor):
         return value.to(device)
     if type(value) in (tuple, list):
-        return type(value)([sent(v, device, skipped) for v in value])
+        return type(value)([move_tensors(v, device, skipped) for v in value])
     if type(value) is dict:
-        return {k: v if k in skipped else sent(v, device, skipped) for k, v in value.items()}
+        return {k: v if k in skipped else move_tensors(v, device, skipped) for k, v in value.items()}
     return value
 
 
-def first_device(value: Any) -> torch.device | None:
+def find_device(value: Any) -> torch.device | None:
     """Return the device of the first tensor in a value."""
     if isinstance(value, Tensor):
         return value.device
     inside = value.values() if type(value) is dict else value if type(value) in (tuple, list) else ()
-    return next((d for v in inside if (d := first_device(v)) is not None), None)
+    return next((d for v in inside if (d := find_device(v)) is not None), None)

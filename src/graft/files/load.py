@@ -17,7 +17,7 @@ from torch import nn
 
 from graft import BaseModelMismatchError, LossError, PeftConfig, PeftMixedModel, PeftModel
 from graft.core.errors import some
-from graft.core.merging import unmerged
+from graft.core.merging import compute_unmerged_weight
 from graft.files.base import Skeleton
 from graft.files.formats import read
 from graft.files.formats.peft import complete_config, name_tensors
@@ -134,7 +134,7 @@ def names_in(model: Any) -> Skeleton:
         out.shapes[plain] = tuple(p.shape)
         if p.device.type != "meta" and p.is_floating_point() and type(p.data) is type(p.detach()):
             layer = layers.get(plain.removesuffix(".weight")) if of_layer else None
-            read = (lambda p=p: p.data) if layer is None else partial(unmerged, layer)
+            read = (lambda p=p: p.data) if layer is None else partial(compute_unmerged_weight, layer)
             out.tensors[plain] = Tensor(tuple(p.shape), name_of(p.dtype), partial(values_of, read, plain))
     return out
 

@@ -17,7 +17,7 @@ from graft.core.errors import PeftWarning, RoutingError, UnsupportedLayerError, 
 from graft.core.layer import AdapterLayer, Host
 from graft.core.method import Method
 from graft.core.ops import UNKNOWN
-from graft.core.rows import OFF, members
+from graft.core.rows import OFF, adapters_in
 from graft.core.site import Site
 from graft.kernels.withheld import Withheld
 from graft.methods.trainable_tokens import TrainableTokens
@@ -42,7 +42,7 @@ class Head(Method[HeadConfig]):
     modules_to_save: nn.Module
 
     def describe(self) -> Effect:
-        return Replace(self.own, aside=True)
+        return Replace(self.own, acts_elsewhere=True)
 
     def own(self) -> nn.Module:
         return self.modules_to_save
@@ -107,7 +107,7 @@ class ModulesToSaveWrapper(Host):
             return [self.base_module]
         if rows is None:
             return [self.remainder]
-        own = ([n for n in members(key) if n in self.methods] for key in rows.keys)
+        own = ([n for n in adapters_in(key) if n in self.methods] for key in rows.keys)
         return list(dict.fromkeys(self.modules_to_save[names[0]] if names else self.base_module for names in own))
 
     @property

@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graft.core.containers import Transient
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.finite import largest
-from graft.core.layer import AdapterLayer, Host, layer_for
-from graft.core.merging import lifted
-from graft.core.method import Layers, Method, Use, placeholders
+from graft.core.layer import AdapterLayer, Host, make_adapter_layer
+from graft.core.merging import lift_merged
+from graft.core.method import AdaptedLayers, Method, Use, build_placeholders
 from graft.core.ops import META
-from graft.core.random import made_on
-from graft.core.shared import Shared
+from graft.core.random import build_on
+from graft.core.shared import SharedTensors
 from graft.core.site import Site
-from graft.core.wrappers import hooks_of
+from graft.core.wrappers import find_offload_hooks
 from graft.inject.beside import Head, ModulesToSaveWrapper, RowsLayer
 from graft.inject.job import Job, Receiver
 from graft.inject.parts import Parts
@@ -42,11 +42,11 @@ def made_early(job: Job) -> float:
     """Count the numbers that `build` makes for good before it asks a checkpoint for values."""
     total, here = 0.0, job.here.values()
     if job.method.shares and here:
-        layers = Layers(job.model, [m.alone.site for m in here], job.cfg, job.shared.containers, job.others)
+        layers = AdaptedLayers(job.model, [m.alone.site for m in here], job.cfg, job.shared.containers, job.others)
         total += size(lambda: job.method.share(layers))
     rows = [m for m in job.beside.values() if isinstance(m, TrainableTokens)]
     early = [*(m for m in here if Use.READS in m.uses_weight()), *rows]
-    return total + sum(size(partial(placeholders, method, {})) for method in early)
+    return total + sum(size(partial(build_placeholders, method, {})) for method in early)
 
 
 class Largest(TorchDispatchMode):
@@ -94,7 +94,7 @@ def build(job: Job) -> None:
     if values is not None:
         values.check_room(made_early(job))
     before = set(job.shared.containers)
-    job.takebacks.append(lambda: job.shared.take_out(set(job.shared.containers) - before))
+    job.takebacks.append(lambda: job.shared.remove_containers(set(job.shared.containers) - before))
     orient(job.cfg, [method.site for method in job.here.values()])
     try:
         for i, bias in enumerate(job.biases):
@@ -135,22 +135,22 @@ def put(parts: Parts, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -
     related = [layer for layer in parts.layers.values() if layer.methods[adapter].lenders]
     if related:
         part(related, adapter)
-    parted = [] if parts.shared is None else parts.shared.part(adapter)
+    parted = [] if parts.shared is None else parts.shared.separate_buffers(adapter)
     with ExitStack() as stack:
         for carrier in (*parts.layers.values(), *parts.wrappers.values()):
             if adapter in carrier.state.merged:
-                stack.enter_context(lifted(carrier))
+                stack.enter_context(lift_merged(carrier))
         for entry, value in values:
             entry.assign(value)
-        Shared.join(parted)
+        SharedTensors.rejoin_buffers(parted)
     for layer in parts.layers.values():
         if layer.site.on_meta or not any([slot.tensor.is_meta for slot in layer.slots(adapter)]):
             continue
-        empty = [s for s, t in layer.tensors(adapter, transient=True) if t.is_meta and not hooks_of(s.owner)]
+        empty = [s for s, t in layer.tensors(adapter, transient=True) if t.is_meta and not find_offload_hooks(s.owner)]
         if not empty:
             continue
-        spare, method = layer_for(layer.site, layer.call), layer.methods[adapter]
-        shared = {} if parts.shared is None else parts.shared.attached()
+        spare, method = make_adapter_layer(layer.site, layer.call), layer.methods[adapter]
+        shared = {} if parts.shared is None else parts.shared.wrap_containers()
         add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=False, upcast=True)
         made = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
         for slot in empty:
@@ -199,16 +199,16 @@ def add_adapter(
     *,
     on_meta: bool,
     upcast: bool,
-    default: torch.device | None = None,  # as `made_on` has it
+    default: torch.device | None = None,  # as `build_on` has it
 ) -> int:
     """Put an adapter on a host, frozen. Return how many of its numbers can train."""
     method.layer = layer  # which has the weight
     where = layer.where
     try:
         if on_meta:
-            layer.add(method, placeholders(method, shared))
+            layer.add(method, build_placeholders(method, shared))
         else:
-            with made_on(where[0], default):
+            with build_on(where[0], default):
                 layer.add(method, method.build(shared))
                 method.init()
     except torch.linalg.LinAlgError as e:
@@ -244,15 +244,15 @@ def share(job: Job) -> None:
         raise ConfigError(
             f"No layers types compatible with {job.method.__name__} were found: it needs some to size what they share."
         )
-    layers = Layers(job.model, sites, job.cfg, job.shared.containers, job.others)
-    layers.agree(job.method)
+    layers = AdaptedLayers(job.model, sites, job.cfg, job.shared.containers, job.others)
+    layers.check_agreement(job.method)
     with ExitStack() as stack:
         reads = any(Use.READS in method.uses_weight() for method in job.methods.values())
         for layer in job.tree.layers.values() if reads else ():
             if layer.merged_adapters:
-                stack.enter_context(lifted(layer))
+                stack.enter_context(lift_merged(layer))
         where = sites[0].weight.where()
-        stack.enter_context(made_on(where[0]))
+        stack.enter_context(build_on(where[0]))
         values = job.method.share(layers)
     method = job.method
     job.report.other_trainable += job.shared.hold(
@@ -261,7 +261,7 @@ def share(job: Job) -> None:
 
 
 def add_layers(job: Job) -> None:
-    shared, adapter, call, options = job.shared.attached(), job.adapter, job.call, job.options
+    shared, adapter, call, options = job.shared.wrap_containers(), job.adapter, job.call, job.options
     loads, on_meta = options.values is not None, options.on_meta
     default = torch.get_default_device()
     nothing, started = [], []
@@ -271,7 +271,7 @@ def add_layers(job: Job) -> None:
             if not (loads or on_meta):
                 draw(method, shared, call)
             continue
-        layer = job.layers[key] = job.tree.layers.get(key) or layer_for(site, call)
+        layer = job.layers[key] = job.tree.layers.get(key) or make_adapter_layer(site, call)
         use = method.uses_weight()
         if loads:
             nowhere = Use.AGAIN not in use
@@ -344,7 +344,7 @@ def follow(job: Job) -> None:
         if not job.method.always_tied:
             check_one_device(method, source)
         layer = job.layers[key] = job.tree.layers.get(key) or AdapterLayer(method.site, job.call)
-        size = add_adapter(layer, method, job.shared.attached(), on_meta=False, upcast=job.options.upcast)
+        size = add_adapter(layer, method, job.shared.wrap_containers(), on_meta=False, upcast=job.options.upcast)
         job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))
 
 

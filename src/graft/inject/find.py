@@ -217,7 +217,7 @@ def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
         why = getattr(site.module, "why_not_adapted", None)
         if isinstance(site.module, nn.MultiheadAttention):
             why = why or why_not_attention(site.module)
-        why = why or why_not_parallel(method) or method.check() or (by_itself(method) if site.by_itself else None)
+        why = why or why_not_parallel(method) or method.check() or (by_itself(method) if site.adapts_tensor else None)
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"

@@ -89,7 +89,7 @@ class Injection(Job):
         nests: dict[str, list[AdapterLayer]] = {path: list(layers) for path, layers in tree.nests.items()}
         for key, layer in self.layers.items():
             if not self.options.provisional:
-                layer.keep()
+                layer.drop_rollback()
             if key in tree.layers:
                 continue
             if layer.op.opaque:

@@ -14,7 +14,7 @@ from graft.config.base import PeftConfig
 from graft.core.call import Call
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
-from graft.core.shared import Shared
+from graft.core.shared import SharedTensors
 from graft.core.site import Site
 from graft.inject.beside import Head, shown
 from graft.inject.parts import Parts
@@ -94,7 +94,7 @@ class Job:
     method: type[Method]
     adapter: str
     call: Call = field(default_factory=Call)
-    shared: Shared = field(default_factory=Shared)
+    shared: SharedTensors = field(default_factory=SharedTensors)
     others: Mapping[str, PeftConfig] = field(default_factory=dict)
     options: Options = Options()
     keys: Iterable[str] | None = None

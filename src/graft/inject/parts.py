@@ -15,8 +15,8 @@ from graft.core.carrier import Carrier
 from graft.core.errors import AdapterNotFoundError, AlreadyInjectedError
 from graft.core.gate import Gate
 from graft.core.layer import AdapterLayer
-from graft.core.shared import Shared
-from graft.core.wrappers import inside
+from graft.core.shared import SharedTensors
+from graft.core.wrappers import find_inner_module
 from graft.inject.survey import Wrapper, check_model, survey
 from graft.prompts.base import Prompt
 from graft.storage import ExpertBlock
@@ -69,7 +69,7 @@ class Parts:
 
     layers: dict[str, AdapterLayer]
     wrappers: dict[str, Wrapper]
-    shared: Shared | None = None
+    shared: SharedTensors | None = None
     prompt: Prompt | None = None
     all_layers: dict[str, AdapterLayer] | None = None  # of the model, those of other adapters too; None: `layers`
 
@@ -110,7 +110,7 @@ def check_foreign(model: nn.Module) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model with adapters within wrappers such as DDP's, FSDP's, DeepSpeed's or torch.compile's."""
-    while registry_of(model) is None and (inner := inside(model)) is not None:
+    while registry_of(model) is None and (inner := find_inner_module(model)) is not None:
         model = inner
     return model
 

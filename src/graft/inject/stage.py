@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from graft.core.call import Call
 from graft.core.errors import CheckpointError, PeftWarning, UnsupportedLayerError, warn
-from graft.core.layer import layer_for
+from graft.core.layer import make_adapter_layer
 from graft.core.method import Method, Use
-from graft.core.random import made_on, set_states, states
+from graft.core.random import build_on, read_generator_states, restore_generator_states
 from graft.core.site import Site
 from graft.inject.match import Matcher
 from graft.inject.parts import Parts
@@ -122,9 +122,9 @@ def in_blocks(parent: str, sites: dict[str, Site], tree: Tree, matcher: Matcher)
 
 def draw(method: Method, shared: dict[str, object], call: Call) -> None:
     """Draw a layer's initial values, and drop them: an absent layer's, or one that gets other values."""
-    spare = layer_for(method.site, call)
+    spare = make_adapter_layer(method.site, call)
     method.layer = spare
-    with made_on(spare.where[0]):
+    with build_on(spare.where[0]):
         spare.add(method, method.build(shared))
         if Use.CHANGES not in method.uses_weight():
             method.init()
@@ -170,11 +170,11 @@ def draw_alike(group: dist.ProcessGroup) -> None:
     """Have all processes of a model's group draw from now on what its first process draws."""
     first = dist.get_global_rank(group, 0)
     alike = []
-    for state in states():
+    for state in read_generator_states():
         sent = state.to(sendable(state, group), copy=True)
         dist.broadcast(sent, first, group=group)
         alike.append(sent.cpu())
-    set_states(alike)
+    restore_generator_states(alike)
 
 
 def agree(parts: Parts, adapter: str, group: dist.ProcessGroup, loads: bool) -> None:

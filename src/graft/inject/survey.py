@@ -22,7 +22,7 @@ from graft.core.errors import shortened
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Op, Opaque, find_op
 from graft.core.site import Site
-from graft.core.wrappers import inside, place_inside
+from graft.core.wrappers import find_inner_attribute, find_inner_module
 from graft.inject.beside import ModulesToSaveWrapper, RowsLayer
 from graft.storage import (
     ExpertBlock,
@@ -286,7 +286,7 @@ def survey(model: nn.Module) -> Tree:
                 nested(nest, path)
             else:
                 wrapped(carrier, path)
-        elif (inner := inside(module)) is not None:  # the model itself is in a wrapper
+        elif (inner := find_inner_module(module)) is not None:  # the model itself is in a wrapper
             tree.root = inner
             count(inner)
             look_into(inner, path)
@@ -294,7 +294,7 @@ def survey(model: nn.Module) -> Tree:
             visit(module, path)
 
     def undone(layer: AdapterLayer) -> None:
-        if layer.state.undo and (tied := merging.tied_weight(layer)) is not None:
+        if layer.state.undo and (tied := merging.find_tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
 
     def nested(nest: list[AdapterLayer], path: str) -> None:
@@ -339,7 +339,7 @@ def survey(model: nn.Module) -> Tree:
 def innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module]:
     """Return the place within all wrappers that stand at a place, and the module there."""
     child: Any = parent._modules[name]
-    while (inner := place_inside(child)) is not None:
+    while (inner := find_inner_attribute(child)) is not None:
         parent, name, child = child, inner, child._modules[inner]
     return (parent, name), child
 

@@ -88,7 +88,7 @@ def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:
 def weight_of(module: nn.Module) -> nn.Parameter | None:
     """Return the weight of a module, also of one beneath adapter layers and wrappers."""
     layer, carrier = layer_in(module), carrier_of(module)
-    if layer is not None and (left := merging.tied_weight(layer)) is not None:
+    if layer is not None and (left := merging.find_tied_weight(layer)) is not None:
         return left
     if carrier is not None:
         return weight_of(carrier.base_module)

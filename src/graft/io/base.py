@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from torch import Tensor, nn
 
 from graft.core.carrier import carrier_of
-from graft.core.wrappers import clean, inside
+from graft.core.wrappers import find_inner_module, strip_inner_wrappers
 from graft.inject.parts import Nests, Parts, gate_in, registry_of, unwrapped
 
 
@@ -58,7 +58,7 @@ def original_in(base: nn.Module, key: str) -> str | None:
     module: nn.Module | None = base
     parts = []
     for part in key.split("."):
-        while module is not None and part not in module._modules and (inner := inside(module)) is not None:
+        while module is not None and part not in module._modules and (inner := find_inner_module(module)) is not None:
             module = inner  # some wrappers leave their own part out of the names in state dicts
         if module is None or carrier_of(module) is None:
             parts.append(part)
@@ -77,12 +77,15 @@ def names_in_file(parts: Parts) -> Callable[[str], str]:
 
     A file knows the adapter's own layers only; in memory there may be others around the same modules.
     """
-    nests, layers = Nests(parts.layers.values()), {clean(key): layer for key, layer in parts.layers.items()}
+    nests, layers = (
+        Nests(parts.layers.values()),
+        {strip_inner_wrappers(key): layer for key, layer in parts.layers.items()},
+    )
 
     def named(name: str) -> str:
         stem, _, leaf = re.sub(r"\.base_layer(?=\.)", "", name).rpartition(".")
         layer = layers.get(stem)
         inner = "" if layer is None or layer.op.opaque else ".base_layer"
-        return clean(nests.path(f"{stem}{inner}.{leaf}" if stem else leaf))
+        return strip_inner_wrappers(nests.path(f"{stem}{inner}.{leaf}" if stem else leaf))
 
     return named

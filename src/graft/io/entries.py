@@ -19,7 +19,7 @@ from graft.config.reading import compile_pattern
 from graft.core.containers import Slot, parameter_dict
 from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
-from graft.core.wrappers import clean, hooks_of
+from graft.core.wrappers import find_offload_hooks, strip_inner_wrappers
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.parts import Nests, Parts
 from graft.prompts.base import Prompt
@@ -76,7 +76,7 @@ class Entry:
         if not self.tensor.is_meta:
             write_whole(self.tensor, value)
             return
-        if hooks_of(self.owner):
+        if find_offload_hooks(self.owner):
             write_offloaded(self.owner, self.attribute, value)
             return
         value = shard_like(value, self.tensor)
@@ -113,7 +113,10 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
     for key, layer in {**parts.layers, **rows}.items():
         method = layer.methods[adapter]
         files = method.files
-        here, there = f"{prefix}{in_model.path(key, layer)}.", f"{prefix}{clean(in_file.path(key, layer))}."
+        here, there = (
+            f"{prefix}{in_model.path(key, layer)}.",
+            f"{prefix}{strip_inner_wrappers(in_file.path(key, layer))}.",
+        )
         for slot in layer.slots(adapter):
             if not slot.saved:
                 continue
@@ -133,7 +136,7 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
         for slot in wrapper.slots(adapter):
             if slot.saved:
                 memory = f"{prefix}{in_model.path(key)}.{slot.container}.{adapter}.{slot.path}"
-                stem = f"{prefix}{clean(in_file.path(key))}"
+                stem = f"{prefix}{strip_inner_wrappers(in_file.path(key))}"
                 also = (f"{stem}.{slot.container}.{slot.path}",)  # files with embeddings hold a head of one twice
                 yield Entry(memory, f"{stem}.{slot.path}", also, slot.owner, slot.attribute, slot.tensor)
     shared = parts.shared
@@ -154,7 +157,7 @@ def tied_rows(parts: Parts, adapter: str, prefix: str) -> Iterator[str]:
     nests = Nests(parts.layers.values())
     for key, layer in parts.wrappers.items():
         if layer.takes_rows and layer.methods[adapter].lenders:
-            stem = f"{prefix}{clean(nests.path(key))}.{TrainableTokensWrapper.inner_name}"
+            stem = f"{prefix}{strip_inner_wrappers(nests.path(key))}.{TrainableTokensWrapper.inner_name}"
             yield from (f"{stem}.{slot.container}" for slot in layer.slots(adapter) if slot.saved)
 
 

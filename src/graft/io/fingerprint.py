@@ -23,7 +23,7 @@ from graft.core.carrier import carrier_of
 from graft.core.errors import CheckpointError
 from graft.core.ops import find_op
 from graft.core.site import Site
-from graft.core.wrappers import clean, parameters_in
+from graft.core.wrappers import collect_parameters, strip_inner_wrappers
 from graft.inject.parts import Parts
 from graft.inject.survey import survey
 from graft.io.base import get_base_model_state_dict, original
@@ -101,7 +101,7 @@ def weights_of(parts: Parts, base: nn.Module) -> dict[str, Weight]:
     if parts.prompt is not None:
         return blocks(base)
     return {
-        clean(key): Weight(layer.site, layer.base_layer, bool(layer.state.merged))
+        strip_inner_wrappers(key): Weight(layer.site, layer.base_layer, bool(layer.state.merged))
         for key, layer in parts.layers.items()
     }
 
@@ -236,7 +236,7 @@ def sample(weight: Weight, together: bool = False) -> list[float] | None:
     site, base, name = weight.site, weight.module, weight.site.parameter
     if not site.store.exact or weight.merged or not site.op.known:
         return None
-    parameter = parameters_in(base).get(name)
+    parameter = collect_parameters(base).get(name)
     if parameter is not None and not parameter.is_meta and layout_of(parameter) is not None:
         n = find_whole_shape(parameter).numel()
         values = gather_numbers(parameter, list(range(0, n, max(1, n // SAMPLES)))[:SAMPLES]) if together else None

@@ -147,8 +147,8 @@ def as_here(stacks: Sequence[Stack], layout: Layout, doubts: set[str]) -> dict[s
         elif layout.by_expert is None and min(r, n) > 1:
             doubts.add("by_expert")
         if exchanges[a][0]:
-            of_each = Opaque.each(A, B, n)
-            A, B = Opaque.joined(of_each[1].mT, of_each[0].mT)
+            of_each = Opaque.split_matrices(A, B, n)
+            A, B = Opaque.join_matrices(of_each[1].mT, of_each[0].mT)
         out |= {a: A, b: B}
     return out
 

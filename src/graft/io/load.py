@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graft.core.base_config import input_embeddings, output_embeddings, tokens_of
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, PeftWarning, some, warn
 from graft.core.names import is_bias
-from graft.core.wrappers import clean
+from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.build import put
 from graft.inject.job import Receiver
@@ -165,7 +165,11 @@ class Values:
         differ in the number of tokens; "" if not.
         """
         tables = [m for m in (input_embeddings(self.model), output_embeddings(self.model)) if m is not None]
-        rows = {f".{clean(n)}.": innermost(m) for n, m in self.model.named_modules() if any(m is t for t in tables)}
+        rows = {
+            f".{strip_inner_wrappers(n)}.": innermost(m)
+            for n, m in self.model.named_modules()
+            if any(m is t for t in tables)
+        }
         for name, old, new in shapes:
             table = next((m for key, m in rows.items() if key in f".{name}."), None)
             differ = [(a, b) for a, b in zip(old, new) if a != b]
@@ -294,7 +298,9 @@ class Values:
         if kind == "all":
             carriers = parts.layers.keys() | parts.wrappers.keys()
             names = (name for name, _ in self.model.named_parameters() if is_bias(name))
-            wanted |= {in_file(name): clean(name) for name in names if carriers.isdisjoint(ancestors(name))}
+            wanted |= {
+                in_file(name): strip_inner_wrappers(name) for name in names if carriers.isdisjoint(ancestors(name))
+            }
         missing = [a for a, b in wanted.items() if not {prefix + a, prefix + b} & self.tensors.keys()]
         if kind != "all" and missing and len(missing) == len(wanted):
             warn(
@@ -350,7 +356,7 @@ class Values:
         by_name: dict[str, Tensor] = {}
         in_file = names_in_file(parts)
         for path, p in self.model.named_parameters(remove_duplicate=False):
-            path = clean(path)
+            path = strip_inner_wrappers(path)
             by_name[prefix + in_file(path)] = by_name[prefix + path] = p
             if ".base_layer." not in path:  # the injection may be about to wrap the layer
                 stem, _, leaf = path.rpartition(".")
@@ -448,7 +454,7 @@ def cleaned(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if (name := clean(key)) in out:
+        if (name := strip_inner_wrappers(key)) in out:
             raise AdapterKeyError(
                 f"{path} holds '{name}' twice, with and without the name of a wrapper in it: take one of them out."
             )

@@ -102,7 +102,7 @@ def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: to
 def shapes_of(layer: AdapterLayer, adapter: str, parts: Parts) -> dict[tuple[str, str], torch.Size]:
     """Return the shapes that an adapter's tensors have on a layer by the config, whatever stands there now."""
     method, spare = layer.methods[adapter], AdapterLayer(layer.site, layer.call)
-    shared = {} if parts.shared is None else parts.shared.attached()
+    shared = {} if parts.shared is None else parts.shared.wrap_containers()
     add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=True, upcast=False)
     return {(slot.container, slot.path): slot.tensor.shape for slot in spare.slots(adapter)}
 

@@ -19,10 +19,16 @@ from graft.config.reading import read_object
 from graft.core.base_config import input_embeddings, output_embeddings, text_config
 from graft.core.carrier import layer_in
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, warn
-from graft.core.merging import unmerged, unmerged_bias
+from graft.core.merging import compute_unmerged_weight, find_unmerged_bias
 from graft.core.method import Use
 from graft.core.names import is_bias
-from graft.core.wrappers import bare, clean, copy_offloaded, unprefixed, walk
+from graft.core.wrappers import (
+    copy_offloaded,
+    strip_all_wrappers,
+    strip_inner_wrappers,
+    strip_outer_wrappers,
+    walk_unwrapped,
+)
 from graft.inject.beside import TrainableTokensWrapper
 from graft.inject.match import Names
 from graft.inject.parts import Nests, Parts, check_foreign, registry_of, unwrapped
@@ -107,7 +113,9 @@ def tensors_of(
         parts = replace(parts, prompt=copy_unwrapped(parts.prompt, found))
     all_entries = list(entries(parts, adapter_name, prefix))
     values = {e.file: e.tensor if state is None else value_in(state, e, adapter_name) for e in all_entries}
-    values |= {key: t if state is None else state.get(key, state.get(bare(key), t)) for key, t in more.items()}
+    values |= {
+        key: t if state is None else state.get(key, state.get(strip_all_wrappers(key), t)) for key, t in more.items()
+    }
     if any([t.is_meta for t in values.values()]):
         away = find_offloaded(model)
         values |= {key: copy_offloaded(*away[id(t)]) for key, t in values.items() if id(t) in away}
@@ -138,12 +146,12 @@ def value_in(state: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
 
 def by_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict by its own names, and by those without parts of wrappers that are no others' own."""
-    for_all = {bare(k): v for k, v in state_dict.items()}
-    return for_all | {unprefixed(k): v for k, v in state_dict.items()} | state_dict
+    for_all = {strip_all_wrappers(k): v for k, v in state_dict.items()}
+    return for_all | {strip_outer_wrappers(k): v for k, v in state_dict.items()} | state_dict
 
 
 def named_in(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
-    name = key if key in state else bare(key)
+    name = key if key in state else strip_all_wrappers(key)
     if name not in state:
         raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
     return state[name]
@@ -229,8 +237,8 @@ def base_tensors(
 def _biases(parts: Parts) -> dict[str, Tensor]:
     """Return the biases of the adapted layers, as they are with nothing merged."""
     in_file = names_in_file(parts)
-    layers = {clean(key): layer for key, layer in parts.layers.items() if not layer.op.opaque}
-    biases = {in_file(f"{key}.bias"): unmerged_bias(layer) for key, layer in layers.items()}
+    layers = {strip_inner_wrappers(key): layer for key, layer in parts.layers.items() if not layer.op.opaque}
+    biases = {in_file(f"{key}.bias"): find_unmerged_bias(layer) for key, layer in layers.items()}
     return {name: b for name, b in biases.items() if b is not None}
 
 
@@ -238,7 +246,7 @@ def added_by(parts: Parts) -> Callable[[str], bool]:
     """Return a test whether a name is that of a tensor of an adapter, of any on the model."""
     layers = parts.layers if parts.all_layers is None else parts.all_layers
     nests = Nests(layers.values())
-    keys = [clean(nests.path(key, layer)) for key, layer in layers.items()]
+    keys = [strip_inner_wrappers(nests.path(key, layer)) for key, layer in layers.items()]
     return lambda name: any(name.startswith(f"{k}.") and not name.startswith(f"{k}.base_layer.") for k in keys)
 
 
@@ -266,7 +274,7 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
     layers = [m for m in (input_embeddings(base), output_embeddings(base)) if m is not None]
     out: dict[str, Tensor] = {}
     seen = set()  # one module may have several names
-    for key, module in walk(base):
+    for key, module in walk_unwrapped(base):
         if module in seen:
             continue
         seen.add(module)
@@ -274,13 +282,13 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
             if any(module is m or module.base_layer is m for m in layers):
                 out |= {f"{key}.base_layer.{n}": p for n, p in find_parameters_below(module.base_layer).items()}
                 if module.base_weight.why_unreadable() is None:
-                    out[f"{key}.base_layer.weight"] = unmerged(module)
+                    out[f"{key}.base_layer.weight"] = compute_unmerged_weight(module)
         elif not targeted and any(module is m for m in layers):
             rows = module.shown if isinstance(module, TrainableTokensWrapper) else None
             stem, own = (key, module) if rows is None else (f"{key}.{module.inner_name}.base_layer", rows.base_layer)
             out |= {f"{stem}.{n}": p for n, p in find_parameters_below(own).items()}
             if rows is not None and rows.base_weight.why_unreadable() is None:
-                out[f"{stem}.weight"] = unmerged(rows)
+                out[f"{stem}.weight"] = compute_unmerged_weight(rows)
     return out
 
 

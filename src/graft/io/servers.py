@@ -148,7 +148,7 @@ class Blocks(Experts):
 
 def flat(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
     for which, inner in ((IN, ".base_layer"), (OUT, "")):
-        A, B = Opaque.joined(*pairs[which])
+        A, B = Opaque.join_matrices(*pairs[which])
         yield from keyed(f"{block.there}{inner}", A, B)
 
 
@@ -257,7 +257,7 @@ def arranged(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -
         for which, (pair, _) in found.items():
             A, B = (pair.B.mT, pair.A.mT) if blocks.found[path].exchanged else pair
             inner = f".{INNER}" if which == IN and OUT in found else ""
-            out |= dict(keyed(f"{prefix}{path}{inner}", *Opaque.joined(A, B)))
+            out |= dict(keyed(f"{prefix}{path}{inner}", *Opaque.join_matrices(A, B)))
     configure(config, [key.removeprefix(prefix) for key in out], read, blocks)
     return out
 
@@ -319,7 +319,7 @@ def whole(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -> Pair | No
             return None
     A, B = factors
     if A.dim() == B.dim() == 2 and len(A) == B.shape[1] and len(A) % n == 0:
-        return Pair(*Opaque.each(A, B.contiguous(), n))
+        return Pair(*Opaque.split_matrices(A, B.contiguous(), n))
     return Pair(A, B) if A.dim() == B.dim() == 3 and A.shape[1] == B.shape[2] and {len(A), len(B)} <= {1, n} else None
 
 

@@ -16,9 +16,9 @@ from graft.config.fields import ADAMSS, COUNT, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, UnsupportedLayerError
-from graft.core.merging import unmerged_bias
-from graft.core.method import COMPARISON, Method, Published, Tensors, Tuner, Use
-from graft.core.random import seeded
+from graft.core.merging import find_unmerged_bias
+from graft.core.method import COMPARISON, Method, PublishedRate, Tensors, Tuner, Use
+from graft.core.random import draw_from_seed
 from graft.methods.adalora.allocator import Importance
 
 SCHEDULE = (
@@ -128,7 +128,7 @@ def find_clusters(W: Tensor, bias: Tensor | None, cfg: AdamssConfig) -> Clusters
     if bias is not None:
         W = torch.cat((W, bias.detach().float()[:, None]), 1)
     R = min(cfg.r, *W.shape)
-    with seeded(cfg.random_seed):
+    with draw_from_seed(cfg.random_seed):
         U, _, V = torch.svd_lowrank(W, q=R, niter=2)
     count = min(cfg.num_subspaces, len(W))
     labels = require_sklearn()(n_clusters=count, **KMEANS).fit(U.cpu().numpy()).labels_
@@ -292,7 +292,7 @@ class AdaMSS(Method[AdamssConfig]):
     """AdaMSS: rows of Δ[W | b] in cluster j are B_j A_j N, with the frozen right singular vectors N of [W | b]."""
 
     prefix = "adamss_"
-    published_lr = Published(1e-4, 1e-4, COMPARISON)
+    published_lr = PublishedRate(1e-4, 1e-4, COMPARISON)
     targets = ADAMSS
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {"update_and_allocate": update_and_allocate}
 
@@ -321,7 +321,7 @@ class AdaMSS(Method[AdamssConfig]):
                 f"AdaMSS finds clusters in the weight of layer '{self.site.key}', which is on the meta device: adapt "
                 "the model when it has its values."
             )
-        bias = unmerged_bias(self.layer)
+        bias = find_unmerged_bias(self.layer)
         groups = find_clusters(self.layer.W0.flatten(1), bias, self.cfg)
         return dict(
             adamss_newB=groups.space,
@@ -376,7 +376,7 @@ class AdaMSS(Method[AdamssConfig]):
         down = inner @ self.adamss_newB  # (Σ ranks, in), or with a column for the bias
         up = torch.block_diag(*self.adamss_B).index_select(0, self.adamss_places).to(dtype)  # (out, Σ ranks)
         A: Any = down[:, :n]
-        if self.site.takes_vectors:  # two products: the backward pass keeps R numbers per row instead of x
+        if self.site.multiplies_vectors:  # two products: the backward pass keeps R numbers per row instead of x
             A = Product(lambda x: linear(linear(x.to(dtype), self.adamss_newB[:, :n]), inner), A)
         if down.shape[1] == n:
             return Factors(A, up)

@@ -14,7 +14,7 @@ from graft.config.fields import POSITIVE, Chosen
 from graft.core.base_config import model_type
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
-from graft.core.method import COMPARISON, Method, Published
+from graft.core.method import COMPARISON, Method, PublishedRate
 from graft.core.ops import find_op
 from graft.methods.places import walk
 from graft.storage import innermost
@@ -42,7 +42,7 @@ class AdaptionPrompt(Method[AdaptionPromptConfig]):
     """
 
     prefix = "adaption_"
-    published_lr = Published(5e-4, 5e-3, COMPARISON)
+    published_lr = PublishedRate(5e-4, 5e-3, COMPARISON)
     targets = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
     keeps_base_dtype = frozenset({"adaption_prompt", "adaption_gate"})  # they pass through the attention's own layers
 

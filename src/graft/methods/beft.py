@@ -65,7 +65,7 @@ class BEFT(Method[BeftConfig]):
 
         It is the same for all ids, so x is not read.
         """
-        return self.site.op.scaled(self.layer.base_layer, self.shift())
+        return self.site.op.scale_rows(self.layer.base_layer, self.shift())
 
     def delta(self) -> Tensor:
         """Return c as an update of every row of an embedding: expanded to the weight's shape."""

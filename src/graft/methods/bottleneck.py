@@ -22,7 +22,7 @@ from graft.core.base_config import input_embeddings, output_embeddings
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError
-from graft.core.method import Layers, Method, Published, dropout_for
+from graft.core.method import AdaptedLayers, Method, PublishedRate, make_dropout
 from graft.methods.places import Block, find_blocks, find_width, match_paths, walk
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -345,7 +345,7 @@ class Bottleneck(Method[BottleneckConfig]):
     """Bottleneck adapters, arXiv 1902.00751: u(x) = g(x) · s · (Up σ(Down x)), added to the output of a layer."""
 
     prefix = "bottleneck_"
-    published_lr = Published(1e-4, 1e-4, "AdapterFusion, arXiv 2005.00247, adapters of single tasks")
+    published_lr = PublishedRate(1e-4, 1e-4, "AdapterFusion, arXiv 2005.00247, adapters of single tasks")
     compresses_targets = False
     files: ClassVar[dict[str, str]] = {"bottleneck_inv": "{0}{1}"}  # without the adapter's name, which deep ones get
 
@@ -378,7 +378,7 @@ class Bottleneck(Method[BottleneckConfig]):
         cfg.width = find_width(model)
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, object]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return Compacter's shared `bottleneck_rule` (n, n, n), normal with std 1e-4; {} without `phm_layer`."""
         cfg = layers.cfg
         if not cfg.phm_layer:
@@ -475,7 +475,7 @@ class Bottleneck(Method[BottleneckConfig]):
             values
             | shared
             | dict(
-                bottleneck_dropout=dropout_for(cfg.dropout),
+                bottleneck_dropout=make_dropout(cfg.dropout),
                 scaling=1.0 if isinstance(cfg.scaling, str) else float(cfg.scaling),
             )
         )

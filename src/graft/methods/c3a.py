@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, FOURIER, BaseBias, LayerRange, Targets
 from graft.core.effect import Effect, Update
-from graft.core.method import COMPARISON, Method, Published
+from graft.core.method import COMPARISON, Method, PublishedRate
 from graft.kernels.transforms import Circulant, multiply_circulant
 from graft.methods.projections import indivisible
 
@@ -38,14 +38,14 @@ class C3A(Method[C3AConfig]):
     """C3A, arXiv 2407.19342: ΔW of circulant blocks, ΔW[m b + t, n b + s] = w[m, n, (s - t) mod b] / in."""
 
     prefix = "c3a_"
-    published_lr = Published(0.3, 0.3, COMPARISON)
+    published_lr = PublishedRate(0.3, 0.3, COMPARISON)
     targets = FOURIER
 
     c3a_kernel: nn.Parameter  # (out / b, in / b, b)
 
     def describe(self) -> Effect:
         """Return an `Update` by `delta`; on layers that take vectors also with a `branch` that never forms ΔW."""
-        return Update(self.delta, branch=self.branch if self.site.takes_vectors else None)
+        return Update(self.delta, branch=self.branch if self.site.multiplies_vectors else None)
 
     def check(self) -> str | None:
         """Return the reason of `Method.check`, or that b = `block_size` does not divide the input size or the output

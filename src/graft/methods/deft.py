@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, LORA, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Product, Update
-from graft.core.method import Method, Use, dropout_for
+from graft.core.method import Method, Use, make_dropout
 from graft.kernels.narrow import multiply_widened
 
 
@@ -62,7 +62,7 @@ class DEFT(Method[DeftConfig]):
         values = dict(
             r=r,
             scaling=cfg.alpha / r if cfg.alpha else 1.0,
-            deft_dropout=dropout_for(cfg.deft_dropout),
+            deft_dropout=make_dropout(cfg.deft_dropout),
             deft_P=nn.Parameter(torch.empty(site.out_features, r)),
         )
         return values if cfg.para else values | dict(deft_R=nn.Parameter(torch.empty(r, site.fan_in)))

@@ -12,7 +12,7 @@ from torch import nn
 
 from graft.config.fields import COUNT, LORA, LayerRange, RankPattern, Targeted
 from graft.core.effect import Factors
-from graft.core.method import Method, Use, dropout_for
+from graft.core.method import Method, Use, make_dropout
 
 SHORTEST = 1e-4  # a shorter vector keeps its length: B starts at zero
 
@@ -56,7 +56,7 @@ class DeLoRA(Method[DeloraConfig]):
             delora_lambda=nn.Parameter(torch.empty(1)),
             delora_w_norm=torch.ones(site.fan_in),  # a buffer
             r=cfg.r,
-            delora_dropout=dropout_for(cfg.module_dropout),
+            delora_dropout=make_dropout(cfg.module_dropout),
         )
 
     def init(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import BELOW_1, COUNT, LORA, POSITIVE, BaseBias, FanInFanOut, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
-from graft.core.method import Method, dropout_for
+from graft.core.method import Method, make_dropout
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ class Ewora(Method[EworaConfig]):
             ewora_As=nn.Parameter(A),
             ewora_Bs=nn.Parameter(B),
             ewora_weighting=nn.Linear(E * r, E),
-            ewora_dropout=dropout_for(cfg.ewora_dropout),
+            ewora_dropout=make_dropout(cfg.ewora_dropout),
         )
 
     def init(self) -> None:

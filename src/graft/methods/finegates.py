@@ -19,7 +19,7 @@ from graft.config.fields import FRACTION, LORA, NOT_NEGATIVE, BaseBias, FanInFan
 from graft.core.each import each_of
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import PeftWarning, warn_of
-from graft.core.method import Method, Published
+from graft.core.method import Method, PublishedRate
 
 if TYPE_CHECKING:
     from graft.core.method import Tuner
@@ -93,7 +93,7 @@ class FineGates(Method[FineGatesConfig]):
     """FineGates, arXiv 2602.09169: y = r ⊙ base(c ⊙ x), with gates r (out,) and c (in,) in [0, 1]."""
 
     prefix = "finegates_"
-    published_lr = Published(5e-4, 1e-3, "arXiv 2602.09169, with gate_noise_std 0.1")
+    published_lr = PublishedRate(5e-4, 1e-3, "arXiv 2602.09169, with gate_noise_std 0.1")
     targets = LORA
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
         "_get_finegates_loss": sparsity_loss,
@@ -161,7 +161,7 @@ class FineGates(Method[FineGatesConfig]):
         gates.
         """
         rows, columns = (g.to(W.dtype) for g in self.gates())
-        groups = self.site.op.groups(self.site.module)
+        groups = self.site.op.count_groups(self.site.module)
         columns = columns.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)
         W = W * (rows[:, None] * columns).view(*columns.shape, *[1] * (W.dim() - 2))
         return W, None if b is None else b * rows.to(b.dtype)

@@ -18,7 +18,7 @@ from torch.fx.proxy import Attribute, GraphAppendingTracer, Proxy
 from graft.core.carrier import carrier_of
 from graft.core.errors import UnsupportedLayerError, shortened
 from graft.core.ops import find_op
-from graft.core.wrappers import place_inside
+from graft.core.wrappers import find_inner_attribute
 
 # names of functions and methods, by the inputs that their results continue: all of them, or the first
 SUMS = frozenset({"add", "iadd", "add_"})
@@ -134,9 +134,9 @@ class Recorder(GraphAppendingTracer):
         Ends, norms and modules of torch without children get a forward that only records the call (`note`). The code of
         others runs; with `around` only that of modules around ends. Linear layers are added to the ends.
         """
-        while (carrier := carrier_of(module)) is not None or place_inside(module) is not None:
+        while (carrier := carrier_of(module)) is not None or find_inner_attribute(module) is not None:
             if carrier is None:
-                path = f"{path}.{place_inside(module)}".lstrip(".")
+                path = f"{path}.{find_inner_attribute(module)}".lstrip(".")
             module = next(module.children()) if carrier is None else carrier.base_module
         children = {name: child for name, child in module._modules.items() if child is not None}
         copy = object.__new__(type(module))

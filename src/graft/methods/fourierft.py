@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.config.fields import FOURIER, BaseBias
-from graft.core.method import Published
+from graft.core.method import PublishedRate
 from graft.kernels.transforms import Spectrum
 from graft.methods.spectral import Spectral, SpectralConfig
 
@@ -32,7 +32,7 @@ class FourierFT(Spectral[FourierFTConfig]):
     """FourierFT, arXiv 2405.03003: ΔW = scaling · Re ifft2(F), where F is zero but at n places."""
 
     prefix = "fourierft_"
-    published_lr = Published(4.3e-2, 0.12, "arXiv 2405.03003, its code, GLUE")
+    published_lr = PublishedRate(4.3e-2, 0.12, "arXiv 2405.03003, its code, GLUE")
     targets = FOURIER
 
     fourierft_spectrum: nn.Parameter  # (n,)

@@ -16,7 +16,7 @@ from graft.config.fields import FRACTION, FROD, BaseBias, FanInFanOut, LayerRang
 from graft.core.containers import Attached, Transient
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError, PeftWarning, warn_of
-from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, Use, dropout_for
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, Use, make_dropout
 from graft.core.site import Site
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import check_places, maybe_transient, warn_unsaved
@@ -135,7 +135,7 @@ class FRoD(Method[FrodConfig]):
     """FRoD, AAAI 2026: W' = U (diag(λ) + S) Vᵀ, with U diag(λ) Vᵀ = W₀ at the start and S sparse, 0 at the start."""
 
     prefix = "frod_"
-    published_lr = Published(1e-3, 1e-3, COMPARISON)
+    published_lr = PublishedRate(1e-3, 1e-3, COMPARISON)
     targets = FROD
     keeps_base_dtype = frozenset({"frod_U", "frod_V"})
     lays_out_stacks = True  # it takes none
@@ -147,7 +147,7 @@ class FRoD(Method[FrodConfig]):
     frod_dropout: nn.Module
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, object]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return three tensors for each category of layers: `frod_V` (n, n), `frod_s_indices` (2, entries) and
         `frod_s_size` [n, n].
 
@@ -158,7 +158,7 @@ class FRoD(Method[FrodConfig]):
         Raises:
             ConfigError: layers of a category have different widths, or the shared V has another width.
         """
-        cfg, existing, first = layers.cfg, layers.existing, next(iter(layers.others), None)
+        cfg, existing, first = layers.cfg, layers.existing, next(iter(layers.other_configs), None)
         groups: dict[str, list[Site]] = {}
         for site in layers.sites:
             groups.setdefault(category(site.key), []).append(site)
@@ -200,7 +200,7 @@ class FRoD(Method[FrodConfig]):
             frod_lambda_l=nn.Parameter(torch.zeros(n)),
             frod_lambda_s_values=nn.Parameter(torch.zeros(count_entries(n, cfg.sparse_rate))),
             frod_U=Transient(torch.zeros(site.out_features, n)),
-            frod_dropout=dropout_for(cfg.frod_dropout),
+            frod_dropout=make_dropout(cfg.frod_dropout),
         )
 
     def describe(self) -> Effect:

@@ -18,7 +18,7 @@ from graft.core.carrier import layer_in
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite, Tap
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method, Published, Tokens, dropout_for
+from graft.core.method import Method, NotedTokens, PublishedRate, make_dropout
 from graft.methods.bottleneck import ENDS, PLACES, Bottleneck, BottleneckPlace
 
 STRENGTH = 0.01  # of the regularisation
@@ -96,7 +96,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
     """
 
     prefix = "fusion_"
-    published_lr = Published(5e-5, 5e-5, "arXiv 2005.00247")
+    published_lr = PublishedRate(5e-5, 5e-5, "arXiv 2005.00247")
     compresses_targets = False
 
     fusion_query: nn.Linear  # (H, H)
@@ -158,7 +158,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         values: dict[str, object] = dict(fusion_query=nn.Linear(H, H), fusion_key=nn.Linear(H, H))
         if self.cfg.value:
             values["fusion_value"] = nn.Linear(H, H, bias=False)
-        return values | dict(fusion_dropout=dropout_for(self.cfg.dropout))
+        return values | dict(fusion_dropout=make_dropout(self.cfg.dropout))
 
     def init(self) -> None:
         """Fill query and key with normal values of std 0.02, their biases with zeros, and the value matrix with 1e-6
@@ -222,7 +222,7 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         return s + self.fuse(self.layer.base_layer(s))
 
     @classmethod
-    def compute_auxiliary_loss(cls, cfg: AdapterFusionConfig, noted: Sequence[Tokens]) -> Tensor:
+    def compute_auxiliary_loss(cls, cfg: AdapterFusionConfig, noted: Sequence[NotedTokens]) -> Tensor:
         """Return 0.01 · Σ ‖W_value - I‖² over the places, (), each once, however often its layer ran; on the first
         place's device.
         """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, LORA, BaseBias, Targets
 from graft.core.effect import Effect, Update
-from graft.core.method import COMPARISON, Method, Published
+from graft.core.method import COMPARISON, Method, PublishedRate
 from graft.kernels.narrow import multiply_widened
 from graft.kernels.one_product import Modulated, Rescaled
 
@@ -74,7 +74,7 @@ class GLoRA(Method[GloraConfig]):
     """GLoRA, arXiv 2306.07967: ΔW = W₀ ⊙ A + B, Δb = b₀ ⊙ D + E + W₀ C."""
 
     prefix = "glora_"
-    published_lr = Published(5e-4, 5e-4, COMPARISON)
+    published_lr = PublishedRate(5e-4, 5e-4, COMPARISON)
     targets = LORA
 
     glora_A: Support  # (out, in · kernel)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import COMPARISON, Method, Published, dropout_for
-from graft.core.ops import linear
+from graft.core.method import COMPARISON, Method, PublishedRate, make_dropout
+from graft.core.ops import make_linear
 from graft.kernels.structured import Inputs, Outputs
 from graft.methods.projections import indivisible
 
@@ -48,7 +48,7 @@ class GraLoRA(Method[GraloraConfig]):
     """
 
     prefix = "gralora_"
-    published_lr = Published(2e-4, 2e-4, COMPARISON)
+    published_lr = PublishedRate(2e-4, 2e-4, COMPARISON)
     targets = LORA
     empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {
         f"gralora_{x}_general": nn.ModuleDict() for x in "AB"
@@ -83,11 +83,11 @@ class GraLoRA(Method[GraloraConfig]):
             gralora_k=k,
             alpha=cfg.alpha,
             scaling=cfg.alpha / (cfg.r + cfg.hybrid_r),
-            gralora_dropout=dropout_for(cfg.gralora_dropout),
+            gralora_dropout=make_dropout(cfg.gralora_dropout),
         )
         if cfg.hybrid_r:
-            values["gralora_A_general"] = linear(site.fan_in, cfg.hybrid_r, False, fill=False)
-            values["gralora_B_general"] = linear(cfg.hybrid_r, site.out_features, False, fill=False)
+            values["gralora_A_general"] = make_linear(site.fan_in, cfg.hybrid_r, False, fill=False)
+            values["gralora_B_general"] = make_linear(cfg.hybrid_r, site.out_features, False, fill=False)
         return values
 
     def blocks(self) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ class GraLoRA(Method[GraloraConfig]):
         """
         A, B = (getattr(self, f"gralora_{x}_general") if self.cfg.hybrid_r else None for x in "AB")
         A, B = Inputs(self.gralora_A, A), Outputs(self.gralora_B, B)
-        if not self.site.takes_vectors:  # the layer takes matrices
+        if not self.site.multiplies_vectors:  # the layer takes matrices
             A, B = A.weight, B.weight
         return Factors(A, B, scale=self.scaling, dropout=self.gralora_dropout)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, LORA, FanInFanOut, LayerRange, RankPattern, Targeted
 from graft.core.effect import Effect, Update
-from graft.core.method import COMPARISON, Method, Published, dropout_for
+from graft.core.method import COMPARISON, Method, PublishedRate, make_dropout
 from graft.kernels.one_product import Modulated
 
 
@@ -33,7 +33,7 @@ class HiRA(Method[HiraConfig]):
     """
 
     prefix = "hira_"
-    published_lr = Published(4.5e-3, 4.5e-3, COMPARISON)
+    published_lr = PublishedRate(4.5e-3, 4.5e-3, COMPARISON)
     targets = LORA
     empty: ClassVar[dict[str, nn.ParameterDict | nn.ModuleDict]] = {
         f"hira_{x}": nn.ParameterDict() for x in ("A", "B", "embedding_A", "embedding_B")
@@ -58,7 +58,7 @@ class HiRA(Method[HiraConfig]):
         kernel = site.shape[2:]
         A, B = torch.randn(r, site.shape[1], *kernel), torch.randn(site.out_features, r, *[1] * len(kernel))
         where = "hira_embedding_" if site.op.takes_ids else "hira_"
-        dropout = dropout_for(self.cfg.hira_dropout)
+        dropout = make_dropout(self.cfg.hira_dropout)
         return {"r": r, "hira_dropout": dropout, f"{where}A": nn.Parameter(A), f"{where}B": nn.Parameter(B)}
 
     def init(self) -> None:

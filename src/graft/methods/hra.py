@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, BaseBias, LayerRange, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import warn
-from graft.core.method import Method, Published
+from graft.core.method import Method, PublishedRate
 from graft.kernels.orthogonal import compact_reflections, gram_schmidt, reflect
 
 
@@ -34,7 +34,7 @@ class HRA(Method[HRAConfig]):
     """
 
     prefix = "hra_"
-    published_lr = Published(1e-5, 1e-2, "arXiv 2405.17484, its code, MetaMathQA and GLUE")
+    published_lr = PublishedRate(1e-5, 1e-2, "arXiv 2405.17484, its code, MetaMathQA and GLUE")
     targets = LORA
 
     hra_u: nn.Parameter  # (fan_in, r)
@@ -42,7 +42,7 @@ class HRA(Method[HRAConfig]):
 
     def describe(self) -> Effect:
         """Return a `Rewrite`: `fold` makes W H; on layers that take vectors `pre` reflects the input instead."""
-        return Rewrite(self.fold, pre=self.pre if self.site.takes_vectors else None)
+        return Rewrite(self.fold, pre=self.pre if self.site.multiplies_vectors else None)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return `hra_u` (fan_in, r), uninitialised, and the facts `hra_r` and `hra_apply_GS`."""

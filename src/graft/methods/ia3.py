@@ -15,7 +15,7 @@ from graft.core.base_config import model_type
 from graft.core.containers import Attached
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Published
+from graft.core.method import Method, PublishedRate
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,7 @@ class IA3(Method[IA3Config]):
     """IA3, arXiv 2205.05638: y ⊙ l, l (out,); in feed-forward layers W (x ⊙ l), l (in,)."""
 
     prefix = "ia3_"
-    published_lr = Published(3e-3, 3e-3, "arXiv 2205.05638, T-Few, with Adafactor")
+    published_lr = PublishedRate(3e-3, 3e-3, "arXiv 2205.05638, T-Few, with Adafactor")
     targets = TARGETS
     compresses_targets = False  # or feedforward_modules would no longer be among them
 
@@ -121,7 +121,7 @@ class IA3(Method[IA3Config]):
         l = self.ia3_l.flatten().to(W.dtype)
         if not self.inner:
             return W * l.view(-1, *[1] * (W.dim() - 1)), None if b is None else b * l.to(b.dtype)
-        groups = self.site.op.groups(self.site.module)
+        groups = self.site.op.count_groups(self.site.module)
         per_group = l.view(groups, -1).repeat_interleave(W.shape[0] // groups, dim=0)  # (out, in / groups)
         return W * per_group.view(*per_group.shape, *[1] * (W.dim() - 2)), b
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.core.effect import Effect, Update
-from graft.core.method import COMPARISON, Published
+from graft.core.method import COMPARISON, PublishedRate
 from graft.kernels.structured import Kronecker, factorization, multiply_kronecker
 from graft.methods.lycoris import Lycoris, LycorisConfig, kernel_of
 
@@ -33,7 +33,7 @@ class LoKr(Lycoris[LoKrConfig]):
     """
 
     prefix = "lokr_"
-    published_lr = Published(3e-3, 3e-3, COMPARISON)
+    published_lr = PublishedRate(3e-3, 3e-3, COMPARISON)
 
     lokr_w1: nn.Parameter  # (l, m)
     lokr_w1_a: nn.Parameter  # (l, r)
@@ -48,7 +48,7 @@ class LoKr(Lycoris[LoKrConfig]):
         """Return an `Update` by `delta`, marked as random with a dropout; on layers that take vectors also with a
         `branch` that never forms ΔW.
         """
-        return Update(self.delta, branch=self.branch if self.site.takes_vectors else None, draws=self.draws)
+        return Update(self.delta, branch=self.branch if self.site.multiplies_vectors else None, draws=self.draws)
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
         """Return the facts and an uninitialised parameter `lokr_…` for each entry of `shapes`."""

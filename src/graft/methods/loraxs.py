@@ -18,7 +18,7 @@ from graft.config.fields import COUNT, LORA, LayerRange, Targeted
 from graft.core.each import Matrix
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Published, Use, dropout_for
+from graft.core.method import Method, PublishedRate, Use, make_dropout
 from graft.methods.projections import maybe_transient
 
 STEP = "_graft_lorasb_step"  # attribute of a base layer: (out, in), by `graft.preprocess_lorasb`
@@ -46,7 +46,7 @@ class LoraXS(Method[LoraXsConfig]):
     """LoRA-XS, arXiv 2405.17604: ΔW = s · B R A, with B A the best approximation of W₀ of rank r; only R trains."""
 
     prefix = "loraxs_"
-    published_lr = Published(1e-4, 4e-3, "arXiv 2405.17604, GLUE (to 1e-3) and models of 7B (from 2e-3)")
+    published_lr = PublishedRate(1e-4, 4e-3, "arXiv 2405.17604, GLUE (to 1e-3) and models of 7B (from 2e-3)")
     targets = LORA
 
     loraxs_R: nn.Parameter  # (r, r)
@@ -87,7 +87,7 @@ class LoraXS(Method[LoraXsConfig]):
             loraxs_R=nn.Parameter(torch.zeros(r, r)),
             loraxs_A=maybe_transient(torch.zeros(r, site.fan_in), cfg.save_projection),
             loraxs_B=maybe_transient(torch.zeros(site.out_features, r), cfg.save_projection),
-            loraxs_dropout=dropout_for(cfg.lora_dropout),
+            loraxs_dropout=make_dropout(cfg.lora_dropout),
             scaling=cfg.lora_alpha / r,
             r=r,
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, BaseBias, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Rewrite
 from graft.core.errors import warn
-from graft.core.method import Method, dropout_for
+from graft.core.method import Method, make_dropout
 from graft.kernels.structured import Repeated, Shards
 
 
@@ -63,7 +63,7 @@ class MiSS(Method[MissConfig]):
         return dict(
             miss_r=cfg.r,
             miss_mini_r=cfg.mini_r,
-            miss_dropout=dropout_for(cfg.miss_dropout),
+            miss_dropout=make_dropout(cfg.miss_dropout),
             miss_block=nn.Parameter(torch.zeros(self.shape)),
         )
 
@@ -84,7 +84,7 @@ class MiSS(Method[MissConfig]):
         """
         A = Shards(self.cfg.r, self.site.fan_in, self.miss_block)
         B = Repeated(self.miss_block, self.site.out_features // self.miss_block.shape[1])
-        if not self.site.takes_vectors:  # the layer takes matrices
+        if not self.site.multiplies_vectors:  # the layer takes matrices
             return Factors(A.weight, B.weight, dropout=self.miss_dropout)
         return Factors(A, B, dropout=self.miss_dropout)
 

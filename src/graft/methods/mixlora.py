@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft.config.fields import BELOW_1, COUNT, NOT_NEGATIVE, POSITIVE, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Factors, Replace, Update
 from graft.core.errors import NoMatchingPeftModuleError, RoutingError, UnsupportedLayerError, some
-from graft.core.method import Method, Published, Tokens, dropout_for
+from graft.core.method import Method, NotedTokens, PublishedRate, make_dropout
 from graft.core.ops import find_op
 from graft.methods.moelora import check_experts, compute_balance_loss, sum_experts
 from graft.methods.places import ATTENTION, MLP, match_paths, walk
@@ -81,7 +81,7 @@ class MixLoRA(Method[MixLoraConfig]):
     """
 
     prefix = "mixlora_"
-    published_lr = Published(2e-4, 2e-4, "arXiv 2404.15159, its code, MoE-PEFT")
+    published_lr = PublishedRate(2e-4, 2e-4, "arXiv 2404.15159, its code, MoE-PEFT")
 
     mixlora_router: nn.Linear  # of an MLP: weight (experts, H)
     mixlora_A: nn.Parameter  # (experts, r, in) in an MLP, (r, in) elsewhere
@@ -153,7 +153,7 @@ class MixLoRA(Method[MixLoraConfig]):
             r=cfg.r,
             mixlora_A=nn.Parameter(A),
             mixlora_B=nn.Parameter(B),
-            mixlora_dropout=dropout_for(cfg.lora_dropout),
+            mixlora_dropout=make_dropout(cfg.lora_dropout),
         )
 
     def init(self) -> None:
@@ -229,6 +229,6 @@ class MixLoRA(Method[MixLoraConfig]):
         return sum_experts(self.site.op, self.layer.base_layer, x, self.mixlora_A, self.mixlora_B, g)
 
     @classmethod
-    def compute_auxiliary_loss(cls, cfg: MixLoraConfig, noted: Sequence[Tokens]) -> Tensor:
+    def compute_auxiliary_loss(cls, cfg: MixLoraConfig, noted: Sequence[NotedTokens]) -> Tensor:
         """Return router_aux_loss_coef · the balance loss of the noted probabilities (`compute_balance_loss`), ()."""
         return cfg.router_aux_loss_coef * compute_balance_loss(noted, cfg.top_k)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft.config.fields import BELOW_1, COUNT, LORA, NOT_NEGATIVE, POSITIVE, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Published, Tokens, dropout_for
+from graft.core.method import Method, NotedTokens, PublishedRate, make_dropout
 from graft.core.ops import Op
 
 
@@ -86,7 +86,7 @@ def sum_experts(op: Op, base: nn.Module, x: Tensor, A: Tensor, B: Tensor, g: Ten
     return op.up(base, (z * g.unsqueeze(-1)).flatten(-2), B.transpose(0, 1).flatten(1))
 
 
-def compute_balance_loss(noted: Sequence[Tokens], top_k: int) -> Tensor:
+def compute_balance_loss(noted: Sequence[NotedTokens], top_k: int) -> Tensor:
     """Return E Σₑ fₑ Pₑ, (): f the share of tokens that chose an expert among their `top_k`, P the mean of its
     probability (tokens, E).
 
@@ -113,7 +113,7 @@ class MoeLoRA(Method[MoeLoraConfig]):
     """
 
     prefix = "moelora_"
-    published_lr = Published(2e-4, 2e-4, "HydraLoRA, arXiv 2404.19245, with r 4 and alpha 32")
+    published_lr = PublishedRate(2e-4, 2e-4, "HydraLoRA, arXiv 2404.19245, with r 4 and alpha 32")
     targets = LORA
     only_linear = "MoE-LoRA adapts linear layers only"
 
@@ -134,7 +134,7 @@ class MoeLoRA(Method[MoeLoraConfig]):
             moelora_A=nn.Parameter(A),
             moelora_B=nn.Parameter(B),
             moelora_router=nn.Linear(site.in_features, E, bias=False),
-            moelora_dropout=dropout_for(cfg.lora_dropout),
+            moelora_dropout=make_dropout(cfg.lora_dropout),
         )
 
     def init(self) -> None:
@@ -162,6 +162,6 @@ class MoeLoRA(Method[MoeLoraConfig]):
         return sum_experts(op, base, self.moelora_dropout(x), self.moelora_A, self.moelora_B, g)
 
     @classmethod
-    def compute_auxiliary_loss(cls, cfg: Any, noted: Sequence[Tokens]) -> Tensor:
+    def compute_auxiliary_loss(cls, cfg: Any, noted: Sequence[NotedTokens]) -> Tensor:
         """Return router_aux_loss_coef · the balance loss of the noted probabilities (`compute_balance_loss`), ()."""
         return cfg.router_aux_loss_coef * compute_balance_loss(noted, cfg.top_k)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, POSITIVE, LayerRange, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError
-from graft.core.method import Published
+from graft.core.method import PublishedRate
 from graft.methods.tasks import TASKS, ByTask
 
 
@@ -43,7 +43,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
     prefix = "mtllora_"
     targets = LORA
     depends_on = TASKS
-    published_lr = Published(3e-4, 3e-4, "arXiv 2410.09437, its code, commonsense reasoning")
+    published_lr = PublishedRate(3e-4, 3e-4, "arXiv 2410.09437, its code, commonsense reasoning")
     only_linear = "MTL-LoRA adapts linear layers only"
 
     mtllora_A: nn.Parameter  # (r, in)

@@ -16,7 +16,7 @@ from graft.core.base_config import model_type
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import COMPARISON, Method, Published, Use
+from graft.core.method import COMPARISON, Method, PublishedRate, Use
 from graft.kernels.narrow import project_gradient_inside, project_gradient_outside
 from graft.kernels.one_product import Difference
 
@@ -52,7 +52,7 @@ class OSF(Method[OSFConfig]):
     """
 
     prefix = "osf_"
-    published_lr = Published(5e-5, 5e-5, COMPARISON)
+    published_lr = PublishedRate(5e-5, 5e-5, COMPARISON)
     targets = TARGETS
 
     osf_svd_params: nn.ParameterDict  # U_low (out, r), S_low (r,), V_low (r, fan_in)

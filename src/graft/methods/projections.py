@@ -14,7 +14,7 @@ from torch import Tensor
 from graft.config.fields import COUNT, FanInFanOut, LayerRange, Targets
 from graft.core.containers import Transient
 from graft.core.errors import CheckpointError, ConfigError, warn
-from graft.core.method import Layers, Tensors
+from graft.core.method import AdaptedLayers, Tensors
 from graft.core.site import Site
 
 DRAWN = ("projection_prng_key", "save_projection", "r")  # in these, adapters that share matrices agree
@@ -85,7 +85,7 @@ def check_places(tensors: Tensors, name: str, most: int, key: str) -> None:
         raise CheckpointError(f"{name} of layer '{key}' are outside of 0 to {most - 1}.")
 
 
-def projections(layers: Layers, names: tuple[str, str], rows: int) -> dict[str, object]:
+def projections(layers: AdaptedLayers, names: tuple[str, str], rows: int) -> dict[str, object]:
     """Return the shared random matrices, by `names`: A (rows, widest in) and B (widest out, r), `Transient` unless
     `save_projection`.
 
@@ -93,9 +93,9 @@ def projections(layers: Layers, names: tuple[str, str], rows: int) -> dict[str, 
     first, from one CPU generator with the seed `projection_prng_key`, uniform within ±√(6 / columns). On the meta
     device nothing is drawn.
     """
-    cfg, wide_in, wide_out = layers.cfg, layers.wide_in, layers.wide_out
-    if layers.existing and layers.others:
-        A, B = (layers.existing[name][next(iter(layers.others))] for name in names)
+    cfg, wide_in, wide_out = layers.cfg, layers.max_fan_in, layers.max_out_features
+    if layers.existing and layers.other_configs:
+        A, B = (layers.existing[name][next(iter(layers.other_configs))] for name in names)
         check_wide(names[0], A.shape[1], wide_in)
         check_wide(names[1], B.shape[0], wide_out)
     else:

@@ -15,8 +15,8 @@ from graft.config.fields import COUNT, LORA, FanInFanOut, LayerRange, Targeted
 from graft.core.containers import Exact
 from graft.core.effect import Factors, Product
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Tensors, Use, dropout_for
-from graft.core.random import seeded
+from graft.core.method import Method, Tensors, Use, make_dropout
+from graft.core.random import draw_from_seed
 from graft.core.site import Site
 from graft.kernels.orthogonal import orthogonal, skew
 from graft.methods.oft import TERMS
@@ -145,7 +145,7 @@ class PSOFT(Method[PsoftConfig]):
             scaling=cfg.psoft_alpha / r,
             psoft_R=Turn(r, cfg),
             psoft_basis=Basis(r, self.site),
-            psoft_dropout=dropout_for(cfg.psoft_dropout),
+            psoft_dropout=make_dropout(cfg.psoft_dropout),
         )
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class PSOFT(Method[PsoftConfig]):
         if cfg.psoft_svd == "full":
             U, S, V = torch.linalg.svd(W, full_matrices=False)
             return U[:, : cfg.r], S[: cfg.r], V[: cfg.r]
-        with seeded(cfg.random_seed):
+        with draw_from_seed(cfg.random_seed):
             U, S, V = torch.svd_lowrank(W, q=cfg.r, niter=cfg.psoft_svd_lowrank_niter)
         return U, S, V.T
 
@@ -219,7 +219,7 @@ class PSOFT(Method[PsoftConfig]):
         A, B = (t.to(R.dtype) for t in (self.psoft_basis.A, self.psoft_basis.B))  # `.half()` rounds them
         turn = R - torch.eye(len(R), dtype=R.dtype, device=R.device)
         turned = turn @ A
-        if not self.site.takes_vectors:  # the layer takes matrices of one dtype with its input
+        if not self.site.multiplies_vectors:  # the layer takes matrices of one dtype with its input
             return Factors(turned.to(self.dtype), B.to(self.dtype), self.scaling, self.psoft_dropout)
         # A and B are fixed: no gradient of theirs needs x
         return Factors(Product(partial(into, A, turn), turned), B, self.scaling, self.psoft_dropout)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import PVERA, BaseBias
 from graft.core.effect import Factors, Product
-from graft.core.method import COMPARISON, Layers, Method, Published, dropout_for
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, make_dropout
 from graft.core.site import Site
 from graft.kernels.eager import eager
 from graft.kernels.low_rank import new_seed
@@ -45,7 +45,7 @@ class PVeRA(Method[PveraConfig]):
     """
 
     prefix = "pvera_lambda_"
-    published_lr = Published(3e-3, 3e-3, COMPARISON)
+    published_lr = PublishedRate(3e-3, 3e-3, COMPARISON)
     targets = PVERA
     agreeing_fields = DRAWN
     ungrouped = "PVeRA draws one value for all inputs of a place, and a convolution with groups > 1 separates them"
@@ -66,7 +66,7 @@ class PVeRA(Method[PveraConfig]):
         self.before: dict[int, Tensor] = {}  # the generator's states before the last draws, by ticket
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, object]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return the shared random matrices `pvera_A` (2 r, widest in) and `pvera_B` (widest out, r): see
         `projections`.
         """
@@ -81,7 +81,7 @@ class PVeRA(Method[PveraConfig]):
             r=cfg.r,
             pvera_lambda_b=nn.Parameter(torch.ones(self.site.out_features)),
             pvera_lambda_d=nn.Parameter(torch.randn(2 * cfg.r)),
-            pvera_dropout=dropout_for(cfg.pvera_dropout),
+            pvera_dropout=make_dropout(cfg.pvera_dropout),
         )
 
     def init(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import LORA, BaseBias
 from graft.core.effect import Factors
-from graft.core.method import Layers, Method, Published, dropout_for
+from graft.core.method import AdaptedLayers, Method, PublishedRate, make_dropout
 from graft.core.random import kaiming_bound
 from graft.kernels.structured import between_diagonals
 from graft.kernels.waits import copy_on_device
@@ -40,7 +40,7 @@ class RandLoRA(Method[RandLoraConfig]):
     """
 
     prefix = "randlora_"
-    published_lr = Published(1e-4, 1e-4, "arXiv 2502.00987, its code, commonsense reasoning")
+    published_lr = PublishedRate(1e-4, 1e-4, "arXiv 2502.00987, its code, commonsense reasoning")
     targets = LORA
     agreeing_fields = (*DRAWN, "sparse", "very_sparse")
 
@@ -52,7 +52,7 @@ class RandLoRA(Method[RandLoraConfig]):
     scaling: float
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, object]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return the shared random matrices `randlora_A` (r, 1, largest d) and `randlora_B` (largest D, largest n, r),
         n = ⌈d / r⌉.
 
@@ -62,12 +62,12 @@ class RandLoRA(Method[RandLoraConfig]):
         cfg, existing = layers.cfg, layers.existing
         sizes = [sorted((s.out_features, s.fan_in)) for s in layers.sites]
         d, D = max(size[0] for size in sizes), max(size[1] for size in sizes)
-        if existing and layers.others:
-            A, B = (existing[f"randlora_{x}"][next(iter(layers.others))] for x in "AB")
+        if existing and layers.other_configs:
+            A, B = (existing[f"randlora_{x}"][next(iter(layers.other_configs))] for x in "AB")
             check_wide("randlora_A", A.shape[2], d)
             check_wide("randlora_B", B.shape[0], D)
         else:
-            wide = sorted((layers.wide_out, layers.wide_in))  # as PEFT sizes them
+            wide = sorted((layers.max_out_features, layers.max_fan_in))  # as PEFT sizes them
             A, B = (ternary if cfg.sparse or cfg.very_sparse else uniform)(cfg, *wide)
         return dict(
             randlora_A=maybe_transient(A, cfg.save_projection), randlora_B=maybe_transient(B, cfg.save_projection)
@@ -89,7 +89,7 @@ class RandLoRA(Method[RandLoraConfig]):
             scaling=cfg.randlora_alpha / cfg.r,
             randlora_lambda=nn.Parameter(torch.randn(cfg.r, n)),
             randlora_gamma=nn.Parameter(torch.ones(n, d)),
-            randlora_dropout=dropout_for(cfg.randlora_dropout),
+            randlora_dropout=make_dropout(cfg.randlora_dropout),
         )
 
     def init(self) -> None:

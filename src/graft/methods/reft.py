@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import BELOW_1, COUNT
 from graft.config.reading import Json
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Published, dropout_for
+from graft.core.method import PublishedRate, make_dropout
 from graft.core.rows import PerRow, Run
 from graft.methods.bottleneck import ACTIVATIONS
 from graft.methods.states import MASKS, OnStates, StatesConfig, is_encoder_decoder, numbers_by_row
@@ -97,7 +97,7 @@ class Reft(OnStates[ReftConfig]):
     """ReFT, arXiv 2404.03592: h + Rᵀ(σ(A h + b) - R h) at the first and last tokens of the prompt."""
 
     prefix = "reft_"
-    published_lr = Published(6e-4, 4e-3, "arXiv 2404.03592, r 4 to 8 (to 9e-4), and its README (4e-3)")
+    published_lr = PublishedRate(6e-4, 4e-3, "arXiv 2404.03592, r 4 to 8 (to 9e-4), and its README (4e-3)")
     acts = "ReFT acts on vectors"
     arguments = (LENGTHS,)
 
@@ -133,7 +133,7 @@ class Reft(OnStates[ReftConfig]):
         for unit in self.units:
             values[f"reft_A{unit}"] = nn.Linear(H, r)
             values[f"reft_R{unit}"] = nn.Parameter(torch.empty(r, H))
-        return values | dict(r=r, reft_dropout=dropout_for(self.cfg.dropout))
+        return values | dict(r=r, reft_dropout=make_dropout(self.cfg.dropout))
 
     def init(self) -> None:
         """Fill each R with orthonormal rows; without `orthogonality` kaiming uniform (a=√5).
@@ -216,9 +216,9 @@ class Reft(OnStates[ReftConfig]):
         Raises:
             RoutingError: the lengths are no positive whole numbers, or not one for each row.
         """
-        value = run.own.get(LENGTHS)
+        value = run.graft_arguments.get(LENGTHS)
         if value is None:
-            return {**cls.arguments_of(run.by_name(model), model)}
+            return {**cls.arguments_of(run.name_arguments(model), model)}
         text = "has a number that is not whole, or below 1. Give the number of tokens of each row's prompt."
         numbers = numbers_by_row(LENGTHS, value, run, lambda n: (n >= 1) & (n == n.floor()), text)
         return {LENGTHS: numbers.long()}

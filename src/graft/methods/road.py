@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.fields import LORA, Targets
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
-from graft.core.method import COMPARISON, Method, Published
+from graft.core.method import COMPARISON, Method, PublishedRate
 from graft.kernels.orthogonal import rotate_pairs
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
@@ -51,7 +51,7 @@ class Road(Method[RoadConfig]):
     """RoAd, arXiv 2409.00119: R (W x + b): of each pair, (c₁ z₁ - s₁ z₂, c₂ z₂ + s₂ z₁), c = α cos θ, s = α sin θ."""
 
     prefix = "road_"
-    published_lr = Published(1e-3, 1e-3, COMPARISON)
+    published_lr = PublishedRate(1e-3, 1e-3, COMPARISON)
     targets = LORA
 
     road_theta: nn.Parameter  # (n / 2), (n) or (2 n), n = out
@@ -73,7 +73,7 @@ class Road(Method[RoadConfig]):
         It cannot merge (`fixed`) if a group of a convolution's channels is no multiple of `group_size`.
         """
         op, per_group = self.site.op, self.cfg.group_size
-        torn = self.site.out_features // op.groups(self.site.module) % per_group if op.known else 0
+        torn = self.site.out_features // op.count_groups(self.site.module) % per_group if op.known else 0
         why = "A pair of channels that are in two groups of a convolution has no kernel" if torn else None
         return Rewrite(self.fold, post=self.post, fixed=why)
 

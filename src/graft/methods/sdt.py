@@ -19,7 +19,7 @@ from graft.config.fields import BELOW_1, COUNT, LayerRange, Targeted
 from graft.config.fields import SDT as TARGETS
 from graft.core.containers import Filed
 from graft.core.effect import Effect, Factors, Update
-from graft.core.method import Method, Published, Tensors, dropout_for
+from graft.core.method import Method, PublishedRate, Tensors, make_dropout
 from graft.kernels.sparse import Scattered
 from graft.methods.places import walk
 from graft.methods.shira import with_places
@@ -97,7 +97,7 @@ class SDT(Method[SdtConfig]):
 
     prefix = "sdt_"
     lays_out_stacks = True  # it takes none
-    published_lr = Published(4e-3, 4e-3, "arXiv 2410.09016, Mamba of 130M parameters")
+    published_lr = PublishedRate(4e-3, 4e-3, "arXiv 2410.09016, Mamba of 130M parameters")
     targets = TARGETS
 
     sdt_weight: nn.Parameter  # v (k,)
@@ -151,7 +151,7 @@ class SDT(Method[SdtConfig]):
         return dict(
             sdt_A=nn.Parameter(torch.empty(cfg.r, site.fan_in)),
             sdt_B=nn.Parameter(torch.zeros(site.out_features, cfg.r)),
-            sdt_dropout=dropout_for(cfg.lora_dropout),
+            sdt_dropout=make_dropout(cfg.lora_dropout),
         )
 
     @torch.no_grad()

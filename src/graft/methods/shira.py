@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, PHI_ATTENTION, FanInFanOut, Targets
 from graft.core.containers import Filed
 from graft.core.errors import CheckpointError, ConfigError, warn
-from graft.core.merging import lifted
-from graft.core.method import COMPARISON, Method, Published, Tensors, Use
+from graft.core.merging import lift_merged
+from graft.core.method import COMPARISON, Method, PublishedRate, Tensors, Use
 from graft.core.site import Site
 from graft.kernels.sparse import Scattered
 
@@ -74,7 +74,7 @@ class SHiRA(Method[ShiraConfig]):
     """SHiRA, arXiv 2406.13175: ΔW = s · v at the places of a mask, 0 elsewhere."""
 
     prefix = "shira_"
-    published_lr = Published(3e-4, 3e-4, COMPARISON)
+    published_lr = PublishedRate(3e-4, 3e-4, COMPARISON)
     targets = PHI_ATTENTION
 
     shira_weight: nn.Parameter  # v (k,), in the order of the places
@@ -143,7 +143,7 @@ class SHiRA(Method[ShiraConfig]):
             )
         if cfg.mask_fn is random_mask:
             return random_places((self.site.out_features, self.site.fan_in), cfg.r, cfg.random_seed)
-        with lifted(layer):
+        with lift_merged(layer):
             mask = cfg.mask_fn(layer.base_layer, cfg.r)
         wanted = layer.op.uncanon(torch.empty(self.site.shape, device="meta")).shape
         if mask.shape != wanted:

@@ -51,7 +51,7 @@ class Spectral(Method[S]):
 
     def describe(self) -> Effect:
         """Return an `Update` by `delta`; on layers that take vectors also with a `branch` that need not form ΔW."""
-        return Update(self.delta, branch=self.branch if self.site.takes_vectors else None)
+        return Update(self.delta, branch=self.branch if self.site.multiplies_vectors else None)
 
     def check(self) -> str | None:
         """Return the reason of `Method.check`, or that `n_frequency` is above out · fan_in."""

@@ -18,7 +18,7 @@ from graft.config.fields import Chosen, Targeted
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import RoutingError
 from graft.core.method import Method
-from graft.core.rows import Finish, PerRow, Run, by_name, cache_in, has_state, tokens_seen
+from graft.core.rows import Finish, PerRow, Run, count_cached_tokens, find_cache, is_stateful, name_arguments
 from graft.kernels.waits import raise_unless
 from graft.methods.bottleneck import PLACES
 from graft.methods.places import chosen_blocks, find_width
@@ -93,8 +93,8 @@ def facts_of(arguments: Mapping[str, object], model: nn.Module) -> dict[str, Pos
     """
     masks = MASKS[is_encoder_decoder(model)]
     facts = {fact: Positions.of(arguments.get(mask)) for fact, mask in masks.items()}
-    cache = cache_in(arguments)
-    if passed := tokens_seen(cache) or (MANY if has_state(cache) else 0):
+    cache = find_cache(arguments)
+    if passed := count_cached_tokens(cache) or (MANY if is_stateful(cache) else 0):
         last = list(masks)[-1]
         facts[last] = replace(facts[last], passed=torch.tensor(passed, device="cpu"))
     return facts
@@ -200,11 +200,11 @@ class OnStates(Method[S]):
         Padding and tokens that `generate` adds do not count as prompt. With adapters disabled do nothing more.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.disabled:
+            if tuner.is_disabled:
                 yield finish
                 return
             facts: dict[str, PerRow] = {
-                **facts_of(run.by_name(tuner.model), tuner.model),
+                **facts_of(run.name_arguments(tuner.model), tuner.model),
                 **cls.facts(run, tuner.model),
             }
             with call.giving(facts=facts), follow_generate(tuner.model, call, run):
@@ -257,7 +257,7 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         nonlocal prompt, seen
         if get_ident() != thread:  # others may run the model as well
             return
-        arguments = by_name(model, args, kwargs)
+        arguments = name_arguments(model, args, kwargs)
         now, tokens = facts_of(arguments, model), tokens_in(arguments, last)
         new = 0 if tokens is None else tokens.shape[1]
         begins = not first
@@ -267,7 +267,7 @@ def follow_generate(model: nn.Module, call: Call, run: Run) -> Iterator[None]:
         steps = dict(first)
         # without a cache the inputs grow: others hold a state that does not tell (RWKV)
         if now[last].passed is not None or (0 < new <= prompt and not begins):
-            seen = tokens_seen(cache_in(arguments)) or seen
+            seen = count_cached_tokens(find_cache(arguments)) or seen
             steps[last] = replace(first[last], passed=torch.tensor(seen, device="cpu"))
         else:
             seen = 0

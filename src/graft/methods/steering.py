@@ -107,7 +107,7 @@ class Steering(OnStates[SteeringConfig]):
         Raises:
             RoutingError: they are no finite numbers, or not one for each row.
         """
-        value = run.own.get(COEFFICIENT)
+        value = run.graft_arguments.get(COEFFICIENT)
         return {} if value is None else {COEFFICIENT: coefficients(value, run)}
 
 

@@ -14,8 +14,8 @@ from graft.config.fields import BELOW_1, COUNT, LORA, Targets
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, warn
-from graft.core.method import Method, Tensors, Use, dropout_for
-from graft.core.ops import linear
+from graft.core.method import Method, Tensors, Use, make_dropout
+from graft.core.ops import make_linear
 from graft.kernels.sparse import Scattered
 from graft.methods.projections import check_places
 
@@ -120,9 +120,9 @@ class SuperTuning(Method[SupertuningConfig]):
         return values | dict(
             r=cfg.r,
             scaling=(cfg.lora_alpha or 0) / cfg.r,
-            supertuning_lora_A=linear(site.fan_in, cfg.r, bias=False),
-            supertuning_lora_B=linear(cfg.r, site.out_features, bias=False),
-            supertuning_lora_dropout=dropout_for(cfg.lora_dropout),
+            supertuning_lora_A=make_linear(site.fan_in, cfg.r, bias=False),
+            supertuning_lora_B=make_linear(cfg.r, site.out_features, bias=False),
+            supertuning_lora_dropout=make_dropout(cfg.lora_dropout),
         )
 
     @torch.no_grad()

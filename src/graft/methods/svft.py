@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, LayerRange, Targeted
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError
-from graft.core.method import Method, Published, Tensors, Use
+from graft.core.method import Method, PublishedRate, Tensors, Use
 from graft.methods.loraxs import find_largest_components
 from graft.methods.projections import check_places, maybe_transient
 
@@ -44,7 +44,7 @@ class SVFT(Method[SvftConfig]):
     """
 
     prefix = "svft_"
-    published_lr = Published(5e-2, 5e-2, "arXiv 2405.19597")
+    published_lr = PublishedRate(5e-2, 5e-2, "arXiv 2405.19597")
     targets = LORA
 
     svft_M: nn.Parameter  # (numbers,)

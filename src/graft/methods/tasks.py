@@ -33,7 +33,7 @@ def check_tasks(run: Run, model: nn.Module, known: int) -> Tensor:
         RoutingError: the call gives none, or no list of integers; one is not from 0 to below `known`; no input has as
             many rows. Compiled code does not check the range.
     """
-    tasks = run.said(TASKS, model)
+    tasks = run.find_argument(TASKS, model)
     if tasks is None:
         raise RoutingError("task_ids should not be None. Pass the task of each row: model(…, task_ids=…).")
     tasks = torch.as_tensor(tasks)
@@ -94,7 +94,7 @@ class ByTask(Method[K]):
             RoutingError: there are none, or not one for each row, or an adapter that acts lacks a task.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.disabled:
+            if tuner.is_disabled:
                 yield finish
                 return
             names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]

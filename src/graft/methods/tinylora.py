@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import COUNT, FRACTION, LORA, BaseBias, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
-from graft.core.method import COMPARISON, Layers, Method, Published, Use, dropout_for
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Use, make_dropout
 from graft.methods.projections import maybe_transient
 
 
@@ -40,7 +40,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
     """
 
     prefix = "tinylora_"
-    published_lr = Published(1e-3, 1e-3, COMPARISON)
+    published_lr = PublishedRate(1e-3, 1e-3, COMPARISON)
     targets = LORA
     agreeing_fields = ("save_projection",)
 
@@ -52,7 +52,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
     tinylora_group: int
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, object]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return the trained vectors `tinylora_v` (u,), one for each group of layers, and the number of each layer by
         path.
 
@@ -95,7 +95,7 @@ class TinyLoRA(Method[TinyLoraConfig]):
             tinylora_B=torch.zeros(rows, r),
             tinylora_P=maybe_transient(P, cfg.save_projection),
             tinylora_group=min(place // max(1, layers // groups), groups - 1),
-            tinylora_dropout=dropout_for(cfg.tinylora_dropout),
+            tinylora_dropout=make_dropout(cfg.tinylora_dropout),
             r=r,
         )
 

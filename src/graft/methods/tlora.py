@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from graft.config.fields import COUNT, LORA, POSITIVE, LayerRange, RankPatterns, Targeted
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import Method, Published, Use
-from graft.core.rows import Finish, Run, Same
+from graft.core.method import Method, PublishedRate, Use
+from graft.core.rows import Constant, Finish, Run
 from graft.kernels.waits import raise_unless
 from graft.methods.loraxs import find_largest_components
 
@@ -74,7 +74,7 @@ class TLoRA(Method[TLoraConfig]):
     """
 
     prefix = "tlora_"
-    published_lr = Published(1e-4, 1e-4, "arXiv 2507.05964")
+    published_lr = PublishedRate(1e-4, 1e-4, "arXiv 2507.05964")
     targets = LORA
     arguments = (TIMESTEP,)
     depends_on = TIMESTEP
@@ -208,7 +208,7 @@ class TLoRA(Method[TLoraConfig]):
         t = self.layer.call.fact(TIMESTEP)
         if t is None:
             raise RoutingError(MISSING)
-        if isinstance(t, Same):
+        if isinstance(t, Constant):
             t = t.value[None]
         elif len(t) != len(x):
             raise RoutingError(
@@ -230,19 +230,19 @@ class TLoRA(Method[TLoraConfig]):
             RoutingError: there is none, or one outside of 0 to `max_timestep`, or not one for each row.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.disabled:
+            if tuner.is_disabled:
                 yield finish
                 return
             fact = call.fact(TIMESTEP)
             if fact is None:
-                fact = per_row(run.said(TIMESTEP, tuner.model))
-            if run.rows is not None and not isinstance(fact, Same) and len(fact) != run.rows.batch:
+                fact = per_row(run.find_argument(TIMESTEP, tuner.model))
+            if run.rows is not None and not isinstance(fact, Constant) and len(fact) != run.rows.batch:
                 raise RoutingError(
                     f"The call has {run.rows.batch} rows and {len(fact)} timesteps. Give one timestep for each row, or "
                     "one for all."
                 )
             most = min(tuner.peft_config[name].max_timestep for name in run.adapters)
-            t = fact.value if isinstance(fact, Same) else fact
+            t = fact.value if isinstance(fact, Constant) else fact
             text = f"timestep must be between 0 and max_timestep={most:g} of adapters {list(run.adapters)}."
             raise_unless(((t >= 0) & (t <= most)).all(), lambda: RoutingError(text), text)
             with call.giving(facts={TIMESTEP: move_to_rows(fact, run)}):
@@ -256,7 +256,7 @@ MISSING = (
 )
 
 
-def per_row(t: object) -> Same | Tensor:
+def per_row(t: object) -> Constant | Tensor:
     """Return a timestep as a fact about each row: a tensor (batch,), or a `Same` of a single number, () or (1,).
 
     Raises:
@@ -267,20 +267,20 @@ def per_row(t: object) -> Same | Tensor:
     t = torch.as_tensor(t)
     if t.dim() > 1 or t.is_complex() or t.dtype == torch.bool:
         raise RoutingError(f"timestep must be a number, or one per row, got {t.dtype} of shape {tuple(t.shape)}.")
-    return Same(t.reshape(())) if t.numel() == 1 else t
+    return Constant(t.reshape(())) if t.numel() == 1 else t
 
 
-def move_to_rows(fact: Same | Tensor, run: Run) -> Same | Tensor:
+def move_to_rows(fact: Constant | Tensor, run: Run) -> Constant | Tensor:
     """Return a timestep on the device of the run's first tensor, so that no layer copies it there; unchanged without
     one.
     """
-    t = fact.value if isinstance(fact, Same) else fact
+    t = fact.value if isinstance(fact, Constant) else fact
     values = (*run.inputs, *(value for name, value in run.kwargs.items() if name != TIMESTEP))
     rows = [r for r in values if isinstance(r, Tensor) and r.dim()]
     if not rows or rows[0].device == t.device:
         return fact
     moved = t.to(rows[0].device, non_blocking=True)
-    return Same(moved) if isinstance(fact, Same) else moved
+    return Constant(moved) if isinstance(fact, Constant) else moved
 
 
 def ranks(t: Tensor, cfg: TLoraConfig) -> Tensor:

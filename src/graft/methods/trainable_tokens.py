@@ -14,7 +14,7 @@ from graft.core.base_config import input_embeddings
 from graft.core.containers import Transient
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError
-from graft.core.method import COMPARISON, Method, Published, Use
+from graft.core.method import COMPARISON, Method, PublishedRate, Use
 from graft.kernels.waits import copy_on_device
 
 
@@ -35,7 +35,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
     """
 
     prefix = "trainable_tokens_"
-    published_lr = Published(0.2, 0.2, COMPARISON)
+    published_lr = PublishedRate(0.2, 0.2, COMPARISON)
     always_tied = True
 
     trainable_tokens_delta: nn.Parameter  # (k, d): the rows themselves, not a difference

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from graft.config.bounds import one_of
 from graft.config.fields import COUNT, LORA, NOT_NEGATIVE, POSITIVE, FanInFanOut, LayerRange, Targets
 from graft.core.effect import Factors
-from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, dropout_for
-from graft.core.random import skip
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, make_dropout
+from graft.core.random import skip_draws
 from graft.core.site import Site
 from graft.methods.projections import check_places, maybe_transient
 
@@ -73,7 +73,7 @@ class UniLoRA(Method[UniLoraConfig]):
     """UniLoRA: ΔW = B A. A place that holds the number k of θ has the value θ[k] / √(how many places hold k)."""
 
     prefix = "unilora_"
-    published_lr = Published(2e-3, 2e-3, COMPARISON)
+    published_lr = PublishedRate(2e-3, 2e-3, COMPARISON)
     targets = LORA
     agreeing_fields = ("save_indices",)
 
@@ -85,7 +85,7 @@ class UniLoRA(Method[UniLoraConfig]):
     unilora_dropout: nn.Module
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, object]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return the vector `unilora_theta_d` (length,), uniform within ±`init_theta_d_bound`, or normal with
         `init_weights=False`, and the `Places` of all layers.
         """
@@ -106,12 +106,14 @@ class UniLoRA(Method[UniLoraConfig]):
         cfg = self.cfg
         places = shared["unilora_places"].container[self.name].of(self.site, cfg.r)
         names = [f"unilora_{part}_{x}" for part in ("scales", "indices") for x in "AB"]  # a floating one first
-        facts = dict(r=cfg.r, unilora_dropout=dropout_for(cfg.unilora_dropout))
+        facts = dict(r=cfg.r, unilora_dropout=make_dropout(cfg.unilora_dropout))
         return shared | facts | {name: maybe_transient(t, cfg.save_indices) for name, t in zip(names, places)}
 
     def init(self) -> None:
         """Advance the generator as if A and B were drawn, as PEFT does. No tensor changes."""
-        skip(*(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape)))  # as PEFT
+        skip_draws(
+            *(torch.empty(shape) for shape in (self.unilora_indices_A.shape, self.unilora_indices_B.shape))
+        )  # as PEFT
 
     def from_file_tensors(self, tensors: Tensors, cfg: UniLoraConfig) -> Tensors:
         """Return the file's tensors. Raises CheckpointError if they have indices outside of θ."""

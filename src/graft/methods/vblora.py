@@ -15,8 +15,8 @@ from graft.config.bounds import Bound
 from graft.config.fields import COUNT, POSITIVE, VBLORA, BaseBias, FanInFanOut, LayerRange, Targeted
 from graft.core.effect import Factors
 from graft.core.errors import CheckpointError, ConfigError
-from graft.core.method import COMPARISON, Layers, Method, Published, Tensors, dropout_for
-from graft.core.random import skip
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tensors, make_dropout
+from graft.core.random import skip_draws
 from graft.core.site import Site
 from graft.kernels.eager import eager, watched
 from graft.kernels.waits import raise_unless
@@ -94,7 +94,7 @@ def savable_parameters(tuner: Tuner, adapter: str = "default") -> tuple[int, int
     unknown adapter.
     """
     tuner.check_known([adapter])
-    cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.shared]
+    cfg, carriers = tuner.peft_config[adapter], [*tuner.layers.values(), tuner.shared_tensors]
     added = {id(slot.tensor) for c in carriers for name in c.adapters for slot in c.slots(name)}
     other_count = sum(p.numel() for p in tuner.model.parameters() if p.requires_grad and id(p) not in added)
     bank, *logits = (sum(slot.tensor.numel() for slot in c.slots(adapter)) for c in reversed(carriers))
@@ -126,7 +126,7 @@ class VBLoRA(Method[VBLoRAConfig]):
     """
 
     prefix = "vblora_"
-    published_lr = Published(5e-4, 5e-4, COMPARISON)
+    published_lr = PublishedRate(5e-4, 5e-4, COMPARISON)
     targets = VBLORA
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
         "get_nb_savable_parameters": savable_parameters,
@@ -141,7 +141,7 @@ class VBLoRA(Method[VBLoRAConfig]):
     looked_at: Tensor | None = None  # the logits, since they were made or loaded
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, object]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return the trained bank `vblora_vector_bank` (vectors, L), uniform within ±`init_vector_bank_bound`.
 
         The values are those of PEFT, which draws the bank again for each layer; torch's generator stays as it was.
@@ -165,7 +165,7 @@ class VBLoRA(Method[VBLoRAConfig]):
         vectors), the shared bank, the dropout and facts.
         """
         A, B = (nn.Parameter(torch.empty(shape)) for shape in logits_of(self.site, self.cfg))
-        dropout = dropout_for(self.cfg.vblora_dropout)
+        dropout = make_dropout(self.cfg.vblora_dropout)
         facts = dict(r=self.cfg.r, topk=self.cfg.topk, vblora_dropout=dropout)
         return facts | dict(vblora_logits_A=A, vblora_logits_B=B) | shared
 
@@ -173,7 +173,7 @@ class VBLoRA(Method[VBLoRAConfig]):
         """Fill both logits with normal values of std `init_logits_std`, after the generator has advanced as far as for
         a bank, as in PEFT.
         """
-        skip(torch.empty(self.cfg.num_vectors, self.cfg.vector_length))  # see `share`
+        skip_draws(torch.empty(self.cfg.num_vectors, self.cfg.vector_length))  # see `share`
         for logits in (self.vblora_logits_A, self.vblora_logits_B):
             nn.init.normal_(logits, std=self.cfg.init_logits_std)
 
@@ -196,7 +196,7 @@ class VBLoRA(Method[VBLoRAConfig]):
 
         Not checked in compiled code, under a dispatch mode, or with adapters disabled.
         """
-        if eager() and not (watched() or tuner.disabled):
+        if eager() and not (watched() or tuner.is_disabled):
             for name in tuner.active_adapters if call.rows is None else call.rows.names:
                 m = next((layer.methods[name] for layer in tuner.layers.values() if name in layer.methods), None)
                 if m is not None and isinstance(m.alone, cls) and m.layer.training:

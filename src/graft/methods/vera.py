@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import PHI_ATTENTION, BaseBias
 from graft.core.effect import Factors
-from graft.core.method import COMPARISON, Layers, Method, Published, dropout_for
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, make_dropout
 from graft.kernels.eager import cast
 from graft.kernels.waits import copy_on_device
 from graft.methods.projections import DRAWN, ProjectionConfig, projections
@@ -37,7 +37,7 @@ class VeRA(Method[VeraConfig]):
     """
 
     prefix = "vera_lambda_"
-    published_lr = Published(1e-3, 1e-2, COMPARISON + "; RandLoRA's code, commonsense reasoning")
+    published_lr = PublishedRate(1e-3, 1e-2, COMPARISON + "; RandLoRA's code, commonsense reasoning")
     targets = PHI_ATTENTION
     agreeing_fields = DRAWN
 
@@ -48,7 +48,7 @@ class VeRA(Method[VeraConfig]):
     vera_dropout: nn.Module
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, object]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Return the shared random matrices `vera_A` (r, widest in) and `vera_B` (widest out, r): see `projections`."""
         return projections(layers, ("vera_A", "vera_B"), layers.cfg.r)
 
@@ -61,7 +61,7 @@ class VeRA(Method[VeraConfig]):
             r=cfg.r,
             vera_lambda_b=nn.Parameter(torch.ones(self.site.out_features)),
             vera_lambda_d=nn.Parameter(torch.randn(cfg.r)),
-            vera_dropout=dropout_for(cfg.vera_dropout),
+            vera_dropout=make_dropout(cfg.vera_dropout),
         )
 
     def init(self) -> None:

@@ -25,8 +25,8 @@ from graft.config.fields import FRACTION, POSITIVE
 from graft.config.hub import fetch_file
 from graft.config.pair import CONFIG_NAME
 from graft.core.errors import ConfigError, RoutingError, warn
-from graft.core.method import Layers, Method
-from graft.core.rows import BASE, Finish, Rows, Run, by_name, cache_in
+from graft.core.method import AdaptedLayers, Method
+from graft.core.rows import BASE, Finish, Rows, Run, find_cache, name_arguments
 
 if TYPE_CHECKING:
     from graft.core.call import Call
@@ -335,7 +335,7 @@ class XLora(Method[XLoraConfig]):
     tuner_methods = API
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, object]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, object]:
         """Raise ConfigError: X-LoRA adapts no layers itself, and cannot be injected into a model."""
         raise ConfigError("X-LoRA adapts no layers itself: its experts do. Use get_peft_model.")
 
@@ -351,7 +351,7 @@ class XLora(Method[XLoraConfig]):
             RoutingError: the call names adapters for its rows, or the model returns no hidden states.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.disabled:
+            if tuner.is_disabled:
                 yield finish
                 return
             if run.rows is not None:
@@ -394,15 +394,15 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     """
     classifier, places = tuner.classifier, (tuner.places, tuner.expert_places)
     cfg = classifier.config
-    arguments = by_name(tuner.model, args, kwargs)
-    if cache_in(arguments) is not None:
+    arguments = name_arguments(tuner.model, args, kwargs)
+    if find_cache(arguments) is not None:
         raise RoutingError("X-LoRA weighs experts by the whole text, and takes no cache: pass all tokens.")
     kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
     kwargs.pop("labels", None)
     inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
     with torch.no_grad():
         if cfg.scaling_pass_value == 0:
-            context = call.context._replace(rows=Rows.of([BASE] * len(inputs), inputs.device), gates=None)
+            context = call.context._replace(rows=Rows.from_names([BASE] * len(inputs), inputs.device), gates=None)
         else:
             dummy = classifier.constant(inputs, cfg.scaling_pass_value)
             context = call.context._replace(gates=Scalings(chosen(dummy, cfg), *places))

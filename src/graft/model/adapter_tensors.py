@@ -19,7 +19,7 @@ from graft.core.errors import ConfigError, LossError, some
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method, Use
 from graft.core.ops import Opaque
-from graft.core.wrappers import clean
+from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.parts import Nests, Parts, reads, unwrapped
 from graft.inject.stage import group_in
 from graft.io import files, save
@@ -144,10 +144,10 @@ class ServerView:
         return self.layout != "peft"
 
     def block(self, layer: AdapterLayer) -> Block | None:
-        return self.blocks.found.get(clean(layer.site.path)) if layer.site.is_stack else None
+        return self.blocks.found.get(strip_inner_wrappers(layer.site.path)) if layer.site.is_stack else None
 
     def path(self, layer: AdapterLayer) -> str:
-        path = clean(layer.site.path)
+        path = strip_inner_wrappers(layer.site.path)
         return self.blocks.before(path) if self.hub else path
 
 
@@ -191,7 +191,7 @@ def find_layer_obstacles(view: ServerView, layer: AdapterLayer) -> Iterator[str]
     if view.layout == "peft":
         return
     if layer.site.is_stack:
-        path = clean(layer.site.path)
+        path = strip_inner_wrappers(layer.site.path)
         block = view.block(layer)
         if block is None:
             yield view.blocks.unknown.get(path, f"{path} is no module of experts")
@@ -232,7 +232,7 @@ def lay_out(
             named = f"{path}.{layer.site.parameter}" if layer.op.opaque and not view.hub else path
             ranks[named] = len(A) // (layer.site.shape[0] if layer.site.is_stack else 1)
             continue
-        pair = Pair(*Opaque.each(A, B, layer.site.shape[0]))
+        pair = Pair(*Opaque.split_matrices(A, B, layer.site.shape[0]))
         pair = Pair(pair.B.mT, pair.A.mT) if block.exchanged else pair
         experts.setdefault(block.path, {})[PARAMETERS[layer.site.parameter]] = pair
     for path, pairs in experts.items():

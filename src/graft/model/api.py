@@ -16,8 +16,8 @@ from graft.config.prompt import PromptLearningConfig
 from graft.config.reading import Json
 from graft.core.errors import AlreadyInjectedError, ConfigError, warn
 from graft.core.gate import PATIENCE
-from graft.core.method import Layers, Method, placeholders
-from graft.core.shared import Shared
+from graft.core.method import AdaptedLayers, Method, build_placeholders
+from graft.core.shared import SharedTensors
 from graft.inject.beside import add_task_heads
 from graft.inject.inject import Injection
 from graft.inject.parts import check_foreign, registry_of, unwrapped
@@ -147,12 +147,14 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
 def _fill_report(injection: Injection, method: type[Method], adapter_name: str) -> InjectReport:
     report = injection.report
     with torch.device("meta"):
-        shared = Shared()
+        shared = SharedTensors()
         if method.shares:
-            values = method.share(Layers(injection.model, [m.site for m in injection.here.values()], injection.cfg))
+            values = method.share(
+                AdaptedLayers(injection.model, [m.site for m in injection.here.values()], injection.cfg)
+            )
             report.other_trainable += shared.hold(adapter_name, values, (None, None), False)
         for m in injection.here.values():
-            report.matched.append(describe_target(m, shared.attached()))
+            report.matched.append(describe_target(m, shared.wrap_containers()))
     sizes = {m.name: m.parameters for m in report.matched}
     for key, m in injection.methods.items():
         if m.source is not None:
@@ -163,7 +165,7 @@ def _fill_report(injection: Injection, method: type[Method], adapter_name: str) 
 
 
 def describe_target(method: Method, shared: dict[str, object]) -> Matched:
-    site, values = method.site, placeholders(method, shared)
+    site, values = method.site, build_placeholders(method, shared)
     sized = [(name, p) for name, v in values.items() for p in _parameters_in(v)]
     shapes = tuple(f"{name} {tuple(p.shape)}" for name, p in sized)
     return Matched(

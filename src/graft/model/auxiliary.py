@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from graft.core.call import Noted
-from graft.core.method import Method, Tokens
+from graft.core.method import Method, NotedTokens
 from graft.core.rows import Run
 
 
@@ -49,18 +49,18 @@ def is_loss(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and not value.dim() and value.requires_grad
 
 
-def make_tokens(noted: Noted, run: Run, model: nn.Module) -> Tokens:
+def make_tokens(noted: Noted, run: Run, model: nn.Module) -> NotedTokens:
     """Return the tokens of a value (rows, tokens, …), and which of them are no padding, as the call's mask says."""
     value, real = noted.value, padding_mask(noted.layer, run, model)
     if real is not None and noted.rows is not None:
         real = real.to(noted.rows.device)[noted.rows]
     if real is not None and value.shape[: value.dim() - 1] in (real.shape, (real.numel(),)):
-        return Tokens(noted.layer, value.flatten(0, -2), real.to(value.device, value.dtype).flatten())
-    return Tokens(noted.layer, value.flatten(0, -2), None)
+        return NotedTokens(noted.layer, value.flatten(0, -2), real.to(value.device, value.dtype).flatten())
+    return NotedTokens(noted.layer, value.flatten(0, -2), None)
 
 
 def padding_mask(layer: str, run: Run, model: nn.Module) -> Tensor | None:
     """Return the mask of padding of the tokens that a layer sees, (rows, tokens); None if the call has none."""
     of_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder." in layer
-    mask = run.said("decoder_attention_mask" if of_decoder else "attention_mask", model)
+    mask = run.find_argument("decoder_attention_mask" if of_decoder else "attention_mask", model)
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None

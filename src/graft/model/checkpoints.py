@@ -20,7 +20,7 @@ from graft.config.prompt import NAMES as OF_THE_BASE
 from graft.core.containers import place
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
-from graft.core.names import several
+from graft.core.names import check_name_list
 from graft.inject.build import put
 from graft.inject.parts import registry_of
 from graft.inject.survey import survey
@@ -268,7 +268,9 @@ def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) 
     registry = registry_of(model)
     known = list(registry.peft_config)
     names = (
-        [n for n in known if n not in registry.frozen] if selected is None else several(selected, "selected_adapters")
+        [n for n in known if n not in registry.frozen]
+        if selected is None
+        else check_name_list(selected, "selected_adapters")
     )
     unknown = [n for n in names if n not in known]
     if unknown:

@@ -11,7 +11,7 @@ from torch import Tensor
 from graft.config.base import PeftConfig
 from graft.core.errors import RoutingError
 from graft.core.finite import is_finite
-from graft.core.rows import BASE, Together, tensors_in
+from graft.core.rows import BASE, JointAdapters, find_tensors
 
 T = TypeVar("T")
 SHARED = ("cache_position",)  # arguments of models that no row has for itself
@@ -125,14 +125,14 @@ def adapters_in(value: str | Composition) -> list[str]:
     return [value] if isinstance(value, str) else value.names
 
 
-def row_keys(value: str | Composition) -> list[str | Together]:
+def row_keys(value: str | Composition) -> list[str | JointAdapters]:
     """Return what each copy of a row uses: one key, or of a Parallel one for each child."""
     if isinstance(value, Parallel):
         return [key for child in value.children for key in row_keys(child)]
     if isinstance(value, Average):
-        return [Together(value.children, value.weights)]
+        return [JointAdapters(value.children, value.weights)]
     if isinstance(value, Stack) and len(value.children) > 1:
-        return [Together(value.children)]
+        return [JointAdapters(value.children)]
     return [*adapters_in(value)]
 
 
@@ -187,7 +187,7 @@ def copy_rows(
             return type(value)(copy_value(item, name) for item in value)
         if type(value) is dict:
             return {key: copy_value(item, name) for key, item in value.items()}
-        if any(t.dim() for t in tensors_in(value)):
+        if any(t.dim() for t in find_tensors(value)):
             raise RoutingError(
                 f"Parallel copies the rows of tensors, and argument '{name}' is a {type(value).__name__} that holds "
                 "tensors: leave it out, or run the adapters one by one."
@@ -232,4 +232,4 @@ def _cut_part(value: object, n: int, i: int) -> Any:
         return type(value)(*(_cut_part(item, n, i) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(_cut_part(item, n, i) for item in value)
-    return None if any(True for _ in tensors_in(value)) else value
+    return None if any(True for _ in find_tensors(value)) else value

@@ -13,7 +13,7 @@ from graft.combine.convert import convert
 from graft.config.base import PeftConfig
 from graft.config.fields import to_int
 from graft.core.errors import ConfigError, ConfigTypeError
-from graft.core.wrappers import clean
+from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.parts import Nests, Parts, reads, unwrapped
 from graft.io import files, save
 from graft.io.entries import entries
@@ -62,7 +62,8 @@ def convert_to_lora(
     lora_config, values = convert(base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs, at)
     nests = Nests(parts.layers.values())
     tensors = {
-        f"{prefix}{clean(nests.path(key, parts.layers[key]))}.{container}" + (f".{path}" if path else ""): t
+        f"{prefix}{strip_inner_wrappers(nests.path(key, parts.layers[key]))}.{container}"
+        + (f".{path}" if path else ""): t
         for key, of_layer in values.items()
         for (container, path), t in of_layer.items()
     }
@@ -92,7 +93,7 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
         raise ConfigError(f"Adapter '{adapter_name}' is not plain LoRA or DyLoRA, so that its first ranks are none.")
     for key, layer in parts.layers.items():
         r = lora_config.at(key).r
-        if layer.op.opaque or layer.op.groups(layer.base_layer) > 1:
+        if layer.op.opaque or layer.op.count_groups(layer.base_layer) > 1:
             raise ConfigError(
                 f"Layer '{key}' has several matrices, whose first ranks are no adapter: use convert_to_lora."
             )

@@ -17,7 +17,7 @@ from graft.core.errors import CheckpointError, ConfigError, RoutingError, Unsupp
 from graft.core.gate import changes, everything, prepares
 from graft.core.method import Method
 from graft.core.ops import META
-from graft.core.shared import OnTuner
+from graft.core.shared import TunerTensors
 from graft.inject.build import put
 from graft.inject.job import Options
 from graft.inject.parts import Parts, registry_of
@@ -42,7 +42,7 @@ class XLoraRegistry(Registry):
 
     owner = ""  # name of the X-LoRA adapter
     experts: tuple[str, ...] = ()
-    gate: OnTuner | None = None  # carries the classifier
+    gate: TunerTensors | None = None  # carries the classifier
     places: dict[str, int]  # path of a layer → its place among the classifier's weights
     expert_places: dict[str, int]
 
@@ -163,7 +163,7 @@ class XLoraRegistry(Registry):
         if on_meta:
             where["device"] = META
         classifier = XLoraClassifier(config, len(names), len(order), where)
-        self.gate = OnTuner(adapter_name, {CLASSIFIER: classifier})
+        self.gate = TunerTensors(adapter_name, {CLASSIFIER: classifier})
         self.gate.state.call = self.call
         self.gate.require_grad(adapter_name, False)
         self.owner, self.experts = adapter_name, tuple(names)

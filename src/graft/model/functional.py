@@ -16,7 +16,7 @@ from graft.core.carrier import active_without, check_not_merged, layer_in
 from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
 from graft.core.gate import deletion
 from graft.core.layer import AdapterLayer
-from graft.core.names import one_or_several
+from graft.core.names import as_name_list
 from graft.inject.parts import gate_of, registry_of, unwrapped
 from graft.inject.survey import Wrapper, survey
 from graft.kernels.versions import version_of
@@ -47,7 +47,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         AdapterNotFoundError: no layer carries one of them.
         ValueError: two of them cannot be active together.
     """
-    names = one_or_several(adapter_name, "set_adapter")
+    names = as_name_list(adapter_name, "set_adapter")
     registry: Registry | None = registry_of(unwrapped(model))
     if registry is not None:
         registry.set_adapter(names, inference_mode)
@@ -104,7 +104,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     Raises:
         AdapterNotFoundError: no layer carries one of them.
     """
-    names = one_or_several(adapter_names, "set_requires_grad")
+    names = as_name_list(adapter_names, "set_requires_grad")
     registry: Registry | None = registry_of(unwrapped(model))
     if registry is not None:
         registry.set_requires_grad(names, requires_grad)

@@ -38,16 +38,16 @@ def merge_layers(
     chosen = {layer: [n for n in names if n not in layer.merged_adapters] for layer, names in wanted.items()}
     chosen = {layer: names for layer, names in chosen.items() if names}
     names = unique_names(chosen.values())
-    replaces = any(merging.replaces(layer, names_here) for layer, names_here in chosen.items())
+    replaces = any(merging.includes_replacement(layer, names_here) for layer, names_here in chosen.items())
     merging.warn_merged(done, unique_names(wanted.values()), names, replaces)
     if not names:
         return None
-    asked: merging.Asked = set()
-    replaced = {layer: f for layer in chosen if (f := merging.theirs(layer, "merge")) is not None}
+    asked: merging.CheckedKinds = set()
+    replaced = {layer: f for layer in chosen if (f := merging.find_patched_method(layer, "merge")) is not None}
     graft_merges = {layer: names_here for layer, names_here in chosen.items() if layer not in replaced}
     for layer, names_here in graft_merges.items():
-        merging.check(layer, names_here, safe_merge, undoable, asked)
-    merging.check_finite(graft_merges)
+        merging.check_merge(layer, names_here, safe_merge, undoable, asked)
+    merging.check_adapters_finite(graft_merges)
     left = {
         layer: [n for n in active[layer] if n not in chosen.get(layer, ()) and n not in layer.merged_adapters]
         for layer in (chosen if undoable else layers)
@@ -58,7 +58,9 @@ def merge_layers(
             until = f"in layers that carry {', '.join(names)}, they have no effect until unmerge_adapter()"
         warn(f"Active adapters {silent} are not merged: {until}.")
     by_delta = {
-        layer: graft_merges.pop(layer) for layer in [*graft_merges] if merging.theirs(layer, merging.DELTA) is not None
+        layer: graft_merges.pop(layer)
+        for layer in [*graft_merges]
+        if merging.find_patched_method(layer, merging.DELTA) is not None
     }
     before = {layer: list(layer.state.merged) for layer in (*replaced, *by_delta, *(graft_merges if undoable else ()))}
     try:  # first a client's `merge`, which may raise: the merges after it may keep no undo
@@ -73,7 +75,7 @@ def merge_layers(
         for layer, merged in before.items():
             if layer.state.merged != merged:
                 merging.unmerge(layer)
-                layer.merge_checked(merged, True) if merged else layer.changed()
+                layer.merge_checked(merged, True) if merged else layer.refresh_plan()
         raise
     if not undoable:
         for layer, names_here in tqdm(graft_merges.items(), desc="Merging", unit="layer", disable=not progress):
@@ -92,7 +94,7 @@ def merge_report(model: nn.Module) -> dict[str, float]:
         return dict(getattr(registry, "shares_kept", {}))
     check_foreign(model)
     merged = {key: layer for key, layer in survey(model).layers.items() if layer.merged_adapters}
-    return dict(zip(merged, merging.shares_kept(list(merged.values()))))
+    return dict(zip(merged, merging.measure_shares_kept(list(merged.values()))))
 
 
 def unload_adapters(model: nn.Module, frozen: Set[str] | None) -> None:

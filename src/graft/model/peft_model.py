@@ -18,7 +18,7 @@ from graft.config.prompt import PromptLearningConfig
 from graft.core.base_config import input_embeddings
 from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, warn, who
 from graft.core.gate import PATIENCE, Names
-from graft.core.rows import BASE, CallContext, Run, copies_of
+from graft.core.rows import BASE, CallContext, Run, count_copies
 from graft.inject.job import Options
 from graft.inject.parts import HOLDER, registry_of
 from graft.inject.survey import Tree
@@ -433,7 +433,7 @@ class PeftModel(nn.Module):
             registry.averaged = True
         used = None if rows is None else [BASE if n is None else n for n in rows.names]
         run = Run(inputs, kwargs, own_arguments, rows, generates, shares=shares)
-        run.copies = copies_of(registry.model, inputs, kwargs) if generates else 1
+        run.copies = count_copies(registry.model, inputs, kwargs) if generates else 1
         with (
             forbid_shared_draws(draws),
             call.using(rows, draws),

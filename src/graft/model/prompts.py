@@ -22,7 +22,7 @@ from graft.config.prompt import PromptLearningConfig
 from graft.core.carrier import Carrier
 from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.gate import prepares
-from graft.core.method import Method, as_it_is
+from graft.core.method import Method, return_unchanged
 from graft.core.rows import Finish, Run
 from graft.inject.build import size
 from graft.inject.find import check_unwrapped
@@ -223,7 +223,7 @@ class Prompts(Registry):
 
     @contextmanager
     def enter_methods(self, run: Run) -> Iterator[Finish]:
-        kwargs, arguments = run.kwargs, {name: run.own.get(name) for name in self.method.arguments}
+        kwargs, arguments = run.kwargs, {name: run.graft_arguments.get(name) for name in self.method.arguments}
         kwargs.pop("task_ids", None)  # only multitask prompts take it
         if self.call.rows is not None:
             raise RoutingError(
@@ -244,9 +244,9 @@ class Prompts(Registry):
     def _compute_prompt(self, kwargs: dict[str, object], arguments: dict[str, object]) -> tuple[Finish, Tensor | None]:
         """Return a function for the output of a call, and the prompt that enters. Change `kwargs`."""
         if self.active is None:
-            return as_it_is, None
+            return return_unchanged, None
         cfg, prompt = self.active
-        finish: Finish = as_it_is
+        finish: Finish = return_unchanged
         if not cfg.holds_keys:
             if kwargs.get("labels") is not None:
                 main, both = self.stacks["main"], cfg.task_type == "SEQ_2_SEQ_LM" and self._in_decoder(cfg)

@@ -17,7 +17,7 @@ from torch import nn
 from graft.config.base import PeftConfig, check_config
 from graft.config.reading import Json
 from graft.core.base_config import model_type
-from graft.core.method import Method, Published
+from graft.core.method import Method, PublishedRate
 from graft.methods import method_of
 from graft.prompts.base import Prompt
 
@@ -78,7 +78,7 @@ class Suggestion:
     tested: tuple[float, float] | None = None
     found_on: tuple[str, ...] = ()
     by_size: dict[str, float] = field(default_factory=dict)
-    published: Published | None = None
+    published: PublishedRate | None = None
     steps: tuple[int, int] | None = None
 
     def __str__(self) -> str:
@@ -171,9 +171,9 @@ def class_name_of(config: PeftConfig) -> str:
     return name
 
 
-def find_published_lr(config: PeftConfig) -> Published | None:
+def find_published_lr(config: PeftConfig) -> PublishedRate | None:
     """Return the range of the source of a config's method; None if it is not known."""
-    published: Published | None = find_class(config).published_lr
+    published: PublishedRate | None = find_class(config).published_lr
     return published
 
 

@@ -33,11 +33,11 @@ from graft.core.errors import (
 )
 from graft.core.gate import ACTIVE, Names, changes, deletion, everything, prepares
 from graft.core.layer import AdapterLayer, Host
-from graft.core.method import Method, as_it_is
-from graft.core.names import one_or_several, several
+from graft.core.method import Method, return_unchanged
+from graft.core.names import as_name_list, check_name_list
 from graft.core.ops import find_op
-from graft.core.rows import BASE, Finish, Run, Together, parameters_of
-from graft.core.shared import Shared
+from graft.core.rows import BASE, Finish, JointAdapters, Run, list_forward_arguments
+from graft.core.shared import SharedTensors
 from graft.inject.beside import RowsLayer
 from graft.inject.find import biases_of
 from graft.inject.inject import Injection, check_bias
@@ -66,7 +66,7 @@ LONGEST_NAME = 255  # bytes
 
 def names_to_activate(choice: str | Sequence[str] | Composition) -> list[str]:
     """Return the adapters that `set_adapter` is to make active."""
-    return choice.names if isinstance(choice, Composition) else one_or_several(choice, "set_adapter")
+    return choice.names if isinstance(choice, Composition) else as_name_list(choice, "set_adapter")
 
 
 def weights_and_apart(value: Composition | None) -> tuple[tuple[float, ...] | None, bool]:
@@ -126,7 +126,7 @@ class PlainRun:
     """A run that no method surrounds. A class: the compiler of torch 2.6 does not look into generators."""
 
     def __enter__(self) -> Finish:
-        return as_it_is
+        return return_unchanged
 
     def __exit__(self, *raised: object) -> None:
         pass
@@ -171,7 +171,7 @@ class Registry:
                 "for another method, or to start over, pass its get_base_model()."
             )
         self.tree: Tree | None = tree or survey(model)  # for the first injection, None afterwards
-        self.model, self.holder, self.method, self.mixed = model, holder, method, method is None
+        self.model, self.holder, self.method, self.is_mixed = model, holder, method, method is None
         self.layers, self.wrappers = self.tree.layers, self.tree.wrappers
         self.checkpointing = self.tree.checkpointing  # gradient checkpointing is on
         carriers = [*self.layers.values(), *self.wrappers.values()]
@@ -187,13 +187,13 @@ class Registry:
                 "its unload()."
             )
         self.call = carriers[0].call if carriers else Call()
-        self.shared = Shared()
-        self.shared.state.call = self.call
+        self.shared_tensors = SharedTensors()
+        self.shared_tensors.state.call = self.call
         self.peft_config: dict[str, PeftConfig] = Configs()
         self.reports: dict[str, InjectReport] = {}
         self.active_adapters: list[str] = []
         self.composition: Composition | None = None  # the Average or Parallel that they form
-        self.checked: set[Together] = set()  # adapters that can act together so
+        self.checked: set[JointAdapters] = set()  # adapters that can act together so
         self.states: dict[str, Any] = {}  # state of methods during training, by adapter
         self.starts: dict[str, Note] = {}  # notes of the values with which adapters began, by adapter
         self.watched: set[str] = set()  # adapters that a watch was made for
@@ -215,7 +215,9 @@ class Registry:
             if is_used:
                 known[adapter_name] = method
         if method.arguments:
-            self.arguments |= {*method.arguments}.difference(parameters_of(self.model))  # the base gets its own
+            self.arguments |= {*method.arguments}.difference(
+                list_forward_arguments(self.model)
+            )  # the base gets its own
 
     # carriers
 
@@ -223,15 +225,15 @@ class Registry:
         """Yield all carriers of adapters."""
         yield from self.layers.values()
         yield from self.wrappers.values()
-        if self.shared.containers:
-            yield self.shared
+        if self.shared_tensors.containers:
+            yield self.shared_tensors
 
     def parts_of(self, adapter_name: str) -> Parts:
         """Return the carriers of an adapter."""
         return Parts(
             {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
             {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
-            self.shared if self.shared.containers else None,
+            self.shared_tensors if self.shared_tensors.containers else None,
             all_layers=self.layers,
         )
 
@@ -306,15 +308,15 @@ class Registry:
             method,
             adapter_name,
             call=self.call,
-            shared=self.shared,
+            shared=self.shared_tensors,
             others=self.find_same_method(config) if method.shares else {},
             tree=tree,  # type: ignore[arg-type]  # None: it makes one
-            mixed=self.mixed,
+            mixed=self.is_mixed,
             steps=Steps(self.holder, steps) if steps else None,
             options=options,
             keys=None if options.state_dict is None else self._keys_in(options.state_dict, config),
         ).run()
-        for name, container in self.shared.modules().items() if method.shares else ():
+        for name, container in self.shared_tensors.modules().items() if method.shares else ():
             if name not in self.holder._modules:
                 self.holder.add_module(name, container)
         self._register(adapter_name, config)
@@ -372,7 +374,7 @@ class Registry:
         if self.frozen_before is None:
             self.frozen_before = injection.frozen_before
         known = {id(part) for part in self.carriers()}
-        states = [part.state.disabled for part in self.carriers() if part is not self.shared]  # it may be new
+        states = [part.state.disabled for part in self.carriers() if part is not self.shared_tensors]  # it may be new
         disabled = bool(states) and all(states)
         self.layers = {key: layer for key, layer in self.layers.items() if layer.methods} | parts.layers
         self.wrappers = {key: w for key, w in self.wrappers.items() if w.adapters} | parts.wrappers
@@ -402,7 +404,7 @@ class Registry:
                 self.unload()
             raise
         for layer in self.layers.values() if then_keep else ():
-            layer.keep()
+            layer.drop_rollback()
 
     # checks
 
@@ -440,7 +442,7 @@ class Registry:
 
     def check_trainable(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise ConfigError if the method lets one adapter train at a time, and another one does."""
-        if self.mixed or not method_of(config.peft_type).over_layers:  # a mixed model has no allocator
+        if self.is_mixed or not method_of(config.peft_type).over_layers:  # a mixed model has no allocator
             return
         trainable = [n for n, c in self.find_same_method(config).items() if n != adapter_name and not c.inference_mode]
         if trainable:
@@ -480,7 +482,7 @@ class Registry:
         if self.merged_adapters and not (
             composition == self.composition
             and names == self.active_adapters
-            and all(layer.is_merged(names) for layer in self.mergeable_layers())
+            and all(layer.is_exactly_merged(names) for layer in self.mergeable_layers())
         ):
             warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
@@ -510,7 +512,7 @@ class Registry:
         """
         check_known(value.names, self.peft_config, value)
         for key in row_keys(value):
-            if isinstance(key, Together) and key not in self.checked:
+            if isinstance(key, JointAdapters) and key not in self.checked:
                 if len(key.names) > 1:
                     self.check_together(key.names)
                 for part in self.carriers() if key.weights is not None else ():
@@ -518,10 +520,10 @@ class Registry:
                         part.plan_for(key.names, key.weights)
                 self.checked.add(key)
 
-    @changes(lambda _, adapter_names, *__, **___: one_or_several(adapter_names, "set_requires_grad"))
+    @changes(lambda _, adapter_names, *__, **___: as_name_list(adapter_names, "set_requires_grad"))
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the parameters of any adapters, active or not, train or not."""
-        names = one_or_several(adapter_names, "set_requires_grad")
+        names = as_name_list(adapter_names, "set_requires_grad")
         self.check_known(names)
         for part in self.carriers():
             part.set_requires_grad(names, requires_grad)
@@ -540,7 +542,7 @@ class Registry:
             part.set_requires_grad(frozen_names, False)
 
     @property
-    def disabled(self) -> bool:
+    def is_disabled(self) -> bool:
         """True while there are carriers and all are switched off, or disabled for the calls of this thread."""
         off = [part.state.disabled for part in self.carriers()]
         return self.call.off or (bool(off) and all(off))
@@ -619,7 +621,7 @@ class Registry:
         self._merge(adapter_names, safe_merge, undoable=True)
 
     def _merge(self, adapter_names: list[str] | None, safe_merge: bool, undoable: bool, progress: bool = False) -> None:
-        choice = None if adapter_names is None else several(adapter_names, "adapter_names")
+        choice = None if adapter_names is None else check_name_list(adapter_names, "adapter_names")
         self.check_known(choice or ())
         shares = merging.merge_layers(self.mergeable_layers(), choice, safe_merge, undoable, progress)
         if shares is not None:
@@ -663,7 +665,7 @@ class Registry:
         """Hold packed weights of the layers of these adapters as plain tensors, and tell whether there are any; as
         before if the block raises."""
         done = self.merged_adapters
-        choice = None if adapter_names is None else several(adapter_names, "adapter_names")
+        choice = None if adapter_names is None else check_name_list(adapter_names, "adapter_names")
         layers = [
             layer
             for layer in self.mergeable_layers()
@@ -823,7 +825,7 @@ class Registry:
             AdapterNotFoundError: there is no such adapter.
         """
         losses = self.call.here.losses
-        names = list(losses) if adapter_names is None else one_or_several(adapter_names, "auxiliary_loss")
+        names = list(losses) if adapter_names is None else as_name_list(adapter_names, "auxiliary_loss")
         self.check_known(names)
         return sum((self.call.loss_of(name) for name in names if name in losses), 0.0)
 

@@ -12,8 +12,8 @@ from torch import Generator, Tensor, nn
 
 from graft.core.call import Call
 from graft.core.errors import RoutingError
-from graft.core.random import Draws, Untouched
-from graft.core.rows import BASE, CallContext, Rows, Together
+from graft.core.random import AdapterGenerators, GeneratorSnapshot
+from graft.core.rows import BASE, CallContext, JointAdapters, Rows
 from graft.model.compose import Composition, Parallel, copy_rows, count_rows, row_keys
 from graft.model.registry import Registry
 
@@ -66,7 +66,7 @@ def make_rows(
             f"but got {len(names)} and {Counter(rows).most_common(1)[0][0]} respectively."
         )
     keys = {name: row_keys(name)[0] for name in set(names)}
-    return Rows.of([keys[name] for name in names], tensors[0].device if tensors else None)
+    return Rows.from_names([keys[name] for name in names], tensors[0].device if tensors else None)
 
 
 def choose_composition(registry: Registry, value: Composition | None, names: object) -> Composition | None:
@@ -78,7 +78,7 @@ def choose_composition(registry: Registry, value: Composition | None, names: obj
     """
     if value is None:
         active = registry.composition
-        return active if isinstance(active, Parallel) and names is None and not registry.disabled else None
+        return active if isinstance(active, Parallel) and names is None and not registry.is_disabled else None
     if not isinstance(value, Composition):
         raise TypeError(f"compose takes a Stack, an Average or a Parallel, got {value!r}.")
     if names is not None:
@@ -97,7 +97,7 @@ def copy_batch(
     return inputs, kwargs, [child for child in children for _ in range(batch)], call.giving(facts=facts)
 
 
-def make_draws(generators: object, rows: Rows | None) -> Draws | None:
+def make_draws(generators: object, rows: Rows | None) -> AdapterGenerators | None:
     """Return the generators of a call by adapter, checked; None without `adapter_generators`."""
     if generators is None:
         return None
@@ -111,7 +111,7 @@ def make_draws(generators: object, rows: Rows | None) -> Draws | None:
     wrong = {n: g for n, g in generators.items() if not isinstance(g, Generator) or g.device.type != "cpu"}
     if wrong:
         raise TypeError(f"adapter_generators takes generators of the CPU (torch.Generator()), got {wrong}.")
-    if any(isinstance(key, Together) for key in rows.keys):
+    if any(isinstance(key, JointAdapters) for key in rows.keys):
         raise RoutingError("adapter_generators are for rows of one adapter each, not for a Stack or an Average.")
     names = {name for name in rows.names if name is not None}
     if names - set(generators):
@@ -123,28 +123,28 @@ def make_draws(generators: object, rows: Rows | None) -> Draws | None:
             f"Adapters {sorted(names)} share a generator, so that what each draws would depend on the others: give "
             "each its own."
         )
-    return Draws({name: generators[name] for name in rows.names if name is not None})
+    return AdapterGenerators({name: generators[name] for name in rows.names if name is not None})
 
 
-def forbid_shared_draws(draws: Draws | None) -> AbstractContextManager[None]:
+def forbid_shared_draws(draws: AdapterGenerators | None) -> AbstractContextManager[None]:
     """Raise RoutingError if the block draws from torch's own generators, when adapters have theirs. What they drew is
     taken back then."""
     return nullcontext() if draws is None else _forbid_shared_draws(draws)
 
 
 @contextmanager
-def _forbid_shared_draws(draws: Draws) -> Iterator[None]:
-    before = Untouched()
+def _forbid_shared_draws(draws: AdapterGenerators) -> Iterator[None]:
+    before = GeneratorSnapshot()
     try:
         yield
-        if not before.still():
+        if not before.is_untouched():
             raise RoutingError(
                 "The base model drew random numbers for the whole batch, so that what an adapter gets depends on the "
                 "others in it: set the base's dropout to 0 (attention_dropout, hidden_dropout_prob, …), or leave out "
                 "adapter_generators."
             )
     except BaseException:
-        draws.take_back()
+        draws.rewind()
         raise
 
 
@@ -153,7 +153,7 @@ def use_copies(call: Call, copies: int, model: nn.Module) -> Iterator[None]:
     """Have what is given of each row stand in `call` for its copies, which `generate` makes of it; an encoder sees the
     rows without copies."""
     once = call.context
-    copied = once.repeated(copies)
+    copied = once.repeat(copies)
     with ExitStack() as undo:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             encoder, thread = model.get_encoder(), get_ident()

@@ -30,7 +30,7 @@ from graft.core.carrier import Carrier, carried
 from graft.core.containers import Slot
 from graft.core.errors import DistributedError, PeftWarning, warn
 from graft.core.method import Tuner
-from graft.core.rows import tensors_in
+from graft.core.rows import find_tensors
 from graft.core.wrappers import MANAGED
 from graft.inject.beside import ModulesToSaveWrapper
 from graft.io.rendezvous import Note
@@ -103,7 +103,7 @@ class Watch:
                 "Pass is_trainable=True to train them, or call model.eval() to evaluate.",
                 PeftWarning,
             )
-        for t in tensors_in(output):
+        for t in find_tensors(output):
             if t.grad_fn is None:
                 continue
             t.register_hook(self._on_begin)

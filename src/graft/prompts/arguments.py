@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.method import as_it_is
+from graft.core.method import return_unchanged
 from graft.prompts import kv_prefix
 from graft.prompts.base import IGNORED_LABEL, Prompt, shift_tokens_right
 from graft.prompts.kv_prefix import per_row
@@ -101,7 +101,7 @@ def put_labels(
             # some losses leave out masked tokens
             kwargs["attention_mask"] = nn.functional.pad(mask, (P, 0), value=1)
             main.now.covered = True
-    return as_it_is
+    return return_unchanged
 
 
 def put_decoder_inputs(model: nn.Module, labels: Tensor, kwargs: dict[str, object]) -> None:

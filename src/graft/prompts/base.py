@@ -16,7 +16,7 @@ from graft.core.call import Call
 from graft.core.carrier import Carrier, State
 from graft.core.containers import Slot, slots_of
 from graft.core.errors import CheckpointError, ConfigError
-from graft.core.method import Published
+from graft.core.method import PublishedRate
 from graft.core.wrappers import end_offloading
 from graft.storage import find_device_and_dtype
 from graft.storage.parallel import find_whole_shape, layout_of, write_whole
@@ -49,7 +49,7 @@ class Prompt(nn.Module):
     prefix: ClassVar[str] = "prompt_encoder"
     shares: ClassVar[bool] = False
     over_layers: ClassVar[str | None] = None
-    published_lr: ClassVar[Published | None] = None
+    published_lr: ClassVar[PublishedRate | None] = None
 
     embedding: Any
 

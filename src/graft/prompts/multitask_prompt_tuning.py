@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graft.config.archives import read_weights
 from graft.config.fields import POSITIVE
 from graft.core.errors import CheckpointError, ConfigError
-from graft.core.wrappers import clean
+from graft.core.wrappers import strip_inner_wrappers
 from graft.kernels.waits import raise_unless
 from graft.prompts.base import STORED
 from graft.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
@@ -106,7 +106,10 @@ def source_values(cfg: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
             "prompt_tuning_init_state_dict_path needs to be specified with "
             f"prompt_tuning_init={cfg.prompt_tuning_init.value}: the weights file of the source."
         )
-    source = {clean(name): value for name, value in read_weights(path, "prompt_tuning_init_state_dict_path").items()}
+    source = {
+        strip_inner_wrappers(name): value
+        for name, value in read_weights(path, "prompt_tuning_init_state_dict_path").items()
+    }
     alone = cfg.prompt_tuning_init == "ONLY_SOURCE_SHARED"
     missing = [name for name in (STORED, *(() if alone else FACTORS)) if name not in source]
     if missing:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.config.fields import POSITIVE
 from graft.config.prompt import PromptLearningConfig
-from graft.core.method import COMPARISON, Published
+from graft.core.method import COMPARISON, PublishedRate
 from graft.prompts.base import Prompt, pick
 
 
@@ -30,7 +30,7 @@ class PrefixEncoder(Prompt):
     """The prompt of prefix tuning, (tokens, 2 · layers · token_dim): key and value of each layer in turn."""
 
     config = PrefixTuningConfig
-    published_lr = Published(1e-3, 5e-3, COMPARISON)
+    published_lr = PublishedRate(1e-3, 5e-3, COMPARISON)
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
         super().__init__(cfg, words)

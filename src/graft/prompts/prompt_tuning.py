@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graft.config.prompt import PromptLearningConfig
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Published
+from graft.core.method import PublishedRate
 from graft.prompts.base import Prompt, words_of
 from graft.storage.parallel import find_whole_shape
 
@@ -55,7 +55,7 @@ class PromptEmbedding(Prompt):
     """The prompt of prompt tuning: (tokens, dim), without a network."""
 
     config = PromptTuningConfig
-    published_lr = Published(0.3, 0.3, "arXiv 2104.08691, its code, with Adafactor")
+    published_lr = PublishedRate(0.3, 0.3, "arXiv 2104.08691, its code, with Adafactor")
 
     def __init__(self, cfg: Any, words: nn.Module | None = None):
         super().__init__(cfg, words)

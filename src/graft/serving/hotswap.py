@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWarning
 from graft.config.hub import HUB_KEYWORDS, warn_unknown
 from graft.core.errors import some, warn
-from graft.core.wrappers import clean
+from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.inject import collector_paused
 from graft.inject.match import Matcher
 from graft.inject.parts import Parts, gate_in, gate_of, unwrapped
@@ -236,7 +236,7 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
     plan, targeted = Swap(), Matcher(load.config)
     prefix = parts.prefix if any(k.startswith("base_model.") for k in load.tensors) else ""
     load.arrange(parts, prefix)
-    left = {clean(k): v for k, v in load.tensors.items()}
+    left = {strip_inner_wrappers(k): v for k, v in load.tensors.items()}
     for layer, group in groupby(entries(parts, load.adapter, prefix), lambda entry: entry.layer):
         pairs = [(entry, None if (name := name_in(left, entry)) is None else left.pop(name)) for entry in group]
         absent = [entry for entry, value in pairs if value is None]
@@ -278,7 +278,7 @@ def name_in(names: Collection[str], entry: Entry) -> str | None:
     """Return the one of `names` that is an entry's: in a file, or in the model's state dict; None if none is."""
     if entry.file in names:
         return entry.file
-    return next((n for n in map(clean, (entry.memory, *entry.also)) if n in names), None)
+    return next((n for n in map(strip_inner_wrappers, (entry.memory, *entry.also)) if n in names), None)
 
 
 def _take(plan: Swap, pairs: list[tuple[Entry, Tensor | None]], room: int = 0, r: int = 0) -> None:
@@ -305,7 +305,7 @@ def _take(plan: Swap, pairs: list[tuple[Entry, Tensor | None]], room: int = 0, r
 
 
 def groups_of(entry: Entry) -> int:
-    return entry.layer.op.groups(entry.layer.base_layer)  # type: ignore[union-attr]
+    return entry.layer.op.count_groups(entry.layer.base_layer)  # type: ignore[union-attr]
 
 
 def shape_at(entry: Entry, r: int) -> torch.Size:
@@ -430,7 +430,7 @@ def configs_in(config: LoraConfig | dict[str, LoraConfig] | None) -> dict[str, L
 def check_room(adapter: str, layers: dict[str, AdapterLayer], rank: int, config: LoraConfig) -> None:
     """Raise ConfigError unless this can pad an adapter's tensors to a rank."""
     for key, layer in layers.items():
-        r, groups = layer.r[adapter], layer.op.groups(layer.base_layer)
+        r, groups = layer.r[adapter], layer.op.count_groups(layer.base_layer)
         if r > rank:
             raise ConfigError(
                 f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({r}). Adapter "

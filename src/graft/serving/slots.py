@@ -28,8 +28,8 @@ from graft import (
 from graft.config.hub import HUB_KEYWORDS
 from graft.core.errors import some
 from graft.core.gate import PATIENCE, Gate
-from graft.core.pieces import refuse_pieces
-from graft.core.rows import BASE, copies_of
+from graft.core.pieces import check_no_pieces
+from graft.core.rows import BASE, count_copies
 from graft.core.site import Site
 from graft.inject.inject import Injection, attach
 from graft.inject.parts import gate_in, gate_of, registry_of
@@ -581,7 +581,7 @@ class AdapterSlots:
         """
         model: nn.Module = self.model
         names = self._rows(adapter_names, args, kwargs)
-        copies = copies_of(model, args, kwargs)
+        copies = count_copies(model, args, kwargs)
         if copies > 1 and len(set(names)) > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise RoutingError(
                 "An encoder sees each row once and the decoder once per beam: several adapters cannot share such a "
@@ -675,4 +675,4 @@ def check_sites(sites: Mapping[str, Site]) -> None:
                 f"Target module {key} ({site.type_name}) is read by the module around it and never called: slots would "
                 "have no effect there. Leave it out of `targets`, or name it in `exclude`."
             )
-    refuse_pieces(sites.items(), "Slots serve outputs")
+    check_no_pieces(sites.items(), "Slots serve outputs")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from graft.core.ops import TypeTable, qualified, replaced_forward
-from graft.core.wrappers import MANAGED, copy_offloaded, hooks_of, parameters_in
+from graft.core.ops import TypeTable, class_path, find_replaced_forward
+from graft.core.wrappers import MANAGED, collect_parameters, copy_offloaded, find_offload_hooks
 from graft.storage.offload import bring_in, device_of, is_hooked, is_tied
 from graft.storage.parallel import gather_tensor, layout_of
 
@@ -70,20 +70,20 @@ def strange_forward(m: nn.Module) -> str | None:
 
 def explain_forward(m: nn.Module) -> tuple[str, str] | None:
     """Return the reason and the remedy of `strange_forward`; None if the forward is a known one."""
-    known = replaced_forward(m)
+    known = find_replaced_forward(m)
     if known is None:
         return None
     return (
         f"{type(m).__name__} has a forward of its own, which may use its weight in another way than {known.__name__} "
         "does",
-        f": if it does not, say so with graft.core.ops.OPS.add('{qualified(type(m))}', "
-        f"graft.core.ops.OPS.find({qualified(known)}))",
+        f": if it does not, say so with graft.core.ops.OPS.add('{class_path(type(m))}', "
+        f"graft.core.ops.OPS.find({class_path(known)}))",
     )
 
 
 def why_flat(m: nn.Module, name: str) -> str | None:
     """Return why a tensor cannot be read or written: FSDP1 keeps it in a flat parameter. None if not."""
-    t = parameters_in(m).get(name) if MANAGED in m.__dict__ else None
+    t = collect_parameters(m).get(name) if MANAGED in m.__dict__ else None
     layout = None if t is None else layout_of(t)
     return explain_parts(name, layout.name) if layout is not None and not layout.writable else None
 
@@ -110,7 +110,7 @@ class Dense:
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         t: Tensor = getattr(m, name)
-        if t.is_meta and hooks_of(m):
+        if t.is_meta and find_offload_hooks(m):
             return copy_offloaded(m, name)
         return t if t.numel() else gather_tensor(t)  # ZeRO-3 empties it between calls
 
@@ -134,7 +134,7 @@ class Dense:
             return explain_parts(name, layout.name)
         if t.is_meta and is_tied(m, name):
             return f"its {name} is offloaded and tied to that of another module: have the model on real devices first"
-        if t.is_meta and not hooks_of(m):
+        if t.is_meta and not find_offload_hooks(m):
             return f"its {name} is on the meta device, not loaded or offloaded: have the model on real devices first"
         return None
 
@@ -166,7 +166,7 @@ class Dense:
         p = getattr(m, name)
         if shared:
             return p
-        return p.detach().to("cpu", copy=True) if hooks_of(m) else p.detach().clone()
+        return p.detach().to("cpu", copy=True) if find_offload_hooks(m) else p.detach().clone()
 
     def snapshot_values(self, m: nn.Module, name: str, state: Any) -> Tensor:
         return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from graft.core.wrappers import hooks_of
+from graft.core.wrappers import find_offload_hooks
 from graft.storage.dense import Dense
 
 
@@ -13,7 +13,7 @@ class Engine(Dense):
     name, live, exact = "transformer engine", False, False
 
     def why_unreadable(self, m: nn.Module, name: str = "weight") -> str | None:
-        return "its weight is offloaded" if hooks_of(m) else None
+        return "its weight is offloaded" if find_offload_hooks(m) else None
 
     def read(self, m: nn.Module, name: str = "weight") -> Tensor:
         t = getattr(m, name)

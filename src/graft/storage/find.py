@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graft.core.carrier import carrier_of
-from graft.core.ops import OPS, Linear, TypeTable, replaced_forward
+from graft.core.ops import OPS, Linear, TypeTable, find_replaced_forward
 from graft.core.site import Store
 from graft.storage import (
     aqlm,
@@ -80,7 +80,7 @@ def find_store(module: nn.Module) -> Store:
     store = find_marked_store(module) or STORES.find(type(module))
     if store is not None:
         return store
-    return FOREIGN if replaced_forward(module) is not None else find_store_of_tensor(module, "weight")
+    return FOREIGN if find_replaced_forward(module) is not None else find_store_of_tensor(module, "weight")
 
 
 def find_marked_store(module: nn.Module) -> Store | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import Op, TypeTable
-from graft.core.pieces import Piece
+from graft.core.pieces import LayerPiece
 from graft.kernels.cuts import Cut, gather_whole, join_pieces, take_piece
 from graft.storage.dense import Dense
 
@@ -61,7 +61,7 @@ def list_returned_bias(m: nn.Module) -> tuple[Tensor | None]:
     return ((m.bias if m.skip_bias_add else None),)
 
 
-def find_megatron_piece(m: nn.Module, op: Op) -> Piece | None:
+def find_megatron_piece(m: nn.Module, op: Op) -> LayerPiece | None:
     """Return the piece of the layer that this process computes; None for a module that is not Megatron's."""
     kind = KINDS.find(type(m))
     if kind is None or why_no_megatron_adapter(m) is not None:
@@ -69,7 +69,7 @@ def find_megatron_piece(m: nn.Module, op: Op) -> Piece | None:
     cut, column = find_cut(m), kind == "ColumnParallelLinear"
     outputs = cut if column and not m.gather_output else None
     inputs = None if column or not m.input_is_parallel else cut
-    return Piece(kind, find_megatron_group(m), inputs, outputs, list_returned_bias)
+    return LayerPiece(kind, find_megatron_group(m), inputs, outputs, list_returned_bias)
 
 
 def why_no_megatron_adapter(m: nn.Module) -> str | None:

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.wrappers import bring_for_good, hooks_of, take_hook_off
+from graft.core.wrappers import find_offload_hooks, load_offloaded, remove_hook
 
 
 def device_of(m: nn.Module) -> torch.device | None:
     """Return the device that an offloaded module computes on; None if accelerate does not offload it."""
-    device = next((h.execution_device for h in hooks_of(m)), None)
+    device = next((h.execution_device for h in find_offload_hooks(m)), None)
     return None if device is None else torch.device(device)
 
 
 def is_away(m: nn.Module) -> bool:
     """Return True if a tensor of the module is offloaded, and not there now."""
     tensors = (*m._parameters.values(), *m._buffers.values())
-    return any(t is not None and t.is_meta for t in tensors) and bool(hooks_of(m))
+    return any(t is not None and t.is_meta for t in tensors) and bool(find_offload_hooks(m))
 
 
 def computes_on(m: nn.Module, device: torch.device | None) -> torch.device | None:
@@ -35,7 +35,7 @@ def computes_on(m: nn.Module, device: torch.device | None) -> torch.device | Non
 
 def is_tied(m: nn.Module, name: str) -> bool:
     """Return True if an offloaded tensor is also that of another module."""
-    return any(name in h.tied_params_names for h in hooks_of(m))
+    return any(name in h.tied_params_names for h in find_offload_hooks(m))
 
 
 def is_hooked(layer: nn.Module) -> bool:
@@ -51,7 +51,7 @@ def bring_in(module: nn.Module, written: nn.Module | None) -> Iterator[None]:
     Tensors that an outer block has loaded stay loaded after this one. Parameters of `written` are copied before the
     block may change them.
     """
-    hooked = [(m, hook) for m in module.modules() for hook in hooks_of(m)]
+    hooked = [(m, hook) for m in module.modules() for hook in find_offload_hooks(m)]
     away = [(m, hook) for m, hook in hooked if is_away(m)]
     for m, hook in away:
         hook.pre_forward(m)
@@ -74,14 +74,14 @@ def write_offloaded(m: nn.Module, name: str, value: Tensor) -> None:
     """Set the stored value of an offloaded tensor: the module has it from the next call on."""
     tensors: Any = m._parameters if name in m._parameters else m._buffers
     value = value.detach().to("cpu", tensors[name].dtype, copy=True)
-    for hook in hooks_of(m):
+    for hook in find_offload_hooks(m):
         names = [*(n for n, p in m._parameters.items() if p is not None), *_buffer_names(m, hook)]
         hook.weights_map = {**{n: hook.weights_map[n] for n in names if n != name}, name: value}
 
 
 def find_offloaded(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
     """Return module and name of each offloaded tensor, by the id of its placeholder on the meta device."""
-    by_module = ((m, (*m._parameters.items(), *m._buffers.items())) for m in root.modules() if hooks_of(m))
+    by_module = ((m, (*m._parameters.items(), *m._buffers.items())) for m in root.modules() if find_offload_hooks(m))
     return {id(t): (m, name) for m, tensors in by_module for name, t in tensors if t is not None and t.is_meta}
 
 
@@ -96,18 +96,18 @@ def standalone(module: nn.Module, copies: dict[int, object] | None = None) -> nn
     copies: replacements for copies, by the id of the original.
     """
     old = list(module.modules())
-    if not any(map(hooks_of, old)):
+    if not any(map(find_offload_hooks, old)):
         same = {id(hook): hook for m in old if (hook := m.__dict__.get("_hf_hook")) is not None}
         return copy.deepcopy(module, {**(copies or {}), **same})
     clone = copy.deepcopy(module, {**(copies or {}), **{id(m.__dict__.get("_hf_hook")): None for m in old}})
     for source, m in zip(old, without_hooks(clone).modules()):
         if is_away(source):
-            bring_for_good(m, source)
+            load_offloaded(m, source)
     return clone
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
     """Remove accelerate's hooks from a module and its children, in place, without moving tensors; return the module."""
     for m in module.modules():
-        take_hook_off(m)
+        remove_hook(m)
     return module

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graft.core.containers import Slot, parameter_dict
-from graft.core.wrappers import inside, parameters_in, walk
+from graft.core.wrappers import collect_parameters, find_inner_module, walk_unwrapped
 from graft.kernels.versions import write_all
 from graft.storage.flat import FlatPiece, find_flat_piece, find_flat_place, sendable
 
@@ -247,8 +247,8 @@ def gather_slots(slots: Iterable[Slot]) -> Iterator[None]:
 def find_parameters_below(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of a module and of its children by name, each once, with wrappers' names left out."""
     parameters: dict[int, tuple[str, Tensor]] = {}
-    for path, m in walk(module):
-        for name, p in parameters_in(m).items():
+    for path, m in walk_unwrapped(module):
+        for name, p in collect_parameters(m).items():
             parameters.setdefault(id(p), (f"{path}.{name}" if path else name, p))
     return dict(parameters.values())
 
@@ -307,11 +307,11 @@ def copy_unwrapped(module: M, values: dict[str, Tensor]) -> M:
     Tensors that `values` lacks are the module's own, detached.
     """
     bare: nn.Module = module
-    while (inner := inside(bare)) is not None:
+    while (inner := find_inner_module(bare)) is not None:
         bare = inner
     kind: Any = next(c for c in type(bare).__mro__ if not c.__name__.startswith("FSDP"))
     copy: M = kind.__new__(kind)
-    parameters = parameters_in(bare)
+    parameters = collect_parameters(bare)
     for name, value in bare.__dict__.items():
         if name not in parameters:
             copy.__dict__[name] = type(value)() if "hooks" in name and isinstance(value, dict) else value

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from graft.core.ops import Op
-from graft.core.pieces import Piece
+from graft.core.pieces import LayerPiece
 from graft.storage import engine, megatron, tensor_parallel
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def find_piece(module: nn.Module, op: Op) -> Piece | None:
+def find_piece(module: nn.Module, op: Op) -> LayerPiece | None:
     """Return this process's piece of a layer's work; None if it computes the whole layer."""
     return tensor_parallel.find_parallel_piece(module, op) or megatron.find_megatron_piece(module, op)
 

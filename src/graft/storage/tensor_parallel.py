@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graft.core.errors import UnsupportedLayerError
 from graft.core.ops import Op, find_op
-from graft.core.pieces import Piece
+from graft.core.pieces import LayerPiece
 from graft.kernels.cuts import Cut
 from graft.storage import megatron, offload
 from graft.storage.dense import Dense
@@ -63,7 +63,7 @@ def _name(kind: str, it: object, home: str) -> str:
     return names[0] if names else kind
 
 
-def find_parallel_piece(module: nn.Module, op: Op) -> Piece | None:
+def find_parallel_piece(module: nn.Module, op: Op) -> LayerPiece | None:
     """Return this process's piece of a layer's work; None if it computes the whole layer, or adapters cannot
     act there.
     """
@@ -80,7 +80,7 @@ def find_parallel_piece(module: nn.Module, op: Op) -> Piece | None:
         outputs = Cut(size=out_features, stripes=it.split_factor, **place)
     elif place["world"] > 1 and style.kind == "RowwiseParallel" and it.input_layouts.is_shard():
         inputs = Cut(size=in_features, **place)
-    return Piece(style.name, group, inputs, outputs)
+    return LayerPiece(style.name, group, inputs, outputs)
 
 
 def find_parallel_group(module: nn.Module) -> ProcessGroup | None:

@@ -27,7 +27,7 @@ from graft.config.atomic import replace_file
 from graft.config.base import check_config
 from graft.config.fields import require_sub_config
 from graft.core.errors import some
-from graft.core.pieces import refuse_pieces
+from graft.core.pieces import check_no_pieces
 from graft.inject.inject import Injection
 from graft.methods.lora.start import EIGENS, GRADIENT, CordaEigens, eigens_of
 from graft.methods.loraxs import STEP
@@ -55,7 +55,7 @@ def linear_methods(
             f"No supported layers found for {field}='{how}': it begins with data of linear layers, and "
             f"target_modules={config.target_modules} names {kinds}."
         )
-    refuse_pieces(((key, m.site) for key, m in linear.items()), f"{field}='{how}' measures data")
+    check_no_pieces(((key, m.site) for key, m in linear.items()), f"{field}='{how}' measures data")
     return linear
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
 from graft.core.errors import some, warn
-from graft.core.pieces import refuse_pieces
+from graft.core.pieces import check_no_pieces
 from graft.inject.inject import attach
 from graft.inject.match import minimal_names
 from graft.inject.parts import registry_of
@@ -300,7 +300,7 @@ def begin_anew(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tenso
         made.init()
         layer.place(adapter, layer.where, upcast)
         layer.require_grad(adapter, adapter in layer.state.trainable)
-        layer.changed()
+        layer.refresh_plan()
         method = made
     if A is not None:
         method.lora_A.weight.data.copy_(A)
@@ -351,7 +351,7 @@ def get_eva_state_dict(
         peft_config = registry.peft_config[adapter_name] if peft_config is None else peft_config
         prefix = next(name for name, m in model.named_modules() if m is registry.model) + "."
         with_adapter = {key: layer for key, layer in registry.layers.items() if adapter_name in layer.methods}
-        refuse_pieces(((key, layer.site) for key, layer in with_adapter.items()), "EVA measures inputs")
+        check_no_pieces(((key, layer.site) for key, layer in with_adapter.items()), "EVA measures inputs")
         layers: dict[str, nn.Module] = {f"{prefix}{key}": m for key, m in with_adapter.items() if m.op.linear}
         ranks = {f"{prefix}{key}": peft_config.at(key).r for key, m in with_adapter.items() if m.op.linear}
     elif peft_config is None:

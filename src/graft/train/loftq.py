@@ -15,7 +15,7 @@ from graft.config.hub import fetch_file
 from graft.config.notes import LARGEST
 from graft.config.reading import read_object
 from graft.core.errors import warn
-from graft.core.merging import lifted
+from graft.core.merging import lift_merged
 from graft.inject.parts import registry_of
 from graft.methods.lora.loftq import decompose
 
@@ -62,7 +62,7 @@ def replace_lora_weights_loftq(
     change = registry.call.gate.change(f"replace_lora_weights_loftq() of '{adapter_name}'", (adapter_name,))
     with change, ExitStack() as merges, ExitStack() as undo:
         for layer in layers.values():  # what is merged is so with the values that come, or that come back
-            merges.enter_context(lifted(layer))
+            merges.enter_context(lift_merged(layer))
         for key, layer in layers.items():
             method = layer.methods[adapter_name]
             W0 = layer.W0.float()

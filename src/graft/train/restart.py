@@ -55,7 +55,7 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
                 W = layer.W0
                 W = W + delta_of(layer, m.effect).to(W.dtype)
             layer.rewrite_base(W)
-            layer.keep()
+            layer.drop_rollback()
             begin(m)
             for p in m.pair:
                 for moment in moments(optimizer, p):

@@ -27,8 +27,8 @@ from graft.config.fields import to_int
 from graft.config.reading import Json
 from graft.core.containers import Slot
 from graft.core.errors import some
-from graft.core.random import accelerator
-from graft.core.wrappers import clean
+from graft.core.random import find_accelerator
+from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.build import put
 from graft.inject.parts import registry_of, unwrapped
 from graft.io.check import check_tensors
@@ -325,7 +325,7 @@ def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, 
     inner, adapters = unwrapped(model), adapters_of(model)
     names: dict[int, str] = {}
     for name, t in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
-        names.setdefault(id(t), clean(name))
+        names.setdefault(id(t), strip_inner_wrappers(name))
     found: dict[str, Value] = {}
     for adapter in adapters:
         state = registry_of(inner).states.get(adapter)
@@ -421,7 +421,7 @@ def numpy_state() -> tuple[object, ...]:
 def generators(loader: object) -> dict[str, Tensor]:
     """Return the states of torch's generators, and of those in a loader."""
     found = {"cpu": torch.get_rng_state()}
-    device = accelerator()
+    device = find_accelerator()
     if device is not None:
         module = torch.get_device_module(device)
         for i in range(module.device_count()):

@@ -31,11 +31,11 @@ from graft import (
 from graft.compat.peft.names import OF_STORES
 from graft.core.call import Call
 from graft.core.errors import warn
-from graft.core.layer import SWAPS, ParamWrapper
-from graft.core.merging import DELTA, why_no_delta_weight, with_delta_weight
+from graft.core.layer import SWAP_LOCK, ParamWrapper
+from graft.core.merging import DELTA, use_patched_delta_weight, why_no_delta_weight
 from graft.core.ops import OPS
-from graft.core.plan import Folded, Plan
-from graft.core.rows import BASE, Together
+from graft.core.plan import FoldedPlan, LayerPlan
+from graft.core.rows import BASE, JointAdapters
 from graft.inject.beside import TrainableTokensWrapper
 from graft.methods import METHODS
 from graft.storage import STORES
@@ -179,13 +179,13 @@ def find(name: str, layer: AdapterLayer) -> Callable[..., object] | None:
 
 
 def run_with_delta_weight(
-    layer: AdapterLayer, plan: Plan, *args: object, adapter_names: object = None, **kwargs: object
+    layer: AdapterLayer, plan: LayerPlan, *args: object, adapter_names: object = None, **kwargs: object
 ) -> object:
     """Run a layer of a parameter with the updates that a replaced `get_delta_weight` gives."""
     if (why := why_no_delta_weight(layer, [m for m, _ in plan.steps])) is not None:
         raise UnsupportedLayerError(f"Layer '{layer.site.key}' cannot run: {why}. Put the original back.")
-    folded_plan = Folded(layer, with_delta_weight(layer, plan.steps))
-    with nullcontext() if is_dynamo_compiling() else SWAPS.lock:
+    folded_plan = FoldedPlan(layer, use_patched_delta_weight(layer, plan.steps))
+    with nullcontext() if is_dynamo_compiling() else SWAP_LOCK.lock:
         return folded_plan.run(*args, **kwargs)
 
 
@@ -195,7 +195,7 @@ def names_of_rows(call: Call) -> list[str] | None:
     groups = {} if rows is None else rows.groups
     named: dict[int, str] = {}
     for key, group in groups.items():
-        if isinstance(key, Together):
+        if isinstance(key, JointAdapters):
             raise RoutingError("A replaced layer takes one adapter for each row, not a Stack or an Average.")
         named |= dict.fromkeys(group, BASE if key is None else key)
     return [named[row] for row in sorted(named)] or None
@@ -290,7 +290,7 @@ class BaseTunerLayer(AdapterLayer, metaclass=_LayerType):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> object:  # type: ignore[override]
         if REPLACED[DELTA] and self.op.opaque and find(DELTA, self) is not None:
-            plan = self.plan_of_reader()
+            plan = self.find_reader_plan()
             if plan is not None and (len(plan.steps) > 1 or self.num_experts == 1):  # else PEFT's runs by the factors
                 return run_with_delta_weight(self, plan, x, *args, **kwargs)
         return self._mixed_batch_forward(x, *args, **kwargs)

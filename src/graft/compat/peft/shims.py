@@ -19,8 +19,8 @@ from graft import AdapterLayer, method_of
 from graft.config.base import matches_end
 from graft.config.fields import EMBEDDING_NAMES
 from graft.config.reading import compile_pattern
-from graft.core.merging import not_merged
-from graft.core.names import one_or_several
+from graft.core.merging import select_unmerged
+from graft.core.names import as_name_list
 from graft.inject.experts import merges, part_of
 from graft.inject.match import Matcher
 from graft.inject.survey import survey
@@ -212,14 +212,14 @@ def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) 
 
 def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
     """Make adapters active on the heads and token rows of a model; where there is none of them, the base's act."""
-    names = one_or_several(adapter_name, "_set_adapter")
+    names = as_name_list(adapter_name, "_set_adapter")
     for wrapper in survey(model).wrappers.values():
         wrapper.set_adapter([name for name in names if name in wrapper.adapters], inference_mode)
 
 
 def check_adapters_to_merge(module: nn.Module, adapter_names: Sequence[str] | None = None) -> list[str]:
     """Return those of `adapter_names` (None: the active ones) that are not merged into a layer yet."""
-    return not_merged(module, adapter_names)
+    return select_unmerged(module, adapter_names)
 
 
 # a model's modules

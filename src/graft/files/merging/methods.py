@@ -19,9 +19,9 @@ from graft import AdapterLayer, BaseModelMismatchError, LossError, Method, PeftM
 from graft.core.effect import Replace, Rewrite
 from graft.core.folding import evaluating, fold_step
 from graft.core.holding import Where
-from graft.core.merging import fixed
+from graft.core.merging import why_unmergeable
 from graft.core.method import Use
-from graft.core.random import made_on
+from graft.core.random import build_on
 from graft.files.base import BaseFiles
 from graft.files.formats import peft
 from graft.files.merging.folds import Change, Job, Read, replace_whole
@@ -39,7 +39,7 @@ def merge_files(base: str | os.PathLike[str], adapters: Any, output: str | os.Pa
     """Merge adapter files into a model's folder, tensor by tensor, of every method that has a merged form: see
     `graft.files.merging.merge.merge`."""
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-    with made_on(torch.device("cpu")):  # values come from files, whatever device a process has as its default
+    with build_on(torch.device("cpu")):  # values come from files, whatever device a process has as its default
         return merge(base, adapters, output, others=list_method_changes, **options)
 
 
@@ -68,7 +68,9 @@ def list_method_changes(job: Job, base: BaseFiles) -> list[Change]:
             continue
         m = layer.methods[NAME]
         effect = m.effect
-        why = fixed(layer, [m]) or ("it acts on a module without a weight" if getattr(effect, "block", False) else None)
+        why = why_unmergeable(layer, [m]) or (
+            "it acts on a module without a weight" if getattr(effect, "block", False) else None
+        )
         if why is not None:
             raise LossError(f"{adapter.method} of {job.name} cannot be merged at '{path}': {why}.")
         if isinstance(effect, Replace):

@@ -20,7 +20,7 @@ from graft.core.call import Call
 from graft.core.containers import Transient
 from graft.core.effect import Factors
 from graft.core.errors import ConfigError, PeftWarning, warn
-from graft.core.method import Method, Published, Tensors, Tuner, dropout_for
+from graft.core.method import Method, PublishedRate, Tensors, Tuner, make_dropout
 from graft.core.rows import Finish
 from graft.kernels.orthogonal import gram_distance
 from graft.methods.adalora.allocator import (
@@ -138,7 +138,7 @@ def warn_if_forgotten(tuner: Tuner) -> None:
         state.warned = True
         remedy = (
             "A PeftMixedModel has no allocator: train the adapter in a PeftModel."
-            if tuner.mixed
+            if tuner.is_mixed
             else "Call model.base_model.update_and_allocate(step) after each step, or use "
             "graft.train.adalora_callback (Trainer) or graft.train.allocate_on_step (any optimizer)."
         )
@@ -160,7 +160,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
 
     prefix = "lora_"
     lays_out_stacks = True  # it takes none
-    published_lr = Published(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
+    published_lr = PublishedRate(5e-4, 2.2e-3, "arXiv 2303.10512, its code, GLUE and XSum")
     targets = ADALORA
     over_layers = "divides a budget of ranks among all layers"
     tuner_methods: ClassVar[dict[str, Callable[..., object] | property]] = {
@@ -198,7 +198,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
             r=r,
             lora_alpha=cfg.lora_alpha,
             scaling=cfg.lora_alpha if cfg.lora_alpha > 0 else cfg.init_r,
-            lora_dropout=dropout_for(cfg.lora_dropout),
+            lora_dropout=make_dropout(cfg.lora_dropout),
             lora_A=nn.Parameter(A),
             lora_B=nn.Parameter(B),
             lora_E=nn.Parameter(E),

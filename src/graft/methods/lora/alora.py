@@ -21,8 +21,8 @@ from graft.core.call import Call
 from graft.core.effect import Effect, Update
 from graft.core.errors import ConfigTypeError, PeftWarning, RoutingError, warn
 from graft.core.method import Tuner
-from graft.core.plan import low_rank_part
-from graft.core.rows import Finish, Rows, Run, cache_in, has_state, tokens_seen
+from graft.core.plan import compute_low_rank_part
+from graft.core.rows import Finish, Rows, Run, count_cached_tokens, find_cache, is_stateful
 from graft.kernels.waits import constant
 from graft.methods.lora.lora import LoRA
 
@@ -111,10 +111,10 @@ def following(model: nn.Module, run: Run, offsets: Mapping[object, Offsets]) -> 
         if inputs is None:
             return
         new = inputs.shape[1]
-        cache = cache_in(kwargs)
-        seen = tokens_seen(cache)
+        cache = find_cache(kwargs)
+        seen = count_cached_tokens(cache)
         if seen is None:  # no cache, or one that does not tell
-            seen = length if new < length or has_state(cache) else 0
+            seen = length if new < length or is_stateful(cache) else 0
         for step in steps:
             step.passed = ALL if seen >= length else seen + new - length
 
@@ -145,7 +145,7 @@ def find_offsets(tuner: Tuner, run: Run) -> dict[str, Offsets]:
     names = tuner.active_adapters if run.rows is None else [n for n in run.rows.names if n is not None]
     all_tokens = {name: getattr(tuner.peft_config[name], "alora_invocation_tokens", None) for name in names}
     tokens = {name: invocation for name, invocation in all_tokens.items() if invocation}
-    value, ids = run.own.get(ARGUMENT), ids_of(run)
+    value, ids = run.graft_arguments.get(ARGUMENT), ids_of(run)
     if value is not None:
         offsets = offsets_from(value, run)
         return dict.fromkeys(tokens, offsets)
@@ -249,7 +249,7 @@ class ALoRA(LoRA):
             )
         positions = by_position.shape[1]
         tail = 0 if offsets is None else min(max(offsets.longest + offsets.progress.passed, 0), positions)
-        part = low_rank_part(self.layer, self, self.factors(), by_position[:, positions - tail :])
+        part = compute_low_rank_part(self.layer, self, self.factors(), by_position[:, positions - tail :])
         if offsets is not None:
             part = part * offsets.mask(positions, tail).to(part.device)[..., None]
         return F.pad(part, (0, 0, positions - tail, 0)).view(*x.shape[:-1], part.shape[-1])
@@ -266,7 +266,7 @@ class ALoRA(LoRA):
             RoutingError: a search with several beams, or offsets that are not one per row.
         """
         with super().surround_run(tuner, call, run) as finish:
-            if tuner.disabled:
+            if tuner.is_disabled:
                 yield finish
                 return
             offsets: dict[object, Offsets] = {(ARGUMENT, name): o for name, o in find_offsets(tuner, run).items()}

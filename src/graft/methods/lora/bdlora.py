@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graft.config.fields import require_sub_config
 from graft.core.effect import Compact, Factors
 from graft.core.errors import ConfigError
-from graft.core.random import skip
+from graft.core.random import skip_draws
 from graft.methods.lora import checks
 from graft.methods.lora.lora import LoRA
 
@@ -119,7 +119,7 @@ class BdLoRA(LoRA):
         A, B = self.pair
         if self.side == "A":
             if self.cfg.init_lora_weights is True:  # as if all of A had been drawn before, which PEFT does
-                skip(torch.empty(self.cfg.r, self.site.in_features - A.shape[1]))
+                skip_draws(torch.empty(self.cfg.r, self.site.in_features - A.shape[1]))
             nn.init.kaiming_uniform_(A)
         elif self.side == "B":
             nn.init.zeros_(B)

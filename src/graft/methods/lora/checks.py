@@ -18,7 +18,7 @@ def check_site(site: Site, cfg: LoraConfig) -> None:
         check_parameter(site, cfg)
     if cfg.lora_bias and site.op.takes_ids:
         raise ConfigError(f"lora_bias=True is not supported for Embedding (layer '{site.key}').")
-    groups = site.op.groups(site.module) if site.op.known else 1
+    groups = site.op.count_groups(site.module) if site.op.known else 1
     if cfg.r % groups:
         raise ConfigError(
             f"Targeting a {site.type_name} with groups={groups} and rank {cfg.r}. Currently, support is limited to "
@@ -70,7 +70,7 @@ def unmergeable(site: Site, cfg: LoraConfig) -> str | None:
     """Return the reason why an adapter has no merged form: a convolution with groups > 1, or `lora_bias` on a layer
     without bias. None if it has one.
     """
-    if site.op.known and site.op.groups(site.module) > 1:
+    if site.op.known and site.op.count_groups(site.module) > 1:
         return "Merging is not supported for _ConvNd layers with groups > 1! A mixes the groups"
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
         return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
@@ -84,5 +84,5 @@ def warn_unmergeable(site: Site, cfg: LoraConfig) -> None:
     if cfg.lora_bias and getattr(site.module, "bias", None) is None:
         text = f"`lora_bias=True` was passed but the targeted layer of type {site.type_name} has no bias."
         warn_of(site.key, f"{text} Adapter weights of {{}} cannot be merged.", PeftWarning)
-    if site.op.groups(site.module) > 1:
+    if site.op.count_groups(site.module) > 1:
         warn_of(site.key, "LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported.")

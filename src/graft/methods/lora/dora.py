@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graft.core.effect import Effect, Factors, Update
-from graft.core.method import Published, Use
+from graft.core.method import PublishedRate, Use
 from graft.kernels.decomposed import row_norms
 from graft.kernels.eager import cast, eager
 from graft.kernels.versions import version_of
@@ -113,7 +113,7 @@ class DoRA(LoRA):
     constant.
     """
 
-    published_lr = Published(1e-4, 2e-4, "arXiv 2402.09353, its code, commonsense reasoning")
+    published_lr = PublishedRate(1e-4, 2e-4, "arXiv 2402.09353, its code, commonsense reasoning")
     ungrouped = "DoRA needs the norm of W + ΔW, and a convolution with groups > 1 has no ΔW: A mixes its groups"
     lora_magnitude_vector: nn.Module  # weight (out,), for convolutions (1, out, 1, …)
     norm_cache: CachedNorm | None = None
@@ -171,7 +171,7 @@ class DoRA(LoRA):
         """Return ‖W₀ + B A‖ per output channel, (out,), for the factors f; of a sharded weight the processes exchange
         sums.
         """
-        W, *cuts = self.layer.own_W0
+        W, *cuts = self.layer.local_W0
         A, B = f.matrices()
         # detached: under torch 2.6 autocast caches a copy of A and B made here, without gradient, and later uses it
         return row_norms(W.detach().flatten(1), A.detach(), B.detach(), *cuts)

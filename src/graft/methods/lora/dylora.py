@@ -18,7 +18,7 @@ from graft.core.call import Call
 from graft.core.effect import Factors
 from graft.core.errors import RoutingError
 from graft.core.method import Tuner
-from graft.core.rows import Finish, Run, Same
+from graft.core.rows import Constant, Finish, Run
 from graft.methods.lora.lora import LoRA
 
 DRAWN = "dylora"  # the part of an adapter's ranks that a run uses, in [0, 1)
@@ -35,7 +35,7 @@ class DyLoRA(LoRA):
         `LoRA.check`.
         """
         site = self.site
-        if site.op.known and (site.op.opaque or site.op.groups(site.module) > 1):
+        if site.op.known and (site.op.opaque or site.op.count_groups(site.module) > 1):
             return "DyLoRA uses the first ranks of one matrix, and this weight is several"
         if self.cfg.lora_bias:
             return "DyLoRA has no ranks of a bias: leave lora_bias off"
@@ -78,8 +78,8 @@ class DyLoRA(LoRA):
         with super().surround_run(tuner, call, run) as finish:
             draws, shares = call.context.draws, {}
             for name in run.adapters:
-                with nullcontext() if draws is None else draws.of(name, draws.ticket(), CPU):
-                    shares[DRAWN, name] = Same(torch.rand((), dtype=torch.float64, device=CPU).item())
+                with nullcontext() if draws is None else draws.use_generator(name, draws.ticket(), CPU):
+                    shares[DRAWN, name] = Constant(torch.rand((), dtype=torch.float64, device=CPU).item())
             with call.giving(facts=shares):
                 yield finish
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.core.random import seeded
+from graft.core.random import draw_from_seed
 
 SEED = 42  # of the random projections: every process finds the same components
 
@@ -69,7 +69,7 @@ def find_top_components(X: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
     The SVD is randomized with a fixed seed; generators stay as they are. The largest number of each vector is positive.
     """
-    with seeded(SEED):
+    with draw_from_seed(SEED):
         _, S, V = torch.svd_lowrank(X, q=2 * n, niter=4)
     V = V.T[:n]
     signs = V.gather(1, V.abs().argmax(1, keepdim=True)).sign()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from graft.config.fields import LORA
 from graft.core.effect import Effect, Factors, Update
 from graft.core.errors import AdapterNotFoundError, ConfigError
-from graft.core.lean import Identity, bare
-from graft.core.method import Method, Published, Tensors, Tuner
+from graft.core.lean import Identity, new_lean
+from graft.core.method import Method, PublishedRate, Tensors, Tuner
 from graft.methods.lora import checks, shift
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.replicate import replicate
@@ -78,7 +78,7 @@ class LoRA(Started):
 
     prefix = "lora_"
     lays_out_stacks = True  # as files of PEFT do
-    published_lr = Published(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
+    published_lr = PublishedRate(6e-5, 5e-4, "arXiv 2106.09685, tables 9 to 12")
     targets = LORA
     files: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "{0}"}
     tuner_methods: ClassVar[dict[str, Callable[..., object]]] = {
@@ -149,14 +149,14 @@ class LoRA(Started):
             use_rslora=cfg.use_rslora,
             use_dora=cfg.use_dora,
             lora_bias=cfg.lora_bias,
-            lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else bare(Identity),
+            lora_dropout=nn.Dropout(cfg.lora_dropout) if cfg.lora_dropout > 0 else new_lean(Identity),
         )
         if site.op.takes_ids:
             return values | dict(
                 lora_embedding_A=nn.Parameter(torch.randn(r, site.in_features, device=device)),
                 lora_embedding_B=nn.Parameter(torch.randn(site.out_features, r, device=device)),
             )
-        if cfg.lora_bias or site.op.groups(site.module) > 1:
+        if cfg.lora_bias or site.op.count_groups(site.module) > 1:
             checks.warn_unmergeable(site, cfg)
         fill = cfg.init_lora_weights in (False, "eva")  # any other initialisation overwrites these values
         A, B = site.op.factor_modules(site.module, r, cfg.lora_bias, fill, device)  # type: ignore[misc]

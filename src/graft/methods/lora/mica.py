@@ -28,7 +28,7 @@ class MiCA(LoRA):
         Raises ConfigError if r is above the smaller side of the weight.
         """
         site, r = self.site, self.cfg.r
-        if site.op.known and site.op.groups(site.module) > 1:
+        if site.op.known and site.op.count_groups(site.module) > 1:
             return "MiCA takes singular vectors of a matrix, and a convolution with groups > 1 has one for each"
         if site.op.known and r > min(site.out_features, site.fan_in):
             raise ConfigError(

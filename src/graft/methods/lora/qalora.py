@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft.core.effect import Compact, Factors
 from graft.core.errors import ConfigError
-from graft.core.random import skip
+from graft.core.random import skip_draws
 from graft.methods.lora import checks
 from graft.methods.lora.lora import LoRA
 
@@ -92,7 +92,7 @@ class QALoRA(LoRA):
         """
         how = self.cfg.init_lora_weights
         if how is True:  # as if a whole A had been drawn before, which PEFT does
-            skip(torch.empty(self.cfg.r, self.site.in_features))
+            skip_draws(torch.empty(self.cfg.r, self.site.in_features))
         super().init()
         if how is False:
             nn.init.kaiming_uniform_(self.pair[0], a=math.sqrt(5))

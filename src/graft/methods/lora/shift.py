@@ -179,7 +179,7 @@ def apply_file_shift(lora: Method) -> None:
             shift.before = None
             wide = W.to(torch.promote_types(W.dtype, torch.float32))
             layer.rewrite_base((wide + (B @ A - shift.B @ shift.A).to(wide)).to(W.dtype))
-            layer.keep()
+            layer.drop_rollback()
         return
     if lora.site.on_meta:
         layer.rewrite_base(layer.W0)  # warns, as there is nothing to change

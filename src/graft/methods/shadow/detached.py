@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graft.core.errors import AdapterNotFoundError
-from graft.core.rows import tokens_seen
+from graft.core.rows import count_cached_tokens
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -87,7 +87,7 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
     if isinstance(cache, find_cache_class()):
         kwargs[name] = cache.base  # type: ignore[attr-defined]
         return cache.shadows  # type: ignore[attr-defined,no-any-return]
-    seen = tokens_seen(cache)
+    seen = count_cached_tokens(cache)
     if seen is None:
         raise NotImplementedError(
             f"SHADOW needs a Cache of transformers that holds tokens as `{name}`, and this {type(cache).__name__} does "
@@ -141,7 +141,7 @@ def no_cache_for(network: Any, model: Any) -> str | None:
         return f"{kind} has a cache that transformers makes for it alone. {plain}"
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return f"{kind} stands for the decoder of an encoder-decoder, whose cache it does not share. {plain}"
-    if tokens_seen(empty(network)) is None and tokens_seen(empty(model)) is not None:
+    if count_cached_tokens(empty(network)) is None and count_cached_tokens(empty(model)) is not None:
         return (
             f"none of the layers of its {kind} is one of attention, which counts the tokens. Pass use_cache=False, or "
             "take a network of more layers (shadow_num_hidden_layers)."
@@ -157,7 +157,7 @@ def shadow_loss(tuner: Tuner, cfg: PeftConfig, name: str, s: Tensor, inputs: dic
     """
     labels, model = inputs["labels"], tuner.model
     if cfg.task_type == "SEQ_CLS":
-        head = tuner.shared.containers["shadow_head"][name]
+        head = tuner.shared_tensors.containers["shadow_head"][name]
         logits = pool_logits(head(s.to(find_head_dtype(head))), inputs.get("input_ids"), model.config.pad_token_id)
         return classification(model.config, logits, labels)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -313,7 +313,7 @@ def detach(tuner: Tuner, name: str, separate: bool) -> object:
     The head is the shadow's own for SEQ_CLS, else the base's output embeddings. A network without embeddings gets the
     base's. `separate`: all modules are copied; else shared, and the adapter's network stays without embeddings.
     """
-    model, containers = tuner.model, tuner.shared.containers
+    model, containers = tuner.model, tuner.shared_tensors.containers
     network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
     classifies = "shadow_head" in containers and name in containers["shadow_head"]
     head = containers["shadow_head"][name] if classifies else model.get_output_embeddings()

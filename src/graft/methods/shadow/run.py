@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graft.core.method import as_it_is
-from graft.core.rows import by_name
+from graft.core.method import return_unchanged
+from graft.core.rows import name_arguments
 from graft.methods.shadow.detached import NAMES, empty, no_cache_for, shadow_loss, unpack, with_cache
 from graft.storage import find_device_and_dtype
 
@@ -85,8 +85,8 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     Yield the function that completes the output with loss and cache; in `generate` hooks do that, and it changes
     nothing. With adapters disabled do nothing.
     """
-    if tuner.disabled:
-        yield as_it_is
+    if tuner.is_disabled:
+        yield return_unchanged
         return
     names = run.adapters
     if not run.generates:
@@ -121,7 +121,7 @@ def surround(tuner: Tuner, call: Call, run: Run) -> Iterator[Callable[[object], 
     ]
     try:
         with call.giving():
-            yield as_it_is
+            yield return_unchanged
     finally:
         for handle in handles:
             handle.remove()
@@ -144,7 +144,7 @@ class Pass:
         """
         self.tuner, self.names, self.share = tuner, names, run.share
         self.rows = call.rows  # also when a backward pass runs a block again
-        self.arguments = by_name(tuner.model, args, kwargs)
+        self.arguments = name_arguments(tuner.model, args, kwargs)
         if any(self.arguments.get(name) is not None and kwargs.get(name) is None for name in NAMES):
             raise ValueError(
                 f"SHADOW adapters {list(names)} take a cache apart, and found one among the arguments without a name: "
@@ -168,7 +168,7 @@ class Pass:
         all can.
         """
         for name in self.names:
-            network = self.tuner.shared.containers["shadow_backbone"][name]
+            network = self.tuner.shared_tensors.containers["shadow_backbone"][name]
             why = no_cache_for(network, self.tuner.model)
             if why is not None:
                 return f"SHADOW adapter '{name}' cannot run with a cache: {why}"
@@ -181,7 +181,7 @@ class Pass:
         Input embeddings come from the argument, the call, or the base model's embedding, if the network has none. A
         cache, if there is one, is used and extended.
         """
-        containers = self.tuner.shared.containers
+        containers = self.tuner.shared_tensors.containers
         network, projection = containers["shadow_backbone"][name], containers["shadow_projection"][name]
         parameters = signature(network.forward).parameters
         device, dtype = find_device_and_dtype(network)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graft.core.call import Call
 from graft.core.effect import Effect, Rewrite
 from graft.core.errors import ConfigError, RoutingError
-from graft.core.method import COMPARISON, Layers, Method, Published, Tuner, dropout_for
+from graft.core.method import COMPARISON, AdaptedLayers, Method, PublishedRate, Tuner, make_dropout
 from graft.core.rows import Finish
 from graft.methods.shadow import network
 from graft.methods.shadow.detached import unload
@@ -32,7 +32,7 @@ class Shadow(Method[ShadowConfig]):
     """
 
     prefix = "shadow_"
-    published_lr = Published(1e-3, 1e-3, COMPARISON)
+    published_lr = PublishedRate(1e-3, 1e-3, COMPARISON)
     compresses_targets = False
     has_labelled_loss = True
     keeps_base_dtype = frozenset(BESIDE)
@@ -64,13 +64,13 @@ class Shadow(Method[ShadowConfig]):
         cfg.hidden_size = network.require_width(model)
 
     @classmethod
-    def share(cls, layers: Layers) -> dict[str, Any]:
+    def share(cls, layers: AdaptedLayers) -> dict[str, Any]:
         """Return the shadow network, its projection and, for SEQ_CLS, its head (`make_modules`).
 
         Raises ConfigError for a second adapter if one of them is for SEQ_CLS.
         """
-        tasks = (c.task_type for c in (layers.cfg, *layers.others.values()))
-        if layers.others and "SEQ_CLS" in tasks:
+        tasks = (c.task_type for c in (layers.cfg, *layers.other_configs.values()))
+        if layers.other_configs and "SEQ_CLS" in tasks:
             raise ConfigError("SHADOW supports one adapter only for SEQ_CLS, whose head it copies.")
         return network.make_modules(layers.model, layers.cfg)
 
@@ -114,7 +114,7 @@ class Shadow(Method[ShadowConfig]):
             shadow_up=nn.Linear(cfg.r, d, bias=False),
             shadow_update_transform=nn.Sequential(nn.Linear(d, u), nn.GELU(), nn.Linear(u, d)),
             shadow_update_gate=nn.Sequential(nn.Linear(d, u), nn.GELU(), nn.Linear(u, d)),
-            shadow_dropout=dropout_for(cfg.shadow_dropout),
+            shadow_dropout=make_dropout(cfg.shadow_dropout),
             shadow_alpha=cfg.shadow_alpha,
         )
 

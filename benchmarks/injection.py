@@ -17,7 +17,7 @@ from benchmarks.measure import Bench, Effort, Goal, Row, Turns, take_turns
 from benchmarks.models import Stack, lora, smollm, stack_config
 from graft.core.lean import Linear, new_lean
 from graft.core.random import kaiming_bound, skip_draws
-from graft.inject.inject import collector_paused
+from graft.inject.inject import pause_collector
 
 
 def first(build: Callable[[], nn.Module], config: Callable[[Any], Any]) -> Callable[[Any], Turns]:
@@ -58,7 +58,7 @@ def least(build: Callable[[], nn.Module], modules: int, r: int = 16, device: str
     def turns() -> Turns:
         sizes = [(m.out_features, m.in_features) for m in build().modules() if isinstance(m, nn.Linear)]
 
-        @collector_paused()
+        @pause_collector()
         def make() -> list[list[nn.Module]]:
             return [layer(*size) for size in sizes]
 

@@ -64,7 +64,7 @@ MUTATIONS = [
     Mutation(
         "parts of tensors are saved",
         "io/save.py",
-        "    values |= gathered(values)\n",
+        "    values |= gather_tensors(values)\n",
         "",
         "tests/compat/test_callers.py",
     ),
@@ -115,8 +115,8 @@ MUTATIONS = [
     Mutation(
         "a saved name",
         "io/entries.py",
-        "stem = there + container",
-        'stem = there + container + "x"',
+        "stem = stem_in_file + container",
+        'stem = stem_in_file + container + "x"',
         "tests/parity/test_files.py tests/io",
     ),
     Mutation("a merge in training mode", "core/folding.py", 'self.own["training"] = False', "pass"),
@@ -317,7 +317,7 @@ MUTATIONS = [
     Mutation(
         "resuming: another base",
         "train/state_file.py",
-        "if why is None and not same_values(then, now):",
+        "if why is None and not match_values(then, now):",
         "if False:",
         "tests/train/test_resuming.py",
     ),

@@ -18,7 +18,7 @@ from graft.core.carrier import layer_in
 from graft.core.errors import ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -273,7 +273,7 @@ def create_lorafa_optimizer(
 
 def check_options(model: nn.Module, r: int | None, lora_alpha: float | None, use_rslora: bool | None) -> None:
     """Compare the options with the configs of the active adapters, which are what counts."""
-    registry = registry_of(model)
+    registry = get_registry(model)
     configs = {} if registry is None else {name: registry.peft_config[name] for name in registry.active_adapters}
     if use_rslora is not None:
         conflicting = [name for name, cfg in configs.items() if getattr(cfg, "use_rslora", use_rslora) != use_rslora]

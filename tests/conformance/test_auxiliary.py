@@ -20,7 +20,7 @@ from graft.core.errors import AdapterNotFoundError
 from graft.core.method import Method
 from graft.methods.ln_tuning import LNTuning
 from tests import models
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
 from tests.threads import at_once
 
@@ -356,7 +356,7 @@ def test_a_run_that_fails_leaves_nothing(model):
     model(x)
     with pytest.raises(RuntimeError):
         model(x[..., :2])
-    assert registry_of(model).call.here.noted is None
+    assert get_registry(model).call.here.noted is None
     assert model.auxiliary_loss() == 0.0
     model(x)
     assert_close(model.auxiliary_loss(), by_hand(model, "a", x))

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import graft
 from tests.conformance.samples import CALLED_CELLS, LAYERS, SAMPLES, STORES, Cell, features
 from tests.covering import law
-from tests.looks import layers, merged, registry_of
+from tests.looks import get_registry, layers, merged
 from tests.methods import test_xlora as xlora
 from tests.models import disturb, seeded
 
@@ -215,7 +215,7 @@ def test_a_router_saved_with_its_experts_copied_and_deleted(tmp_path):
     alone = model(x)
     loaded.set_adapter("x")
     close(alone, loaded(x))
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
 
 
 @pytest.mark.parametrize("layer", OTHERS, ids=str)

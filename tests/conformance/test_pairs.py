@@ -14,7 +14,7 @@ from graft.core.method import AdaptedLayers
 from graft.core.rows import Constant, Rows
 from graft.core.shared import SharedTensors
 from graft.inject.build import add_adapter
-from graft.inject.survey import site_of, survey
+from graft.inject.survey import get_site, survey_model
 from graft.methods.lora.dylora import DRAWN
 from tests.conformance.samples import LAYERS, REFUSED, SAMPLES, UNMERGEABLE, Layer, Sample, find
 from tests.covering import Case, Sometimes, law
@@ -68,7 +68,7 @@ def carried(on: Layer, *samples: Sample) -> AdapterLayer:
     """A layer that carries an adapter of each sample, "a", "b", …, each of which does something."""
     with seeded(0):
         module = torch.nn.ModuleDict({"layer": on.make()})
-    layer = AdapterLayer(site_of("layer", module["layer"], survey(module)), Call())
+    layer = AdapterLayer(get_site("layer", module["layer"], survey_model(module)), Call())
     module.requires_grad_(False)
     layer.shared = shared = SharedTensors()  # for adapters that a test adds
     with seeded(1):

@@ -17,7 +17,7 @@ import graft
 from graft.core.call import Call
 from graft.core.rows import BASE, CallContext, Rows
 from tests import models
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import disturb, seeded
 from tests.threads import at_once
 
@@ -100,7 +100,7 @@ def test_a_layer_that_sees_no_rows_of_the_batch_is_named():
     x = torch.randn(4, 5, 3)
     with pytest.raises(graft.RoutingError, match="'flat' received 20 rows"):
         model(x, adapter_names=FIRST)
-    assert not registry_of(model).call.open
+    assert not get_registry(model).call.open
     model(x)
 
 
@@ -156,7 +156,7 @@ def test_names_are_checked_before_anything_runs():
     with pytest.raises(graft.RoutingError, match=r"merged adapters.*unmerge_adapter.*default"):
         model(x, adapter_names=["b", "b"])
     model.unmerge_adapter()
-    assert not registry_of(model).call.open
+    assert not get_registry(model).call.open
     model(x, adapter_names=["b", BASE])
 
 
@@ -236,7 +236,7 @@ def test_recomputed_layers_see_their_rows(method, targets, reentrant):
     model = llama(method, targets, reentrant)
     for _ in range(2):
         equal(backward(model, FIRST), expected)
-        assert not registry_of(model).call.open
+        assert not get_registry(model).call.open
 
 
 @CHECKPOINTING
@@ -329,7 +329,7 @@ def test_higher_derivatives_and_retained_graphs():
     (g,) = torch.autograd.grad(y, x, create_graph=True)
     g.square().sum().backward(retain_graph=True)
     y.backward()
-    assert not registry_of(model).call.open
+    assert not get_registry(model).call.open
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -392,7 +392,7 @@ def test_rows_come_back_whatever_the_output_is(kind, reentrant):
         for _ in range(2):
             unpack(model(X, adapter_names=FIRST)).square().sum().backward()
             found.append(gradients(model))
-            assert not registry_of(model).call.open
+            assert not get_registry(model).call.open
     for other in found[1:]:
         equal(other, found[0])
 

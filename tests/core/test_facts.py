@@ -13,7 +13,7 @@ import graft
 from graft.core.call import Call
 from graft.core.rows import BASE, NO_FACTS, CallContext, Rows
 from graft.methods.tasks import TASKS
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import seeded
 from tests.threads import at_once
 
@@ -81,7 +81,7 @@ def test_rows_of_several_methods(method):
             model.set_adapter(name)
             expected = model(X[row : row + 1], **(one if name == "default" else {}))
         assert_close(mixed[row], expected[0], rtol=1e-5, atol=1e-5)
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
 
 
 def test_each_thread_has_its_own():
@@ -94,7 +94,7 @@ def test_each_thread_has_its_own():
 
     at_once(*(partial(work, i) for i in range(3)))
     assert len(found) == 180 and all(torch.equal(y, expected[i]) for i, y in found)
-    assert not registry_of(model).call.open
+    assert not get_registry(model).call.open
 
 
 def test_a_layer_past_the_models_own_forward_knows_nothing():
@@ -107,4 +107,4 @@ def test_a_layer_past_the_models_own_forward_knows_nothing():
     model(X, task_ids=FACT)
     with pytest.raises(graft.RoutingError, match="task_ids should not be None"):
         model.get_base_model()(X)
-    assert registry_of(copy.deepcopy(model)).call.fact(TASKS) is None
+    assert get_registry(copy.deepcopy(model)).call.fact(TASKS) is None

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import seeded
 
 X = torch.linspace(-1, 1, 40).view(4, 10)
@@ -59,7 +59,7 @@ def test_gates_weigh_what_each_adapter_adds(a, b, rows):
     made = model(a, b)
     made.set_adapter(["a", "b"])
     x, gates = X.repeat(rows // 4, 1), ByRow({n: w.repeat(rows // 4) for n, w in GATES.weights.items()})
-    layer, call = layers(made)["0"], registry_of(made).call
+    layer, call = layers(made)["0"], get_registry(made).call
     base = layer.base_layer(x)
     expected = base + sum(gates.apply(layer, name, x @ layer.get_delta_weight(name).T) for name in ("a", "b"))
     names = ["a", "__base__", "b", "a"] * (rows // 4)
@@ -77,7 +77,7 @@ def test_gates_weigh_what_each_adapter_adds(a, b, rows):
 @pytest.mark.parametrize("b", ["OFT", "LN_TUNING"])
 def test_what_does_more_than_add_refuses_gates(b):
     made = model("LORA", b)
-    with registry_of(made).call.giving(GATES):
+    with get_registry(made).call.giving(GATES):
         made.set_adapter("a")
         made(X)
         made.set_adapter("b")

@@ -14,7 +14,7 @@ import graft
 from graft.core.call import Call
 from graft.core.containers import Filed, Transient
 from graft.core.layer import make_adapter_layer
-from graft.inject.survey import site_of, survey
+from graft.inject.survey import get_site, survey_model
 
 
 def made(build, name="a", layer=None, prefix="thing_"):
@@ -33,7 +33,7 @@ def made(build, name="a", layer=None, prefix="thing_"):
 
     Thing.prefix = prefix
     base = nn.Sequential(nn.Linear(4, 4))
-    layer = layer or make_adapter_layer(site_of("0", base[0], survey(base)), Call())
+    layer = layer or make_adapter_layer(get_site("0", base[0], survey_model(base)), Call())
     method = Thing(layer.site, graft.LoraConfig(), name)
     layer.add(method, method.build({}))
     return layer

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.effect import Factors, Replace, Rewrite, Update
 from graft.core.method import Method
-from graft.inject.survey import site_of, survey
+from graft.inject.survey import get_site, survey_model
 from graft.methods import METHODS, method_of
 from graft.methods.ln_tuning import LNTuning
 from tests.looks import layers
@@ -19,7 +19,7 @@ from tests.looks import layers
 
 def site(layer: nn.Module):
     net = nn.Sequential(layer)
-    return site_of("0", layer, survey(net))
+    return get_site("0", layer, survey_model(net))
 
 
 def effect(peft_type: str, layer: nn.Module, **options):
@@ -221,7 +221,7 @@ def test_declarations_are_read_however_they_are_written(future, module):
     Gate = space["Gate"]
     assert (Gate.prefix, Gate.upcast, Gate.always_tied) == ("gate_", False, False)
     model = nn.Sequential(nn.Linear(4, 3))
-    place = site_of("0", model[0], survey(model))
+    place = get_site("0", model[0], survey_model(model))
     layer, made = AdapterLayer(place, Call()), Gate(place, None, "a")
     layer.add(made, made.build({}))
     layer.set_adapter("a")

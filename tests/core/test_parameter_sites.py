@@ -17,7 +17,7 @@ from graft.core.method import AdaptedLayers
 from graft.core.rows import Rows
 from graft.core.shared import SharedTensors
 from graft.inject.build import add_adapter
-from graft.inject.survey import parameter_site, survey
+from graft.inject.survey import make_parameter_site, survey_model
 from tests.models import seeded
 
 
@@ -44,7 +44,7 @@ CONFIGS = {
 def carried(*methods):
     with seeded(0):
         module = nn.ModuleDict({"m": Gated()}).requires_grad_(False)
-        layer = make_adapter_layer(parameter_site("m", module["m"], "w", survey(module)), Call())
+        layer = make_adapter_layer(make_parameter_site("m", module["m"], "w", survey_model(module)), Call())
         for name, method in zip("ab", methods):
             cfg = graft.PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=["m"], **CONFIGS[method])
             m, shared = graft.method_of(method)(layer.site, cfg, name), SharedTensors()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import graft
 from graft.core.call import Call
 from tests import models
-from tests.looks import layers, merged, registry_of
+from tests.looks import get_registry, layers, merged
 from tests.models import adapted, disturb, seeded
 from tests.threads import at_once
 
@@ -93,7 +93,7 @@ def test_other_threads_keep_their_adapters(method):
             assert torch.equal(model(X), off)
         assert torch.equal(model(X), off)
         assert not model.has_active_enabled_adapter and in_thread(lambda: model.has_active_enabled_adapter)
-    assert torch.equal(model(X), on) and not registry_of(model).call.open
+    assert torch.equal(model(X), on) and not get_registry(model).call.open
 
 
 @pytest.mark.differs(
@@ -159,7 +159,7 @@ def test_many_threads_at_once():
                 wrong.append("on again")
 
     at_once(plain, block, block, plain)
-    assert not wrong and not registry_of(model).call.open
+    assert not wrong and not get_registry(model).call.open
 
 
 def test_token_rows_and_what_reads_the_weight_follow_the_thread():
@@ -217,7 +217,7 @@ def test_a_copy_is_in_no_block():
     on = model(X)
     with model.disable_adapter():
         twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-        assert not any(registry_of(twin).call.open for twin in twins)
+        assert not any(get_registry(twin).call.open for twin in twins)
         for twin in twins:
             assert torch.equal(twin(X), on)
     assert not pickle.loads(pickle.dumps(Call())).open
@@ -260,7 +260,7 @@ def test_a_block_waits_for_others_that_run_what_is_merged():
     handle.remove()
     threads.append(threading.Thread(target=lambda: found.append(block())))
     threads[1].start()
-    while registry_of(model).call.gate.closed_by is None:
+    while get_registry(model).call.gate.closed_by is None:
         pass
     assert merged(model) == ["a"]
     leave.set()
@@ -285,7 +285,7 @@ def gradients(model, before, within):
             loss.backward()
     if not within:
         loss.backward()
-    assert not registry_of(model).call.open
+    assert not get_registry(model).call.open
     return x.grad
 
 

@@ -9,7 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 import graft
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 from graft.kernels.waits import copy_on_device
 from graft.model import watch
 from tests import models
@@ -179,11 +179,11 @@ def test_what_an_adapter_begins_with_is_noted_of_both_devices(monkeypatch):
     """Several processes, each with a model over two devices."""
     notes = []
     monkeypatch.setattr(watch, "processes", lambda: 2)
-    monkeypatch.setattr(watch, "Note", lambda _topic, text: notes.append(text))
+    monkeypatch.setattr(watch, "RankNote", lambda _topic, text: notes.append(text))
     for spread in (lambda model: model, split):
         config = graft.LoraConfig(r=3, target_modules=["layer"])
         with seeded(1):
-            watch.note_start(registry_of(graft.get_peft_model(spread(parts()), config)), "default")
+            watch.note_start(get_registry(graft.get_peft_model(spread(parts()), config)), "default")
     assert notes[0] == notes[1] != "[]"
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from tests.looks import registry_of
+from tests.looks import get_registry
 from tests.model.test_requests import NAMES, X, two_adapters
 from tests.threads import at_once
 
@@ -35,7 +35,7 @@ def test_layers_run_again_in_the_thread_of_the_device_with_the_rows_of_their_req
         wrong.extend(i for _ in range(10) if not torch.equal(gradient(model, ORDERS[i]), expected[i]))
 
     at_once(*(partial(work, i) for i in range(4)))
-    assert not wrong and not registry_of(model).call.open
+    assert not wrong and not get_registry(model).call.open
 
 
 def test_a_backward_pass_does_not_wait_for_a_change():
@@ -43,6 +43,6 @@ def test_a_backward_pass_does_not_wait_for_a_change():
     model.change_timeout = 5
     x = X.to("cuda").requires_grad_()
     loss = model(x, adapter_names=NAMES).square().sum()
-    with registry_of(model).call.gate.change("a change"):
+    with get_registry(model).call.gate.change("a change"):
         loss.backward()
     assert x.grad.abs().sum() > 0

@@ -11,7 +11,7 @@ import graft
 from graft.storage import stacks
 from tests.inject.test_parameters import base
 from tests.leaves_out import FUSED_EXPERTS
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import seeded
 from tests.storage.packed_experts import IDS, both
 
@@ -79,7 +79,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, tmp_path):
         m.register_forward_hook(lambda _, args, y, path=path: seen.update({path: (args, y)}))  # of the last pass
     model(input_ids=IDS)
     scalings = model.get_latest_scalings()  # (batch, tokens, layers, adapters)
-    places = registry_of(model).places  # of the layers
+    places = get_registry(model).places  # of the layers
     assert scalings.shape == (*IDS.shape, len(places), 2) and places.keys() == found.keys() and len(inner) == 2
     for path, m in inner.items():
         own, gates, trained = {}, {}, [scalings]

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import graft
-from graft.inject.match import minimal_names
+from graft.inject.match import minimize_names
 from tests.covering import EVERYTHING
 from tests.pair import outcome
 from tests.trees import tree
@@ -118,6 +118,6 @@ def test_shortened_targets(size, data):
 )  # fmt: skip
 def test_fewest_names_and_refusals_are_pefts(targets, others):
     theirs = outcome(lambda: peft.tuners.tuners_utils._find_minimal_target_modules(targets, others))
-    ours = outcome(lambda: minimal_names(targets, others))
+    ours = outcome(lambda: minimize_names(targets, others))
     assert ours.value == theirs.value and type(ours.error) is type(theirs.error)
     assert str(ours.error)[:50] == str(theirs.error)[:50]

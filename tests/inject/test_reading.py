@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, FalconMambaConfig, JambaConfig, MambaCo
 
 import graft
 from graft.core.errors import RoutingError, UnsupportedLayerError
-from graft.inject.survey import SETS_UP, Source, Use, uses_of
+from graft.inject.survey import SETS_UP, SourceUses, Use, find_inner_uses
 from tests.leaves_out import KERNELS_ON_CPUS
 from tests.models import adapted, seeded
 
@@ -328,14 +328,14 @@ class HandsOn(Reader):
 
 def test_what_gets_the_module_may_call_all_within():
     """As diffusers' attentions: `direct` is read by a method, and called by their processors."""
-    assert uses_of(HandsOn)["direct",] == uses_of(HandsOn)["called",] == Use(True, True)
+    assert find_inner_uses(HandsOn)["direct",] == find_inner_uses(HandsOn)["called",] == Use(True, True)
 
 
 def test_uses_of_a_class():
-    assert uses_of(Reader) == uses_of(Inherits)
-    reads = {path: use for path, use in uses_of(Reader).items() if use.reads}
+    assert find_inner_uses(Reader) == find_inner_uses(Inherits)
+    reads = {path: use for path, use in find_inner_uses(Reader).items() if use.reads}
     assert reads == {("norm",): Use(True, True), ("direct",): Use(True, False), ("heads", "[]"): Use(True, False)}
-    assert {path for path, use in uses_of(Around).items() if use.reads} == {("last",), ("reader", "called")}
+    assert {path for path, use in find_inner_uses(Around).items() if use.reads} == {("last",), ("reader", "called")}
 
 
 @pytest.mark.parametrize("target", ["direct", "heads.0", "last", "called"])
@@ -381,7 +381,7 @@ def children(function):
 
 
 def test_no_model_of_transformers_reads_a_weight_unseen():
-    """An independent reading of all models' sources finds nothing that `Source` does not."""
+    """An independent reading of all models' sources finds nothing that `SourceUses` does not."""
     seen, unseen = [], []
     for file in sorted(MODELS.glob("*/modeling_*.py")):
         text = file.read_text()
@@ -392,7 +392,7 @@ def test_no_model_of_transformers_reads_a_weight_unseen():
                     continue
                 if not (found := set(children(function))):
                     continue
-                source = Source("self")
+                source = SourceUses("self")
                 source.visit(function)
                 seen += [f"{cls.name}.{'.'.join(path)}" for path in found]
                 unseen += [f"{cls.name}.{'.'.join(path)}" for path in found - source.reads]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import graft
-from graft.inject.targets import weight_of
+from graft.inject.targets import find_weight
 from tests import models
 from tests.looks import layers
 from tests.models import adapted, disturb, seeded
@@ -183,7 +183,7 @@ def test_a_partner_that_was_merged_when_the_adapter_came(carried):
     model.merge_adapter(["b"])
     assert layer.base_layer.weight is not weight and torch.equal(weight, before)
     model.unmerge_adapter()
-    assert layer.base_layer.weight is weight_of(model.get_base_model().head) is weight and torch.equal(weight, before)
+    assert layer.base_layer.weight is find_weight(model.get_base_model().head) is weight and torch.equal(weight, before)
 
 
 def test_a_model_whose_head_is_merged_is_still_seen_as_tied():

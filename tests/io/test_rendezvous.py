@@ -11,7 +11,7 @@ from graft.io import rendezvous
 def saved(monkeypatch):
     """Return what saves the same values as a rank, and the ranks that have written."""
     shelf, written = dist.HashStore(), []
-    monkeypatch.setattr(rendezvous, "store", lambda: shelf)
+    monkeypatch.setattr(rendezvous, "get_store", lambda: shelf)
     monkeypatch.setattr(rendezvous, "PATIENCE", 0.05)
 
     def save(rank, error=None):
@@ -21,7 +21,7 @@ def saved(monkeypatch):
             written.append(rank)
 
         monkeypatch.setattr(rendezvous.dist, "get_rank", lambda: rank)
-        rendezvous.once("folder", "values", act)
+        rendezvous.save_once("folder", "values", act)
 
     return save, written
 

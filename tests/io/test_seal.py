@@ -15,7 +15,7 @@ import graft
 from graft.core.errors import CheckpointError
 from graft.files.convert import convert
 from graft.files.formats import read
-from graft.io.tensors import digest_of, write_safetensors
+from graft.io.tensors import digest_tensors, write_safetensors
 from graft.serving import AdapterSlots
 from tests.models import seeded
 
@@ -157,7 +157,7 @@ def test_saves_are_the_same_bytes(folder, tmp_path):
 def test_dtypes_and_tensors_without_numbers(tmp_path, dtype):
     path = str(tmp_path / NAME)
     tensors = {"a": torch.ones(3, 5).to(dtype), "b": torch.empty(0, 8).to(dtype)}
-    write_safetensors(path, tensors, {"format": "pt", "graft_digest": digest_of(tensors)})
+    write_safetensors(path, tensors, {"format": "pt", "graft_digest": digest_tensors(tensors)})
     plain(tmp_path)
     flip(tmp_path, -1)
     with pytest.raises(CheckpointError, match="damaged"):

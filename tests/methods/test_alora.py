@@ -14,7 +14,7 @@ from graft.compat.peft.shims import calculate_alora_offsets
 from graft.methods.lora.alora import find_last_occurrence
 from tests import models
 from tests.leaves_out import CHUNKS_OF_PADDED, WHOLE_GRAPHS
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
 
 TOKENS = [11, 10]  # in the rows 0 and 1 of the batch
@@ -240,7 +240,7 @@ def test_generation_with_a_cache_is_that_without(how, left):
     out = generated(**cached)
     assert torch.equal(out, generated(use_cache=False))
     assert not torch.equal(out, lora_of(model).generate(**inputs, **options)[: len(out)])
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
     for row in out if how == "greedy" else ():  # decoding by hand: each token from the whole text before it
         text, prompt = row[None], inputs["input_ids"].shape[1]
         mask = torch.cat([inputs["attention_mask"][:1], torch.ones(1, 6, dtype=torch.long)], 1)
@@ -286,7 +286,7 @@ def test_beams_are_refused():
     for options in (dict(num_beams=2), dict(generation_config=GenerationConfig(num_beams=2))):
         with pytest.raises(ValueError, match="Beam search not yet supported for aLoRA"):
             model.generate(**inputs, max_new_tokens=2, **options)
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
     with model.disable_adapter():
         model.generate(**inputs, max_new_tokens=2, num_beams=2)
     assert torch.equal(model(**inputs, num_beams=2).logits, model(**inputs).logits)
@@ -317,7 +317,7 @@ def test_gradient_checkpointing(names, reentrant):
         assert found.keys() == expected.keys()
         for name, g in expected.items():
             assert_close(found[name], g, rtol=1e-4, atol=1e-5 * max(1.0, g.abs().max().item()))
-        assert not registry_of(model).call.context
+        assert not get_registry(model).call.context
 
 
 @pytest.mark.differs(
@@ -390,7 +390,7 @@ def test_offsets_that_are_none(given, error, text):
     model, inputs = with_alora(), batch()
     with pytest.raises(error, match=text):
         model(**inputs, alora_offsets=given)
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
     model(**inputs)
 
 
@@ -403,7 +403,7 @@ def test_merging_is_refused():
         copy.deepcopy(model).merge_and_unload()
     assert torch.equal(logits(model, inputs), expected)
     model.merge_adapter(["plain"])
-    assert registry_of(model).merged_adapters == ["plain"]
+    assert get_registry(model).merged_adapters == ["plain"]
 
 
 # PEFT

@@ -15,7 +15,7 @@ import graft
 from graft.model.experts import split_source
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import seeded
 
 LIBS = (graft, peft)
@@ -317,7 +317,7 @@ def test_what_a_router_cannot_do(folder):
     model.delete_adapter("task_0"), model.delete_adapter("task_1")
     with pytest.raises(graft.RoutingError, match=r"top_k=2 is more than its 1 experts \['task_2'\]"):
         output(model)
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
 
 
 def test_a_router_without_general_adapters(folder):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import ConfigError, NoMatchingPeftModuleError
 from tests.leaves_out import EMBEDDINGS_APART
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import adapted, checkpoint, disturb, inputs, make, output, seeded
 
 SMALL = dict(reduction_factor=3)
@@ -57,7 +57,7 @@ def test_gradients_under_checkpointing(name, preset, reentrant):
             model.enable_input_require_grads()
         output(model.train(), inputs(name)).square().mean().backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        assert not registry_of(model).call.here.tapped
+        assert not get_registry(model).call.here.tapped
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) >= 8
     assert_close(grads[0], grads[1])
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.errors import ConfigError, RoutingError
 from graft.files.errors import BaseNeededError
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.methods.test_adapterhub import base as hub_base
 from tests.models import checkpoint, inputs, make, output, seeded
 
@@ -57,7 +57,7 @@ def test_the_regularization_is_theirs(label):
     model.set_adapter("fused")
     given = {k[3:]: v for k, v in load_file(HERE / "adapterhub" / name / "outputs.safetensors").items() if "in." in k}
     model.train()(**given)
-    assert_close(registry_of(model).auxiliary_loss("fused"), load_file(folder / "outputs.safetensors")["loss"])
+    assert_close(get_registry(model).auxiliary_loss("fused"), load_file(folder / "outputs.safetensors")["loss"])
 
 
 @torch.no_grad()

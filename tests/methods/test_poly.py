@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import graft
 from tests import models
 from tests.leaves_out import WHOLE_GRAPHS
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
 
 LIBS = (graft, peft)
@@ -120,7 +120,7 @@ def test_generation():
         one = {k: v[i : i + 1] for k, v in inputs.items()}
         alone.append(ours.generate(**one, **{**options, "task_ids": TASKS[i : i + 1]}, num_beams=3))
     assert torch.equal(ours.generate(**inputs, **options, num_beams=3), torch.cat(alone))  # in which PEFT fails
-    assert not registry_of(ours).call.context
+    assert not get_registry(ours).call.context
 
 
 # the mathematics
@@ -207,7 +207,7 @@ def test_gradient_checkpointing(reentrant):
     model.enable_input_require_grads()
     models.seed(3)
     equal(gradients(model), expected)
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
 
 
 @WHOLE_GRAPHS
@@ -244,7 +244,7 @@ def test_tasks_that_are_none(tasks, text):
     expected = output(model)
     with pytest.raises(ValueError, match=text):
         output(model, tasks)
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
     assert torch.equal(output(model), expected)
     if isinstance(tasks, torch.Tensor) and tasks.dim() == 1 and tasks.max() < 3:
         return

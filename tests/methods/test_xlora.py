@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import graft
 from graft.core.rows import CACHES, list_forward_arguments
 from tests import models
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
 
 EXPERT = dict(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -182,7 +182,7 @@ def test_experts_by_themselves_and_none(folder):
     assert torch.equal(output(model), mixed)
     with pytest.raises(graft.RoutingError, match="acts on the whole batch"):
         output(model, adapter_names=["default"] * 3)
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
 
 
 # running
@@ -199,7 +199,7 @@ def test_generation(folder):
         logits = ours(input_ids=text).logits[0, -1].detach()
         logits[2] = -torch.inf
         assert logits.argmax() == out[0, 7 + i]
-    assert not registry_of(ours).call.context and not ours.get_base_model()._forward_pre_hooks
+    assert not get_registry(ours).call.context and not ours.get_base_model()._forward_pre_hooks
     ours.generate(**batch, max_new_tokens=2, num_beams=2)
     with pytest.raises(graft.RoutingError, match="takes no cache"):
         cache = ours.get_base_model()(batch["input_ids"], use_cache=True).past_key_values
@@ -240,7 +240,7 @@ def test_an_error_leaves_nothing_behind(folder):
     with pytest.raises(KeyError):
         output(model)
     handle.remove()
-    assert not registry_of(model).call.context
+    assert not get_registry(model).call.context
     assert torch.equal(output(model), expected)
 
 

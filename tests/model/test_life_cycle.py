@@ -13,7 +13,7 @@ from torch import nn
 import graft
 from graft.inject.job import Options
 from graft.io.files import read_safetensors
-from tests.looks import registry_of
+from tests.looks import get_registry
 from tests.models import seeded
 
 
@@ -46,7 +46,7 @@ def test_the_collector_is_as_it_was(enabled, fails):
         if fails:
             with pytest.raises(RuntimeError, match="on the way"):
                 model = graft.get_peft_model(net(), config())
-                registry_of(model).add_adapter("b", config(), Options(values=Failing()))
+                get_registry(model).add_adapter("b", config(), Options(values=Failing()))
         else:
             graft.get_peft_model(net(), config())
         assert gc.isenabled() is enabled and gc.get_threshold() == threshold
@@ -59,13 +59,13 @@ class Failing:
 
     names = ()
 
-    def head(self, key, module):
+    def make_head(self, key, module):
         return None
 
     def check_room(self, numbers):
         pass
 
-    def of(self, parts, adapter):
+    def match_entries(self, parts, adapter):
         raise RuntimeError("on the way")
 
 

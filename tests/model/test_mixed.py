@@ -14,7 +14,7 @@ from graft.core.rows import Run
 from graft.methods import METHODS
 from graft.methods.adalora.allocator import orthogonal_losses
 from tests.covering import Sometimes, law
-from tests.looks import layers, merged, registry_of
+from tests.looks import get_registry, layers, merged
 from tests.models import seeded
 
 X = torch.linspace(-1, 1, 30).view(5, 6)
@@ -92,7 +92,7 @@ def disturb(model):
                 for slot in layer.slots(name):
                     if slot.trains:
                         slot.tensor.add_(torch.randn(slot.tensor.shape) * 0.3)
-        for slot in [s for n in model.peft_config for s in registry_of(model).shared_tensors.slots(n) if s.trains]:
+        for slot in [s for n in model.peft_config for s in get_registry(model).shared_tensors.slots(n) if s.trains]:
             slot.tensor.add_(torch.randn(slot.tensor.shape) * 0.3)
     return model
 
@@ -210,10 +210,10 @@ def test_two_adapters_of_adalora_train():
     trains = {n.split(".")[-2 if n.endswith("weight") else -1] for n, p in model.named_parameters() if p.requires_grad}
     assert trains == {"a", "b"}
     run = Run((), {}, {})
-    both = orthogonal_losses(registry_of(model), "ab", run)
+    both = orthogonal_losses(get_registry(model), "ab", run)
     for name in "ab":
         model.set_adapter(name)
-        single = orthogonal_losses(registry_of(model), model.active_adapters, run)
+        single = orthogonal_losses(get_registry(model), model.active_adapters, run)
         assert single.keys() == {name} and both[name]() > 0
         assert_close(both[name](), single[name]())
 
@@ -316,7 +316,7 @@ def test_a_mixed_model_has_what_the_models_of_its_methods_have():
     model.set_adapter(["a", "b"])
     model(X).square().sum().backward()
     model.base_model.update_and_allocate(1)
-    states = registry_of(model).states
+    states = get_registry(model).states
     assert set(states) == {"a", "b"}
     assert model.trainable_adapter_name == "a"
     with pytest.raises(graft.ConfigError, match="'b' is ADAMSS, which has no `resize_"):

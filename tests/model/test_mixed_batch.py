@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import graft
 from tests import models
 from tests.leaves_out import OPEN_SETTINGS
-from tests.looks import registry_of
+from tests.looks import get_registry
 from tests.models import adapted, disturb, seeded
 
 NAMES = ["b", "__base__", "default", "b"]
@@ -157,7 +157,7 @@ def test_generation(name, how):
     mixed = model.generate(**batch, adapter_names=NAMES, **options)
     assert torch.equal(mixed, expected)
     assert len({tuple(row) for row in expected.tolist()}) > 1, "adapters differ in what they say"
-    assert registry_of(model).call.current() is None
+    assert get_registry(model).call.current() is None
 
 
 def test_generation_with_samples_of_each_row():
@@ -214,7 +214,7 @@ def test_a_generation_that_fails_leaves_nothing_behind(how):
     with pytest.raises(KeyError):
         model.generate(**batch, adapter_names=NAMES, max_new_tokens=2, **OPTIONS[how])
     hook.remove()
-    assert not registry_of(model).call.open
+    assert not get_registry(model).call.open
     assert torch.equal(models.output(model, batch), expected)
     for names, error in ((["zz"] * 4, "non-existing"), (["b"], "same as the number of inputs")):
         with pytest.raises(graft.RoutingError, match=error):

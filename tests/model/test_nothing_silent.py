@@ -10,7 +10,7 @@ from torch import nn
 
 import graft
 from tests import models
-from tests.looks import registry_of
+from tests.looks import get_registry
 
 pytestmark = pytest.mark.graft_only
 
@@ -187,7 +187,7 @@ def test_a_plan_and_a_report_count_what_trains(name):
     assert vars(cfg) == before and torch.equal(generator, torch.get_rng_state())
     assert flags == {n: (p.requires_grad, p._version) for n, p in base.named_parameters()}
     model = graft.get_peft_model(base, cfg)
-    report = registry_of(model).reports["default"]
+    report = get_registry(model).reports["default"]
     trains = model.get_nb_trainable_parameters()[0]
     assert plan.trainable_parameters == report.trainable_parameters == trains
     assert [m[:3] for m in plan.matched] == [m[:3] for m in report.matched]

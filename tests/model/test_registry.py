@@ -11,7 +11,7 @@ from torch import nn
 
 import graft
 from graft.model.functional import delete_adapter
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import adapted, disturb, seeded
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
@@ -100,7 +100,7 @@ def test_the_registry_of_a_peft_model_forgets_them():
     model = adapted(net(), {"first": lora(modules_to_save=["head"])})
     model.delete_adapter("first")
     model.add_adapter("then", lora("head"))
-    assert list(layers(model)) == ["head"] and not registry_of(model).wrappers
+    assert list(layers(model)) == ["head"] and not get_registry(model).wrappers
     assert type(model.get_base_model().inner[0]) is nn.Linear
     model.set_adapter("then")
     assert not torch.equal(disturb(model)(X), net()(X))
@@ -211,10 +211,10 @@ def test_an_adapter_that_comes_while_all_are_off_is_off(options, within):
         model.set_adapter("b")
         disturb(model)
         assert torch.equal(model(X), net()(X))
-        assert {part.disable_adapters for part in registry_of(model).carriers()} == {True}
+        assert {part.disable_adapters for part in get_registry(model).carriers()} == {True}
     if not within:
         model.base_model.enable_adapter_layers()
-    assert {part.disable_adapters for part in registry_of(model).carriers()} == {False}
+    assert {part.disable_adapters for part in get_registry(model).carriers()} == {False}
     assert not torch.equal(model(X), net()(X))
 
 
@@ -305,7 +305,7 @@ def test_what_are_no_names(names, text):
     model = adapted(net(), dict.fromkeys("ab", lora()))
     with pytest.raises(TypeError, match=text):
         model(X, adapter_names=names)
-    assert not registry_of(model).call.open
+    assert not get_registry(model).call.open
 
 
 @pytest.mark.parametrize("first", [torch.ones(1), torch.ones(1, 4), torch.tensor(2.0)], ids=["1", "1x4", "scalar"])

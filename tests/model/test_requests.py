@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 import graft
 from graft.core.gate import Gate
 from graft.io import save
-from graft.io.load import Values
+from graft.io.load import CheckpointValues
 from graft.model import functional
 from graft.serving import AdapterSlots
 from tests import models
 from tests.covering import EVERYTHING
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import adapted, disturb, seeded
 from tests.threads import at_once, in_child
 
@@ -89,7 +89,7 @@ KINDS = {
 def in_block(model):
     """Run the base model's own forward: nothing sees it but the block around it."""
     with graft.calling(model):
-        return registry_of(model).model(X)
+        return get_registry(model).model(X)
 
 
 @dataclass
@@ -206,7 +206,7 @@ def stopped_at(module, request, name):
 
 def stopped(model, request):
     """One that stands between two layers."""
-    return stopped_at(registry_of(model).model.second, lambda: request(model), "request")
+    return stopped_at(get_registry(model).model.second, lambda: request(model), "request")
 
 
 def until(condition):
@@ -250,7 +250,7 @@ def test_a_change_waits_for_a_request_and_later_ones_for_the_change(change, kind
     model, twin = two_adapters(), two_adapters()
     for each in (model, twin):
         CHANGES[change].before(each)
-    before, gate = request(model), registry_of(model).call.gate
+    before, gate = request(model), get_registry(model).call.gate
     act(twin, other)
     after = outcome(lambda: request(twin))
     with stopped(model, request) as thread:
@@ -274,7 +274,7 @@ def test_requests_of_any_kind_run_side_by_side(first, second):
     with stopped(model, KINDS[first]) as thread:
         assert torch.equal(KINDS[second](model), expected[1])
     assert torch.equal(thread.value(), expected[0])
-    assert not registry_of(model).call.open
+    assert not get_registry(model).call.open
 
 
 # within a request of the same thread
@@ -289,7 +289,7 @@ def within(model, request, act):
             found.append(None)
             found[0] = outcome(lambda: act(model))
 
-    handle = registry_of(model).model.second.register_forward_pre_hook(change)
+    handle = get_registry(model).model.second.register_forward_pre_hook(change)
     output = request(model)
     handle.remove()
     return found[0], output
@@ -349,16 +349,16 @@ def test_a_call_that_waits_for_another_composition_has_it(first, second):
     acts[second](after)
     with stopped(model, lambda m: m(X)):
         changes = Thread(lambda: acts[second](model))
-        until(lambda: registry_of(model).call.gate.closed_by)
+        until(lambda: get_registry(model).call.gate.closed_by)
         later = Thread(lambda: model(X))
-        until(lambda: registry_of(model).call.gate.waiting)
+        until(lambda: get_registry(model).call.gate.waiting)
     assert changes.value() is None and torch.equal(later.value(), after(X))
 
 
 def test_the_composition_of_a_call_is_checked_when_the_call_begins():
     """Its adapters may come or go while it waits."""
     model = two_adapters("HRA")
-    gate = registry_of(model).call.gate
+    gate = get_registry(model).call.gate
     with gate.change("a change"):
         request = Thread(lambda: model(X, compose=graft.Stack("ann", "new")), "request")
         until(lambda: gate.waiting)
@@ -438,7 +438,7 @@ def test_a_timeout_names_the_calls_and_changes_nothing(other):
 
 def test_a_call_that_waits_too_long_for_a_change_says_for_which():
     model = two_adapters()
-    gate = registry_of(model).call.gate
+    gate = get_registry(model).call.gate
     entered, leave = threading.Event(), threading.Event()
 
     def hold():
@@ -500,7 +500,7 @@ def test_neither_calls_nor_changes_starve():
 
 
 def test_reading_and_building_go_on_beside_requests(other, monkeypatch):
-    model, of = two_adapters(), Values.of
+    model, of = two_adapters(), CheckpointValues.of
     expected, building, leave = model(X, adapter_names=NAMES), threading.Event(), threading.Event()
 
     def slow(self, *args):
@@ -508,7 +508,7 @@ def test_reading_and_building_go_on_beside_requests(other, monkeypatch):
         assert leave.wait(20)
         return of(self, *args)
 
-    monkeypatch.setattr(Values, "of", slow)
+    monkeypatch.setattr(CheckpointValues, "match_entries", slow)
     for name in ("new", "ann"):
         building.clear(), leave.clear()
         thread = Thread(partial(model.load_adapter, other / "ann", name))
@@ -567,8 +567,8 @@ def test_a_save_holds_what_adapters_were_when_it_began(name, other, tmp_path, mo
             until(lambda: changing._registry.call.gate.closed_by or not changes[0].is_alive())
         return found
 
-    original = save.entries
-    monkeypatch.setattr(save, "entries", collected)
+    original = save.list_entries
+    monkeypatch.setattr(save, "list_entries", collected)
     made = values(READS[name](changing, tmp_path))
     assert changes and made.keys() == expected.keys() and all(torch.equal(made[k], v) for k, v in expected.items())
     changes[0].value()
@@ -588,7 +588,7 @@ def test_what_a_backward_pass_runs_again_is_no_request():
     model = two_adapters(checkpoints=True).train()
     x = X.clone().requires_grad_()
     loss = model(x, adapter_names=NAMES).square().sum()
-    with registry_of(model).call.gate.change("a change"):
+    with get_registry(model).call.gate.change("a change"):
         assert Thread(loss.backward).value() is None
     assert x.grad.abs().sum() > 0
 
@@ -608,7 +608,7 @@ def test_each_thread_trains_with_the_rows_of_its_own_request():
         wrong.extend(i for _ in range(15) if not torch.equal(gradient(orders[i]), expected[i]))
 
     at_once(*(partial(work, i) for i in range(4)))
-    assert not wrong and not registry_of(model).call.open
+    assert not wrong and not get_registry(model).call.open
 
 
 def test_copies_and_child_processes_begin_with_an_open_gate():
@@ -617,7 +617,7 @@ def test_copies_and_child_processes_begin_with_an_open_gate():
     with stopped(model, KINDS["plain"]):
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             twin.set_adapter("bob")
-            assert not registry_of(twin).call.gate.calls
+            assert not get_registry(twin).call.gate.calls
 
         def child():
             model.set_adapter("bob")
@@ -631,7 +631,7 @@ def test_a_compiler_sees_nothing_of_it_and_a_block_guards_compiled_calls():
     torch._dynamo.reset()
     model = two_adapters()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    before, gate = compiled(X), registry_of(model).call.gate
+    before, gate = compiled(X), get_registry(model).call.gate
     with graft.calling(model):
         assert gate.calls
         thread = Thread(lambda: model.set_adapter("bob"))
@@ -763,7 +763,7 @@ def test_eight_threads_beside_swapping_loading_and_deleting(method, tmp_path):
         model.delete_adapter("new")
 
     assert not serve(model, REQUESTS, allowed, ROUNDS, swap, load)
-    assert not registry_of(model).call.open
+    assert not get_registry(model).call.open
 
 
 @quiet

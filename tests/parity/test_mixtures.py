@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import graft
-from graft.inject.experts import Experts
+from graft.inject.experts import ExpertStacks
 from tests.conformance.stores import held
 from tests.covering import EVERYTHING
 from tests.leaves_out import CONVERSIONS
@@ -114,7 +114,7 @@ def outcome(run):
 def targets_of(kind):
     """The old names of a family's experts, those of others, and one beside them."""
     model = base(kind)
-    names = Experts(model).names
+    names = ExpertStacks(model).names
     there = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     return [*(MIXTRAL if "w1" in names else LLAMA), "q_a_proj" if "q_a_proj" in there else "q_proj"]
 
@@ -133,7 +133,7 @@ def targets_of(kind):
 def test_experts_are_targets_by_their_old_names(kind):
     """graft trains what PEFT trains, the layers that PEFT drops, and says what both leave out."""
     model, targets = base(kind), targets_of(kind)
-    if not Experts(model).stacks:
+    if not ExpertStacks(model).stacks:
         pytest.skip("no layer of so small a model has experts")
     (theirs, _), (ours, said) = (outcome(lambda lib=lib: with_lora(lib, kind, targets)) for lib in (peft, graft))
     if isinstance(theirs, ValueError):
@@ -184,7 +184,7 @@ def test_files_go_both_ways(kind, tmp_path):
 
 def old_file(folder, kind, targets, model, **config):
     """Write a file from before experts were fused; return W + ΔW of each parameter that it changes."""
-    experts, tensors, changed = Experts(model), {}, {}
+    experts, tensors, changed = ExpertStacks(model), {}, {}
     scale = config.get("lora_alpha", 3) / (2**0.5 if config.get("use_rslora") else 2)
 
     def add(path, weight):
@@ -195,7 +195,7 @@ def old_file(folder, kind, targets, model, **config):
     with seeded(7), torch.no_grad():
         for stack in experts.stacks:
             rows = model.get_parameter(stack.path).chunk(len(stack.parts), 1)
-            block = experts.before(stack.module)
+            block = experts.find_old_path(stack.module)
             new = [
                 torch.cat([add(f"{block}.{e}.{part}", W[e]) for part, W in zip(stack.parts, rows, strict=True)])
                 for e in range(stack.size)
@@ -224,7 +224,7 @@ def old_file(folder, kind, targets, model, **config):
 def test_old_files(kind, rslora, tmp_path):
     """Experts one by one, dense layers and shared experts beside them: all of it acts as it did."""
     expected, targets = base(kind), targets_of(kind)
-    if not any(stack.parts for stack in Experts(expected).stacks):
+    if not any(stack.parts for stack in ExpertStacks(expected).stacks):
         with pytest.raises(ValueError, match=r"adapter keys|not found|target_parameters"):
             old = {"base_model.model.model.layers.0.mlp.experts.0.w9.lora_A.weight": torch.ones(2, 16)}
             (tmp_path / "none").mkdir()

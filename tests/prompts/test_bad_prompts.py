@@ -13,7 +13,7 @@ from torch import nn
 
 import graft
 from tests import models
-from tests.looks import registry_of
+from tests.looks import get_registry
 from tests.prompts.samples import HOLD_KEYS, METHODS, SAMPLES, adapt, batch, first, forward, make, on, randomize
 
 pytestmark = pytest.mark.graft_only
@@ -748,7 +748,7 @@ def test_two_prompts_at_once(sample):
     model = two(sample)
     words = ("Only one prompt", "default", "b", "set_adapter()")
     with refused(model, ValueError, *words, inputs=inputs_of(sample)):
-        registry_of(model).set_adapter(["default", "b"])
+        get_registry(model).set_adapter(["default", "b"])
 
 
 @each(FIRSTS)

@@ -9,7 +9,7 @@ import transformers
 
 import graft
 from tests.leaves_out import CACHES_OF_LLAMA4
-from tests.looks import registry_of
+from tests.looks import get_registry
 from tests.models import VOCAB, seeded, transformer
 
 P = 4
@@ -83,12 +83,12 @@ def test_a_cache_under_either_name_where_the_called_model_is_the_stack(name, tas
     extra = dict(intermediate_size_mlp=36, num_local_experts=2, interleave_moe_layer_step=2, attention_chunk_size=5)
     config = "LlamaConfig" if name == "LlamaModel" else "Llama4TextConfig"
     model = with_prompt(base_of(config, name, **small, **(extra if "4" in name else {})), method, task)
-    if argument == "cache" and OLDER and registry_of(model).stacks["main"].cache_name != "cache":
+    if argument == "cache" and OLDER and get_registry(model).stacks["main"].cache_name != "cache":
         pytest.skip(f"transformers {transformers.__version__} calls it past_key_values")
     x = ids()
     want = model(input_ids=x, use_cache=False)[0][:, -2:]
     held = model(input_ids=x[:, :-2], use_cache=True)
-    held = held[registry_of(model).stacks["main"].cache_name]
+    held = held[get_registry(model).stacks["main"].cache_name]
     out = model(input_ids=x[:, -2:], **{argument: held})[0]
     assert out.shape == want.shape
     close(out, want)

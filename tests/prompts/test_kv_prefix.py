@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import graft
-from tests.looks import registry_of
+from tests.looks import get_registry
 from tests.models import checkpoint
 from tests.pair import LIBS, close, json_of, outcome
 from tests.prompts.samples import adapt, added, batch, both, first, make, on, randomize
@@ -132,7 +132,7 @@ def test_own_keys_of_a_decoder():
     own = pairs(heads=4)
     value = graft.initialize_kv_prefix_from_past_key_values(model, past_key_values=own)
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, value)
-    acting = registry_of(model).prompt(1).self_attention_cache
+    acting = get_registry(model).prompt(1).self_attention_cache
     for layer, (k, v) in zip(acting.layers, own):
         assert torch.equal(layer.keys, k[:, :, :P]) and torch.equal(layer.values, v[:, :, :P])
 

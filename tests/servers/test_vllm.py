@@ -27,7 +27,7 @@ from graft.files.base import base_files
 from graft.files.export import export
 from graft.files.serving import check
 from graft.files.verify import verify
-from graft.io.servers import Blocks
+from graft.io.servers import ExpertBlocks
 from graft.serving import Versions
 from tests.files import adapters
 from tests.model import test_adapter_tensors as experts
@@ -201,10 +201,10 @@ def test_what_vllm_makes_of_experts(tmp_path):
             experts.shared(policy)
         made = graft.adapter_tensors(policy, layout=layout)
         made.save(tmp_path / f"{n}")
-        block = next(iter(Blocks(policy.get_base_model()).found.values()))
+        block = next(iter(ExpertBlocks(policy.get_base_model()).found.values()))
         gate_up, down = changes(policy, block.path)
         wanted[n] = rows_of(policy, gate_up, layout), down
-        jobs.append(dict(folder=str(tmp_path / f"{n}"), block=block.there, layout=layout, experts=4,
+        jobs.append(dict(folder=str(tmp_path / f"{n}"), block=block.hub_path, layout=layout, experts=4,
                          architecture=ARCHITECTURES.get(family, type(policy.get_base_model()).__name__),
                          out=str(tmp_path / f"{n}.safetensors")))  # fmt: skip
     here = str(Path(__file__).with_name("in_vllm.py"))

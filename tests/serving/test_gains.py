@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import graft
 from graft.core.errors import AdapterKeyError, AdapterNotFoundError, ConfigError, RoutingError, UnsupportedLayerError
 from graft.core.pieces import LayerPiece
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 from graft.kernels.cuts import Cut
 from graft.serving import AdapterSlots
 from tests import models
@@ -258,7 +258,9 @@ def test_what_slots_cannot_hold_stays_where_it_was():
     with pytest.raises(AdapterKeyError, match=r"no slots for .*embed_tokens"):
         AdapterSlots.of(embedding)
     assert list(embedding.peft_config) == ["default"]
-    next(iter(registry_of(model).layers.values())).site.piece = LayerPiece("colwise", None, outputs=Cut(None, 0, 2, 16))
+    next(iter(get_registry(model).layers.values())).site.piece = LayerPiece(
+        "colwise", None, outputs=Cut(None, 0, 2, 16)
+    )
     with pytest.raises(UnsupportedLayerError, match="q_proj' is parallel by the style 'colwise'"):
         AdapterSlots.of(model, "default")
     assert list(model.peft_config) == ["default", "heads"]

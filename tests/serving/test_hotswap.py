@@ -22,7 +22,7 @@ from graft.core.errors import (
     ConfigError,
 )
 from graft.core.layer import AdapterLayer
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 from graft.io.files import load_weights
 from graft.model.functional import rescale_adapter_scale
 from tests import models
@@ -752,7 +752,7 @@ def test_what_comes_while_scales_are_changed_keeps_its_own(tmp_path, how):
             model.load_adapter(folder, "default")
     model.set_adapter("default")
     assert_close(output(model, "mlp"), output(loaded(graft, "mlp", folder), "mlp"))
-    assert all(abs(layer.scaling["other"] - 1.37) < 1e-6 for layer in registry_of(model).layers.values())
+    assert all(abs(layer.scaling["other"] - 1.37) < 1e-6 for layer in get_registry(model).layers.values())
 
 
 def test_preparing_refuses_what_it_cannot_do():

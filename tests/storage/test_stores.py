@@ -102,11 +102,11 @@ def test_a_method_that_folds_is_refused_where_nothing_can_be_read():
         def fold(self, W, b):
             return 2 * W, b
 
-    from graft.inject.survey import site_of, survey
+    from graft.inject.survey import get_site, survey_model
 
     for kind, why in ((Opaque, "Folds needs its weight, and opaque weights cannot be read"), (ReadOnly, None)):
         base = net(kind)
-        site = site_of("0", base[0], survey(base))
+        site = get_site("0", base[0], survey_model(base))
         assert Folds(site, graft.IA3Config(target_modules=["0"]), "a").check() == why
 
 

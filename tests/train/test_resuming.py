@@ -23,7 +23,7 @@ from graft import optim
 from graft.config import atomic
 from graft.core.errors import AdapterKeyError, BaseModelMismatchError, CheckpointError, ConfigError
 from graft.io.seal import KEY
-from graft.io.tensors import digest_of, write_safetensors
+from graft.io.tensors import digest_tensors, write_safetensors
 from graft.train import resuming, state_file
 from graft.train.resuming import FILE, NOTE
 from tests import fresh, models
@@ -449,7 +449,7 @@ def test_forged_contents_change_nothing(saved, name):
 def test_a_note_that_is_none(saved, note):
     tensors = load((saved / FILE).read_bytes())
     tensors[NOTE] = torch.frombuffer(bytearray(note), dtype=torch.uint8)
-    write_safetensors(saved / FILE, tensors, {KEY: digest_of(tensors)})
+    write_safetensors(saved / FILE, tensors, {KEY: digest_tensors(tensors)})
     with pytest.raises(CheckpointError):
         graft.resume(saved, *Training().parts)
 

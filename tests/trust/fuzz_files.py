@@ -36,7 +36,7 @@ from graft.files.lint import lint
 from graft.files.merging.merge import merge
 from graft.files.resize import resize
 from graft.io.seal import KEY
-from graft.io.tensors import digest_of, write_safetensors
+from graft.io.tensors import digest_tensors, write_safetensors
 from graft.many import MultiTrain
 from graft.many.sweep import TABLE
 from tests.files.test_formats import BASES
@@ -263,7 +263,7 @@ def change_tensor(rng: random.Random, held: dict[str, Any]) -> None:
 
 def bytes_of(held: Mapping[str, torch.Tensor], metadata: dict[str, str], forged: bool) -> bytes:
     if forged and KEY in metadata:
-        metadata = metadata | {KEY: digest_of(dict(held))}
+        metadata = metadata | {KEY: digest_tensors(dict(held))}
     with TemporaryDirectory() as place:
         write_safetensors(f"{place}/x", dict(held), metadata)
         return Path(place, "x").read_bytes()

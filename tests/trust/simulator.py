@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import graft
-from tests.looks import registry_of
+from tests.looks import get_registry
 from tests.models import seeded
 from tests.threads import at_once, in_child
 from tests.trust.dense import ADD, CONTAINERS, LAYERS, Adapter, Reference, Together
@@ -138,7 +138,7 @@ class Life:
     def tensors(self, name: str, kind: str) -> Values:
         """Return the adapter's own tensors in the model, by layer."""
         found: Values = {}
-        for key, layer in registry_of(self.model).layers.items():
+        for key, layer in get_registry(self.model).layers.items():
             if name in layer.methods:
                 held = [getattr(layer, container)[name] for container in CONTAINERS[kind]]
                 found[key] = [t.weight if isinstance(t, nn.Module) else t for t in held]
@@ -389,7 +389,7 @@ class Life:
         else:
             mine.tensors = adapter.copy().tensors
         if train and name not in self.reference.active_names:  # it trains all the same; take that back
-            held = [layer for layer in registry_of(self.model).layers.values() if name in layer.methods]
+            held = [layer for layer in get_registry(self.model).layers.values() if name in layer.methods]
             assert all(p.requires_grad for layer in held for p in layer.parameters_of(name))
             self.model.set_requires_grad(name, False)
 
@@ -418,7 +418,7 @@ class Life:
     @staticmethod
     def holds(model: Any, adapter: Adapter) -> bool:
         """Return True if a model has an adapter "x" with these tensors."""
-        layers = {key: layer for key, layer in registry_of(model).layers.items() if "x" in layer.methods}
+        layers = {key: layer for key, layer in get_registry(model).layers.items() if "x" in layer.methods}
         if layers.keys() != adapter.tensors.keys():
             return False
         pairs = [(layer.parameters_of("x"), adapter.tensors[key]) for key, layer in layers.items()]
@@ -518,7 +518,7 @@ class Life:
             return
         weights, options = [0.5, -1.25][: len(names)], {"svd_rank": 8} if how == "svd" else {}
         self.model.base_model.add_weighted_adapter([*names], weights, name, combination_type=how, **options)
-        for key, layer in registry_of(self.model).layers.items():
+        for key, layer in get_registry(self.model).layers.items():
             if name in layer.methods:
                 W0 = self.reference.base[key][0]
                 wanted = [w * held[n].delta(key, W0) for n, w in zip(names, weights) if key in held[n].tensors]
@@ -582,7 +582,7 @@ class Life:
     # what holds after every step
 
     def look(self) -> None:
-        reference, registry = self.reference, registry_of(self.model)
+        reference, registry = self.reference, get_registry(self.model)
         close(self.model(X), reference.run(X))
         assert set(registry.peft_config) == set(self.names)
         assert registry.active_adapters == reference.active_names

@@ -15,7 +15,7 @@ from graft.model.watch import PASSES
 from tests import models
 from tests.conformance.samples import LAYERS, SAMPLES, STORES, Cell
 from tests.covering import Sometimes, law
-from tests.looks import registry_of
+from tests.looks import get_registry
 from tests.models import adapted, seeded
 from tests.prompts import samples as prompts
 
@@ -62,7 +62,7 @@ def step(model, **kwargs):
 def test_a_model_that_trains_as_set_up_hears_nothing():
     model = net_with("inner", "head")
     assert said(*[step(model)] * 3) == []
-    assert registry_of(model).watch is None  # and is not looked at any longer
+    assert get_registry(model).watch is None  # and is not looked at any longer
 
 
 @pytest.mark.differs(
@@ -229,7 +229,7 @@ def test_a_flat_loss_or_gradients_taken_elsewhere_say_nothing():
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    assert said(*[step(model)] * 99) == [] and registry_of(model).watch is None
+    assert said(*[step(model)] * 99) == [] and get_registry(model).watch is None
     model = net_with("inner")
     trained = [p for p in model.parameters() if p.requires_grad]
     assert said(lambda: torch.autograd.grad(model(X).sum(), trained)) == []
@@ -251,14 +251,14 @@ def test_gradient_checkpointing(reentrant):
         model = graft.get_peft_model(Checkpointed(), lora("inner", "head"))
     x = X.clone().requires_grad_(True)
     assert said(lambda: model(x).sum().backward(), lambda: model(x).sum().backward()) == []
-    assert registry_of(model).watch is None
+    assert get_registry(model).watch is None
 
 
 def test_copies_and_files_of_a_model_under_watch():
     model = net_with("inner", "lost")
     step(model)()
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert registry_of(again).watch.registry is registry_of(again)
+        assert get_registry(again).watch.registry is get_registry(again)
         assert len(said(*[step(again)] * PASSES)) == 1
 
 
@@ -277,14 +277,14 @@ def test_no_method_gives_a_false_alarm(sample):
     cell = Cell(sample, layer, STORES[0])
     for model in (cell.fresh(), cell.trained(), cell.fresh(("default", "other"))):
         assert said(*[lambda model=model: model(cell.inputs()).square().mean().backward()] * (PASSES + 1)) == []
-        assert registry_of(model).watch is None and graft.audit(model).ok
+        assert get_registry(model).watch is None and graft.audit(model).ok
 
 
 @pytest.mark.parametrize("sample", prompts.SAMPLES, ids=str)
 def test_no_prompt_gives_a_false_alarm(sample):
     model, inputs = prompts.adapt(graft, sample), prompts.batch(sample)
     assert said(*[lambda: model(**inputs).loss.backward()] * (PASSES + 1)) == []
-    assert registry_of(model).watch is None and graft.audit(model).ok
+    assert get_registry(model).watch is None and graft.audit(model).ok
 
 
 # on request

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import graft
 from graft.config import reading
 from graft.core.errors import HubError, NonFiniteError
-from graft.io.check import check_tensors, has_finite_sum
-from graft.io.entries import renamed
+from graft.io.check import check_tensors, is_file_sum_finite
+from graft.io.entries import rename_keys
 from graft.io.fingerprint import KEY
 from graft.serving import AdapterSlots
 from tests import models
@@ -87,7 +87,7 @@ def test_a_slow_pattern_of_key_mapping_and_of_feed_forward_modules():
         graft.get_peft_model(model, graft.IA3Config(target_modules=[NAME], feedforward_modules=SLOW))
     for mapping, words in (({f"{SLOW}$": "x"}, "takes too long"), ({"(a)": r"\2"}, "cannot replace")):
         with pytest.raises(graft.ConfigError, match=f"key_mapping.*{words}"):
-            renamed({NAME: torch.ones(1)}, mapping)
+            rename_keys({NAME: torch.ones(1)}, mapping)
 
 
 @pytest.mark.parametrize("text", ["a{1000000000}", "((a{1000}){1000}){1000}", "a" * 200_000])
@@ -295,14 +295,14 @@ def test_the_sum_of_a_file_tells_numbers_that_are_not_finite():
     first = torch.ones(2, 3)
     for values in ([nan], [inf], [-inf], [inf, -inf], [most, most]):  # the last overflow: each is looked at by itself
         tensors = {"a": first, "b": torch.tensor(values)}
-        assert not has_finite_sum(save(tensors), tensors)
+        assert not is_file_sum_finite(save(tensors), tensors)
     for dtype in (torch.bfloat16, torch.int32):  # bytes of another type say nothing as float32
         tensors = {"a": first, "b": torch.ones(4, dtype=dtype)}
-        assert not has_finite_sum(save(tensors), tensors)
+        assert not is_file_sum_finite(save(tensors), tensors)
     for second in (torch.full((2,), -most), torch.ones(0)):
         tensors = {"a": first, "b": second[:1]}
-        assert has_finite_sum(save(tensors), tensors)
-    assert not has_finite_sum(save({}), {})
+        assert is_file_sum_finite(save(tensors), tensors)
+    assert not is_file_sum_finite(save({}), {})
 
 
 def test_numbers_whose_sum_overflows_are_finite(saved):

@@ -12,7 +12,7 @@ from torch import nn
 import graft
 from graft.model import functional
 from graft.optim import create_lorafa_optimizer
-from tests.looks import layers, registry_of
+from tests.looks import get_registry, layers
 from tests.models import adapted, seeded
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
@@ -77,7 +77,7 @@ def test_values_for_an_adapter_that_is_merged(kind, how, tmp_path):
         model.load_adapter(tmp_path, "default")
     else:
         graft.set_peft_model_state_dict(model, graft.load_peft_weights(tmp_path), strict=True)
-    assert registry_of(model).merged_adapters == ["default"]
+    assert get_registry(model).merged_adapters == ["default"]
     torch.testing.assert_close(model(X), other(X))
     model.base_model.unmerge_adapter()
     torch.testing.assert_close(model(X), other(X))
@@ -189,7 +189,7 @@ def test_merging_values_that_are_not_finite(how, kind, value):
     key, name = last.site.key, f"{slot.container}.default"
     with pytest.raises(ValueError, match=f"NaNs detected.*layer '{key}': '{name}' holds values that are not finite"):
         last.merge() if how == "layer" else getattr(model.base_model, how)()
-    assert not registry_of(model).merged_adapters
+    assert not get_registry(model).merged_adapters
     with model.disable_adapter():
         assert torch.equal(model(X), base(X))
 

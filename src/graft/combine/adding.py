@@ -18,7 +18,7 @@ from graft.core.folding import wide
 from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.inject.job import Options, Receiver
-from graft.inject.parts import Parts
+from graft.inject.parts import AdapterCarriers
 from graft.methods import config_of, method_of
 
 if TYPE_CHECKING:
@@ -180,13 +180,13 @@ class Combined:
     def __init__(self, values: dict[str, Tensors], rows: Rows):
         self.values, self.rows = values, rows
 
-    def head(self, key: str, module: nn.Module) -> None:
+    def make_head(self, key: str, module: nn.Module) -> None:
         return None
 
     def check_room(self, numbers: float) -> None:
         """Do nothing: the config was made for the values."""
 
-    def of(self, parts: Parts, adapter: str) -> list[tuple[Receiver, Tensor]]:
+    def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
         if set(parts.layers) != set(self.values):
             raise OtherLayers
         out: list[tuple[Receiver, Tensor]] = []

@@ -20,7 +20,7 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.ops import META, Opaque
 from graft.inject.match import Matcher
-from graft.inject.survey import survey
+from graft.inject.survey import survey_model
 from graft.methods import method_of
 from graft.methods.lora.config import LoraConfig
 
@@ -206,7 +206,7 @@ def configure(
             cfg.rank_pattern = {f"^{re.escape(key)}": r for key, r in ranks.items()}
         cfg.alpha_pattern = dict(cfg.rank_pattern)
     matcher = Matcher(cfg)
-    if parameters or {key for key in survey(base).modules if matcher(key).outcome == "matched"} != set(ranks):
+    if parameters or {key for key in survey_model(base).modules if matcher(key).outcome == "matched"} != set(ranks):
         adding.name_exactly(cfg, ranks, parameters)
 
 

@@ -17,7 +17,7 @@ from graft.config.fields import to_int
 from graft.core.containers import UPCAST
 from graft.core.errors import ConfigError
 from graft.core.folding import wide
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 from graft.methods.lora.config import LoraConfig
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def reduce_intruder_dimension(
         AdapterNotFoundError: there is no adapter of the old name.
         AdapterNameError: there is one of the new name, or no adapter can have it.
     """
-    registry = registry_of(peft_model)
+    registry = get_registry(peft_model)
     if registry is None or not any(isinstance(config, LoraConfig) for config in registry.peft_config.values()):
         raise ConfigError("The provided model is not using LoRA and is therefore not supported.")
     registry.check_known([old_adapter_name])

@@ -19,7 +19,7 @@ from graft.core.errors import AdapterNotFoundError, ConfigError, ConfigTypeError
 from graft.core.finite import is_finite
 from graft.core.folding import wide
 from graft.core.gate import prepares
-from graft.inject.stage import draw
+from graft.inject.stage import discard_initial_values
 from graft.methods import method_of
 from graft.storage.parallel import gather_slots
 
@@ -235,7 +235,7 @@ def draw_start(tuner: Tuner, adapter_name: str, cfg: PeftConfig, keys: list[str]
         warnings.simplefilter("ignore")  # the user saw them when the adapters came
         for key in keys:
             layer = tuner.layers[key]
-            draw(method(layer.site, cfg.at(key), adapter_name), {}, layer.call)
+            discard_initial_values(method(layer.site, cfg.at(key), adapter_name), {}, layer.call)
 
 
 def kind_of(tuner: Tuner, names: list[str]) -> str:

@@ -210,14 +210,14 @@ class Shell(nn.Module):
     """A module around a carrier for one more name in memory. It carries nothing, and runs as what it shows."""
 
     inner_name: str  # that name
-    shown: Carrier
+    inner_host: Carrier
 
 
 def carrier_of(module: object) -> Carrier | None:
     """Return the carrier in the place of another module that this is, or shows; None for any other."""
     if isinstance(module, Carrier):
         return module if module.replaces else None
-    return module.shown if isinstance(module, Shell) else None
+    return module.inner_host if isinstance(module, Shell) else None
 
 
 def layer_in(module: nn.Module) -> Any:

@@ -18,9 +18,9 @@ from graft.files.export import export as export_file
 from graft.files.formats import peft
 from graft.files.load import names_in
 from graft.files.serving import server_named
-from graft.inject.parts import reads
+from graft.inject.parts import run_as_call
 from graft.io import files
-from graft.io.fingerprint import fingerprint, weights_of
+from graft.io.fingerprint import list_base_weights, make_fingerprint
 from graft.model.checkpoints import adapter_folder, check_save_arguments, file_contents, names_to_save
 from graft.model.convert import find_adapter
 
@@ -47,7 +47,7 @@ def export_adapters(
             export(model, name, server, path)
 
 
-@reads
+@run_as_call
 def export(
     model: nn.Module, adapter: str, server: str, path: str, rank: int | float | None = None, lossy: bool = False
 ) -> Exported:
@@ -77,7 +77,7 @@ def export(
         made.base_model_name_or_path, config = config.base_model_name_or_path, made
     parts, _, base, _ = find_adapter(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
-        files.save_adapter(folder, tensors, config, True, fingerprint(weights_of(parts, base)))
+        files.save_adapter(folder, tensors, config, True, make_fingerprint(list_base_weights(parts, base)))
         file = peft.read(folder)
         file.path = f"adapter '{adapter}'"
         report = export_file(file, server, names_in(model), os.fspath(path))

@@ -43,9 +43,9 @@ class Layers:
         self.quantized = [m.path for m in (tuned, base) if "quantization_config" in m.config]
         if not self.quantized and (known := by_model(base)) is not None:
             from graft.files.skeleton import by_name
-            from graft.inject.experts import Experts
+            from graft.inject.experts import ExpertStacks
 
-            self.model, self.experts = cast("PreTrainedModel", known.model), Experts(known.model)
+            self.model, self.experts = cast("PreTrainedModel", known.model), ExpertStacks(known.model)
             self.new, self.old = by_name(tuned.tensors, self.model), known.tensors
         self.is_tied, self.twins = False, dict[str, str]()
         for group in self._tied():

@@ -28,10 +28,10 @@ from graft.files.neutral import AdapterFile
 from graft.files.pickles import from_torch, to_torch
 from graft.files.skeleton import describe_model
 from graft.files.tensors import Tensor
-from graft.inject.experts import Experts
-from graft.inject.survey import survey
-from graft.io.files import Loaded
-from graft.io.tensors import name_of
+from graft.inject.experts import ExpertStacks
+from graft.inject.survey import survey_model
+from graft.io.files import LoadedWeights
+from graft.io.tensors import name_dtype
 from graft.model.checkpoints import AdapterInMemory
 
 
@@ -77,7 +77,7 @@ def load_adapter(
         raise LossError(f"graft has no method for {some(lost)} of {adapter.path}.")
     fields = complete_config(adapter, known)
     config = PeftConfig.resolve(fields["peft_type"])(**{k: v for k, v in fields.items() if k != "peft_type"})
-    pair: Any = AdapterInMemory(config, Loaded(tensors, os.fspath(path)))
+    pair: Any = AdapterInMemory(config, LoadedWeights(tensors, os.fspath(path)))
     if not isinstance(model, PeftModel):
         return (PeftMixedModel if mixed else PeftModel).from_pretrained(model, pair, adapter_name, **options)
     model.load_adapter(pair, adapter_name, **options)
@@ -98,8 +98,8 @@ def part_at(path: str | os.PathLike[str], known: Skeleton) -> AdapterFile:
 
 def former_names(known: Skeleton) -> dict[str, str] | None:
     """Return the names that a model's modules had in earlier versions of transformers, by today's; None: the same."""
-    experts = Experts(known.model)
-    names = {path: experts.before(path) for path in known.modules}
+    experts = ExpertStacks(known.model)
+    names = {path: experts.find_old_path(path) for path in known.modules}
     return names if any(old != new for new, old in names.items()) else None
 
 
@@ -120,7 +120,7 @@ def names_in(model: Any) -> Skeleton:
     """Return names, shapes and values of a model as they are without adapters."""
     is_adapted = hasattr(model, "get_base_model")
     base: nn.Module = model.get_base_model() if is_adapted else model
-    layers = survey(base).layers
+    layers = survey_model(base).layers
     out = describe_model(base, f"the model ({type(base).__name__})")
     inside = tuple(f"{path}." for path in layers)
     out.adapters = model.peft_config if is_adapted else {}
@@ -135,7 +135,7 @@ def names_in(model: Any) -> Skeleton:
         if p.device.type != "meta" and p.is_floating_point() and type(p.data) is type(p.detach()):
             layer = layers.get(plain.removesuffix(".weight")) if of_layer else None
             read = (lambda p=p: p.data) if layer is None else partial(compute_unmerged_weight, layer)
-            out.tensors[plain] = Tensor(tuple(p.shape), name_of(p.dtype), partial(values_of, read, plain))
+            out.tensors[plain] = Tensor(tuple(p.shape), name_dtype(p.dtype), partial(values_of, read, plain))
     return out
 
 

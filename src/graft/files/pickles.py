@@ -65,9 +65,9 @@ def tensors_of(state: object, path: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is no such dict, or one of them is no plain tensor of real numbers.
     """
-    from graft.io.files import by_name
+    from graft.io.files import check_tensors_by_name
 
-    return {key: from_torch(t, f"'{key}' in {path}") for key, t in by_name(state, path).items()}
+    return {key: from_torch(t, f"'{key}' in {path}") for key, t in check_tensors_by_name(state, path).items()}
 
 
 def from_torch(t: torch.Tensor, what: str) -> Tensor:
@@ -77,9 +77,9 @@ def from_torch(t: torch.Tensor, what: str) -> Tensor:
         CheckpointError: it is no plain tensor of real numbers.
     """
     from graft.files.merging.weights import NAMES, to_file
-    from graft.io.check import fault
+    from graft.io.check import describe_fault
 
-    if (why := fault(t)) is not None or t.dtype not in NAMES:
+    if (why := describe_fault(t)) is not None or t.dtype not in NAMES:
         raise CheckpointError(f"{what} {why or f'has dtype {t.dtype}'}: adapters are plain tensors of real numbers.")
     return to_file(t.cpu())
 

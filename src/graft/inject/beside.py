@@ -42,29 +42,29 @@ class Head(Method[HeadConfig]):
     modules_to_save: nn.Module
 
     def describe(self) -> Effect:
-        return Replace(self.own, acts_elsewhere=True)
+        return Replace(self.get_module, acts_elsewhere=True)
 
-    def own(self) -> nn.Module:
+    def get_module(self) -> nn.Module:
         return self.modules_to_save
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
-        base, own = self.site.module, self.cfg.module
-        own = standalone(base) if own is None else own.to(*find_device_and_dtype(base))
-        for p in own.parameters():
+        base, module = self.site.module, self.cfg.module
+        module = standalone(base) if module is None else module.to(*find_device_and_dtype(base))
+        for p in module.parameters():
             p.requires_grad = p.is_floating_point() or p.is_complex()
-        return dict(modules_to_save=own)
+        return dict(modules_to_save=module)
 
     def tie(self, source: Method) -> None:
         self.modules_to_save.weight = source.modules_to_save.weight
 
 
-def check_one(host: Host, names: Sequence[str], shown_as: str, does: str) -> None:
+def check_single_adapter(host: Host, names: Sequence[str], shown_as: str, does: str) -> None:
     """Raise ValueError if a host has several of these adapters, only one of which can act there."""
-    own = [n for n in names if n in host.methods]
-    if len(own) > 1:
+    candidates = [n for n in names if n in host.methods]
+    if len(candidates) > 1:
         raise ValueError(
-            f"Only one adapter can be set at a time for {shown_as}, got {own}: each {does} '{host.key}'. Activate one "
-            "of them."
+            f"Only one adapter can be set at a time for {shown_as}, got {candidates}: each {does} '{host.key}'. "
+            "Activate one of them."
         )
 
 
@@ -76,7 +76,7 @@ class ModulesToSaveWrapper(Host):
     modules_to_save: nn.ModuleDict
 
     def check_active(self, names: Sequence[str]) -> None:
-        check_one(self, names, "ModulesToSaveWrapper", "has its own copy of")
+        check_single_adapter(self, names, "ModulesToSaveWrapper", "has its own copy of")
 
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
         """Return {name below this module in a file: name in memory}, for transformers' `load_adapter`."""
@@ -100,15 +100,17 @@ class ModulesToSaveWrapper(Host):
         return self.base_module if self.disable_adapters else self.remainder
 
     @property
-    def running(self) -> list[nn.Module]:
+    def running_modules(self) -> list[nn.Module]:
         """The modules that run now: that of the active adapter, or those of the rows of the call."""
         rows = self.call.current() if self.call.open else None
         if self.state.disabled or rows is OFF:
             return [self.base_module]
         if rows is None:
             return [self.remainder]
-        own = ([n for n in adapters_in(key) if n in self.methods] for key in rows.keys)
-        return list(dict.fromkeys(self.modules_to_save[names[0]] if names else self.base_module for names in own))
+        heads_by_row = ([n for n in adapters_in(key) if n in self.methods] for key in rows.keys)
+        return list(
+            dict.fromkeys(self.modules_to_save[names[0]] if names else self.base_module for names in heads_by_row)
+        )
 
     @property
     def remainder(self) -> nn.Module:  # type: ignore[override]
@@ -121,11 +123,11 @@ class ModulesToSaveWrapper(Host):
         except AttributeError:
             if name.startswith("__") or "modules_to_save" not in self.__dict__.get("_modules", {}):
                 raise
-            first, *others = self.running
+            first, *more_modules = self.running_modules
             value = getattr(first, name)
-            return self.of_several(name, value) if others and isinstance(value, (Tensor, nn.Module)) else value
+            return self.guard_value(name, value) if more_modules and isinstance(value, (Tensor, nn.Module)) else value
 
-    def of_several(self, name: str, value: Tensor | nn.Module) -> Tensor:
+    def guard_value(self, name: str, value: Tensor | nn.Module) -> Tensor:
         """Return what rows with heads of their own see of a tensor: its shape and dtype. Raise for a module."""
         text = (
             f"Rows of a mixed batch have heads of their own in '{self.key}', whose '{name}' the model reads, and uses "
@@ -136,12 +138,12 @@ class ModulesToSaveWrapper(Host):
         return Withheld(value, lambda: RoutingError(text))
 
 
-def head_site(key: str, module: nn.Module) -> Site:
+def get_head_site(key: str, module: nn.Module) -> Site:
     """Return the site of heads for a module: what type it has is nobody's business."""
     return module.site if isinstance(module, Host) else Site(key, module, UNKNOWN, find_store(module))
 
 
-def shown(method: Head | TrainableTokens) -> tuple[str, int]:
+def describe_trained_module(method: Head | TrainableTokens) -> tuple[str, int]:
     """Return what a report says of a head or of rows: what they are, and how many numbers train."""
     site = method.site
     if isinstance(method, Head):
@@ -151,7 +153,7 @@ def shown(method: Head | TrainableTokens) -> tuple[str, int]:
     return f"{rows} tokens", rows * (site.out_features if site.op.takes_ids else site.in_features)
 
 
-def matches(key: str, names: Sequence[str]) -> str | None:
+def find_saved_entry(key: str, names: Sequence[str]) -> str | None:
     """Return the entry of modules_to_save that names a module, if any: a plain end of its path, as in PEFT."""
     return next((n for n in names if key.endswith(n)), None)
 
@@ -170,7 +172,7 @@ def add_task_heads(config: Any) -> None:
         config._default_heads = TASK_HEADS[config.task_type]  # no model has all of them: no warning
 
 
-def refuse(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:
+def check_can_train_whole(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:
     """Raise if `adapter` cannot train the module whole. `inside`: paths below it with other adapters."""
     if isinstance(module, CONTAINERS) or layer_in(module) is not None:
         carrier = carrier_of(module)
@@ -198,7 +200,7 @@ class RowsLayer(AdapterLayer):
     claim, takes_rows, beside = f"is {how} of", True, True
 
     def check_active(self, names: Sequence[str]) -> None:
-        check_one(self, names, "TrainableTokensWrapper", "trains rows of")
+        check_single_adapter(self, names, "TrainableTokensWrapper", "trains rows of")
 
 
 class TrainableTokensWrapper(Shell):
@@ -214,28 +216,28 @@ class TrainableTokensWrapper(Shell):
         self.token_adapter = token_adapter
 
     @property
-    def shown(self) -> RowsLayer:  # type: ignore[override]
+    def inner_host(self) -> RowsLayer:  # type: ignore[override]
         return self._modules["token_adapter"]  # type: ignore[return-value]
 
     @property
     def original_module(self) -> nn.Module:
-        return self.shown.base_layer
+        return self.inner_host.base_layer
 
     @property
     def weight(self) -> Tensor:
         """The weight with the active rows, for models that use it without calling the embedding."""
-        return self.shown.effective_weight()
+        return self.inner_host.effective_weight()
 
     @property
     def active_adapters(self) -> list[str]:
-        return [name for name in self.shown.state.active if name in self.shown.methods]
+        return [name for name in self.inner_host.state.active if name in self.inner_host.methods]
 
     active_adapter = Carrier.active_adapter  # a name, as in PEFT
 
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
         """Return {name below this module in a file: name in memory}, for transformers' `load_adapter`."""
         name = "token_adapter.trainable_tokens_delta"
-        return {} if self.shown.methods[adapter].lenders else {name: f"{name}.{adapter}"}
+        return {} if self.inner_host.methods[adapter].lenders else {name: f"{name}.{adapter}"}
 
     adapter_state_dict = ModulesToSaveWrapper.adapter_state_dict
 
@@ -246,7 +248,7 @@ class TrainableTokensWrapper(Shell):
             if name.startswith("__") or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
             of_host = name in vars(Carrier) or name in Carrier.__annotations__
-            return getattr(self.shown if of_host else self.shown.base_layer, name)
+            return getattr(self.inner_host if of_host else self.inner_host.base_layer, name)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         return self.token_adapter(*args, **kwargs)

@@ -26,10 +26,10 @@ from graft.core.shared import SharedTensors
 from graft.core.site import Site
 from graft.core.wrappers import find_offload_hooks
 from graft.inject.beside import Head, ModulesToSaveWrapper, RowsLayer
-from graft.inject.job import Job, Receiver
-from graft.inject.parts import Parts
+from graft.inject.job import InjectionJob, Receiver
+from graft.inject.parts import AdapterCarriers
 from graft.inject.report import Matched
-from graft.inject.stage import agree, check_alone, draw
+from graft.inject.stage import check_stage_independence, discard_initial_values, synchronize_tensors
 from graft.methods.trainable_tokens import TrainableTokens
 from graft.storage import find_device_and_dtype, make_bias_parameter
 from graft.storage.offload import find_offloaded
@@ -38,18 +38,20 @@ if TYPE_CHECKING:
     from graft.config.base import PeftConfig
 
 
-def made_early(job: Job) -> float:
+def count_early_numbers(job: InjectionJob) -> float:
     """Count the numbers that `build` makes for good before it asks a checkpoint for values."""
-    total, here = 0.0, job.here.values()
-    if job.method.shares and here:
-        layers = AdaptedLayers(job.model, [m.alone.site for m in here], job.cfg, job.shared.containers, job.others)
-        total += size(lambda: job.method.share(layers))
+    total, local_methods = 0.0, job.local_methods.values()
+    if job.method.shares and local_methods:
+        layers = AdaptedLayers(
+            job.model, [m.alone.site for m in local_methods], job.cfg, job.shared.containers, job.others
+        )
+        total += count_needed_numbers(lambda: job.method.share(layers))
     rows = [m for m in job.beside.values() if isinstance(m, TrainableTokens)]
-    early = [*(m for m in here if Use.READS in m.uses_weight()), *rows]
-    return total + sum(size(partial(build_placeholders, method, {})) for method in early)
+    early = [*(m for m in local_methods if Use.READS in m.uses_weight()), *rows]
+    return total + sum(count_needed_numbers(partial(build_placeholders, method, {})) for method in early)
 
 
-class Largest(TorchDispatchMode):
+class LargestTensorMode(TorchDispatchMode):
     """Notes the size of the largest tensor that code makes, also of those that it drops."""
 
     def __init__(self) -> None:
@@ -69,18 +71,18 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def size(make: Callable[[], Mapping[str, object]]) -> float:
+def count_needed_numbers(make: Callable[[], Mapping[str, object]]) -> float:
     """Count the numbers that `make` needs room for: in what it returns, or in its largest tensor. Run it on meta."""
-    largest = Largest()
+    largest = LargestTensorMode()
     try:
         with META, largest, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when it is made for good
-            return max(sum(numbers(value) for value in make().values()), largest.numbers)
+            return max(sum(count_value_numbers(value) for value in make().values()), largest.numbers)
     except (RuntimeError, OverflowError):  # shapes that no tensor can have
         return math.inf
 
 
-def numbers(value: object) -> int:
+def count_value_numbers(value: object) -> int:
     if isinstance(value, Transient):
         value = value.tensor
     if isinstance(value, nn.Module):
@@ -88,37 +90,37 @@ def numbers(value: object) -> int:
     return value.numel() if isinstance(value, Tensor) else 0
 
 
-def build(job: Job) -> None:
+def build_carriers(job: InjectionJob) -> None:
     """Build the carriers of an injection after its `find`; on an error leave nothing behind."""
     values = job.options.values
     if values is not None:
-        values.check_room(made_early(job))
+        values.check_room(count_early_numbers(job))
     before = set(job.shared.containers)
     job.takebacks.append(lambda: job.shared.remove_containers(set(job.shared.containers) - before))
-    orient(job.cfg, [method.site for method in job.here.values()])
+    set_fan_in_fan_out(job.cfg, [method.site for method in job.local_methods.values()])
     try:
         for i, bias in enumerate(job.biases):
             if isinstance(bias, nn.Module):
                 job.biases[i], release = make_bias_parameter(bias)
                 job.takebacks.append(release)
         if job.method.shares:
-            share(job)
+            make_shared_tensors(job)
         if job.tree.absent:
             trains = [slot.container for slot in job.shared.slots(job.adapter) if slot.trains]
-            check_alone(job.method, job.methods, job.order, trains, job.tree.absent, job.adapter)
+            check_stage_independence(job.method, job.methods, job.order, trains, job.tree.absent, job.adapter)
         add_layers(job)
         if job.biases and values is None:
-            warn_of_offloaded(job.biases, job.model, job.adapter, job.cfg.bias)
+            warn_of_offloaded_biases(job.biases, job.model, job.adapter, job.cfg.bias)
         if job.beside:
-            add_beside(job)
+            add_heads_and_rows(job)
         if job.targets.tied:
-            follow(job)
+            adapt_tied_modules(job)
         if values is not None:
-            put(job.parts, job.adapter, values.of(job.parts, job.adapter))
+            assign_values(job.parts, job.adapter, values.match_entries(job.parts, job.adapter))
         elif related := [layer for layer in job.layers.values() if layer.methods[job.adapter].lenders]:
-            join(related, job.adapter)
+            share_lent_tensors(related, job.adapter)
         if job.group is not None:
-            agree(job.parts, job.adapter, job.group, values is not None)
+            synchronize_tensors(job.parts, job.adapter, job.group, values is not None)
         for method in job.methods.values():
             if method.source is not None:
                 method.tie(method.source)
@@ -127,14 +129,14 @@ def build(job: Job) -> None:
         raise
 
 
-def put(parts: Parts, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
+def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
     """Assign values to an adapter's entries; make initial ones for tensors that the checkpoint does not hold.
 
     An adapter that is merged stays so, with the new values.
     """
     related = [layer for layer in parts.layers.values() if layer.methods[adapter].lenders]
     if related:
-        part(related, adapter)
+        copy_borrowed_tensors(related, adapter)
     parted = [] if parts.shared is None else parts.shared.separate_buffers(adapter)
     with ExitStack() as stack:
         for carrier in (*parts.layers.values(), *parts.wrappers.values()):
@@ -152,17 +154,17 @@ def put(parts: Parts, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -
         spare, method = make_adapter_layer(layer.site, layer.call), layer.methods[adapter]
         shared = {} if parts.shared is None else parts.shared.wrap_containers()
         add_adapter(spare, type(method)(layer.site, method.cfg, adapter), shared, on_meta=False, upcast=True)
-        made = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
+        initial_values = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
         for slot in empty:
-            slot.assign(made[slot.container, slot.path], layer.where[0])
+            slot.assign(initial_values[slot.container, slot.path], layer.where[0])
         spare.rollback()  # the base weight changes by what the layer itself holds
     for layer in parts.layers.values():
         layer.methods[adapter].finish_load()
     if related:
-        join(related, adapter, only_equal=True)
+        share_lent_tensors(related, adapter, only_equal=True)
 
 
-def part(layers: Iterable[AdapterLayer], adapter: str) -> None:
+def copy_borrowed_tensors(layers: Iterable[AdapterLayer], adapter: str) -> None:
     """Give each layer its own tensors in place of those that it has from others."""
     for layer in layers:
         for slot in layer.slots(adapter):
@@ -170,24 +172,24 @@ def part(layers: Iterable[AdapterLayer], adapter: str) -> None:
                 slot.where[slot.attribute] = nn.Parameter(slot.tensor.detach().clone(), slot.tensor.requires_grad)
 
 
-def join(layers: Iterable[AdapterLayer], adapter: str, only_equal: bool = False) -> None:
+def share_lent_tensors(layers: Iterable[AdapterLayer], adapter: str, only_equal: bool = False) -> None:
     """Give each layer the tensors that it has from others; with `only_equal`, where it has the same values."""
-    apart = []
+    differing = []
     for layer in layers:
         for container, lender in layer.methods[adapter].lenders.items():
-            own, others = (
+            layer_slots, lender_slots = (
                 [s for s in side.slots(adapter) if s.container == container] for side in (layer, lender.layer)
             )
-            for mine, theirs in zip(own, others):
-                a, b = mine.tensor, theirs.tensor
+            for slot, lender_slot in zip(layer_slots, lender_slots):
+                a, b = slot.tensor, lender_slot.tensor
                 if not only_equal or a.is_meta or b.is_meta or torch.equal(a, b.to(a.device)):
-                    mine.where[mine.attribute] = b
+                    slot.where[slot.attribute] = b
                 else:
-                    apart.append(f"{layer.key}.{container}")
-    if apart:
+                    differing.append(f"{layer.key}.{container}")
+    if differing:
         warn(
-            f"Layers of adapter '{adapter}' share tensors, and the checkpoint has other values for {len(apart)}, "
-            f"such as '{apart[0]}', as PEFT trains an adapter that is not a model's first: these stay apart.",
+            f"Layers of adapter '{adapter}' share tensors, and the checkpoint has other values for {len(differing)}, "
+            f"such as '{differing[0]}', as PEFT trains an adapter that is not a model's first: these stay apart.",
             PeftWarning,
         )
 
@@ -219,7 +221,7 @@ def add_adapter(
     return layer.place(method.name, where, upcast)
 
 
-def check_starts(layers: Iterable[AdapterLayer], adapter: str) -> None:
+def check_initial_values(layers: Iterable[AdapterLayer], adapter: str) -> None:
     """Raise LinAlgError if an adapter that starts from base weights starts with numbers that are not finite.
 
     Not every decomposition complains of such weights.
@@ -235,7 +237,7 @@ def check_starts(layers: Iterable[AdapterLayer], adapter: str) -> None:
         )
 
 
-def share(job: Job) -> None:
+def make_shared_tensors(job: InjectionJob) -> None:
     """Make the tensors that all layers share."""
     sites = [method.alone.site for method in job.order.values()]
     if not sites and job.tree.absent:
@@ -260,7 +262,7 @@ def share(job: Job) -> None:
     )
 
 
-def add_layers(job: Job) -> None:
+def add_layers(job: InjectionJob) -> None:
     shared, adapter, call, options = job.shared.wrap_containers(), job.adapter, job.call, job.options
     loads, on_meta = options.values is not None, options.on_meta
     default = torch.get_default_device()
@@ -269,7 +271,7 @@ def add_layers(job: Job) -> None:
         site = method.site
         if key not in job.methods:
             if not (loads or on_meta):
-                draw(method, shared, call)
+                discard_initial_values(method, shared, call)
             continue
         layer = job.layers[key] = job.tree.layers.get(key) or make_adapter_layer(site, call)
         use = method.uses_weight()
@@ -286,7 +288,7 @@ def add_layers(job: Job) -> None:
         if layer.scaling_at_start.get(adapter) == 0:
             nothing.append(key)
     if started:
-        check_starts(started, adapter)
+        check_initial_values(started, adapter)
     if nothing:
         warn(
             f"Adapter '{adapter}' has a scaling of 0 on {len(nothing)} of {len(job.layers)} layers, such as "
@@ -295,7 +297,7 @@ def add_layers(job: Job) -> None:
         )
 
 
-def warn_of_offloaded(biases: list[Any], model: nn.Module, adapter: str, bias: str) -> None:
+def warn_of_offloaded_biases(biases: list[Any], model: nn.Module, adapter: str, bias: str) -> None:
     """Warn of biases that are to train, and that accelerate's hooks take from where no optimizer writes to."""
     away = find_offloaded(model) if any(b.is_meta for b in biases) else {}
     lost = [b for b in biases if id(b) in away]
@@ -307,7 +309,7 @@ def warn_of_offloaded(biases: list[Any], model: nn.Module, adapter: str, bias: s
         )
 
 
-def add_beside(job: Job) -> None:
+def add_heads_and_rows(job: InjectionJob) -> None:
     """Give the adapter its heads, and its rows of embeddings."""
     values = job.options.values
     for key, method in job.beside.items():
@@ -317,25 +319,25 @@ def add_beside(job: Job) -> None:
             if method.source is not None:
                 check_one_device(method, method.source)
             elif values is not None and method.cfg.module is None:
-                method.cfg.module = values.head(key, method.site.module)
+                method.cfg.module = values.make_head(key, method.site.module)
         add_adapter(host, method, {}, on_meta=False, upcast=job.options.upcast)
         if method.source is not None:
             method.tie(method.source)
-    job.count_beside()
+    job.report_heads_and_rows()
 
 
 def check_one_device(method: Method, source: Method) -> None:
     """Raise ConfigError unless a module and the embedding that it is tied to can share an adapter's memory."""
-    here, there = find_device_and_dtype(method.site.module)[0], find_device_and_dtype(source.site.module)[0]
-    if here != there:
+    device, source_device = find_device_and_dtype(method.site.module)[0], find_device_and_dtype(source.site.module)[0]
+    if device != source_device:
         raise ConfigError(
-            f"Layer '{method.site.key}' is on {here}, and '{source.site.key}', to which it is tied, on {there}: "
-            f"adapter '{method.name}' cannot share memory between them. Put both on one device, or leave "
-            "ensure_weight_tying off."
+            f"Layer '{method.site.key}' is on {device}, and '{source.site.key}', to which it is tied, on "
+            f"{source_device}: adapter '{method.name}' cannot share memory between them. Put both on one device, or "
+            "leave ensure_weight_tying off."
         )
 
 
-def follow(job: Job) -> None:
+def adapt_tied_modules(job: InjectionJob) -> None:
     """Adapt the modules tied to the embedding. `build` ties the adapters once they have values."""
     for key, method in job.methods.items():
         source = method.source
@@ -348,7 +350,7 @@ def follow(job: Job) -> None:
         job.report.matched.append(Matched(key, method.site.type_name, 0 if method.always_tied else size))
 
 
-def orient(cfg: PeftConfig, sites: Iterable[Site]) -> None:
+def set_fan_in_fan_out(cfg: PeftConfig, sites: Iterable[Site]) -> None:
     """Set `fan_in_fan_out` as the layer type has it, with a warning if the config differs."""
     if not hasattr(cfg, "fan_in_fan_out"):
         return

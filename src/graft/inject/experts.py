@@ -21,9 +21,9 @@ from graft.core.base_config import model_type
 from graft.core.carrier import carrier_of
 from graft.core.errors import ConfigError
 from graft.core.ops import find_op
-from graft.inject.match import Matcher, minimal_names
-from graft.inject.survey import Tree, survey
-from graft.inject.targets import ALL_LINEAR, all_linear
+from graft.inject.match import Matcher, minimize_names
+from graft.inject.survey import ModuleTree, survey_model
+from graft.inject.targets import ALL_LINEAR, list_linear_layers
 from graft.storage import DENSE, ExpertBlock, find_store, innermost
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ BY_PEFT = ("mixtral", "qwen2_moe")  # whose conversions PEFT applies to configs:
 ROUTER = "gate"  # beside the experts; it was a linear layer
 
 
-class Place(NamedTuple):
+class PartPlace(NamedTuple):
     """The place of a matrix of experts in their stack."""
 
     stack: str  # path of the parameter
@@ -43,15 +43,15 @@ class Place(NamedTuple):
     parts: tuple[str, ...]  # the names of all that stand there
 
 
-class Experts:
+class ExpertStacks:
     """The experts of a model: their stacks, and how transformers puts weights of older checkpoints into these.
 
     Args:
         tree: the survey of the model; None: a new one.
     """
 
-    def __init__(self, model: Any, tree: Tree | None = None):
-        self.model, self.tree = model, survey(model) if tree is None else tree
+    def __init__(self, model: Any, tree: ModuleTree | None = None):
+        self.model, self.tree = model, survey_model(model) if tree is None else tree
         self.renamings: list[WeightRenaming] = []
         self.converters: list[WeightConverter] = []
         self.by_peft = False  # PEFT rewrites configs by them
@@ -59,25 +59,25 @@ class Experts:
         if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
             return
         try:
-            from transformers import conversion_mapping as theirs
+            from transformers import conversion_mapping as mapping_module
             from transformers.core_model_loading import WeightRenaming
         except ImportError:  # before 5, where experts are modules
             return
         if hasattr(model, "base_model_prefix"):
-            found = theirs.get_model_conversion_mapping(model, add_legacy=False)
+            conversions = mapping_module.get_model_conversion_mapping(model, add_legacy=False)
         else:
-            found = theirs.get_checkpoint_conversion_mapping(model_type(model)) or []
-        self.renamings = [c for c in found if isinstance(c, WeightRenaming)]
-        self.converters = [c for c in found if merges(c)]
-        self.by_peft = is_by_peft(model)
-        self.names = {part_of(p) for c in self.converters for p in c.source_patterns} | {ROUTER}
+            conversions = mapping_module.get_checkpoint_conversion_mapping(model_type(model)) or []
+        self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self.converters = [c for c in conversions if is_merge_of_modules(c)]
+        self.by_peft = is_rewritten_by_peft(model)
+        self.names = {read_part_name(p) for c in self.converters for p in c.source_patterns} | {ROUTER}
 
     @cached_property
-    def stacks(self) -> list[Stack]:
+    def stacks(self) -> list[ExpertStack]:
         """The stacks of the model, with the old names of their parts."""
-        return [*stacks(self.tree, self)]
+        return [*list_stacks(self.tree, self)]
 
-    def place(self, experts: str, part: str, old: bool = True) -> Place | None:
+    def find_place(self, experts: str, part: str, old: bool = True) -> PartPlace | None:
         """Return where the matrices `<experts>.<number>.<part>` stand now; None if nowhere.
 
         Args:
@@ -89,20 +89,20 @@ class Experts:
         for converter in self.converters:
             stack, source = converter.rename_source_key(name)
             if source is not None:
-                parts = tuple(part_of(pattern) for pattern in converter.source_patterns)
-                return Place(stack, parts.index(part), parts) if part in parts else None
+                parts = tuple(read_part_name(pattern) for pattern in converter.source_patterns)
+                return PartPlace(stack, parts.index(part), parts) if part in parts else None
         return None
 
     def parts(self, path: str, name: str) -> tuple[str, ...]:
         """Return the names that the parts of a stack had in each expert, from above; () if it was none."""
         for converter in self.converters:
-            part = part_of(converter.source_patterns[0])
-            place = self.place(path, part, old=False)
+            part = read_part_name(converter.source_patterns[0])
+            place = self.find_place(path, part, old=False)
             if place is not None and place.stack == f"{path}.{name}":
                 return place.parts
         return ()
 
-    def before(self, path: str) -> str:
+    def find_old_path(self, path: str) -> str:
         """Return the name that a module had."""
         name = f"{path}.weight"
         for renaming in reversed(self.renamings):
@@ -110,26 +110,28 @@ class Experts:
         return name.removesuffix(".weight")
 
 
-def is_by_peft(model: object) -> bool:
+def is_rewritten_by_peft(model: object) -> bool:
     """Return True if PEFT rewrites configs for a model that name experts by their old names."""
-    theirs = sys.modules.get("transformers.conversion_mapping")  # with transformers 5 and later, by each of its models
+    conversion_mapping = sys.modules.get(
+        "transformers.conversion_mapping"
+    )  # with transformers 5 and later, by each of its models
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    families = getattr(theirs, "_MODEL_TO_CONVERSION_PATTERN", {})
-    return theirs is not None and (kind == BY_PEFT[0] or families.get(kind) in BY_PEFT)
+    families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return conversion_mapping is not None and (kind == BY_PEFT[0] or families.get(kind) in BY_PEFT)
 
 
-def merges(conversion: WeightTransform) -> TypeGuard[WeightConverter]:
+def is_merge_of_modules(conversion: WeightTransform) -> TypeGuard[WeightConverter]:
     """Return True if a conversion puts the weights of many modules together into one tensor."""
     operations = getattr(conversion, "operations", ())
     return len(conversion.target_patterns) == 1 and any(type(o).__name__ == "MergeModulelist" for o in operations)
 
 
-def part_of(pattern: str) -> str:
+def read_part_name(pattern: str) -> str:
     """Return the last name of the modules that a pattern such as `.experts.*.w1.weight` means."""
     return pattern.replace("\\", "").removesuffix(".weight").rpartition(".")[2]
 
 
-class Stack(NamedTuple):
+class ExpertStack(NamedTuple):
     """A stack of matrices, one of each expert, that is a parameter of a module."""
 
     module: str  # its path
@@ -148,7 +150,7 @@ class Stack(NamedTuple):
         return {*self.parts, self.parameter, *(f"{part}_{kind}" for part in parts)}
 
 
-def stacks(tree: Tree, experts: Experts | None = None) -> Iterator[Stack]:
+def list_stacks(tree: ModuleTree, experts: ExpertStacks | None = None) -> Iterator[ExpertStack]:
     """Yield the stacks of a model."""
     for path, module in tree.modules.items():
         if not path.rpartition(".")[2].endswith("experts"):
@@ -159,19 +161,19 @@ def stacks(tree: Tree, experts: Experts | None = None) -> Iterator[Stack]:
         dense = {} if packed else {n: len(p) for n, p in base._parameters.items() if p is not None and p.dim() == 3}
         for name, size in (packed | dense).items():
             if name != "weight":
-                yield Stack(path, name, size, () if experts is None else experts.parts(path, name))
+                yield ExpertStack(path, name, size, () if experts is None else experts.parts(path, name))
 
 
 @dataclass
-class LeftOut:
+class UnreachedTargets:
     """What a config names and does not reach: experts, and layers that files could not hold for PEFT."""
 
-    stacks: list[Stack] = field(default_factory=list)
+    stacks: list[ExpertStack] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)  # paths
     names: set[str] = field(default_factory=set)  # entries of target_modules that mean experts
 
     @property
-    def of_experts(self) -> str:
+    def experts_text(self) -> str:
         """The text for a warning, or an error; '' if none is left out."""
         if not self.stacks:
             return ""
@@ -182,7 +184,7 @@ class LeftOut:
         )
 
     @property
-    def of_layers(self) -> str:
+    def layers_text(self) -> str:
         if not self.layers:
             return ""
         wanted = [f"{path}.weight" for path in self.layers]
@@ -193,7 +195,9 @@ class LeftOut:
         )
 
 
-def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None) -> LeftOut:
+def convert_expert_targets(
+    cfg: Any, model: nn.Module, tree: ModuleTree, keys: Collection[str] | None
+) -> UnreachedTargets:
     """Rewrite a config that names experts by their old names, so that it names the stacks; return what is left out.
 
     The stacks get the rank of all parts together, as a file's matrices of the parts are put side by side. PEFT drops
@@ -206,76 +210,80 @@ def convert(cfg: Any, model: nn.Module, tree: Tree, keys: Collection[str] | None
     Raises:
         ConfigError: of matrices that are fused the config names only some.
     """
-    left = LeftOut()
-    if cfg.peft_type != "LORA" or cfg.target_modules is None or not (is_by_peft(model) or any(stacks(tree))):
-        return left
-    experts = Experts(model, tree)
-    every, chosen = experts.stacks, Chosen(cfg, experts)
+    unreached = UnreachedTargets()
+    if (
+        cfg.peft_type != "LORA"
+        or cfg.target_modules is None
+        or not (is_rewritten_by_peft(model) or any(list_stacks(tree)))
+    ):
+        return unreached
+    experts = ExpertStacks(model, tree)
+    all_stacks, chosen = experts.stacks, ExpertTargets(cfg, experts)
     if keys is None:
-        parts_by_stack = {stack: chosen.parts(stack) for stack in every}
+        parts_by_stack = {stack: chosen.parts(stack) for stack in all_stacks}
         moved = chosen.modules()
-        named = {part for parts in parts_by_stack.values() for part in parts}
-        alone = named.isdisjoint(path.rpartition(".")[2] for path in moved)  # so that the names mean experts
-        alone = alone and bool(named) and chosen.linear is None
-        if not (named or moved) or not (experts.by_peft or alone):
-            left.stacks = [stack for stack in every if chosen.means(stack)]
-            left.names = chosen.entries({name for stack in left.stacks for name in stack.names})
-            return left
+        chosen_parts = {part for parts in parts_by_stack.values() for part in parts}
+        alone = chosen_parts.isdisjoint(path.rpartition(".")[2] for path in moved)  # so that the names mean experts
+        alone = alone and bool(chosen_parts) and chosen.linear is None
+        if not (chosen_parts or moved) or not (experts.by_peft or alone):
+            unreached.stacks = [stack for stack in all_stacks if chosen.is_unnamed(stack)]
+            unreached.names = chosen.list_entries({name for stack in unreached.stacks for name in stack.names})
+            return unreached
     else:
-        parts_by_stack = stacks_in(keys, experts)
+        parts_by_stack = find_stack_parts(keys, experts)
         moved = chosen.modules() if parts_by_stack else []
     parts_by_stack = {stack: parts for stack, parts in parts_by_stack.items() if parts}
     if not parts_by_stack and not moved:
-        return left
+        return unreached
     for stack, parts in parts_by_stack.items():
         if missing := [part for part in stack.parts if part not in parts]:
             raise ConfigError(
                 f"Cannot convert PEFT target(s) {', '.join(parts)} without also targeting {', '.join(missing)} because "
                 f"they are fused into {stack.parameter}."
             )
-    weights = [path for path in moved if has_plain_weight(tree.modules[path], path, tree)]
-    left.layers = [path for path in moved if path not in weights]
-    rename_patterns(cfg, parts_by_stack, weights, tree)
-    rest = chosen.rest(moved)
+    weights = [path for path in moved if is_weight_plain(tree.modules[path], path, tree)]
+    unreached.layers = [path for path in moved if path not in weights]
+    convert_patterns(cfg, parts_by_stack, weights, tree)
+    module_targets = chosen.list_other_targets(moved)
     if keys is not None:  # the file has them
-        rest |= shortest(left.layers, [*tree.modules])
-        left.layers = []
+        module_targets |= shorten_paths(unreached.layers, [*tree.modules])
+        unreached.layers = []
     cfg.target_parameters = {
         *(cfg.target_parameters or ()),
-        *shortest([stack.path for stack in parts_by_stack], [stack.path for stack in every]),
-        *shortest([f"{path}.weight" for path in weights], [f"{path}.weight" for path in tree.modules]),
+        *shorten_paths([stack.path for stack in parts_by_stack], [stack.path for stack in all_stacks]),
+        *shorten_paths([f"{path}.weight" for path in weights], [f"{path}.weight" for path in tree.modules]),
     }
-    cfg.target_modules = rest
-    return left
+    cfg.target_modules = module_targets
+    return unreached
 
 
-class Chosen:
+class ExpertTargets:
     """What the `target_modules` of a config mean in a model, and in the one that it was."""
 
-    def __init__(self, cfg: Any, experts: Experts):
+    def __init__(self, cfg: Any, experts: ExpertStacks):
         self.cfg, self.experts, self.tree = cfg, experts, experts.tree
         self.matcher = Matcher(cfg)
         self.regex = isinstance(cfg.target_modules, str)
         self.linear: set[str] | None = None
         if self.regex and cfg.target_modules.lower() == ALL_LINEAR:
-            self.linear = all_linear(cfg, experts.model, self.tree.modules)
+            self.linear = list_linear_layers(cfg, experts.model, self.tree.modules)
 
-    def finds(self, path: str) -> bool:
+    def is_chosen(self, path: str) -> bool:
         return path in self.linear if self.linear is not None else self.matcher(path).outcome == "matched"
 
-    def parts(self, stack: Stack) -> list[str]:
+    def parts(self, stack: ExpertStack) -> list[str]:
         """Return the parts of a stack that are chosen in some expert."""
         if self.linear is not None:
             return [*stack.parts]
-        return [part for part in stack.parts if any(map(self.finds, self._paths(stack, part)))]
+        return [part for part in stack.parts if any(map(self.is_chosen, self._list_paths(stack, part)))]
 
-    def means(self, stack: Stack) -> bool:
+    def is_unnamed(self, stack: ExpertStack) -> bool:
         """Return True if a stack is meant, and not named in `target_parameters`."""
         if self.linear is not None or Matcher(self.cfg, parameters=True)(stack.path).outcome == "matched":
             return False
-        return any(self.finds(path) for name in stack.names for path in self._paths(stack, name))
+        return any(self.is_chosen(path) for name in stack.names for path in self._list_paths(stack, name))
 
-    def entries(self, names: set[str]) -> set[str]:
+    def list_entries(self, names: set[str]) -> set[str]:
         """Return the entries that end with one of these names; a regex as it is."""
         if self.regex:
             return {self.cfg.target_modules}
@@ -285,44 +293,44 @@ class Chosen:
         """Return the paths of the chosen modules that have an old name of experts or routers."""
         named = [path for path in self.tree.modules if path.rpartition(".")[2] in self.experts.names]
         if self.linear is None:
-            return [path for path in named if self.finds(path)]
+            return [path for path in named if self.is_chosen(path)]
         routers = {f"{stack.module.rpartition('.')[0]}.{ROUTER}" for stack in self.experts.stacks}
-        return [path for path in named if self.finds(path) or path in routers]
+        return [path for path in named if self.is_chosen(path) or path in routers]
 
-    def rest(self, moved: list[str]) -> set[str]:
+    def list_other_targets(self, moved: list[str]) -> set[str]:
         """Return the targets without those names; of a regex, and "all-linear", the names of the modules that it chose,
         without `moved`."""
         if not self.regex:
             return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] not in self.experts.names}
         gone = set(moved)
-        paths = [path for path in self.tree.modules if self.finds(path) and path not in gone]
-        return shortest(paths, [*self.tree.modules])
+        paths = [path for path in self.tree.modules if self.is_chosen(path) and path not in gone]
+        return shorten_paths(paths, [*self.tree.modules])
 
-    def _paths(self, stack: Stack, name: str) -> Iterator[str]:
+    def _list_paths(self, stack: ExpertStack, name: str) -> Iterator[str]:
         """Yield the paths that the experts' modules of a name had, or would have today."""
         numbers: Iterable[int] = range(stack.size)
         if not self.regex and not any(part.isdigit() for t in self.cfg.target_modules for part in t.split(".")):
             numbers = (0,)
-        blocks = dict.fromkeys((stack.module, self.experts.before(stack.module)))
+        blocks = dict.fromkeys((stack.module, self.experts.find_old_path(stack.module)))
         for block in blocks:
             yield f"{block}.{name}"
             for number in numbers:
                 yield f"{block}.{number}.{name}"
 
 
-def stacks_in(keys: Iterable[str], experts: Experts) -> dict[Stack, list[str]]:
+def find_stack_parts(keys: Iterable[str], experts: ExpertStacks) -> dict[ExpertStack, list[str]]:
     """Return the stacks of which a file has parts, by experts, and which."""
     by_path = {stack.path: stack for stack in experts.stacks}
-    out: dict[Stack, list[str]] = {}
+    out: dict[ExpertStack, list[str]] = {}
     matches = (OF_EXPERT.fullmatch(key.removeprefix(PREFIX)) for key in keys)
     for block, part in dict.fromkeys((m["experts"], m["part"]) for m in matches if m is not None):
-        place = experts.place(block, part)
+        place = experts.find_place(block, part)
         if place is not None and place.stack in by_path:
             out.setdefault(by_path[place.stack], []).append(part)
     return out
 
 
-def has_plain_weight(module: nn.Module, path: str, tree: Tree) -> bool:
+def is_weight_plain(module: nn.Module, path: str, tree: ModuleTree) -> bool:
     """Return True if PEFT could adapt the weight of a module by its name."""
     base = innermost(module)
     weight, op = base._parameters.get("weight"), find_op(base)
@@ -333,36 +341,42 @@ def has_plain_weight(module: nn.Module, path: str, tree: Tree) -> bool:
     return carrier_of(module) is None or path in tree.nests
 
 
-def shortest(paths: list[str], every: list[str]) -> set[str]:
+def shorten_paths(paths: list[str], every: list[str]) -> set[str]:
     """Return the fewest names that mean these paths, and none of the others."""
-    return minimal_names(paths, set(every) - set(paths)) if paths else set()
+    return minimize_names(paths, set(every) - set(paths)) if paths else set()
 
 
-def rename_patterns(cfg: PeftConfig, parts_by_stack: dict[Stack, list[str]], weights: list[str], tree: Tree) -> None:
+def convert_patterns(
+    cfg: PeftConfig, parts_by_stack: dict[ExpertStack, list[str]], weights: list[str], tree: ModuleTree
+) -> None:
     """Have `rank_pattern` and `alpha_pattern` give stacks the sum over their parts, weights what their layers have."""
     sums: dict[str, dict[str, float]] = {}
     for name, of in cfg.patterns.items():
-        own, default = dict(getattr(cfg, name) or {}), getattr(cfg, of)
+        patterns_of_field, default = dict(getattr(cfg, name) or {}), getattr(cfg, of)
         exact: dict[str, float] = {}
         old: list[str] = []
-        for stack in parts_by_stack if own else ():
-            if any(cfg.reaches(pattern, stack.path, name) for pattern in own):
+        for stack in parts_by_stack if patterns_of_field else ():
+            if any(cfg.reaches(pattern, stack.path, name) for pattern in patterns_of_field):
                 continue
             paths = [f"{stack.module}.0.{part}" for part in stack.parts]
             old += paths
             total = sum(getattr(cfg.at(path), of) for path in paths)
             if total != default * len(paths):
                 exact[re.escape(stack.path)] = total
-        for path in weights if own else ():
+        for path in weights if patterns_of_field else ():
             old.append(path)
             value = getattr(cfg.at(path), of)
             if value != default:
                 exact[re.escape(f"{path}.weight")] = value
         gone = set(old)
         still = [*(path for path in tree.modules if path not in gone), *(stack.path for stack in parts_by_stack)]
-        used = {p for p in own if any(cfg.reaches(p, path, name) for path in old)}
-        others = {p: v for p, v in own.items() if p not in used or any(cfg.reaches(p, path, name) for path in still)}
+        used = {p for p in patterns_of_field if any(cfg.reaches(p, path, name) for path in old)}
+        remaining_patterns = {
+            p: v
+            for p, v in patterns_of_field.items()
+            if p not in used or any(cfg.reaches(p, path, name) for path in still)
+        }
         whole = {rf".*\.{re.escape(s.parameter)}": default * len(s.parts) for s in parts_by_stack if len(s.parts) > 1}
-        sums[name] = exact | others | {p: v for p, v in whole.items() if p not in others}
+        sums[name] = exact | remaining_patterns | {p: v for p, v in whole.items() if p not in remaining_patterns}
     for name, patterns in sums.items():
         setattr(cfg, name, patterns)

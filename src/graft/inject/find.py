@@ -27,20 +27,27 @@ from graft.core.site import Site
 from graft.core.wrappers import MANAGED
 from graft.inject import beside, experts
 from graft.inject.beside import Head, HeadConfig
-from graft.inject.experts import LeftOut
-from graft.inject.job import Job
-from graft.inject.match import WHY, Matcher, Verdict, hint, unmatched
+from graft.inject.experts import UnreachedTargets
+from graft.inject.job import InjectionJob
+from graft.inject.match import WHY, Matcher, Verdict, find_unmatched, format_hint
 from graft.inject.report import InjectReport, Skipped
-from graft.inject.stage import absent_in, remote_sites
-from graft.inject.survey import Tree, children_of, kind_of, site_of, uncovered, why_not_attention
+from graft.inject.stage import add_remote_sites, find_absent_modules
+from graft.inject.survey import (
+    ModuleTree,
+    get_site,
+    get_type_name,
+    list_read_children,
+    skip_empty_carriers,
+    why_not_attention,
+)
 from graft.inject.targets import (
     DUMMY,
-    embedding_path,
-    expand,
-    parameter_target,
+    expand_tied_targets,
+    find_embedding_path,
+    find_named_parameters,
+    find_tied_modules,
+    resolve_parameter,
     resolve_targets,
-    search_parameters,
-    tied_to_embedding,
 )
 from graft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from graft.storage import has_loose_bias, innermost, why_no_adapter
@@ -52,87 +59,96 @@ if TYPE_CHECKING:
 MOST_WARNINGS = 100  # about entries of one field
 
 
-def find(job: Job) -> None:
+def resolve_job(job: InjectionJob) -> None:
     """Fill in the fields of an injection that say what it will do, or raise."""
     tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
     tree.ops = getattr(cfg, "_custom_modules", None) or {}
-    left, targets = LeftOut(), job.targets
+    unreached, targets = UnreachedTargets(), job.targets
     if job.keys is None:
         if hasattr(cfg, "target_parameters"):
-            left = experts.convert(cfg, model, tree, None if job.options.values is None else job.options.values.names)
+            unreached = experts.convert_expert_targets(
+                cfg, model, tree, None if job.options.values is None else job.options.values.names
+            )
         named = cfg.target_modules is not None
         resolve_targets(cfg, method, model, tree.modules)
         if not named and isinstance(cfg.target_modules, set) and tree.readers:
-            leave_out_read(cfg, method, adapter, tree)
+            drop_read_targets(cfg, method, adapter, tree)
     method.prepare(cfg, model)
     if job.keys is None:
-        targets.tied = expand(cfg, method, model, tree)
+        targets.tied = expand_tied_targets(cfg, method, model, tree)
     job.report = InjectReport(adapter, cfg.peft_type.value, base_parameters=tree.parameters)
-    tree.absent = absent_in(tree.modules) if job.several else {}
-    match(job, left)
+    tree.absent = find_absent_modules(tree.modules) if job.several else {}
+    match_modules(job, unreached)
     for key in method.accompany(cfg, model, list(targets.sites)):
-        targets.sites.setdefault(key, site_of(key, tree.modules[key], tree))
+        targets.sites.setdefault(key, get_site(key, tree.modules[key], tree))
     if job.steps is not None:
-        job.steps.tied_modules()
+        job.steps.adapt_tied_modules()
     tied = {key: source for key, source in targets.tied.items() if source in targets.sites}
     variant = method.variant(cfg)
-    for key, site in (targets.sites | {k: site_of(k, tree.modules[k], tree) for k in tied}).items():
+    for key, site in (targets.sites | {k: get_site(k, tree.modules[k], tree) for k in tied}).items():
         source = key.rpartition(".")[0] if key in targets.along else targets.tied.get(key, key)
-        own, source = (cfg, source) if job.steps is None else job.steps.handed_on(source)
-        kind = variant if own is cfg else method.variant(own)
-        made = job.methods[key] = made_for(site, kind, own.at(source), adapter)  # patterns name what is targeted
+        method_config, source = (cfg, source) if job.steps is None else job.steps.get_site_config(source)
+        kind = variant if method_config is cfg else method.variant(method_config)
+        method_on_site = job.methods[key] = make_method(
+            site, kind, method_config.at(source), adapter
+        )  # patterns name what is targeted
         if source != key:
-            made.config_path, made.via_container = source, key in targets.along
+            method_on_site.config_path, method_on_site.via_container = source, key in targets.along
         if key in tied:
-            made.source = job.methods[tied[key]]
+            method_on_site.source = job.methods[tied[key]]
     everywhere = targets.sites
     if tree.absent and job.keys is None:
-        everywhere = remote_sites(targets.sites, tree, Matcher(cfg), adapter)
+        everywhere = add_remote_sites(targets.sites, tree, Matcher(cfg), adapter)
     job.order = {
-        key: job.methods.get(key) or made_for(site, variant, cfg.at(key), adapter) for key, site in everywhere.items()
+        key: job.methods.get(key) or make_method(site, variant, cfg.at(key), adapter)
+        for key, site in everywhere.items()
     }
     in_order = list(job.order.values())
     variant.split_budget([m.alone for m in (*in_order, *(job.methods[key] for key in tied))])
     check_sites(job.methods, tree, job.mixed)
     trains = not cfg.inference_mode and (job.options.values is None or job.options.values.names)
     if trains and dist.is_available() and dist.is_initialized():
-        check_unwrapped(tree.modules.items(), adapter)
+        check_not_fsdp(tree.modules.items(), adapter)
     if in_order and in_order[0].common:
-        lend(in_order)
+        assign_lenders(in_order)
     names, heads = getattr(cfg, "modules_to_save", None), job.options.heads
-    saved = modules_to_save_of(names, getattr(cfg, "_default_heads", ()), tree, job.report) if names else []
+    saved = find_modules_to_save(names, getattr(cfg, "_default_heads", ()), tree, job.report) if names else []
     if saved or heads:
         chosen = choose_heads(heads, saved, model, tree) if heads else {}
-        job.beside |= heads_of(saved, chosen, targets.tied, tree, adapter)
+        job.beside |= make_heads(saved, chosen, targets.tied, tree, adapter)
     if tokens := getattr(cfg, "trainable_token_indices", None):
-        rows = rows_of(tokens, cfg, model, tree, adapter)
+        rows = make_token_rows(tokens, cfg, model, tree, adapter)
         check_rows(rows, job.methods, saved, tree)
         job.beside |= rows
     if getattr(cfg, "bias", "none") != "none":
         targeted = [tree.modules[key] for key in job.methods if key in tree.modules]
-        job.biases = biases_of(cfg, model, targeted, saved)
+        job.biases = list_trained_biases(cfg, model, targeted, saved)
     job.report.other_trainable = sum(getattr(b, "bias", b).numel() for b in job.biases)
 
 
-def leave_out_read(cfg: Targeted, method: type[Method], adapter: str, tree: Tree) -> None:
+def drop_read_targets(cfg: Targeted, method: type[Method], adapter: str, tree: ModuleTree) -> None:
     """Take default targets out of a config whose weights modules read, such as kernels, where the method acts in calls
     of a layer alone. Nothing is taken out if that leaves no target."""
     kind, read, names = method.variant(cfg), set(), set(cfg.target_modules or ())
     for name in names:
         key = next((key for key in tree.modules if f".{key}".endswith(f".{name}")), None)
-        site = None if key is None else site_of(key, tree.modules[key], tree)
-        if site is not None and site.is_read and unfolded(made_for(site, kind, cfg.at(site.key), adapter)) is not None:
+        site = None if key is None else get_site(key, tree.modules[key], tree)
+        if (
+            site is not None
+            and site.is_read
+            and unfolded(make_method(site, kind, cfg.at(site.key), adapter)) is not None
+        ):
             read.add(name)
     cfg.target_modules = names - read or names
 
 
-def made_for(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
+def make_method(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
     """Make the method of a site: of a stack of matrices, on each of them."""
-    made: Method = (on_each(kind) if site.is_stack and not kind.lays_out_stacks else kind)(site, cfg, adapter)
-    return made
+    instance: Method = (on_each(kind) if site.is_stack and not kind.lays_out_stacks else kind)(site, cfg, adapter)
+    return instance
 
 
-def match(job: Job, left: LeftOut) -> None:
+def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
     """Find the sites; note in the report modules left out and entries without a match."""
     cfg, report, tree, targets = job.cfg, job.report, job.tree, job.targets
     chosen, matcher = set(job.keys or ()), Matcher(cfg) if job.keys is None else None
@@ -145,22 +161,22 @@ def match(job: Job, left: LeftOut) -> None:
         else:
             verdict = Verdict("matched" if key in chosen else "untargeted", key)
         if job.steps is not None and matcher is not None:
-            verdict = job.steps.verdict(key, verdict)
+            verdict = job.steps.decide(key, verdict)
         if key in targets.tied and verdict.outcome == "matched":  # by a regex; `follow` adapts it later
             verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict
         if verdict.outcome == "matched":
-            targets.sites[key] = site_of(key, module, tree)
+            targets.sites[key] = get_site(key, module, tree)
         elif verdict.entry is not None:
-            report.skipped.append(Skipped(key, kind_of(module), verdict.why))
+            report.skipped.append(Skipped(key, get_type_name(module), verdict.why))
         elif not module._modules:
-            report.untargeted[kind_of(module)] += 1
+            report.untargeted[get_type_name(module)] += 1
     if job.steps is not None:
         job.steps.modules()
     for key in [key for key, site in targets.sites.items() if site.op.opaque and site.path == key]:
         site = targets.sites.pop(key)
-        for path in (f"{key}.{child}" for child in children_of(site.module)):
-            targets.sites[path] = site_of(path, tree.modules[path], tree)
+        for path in (f"{key}.{child}" for child in list_read_children(site.module)):
+            targets.sites[path] = get_site(path, tree.modules[path], tree)
             targets.along.add(path)
         targets.sites[key] = site
     parameters: dict[str, Site] = {}
@@ -171,10 +187,12 @@ def match(job: Job, left: LeftOut) -> None:
                 f"state_dict out (adapter '{job.adapter}'), and load the values afterwards."
             )
         if job.steps is not None:
-            parameters, idle = job.steps.parameters()
+            parameters, idle = job.steps.adapt_parameters()
         else:
-            found, idle = search_parameters(cfg, uncovered(job.model), tree, report)
-            parameters = dict(parameter_target(path, name, tree, targets.sites, job.adapter) for _, path, name in found)
+            named_parameters, idle = find_named_parameters(cfg, skip_empty_carriers(job.model), tree, report)
+            parameters = dict(
+                resolve_parameter(path, name, tree, targets.sites, job.adapter) for _, path, name in named_parameters
+            )
         warn_unmatched("target_parameters", idle, report, of=None if parameters else cfg.target_parameters)
         targets.sites |= parameters
     if tree.absent:
@@ -185,22 +203,22 @@ def match(job: Job, left: LeftOut) -> None:
                 PeftWarning,
             )
     elif matcher is not None:
-        report_on(cfg, matcher, outcomes, report, list(parameters), left)
-        if left.stacks or left.layers:
-            warn_left_out(left, tree, report)
+        report_matches(cfg, matcher, outcomes, report, list(parameters), unreached)
+        if unreached.stacks or unreached.layers:
+            warn_of_unreached(unreached, tree, report)
 
 
-def warn_left_out(left: LeftOut, tree: Tree, report: InjectReport) -> None:
+def warn_of_unreached(unreached: UnreachedTargets, tree: ModuleTree, report: InjectReport) -> None:
     """Warn of experts and layers that a config names and does not reach, and note them in the report."""
-    for text in filter(None, (left.of_experts, left.of_layers)):
+    for text in filter(None, (unreached.experts_text, unreached.layers_text)):
         warn(f"{text} Adapter '{report.adapter}'.", PeftWarning)
     how = "an expert's matrix is no module: name {} in target_parameters"
-    report.skipped += [Skipped(s.path, "Parameter", how.format(s.parameter)) for s in left.stacks]
+    report.skipped += [Skipped(s.path, "Parameter", how.format(s.parameter)) for s in unreached.stacks]
     how = "left out beside experts, as PEFT does: name its weight in target_parameters"
-    report.skipped += [Skipped(path, kind_of(tree.modules[path]), how) for path in left.layers]
+    report.skipped += [Skipped(path, get_type_name(tree.modules[path]), how) for path in unreached.layers]
 
 
-def lend(methods: Sequence[Method]) -> None:
+def assign_lenders(methods: Sequence[Method]) -> None:
     """Name the lender of each tensor that a layer of an adapter has in common with one before it."""
     for container, keys_of in methods[0].common.items():
         first: dict[Hashable, Method] = {}
@@ -210,14 +228,19 @@ def lend(methods: Sequence[Method]) -> None:
                 method.lenders = {**method.lenders, container: lender}
 
 
-def check_sites(methods: dict[str, Method], tree: Tree, mixed: bool) -> None:
+def check_sites(methods: dict[str, Method], tree: ModuleTree, mixed: bool) -> None:
     """Raise UnsupportedLayerError unless these methods can adapt their sites."""
     for key, method in methods.items():
         site, adapter = method.site, method.name
         why = getattr(site.module, "why_not_adapted", None)
         if isinstance(site.module, nn.MultiheadAttention):
             why = why or why_not_attention(site.module)
-        why = why or why_not_parallel(method) or method.check() or (by_itself(method) if site.adapts_tensor else None)
+        why = (
+            why
+            or why_not_parallel(method)
+            or method.check()
+            or (why_not_uncalled(method) if site.adapts_tensor else None)
+        )
         existing = tree.layers.get(key)
         if existing is not None and adapter in existing.methods:
             why = f"It already carries an adapter called '{adapter}': choose another name, or call unload() before"
@@ -247,7 +270,7 @@ def why_not_parallel(method: Method) -> str | None:
     return why
 
 
-def check_unwrapped(modules: Iterable[tuple[str, nn.Module]], adapter: str) -> None:
+def check_not_fsdp(modules: Iterable[tuple[str, nn.Module]], adapter: str) -> None:
     """Raise DistributedError if FSDP manages one of a model's modules: nobody would average a new adapter's gradients.
 
     modules: all of the model, with their paths.
@@ -261,7 +284,7 @@ def check_unwrapped(modules: Iterable[tuple[str, nn.Module]], adapter: str) -> N
         )
 
 
-def by_itself(method: Method) -> str | None:
+def why_not_uncalled(method: Method) -> str | None:
     """Return why a method cannot adapt a tensor that modules use in ways of their own; None if it can."""
     site, effect = method.site, method.effect
     if effect.whole:
@@ -272,12 +295,14 @@ def by_itself(method: Method) -> str | None:
     return None if why is None else f"{type(method).__name__} needs its weight, and {why}"
 
 
-def modules_to_save_of(names: Sequence[str], defaults: Sequence[str], tree: Tree, report: InjectReport) -> list[str]:
+def find_modules_to_save(
+    names: Sequence[str], defaults: Sequence[str], tree: ModuleTree, report: InjectReport
+) -> list[str]:
     """Return the paths of the modules that train whole; warn of names without a module, but for `defaults`."""
-    everywhere = [key for key in tree.modules if beside.matches(key, names) is not None]
+    everywhere = [key for key in tree.modules if beside.find_saved_entry(key, names) is not None]
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]
     if missing:
-        warn_unmatched("modules_to_save", unmatched(missing, set(), tree.modules), report)
+        warn_unmatched("modules_to_save", find_unmatched(missing, set(), tree.modules), report)
     return [key for key in everywhere if key not in tree.absent]
 
 
@@ -290,34 +315,36 @@ def warn_unmatched(
     """
     first = list(entries.items())[:MOST_WARNINGS]
     if of and entries:
-        close = "".join(f" '{entry}'{hint(similar)}" for entry, similar in first if similar)
+        close = "".join(f" '{entry}'{format_hint(similar)}" for entry, similar in first if similar)
         kind = name.removeprefix("target_").removesuffix("s")
         text = f"{name}={of} were set but no {kind} was matched.{close} Adapter '{report.adapter}' is without them."
         warn(text, RuntimeWarning)
     else:
         for entry, similar in first:
-            warn(f"{name} entry '{entry}' matched nothing{hint(similar)}", PeftWarning)
+            warn(f"{name} entry '{entry}' matched nothing{format_hint(similar)}", PeftWarning)
         if len(entries) > MOST_WARNINGS:
             warn(f"{name}: {len(entries) - MOST_WARNINGS} more entries matched nothing", PeftWarning)
     prefix = "" if name == "target_modules" else f"{name}: "
     report.unmatched_targets.update({prefix + entry: similar for entry, similar in entries.items()})
 
 
-def heads_of(
-    saved: list[str], chosen: dict[str, nn.Module], tied: dict[str, str], tree: Tree, adapter: str
+def make_heads(
+    saved: list[str], chosen: dict[str, nn.Module], tied: dict[str, str], tree: ModuleTree, adapter: str
 ) -> dict[str, Head]:
     """Return the heads of an adapter: of the modules that train whole, and of those tied to them."""
-    made: dict[str, Head] = {}
+    new_heads: dict[str, Head] = {}
     for key in [*saved, *(k for k, source in tied.items() if source in saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
-        beside.refuse(key, tree.modules[key], inside, adapter)
-        made[key] = Head(beside.head_site(key, tree.modules[key]), HeadConfig(chosen.get(key)), adapter)
+        beside.check_can_train_whole(key, tree.modules[key], inside, adapter)
+        new_heads[key] = Head(beside.get_head_site(key, tree.modules[key]), HeadConfig(chosen.get(key)), adapter)
         if key not in saved:
-            made[key].source = made[tied[key]]
-    return made
+            new_heads[key].source = new_heads[tied[key]]
+    return new_heads
 
 
-def choose_heads(heads: dict[str, nn.Module], saved: list[str], model: nn.Module, tree: Tree) -> dict[str, nn.Module]:
+def choose_heads(
+    heads: dict[str, nn.Module], saved: list[str], model: nn.Module, tree: ModuleTree
+) -> dict[str, nn.Module]:
     """Return the modules that the caller gave for `modules_to_save`, by full path.
 
     Raises:
@@ -326,7 +353,7 @@ def choose_heads(heads: dict[str, nn.Module], saved: list[str], model: nn.Module
     if not isinstance(heads, Mapping):
         raise ConfigError(f"heads must be modules by name, as {{'classifier': …}}, got {type(heads).__name__}.")
     chosen: dict[str, nn.Module] = {}
-    here = {id(m) for m in model.modules()}
+    model_ids = {id(m) for m in model.modules()}
     for name, module in heads.items():
         paths = [key for key in saved if key == name or key.endswith(f".{name}")]
         if len(paths) != 1:
@@ -335,7 +362,7 @@ def choose_heads(heads: dict[str, nn.Module], saved: list[str], model: nn.Module
             )
         if not isinstance(module, nn.Module):
             raise ConfigError(f"heads['{name}'] must be an nn.Module, got {type(module).__name__}.")
-        if any(id(m) in here for m in module.modules()):
+        if any(id(m) in model_ids for m in module.modules()):
             raise ConfigError(f"heads['{name}'] is in the model already, and would train there too: give a copy of it.")
         widths = [getattr(m, "in_features", None) for m in (innermost(tree.modules[paths[0]]), module)]
         if None not in widths and widths[0] != widths[1]:
@@ -344,7 +371,7 @@ def choose_heads(heads: dict[str, nn.Module], saved: list[str], model: nn.Module
     return chosen
 
 
-def bias_in(cfg: PeftConfig) -> str:
+def read_bias_option(cfg: PeftConfig) -> str:
     """Return which biases of the base train: "none", "all", or "<method>_only".
 
     Raises:
@@ -358,7 +385,7 @@ def bias_in(cfg: PeftConfig) -> str:
     return bias
 
 
-def biases_of(
+def list_trained_biases(
     cfg: PeftConfig, model: nn.Module, adapted: list[nn.Module], whole: list[str]
 ) -> list[nn.Parameter | nn.Module]:
     """Return the base model's biases that train; a packed layer in place of one that is no Parameter yet.
@@ -368,7 +395,7 @@ def biases_of(
     Raises:
         NotImplementedError: `bias` has no such value.
     """
-    if bias_in(cfg) == "all":
+    if read_bias_option(cfg) == "all":
         inside = tuple(f"{key}." for key in whole)
         parameters = [p for name, p in model.named_parameters() if is_bias(name) and not name.startswith(inside)]
         layers = [m for name, m in model.named_modules() if not f"{name}.".startswith(inside)]
@@ -378,7 +405,9 @@ def biases_of(
     return [*parameters, *dict.fromkeys(m for m in layers if has_loose_bias(m))]
 
 
-def check_rows(rows: dict[str, TrainableTokens], adapted: dict[str, Method], saved: list[str], tree: Tree) -> None:
+def check_rows(
+    rows: dict[str, TrainableTokens], adapted: dict[str, Method], saved: list[str], tree: ModuleTree
+) -> None:
     """Raise unless these single rows can train."""
     for key, method in rows.items():
         module, source, adapter = tree.modules[key], method.source, method.name
@@ -401,27 +430,27 @@ def check_rows(rows: dict[str, TrainableTokens], adapted: dict[str, Method], sav
             raise ConfigError(f"trainable_token_indices cannot be applied to '{key}': {why}.")
 
 
-def report_on(
+def report_matches(
     cfg: Targeted,
     matcher: Matcher,
     outcomes: dict[str, Verdict],
     report: InjectReport,
     parameters: list[str],
-    experts_left: LeftOut,
+    experts_left: UnreachedTargets,
 ) -> None:
     """Warn of entries that matched nothing and note them in the report; raise if no module matched at all."""
     verdicts = outcomes.values()
-    found = {v.outcome for v in verdicts}
+    outcome_kinds = {v.outcome for v in verdicts}
     targets = cfg.target_modules
-    excluded = bool(found & {"excluded", "saved"})
+    excluded = bool(outcome_kinds & {"excluded", "saved"})
     if (
-        "matched" not in found
+        "matched" not in outcome_kinds
         and not parameters
         and DUMMY not in (targets if isinstance(targets, (set, list)) else (targets,))
     ):
-        why = experts_left.of_experts or nothing_matched(cfg, outcomes, excluded)
+        why = experts_left.experts_text or explain_no_match(cfg, outcomes, excluded)
         raise NoMatchingPeftModuleError(f"{why} Adapter '{report.adapter}'.")
-    if isinstance(targets, str) and "matched" not in found and targets != DUMMY:
+    if isinstance(targets, str) and "matched" not in outcome_kinds and targets != DUMMY:
         text = f"target_modules={targets} were set but no module was matched. A string is a regular expression that has"
         warn(f"{text} to fit a whole path. Adapter '{report.adapter}' has its target_parameters alone.", RuntimeWarning)
     exclude = getattr(cfg, "exclude_modules", None)
@@ -433,7 +462,7 @@ def report_on(
         report.unmatched_targets[f"exclude_modules: {cfg.exclude_modules}"] = []
     elif exclude and not isinstance(exclude, str):
         idle = [e for e in exclude if not any(k == e or k.endswith(f".{e}") for k in outcomes)]
-        warn_unmatched("exclude_modules", unmatched(idle, set(), outcomes), report)
+        warn_unmatched("exclude_modules", find_unmatched(idle, set(), outcomes), report)
     if matcher.indices:
         reached = {matcher.layer_of(k) for k, v in outcomes.items() if v.outcome == "matched"}
         idle = [str(i) for i in sorted(matcher.indices) if i not in reached]
@@ -443,8 +472,8 @@ def report_on(
         # a longer entry may name the same modules, and is the one in `used`
         left = {t for t in targets if t not in used and not any(k == t or k.endswith(f".{t}") for k in outcomes)}
         if left := left - experts_left.names:
-            missing = unmatched(left, used, outcomes)
-            warn_unmatched("target_modules", missing, report, of=None if "matched" in found else targets)
+            missing = find_unmatched(left, used, outcomes)
+            warn_unmatched("target_modules", missing, report, of=None if "matched" in outcome_kinds else targets)
     for name in getattr(cfg, "patterns", {}):
         matched = [*(k for k, v in outcomes.items() if v.outcome == "matched"), *parameters]
         idle = sorted(p for p in getattr(cfg, name) or () if not any(cfg.reaches(p, k, name) for k in matched))
@@ -454,7 +483,7 @@ def report_on(
             report.unmatched_targets.update({f"{name}: {pattern}": [] for pattern in idle})
 
 
-def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:
+def explain_no_match(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:
     targets = cfg.target_modules
     if not outcomes:
         return (
@@ -484,9 +513,9 @@ def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> s
         text += " A string is a regular expression that has to fit a whole path: pass a list for the ends of paths."
     else:
         strange = [t for t in targets if not any(k == t or k.endswith(f".{t}") for k in outcomes)]
-        for entry, similar in unmatched(strange, set(), outcomes).items():
+        for entry, similar in find_unmatched(strange, set(), outcomes).items():
             if similar:
-                text += f" '{entry}' matched nothing{hint(similar)}"
+                text += f" '{entry}' matched nothing{format_hint(similar)}"
     if getattr(cfg, "layers_to_transform", None) is not None:
         text += f" Note: You specified 'layers_to_transform': {cfg.layers_to_transform}."
         if cfg.layers_pattern is not None:
@@ -495,29 +524,37 @@ def nothing_matched(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> s
     return text
 
 
-def rows_of(
-    wanted: Mapping[str, Sequence[int]] | Sequence[int], cfg: PeftConfig, model: nn.Module, tree: Tree, adapter: str
+def make_token_rows(
+    token_indices: Mapping[str, Sequence[int]] | Sequence[int],
+    cfg: PeftConfig,
+    model: nn.Module,
+    tree: ModuleTree,
+    adapter: str,
 ) -> dict[str, TrainableTokens]:
     """Return the methods that train single rows, first of modules that the config names, then of those tied to them.
 
     wanted: the rows of the embedding, or of each module by name.
     """
-    tokens = token_targets(wanted, model, tree, adapter)
-    tied, made = following_tokens(tokens, cfg, model, tree), dict[str, TrainableTokens]()
+    tokens = resolve_token_indices(token_indices, model, tree, adapter)
+    tied, new_rows = find_tied_tokens(tokens, cfg, model, tree), dict[str, TrainableTokens]()
     for key in [*(key for key in tokens if key not in tied), *tied]:
         config = TrainableTokensConfig(token_indices=tokens[tied.get(key, key)])
-        method = made[key] = TrainableTokens(site_of(key, tree.modules[key], tree), config, adapter)
+        method = new_rows[key] = TrainableTokens(get_site(key, tree.modules[key], tree), config, adapter)
         if key in tied:
-            method.source = made[tied[key]]
+            method.source = new_rows[tied[key]]
             method.lenders = dict.fromkeys(method.layer_names, method.source)
-    return made
+    return new_rows
 
 
-def token_targets(
-    wanted: Mapping[str, Sequence[int]] | Sequence[int], model: nn.Module, tree: Tree, adapter: str
+def resolve_token_indices(
+    token_indices: Mapping[str, Sequence[int]] | Sequence[int], model: nn.Module, tree: ModuleTree, adapter: str
 ) -> dict[str, list[int]]:
     """Return the rows that a config trains, by path of their module."""
-    named = wanted if isinstance(wanted, Mapping) else {embedding_path(model, tree) or "embed_tokens": wanted}
+    named = (
+        token_indices
+        if isinstance(token_indices, Mapping)
+        else {find_embedding_path(model, tree) or "embed_tokens": token_indices}
+    )
     out: dict[str, list[int]] = {}
     for name, indices in named.items():
         paths = [k for k in tree.modules if k == name or k.endswith(f".{name}")]
@@ -530,15 +567,17 @@ def token_targets(
     return out
 
 
-def following_tokens(tokens: dict[str, list[int]], cfg: PeftConfig, model: nn.Module, tree: Tree) -> dict[str, str]:
+def find_tied_tokens(
+    tokens: dict[str, list[int]], cfg: PeftConfig, model: nn.Module, tree: ModuleTree
+) -> dict[str, str]:
     """Return the modules tied to the embedding that train the same rows: {path: embedding's path}."""
-    embedding, tied = tied_to_embedding(model, tree) if tokens else (None, [])
-    own = tokens.get(embedding or "")
-    following = [k for k in tied if own is not None and tokens.get(k) in (None, own)]
-    other = [k for k in tied if k in tokens and k not in following]
-    if other and getattr(cfg, "ensure_weight_tying", False):
+    embedding, tied = find_tied_modules(model, tree) if tokens else (None, [])
+    embedding_rows = tokens.get(embedding or "")
+    following = [k for k in tied if embedding_rows is not None and tokens.get(k) in (None, embedding_rows)]
+    conflicting = [k for k in tied if k in tokens and k not in following]
+    if conflicting and getattr(cfg, "ensure_weight_tying", False):
         raise ValueError(
             "Cannot ensure weight tying when different token indices are specified for tied layers. "
-            f"Conflicting layers: {[embedding, *other]}."
+            f"Conflicting layers: {[embedding, *conflicting]}."
         )
     return dict.fromkeys(following, embedding or "")

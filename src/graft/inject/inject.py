@@ -15,10 +15,10 @@ from graft.core.errors import gathering
 from graft.core.layer import AdapterLayer
 from graft.inject import build, find
 from graft.inject.beside import RowsLayer, TrainableTokensWrapper
-from graft.inject.job import Job
-from graft.inject.parts import inside_out
-from graft.inject.stage import draw_alike, group_in
-from graft.inject.survey import Place, Tree, survey
+from graft.inject.job import InjectionJob
+from graft.inject.parts import sort_inside_out
+from graft.inject.stage import find_model_group, synchronize_generators
+from graft.inject.survey import ModuleTree, Place, survey_model
 from graft.methods import ROWS
 from graft.storage import innermost, prepare_packed
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from graft.config.base import PeftConfig
 
 
-class Injection(Job):
+class Injection(InjectionJob):
     """One adapter on its way onto a model, step by step."""
 
     def run(self) -> Injection:
@@ -35,13 +35,13 @@ class Injection(Job):
         Raises:
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
         """
-        with self.restructured():
-            with collector_paused(), gathering() as say:
+        with self.restructure_model():
+            with pause_collector(), gathering() as say:
                 self.find()
-                if self.several and (group := group_in(self.tree.modules.values())) is not None:
-                    draw_alike(group)
+                if self.several and (group := find_model_group(self.tree.modules.values())) is not None:
+                    synchronize_generators(group)
                     self.group = group
-                build.build(self)
+                build.build_carriers(self)
             try:
                 say()
                 with self.call.gate.change("a change", ()):  # waits until no call of the model is under way
@@ -55,14 +55,14 @@ class Injection(Job):
 
     def find(self) -> Injection:
         """Find all that the injection will do and raise all that can go wrong, without a change to the model."""
-        self.tree = self.tree or survey(self.model)
+        self.tree = self.tree or survey_model(self.model)
         self.cfg = copy.copy(self.config)
-        with nullcontext() if self.steps is None else self.steps.asking(self):
-            find.find(self)
+        with nullcontext() if self.steps is None else self.steps.swap_config(self):
+            find.resolve_job(self)
         return self
 
     @contextmanager
-    def restructured(self, keep: bool = True) -> Iterator[None]:
+    def restructure_model(self, keep: bool = True) -> Iterator[None]:
         """Let the method change the model itself; undo that if the block raises, or afterwards unless `keep`."""
         undo = self.method.restructure(self.config, self.model)
         if undo is not None:
@@ -81,11 +81,11 @@ class Injection(Job):
         tree = self.tree
         prepare_packed(tree.modules.values())
         if not tree.layers and not tree.wrappers:
-            self.frozen_before = frozen(self.model, tree)
+            self.frozen_before = list_frozen_names(self.model, tree)
             for p in tree.owners:
                 p.requires_grad = False
         for path, base in tree.vacant.items():
-            attach(tree.places_of(path), base)
+            attach_module(tree.list_places(path), base)
         nests: dict[str, list[AdapterLayer]] = {path: list(layers) for path, layers in tree.nests.items()}
         for key, layer in self.layers.items():
             if not self.options.provisional:
@@ -95,23 +95,23 @@ class Injection(Job):
             if layer.op.opaque:
                 nests.setdefault(layer.site.path, []).append(layer)
             else:
-                attach(tree.places_of(key), layer)
+                attach_module(tree.list_places(key), layer)
         for path, layers in nests.items():
-            nest(tree.places_of(path), layers, innermost(tree.modules[path]))
+            nest_layers(tree.list_places(path), layers, innermost(tree.modules[path]))
         for key, wrapper in self.wrappers.items():
             if key not in tree.wrappers:
                 module = TrainableTokensWrapper(wrapper) if isinstance(wrapper, RowsLayer) else wrapper
-                attach(tree.places_of(key), module.train(tree.modules[key].training))
+                attach_module(tree.list_places(key), module.train(tree.modules[key].training))
         for bias in self.biases:
             bias.requires_grad = True  # `build` has made Parameters of them
 
 
-def frozen(model: nn.Module, tree: Tree) -> set[str] | None:
+def list_frozen_names(model: nn.Module, tree: ModuleTree) -> set[str] | None:
     """Name the parameters that do not train, before a first adapter freezes all; None if none trains."""
-    still = [p for p in tree.owners if not p.requires_grad]
-    if len(still) == len(tree.owners):
+    frozen_parameters = [p for p in tree.owners if not p.requires_grad]
+    if len(frozen_parameters) == len(tree.owners):
         return None
-    if not still:
+    if not frozen_parameters:
         return set()
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
@@ -120,7 +120,7 @@ MANY = 10_000  # objects that an injection made, of which the collector's search
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def pause_collector() -> Iterator[None]:
     """Pause the garbage collector: an injection makes no garbage, and the search takes longer than the injection.
 
     Count what was made as old afterwards. Python would search it at once otherwise, as young: 0.4 s of 1.1 s for 10,000
@@ -139,25 +139,25 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def attach(places: Iterable[Place], module: nn.Module) -> None:
+def attach_module(places: Iterable[Place], module: nn.Module) -> None:
     for parent, name in places:
         if "activation_relu_or_gelu" in parent.__dict__:
             parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
         parent._modules[name] = module  # setattr would only look the old one up again
 
 
-def nest(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Module) -> None:
+def nest_layers(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Module) -> None:
     """Put layers of parameters of one module around it, each around those of the parameters before its own."""
     inner: nn.Module = base
-    for layer in inside_out(layers) if layers else ():
+    for layer in sort_inside_out(layers) if layers else ():
         layer._modules["base_layer"] = inner
         inner = layer
-    attach(places, inner)
+    attach_module(places, inner)
 
 
-def check_bias(cfg: PeftConfig) -> None:
+def check_second_bias(cfg: PeftConfig) -> None:
     """Raise if a second adapter wants to train biases."""
-    if find.bias_in(cfg) != "none":
+    if find.read_bias_option(cfg) != "none":
         raise ValueError(
             f"{ROWS[cfg.peft_type.value].tuner} supports only 1 adapter with bias. "
             "When using multiple adapters, set bias to 'none' for all adapters."

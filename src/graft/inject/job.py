@@ -16,10 +16,10 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method
 from graft.core.shared import SharedTensors
 from graft.core.site import Site
-from graft.inject.beside import Head, shown
-from graft.inject.parts import Parts
+from graft.inject.beside import Head, describe_trained_module
+from graft.inject.parts import AdapterCarriers
 from graft.inject.report import InjectReport, Matched
-from graft.inject.survey import Tree, Wrapper
+from graft.inject.survey import ModuleTree, Wrapper
 from graft.methods.trainable_tokens import TrainableTokens
 from graft.prompts.base import Prompt
 from graft.storage.parallel import processes
@@ -31,7 +31,7 @@ class Receiver(Protocol):
     def assign(self, value: Tensor) -> None: ...
 
 
-class Values(Protocol):
+class ValueSource(Protocol):
     """A checkpoint's values, which an injection assigns in place of initial ones."""
 
     @property
@@ -39,7 +39,7 @@ class Values(Protocol):
         """The checkpoint's keys."""
         ...
 
-    def head(self, key: str, module: nn.Module) -> nn.Module | None:
+    def make_head(self, key: str, module: nn.Module) -> nn.Module | None:
         """Return a module for modules_to_save if the checkpoint's shapes differ from those of `module`, else None."""
         ...
 
@@ -47,7 +47,7 @@ class Values(Protocol):
         """Raise if that many numbers, to be made before the values are known, are out of proportion."""
         ...
 
-    def of(self, parts: Parts, adapter: str) -> list[tuple[Receiver, Tensor]]:
+    def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
         """Return every entry of the adapter with its value, all checked. An entry's `assign` puts it in place."""
         ...
 
@@ -58,7 +58,7 @@ class Options:
 
     upcast: bool = True  # train half-precision adapters in float32
     on_meta: bool = False  # leave its tensors on the meta device
-    values: Values | None = None  # a checkpoint's, in place of initial ones
+    values: ValueSource | None = None  # a checkpoint's, in place of initial ones
     heads: dict[str, nn.Module] | None = None  # modules for `modules_to_save`, by name, instead of copies of the base's
     state_dict: dict[str, Tensor] | None = None  # adapt exactly the layers that it has tensors for
     provisional: bool = False  # the caller may still take it off: see `Registry.provisional`
@@ -74,7 +74,7 @@ class Targets:
 
 
 @dataclass(eq=False)
-class Job:
+class InjectionJob:
     """An injection's question and answers.
 
     Args:
@@ -98,7 +98,7 @@ class Job:
     others: Mapping[str, PeftConfig] = field(default_factory=dict)
     options: Options = Options()
     keys: Iterable[str] | None = None
-    tree: Tree = None  # type: ignore[assignment]
+    tree: ModuleTree = None  # type: ignore[assignment]
     mixed: bool = False
     several: bool = field(default_factory=lambda: processes() > 1)  # this process is one of several
     group: dist.ProcessGroup | None = None  # of the processes that compute the model in pieces
@@ -121,18 +121,20 @@ class Job:
     frozen_before: set[str] | None = None  # the base's parameters that did not train, by name; None if none did
 
     @property
-    def parts(self) -> Parts:
-        return Parts(self.layers, self.wrappers, self.shared if self.shared.containers else None, self.prompt)
+    def parts(self) -> AdapterCarriers:
+        return AdapterCarriers(self.layers, self.wrappers, self.shared if self.shared.containers else None, self.prompt)
 
     @property
-    def here(self) -> dict[str, Method]:
+    def local_methods(self) -> dict[str, Method]:
         """The methods in `order` whose layers this process has."""
         return {key: method for key, method in self.order.items() if key in self.methods}
 
-    def count_beside(self) -> None:
+    def report_heads_and_rows(self) -> None:
         """Note in the report what trains beside the layers."""
-        own = {key: method for key, method in self.beside.items() if method.source is None}
-        self.report.modules_to_save += [Matched(key, *shown(method)) for key, method in own.items()]
+        untied_methods = {key: method for key, method in self.beside.items() if method.source is None}
+        self.report.modules_to_save += [
+            Matched(key, *describe_trained_module(method)) for key, method in untied_methods.items()
+        ]
 
     def undo(self) -> None:
         """Take back all that `build` made."""

@@ -35,7 +35,7 @@ class Verdict:
         return WHY.get(self.outcome, "")
 
 
-class Names:
+class TargetNames:
     """A set of names, each matching a path that equals it or ends with it after a dot; or one regex on whole paths."""
 
     def __init__(self, names: Iterable[str] | str | None, field: str = "target_modules"):
@@ -45,18 +45,18 @@ class Names:
     def find(self, path: str) -> str | None:
         """Return the entry that matches `path`: the path itself first, then its longest suffix; None if none does."""
         if self.names:
-            names, rest = self.names, path
-            while rest not in names:
-                _, dot, rest = rest.partition(".")
+            names, suffix = self.names, path
+            while suffix not in names:
+                _, dot, suffix = suffix.partition(".")
                 if not dot:
                     return None
-            return rest
+            return suffix
         if self.regex is not None:
             return self.regex.text if self.regex.fullmatch(path) else None
         return None
 
 
-def suffixes(path: str) -> Iterator[str]:
+def list_suffixes(path: str) -> Iterator[str]:
     """Yield the rest of a dotted path after each dot, the longest first."""
     dot = path.find(".")
     while dot >= 0:
@@ -70,8 +70,8 @@ class Matcher:
     def __init__(self, cfg: Any, parameters: bool = False):
         """parameters: decide about the paths of parameters, by `target_parameters`."""
         chosen = getattr(cfg, "target_paths", None)  # set by `Method.prepare`
-        self.targets = Names(cfg.target_parameters if parameters else chosen or cfg.target_modules)
-        self.excluded = Names(getattr(cfg, "exclude_modules", None), "exclude_modules")
+        self.targets = TargetNames(cfg.target_parameters if parameters else chosen or cfg.target_modules)
+        self.excluded = TargetNames(getattr(cfg, "exclude_modules", None), "exclude_modules")
         saved = getattr(cfg, "modules_to_save", None) or ()
         self.saved = [compile_pattern(m, "modules_to_save", rf"(^|.*\.){m}($|\..*)") for m in saved]
         indices = getattr(cfg, "layers_to_transform", None)
@@ -103,18 +103,20 @@ class Matcher:
         return None
 
 
-def unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
+def find_unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
     """Return the entries that are not `used`, each with similar names in the model and how often they occur."""
     missing = sorted(e for e in entries if e not in used)
     if not missing:
         return {}
-    have = Counter(path.rpartition(".")[2] for path in paths)
+    name_counts = Counter(path.rpartition(".")[2] for path in paths)
     sought = {e: e.rpartition(".")[2] if i < MOST_HINTS else "" for i, e in enumerate(missing)}
-    close = {e: difflib.get_close_matches(end[:LONGEST_NAME], have, n=2, cutoff=0.6) for e, end in sought.items()}
-    return {entry: [(name, have[name]) for name in names] for entry, names in close.items()}
+    close = {
+        e: difflib.get_close_matches(end[:LONGEST_NAME], name_counts, n=2, cutoff=0.6) for e, end in sought.items()
+    }
+    return {entry: [(name, name_counts[name]) for name in names] for entry, names in close.items()}
 
 
-def hint(similar: list[tuple[str, int]]) -> str:
+def format_hint(similar: list[tuple[str, int]]) -> str:
     """Return '; did you mean …?', or '' if no name is similar."""
     if not similar:
         return ""
@@ -122,7 +124,7 @@ def hint(similar: list[tuple[str, int]]) -> str:
     return f"; did you mean {names}?"
 
 
-def minimal_names(targets: Iterable[str], others: Iterable[str]) -> set[str]:
+def minimize_names(targets: Iterable[str], other_paths: Iterable[str]) -> set[str]:
     """Return the fewest, shortest suffixes that select all of `targets` and none of `others`.
 
     Raises:
@@ -130,18 +132,18 @@ def minimal_names(targets: Iterable[str], others: Iterable[str]) -> set[str]:
     """
     if isinstance(targets, (str, bytes)) or not targets:
         raise ValueError("target_modules should be a list or set of strings.")
-    targets, others = set(targets), set(others)
+    targets, other_paths = set(targets), set(other_paths)
     if "" in targets:
         raise ValueError("target_modules should not contain an empty string.")
-    if common := targets & others:
+    if common := targets & other_paths:
         raise ValueError(
             "target_modules and other_module_names contain common elements, this should not happen, "
             f"please open an issue with the code that led to it: {sorted(common)[:3]}."
         )
-    taken = {s for path in others for s in (path, *suffixes(path))}
+    other_suffixes = {s for path in other_paths for s in (path, *list_suffixes(path))}
     chosen: set[str] = set()
     for path in sorted(targets):
-        candidates = [*reversed([*suffixes(path)]), path]  # shortest first
+        candidates = [*reversed([*list_suffixes(path)]), path]  # shortest first
         if chosen.isdisjoint(candidates):
-            chosen.add(next((s for s in candidates if s not in taken), path))
+            chosen.add(next((s for s in candidates if s not in other_suffixes), path))
     return chosen

@@ -17,7 +17,7 @@ from graft.core.gate import Gate
 from graft.core.layer import AdapterLayer
 from graft.core.shared import SharedTensors
 from graft.core.wrappers import find_inner_module
-from graft.inject.survey import Wrapper, check_model, survey
+from graft.inject.survey import Wrapper, check_model, survey_model
 from graft.prompts.base import Prompt
 from graft.storage import ExpertBlock
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., object])
 
 
-class Nests:
+class ParameterLayerPaths:
     """Where layers stand in a model's names: below layers of other parameters of their module, or of one around it."""
 
     def __init__(self, layers: Iterable[AdapterLayer]):
@@ -36,27 +36,27 @@ class Nests:
             if layer.op.opaque:
                 self.nests.setdefault(layer.site.path, []).append(layer)
         for path, nest in self.nests.items():
-            self.nests[path] = inside_out(nest)
+            self.nests[path] = sort_inside_out(nest)
 
     def path(self, key: str, layer: AdapterLayer | None = None) -> str:
         """Return the path of a layer, or of another carrier at `key`, as it stands in names."""
         if not self.nests:
             return key
-        own = layer if layer is not None and layer.op.opaque else None
+        parameter_layer = layer if layer is not None and layer.op.opaque else None
         out: list[str] = []
         above = ""
-        for part in (key if own is None else own.site.path).split("."):
+        for part in (key if parameter_layer is None else parameter_layer.site.path).split("."):
             below = self.nests.get(above, [])
             out += ["base_layer"] * len(below)
             above = f"{above}.{part}" if above else part
             out.append(part)
-        if own is not None:
+        if parameter_layer is not None:
             nest = self.nests[above]
-            out += ["base_layer"] * (len(nest) - 1 - nest.index(own))
+            out += ["base_layer"] * (len(nest) - 1 - nest.index(parameter_layer))
         return ".".join(out)
 
 
-def inside_out(layers: Iterable[AdapterLayer]) -> list[AdapterLayer]:
+def sort_inside_out(layers: Iterable[AdapterLayer]) -> list[AdapterLayer]:
     """Sort layers of parameters of one module as they stand around it: the module's first parameter innermost."""
     layers = list(layers)
     order = ExpertBlock(layers[0].site.module).parameters
@@ -64,7 +64,7 @@ def inside_out(layers: Iterable[AdapterLayer]) -> list[AdapterLayer]:
 
 
 @dataclass
-class Parts:
+class AdapterCarriers:
     """The carriers of one adapter: layers and wrappers by path, the tensors that all layers share, a prompt."""
 
     layers: dict[str, AdapterLayer]
@@ -88,7 +88,7 @@ class Parts:
 HOLDER = "_graft"  # the attribute with the registry of PeftModels and tuners; no base model has one of that name
 
 
-def registry_of(model: object) -> Any:
+def get_registry(model: object) -> Any:
     """Return the registry of a PeftModel or tuner; None for any other model.
 
     Raises:
@@ -98,7 +98,7 @@ def registry_of(model: object) -> Any:
     return model.__dict__.get(HOLDER)
 
 
-def check_foreign(model: nn.Module) -> None:
+def check_no_foreign_adapters(model: nn.Module) -> None:
     """Raise AlreadyInjectedError if a model carries adapters of another package, such as PEFT."""
     configs = getattr(model, "peft_config", None)
     if foreign := sorted(name for name, config in (configs or {}).items() if not isinstance(config, PeftConfig)):
@@ -108,46 +108,46 @@ def check_foreign(model: nn.Module) -> None:
         )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the model with adapters within wrappers such as DDP's, FSDP's, DeepSpeed's or torch.compile's."""
-    while registry_of(model) is None and (inner := find_inner_module(model)) is not None:
+    while get_registry(model) is None and (inner := find_inner_module(model)) is not None:
         model = inner
     return model
 
 
-def gate_in(model: nn.Module) -> Gate | None:
+def find_gate(model: nn.Module) -> Gate | None:
     """Return the gate of a model's calls and changes; None if it has no adapter.
 
     Raises:
         AlreadyInjectedError: it has adapters of another package.
     """
-    model = unwrapped(model)
-    registry = registry_of(model)
+    model = unwrap_model(model)
+    registry = get_registry(model)
     if registry is None:
-        check_foreign(model)
-        tree = survey(model)
+        check_no_foreign_adapters(model)
+        tree = survey_model(model)
         registry = next(iter((*tree.layers.values(), *tree.wrappers.values())), None)
     return None if registry is None else registry.call.gate
 
 
-def gate_of(model: nn.Module) -> Gate:
+def get_gate(model: nn.Module) -> Gate:
     """Return the gate of a model's calls and changes.
 
     Raises:
         AdapterNotFoundError: it has no adapter.
     """
-    gate = gate_in(model)
+    gate = find_gate(model)
     if gate is None:
         raise AdapterNotFoundError(f"The model ({type(model).__name__}) carries no adapter.")
     return gate
 
 
-def reads(function: F) -> F:
+def run_as_call(function: F) -> F:
     """Decorate a function of a model that reads adapters, such as a save: a call, beside which nothing changes."""
 
     @wraps(function)
     def run(model: nn.Module, *args: object, **kwargs: object) -> Any:
-        gate = gate_in(model)
+        gate = find_gate(model)
         with nullcontext() if gate is None else gate.call(f"{function.__name__}()"):
             return function(model, *args, **kwargs)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from graft.core.errors import escape_controls
-from graft.inject.match import hint
+from graft.inject.match import format_hint
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,24 +59,24 @@ class InjectReport:
             f"{self.peft_type} '{self.adapter}': {len(self.matched)} layer{'s' * (len(self.matched) != 1)}, "
             f"{self.trainable_parameters:,} trainable parameters ({percent:.2f} %)"
         )
-        table = Table(title=as_cell(title), title_justify="left")
+        table = Table(title=format_cell(title), title_justify="left")
         for name in ("module", "type", "n", "trainable", ""):
             table.add_column(name, justify="right" if name in ("n", "trainable") else "left", overflow="fold")
 
         def add_row(*texts: str) -> None:
-            table.add_row(*map(as_cell, texts))
+            table.add_row(*map(format_cell, texts))
 
         groups: dict[tuple[str, str, str], list[int]] = {}
         for m in self.matched:
-            groups.setdefault((generic(m.name), m.type, "adapted"), []).append(m.parameters)
+            groups.setdefault((star_indices(m.name), m.type, "adapted"), []).append(m.parameters)
         for m in self.modules_to_save:
-            groups.setdefault((generic(m.name), m.type, "trained whole"), []).append(m.parameters)
+            groups.setdefault((star_indices(m.name), m.type, "trained whole"), []).append(m.parameters)
         for s in self.skipped:
-            groups.setdefault((generic(s.name), s.type, f"skipped: {s.why}"), []).append(0)
+            groups.setdefault((star_indices(s.name), s.type, f"skipped: {s.why}"), []).append(0)
         for (name, kind, what), counts in groups.items():
             add_row(name, kind, str(len(counts)), f"{sum(counts):,}" if sum(counts) else "", what)
         for entry, similar in self.unmatched_targets.items():
-            add_row(entry, "", "0", "", f"matched nothing{hint(similar)}")
+            add_row(entry, "", "0", "", f"matched nothing{format_hint(similar)}")
         for kind, n in self.untargeted.most_common():
             add_row("…", kind, str(n), "", "not targeted")
         return table
@@ -92,13 +92,13 @@ class InjectReport:
         return out.getvalue()
 
 
-def as_cell(text: str) -> Text:
+def format_cell(text: str) -> Text:
     """Return a text for rich without control characters, whose brackets are no markup."""
     from rich.text import Text
 
     return Text(escape_controls(text))
 
 
-def generic(name: str) -> str:
+def star_indices(name: str) -> str:
     """Return a path with stars for indices, so that like modules share a row."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -18,8 +18,8 @@ from graft.core.method import Method, Use
 from graft.core.random import build_on, read_generator_states, restore_generator_states
 from graft.core.site import Site
 from graft.inject.match import Matcher
-from graft.inject.parts import Parts
-from graft.inject.survey import Tree
+from graft.inject.parts import AdapterCarriers
+from graft.inject.survey import ModuleTree
 from graft.storage import find_group, innermost
 from graft.storage.flat import sendable
 from graft.storage.parallel import processes
@@ -27,50 +27,50 @@ from graft.storage.parallel import processes
 MARK = "PipelineIdentityLayer"  # of transformers
 
 
-def absent_in(modules: dict[str, nn.Module]) -> dict[str, str]:
+def find_absent_modules(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Return the path of the list (or other parent) of each module that this process lacks.
 
     Returns {} for a whole model.
 
     modules: all modules of the model, by path.
     """
-    found = {key: key.rpartition(".")[0] for key, m in modules.items() if type(m).__name__ == MARK}
+    absent = {key: key.rpartition(".")[0] for key, m in modules.items() if type(m).__name__ == MARK}
     for key, m in modules.items():
         if isinstance(m, (nn.ModuleList, nn.ModuleDict)):
-            found |= {f"{key}.{name}": key for name in gaps(m)}
-    if found:
-        found |= {k: k.rpartition(".")[0] for k, m in modules.items() if type(m) is nn.Identity and k not in found}
-    return found
+            absent |= {f"{key}.{name}": key for name in list_missing_blocks(m)}
+    if absent:
+        absent |= {k: k.rpartition(".")[0] for k, m in modules.items() if type(m) is nn.Identity and k not in absent}
+    return absent
 
 
-def absent_from(model: nn.Module) -> dict[str, str]:
+def find_absent_in_model(model: nn.Module) -> dict[str, str]:
     """Return the absent modules of a model with or without adapters, of which none is looked into."""
-    return absent_in(dict(_walk("", model))) if processes() > 1 else {}
+    return find_absent_modules(dict(_walk_modules("", model))) if processes() > 1 else {}
 
 
-def _walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _walk_modules(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(f"{path}.{name}" if path else name, innermost(child))
+            yield from _walk_modules(f"{path}.{name}" if path else name, innermost(child))
 
 
-def gaps(blocks: nn.Module) -> list[str]:
+def list_missing_blocks(blocks: nn.Module) -> list[str]:
     """Return the names of the blocks that a list of alike ones lacks at its beginning or end."""
-    here = [m is not None and type(m) is not nn.Identity for m in blocks._modules.values()]
-    kinds = {type(m) for m, is_here in zip(blocks._modules.values(), here) if is_here}
-    in_a_row = sum(a != b for a, b in zip([False, *here], [*here, False])) == 2
-    if all(here) or len(kinds) > 1 or not (in_a_row or not any(here)) or len(here) < 2:
+    presence = [m is not None and type(m) is not nn.Identity for m in blocks._modules.values()]
+    kinds = {type(m) for m, is_here in zip(blocks._modules.values(), presence) if is_here}
+    in_a_row = sum(a != b for a, b in zip([False, *presence], [*presence, False])) == 2
+    if all(presence) or len(kinds) > 1 or not (in_a_row or not any(presence)) or len(presence) < 2:
         return []
-    return [name for name, is_here in zip(blocks._modules, here) if not is_here]
+    return [name for name, is_here in zip(blocks._modules, presence) if not is_here]
 
 
-def below(path: str, absent: Iterable[str]) -> bool:
+def is_below(path: str, absent: Iterable[str]) -> bool:
     """Return True if a path is that of an absent module, or in one."""
     return any(path == key or path.startswith(f"{key}.") for key in absent)
 
 
-def remote_sites(sites: dict[str, Site], tree: Tree, matcher: Matcher, adapter: str) -> dict[str, Site]:
+def add_remote_sites(sites: dict[str, Site], tree: ModuleTree, matcher: Matcher, adapter: str) -> dict[str, Site]:
     """Return the sites of an adapter in the model's order, with those that other stages have.
 
     A site of an absent block looks as that of a block that is here. It draws its initial values as well, which nobody
@@ -88,11 +88,11 @@ def remote_sites(sites: dict[str, Site], tree: Tree, matcher: Matcher, adapter: 
             out[key] = site
         elif parent not in done:
             done.add(parent)
-            out |= in_blocks(parent, sites, tree, matcher)
-    others = [key for key in absent if absent[key] not in lists and matcher(key).outcome == "matched"]
-    if others:
+            out |= list_block_sites(parent, sites, tree, matcher)
+    remote_paths = [key for key in absent if absent[key] not in lists and matcher(key).outcome == "matched"]
+    if remote_paths:
         warn(
-            f"'{others[0]}' is on another stage of the pipeline, and adapter '{adapter}' adapts it there: this "
+            f"'{remote_paths[0]}' is on another stage of the pipeline, and adapter '{adapter}' adapts it there: this "
             "stage draws other values for the layers after it than one process would. Load the adapter from a file "
             "where all stages have to begin like one process.",
             PeftWarning,
@@ -100,27 +100,29 @@ def remote_sites(sites: dict[str, Site], tree: Tree, matcher: Matcher, adapter: 
     return out
 
 
-def in_blocks(parent: str, sites: dict[str, Site], tree: Tree, matcher: Matcher) -> Iterator[tuple[str, Site]]:
+def list_block_sites(
+    parent: str, sites: dict[str, Site], tree: ModuleTree, matcher: Matcher
+) -> Iterator[tuple[str, Site]]:
     """Yield the sites in all blocks of a list, in order, by those of the first block that has some."""
     by_block: dict[str, dict[str, Site]] = {}  # by name of the block, by path below it
     for key, site in sites.items():
         if key.startswith(f"{parent}."):
-            name, _, rest = key.removeprefix(f"{parent}.").partition(".")
-            by_block.setdefault(name, {})[rest] = site
+            name, _, inner_path = key.removeprefix(f"{parent}.").partition(".")
+            by_block.setdefault(name, {})[inner_path] = site
     model = next(iter(by_block.values()))
     for name in tree.modules[parent]._modules:
         path = f"{parent}.{name}"
         if path not in tree.absent:
-            yield from ((f"{path}.{rest}", site) for rest, site in by_block.get(name, {}).items())
+            yield from ((f"{path}.{inner_path}", site) for inner_path, site in by_block.get(name, {}).items())
             continue
-        for rest, site in model.items():
-            key = f"{path}.{rest}"
+        for inner_path, site in model.items():
+            key = f"{path}.{inner_path}"
             if site.op.opaque or matcher(key).outcome == "matched":
-                old = site.key.removesuffix(f".{rest}")
+                old = site.key.removesuffix(f".{inner_path}")
                 yield key, replace(site, key=key, path=key if site.path == site.key else path + site.path[len(old) :])
 
 
-def draw(method: Method, shared: dict[str, object], call: Call) -> None:
+def discard_initial_values(method: Method, shared: dict[str, object], call: Call) -> None:
     """Draw a layer's initial values, and drop them: an absent layer's, or one that gets other values."""
     spare = make_adapter_layer(method.site, call)
     method.layer = spare
@@ -130,7 +132,7 @@ def draw(method: Method, shared: dict[str, object], call: Call) -> None:
             method.init()
 
 
-def check_alone(
+def check_stage_independence(
     kind: type[Method],
     methods: dict[str, Method],
     order: dict[str, Method],
@@ -150,9 +152,9 @@ def check_alone(
         why = f"trains '{trains[0]}', which all layers share"
     remote = {id(method) for key, method in order.items() if key not in methods}
     for method in methods.values():
-        other = next((s for s in method.lenders.values() if id(s) in remote), None)
-        if why is None and other is not None:
-            why = f"uses tensors of layer '{other.site.key}' in layer '{method.site.key}'"
+        remote_lender = next((s for s in method.lenders.values() if id(s) in remote), None)
+        if why is None and remote_lender is not None:
+            why = f"uses tensors of layer '{remote_lender.site.key}' in layer '{method.site.key}'"
     if why is not None:
         raise UnsupportedLayerError(
             f"{kind.__name__} {why}, and this model is a stage of a pipeline, which lacks {len(absent)} modules, such "
@@ -161,12 +163,12 @@ def check_alone(
         )
 
 
-def group_in(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
+def find_model_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
     """Return the group of processes that compute a model in pieces; None if no other process has a part in it."""
     return next((g for m in modules if (g := find_group(m)) is not None), None)
 
 
-def draw_alike(group: dist.ProcessGroup) -> None:
+def synchronize_generators(group: dist.ProcessGroup) -> None:
     """Have all processes of a model's group draw from now on what its first process draws."""
     first = dist.get_global_rank(group, 0)
     alike = []
@@ -177,7 +179,7 @@ def draw_alike(group: dist.ProcessGroup) -> None:
     restore_generator_states(alike)
 
 
-def agree(parts: Parts, adapter: str, group: dist.ProcessGroup, loads: bool) -> None:
+def synchronize_tensors(parts: AdapterCarriers, adapter: str, group: dist.ProcessGroup, loads: bool) -> None:
     """Give an adapter's new tensors the values of the group's first process, whatever each has drawn.
 
     loads: the values came from a checkpoint.
@@ -185,39 +187,39 @@ def agree(parts: Parts, adapter: str, group: dist.ProcessGroup, loads: bool) -> 
     Raises:
         CheckpointError: the processes have loaded different values.
     """
-    tensors = [t for t in tensors_of(parts, adapter) if not t.is_meta and t.numel()]
+    tensors = [t for t in list_adapter_tensors(parts, adapter) if not t.is_meta and t.numel()]
     for device in dict.fromkeys(t.device for t in tensors):
-        here = [t for t in tensors if t.device == device]
-        data = torch.cat([t.detach().reshape(-1).contiguous().view(torch.uint8) for t in here])
+        device_tensors = [t for t in tensors if t.device == device]
+        data = torch.cat([t.detach().reshape(-1).contiguous().view(torch.uint8) for t in device_tensors])
         if loads:
-            check_equal(data, adapter, group)
+            check_equal_data(data, adapter, group)
             continue
         dist.broadcast(data, dist.get_global_rank(group, 0), group=group)
-        pieces = data.split([t.numel() * t.itemsize for t in here])
-        for t, part in zip(here, pieces):
+        pieces = data.split([t.numel() * t.itemsize for t in device_tensors])
+        for t, part in zip(device_tensors, pieces):
             t.data.copy_(part.clone().view(t.dtype).view(t.shape))
 
 
-def tensors_of(parts: Parts, adapter: str) -> Iterator[Tensor]:
+def list_adapter_tensors(parts: AdapterCarriers, adapter: str) -> Iterator[Tensor]:
     """Yield the tensors of an adapter, each once, in the same order on all processes."""
     seen: set[int] = set()
     shared = [] if parts.shared is None else [slot.tensor for slot in parts.shared.slots(adapter)]
-    own = [t for layer in parts.layers.values() for _, t in layer.tensors(adapter, transient=True)]
+    layer_tensors = [t for layer in parts.layers.values() for _, t in layer.tensors(adapter, transient=True)]
     rows = [slot.tensor for w in parts.wrappers.values() for slot in w.slots(adapter)]
     prompt = [] if parts.prompt is None else [*parts.prompt.parameters(), *parts.prompt.buffers()]
-    for t in (*shared, *own, *rows, *prompt):
+    for t in (*shared, *layer_tensors, *rows, *prompt):
         if id(t) not in seen and type(t).__name__ != "DTensor":
             seen.add(id(t))
             yield t
 
 
-def check_equal(data: Tensor, adapter: str, group: dist.ProcessGroup) -> None:
-    own: int = zlib.crc32(data.cpu().numpy())  # type: ignore[arg-type]  # an array is a buffer
-    found: list[object] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, own, group=group)
-    other = [rank for rank, digest in enumerate(found) if digest != found[0]]
-    if other:
+def check_equal_data(data: Tensor, adapter: str, group: dist.ProcessGroup) -> None:
+    checksum: int = zlib.crc32(data.cpu().numpy())  # type: ignore[arg-type]  # an array is a buffer
+    checksums: list[object] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(checksums, checksum, group=group)
+    differing_ranks = [rank for rank, digest in enumerate(checksums) if digest != checksums[0]]
+    if differing_ranks:
         raise CheckpointError(
-            f"Adapter '{adapter}' has other values on process {other[0]} of its tensor parallel group than on process "
-            "0: load the same file on all of them."
+            f"Adapter '{adapter}' has other values on process {differing_ranks[0]} of its tensor parallel group than "
+            "on process 0: load the same file on all of them."
         )

@@ -17,12 +17,12 @@ from torch import nn
 
 from graft.core.errors import NoMatchingPeftModuleError, UnsupportedLayerError, who
 from graft.core.site import Site
-from graft.inject.job import Job
-from graft.inject.match import Verdict, unmatched
-from graft.inject.parts import registry_of
+from graft.inject.job import InjectionJob
+from graft.inject.match import Verdict, find_unmatched
+from graft.inject.parts import get_registry
 from graft.inject.report import Skipped
-from graft.inject.survey import Tree, kind_of, site_of, uncovered
-from graft.inject.targets import Idle, parameter_target, search_parameters
+from graft.inject.survey import ModuleTree, get_site, get_type_name, skip_empty_carriers
+from graft.inject.targets import UnmatchedEntries, find_named_parameters, resolve_parameter
 from graft.storage import innermost
 
 if TYPE_CHECKING:
@@ -37,30 +37,30 @@ CHECK, CREATE, PARAMETERS, CAST = (
 )
 
 
-class Noted(NamedTuple):
+class SiteConfig(NamedTuple):
     target: str  # path by which the config's patterns name it
     cfg: PeftConfig | None  # the config as handed on; None: the adapter's, as it was
 
 
-class Steps:
+class ReplacedSteps:
     """The replaced steps of one injection. replaced: their names."""
 
-    job: Job
+    job: InjectionJob
 
     def __init__(self, tuner: Tuner, replaced: list[str]):
         self.tuner, self.replaced = tuner, replaced
         self.target = ""  # the path that is being asked for
         self.asked: list[str] = []
-        self.noted: dict[str, Noted] = {}  # by key of the site
+        self.noted: dict[str, SiteConfig] = {}  # by key of the site
         self.refused: Exception | None = None
         self.cast = False
 
     @contextmanager
-    def asking(self, job: Job) -> Iterator[None]:
+    def swap_config(self, job: InjectionJob) -> Iterator[None]:
         """Let the block ask; put back modules that a replacement has changed if it raises."""
-        self.job, self.paths = job, paths_of(job.tree)
+        self.job, self.paths = job, map_paths(job.tree)
         places = [(parent, name, parent._modules[name]) for parent, name in job.tree.places.values()]
-        registry = registry_of(self.tuner)
+        registry = get_registry(self.tuner)
         configs = dict(registry.peft_config)
         registry.peft_config[job.adapter], registry.steps = job.cfg, self
         try:
@@ -86,12 +86,12 @@ class Steps:
             raise self.refused
         return answer
 
-    def of(self, step: str) -> str:
+    def describe_step(self, step: str) -> str:
         """Return a replaced step as texts show it."""
         return f"{type(self.tuner).__name__}.{step}, replaced by {who(getattr(self.tuner, step))}"
 
-    def all_of(self) -> str:
-        return " and ".join(map(self.of, self.replaced))
+    def describe_steps(self) -> str:
+        return " and ".join(map(self.describe_step, self.replaced))
 
     def _check_intact(self, places: Iterable[tuple[nn.Module, str, nn.Module | None]]) -> None:
         """Raise UnsupportedLayerError if a place holds another module than it did."""
@@ -99,7 +99,7 @@ class Steps:
             if (now := parent._modules.get(name)) is not module:
                 where = name if module is None else self.paths.get(module, name)
                 raise UnsupportedLayerError(
-                    f"{self.all_of()}, put a {type(now).__name__} in the place of '{where}': "
+                    f"{self.describe_steps()}, put a {type(now).__name__} in the place of '{where}': "
                     f"graft makes the layers of adapter '{self.job.adapter}' itself, of what a step hands on to the "
                     "original. For another layer type write an Op, for other mathematics a graft.Method "
                     "(docs/architecture.md)."
@@ -107,14 +107,14 @@ class Steps:
 
     # modules
 
-    def verdict(self, path: str, own: Verdict) -> Verdict:
+    def decide(self, path: str, config_verdict: Verdict) -> Verdict:
         """Return a config's verdict about a path, as the replaced check has it."""
         if CHECK not in self.replaced:
-            return own
+            return config_verdict
         answer = self._ask(CHECK, self.job.cfg, path)
-        if bool(answer) == (own.outcome == "matched"):
-            return own
-        return Verdict("matched", own.entry or path) if answer else Verdict("left", own.entry)
+        if bool(answer) == (config_verdict.outcome == "matched"):
+            return config_verdict
+        return Verdict("matched", config_verdict.entry or path) if answer else Verdict("left", config_verdict.entry)
 
     def modules(self) -> None:
         """Make `sites` of an injection those of what the replaced step adapts for its targets."""
@@ -125,7 +125,7 @@ class Steps:
         for path in targets:
             self._create(path)
 
-    def tied_modules(self) -> None:
+    def adapt_tied_modules(self) -> None:
         """Have modules follow the embedding to which they are tied only if the replaced step adapts them."""
         if CREATE not in self.replaced:
             return
@@ -136,15 +136,16 @@ class Steps:
             new = self.noted.keys() - before.keys()
             if new - {path}:
                 raise UnsupportedLayerError(
-                    f"{self.of(CREATE)}, adapts {sorted(new)} for '{path}', which is tied to "
+                    f"{self.describe_step(CREATE)}, adapts {sorted(new)} for '{path}', which is tied to "
                     f"'{job.targets.tied[path]}' and has its tensors: leave ensure_weight_tying off in the config "
                     f"of adapter '{job.adapter}'."
                 )
             del (job.targets.sites if new else job.targets.tied)[path]
         if self.asked and not self.noted:
             raise NoMatchingPeftModuleError(
-                f"Adapter '{job.adapter}' adapts nothing: {self.of(CREATE)}, left out all {len(self.asked)} targets, "
-                f"such as '{self.asked[0]}'. Name others in target_modules, or restore the step."
+                f"Adapter '{job.adapter}' adapts nothing: {self.describe_step(CREATE)}, left out all "
+                f"{len(self.asked)} targets, such as '{self.asked[0]}'. Name others in target_modules, or restore "
+                "the step."
             )
 
     def _create(self, path: str, parameter: str | None = None, key: str | None = None, cfg: object = None) -> None:
@@ -157,32 +158,32 @@ class Steps:
         self._ask(CREATE, cfg or job.cfg, job.adapter, module, name, parent, current_key=self.target, **options)
         self._check_intact([(parent, name, before)])
         if len(self.noted) == count:
-            kind = kind_of(module) if parameter is None else "Parameter"
-            job.report.skipped.append(Skipped(self.target, kind, f"left out by {self.of(CREATE)}"))
+            kind = get_type_name(module) if parameter is None else "Parameter"
+            job.report.skipped.append(Skipped(self.target, kind, f"left out by {self.describe_step(CREATE)}"))
 
     # parameters
 
-    def parameters(self) -> tuple[dict[str, Site], Idle]:
+    def adapt_parameters(self) -> tuple[dict[str, Site], UnmatchedEntries]:
         """Return the sites of the parameters that the steps adapt, by path; and the entries that name none."""
         job, before = self.job, set(self.noted)
         if PARAMETERS in self.replaced:
             names = {"peft_config": job.cfg, "model": job.model, "adapter_name": job.adapter}
             self._ask(PARAMETERS, **names, low_cpu_mem_usage=job.options.on_meta)
-            idle = {} if len(self.noted) > len(before) else unmatched(job.cfg.target_parameters, set(), ())
+            idle = {} if len(self.noted) > len(before) else find_unmatched(job.cfg.target_parameters, set(), ())
         else:
-            idle = self.search(job.cfg)[1]
+            idle = self.adapt_named_parameters(job.cfg)[1]
         return {key: job.targets.sites[key] for key in self.noted if key not in before}, idle
 
-    def search(self, cfg: PeftConfig) -> tuple[list[str], Idle]:
+    def adapt_named_parameters(self, cfg: PeftConfig) -> tuple[list[str], UnmatchedEntries]:
         """Adapt the parameters that a config names; return their paths, and the entries that name none."""
-        found, idle = search_parameters(cfg, uncovered(self.job.model), self.job.tree, self.job.report)
-        for key, path, name in found:
+        matches, idle = find_named_parameters(cfg, skip_empty_carriers(self.job.model), self.job.tree, self.job.report)
+        for key, path, name in matches:
             self._create(path, name, key, cfg)
-        return [key for key, *_ in found], idle
+        return [key for key, *_ in matches], idle
 
     # what the originals do
 
-    def note(
+    def record_call(
         self,
         cfg: PeftConfig,
         adapter: str,
@@ -198,12 +199,12 @@ class Steps:
             UnsupportedLayerError: that is nothing which this injection could adapt, or has been noted before.
         """
         try:
-            self._note(cfg, adapter, target, (parent, name), key or self.target, parameter)
+            self._record_call(cfg, adapter, target, (parent, name), key or self.target, parameter)
         except Exception as e:
             self.refused = e
             raise
 
-    def _note(
+    def _record_call(
         self, cfg: PeftConfig, adapter: str, target: object, place: tuple[Any, str], key: str, parameter: str | None
     ) -> None:
         job = self.job
@@ -220,28 +221,30 @@ class Steps:
         if why is None:
             module = tree.modules[path]
             if parameter is None:
-                site_key, site = path, site_of(path, module, tree)
+                site_key, site = path, get_site(path, module, tree)
             else:
-                site_key, site = parameter_target(path, parameter, tree, job.targets.sites, job.adapter)
+                site_key, site = resolve_parameter(path, parameter, tree, job.targets.sites, job.adapter)
             if site_key in self.noted:
                 why = f"'{site_key}' twice: for '{self.noted[site_key].target}' already"
         if why is not None:
             raise UnsupportedLayerError(
-                f"For '{self.target}' {self.all_of()}, hands on {why}. Hand on the target, or "
+                f"For '{self.target}' {self.describe_steps()}, hands on {why}. Hand on the target, or "
                 "another module of the model with its parent and its name there, each once; or nothing, to leave the "
                 "target out."
             )
         job.targets.sites[site_key] = site
-        self.noted[site_key] = Noted(key, None if cfg == self.before else copy.copy(cfg))
+        self.noted[site_key] = SiteConfig(key, None if cfg == self.before else copy.copy(cfg))
 
-    def handed_on(self, key: str) -> tuple[PeftConfig, str]:
+    def get_site_config(self, key: str) -> tuple[PeftConfig, str]:
         """Return the config handed on for a site, and the path by which its patterns name it."""
-        noted = self.noted.get(key, Noted(key, None))
-        own = self.job.cfg if self.job.cfg == self.before else self.before  # a replacement may have changed it since
-        return own if noted.cfg is None else noted.cfg, noted.target
+        noted = self.noted.get(key, SiteConfig(key, None))
+        adapter_config = (
+            self.job.cfg if self.job.cfg == self.before else self.before
+        )  # a replacement may have changed it since
+        return adapter_config if noted.cfg is None else noted.cfg, noted.target
 
 
-def paths_of(tree: Tree) -> dict[nn.Module, str]:
+def map_paths(tree: ModuleTree) -> dict[nn.Module, str]:
     """Return the path of each module that a survey shows; of those around and within layers of parameters, too."""
     paths = dict(tree.paths)
     for path, base in tree.vacant.items():

@@ -53,7 +53,7 @@ class Use(NamedTuple):
     calls: bool = False  # calls it, or hands it on to what may
 
 
-class Source(ast.NodeVisitor):
+class SourceUses(ast.NodeVisitor):
     """The modules that a function reads and calls, by their paths from `self`."""
 
     def __init__(self, me: str):
@@ -80,19 +80,19 @@ class Source(ast.NodeVisitor):
         if path is None:
             super().visit(node)
             return
-        self.use(path, writes=not isinstance(getattr(node, "ctx", None), ast.Load))
+        self.add_use(path, writes=not isinstance(getattr(node, "ctx", None), ast.Load))
         while not isinstance(node, ast.Name):  # what stands in brackets
             if isinstance(node, ast.Subscript):
                 self.visit(node.slice)
             node = node.value  # type: ignore[attr-defined]
 
-    def use(self, path: Path, writes: bool = False) -> None:
+    def add_use(self, path: Path, writes: bool = False) -> None:
         at = next((i for i, part in enumerate(path) if i and part in TENSORS), None)
         if at is None:
             self.calls.add(path)
             return
-        rest = [part for part in path[at + 1 :] if part != "data"]
-        if not writes and not (rest and rest[0] in FACTS):
+        attributes = [part for part in path[at + 1 :] if part != "data"]
+        if not writes and not (attributes and attributes[0] in FACTS):
             self.reads.add(path[:at])
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -101,7 +101,7 @@ class Source(ast.NodeVisitor):
         if path is None:
             self.visit(node.func)
         elif not name.endswith("_") or name.startswith("_"):  # else it writes to the tensor
-            self.use(path)
+            self.add_use(path)
             self.calls.add(path[:-1])
         for value in values:
             self.hands_on |= self.path(value) == () and name not in TAKES_FACTS
@@ -127,46 +127,46 @@ class Source(ast.NodeVisitor):
             self.visit(part)
 
 
-def plain(value: object) -> FunctionType | None:
+def get_written_function(value: object) -> FunctionType | None:
     """Return the function that a class has written, from what stands in its dictionary."""
     written: Any = value.fget if isinstance(value, property) else value
-    found = inspect.unwrap(written)
-    return found if isinstance(found, FunctionType) and found.__code__.co_argcount else None
+    function = inspect.unwrap(written)
+    return function if isinstance(function, FunctionType) and function.__code__.co_argcount else None
 
 
-def names(code: CodeType) -> Iterator[str]:
+def list_names(code: CodeType) -> Iterator[str]:
     """Yield the names of all attributes in a function."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from names(inner)
+            yield from list_names(inner)
 
 
-def look(function: FunctionType) -> Source | None:
+def parse_function(function: FunctionType) -> SourceUses | None:
     """Return what a function reads and calls; None if it has no source."""
     try:
         lines = inspect.getsourcelines(function)[0]
         tree = ast.parse("".join(["if 1:\n", *lines] if lines[0][:1].isspace() else lines))
     except (OSError, TypeError, SyntaxError):
         return None
-    source = Source(function.__code__.co_varnames[0])
+    source = SourceUses(function.__code__.co_varnames[0])
     source.visit(tree)
     return source
 
 
-SEEN: WeakKeyDictionary[FunctionType, Source | None] = WeakKeyDictionary()
+SEEN: WeakKeyDictionary[FunctionType, SourceUses | None] = WeakKeyDictionary()
 SOURCES: WeakKeyDictionary[type, dict[Path, Use]] = WeakKeyDictionary()
 
 
-def seen_in(functions: Iterable[FunctionType]) -> list[Source]:
+def parse_functions(functions: Iterable[FunctionType]) -> list[SourceUses]:
     """Return what each function that has a source reads and calls."""
     for function in functions:
         if function not in SEEN:
-            SEEN[function] = look(function)
+            SEEN[function] = parse_function(function)
     return [seen for function in functions if (seen := SEEN[function]) is not None]
 
 
-def uses_of(kind: type) -> dict[Path, Use]:
+def find_inner_uses(kind: type) -> dict[Path, Use]:
     """Return what a class does with the modules within it, by path; {} if it reads the weight of none."""
     if kind in SOURCES:
         return SOURCES[kind]
@@ -174,14 +174,16 @@ def uses_of(kind: type) -> dict[Path, Use]:
     for cls in kind.__mro__:
         if not f"{cls.__module__}.".startswith("torch."):  # its own: see `children_of`, and `attach` in inject.py
             for name, value in vars(cls).items():
-                if (function := plain(value)) is not None and not SETS_UP.match(name):
+                if (function := get_written_function(value)) is not None and not SETS_UP.match(name):
                     functions.setdefault(name, function)
-    naming = [f for f in functions.values() if TENSORS & set(names(f.__code__))]  # few do: to parse all takes 0.25 s
+    naming = [
+        f for f in functions.values() if TENSORS & set(list_names(f.__code__))
+    ]  # few do: to parse all takes 0.25 s
     uses: dict[Path, Use] = {}
-    if any(seen.reads for seen in seen_in(naming)):
-        found = seen_in(functions.values())
-        reads, calls = {p for s in found for p in s.reads}, {p for s in found for p in s.calls}
-        handed = any(s.hands_on for s in found)
+    if any(seen.reads for seen in parse_functions(naming)):
+        sources = parse_functions(functions.values())
+        reads, calls = {p for s in sources for p in s.reads}, {p for s in sources for p in s.calls}
+        handed = any(s.hands_on for s in sources)
         uses = {path: Use(path in reads, handed or path in calls) for path in reads | calls}
     SOURCES[kind] = uses
     return uses
@@ -192,7 +194,7 @@ Place = tuple[nn.Module, str]  # (parent, attribute)
 
 
 @dataclass
-class Tree:
+class ModuleTree:
     """The result of one walk of a model."""
 
     root: nn.Module = field(default_factory=nn.Module)  # the model, without wrappers around it
@@ -211,7 +213,7 @@ class Tree:
     absent: dict[str, str] = field(default_factory=dict)  # path of a module of another pipeline stage → of its parent
     checkpointing: bool = False  # some module has gradient checkpointing switched on
 
-    def places_of(self, path: str) -> list[Place]:
+    def list_places(self, path: str) -> list[Place]:
         """Return the places of a module: several if one object has several names, as the embedding of a T5."""
         return [self.places[path], *self.again.get(path, ())]
 
@@ -226,7 +228,7 @@ class Tree:
         kinds: dict[type, list[str]] = {}
         for path, m in [("", self.root), *self.modules.items()]:
             kinds.setdefault(type(innermost(m)), []).append(path)
-        return {path: uses for kind, paths in kinds.items() if (uses := uses_of(kind)) for path in paths}
+        return {path: uses for kind, paths in kinds.items() if (uses := find_inner_uses(kind)) for path in paths}
 
 
 def check_model(model: object) -> None:
@@ -240,7 +242,7 @@ def check_model(model: object) -> None:
         )
 
 
-def survey(model: nn.Module) -> Tree:
+def survey_model(model: nn.Module) -> ModuleTree:
     """Walk `model` once, but not into layers, unless they are blocks, and wrappers. One without adapters counts as the
     module beneath it.
 
@@ -248,29 +250,29 @@ def survey(model: nn.Module) -> Tree:
         TypeError: as `check_model`.
     """
     check_model(model)
-    tree = Tree(root=model)
+    tree = ModuleTree(root=model)
     seen: dict[nn.Module, str] = {}
 
     modules, places, owners = tree.modules, tree.places, tree.owners
     numbers = 0
 
-    def visit(module: nn.Module, path: str) -> None:
+    def visit_children(module: nn.Module, path: str) -> None:
         for name, child in module._modules.items():
             if child is None:
                 continue
-            place, inner = innermost_place(module, name)
+            place, inner = find_innermost_place(module, name)
             if child in seen:
                 if inner is child:  # else it follows what is put into its wrapper
                     tree.again.setdefault(seen[child], []).append(place)
                 continue
             key = f"{path}.{name}" if path else name
-            count(child)
+            count_parameters(child)
             seen[child] = key
             modules[key] = inner
             places[key] = place
             look_into(inner, key)
 
-    def count(module: nn.Module) -> None:
+    def count_parameters(module: nn.Module) -> None:
         nonlocal numbers
         if module.__dict__.get("gradient_checkpointing"):
             tree.checkpointing = True
@@ -282,34 +284,34 @@ def survey(model: nn.Module) -> Tree:
 
     def look_into(module: nn.Module, path: str) -> None:
         if (carrier := carrier_of(module)) is not None:
-            if nest := nest_of(carrier):
-                nested(nest, path)
+            if nest := list_nested_layers(carrier):
+                add_nest(nest, path)
             else:
-                wrapped(carrier, path)
+                add_carrier(carrier, path)
         elif (inner := find_inner_module(module)) is not None:  # the model itself is in a wrapper
             tree.root = inner
-            count(inner)
+            count_parameters(inner)
             look_into(inner, path)
         elif module._modules:
-            visit(module, path)
+            visit_children(module, path)
 
-    def undone(layer: AdapterLayer) -> None:
+    def count_tied_weight(layer: AdapterLayer) -> None:
         if layer.state.undo and (tied := merging.find_tied_weight(layer)) is not None:
             owners[tied] = owners.get(tied, 0) + 1
 
-    def nested(nest: list[AdapterLayer], path: str) -> None:
+    def add_nest(nest: list[AdapterLayer], path: str) -> None:
         base, live = innermost(nest[0]), [layer for layer in nest if layer.adapters]
         if not live:
             modules[path] = base
         tree.nests[path] = live
         tree.layers.update({layer.site.key: layer for layer in live})
         seen[base] = path
-        count(base)
+        count_parameters(base)
         for layer in live:
-            undone(layer)
-        visit(base, path)
+            count_tied_weight(layer)
+        visit_children(base, path)
 
-    def wrapped(host: Any, path: str) -> None:
+    def add_carrier(host: Any, path: str) -> None:
         base = host.base_module
         if not host.adapters:
             if not path:  # the model itself
@@ -317,26 +319,26 @@ def survey(model: nn.Module) -> Tree:
             tree.vacant[path] = base
             seen[base] = path
             modules[path] = base
-            count(base)
+            count_parameters(base)
             look_into(base, path)
             return
         (tree.wrappers if host.beside else tree.layers)[path] = host
         if is_block(host):
             seen[base] = path
-            count(base)
-            visit(base, path)
+            count_parameters(base)
+            visit_children(base, path)
             return
         for part in base.modules() if base._modules else (base,):
-            count(part)
-        undone(host)
+            count_parameters(part)
+        count_tied_weight(host)
 
-    count(model)
+    count_parameters(model)
     look_into(model, "")
     tree.parameters = numbers
     return tree
 
 
-def innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module]:
+def find_innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module]:
     """Return the place within all wrappers that stand at a place, and the module there."""
     child: Any = parent._modules[name]
     while (inner := find_inner_attribute(child)) is not None:
@@ -344,7 +346,7 @@ def innermost_place(parent: nn.Module, name: str) -> tuple[Place, nn.Module]:
     return (parent, name), child
 
 
-def uncovered(module: nn.Module | None) -> nn.Module | None:
+def skip_empty_carriers(module: nn.Module | None) -> nn.Module | None:
     """Return a module as a survey shows it: the one beneath a layer or wrapper without adapters, else itself."""
     while (carrier := carrier_of(module)) is not None and not carrier.adapters:
         module = carrier.base_module
@@ -356,7 +358,7 @@ def is_block(carrier: object) -> bool:
     return isinstance(carrier, AdapterLayer) and not (carrier.beside or carrier.op.known)
 
 
-def nest_of(carrier: object) -> list[AdapterLayer]:
+def list_nested_layers(carrier: object) -> list[AdapterLayer]:
     """Return the layers of a module's parameters that stand around it, the innermost first; [] if there are none."""
     nest: list[AdapterLayer] = []
     while isinstance(carrier, AdapterLayer) and carrier.op.opaque:
@@ -365,7 +367,7 @@ def nest_of(carrier: object) -> list[AdapterLayer]:
     return nest[::-1]
 
 
-def children_of(module: nn.Module) -> tuple[str, ...]:
+def list_read_children(module: nn.Module) -> tuple[str, ...]:
     """Return the names of a module's children whose weights it reads without calling them, beside a parameter."""
     return ("out_proj",) if isinstance(module, nn.MultiheadAttention) else ()
 
@@ -380,28 +382,32 @@ def why_not_attention(m: nn.MultiheadAttention) -> str | None:
     return None
 
 
-def site_of(key: str, module: nn.Module, tree: Tree) -> Site:
+def get_site(key: str, module: nn.Module, tree: ModuleTree) -> Site:
     layer = layer_in(module)
     if layer is not None and layer.site.key == layer.site.path:
         return layer.site  # type: ignore[no-any-return]
     if key in tree.nests:
         module = innermost(module)
     if isinstance(module, nn.MultiheadAttention) and why_not_attention(module) is None:
-        return parameter_site(key, module, "in_proj_weight", tree, key)
+        return make_parameter_site(key, module, "in_proj_weight", tree, key)
     weight = module._parameters.get("weight")
     shared = weight is not None and tree.owners.get(weight, 0) > 1
-    is_read, is_called = used_by(key, tree)
-    own = tree.ops.get(type(module))
-    op, store = (find_op(module), find_store(module)) if own is None else (own, find_store_of_tensor(module, "weight"))
+    is_read, is_called = find_weight_uses(key, tree)
+    custom_op = tree.ops.get(type(module))
+    op, store = (
+        (find_op(module), find_store(module))
+        if custom_op is None
+        else (custom_op, find_store_of_tensor(module, "weight"))
+    )
     return Site(
         key, module, op, store, shared=shared, is_read=is_read, is_called=is_called, piece=find_piece(module, op)
     )
 
 
-def used_by(key: str, tree: Tree) -> tuple[bool, bool]:
+def find_weight_uses(key: str, tree: ModuleTree) -> tuple[bool, bool]:
     """Return whether modules around one read its weight, and whether they call it."""
     parent, _, name = key.rpartition(".")
-    if parent in tree.modules and name in children_of(innermost(tree.modules[parent])):
+    if parent in tree.modules and name in list_read_children(innermost(tree.modules[parent])):
         return True, False
     parts = key.split(".") if tree.readers else []
     inside = tuple(ITEM if part.isdigit() else part for part in parts)
@@ -414,7 +420,7 @@ def used_by(key: str, tree: Tree) -> tuple[bool, bool]:
     return is_read, not is_read or any(use.calls for use in uses)
 
 
-def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str | None = None) -> Site:
+def make_parameter_site(path: str, module: nn.Module, name: str, tree: ModuleTree, key: str | None = None) -> Site:
     """Return the site of one parameter of a module, which uses it in its own ways. key: `path.name` if None.
 
     A stack of matrices is taken as (n, out, in), or as (n, in, out) where the module says `is_transposed`.
@@ -429,5 +435,5 @@ def parameter_site(path: str, module: nn.Module, name: str, tree: Tree, key: str
     return Site(key or f"{path}.{name}", module, op, store, name, shared, path, experts=experts)
 
 
-def kind_of(module: nn.Module) -> str:
+def get_type_name(module: nn.Module) -> str:
     return str(module.site.type_name) if isinstance(module, AdapterLayer) else type(module).__name__

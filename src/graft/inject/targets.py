@@ -16,10 +16,10 @@ from graft.core.errors import ConfigError, UnsupportedLayerError, warn
 from graft.core.method import Method
 from graft.core.ops import find_op
 from graft.core.site import Site
-from graft.inject.beside import matches
-from graft.inject.match import Matcher, Names, minimal_names, unmatched
+from graft.inject.beside import find_saved_entry
+from graft.inject.match import Matcher, TargetNames, find_unmatched, minimize_names
 from graft.inject.report import InjectReport, Skipped
-from graft.inject.survey import Tree, kind_of, parameter_site, site_of, uncovered
+from graft.inject.survey import ModuleTree, get_site, get_type_name, make_parameter_site, skip_empty_carriers
 from graft.storage import DENSE, ExpertBlock, find_store, innermost
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
             cfg.target_modules = set()  # of a file without names PEFT, which knows no parameters, would take its own
         return
     if cfg.target_modules is None:
-        defaults = defaults_of(method, model)
+        defaults = find_default_targets(method, model)
         if defaults is None:
             known = hasattr(cfg, "target_parameters") and "target_parameters" not in cfg.beyond  # in PEFT's words
             what = "`target_modules` or `target_parameters`in" if known else "`target_modules` in"
@@ -49,28 +49,28 @@ def resolve_targets(cfg: Targeted, method: type[Method], model: nn.Module, modul
         cfg.target_modules = defaults if isinstance(defaults, str) else set(defaults)
     if isinstance(cfg.target_modules, str):
         if cfg.target_modules.lower() == ALL_LINEAR:
-            cfg.target_modules = all_linear(cfg, model, modules)
+            cfg.target_modules = list_linear_layers(cfg, model, modules)
         else:
             return
     if len(cfg.target_modules) >= COMPRESS_FROM and method.compresses_targets:
-        ends = Names(cfg.target_modules)
-        shorter = minimal_names(cfg.target_modules, [k for k in modules if ends.find(k) is None])
+        ends = TargetNames(cfg.target_modules)
+        shorter = minimize_names(cfg.target_modules, [k for k in modules if ends.find(k) is None])
         if len(shorter) < len(cfg.target_modules):
             cfg.target_modules = shorter
 
 
-def defaults_of(method: type[Method], model: nn.Module) -> list[str] | str | None:
+def find_default_targets(method: type[Method], model: nn.Module) -> list[str] | str | None:
     """Return the `target_modules` of a config that names none; None if there are no defaults for this model."""
-    own = method.default_targets(model)
+    defaults = method.default_targets(model)
     adapts_projections = "nemotron_h" in method.targets  # the one model with such mixers that PEFT's tables know
-    return MIXERS.get(model_type(model)) if own is None and adapts_projections else own
+    return MIXERS.get(model_type(model)) if defaults is None and adapts_projections else defaults
 
 
-def all_linear(cfg: PeftConfig, model: object, modules: dict[str, nn.Module]) -> set[str]:
+def list_linear_layers(cfg: PeftConfig, model: object, modules: dict[str, nn.Module]) -> set[str]:
     """Return the names of all linear layers but the output head."""
     head: nn.Module | None = None
     if hasattr(model, "get_output_embeddings"):
-        head = uncovered(model.get_output_embeddings())
+        head = skip_empty_carriers(model.get_output_embeddings())
         if head is None and cfg.task_type == "SEQ_CLS":
             head = next((getattr(model, n) for n in HEAD_NAMES if isinstance(getattr(model, n, None), nn.Module)), None)
     return {key for key, m in modules.items() if is_linear(m) and not is_or_wraps(m, head)}
@@ -85,46 +85,46 @@ def is_or_wraps(module: nn.Module, other: nn.Module | None) -> bool:
     return other is not None and (module is other or any(m is other for m in module.modules()))
 
 
-def weight_of(module: nn.Module) -> nn.Parameter | None:
+def find_weight(module: nn.Module) -> nn.Parameter | None:
     """Return the weight of a module, also of one beneath adapter layers and wrappers."""
     layer, carrier = layer_in(module), carrier_of(module)
     if layer is not None and (left := merging.find_tied_weight(layer)) is not None:
         return left
     if carrier is not None:
-        return weight_of(carrier.base_module)
+        return find_weight(carrier.base_module)
     return module._parameters.get("weight")
 
 
-def embedding_path(model: object, tree: Tree) -> str | None:
+def find_embedding_path(model: object, tree: ModuleTree) -> str | None:
     """Return the path of a model's input embedding; None if the model does not tell."""
-    embedding = uncovered(input_embeddings(model))
+    embedding = skip_empty_carriers(input_embeddings(model))
     return None if embedding is None else tree.paths.get(embedding)
 
 
-def tied_to_embedding(model: object, tree: Tree) -> tuple[str | None, list[str]]:
+def find_tied_modules(model: object, tree: ModuleTree) -> tuple[str | None, list[str]]:
     """Return the path of the input embedding, and those of the other modules that hold its weight."""
-    path, modules = embedding_path(model, tree), tree.modules
+    path, modules = find_embedding_path(model, tree), tree.modules
     embedding = modules.get(path) if path else None
-    weight = weight_of(embedding) if embedding is not None else None
+    weight = find_weight(embedding) if embedding is not None else None
     if weight is None:
         return path, []
     head = None
     ties = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     if ties and hasattr(model, "get_output_embeddings"):
-        head = uncovered(model.get_output_embeddings())
-        own = None if head is None else weight_of(head)
-        if not weight.is_meta and (own is None or own.device == weight.device):
+        head = skip_empty_carriers(model.get_output_embeddings())
+        head_weight = None if head is None else find_weight(head)
+        if not weight.is_meta and (head_weight is None or head_weight.device == weight.device):
             head = None  # a move to meta, or to several devices, unties weights that a model on one device shares
-    return path, [k for k, m in modules.items() if k != path and (m is head or weight_of(m) is weight)]
+    return path, [k for k, m in modules.items() if k != path and (m is head or find_weight(m) is weight)]
 
 
-def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict[str, str]:
+def expand_tied_targets(cfg: Any, method: type[Method], model: nn.Module, tree: ModuleTree) -> dict[str, str]:
     """Rewrite a config so that it names the embedding itself. Return the tied modules: {path: embedding's path}.
 
     Tied modules leave target_modules and modules_to_save: they follow the embedding.
     """
     ensure = getattr(cfg, "ensure_weight_tying", False)
-    embedding, tied = tied_to_embedding(model, tree)
+    embedding, tied = find_tied_modules(model, tree)
     if not tied or embedding is None:
         if ensure:
             text = "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
@@ -133,10 +133,10 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict
             warn(text)
         return {}
     group = [embedding, *tied]
-    targets = Names(cfg.target_modules)
+    targets = TargetNames(cfg.target_modules)
     targeted = any(targets.find(k) is not None for k in group)
     names = list(getattr(cfg, "modules_to_save", None) or ())
-    saved = any(matches(k, names) is not None for k in group)
+    saved = any(find_saved_entry(k, names) is not None for k in group)
     if not ensure and not (method.always_tied and targets.find(embedding) is not None):
         if targeted or saved:
             can = hasattr(cfg, "ensure_weight_tying")
@@ -153,8 +153,8 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict
         )
         return {}
     if saved:
-        others = [n for n in names if not any(k.endswith(n) for k in tied)]
-        cfg.modules_to_save = others + [embedding] * (embedding not in others)
+        other_names = [n for n in names if not any(k.endswith(n) for k in tied)]
+        cfg.modules_to_save = other_names + [embedding] * (embedding not in other_names)
     if targeted:
         if isinstance(cfg.target_modules, str):
             cfg.target_modules = (
@@ -166,11 +166,13 @@ def expand(cfg: Any, method: type[Method], model: nn.Module, tree: Tree) -> dict
     return {k: embedding for k in tied}
 
 
-Found = list[tuple[str, str, str]]  # path of a parameter, path of its module, its name there
-Idle = dict[str, list[tuple[str, int]]]  # entries of a config that name nothing, each with similar names
+ParameterMatches = list[tuple[str, str, str]]  # path of a parameter, path of its module, its name there
+UnmatchedEntries = dict[str, list[tuple[str, int]]]  # entries of a config that name nothing, each with similar names
 
 
-def search_parameters(cfg: Any, root: Any, tree: Tree, report: InjectReport) -> tuple[Found, Idle]:
+def find_named_parameters(
+    cfg: Any, root: Any, tree: ModuleTree, report: InjectReport
+) -> tuple[ParameterMatches, UnmatchedEntries]:
     """Return the parameters that a config names, in the model's order; and the entries that name none.
 
     Args:
@@ -187,7 +189,7 @@ def search_parameters(cfg: Any, root: Any, tree: Tree, report: InjectReport) -> 
                 f"Targeting an nn.Parameter on the top-level module is not supported (parameter '{name}'). Adapter "
                 f"'{report.adapter}': put the module into another one."
             )
-    found: Found = []
+    matches: ParameterMatches = []
     used: set[str] = set()
     paths: list[str] = []
     for key, module in tree.modules.items():
@@ -204,11 +206,13 @@ def search_parameters(cfg: Any, root: Any, tree: Tree, report: InjectReport) -> 
                 why = verdict.why.replace("target_modules", "target_parameters")
                 report.skipped.append(Skipped(path, "Parameter", why))
                 continue
-            found.append((path, key, name))
-    return found, unmatched(cfg.target_parameters, used, paths)
+            matches.append((path, key, name))
+    return matches, find_unmatched(cfg.target_parameters, used, paths)
 
 
-def parameter_target(key: str, name: str, tree: Tree, adapted: Collection[str], adapter: str) -> tuple[str, Site]:
+def resolve_parameter(
+    key: str, name: str, tree: ModuleTree, adapted: Collection[str], adapter: str
+) -> tuple[str, Site]:
     """Return the site of a parameter of the module at path `key`, and the path that it stands under.
 
     adapted: paths of the modules that the adapter adapts.
@@ -219,11 +223,11 @@ def parameter_target(key: str, name: str, tree: Tree, adapted: Collection[str], 
     module, path = tree.modules[key], f"{key}.{name}"
     base = innermost(module)
     if is_packed_layer(base, name):
-        return key, site_of(key, module, tree)
+        return key, get_site(key, module, tree)
     is_taken = key in adapted or (carrier_of(module) is not None and key not in tree.nests)
     if (why := why_not_parameter(path, key, module, name, is_taken)) is not None:
         raise UnsupportedLayerError(f"{why}. Adapter '{adapter}'.")
-    return path, parameter_site(key, base, name, tree)
+    return path, make_parameter_site(key, base, name, tree)
 
 
 def is_packed_layer(base: nn.Module, name: str) -> bool:
@@ -236,7 +240,7 @@ def why_not_parameter(path: str, key: str, module: nn.Module, name: str, is_take
     """Return why a parameter cannot be adapted by itself; None if it can. is_taken: its module is adapted or trains."""
     base: nn.Module = innermost(module)
     if is_taken:
-        kind = kind_of(module)
+        kind = get_type_name(module)
         return (
             f"Trying to wrap an `nn.Parameter` of layer '{key}' of type {kind}, which is not a valid target: the "
             "module itself is adapted or trained whole. Take it out of target_modules, or its parameter out of "
@@ -246,8 +250,8 @@ def why_not_parameter(path: str, key: str, module: nn.Module, name: str, is_take
         if block.can_run:
             return None
         return (
-            f"The stack '{path}' is packed, and graft does not know how a {kind_of(module)} uses it: load the base "
-            "model dequantized"
+            f"The stack '{path}' is packed, and graft does not know how a {get_type_name(module)} uses it: load the "
+            "base model dequantized"
         )
     if name not in base._parameters:
         return (

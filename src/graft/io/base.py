@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from graft.core.carrier import carrier_of
 from graft.core.wrappers import find_inner_module, strip_inner_wrappers
-from graft.inject.parts import Nests, Parts, gate_in, registry_of, unwrapped
+from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, find_gate, get_registry, unwrap_model
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the base model's tensors under their original names, without adapters."""
-    base = _base(model)
-    named = ((original_in(base, k), v) for k, v in base.state_dict().items())
+    base = _get_base(model)
+    named = ((find_original_name(base, k), v) for k, v in base.state_dict().items())
     return {name: v for name, v in named if name is not None}
 
 
@@ -29,28 +29,28 @@ def set_base_model_state_dict(
     Raises:
         RuntimeError: keys are missing or unexpected (if strict), or shapes differ.
     """
-    base = _base(model)
-    names = {name: k for k in base.state_dict() if (name := original_in(base, k)) is not None}
+    base = _get_base(model)
+    names = {name: k for k in base.state_dict() if (name := find_original_name(base, k)) is not None}
     missing = [k for k in names if k not in state_dict]
     unexpected = [k for k in state_dict if k not in names]
     if strict and (missing or unexpected):
         text = f"Missing key(s) in state_dict: {missing}. " if missing else ""
         text += f"Unexpected key(s) in state_dict: {unexpected}." if unexpected else ""
         raise RuntimeError(f"Error(s) in loading the base model: {text}")
-    gate = gate_in(model)
+    gate = find_gate(model)
     with nullcontext() if gate is None else gate.change("set_base_model_state_dict()"):
         result = base.load_state_dict({names[k]: v for k, v in state_dict.items() if k in names}, strict=False)
     kind: Callable[..., tuple[list[str], list[str]]] = type(result)
     return kind(missing, unexpected)
 
 
-def _base(model: nn.Module) -> nn.Module:
-    model = unwrapped(model)
-    registry = registry_of(model)
+def _get_base(model: nn.Module) -> nn.Module:
+    model = unwrap_model(model)
+    registry = get_registry(model)
     return registry.model if registry is not None else model
 
 
-def original_in(base: nn.Module, key: str) -> str | None:
+def find_original_name(base: nn.Module, key: str) -> str | None:
     """Return the original name of a state dict key, without the carriers on its path; None: it is an adapter's.
 
     A module of the base itself may be called as the inner one of a carrier.
@@ -68,24 +68,24 @@ def original_in(base: nn.Module, key: str) -> str | None:
     return ".".join(parts)
 
 
-def original(key: str) -> str:
+def remove_carrier_names(key: str) -> str:
     return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", key)
 
 
-def names_in_file(parts: Parts) -> Callable[[str], str]:
+def make_file_namer(parts: AdapterCarriers) -> Callable[[str], str]:
     """Return how a file of an adapter calls tensors of the base model, by their names in memory.
 
     A file knows the adapter's own layers only; in memory there may be others around the same modules.
     """
     nests, layers = (
-        Nests(parts.layers.values()),
+        ParameterLayerPaths(parts.layers.values()),
         {strip_inner_wrappers(key): layer for key, layer in parts.layers.items()},
     )
 
-    def named(name: str) -> str:
+    def name_in_file(name: str) -> str:
         stem, _, leaf = re.sub(r"\.base_layer(?=\.)", "", name).rpartition(".")
         layer = layers.get(stem)
         inner = "" if layer is None or layer.op.opaque else ".base_layer"
         return strip_inner_wrappers(nests.path(f"{stem}{inner}.{leaf}" if stem else leaf))
 
-    return named
+    return name_in_file

@@ -31,19 +31,19 @@ def check_tensors(tensors: dict[str, Tensor], path: str, allow_nonfinite: bool =
         NonFiniteError: one holds NaN or an infinite number.
     """
     for name, t in tensors.items():
-        why = fault(t)
+        why = describe_fault(t)
         if why is not None:
             raise CheckpointError(f"'{name}' in {path} {why}: adapters are plain tensors of real numbers.")
     if allow_nonfinite:
         return
-    if bad := nonfinite(tensors):
+    if bad := find_nonfinite(tensors):
         raise NonFiniteError(
             f"NaN or infinite numbers are in {some(bad, 4)}, of {path}: training has diverged, or the file is damaged. "
             "Pass allow_nonfinite=True to load it all the same."
         )
 
 
-def fault(t: Tensor) -> str | None:
+def describe_fault(t: Tensor) -> str | None:
     """Say what keeps a tensor from being put into an adapter; None if nothing does."""
     if t.dtype not in KNOWN:
         return "is quantized" if t.is_quantized else f"has dtype {t.dtype}"
@@ -56,14 +56,14 @@ def fault(t: Tensor) -> str | None:
 
 
 @torch.no_grad()
-def nonfinite(tensors: dict[str, Tensor]) -> list[str]:
+def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
     """Return the names of tensors that hold NaN or an infinite number."""
-    groups = list(together(tensors))
-    suspects = [named for named, is_finite in zip(groups, sums(groups)) if not is_finite]
-    return [name for named in suspects for name, t in named if not finite(t)]
+    groups = list(group_small_tensors(tensors))
+    suspects = [named for named, is_finite in zip(groups, check_sums_finite(groups)) if not is_finite]
+    return [name for named in suspects for name, t in named if not is_all_finite(t)]
 
 
-def together(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
+def group_small_tensors(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield the floating tensors in groups: large ones alone, small ones of one kind together."""
     groups: dict[object, list[tuple[str, Tensor]]] = defaultdict(list)
     sizes: dict[object, int] = defaultdict(int)
@@ -83,25 +83,25 @@ def together(tensors: dict[str, Tensor]) -> Iterator[list[tuple[str, Tensor]]]:
     yield from groups.values()
 
 
-def sums(groups: list[list[tuple[str, Tensor]]]) -> list[bool]:
+def check_sums_finite(groups: list[list[tuple[str, Tensor]]]) -> list[bool]:
     """Return for each group whether its sum is finite, which is quick to see. One that is not may have overflowed."""
     out = [False] * len(groups)
     places: dict[torch.device, list[int]] = defaultdict(list)
     for i, named in enumerate(groups):
         if named[0][1].dtype not in NARROW:
             places[named[0][1].device].append(i)
-    for here in places.values():  # a device tells all its answers at once
-        found = torch.stack([sum_of([t for _, t in groups[i]]).float() for i in here]).isfinite()
-        for i, is_finite in zip(here, found.tolist()):
+    for indices in places.values():  # a device tells all its answers at once
+        sums_finite = torch.stack([sum_group([t for _, t in groups[i]]).float() for i in indices]).isfinite()
+        for i, is_finite in zip(indices, sums_finite.tolist()):
             out[i] = is_finite
     return out
 
 
-def sum_of(tensors: list[Tensor]) -> Tensor:
+def sum_group(tensors: list[Tensor]) -> Tensor:
     return (tensors[0] if len(tensors) == 1 else torch.stack(tensors)).sum()
 
 
-def has_finite_sum(data: bytes, tensors: dict[str, Tensor]) -> bool:
+def is_file_sum_finite(data: bytes, tensors: dict[str, Tensor]) -> bool:
     """Return True if the sum of all numbers of a safetensors file, whose tensors these are, is finite.
 
     One pass over the file takes a quarter of the time of one over each tensor. False says nothing: the numbers may not
@@ -114,5 +114,5 @@ def has_finite_sum(data: bytes, tensors: dict[str, Tensor]) -> bool:
         return bool(np.isfinite(np.frombuffer(data, "<f4", offset=begin).sum()))
 
 
-def finite(t: Tensor) -> bool:
+def is_all_finite(t: Tensor) -> bool:
     return bool((t.float() if t.dtype in NARROW else t).isfinite().all())

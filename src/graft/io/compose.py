@@ -13,8 +13,8 @@ from torch import Tensor
 
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.io.check import check_tensors
-from graft.io.files import Loaded, load_pair, save_adapter
-from graft.io.fingerprint import Note, fingerprint, joined
+from graft.io.files import LoadedWeights, load_pair, save_adapter
+from graft.io.fingerprint import Fingerprint, join_fingerprints, make_fingerprint
 from graft.prompts.base import STORED
 
 if TYPE_CHECKING:
@@ -45,27 +45,29 @@ def join_stages(
                 )
             tensors[key] = t
     config = pairs[0][0]
-    for part, (other, _) in zip(folders[1:], pairs[1:]):
-        join_config(config, other, os.fspath(part))
-    notes: list[Note] = [loaded.fingerprint or {} for _, loaded in pairs]
-    save_adapter(os.fspath(folder), tensors, config, safe_serialization, joined(notes))
+    for part, (part_config, _) in zip(folders[1:], pairs[1:]):
+        join_config(config, part_config, os.fspath(part))
+    notes: list[Fingerprint] = [loaded.fingerprint or {} for _, loaded in pairs]
+    save_adapter(os.fspath(folder), tensors, config, safe_serialization, join_fingerprints(notes))
 
 
 def join_config(config: PeftConfig, other: PeftConfig, part: str) -> None:
     """Take over what another stage's config says of its own layers."""
-    ours, theirs = config.to_file_dict(), other.to_file_dict()
+    saved, saved_by_other = config.to_file_dict(), other.to_file_dict()
     if type(config) is not type(other):
         raise CheckpointError(f"{part} holds a {type(other).__name__}, and a part before it a {type(config).__name__}.")
-    for name in ours:
+    for name in saved:
         a, b = getattr(config, name), getattr(other, name)
-        if ours[name] == theirs[name]:
+        if saved[name] == saved_by_other[name]:
             continue
         if name == "target_modules" and isinstance(a, (set, list)) and isinstance(b, (set, list)):
             setattr(config, name, set(a) | set(b))
         elif name in config.results and isinstance(a or {}, dict) and isinstance(b or {}, dict):
             setattr(config, name, {**(a or {}), **(b or {})})
         else:
-            raise CheckpointError(f"{part} has {name}={theirs[name]!r} in its config, a part before it {ours[name]!r}.")
+            raise CheckpointError(
+                f"{part} has {name}={saved_by_other[name]!r} in its config, a part before it {saved[name]!r}."
+            )
 
 
 SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -104,14 +106,14 @@ def compose_cartridge_adapters(
             raise ConfigError(f"Adapter at '{path}' is not a CARTRIDGE adapter (got {config.peft_type.value}).")
     configs = [config for config, _ in pairs]
     for path, config in zip(paths[1:], configs[1:]):
-        check_alike(paths[0], configs[0], path, config)
-    values = torch.cat([prompt_of(config, loaded) for config, loaded in pairs])
+        check_composable(paths[0], configs[0], path, config)
+    values = torch.cat([read_prompt(config, loaded) for config, loaded in pairs])
     composed = replace(configs[0], num_virtual_tokens=len(values), inference_mode=True)
-    base = next((loaded.fingerprint for _, loaded in pairs if loaded.fingerprint), fingerprint({}))
+    base = next((loaded.fingerprint for _, loaded in pairs if loaded.fingerprint), make_fingerprint({}))
     save_adapter(os.fspath(output_path), {STORED: values}, composed, safe_serialization, base)
 
 
-def check_alike(first_path: str, first: PeftConfig, path: str, other: PeftConfig) -> None:
+def check_composable(first_path: str, first: PeftConfig, path: str, other: PeftConfig) -> None:
     for name in SAME:
         a, b = getattr(first, name), getattr(other, name)
         if a != b:
@@ -128,7 +130,7 @@ def check_alike(first_path: str, first: PeftConfig, path: str, other: PeftConfig
         )
 
 
-def prompt_of(config: PromptLearningConfig, loaded: Loaded) -> Tensor:
+def read_prompt(config: PromptLearningConfig, loaded: LoadedWeights) -> Tensor:
     """Return the prompt of a saved cartridge, (tokens, 2 · layers · token_dim)."""
     check_tensors(loaded.tensors, loaded.path, loaded.finite)
     values = loaded.tensors.get(STORED)
@@ -141,9 +143,9 @@ def prompt_of(config: PromptLearningConfig, loaded: Loaded) -> Tensor:
             "the adapter again."
         )
     if len(loaded.tensors) > 1:
-        others = ", ".join(sorted(loaded.tensors.keys() - {STORED}))
+        other_keys = ", ".join(sorted(loaded.tensors.keys() - {STORED}))
         raise ConfigError(
-            f"{loaded.path} holds more than a prompt ({others}): only cartridges without modules_to_save and without "
-            "embeddings of the base model can be composed."
+            f"{loaded.path} holds more than a prompt ({other_keys}): only cartridges without modules_to_save and "
+            "without embeddings of the base model can be composed."
         )
     return values

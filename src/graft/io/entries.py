@@ -21,7 +21,7 @@ from graft.core.errors import AdapterKeyError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.wrappers import find_offload_hooks, strip_inner_wrappers
 from graft.inject.beside import TrainableTokensWrapper
-from graft.inject.parts import Nests, Parts
+from graft.inject.parts import AdapterCarriers, ParameterLayerPaths
 from graft.prompts.base import Prompt
 from graft.storage.offload import write_offloaded
 from graft.storage.parallel import (
@@ -66,13 +66,13 @@ class Entry:
         buffers = self.owner._buffers
         return buffers if self.attribute in buffers else parameter_dict(self.owner, self.attribute)
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """See which tensor stands there now: it may have become another since this entry was made."""
         self.tensor = self.where[self.attribute]
 
     def assign(self, value: Tensor) -> None:
         """Put `value` in place: copy it into an existing tensor (an optimizer may hold it), or replace one on meta."""
-        self.look()
+        self.refresh()
         if not self.tensor.is_meta:
             write_whole(self.tensor, value)
             return
@@ -100,20 +100,20 @@ class PromptEntry(Entry):
         self.owner.restore(self.attribute, value)
 
 
-def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
+def list_entries(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[Entry]:
     """Yield an entry for each tensor of `adapter` that a checkpoint holds. `prefix`: that of the model's keys."""
     if parts.prompt is not None:
-        for name, tensor in file_tensors(parts.prompt).items():
+        for name, tensor in get_prompt_tensors(parts.prompt).items():
             yield PromptEntry(f"{parts.prompt.prefix}.{adapter}", name, (), parts.prompt, name, tensor)
-    in_model = Nests((parts.layers if parts.all_layers is None else parts.all_layers).values())
-    in_file = Nests(parts.layers.values())
+    in_model = ParameterLayerPaths((parts.layers if parts.all_layers is None else parts.all_layers).values())
+    in_file = ParameterLayerPaths(parts.layers.values())
     named = TrainableTokensWrapper.inner_name
     tokens: dict[str, Any] = {f"{key}.{named}": layer for key, layer in parts.wrappers.items() if layer.takes_rows}
     rows = {key: layer for key, layer in tokens.items() if not layer.methods[adapter].lenders}
     for key, layer in {**parts.layers, **rows}.items():
         method = layer.methods[adapter]
         files = method.files
-        here, there = (
+        stem_in_memory, stem_in_file = (
             f"{prefix}{in_model.path(key, layer)}.",
             f"{prefix}{strip_inner_wrappers(in_file.path(key, layer))}.",
         )
@@ -121,9 +121,9 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             if not slot.saved:
                 continue
             container, path = slot.container, slot.path
-            stem = there + container
+            stem = stem_in_file + container
             below = f".{path}" if path else ""
-            memory, file = f"{here}{container}.{adapter}{below}", stem + below
+            memory, file = f"{stem_in_memory}{container}.{adapter}{below}", stem + below
             also: tuple[str, ...] = ()
             if container in files:
                 file, also = files[container].format(stem, below), (file, f"{stem}.{adapter}{below}")
@@ -147,21 +147,21 @@ def entries(parts: Parts, adapter: str, prefix: str) -> Iterator[Entry]:
             below = f".{slot.path}" if slot.path else ""
             file = shared.files.get(slot.container, "{0}{1}").format(f"base_model.{slot.container}", below)
             memory = f"base_model.{slot.container}.{adapter}{below}" if shared.keyed else file
-            also = aliases(parts, slot, prefix, below)
+            also = list_aliases(parts, slot, prefix, below)
             where = slot.owner, slot.attribute, slot.tensor
             yield Entry(memory, file, also, *where, container=slot.container, path=slot.path)
 
 
-def tied_rows(parts: Parts, adapter: str, prefix: str) -> Iterator[str]:
+def list_tied_row_keys(parts: AdapterCarriers, adapter: str, prefix: str) -> Iterator[str]:
     """Yield the names of rows of tied modules, which are another's: PEFT's files with embeddings hold them twice."""
-    nests = Nests(parts.layers.values())
+    nests = ParameterLayerPaths(parts.layers.values())
     for key, layer in parts.wrappers.items():
         if layer.takes_rows and layer.methods[adapter].lenders:
             stem = f"{prefix}{strip_inner_wrappers(nests.path(key))}.{TrainableTokensWrapper.inner_name}"
             yield from (f"{stem}.{slot.container}" for slot in layer.slots(adapter) if slot.saved)
 
 
-def file_tensors(prompt: Prompt) -> dict[str, Tensor]:
+def get_prompt_tensors(prompt: Prompt) -> dict[str, Tensor]:
     """Return the tensors that a file holds of a prompt; of one that is spread over processes, on the meta device."""
     tensors = find_parameters_below(prompt)
     if all([layout_of(t) is None for t in tensors.values()]):
@@ -170,13 +170,13 @@ def file_tensors(prompt: Prompt) -> dict[str, Tensor]:
     return copy_unwrapped(prompt, empty).to_file_tensors()
 
 
-def aliases(parts: Parts, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:
+def list_aliases(parts: AdapterCarriers, slot: Slot, prefix: str, below: str) -> tuple[str, ...]:
     """Return the names of a shared tensor below the layers that show it: some of PEFT's files have copies there."""
     layers = (key for key, layer in parts.layers.items() if slot.container in layer.attached)
     return tuple(f"{prefix}{key}.{slot.container}{below}" for key in layers)
 
 
-def find(entry: Entry, names: set[str]) -> str | None:
+def find_key(entry: Entry, names: set[str]) -> str | None:
     """Return the one of a file's `names` that holds an entry; None if none does."""
     for name in (entry.file, *entry.also):
         if name in names:
@@ -189,7 +189,7 @@ def find(entry: Entry, names: set[str]) -> str | None:
     return None
 
 
-def renamed(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool = False) -> dict[str, T]:
+def rename_keys(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool = False) -> dict[str, T]:
     """Rewrite each key, after the prefix, by the first {regex: replacement} that fits.
 
     Args:
@@ -210,17 +210,17 @@ def renamed(tensors: dict[str, T], mapping: dict[str, str], must_fit: bool = Fal
     hits = 0
     for key, tensor in tensors.items():
         prefix = next((p for p in (WRAPPED, PROMPT_WRAPPED) if key.startswith(p)), "")
-        rest = key[len(prefix) :]
+        new_name = key[len(prefix) :]
         for wanted, replacement in patterns:
-            new, n = wanted.subn(replacement, rest)
+            new, n = wanted.subn(replacement, new_name)
             if n:
-                rest, hits = new, hits + 1
+                new_name, hits = new, hits + 1
                 break
-        if prefix + rest in out:
+        if prefix + new_name in out:
             raise AdapterKeyError(
-                f"Two keys of the checkpoint become '{prefix + rest}' by key_mapping, one is '{key}'."
+                f"Two keys of the checkpoint become '{prefix + new_name}' by key_mapping, one is '{key}'."
             )
-        out[prefix + rest] = tensor
+        out[prefix + new_name] = tensor
     if must_fit and not hits:
         warn(f"key_mapping={mapping} fits none of the checkpoint's keys, such as '{next(iter(out), '')}'.", PeftWarning)
     return out

@@ -26,12 +26,12 @@ from graft.config.pair import TORCH as WEIGHTS_NAME
 from graft.config.reading import open_file
 from graft.core.errors import CheckpointError
 from graft.io import seal
-from graft.io.check import fault, has_finite_sum
-from graft.io.entries import renamed
-from graft.io.fingerprint import KEY, Note, read_note
+from graft.io.check import describe_fault, is_file_sum_finite
+from graft.io.entries import rename_keys
+from graft.io.fingerprint import KEY, Fingerprint, read_fingerprint
 from graft.io.rendezvous import GATHER
-from graft.io.tensors import copied, digest_of, write_safetensors
-from graft.io.written import TODAY, Layout
+from graft.io.tensors import copy_to_cpu, digest_tensors, write_safetensors
+from graft.io.written import TODAY, StackLayout
 from graft.storage.parallel import is_sharded
 
 if TYPE_CHECKING:
@@ -41,27 +41,27 @@ LOOKS = 5  # times to look for the weights again that another process has replac
 
 
 @dataclass
-class Loaded:
+class LoadedWeights:
     """The content of a weights file."""
 
     tensors: dict[str, Tensor]
     path: str
-    fingerprint: Note | None = None  # the base model's, if graft wrote the file
+    fingerprint: Fingerprint | None = None  # the base model's, if graft wrote the file
     noted: notes.WeightsFile | None = None  # what the file says of itself
-    layout: Layout = TODAY  # of the factors of stacks
+    layout: StackLayout = TODAY  # of the factors of stacks
     finite: bool = False  # the reader saw that all its numbers are; False: nobody has looked
 
 
 def save_adapter(
-    folder: str, tensors: dict[str, Tensor], config: PeftConfig, safetensors: bool, fingerprint: Note
+    folder: str, tensors: dict[str, Tensor], config: PeftConfig, safetensors: bool, fingerprint: Fingerprint
 ) -> None:
     """Write weights and config; on an error both stay as they were."""
-    check(folder, tensors)
+    check_saved_tensors(folder, tensors)
     beside = make_files(config)
     text = beside.pop(pair.CONFIG_NAME).decode()
     os.makedirs(folder, exist_ok=True)
-    on_cpu = copied(tensors)
-    noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_of(on_cpu)}
+    on_cpu = copy_to_cpu(tensors)
+    noted = {KEY: json.dumps(fingerprint), notes.CONFIG: text, seal.KEY: digest_tensors(on_cpu)}
 
     def write(path: str) -> None:
         if safetensors:
@@ -74,7 +74,7 @@ def save_adapter(
     pair.save_pair(folder, SAFETENSORS_WEIGHTS_NAME if safetensors else WEIGHTS_NAME, write, text, beside)
 
 
-def check(folder: str, tensors: dict[str, Tensor]) -> None:
+def check_saved_tensors(folder: str, tensors: dict[str, Tensor]) -> None:
     """Raise CheckpointError for tensors that are no adapter: none at all, or parts."""
     if not tensors:
         raise CheckpointError(
@@ -85,7 +85,9 @@ def check(folder: str, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"'{spread[0]}' is sharded: each process holds a part of it. {GATHER}")
 
 
-def load_pair(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> tuple[Any, Loaded]:
+def load_pair(
+    where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object
+) -> tuple[Any, LoadedWeights]:
     """Read an adapter's config and tensors from a folder or hub repository, as one save wrote them.
 
     Args:
@@ -99,11 +101,11 @@ def load_pair(where: str, subfolder: str | None = None, check_digest: bool = Tru
     loaded = load_weights(where, subfolder, check_digest, **hub)
     fields = config_file.of(loaded.noted)
     if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
-        loaded.layout = Layout.of(fields)
+        loaded.layout = StackLayout.from_config(fields)
     return make_config(fields, config_file.path, os.fspath(where), subfolder, **hub), loaded
 
 
-def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> Loaded:
+def load_weights(where: str, subfolder: str | None = None, check_digest: bool = True, **hub: object) -> LoadedWeights:
     """Read an adapter's tensors from a folder or hub repository: safetensors if there, else the torch file.
 
     Args:
@@ -128,31 +130,34 @@ def load_weights(where: str, subfolder: str | None = None, check_digest: bool = 
     )
 
 
-def by_name(content: object, path: str) -> dict[str, Tensor]:
+def check_tensors_by_name(content: object, path: str) -> dict[str, Tensor]:
     """Return the content of a file if it is a dict of tensors by name; raise CheckpointError if it is not."""
     if isinstance(content, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()):
         return content
     raise CheckpointError(f"{path} does not hold a dict of tensors by name: it is no adapter's weights file.")
 
 
-def read_torch(path: str, check_digest: bool = True) -> Loaded:
+def read_torch(path: str, check_digest: bool = True) -> LoadedWeights:
     with open_file(path) as f:
         stamp, noted = notes.read_stamp(f.fileno()), notes.read_torch_notes(f)
-        tensors = by_name(load_torch_file(f, path), path)
-    if check_digest and seal.KEY in noted and not any(map(fault, tensors.values())):
-        seal.check(noted[seal.KEY], digest_of(tensors), path)
-    of_base, held = read_note(noted.get(KEY), path), notes.WeightsFile(path, noted.get(notes.CONFIG), stamp)
-    return Loaded(apart(tensors), path, of_base, held)
+        tensors = check_tensors_by_name(load_torch_file(f, path), path)
+    if check_digest and seal.KEY in noted and not any(map(describe_fault, tensors.values())):
+        seal.check_digest(noted[seal.KEY], digest_tensors(tensors), path)
+    of_base, file_notes = (
+        read_fingerprint(noted.get(KEY), path),
+        notes.WeightsFile(path, noted.get(notes.CONFIG), stamp),
+    )
+    return LoadedWeights(separate_memory(tensors), path, of_base, file_notes)
 
 
-def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def separate_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors, none of which shares memory with another or keeps more than it needs.
 
     torch.save keeps tensors that share memory as such: parameters made of them would train as one.
     """
     out, seen = dict[str, Tensor](), set[int]()
     for key, t in tensors.items():
-        if fault(t) is None:  # of others, loading tells
+        if describe_fault(t) is None:  # of others, loading tells
             memory = t.untyped_storage()
             if memory.data_ptr() in seen or memory.nbytes() > t.nbytes:
                 t = t.clone()
@@ -161,7 +166,7 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = True) -> Loaded:
+def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = True) -> LoadedWeights:
     """Read a file into memory: if mapped, overwriting it would change a running model, and truncating it would kill
     the process. Another thread computes its digest meanwhile.
 
@@ -175,29 +180,31 @@ def read_safetensors(path: str, check_digest: bool = True, may_differ: bool = Tr
             with open_file(path) as f:
                 data, stamp = f.read(), notes.read_stamp(f.fileno())
             saved = notes.read_safetensors_notes(BytesIO(data)).get(seal.KEY) if check_digest else None
-            digest = None if saved is None else beside.submit(seal.digest_in, data)
+            digest = None if saved is None else beside.submit(seal.digest_file, data)
             try:
-                found = load(data)
+                unordered = load(data)
             except ValueError:  # tensors of no numbers (AdaLoRA's rank 0), which safetensors 0.4 reads from files alone
-                found = {key: t.clone() for key, t in load_file(path).items()}
+                unordered = {key: t.clone() for key, t in load_file(path).items()}
             header, _ = notes.parse_header(data)  # `load` does not return it
-            tensors = {key: found[key] for key in header if key in found}  # in the file's order, which `load` loses
+            tensors = {
+                key: unordered[key] for key in header if key in unordered
+            }  # in the file's order, which `load` loses
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that torch lacks
             if not isinstance(e, OSError) and data.startswith(notes.LFS):
                 raise CheckpointError(f"{path} is git-lfs's pointer to a file: fetch that by `git lfs pull`.") from e
             raise CheckpointError(f"{path} is truncated or corrupted ({e}): save or download it again.") from e
-        finite = has_finite_sum(data, tensors)
+        finite = is_file_sum_finite(data, tensors)
         if saved is None and not may_differ:
             raise CheckpointError(f"{path} has no digest, by which graft knows what it wrote. Take another file.")
         if saved is not None and digest is not None:
-            seal.check(saved, digest.result(), path, may_differ)
+            seal.check_digest(saved, digest.result(), path, may_differ)
     noted = notes.select_texts(header.get("__metadata__"))
-    return Loaded(
+    return LoadedWeights(
         tensors,
         path,
-        read_note(noted.get(KEY), path),
+        read_fingerprint(noted.get(KEY), path),
         notes.WeightsFile(path, noted.get(notes.CONFIG), stamp),
         finite=finite,
     )
@@ -210,4 +217,4 @@ def load_peft_weights(
     tensors = load_weights(os.fspath(model_id), **hub).tensors
     if device is not None:
         tensors = {k: v.to(device) for k, v in tensors.items()}
-    return renamed(tensors, key_mapping, must_fit=True) if key_mapping else tensors
+    return rename_keys(tensors, key_mapping, must_fit=True) if key_mapping else tensors

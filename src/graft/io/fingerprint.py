@@ -24,15 +24,17 @@ from graft.core.errors import CheckpointError
 from graft.core.ops import find_op
 from graft.core.site import Site
 from graft.core.wrappers import collect_parameters, strip_inner_wrappers
-from graft.inject.parts import Parts
-from graft.inject.survey import survey
-from graft.io.base import get_base_model_state_dict, original
+from graft.inject.parts import AdapterCarriers
+from graft.inject.survey import survey_model
+from graft.io.base import get_base_model_state_dict, remove_carrier_names
 from graft.storage import find_store
 from graft.storage.dense import plain_tensors
 from graft.storage.parallel import find_whole_shape, gather_numbers, is_sharded, is_whole, layout_of
 
 
-def digests(base: nn.Module, names: Container[str] | None = None, without: Container[str] = ()) -> dict[str, str]:
+def digest_base_tensors(
+    base: nn.Module, names: Container[str] | None = None, without: Container[str] = ()
+) -> dict[str, str]:
     """Return "dtype:digest" of each tensor of the base model by its original name.
 
     Reads all of them, at about the speed of the disk they came from. Leaves out what is sharded, on the meta device or
@@ -42,28 +44,30 @@ def digests(base: nn.Module, names: Container[str] | None = None, without: Conta
         names: those to look at; all if None.
         without: those to leave out, as `original` gives them.
     """
-    merged = {layer.site.path for layer in survey(base).layers.values() if layer.merged_adapters}
-    found = {
-        name: tensor_digest(t)
+    merged = {layer.site.path for layer in survey_model(base).layers.values() if layer.merged_adapters}
+    texts = {
+        name: digest_base_tensor(t)
         for name, t in get_base_model_state_dict(base).items()
-        if (names is None or name in names) and original(name) not in without and not (t.is_meta or is_sharded(t))
+        if (names is None or name in names)
+        and remove_carrier_names(name) not in without
+        and not (t.is_meta or is_sharded(t))
         if name.rpartition(".")[0] not in merged
     }
-    return {name: text for name, text in found.items() if text is not None}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
-def tensor_digest(t: Tensor) -> str | None:
+def digest_base_tensor(t: Tensor) -> str | None:
     """Return dtype and digest of a tensor, or of all tensors that it is made of; None if nobody can tell its bytes."""
     parts = plain_tensors(t)
     if parts is None:
         return None
-    made = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for part in parts:
-        made.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
-    return f"{str(t.dtype).removeprefix('torch.')}:{made.hexdigest()[:16]}"
+        sha256.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+    return f"{str(t.dtype).removeprefix('torch.')}:{sha256.hexdigest()[:16]}"
 
 
-def changed(of_file: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def list_changed_tensors(of_file: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Name the tensors that differ. Those in another dtype cannot be told apart in this way."""
     pairs = [(name, of_file[name], now[name]) for name in of_file if name in now]
     return [name for name, a, b in pairs if a != b and a.partition(":")[0] == b.partition(":")[0]]
@@ -75,7 +79,7 @@ SAMPLED_LAYERS, SAMPLES = 16, 4
 TOLERANCE = 2**-7  # relative: a base in half precision is the same base
 
 
-class Note(TypedDict, total=False):
+class Fingerprint(TypedDict, total=False):
     """What a file notes of the base model. A field that it lacks is not known."""
 
     n: int  # weights
@@ -88,7 +92,7 @@ class Note(TypedDict, total=False):
 NAMED: tuple[Literal["weights", "sample", "full"], ...] = ("weights", "sample", "full")  # fields by names of weights
 
 
-class Weight(NamedTuple):
+class BaseWeight(NamedTuple):
     """A weight of the base model."""
 
     site: Site
@@ -96,92 +100,99 @@ class Weight(NamedTuple):
     merged: bool = False  # it does an adapter's work as well
 
 
-def weights_of(parts: Parts, base: nn.Module) -> dict[str, Weight]:
+def list_base_weights(parts: AdapterCarriers, base: nn.Module) -> dict[str, BaseWeight]:
     """Return the weights by which an adapter knows its base: those it acts on; those of all blocks for a prompt."""
     if parts.prompt is not None:
-        return blocks(base)
+        return list_block_weights(base)
     return {
-        strip_inner_wrappers(key): Weight(layer.site, layer.base_layer, bool(layer.state.merged))
+        strip_inner_wrappers(key): BaseWeight(layer.site, layer.base_layer, bool(layer.state.merged))
         for key, layer in parts.layers.items()
     }
 
 
-def blocks(base: nn.Module) -> dict[str, Weight]:
+def list_block_weights(base: nn.Module) -> dict[str, BaseWeight]:
     """Return the weights of a model's numbered blocks, by path below the model without its head.
 
     Heads and vocabularies, which may be others for another task, are not among them.
     """
     body = f"{getattr(base, 'base_model_prefix', None) or ''}."
-    found = {}
-    for key, module in survey(base).modules.items():
+    block_weights = {}
+    for key, module in survey_model(base).modules.items():
         if carrier_of(module) is None and any([part.isdigit() for part in key.split(".")]):
             op = find_op(module)
             if op.known and not op.takes_ids:
-                found[key.removeprefix(body)] = Weight(Site(key, module, op, find_store(module)), module)
-    return found
+                block_weights[key.removeprefix(body)] = BaseWeight(Site(key, module, op, find_store(module)), module)
+    return block_weights
 
 
-def fingerprint(
-    weights: dict[str, Weight], with_values: bool = True, together: bool = False, part: bool = False
-) -> Note:
+def make_fingerprint(
+    weights: dict[str, BaseWeight], with_values: bool = True, together: bool = False, part: bool = False
+) -> Fingerprint:
     """Return names and shapes of weights and, where they are the base's own, a few of their values.
 
     together: all processes call this, so that sharded weights can be read.
     part: the weights are those of one stage of a pipeline; name all and sample all, for `joined`.
     """
     shapes = {key: list(weight.site.shape) for key, weight in weights.items()}
-    chosen = (sorted(weights) if part else sampled(weights)) if with_values else []
-    values = {key: own for key in chosen if (own := sample(weights[key], together)) is not None}
-    return note_of(shapes, values if with_values and weights else None, part)
+    chosen = (sorted(weights) if part else choose_sampled_names(weights)) if with_values else []
+    values = {
+        key: sampled_values for key in chosen if (sampled_values := sample_weight(weights[key], together)) is not None
+    }
+    return summarize_weights(shapes, values if with_values and weights else None, part)
 
 
-def sampled(names: Iterable[str]) -> list[str]:
+def choose_sampled_names(names: Iterable[str]) -> list[str]:
     """Return the names of the weights of which a fingerprint holds values."""
     names = sorted(names)
     return names[:: max(1, len(names) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
 
 
-def note_of(shapes: dict[str, list[int]], values: dict[str, list[float]] | None, part: bool = False) -> Note:
-    made: Note = {"n": len(shapes), "shapes": hashed(json.dumps(shapes, sort_keys=True))}
+def summarize_weights(
+    shapes: dict[str, list[int]], values: dict[str, list[float]] | None, part: bool = False
+) -> Fingerprint:
+    note: Fingerprint = {"n": len(shapes), "shapes": hash_text(json.dumps(shapes, sort_keys=True))}
     if part or len(shapes) <= MAX_NAMED:
-        made["weights"] = shapes
+        note["weights"] = shapes
     if values is not None:
-        made["sample"] = values
-    return made
+        note["sample"] = values
+    return note
 
 
-def joined(parts: Sequence[Note]) -> Note:
+def join_fingerprints(parts: Sequence[Fingerprint]) -> Fingerprint:
     """Return the fingerprint of a model from those of its stages, in order."""
     shapes = {k: v for p in parts for k, v in p.get("weights", {}).items()}
     values = {k: v for p in parts for k, v in p.get("sample", {}).items()}
     full = {k: v for p in parts for k, v in p.get("full", {}).items()}
-    chosen = {key: values[key] for key in sampled(shapes) if key in values} if values else None
-    made = note_of(shapes, chosen)
-    return made | {"full": full} if full else made
+    chosen = {key: values[key] for key in choose_sampled_names(shapes) if key in values} if values else None
+    note = summarize_weights(shapes, chosen)
+    return note | {"full": full} if full else note
 
 
-def called_otherwise(note: Note, rename: Callable[[Json], Json]) -> Note | None:
+def rename_weights(note: Fingerprint, rename: Callable[[Json], Json]) -> Fingerprint | None:
     """Return a fingerprint whose weights have other names; None if it does not name its weights."""
     if not note.get("weights"):
         return None
-    made = note.copy()
+    new_note = note.copy()
     for name in NAMED:
         if name in note:
-            made[name] = rename(note[name])
-    return made | {"shapes": note_of(made["weights"], None)["shapes"]}
+            new_note[name] = rename(note[name])
+    return new_note | {"shapes": summarize_weights(new_note["weights"], None)["shapes"]}
 
 
-def within(note: Note, is_here: Callable[[str], bool]) -> Note | None:
+def restrict_to_stage(note: Fingerprint, is_here: Callable[[str], bool]) -> Fingerprint | None:
     """Return a fingerprint with the weights that are here; None if it does not name its weights."""
-    return only(note, is_here) if note.get("weights") else None
+    return select_weights(note, is_here) if note.get("weights") else None
 
 
-def only(note: Note, wanted: Callable[[str], bool]) -> Note:
+def select_weights(note: Fingerprint, wanted: Callable[[str], bool]) -> Fingerprint:
     """Return a fingerprint with some of the weights that it names."""
-    return {**note, **note_of({key: shape for key, shape in note["weights"].items() if wanted(key)}, None, part=True)}
+    return {
+        **note,
+        **summarize_weights({key: shape for key, shape in note["weights"].items() if wanted(key)}, None, part=True),
+    }
 
 
-def lists_of(*kinds: type) -> Callable[[object], bool]:
+def make_list_check(*kinds: type) -> Callable[[object], bool]:
     """Return a function that says whether a value is a dict of lists of finite numbers of these types."""
 
     def is_right(value: object) -> bool:
@@ -197,13 +208,13 @@ def lists_of(*kinds: type) -> Callable[[object], bool]:
 NOTE: dict[str, Callable[[object], bool]] = {
     "n": lambda value: type(value) is int,
     "shapes": lambda value: type(value) is str,
-    "weights": lists_of(int),
-    "sample": lists_of(int, float),
+    "weights": make_list_check(int),
+    "sample": make_list_check(int, float),
     "full": lambda value: isinstance(value, dict) and {type(digest) for digest in value.values()} <= {str},
 }
 
 
-def read_note(text: str | None, path: str) -> Note | None:
+def read_fingerprint(text: str | None, path: str) -> Fingerprint | None:
     """Return the fingerprint that a file holds, if it holds one.
 
     Raises:
@@ -212,13 +223,13 @@ def read_note(text: str | None, path: str) -> Note | None:
     if not text:
         return None
     where = f"{path}: the note '{KEY}' on its base model"
-    note: Note | None = parse_json(text, where)
+    note: Fingerprint | None = parse_json(text, where)
     if note is not None:
-        check_note(note, where)
+        check_fingerprint(note, where)
     return note
 
 
-def check_note(note: object, where: str) -> None:
+def check_fingerprint(note: object, where: str) -> None:
     """Raise CheckpointError if a note is no fingerprint."""
     if not isinstance(note, dict):
         raise CheckpointError(f"{where} is a {type(note).__name__}, not an object: save or download the file again.")
@@ -227,7 +238,7 @@ def check_note(note: object, where: str) -> None:
             raise CheckpointError(f"{where} has a field '{name}' of another type: save or download the file again.")
 
 
-def sample(weight: Weight, together: bool = False) -> list[float] | None:
+def sample_weight(weight: BaseWeight, together: bool = False) -> list[float] | None:
     """Return evenly spaced values; None if the weight is quantized, merged into, not there, or sharded, or if one of
     them is NaN or infinite, which compares with nothing.
 
@@ -253,7 +264,7 @@ def sample(weight: Weight, together: bool = False) -> list[float] | None:
     return [float(f"{v:.5g}") for v in values]
 
 
-def same_values(of_file: Note, now: Note) -> bool:
+def match_values(of_file: Fingerprint, now: Fingerprint) -> bool:
     """Return True if two fingerprints could be of the same weights."""
     old, new = of_file.get("sample"), now.get("sample")
     if not isinstance(old, dict) or not isinstance(new, dict):
@@ -262,11 +273,11 @@ def same_values(of_file: Note, now: Note) -> bool:
     return all(abs(a - b) <= TOLERANCE * max(abs(a), abs(b), 1e-4) for a, b in pairs)
 
 
-def hashed(text: str) -> str:
+def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def in_common(of_file: Note, now: Note) -> tuple[Note, Note] | None:
+def restrict_to_common(of_file: Fingerprint, now: Fingerprint) -> tuple[Fingerprint, Fingerprint] | None:
     """Return two fingerprints of a model's blocks with the weights that both have; None if one has no names.
 
     One may lack weights that are there: in modules of a type of which only the other can read the shape.
@@ -277,10 +288,10 @@ def in_common(of_file: Note, now: Note) -> tuple[Note, Note] | None:
     shared = old.keys() & new.keys()
     if not shared:  # another model
         return of_file, now
-    return only(of_file, shared.__contains__), only(now, shared.__contains__)
+    return select_weights(of_file, shared.__contains__), select_weights(now, shared.__contains__)
 
 
-def difference(of_file: Note, now: Note) -> str | None:
+def describe_difference(of_file: Fingerprint, now: Fingerprint) -> str | None:
     """Return in words how the architectures differ; None if they do not."""
     if of_file.get("shapes") == now["shapes"]:
         return None

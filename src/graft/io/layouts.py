@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from graft.core.errors import PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.ops import Opaque
-from graft.inject.experts import OF_EXPERT, Experts
-from graft.inject.parts import Nests, Parts
-from graft.io.written import Layout, find_exchanges, say
+from graft.inject.experts import OF_EXPERT, ExpertStacks
+from graft.inject.parts import AdapterCarriers, ParameterLayerPaths
+from graft.io.written import StackLayout, find_exchanges, warn_of_doubts
 
 
-def fused(
-    tensors: dict[str, Tensor], parts: Parts, prefix: str, model: nn.Module, config: object, adapter: str
+def fuse_experts(
+    tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str, model: nn.Module, config: object, adapter: str
 ) -> dict[str, Tensor]:
     """Return a file's tensors with those of experts (`….experts.3.w1.lora_A.weight`) as the stacks' A and B.
 
@@ -35,7 +35,7 @@ def fused(
     matches = {name: match for name in tensors if (match := OF_EXPERT.fullmatch(name)) is not None}
     if not matches:
         return tensors
-    place_of = cache(Experts(model).place)
+    place_of = cache(ExpertStacks(model).find_place)
     old: dict[str, dict[tuple[int, str], dict[int, str]]] = {}  # stack → (part, A or B) → name by expert
     count: dict[str, int] = {}  # parts of a stack
     for name, match in matches.items():
@@ -44,7 +44,7 @@ def fused(
             of_part = old.setdefault(place.stack, {}).setdefault((place.row, name.removesuffix(".weight")[-1]), {})
             of_part[int(match["number"])] = name
             count[place.stack] = len(place.parts)
-    out, nests = dict(tensors), Nests(parts.layers.values())
+    out, nests = dict(tensors), ParameterLayerPaths(parts.layers.values())
     for key, layer in parts.layers.items():
         names = old.get(f"{layer.site.path}.{layer.site.parameter}")
         if not layer.site.is_stack or names is None:
@@ -56,16 +56,18 @@ def fused(
         stem = f"{prefix}{nests.path(key, layer)}"
         factors = {side: [[out[names[i, side][e]] for e in every] for i in indices] for side in "AB"}
         paths = [[names[i, "B"][e].removeprefix(prefix).removesuffix(".lora_B.weight") for e in every] for i in indices]
-        factors["B"] = scaled(factors["B"], paths, config, layer.methods[adapter].cfg)
+        factors["B"] = rescale_parts(factors["B"], paths, config, layer.methods[adapter].cfg)
         for side in "AB":
-            out[f"{stem}.lora_{side}.weight"] = stacked(side, factors[side])
+            out[f"{stem}.lora_{side}.weight"] = stack_factors(side, factors[side])
         for by_expert in names.values():
             for name in by_expert.values():
                 del out[name]
     return out
 
 
-def scaled(parts: list[list[Tensor]], paths: list[list[str]], config: Any, own: Any) -> list[list[Tensor]]:
+def rescale_parts(
+    parts: list[list[Tensor]], paths: list[list[str]], config: Any, stack_config: Any
+) -> list[list[Tensor]]:
     """Return B of each part, by expert, so that the scaling of the stack does to it what its own did.
 
     Args:
@@ -74,7 +76,7 @@ def scaled(parts: list[list[Tensor]], paths: list[list[str]], config: Any, own: 
     """
     alphas = [[config.at(path).lora_alpha if config.alpha_pattern else config.lora_alpha for path in of_part]
               for of_part in paths]  # fmt: skip
-    if config.target_parameters and sum(of_part[0] for of_part in alphas) != own.lora_alpha:
+    if config.target_parameters and sum(of_part[0] for of_part in alphas) != stack_config.lora_alpha:
         warn(
             f"The config does not tell the alphas of the parts of '{paths[0][0]}' any more, only that of all together: "
             "each gets a share by its rank. Load the adapter from its folder instead.",
@@ -85,14 +87,14 @@ def scaled(parts: list[list[Tensor]], paths: list[list[str]], config: Any, own: 
     def scaling(alpha: float, r: int) -> float:
         return alpha / (math.sqrt(r) if config.use_rslora else r)
 
-    whole = scaling(own.lora_alpha, own.r)
+    whole = scaling(stack_config.lora_alpha, stack_config.r)
     return [
         [B if (by := scaling(alpha, B.shape[1]) / whole) == 1 else B * by for B, alpha in zip(*of_part, strict=True)]
         for of_part in zip(parts, alphas, strict=True)
     ]
 
 
-def stacked(side: str, parts: list[list[Tensor]]) -> Tensor:
+def stack_factors(side: str, parts: list[list[Tensor]]) -> Tensor:
     """Return A or B of a stack from those of each part, by expert.
 
     A of a stack has the rows of one expert's parts after the other; B is block-diagonal in the parts, and has the
@@ -103,7 +105,7 @@ def stacked(side: str, parts: list[list[Tensor]]) -> Tensor:
     return torch.stack([torch.block_diag(*of_expert) for of_expert in zip(*parts, strict=True)], -1).flatten(1)
 
 
-class Stack(NamedTuple):
+class StackFactors(NamedTuple):
     """A stack of a model, and the factors that a file has for it."""
 
     layer: AdapterLayer
@@ -120,22 +122,24 @@ class Stack(NamedTuple):
         return None if out_features == in_features else exchanged, self.layer.op.transposed
 
 
-def put_right(tensors: dict[str, Tensor], parts: Parts, prefix: str, layout: Layout, what: str) -> dict[str, Tensor]:
+def convert_stack_layouts(
+    tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str, layout: StackLayout, what: str
+) -> dict[str, Tensor]:
     """Return a file's tensors with the factors of stacks as graft holds them.
 
     Args:
         what: adapter and file, for warnings.
     """
-    stacks = [*stacks_in(tensors, parts, prefix)]
+    stacks = [*find_stack_factors(tensors, parts, prefix)]
     if not stacks:
         return tensors
     doubts = set[str]()
-    out = tensors | as_here(stacks, layout, doubts)
-    say(doubts, layout, what)
+    out = tensors | convert_factors(stacks, layout, doubts)
+    warn_of_doubts(doubts, layout, what)
     return out
 
 
-def as_here(stacks: Sequence[Stack], layout: Layout, doubts: set[str]) -> dict[str, Tensor]:
+def convert_factors(stacks: Sequence[StackFactors], layout: StackLayout, doubts: set[str]) -> dict[str, Tensor]:
     """Return the factors of a file's stacks as graft holds them, by name. Add the open questions to `doubts`."""
     exchanges, out = find_exchanges({s.a: s.verdict for s in stacks}, layout, doubts), dict[str, Tensor]()
     for layer, a, b, A, B in stacks:
@@ -153,18 +157,18 @@ def as_here(stacks: Sequence[Stack], layout: Layout, doubts: set[str]) -> dict[s
     return out
 
 
-def stacks_in(tensors: dict[str, Tensor], parts: Parts, prefix: str) -> Iterator[Stack]:
+def find_stack_factors(tensors: dict[str, Tensor], parts: AdapterCarriers, prefix: str) -> Iterator[StackFactors]:
     """Yield the stacks of which a file has both factors, of shapes that can be."""
-    nests = Nests(parts.layers.values())
+    nests = ParameterLayerPaths(parts.layers.values())
     for key, layer in parts.layers.items():
         stem = f"{prefix}{nests.path(key, layer)}"
         a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
         A, B = tensors.get(a), tensors.get(b)
-        if A is not None and B is not None and fits(layer, A, B):
-            yield Stack(layer, a, b, A, B)
+        if A is not None and B is not None and can_be_stack_factors(layer, A, B):
+            yield StackFactors(layer, a, b, A, B)
 
 
-def fits(layer: AdapterLayer, A: Tensor, B: Tensor) -> bool:
+def can_be_stack_factors(layer: AdapterLayer, A: Tensor, B: Tensor) -> bool:
     """Return True if two tensors have shapes that the factors of a stack can have."""
     site = layer.site
     return site.is_stack and A.dim() == B.dim() == 2 and len(A) == B.shape[1] and len(A) % site.shape[0] == 0

@@ -19,29 +19,29 @@ from graft.core.errors import AdapterKeyError, BaseModelMismatchError, Checkpoin
 from graft.core.names import is_bias
 from graft.core.wrappers import strip_inner_wrappers
 from graft.inject.beside import TrainableTokensWrapper
-from graft.inject.build import put
+from graft.inject.build import assign_values
 from graft.inject.job import Receiver
-from graft.inject.parts import Parts, gate_of, registry_of, unwrapped
-from graft.inject.stage import absent_from, below
-from graft.io.base import names_in_file
+from graft.inject.parts import AdapterCarriers, get_gate, get_registry, unwrap_model
+from graft.inject.stage import find_absent_in_model, is_below
+from graft.io.base import make_file_namer
 from graft.io.check import check_tensors
-from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, entries, find, renamed, tied_rows
-from graft.io.files import Loaded
+from graft.io.entries import PROMPT_WRAPPED, WRAPPED, Entry, find_key, list_entries, list_tied_row_keys, rename_keys
+from graft.io.files import LoadedWeights
 from graft.io.fingerprint import (
-    called_otherwise,
-    changed,
-    difference,
-    digests,
-    fingerprint,
-    in_common,
-    same_values,
-    weights_of,
-    within,
+    describe_difference,
+    digest_base_tensors,
+    list_base_weights,
+    list_changed_tensors,
+    make_fingerprint,
+    match_values,
+    rename_weights,
+    restrict_to_common,
+    restrict_to_stage,
 )
-from graft.io.layouts import fused, put_right
-from graft.io.save import changes_base, config_of, parts_of
-from graft.io.servers import arranged
-from graft.io.tensors import resized, torn_apart
+from graft.io.layouts import convert_stack_layouts, fuse_experts
+from graft.io.save import changes_base, find_carriers, get_config
+from graft.io.servers import convert_server_layout
+from graft.io.tensors import find_torn_bias, resize_parameters
 from graft.io.written import TODAY
 from graft.storage import innermost
 from graft.storage.offload import find_offloaded, is_tied
@@ -96,7 +96,7 @@ class BaseEntry(NamedTuple):
             put_away(*self.offloaded, value)
 
 
-class Values:
+class CheckpointValues:
     """The values of one checkpoint, for the carriers of an adapter. `report` lists every key."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Values:
         model: nn.Module,
         config: PeftConfig,
         adapter: str,
-        loaded: Loaded,
+        loaded: LoadedWeights,
         strict: bool = True,
         key_mapping: dict[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
@@ -113,18 +113,18 @@ class Values:
     ):
         """`prefix` is that of the model's keys; None: a PeftModel's."""
         check_tensors(loaded.tensors, loaded.path, allow_nonfinite or loaded.finite)
-        own = getattr(model, "_checkpoint_conversion_mapping", None)
+        model_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         self.model, self.config, self.adapter = model, config, adapter
-        file_tensors = cleaned(loaded.tensors, loaded.path)
-        mapping: dict[str, str] | None = own if key_mapping is None else key_mapping
-        self.tensors = renamed(file_tensors, mapping, key_mapping is not None) if mapping else file_tensors
-        served = arranged(self.tensors, config, model)
+        file_tensors = clean_keys(loaded.tensors, loaded.path)
+        mapping: dict[str, str] | None = model_mapping if key_mapping is None else key_mapping
+        self.tensors = rename_keys(file_tensors, mapping, key_mapping is not None) if mapping else file_tensors
+        served = convert_server_layout(self.tensors, config, model)
         self.layout = loaded.layout if served is self.tensors else TODAY
         self.tensors, self.path, self.strict = served, loaded.path, strict
-        self.fingerprint, self.called_otherwise = loaded.fingerprint, None
+        self.fingerprint, self.renamed_fingerprint = loaded.fingerprint, None
         if self.fingerprint and mapping and self.tensors.keys() != file_tensors.keys():
             # the base's modules may have new names too
-            self.called_otherwise = called_otherwise(self.fingerprint, partial(renamed, mapping=mapping))
+            self.renamed_fingerprint = rename_weights(self.fingerprint, partial(rename_keys, mapping=mapping))
         self.config_of_file = copy.copy(config)  # which injection rewrites to today's names
         self.ignore_mismatched_sizes, self.prefix = ignore_mismatched_sizes, prefix
         self.report = LoadReport()
@@ -133,7 +133,7 @@ class Values:
     def names(self) -> Collection[str]:
         return self.tensors.keys()
 
-    def head(self, key: str, module: nn.Module) -> nn.Module | None:
+    def make_head(self, key: str, module: nn.Module) -> nn.Module | None:
         """Return a copy of a module to save with the checkpoint's first dimension (its labels), if that differs.
 
         Raises:
@@ -143,24 +143,24 @@ class Values:
         original = getattr(module, "original_module", module)
         shapes = {n: find_whole_shape(p) for n, p in original.named_parameters()}
         shapes_in_file = {n: self.tensors[k].shape for n in shapes if (k := f"{prefix}{key}.{n}") in self.tensors}
-        other = {n: s for n, s in shapes_in_file.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
-        torn = torn_apart(shapes, shapes | other) if other else None
+        new_shapes = {n: s for n, s in shapes_in_file.items() if s != shapes[n] and s[1:] == shapes[n][1:]}
+        torn = find_torn_bias(shapes, shapes | new_shapes) if new_shapes else None
         if torn is None or self.ignore_mismatched_sizes:
-            if not other or torn is not None:
+            if not new_shapes or torn is not None:
                 return None
-            if advice := self._resizing((f"{key}.{n}", s, shapes[n]) for n, s in other.items()):
+            if advice := self._advise_on_vocabulary((f"{key}.{n}", s, shapes[n]) for n, s in new_shapes.items()):
                 warn(
                     f"'{key}' of adapter '{self.adapter}' keeps its size of {self.path}, which config.vocab_size does "
                     f"not say: a loss that the base computes may fail. {advice}",
                     PeftWarning,
                 )
-            return resized(original, other)
+            return resize_parameters(original, new_shapes)
         raise AdapterKeyError(
             f"'{key}' of adapter '{self.adapter}' would get a {torn[0]} of shape {tuple(torn[1])} and a bias of shape "
             f"{tuple(torn[2])}, by {self.path}: these are of heads of different sizes."
         )
 
-    def _resizing(self, shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str:
+    def _advise_on_vocabulary(self, shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str:
         """Return how the base gets the file's vocabulary, if shapes (name, in the file, here) are of its embeddings and
         differ in the number of tokens; "" if not.
         """
@@ -188,7 +188,7 @@ class Values:
                 "not belong together, or one of them was tampered with."
             )
 
-    def of(self, parts: Parts, adapter: str) -> list[tuple[Receiver, Tensor]]:
+    def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
         """Return every entry of the adapter (and tensor of the base in the same file) with its value, all checked.
 
         Raises:
@@ -197,17 +197,17 @@ class Values:
         self.check_base(parts)
         bare = not any(n.startswith("base_model.") for n in self.tensors)
         prefix = "" if bare else parts.prefix
-        there = parts.prefix if self.prefix is None else self.prefix
-        in_memory = partial(renamed_to, prefix, prefix if parts.prompt is not None else there)
+        memory_prefix = parts.prefix if self.prefix is None else self.prefix
+        in_memory = partial(replace_prefix, prefix, prefix if parts.prompt is not None else memory_prefix)
         if any(layer.op.opaque for layer in parts.layers.values()):
-            self.arrange(parts, prefix)
+            self.arrange_stacks(parts, prefix)
         names = set(self.tensors)
-        found: list[tuple[Entry, str]] = []
+        pairs_to_load: list[tuple[Entry, str]] = []
         mismatched: list[Mismatch] = []
         used: set[str] = set()
         groups = [
-            (layer, [(entry, find(entry, names)) for entry in group])
-            for layer, group in groupby(entries(parts, self.adapter, prefix), lambda entry: entry.layer)
+            (layer, [(entry, find_key(entry, names)) for entry in group])
+            for layer, group in groupby(list_entries(parts, self.adapter, prefix), lambda entry: entry.layer)
         ]
         for layer, pairs in groups:
             if layer is None:  # layers may restore values that are as large as what they share
@@ -217,7 +217,7 @@ class Values:
                     if name
                 ]
                 if differ := [shapes for shapes in both if shapes[1] != shapes[2]]:
-                    self._refuse(differ)
+                    self._refuse_mismatches(differ)
         shared = {
             (entry.container, entry.path): self.tensors[name]
             for layer, pairs in groups
@@ -232,7 +232,7 @@ class Values:
                 stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
                 files = layer.methods[self.adapter].files.items()
                 used |= names & {f"{stem}{name}" for name, file in files if not file}
-                pairs = self._restored(layer, pairs, names, used)
+                pairs = self._restore_layer(layer, pairs, names, used)
             for entry, name in pairs:
                 if name is None:
                     self.report.missing_keys.append(in_memory(entry.label))
@@ -243,24 +243,24 @@ class Values:
                         (in_memory(entry.label), self.tensors[name].shape, find_whole_shape(entry.tensor))
                     )
                 else:
-                    found.append((entry, name))
+                    pairs_to_load.append((entry, name))
         used |= names & {n for layer, pairs in groups if layer is None for entry, _ in pairs for n in entry.also}
         if parts.wrappers:
-            used |= names & {*tied_rows(parts, adapter, prefix)}
-        base, others = self.base_tensors(names - used, prefix, parts) if names - used else ({}, [])
-        mismatched += [(in_memory(name), shape, here) for name, shape, here in others]
-        left = names - used - set(base) - {name for name, _, _ in others}
+            used |= names & {*list_tied_row_keys(parts, adapter, prefix)}
+        base, misshapen = self.find_base_tensors(names - used, prefix, parts) if names - used else ({}, [])
+        mismatched += [(in_memory(name), shape, shape_here) for name, shape, shape_here in misshapen]
+        left = names - used - set(base) - {name for name, _, _ in misshapen}
         self.report.absent_keys = sorted(n for n in left if self.is_absent(n.removeprefix(prefix)))
         unexpected = sorted(left - set(self.report.absent_keys))
         self.report.unexpected_keys = [in_memory(n) for n in unexpected]
         if (kind := getattr(self.config, "bias", "none")) != "none":
             self.report.missing_keys += map(in_memory, self._missing_biases(kind, parts, prefix))
-        self._check_dtypes([(name, entry.tensor) for entry, name in found] + [*base.items()])
+        self._check_dtypes([(name, entry.tensor) for entry, name in pairs_to_load] + [*base.items()])
         if mismatched or unexpected or self.report.missing_keys:
-            self._complain(mismatched, unexpected)
-        self.report.loaded = sorted(name for _, name in found)
+            self._report_misfits(mismatched, unexpected)
+        self.report.loaded = sorted(name for _, name in pairs_to_load)
         self.report.base = sorted(base)
-        own: list[tuple[Receiver, Tensor]] = [(entry, self.tensors[name]) for entry, name in found]
+        adapter_values: list[tuple[Receiver, Tensor]] = [(entry, self.tensors[name]) for entry, name in pairs_to_load]
         away = find_offloaded(self.model) if any(t.is_meta for t in base.values()) else {}
         tied = [name for name, t in base.items() if id(t) in away and is_tied(*away[id(t)])]
         if tied:
@@ -268,38 +268,38 @@ class Values:
                 f"Adapter '{adapter}' from {self.path} brings '{tied[0]}' along, which is offloaded and tied to that "
                 "of another module: have the model on real devices first."
             )
-        return own + [(BaseEntry(t, away.get(id(t))), self.tensors[name]) for name, t in base.items()]
+        return adapter_values + [(BaseEntry(t, away.get(id(t))), self.tensors[name]) for name, t in base.items()]
 
-    def arrange(self, parts: Parts, prefix: str) -> None:
+    def arrange_stacks(self, parts: AdapterCarriers, prefix: str) -> None:
         """Give the factors of stacks of experts the names and the layout that they have here."""
         what = f"Adapter '{self.adapter}' from {self.path}"
-        tensors = put_right(self.tensors, parts, prefix, self.layout, what)
-        self.tensors = fused(tensors, parts, prefix, self.model, self.config_of_file, self.adapter)
+        tensors = convert_stack_layouts(self.tensors, parts, prefix, self.layout, what)
+        self.tensors = fuse_experts(tensors, parts, prefix, self.model, self.config_of_file, self.adapter)
 
     def _check_dtypes(self, found: list[tuple[str, Tensor]]) -> None:
         """Raise AdapterKeyError if whole numbers would be put into floating ones, or the reverse."""
         wrong = [
-            f"'{name}' has dtype {self.tensors[name].dtype}, where {here.dtype} is needed"
-            for name, here in found
-            if self.tensors[name].is_floating_point() != here.is_floating_point()
+            f"'{name}' has dtype {self.tensors[name].dtype}, where {tensor.dtype} is needed"
+            for name, tensor in found
+            if self.tensors[name].is_floating_point() != tensor.is_floating_point()
         ]
         if wrong:
             raise AdapterKeyError(f"Adapter '{self.adapter}' cannot be loaded from {self.path}: {some(wrong)}.")
 
-    def _missing_biases(self, kind: str, parts: Parts, prefix: str) -> list[str]:
+    def _missing_biases(self, kind: str, parts: AdapterCarriers, prefix: str) -> list[str]:
         """Return the base model's biases of a kind, which the config trains, that the file does not hold."""
         has_bias = (
             key
             for key, layer in parts.layers.items()
             if not layer.op.opaque and layer.get_base_layer()._parameters.get("bias") is not None
         )
-        in_file = names_in_file(parts)
+        in_file = make_file_namer(parts)
         wanted = {in_file(f"{key}.bias"): f"{key}.bias" for key in has_bias}
         if kind == "all":
             carriers = parts.layers.keys() | parts.wrappers.keys()
             names = (name for name, _ in self.model.named_parameters() if is_bias(name))
             wanted |= {
-                in_file(name): strip_inner_wrappers(name) for name in names if carriers.isdisjoint(ancestors(name))
+                in_file(name): strip_inner_wrappers(name) for name in names if carriers.isdisjoint(list_ancestors(name))
             }
         missing = [a for a, b in wanted.items() if not {prefix + a, prefix + b} & self.tensors.keys()]
         if kind != "all" and missing and len(missing) == len(wanted):
@@ -311,7 +311,7 @@ class Values:
             return []
         return [prefix + name for name in sorted(missing)]
 
-    def _restored(
+    def _restore_layer(
         self, layer: AdapterLayer, pairs: list[tuple[Entry, str | None]], names: set[str], used: set[str]
     ) -> list[tuple[Entry, str | None]]:
         """Put the values that a layer's method restores into `tensors`; return its entries and their names there."""
@@ -319,14 +319,14 @@ class Values:
         places = {(entry.container, entry.path): name for entry, name in pairs if name is not None}
         if len(places) < len(pairs):  # the file may hold other tensors, from which the method restores missing ones
             stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
-            for other in self._below(stem) - set(places.values()):
-                container, _, path = other.removeprefix(stem).partition(".")
-                places[container, path] = other
+            for key in self._list_keys_below(stem) - set(places.values()):
+                container, _, path = key.removeprefix(stem).partition(".")
+                places[container, path] = key
         values = method.from_file_tensors({place: self.tensors[name] for place, name in places.items()}, self.config)
         out: list[tuple[Entry, str | None]] = []
         for entry, name in pairs:
             trains = entry.tensor.requires_grad
-            entry.look()  # `from_file_tensors` may have made room for values of another shape, by a new parameter
+            entry.refresh()  # `from_file_tensors` may have made room for values of another shape, by a new parameter
             if entry.tensor.requires_grad != trains:
                 entry.tensor.requires_grad = trains
             place = entry.container, entry.path
@@ -339,22 +339,24 @@ class Values:
         return out
 
     @cached_property
-    def _by_layer(self) -> dict[str, set[str]]:
+    def _keys_by_path(self) -> dict[str, set[str]]:
         """The file's keys below each path, with a dot behind it."""
         out: dict[str, set[str]] = defaultdict(set)
         for name in self.tensors:
-            for owner in ancestors(name):
+            for owner in list_ancestors(name):
                 out[f"{owner}."].add(name)
         return out
 
-    def _below(self, stem: str) -> set[str]:
+    def _list_keys_below(self, stem: str) -> set[str]:
         """Return the file's keys below a layer, but for those of its base layer."""
-        return {n for n in self._by_layer.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
+        return {n for n in self._keys_by_path.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
 
-    def base_tensors(self, names: set[str], prefix: str, parts: Parts) -> tuple[dict[str, Tensor], list[Mismatch]]:
+    def find_base_tensors(
+        self, names: set[str], prefix: str, parts: AdapterCarriers
+    ) -> tuple[dict[str, Tensor], list[Mismatch]]:
         """Return the base model's parameters that `names` name, and which names are of tensors of another shape."""
         by_name: dict[str, Tensor] = {}
-        in_file = names_in_file(parts)
+        in_file = make_file_namer(parts)
         for path, p in self.model.named_parameters(remove_duplicate=False):
             path = strip_inner_wrappers(path)
             by_name[prefix + in_file(path)] = by_name[prefix + path] = p
@@ -369,32 +371,32 @@ class Values:
     @cached_property
     def absent(self) -> dict[str, str]:
         """The modules that another stage of a pipeline has."""
-        return absent_from(self.model)
+        return find_absent_in_model(self.model)
 
     def is_absent(self, path: str) -> bool:
-        return below(path, self.absent)
+        return is_below(path, self.absent)
 
-    def check_base(self, parts: Parts) -> None:
+    def check_base(self, parts: AdapterCarriers) -> None:
         if not self.fingerprint:
             return
         of_file = self.fingerprint
-        now = fingerprint(weights_of(parts, self.model), with_values=not changes_base(parts, self.adapter))
-        if self.called_otherwise is not None and difference(of_file, now):
-            of_file = self.called_otherwise
-        if difference(of_file, now) and self.absent:
-            here = within(of_file, lambda key: not self.is_absent(key))
-            if here is None:
+        now = make_fingerprint(list_base_weights(parts, self.model), with_values=not changes_base(parts, self.adapter))
+        if self.renamed_fingerprint is not None and describe_difference(of_file, now):
+            of_file = self.renamed_fingerprint
+        if describe_difference(of_file, now) and self.absent:
+            restricted = restrict_to_stage(of_file, lambda key: not self.is_absent(key))
+            if restricted is None:
                 return
-            of_file = here
+            of_file = restricted
         if parts.prompt is not None:
-            both = in_common(of_file, now)
+            both = restrict_to_common(of_file, now)
             if both is None:
                 return
             of_file, now = both
-        differs = difference(of_file, now)
+        differs = describe_difference(of_file, now)
         if differs:
             old, new = of_file.get("weights") or {}, now.get("weights") or {}
-            advice = self._resizing((key, old[key], new[key]) for key in sorted(old.keys() & new.keys()))
+            advice = self._advise_on_vocabulary((key, old[key], new[key]) for key in sorted(old.keys() & new.keys()))
             name = self.config.base_model_name_or_path or "its name was not recorded"
             advice = advice or f"Load the base that it was trained on ({name})."
             text = f"Adapter '{self.adapter}' from {self.path} was made for another base model: {differs}. {advice}"
@@ -403,33 +405,35 @@ class Values:
             warn(text, PeftWarning)
             return
         full = of_file.get("full") or {}
-        others = changed(full, digests(self.model, names=full)) if full else []
-        if others or not same_values(of_file, now):
-            which = f" ({len(others)} of {len(full)} tensors differ: {some(others)})" if others else ""
+        changed_names = list_changed_tensors(full, digest_base_tensors(self.model, names=full)) if full else []
+        if changed_names or not match_values(of_file, now):
+            which = (
+                f" ({len(changed_names)} of {len(full)} tensors differ: {some(changed_names)})" if changed_names else ""
+            )
             warn(
                 f"Adapter '{self.adapter}' from {self.path} was trained on a base model of the same architecture but "
                 f"with other weights{which}: expect other outputs than in training.",
                 PeftWarning,
             )
 
-    def _refuse(self, mismatched: list[Mismatch]) -> None:
+    def _refuse_mismatches(self, mismatched: list[Mismatch]) -> None:
         """Raise AdapterKeyError for shapes that differ, unless they are to be ignored."""
         if not self.ignore_mismatched_sizes:
-            use = self._resizing(mismatched) or "Use the config it was saved with"
+            use = self._advise_on_vocabulary(mismatched) or "Use the config it was saved with"
             raise AdapterKeyError(
-                f"Error(s) in loading adapter '{self.adapter}' from {self.path}: {sizes(mismatched)}. "
+                f"Error(s) in loading adapter '{self.adapter}' from {self.path}: {format_mismatches(mismatched)}. "
                 f"{use.removesuffix('.')}, or pass ignore_mismatched_sizes=True to leave these out."
             )
 
-    def _complain(self, mismatched: list[Mismatch], unexpected: list[str]) -> None:
+    def _report_misfits(self, mismatched: list[Mismatch], unexpected: list[str]) -> None:
         """Raise or warn; what is left over has its names in the file here, to be found there."""
         report = self.report
         if mismatched:
-            self._refuse(mismatched)
+            self._refuse_mismatches(mismatched)
             report.mismatched_keys = [n for n, _, _ in mismatched]
             warn(
                 f"Some weights of adapter '{self.adapter}' were not initialized from the model checkpoint and are "
-                f"being ignored because you passed `ignore_mismatched_sizes=True`: {sizes(mismatched)}"
+                f"being ignored because you passed `ignore_mismatched_sizes=True`: {format_mismatches(mismatched)}"
             )
         parts = []
         if report.missing_keys:
@@ -446,7 +450,7 @@ class Values:
         warn(text)
 
 
-def cleaned(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+def clean_keys(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     """Return tensors by their names without parts of wrappers, which PEFT leaves in them.
 
     Raises:
@@ -462,20 +466,20 @@ def cleaned(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     return out
 
 
-def sizes(mismatched: list[Mismatch]) -> str:
+def format_mismatches(mismatched: list[Mismatch]) -> str:
     return some(
         [f"size mismatch for {n}: {tuple(a)} in the checkpoint, {tuple(b)} in the model" for n, a, b in mismatched]
     )
 
 
-def renamed_to(prefix: str, there: str, name: str) -> str:
+def replace_prefix(prefix: str, there: str, name: str) -> str:
     """Return a name that may begin with `prefix` with `there` in its place; as it is, if a PeftModel holds it."""
     if not prefix and name.startswith("base_model."):
         return name
     return there + name[len(prefix) :] if name.startswith(prefix) else name
 
 
-def ancestors(name: str) -> Iterator[str]:
+def list_ancestors(name: str) -> Iterator[str]:
     """Yield the paths of all modules that a parameter is in."""
     dot = name.rfind(".")
     while dot > 0:
@@ -502,15 +506,17 @@ def set_peft_model_state_dict(
         AdapterNotFoundError: no such adapter.
         CheckpointError: a tensor is not a plain one of finite real numbers.
     """
-    model = unwrapped(model)
-    parts, prefix, base = parts_of(model, adapter_name)
-    loaded = Loaded(dict(peft_model_state_dict), "the given state dict")
-    config = config_of(model, adapter_name)
-    values = Values(base, config, adapter_name, loaded, strict, None, ignore_mismatched_sizes, allow_nonfinite, prefix)
-    found, registry = values.of(parts, adapter_name), registry_of(model)
+    model = unwrap_model(model)
+    parts, prefix, base = find_carriers(model, adapter_name)
+    loaded = LoadedWeights(dict(peft_model_state_dict), "the given state dict")
+    config = get_config(model, adapter_name)
+    values = CheckpointValues(
+        base, config, adapter_name, loaded, strict, None, ignore_mismatched_sizes, allow_nonfinite, prefix
+    )
+    pairs, registry = values.match_entries(parts, adapter_name), get_registry(model)
     whole = any(carrier.merged_adapters for carrier in parts.carriers()) or getattr(config, "bias", "none") != "none"
-    with gate_of(model).change(f"set_peft_model_state_dict({adapter_name!r})", None if whole else (adapter_name,)):
-        put(parts, adapter_name, found)
+    with get_gate(model).change(f"set_peft_model_state_dict({adapter_name!r})", None if whole else (adapter_name,)):
+        assign_values(parts, adapter_name, pairs)
         if registry is not None:
             registry.states.pop(adapter_name, None)  # which belongs to the values from before
     return values.report

@@ -22,9 +22,9 @@ from torch import Tensor
 from graft.core.errors import CheckpointError, DistributedError
 from graft.core.layer import AdapterLayer
 from graft.inject.build import add_adapter
-from graft.inject.parts import Parts
+from graft.inject.parts import AdapterCarriers
 from graft.io.entries import Entry
-from graft.io.fingerprint import hashed
+from graft.io.fingerprint import hash_text
 from graft.storage.parallel import find_whole_shape, gather_tensor, has_no_layout, is_whole, layout_of, processes
 
 T = TypeVar("T")
@@ -35,12 +35,12 @@ GATHER = (
 )
 
 
-def all_here(tensors: Iterable[Tensor]) -> bool:
+def are_all_whole(tensors: Iterable[Tensor]) -> bool:
     """Return True if each tensor is plain and has numbers, which is quick to see: no part, and no stand-in."""
     return all([has_no_layout(t) and t.numel() for t in tensors])
 
 
-def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return whole those of these tensors, by name, that are spread over processes. All processes must call this.
 
     They wait for each other only if there are some.
@@ -50,33 +50,33 @@ def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     spread = {name: t for name, t in tensors.items() if layout_of(t) is not None}
     spread = {name: spread[name] for name in sorted(spread)}  # in one order everywhere
-    ranks = ranks_of(spread.values())
+    ranks = find_ranks(spread.values())
     if len(ranks) > 1:
         shapes = [f"{name} {tuple(find_whole_shape(t))} {t.dtype}" for name, t in spread.items()]
-        Meeting(CALL, f"{len(shapes)} tensors ({hashed(' '.join(shapes))}) such as {shapes[0]}", ranks)
+        Meeting(CALL, f"{len(shapes)} tensors ({hash_text(' '.join(shapes))}) such as {shapes[0]}", ranks)
     return {name: gather_tensor(t) for name, t in spread.items()}
 
 
-def ranks_of(tensors: Iterable[Tensor]) -> list[int]:
+def find_ranks(tensors: Iterable[Tensor]) -> list[int]:
     """Return the ranks of the processes that hold these tensors together."""
-    found = [layout.ranks(t) for t in tensors if (layout := layout_of(t)) is not None]
-    return max(found, key=len, default=[])
+    rank_lists = [layout.ranks(t) for t in tensors if (layout := layout_of(t)) is not None]
+    return max(rank_lists, key=len, default=[])
 
 
-def check_entries(entries: list[Entry], values: dict[str, Tensor], parts: Parts, adapter: str) -> None:
+def check_entries(entries: list[Entry], values: dict[str, Tensor], parts: AdapterCarriers, adapter: str) -> None:
     """Check the values, by file key, that are to be saved of these entries.
 
     Raises:
         CheckpointError: one has not the shape that the adapter's tensor has, by what stands there or by the config.
     """
-    odd = [e for e in entries if is_odd(e.tensor, values[e.file])]
-    for layer, group in groupby(odd, attrgetter("layer")):
-        shapes = {} if layer is None else shapes_of(layer, adapter, parts)
+    suspects = [e for e in entries if needs_shape_check(e.tensor, values[e.file])]
+    for layer, group in groupby(suspects, attrgetter("layer")):
+        shapes = {} if layer is None else compute_shapes(layer, adapter, parts)
         for e in group:
             check_value(e.memory, values[e.file], e.tensor, adapter, shapes.get((e.container, e.path)))
 
 
-def is_odd(tensor: Tensor, value: Tensor) -> bool:
+def needs_shape_check(tensor: Tensor, value: Tensor) -> bool:
     """Return True if a tensor is empty in the stead of another, or a value has another shape than it."""
     if value is tensor and has_no_layout(tensor):
         return not is_whole(tensor)
@@ -99,7 +99,7 @@ def check_value(key: str, value: Tensor, tensor: Tensor, adapter: str, shape: to
     )
 
 
-def shapes_of(layer: AdapterLayer, adapter: str, parts: Parts) -> dict[tuple[str, str], torch.Size]:
+def compute_shapes(layer: AdapterLayer, adapter: str, parts: AdapterCarriers) -> dict[tuple[str, str], torch.Size]:
     """Return the shapes that an adapter's tensors have on a layer by the config, whatever stands there now."""
     method, spare = layer.methods[adapter], AdapterLayer(layer.site, layer.call)
     shared = {} if parts.shared is None else parts.shared.wrap_containers()
@@ -112,7 +112,7 @@ WORK = timedelta(hours=1)  # the longest that the first process may take to writ
 GO, LEFT = b"go", b"left"
 
 
-def store() -> dist.Store:
+def get_store() -> dist.Store:
     """Return the store of the process group, in which processes leave each other texts by key."""
     return dist.distributed_c10d._get_default_store()
 
@@ -131,20 +131,20 @@ class Meeting:
             call: the user's call, such as "save_pretrained", for errors.
             task: adapters and arguments of the call, as text. Every process must bring the same.
         """
-        self.call, self.store, self.rank, self.ranks = call, store(), dist.get_rank(), ranks
-        self.room = self._enter(task)
-        self._compare()
+        self.call, self.store, self.rank, self.ranks = call, get_store(), dist.get_rank(), ranks
+        self.room = self._wait_for_all(task)
+        self._compare_tasks()
 
-    def _enter(self, brought: str) -> str:
+    def _wait_for_all(self, task: str) -> str:
         """Wait for the others; return the beginning of the keys of this meeting."""
         store, size = self.store, len(self.ranks)
-        building = f"graft/{hashed(str(list(self.ranks)))}"
+        building = f"graft/{hash_text(str(list(self.ranks)))}"
         while True:
             room = f"{building}/{store.add(f'{building}/rank {self.rank}', 1)}"
             go = f"{room}/go"
             if not store.check([go]):
                 break  # else one has waited here in vain, and left, before this one came
-        store.set(f"{room}/{self.rank}", brought)
+        store.set(f"{room}/{self.rank}", task)
         if store.add(f"{room}/count", 1) == size:
             store.compare_set(go, "", GO.decode())
         try:
@@ -161,17 +161,17 @@ class Meeting:
             )
         return room
 
-    def _compare(self) -> None:
-        brought = {rank: bytes(self.store.get(f"{self.room}/{rank}")) for rank in self.ranks}
-        others = [rank for rank, other in brought.items() if other != brought[self.rank]]
-        if others:
+    def _compare_tasks(self) -> None:
+        tasks = {rank: bytes(self.store.get(f"{self.room}/{rank}")) for rank in self.ranks}
+        differing_ranks = [rank for rank, task in tasks.items() if task != tasks[self.rank]]
+        if differing_ranks:
             raise CheckpointError(
                 f"{self.call} was called with adapters that are not the same on all processes: rank {self.rank} has "
-                f"{brought[self.rank].decode()}, rank {others[0]} has {brought[others[0]].decode()}. Give all "
-                "processes the same adapters, names and arguments."
+                f"{tasks[self.rank].decode()}, rank {differing_ranks[0]} has {tasks[differing_ranks[0]].decode()}. "
+                "Give all processes the same adapters, names and arguments."
             )
 
-    def by_the_first(self, act: Callable[[], object]) -> None:
+    def run_on_first(self, act: Callable[[], object]) -> None:
         """Have the first process act. The others wait for it, and raise what it raises."""
         done = f"{self.room}/done"
         if self.rank != self.ranks[0]:
@@ -183,25 +183,25 @@ class Meeting:
         try:
             act()
         except BaseException as e:
-            leave(self.store, done, e)
+            leave_error(self.store, done, e)
             raise
-        leave(self.store, done, None)
+        leave_error(self.store, done, None)
 
 
-def rank() -> int:
+def get_rank() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
 
-def exchanged(thing: T) -> list[T]:
+def exchange_objects(thing: T) -> list[T]:
     """Return what each process has, by rank. Every process must call this."""
     if processes() == 1:
         return [thing]
-    found = [thing] * processes()
-    dist.all_gather_object(found, thing)
-    return found
+    values = [thing] * processes()
+    dist.all_gather_object(values, thing)
+    return values
 
 
-def agreed(act: Callable[[], T], call: str) -> T:
+def run_on_all(act: Callable[[], T], call: str) -> T:
     """Do something that changes nothing; if it fails on one process, fail on all. Every process must call this.
 
     Args:
@@ -213,21 +213,21 @@ def agreed(act: Callable[[], T], call: str) -> T:
     """
     if processes() == 1:
         return act()
-    error, made = None, None
+    error, result = None, None
     try:
-        made = act()
+        result = act()
     except Exception as e:
         error = e
     Meeting(call, "", range(processes()))
-    errors = [pickle.loads(e) for e in exchanged(packed(error))]
+    errors = [pickle.loads(e) for e in exchange_objects(pickle_error(error))]
     if error is not None:
         raise error
-    if (other := next((e for e in errors if e is not None), None)) is not None:
-        raise other
-    return made  # type: ignore[return-value]
+    if (other_error := next((e for e in errors if e is not None), None)) is not None:
+        raise other_error
+    return result  # type: ignore[return-value]
 
 
-def once(folder: str, values: str, act: Callable[[], object]) -> None:
+def save_once(folder: str, values: str, act: Callable[[], object]) -> None:
     """Have the first of some processes that hold the same values save them; the others wait, and raise what it raises.
 
     The first does not wait: it may be the only one that was asked to. Neither does one that was asked alone wait for
@@ -239,8 +239,8 @@ def once(folder: str, values: str, act: Callable[[], object]) -> None:
     Raises:
         DistributedError: the first process saved other values.
     """
-    shelf = store()
-    place = f"graft/saved/{hashed(os.path.abspath(folder))}"
+    shelf = get_store()
+    place = f"graft/saved/{hash_text(os.path.abspath(folder))}"
     saves = f"{place}/{values}"  # the same values may be saved again, such as after an error
     if dist.get_rank():
         seen = f"{saves}/seen by {dist.get_rank()}"
@@ -264,17 +264,17 @@ def once(folder: str, values: str, act: Callable[[], object]) -> None:
     try:
         act()
     except BaseException as e:
-        leave(shelf, key, e)
+        leave_error(shelf, key, e)
         raise
     shelf.set(place, values)
-    leave(shelf, key, None)
+    leave_error(shelf, key, None)
 
 
-def leave(shelf: dist.Store, key: str, error: BaseException | None) -> None:
-    shelf.set(key, packed(error))  # type: ignore[arg-type]  # bytes do, too
+def leave_error(shelf: dist.Store, key: str, error: BaseException | None) -> None:
+    shelf.set(key, pickle_error(error))  # type: ignore[arg-type]  # bytes do, too
 
 
-def packed(error: BaseException | None) -> bytes:
+def pickle_error(error: BaseException | None) -> bytes:
     """Return an error as bytes; as one of graft's own with its text, if it cannot be sent."""
     try:
         data = pickle.dumps(error)
@@ -284,15 +284,15 @@ def packed(error: BaseException | None) -> bytes:
     return data
 
 
-class Note:
+class RankNote:
     """What a process leaves for the others, and what they left. Nobody waits."""
 
     def __init__(self, topic: str, text: str):
-        about, rank, self.text = f"graft/note/{hashed(topic)}", dist.get_rank(), text
-        self.key = f"{about}/{store().add(f'{about}/{rank}', 1)}"  # the same notes may follow each other
-        store().set(f"{self.key}/{rank}", text)
+        about, rank, self.text = f"graft/note/{hash_text(topic)}", dist.get_rank(), text
+        self.key = f"{about}/{get_store().add(f'{about}/{rank}', 1)}"  # the same notes may follow each other
+        get_store().set(f"{self.key}/{rank}", text)
 
-    def others(self) -> list[int]:
+    def list_differing_ranks(self) -> list[int]:
         """Return the processes that left another text."""
-        keys, left = {rank: f"{self.key}/{rank}" for rank in range(dist.get_world_size())}, store()
-        return [r for r, k in keys.items() if left.check([k]) and left.get(k) != self.text.encode()]
+        keys, shelf = {rank: f"{self.key}/{rank}" for rank in range(dist.get_world_size())}, get_store()
+        return [r for r, k in keys.items() if shelf.check([k]) and shelf.get(k) != self.text.encode()]

@@ -30,14 +30,20 @@ from graft.core.wrappers import (
     walk_unwrapped,
 )
 from graft.inject.beside import TrainableTokensWrapper
-from graft.inject.match import Names
-from graft.inject.parts import Nests, Parts, check_foreign, registry_of, unwrapped
-from graft.inject.stage import absent_from, group_in
-from graft.inject.survey import survey
-from graft.io.base import names_in_file, original
-from graft.io.entries import Entry, entries
-from graft.io.fingerprint import Note, digests, fingerprint, weights_of
-from graft.io.rendezvous import all_here, check_entries, check_value, gathered, ranks_of
+from graft.inject.match import TargetNames
+from graft.inject.parts import (
+    AdapterCarriers,
+    ParameterLayerPaths,
+    check_no_foreign_adapters,
+    get_registry,
+    unwrap_model,
+)
+from graft.inject.stage import find_absent_in_model, find_model_group
+from graft.inject.survey import survey_model
+from graft.io.base import make_file_namer, remove_carrier_names
+from graft.io.entries import Entry, list_entries
+from graft.io.fingerprint import Fingerprint, digest_base_tensors, list_base_weights, make_fingerprint
+from graft.io.rendezvous import are_all_whole, check_entries, check_value, find_ranks, gather_tensors
 from graft.storage.offload import find_offloaded
 from graft.storage.parallel import copy_unwrapped, find_parameters_below, processes
 
@@ -46,25 +52,25 @@ if TYPE_CHECKING:
     from graft.prompts.base import Prompt
 
 
-def parts_of(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module]:
+def find_carriers(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, nn.Module]:
     """Return the carriers of an adapter, the prefix of its keys, and the base model."""
-    model = unwrapped(model)
-    registry = registry_of(model)
+    model = unwrap_model(model)
+    registry = get_registry(model)
     if registry is not None:
         registry.check_known([adapter])
         parts = registry.parts_of(adapter)
         is_tuner = getattr(registry, "holder", None) is model
         return parts, "model." if is_tuner else parts.prefix, registry.model
-    check_foreign(model)
-    tree = survey(model)
+    check_no_foreign_adapters(model)
+    tree = survey_model(model)
     layers = {k: layer for k, layer in tree.layers.items() if adapter in layer.methods}
     wrappers = {k: w for k, w in tree.wrappers.items() if adapter in w.adapters}
     if not layers and not wrappers:
         raise AdapterNotFoundError(f"Adapter {adapter} not found: no layer of the model carries it.")
-    return Parts(layers, wrappers, all_layers=tree.layers), "", model
+    return AdapterCarriers(layers, wrappers, all_layers=tree.layers), "", model
 
 
-def config_of(model: nn.Module, adapter: str) -> Any:
+def get_config(model: nn.Module, adapter: str) -> Any:
     return (getattr(model, "peft_config", None) or {}).get(adapter)
 
 
@@ -86,14 +92,14 @@ def get_peft_model_state_dict(
         AdapterKeyError: `state_dict` lacks one of its tensors.
         CheckpointError: a tensor is a part of one: it has to be gathered.
     """
-    parts, prefix, base = parts_of(model, adapter_name)
-    config = config_of(unwrapped(model), adapter_name)
-    return tensors_of(model, parts, prefix, base, adapter_name, config, state_dict, save_embedding_layers)
+    parts, prefix, base = find_carriers(model, adapter_name)
+    config = get_config(unwrap_model(model), adapter_name)
+    return collect_adapter_tensors(model, parts, prefix, base, adapter_name, config, state_dict, save_embedding_layers)
 
 
-def tensors_of(
+def collect_adapter_tensors(
     model: nn.Module,
-    parts: Parts,
+    parts: AdapterCarriers,
     prefix: str,
     base: nn.Module,
     adapter_name: str,
@@ -105,26 +111,28 @@ def tensors_of(
 
     prefix: of the keys.
     """
-    state = None if state_dict is None else by_names(state_dict)
-    more = {f"{prefix}{name}": t for name, t in base_tensors(base, parts, config, save_embedding_layers).items()}
+    state = None if state_dict is None else add_clean_names(state_dict)
+    more = {
+        f"{prefix}{name}": t for name, t in collect_base_tensors(base, parts, config, save_embedding_layers).items()
+    }
     if parts.prompt is not None and state is not None:
-        parts, state = with_values(parts, parts.prompt, state, adapter_name), None
-    elif parts.prompt is not None and (found := gathered(find_parameters_below(parts.prompt))):
-        parts = replace(parts, prompt=copy_unwrapped(parts.prompt, found))
-    all_entries = list(entries(parts, adapter_name, prefix))
-    values = {e.file: e.tensor if state is None else value_in(state, e, adapter_name) for e in all_entries}
+        parts, state = fill_with_values(parts, parts.prompt, state, adapter_name), None
+    elif parts.prompt is not None and (whole_parameters := gather_tensors(find_parameters_below(parts.prompt))):
+        parts = replace(parts, prompt=copy_unwrapped(parts.prompt, whole_parameters))
+    all_entries = list(list_entries(parts, adapter_name, prefix))
+    values = {e.file: e.tensor if state is None else get_entry_value(state, e, adapter_name) for e in all_entries}
     values |= {
         key: t if state is None else state.get(key, state.get(strip_all_wrappers(key), t)) for key, t in more.items()
     }
     if any([t.is_meta for t in values.values()]):
         away = find_offloaded(model)
         values |= {key: copy_offloaded(*away[id(t)]) for key, t in values.items() if id(t) in away}
-    if state is not None or not all_here(values.values()):
-        values |= gathered(values)
+    if state is not None or not are_all_whole(values.values()):
+        values |= gather_tensors(values)
         check_entries(all_entries, values, parts, adapter_name)
     if any([layer.methods[adapter_name].lenders for layer in parts.layers.values()]):
         copy_twins(all_entries, values, adapter_name)
-    out = tensors_for_file(parts, all_entries, values, adapter_name, config)
+    out = convert_for_file(parts, all_entries, values, adapter_name, config)
     for key, tensor in more.items():
         check_value(key, values[key], tensor, adapter_name)
         out[key.replace(f".modules_to_save.{adapter_name}.", ".modules_to_save.")] = values[key]  # a head's, as in PEFT
@@ -140,35 +148,35 @@ def describe_base(config: PeftConfig, base: nn.Module) -> None:
         config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
-def value_in(state: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
-    return named_in(state, entry.memory, adapter) if entry.in_state_dict else entry.tensor
+def get_entry_value(state: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
+    return get_tensor(state, entry.memory, adapter) if entry.in_state_dict else entry.tensor
 
 
-def by_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_clean_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict by its own names, and by those without parts of wrappers that are no others' own."""
     for_all = {strip_all_wrappers(k): v for k, v in state_dict.items()}
     return for_all | {strip_outer_wrappers(k): v for k, v in state_dict.items()} | state_dict
 
 
-def named_in(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
+def get_tensor(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:
     name = key if key in state else strip_all_wrappers(key)
     if name not in state:
         raise AdapterKeyError(f"The state dict lacks '{key}' of adapter '{adapter}'.")
     return state[name]
 
 
-def ranks_of_adapters(model: nn.Module, adapters: list[str]) -> list[int]:
+def find_adapter_ranks(model: nn.Module, adapters: list[str]) -> list[int]:
     """Return the ranks of the processes that hold parts of these adapters or of the base, and save together; or []."""
-    group = group_in(model.modules()) if processes() > 1 else None
+    group = find_model_group(model.modules()) if processes() > 1 else None
     if group is not None:
         return dist.get_process_group_ranks(group)
     tensors: list[Tensor] = []
     for adapter in adapters:
-        parts, _, base = parts_of(model, adapter)
+        parts, _, base = find_carriers(model, adapter)
         if parts.prompt is not None:  # a file knows its base by weights that may be in parts, too
             tensors += [*find_parameters_below(parts.prompt).values(), *find_parameters_below(base).values()]
         tensors += [slot.tensor for carrier in parts.carriers() for slot in carrier.slots(adapter) if slot.saved]
-    return ranks_of(tensors)
+    return find_ranks(tensors)
 
 
 def copy_twins(all_entries: list[Entry], values: dict[str, Tensor], adapter: str) -> None:
@@ -180,8 +188,8 @@ def copy_twins(all_entries: list[Entry], values: dict[str, Tensor], adapter: str
         seen.add(id(e.tensor))
 
 
-def tensors_for_file(
-    parts: Parts, all_entries: list[Entry], values: dict[str, Tensor], adapter: str, config: PeftConfig
+def convert_for_file(
+    parts: AdapterCarriers, all_entries: list[Entry], values: dict[str, Tensor], adapter: str, config: PeftConfig
 ) -> dict[str, Tensor]:
     """Return the tensors that a file holds of an adapter, by file key."""
     out: dict[str, Tensor] = {}
@@ -191,70 +199,70 @@ def tensors_for_file(
             for e in group:
                 out[e.file] = values[e.file]
             continue
-        here = list(group)
-        places = {(e.container, e.path): e.file for e in here}
-        made = method.to_file_tensors({place: values[file] for place, file in places.items()}, config)
-        stem = here[0].stem.removesuffix(here[0].container)
-        out |= {places.get(p) or f"{stem}{p[0]}" + (f".{p[1]}" if p[1] else ""): t for p, t in made.items()}
+        layer_entries = list(group)
+        places = {(e.container, e.path): e.file for e in layer_entries}
+        file_tensors = method.to_file_tensors({place: values[file] for place, file in places.items()}, config)
+        stem = layer_entries[0].stem.removesuffix(layer_entries[0].container)
+        out |= {places.get(p) or f"{stem}{p[0]}" + (f".{p[1]}" if p[1] else ""): t for p, t in file_tensors.items()}
     return out
 
 
-def with_values(parts: Parts, prompt: Prompt, state: dict[str, Tensor], adapter: str) -> Parts:
+def fill_with_values(parts: AdapterCarriers, prompt: Prompt, state: dict[str, Tensor], adapter: str) -> AdapterCarriers:
     """Return a copy of `parts` whose prompt and modules to save have a state dict's values."""
     stem = f"{prompt.prefix}.{adapter}"
-    values = {n: taken(state, f"{stem}.{n}", t, adapter) for n, t in find_parameters_below(prompt).items()}
-    here = replace(parts, wrappers=copy.deepcopy(parts.wrappers), prompt=copy_unwrapped(prompt, values))
-    for key, wrapper in here.wrappers.items():
+    values = {n: get_checked_tensor(state, f"{stem}.{n}", t, adapter) for n, t in find_parameters_below(prompt).items()}
+    filled = replace(parts, wrappers=copy.deepcopy(parts.wrappers), prompt=copy_unwrapped(prompt, values))
+    for key, wrapper in filled.wrappers.items():
         for name, tensor in wrapper.state_dict(keep_vars=True).items():
             if f".{adapter}." in f".{name}.":
-                tensor.data = taken(state, f"{here.prefix}{key}.{name}", tensor, adapter).detach()
-    return here
+                tensor.data = get_checked_tensor(state, f"{filled.prefix}{key}.{name}", tensor, adapter).detach()
+    return filled
 
 
-def taken(state: dict[str, Tensor], key: str, tensor: Tensor, adapter: str) -> Tensor:
+def get_checked_tensor(state: dict[str, Tensor], key: str, tensor: Tensor, adapter: str) -> Tensor:
     """Return a state dict's value for a tensor, checked."""
-    value = named_in(state, key, adapter)
+    value = get_tensor(state, key, adapter)
     check_value(key, value, tensor, adapter)
     return value
 
 
-def base_tensors(
-    base: nn.Module, parts: Parts, config: PeftConfig, save_embedding_layers: str | bool
+def collect_base_tensors(
+    base: nn.Module, parts: AdapterCarriers, config: PeftConfig, save_embedding_layers: str | bool
 ) -> dict[str, Tensor]:
     """Return the base model's tensors that go into an adapter's file: trained biases and changed embeddings."""
     out: dict[str, Tensor] = {}
     bias = getattr(config, "bias", "none")
     if bias == "all":
-        in_file, is_added = names_in_file(parts), added_by(parts)
+        in_file, is_added = make_file_namer(parts), make_adapter_name_test(parts)
         biases = {name: p for name, p in find_parameters_below(base).items() if is_bias(name) and not is_added(name)}
         out |= {in_file(name): p for name, p in biases.items()}
-        out |= {name: b for name, b in _biases(parts).items() if name in out}
+        out |= {name: b for name, b in _collect_biases(parts).items() if name in out}
     elif bias != "none":
-        out |= _biases(parts)
-    return out | embeddings(base, config, save_embedding_layers)
+        out |= _collect_biases(parts)
+    return out | collect_embeddings(base, config, save_embedding_layers)
 
 
-def _biases(parts: Parts) -> dict[str, Tensor]:
+def _collect_biases(parts: AdapterCarriers) -> dict[str, Tensor]:
     """Return the biases of the adapted layers, as they are with nothing merged."""
-    in_file = names_in_file(parts)
+    in_file = make_file_namer(parts)
     layers = {strip_inner_wrappers(key): layer for key, layer in parts.layers.items() if not layer.op.opaque}
     biases = {in_file(f"{key}.bias"): find_unmerged_bias(layer) for key, layer in layers.items()}
     return {name: b for name, b in biases.items() if b is not None}
 
 
-def added_by(parts: Parts) -> Callable[[str], bool]:
+def make_adapter_name_test(parts: AdapterCarriers) -> Callable[[str], bool]:
     """Return a test whether a name is that of a tensor of an adapter, of any on the model."""
     layers = parts.layers if parts.all_layers is None else parts.all_layers
-    nests = Nests(layers.values())
+    nests = ParameterLayerPaths(layers.values())
     keys = [strip_inner_wrappers(nests.path(key, layer)) for key, layer in layers.items()]
     return lambda name: any(name.startswith(f"{k}.") and not name.startswith(f"{k}.base_layer.") for k in keys)
 
 
-def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, Tensor]:
+def collect_embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, Tensor]:
     targets = getattr(config, "target_modules", None)
     targeted = False
     if isinstance(targets, str) and targets != "all-linear":
-        named = Names(targets)
+        named = TargetNames(targets)
         targeted = any(k.endswith(EMBEDDING_NAMES) and named.find(k) for k, _ in base.named_modules())
     elif targets and not isinstance(targets, str):
         targeted = any(name in targets for name in EMBEDDING_NAMES)
@@ -265,7 +273,7 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
             save = True
         else:
             origin: Any = getattr(config, "base_model_name_or_path", None) or base.__dict__.get("name_or_path")
-            save = bool(origin) and resized_vocabulary(base, origin)
+            save = bool(origin) and is_vocabulary_resized(base, origin)
     if not save:
         return {}
     if not hasattr(base, "get_input_embeddings"):
@@ -284,22 +292,24 @@ def embeddings(base: nn.Module, config: object, save: str | bool) -> dict[str, T
                 if module.base_weight.why_unreadable() is None:
                     out[f"{key}.base_layer.weight"] = compute_unmerged_weight(module)
         elif not targeted and any(module is m for m in layers):
-            rows = module.shown if isinstance(module, TrainableTokensWrapper) else None
-            stem, own = (key, module) if rows is None else (f"{key}.{module.inner_name}.base_layer", rows.base_layer)
-            out |= {f"{stem}.{n}": p for n, p in find_parameters_below(own).items()}
+            rows = module.inner_host if isinstance(module, TrainableTokensWrapper) else None
+            stem, embedding = (
+                (key, module) if rows is None else (f"{key}.{module.inner_name}.base_layer", rows.base_layer)
+            )
+            out |= {f"{stem}.{n}": p for n, p in find_parameters_below(embedding).items()}
             if rows is not None and rows.base_weight.why_unreadable() is None:
                 out[f"{stem}.weight"] = compute_unmerged_weight(rows)
     return out
 
 
-def resized_vocabulary(base: nn.Module, origin: str) -> bool:
+def is_vocabulary_resized(base: nn.Module, origin: str) -> bool:
     """Return True if the vocabulary's size differs from that of the original, in a local folder or the hub's cache.
 
     Never ask the network.
     """
-    own: Any = getattr(base, "config", None)
+    base_config: Any = getattr(base, "config", None)
     size = getattr(text_config(base), "vocab_size", None)
-    path = None if size is None else local_config(origin, getattr(own, "_commit_hash", None))
+    path = None if size is None else find_local_config(origin, getattr(base_config, "_commit_hash", None))
     if path is None:
         return False
     facts = read_object(path, finite=False)
@@ -310,7 +320,7 @@ def resized_vocabulary(base: nn.Module, origin: str) -> bool:
     return True
 
 
-def local_config(origin: str, revision: str | None) -> str | None:
+def find_local_config(origin: str, revision: str | None) -> str | None:
     """Return the path of a model's config in its folder, or in the hub's cache; None if it is in neither."""
     path = os.path.join(origin, "config.json")
     if os.path.isfile(path):
@@ -319,35 +329,37 @@ def local_config(origin: str, revision: str | None) -> str | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(origin, "config.json", revision=revision)
+        cached_path = try_to_load_from_cache(origin, "config.json", revision=revision)
     except HFValidationError:  # a path that no longer exists
         return None
-    return found if isinstance(found, str) else None
+    return cached_path if isinstance(cached_path, str) else None
 
 
-def base_fingerprint(model: nn.Module, adapter: str, full: bool = False, together: bool = False) -> Note:
+def fingerprint_base(model: nn.Module, adapter: str, full: bool = False, together: bool = False) -> Fingerprint:
     """Return the fingerprint of an adapter's base.
 
     Args:
         full: with digests of all tensors that the adapter leaves alone.
         together: all processes are here, so that values that are spread over them can be read.
     """
-    parts, _, base = parts_of(model, adapter)
-    return fingerprint_of_base(parts, base, adapter, config_of(model, adapter), full, together)
+    parts, _, base = find_carriers(model, adapter)
+    return fingerprint_carriers(parts, base, adapter, get_config(model, adapter), full, together)
 
 
-def fingerprint_of_base(parts: Parts, base: nn.Module, adapter: str, config: Any, full: bool, together: bool) -> Note:
+def fingerprint_carriers(
+    parts: AdapterCarriers, base: nn.Module, adapter: str, config: Any, full: bool, together: bool
+) -> Fingerprint:
     """Do as `base_fingerprint`, for the carriers of an adapter and the base."""
     changes = changes_base(parts, adapter)
-    stage = processes() > 1 and bool(absent_from(base))
-    made = fingerprint(weights_of(parts, base), not changes, together, part=stage)
+    stage = processes() > 1 and bool(find_absent_in_model(base))
+    note = make_fingerprint(list_base_weights(parts, base), not changes, together, part=stage)
     if full:
-        own = set(base_tensors(base, parts, config, False))
-        own |= {f"{key}.{layer.site.parameter}" for key, layer in parts.layers.items()} if changes else set()
-        made["full"] = digests(base, without={original(name) for name in own})
-    return made
+        trained_names = set(collect_base_tensors(base, parts, config, False))
+        trained_names |= {f"{key}.{layer.site.parameter}" for key, layer in parts.layers.items()} if changes else set()
+        note["full"] = digest_base_tensors(base, without={remove_carrier_names(name) for name in trained_names})
+    return note
 
 
-def changes_base(parts: Parts, adapter: str) -> bool:
+def changes_base(parts: AdapterCarriers, adapter: str) -> bool:
     methods = [layer.methods.get(adapter) for layer in parts.layers.values()]
     return any(m is not None and Use.CHANGES in m.uses_weight() for m in methods)

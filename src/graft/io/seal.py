@@ -22,24 +22,24 @@ KIND = "crc32:"  # a digest of another kind is one of a later version
 Part = tuple[str, str, Sequence[int], Any]  # name, dtype, shape and bytes of a tensor, or what returns them
 
 
-def digest(parts: Iterable[Part]) -> str:
+def compute_digest(parts: Iterable[Part]) -> str:
     """Return the digest of tensors, whatever their order."""
-    made = 0
+    checksum = 0
     for name, dtype, shape, data in sorted(parts, key=lambda part: part[0]):
         data = data() if callable(data) else data
-        made = crc32(data, crc32(json.dumps([name, dtype, list(shape)]).encode(), made))
-    return f"{KIND}{made:08x}"
+        checksum = crc32(data, crc32(json.dumps([name, dtype, list(shape)]).encode(), checksum))
+    return f"{KIND}{checksum:08x}"
 
 
-def digest_in(data: bytes) -> str:
+def digest_file(data: bytes) -> str:
     """Return the digest of the tensors in the bytes of a safetensors file, which must be valid."""
     header, begin = parse_header(data)
     body = memoryview(data)[begin:]
     header.pop("__metadata__", None)
-    return digest((key, t["dtype"], t["shape"], body[slice(*t["data_offsets"])]) for key, t in header.items())
+    return compute_digest((key, t["dtype"], t["shape"], body[slice(*t["data_offsets"])]) for key, t in header.items())
 
 
-def check(saved: str, found: str, path: str, may_differ: bool = True) -> None:
+def check_digest(saved: str, found: str, path: str, may_differ: bool = True) -> None:
     """Raise CheckpointError if the tensors of a file are not those that were saved.
 
     may_differ: the caller takes `check_digest=False`.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graft.core.base_config import model_type
 from graft.core.ops import Opaque
-from graft.inject.experts import Experts, Stack, shortest
+from graft.inject.experts import ExpertStack, ExpertStacks, shorten_paths
 from graft.storage import innermost
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ STACKED_IN_VLLM = ("gpt_oss", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe", "
 LAYOUTS = ("peft", "vllm", "vllm-2d", "vllm-3d", "vllm-shared", "sglang", "sglang-shared")
 
 
-class Pair(NamedTuple):
+class FactorPair(NamedTuple):
     """The factors of one stack: A (E, r, in), B (E, out, r). Where all experts share one, its E is 1."""
 
     A: Tensor
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
+class ExpertBlock:
     """The stacks of one module of experts, and what a hub calls the parts of an expert.
 
     Attributes:
@@ -58,7 +58,7 @@ class Block:
     """
 
     path: str
-    there: str
+    hub_path: str
     parameters: dict[str, str]  # IN or OUT → parameter
     shapes: dict[str, tuple[int, ...]]
     parts: dict[str, tuple[str, ...]]
@@ -68,34 +68,34 @@ class Block:
     in_vllm: dict[str, str]
 
     @property
-    def gated(self) -> bool:
+    def is_gated(self) -> bool:
         return len(self.parts[IN]) == 2
 
-    def split(self, B: Tensor) -> list[Tensor]:
+    def split_rows(self, B: Tensor) -> list[Tensor]:
         """Return the rows of B of each part of the input's stack."""
-        if not self.gated:
+        if not self.is_gated:
             return [B]
         return [B[:, ::2], B[:, 1::2]] if self.interleaved else [*B.chunk(2, 1)]
 
-    def joined(self, parts: list[Tensor]) -> Tensor:
+    def join_rows(self, parts: list[Tensor]) -> Tensor:
         """Return the inverse of `split`."""
         if self.interleaved:
             return torch.stack(parts, 2).flatten(1, 2)
         return torch.cat(parts, 1)
 
-    def by_part(self, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    def split_by_part(self, pairs: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
         """Return the factors of each part: gate and up have the same A."""
-        out = dict(zip(self.parts[IN], (Pair(pairs[IN].A, B) for B in self.split(pairs[IN].B))))
+        out = dict(zip(self.parts[IN], (FactorPair(pairs[IN].A, B) for B in self.split_rows(pairs[IN].B))))
         return out | {self.parts[OUT][0]: pairs[OUT]}
 
-    def zeros(self, which: str, like: Pair) -> Pair:
+    def zeros(self, which: str, like: FactorPair) -> FactorPair:
         """Return factors that add nothing, of the rank of the other stack's."""
         n, out, fan_in = self.shapes[which]
         r = like.A.shape[1]
-        return Pair(like.A.new_zeros(n, r, fan_in), like.B.new_zeros(n, out, r))
+        return FactorPair(like.A.new_zeros(n, r, fan_in), like.B.new_zeros(n, out, r))
 
 
-class Blocks(Experts):
+class ExpertBlocks(ExpertStacks):
     """The modules of experts of a model as servers see them.
 
     Attributes:
@@ -105,14 +105,14 @@ class Blocks(Experts):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.found, self.unknown = dict[str, Block](), dict[str, str]()
+        self.found, self.unknown = dict[str, ExpertBlock](), dict[str, str]()
         self.type = model_type(model) if hasattr(getattr(model, "config", None), "model_type") else ""
         for path, group in groupby(self.stacks, attrgetter("module")):
-            made = self.block(path, [*group])
-            known: dict[str, Any] = self.found if isinstance(made, Block) else self.unknown
-            known[path] = made
+            block = self.classify_module(path, [*group])
+            known: dict[str, Any] = self.found if isinstance(block, ExpertBlock) else self.unknown
+            known[path] = block
 
-    def block(self, path: str, group: list[Stack]) -> Block | str:
+    def classify_module(self, path: str, group: list[ExpertStack]) -> ExpertBlock | str:
         """Return a module of experts; the reason where its stacks cannot be told apart."""
         named = {PARAMETERS[s.parameter]: s for s in group if s.parameter in PARAMETERS}
         if len(named) < len(group) or len(named) < 2:
@@ -133,72 +133,79 @@ class Blocks(Experts):
             return f"{type(module).__name__} does not say in which order gate and up stand"
         parameters = {which: s.parameter for which, s in named.items()}
         interleaved = gated and not getattr(module, "is_concatenated", True)
-        there = self.before(path)
-        in_vllm = by_w(parts) if self.type in BY_W_IN_VLLM else {part: part for of in parts.values() for part in of}
+        hub_path = self.find_old_path(path)
+        in_vllm = (
+            name_parts_by_w(parts)
+            if self.type in BY_W_IN_VLLM
+            else {part: part for of in parts.values() for part in of}
+        )
         numbered = bool(named[IN].parts)
-        return Block(path, there, parameters, shapes, parts, interleaved, transposed != assumed, numbered, in_vllm)
+        return ExpertBlock(
+            path, hub_path, parameters, shapes, parts, interleaved, transposed != assumed, numbered, in_vllm
+        )
 
     @property
-    def stacked_in_vllm(self) -> bool:
+    def is_stacked_in_vllm(self) -> bool:
         return self.type.startswith(STACKED_IN_VLLM)
 
 
 # writers: the keys and values of one block, by the name of a layout
 
 
-def flat(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
+def write_flat(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
     for which, inner in ((IN, ".base_layer"), (OUT, "")):
         A, B = Opaque.join_matrices(*pairs[which])
-        yield from keyed(f"{block.there}{inner}", A, B)
+        yield from name_factors(f"{block.hub_path}{inner}", A, B)
 
 
-def by_expert(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
-    for part, (A, B) in block.by_part(pairs).items():
+def write_by_expert(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+    for part, (A, B) in block.split_by_part(pairs).items():
         for e in range(len(A)):
-            yield from keyed(f"{block.there}.{e}.{block.in_vllm[part]}", A[e], B[e])
+            yield from name_factors(f"{block.hub_path}.{e}.{block.in_vllm[part]}", A[e], B[e])
 
 
-def shared_w(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
-    names = by_w(block.parts)
-    for part, pair in block.by_part(collapsed(pairs)).items():
-        yield from keyed(f"{block.there}.{names[part]}", *pair)
+def write_shared_by_w(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+    names = name_parts_by_w(block.parts)
+    for part, pair in block.split_by_part(collapse_shared(pairs)).items():
+        yield from name_factors(f"{block.hub_path}.{names[part]}", *pair)
 
 
-def by_w(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def name_parts_by_w(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Return what vLLM calls the parts of an expert by itself."""
     return {part: name for which in (IN, OUT) for part, name in zip(parts[which], W[which])}
 
 
-def stacked(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
+def write_stacked(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
     """SGLang's: gate above up, whatever the model has."""
     for which, pair in pairs.items():
-        B = torch.cat(block.split(pair.B), 1) if which == IN else pair.B
-        yield from keyed(f"{block.there}.{block.parameters[which]}", pair.A, B)
+        B = torch.cat(block.split_rows(pair.B), 1) if which == IN else pair.B
+        yield from name_factors(f"{block.hub_path}.{block.parameters[which]}", pair.A, B)
 
 
-def shared_parts(block: Block, pairs: Mapping[str, Pair]) -> Iterator[tuple[str, Tensor]]:
-    names = dict(zip(block.parts[IN], PARTS[IN][not block.gated :])) | {block.parts[OUT][0]: "down_proj"}
-    for part, pair in block.by_part(collapsed(pairs)).items():
-        yield from keyed(f"{block.there}.{names[part]}", *pair)
+def write_shared_by_part(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+    names = dict(zip(block.parts[IN], PARTS[IN][not block.is_gated :])) | {block.parts[OUT][0]: "down_proj"}
+    for part, pair in block.split_by_part(collapse_shared(pairs)).items():
+        yield from name_factors(f"{block.hub_path}.{names[part]}", *pair)
 
 
-Writer = Callable[[Block, Mapping[str, Pair]], Iterator[tuple[str, Tensor]]]
+Writer = Callable[[ExpertBlock, Mapping[str, FactorPair]], Iterator[tuple[str, Tensor]]]
 WRITERS: dict[str, Writer] = {
-    "vllm-2d": by_expert, "vllm-3d": flat, "vllm-shared": shared_w, "sglang": stacked, "sglang-shared": shared_parts,
+    "vllm-2d": write_by_expert, "vllm-3d": write_flat, "vllm-shared": write_shared_by_w, "sglang": write_stacked,
+    "sglang-shared": write_shared_by_part,
 }  # fmt: skip
 
 
-def keyed(stem: str, A: Tensor, B: Tensor) -> Iterator[tuple[str, Tensor]]:
+def name_factors(stem: str, A: Tensor, B: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield f"{stem}.lora_A.weight", A.contiguous()
     yield f"{stem}.lora_B.weight", B.contiguous()
 
 
-def collapsed(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+def collapse_shared(pairs: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
     """Return the factors with A of the input's stack and B of the output's once for all experts."""
-    return {IN: Pair(pairs[IN].A[:1], pairs[IN].B), OUT: Pair(pairs[OUT].A, pairs[OUT].B[:1])}
+    return {IN: FactorPair(pairs[IN].A[:1], pairs[IN].B), OUT: FactorPair(pairs[OUT].A, pairs[OUT].B[:1])}
 
 
-def differs(pairs: Mapping[str, Pair]) -> str | None:
+def why_not_shared(pairs: Mapping[str, FactorPair]) -> str | None:
     """Return which factors experts do not share that a shared layout holds once; None if they share them."""
     for which, t in ((IN, pairs[IN].A), (OUT, pairs[OUT].B)):
         if bool((t != t[:1]).any()):
@@ -214,17 +221,17 @@ KEY = re.compile(
     r"\.lora_(?P<side>[AB])\.weight"
 )
 INNER = "base_layer"  # the part that PEFT calls the first of two stacks by
-Values = dict[str, dict[str, dict[int | None, Tensor]]]  # part → A or B → expert, None: all → values
+PartFactors = dict[str, dict[str, dict[int | None, Tensor]]]  # part → A or B → expert, None: all → values
 
 
-class Read(NamedTuple):
+class BlockStack(NamedTuple):
     """A stack as a file has it."""
 
-    pair: Pair
+    pair: FactorPair
     scaling: float
 
 
-def arranged(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
+def convert_server_layout(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -> dict[str, Tensor]:
     """Return a file's tensors with experts as PEFT has them, where a server's layout holds them otherwise.
 
     Its `config`, which names modules that are there in servers only, gets the stacks as `target_parameters`. A file in
@@ -233,9 +240,9 @@ def arranged(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -
     matches = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
     if not matches or config.peft_type != "LORA":
         return tensors
-    blocks = Blocks(model)
-    by_name = {name: block for block in blocks.found.values() for name in (block.path, block.there)}
-    by_block: dict[str, Values] = {}
+    blocks = ExpertBlocks(model)
+    by_name = {name: block for block in blocks.found.values() for name in (block.path, block.hub_path)}
+    by_block: dict[str, PartFactors] = {}
     used: dict[str, list[str]] = {}
     for key, match in matches.items():
         if (block := by_name.get(match["experts"])) is not None:
@@ -243,70 +250,72 @@ def arranged(tensors: dict[str, Tensor], config: PeftConfig, model: nn.Module) -
             of_part = by_block.setdefault(block.path, {}).setdefault(match["part"] or "", {})
             of_part.setdefault(match["side"], {})[number] = tensors[key]
             used.setdefault(block.path, []).append(key)
-    if all(as_peft(path, values, used[path], matches) for path, values in by_block.items()):
+    if all(is_in_peft_layout(path, values, used[path], matches) for path, values in by_block.items()):
         return tensors
     read = {path: read_block(blocks.found[path], values, config) for path, values in by_block.items()}
-    read = {path: found for path, found in read.items() if found}
+    read = {path: stacks for path, stacks in read.items() if stacks}
     if not read:
         return tensors
     prefix = next(iter(matches.values()))["prefix"] or ""
-    here = {blocks.before(path): path for path in blocks.tree.modules}
+    paths_by_old = {blocks.find_old_path(path): path for path in blocks.tree.modules}
     gone = {key for path in read for key in used[path]}
-    out = {there(key, prefix, here): t for key, t in tensors.items() if key not in gone}
-    for path, found in read.items():
-        for which, (pair, _) in found.items():
+    out = {rename_key(key, prefix, paths_by_old): t for key, t in tensors.items() if key not in gone}
+    for path, stacks in read.items():
+        for which, (pair, _) in stacks.items():
             A, B = (pair.B.mT, pair.A.mT) if blocks.found[path].exchanged else pair
-            inner = f".{INNER}" if which == IN and OUT in found else ""
-            out |= dict(keyed(f"{prefix}{path}{inner}", *Opaque.join_matrices(A, B)))
-    configure(config, [key.removeprefix(prefix) for key in out], read, blocks)
+            inner = f".{INNER}" if which == IN and OUT in stacks else ""
+            out |= dict(name_factors(f"{prefix}{path}{inner}", *Opaque.join_matrices(A, B)))
+    configure_stacks(config, [key.removeprefix(prefix) for key in out], read, blocks)
     return out
 
 
-def as_peft(path: str, values: Values, keys: list[str], matches: Mapping[str, re.Match[str]]) -> bool:
+def is_in_peft_layout(path: str, values: PartFactors, keys: list[str], matches: Mapping[str, re.Match[str]]) -> bool:
     """Return True if a file has the stacks of a module as PEFT does, and none of zeros, which a server wanted."""
-    here = all(matches[key]["experts"] == path for key in keys) and not set(values) - {"", INNER}
-    return here and all(bool(t.any()) for sides in values.values() for t in sides.get("A", {}).values())
+    known_names = all(matches[key]["experts"] == path for key in keys) and not set(values) - {"", INNER}
+    return known_names and all(bool(t.any()) for sides in values.values() for t in sides.get("A", {}).values())
 
 
-def there(key: str, prefix: str, here: Mapping[str, str]) -> str:
+def rename_key(key: str, prefix: str, paths_by_old: Mapping[str, str]) -> str:
     """Return a key of a module, whose name on the hub may be another, as it is in the model."""
     path, dot, leaf = key.removeprefix(prefix).partition(".lora_")
-    return f"{prefix}{here.get(path, path)}{dot}{leaf}"
+    return f"{prefix}{paths_by_old.get(path, path)}{dot}{leaf}"
 
 
-def read_block(block: Block, values: Values, config: PeftConfig) -> dict[str, Read]:
+def read_block(block: ExpertBlock, values: PartFactors, config: PeftConfig) -> dict[str, BlockStack]:
     """Return the stacks of a block; none if the layout is none of servers, or lacks some expert."""
     n = block.shapes[IN][0]
-    parts = {part: pair for part, sides in values.items() if (pair := whole(sides, n)) is not None}
+    parts = {part: pair for part, sides in values.items() if (pair := assemble_factors(sides, n)) is not None}
     if len(parts) < len(values):
         return {}
-    out: dict[str, Read] = {}
+    out: dict[str, BlockStack] = {}
     for which in (IN, OUT):
         names = [block.parts[which], PARTS[which][-len(block.parts[which]) :], W[which][: len(block.parts[which])]]
-        found = next((names for names in names if set(names) <= set(parts)), None)
+        part_names = next((names for names in names if set(names) <= set(parts)), None)
         flat_name = INNER if which == IN else ""
-        at = f"{block.there}.{block.parameters[which]}"
+        at = f"{block.hub_path}.{block.parameters[which]}"
         if flat_name in parts:
             pair = parts[flat_name]
-        elif which == IN and block.gated and block.parameters[IN] in parts:
+        elif which == IN and block.is_gated and block.parameters[IN] in parts:
             A, B = parts[block.parameters[IN]]
-            pair = Pair(A, block.joined([*B.chunk(2, 1)]))
-        elif found is not None:
-            pairs, at = [parts[name] for name in found], f"{block.there}.0.{found[0]}"
+            pair = FactorPair(A, block.join_rows([*B.chunk(2, 1)]))
+        elif part_names is not None:
+            pairs, at = [parts[name] for name in part_names], f"{block.hub_path}.0.{part_names[0]}"
             if len(pairs) == 2 and not torch.equal(pairs[0].A, pairs[1].A):
-                if block.numbered and None not in values[found[0]]["A"]:
+                if block.numbered and None not in values[part_names[0]]["A"]:
                     return {}  # `fused` knows it, with the alpha of each part
-                pairs = apart(pairs)
-            pair = Pair(pairs[0].A, block.joined([p.B for p in pairs]) if block.gated and which == IN else pairs[0].B)
+                pairs = separate_gate_up(pairs)
+            pair = FactorPair(
+                pairs[0].A, block.join_rows([p.B for p in pairs]) if block.is_gated and which == IN else pairs[0].B
+            )
         else:
             continue
         if not (pair.A.any() or pair.B.any()):
             continue  # a server wanted it
-        out[which] = Read(Pair(*(t.expand(n, -1, -1) for t in pair)), scaling_at(config, at))
+        out[which] = BlockStack(FactorPair(*(t.expand(n, -1, -1) for t in pair)), read_scaling(config, at))
     return out
 
 
-def whole(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -> Pair | None:
+def assemble_factors(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -> FactorPair | None:
     """Return the factors of all experts, (E or 1, …); None if some are missing, or of another shape."""
     factors = []
     for side in "AB":
@@ -319,43 +328,49 @@ def whole(sides: Mapping[str, Mapping[int | None, Tensor]], n: int) -> Pair | No
             return None
     A, B = factors
     if A.dim() == B.dim() == 2 and len(A) == B.shape[1] and len(A) % n == 0:
-        return Pair(*Opaque.split_matrices(A, B.contiguous(), n))
-    return Pair(A, B) if A.dim() == B.dim() == 3 and A.shape[1] == B.shape[2] and {len(A), len(B)} <= {1, n} else None
+        return FactorPair(*Opaque.split_matrices(A, B.contiguous(), n))
+    return (
+        FactorPair(A, B)
+        if A.dim() == B.dim() == 3 and A.shape[1] == B.shape[2] and {len(A), len(B)} <= {1, n}
+        else None
+    )
 
 
-def apart(pairs: list[Pair]) -> list[Pair]:
+def separate_gate_up(pairs: list[FactorPair]) -> list[FactorPair]:
     """Return factors of gate and up that have one A, of the ranks of both."""
     n = max(len(t) for pair in pairs for t in pair)
     A = torch.cat([pair.A.expand(n, -1, -1) for pair in pairs], 1)
     first, second = (pair.B.expand(n, -1, -1) for pair in pairs)
     zeros = first.new_zeros(n, first.shape[1], second.shape[2]), second.new_zeros(n, second.shape[1], first.shape[2])
-    return [Pair(A, torch.cat([first, zeros[0]], 2)), Pair(A, torch.cat([zeros[1], second], 2))]
+    return [FactorPair(A, torch.cat([first, zeros[0]], 2)), FactorPair(A, torch.cat([zeros[1], second], 2))]
 
 
-def scaling_at(config: Any, path: str) -> float:
-    own = config.at(path)
-    return float(own.lora_alpha / (own.r**0.5 if config.use_rslora else own.r))
+def read_scaling(config: Any, path: str) -> float:
+    path_config = config.at(path)
+    return float(path_config.lora_alpha / (path_config.r**0.5 if config.use_rslora else path_config.r))
 
 
-def configure(config: Any, keys: list[str], read: Mapping[str, Mapping[str, Read]], blocks: Blocks) -> None:
+def configure_stacks(
+    config: Any, keys: list[str], read: Mapping[str, Mapping[str, BlockStack]], blocks: ExpertBlocks
+) -> None:
     """Have a config name the stacks, their ranks and scalings, and the other modules of a file by today's names."""
     every = [stack.path for stack in blocks.stacks]
     reads = {
         f"{path}.{blocks.found[path].parameters[which]}": of
-        for path, found in read.items()
-        for which, of in found.items()
+        for path, stacks in read.items()
+        for which, of in stacks.items()
     }
     modules = {key.partition(".lora_")[0] for key in keys} & {*blocks.tree.modules} - {*read}
-    ranks, alphas = (patterns_reaching(config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas = (select_patterns(config, name, modules) for name in ("rank_pattern", "alpha_pattern"))
     for path, (pair, scaling) in reads.items():
         r = pair.A.shape[1]
         ranks[re.escape(path)], alphas[re.escape(path)] = r, scaling * (r**0.5 if config.use_rslora else r)
-    config.target_modules = shortest(sorted(modules), [*blocks.tree.modules])
-    config.target_parameters = shortest(sorted(reads), every)
+    config.target_modules = shorten_paths(sorted(modules), [*blocks.tree.modules])
+    config.target_parameters = shorten_paths(sorted(reads), every)
     config.rank_pattern, config.alpha_pattern = ranks, alphas
 
 
-def patterns_reaching(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, float]:
+def select_patterns(config: LoraConfig, name: str, modules: Collection[str]) -> dict[str, float]:
     """Return the patterns that reach one of these modules."""
     patterns = getattr(config, name) or {}
     return {p: value for p, value in patterns.items() if any(config.reaches(p, path, name) for path in modules)}

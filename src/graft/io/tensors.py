@@ -16,34 +16,34 @@ from torch import Tensor, nn
 from graft.config.atomic import replace_file
 from graft.config.notes import parse_header, write_tensors
 from graft.core.errors import CheckpointError
-from graft.io.seal import KEY, digest
+from graft.io.seal import KEY, compute_digest
 from graft.storage import standalone
 
 
 def write_safetensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors, the widest dtypes first so that all are aligned, and metadata in order."""
     on_cpu = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    parts = ((k, name_of(t.dtype), t.shape, t.element_size(), partial(bytes_of, k, t)) for k, t in on_cpu.items())
+    parts = ((k, name_dtype(t.dtype), t.shape, t.element_size(), partial(view_bytes, k, t)) for k, t in on_cpu.items())
     write_tensors(path, parts, metadata)
 
 
-def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return copies on the CPU, which training in another thread leaves alone: a digest must be that of the file."""
     return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
 
 
 def write_sealed(path: str, tensors: dict[str, Tensor]) -> None:
     """Write tensors, all of them in memory, whole or not at all, with their digest."""
-    replace_file(path, lambda to: write_safetensors(to, tensors, {"format": "pt", KEY: digest_of(tensors)}))
+    replace_file(path, lambda to: write_safetensors(to, tensors, {"format": "pt", KEY: digest_tensors(tensors)}))
 
 
-def digest_of(tensors: dict[str, Tensor]) -> str:
+def digest_tensors(tensors: dict[str, Tensor]) -> str:
     """Return the digest of tensors that are plain ones."""
     on_cpu = ((key, t.detach().cpu().contiguous()) for key, t in tensors.items())
-    return digest((key, name_of(t.dtype), list(t.shape), bytes_of(key, t)) for key, t in on_cpu)
+    return compute_digest((key, name_dtype(t.dtype), list(t.shape), view_bytes(key, t)) for key, t in on_cpu)
 
 
-def bytes_of(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
+def view_bytes(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
     """Return the memory of a contiguous tensor on the CPU, as long as that lives."""
     if not t.nbytes:
         return b""
@@ -55,7 +55,7 @@ def bytes_of(key: str, t: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
 
 
 @cache
-def name_of(dtype: torch.dtype) -> str:
+def name_dtype(dtype: torch.dtype) -> str:
     """Return what safetensors calls a dtype."""
     from safetensors.torch import save
 
@@ -65,7 +65,7 @@ def name_of(dtype: torch.dtype) -> str:
 Shapes = dict[str, torch.Size]  # of parameters, by name
 
 
-def torn_apart(before: Shapes, after: Shapes) -> tuple[str, torch.Size, torch.Size] | None:
+def find_torn_bias(before: Shapes, after: Shapes) -> tuple[str, torch.Size, torch.Size] | None:
     """Return name and shape of a weight, and the shape of its bias, which counted the same and no longer do."""
     for name, shape in before.items():
         bias = f"{name.removesuffix('weight')}bias"
@@ -74,15 +74,15 @@ def torn_apart(before: Shapes, after: Shapes) -> tuple[str, torch.Size, torch.Si
     return None
 
 
-def resized(module: nn.Module, shapes: Shapes) -> nn.Module:
+def resize_parameters(module: nn.Module, shapes: Shapes) -> nn.Module:
     """Return a copy of `module` with parameters of other `shapes` (by name), uninitialised."""
-    made = standalone(module)
+    copy = standalone(module)
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
-        owner = made.get_submodule(path)
+        owner = copy.get_submodule(path)
         old = getattr(owner, leaf)
         setattr(owner, leaf, nn.Parameter(old.data.new_empty(shape)))
         for attribute in ("out_features", "num_embeddings"):
             if leaf == "weight" and hasattr(owner, attribute):
                 setattr(owner, attribute, shape[0])
-    return made
+    return copy

@@ -22,7 +22,7 @@ NAMES: dict[str, Json] = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class StackLayout:
     """What is known of how a file holds the factors of stacks, before its shapes are seen. None: nothing."""
 
     version: str | None = FORMAT_VERSION  # of the PEFT that wrote it
@@ -31,18 +31,18 @@ class Layout:
     left_to: str | None = None  # who has replaced PeftModel.load_adapter, and may see to the columns of B itself
 
     @classmethod
-    def of(cls, fields: Json) -> Layout:
+    def from_config(cls, fields: Json) -> StackLayout:
         """Return what the fields of a file's config tell."""
         version, mark, mapping = fields.get("peft_version"), fields.get(MARK), fields.get("auto_mapping")
         unsloth = isinstance(mapping, dict) and mapping.get("unsloth_fixed", False)
         by_expert = mark == "grouped_by_expert" if mark in NAMES else None if unsloth else False
         return cls(version, by_expert=by_expert)
 
-    def under(self, replacement: str) -> Layout:
+    def for_replacement(self, replacement: str) -> StackLayout:
         """Return this as PEFT reads it, which knows no order of columns: a replacement loads, which may."""
         return replace(self, left_to=replacement, by_expert=None if self.by_expert else self.by_expert)
 
-    def with_names(self, names: str | Collection[str]) -> Layout:
+    def with_names(self, names: str | Collection[str]) -> StackLayout:
         """Return this with what the caller says by `expert_layout`.
 
         Raises:
@@ -56,10 +56,10 @@ class Layout:
         return out
 
 
-TODAY = Layout()
+TODAY = StackLayout()
 
 
-def exchanged_by(version: str | None, transposed: bool) -> tuple[bool, bool]:
+def decide_exchange(version: str | None, transposed: bool) -> tuple[bool, bool]:
     """Return whether a PEFT of this version wrote A and B of a stack for each other, and whether that is sure.
 
     Args:
@@ -78,7 +78,7 @@ def exchanged_by(version: str | None, transposed: bool) -> tuple[bool, bool]:
 
 
 def find_exchanges(
-    stacks: Mapping[str, tuple[bool | None, bool]], layout: Layout, doubts: set[str]
+    stacks: Mapping[str, tuple[bool | None, bool]], layout: StackLayout, doubts: set[str]
 ) -> dict[str, tuple[bool, bool]]:
     """Return for each stack of a file whether A and B stand for each other, and whether only PEFT's version says so.
 
@@ -94,13 +94,13 @@ def find_exchanges(
         if exchanged is None and len(by_shape[transposed]) == 1:
             (exchanged,) = by_shape[transposed]
         if exchanged is None:
-            exchanged, by_version = exchanged_by(layout.version, transposed)
+            exchanged, by_version = decide_exchange(layout.version, transposed)
             doubts |= set() if by_version else {"exchanged"}
         verdicts[key] = exchanged, by_version
     return verdicts
 
 
-def say(doubts: set[str], layout: Layout, what: str) -> None:
+def warn_of_doubts(doubts: set[str], layout: StackLayout, what: str) -> None:
     """Warn of what nothing tells, and name the option that does."""
     if "exchanged" in doubts:
         read = "exchanged, as PEFT before 0.18 wrote them" if layout.version is None else "as PEFT 0.19.1 writes them"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graft import ConfigError
-from graft.io.fingerprint import hashed, tensor_digest
+from graft.io.fingerprint import digest_base_tensor, hash_text
 from graft.many.draws import Draws, States
 
 Batch = dict[str, Any]
@@ -149,10 +149,10 @@ def digest_batch(batch: Batch) -> str:
 
     def note(value: object) -> object:
         dense = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
-        return [*value.shape, tensor_digest(value)] if dense else type(value).__qualname__  # type: ignore[attr-defined,arg-type]
+        return [*value.shape, digest_base_tensor(value)] if dense else type(value).__qualname__  # type: ignore[attr-defined,arg-type]
 
     items = sorted(batch.items(), key=lambda item: str(item[0]))
-    return hashed(json.dumps(items, default=note, skipkeys=True))
+    return hash_text(json.dumps(items, default=note, skipkeys=True))
 
 
 def digest_first_batch(whose: str, data: Iterable[object]) -> str:

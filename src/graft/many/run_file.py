@@ -17,9 +17,9 @@ from graft import CheckpointError, ConfigError
 from graft.config.atomic import is_link
 from graft.config.reading import Json
 from graft.core.errors import some
-from graft.io.check import fault
-from graft.io.fingerprint import check_note as check_fingerprint
-from graft.io.save import base_fingerprint
+from graft.io.check import describe_fault
+from graft.io.fingerprint import check_fingerprint as check_fingerprint
+from graft.io.save import fingerprint_base
 from graft.many.run import STATES, Point, Run, Valid
 from graft.train.state_check import (
     REMEDY,
@@ -93,7 +93,7 @@ def state_of(run: Run, model: nn.Module) -> Json:
     loader = run.loader
     return {
         "config": run.config_values,
-        "base": base_fingerprint(model, run.name),
+        "base": fingerprint_base(model, run.name),
         "settings": settings(run),
         "values": {key: slot.tensor for key, slot in slots(model, run.name)},
         "optimizer": run.optimizer_state(),
@@ -146,7 +146,7 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
     """
     path = os.path.join(where, run.name, FILE)
     check_fingerprint(state["base"], f"{path}: the fingerprint of the base")
-    check_base(state["base"], base_fingerprint(model, run.name), f"Run '{run.name}' in {where}")
+    check_base(state["base"], fingerprint_base(model, run.name), f"Run '{run.name}' in {where}")
     own = {"config": run.config_values, "settings": settings(run)}
     for what, now in own.items():
         now = as_read(now)
@@ -204,7 +204,7 @@ def check_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
         "position": state["position"]["taken"] <= (state["step"] + 1) * run.accumulate,  # it may have failed there
         "losses": len(losses) < run.accumulate and all(loss.shape == () and is_number(loss) for loss in losses),
         "gradients": (gradients is not None) == bool(losses) and len(gradients or shapes) == len(shapes) and all(
-            g is None or (isinstance(g, Tensor) and g.shape == shape and fault(g) is None)
+            g is None or (isinstance(g, Tensor) and g.shape == shape and describe_fault(g) is None)
             for g, shape in zip(gradients or (), shapes)
         ),
     }  # fmt: skip
@@ -238,7 +238,7 @@ def check_values(values: Json, here: dict[str, Tensor], path: str) -> None:
         )
     for name, t in here.items():
         value = values[name]
-        if not isinstance(value, Tensor) or fault(value) or (value.shape, value.dtype) != (t.shape, t.dtype):
+        if not isinstance(value, Tensor) or describe_fault(value) or (value.shape, value.dtype) != (t.shape, t.dtype):
             raise CheckpointError(f"{path}: '{name}' is no tensor of shape {tuple(t.shape)} and {t.dtype}. {REMEDY}")
     check_finite(values, f"{path}: the values")
 

@@ -34,7 +34,7 @@ from graft.config.base import check_config
 from graft.core.errors import shortened, some, warn
 from graft.inject.beside import add_task_heads
 from graft.inject.match import Matcher
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 from graft.inject.targets import is_linear
 from graft.many import run_file
 from graft.many.bank import Banks
@@ -118,7 +118,7 @@ class MultiTrain:
     """
 
     def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
-        registry_of(model)  # raises if it is no model
+        get_registry(model)  # raises if it is no model
         if type(at_once) is not int or at_once < 1:
             raise ConfigError(f"MultiTrain: at_once must be a positive int, got {at_once!r}.")
         self.model: PeftModel | None = model if isinstance(model, PeftModel) else None
@@ -298,7 +298,7 @@ class MultiTrain:
         with draws:
             new = self._inject(name, config, heads() if callable(heads) else heads)
         model = self._adapted
-        registry, own_config = registry_of(model), model.peft_config[name]
+        registry, own_config = get_registry(model), model.peft_config[name]
         trained = any(p.requires_grad for _, p in model.adapter_parameters(name))
         try:
             refuse_covered_targets(name, config or own_config, own_config, registry.wrappers)
@@ -359,7 +359,7 @@ class MultiTrain:
         if config is not None:
             refuse_base_change(name, config)
         for other, cfg in {} if self.model is None else self.model.peft_config.items():
-            restarted = other in registry_of(self.model).taken_in
+            restarted = other in get_registry(self.model).taken_in
             setting = "restart()" if restarted else find_base_change(cfg)
             if setting is not None and {*self._runs, name} != {other}:
                 raise ConfigError(
@@ -369,7 +369,7 @@ class MultiTrain:
 
     def _own_loss(self, name: str, needed: bool = True) -> Any:
         try:
-            return own_loss(self.base, registry_of(self.model).parts_of(name).wrappers, name)
+            return own_loss(self.base, get_registry(self.model).parts_of(name).wrappers, name)
         except ConfigError:
             if needed:
                 raise
@@ -406,7 +406,7 @@ class MultiTrain:
             return
         if name in model.active_adapters:
             model.set_adapter(next(other for other in model.peft_config if other != name))
-            registry_of(model).set_requires_grad([n for n in self._runs if n in model.peft_config], True)
+            get_registry(model).set_requires_grad([n for n in self._runs if n in model.peft_config], True)
         model.delete_adapter(name)
 
     @between_steps
@@ -438,7 +438,7 @@ class MultiTrain:
     @property
     def arguments(self) -> Arguments:
         """The arguments of the base's forward, and those that the adapters' methods read."""
-        own = set() if self.model is None else registry_of(self.model).arguments
+        own = set() if self.model is None else get_registry(self.model).arguments
         return replace(self._arguments, names=self._arguments.names | own)
 
     @property
@@ -451,7 +451,7 @@ class MultiTrain:
         """Return the modules of adapters, by id."""
         if self.model is None:
             return set()
-        return {id(m) for c in registry_of(self.model).carriers() if isinstance(c, nn.Module) for m in own_modules(c)}
+        return {id(m) for c in get_registry(self.model).carriers() if isinstance(c, nn.Module) for m in own_modules(c)}
 
     # steps
 
@@ -606,7 +606,7 @@ class MultiTrain:
         make = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
         if make is not None and "labels" in batch and "decoder_input_ids" not in batch:
             batch = batch | {"decoder_input_ids": make(labels=batch["labels"])}
-        for method in dict.fromkeys(registry_of(self._adapted).surrounding.values()):
+        for method in dict.fromkeys(get_registry(self._adapted).surrounding.values()):
             batch = {**method.arguments_of(batch, self.base), **batch}
         return Part(part.name, batch)
 
@@ -701,7 +701,7 @@ class MultiTrain:
         self._banks.begin([part.name for part in group])
         with self._fanned(group) as fan:
             outputs, tokens = self._fanned_outputs(group, fan)
-            added = [registry_of(self.model).call.loss_of(part.name) for part in group]
+            added = [get_registry(self.model).call.loss_of(part.name) for part in group]
             runs = [self._runs[part.name] for part in group]
             losses = list[Tensor]()
             for run, output, part, more in zip(runs, outputs, group, added):
@@ -754,7 +754,7 @@ class MultiTrain:
         if torch.is_grad_enabled():
             arguments["adapter_generators"] = {part.name: self._runs[part.name].draws.own for part in group}
         stacks = self._banks if torch.is_grad_enabled() else None
-        with registry_of(model).call.joining(stacks, copies):
+        with get_registry(model).call.joining(stacks, copies):
             output = model(**arguments, adapter_names=names)
         if fan is not None and not cut.is_whole(output):
             raise RuntimeError("The output has not all rows of the blocks.")
@@ -767,7 +767,7 @@ class MultiTrain:
         batches = [self.arguments.among(part.batch) for part in group]
         main, fan = main_of(batches[0]), None
         apart = len(main) != main.shape[-1]  # else rows could not be told from tokens
-        apart = apart and registry_of(self.model).arguments.isdisjoint(batches[0])  # whose rows methods look up
+        apart = apart and get_registry(self.model).arguments.isdisjoint(batches[0])  # whose rows methods look up
         if len(group) > 1 and apart and alike(batches):
             fan = self._fan([part.name for part in group])
         with nullcontext() if fan is None else fan.out(len(main), len(group)):
@@ -776,7 +776,7 @@ class MultiTrain:
     def _fan(self, names: Sequence[str]) -> Fan | None:
         key = tuple(names)
         if key not in self._fans:
-            parts = [registry_of(self.model).parts_of(name) for name in names]
+            parts = [get_registry(self.model).parts_of(name) for name in names]
             hosts = {id(c): c for own in parts for c in (*own.layers.values(), *own.wrappers.values())}
             self._fans[key] = fan_of(self.base, list(hosts.values()))
         return self._fans[key]
@@ -832,7 +832,7 @@ class MultiTrain:
                 model.train(training)
             return
         model.eval()
-        for carrier in registry_of(model).carriers():
+        for carrier in get_registry(model).carriers():
             if isinstance(carrier, nn.Module):
                 for module in own_modules(carrier):
                     module.training = True

@@ -25,7 +25,7 @@ from graft.config.atomic import replace_file
 from graft.config.base import check_config
 from graft.config.reading import Json, read_object
 from graft.core.errors import shortened
-from graft.inject.report import as_cell
+from graft.inject.report import format_cell
 from graft.many import run_file
 from graft.many.loader import digest_first_batch
 from graft.many.run import FAILED, STATES, Run, Valid
@@ -115,7 +115,7 @@ class Sweep:
         table = Table(*rows[0])
         for row in rows:
             cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
-            table.add_row(*map(as_cell, cells), style="bold" if row is rows[0] else None)
+            table.add_row(*map(format_cell, cells), style="bold" if row is rows[0] else None)
         return table
 
 

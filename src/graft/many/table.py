@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from graft.inject.report import as_cell
+from graft.inject.report import format_cell
 from graft.many.run import Run
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def table_of(runs: Iterable[Run]) -> Table:
     for column in table.columns[1:-1]:
         column.justify = "right"
     for run in runs:
-        table.add_row(*map(as_cell, cells(run)), style={"failed": "red", "running": None}.get(run.state, "dim"))
+        table.add_row(*map(format_cell, cells(run)), style={"failed": "red", "running": None}.get(run.state, "dim"))
     return table
 
 

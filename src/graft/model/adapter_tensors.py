@@ -20,12 +20,22 @@ from graft.core.layer import AdapterLayer
 from graft.core.method import Method, Use
 from graft.core.ops import Opaque
 from graft.core.wrappers import strip_inner_wrappers
-from graft.inject.parts import Nests, Parts, reads, unwrapped
-from graft.inject.stage import group_in
+from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, run_as_call, unwrap_model
+from graft.inject.stage import find_model_group
 from graft.io import files, save
-from graft.io.fingerprint import Note, hashed
-from graft.io.servers import IN, LAYOUTS, OUT, PARAMETERS, WRITERS, Block, Blocks, Pair, differs
-from graft.io.tensors import digest_of
+from graft.io.fingerprint import Fingerprint, hash_text
+from graft.io.servers import (
+    IN,
+    LAYOUTS,
+    OUT,
+    PARAMETERS,
+    WRITERS,
+    ExpertBlock,
+    ExpertBlocks,
+    FactorPair,
+    why_not_shared,
+)
+from graft.io.tensors import digest_tensors
 from graft.io.written import TRAINING_ONLY
 from graft.methods.lora.config import LoraConfig
 from graft.model.checkpoints import adapter_folder, check_save_arguments, names_to_save
@@ -54,7 +64,7 @@ class AdapterTensors:
     needs: Json
     digest: str
     lora_config: PeftConfig = field(repr=False, compare=False)  # the config itself
-    base: Note = field(repr=False, compare=False)  # the fingerprint of the base model
+    base: Fingerprint = field(repr=False, compare=False)  # the fingerprint of the base model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write adapter_model.safetensors and adapter_config.json into a folder; nothing where there are no tensors."""
@@ -62,7 +72,7 @@ class AdapterTensors:
             files.save_adapter(os.fspath(folder), self.tensors, self.lora_config, True, self.base)
 
 
-@reads
+@run_as_call
 def adapter_tensors(
     model: nn.Module,
     adapter_name: str = "default",
@@ -87,23 +97,23 @@ def adapter_tensors(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout={layout!r}: one of {', '.join(LAYOUTS)}.")
-    parts, prefix, base = save.parts_of(model, adapter_name)
-    config = save.config_of(unwrapped(model), adapter_name)
-    blocks = Blocks(base)
+    parts, prefix, base = save.find_carriers(model, adapter_name)
+    config = save.get_config(unwrap_model(model), adapter_name)
+    blocks = ExpertBlocks(base)
     if layout == "vllm":
-        layout = "vllm-3d" if blocks.stacked_in_vllm else "vllm-2d"
+        layout = "vllm-3d" if blocks.is_stacked_in_vllm else "vllm-2d"
     view = ServerView(adapter_name, parts, prefix, blocks, layout)
     if why := [*find_obstacles(view, config, model)]:
         raise LossError(f"Adapter '{adapter_name}' cannot be given to a server as '{layout}': {'; '.join(why)}.")
-    ranks_here = save.ranks_of_adapters(model, [adapter_name])
+    ranks_here = save.find_adapter_ranks(model, [adapter_name])
     first = not ranks_here or dist.get_rank() == ranks_here[0]
     values = save.get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
     tensors, ranks = lay_out(view, values, dtype)
     lora_config = make_lora_config(view, config, ranks, base)
     fields = lora_config.to_file_dict()
     local_tensors = tensors if first else {}
-    digest = hashed(digest_of(local_tensors) + json.dumps(fields, sort_keys=True)) if local_tensors else ""
-    note = save.base_fingerprint(model, adapter_name, False, together=bool(ranks_here))
+    digest = hash_text(digest_tensors(local_tensors) + json.dumps(fields, sort_keys=True)) if local_tensors else ""
+    note = save.fingerprint_base(model, adapter_name, False, together=bool(ranks_here))
     if view.hub and any(layer.op.opaque and not layer.site.is_stack for _, layer in view.layers):
         note = {}  # what acts on a parameter is for the module that has it
     return AdapterTensors(local_tensors, fields, server_needs(view, ranks), digest, lora_config, note)
@@ -126,15 +136,15 @@ class ServerView:
     """An adapter, and the layout that it gets."""
 
     adapter: str
-    parts: Parts
+    parts: AdapterCarriers
     prefix: str  # of its keys in files
-    blocks: Blocks
+    blocks: ExpertBlocks
     layout: str
 
     @property
     def layers(self) -> Iterator[tuple[str, AdapterLayer]]:
         """Yield the layers with the beginning of their keys."""
-        nests = Nests(self.parts.layers.values())
+        nests = ParameterLayerPaths(self.parts.layers.values())
         for key, layer in self.parts.layers.items():
             yield f"{self.prefix}{nests.path(key, layer)}", layer
 
@@ -143,12 +153,12 @@ class ServerView:
         """Whether modules have the names of checkpoints on the hub."""
         return self.layout != "peft"
 
-    def block(self, layer: AdapterLayer) -> Block | None:
+    def block(self, layer: AdapterLayer) -> ExpertBlock | None:
         return self.blocks.found.get(strip_inner_wrappers(layer.site.path)) if layer.site.is_stack else None
 
     def path(self, layer: AdapterLayer) -> str:
         path = strip_inner_wrappers(layer.site.path)
-        return self.blocks.before(path) if self.hub else path
+        return self.blocks.find_old_path(path) if self.hub else path
 
 
 # what no server does
@@ -171,7 +181,7 @@ def find_obstacles(view: ServerView, config: PeftConfig | None, model: nn.Module
         yield f"it trains biases of the base (bias={bias!r}): merge it, and serve the model"
     if getattr(config, "layer_replication", None):
         yield "it repeats layers of the base: serve the model with these"
-    if processes() > 1 and group_in(model.modules()) is not None:
+    if processes() > 1 and find_model_group(model.modules()) is not None:
         yield "its layers are stages of a pipeline: save it, join them (graft.join_stages), and load that"
 
 
@@ -221,7 +231,7 @@ def lay_out(
     """Return the tensors, sorted, and the rank of each module or stack by its path."""
     out: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    experts: dict[str, dict[str, Pair]] = {}
+    experts: dict[str, dict[str, FactorPair]] = {}
     for stem, layer in view.layers:
         A, B, ends = read_factors(values, stem, layer, layer.scaling[view.adapter], dtype)
         block = view.block(layer) if view.hub else None
@@ -232,19 +242,19 @@ def lay_out(
             named = f"{path}.{layer.site.parameter}" if layer.op.opaque and not view.hub else path
             ranks[named] = len(A) // (layer.site.shape[0] if layer.site.is_stack else 1)
             continue
-        pair = Pair(*Opaque.split_matrices(A, B, layer.site.shape[0]))
-        pair = Pair(pair.B.mT, pair.A.mT) if block.exchanged else pair
+        pair = FactorPair(*Opaque.split_matrices(A, B, layer.site.shape[0]))
+        pair = FactorPair(pair.B.mT, pair.A.mT) if block.exchanged else pair
         experts.setdefault(block.path, {})[PARAMETERS[layer.site.parameter]] = pair
     for path, pairs in experts.items():
         block = view.blocks.found[path]
         only = next(iter(pairs.values()))
         pairs = {which: pairs[which] if which in pairs else block.zeros(which, only) for which in (IN, OUT)}
-        if view.layout.endswith("-shared") and (why := differs(pairs)) is not None:
+        if view.layout.endswith("-shared") and (why := why_not_shared(pairs)) is not None:
             raise LossError(f"Adapter '{view.adapter}' cannot be given to a server as '{view.layout}': {why} ({path}).")
         written = dict(WRITERS[view.layout](block, pairs))
         out |= {f"{PREFIX}{key}": t for key, t in written.items()}
         if view.layout == "vllm-3d":
-            ranks |= {f"{block.there}.{block.parameters[which]}": pair.A.shape[1] for which, pair in pairs.items()}
+            ranks |= {f"{block.hub_path}.{block.parameters[which]}": pair.A.shape[1] for which, pair in pairs.items()}
         else:
             ranks |= {key.partition(".lora_")[0]: t.shape[-2] for key, t in written.items() if ".lora_A" in key}
     if view.layout.startswith("sglang"):
@@ -288,7 +298,7 @@ def make_lora_config(view: ServerView, config: object, ranks: dict[str, int], ba
         ranks: of each module, by path, and of each stack that is named by its parameter.
     """
     r = max(ranks.values())
-    every = {view.blocks.before(path) if view.hub else path for path in view.blocks.tree.modules}
+    every = {view.blocks.find_old_path(path) if view.hub else path for path in view.blocks.tree.modules}
     parameters = {path for path in ranks if path not in every} if view.layout in ("peft", "vllm-3d") else set()
     lora_config = LoraConfig(r=r, lora_alpha=r, task_type=getattr(config, "task_type", None))
     lora_config.base_model_name_or_path = getattr(config, "base_model_name_or_path", None)
@@ -326,6 +336,6 @@ def server_needs(view: ServerView, ranks: dict[str, int]) -> Json:
     stacked = view.layout in ("peft", "vllm-3d")
     if experts and view.layout == "vllm-shared":
         flags.append("--enable-moe-shared-loras")
-    elif experts and stacked != view.blocks.stacked_in_vllm:
+    elif experts and stacked != view.blocks.is_stacked_in_vllm:
         flags.append("--enable-mixed-moe-lora-format")
     return {"max_lora_rank": limit, "flags": flags, "is_3d_lora_weight": experts and stacked}

@@ -20,9 +20,9 @@ from graft.core.method import AdaptedLayers, Method, build_placeholders
 from graft.core.shared import SharedTensors
 from graft.inject.beside import add_task_heads
 from graft.inject.inject import Injection
-from graft.inject.parts import check_foreign, registry_of, unwrapped
+from graft.inject.parts import check_no_foreign_adapters, get_registry, unwrap_model
 from graft.inject.report import InjectReport, Matched
-from graft.inject.survey import survey
+from graft.inject.survey import survey_model
 from graft.methods import ROWS, PeftType, config_of, method_of
 from graft.model.mixed import PeftMixedModel
 from graft.model.peft_model import PeftModel
@@ -62,8 +62,8 @@ def get_peft_model(
         ConfigError: it does not fit this model in another way. In each case nothing has changed.
     """
     check_config(peft_config)
-    registry_of(model)  # raises if it is no model
-    tree = survey(model)
+    get_registry(model)  # raises if it is no model
+    tree = survey_model(model)
     if tree.layers:
         raise AlreadyInjectedError(
             "You are trying to modify a model with PEFT for a second time. For another adapter beside the one it has, "
@@ -127,7 +127,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: as `get_peft_model` would.
     """
     check_config(config)
-    check_foreign(unwrapped(model))
+    check_no_foreign_adapters(unwrap_model(model))
     method = method_of(config.peft_type)
     config = copy.copy(config)
     with warnings.catch_warnings():
@@ -140,7 +140,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_name: str = "default") ->
         if not hasattr(config, "target_modules"):
             raise ConfigError(f"{config.peft_type.value} adapts no layers itself: plan its experts, one by one.")
         injection = Injection(model, config, method, adapter_name, steps=find_replaced_steps(model, config))
-        with injection.restructured(keep=False):
+        with injection.restructure_model(keep=False):
             return _fill_report(injection.find(), method, adapter_name)
 
 
@@ -150,17 +150,17 @@ def _fill_report(injection: Injection, method: type[Method], adapter_name: str) 
         shared = SharedTensors()
         if method.shares:
             values = method.share(
-                AdaptedLayers(injection.model, [m.site for m in injection.here.values()], injection.cfg)
+                AdaptedLayers(injection.model, [m.site for m in injection.local_methods.values()], injection.cfg)
             )
             report.other_trainable += shared.hold(adapter_name, values, (None, None), False)
-        for m in injection.here.values():
+        for m in injection.local_methods.values():
             report.matched.append(describe_target(m, shared.wrap_containers()))
     sizes = {m.name: m.parameters for m in report.matched}
     for key, m in injection.methods.items():
         if m.source is not None:
             size = 0 if m.always_tied else sizes[m.source.site.key]
             report.matched.append(Matched(key, m.site.type_name, size))
-    injection.count_beside()
+    injection.report_heads_and_rows()
     return report
 
 

@@ -22,11 +22,11 @@ from graft.core.finite import is_plain, largest
 from graft.core.folding import delta_of, evaluating, fold_step
 from graft.core.method import Use
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.inject.parts import Parts, check_foreign, registry_of, unwrapped
-from graft.inject.report import generic
-from graft.inject.survey import survey
-from graft.io.entries import entries
-from graft.io.save import base_tensors, config_of, parts_of
+from graft.inject.parts import AdapterCarriers, check_no_foreign_adapters, get_registry, unwrap_model
+from graft.inject.report import star_indices
+from graft.inject.survey import survey_model
+from graft.io.entries import list_entries
+from graft.io.save import collect_base_tensors, find_carriers, get_config
 from graft.model.rates import class_name_of, find_known_range
 from graft.storage.parallel import layout_of
 
@@ -72,7 +72,7 @@ class AuditReport:
         for name, (title, remedy) in SECTIONS.items():
             entries = getattr(self, name)
             if entries:
-                alike = Counter(generic(entry) for entry in entries)
+                alike = Counter(star_indices(entry) for entry in entries)
                 shown = [entry if n == 1 else f"{entry} × {n}" for entry, n in alike.items()]
                 lines.append(f"- {title} ({len(entries)}): {some(shown)}. {remedy}")
         return "\n".join(lines)
@@ -179,11 +179,11 @@ def audit(
     Example:
         >>> print(graft.audit(model, optimizer, loss=lambda: model(**batch).loss))
     """
-    model = unwrapped(model)
-    registry = registry_of(model)
+    model = unwrap_model(model)
+    registry = get_registry(model)
     if registry is None:
-        check_foreign(model)
-        tree = survey(model)
+        check_no_foreign_adapters(model)
+        tree = survey_model(model)
         carriers: list[Carrier] = [*tree.layers.values(), *tree.wrappers.values()]
         names = list(dict.fromkeys(name for carrier in carriers for name in carrier.adapters))
     else:
@@ -202,8 +202,8 @@ def audit(
         if was_trained(registry):
             report.after = "training, whose gradients are gone"
     report.not_trained = find_frozen(carriers)
-    configs = {name: config_of(model, name) for name in names}
-    by_name = {name: parts_of(model, name) for name in names}
+    configs = {name: get_config(model, name) for name in names}
+    by_name = {name: find_carriers(model, name) for name in names}
     report.not_saved = find_unsaved(
         model, [(name, parts_of_name, base, configs[name]) for name, (parts_of_name, _, base) in by_name.items()]
     )
@@ -332,7 +332,7 @@ def find_frozen(carriers: Iterable[Carrier]) -> list[str]:
     ]
 
 
-def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Module, PeftConfig]]) -> list[str]:
+def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, AdapterCarriers, nn.Module, PeftConfig]]) -> list[str]:
     """Name the parameters of the model that require gradients and are in no adapter's file.
 
     adapters: (name, carriers, base model, config) of each.
@@ -340,13 +340,13 @@ def find_unsaved(model: nn.Module, adapters: Iterable[tuple[str, Parts, nn.Modul
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved: set[int] = set()
     for adapter, parts, base, config in adapters:
-        saved |= {id(entry.tensor) for entry in entries(parts, adapter, "")}
+        saved |= {id(entry.tensor) for entry in list_entries(parts, adapter, "")}
         if parts.prompt is not None:  # the file holds the prompt that they compute
             saved |= {id(p) for p in parts.prompt.parameters()}
         ids = {name: id(p) for name, p in base.named_parameters(remove_duplicate=False)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # saving will say it
-            saved |= {ids[name] for name in base_tensors(base, parts, config, "auto") if name in ids}
+            saved |= {ids[name] for name in collect_base_tensors(base, parts, config, "auto") if name in ids}
     return [name for name, p in training.items() if id(p) not in saved]
 
 

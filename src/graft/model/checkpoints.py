@@ -21,14 +21,14 @@ from graft.core.containers import place
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, warn
 from graft.core.layer import AdapterLayer
 from graft.core.names import check_name_list
-from graft.inject.build import put
-from graft.inject.parts import registry_of
-from graft.inject.survey import survey
+from graft.inject.build import assign_values
+from graft.inject.parts import get_registry
+from graft.inject.survey import survey_model
 from graft.io import files, save
-from graft.io.fingerprint import hashed, tensor_digest
-from graft.io.load import Values
-from graft.io.rendezvous import CALL, Meeting, once
-from graft.io.written import Layout
+from graft.io.fingerprint import digest_base_tensor, hash_text
+from graft.io.load import CheckpointValues
+from graft.io.rendezvous import CALL, Meeting, save_once
+from graft.io.written import StackLayout
 from graft.model.watch import is_replicated
 from graft.storage.parallel import processes
 
@@ -41,7 +41,7 @@ class AdapterInMemory(NamedTuple):
     """An adapter in memory, in place of the folder that it would be read from."""
 
     config: PeftConfig
-    loaded: files.Loaded
+    loaded: files.LoadedWeights
 
 
 def read_adapter(
@@ -49,7 +49,7 @@ def read_adapter(
     options: dict[str, Any],
     replacement: Callable[[PeftConfig], str | None],
     config: PeftConfig | None = None,
-) -> tuple[PeftConfig, files.Loaded]:
+) -> tuple[PeftConfig, files.LoadedWeights]:
     """Return config and tensors of a saved adapter.
 
     Args:
@@ -73,9 +73,9 @@ def read_adapter(
     else:
         loaded = files.load_weights(**source)
         if loaded.noted is None or loaded.noted.config is None:  # graft did not write it
-            loaded.layout = Layout(config.peft_version)
+            loaded.layout = StackLayout(config.peft_version)
     if (who := replacement(config)) is not None:
-        loaded.layout = loaded.layout.under(who)
+        loaded.layout = loaded.layout.for_replacement(who)
     if layouts := options.get("expert_layout"):
         loaded.layout = loaded.layout.with_names(layouts)
     return config, loaded
@@ -100,7 +100,7 @@ def widen_to_float32(layers: Iterable[AdapterLayer], adapter: str) -> None:
                 place(container, adapter, None, None, upcast=True)
 
 
-def fill_adapter(model: nn.Module, values: Values, is_trainable: bool, upcast: bool = False) -> None:
+def fill_adapter(model: nn.Module, values: CheckpointValues, is_trainable: bool, upcast: bool = False) -> None:
     """Put a checkpoint's values into an adapter that the model has, which keeps its config.
 
     Args:
@@ -109,7 +109,7 @@ def fill_adapter(model: nn.Module, values: Values, is_trainable: bool, upcast: b
     Raises:
         ConfigError: the adapter is of another method, or cannot train beside those that do.
     """
-    adapter, config, registry = values.adapter, values.config, registry_of(model)
+    adapter, config, registry = values.adapter, values.config, get_registry(model)
     current = registry.peft_config[adapter]
     if config.peft_type != current.peft_type:
         raise ConfigError(
@@ -122,12 +122,12 @@ def fill_adapter(model: nn.Module, values: Values, is_trainable: bool, upcast: b
     parts = registry.parts_of(adapter)
     prompt = parts.prompt or nn.Module()
     before = len([*prompt.modules()])
-    new_values = values.of(parts, adapter)
+    new_values = values.match_entries(parts, adapter)
     whole = adapter in registry.merged_adapters or getattr(current, "bias", "none") != "none"
     registry.wait_for_calls(None if whole else (adapter,))
     if upcast:
         widen_to_float32(parts.layers.values(), adapter)
-    put(parts, adapter, new_values)
+    assign_values(parts, adapter, new_values)
     registry.states.pop(adapter, None)  # which belongs to the values from before
     if is_trainable and len([*prompt.modules()]) < before:
         warn(
@@ -163,7 +163,7 @@ def warn_other_config(adapter: str, path: str, config: PeftConfig, file_config: 
 
 def let_train(model: nn.Module, adapter: str, is_trainable: bool, new: bool = True) -> None:
     """Let an adapter that has been loaded train or not, and set the model to eval mode if it does not."""
-    registry = registry_of(model)
+    registry = get_registry(model)
     if new or is_trainable:
         registry.peft_config[adapter].inference_mode = not is_trainable  # 0 and 1, which callers pass, count as in PEFT
     # a new one is frozen; of one that trains some may be frozen on purpose, as A is by LoRA-FA
@@ -183,7 +183,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
     if not autocast_adapter_dtype:
         return
-    layers = [layer for layer in survey(model).layers.values() if adapter_name in layer.methods]
+    layers = [layer for layer in survey_model(model).layers.values() if adapter_name in layer.methods]
     if layers:
         with layers[0].call.gate.change(f"cast_adapter_dtype({adapter_name!r})", (adapter_name,)):
             widen_to_float32(layers, adapter_name)
@@ -212,9 +212,9 @@ def save_adapters(
         subtract: folder of the adapter as it was before training.
     """
     check_save_arguments(directory, fingerprint, safetensors)
-    registry = registry_of(model)
+    registry = get_registry(model)
     names, are_several = names_to_save(model, selected, directory), processes() > 1
-    ranks = save.ranks_of_adapters(model, names) if are_several and state_dict is None else []
+    ranks = save.find_adapter_ranks(model, names) if are_several and state_dict is None else []
     if not (ranks or writes):
         return
     meeting = Meeting(CALL, f"{sorted(names)}, fingerprint={fingerprint!r}", ranks) if len(ranks) > 1 else None
@@ -223,9 +223,9 @@ def save_adapters(
     for name in names:
         tensors, config = file_contents(model, name, state_dict, embeddings, subtract)
         folder = adapter_folder(name, directory)
-        files.check(folder, tensors)
+        files.check_saved_tensors(folder, tensors)
         parts, full = registry.parts_of(name), fingerprint == "full"
-        note = save.fingerprint_of_base(parts, registry.model, name, registry.peft_config[name], full, together)
+        note = save.fingerprint_carriers(parts, registry.model, name, registry.peft_config[name], full, together)
         contents_by_folder[folder] = (tensors, config, note)
 
     def write() -> None:
@@ -239,10 +239,10 @@ def save_adapters(
             warn(f"The adapter is saved; {directory}/README.md could not be written: {e}", PeftWarning)
 
     if meeting is not None:
-        meeting.by_the_first(write)
+        meeting.run_on_first(write)
     elif are_several and state_dict is None and is_replicated(registry):
-        values = [tensor_digest(t) for tensors, *_ in contents_by_folder.values() for t in tensors.values()]
-        once(os.fspath(directory), hashed(str(values)), write)
+        values = [digest_base_tensor(t) for tensors, *_ in contents_by_folder.values() for t in tensors.values()]
+        save_once(os.fspath(directory), hash_text(str(values)), write)
     else:
         write()
 
@@ -250,7 +250,7 @@ def save_adapters(
 def save_one_adapter(model: nn.Module, name: str, folder: str) -> None:
     """Write an adapter into a folder, whatever its name, with the contents that `save_pretrained` gives it."""
     tensors, config = file_contents(model, name, None, "auto", None)
-    files.save_adapter(folder, tensors, config, True, save.base_fingerprint(model, name))
+    files.save_adapter(folder, tensors, config, True, save.fingerprint_base(model, name))
 
 
 def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) -> None:
@@ -265,7 +265,7 @@ def check_save_arguments(directory: str, fingerprint: str, safetensors: bool) ->
 
 def names_to_save(model: nn.Module, selected: list[str] | None, directory: str) -> list[str]:
     """Return the names of the adapters to save, all if none are selected."""
-    registry = registry_of(model)
+    registry = get_registry(model)
     known = list(registry.peft_config)
     names = (
         [n for n in known if n not in registry.frozen]
@@ -287,9 +287,9 @@ def file_contents(
     model: nn.Module, name: str, state_dict: dict[str, Tensor] | None, embeddings: str | bool, subtract: str | None
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return the tensors and the config that a file holds of an adapter."""
-    registry = registry_of(model)
+    registry = get_registry(model)
     parts, base, config = registry.parts_of(name), registry.model, copy.copy(registry.peft_config[name])
-    tensors = save.tensors_of(
+    tensors = save.collect_adapter_tensors(
         model, parts, parts.prefix, base, name, registry.peft_config[name], state_dict, embeddings
     )
     if subtract is not None:

@@ -14,14 +14,14 @@ from graft.config.base import PeftConfig
 from graft.config.fields import to_int
 from graft.core.errors import ConfigError, ConfigTypeError
 from graft.core.wrappers import strip_inner_wrappers
-from graft.inject.parts import Nests, Parts, reads, unwrapped
+from graft.inject.parts import AdapterCarriers, ParameterLayerPaths, run_as_call, unwrap_model
 from graft.io import files, save
-from graft.io.entries import entries
-from graft.io.fingerprint import fingerprint, weights_of
+from graft.io.entries import list_entries
+from graft.io.fingerprint import list_base_weights, make_fingerprint
 from graft.methods.lora.config import LoraConfig
 
 
-@reads
+@run_as_call
 def convert_to_lora(
     model: nn.Module,
     rank: int | float,
@@ -60,19 +60,19 @@ def convert_to_lora(
     """
     parts, prefix, base, config = find_adapter(model, adapter_name)
     lora_config, values = convert(base, parts.layers, adapter_name, config, rank, progressbar, compile_kwargs, at)
-    nests = Nests(parts.layers.values())
+    nests = ParameterLayerPaths(parts.layers.values())
     tensors = {
         f"{prefix}{strip_inner_wrappers(nests.path(key, parts.layers[key]))}.{container}"
         + (f".{path}" if path else ""): t
         for key, of_layer in values.items()
         for (container, path), t in of_layer.items()
     }
-    for entry in entries(Parts({}, parts.wrappers), adapter_name, prefix):
+    for entry in list_entries(AdapterCarriers({}, parts.wrappers), adapter_name, prefix):
         tensors[entry.file] = entry.tensor.detach().clone()
     return lora_config, tensors
 
 
-@reads
+@run_as_call
 def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") -> tuple[PeftConfig, dict[str, Tensor]]:
     """Return config and tensors of the first ranks of a LoRA adapter, with its alpha; change nothing.
 
@@ -106,7 +106,7 @@ def truncate_lora(model: nn.Module, rank: int, adapter_name: str = "default") ->
         False,
     )
     tensors = {}
-    for entry in entries(parts, adapter_name, prefix):
+    for entry in list_entries(parts, adapter_name, prefix):
         t = entry.tensor.detach()
         if ".lora_A." in entry.file or ".lora_embedding_A" in entry.file:
             t = t[:rank]
@@ -133,13 +133,13 @@ def save_as_lora(
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs, at)
     parts, _, base, _ = find_adapter(model, adapter_name)
     save.describe_base(config, base)
-    files.save_adapter(os.fspath(path), tensors, config, True, fingerprint(weights_of(parts, base)))
+    files.save_adapter(os.fspath(path), tensors, config, True, make_fingerprint(list_base_weights(parts, base)))
 
 
-def find_adapter(model: nn.Module, adapter: str) -> tuple[Parts, str, nn.Module, PeftConfig]:
+def find_adapter(model: nn.Module, adapter: str) -> tuple[AdapterCarriers, str, nn.Module, PeftConfig]:
     """Return the carriers of an adapter, the prefix of its keys, its base model and its config."""
-    model = unwrapped(model)
-    config = save.config_of(model, adapter)
+    model = unwrap_model(model)
+    config = save.get_config(model, adapter)
     if config is None and not getattr(model, "peft_config", None):
         raise ConfigTypeError("Could not detect any layer that supports LoRA conversion. The model has no adapters.")
-    return *save.parts_of(model, adapter), config
+    return *save.find_carriers(model, adapter), config

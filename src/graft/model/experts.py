@@ -18,13 +18,13 @@ from graft.core.gate import changes, everything, prepares
 from graft.core.method import Method
 from graft.core.ops import META
 from graft.core.shared import TunerTensors
-from graft.inject.build import put
+from graft.inject.build import assign_values
 from graft.inject.job import Options
-from graft.inject.parts import Parts, registry_of
+from graft.inject.parts import AdapterCarriers, get_registry
 from graft.inject.report import InjectReport
-from graft.inject.survey import Tree, survey
+from graft.inject.survey import ModuleTree, survey_model
 from graft.io import files
-from graft.io.load import Values
+from graft.io.load import CheckpointValues
 from graft.methods.lora.config import LoraConfig
 from graft.methods.lora.sub_configs import ArrowConfig
 from graft.methods.xlora import CLASSIFIER, XLoraClassifier, XLoraConfig, check_top_k
@@ -46,7 +46,7 @@ class XLoraRegistry(Registry):
     places: dict[str, int]  # path of a layer → its place among the classifier's weights
     expert_places: dict[str, int]
 
-    def __init__(self, model: nn.Module, method: type[Method], tree: Tree | None, holder: nn.Module):
+    def __init__(self, model: nn.Module, method: type[Method], tree: ModuleTree | None, holder: nn.Module):
         if getattr(getattr(model, "config", None), "use_cache", False):
             raise ConfigError(
                 "`use_cache` must be False: X-LoRA weighs experts by the whole text. Set it in the config."
@@ -62,7 +62,7 @@ class XLoraRegistry(Registry):
         if self.gate is not None:
             yield self.gate
 
-    def parts_of(self, adapter_name: str) -> Parts:
+    def parts_of(self, adapter_name: str) -> AdapterCarriers:
         parts = super().parts_of(adapter_name)
         if adapter_name == self.owner:
             parts.shared = self.gate
@@ -89,7 +89,7 @@ class XLoraRegistry(Registry):
         check_top_k(config.top_k_lora, len(experts))
         with self._all_or_nothing():
             for name, (expert, loaded) in experts.items():
-                values = Values(self.model, expert, name, loaded)
+                values = CheckpointValues(self.model, expert, name, loaded)
                 self._inject(name, expert, Options(options.upcast, values=values))
             self._check_experts(experts)
             self._make_classifier(adapter_name, config, list(experts), options.on_meta)
@@ -97,13 +97,13 @@ class XLoraRegistry(Registry):
             report.other_trainable = sum(p.numel() for p in self.classifier.parameters())
             if options.values is not None:
                 parts = self.parts_of(adapter_name)
-                put(parts, adapter_name, options.values.of(parts, adapter_name))
+                assign_values(parts, adapter_name, options.values.match_entries(parts, adapter_name))
         self.peft_config = Configs({adapter_name: config, **self.peft_config})
         self._register(adapter_name, config)
         self.reports[adapter_name] = report
         return report
 
-    def _read_expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[LoraConfig, files.Loaded]:
+    def _read_expert(self, owner: str, config: XLoraConfig, name: str) -> tuple[LoraConfig, files.LoadedWeights]:
         """Read an expert: from beside the config, where that is a whole checkpoint, else from where it says."""
         check_adapter_name(name, [*self.peft_config, owner])
         where = config.adapters[name]  # type: ignore[index]
@@ -290,7 +290,7 @@ def create_arrow_model(
         model.add_adapter(ROUTER, router, autocast_adapter_dtype=autocast)
     except BaseException:
         if model is not None:
-            registry_of(model).unload(keep_modules=False)
+            get_registry(model).unload(keep_modules=False)
         restore_modes(before)
         raise
     model.set_adapter(ROUTER)
@@ -311,7 +311,7 @@ def split_source(path: str) -> tuple[str, str | None]:
 
 def agree_on_targets(model: PeftModel, names: list[str]) -> tuple[list[str], int]:
     """Return the targets and the rank of the router: those of the adapters, which must agree."""
-    layers = registry_of(model).layers
+    layers = get_registry(model).layers
     adapted = {name: {key: layer for key, layer in layers.items() if name in layer.methods} for name in names}
     unsupported = [f"  - adapter '{n}' on module '{k}' of type {a.site.type_name}" for n, by_key in adapted.items()
              for k, a in by_key.items() if not a.site.op.linear]  # fmt: skip
@@ -331,5 +331,7 @@ def agree_on_targets(model: PeftModel, names: list[str]) -> tuple[list[str], int
             if ranks[0] != ranks[1]:
                 raise ConfigError(f"[{name}] rank mismatch: {ranks[0]} != {ranks[1]} (layer '{key}')")
     leaves = {key.rpartition(".")[2] for key in layers}
-    also = any(key.rpartition(".")[2] in leaves and key not in layers for key in survey(model.get_base_model()).modules)
+    also = any(
+        key.rpartition(".")[2] in leaves and key not in layers for key in survey_model(model.get_base_model()).modules
+    )
     return sorted(layers if also else leaves), max(layer.methods[first].pair[0].shape[0] for layer in layers.values())

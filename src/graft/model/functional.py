@@ -17,8 +17,8 @@ from graft.core.errors import AdapterNotFoundError, PeftError, PeftWarning, warn
 from graft.core.gate import deletion
 from graft.core.layer import AdapterLayer
 from graft.core.names import as_name_list
-from graft.inject.parts import gate_of, registry_of, unwrapped
-from graft.inject.survey import Wrapper, survey
+from graft.inject.parts import get_gate, get_registry, unwrap_model
+from graft.inject.survey import Wrapper, survey_model
 from graft.kernels.versions import version_of
 from graft.model.checkpoints import cast_adapter_dtype as cast_adapter_dtype
 from graft.model.peft_model import PeftModel
@@ -27,7 +27,7 @@ from graft.model.tuner import Tuner, make_target_test
 
 
 def find_carriers(model: nn.Module) -> list[AdapterLayer | Wrapper]:
-    tree = survey(model)
+    tree = survey_model(model)
     return [*tree.layers.values(), *tree.wrappers.values()]
 
 
@@ -48,7 +48,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         ValueError: two of them cannot be active together.
     """
     names = as_name_list(adapter_name, "set_adapter")
-    registry: Registry | None = registry_of(unwrapped(model))
+    registry: Registry | None = get_registry(unwrap_model(model))
     if registry is not None:
         registry.set_adapter(names, inference_mode)
         return
@@ -75,7 +75,7 @@ def delete_adapter(
         AdapterNotFoundError: the PeftModel has no such adapter.
         ValueError: it is merged.
     """
-    registry: Registry | None = registry_of(unwrapped(model))
+    registry: Registry | None = get_registry(unwrap_model(model))
     if registry is not None:
         registry.delete_adapter(adapter_name)
         return list(registry.active_adapters)
@@ -105,7 +105,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
         AdapterNotFoundError: no layer carries one of them.
     """
     names = as_name_list(adapter_names, "set_requires_grad")
-    registry: Registry | None = registry_of(unwrapped(model))
+    registry: Registry | None = get_registry(unwrap_model(model))
     if registry is not None:
         registry.set_requires_grad(names, requires_grad)
         return
@@ -135,7 +135,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 def layers_with_scaling(model: nn.Module) -> dict[str, Any]:
     """Return the layers whose adapters have a scaling, by path in the base model."""
-    return {path: layer for path, layer in survey(model).layers.items() if getattr(layer, "scaling", None)}
+    return {path: layer for path, layer in survey_model(model).layers.items() if getattr(layer, "scaling", None)}
 
 
 @contextmanager
@@ -197,14 +197,14 @@ def calling(model: nn.Module) -> AbstractContextManager[object]:
         AdapterNotFoundError: the model has no adapter.
         InUseError: on entering, a change of another thread takes longer than `change_timeout`.
     """
-    return gate_of(model).call("a block of graft.calling()")
+    return get_gate(model).call("a block of graft.calling()")
 
 
 def inspect_matched_modules(tuner: Tuner, adapter_name: str = "default") -> dict[str, list[str]]:
     """Return the paths of modules that an adapter's config names, and of all others: {"matched": …, "unmatched": …}."""
     targets = make_target_test(tuner, tuner.peft_config[adapter_name])
     paths: dict[str, list[str]] = {"matched": [], "unmatched": []}
-    for key in survey(tuner.model).modules:
+    for key in survey_model(tuner.model).modules:
         paths["matched" if targets(key) else "unmatched"].append(key)
     return paths
 

@@ -13,8 +13,8 @@ from graft.core.base_config import input_embeddings, output_embeddings, text_con
 from graft.core.carrier import carrier_of
 from graft.core.errors import warn
 from graft.core.layer import AdapterLayer
-from graft.inject.parts import check_foreign, registry_of, unwrapped
-from graft.inject.survey import is_block, nest_of, survey
+from graft.inject.parts import check_no_foreign_adapters, get_registry, unwrap_model
+from graft.inject.survey import is_block, list_nested_layers, survey_model
 from graft.storage import innermost, release_packed
 
 
@@ -89,11 +89,11 @@ def merge_report(model: nn.Module) -> dict[str, float]:
     1.0: nothing was lost to rounding; 0.0: the weight is what it was. `AdapterLayer.share_kept` has the formula. The
     PeftModel whose `merge_and_unload` made a plain model still has that merge's report. {} if nothing is merged.
     """
-    registry = registry_of(unwrapped(model))
+    registry = get_registry(unwrap_model(model))
     if registry is not None:
         return dict(getattr(registry, "shares_kept", {}))
-    check_foreign(model)
-    merged = {key: layer for key, layer in survey(model).layers.items() if layer.merged_adapters}
+    check_no_foreign_adapters(model)
+    merged = {key: layer for key, layer in survey_model(model).layers.items() if layer.merged_adapters}
     return dict(zip(merged, merging.measure_shares_kept(list(merged.values()))))
 
 
@@ -124,7 +124,7 @@ def restore_modules(model: nn.Module) -> None:
         for name, child in list(module._modules.items()):
             if child is None:
                 continue
-            carrier, nested = carrier_of(child), nest_of(child)
+            carrier, nested = carrier_of(child), list_nested_layers(child)
             if carrier is not None:
                 module._modules[name] = innermost(child) if nested else carrier.remainder
             if nested or is_block(carrier):

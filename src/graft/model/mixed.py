@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from graft.config.base import PeftConfig
 from graft.core.carrier import check_not_merged
 from graft.core.errors import ConfigError
-from graft.inject.parts import HOLDER, registry_of
+from graft.inject.parts import HOLDER, get_registry
 from graft.methods import METHODS, method_of
 from graft.model.compose import Composition
 from graft.model.peft_model import PeftModel
@@ -74,7 +74,7 @@ class MixedModel(Tuner):
         """
         from graft.combine.weighted import add_weighted_of_any  # not needed to import graft
 
-        return add_weighted_of_any(registry_of(self), adapters, weights, adapter_name, *args, **kwargs)
+        return add_weighted_of_any(get_registry(self), adapters, weights, adapter_name, *args, **kwargs)
 
 
 class PeftMixedModel(PeftModel):

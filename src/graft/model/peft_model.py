@@ -20,9 +20,9 @@ from graft.core.errors import AdapterNotFoundError, ConfigError, PeftWarning, wa
 from graft.core.gate import PATIENCE, Names
 from graft.core.rows import BASE, CallContext, Run, count_copies
 from graft.inject.job import Options
-from graft.inject.parts import HOLDER, registry_of
-from graft.inject.survey import Tree
-from graft.io.load import LoadReport, Values
+from graft.inject.parts import HOLDER, get_registry
+from graft.inject.survey import ModuleTree
+from graft.io.load import CheckpointValues, LoadReport
 from graft.methods import method_of
 from graft.model import checkpoints
 from graft.model.compose import Composition, adapters_in, copy_shares
@@ -87,8 +87,8 @@ class PeftModel(nn.Module):
         change_timeout: float | None = PATIENCE,
         *,
         heads: dict[str, nn.Module] | None = None,
-        values: Values | None = None,
-        tree: Tree | None = None,
+        values: CheckpointValues | None = None,
+        tree: ModuleTree | None = None,
         provisional: bool = False,
     ):
         super().__init__()
@@ -106,7 +106,7 @@ class PeftModel(nn.Module):
             else:
                 kind = self._mixed_tuner or tuner_of(peft_config.peft_type)
                 self.base_model = tuner = kind(model, peft_config, adapter_name, options=options, tree=tree)
-                tuner.training, registry = model.training, registry_of(tuner)
+                tuner.training, registry = model.training, get_registry(tuner)
         self.__dict__[HOLDER] = self._registry = registry
         registry.call.gate.timeout = change_timeout
         if values is None and processes() > 1:
@@ -627,7 +627,7 @@ class PeftModel(nn.Module):
                 config.take(options)
             checkpoints.prepare_config(config, is_trainable)
             ignore = kwargs.get("ignore_mismatched_sizes", False)
-            values = Values(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
+            values = CheckpointValues(model, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
             peft_model = kind(
                 model,
                 config,
@@ -711,7 +711,7 @@ class PeftModel(nn.Module):
             if new:
                 checkpoints.prepare_config(config, is_trainable)
             base, ignore = self.get_base_model(), kwargs.get("ignore_mismatched_sizes", False)
-            values = Values(base, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
+            values = CheckpointValues(base, config, adapter_name, loaded, strict, key_mapping, ignore, allow_nonfinite)
             if new:
                 self._add_adapter(adapter_name, config, Options(autocast_adapter_dtype, values=values))
             else:

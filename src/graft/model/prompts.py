@@ -24,14 +24,14 @@ from graft.core.errors import ConfigError, RoutingError, warn
 from graft.core.gate import prepares
 from graft.core.method import Method, return_unchanged
 from graft.core.rows import Finish, Run
-from graft.inject.build import size
-from graft.inject.find import check_unwrapped
+from graft.inject.build import count_needed_numbers
+from graft.inject.find import check_not_fsdp
 from graft.inject.inject import Injection
 from graft.inject.job import Options
-from graft.inject.parts import Parts, registry_of, unwrapped
+from graft.inject.parts import AdapterCarriers, get_registry, unwrap_model
 from graft.inject.report import InjectReport, Matched
-from graft.inject.stage import absent_from, draw_alike, group_in
-from graft.inject.survey import Tree, survey
+from graft.inject.stage import find_absent_in_model, find_model_group, synchronize_generators
+from graft.inject.survey import ModuleTree, survey_model
 from graft.methods import method_of
 from graft.model.merging import unload_adapters
 from graft.model.modes import use_mode
@@ -66,7 +66,7 @@ class Prompts(Registry):
     method: type[Prompt]
     several = "only one prompt can be in front of the input at a time"
 
-    def __init__(self, model: nn.Module, config: PromptLearningConfig, tree: Tree | None = None):
+    def __init__(self, model: nn.Module, config: PromptLearningConfig, tree: ModuleTree | None = None):
         super().__init__(model, method_of(config.peft_type), tree)
         self.arguments = set(self.method.arguments)
         self.prompt_encoder = Encoders(self.call)
@@ -85,7 +85,7 @@ class Prompts(Registry):
         prompts = cls(model, config)
         cfg = copy.copy(config)
         injection = Injection(model, cfg, NoLayers, adapter_name, keys=()).find()
-        injection.count_beside()
+        injection.report_heads_and_rows()
         prompts._fit(cfg, adapter_name)
         with torch.random.fork_rng(devices=()):
             injection.report.matched.append(describe_prompt(prompts._make_prompt(cfg)))
@@ -95,7 +95,7 @@ class Prompts(Registry):
         yield self.prompt_encoder
         yield from self.wrappers.values()
 
-    def parts_of(self, adapter_name: str) -> Parts:
+    def parts_of(self, adapter_name: str) -> AdapterCarriers:
         parts = super().parts_of(adapter_name)
         parts.shared, parts.prompt = None, self.prompt_encoder[adapter_name]
         return parts
@@ -109,15 +109,15 @@ class Prompts(Registry):
         cfg = copy.copy(config)
         self._fit(cfg, adapter_name)
         if options.values is not None:
-            options.values.check_room(size(lambda: {"": self._make_prompt(cfg)}))
-        if processes() > 1 and (group := group_in(self.model.modules())) is not None:
-            draw_alike(group)
+            options.values.check_room(count_needed_numbers(lambda: {"": self._make_prompt(cfg)}))
+        if processes() > 1 and (group := find_model_group(self.model.modules())) is not None:
+            synchronize_generators(group)
         tree, self.tree = self.tree, None
         prompt = self._make_prompt(cfg)
         prompt.to(self.stacks["main"].device)
         done = Injection(
             self.model, cfg, NoLayers, adapter_name, call=self.call, others=self.peft_config,
-            tree=tree or survey(self.model), options=options, keys=(), prompt=prompt,
+            tree=tree or survey_model(self.model), options=options, keys=(), prompt=prompt,
         ).run()  # fmt: skip
         done.report.matched.append(describe_prompt(prompt))
         prompt.train(self.model.training)
@@ -149,7 +149,7 @@ class Prompts(Registry):
             DistributedError: FSDP has wrapped the model, and the prompt would train.
         """
         if not cfg.inference_mode and dist.is_available() and dist.is_initialized():
-            check_unwrapped(self.model.named_modules(), adapter_name)
+            check_not_fsdp(self.model.named_modules(), adapter_name)
         if cfg.task_type is None:
             raise ConfigError(
                 f"{cfg.peft_type.value} needs a task_type, such as CAUSAL_LM: what becomes of inputs and labels "
@@ -157,7 +157,7 @@ class Prompts(Registry):
             )
         if cfg.num_virtual_tokens is None:
             raise ConfigError(f"{cfg.peft_type.value} needs num_virtual_tokens, the length of the prompt.")
-        absent = absent_from(self.model)
+        absent = find_absent_in_model(self.model)
         if absent:
             raise ConfigError(
                 f"{cfg.peft_type.value} acts on all layers at once, and this model is a stage of a pipeline, which "
@@ -357,7 +357,7 @@ def initialize_kv_prefix_from_past_key_values(
             "adapter's own base model.".format(*cache_shape, name, *need)
         )
     values = from_pairs(pairs, tokens).detach()
-    with registry_of(unwrapped(model)).call.gate.change(f"new keys and values of adapter '{name}'", (name,)):
+    with get_registry(unwrap_model(model)).call.gate.change(f"new keys and values of adapter '{name}'", (name,)):
         encoder.load_prompt_embeddings(values)
     return values
 
@@ -394,7 +394,7 @@ def initialize_kv_prefix_from_text(
     from transformers import DynamicCache
 
     name, config, _ = find_prefix_adapter(model, adapter_name, num_virtual_tokens)
-    stack = registry_of(unwrapped(model)).stacks["main"]
+    stack = get_registry(unwrap_model(model)).stacks["main"]
     if stack.in_pair:
         raise ValueError(f"Adapter '{name}' acts in a decoder beside an encoder, which cannot read a text on its own.")
     ids, P = tokenize_text(tokenizer, text, use_chat_template, max_length), config.num_virtual_tokens
@@ -415,7 +415,7 @@ def find_prefix_adapter(
     model: nn.Module, adapter_name: str | None, num_virtual_tokens: int | None
 ) -> tuple[str, Any, Prompt]:
     """Return name, config and encoder of an adapter whose keys and values a caller can set; raise for any other."""
-    registry = registry_of(unwrapped(model))
+    registry = get_registry(unwrap_model(model))
     if registry is None:
         raise TypeError(
             f"model must be a PeftModel with a CARTRIDGE or PREFIX_TUNING adapter, got {type(model).__name__}."

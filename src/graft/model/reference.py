@@ -14,9 +14,9 @@ from graft.combine.adding import changes_base
 from graft.config.base import PeftConfig
 from graft.core.errors import ConfigError
 from graft.inject.job import Options
-from graft.inject.parts import reads, registry_of
-from graft.io.files import Loaded
-from graft.io.load import Values
+from graft.inject.parts import get_registry, run_as_call
+from graft.io.files import LoadedWeights
+from graft.io.load import CheckpointValues
 from graft.io.save import get_peft_model_state_dict
 
 
@@ -58,7 +58,7 @@ def make_reference(
     Args:
         add: puts an adapter onto the model.
     """
-    registry = registry_of(model)
+    registry = get_registry(model)
     registry.check_known([adapter_name])
     name = f"{adapter_name}-reference" if name is None else name
     config = copy.deepcopy(registry.peft_config[adapter_name])
@@ -67,16 +67,16 @@ def make_reference(
     if changes_base(config):  # and has done so: beside it a copy is plain
         config.init_lora_weights = True
         state = {key: t for key, t in state.items() if ".lora_shift." not in key}
-    loaded = Loaded(state, f"adapter '{adapter_name}'", finite=True)
+    loaded = LoadedWeights(state, f"adapter '{adapter_name}'", finite=True)
     with registry.call.gate.change(f"reference({adapter_name!r})", (), late=True):
-        values = Values(model.get_base_model(), config, name, loaded)
+        values = CheckpointValues(model.get_base_model(), config, name, loaded)
         add(name, config, Options(values=values))
         registry.frozen.add(name)
         registry.set_requires_grad(name, False)
     return Reference(model, name)
 
 
-@reads
+@run_as_call
 def copy_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Return copies of an adapter's tensors."""
     state = get_peft_model_state_dict(model, None, adapter, save_embedding_layers=False)

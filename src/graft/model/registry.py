@@ -39,15 +39,15 @@ from graft.core.ops import find_op
 from graft.core.rows import BASE, Finish, JointAdapters, Run, list_forward_arguments
 from graft.core.shared import SharedTensors
 from graft.inject.beside import RowsLayer
-from graft.inject.find import biases_of
-from graft.inject.inject import Injection, check_bias
+from graft.inject.find import list_trained_biases
+from graft.inject.inject import Injection, check_second_bias
 from graft.inject.job import Options
-from graft.inject.parts import Parts, check_foreign, registry_of
+from graft.inject.parts import AdapterCarriers, check_no_foreign_adapters, get_registry
 from graft.inject.report import InjectReport
-from graft.inject.steps import Steps
-from graft.inject.survey import Tree, survey
-from graft.io.base import original
-from graft.io.rendezvous import Note
+from graft.inject.steps import ReplacedSteps
+from graft.inject.survey import ModuleTree, survey_model
+from graft.io.base import remove_carrier_names
+from graft.io.rendezvous import RankNote
 from graft.methods import ROWS, method_of
 from graft.model import merging
 from graft.model.auxiliary import add_to_loss, compute_losses
@@ -140,7 +140,7 @@ class Registry:
 
     several = "use model.base_model.set_adapter([...]) to activate several"  # for errors
     on_change: Callable[[], object] = staticmethod(lambda: None)  # called when other adapters run
-    steps: Steps | None = None  # of the injection under way, if some were replaced
+    steps: ReplacedSteps | None = None  # of the injection under way, if some were replaced
     pending: Options | None = None  # of an injection that a replaced `inject_adapter` is asked for
     watch: Watch | None = None  # looks at the first backward passes, until it has seen enough
     averaged = False  # the gradients of the parameters that train now will be averaged over processes
@@ -152,7 +152,7 @@ class Registry:
         self,
         model: nn.Module,
         method: type[Method] | type[Prompt] | None,
-        tree: Tree | None = None,
+        tree: ModuleTree | None = None,
         holder: Any = None,
     ):
         """Register the adapters that `model` carries.
@@ -165,12 +165,12 @@ class Registry:
         Raises:
             AlreadyInjectedError: it is a PeftModel, or carries adapters of another PeftModel's registry.
         """
-        if registry_of(model) is not None:
+        if get_registry(model) is not None:
             raise AlreadyInjectedError(
                 "The model is a PeftModel already. For another adapter of the method it has, call its add_adapter(); "
                 "for another method, or to start over, pass its get_base_model()."
             )
-        self.tree: Tree | None = tree or survey(model)  # for the first injection, None afterwards
+        self.tree: ModuleTree | None = tree or survey_model(model)  # for the first injection, None afterwards
         self.model, self.holder, self.method, self.is_mixed = model, holder, method, method is None
         self.layers, self.wrappers = self.tree.layers, self.tree.wrappers
         self.checkpointing = self.tree.checkpointing  # gradient checkpointing is on
@@ -179,7 +179,7 @@ class Registry:
         if configs is None or isinstance(configs, Configs):
             configs = {}  # no adapter is without a PeftModel
         else:
-            check_foreign(model)
+            check_no_foreign_adapters(model)
         if foreign := sorted({name for part in carriers for name in part.adapters if name not in configs}):
             raise AlreadyInjectedError(
                 f"The model carries adapter(s) {foreign} of another PeftModel, which has them in its registry. For "
@@ -195,7 +195,7 @@ class Registry:
         self.composition: Composition | None = None  # the Average or Parallel that they form
         self.checked: set[JointAdapters] = set()  # adapters that can act together so
         self.states: dict[str, Any] = {}  # state of methods during training, by adapter
-        self.starts: dict[str, Note] = {}  # notes of the values with which adapters began, by adapter
+        self.starts: dict[str, RankNote] = {}  # notes of the values with which adapters began, by adapter
         self.watched: set[str] = set()  # adapters that a watch was made for
         self.trained: set[str] = set()  # adapters that were active in a backward pass
         self.frozen: set[str] = set()  # adapters that never train, and that no save takes unless it is told to
@@ -228,9 +228,9 @@ class Registry:
         if self.shared_tensors.containers:
             yield self.shared_tensors
 
-    def parts_of(self, adapter_name: str) -> Parts:
+    def parts_of(self, adapter_name: str) -> AdapterCarriers:
         """Return the carriers of an adapter."""
-        return Parts(
+        return AdapterCarriers(
             {key: layer for key, layer in self.layers.items() if adapter_name in layer.methods},
             {key: w for key, w in self.wrappers.items() if adapter_name in w.adapters},
             self.shared_tensors if self.shared_tensors.containers else None,
@@ -254,7 +254,7 @@ class Registry:
         adapted = [layer.base_module for layer in self.parts_of(adapter).layers.values()]
         config = self.peft_config[adapter]
         has_biases = getattr(config, "bias", "none") != "none"
-        biases = biases_of(config, self.model, adapted, list(self.wrappers)) if has_biases else []
+        biases = list_trained_biases(config, self.model, adapted, list(self.wrappers)) if has_biases else []
         ids |= {id(bias) for bias in biases} - {id(slot.tensor) for group in slots.values() for slot in group}
         return ((name, p) for name, p in module.named_parameters() if id(p) in ids)
 
@@ -312,7 +312,7 @@ class Registry:
             others=self.find_same_method(config) if method.shares else {},
             tree=tree,  # type: ignore[arg-type]  # None: it makes one
             mixed=self.is_mixed,
-            steps=Steps(self.holder, steps) if steps else None,
+            steps=ReplacedSteps(self.holder, steps) if steps else None,
             options=options,
             keys=None if options.state_dict is None else self._keys_in(options.state_dict, config),
         ).run()
@@ -363,7 +363,7 @@ class Registry:
 
     def _keys_in(self, state_dict: dict[str, Tensor], config: PeftConfig) -> set[str]:
         mark = f".{method_of(config.peft_type).prefix}"
-        return {original(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}
+        return {remove_carrier_names(k.rsplit(mark, 1)[0].replace("_orig_mod.", "")) for k in state_dict if mark in k}
 
     def register_injection(self, adapter_name: str, injection: Injection) -> InjectReport:
         """Register the carriers of a new adapter, and forget those that have no adapter left; return the report.
@@ -416,7 +416,7 @@ class Registry:
         if not config.inference_mode:
             self.check_trainable(adapter_name, config)
         if self.peft_config:
-            check_bias(config)
+            check_second_bias(config)
 
     def check_method(self, adapter_name: str, config: PeftConfig) -> None:
         """Raise ConfigError unless an adapter of this config's method can stand beside the others."""
@@ -684,7 +684,7 @@ class Registry:
         if done:
             self.unmerge_adapter()
         before = [(layer, layer.base_layer, layer.op, store) for layer, store in packed]
-        dtype = find_unpacked_dtype(survey(self.model).owners)
+        dtype = find_unpacked_dtype(survey_model(self.model).owners)
         try:
             for layer, store in packed:
                 plain = store.dense(layer.base_layer, dtype)

@@ -12,8 +12,8 @@ from graft.core.carrier import carrier_of
 from graft.core.containers import slots_of
 from graft.core.layer import AdapterLayer
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.inject.parts import Nests, check_foreign, registry_of, unwrapped
-from graft.inject.survey import survey
+from graft.inject.parts import ParameterLayerPaths, check_no_foreign_adapters, get_registry, unwrap_model
+from graft.inject.survey import survey_model
 
 T = TypeVar("T")
 Irregular = Literal["irregular"]
@@ -58,10 +58,10 @@ def common_value(values: list[T]) -> T | Irregular:
 
 def _layers_by_path(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveWrapper]:
     """Return adapter layers and modules trained whole by path, in the model's order, which is PEFT's."""
-    registry = registry_of(model)
-    tree = survey(model if registry is None else registry.model)
+    registry = get_registry(model)
+    tree = survey_model(model if registry is None else registry.model)
     prefix = "" if registry is None else "model."
-    paths = Nests(tree.layers.values())
+    paths = ParameterLayerPaths(tree.layers.values())
     layers: dict[str, AdapterLayer | ModulesToSaveWrapper] = {}
     for key, module in tree.modules.items():
         carrier: Any = carrier_of(module)
@@ -77,9 +77,9 @@ def _layers_by_path(model: nn.Module) -> dict[str, AdapterLayer | ModulesToSaveW
 
 
 def unwrap_with_layers(model: nn.Module, caller: str) -> nn.Module:
-    model = unwrapped(model)
-    check_foreign(model)
-    if getattr(registry_of(model), "prompt_encoder", None) is not None:
+    model = unwrap_model(model)
+    check_no_foreign_adapters(model)
+    if getattr(get_registry(model), "prompt_encoder", None) is not None:
         raise TypeError(
             f"{caller}() got an invalid PeftModel instance; prompt methods put no adapters on layers: see "
             "model.peft_config and model.prompt_encoder."
@@ -140,7 +140,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """
     model = unwrap_with_layers(model, "get_model_status")
     layers = get_layer_status(model)
-    registry = registry_of(model)
+    registry = get_registry(model)
     wrapped = registry is not None
     base: nn.Module = registry.model if wrapped else model
     configs = getattr(model, "peft_config", None) or {}

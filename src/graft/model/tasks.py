@@ -17,7 +17,7 @@ from graft.config.fields import TASK_HEADS
 from graft.config.hub import fetch_file, select_hub_keywords
 from graft.core.errors import CheckpointError, ConfigError, PeftWarning, shortened, warn
 from graft.inject.beside import add_task_heads
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 from graft.model.peft_model import OF_TASKS, PeftModel
 
 
@@ -142,7 +142,7 @@ def _make_forward(names: str) -> Callable[..., object]:
             if len(args) > len(arguments) or any([name in kwargs for name in positional]):
                 signature.bind(self, *args, **kwargs)  # raises TypeError
             kwargs = positional | kwargs
-        if "task_ids" in kwargs and "task_ids" not in registry_of(self).arguments:
+        if "task_ids" in kwargs and "task_ids" not in get_registry(self).arguments:
             del kwargs["task_ids"]
         passed = {name: value for name, value in kwargs.items() if value is not None or name not in known}
         return self._call_base(self.get_base_model(), (), passed)

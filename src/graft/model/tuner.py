@@ -18,9 +18,9 @@ from graft.core.method import Method
 from graft.core.rows import Run
 from graft.inject.job import Options
 from graft.inject.match import Matcher
-from graft.inject.parts import HOLDER, registry_of, unwrapped
-from graft.inject.steps import Steps
-from graft.inject.survey import Tree, survey
+from graft.inject.parts import HOLDER, get_registry, unwrap_model
+from graft.inject.steps import ReplacedSteps
+from graft.inject.survey import ModuleTree, survey_model
 from graft.methods import METHODS, PROMPTS, method_of
 from graft.model.checkpoints import cast_adapter_dtype, fill_adapter
 from graft.model.registry import Registry
@@ -60,7 +60,7 @@ class Tuner(nn.Module, metaclass=TunerType):
         state_dict: dict[str, Tensor] | None = None,
         *,
         options: Options | None = None,
-        tree: Tree | None = None,
+        tree: ModuleTree | None = None,
     ):
         super().__init__()
         if isinstance(peft_config, dict):
@@ -92,7 +92,7 @@ class Tuner(nn.Module, metaclass=TunerType):
             return getattr(self.model, name)
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        registry = registry_of(self)
+        registry = get_registry(self)
         own_arguments = {name: kwargs.pop(name) for name in registry.arguments if name in kwargs}
         with registry.calling("forward"), registry.enter_methods(Run(args, kwargs, own_arguments)) as finish:
             return finish(self.model(*args, **kwargs))
@@ -113,14 +113,14 @@ class Tuner(nn.Module, metaclass=TunerType):
     ) -> None:
         """Note that the injection under way adapts a module, or a parameter of it, with this config."""
         steps = steps_under_way(self, "_create_and_replace")
-        steps.note(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+        steps.record_call(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
 
     @mark_step
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
     ) -> list[str]:
         """Adapt the parameters that `target_parameters` names; return their paths."""
-        return steps_under_way(self, "_inject_parameters").search(peft_config)[0]
+        return steps_under_way(self, "_inject_parameters").adapt_named_parameters(peft_config)[0]
 
     @staticmethod
     @mark_step
@@ -131,7 +131,7 @@ class Tuner(nn.Module, metaclass=TunerType):
     @mark_step
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Widen an adapter's half-precision tensors to float32, if `autocast_adapter_dtype`."""
-        steps = registry_of(self).steps
+        steps = get_registry(self).steps
         if steps is None:
             cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype)
         else:
@@ -173,27 +173,27 @@ class Tuner(nn.Module, metaclass=TunerType):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        return [key for key, layer in registry_of(self).layers.items() if layer.site.path == key]
+        return [key for key, layer in get_registry(self).layers.items() if layer.site.path == key]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        return [key for key, layer in registry_of(self).layers.items() if layer.site.path != key]
+        return [key for key, layer in get_registry(self).layers.items() if layer.site.path != key]
 
     @property
     def prefix(self) -> str:
         return "" if self._method is None else self._method.prefix
 
 
-def attach_registry(tuner: Tuner, model: nn.Module, tree: Tree | None = None) -> Registry:
+def attach_registry(tuner: Tuner, model: nn.Module, tree: ModuleTree | None = None) -> Registry:
     """Put a tuner around a model, which stays as it is; return the tuner's registry."""
     registry = tuner.__dict__[HOLDER] = tuner._registry_class(model, tuner._method, tree, tuner)
     tuner.model = model
     return registry
 
 
-def find_replaced_steps(model: nn.Module, config: PeftConfig) -> Steps | None:
+def find_replaced_steps(model: nn.Module, config: PeftConfig) -> ReplacedSteps | None:
     """Return the replaced steps that an injection into a model, with or without adapters, would ask; None for none."""
-    method, registry = method_of(config.peft_type), registry_of(unwrapped(model))
+    method, registry = method_of(config.peft_type), get_registry(unwrap_model(model))
     if registry is None:
         tuner = Tuner.__new__(tuner_of(config.peft_type))
         nn.Module.__init__(tuner)
@@ -202,7 +202,7 @@ def find_replaced_steps(model: nn.Module, config: PeftConfig) -> Steps | None:
     steps = [name for name in names_of_replaced(tuner, method) if name != INJECT]
     if steps and registry is None:
         attach_registry(tuner, model)
-    return Steps(tuner, steps) if steps else None
+    return ReplacedSteps(tuner, steps) if steps else None
 
 
 def make_target_test(tuner: Tuner, config: PeftConfig) -> Callable[[str], bool]:
@@ -213,9 +213,9 @@ def make_target_test(tuner: Tuner, config: PeftConfig) -> Callable[[str], bool]:
     return check if is_replaced else lambda path: matcher(path).outcome == "matched"
 
 
-def steps_under_way(tuner: Tuner, step: str) -> Steps:
+def steps_under_way(tuner: Tuner, step: str) -> ReplacedSteps:
     """Return the Steps of the injection under way."""
-    steps: Steps | None = registry_of(tuner).steps
+    steps: ReplacedSteps | None = get_registry(tuner).steps
     if steps is None:
         raise RuntimeError(
             f"{type(tuner).__name__}.{step} makes no layer by itself: called by a replacement of a step, it tells the "
@@ -248,11 +248,11 @@ def as_tuner_method(function: Any) -> Any:
     """Return a function (or property) of a registry as one of the tuner."""
     if isinstance(function, property):
         read: Any = function.fget
-        return property(lambda self: read(registry_of(self)))
+        return property(lambda self: read(get_registry(self)))
 
     @wraps(function)
     def run(self: nn.Module, *args: object, **kwargs: object) -> object:
-        return function(registry_of(self), *args, **kwargs)
+        return function(get_registry(self), *args, **kwargs)
 
     return run
 
@@ -297,7 +297,7 @@ def inject_adapter_in_model(
     if state_dict is not None:
         warn_other_targets(tuner, peft_config, adapter_name)
     model.peft_config = dict(tuner.peft_config)  # type: ignore[assignment]
-    warn_at_first_gradient(registry_of(tuner).carriers(), tuner.peft_config, adapter_name)
+    warn_at_first_gradient(get_registry(tuner).carriers(), tuner.peft_config, adapter_name)
     return model
 
 
@@ -305,9 +305,9 @@ def warn_other_targets(tuner: Tuner, config: PeftConfig, adapter_name: str) -> N
     if getattr(config, "target_modules", None) is None:
         return
     targets = make_target_test(tuner, config)
-    wanted = {k for k in survey(tuner.model).modules if targets(k)}
+    wanted = {k for k in survey_model(tuner.model).modules if targets(k)}
     wanted |= set(method_of(config.peft_type).accompany(config, tuner.model, sorted(wanted)))
-    adapted = set(registry_of(tuner).layers)
+    adapted = set(get_registry(tuner).layers)
     if wanted == adapted:
         return
     text = (

@@ -33,7 +33,7 @@ from graft.core.method import Tuner
 from graft.core.rows import find_tensors
 from graft.core.wrappers import MANAGED
 from graft.inject.beside import ModulesToSaveWrapper
-from graft.io.rendezvous import Note
+from graft.io.rendezvous import RankNote
 from graft.kernels.eager import autocast_dtype
 from graft.model.audit import BROKEN, NONE, ZERO, AuditReport, Part, find_active_parts, find_unsaved, gradient_states
 from graft.storage.flat import is_flat, trains
@@ -263,7 +263,7 @@ def note_start(registry: Tuner, adapter: str) -> None:
     norms = (
         torch.stack([n.to(tensor_norms[0].device) for n in tensor_norms]).tolist() if tensor_norms else []
     )  # of several devices, maybe
-    registry.starts[adapter] = Note(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
+    registry.starts[adapter] = RankNote(str([(tuple(t.shape), t.dtype) for t in tensors]), str(norms))
 
 
 def check_averaged(registry: Tuner) -> None:
@@ -315,7 +315,7 @@ def warn_other_starts(registry: Tuner) -> None:
     """Warn if the processes drew other initial values for an active adapter, which a layout in parts mixes."""
     for adapter in registry.active_adapters:
         note = registry.starts.pop(adapter, None)
-        ranks = [] if note is None else note.others()
+        ranks = [] if note is None else note.list_differing_ranks()
         if ranks:
             warn(
                 f"Adapter '{adapter}' began with other values on rank(s) {ranks} than on this one, and each process "

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from graft import AdapterKeyError, ConfigError, LoraConfig
 from graft.core.errors import some
 from graft.inject.match import Matcher
-from graft.inject.parts import Parts
-from graft.io.files import Loaded
-from graft.io.load import Values
+from graft.inject.parts import AdapterCarriers
+from graft.io.files import LoadedWeights
+from graft.io.load import CheckpointValues
 from graft.kernels.decomposed import row_norms
 from graft.methods.ia3 import is_feedforward
 from graft.methods.lora.sub_configs import CONVERTED
@@ -140,7 +140,7 @@ def _no_slots(name: str, keys: Sequence[str]) -> AdapterKeyError:
 def fitted(
     name: str,
     config: Any,
-    loaded: Loaded,
+    loaded: LoadedWeights,
     layers: dict[str, SlotLayer],
     max_rank: int,
     base: nn.Module,
@@ -155,7 +155,7 @@ def fitted(
         BaseModelMismatchError: it was made for another architecture.
     """
     check_config(name, config, next(iter(layers.values())).has_gains)
-    load = Values(base, config, name, loaded, allow_nonfinite=allow_nonfinite)
+    load = CheckpointValues(base, config, name, loaded, allow_nonfinite=allow_nonfinite)
     found = by_layer(name, load.tensors, config)
     if other := [f"{path}.{leaf}" for path, own in found.items() if path not in layers for leaf in own]:
         raise _no_slots(name, other)
@@ -164,7 +164,7 @@ def fitted(
     lost += [f"{key}.{leaf}" for key, own in found.items() for leaf in leaves(config) if leaf not in own]
     if lost or not found:
         raise AdapterKeyError(f"Adapter '{name}' does not fit: {loaded.path} lacks {some(lost) or 'any tensor of it'}.")
-    load.check_base(Parts({key: layers[key] for key in found}, {}))  # type: ignore[misc]
+    load.check_base(AdapterCarriers({key: layers[key] for key in found}, {}))  # type: ignore[misc]
     make = _scales if leaves(config) == (SCALES,) else _factors
     return {key: make(name, key, own, config, layers[key], max_rank) for key, own in found.items()}
 

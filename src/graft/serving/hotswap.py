@@ -19,14 +19,14 @@ from graft import AdapterKeyError, AdapterLayer, ConfigError, LoraConfig, PeftWa
 from graft.config.hub import HUB_KEYWORDS, warn_unknown
 from graft.core.errors import some, warn
 from graft.core.wrappers import strip_inner_wrappers
-from graft.inject.inject import collector_paused
+from graft.inject.inject import pause_collector
 from graft.inject.match import Matcher
-from graft.inject.parts import Parts, gate_in, gate_of, unwrapped
-from graft.inject.survey import survey
-from graft.io.entries import Entry, entries
-from graft.io.files import Loaded
-from graft.io.load import Values
-from graft.io.save import config_of, parts_of
+from graft.inject.parts import AdapterCarriers, find_gate, get_gate, unwrap_model
+from graft.inject.survey import survey_model
+from graft.io.entries import Entry, list_entries
+from graft.io.files import LoadedWeights
+from graft.io.load import CheckpointValues
+from graft.io.save import find_carriers, get_config
 from graft.methods.lora import LoRA
 from graft.model import checkpoints
 from graft.storage.parallel import find_whole_shape, layout_of, write_all_whole
@@ -96,7 +96,7 @@ def hotswap_adapter_from_state_dict(
         config: the new adapter's, for its scaling and targets.
         parameter_prefix: accepted as in PEFT; names follow from the structure.
     """
-    swap(model, Loaded(dict(state_dict), "the given state dict"), adapter_name, config)
+    swap(model, LoadedWeights(dict(state_dict), "the given state dict"), adapter_name, config)
 
 
 class Change(NamedTuple):
@@ -127,20 +127,22 @@ class Swap:
     wrong: list[str] = field(default_factory=list)
 
 
-def swap(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, **options: object) -> None:
+def swap(model: nn.Module, loaded: LoadedWeights, adapter: str, config: LoraConfig, **options: object) -> None:
     """Check everything, then write."""
-    model = unwrapped(model)
-    gate = gate_of(model)
+    model = unwrap_model(model)
+    gate = get_gate(model)
     with gate.change(f"hotswap_adapter({adapter!r})", (), late=True):
         write = planned(model, loaded, adapter, config, **options)
         with gate.change("hotswap", (adapter,)):
             write()
 
 
-def planned(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, **options: Any) -> Callable[[], None]:
+def planned(
+    model: nn.Module, loaded: LoadedWeights, adapter: str, config: LoraConfig, **options: Any
+) -> Callable[[], None]:
     """Check everything; return the function that writes."""
-    parts, _, base = parts_of(model, adapter)
-    now = config_of(model, adapter)
+    parts, _, base = find_carriers(model, adapter)
+    now = get_config(model, adapter)
     check_compatible(now or config, config)
     merged = [key for key, layer in parts.layers.items() if adapter in layer.merged_adapters]
     if merged:
@@ -148,10 +150,10 @@ def planned(model: nn.Module, loaded: Loaded, adapter: str, config: LoraConfig, 
             f"Cannot hot-swap adapter '{adapter}' because it is currently merged into the base weights. Please unmerge "
             f"the adapter first, with unmerge_adapter(). It is merged on {some(merged, 2)}."
         )
-    load = Values(base, config, adapter, loaded, **options)
-    with collector_paused():
+    load = CheckpointValues(base, config, adapter, loaded, **options)
+    with pause_collector():
         plan = plan_swap(load, parts)
-    load.check_base(Parts(plan.found, {}))
+    load.check_base(AdapterCarriers(plan.found, {}))
     if plan.larger:
         check_growth(plan, adapter, config)
 
@@ -227,7 +229,7 @@ def check_tied(adapter: str, config: LoraConfig, rank: int) -> None:
         )
 
 
-def plan_swap(load: Values, parts: Parts) -> Swap:
+def plan_swap(load: CheckpointValues, parts: AdapterCarriers) -> Swap:
     """Find a value for every tensor of the adapter, and a tensor for every value.
 
     Raises:
@@ -235,9 +237,9 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
     """
     plan, targeted = Swap(), Matcher(load.config)
     prefix = parts.prefix if any(k.startswith("base_model.") for k in load.tensors) else ""
-    load.arrange(parts, prefix)
+    load.arrange_stacks(parts, prefix)
     left = {strip_inner_wrappers(k): v for k, v in load.tensors.items()}
-    for layer, group in groupby(entries(parts, load.adapter, prefix), lambda entry: entry.layer):
+    for layer, group in groupby(list_entries(parts, load.adapter, prefix), lambda entry: entry.layer):
         pairs = [(entry, None if (name := name_in(left, entry)) is None else left.pop(name)) for entry in group]
         absent = [entry for entry, value in pairs if value is None]
         if layer is None or pairs[0][0].container not in RANK_DIM:  # modules to save, token rows
@@ -259,7 +261,7 @@ def plan_swap(load: Values, parts: Parts) -> Swap:
             plan.zeros += [entry.tensor for entry in absent]
             plan.changes.append(Change.of(layer, room, cfg.lora_alpha, cfg.use_rslora, room))
     # a file holds embeddings with the adapters on them
-    base = load.base_tensors(set(left), prefix, parts)[0] if left else {}
+    base = load.find_base_tensors(set(left), prefix, parts)[0] if left else {}
     other = [name for name, p in base.items() if not torch.equal(p, left.pop(name).to(p))]
     plan.wrong += [f"{name} is not what the base model has" for name in other]
     faults = [f"unexpected keys found: {some(sorted(left))[1:-1]}"] if left else []
@@ -378,7 +380,7 @@ def prepare_model_for_compiled_hotswap(
     Raises:
         ConfigError: there is no LoRA adapter, one has a larger rank, or the model is compiled. Nothing has changed.
     """
-    gate_in(model)  # raises for what is no model, or carries adapters of another package
+    find_gate(model)  # raises for what is no model, or carries adapters of another package
     if check_compiled not in ("error", "warn", "ignore"):
         raise ConfigError(
             f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{check_compiled}' instead."
@@ -393,9 +395,9 @@ def prepare_model_for_compiled_hotswap(
             "again. Call the function before compiling the model.",
             PeftWarning,
         )
-    model = unwrapped(model)
+    model = unwrap_model(model)
     on: dict[str, dict[str, AdapterLayer]] = defaultdict(dict)  # layers by adapter
-    for key, layer in survey(model).layers.items():
+    for key, layer in survey_model(model).layers.items():
         for name in (n for n, m in layer.methods.items() if isinstance(m, LoRA)):
             on[name][key] = layer
     if not on:
@@ -406,16 +408,18 @@ def prepare_model_for_compiled_hotswap(
     patterns = {name: list(cfg.rank_pattern or ()) for name, cfg in configs_in(config).items()}
     for name, layers in on.items():
         check_base(next(iter(layers.values())).methods[name].cfg, f"'{name}'")
-    with gate_of(model).change("prepare_model_for_compiled_hotswap()"), torch.inference_mode(False), torch.no_grad():
+    with get_gate(model).change("prepare_model_for_compiled_hotswap()"), torch.inference_mode(False), torch.no_grad():
         if target_rank is not None:
             for name, layers in on.items():
-                check_room(name, layers, target_rank, config_of(model, name))
-            to_grow = [entry for name, layers in on.items() for entry in entries(Parts(layers, {}), name, "")]
+                check_room(name, layers, target_rank, get_config(model, name))
+            to_grow = [
+                entry for name, layers in on.items() for entry in list_entries(AdapterCarriers(layers, {}), name, "")
+            ]
             to_grow = [entry for entry in to_grow if shape_at(entry, target_rank) != entry.tensor.shape]
             grow([(entry, padded(entry, entry.tensor, target_rank), target_rank) for entry in to_grow])
         for name, layers in on.items():
             changes = [prepare(layer, name, target_rank) for layer in layers.values()]
-            if (known := config_of(model, name)) is not None:
+            if (known := get_config(model, name)) is not None:
                 model.peft_config[name] = described(known, changes)
     if target_rank is not None:
         for name, cfg in configs_in(config).items():

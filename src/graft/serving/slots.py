@@ -31,11 +31,11 @@ from graft.core.gate import PATIENCE, Gate
 from graft.core.pieces import check_no_pieces
 from graft.core.rows import BASE, count_copies
 from graft.core.site import Site
-from graft.inject.inject import Injection, attach
-from graft.inject.parts import gate_in, gate_of, registry_of
-from graft.inject.survey import Tree, survey
-from graft.io.files import Loaded
-from graft.io.save import config_of
+from graft.inject.inject import Injection, attach_module
+from graft.inject.parts import find_gate, get_gate, get_registry
+from graft.inject.survey import ModuleTree, survey_model
+from graft.io.files import LoadedWeights
+from graft.io.save import get_config
 from graft.kernels.waits import move_to_devices
 from graft.methods.lora import LoRA
 from graft.model.checkpoints import read_adapter as read_adapter
@@ -156,13 +156,13 @@ class AdapterSlots:
         for slot in range(self.max_adapters, NONE, -1):
             self._free.setdefault(self._rank_of[slot], []).append(slot)
 
-    def _enter(self, model: nn.Module, tree: Tree) -> None:
+    def _enter(self, model: nn.Module, tree: ModuleTree) -> None:
         """Put the layers with slots into a model without adapters."""
         self.model = model
-        self._places = {key: tree.places_of(key) for key in self.layers}
+        self._places = {key: tree.list_places(key) for key in self.layers}
         for key, layer in self.layers.items():
             layer.training = layer.base_layer.training
-            attach(self._places[key], layer)
+            attach_module(self._places[key], layer)
 
     @classmethod
     def of(
@@ -198,7 +198,7 @@ class AdapterSlots:
             if source is not model:
                 still.enter_context(source.alone())
             if model is not None:
-                still.enter_context(gate_of(model).change("AdapterSlots.of()"))
+                still.enter_context(get_gate(model).change("AdapterSlots.of()"))
             configs = {} if model is None else model.peft_config
             names = list(configs) if names is None else [names] if isinstance(names, str) else list(names)
             absent = [name for name in names if name not in configs]
@@ -207,7 +207,7 @@ class AdapterSlots:
                 raise AdapterNotFoundError(
                     f"There is no adapter {some(absent) if absent else 'to serve'}. Known: {there}."
                 )
-            if merged := registry_of(model).merged_adapters:
+            if merged := get_registry(model).merged_adapters:
                 raise ConfigError(f"Adapters {some(merged)} are merged into the base weights: call unmerge_adapter().")
             adapters = {name: (configs[name], get_peft_model_state_dict(model, None, name)) for name in names}
             ranks, targets = [1], dict[str, None]()
@@ -222,7 +222,7 @@ class AdapterSlots:
                     raise CheckpointError(f"Adapter '{name}' does not fit: {some(broken)} are not finite.")
                 ranks += [own[A_].shape[0] for own in found.values() if A_ in own]
                 targets |= dict.fromkeys(found)
-            sites = {key: layer.site for key, layer in registry_of(model).layers.items() if key in targets}
+            sites = {key: layer.site for key, layer in get_registry(model).layers.items() if key in targets}
             check_sites(sites)
             n: Any = len(names) if max_adapters is None else max_adapters
             by_rank = isinstance(n, Mapping)
@@ -232,7 +232,7 @@ class AdapterSlots:
             made, room = cls.__new__(cls), sizes_of(n, max_rank if by_rank else rank)
             made._allocate(sites, room, keep_gathered, dtype, gains, change_timeout)
             base = source.unload() if source is not model else source.unload(keep_modules=False)
-        made._enter(base, survey(getattr(base, "_orig_mod", base)))
+        made._enter(base, survey_model(getattr(base, "_orig_mod", base)))
         for name, (config, tensors) in adapters.items():
             made.load(name, tensors, config=config)
         return made
@@ -273,7 +273,7 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}': keep=False needs a folder to read it from again.")
 
         def read() -> dict[str, SlotFactors]:
-            gate = gate_in(source) if isinstance(source, nn.Module) else None
+            gate = find_gate(source) if isinstance(source, nn.Module) else None
             with nullcontext() if gate is None else gate.call(f"AdapterSlots.load({name!r})"):
                 return self._fit(name, *self._source(name, source, config, adapter, hub), allow_nonfinite)
 
@@ -286,14 +286,14 @@ class AdapterSlots:
 
     def _source(
         self, name: str, source: Any, config: PeftConfig | None, adapter: str, hub: dict[str, Any]
-    ) -> tuple[PeftConfig, Loaded]:
+    ) -> tuple[PeftConfig, LoadedWeights]:
         """Return config and tensors of an adapter."""
         if isinstance(source, nn.Module):
             source = getattr(source, "_orig_mod", source)
-            loaded = Loaded(get_peft_model_state_dict(source, None, adapter), "the model")
-            config = config or config_of(source, adapter)
+            loaded = LoadedWeights(get_peft_model_state_dict(source, None, adapter), "the model")
+            config = config or get_config(source, adapter)
         elif isinstance(source, Mapping):
-            loaded = Loaded(dict(source), "the given state dict")
+            loaded = LoadedWeights(dict(source), "the given state dict")
         else:
             try:
                 config, loaded = read_adapter(source, hub, lambda _: None, config)
@@ -303,7 +303,9 @@ class AdapterSlots:
             raise ConfigError(f"Adapter '{name}' comes without its config, which says its scaling: pass `config`.")
         return config, loaded
 
-    def _fit(self, name: str, config: PeftConfig, loaded: Loaded, allow_nonfinite: bool) -> dict[str, SlotFactors]:
+    def _fit(
+        self, name: str, config: PeftConfig, loaded: LoadedWeights, allow_nonfinite: bool
+    ) -> dict[str, SlotFactors]:
         with torch.inference_mode(False), torch.no_grad():
             return fitted(name, config, loaded, self.layers, self.max_rank, self.model, allow_nonfinite)
 
@@ -636,7 +638,7 @@ class AdapterSlots:
             raise RoutingError("The slots are in use: leave the `using` block first.")
         with self.gate.change("AdapterSlots.remove()"):
             for key, layer in self.layers.items():
-                attach(self._places[key], layer.base_layer)
+                attach_module(self._places[key], layer.base_layer)
             self.layers, self._slots, self._pinned = {}, {}, set()
             self._choice.gathered.clear()
         return self.model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from graft import AuditReport, ConfigError, FineGatesModel, LoraModel, audit
-from graft.inject.parts import registry_of, unwrapped
+from graft.inject.parts import get_registry, unwrap_model
 from graft.methods.finegates import sparsity_loss
 from graft.methods.lora.lora import monteclora_loss
 from graft.model.audit import SECTIONS, find_active_parts
@@ -36,7 +36,7 @@ class Listener:
 
 def allocating(model: nn.Module) -> Any:
     """Return the tuner of a model that allocates; raise ConfigError if it has none."""
-    tuner = getattr(unwrapped(model), "base_model", None)
+    tuner = getattr(unwrap_model(model), "base_model", None)
     if not hasattr(tuner, "update_and_allocate"):
         raise ConfigError(
             f"Nothing in this {type(model).__name__} moves rank from layer to layer: pass the PeftModel with the "
@@ -105,7 +105,7 @@ class AddsLoss:
         if not model.training:
             return found
         kind = type(self)
-        losses = [kind.own(registry_of(m)) for m in model.modules() if isinstance(m, kind.tuner)]
+        losses = [kind.own(get_registry(m)) for m in model.modules() if isinstance(m, kind.tuner)]
         own = sum(losses) / max(1, len(losses)) / summed(self, kwargs)
         return (found[0] + own, found[1]) if return_outputs else found + own
 
@@ -148,8 +148,8 @@ def look(model: nn.Module, optimizer: torch.optim.Optimizer, half: bool, early: 
         early: the look after the first steps. Small updates are no finding yet, those of 0 are; and a layer without
             gradients may belong to an expert without tokens: the model's own watch says so after some passes.
     """
-    model = unwrapped(model)
-    registry = registry_of(model)
+    model = unwrap_model(model)
+    registry = get_registry(model)
     elsewhere = registry is not None and gradients_elsewhere(model, find_active_parts(registry.carriers()))
     report = audit(model, None if elsewhere else optimizer)
     if early:

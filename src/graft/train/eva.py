@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from graft import AdapterLayer, CalibrationError, ConfigError, PeftWarning
 from graft.core.errors import some, warn
 from graft.core.pieces import check_no_pieces
-from graft.inject.inject import attach
-from graft.inject.match import minimal_names
-from graft.inject.parts import registry_of
-from graft.inject.survey import Place, survey
+from graft.inject.inject import attach_module
+from graft.inject.match import minimize_names
+from graft.inject.parts import get_registry
+from graft.inject.survey import Place, survey_model
 from graft.inject.targets import COMPRESS_FROM
 from graft.methods.lora.eva import Components, distribute_ranks
 from graft.model.modes import use_mode
@@ -242,7 +242,7 @@ def apply(registry: Registry, adapter: str, values: dict[str, Tensor]) -> None:
     layers = {key: layer for key, layer in registry.layers.items() if adapter in layer.methods}
     check(adapter, layers, values)
     cfg: Any = registry.peft_config[adapter]
-    tree = survey(registry.model)
+    tree = survey_model(registry.model)
     by_key, missing = {}, []
     for key, layer in layers.items():
         here = cfg.at(key)
@@ -251,7 +251,7 @@ def apply(registry: Registry, adapter: str, values: dict[str, Tensor]) -> None:
         if A is None:
             missing.append(key)
         elif not len(A):
-            take_off(registry, layer, key, adapter, tree.places_of(key))
+            take_off(registry, layer, key, adapter, tree.list_places(key))
             continue
         else:
             alpha *= len(A) / r if cfg.eva_config.adjust_scaling_factors else 1
@@ -259,7 +259,7 @@ def apply(registry: Registry, adapter: str, values: dict[str, Tensor]) -> None:
         begin_anew(layer, adapter, r, alpha, A)
         by_key[key] = (r, alpha)
     others = [key for key in tree.modules if key not in by_key]
-    cfg.target_modules = minimal_names(by_key, others) if len(by_key) >= COMPRESS_FROM else set(by_key)
+    cfg.target_modules = minimize_names(by_key, others) if len(by_key) >= COMPRESS_FROM else set(by_key)
     cfg.rank_pattern = {key: r for key, (r, _) in by_key.items() if r != cfg.r}
     cfg.alpha_pattern = {key: alpha for key, (_, alpha) in by_key.items() if alpha != cfg.lora_alpha}
     if missing:
@@ -310,7 +310,7 @@ def take_off(registry: Registry, layer: AdapterLayer, key: str, adapter: str, pl
     """Take an adapter off a layer, and the layer off its module if it has no other."""
     layer.forget(adapter)
     if not layer.methods:
-        attach(places, layer.base_layer)
+        attach_module(places, layer.base_layer)
         del registry.layers[key]
 
 
@@ -345,7 +345,7 @@ def get_eva_state_dict(
         CalibrationError: no data, batches that are too small, or layers that see nothing of them (named).
         ConfigError: a rank is above the width of a layer's inputs; there is no config.
     """
-    registry = registry_of(model)
+    registry = get_registry(model)
     if registry is not None:
         registry.check_known([adapter_name])
         peft_config = registry.peft_config[adapter_name] if peft_config is None else peft_config
@@ -410,7 +410,7 @@ def initialize_lora_eva_weights(
         ConfigError: the adapter is of another initialisation, several adapters are active, or it is merged.
         CalibrationError: neither data nor a state dict, or one that does not fit. The model is as it was.
     """
-    registry = registry_of(model)
+    registry = get_registry(model)
     if registry is None:
         raise ConfigError("model must be a PeftModel")
     registry.check_known([adapter_name])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graft import AdapterLayer, PeftWarning
 from graft.core.errors import warn
-from graft.inject.parts import unwrapped
+from graft.inject.parts import unwrap_model
 from graft.prompts.base import Prompt
 from graft.storage import holds_codes
 from graft.storage.codes import PACKED, dtype_is_fixed, is_marked
@@ -32,7 +32,7 @@ def infer_device() -> str:
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast frozen parameters to `dtype`, trainable ones to float32; in place. Codes of packed weights, and scales of
     theirs, stay as they are."""
-    scales = {p for m in unwrapped(model).modules() if holds_codes(m) for p in fixed_dtype_parameters(m)}
+    scales = {p for m in unwrap_model(model).modules() if holds_codes(m) for p in fixed_dtype_parameters(m)}
     for p in model.parameters():
         if p.dtype in NUMBERS and p not in scales:
             p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
@@ -142,7 +142,7 @@ def prepare_model_for_kbit_training(
             {"use_reentrant": False}.
         auto_clear_cache: give the memory of the replaced weights back to the device.
     """
-    packed = [m for m in unwrapped(model).modules() if holds_codes(m)]
+    packed = [m for m in unwrap_model(model).modules() if holds_codes(m)]
     widen = not dtype_is_fixed(model)
     narrow = {p for m in packed for p in fixed_dtype_parameters(m)}
     for p in model.parameters():

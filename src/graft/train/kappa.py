@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graft import PeftWarning
 from graft.core.carrier import layer_in
 from graft.core.errors import warn
-from graft.inject.survey import survey
+from graft.inject.survey import survey_model
 from graft.inject.targets import is_linear
 from graft.storage import find_store
 
@@ -44,7 +44,7 @@ class KappaTuneSelector:
         self.modules: dict[str, float] = {}  # κ by name of the layer
         self.parameters: dict[str, float] = {}  # κ by name of the parameter
         unread: list[str] = []
-        modules = survey(model).modules.items()
+        modules = survey_model(model).modules.items()
         for name, module in tqdm(modules, desc="Condition numbers", unit="module", disable=not show_progress):
             W = weight_of(module)
             if W is None:

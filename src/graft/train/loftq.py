@@ -16,7 +16,7 @@ from graft.config.notes import LARGEST
 from graft.config.reading import read_object
 from graft.core.errors import warn
 from graft.core.merging import lift_merged
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 from graft.methods.lora.loftq import decompose
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,7 +43,7 @@ def replace_lora_weights_loftq(
         CheckpointError, FileNotFoundError: the weights are not there, or do not fit. Whatever is raised, the adapter is
             as it was.
     """
-    registry = registry_of(peft_model)
+    registry = get_registry(peft_model)
     if registry is None:
         raise TypeError("The passed model does not appear to be a valid PeftModel")
     registry.check_known([adapter_name])

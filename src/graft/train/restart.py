@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from graft import AdapterLayer, ConfigError, LoraConfig, UnsupportedLayerError, method_of
 from graft.core.folding import delta_of, evaluating
 from graft.core.random import kaiming_bound
-from graft.inject.parts import registry_of, unwrapped
+from graft.inject.parts import get_registry, unwrap_model
 from graft.storage.parallel import layout_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
     """
     if not 0 <= keep <= 1:
         raise ConfigError(f"`keep` must be between 0 and 1, got {keep}.")
-    registry = registry_of(unwrapped(model))
+    registry = get_registry(unwrap_model(model))
     name = adapter_of(registry)
     layers = [layer for layer in registry.layers.values() if name in layer.methods]
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

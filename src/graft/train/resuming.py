@@ -29,13 +29,13 @@ from graft.core.containers import Slot
 from graft.core.errors import some
 from graft.core.random import find_accelerator
 from graft.core.wrappers import strip_inner_wrappers
-from graft.inject.build import put
-from graft.inject.parts import registry_of, unwrapped
+from graft.inject.build import assign_values
+from graft.inject.parts import get_registry, unwrap_model
 from graft.io.check import check_tensors
-from graft.io.fingerprint import check_note as check_fingerprint
-from graft.io.fingerprint import in_common
-from graft.io.rendezvous import Meeting, agreed, exchanged, gathered, rank
-from graft.io.save import base_fingerprint
+from graft.io.fingerprint import check_fingerprint as check_fingerprint
+from graft.io.fingerprint import restrict_to_common
+from graft.io.rendezvous import Meeting, exchange_objects, gather_tensors, get_rank, run_on_all
+from graft.io.save import fingerprint_base
 from graft.storage.parallel import find_master_ids, find_whole_shape, gather_master_values, processes, write_whole
 from graft.train.optimizer_states import OptimizerStates, check_spread, states_of
 from graft.train.state_check import (
@@ -149,7 +149,7 @@ def write_state(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
         write(os.path.join(folder, FILE), NOTE, note, tensors)
 
     if processes() > 1:
-        Meeting(SAVE, f"{folder}, step {note['step']}", range(processes())).by_the_first(act)
+        Meeting(SAVE, f"{folder}, step {note['step']}", range(processes())).run_on_first(act)
     else:
         act()
 
@@ -182,7 +182,7 @@ def resume(
         DistributedError: as of `save_training`. In any case nothing has changed.
     """
     where = os.fspath(folder)
-    note, tensors = agreed(lambda: load(where), f"resume('{where}')")
+    note, tensors = run_on_all(lambda: load(where), f"resume('{where}')")
     return Resume(note, tensors, where, model, optimizer, scheduler, loader, strict).run()
 
 
@@ -221,14 +221,14 @@ def state_of(
     model: nn.Module, optimizer: Optimizer, scheduler: object, loader: object, step: int, extra: dict[str, object]
 ) -> tuple[Json, dict[str, Tensor]]:
     """Return the note and the tensors of a training."""
-    taken = agreed(lambda: Taken(model, optimizer, scheduler, loader, step, extra), SAVE)
+    taken = run_on_all(lambda: Taken(model, optimizer, scheduler, loader, step, extra), SAVE)
     check_same(taken.values)
     return taken.whole()
 
 
 def check_same(values: dict[str, Value]) -> None:
     """Raise DistributedError unless all processes train the same tensors, of which the first's are those to write."""
-    first, *others = exchanged({name: tuple(find_whole_shape(v.tensor)) for name, v in values.items()})
+    first, *others = exchange_objects({name: tuple(find_whole_shape(v.tensor)) for name, v in values.items()})
     for number, other in enumerate(others, 1):
         if differ := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
             raise DistributedError(
@@ -273,7 +273,7 @@ class Taken:
             "schedule": None if scheduler is None else pack(inside(scheduler).state_dict(), tensors, called(scheduler)),
         }
         self.own: dict[str, Tensor] = {}  # of this process alone
-        at = of_rank(rank())
+        at = of_rank(get_rank())
         self.mine = {
             "loader": pack(loader_state(loader), self.own, "The loader", stem=f"{at}own/t"),
             "random": pack({"python": random.getstate(), "numpy": numpy_state()}, self.own, "random"),
@@ -290,12 +290,13 @@ class Taken:
             name = self.names[id(p)]
             where = {k: (f"{self.what}, '{k}' of '{name}'", f"{k}/{name}") for k in state}
             states[name] = {k: pack(v, self.tensors, *where[k]) for k, v in state.items()}
-        self.tensors |= gathered(self.tensors)
+        self.tensors |= gather_tensors(self.tensors)
         together = processes() > 1
         bases = {
-            name: base_fingerprint(unwrapped(self.model), name, together=together) for name in adapters_of(self.model)
+            name: fingerprint_base(unwrap_model(self.model), name, together=together)
+            for name in adapters_of(self.model)
         }
-        everyone = exchanged((self.mine, self.own))
+        everyone = exchange_objects((self.mine, self.own))
         for _, own in everyone:
             self.tensors |= own
         mine = [mine for mine, _ in everyone]
@@ -309,7 +310,7 @@ def of_rank(number: int) -> str:
 
 def adapters_of(model: nn.Module) -> list[str]:
     """Return the names of the adapters that a save takes."""
-    registry = registry_of(unwrapped(model))
+    registry = get_registry(unwrap_model(model))
     if registry is None or not registry.peft_config:
         raise ConfigError(f"The model ({type(model).__name__}) has no adapter: there is no training of one to save.")
     return [name for name in registry.peft_config if name not in registry.frozen]
@@ -322,17 +323,17 @@ def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, 
         ConfigError: a parameter is not the model's, or holds merged adapters; or a method has state that is not in
             tensors.
     """
-    inner, adapters = unwrapped(model), adapters_of(model)
+    inner, adapters = unwrap_model(model), adapters_of(model)
     names: dict[int, str] = {}
     for name, t in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
         names.setdefault(id(t), strip_inner_wrappers(name))
     found: dict[str, Value] = {}
     for adapter in adapters:
-        state = registry_of(inner).states.get(adapter)
+        state = get_registry(inner).states.get(adapter)
         if state is not None and not isinstance(state, bool):
             raise ConfigError(
-                f"Adapter '{adapter}' ({registry_of(inner).peft_config[adapter].peft_type}) allocates while it trains, "
-                "and what it has measured is not in its tensors: such a training cannot be resumed."
+                f"Adapter '{adapter}' ({get_registry(inner).peft_config[adapter].peft_type}) allocates while it "
+                "trains, and what it has measured is not in its tensors: such a training cannot be resumed."
             )
         for place, slot in slots(inner, adapter):
             name = names.get(id(slot.tensor), f"{place}.{adapter}")
@@ -358,7 +359,7 @@ def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, 
 def merged_into(model: nn.Module) -> dict[int, tuple[str, list[str]]]:
     """Return the base's parameters whose values merged adapters have changed: id → layer and adapters."""
     held = dict[int, tuple[str, list[str]]]()
-    for key, layer in registry_of(model).layers.items():
+    for key, layer in get_registry(model).layers.items():
         base, undo = layer.get_base_layer(), layer.state.undo
         tensors = [getattr(base, layer.site.parameter, None)] if undo else []
         tensors += [getattr(base, "bias", None)] if any(bias is not None for _, _, bias in undo) else []
@@ -379,7 +380,7 @@ def peft_model_in(model: object, who: str) -> Any:
     Raises:
         ConfigError: there is none.
     """
-    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    inner = unwrap_model(model) if isinstance(model, nn.Module) else model
     if not hasattr(inner, "save_pretrained"):
         raise ConfigError(f"{who} needs a PeftModel, which get_peft_model makes, got {type(inner).__name__}.")
     return inner
@@ -451,20 +452,20 @@ class Resume:
         self.outer, self.scheduler, self.loader = inside(optimizer), inside(scheduler), loader
         self.tensors = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{VALUE}/")}
         everyone = [note, *note.get("of_ranks", ())]
-        self.mine = everyone[rank()] if rank() < len(everyone) else None
-        stem = f"{of_rank(rank())}{GENERATOR}/"
+        self.mine = everyone[get_rank()] if get_rank() < len(everyone) else None
+        stem = f"{of_rank(get_rank())}{GENERATOR}/"
         self.drawn = {k.removeprefix(stem): t for k, t in tensors.items() if k.startswith(stem)}
         self.report = Resumed(note["step"], note["extra"])
 
     def run(self) -> Resumed:
-        agreed(self.look, self.call)
-        agreed(self.check_base, self.call)
-        agreed(self.check, self.call)
-        with registry_of(unwrapped(self.model)).call.gate.change("resume", None):
+        run_on_all(self.look, self.call)
+        run_on_all(self.check_base, self.call)
+        run_on_all(self.check, self.call)
+        with get_registry(unwrap_model(self.model)).call.gate.change("resume", None):
             with ExitStack() as undo:
                 loader = None if self.mine is None or self.loader is None else self.mine["loader"]
                 schedule = None if "scheduler" in self.report.fresh else self.note["schedule"]
-                agreed(partial(self.load_states, undo, loader, schedule), self.call)
+                run_on_all(partial(self.load_states, undo, loader, schedule), self.call)
                 undo.pop_all()
             self.put_values()
             self.put_optimizer()
@@ -548,10 +549,10 @@ class Resume:
 
     def check_base(self) -> None:
         for adapter, then in self.note["bases"].items():
-            if adapter not in registry_of(unwrapped(self.model)).peft_config:
+            if adapter not in get_registry(unwrap_model(self.model)).peft_config:
                 continue  # its tensors are missing
-            now = base_fingerprint(unwrapped(self.model), adapter, together=processes() > 1)
-            then, now = in_common(then, now) or (then, now)  # other targets show in the names of parameters
+            now = fingerprint_base(unwrap_model(self.model), adapter, together=processes() > 1)
+            then, now = restrict_to_common(then, now) or (then, now)  # other targets show in the names of parameters
             check_base(then, now, f"The training of adapter '{adapter}' in {self.folder}")
 
     def check_values(self) -> None:
@@ -585,7 +586,7 @@ class Resume:
         What the network begins with has the name, and may have the shape, of a prompt that is computed by none.
         """
         found: set[str] = set()
-        registry = registry_of(unwrapped(self.model))
+        registry = get_registry(unwrap_model(self.model))
         for adapter in registry.peft_config:
             prompt = registry.parts_of(adapter).prompt
             named = {self.names[id(p)]: name for name, p in prompt.named_parameters()} if prompt is not None else {}
@@ -658,11 +659,11 @@ class Resume:
     def put_values(self) -> None:
         known = self.tensors.keys() - self.report.fresh
         fits = [(v, self.tensors[n]) for n, v in self.values.items() if n in known]
-        registry = registry_of(unwrapped(self.model))
+        registry = get_registry(unwrap_model(self.model))
         for adapter in registry.peft_config:
             own = [(v, tensor) for v, tensor in fits if v.adapter == adapter]
             if own:
-                put(registry.parts_of(adapter), adapter, own)
+                assign_values(registry.parts_of(adapter), adapter, own)
                 registry.states.pop(adapter, None)
         with torch.no_grad():
             for v, tensor in fits:

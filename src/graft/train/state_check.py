@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graft import CheckpointError, NonFiniteError
 from graft.core.errors import some
-from graft.io.check import fault, nonfinite
+from graft.io.check import describe_fault, find_nonfinite
 from graft.train.state_file import as_read
 
 REMEDY = "Take an earlier checkpoint."
@@ -54,7 +54,9 @@ def is_count(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Return True for a number of Python's, or a tensor of one."""
-    return type(value) in (int, float) or (isinstance(value, Tensor) and value.numel() == 1 and fault(value) is None)
+    return type(value) in (int, float) or (
+        isinstance(value, Tensor) and value.numel() == 1 and describe_fault(value) is None
+    )
 
 
 def has(kind: type, each: type | None = None) -> Callable[[object], bool]:
@@ -186,7 +188,7 @@ def check_moments(
     """
     if not isinstance(state, dict) or not all(type(name) is str for name in state):
         raise CheckpointError(f"{what} is no dict of named values. {REMEDY}")
-    if faults := [name for name, t in state.items() if isinstance(t, Tensor) and fault(t)]:
+    if faults := [name for name, t in state.items() if isinstance(t, Tensor) and describe_fault(t)]:
         raise CheckpointError(f"{what}: {some(faults)} are no plain tensors. {REMEDY}")
     check_finite(state, what)
     if not state or not is_known(optimizer, OWN):
@@ -226,6 +228,6 @@ def needed(kind: str, group: Mapping[str, Any]) -> list[str]:
 def check_finite(values: Mapping[str, object], what: str) -> None:
     """Raise NonFiniteError for tensors and numbers that are NaN or infinite."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    bad = nonfinite(tensors) + [n for n, v in values.items() if type(v) is float and not math.isfinite(v)]
+    bad = find_nonfinite(tensors) + [n for n, v in values.items() if type(v) is float and not math.isfinite(v)]
     if bad:
         raise NonFiniteError(f"{what} holds NaN or infinite numbers in {some(bad, 3)}: training had diverged. {REMEDY}")

@@ -16,10 +16,10 @@ from graft import BaseModelMismatchError, CheckpointError, ConfigError
 from graft.config.reading import Json, parse_json
 from graft.core.containers import Slot
 from graft.core.errors import shortened
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 from graft.io.files import read_safetensors
-from graft.io.fingerprint import Note, difference, same_values
-from graft.io.tensors import copied, write_sealed
+from graft.io.fingerprint import Fingerprint, describe_difference, match_values
+from graft.io.tensors import copy_to_cpu, write_sealed
 
 DEEPEST = 100  # lists and dicts inside each other
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has not
@@ -28,7 +28,7 @@ TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has n
 def write(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -> None:
     """Write tensors, and a note as `pack` makes it, with a digest of both."""
     text = json.dumps(note).encode()
-    on_cpu = copied(tensors)
+    on_cpu = copy_to_cpu(tensors)
     on_cpu[note_name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     write_sealed(path, on_cpu)
 
@@ -54,15 +54,15 @@ def read(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]
 
 def slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Slot]]:
     """Yield all tensors of an adapter, parameters and buffers, by place."""
-    for carrier in registry_of(model).parts_of(adapter).carriers():
+    for carrier in get_registry(model).parts_of(adapter).carriers():
         for slot in carrier.slots(adapter):
             yield f"{carrier.key}.{slot.container}.{slot.path}", slot
 
 
-def check_base(then: Note, now: Note, what: str) -> None:
+def check_base(then: Fingerprint, now: Fingerprint, what: str) -> None:
     """Raise BaseModelMismatchError unless two fingerprints are of one base. what: was trained there, for the error."""
-    why = difference(then, now)
-    if why is None and not same_values(then, now):
+    why = describe_difference(then, now)
+    if why is None and not match_values(then, now):
         why = "its weights have other values"
     if why is not None:
         raise BaseModelMismatchError(f"{what} was on another base: {why}. Resume it on the base that it had.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft import AdapterLayer, CalibrationError, ConfigError, SteeringConfig
-from graft.inject.parts import registry_of
+from graft.inject.parts import get_registry
 from graft.methods.states import Positions
 from graft.model.modes import use_mode
 
@@ -50,7 +50,7 @@ def steering_from(
     """
     if how not in ("mean", "pca"):
         raise ConfigError(f"how={how!r}: 'mean' or 'pca'.")
-    registry = registry_of(model)
+    registry = get_registry(model)
     found_in = {} if registry is None else registry.layers
     layers = {key: layer for key, layer in found_in.items() if adapter_name in layer.methods}
     if not layers or not isinstance(registry.peft_config[adapter_name], SteeringConfig):

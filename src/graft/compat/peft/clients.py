@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graft import PeftWarning
 from graft.core.errors import warn
 from graft.inject import experts
-from graft.inject.survey import survey
+from graft.inject.survey import survey_model
 from graft.methods.adaption_prompt import AdaptionPrompt
 from graft.storage import innermost
 from graft.storage.offload import bring_in
@@ -62,7 +62,7 @@ def convert_peft_config_for_transformers(peft_config: PeftConfig, model: nn.Modu
         conversions: without effect, as graft asks transformers itself.
     """
     if peft_config.peft_type == "LORA" and hasattr(getattr(model, "config", None), "model_type"):
-        experts.convert(peft_config, model, survey(model), None)
+        experts.convert_expert_targets(peft_config, model, survey_model(model), None)
 
 
 # adaption prompts

@@ -21,12 +21,12 @@ from graft.config.fields import EMBEDDING_NAMES
 from graft.config.reading import compile_pattern
 from graft.core.merging import select_unmerged
 from graft.core.names import as_name_list
-from graft.inject.experts import merges, part_of
+from graft.inject.experts import is_merge_of_modules, read_part_name
 from graft.inject.match import Matcher
-from graft.inject.survey import survey
-from graft.inject.targets import ALL_LINEAR, HEAD_NAMES, all_linear, tied_to_embedding
-from graft.io.layouts import Stack, as_here, fits, scaled, stacked
-from graft.io.written import Layout, say
+from graft.inject.survey import survey_model
+from graft.inject.targets import ALL_LINEAR, HEAD_NAMES, find_tied_modules, list_linear_layers
+from graft.io.layouts import StackFactors, can_be_stack_factors, convert_factors, rescale_parts, stack_factors
+from graft.io.written import StackLayout, warn_of_doubts
 from graft.methods import METHODS
 from graft.methods.lora.alora import find_last_occurrence
 from graft.methods.trainable_tokens import input_embedding
@@ -63,7 +63,7 @@ def build_peft_weight_mapping(
     changes += [c for c in weight_conversions or () if isinstance(c, WeightRenaming)]
     if peft_config is not None and peft_config.peft_type == "LORA":
         config = copy.copy(peft_config)  # injection rewrites it to today's names
-        converters = [c for c in conversions if merges(c)]
+        converters = [c for c in conversions if is_merge_of_modules(c)]
         for conversion in converters:
             changes += of_experts(conversion, adapter_name, config, targets_outer(config, converters))
         if peft_config.target_parameters:
@@ -99,7 +99,7 @@ def of_stacks(adapter_name: str, config: LoraConfig) -> list[WeightConverter]:
     """Return what gives the factors of stacks the layout that they have here."""
     from transformers.core_model_loading import WeightConverter
 
-    operation = Arranging(adapter_name, Layout.of(vars(config)))
+    operation = Arranging(adapter_name, StackLayout.from_config(vars(config)))
     names = {name.split(".")[-2] for name in config.target_parameters or () if "." in name}
     both = [
         [f"{name}{within}.lora_{side}.{adapter_name}.weight" for side in "AB"]
@@ -116,7 +116,7 @@ def targets_outer(config: LoraConfig, converters: list[WeightConverter]) -> bool
         return True
     names = {name.rpartition(".")[2] for name in (*modules, *(config.target_parameters or ()))}
     outer = [c for c in converters if c.target_patterns[0].rpartition(".")[2] == OUTER]
-    return bool(names & {OUTER, *(part_of(pattern) for c in outer for pattern in c.source_patterns)})
+    return bool(names & {OUTER, *(read_part_name(pattern) for c in outer for pattern in c.source_patterns)})
 
 
 class Stacking:
@@ -138,8 +138,8 @@ class Stacking:
             paths = [
                 [before + part.replace("*", str(e)) for e in range(len(of))] for part, of in zip(self.parts, tensors)
             ]
-            tensors = scaled(tensors, paths, self.config, layer.methods[self.adapter].cfg)
-        return {target_patterns[0]: stacked(self.side, tensors)}
+            tensors = rescale_parts(tensors, paths, self.config, layer.methods[self.adapter].cfg)
+        return {target_patterns[0]: stack_factors(self.side, tensors)}
 
 
 class Arranging:
@@ -147,7 +147,7 @@ class Arranging:
 
     supports_many_to_many = True
 
-    def __init__(self, adapter: str, layout: Layout):
+    def __init__(self, adapter: str, layout: StackLayout):
         self.adapter, self.layout, self.doubts = adapter, layout, set[str]()
 
     def convert(
@@ -160,13 +160,15 @@ class Arranging:
             if (tensors := input_dict.pop(pattern, None)) is not None
         }
         layer = layer_at(model, full_layer_name)
-        if layer is None or len(found) < 2 or not fits(layer, *found.values()):
+        if layer is None or len(found) < 2 or not can_be_stack_factors(layer, *found.values()):
             return found
         doubts: set[str] = set()
         a, b = target_patterns
-        stack = Stack(layer, a, b, found[a], found[b])
-        factors = as_here([stack], self.layout, doubts)
-        say(doubts - self.doubts, self.layout, f"Adapter '{self.adapter}' (load it by PeftModel.from_pretrained)")
+        stack = StackFactors(layer, a, b, found[a], found[b])
+        factors = convert_factors([stack], self.layout, doubts)
+        warn_of_doubts(
+            doubts - self.doubts, self.layout, f"Adapter '{self.adapter}' (load it by PeftModel.from_pretrained)"
+        )
         self.doubts |= doubts
         return factors
 
@@ -206,14 +208,14 @@ def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) 
     """Replace target_modules="all-linear" by the names of the linear layers."""
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        peft_config.target_modules = all_linear(peft_config, model, survey(model).modules)
+        peft_config.target_modules = list_linear_layers(peft_config, model, survey_model(model).modules)
     return peft_config
 
 
 def _set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
     """Make adapters active on the heads and token rows of a model; where there is none of them, the base's act."""
     names = as_name_list(adapter_name, "_set_adapter")
-    for wrapper in survey(model).wrappers.values():
+    for wrapper in survey_model(model).wrappers.values():
         wrapper.set_adapter([name for name in names if name in wrapper.adapters], inference_mode)
 
 
@@ -237,7 +239,7 @@ def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> 
 
 def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return tied_to_embedding(base, survey(base))[1]
+    return find_tied_modules(base, survey_model(base))[1]
 
 
 # aLoRA

@@ -26,7 +26,7 @@ from graft.files.names import joined, parts_of, split_parts
 from graft.files.neutral import AdapterFile, Kind, LostModule, LowRank, Other
 from graft.files.tensors import Tensor, read_header, rearranged, reshaped, safetensors, tensor, whole_numbers
 from graft.io import seal
-from graft.io.written import MARK, Layout, find_exchanges, say
+from graft.io.written import MARK, StackLayout, find_exchanges, warn_of_doubts
 
 if TYPE_CHECKING:
     from graft.files.formats import Base
@@ -118,7 +118,7 @@ def read(path: str, base: Base | None = None) -> AdapterFile:
     tensors, metadata, noted = weights_in(folder)
     config = dict(config_file.of(noted))
     check_kinds(config, config_file.path)
-    layout = Layout.of(config)
+    layout = StackLayout.from_config(config)
     config.pop(MARK, None)  # B is held as PEFT has it
     method = config.get("peft_type")
     if method not in PREFIXES and method not in PROMPTS:
@@ -180,7 +180,7 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.We
             stamp = notes.read_stamp(f.fileno())
         tensors, metadata = read_header(path)
         if (saved := metadata.get(seal.KEY)) is not None:
-            seal.check(saved, digest_of(tensors), path)
+            seal.check_digest(saved, digest_of(tensors), path)
         return tensors, metadata, notes.WeightsFile(path, metadata.get(notes.CONFIG), stamp)
     path = os.path.join(folder, pair.TORCH)
     if not os.path.isfile(path):
@@ -198,7 +198,7 @@ def weights_in(folder: str) -> tuple[dict[str, Tensor], dict[str, str], notes.We
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Return the digest of a file's tensors, one in memory at a time."""
-    return seal.digest((name, t.dtype, t.shape, t.load) for name, t in tensors.items())
+    return seal.compute_digest((name, t.dtype, t.shape, t.load) for name, t in tensors.items())
 
 
 def split_tensors(out: AdapterFile, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -275,7 +275,12 @@ def take_other(out: AdapterFile, path: str, method: str, tensors: dict[str, Tens
 
 
 def take_lora(
-    out: AdapterFile, raw: str, parts: dict[str, Tensor], every: Mapping[str, object], base: Base | None, layout: Layout
+    out: AdapterFile,
+    raw: str,
+    parts: dict[str, Tensor],
+    every: Mapping[str, object],
+    base: Base | None,
+    layout: StackLayout,
 ) -> None:
     config, path = out.config, clean(raw)
     A, B = parts.pop("lora_A.weight", None), parts.pop("lora_B.weight", None)
@@ -402,7 +407,7 @@ def by_expert(A: Tensor, B: Tensor, n: int, grouped: bool) -> tuple[Tensor, Tens
     return reshaped(A, n, r, fan_in), B
 
 
-def exchange_old_factors(out: AdapterFile, layout: Layout, base: Base | None) -> None:
+def exchange_old_factors(out: AdapterFile, layout: StackLayout, base: Base | None) -> None:
     """Exchange A and B of stacks that a PEFT before 0.19.1 wrote exchanged, in place."""
     stacks = {path: lora for path, lora in out.low_rank.items() if lora.kind == "experts"}
     if not stacks:
@@ -421,7 +426,7 @@ def exchange_old_factors(out: AdapterFile, layout: Layout, base: Base | None) ->
                 B=rearranged(lora.A, lambda v: v.swapaxes(1, 2), n, fan_in, r),
             )  # fmt: skip
             out.config["peft_version"] = FORMAT_VERSION
-    say(doubts, layout, out.path)
+    warn_of_doubts(doubts, layout, out.path)
     if base is None and (guessed := [path for path, verdict in verdicts.items() if all(verdict)]):
         warn(
             f"{out.path} is of PEFT {layout.version}, which had A and B of most stacks of experts in each other's "
@@ -754,7 +759,7 @@ def convert_served(
     from graft import PeftConfig
     from graft.files.pickles import from_torch, to_torch
     from graft.files.skeleton import skeleton
-    from graft.io.servers import arranged
+    from graft.io.servers import convert_server_layout
 
     model = getattr(base, "model", None) or skeleton(base.path)
     if model is None:
@@ -762,5 +767,5 @@ def convert_served(
             f"{what} has experts as servers hold them, and {base.path} is no model that is known here."
         )
     lora_config: Any = PeftConfig.resolve("LORA")(**{k: v for k, v in config.items() if k != "peft_type"})
-    state = arranged({key: to_torch(t) for key, t in tensors.items()}, lora_config, model)
+    state = convert_server_layout({key: to_torch(t) for key, t in tensors.items()}, lora_config, model)
     return {key: from_torch(t, f"'{key}' in {what}") for key, t in state.items()}, lora_config.to_file_dict()

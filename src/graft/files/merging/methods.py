@@ -30,7 +30,7 @@ from graft.files.merging.ties import head_class
 from graft.files.merging.weights import to_file
 from graft.files.neutral import LowRank
 from graft.files.skeleton import nothing, skeleton, weightless
-from graft.inject.survey import survey
+from graft.inject.survey import survey_model
 
 NAME = "default"
 
@@ -97,7 +97,7 @@ def load_layers(job: Job, base: BaseFiles) -> dict[str, AdapterLayer]:
             peft.write(job.adapter, folder, base)
             path = folder
         peft_model = PeftModel.from_pretrained(weightless(model), path, adapter_name=NAME)
-    return survey(peft_model.get_base_model()).layers
+    return survey_model(peft_model.get_base_model()).layers
 
 
 def list_layer_changes(job: Job, path: str, layer: AdapterLayer, m: Method, asked: dict[object, bool]) -> list[Change]:

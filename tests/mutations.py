@@ -198,7 +198,7 @@ MUTATIONS = [
     Mutation(
         "banks: gradients of the step before",
         "many/bank.py",
-        "row.got = [False] * len(row.got)",
+        "row.received = [False] * len(row.received)",
         "pass",
         "tests/many/test_bank.py tests/many/test_flat.py",
     ),
@@ -212,8 +212,8 @@ MUTATIONS = [
     Mutation(
         "banks: the norm of another adapter",
         "many/bank.py",
-        "found.append(shared[key][i])",
-        "found.append(shared[key][0])",
+        "norms.append(shared[key][i])",
+        "norms.append(shared[key][0])",
         "tests/many/test_bank.py tests/many/test_flat.py",
     ),
     Mutation(
@@ -233,7 +233,7 @@ MUTATIONS = [
     Mutation(
         "a run's file has the optimizer's vectors",
         "many/run.py",
-        "nullcontext() if self._flat is None else self._flat.apart()",
+        "nullcontext() if self._flat is None else self._flat.show_parameters()",
         "nullcontext()",
         "tests/many/test_resume.py",
     ),
@@ -247,7 +247,7 @@ MUTATIONS = [
     Mutation(
         "a loader's generator is everyone's",
         "many/draws.py",
-        "for generator, state in zip(self.lent, self.lent_states):",
+        "for generator, state in zip(self.loader_generators, self.loader_states):",
         "for generator, state in ():",
         "tests/many/test_resume.py",
     ),

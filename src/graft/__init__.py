@@ -66,7 +66,7 @@ _NAMES: dict[str, str] = {
         "graft.io.save": "get_peft_model_state_dict",
         "graft.serving.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
         "graft.train.calibration": "preprocess_corda preprocess_loraga preprocess_lorasb preprocess_sdt",
-        "graft.train.steering": "steering_from",
+        "graft.train.steering": "set_steering_vectors",
         "graft.train.eva": "get_eva_state_dict initialize_lora_eva_weights",
         "graft.train.loftq": "replace_lora_weights_loftq",
         "graft.train.helpers": "cast_mixed_precision_params prepare_model_for_kbit_training",

@@ -188,7 +188,7 @@ from graft.train.loftq import replace_lora_weights_loftq as replace_lora_weights
 from graft.train.resuming import Resumed as Resumed
 from graft.train.resuming import resume as resume
 from graft.train.resuming import save_training as save_training
-from graft.train.steering import steering_from as steering_from
+from graft.train.steering import set_steering_vectors as set_steering_vectors
 
 __version__: str
 
@@ -539,9 +539,9 @@ __all__ = [
     "save_training",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "set_steering_vectors",
     "shift_tokens_right",
     "split",
-    "steering_from",
     "suggest_lr",
     "sweep",
     "truncate_lora",

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import graft
 from graft.core.errors import CheckpointError, ConfigError, DistributedError
 from graft.train import resuming
-from graft.train.state_file import write
+from graft.train.state_file import write_state_file
 from tests.distributed import recipes
 from tests.distributed.layouts import LAYOUTS, Wrapped, mean
 from tests.distributed.methods import CONFIGS, STEPS, base, batch, with_method
@@ -502,7 +502,7 @@ def goes_on(layout: str, folder: str) -> None:
         tensors = load_file(f"{place}/{resuming.FILE}")
         note = json.loads(tensors.pop(resuming.NOTE).numpy().tobytes())
         note |= {"processes": 3, "of_ranks": note["of_ranks"] * 2}
-        write(f"{more}/{resuming.FILE}", resuming.NOTE, note, tensors)
+        write_state_file(f"{more}/{resuming.FILE}", resuming.NOTE, note, tensors)
     dist.barrier()
     with pytest.raises(ConfigError, match="3 processes trained it, and here are 2"):
         graft.resume(more, peft, *parts)

@@ -22,7 +22,7 @@ from tests.golden.cases import HERE
 pytestmark = pytest.mark.graft_only
 TABLE, SOURCE = HERE / "fields.txt", Path(graft.__file__).parent
 TO_DICT = ("asdict", "astuple", "vars", "_asdict")
-LISTED = ("graft.many.run:Point", "graft.many.run:Valid")  # run files and tables have them as lists
+LISTED = ("graft.many.run:StepRecord", "graft.many.run:ValidationRecord")  # run files and tables have them as lists
 
 
 def calls(tree):

@@ -32,7 +32,7 @@ def kill_in_the_last_save(runs: int) -> None:
 def main(folder: str, at: int, names: list[str]) -> None:
     torch.set_num_threads(1)
     base = tiny()
-    runs = MultiTrain.resume(base, folder) if run_file.folders_in(folder) else MultiTrain(base)
+    runs = MultiTrain.resume(base, folder) if run_file.list_runs(folder) else MultiTrain(base)
     for name in names:
         runs.add(name, SPECS[name].config, **SPECS[name].options(STEPS))
     for step in runs:

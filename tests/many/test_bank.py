@@ -34,7 +34,7 @@ def test_parameters_keep_names_and_values():
     inside = {bank.values.untyped_storage().data_ptr()}
     assert {p.untyped_storage().data_ptr() for row in banks.rows.values() for p in row.parameters} == inside
     assert all((p.data_ptr() - bank.values.data_ptr()) % 64 == 0 for p in banks.rows["v"].parameters)
-    banks.release()
+    banks.separate_memory()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert {p.untyped_storage().data_ptr() for row in banks.rows.values() for p in row.parameters}.isdisjoint(inside)
 
@@ -53,20 +53,24 @@ def test_what_follows_what():
 def test_gradients_come_from_stacks_and_from_parameters():
     model = model_with(RUNS)
     banks = banks_of(model, RUNS)
-    banks.begin("uv")
+    banks.drop_gradients("uv")
     first, second = (banks.rows["u"].parameters[k] for k in (0, 1))
     (banks.stack(first, 2).sum() + 2 * first.sum() + 3 * second.sum()).backward()
-    banks.gather("uv")
+    banks.collect_gradients("uv")
     u, v = banks.rows["u"], banks.rows["v"]
     assert u.gradients[0].unique().tolist() == [3] and u.gradients[1].unique().tolist() == [3]
-    assert v.gradients[0].unique().tolist() == [1] and (sum(u.got), sum(v.got), u.whole) == (2, 1, False)
+    assert v.gradients[0].unique().tolist() == [1] and (sum(u.received), sum(v.received), u.is_complete) == (
+        2,
+        1,
+        False,
+    )
     assert first.grad is None
-    kept = u.take()
-    banks.begin("uv")
+    kept = u.copy_gradients()
+    banks.drop_gradients("uv")
     first.sum().backward()
-    banks.gather("uv")
-    u.add(kept)
-    assert [u.gradients[k].unique().tolist() for k in (0, 1)] == [[4], [3]] and sum(u.got) == 2
+    banks.collect_gradients("uv")
+    u.add_gradients(kept)
+    assert [u.gradients[k].unique().tolist() for k in (0, 1)] == [[4], [3]] and sum(u.received) == 2
 
 
 def test_norms_have_the_bits_of_torch():
@@ -75,9 +79,9 @@ def test_norms_have_the_bits_of_torch():
     with seeded(1):
         for row in banks.rows.values():
             row.gradient.normal_()
-            row.got = [True] * len(row.got)
-    expected = [get_total_norm([row.gradients[i] for i in row.order]) for row in banks.rows.values()]
-    assert all(map(torch.equal, banks.norms("uvw"), expected))
+            row.received = [True] * len(row.received)
+    expected = [get_total_norm([row.gradients[i] for i in row.model_order]) for row in banks.rows.values()]
+    assert all(map(torch.equal, banks.compute_norms("uvw"), expected))
 
 
 def other_shapes(model):
@@ -126,6 +130,6 @@ def hook(p):
 @pytest.mark.parametrize("change", [freeze, move, hook])
 def test_changes_from_elsewhere_are_seen(change):
     banks = banks_of(model_with(RUNS), RUNS)
-    assert banks.stand()
+    assert banks.is_intact()
     change(banks.rows["v"].parameters[3])
-    assert not banks.stand()
+    assert not banks.is_intact()

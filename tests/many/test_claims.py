@@ -83,7 +83,7 @@ def held(folder, *names):
     """Return which of these another process cannot have."""
 
     def taken(name):
-        return in_child(lambda: Claims().take(str(folder), [name])) != 0
+        return in_child(lambda: Claims().claim(str(folder), [name])) != 0
 
     return [name for name in names if taken(name)]
 
@@ -133,18 +133,18 @@ def test_who_lets_go(tmp_path):
 
 def test_all_names_or_none(tmp_path):
     one, other = Claims(), Claims()
-    one.take(str(tmp_path), ["b"])
+    one.claim(str(tmp_path), ["b"])
     with pytest.raises(FolderInUseError, match="'b'"):
-        other.take(str(tmp_path), ["a", "b"], alone=True)
+        other.claim(str(tmp_path), ["a", "b"], alone=True)
     assert held(tmp_path, "a", "b") == ["b"]
 
 
 def test_a_copy_of_the_process_holds_nothing(tmp_path):
     """As the workers of a loader, which may end before their parent or after it."""
     claims = Claims()
-    claims.take(str(tmp_path), ["a"])
+    claims.claim(str(tmp_path), ["a"])
     assert in_child(claims.release) == 0 and held(tmp_path, "a") == ["a"]
-    assert in_child(lambda: claims.take(str(tmp_path), ["a"])) != 0
+    assert in_child(lambda: claims.claim(str(tmp_path), ["a"])) != 0
     child = start(signal.pause)
     try:
         claims.release()
@@ -162,8 +162,8 @@ def test_where_nobody_can_write_there_is_nothing_to_claim(tmp_path, monkeypatch,
     one, other = Claims(), Claims()
     with monkeypatch.context() as context:
         context.setattr(Path, "mkdir", refuse)
-        one.take(str(tmp_path), ["a"])
-    other.take(str(tmp_path), ["a"], alone=True)
+        one.claim(str(tmp_path), ["a"])
+    other.claim(str(tmp_path), ["a"], alone=True)
     assert held(tmp_path, "a") == ["a"]
 
 

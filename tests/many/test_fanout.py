@@ -169,7 +169,7 @@ def test_rows_that_a_model_picks_by_its_input(base, key):
             if name in names:
                 options = dict(valid=VALID, every=2, seed=i, optimizer=partial(torch.optim.AdamW, lr=RUNS[name][1]))
                 run = runs.add(name, lora(r=4, **TOP), data=batches(3), loss=of_key, **options)
-                run.judge = of_key
+                run.validation_loss = of_key
         return runs.run()
 
     def of_key(output, batch):

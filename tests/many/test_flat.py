@@ -9,7 +9,7 @@ from torch import nn, optim
 
 from graft.many import MultiTrain
 from graft.many.bank import Banks
-from graft.many.flat import ELEMENTWISE, Flat, in_order, may_flatten
+from graft.many.flat import ELEMENTWISE, FlatParameters, can_flatten, order_by_group
 from tests.many.alone import BITS, SPECS, Spec, alone, as_alone, lora, tiny
 from tests.models import seeded
 
@@ -40,9 +40,9 @@ def made(kind, options, parameters):
 
 
 def flat(optimizer, parameters):
-    assert may_flatten(optimizer, parameters)
-    row = Banks({"u": (in_order(optimizer, parameters), parameters)}, ()).rows["u"]
-    found = Flat.of(optimizer, row)
+    assert can_flatten(optimizer, parameters)
+    row = Banks({"u": (order_by_group(optimizer, parameters), parameters)}, ()).rows["u"]
+    found = FlatParameters.try_flatten(optimizer, row)
     assert found is not None and [len(g["params"]) for g in optimizer.param_groups] == [1, 1]
     return found, dict(zip(map(id, row.parameters), row.gradients))
 
@@ -72,12 +72,12 @@ def test_a_vector_has_the_bits_of_its_tensors(kind, options):
         step(other, together, grads, into)
         assert all(map(torch.equal, apart, together)), t
         if t == 2:
-            with vector.apart():
+            with vector.show_parameters():
                 held = other.state_dict()
             torch.testing.assert_close(held, one.state_dict(), rtol=0, atol=0)
-            vector.split()
+            vector.restore_parameters()
             other.load_state_dict(held)
-    vector.split()
+    vector.restore_parameters()
     step(one, apart, grads)
     step(other, together, grads)
     assert all(map(torch.equal, apart, together)), "again by tensor"
@@ -85,7 +85,7 @@ def test_a_vector_has_the_bits_of_its_tensors(kind, options):
 
 def test_a_fused_kernel_gets_whole_vectors():
     parameters = tensors()
-    assert not may_flatten(optim.AdamW(parameters, fused=True), parameters)
+    assert not can_flatten(optim.AdamW(parameters, fused=True), parameters)
 
 
 def test_tensors_that_have_made_other_numbers_of_steps_stay_apart():
@@ -93,22 +93,22 @@ def test_tensors_that_have_made_other_numbers_of_steps_stay_apart():
     optimizer = made(optim.AdamW, {}, parameters)
     parameters[0].grad = torch.ones(SHAPES[0])
     optimizer.step()
-    row = Banks({"u": (in_order(optimizer, parameters), parameters)}, ()).rows["u"]
-    assert Flat.of(optimizer, row) is None
+    row = Banks({"u": (order_by_group(optimizer, parameters), parameters)}, ()).rows["u"]
+    assert FlatParameters.try_flatten(optimizer, row) is None
     assert optimizer.param_groups[0]["params"] == parameters[::2] and optimizer.state[parameters[0]]["step"] == 1
 
 
 @pytest.mark.parametrize("kind", [optim.Adafactor, type("Mine", (optim.SGD,), {})])
 def test_optimizers_that_may_see_shapes_stay_apart(kind):
     parameters = tensors()
-    assert not may_flatten(kind(parameters, lr=0.1), parameters)
+    assert not can_flatten(kind(parameters, lr=0.1), parameters)
 
 
 def test_steps_that_somebody_watches_stay_apart():
     parameters = tensors()
     optimizer = optim.SGD(parameters, lr=0.1)
     optimizer.register_step_post_hook(lambda *_: None)
-    assert not may_flatten(optimizer, parameters)
+    assert not can_flatten(optimizer, parameters)
 
 
 def test_a_hook_that_comes_later_sees_the_gradients_of_tensors():

@@ -62,7 +62,7 @@ def undisturbed():
 def go_on(runs, error=Broken):
     """Run to the end; return how often an error has stopped it."""
     stopped = 0
-    while any(run.goes_on for run in runs.all()):
+    while any(run.joins_next_round for run in runs.list_runs()):
         try:
             runs.run()
         except error:
@@ -409,7 +409,7 @@ def test_the_last_look_is_at_the_end():
     runs.add("stop", lora(), data=batches(3), valid=valid, every=2, stop=lambda run: run.step == 3, steps=9)
     runs.add("both", lora(), data=batches(4), valid=valid, every=2)
     runs.run()
-    assert {run.name: [look.step for look in run.valid] for run in runs.all()} == {
+    assert {run.name: [look.step for look in run.valid] for run in runs.list_runs()} == {
         "data": [3], "stop": [2, 3], "both": [2, 4],
     }  # fmt: skip
 
@@ -506,7 +506,7 @@ def test_a_round_of_bad_batches_raises_and_leaves_all_where_they_were():
         assert [(run.state, run.step, run.loader.taken) for run in (one, two)] == [("running", 2, 2)] * 2
     runs.remove("y")
     one.loader.data[2] = batches(6)[2]
-    one.loader.stand(0, 2, one.loader.began, one.draws.states)  # else it has the batch that it took
+    one.loader.set_position(0, 2, one.loader.began, one.draws.states)  # else it has the batch that it took
     assert runs.run()["x"].step == 6
 
 
@@ -522,12 +522,12 @@ def test_what_no_batch_raises_alone_is_told(monkeypatch):
         return forward(self, input_ids, **inputs)
 
     monkeypatch.setattr(type(runs.base), "forward", few)
-    runs._arguments = runs._arguments.of(tiny())
+    runs._arguments = runs._arguments.read_signature(tiny())
     with pytest.warns(
         graft.PeftWarning, match=r"A pass of \['plain', .*too many rows.*, and none of them does so alone"
     ):
         runs.step()
-    assert [run.state for run in runs.all()] == ["running"] * 3
+    assert [run.state for run in runs.list_runs()] == ["running"] * 3
 
 
 def raises(*_):

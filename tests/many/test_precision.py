@@ -54,7 +54,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_in_bfloat16_each_is_close_to_alone(seed, monkeypatch):
     both = changes(seed, torch.bfloat16, *CONFIGS)
     apart = {name: changes(seed, torch.bfloat16, name)[name] for name in CONFIGS}
-    joined = runs.joined
+    joined = runs.join_batches
 
     def swap(parts, arguments):
         given, cut = joined(parts, arguments)
@@ -62,7 +62,7 @@ def test_in_bfloat16_each_is_close_to_alone(seed, monkeypatch):
             given["input_ids"] = given["input_ids"][[0, 1, 2, 4, 3, 5, 6, 7]]
         return given, cut
 
-    monkeypatch.setattr(runs, "joined", swap)
+    monkeypatch.setattr(runs, "join_batches", swap)
     wrong = changes(seed, torch.bfloat16, *CONFIGS)
     for name in CONFIGS:
         exact = changes(seed, torch.float32, name)[name]

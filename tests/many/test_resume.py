@@ -41,7 +41,7 @@ def test_killed_and_resumed_in_other_company(tmp_path):
     """Killed in the middle of a save; then resumed by another process with others, and finished here alone."""
     folder = tmp_path / "runs"
     assert child(folder, 5, "plain", "gathers", "timed").returncode == -9
-    steps = {name: run_file.load(name, str(folder))["step"] for name in ("plain", "gathers", "timed")}
+    steps = {name: run_file.load_run(name, str(folder))["step"] for name in ("plain", "gathers", "timed")}
     assert steps == {"plain": 5, "gathers": 1, "timed": 4}  # the last file was not renamed
     assert child(folder, 3, "gathers", "wide").returncode == -9
     for name in ("plain", "gathers", "timed", "wide"):
@@ -86,7 +86,7 @@ def test_the_position_of_a_loader(tmp_path, make, at):
             if step_at is not None:
                 runs.save(tmp_path)
                 runs, data = MultiTrain.resume(tiny(), tmp_path), make()
-        found.append([(run.curve, [p.detach() for p in run.parameters]) for run in runs.all()])
+        found.append([(run.curve, [p.detach() for p in run.parameters]) for run in runs.list_runs()])
     for (curve, values), (again, theirs) in zip(*found):
         assert curve == again and len(curve) == 8 and same(values, theirs)
 
@@ -100,7 +100,7 @@ def test_two_share_a_loaders_generator_and_each_has_it_alone():
     wanted, alone = [], made()
     for _ in range(3):
         wanted += [batch["input_ids"] for batch in alone]
-    found = [[loader.next()["input_ids"] for loader in two] for _ in wanted]
+    found = [[loader.next_batch()["input_ids"] for loader in two] for _ in wanted]
     assert all(torch.equal(batch, want) for pair, want in zip(found, wanted, strict=True) for batch in pair)
 
 
@@ -134,7 +134,7 @@ def test_a_look_and_a_stop_that_are_still_to_come(tmp_path):
 
     runs = added(MultiTrain(tiny()), save=lambda run: run.step == 2 and runs.save(tmp_path / "in a stop"))
     runs.run()
-    wanted = [(run.step, run.state, run.valid) for run in runs.all()]
+    wanted = [(run.step, run.state, run.valid) for run in runs.list_runs()]
     assert [(step, len(valid)) for step, _, valid in wanted] == [(3, 0), (3, 1), (2, 0)]
     runs = added(MultiTrain(tiny()), valid=Lost([0]))
     with pytest.raises(OSError, match="lost"):
@@ -142,7 +142,7 @@ def test_a_look_and_a_stop_that_are_still_to_come(tmp_path):
     runs.save(tmp_path / "after an error")
     for folder in tmp_path.iterdir():
         runs = added(MultiTrain.resume(tiny(), folder)).run()
-        assert [(run.step, run.state, run.valid) for run in runs.all()] == wanted, folder
+        assert [(run.step, run.state, run.valid) for run in runs.list_runs()] == wanted, folder
 
 
 def test_a_failed_run_stays_failed(tmp_path):
@@ -259,7 +259,7 @@ def test_a_disk_that_is_full_leaves_the_old_files(saved):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [run_file.FILE]
     runs.save(saved)
-    assert run_file.load("plain", str(saved))["step"] == run.step == 2
+    assert run_file.load_run("plain", str(saved))["step"] == run.step == 2
 
 
 def test_another_base(saved):
@@ -421,7 +421,7 @@ def test_state_that_is_no_data(tmp_path):
     runs.add("x", lora(), data=batches(2), optimizer=partial(Odd, lr=0.1))
     with pytest.raises(ConfigError, match="Run 'x', 'optimizer', 'odd': object cannot be written"):
         runs.save(tmp_path)
-    assert run_file.folders_in(tmp_path) == []
+    assert run_file.list_runs(tmp_path) == []
 
 
 @pytest.mark.parametrize("value", [

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import graft
 from graft.core.errors import AdapterNameError, AdapterNotFoundError, ConfigError, NoMatchingPeftModuleError
 from graft.many import MultiTrain
-from graft.many.joint import Arguments, Part, groups, joined
+from graft.many.joint import ForwardArguments, RunBatch, divide_passes, join_batches
 from tests import models
 from tests.many.alone import BITS, SPECS, Spec, alone, as_alone, batches, lora, same, tiny
 
@@ -63,25 +63,31 @@ def test_each_has_the_loss_that_its_adapter_adds():
 
 
 def test_which_batches_share_a_pass():
-    arguments = {exact: Arguments.of(tiny(), exact) for exact in (True, False)}
-    parts = [Part(name, next(iter(spec.data()))) for name, spec in SPECS.items()]
-    found = {exact: [{p.name for p in group} for group in groups(parts, a, 4096)] for exact, a in arguments.items()}
+    arguments = {exact: ForwardArguments.read_signature(tiny(), exact) for exact in (True, False)}
+    parts = [RunBatch(name, next(iter(spec.data()))) for name, spec in SPECS.items()]
+    found = {
+        exact: [{p.name for p in group} for group in divide_passes(parts, a, 4096)] for exact, a in arguments.items()
+    }
     assert found[True] == [{"plain", "wide", "gathers", "timed", "drops"}, {"long"}, {"masked", "too"}]
     assert found[False] == [{*SPECS}]
-    assert [len(group) for group in groups(parts, arguments[False], 4 * 12 * 3)] == [3, 3, 2]
+    assert [len(group) for group in divide_passes(parts, arguments[False], 4 * 12 * 3)] == [3, 3, 2]
 
 
 def test_batches_are_grouped_without_a_look_at_values_on_a_device():
     def part(name, masked):
         batch = {"input_ids": torch.zeros(2, 6, dtype=torch.long), "logits_to_keep": torch.tensor(3)}
         batch |= {"attention_mask": torch.ones(2, 6)} if masked else {}
-        return Part(name, {k: v.to("meta") for k, v in batch.items()})  # whose values nobody can read
+        return RunBatch(name, {k: v.to("meta") for k, v in batch.items()})  # whose values nobody can read
 
     own = [part("u", True), part("v", True), part("w", False)]
     for other in own:
         del other.batch["logits_to_keep"]
     own.append(part("x", True))
-    assert [[p.name for p in group] for group in groups(own, Arguments.of(tiny()), 4096)] == [["u", "v"], ["w"], ["x"]]
+    assert [[p.name for p in group] for group in divide_passes(own, ForwardArguments.read_signature(tiny()), 4096)] == [
+        ["u", "v"],
+        ["w"],
+        ["x"],
+    ]
 
 
 class Seeing(nn.Module):
@@ -92,11 +98,12 @@ class Seeing(nn.Module):
 def test_the_mask_of_a_batch_without_one_is_of_its_tokens():
     """Where others of the pass have one; pictures may stand before the tokens."""
     pixels, ids = torch.zeros(2, 3, 8, 8), torch.ones(2, 5, dtype=torch.int64)
-    own = [Part("u", {"pixel_values": pixels, "input_ids": ids}),
-           Part("v", {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)})]  # fmt: skip
-    arguments = Arguments.of(Seeing())
-    assert groups(own, arguments, 4096) == [own]
-    batch, cut = joined(own, arguments)
+    own = [RunBatch("u", {"pixel_values": pixels, "input_ids": ids}),
+           RunBatch("v", {"pixel_values": pixels, "input_ids": ids,
+                           "attention_mask": torch.ones_like(ids)})]  # fmt: skip
+    arguments = ForwardArguments.read_signature(Seeing())
+    assert divide_passes(own, arguments, 4096) == [own]
+    batch, cut = join_batches(own, arguments)
     assert batch["attention_mask"].shape == (4, 5) and cut.lengths == [5, 5]
 
 
@@ -119,7 +126,7 @@ def test_arguments_that_are_no_tensors_stay_with_their_batch(scales):
         for name in company:
             data = [{"x": x, "scales": scales({"one": 1.0, "two": 5.0}[name])}]
             runs.add(name, lora(target_modules=["lin"]), data=data, loss=lambda output, batch: output.square().mean())
-        found.append({run.name: run.curve for run in runs.run().all()})
+        found.append({run.name: run.curve for run in runs.run().list_runs()})
     assert found[2] == found[0] | found[1]
 
 
@@ -349,8 +356,8 @@ def test_packed_rows(exact):
     runs = MultiTrain(tiny(), exact=exact)
     for i, (name, own) in enumerate(data.items()):
         runs.add(name, lora(r=4), data=own, optimizer=partial(torch.optim.AdamW, lr=1e-2), seed=i)
-    parts = [Part(name, own[0]) for name, own in data.items()]
-    shared = [[part.name for part in group] for group in groups(parts, runs.arguments, 4096)]
+    parts = [RunBatch(name, own[0]) for name, own in data.items()]
+    shared = [[part.name for part in group] for group in divide_passes(parts, runs.arguments, 4096)]
     assert shared == [["two", "more"], ["long"], ["one"]]
     runs.run()
     for i, (name, own) in enumerate(data.items()):
@@ -589,7 +596,7 @@ def test_two_threads():
         return runs.evaluate(["a1"], data)["a1"] < 0
 
     runs.add("a1", lora(), data=data, loss=loss, steps=2, stop=stop)
-    runs["a1"].judge = lambda output, batch: output.logits.square().mean()
+    runs["a1"].validation_loss = lambda output, batch: output.logits.square().mean()
     runs.run()
     assert runs["a1"].step == 2
 
@@ -671,7 +678,7 @@ def test_the_table_says_how_runs_stand():
 
     runs = together({"plain": SPECS["plain"]}, 3)
     console, now = Console(record=True, width=120, file=StringIO()), [0.0]
-    with Progress(runs.all, console, lambda: now[0]) as shown:
+    with Progress(runs.list_runs, console, lambda: now[0]) as shown:
         shown.update()
         assert console.export_text(clear=False) == ""
         now[0] = 31.0

@@ -37,19 +37,22 @@ def swept(folder=None, space=SPACE, model=None, **options):
 
 
 def test_settings():
-    assert search.settings_in({"r": [2, 4], "lr": [1.0]}, "grid", None, 0) == [{"r": 2, "lr": 1.0}, {"r": 4, "lr": 1.0}]
-    found = search.settings_in({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 0)
+    assert search.list_settings({"r": [2, 4], "lr": [1.0]}, "grid", None, 0) == [
+        {"r": 2, "lr": 1.0},
+        {"r": 4, "lr": 1.0},
+    ]
+    found = search.list_settings({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 0)
     assert len(found) == 200 and {s["r"] for s in found} == {2, 4, 8}
     logs = [math.log10(s["lr"]) for s in found]
     assert min(logs) > -5 and max(logs) < -1 and abs(sum(logs) / 200 + 3) < 0.3
-    assert found == search.settings_in({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 0)
-    assert found != search.settings_in({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 1)
+    assert found == search.list_settings({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 0)
+    assert found != search.list_settings({"r": [2, 4, 8], "lr": (1e-5, 1e-1)}, "random", 200, 1)
 
 
 def test_a_range_of_ints_has_whole_numbers():
-    found = [s["r"] for s in search.settings_in({"r": (2, 5)}, "random", 4, 0)]
+    found = [s["r"] for s in search.list_settings({"r": (2, 5)}, "random", 4, 0)]
     assert sorted(found) == [2, 3, 4, 5] and all(type(r) is int for r in found)
-    assert type(search.settings_in({"lr": (1, 5.0)}, "random", 1, 0)[0]["lr"]) is float
+    assert type(search.list_settings({"lr": (1, 5.0)}, "random", 1, 0)[0]["lr"]) is float
 
 
 @pytest.mark.parametrize("given, text", [
@@ -64,19 +67,19 @@ def test_a_range_of_ints_has_whole_numbers():
 ])  # fmt: skip
 def test_no_settings(given, text):
     with pytest.raises(ConfigError, match=text):
-        search.settings_in(*given)
+        search.list_settings(*given)
 
 
 def test_budgets():
-    assert search.budgets(96, 1 / 4, 3) == [6, 24, 96] and search.budgets(10, 1.0, 5) == [10]
+    assert search.compute_rungs(96, 1 / 4, 3) == [6, 24, 96] and search.compute_rungs(10, 1.0, 5) == [10]
     for wrong in ((3, 1 / 4, 3), (10, 0.0, 2), (10, 0.5, 0)):
         with pytest.raises(ConfigError, match="sweep: "):
-            search.budgets(*wrong)
+            search.compute_rungs(*wrong)
 
 
 def test_the_best_come_first():
     losses = {0: math.nan, 1: 2.0, 2: 1.0, 3: 1.0, 4: math.inf}
-    assert search.best_of(losses, 9) == [2, 3, 1, 4, 0]
+    assert search.select_best(losses, 9) == [2, 3, 1, 4, 0]
 
 
 # with a model
@@ -84,8 +87,8 @@ def test_the_best_come_first():
 
 def test_halving_takes_the_best_to_the_end(tmp_path):
     found = swept(tmp_path)
-    assert [len(t.losses) for t in found.ranked] == [3, 3, 2, 1, 1, 1]
-    assert [t.steps for t in found.ranked] == [8, 8, 4, 2, 2, 2]
+    assert [len(t.losses) for t in found.ranking] == [3, 3, 2, 1, 1, 1]
+    assert [t.steps for t in found.ranking] == [8, 8, 4, 2, 2, 2]
     for rung in range(2):
         there = sorted((t for t in found.trials if len(t.losses) > rung), key=lambda t: t.losses[rung])
         assert {t.name for t in there[: math.ceil(len(there) / 2)]} == {
@@ -96,7 +99,7 @@ def test_halving_takes_the_best_to_the_end(tmp_path):
     assert len(found.table().rows) == len(found.trials)
     assert json.loads((tmp_path / TABLE).read_text())["trials"][0]["curve"][0] == found.trials[0].curve[0]
     folders = {path.parent.name for path in tmp_path.glob("*/adapter_config.json")}
-    assert folders == {t.name for t in found.trials if t.state == "kept"} == {*run_file.folders_in(tmp_path)}
+    assert folders == {t.name for t in found.trials if t.state == "kept"} == {*run_file.list_runs(tmp_path)}
 
 
 def test_the_winner_is_the_run_alone(tmp_path):
@@ -262,7 +265,7 @@ def test_settings_that_are_no_json(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         swept(tmp_path, space=space, rungs=2, save_every=1)
     found = swept(tmp_path, space=space, rungs=2)
-    assert found.rows == whole.rows and found.best.setting in search.settings_in(space, "grid", None, 0)
+    assert found.rows == whole.rows and found.best.setting in search.list_settings(space, "grid", None, 0)
 
 
 def test_a_loss_that_is_infinite_at_the_end_keeps_nothing(monkeypatch):
@@ -311,7 +314,7 @@ def test_settings_that_fail():
 def test_runs_look_between_their_rungs(tmp_path):
     """With `every`; the losses of rungs are those without."""
     found, plain = swept(tmp_path, every=1), swept()
-    looks = {run.name: [look.step for look in run.valid] for run in found.runs.all()}
+    looks = {run.name: [look.step for look in run.valid] for run in found.runs.list_runs()}
     assert looks and all(steps == [1, 2, 3, 4, 5, 6, 7, 8] for steps in looks.values())
     assert [asdict(trial) for trial in found.trials] == [asdict(trial) for trial in plain.trials]
     still = swept(every=1, stop=lambda run: len(run.valid) == 3, space={"lr": [0.0]}, rungs=1)

@@ -168,7 +168,7 @@ def test_inputs_of_other_processes_can_be_left_out(monkeypatch):
     asked = []
     several = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 0)
     monkeypatch.setattr("graft.train.eva.dist", several)
-    monkeypatch.setattr("graft.train.eva.gathered", lambda rows: asked.append(1) or rows)
+    monkeypatch.setattr("graft.train.eva.gather_from_processes", lambda rows: asked.append(1) or rows)
     for gather in (False, True):
         cfg = config(graft, target_modules=["lin0"])
         said = pytest.warns(UserWarning, match="will gather tensors from all ranks") if gather else nullcontext()

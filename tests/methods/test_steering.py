@@ -155,7 +155,7 @@ def pairs():
 @torch.no_grad()
 def test_vectors_from_pairs(how):
     model = graft.get_peft_model(make("llama"), graft.SteeringConfig())
-    graft.steering_from(model, pairs(), how=how)
+    graft.set_steering_vectors(model, pairs(), how=how)
     base, last = make("llama"), torch.tensor([5, 3, 5, 3])
     for block, key in ((0, "model.layers.0"), (1, "model.layers.1")):
         found = []
@@ -185,27 +185,27 @@ def test_each_module_keeps_its_mode():
     model = graft.get_peft_model(make("llama"), graft.SteeringConfig()).train()
     next(layer for layer in layers(model).values()).eval()
     before = [m.training for m in model.modules()]
-    graft.steering_from(model, pairs())
+    graft.set_steering_vectors(model, pairs())
     assert [m.training for m in model.modules()] == before
 
 
 def test_vectors_are_a_change_which_a_call_does_not_see():
     model = graft.get_peft_model(make("llama"), graft.SteeringConfig())
-    with graft.calling(model), pytest.raises(graft.InUseError, match="steering_from"):
-        graft.steering_from(model, pairs())
+    with graft.calling(model), pytest.raises(graft.InUseError, match="set_steering_vectors"):
+        graft.set_steering_vectors(model, pairs())
     assert not any(layer.steering_vector["default"].any() for layer in layers(model).values())
 
 
 def test_bad_input():
     model = graft.get_peft_model(make("llama"), graft.SteeringConfig())
     with pytest.raises(CalibrationError, match="no pairs"):
-        graft.steering_from(model, [])
+        graft.set_steering_vectors(model, [])
     with pytest.raises(ConfigError, match="'other' is no adapter of steering vectors"):
-        graft.steering_from(model, pairs(), "other")
+        graft.set_steering_vectors(model, pairs(), "other")
     with pytest.raises(ConfigError, match="'default' is no adapter of steering vectors"):
-        graft.steering_from(make("llama"), pairs())
+        graft.set_steering_vectors(make("llama"), pairs())
     with pytest.raises(ConfigError, match="'mean' or 'pca'"):
-        graft.steering_from(model, pairs(), how="median")  # type: ignore[arg-type]
+        graft.set_steering_vectors(model, pairs(), how="median")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="blocks 0 to 1"):
         graft.get_peft_model(make("llama"), graft.SteeringConfig(layers=[7]))
 
@@ -226,7 +226,7 @@ def test_repeng_finds_the_same_directions():
     base = AutoModel.from_pretrained(HERE / "adapterhub" / "llama", attn_implementation="eager")
     model = graft.get_peft_model(base, graft.SteeringConfig(layers=[0]))
     texts = Letters()
-    graft.steering_from(model, [(texts([a]), texts([b])) for a, b in PAIRS], how="pca")
+    graft.set_steering_vectors(model, [(texts([a]), texts([b])) for a, b in PAIRS], how="pca")
     found = layers(model)["layers.0"].steering_vector["default"]
     theirs = load_file(HERE / "repeng" / "outputs.safetensors")["found.0"]
     assert_close(found * (found @ theirs).sign(), theirs, rtol=1e-4, atol=1e-4)  # its signs are by majority

@@ -281,7 +281,7 @@ def test_shims():
         assert shims._get_input_embeddings_name(model) == other._get_input_embeddings_name(model)
         tied = other._get_module_names_tied_with_embedding(model)
         assert shims._get_module_names_tied_with_embedding(model) == tied
-        assert helpers.no_split_modules(model) == other._get_no_split_modules(model)
+        assert helpers.find_no_split_classes(model) == other._get_no_split_modules(model)
         names = [
             module._maybe_include_all_linear_layers(lib.LoraConfig(target_modules="all-linear"), model).target_modules
             for module, lib in ((shims, graft), (utils, peft))

@@ -82,8 +82,8 @@ def test_a_call_of_another_thread_sees_one_round(monkeypatch):
         wait(found, 0.1)
         begin_of_restart(m)
 
-    begin_of_restart = module.begin
-    monkeypatch.setattr(module, "begin", begin)
+    begin_of_restart = module.reset_factors
+    monkeypatch.setattr(module, "reset_factors", begin)
     with ThreadPoolExecutor(1) as other:
         restart(model, optimizer)
         for y in found:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import graft
 from graft.core.errors import AdapterKeyError, CheckpointError, ConfigError
-from graft.train import Resumable, last_checkpoint
+from graft.train import Resumable, find_last_checkpoint
 from tests.leaves_out import LATER_EPOCHS
 from tests.train.test_resuming import edited, forge
 from tests.train.test_trainer import Net
@@ -111,8 +111,8 @@ def test_another_rank_is_told(whole, tmp_path, monkeypatch):
 def test_the_newest_checkpoint_that_is_whole(whole, tmp_path):
     """After a kill at any moment: Trainer writes trainer_state.json after its files, Resumable's file comes last."""
     folder, _ = whole
-    assert last_checkpoint(folder) == str(folder / "checkpoint-12")
-    assert last_checkpoint(tmp_path) is None
+    assert find_last_checkpoint(folder) == str(folder / "checkpoint-12")
+    assert find_last_checkpoint(tmp_path) is None
     for step in (2, 10, 11):
         shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-99").mkdir()
@@ -122,20 +122,20 @@ def test_the_newest_checkpoint_that_is_whole(whole, tmp_path):
         ("training.safetensors", None), ("training.safetensors", 5000), ("trainer_state.json", None),
         ("trainer_state.json", 100), ("model.safetensors", 300), ("training_args.bin", 100),
     ):  # fmt: skip
-        assert last_checkpoint(tmp_path) == str(newest)
+        assert find_last_checkpoint(tmp_path) == str(newest)
         data = (newest / file).read_bytes()
         (newest / file).unlink() if size is None else (newest / file).write_bytes(data[:size])
         assert get_last_checkpoint(tmp_path).endswith(("11", "99"))
-        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10"), (file, size)
+        assert find_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10"), (file, size)
         by_trainer = newest if file == "training.safetensors" and size is None else tmp_path / "checkpoint-10"
-        assert last_checkpoint(tmp_path, by_name=False) == str(by_trainer)
+        assert find_last_checkpoint(tmp_path, by_name=False) == str(by_trainer)
         (newest / file).write_bytes(data)
     (newest / "training.safetensors").unlink()
     made = trainer(tmp_path)
     with pytest.raises(CheckpointError, match=rf"killed meanwhile. Resume from {tmp_path}/checkpoint-10"):
         made.train(resume_from_checkpoint=str(newest))
     made = trainer(tmp_path, seed=5)
-    made.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    made.train(resume_from_checkpoint=find_last_checkpoint(tmp_path))
     assert made.state.global_step == 12
 
 

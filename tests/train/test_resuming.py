@@ -327,7 +327,7 @@ def forge(folder, change, of=resuming):
     tensors = load((folder / of.FILE).read_bytes())
     note = json.loads(tensors.pop(of.NOTE).numpy().tobytes())
     change(note, tensors)
-    state_file.write(str(folder / of.FILE), of.NOTE, note, tensors)
+    state_file.write_state_file(str(folder / of.FILE), of.NOTE, note, tensors)
 
 
 def edited(*path, value):

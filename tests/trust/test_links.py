@@ -142,9 +142,9 @@ def test_a_table_of_others_names_no_folder_outside(places):
     with pytest.raises(graft.CheckpointError, match="rows of other names"):
         swept(folder)
     assert (elsewhere / run_file.FILE).read_bytes() == SECRET
-    run_file.delete("link", str(folder))
+    run_file.delete_run("link", str(folder))
     (folder / "link").symlink_to(elsewhere)
-    run_file.delete("link", str(folder))
+    run_file.delete_run("link", str(folder))
     (elsewhere / run_file.FILE).unlink()  # which is there
 
 

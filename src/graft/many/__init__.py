@@ -8,8 +8,8 @@ Entry points: `graft.MultiTrain`, to which `add` gives runs, and `graft.sweep`, 
 - `joint.py`: one pass of the model for the batches of several runs.
 """
 
-from graft.many.run import Point, Run, Valid
+from graft.many.run import Run, StepRecord, ValidationRecord
 from graft.many.runs import MultiTrain, Step
 from graft.many.sweep import Sweep, Trial, sweep
 
-__all__ = ["MultiTrain", "Point", "Run", "Step", "Sweep", "Trial", "Valid", "sweep"]
+__all__ = ["MultiTrain", "Run", "Step", "StepRecord", "Sweep", "Trial", "ValidationRecord", "sweep"]

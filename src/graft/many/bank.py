@@ -18,7 +18,7 @@ LINE = 32  # numbers of 16 bits and more: each tensor begins at a line of memory
 Parameters = Sequence[nn.Parameter]
 
 
-class Row:
+class AdapterRow:
     """The tensors of one adapter, and where their gradients lie.
 
     Attributes:
@@ -32,50 +32,50 @@ class Row:
 
     def __init__(self, parameters: Parameters, in_model: Parameters) -> None:
         self.parameters, where = list(parameters), {id(p): i for i, p in enumerate(parameters)}
-        self.order = tuple(where[id(p)] for p in in_model)
+        self.model_order = tuple(where[id(p)] for p in in_model)
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
-        self.got = [False] * len(self.parameters)
+        self.received = [False] * len(self.parameters)
         self.value: Tensor | None = None
         self.gradient: Tensor | None = None
-        self.places: list[tuple[int, int]] = []
+        self.spans: list[tuple[int, int]] = []
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Return True if the last pass has given all gradients."""
-        return all(self.got)
+        return all(self.received)
 
-    def take(self) -> list[Tensor | None]:
+    def copy_gradients(self) -> list[Tensor | None]:
         """Return the gradients, in memory that the next pass leaves alone; None for those that are not there."""
         if self.gradient is None:
-            return [g if got else None for g, got in zip(self.gradients, self.got)]
+            return [g if got else None for g, got in zip(self.gradients, self.received)]
         clone = self.gradient.clone()
-        views = (clone[a:b].view(p.shape) for (a, b), p in zip(self.places, self.parameters))
-        return [view if got else None for view, got in zip(views, self.got)]
+        views = (clone[a:b].view(p.shape) for (a, b), p in zip(self.spans, self.parameters))
+        return [view if got else None for view, got in zip(views, self.received)]
 
-    def add(self, earlier: Sequence[Tensor | None]) -> None:
+    def add_gradients(self, earlier: Sequence[Tensor | None]) -> None:
         """Add gradients of earlier batches to those of the last."""
         both: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for i, (own, other) in enumerate(zip(self.gradients, earlier)):
-            if other is None:
+        for i, (gradient, addend) in enumerate(zip(self.gradients, earlier)):
+            if addend is None:
                 continue
-            if self.got[i]:
-                both[0].append(own)  # type: ignore[arg-type]
-                both[1].append(other)
-            elif own is None or self.gradient is None:
-                self.gradients[i] = other
+            if self.received[i]:
+                both[0].append(gradient)  # type: ignore[arg-type]
+                both[1].append(addend)
+            elif gradient is None or self.gradient is None:
+                self.gradients[i] = addend
             else:
-                own.copy_(other)
-            self.got[i] = True
+                gradient.copy_(addend)
+            self.received[i] = True
         if both[0]:
             torch._foreach_add_(*both)
 
 
-class Leaf(NamedTuple):
+class StackedTensor(NamedTuple):
     """One tensor of several adapters side by side, (n, …), as autograd sees it."""
 
     tensor: Tensor
     gradient: Tensor  # where its gradient goes
-    rows: list[Row]
+    rows: list[AdapterRow]
     place: int
 
 
@@ -86,31 +86,31 @@ class Bank:
         values, gradients: (adapters, P). Places between tensors stay zero in both.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[AdapterRow]) -> None:
         self.rows, first = list(rows), rows[0].parameters
-        self.places, size = places_of(first)
+        self.spans, size = lay_out_row(first)
         with torch.no_grad():
             self.values = torch.zeros(len(rows), size, dtype=first[0].dtype, device=first[0].device)
             self.gradients = torch.zeros_like(self.values)
             for row, value, gradient in zip(rows, self.values, self.gradients):
-                row.value, row.gradient, row.places, row.gradients = value, gradient, self.places, []
-                for p, (start, stop) in zip(row.parameters, self.places):
+                row.value, row.gradient, row.spans, row.gradients = value, gradient, self.spans, []
+                for p, (start, stop) in zip(row.parameters, self.spans):
                     p.data = value[start:stop].view(p.shape).copy_(p)
                     row.gradients.append(gradient[start:stop].view(p.shape))
-        self.leaves: dict[tuple[int, int, int], Leaf] = {}
+        self.stacked: dict[tuple[int, int, int], StackedTensor] = {}
 
-    def leaf(self, place: int, first: int, n: int) -> Leaf:
+    def get_stacked(self, place: int, first: int, n: int) -> StackedTensor:
         """Return the tensors at a place of `n` rows, from the first on."""
         key = place, first, n
-        if key not in self.leaves:
-            (start, stop), shape = self.places[place], self.rows[0].parameters[place].shape
-            own, gradient = (t[first : first + n, start:stop].view(n, *shape) for t in (self.values, self.gradients))
-            self.leaves[key] = Leaf(own.requires_grad_(), gradient, self.rows[first : first + n], place)
-        return self.leaves[key]
+        if key not in self.stacked:
+            (start, stop), shape = self.spans[place], self.rows[0].parameters[place].shape
+            value, gradient = (t[first : first + n, start:stop].view(n, *shape) for t in (self.values, self.gradients))
+            self.stacked[key] = StackedTensor(value.requires_grad_(), gradient, self.rows[first : first + n], place)
+        return self.stacked[key]
 
-    def norms(self, order: Iterable[int]) -> Tensor:
+    def compute_norms(self, order: Iterable[int]) -> Tensor:
         """Return the norm of all gradients of each row, to the bits of `get_total_norm` of its tensors in an order."""
-        each = [torch.linalg.vector_norm(self.gradients[:, a:b], dim=1) for a, b in (self.places[i] for i in order)]
+        each = [torch.linalg.vector_norm(self.gradients[:, a:b], dim=1) for a, b in (self.spans[i] for i in order)]
         return torch.linalg.vector_norm(torch.stack(each, 1), dim=1)
 
 
@@ -125,12 +125,12 @@ class Banks:
 
     def __init__(self, adapters: Mapping[str, tuple[Parameters, Parameters]], tensors: Iterable[Tensor]) -> None:
         memories = Counter(t.untyped_storage().data_ptr() for t in tensors)
-        self.rows = {name: Row(*own) for name, own in adapters.items()}
-        alike: dict[tuple[object, ...], list[Row]] = {}  # by what adapters of one bank have in common
+        self.rows = {name: AdapterRow(*orders) for name, orders in adapters.items()}
+        by_layout: dict[tuple[object, ...], list[AdapterRow]] = {}  # by what adapters of one bank have in common
         for row in self.rows.values():
-            if fits(row.parameters, memories):
-                alike.setdefault(tuple((p.shape, p.dtype, p.device) for p in row.parameters), []).append(row)
-        self.banks = [Bank(rows) for rows in alike.values()]
+            if can_share_row(row.parameters, memories):
+                by_layout.setdefault(tuple((p.shape, p.dtype, p.device) for p in row.parameters), []).append(row)
+        self.banks = [Bank(rows) for rows in by_layout.values()]
         self.of_row = {id(row): (bank, i) for bank in self.banks for i, row in enumerate(bank.rows)}
         self.index: dict[int, tuple[Bank, int, int]] = {}  # (bank, place, row) by Parameter
         for bank in self.banks:
@@ -143,14 +143,14 @@ class Banks:
     def names(self) -> list[str]:
         return list(self.rows)
 
-    def stand(self) -> bool:
+    def is_intact(self) -> bool:
         """Return True if nobody has given a parameter other memory since, or a hook, or has frozen it."""
         for p, at, banked in self._pointers:
-            if p.data_ptr() != at or not p.requires_grad or (banked and has_hooks(p)):
+            if p.data_ptr() != at or not p.requires_grad or (banked and is_hooked(p)):
                 return False
         return True
 
-    def release(self) -> None:
+    def separate_memory(self) -> None:
         """Give each Parameter memory of its own again."""
         for p, _, banked in self._pointers:
             if banked:
@@ -162,31 +162,31 @@ class Banks:
 
     def stack(self, first: Tensor, n: int) -> Tensor:
         bank, place, row = self.index[id(first)]
-        return bank.leaf(place, row, n).tensor
+        return bank.get_stacked(place, row, n).tensor
 
-    def begin(self, names: Iterable[str]) -> None:
+    def drop_gradients(self, names: Iterable[str]) -> None:
         """Drop gradients, those of a pass that failed, before a pass for these adapters."""
         for name in names:
             row = self.rows[name]
-            row.got = [False] * len(row.got)
+            row.received = [False] * len(row.received)
             for p in row.parameters:
                 p.grad = None
         for bank in self.banks:
-            for leaf in bank.leaves.values():
+            for leaf in bank.stacked.values():
                 leaf.tensor.grad = None
 
     @torch.no_grad()
-    def gather(self, names: Iterable[str]) -> None:
+    def collect_gradients(self, names: Iterable[str]) -> None:
         """Take the gradients of a pass for these adapters into their rows."""
         into, gradients = list[Tensor](), list[Tensor]()
         for bank in self.banks:
-            for tensor, gradient, rows, place in bank.leaves.values():
+            for tensor, gradient, rows, place in bank.stacked.values():
                 if tensor.grad is not None:
                     into.append(gradient)
                     gradients.append(tensor.grad)
                     tensor.grad = None
                     for row in rows:
-                        row.got[place] = True
+                        row.received[place] = True
         later: tuple[list[Tensor], list[Tensor]] = ([], [])  # of parameters that some layer has run by themselves
         for row in (self.rows[name] for name in names):
             for i, p in enumerate(row.parameters):
@@ -196,34 +196,34 @@ class Banks:
                 p.grad = None
                 if row.gradient is None:
                     row.gradients[i] = grad
-                elif row.got[i]:
+                elif row.received[i]:
                     later[0].append(row.gradients[i])  # type: ignore[arg-type]
                     later[1].append(grad)
                 else:
                     into.append(row.gradients[i])  # type: ignore[arg-type]
                     gradients.append(grad)
-                row.got[i] = True
+                row.received[i] = True
         if into:
             torch._foreach_copy_(into, gradients)
         if later[0]:
             torch._foreach_add_(*later)
 
-    def norms(self, names: Iterable[str]) -> list[Tensor]:
+    def compute_norms(self, names: Iterable[str]) -> list[Tensor]:
         """Return the norm of the gradients of each of these, as `get_total_norm` of them in the model's order does."""
-        found, shared = list[Tensor](), dict[tuple[int, tuple[int, ...]], Tensor]()
+        norms, shared = list[Tensor](), dict[tuple[int, tuple[int, ...]], Tensor]()
         for row in (self.rows[name] for name in names):
-            if row.gradient is None or not row.whole:
-                found.append(get_total_norm([row.gradients[i] for i in row.order if row.got[i]]))  # type: ignore[misc]
+            if row.gradient is None or not row.is_complete:
+                norms.append(get_total_norm([row.gradients[i] for i in row.model_order if row.received[i]]))  # type: ignore[misc]
                 continue
             bank, i = self.of_row[id(row)]
-            key = id(bank), row.order
+            key = id(bank), row.model_order
             if key not in shared:
-                shared[key] = bank.norms(row.order)
-            found.append(shared[key][i])
-        return found
+                shared[key] = bank.compute_norms(row.model_order)
+            norms.append(shared[key][i])
+        return norms
 
 
-def fits(parameters: Parameters, memories: Mapping[int, int]) -> bool:
+def can_share_row(parameters: Parameters, memories: Mapping[int, int]) -> bool:
     """Return True if these may become slices of a vector. memories: how many tensors begin in a memory."""
     if not parameters or len({(p.dtype, p.device) for p in parameters}) > 1:
         return False
@@ -234,7 +234,7 @@ def fits(parameters: Parameters, memories: Mapping[int, int]) -> bool:
         and p.is_contiguous()
         and not p.is_meta
         and memories.get(p.untyped_storage().data_ptr(), 1) == 1
-        and not has_hooks(p)
+        and not is_hooked(p)
         for p in parameters
     )
 
@@ -244,11 +244,11 @@ def ends_at_line(p: Tensor) -> bool:
     return p.numel() % (64 // p.element_size()) == 0
 
 
-def has_hooks(p: Tensor) -> bool:
+def is_hooked(p: Tensor) -> bool:
     return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
 
 
-def places_of(parameters: Parameters) -> tuple[list[tuple[int, int]], int]:
+def lay_out_row(parameters: Parameters) -> tuple[list[tuple[int, int]], int]:
     """Return where each tensor begins and ends in a row, and how long a row is."""
     places, end = [], 0
     for p in parameters:

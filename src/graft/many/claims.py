@@ -30,7 +30,7 @@ class Claims:
     def __init__(self) -> None:
         self._held: dict[BaseFileLock, str] = {}  # and the name of each; who is the last to drop a lock ends it
 
-    def take(self, folder: str, names: Iterable[str], alone: bool = False) -> None:
+    def claim(self, folder: str, names: Iterable[str], alone: bool = False) -> None:
         """Claim names in a folder, all or none of them. Where nothing can be written, there is nothing to claim.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from graft.core.random import LOCK
-from graft.train.state_file import generators_in
+from graft.train.state_file import find_generators
 
 States = list[Tensor]
 
@@ -24,31 +24,31 @@ class Draws:
     """
 
     def __init__(self, seed: int, data: object = None):
-        self.own = Generator(device="cpu").manual_seed(seed)
-        self.lent = generators_in(data)
-        self.lent_states = [g.get_state() for g in self.lent]
-        self._others: list[States] = []
+        self.generator = Generator(device="cpu").manual_seed(seed)
+        self.loader_generators = find_generators(data)
+        self.loader_states = [g.get_state() for g in self.loader_generators]
+        self._saved: list[States] = []
 
     @property
     def states(self) -> States:
-        return [self.own.get_state(), *self.lent_states]
+        return [self.generator.get_state(), *self.loader_states]
 
     @states.setter
     def states(self, states: States) -> None:
-        self.own.set_state(states[0])
-        self.lent_states = states[1:]
+        self.generator.set_state(states[0])
+        self.loader_states = states[1:]
 
     def __enter__(self) -> None:
         LOCK.acquire()
-        self._others.append([torch.get_rng_state(), *(g.get_state() for g in self.lent)])
-        torch.set_rng_state(self.own.get_state())
-        for generator, state in zip(self.lent, self.lent_states):
+        self._saved.append([torch.get_rng_state(), *(g.get_state() for g in self.loader_generators)])
+        torch.set_rng_state(self.generator.get_state())
+        for generator, state in zip(self.loader_generators, self.loader_states):
             generator.set_state(state)
 
     def __exit__(self, *_: object) -> None:
-        self.states = [torch.get_rng_state(), *(g.get_state() for g in self.lent)]
-        before = self._others.pop()
+        self.states = [torch.get_rng_state(), *(g.get_state() for g in self.loader_generators)]
+        before = self._saved.pop()
         torch.set_rng_state(before[0])
-        for generator, state in zip(self.lent, before[1:]):
+        for generator, state in zip(self.loader_generators, before[1:]):
             generator.set_state(state)
         LOCK.release()

@@ -17,49 +17,49 @@ class Fan:
 
     def __init__(self, blocks: Sequence[nn.Module]):
         self.blocks = blocks
-        self.on = True  # False: blocks get what they are given
+        self.is_enabled = True  # False: blocks get what they are given
 
     @contextmanager
-    def out(self, rows: int, copies: int) -> Iterator[None]:
+    def repeat_inputs(self, rows: int, copies: int) -> Iterator[None]:
         """Have these blocks, in this thread and in backward passes, get `copies` of what has so many rows."""
         thread = get_ident()
 
-        def repeat(
+        def repeat_inputs(
             _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
         ) -> tuple[object, dict[str, object]] | None:
-            if not self.on:
+            if not self.is_enabled:
                 return None
             if get_ident() != thread and torch._C._current_graph_task_id() == -1:
                 return None
-            return repeated(args, rows, copies), repeated(kwargs, rows, copies)
+            return repeat_rows(args, rows, copies), repeat_rows(kwargs, rows, copies)
 
         with ExitStack() as hooks:
             for block in self.blocks:
-                hooks.enter_context(block.register_forward_pre_hook(repeat, prepend=True, with_kwargs=True))
+                hooks.enter_context(block.register_forward_pre_hook(repeat_inputs, prepend=True, with_kwargs=True))
             yield
 
 
-def repeated(value: Any, rows: int, copies: int) -> Any:
+def repeat_rows(value: Any, rows: int, copies: int) -> Any:
     """Return copies of the rows of tensors (rows, …, n) in tuples, lists and dicts; what else there is, as it is."""
     if isinstance(value, Tensor):  # a vector has no rows: places in a cache
         return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() > 1 and len(value) == rows else value
     if type(value) in (tuple, list):
-        return type(value)(repeated(v, rows, copies) for v in value)
+        return type(value)(repeat_rows(v, rows, copies) for v in value)
     if type(value) is dict:
-        return {k: repeated(v, rows, copies) for k, v in value.items()}
+        return {k: repeat_rows(v, rows, copies) for k, v in value.items()}
     return value
 
 
-def fan_of(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
+def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
     """Return where the rows of a base may be repeated for the adapters on these hosts; None if there is no such place.
 
     Blocks are the items of the model's one list of modules. Hosts elsewhere must come after it in the order of modules.
     """
-    own, names = {id(host) for host in hosts}, dict(base.named_modules())
-    places = [key for key, m in names.items() if id(m) in own]
+    host_ids, names = {id(host) for host in hosts}, dict(base.named_modules())
+    places = [key for key, m in names.items() if id(m) in host_ids]
     lists = [key for key, m in names.items() if isinstance(m, nn.ModuleList)]
-    outer = [key for key in lists if not any(key.startswith(f"{other}.") for other in lists)]
-    if len(outer) != 1 or len(places) != len(own):
+    outer = [key for key in lists if not any(key.startswith(f"{outer_key}.") for outer_key in lists)]
+    if len(outer) != 1 or len(places) != len(host_ids):
         return None
     within = f"{outer[0]}."
     if not places or not places[0].startswith(within):
@@ -69,13 +69,15 @@ def fan_of(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
     return Fan(list(blocks)[first:]) if first else None
 
 
-def alike(batches: Sequence[Mapping[str, object]]) -> bool:
+def are_batches_equal(batches: Sequence[Mapping[str, object]]) -> bool:
     """Return True if all batches are the same; on a device, for which nothing here waits, if their tensors are."""
-    first, *others = batches
-    return all(own.keys() == first.keys() and all(same(v, first[k]) for k, v in own.items()) for own in others)
+    first, *later = batches
+    return all(
+        batch.keys() == first.keys() and all(is_same_value(v, first[k]) for k, v in batch.items()) for batch in later
+    )
 
 
-def same(a: object, b: object) -> bool:
+def is_same_value(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.is_cpu and b.is_cpu and a.dtype == b.dtype and torch.equal(a, b))
     return type(a) is type(b) and bool(a == b)

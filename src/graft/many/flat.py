@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from graft.many.bank import Row, ends_at_line, places_of
+from graft.many.bank import AdapterRow, ends_at_line, lay_out_row
 
 ELEMENTWISE = frozenset(
     {
@@ -26,59 +26,59 @@ ELEMENTWISE = frozenset(
 State = dict[str, Any]
 
 
-def in_order(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+def order_by_group(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Return parameters group by group, and then those that the optimizer does not have."""
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    own, ids = {id(p) for p in parameters}, {id(p) for p in grouped}
-    return [*(p for p in grouped if id(p) in own), *(p for p in parameters if id(p) not in ids)]
+    ids_given, ids = {id(p) for p in parameters}, {id(p) for p in grouped}
+    return [*(p for p in grouped if id(p) in ids_given), *(p for p in parameters if id(p) not in ids)]
 
 
-def may_flatten(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+def can_flatten(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
     """Return True if an optimizer of these parameters computes number by number, and nobody watches its steps."""
-    if type(optimizer) not in ELEMENTWISE or watched(optimizer):
+    if type(optimizer) not in ELEMENTWISE or is_step_hooked(optimizer):
         return False
-    own = {id(p) for p in parameters}
+    ids = {id(p) for p in parameters}
     for group in optimizer.param_groups:
         whole = not group.get("fused")  # that kernel rounds otherwise where a tensor ends within a vector of the CPU
-        if not all(id(p) in own and p.dim() and (whole or ends_at_line(p)) for p in group["params"]):
+        if not all(id(p) in ids and p.dim() and (whole or ends_at_line(p)) for p in group["params"]):
             return False
     return True
 
 
-def watched(optimizer: Optimizer) -> bool:
+def is_step_hooked(optimizer: Optimizer) -> bool:
     """Return True if somebody has hooks on an optimizer's steps."""
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
-class Flat:
+class FlatParameters:
     """The vectors that stand in an optimizer for its parameters."""
 
-    def __init__(self, optimizer: Optimizer, row: Row):
+    def __init__(self, optimizer: Optimizer, row: AdapterRow):
         self.optimizer = optimizer
         self.parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
-        self.sizes = [places_of(own)[1] for own in self.parameters]
+        self.sizes = [lay_out_row(members)[1] for members in self.parameters]
         assert row.value is not None
         self.vectors = [nn.Parameter(row.value.new_empty(0)) for _ in self.parameters]
-        self.attach(row)
+        self.attach_row(row)
         state: dict[nn.Parameter, State] = {}
-        for own, vector in zip(self.parameters, self.vectors):
-            state[vector] = joined([optimizer.state.get(p, {}) for p in own], own, vector)
-        self._put(defaultdict(dict, {v: s for v, s in state.items() if s}), [[v] for v in self.vectors])
+        for members, vector in zip(self.parameters, self.vectors):
+            state[vector] = join_states([optimizer.state.get(p, {}) for p in members], members, vector)
+        self._set_state(defaultdict(dict, {v: s for v, s in state.items() if s}), [[v] for v in self.vectors])
 
     @classmethod
-    def of(cls, optimizer: Optimizer, row: Row) -> Flat | None:
+    def try_flatten(cls, optimizer: Optimizer, row: AdapterRow) -> FlatParameters | None:
         """Return these for an optimizer, which has them from now on; None if its tensors are in other states."""
         try:
             return cls(optimizer, row)
-        except Unlike:
+        except UnequalStates:
             return None
 
-    def _put(self, state: defaultdict[Tensor, State], groups: Sequence[list[nn.Parameter]]) -> None:
+    def _set_state(self, state: defaultdict[Tensor, State], groups: Sequence[list[nn.Parameter]]) -> None:
         self.optimizer.state = state
-        for group, own in zip(self.optimizer.param_groups, groups):
-            group["params"] = own
+        for group, members in zip(self.optimizer.param_groups, groups):
+            group["params"] = members
 
-    def attach(self, row: Row) -> None:
+    def attach_row(self, row: AdapterRow) -> None:
         """Have the vectors be slices of this row."""
         assert row.value is not None and row.gradient is not None
         start = 0
@@ -86,44 +86,44 @@ class Flat:
             vector.data, vector.grad = row.value[start : start + size], row.gradient[start : start + size]
             start += size
 
-    def hold(self, row: Row) -> None:
+    def restore_gradients(self, row: AdapterRow) -> None:
         """Have the gradients of this row again, if somebody has called `zero_grad`."""
         if any([vector.grad is None for vector in self.vectors]):
-            self.attach(row)
+            self.attach_row(row)
 
-    def detach(self) -> None:
+    def detach_row(self) -> None:
         """Let go of the row."""
         for vector in self.vectors:
             vector.grad, vector.data = None, vector.data.new_empty(0)
 
     def state(self) -> defaultdict[Tensor, State]:
         """Return the state by tensor, as views."""
-        found: defaultdict[Tensor, State] = defaultdict(dict)
-        for own, vector, size in zip(self.parameters, self.vectors, self.sizes):
+        states: defaultdict[Tensor, State] = defaultdict(dict)
+        for members, vector, size in zip(self.parameters, self.vectors, self.sizes):
             if vector in self.optimizer.state:
-                found.update(zip(own, split(self.optimizer.state[vector], own, size)))
-        return found
+                states.update(zip(members, split_vector_state(self.optimizer.state[vector], members, size)))
+        return states
 
-    def split(self) -> None:
+    def restore_parameters(self) -> None:
         """Give the optimizer its parameters back, for good."""
-        self._put(self.state(), self.parameters)
+        self._set_state(self.state(), self.parameters)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def show_parameters(self) -> Iterator[None]:
         """Have the optimizer show its parameters within the block."""
         state = self.optimizer.state
-        self._put(self.state(), self.parameters)
+        self._set_state(self.state(), self.parameters)
         try:
             yield
         finally:
-            self._put(state, [[v] for v in self.vectors])
+            self._set_state(state, [[v] for v in self.vectors])
 
 
-class Unlike(Exception):
+class UnequalStates(Exception):
     """States of tensors that have no common one."""
 
 
-def joined(states: Sequence[State], parameters: Sequence[nn.Parameter], vector: Tensor) -> State:
+def join_states(states: Sequence[State], parameters: Sequence[nn.Parameter], vector: Tensor) -> State:
     """Return the state of a vector from those of the tensors in it.
 
     Raises:
@@ -131,34 +131,34 @@ def joined(states: Sequence[State], parameters: Sequence[nn.Parameter], vector: 
     """
     if not any(states):
         return {}
-    found, (places, _) = State(), places_of(parameters)
+    state, (places, _) = State(), lay_out_row(parameters)
     if any(s.keys() != states[0].keys() for s in states):
-        raise Unlike
+        raise UnequalStates
     for key, first in states[0].items():
         values = [s[key] for s in states]
         if all(isinstance(v, Tensor) and v.shape == p.shape for v, p in zip(values, parameters)):
-            found[key] = torch.zeros(vector.shape, dtype=first.dtype, device=first.device)
+            state[key] = torch.zeros(vector.shape, dtype=first.dtype, device=first.device)
             for (start, stop), value in zip(places, values):
-                found[key][start:stop].copy_(value.flatten())
-        elif all(same(first, value) for value in values):
-            found[key] = first.clone() if isinstance(first, Tensor) else first
+                state[key][start:stop].copy_(value.flatten())
+        elif all(is_shared_value(first, value) for value in values):
+            state[key] = first.clone() if isinstance(first, Tensor) else first
         else:
-            raise Unlike
-    return found
+            raise UnequalStates
+    return state
 
 
-def same(a: object, b: object) -> bool:
+def is_shared_value(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dim() == 0 and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)
 
 
-def split(state: State, parameters: Sequence[nn.Parameter], size: int) -> Iterator[State]:
+def split_vector_state(state: State, parameters: Sequence[nn.Parameter], size: int) -> Iterator[State]:
     """Yield the state of each tensor of a vector of so many numbers."""
-    for p, (start, stop) in zip(parameters, places_of(parameters)[0]):
-        own = State()
+    for p, (start, stop) in zip(parameters, lay_out_row(parameters)[0]):
+        tensor_state = State()
         for key, value in state.items():
             if isinstance(value, Tensor):
                 value = value[start:stop].view(p.shape) if value.shape == (size,) else value.clone()
-            own[key] = value
-        yield own
+            tensor_state[key] = value
+        yield tensor_state

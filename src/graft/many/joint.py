@@ -20,7 +20,7 @@ TARGETS = ("start_positions", "end_positions")  # and all that has "label" in it
 BY_TOKEN = ("start_logits", "end_logits")  # outputs (rows, tokens)
 
 
-class Part(NamedTuple):
+class RunBatch(NamedTuple):
     """The batch of one adapter."""
 
     name: str
@@ -28,30 +28,32 @@ class Part(NamedTuple):
 
 
 @dataclass
-class Arguments:
+class ForwardArguments:
     """The names of the arguments of a model's forward."""
 
     names: frozenset[str]
-    others: bool  # it takes any
+    accepts_any: bool  # it takes any
     exact: bool = True  # rows of other lengths, or padded, do not share a pass with these: they would round otherwise
     pad: int = 0  # the token that fills rows up: classifiers look for the last other one
 
     @property
-    def masks(self) -> bool:
+    def accepts_mask(self) -> bool:
         return MASK in self.names
 
     @classmethod
-    def of(cls, model: nn.Module, exact: bool = True) -> Arguments:
-        found = inspect.signature(model.forward).parameters.values()
-        named = frozenset(p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        return cls(named, not named and any(p.kind is p.VAR_KEYWORD for p in found), exact, padding_of(model))
+    def read_signature(cls, model: nn.Module, exact: bool = True) -> ForwardArguments:
+        parameters = inspect.signature(model.forward).parameters.values()
+        named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        return cls(
+            named, not named and any(p.kind is p.VAR_KEYWORD for p in parameters), exact, find_padding_token(model)
+        )
 
-    def among(self, batch: Mapping[str, object]) -> Batch:
+    def select(self, batch: Mapping[str, object]) -> Batch:
         """Return what of a batch goes to the model: all that it names, but targets."""
-        return {k: v for k, v in batch.items() if (self.others or k in self.names) and not is_target(k)}
+        return {k: v for k, v in batch.items() if (self.accepts_any or k in self.names) and not is_target(k)}
 
 
-def padding_of(model: nn.Module) -> int:
+def find_padding_token(model: nn.Module) -> int:
     """Return the token that a model knows as padding; 0 if it names none that it has."""
     config = text_config(model)
     token, tokens = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
@@ -62,38 +64,38 @@ def is_target(name: str) -> bool:
     return "label" in name or name in TARGETS
 
 
-def shape_of(part: Part, arguments: Arguments) -> tuple[int, int, tuple[object, ...]]:
+def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int, tuple[object, ...]]:
     """Return how many rows a part has, how many tokens a row (1 if none), and what batches of a pass have alike.
 
     Raises:
         ConfigError: they have other numbers of rows, or none.
     """
-    kwargs = arguments.among(part.batch)
+    kwargs = arguments.select(item.batch)
     tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim()}
     rows = {len(v) for v in tensors.values()}
     if len(rows) != 1:
-        found = {k: tuple(v.shape) for k, v in tensors.items()} or f"only {sorted(part.batch)}"
+        shapes = {k: tuple(v.shape) for k, v in tensors.items()} or f"only {sorted(item.batch)}"
         raise ConfigError(
-            f"Run '{part.name}': the model takes {sorted(arguments.names)}, and a batch has {found}: its arguments "
+            f"Run '{item.name}': the model takes {sorted(arguments.names)}, and a batch has {shapes}: its arguments "
             "must be tensors with one row per sample."
         )
     if rows == {0}:
-        raise ConfigError(f"Run '{part.name}': a batch has no rows: leave it out.")
+        raise ConfigError(f"Run '{item.name}': a batch has no rows: leave it out.")
     lengths = [v.shape[1] for v in tensors.values() if v.dim() > 1]
     masked = arguments.exact and is_masked(kwargs.get(MASK))
     packed = MASK not in kwargs and is_packed(kwargs.get(POSITIONS))
     fixed = arguments.exact or packed is not False  # padding needs a mask, with which models read no positions
-    alike: list[tuple[object, ...]] = [("masked", masked), ("packed", packed)]
+    traits: list[tuple[object, ...]] = [("masked", masked), ("packed", packed)]
     for key, value in sorted(kwargs.items()):
         if key not in tensors:
-            alike.append((key, number_of(value) if isinstance(value, Tensor) else told(value, part)))
+            traits.append((key, identify_scalar(value) if isinstance(value, Tensor) else identify_value(value, item)))
         elif key == MASK and value.dim() == 2:
             continue  # who has none gets ones
-        elif value.dim() > 1 and arguments.masks and key != MASK:
-            alike.append((key, value.dtype, value.shape[2:], value.shape[1] if fixed else None))
+        elif value.dim() > 1 and arguments.accepts_mask and key != MASK:
+            traits.append((key, value.dtype, value.shape[2:], value.shape[1] if fixed else None))
         else:
-            alike.append((key, value.dtype, value.shape[1:]))
-    return rows.pop(), max(lengths, default=1), tuple(alike)
+            traits.append((key, value.dtype, value.shape[1:]))
+    return rows.pop(), max(lengths, default=1), tuple(traits)
 
 
 def is_masked(mask: Tensor | None) -> bool | None:
@@ -112,54 +114,54 @@ def is_packed(positions: Tensor | None) -> bool | None:
     return bool((positions.diff(dim=1) != 1).any()) if positions.is_cpu else None
 
 
-def number_of(value: Tensor) -> int | float:
+def identify_scalar(value: Tensor) -> int | float:
     """Return what tells numbers () apart: the number; on a device, for which nothing here waits, which tensor it is."""
     return value.item() if value.is_cpu else id(value)
 
 
-def told(value: object, part: Part) -> object:
+def identify_value(value: object, item: RunBatch) -> object:
     """Return what tells values of an argument apart: their text; of lists, arrays and the like, whose text leaves
     numbers out and which may have an item per row, the batch."""
     plain = value is None or isinstance(value, (bool, int, float, str))
-    return repr(value) if plain else id(part.batch)
+    return repr(value) if plain else id(item.batch)
 
 
-def groups(
-    parts: Sequence[Part],
-    arguments: Arguments,
+def divide_passes(
+    items: Sequence[RunBatch],
+    arguments: ForwardArguments,
     at_once: int,
-    refuse: Callable[[Part, Exception], None] | None = None,
-) -> list[list[Part]]:
+    refuse: Callable[[RunBatch, Exception], None] | None = None,
+) -> list[list[RunBatch]]:
     """Divide parts into passes of batches that can share one, of up to `at_once` tokens with their padding.
 
     refuse: gets each part that the model cannot take, with its error, and it is left out; None: the error is raised.
     """
-    found: dict[tuple[object, ...], list[list[Part]]] = {}
+    passes_by_traits: dict[tuple[object, ...], list[list[RunBatch]]] = {}
     sizes: dict[int, tuple[int, int]] = {}  # rows and longest row, by group
-    for part in parts:
+    for item in items:
         try:
-            rows, tokens, alike = shape_of(part, arguments)
+            rows, tokens, traits = measure_batch(item, arguments)
         except ConfigError as error:
             if refuse is None:
                 raise
-            refuse(part, error)
+            refuse(item, error)
             continue
-        passes = found.setdefault(alike, [[]])
+        passes = passes_by_traits.setdefault(traits, [[]])
         n, longest = sizes.get(id(passes[-1]), (0, 0))
         if passes[-1] and (n + rows) * max(longest, tokens) > at_once:
             passes.append([])
             n, longest = 0, 0
-        passes[-1].append(part)
+        passes[-1].append(item)
         sizes[id(passes[-1])] = n + rows, max(longest, tokens)
-    return [group for passes in found.values() for group in passes]
+    return [group for passes in passes_by_traits.values() for group in passes]
 
 
-def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[Batch, Cut]:
+def join_batches(items: Sequence[RunBatch], arguments: ForwardArguments) -> tuple[Batch, OutputSplitter]:
     """Return the arguments of one pass for all parts, padded on the right, and the way back."""
-    batches = [arguments.among(part.batch) for part in parts]
-    mains = [main_of(g) for g in batches]
+    batches = [arguments.select(item.batch) for item in items]
+    mains = [find_main_argument(g) for g in batches]
     lengths = [m.shape[1] if m.dim() > 1 else 1 for m in mains]
-    if arguments.masks and (len({*lengths}) > 1 or any(MASK in g for g in batches)):
+    if arguments.accepts_mask and (len({*lengths}) > 1 or any(MASK in g for g in batches)):
         for g, main in zip(batches, mains):
             if MASK not in g:
                 g[MASK] = torch.ones(main.shape[:2], dtype=torch.long, device=main.device)
@@ -170,17 +172,17 @@ def joined(parts: Sequence[Part], arguments: Arguments) -> tuple[Batch, Cut]:
             out[key] = first
             continue
         if first.dim() > 1 and len({v.shape[1] for v in values}) > 1:
-            values = widened(values, arguments.pad if key.endswith("input_ids") else 0)
+            values = pad_tokens(values, arguments.pad if key.endswith("input_ids") else 0)
         out[key] = values[0] if len(values) == 1 else torch.cat(values)
     follows = [next((g[k] for k in DECODER if k in g), main) for g, main in zip(batches, mains)]
-    return out, Cut([len(m) for m in mains], [f.shape[1] if f.dim() > 1 else 1 for f in follows])
+    return out, OutputSplitter([len(m) for m in mains], [f.shape[1] if f.dim() > 1 else 1 for f in follows])
 
 
 TOKENS = ("input_ids", "inputs_embeds")
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds")  # whose tokens the output has, if they are there
 
 
-def main_of(kwargs: Batch) -> Tensor:
+def find_main_argument(kwargs: Batch) -> Tensor:
     """Return the argument that has the tokens: by its name, else the first tensor that is no mask."""
     if (named := next((kwargs[k] for k in TOKENS if isinstance(kwargs.get(k), Tensor)), None)) is not None:
         return named
@@ -188,53 +190,53 @@ def main_of(kwargs: Batch) -> Tensor:
     return max(tensors, key=lambda t: t.dim() > 1) if tensors else kwargs[MASK]
 
 
-def widened(tensors: Sequence[Tensor], value: int) -> list[Tensor]:
+def pad_tokens(tensors: Sequence[Tensor], value: int) -> list[Tensor]:
     """Pad (rows, tokens, …) to one number of tokens, on the right."""
     longest = max(t.shape[1] for t in tensors)
     return [nn.functional.pad(t, [0, 0] * (t.dim() - 2) + [0, longest - t.shape[1]], value=value) for t in tensors]
 
 
 @dataclass
-class Cut:
+class OutputSplitter:
     """The way back from the output of a pass to what each part gets of it."""
 
     rows: list[int]
     lengths: list[int]  # tokens of each part's rows
 
-    def of(self, output: object) -> Sequence[object]:
+    def split(self, output: object) -> Sequence[object]:
         """Return for each part an output of the same kind, with its rows and without their padding.
 
         One split for all parts: its backward pass is one concatenation.
         """
         if isinstance(output, Tensor):
-            return self._tensor("", output)
+            return self._split_tensor("", output)
         if isinstance(output, Mapping):
-            columns = {k: self._column(k, v) for k, v in output.items()}
-            return [make(output, {k: c[i] for k, c in columns.items()}) for i in range(len(self.rows))]
+            columns = {k: self._split_value(k, v) for k, v in output.items()}
+            return [make_output(output, {k: c[i] for k, c in columns.items()}) for i in range(len(self.rows))]
         if isinstance(output, (tuple, list)):
-            several = [self._column("", v) for v in output]
+            several = [self._split_value("", v) for v in output]
             return [type(output)([c[i] for c in several]) for i in range(len(self.rows))]
         return [output] * len(self.rows)
 
-    def is_whole(self, output: object) -> bool:
+    def covers_all_rows(self, output: object) -> bool:
         """Return True if all tensors of an output have all rows, but those in tuples, such as states of blocks."""
         if isinstance(output, Mapping):
             output = tuple(output.values())
         values = output if isinstance(output, (tuple, list)) else (output,)
         return all(len(t) == sum(self.rows) for t in values if isinstance(t, Tensor) and t.dim())
 
-    def _column(self, name: str, value: object) -> Sequence[object]:
-        return self._tensor(name, value) if isinstance(value, Tensor) else self.of(value)
+    def _split_value(self, name: str, value: object) -> Sequence[object]:
+        return self._split_tensor(name, value) if isinstance(value, Tensor) else self.split(value)
 
-    def _tensor(self, name: str, t: Tensor) -> list[Tensor]:
+    def _split_tensor(self, name: str, t: Tensor) -> list[Tensor]:
         if not t.dim() or len(t) != sum(self.rows):
             return [t] * len(self.rows)
-        parts, longest = t.split(self.rows) if len(self.rows) > 1 else (t,), max(self.lengths)
+        pieces, longest = t.split(self.rows) if len(self.rows) > 1 else (t,), max(self.lengths)
         if min(self.lengths) == longest or t.dim() < (2 if name in BY_TOKEN else 3) or t.shape[1] != longest:
-            return list(parts)
-        return [p if n == longest else p[:, :n].contiguous() for p, n in zip(parts, self.lengths)]
+            return list(pieces)
+        return [p if n == longest else p[:, :n].contiguous() for p, n in zip(pieces, self.lengths)]
 
 
-def make(like: Mapping[str, object], values: dict[str, object]) -> object:
+def make_output(like: Mapping[str, object], values: dict[str, object]) -> object:
     """Return values as an output of the same class."""
     return type(like)(**values) if hasattr(like, "to_tuple") else dict(values)

@@ -35,79 +35,79 @@ class Loader:
         once: end with the data.
     """
 
-    def __init__(self, whose: str, data: Iterable[object] | None, draws: Draws, once: bool):
+    def __init__(self, label: str, data: Iterable[object] | None, draws: Draws, once: bool):
         if data is None or not hasattr(data, "__iter__"):
-            raise TypeError(f"{whose}: data must be an iterable of batches, such as a DataLoader, got {data!r}.")
-        self.whose, self.data, self.draws = whose, data, draws
+            raise TypeError(f"{label}: data must be an iterable of batches, such as a DataLoader, got {data!r}.")
+        self.label, self.data, self.draws = label, data, draws
         self.once = once or isinstance(data, Iterator)
         self.epoch, self.taken = 0, 0  # epochs begun before this one; batches of it
         self.began: States = draws.states  # when this epoch began
         self.first: tuple[str, States] | None = None  # the digest of the first batch, and the draws before it
         self._source = data
         self._batches: Iterator[object] | None = None
-        self._torn = False  # an error has stopped the iterator, which may have lost a batch
+        self._is_broken = False  # an error has stopped the iterator, which may have lost a batch
         self._last: tuple[Batch, States, States] | None = None  # with the draws before and after it
         self._again: tuple[Batch, States, States] | None = None  # the last, if it was given back
 
-    def next(self) -> Batch | None:
+    def next_batch(self) -> Batch | None:
         """Return the next batch; None if the data has ended. After an error, go on where it was.
 
         Raises:
             ConfigError: there is no batch in it, or a batch is no mapping.
         """
         if self._again is None:
-            return self._new()
+            return self._read_batch()
         self._last, self._again = self._again, None
         batch, _, self.draws.states = self._last
         self.taken += 1
         return dict(batch)
 
-    def _new(self) -> Batch | None:
-        if self._torn:
-            self.move(self.epoch, self.taken, self.began, now=self.draws.states)
+    def _read_batch(self) -> Batch | None:
+        if self._is_broken:
+            self.seek(self.epoch, self.taken, self.began, now=self.draws.states)
         before = self.draws.states
         try:
             with self.draws:
-                found = next(self._here(), END)
-            if found is not END and not isinstance(found, Mapping):
+                batch = next(self._epoch_iterator(), END)
+            if batch is not END and not isinstance(batch, Mapping):
                 raise ConfigError(
-                    f"{self.whose}: a batch must be a mapping of the model's arguments to tensors, got a "
-                    f"{type(found).__name__}: give the DataLoader a collate_fn that makes one."
+                    f"{self.label}: a batch must be a mapping of the model's arguments to tensors, got a "
+                    f"{type(batch).__name__}: give the DataLoader a collate_fn that makes one."
                 )
         except BaseException as error:
-            annotate_error(error, f"{self.whose}: reading the data raised this.")
+            annotate_error(error, f"{self.label}: reading the data raised this.")
             self.draws.states = before
-            self._torn = not isinstance(self.data, Iterator)
+            self._is_broken = not isinstance(self.data, Iterator)
             raise
-        if found is END and not self.taken:
-            raise ConfigError(f"{self.whose}: its data holds no batch (epoch {self.epoch + 1}).")
-        if found is END and not self.once:
+        if batch is END and not self.taken:
+            raise ConfigError(f"{self.label}: its data holds no batch (epoch {self.epoch + 1}).")
+        if batch is END and not self.once:
             self._batches, self.epoch, self.taken = None, self.epoch + 1, 0
             self.began = self.draws.states
-            return self._new()
-        if found is END:
+            return self._read_batch()
+        if batch is END:
             return None
         if self.first is None and not self.epoch and not self.taken:
-            self.first = digest_batch(dict(found)), before
+            self.first = digest_batch(dict(batch)), before
         self.taken += 1
-        self._last = dict(found), before, self.draws.states
-        return dict(found)
+        self._last = dict(batch), before, self.draws.states
+        return dict(batch)
 
     def begins_with(self, first: tuple[str, States]) -> bool:
-        """Return True if the data begin as they did when `first` was noted. Takes the first batch; `stand` follows."""
+        """Return True if the data begin as they did when `first` was noted. Takes the first batch."""
         self.draws.states = first[1]
-        batch = self.next()
+        batch = self.next_batch()
         if isinstance(self.data, Iterator):
             self._source = chain([batch], self.data)
         return self.first is not None and self.first[0] == first[0]
 
-    def give_back(self) -> None:
-        """Have `next` return the last batch again."""
+    def return_batch(self) -> None:
+        """Have `next_batch` return the last batch again."""
         assert self._last is not None
         self._again, self.draws.states = self._last, self._last[1]
         self.taken -= 1
 
-    def _here(self) -> Iterator[object]:
+    def _epoch_iterator(self) -> Iterator[object]:
         """Return the iterator of this epoch, which draws at its first batch: that follows at once."""
         if self._batches is None:
             holder: Any
@@ -117,31 +117,31 @@ class Loader:
             self._batches = iter(self._source)
         return self._batches
 
-    def stand(self, epoch: int, taken: int, began: States, now: States) -> None:
-        """Be at a position, to which `next` will go."""
+    def set_position(self, epoch: int, taken: int, began: States, now: States) -> None:
+        """Be at a position, to which `next_batch` will go."""
         self.epoch, self.taken, self.began, self._batches, self._again = epoch, taken, began, None, None
-        self._torn, self.draws.states = True, now
+        self._is_broken, self.draws.states = True, now
 
-    def move(self, epoch: int, taken: int, began: States, now: States) -> None:
+    def seek(self, epoch: int, taken: int, began: States, now: States) -> None:
         """Go to a position: begin that epoch as it began then, and pass over what was taken of it.
 
         Raises:
             ConfigError: the data holds fewer batches.
         """
-        self.stand(epoch, taken, began, now)
+        self.set_position(epoch, taken, began, now)
         try:
             self.draws.states = began
             for i in range(taken):
                 with self.draws:
-                    missing = next(self._here(), END) is END
+                    missing = next(self._epoch_iterator(), END) is END
                 if missing:
                     raise ConfigError(
-                        f"{self.whose} was saved after {taken} batches of an epoch, and its data holds {i}: continue "
+                        f"{self.label} was saved after {taken} batches of an epoch, and its data holds {i}: continue "
                         "it with the data that it had."
                     )
         finally:
             self.draws.states = now
-        self._torn = False
+        self._is_broken = False
 
 
 def digest_batch(batch: Batch) -> str:
@@ -155,18 +155,18 @@ def digest_batch(batch: Batch) -> str:
     return hash_text(json.dumps(items, default=note, skipkeys=True))
 
 
-def digest_first_batch(whose: str, data: Iterable[object]) -> str:
+def digest_first_batch(label: str, data: Iterable[object]) -> str:
     """Return the digest of the first batch of data that can be gone through again and again.
 
     Raises:
         ConfigError: there is no batch in it, or a batch is no mapping.
     """
-    loader = Loader(whose, data, Draws(0, data), once=True)
-    loader.next()
+    loader = Loader(label, data, Draws(0, data), once=True)
+    loader.next_batch()
     assert loader.first is not None
     return loader.first[0]
 
 
-def one_position(data: object) -> bool:
+def shares_position(data: object) -> bool:
     """Return True if all who iterate over data share one position in it."""
     return isinstance(data, Iterator) or bool(getattr(data, "persistent_workers", False))

@@ -18,7 +18,7 @@ SPANS = ("start_positions", "end_positions")
 HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 
 
-def own_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], name: str) -> Loss:
+def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], name: str) -> Loss:
     """Return the loss that a model of transformers has for its task.
 
     Args:
@@ -28,18 +28,18 @@ def own_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], nam
         ConfigError: the model has none, or one that needs more than its output.
     """
     kind = getattr(model, "loss_type", None) or ("ForCausalLM" if "LMHead" in type(model).__name__ else None)
-    made = LOSSES.get(str(kind)) if hasattr(model, "loss_function") else None
+    make_loss = LOSSES.get(str(kind)) if hasattr(model, "loss_function") else None
     if hasattr(model, "prepare_decoder_input_ids_from_labels") and model.config.is_encoder_decoder:
-        made = of_decoder
-    if made is None:
+        make_loss = make_decoder_loss
+    if make_loss is None:
         raise ConfigError(
             f"Run '{name}': {type(model).__name__} has no loss that can be taken of a part of its rows. Give add() a "
             "loss(output, batch), which returns the mean over the run's own rows."
         )
-    loss = made(model, labels_of(wrappers, name))
-    keys = SPANS if made is of_spans else ("labels",)
+    loss = make_loss(model, count_head_labels(wrappers, name))
+    keys = SPANS if make_loss is make_span_loss else ("labels",)
 
-    def own(output: Outputs, batch: Outputs, **items: object) -> Tensor:
+    def compute_loss(output: Outputs, batch: Outputs, **items: object) -> Tensor:
         if missing := [key for key in keys if key not in batch]:
             raise ConfigError(
                 f"Run '{name}': a batch has no {' and no '.join(missing)}, of which the model's own loss is made: let "
@@ -47,10 +47,10 @@ def own_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], nam
             )
         return loss(output, batch, **items)
 
-    return own
+    return compute_loss
 
 
-def labels_of(wrappers: Mapping[str, ModulesToSaveWrapper], adapter: str) -> int | None:
+def count_head_labels(wrappers: Mapping[str, ModulesToSaveWrapper], adapter: str) -> int | None:
     """Return how many labels an adapter's own head has; None if it has none."""
     for key, wrapper in wrappers.items():
         weights = [p for p in wrapper.parameters_of(adapter) if p.dim() == 2]
@@ -59,27 +59,27 @@ def labels_of(wrappers: Mapping[str, ModulesToSaveWrapper], adapter: str) -> int
     return None
 
 
-def of_decoder(_: nn.Module, __: int | None) -> Loss:
-    def loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
+def make_decoder_loss(_: nn.Module, __: int | None) -> Loss:
+    def compute_loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
         logits = output["logits"]
         return cross_entropy(logits.view(-1, logits.shape[-1]), batch["labels"].view(-1))
 
-    return loss
+    return compute_loss
 
 
-def of_tokens(model: nn.Module, _: int | None) -> Loss:
-    def loss(output: Outputs, batch: Outputs, **items: object) -> Tensor:
+def make_token_loss(model: nn.Module, _: int | None) -> Loss:
+    def compute_loss(output: Outputs, batch: Outputs, **items: object) -> Tensor:
         logits = output["logits"]
         return model.loss_function(logits=logits, labels=batch["labels"], vocab_size=logits.shape[-1], **items)
 
-    return loss
+    return compute_loss
 
 
-def of_labels(model: nn.Module, labels: int | None) -> Loss:
+def make_classification_loss(model: nn.Module, labels: int | None) -> Loss:
     """Return the loss of a classifier of samples or of tokens. Logits of labels that other heads have are left out."""
     tokens = model.loss_type == "ForTokenClassification"
 
-    def loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
+    def compute_loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
         logits = output["logits"]
         if labels is not None and logits.shape[-1] > labels:
             logits = logits[..., :labels].contiguous()
@@ -88,24 +88,24 @@ def of_labels(model: nn.Module, labels: int | None) -> Loss:
             return model.loss_function(logits, batch["labels"], config)
         return model.loss_function(labels=batch["labels"], pooled_logits=logits, logits=logits, config=config)
 
-    return loss
+    return compute_loss
 
 
-def of_spans(model: nn.Module, _: int | None) -> Loss:
-    def loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
+def make_span_loss(model: nn.Module, _: int | None) -> Loss:
+    def compute_loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
         logits = output["start_logits"], output["end_logits"]
         return model.loss_function(*logits, *(batch[key] for key in SPANS))
 
-    return loss
+    return compute_loss
 
 
 LOSSES: dict[str, Callable[[nn.Module, int | None], Loss]] = {
-    "ForCausalLM": of_tokens,
-    "ForConditionalGeneration": of_tokens,
-    "ForMaskedLM": of_tokens,
-    "ForSequenceClassification": of_labels,
-    "ForImageClassification": of_labels,
-    "ForAudioClassification": of_labels,
-    "ForTokenClassification": of_labels,
-    "ForQuestionAnswering": of_spans,
+    "ForCausalLM": make_token_loss,
+    "ForConditionalGeneration": make_token_loss,
+    "ForMaskedLM": make_token_loss,
+    "ForSequenceClassification": make_classification_loss,
+    "ForImageClassification": make_classification_loss,
+    "ForAudioClassification": make_classification_loss,
+    "ForTokenClassification": make_classification_loss,
+    "ForQuestionAnswering": make_span_loss,
 }

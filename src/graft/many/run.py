@@ -19,10 +19,10 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from graft import AdapterNotFoundError, ConfigError
-from graft.many.bank import Row
+from graft.many.bank import AdapterRow
 from graft.many.draws import Draws
-from graft.many.flat import Flat, in_order, may_flatten, watched
-from graft.many.joint import Part
+from graft.many.flat import FlatParameters, can_flatten, is_step_hooked, order_by_group
+from graft.many.joint import RunBatch
 from graft.many.loader import Batch, Loader, annotate_error
 from graft.many.losses import Loss
 
@@ -39,13 +39,13 @@ WINDOW = "batches_of_this_step"  # a batch may say it, where the end of an epoch
 ELSEWHERE = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")  # of a config: not of the adapter
 
 
-class Owner(Protocol):
+class RunOwner(Protocol):
     def __getitem__(self, name: str) -> Run: ...
 
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
-class Point(NamedTuple):
+class StepRecord(NamedTuple):
     """One optimizer step of a run."""
 
     step: int
@@ -54,7 +54,7 @@ class Point(NamedTuple):
     norm: float  # of the gradient, before it is clipped
 
 
-class Valid(NamedTuple):
+class ValidationRecord(NamedTuple):
     """One look at the loss of validation data."""
 
     step: int
@@ -83,12 +83,12 @@ class Run:
     optimizer: Optimizer
     schedule: LRScheduler | None
     loss: Loss
-    judge: Loss  # the loss of validation data
-    owner: Owner
+    validation_loss: Loss  # the loss of validation data
+    owner: RunOwner
     seed: int
     draws_in_loss: bool
     loss_name: object  # as JSON has it; None: the model's own loss
-    scaled: bool
+    is_loss_scaled: bool
     clip: float | None
     steps: int | None
     accumulate: int
@@ -100,23 +100,23 @@ class Run:
         self._window = self.accumulate  # batches of the step under way
         self.draws_in_steps = not type(self.optimizer).__module__.startswith("torch.optim.")
         self.config_values = {k: v for k, v in self.config.to_file_dict().items() if k not in ELSEWHERE}
-        self.begun, self.begun_schedule = settings_of(self.optimizer), kind_of(self.schedule)
+        self.settings, self.schedule_settings = describe_optimizer(self.optimizer), describe_schedule(self.schedule)
         self.step, self.state = 0, RUNNING
         self.why: str | None = None
         self.error: Exception | None = None
         self.until: int | None = None
-        self.curve: list[Point] = []
-        self.valid: list[Valid] = []
+        self.curve: list[StepRecord] = []
+        self.valid: list[ValidationRecord] = []
         self.tokens, self.seconds = 0, 0.0  # that it has seen in this process, and since when
         self.losses: list[Tensor] = []  # of the batches of the step under way
-        self.order = in_order(self.optimizer, self.parameters)  # of the parameters in a bank
-        self._row: Row | None = None  # its place among those that train now
-        self._flat: Flat | None = None  # stands in the optimizer for the parameters
-        self._may_flatten = may_flatten(self.optimizer, self.parameters)
+        self.bank_order = order_by_group(self.optimizer, self.parameters)  # of the parameters in a bank
+        self._row: AdapterRow | None = None  # its place among those that train now
+        self._flat: FlatParameters | None = None  # stands in the optimizer for the parameters
+        self._can_flatten = can_flatten(self.optimizer, self.parameters)
         self._sums: list[Tensor | None] | None = None  # of gradients of the step under way, but for the last batch
-        self._was: tuple[list[Tensor], list[Tensor | None] | None] | None = None  # losses and sums before this round
-        self.left = 0  # batches of a step that its data had no more for
-        self.unseen = False  # a step, or the end, at which nobody has looked, nor asked `stop`
+        self._saved: tuple[list[Tensor], list[Tensor | None] | None] | None = None  # losses and sums before this round
+        self.unused_batches = 0  # batches of a step that its data had no more for
+        self.needs_check = False  # a step, or the end, at which nobody has looked, nor asked `stop`
         self._since = time.perf_counter()
 
     def __repr__(self) -> str:
@@ -125,22 +125,22 @@ class Run:
         return f"<Run '{self.name}' {self.config.peft_type.value}: {self.state}, step {steps}{loss}>"
 
     @property
-    def goes_on(self) -> bool:
+    def joins_next_round(self) -> bool:
         """Return True if it takes part in the next round: it is running, and not told to wait at its step."""
         return self.state == RUNNING and (self.until is None or self.step < self.until)
 
     @property
-    def may_go_on(self) -> bool:
+    def can_continue(self) -> bool:
         """Return True if more steps are asked for than the run was to make when it ended."""
         return self.state == ENDED and self.steps is not None and self.step < self.steps and not self.loader.once
 
     @property
-    def ended_early(self) -> bool:
+    def is_short_of_data(self) -> bool:
         """Return True if its data ended before its steps, or within one."""
-        return self.state == ENDED and (self.left > 0 or (self.steps is not None and self.step < self.steps))
+        return self.state == ENDED and (self.unused_batches > 0 or (self.steps is not None and self.step < self.steps))
 
     @property
-    def looks_now(self) -> bool:
+    def is_validation_due(self) -> bool:
         """Return True if it is time to look at validation data."""
         if self.validation is None or (self.valid and self.valid[-1].step == self.step):
             return False
@@ -167,31 +167,31 @@ class Run:
 
     # a step, in the order in which these are called
 
-    def batch(self) -> Part | None:
+    def take_batch(self) -> RunBatch | None:
         """Return the next batch; None, and the run has ended, if there is none."""
-        batch = self.loader.next()
+        batch = self.loader.next_batch()
         if batch is None:
-            self.left = len(self.losses)
+            self.unused_batches = len(self.losses)
             early = f", before {self.steps} steps" if self.steps is not None else ""
-            rest = f"; {self.left} of the {self._window} batches of a step were left over, and unused"
-            self.end(ENDED, f"its data ended at step {self.step}{early}{rest if self.left else ''}")
-            self.unseen = True
+            unused = f"; {self.unused_batches} of the {self._window} batches of a step were left over, and unused"
+            self.end(ENDED, f"its data ended at step {self.step}{early}{unused if self.unused_batches else ''}")
+            self.needs_check = True
             return None
-        self._was = [*self.losses], self._sums
+        self._saved = [*self.losses], self._sums
         self._window = batch.get(WINDOW, self.accumulate)
-        return Part(self.name, batch)
+        return RunBatch(self.name, batch)
 
-    def undo(self) -> None:
+    def undo_round(self) -> None:
         """Give the batch of a round back that an error has stopped, if it has not become a step."""
-        if self._was is not None:
-            (self.losses, self._sums), self._was = self._was, None
-            self.loader.give_back()
+        if self._saved is not None:
+            (self.losses, self._sums), self._saved = self._saved, None
+            self.loader.return_batch()
 
-    def done(self) -> None:
+    def finish_round(self) -> None:
         """Note that the round is over."""
-        self._was = None
+        self._saved = None
 
-    def loss_of(self, output: object, batch: Batch, auxiliary: Tensor | float = 0.0) -> Tensor:
+    def compute_loss(self, output: object, batch: Batch, auxiliary: Tensor | float = 0.0) -> Tensor:
         """Return what is to be differentiated: the loss of a batch, over the number of batches of a step.
 
         auxiliary: what the adapter itself adds.
@@ -206,9 +206,9 @@ class Run:
             annotate_error(error, f"Run '{self.name}': its loss raised this.")
             raise
         if not isinstance(loss, Tensor) or loss.dim():
-            found = f"has the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
-            raise ConfigError(f"Run '{self.name}': its loss {found}; return a mean, a tensor ().")
-        value = (loss if self.scaled else loss / self._window) + auxiliary / self._window
+            fault = f"has the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is {loss!r}"
+            raise ConfigError(f"Run '{self.name}': its loss {fault}; return a mean, a tensor ().")
+        value = (loss if self.is_loss_scaled else loss / self._window) + auxiliary / self._window
         if not value.requires_grad:
             raise ConfigError(
                 f"Run '{self.name}': no gradient leads from its loss to the adapter. Compute it of the output's "
@@ -216,59 +216,60 @@ class Run:
             )
         return value
 
-    def sit(self, row: Row | None) -> None:
+    def set_row(self, row: AdapterRow | None) -> None:
         """Take a place among the runs that train now; None: leave."""
         self._row, flat = row, self._flat
         if flat is None:
-            if row is not None and row.value is not None and self._may_flatten:
-                self._flat = Flat.of(self.optimizer, row)
+            if row is not None and row.value is not None and self._can_flatten:
+                self._flat = FlatParameters.try_flatten(self.optimizer, row)
         elif row is None:
-            flat.detach()
+            flat.detach_row()
         elif row.value is None:
-            self._unflatten()
+            self._restore_parameters()
         else:
-            flat.attach(row)
+            flat.attach_row(row)
 
-    def sits_on(self, row: Row) -> bool:
+    def is_on_row(self, row: AdapterRow) -> bool:
         return self._row is row
 
-    def _unflatten(self) -> None:
+    def _restore_parameters(self) -> None:
         if self._flat is not None:
-            self._flat.split()
-        self._flat, self._may_flatten = None, False
+            self._flat.restore_parameters()
+        self._flat, self._can_flatten = None, False
 
     @property
-    def row(self) -> Row:
+    def row(self) -> AdapterRow:
         assert self._row is not None
         return self._row
 
-    def took(self, loss: Tensor) -> None:
+    def record_loss(self, loss: Tensor) -> None:
         """Note that the gradients of a batch are there."""
         self.losses.append(loss.detach())
         if self._sums is not None:
-            self.row.add(self._sums)
-        self._sums = None if self.due else self.row.take()
+            self.row.add_gradients(self._sums)
+        self._sums = None if self.is_step_due else self.row.copy_gradients()
 
     @property
-    def due(self) -> bool:
+    def is_step_due(self) -> bool:
         """Return True if the batches of a step are there."""
         return len(self.losses) == self._window
 
     @property
-    def loss_now(self) -> Tensor:
+    def step_loss(self) -> Tensor:
         """The loss of the step under way, ()."""
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
 
-    def take(self, loss: float, norm: float, length: Tensor) -> None:
+    def make_step(self, loss: float, norm: float, length: Tensor) -> None:
         """Make the step, with numbers that are finite. length: the norm of the gradient, (), where it was computed."""
         lr, row = self.lr, self.row
-        if not row.whole or watched(self.optimizer):  # an optimizer leaves those alone that have no gradient
-            self._unflatten()
+        # an optimizer leaves parameters without a gradient as they are
+        if not row.is_complete or is_step_hooked(self.optimizer):
+            self._restore_parameters()
         if self._flat is None:
-            for p, grad, got in zip(row.parameters, row.gradients, row.got):
+            for p, grad, got in zip(row.parameters, row.gradients, row.received):
                 p.grad = grad if got else None
         else:
-            self._flat.hold(row)
+            self._flat.restore_gradients(row)
         if self.clip is not None:
             clip_grads_with_norm_(self.parameters if self._flat is None else self._flat.vectors, self.clip, length)
         try:
@@ -282,14 +283,14 @@ class Run:
             else:
                 increment_version(self.parameters)  # who keeps what follows from them sees that they have changed
             self.step += 1
-            self.curve.append(Point(self.step, loss, lr, norm))
+            self.curve.append(StepRecord(self.step, loss, lr, norm))
         except BaseException as error:
             annotate_error(
                 error, self.fail(f"an error stopped its optimizer or schedule in the middle ({error!r})", loss)
             )
             raise
-        self.let_go()
-        self.unseen = True
+        self.drop_partial_step()
+        self.needs_check = True
         if self.steps is not None and self.step >= self.steps:
             self.end(ENDED, f"{self.step} steps")
 
@@ -297,31 +298,31 @@ class Run:
         """Return the gradients of the batches of the step under way, by parameter; None if there is none."""
         if self._sums is None:
             return None
-        sums = {id(p): grad for p, grad in zip(self.order, self._sums)}
+        sums = {id(p): grad for p, grad in zip(self.bank_order, self._sums)}
         return [sums[id(p)] for p in self.parameters]
 
-    def take_up(self, losses: list[Tensor], gradients: list[Tensor | None] | None) -> None:
+    def restore_partial_step(self, losses: list[Tensor], gradients: list[Tensor | None] | None) -> None:
         """Put back what `losses` and `gradients` were."""
         self.losses = [loss.to(self.parameters[0].device) for loss in losses]
         if gradients is not None:
             sums = {id(p): None if g is None else g.to(p.device) for p, g in zip(self.parameters, gradients)}
-            self._sums = [sums[id(p)] for p in self.order]
+            self._sums = [sums[id(p)] for p in self.bank_order]
 
-    def optimizer_state(self) -> dict[str, object]:
+    def optimizer_state_dict(self) -> dict[str, object]:
         """Return the `state_dict` of the optimizer, by parameter."""
-        with nullcontext() if self._flat is None else self._flat.apart():
+        with nullcontext() if self._flat is None else self._flat.show_parameters():
             return self.optimizer.state_dict()
 
-    def let_go(self) -> None:
+    def drop_partial_step(self) -> None:
         """Drop gradients and losses of the step under way."""
-        self.losses, self._sums, self._was = [], None, None
+        self.losses, self._sums, self._saved = [], None, None
 
     def end(self, state: str, why: str) -> None:
-        self.let_go()
+        self.drop_partial_step()
         self.state, self.why = state, why
         self.seconds = time.perf_counter() - self._since
 
-    def refused(self, loss: float, norm: float) -> str | None:
+    def fail_if_not_finite(self, loss: float, norm: float) -> str | None:
         """Fail if loss or norm is not finite; return the text of the error."""
         if math.isfinite(loss) and math.isfinite(norm):
             return None
@@ -339,7 +340,7 @@ class Run:
         return self.tokens / seconds if seconds else 0.0
 
 
-def settings_of(optimizer: Optimizer) -> list[dict[str, object]]:
+def describe_optimizer(optimizer: Optimizer) -> list[dict[str, object]]:
     """Return the settings of an optimizer's groups of parameters, and how many each has."""
     return [
         {
@@ -351,7 +352,7 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, object]]:
     ]
 
 
-def kind_of(schedule: object) -> list[object] | None:
+def describe_schedule(schedule: object) -> list[object] | None:
     """Return a schedule's class and state, before its first step; None if there is none."""
     if schedule is None:
         return None

@@ -20,40 +20,40 @@ from graft.core.errors import some
 from graft.io.check import describe_fault
 from graft.io.fingerprint import check_fingerprint as check_fingerprint
 from graft.io.save import fingerprint_base
-from graft.many.run import STATES, Point, Run, Valid
+from graft.many.run import STATES, Run, StepRecord, ValidationRecord
 from graft.train.state_check import (
     REMEDY,
     check_fields,
-    check_finite,
     check_generator,
     check_moments,
+    check_state_finite,
     check_state_like,
-    has,
+    is_a,
     is_count,
     is_number,
 )  # fmt: skip
-from graft.train.state_file import as_read, check_base, pack, read, slots, write
+from graft.train.state_file import check_base, iterate_slots, pack, read_state_file, simulate_read, write_state_file
 
 FILE, NOTE = "run.safetensors", "run.json"
 FIELDS = {
-    "config": has(dict), "base": has(dict), "settings": has(dict), "values": has(dict), "optimizer": has(dict),
-    "schedule": lambda state: state is None or type(state) is dict, "draws": has(list, Tensor),
-    "position": has(dict), "under_way": has(dict), "step": is_count, "state": has(list), "unseen": has(bool),
-    "curve": has(list, list), "valid": has(list, list),
+    "config": is_a(dict), "base": is_a(dict), "settings": is_a(dict), "values": is_a(dict), "optimizer": is_a(dict),
+    "schedule": lambda state: state is None or type(state) is dict, "draws": is_a(list, Tensor),
+    "position": is_a(dict), "under_way": is_a(dict), "step": is_count, "state": is_a(list), "unseen": is_a(bool),
+    "curve": is_a(list, list), "valid": is_a(list, list),
     "first": lambda first: first is None or (type(first) is tuple and len(first) == 2 and type(first[0]) is str),
 }  # fmt: skip
-POSITION = {"epoch": is_count, "taken": is_count, "began": has(list, Tensor)}
-UNDER_WAY = {"losses": has(list, Tensor), "gradients": lambda all_: all_ is None or type(all_) is list}
+POSITION = {"epoch": is_count, "taken": is_count, "began": is_a(list, Tensor)}
+UNDER_WAY = {"losses": is_a(list, Tensor), "gradients": lambda all_: all_ is None or type(all_) is list}
 
 
-def folders_in(folder: str) -> list[str]:
+def list_runs(folder: str) -> list[str]:
     """Return the names of the runs that a folder holds."""
     if not os.path.isdir(folder):
         return []
     return sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name, FILE)))
 
 
-def delete(name: str, folder: str) -> None:
+def delete_run(name: str, folder: str) -> None:
     """Delete the file of a run, if there is one; a folder that is a link holds none."""
     where = os.path.join(folder, name)
     if is_link(where):
@@ -64,16 +64,16 @@ def delete(name: str, folder: str) -> None:
         os.rmdir(where)
 
 
-def save(run: Run, model: nn.Module, folder: str) -> None:
+def save_run(run: Run, model: nn.Module, folder: str) -> None:
     """Write `folder`/<name of the run>/run.safetensors."""
     tensors: dict[str, Tensor] = {}
-    note = pack(state_of(run, model), tensors, f"Run '{run.name}'")
+    note = pack(collect_run_state(run, model), tensors, f"Run '{run.name}'")
     path = os.path.join(folder, run.name, FILE)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write(path, NOTE, note, tensors)
+    write_state_file(path, NOTE, note, tensors)
 
 
-def load(name: str, folder: str) -> Json | None:
+def load_run(name: str, folder: str) -> Json | None:
     """Return what the file of a run holds; None if there is none.
 
     Raises:
@@ -83,20 +83,20 @@ def load(name: str, folder: str) -> Json | None:
     if not os.path.exists(path):
         return None
     older = {"first": None}  # fields that files of earlier states of graft lack
-    note = older | read(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
+    note = older | read_state_file(path, NOTE, "the file of a run: MultiTrain.save() writes these")[0]
     check_fields(note, FIELDS, path)
     return note
 
 
-def state_of(run: Run, model: nn.Module) -> Json:
+def collect_run_state(run: Run, model: nn.Module) -> Json:
     """Return all that the next step of a run depends on, and what it has made."""
     loader = run.loader
     return {
         "config": run.config_values,
         "base": fingerprint_base(model, run.name),
-        "settings": settings(run),
-        "values": {key: slot.tensor for key, slot in slots(model, run.name)},
-        "optimizer": run.optimizer_state(),
+        "settings": describe_settings(run),
+        "values": {key: slot.tensor for key, slot in iterate_slots(model, run.name)},
+        "optimizer": run.optimizer_state_dict(),
         "schedule": None if run.schedule is None else run.schedule.state_dict(),
         "draws": run.draws.states,
         "position": {"epoch": loader.epoch, "taken": loader.taken, "began": loader.began},
@@ -104,17 +104,17 @@ def state_of(run: Run, model: nn.Module) -> Json:
         "under_way": {"losses": run.losses, "gradients": run.gradients()},
         "step": run.step,
         "state": [run.state, run.why],
-        "unseen": run.unseen,
+        "unseen": run.needs_check,
         "curve": [list(point) for point in run.curve],
         "valid": [list(look) for look in run.valid],
     }
 
 
-def settings(run: Run) -> Json:
+def describe_settings(run: Run) -> Json:
     """Return what a run was told that its values depend on."""
     return {
-        "optimizer": run.begun,
-        "schedule": run.begun_schedule,
+        "optimizer": run.settings,
+        "schedule": run.schedule_settings,
         "clip": run.clip,
         "accumulate": run.accumulate,
         "seed": run.seed,
@@ -135,7 +135,7 @@ def name_object(value: object) -> object:
     return getattr(value, "__qualname__", type(value).__qualname__ if " at 0x" in text else text)
 
 
-def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
+def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
     """Put a run into the state that its file holds. The run is new, with its adapter on the model.
 
     Raises:
@@ -147,16 +147,16 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
     path = os.path.join(where, run.name, FILE)
     check_fingerprint(state["base"], f"{path}: the fingerprint of the base")
     check_base(state["base"], fingerprint_base(model, run.name), f"Run '{run.name}' in {where}")
-    own = {"config": run.config_values, "settings": settings(run)}
-    for what, now in own.items():
-        now = as_read(now)
-        differ = [f"{k} = {state[what][k]!r}, now {v!r}" for k, v in now.items() if is_other(state[what].get(k, v), v)]
+    current = {"config": run.config_values, "settings": describe_settings(run)}
+    for what, now in current.items():
+        now = simulate_read(now)
+        differ = [f"{k} = {state[what][k]!r}, now {v!r}" for k, v in now.items() if differs(state[what].get(k, v), v)]
         if differ:
             raise ConfigError(
                 f"Run '{run.name}' in {where} was begun with {'; '.join(differ)}: add it as it was, or under another "
                 "name."
             )
-    check_contents(run, model, state, path)
+    check_run_contents(run, model, state, path)
     first = state["first"]
     if first is not None and not run.loader.begins_with(first):
         raise ConfigError(
@@ -171,19 +171,20 @@ def restore(run: Run, model: nn.Module, state: Json, where: str) -> None:
                 thing.load_state_dict(state[name])
         except Exception as e:  # of a class that graft does not know
             raise CheckpointError(f"{path}: a {type(thing).__name__} refuses its state ({e!r}). {REMEDY}") from e
-    run.take_up(**state["under_way"])
+    run.restore_partial_step(**state["under_way"])
     run.step, (run.state, run.why) = state["step"], state["state"]
-    run.unseen = state["unseen"]
-    run.curve, run.valid = [Point(*p) for p in state["curve"]], [Valid(*v) for v in state["valid"]]
-    if run.may_go_on:
+    run.needs_check = state["unseen"]
+    run.curve, run.valid = [StepRecord(*p) for p in state["curve"]], [ValidationRecord(*v) for v in state["valid"]]
+    if run.can_continue:
         run.state, run.why = "running", None
-    to = run.loader.move if run.goes_on else run.loader.stand  # a run that has ended may be saved again, and go on then
+    # a run that has ended may be saved again, and continue later: it does not read its data now
+    to = run.loader.seek if run.joins_next_round else run.loader.set_position
     to(**state["position"], now=state["draws"])
-    for key, slot in slots(model, run.name):
+    for key, slot in iterate_slots(model, run.name):
         slot.assign(state["values"][key])
 
 
-def is_other(a: object, b: object) -> bool:
+def differs(a: object, b: object) -> bool:
     """Return True if two values of settings differ, or cannot be compared, as a tensor of several numbers."""
     try:
         return bool(a != b)
@@ -191,7 +192,7 @@ def is_other(a: object, b: object) -> bool:
         return True
 
 
-def check_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
+def check_run_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
     """Raise CheckpointError for contents of a run's file that would be put into place and that nothing could use."""
     check_fields(state["position"], POSITION, f"{path}: the position in the data")
     check_fields(state["under_way"], UNDER_WAY, f"{path}: the step under way")
@@ -199,8 +200,8 @@ def check_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
     shapes = [p.shape for p in run.parameters]
     right = {
         "state": len(state["state"]) == 2 and state["state"][0] in STATES and isinstance(state["state"][1], str | None),
-        "curve": len(state["curve"]) == state["step"] and all(map(is_row(4), state["curve"])),
-        "valid": all(map(is_row(2), state["valid"])),
+        "curve": len(state["curve"]) == state["step"] and all(map(make_row_test(4), state["curve"])),
+        "valid": all(map(make_row_test(2), state["valid"])),
         "position": state["position"]["taken"] <= (state["step"] + 1) * run.accumulate,  # it may have failed there
         "losses": len(losses) < run.accumulate and all(loss.shape == () and is_number(loss) for loss in losses),
         "gradients": (gradients is not None) == bool(losses) and len(gradients or shapes) == len(shapes) and all(
@@ -210,10 +211,10 @@ def check_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
     }  # fmt: skip
     if wrong := [name for name, is_right in right.items() if not is_right]:
         raise CheckpointError(f"{path}: {some(wrong)} are of another kind than a run has. {REMEDY}")
-    check_values(state["values"], {key: slot.tensor for key, slot in slots(model, run.name)}, path)
-    check_finite({"losses": torch.stack(losses)} if losses else {}, f"{path}: the step under way")
-    check_finite({f"{i}": g for i, g in enumerate(gradients or ())}, f"{path}: the gradients")
-    check_optimizer(run, state["optimizer"], path)
+    check_run_values(state["values"], {key: slot.tensor for key, slot in iterate_slots(model, run.name)}, path)
+    check_state_finite({"losses": torch.stack(losses)} if losses else {}, f"{path}: the step under way")
+    check_state_finite({f"{i}": g for i, g in enumerate(gradients or ())}, f"{path}: the gradients")
+    check_optimizer_state(run, state["optimizer"], path)
     if (state["schedule"] is None) != (run.schedule is None):
         raise CheckpointError(f"{path} has a schedule and the run has none, or the reverse. {REMEDY}")
     if run.schedule is not None:
@@ -225,27 +226,27 @@ def check_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
             check_generator(generator, path)
 
 
-def is_row(length: int) -> Callable[[list[object]], bool]:
+def make_row_test(length: int) -> Callable[[list[object]], bool]:
     """Return a function that says whether a list is a step, and so many numbers in all."""
     return lambda row: len(row) == length and is_count(row[0]) and all(type(n) in (int, float) for n in row)
 
 
-def check_values(values: Json, here: dict[str, Tensor], path: str) -> None:
+def check_run_values(values: Json, tensors: dict[str, Tensor], path: str) -> None:
     """Raise CheckpointError unless values are tensors of the names, shapes and dtypes that are here, and finite."""
-    if not values.keys() == here.keys():
+    if not values.keys() == tensors.keys():
         raise CheckpointError(
-            f"{path} holds other tensors than the adapter has: {some(sorted(values.keys() ^ here.keys()))}. {REMEDY}"
+            f"{path} holds other tensors than the adapter has: {some(sorted(values.keys() ^ tensors.keys()))}. {REMEDY}"
         )
-    for name, t in here.items():
+    for name, t in tensors.items():
         value = values[name]
         if not isinstance(value, Tensor) or describe_fault(value) or (value.shape, value.dtype) != (t.shape, t.dtype):
             raise CheckpointError(f"{path}: '{name}' is no tensor of shape {tuple(t.shape)} and {t.dtype}. {REMEDY}")
-    check_finite(values, f"{path}: the values")
+    check_state_finite(values, f"{path}: the values")
 
 
-def check_optimizer(run: Run, state: Json, path: str) -> None:
+def check_optimizer_state(run: Run, state: Json, path: str) -> None:
     """Raise CheckpointError unless the optimizer of a run can go on with a `state_dict`."""
-    check_fields(state, {"state": has(dict, dict), "param_groups": has(list, dict)}, f"{path}: the optimizer")
+    check_fields(state, {"state": is_a(dict, dict), "param_groups": is_a(list, dict)}, f"{path}: the optimizer")
     optimizer, groups = run.optimizer, run.optimizer.state_dict()["param_groups"]
     check_state_like(optimizer, state["param_groups"], groups, f"{path}: the optimizer's groups")
     group_of = {i: group for group in groups for i in group["params"]}

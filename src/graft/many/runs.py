@@ -40,12 +40,12 @@ from graft.many import run_file
 from graft.many.bank import Banks
 from graft.many.claims import Claims
 from graft.many.draws import Draws
-from graft.many.fanout import Fan, alike, fan_of
-from graft.many.joint import Arguments, Cut, Part, groups, joined, main_of
-from graft.many.loader import Loader, annotate_error, one_position
-from graft.many.losses import Loss, own_loss
-from graft.many.run import RUNNING, STOPPED, Run, Valid
-from graft.many.trainer import Description
+from graft.many.fanout import Fan, are_batches_equal, find_fan
+from graft.many.joint import ForwardArguments, OutputSplitter, RunBatch, divide_passes, find_main_argument, join_batches
+from graft.many.loader import Loader, annotate_error, shares_position
+from graft.many.losses import Loss, find_model_loss
+from graft.many.run import RUNNING, STOPPED, Run, ValidationRecord
+from graft.many.trainer import TrainerDescription
 from graft.model.checkpoints import save_one_adapter
 from graft.model.registry import check_adapter_name
 
@@ -68,22 +68,22 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" + (f" (here '{CALLED[name]}')" if name in CALLED else "") for name in sorted(names))
 
 
-def between_steps(method: F) -> F:
+def refuse_within_step(method: F) -> F:
     """Decorate a method of MultiTrain that no step, in whatever thread, may go on beside."""
 
     known = inspect.signature(method).parameters
 
     @wraps(method)
-    def run(self: MultiTrain, *args: object, **kwargs: object) -> object:
+    def call_method(self: MultiTrain, *args: object, **kwargs: object) -> object:
         if unknown := kwargs.keys() - known.keys():
             remedy = f"It takes {', '.join([*known][1:]) or 'nothing'}."
             if method.__name__ == "add":
                 remedy = "An optimizer gets its arguments by optimizer=partial(torch.optim.AdamW, lr=1e-3)."
             raise TypeError(f"MultiTrain.{method.__name__}() takes no {list_names(unknown)}. {remedy}")
-        with self.alone():
+        with self.lock_steps():
             return method(self, *args, **kwargs)
 
-    return run  # type: ignore[return-value]
+    return call_method  # type: ignore[return-value]
 
 
 @dataclass
@@ -124,28 +124,28 @@ class MultiTrain:
         self.model: PeftModel | None = model if isinstance(model, PeftModel) else None
         self.base: nn.Module = model if self.model is None else self.model.get_base_model()
         self.at_once, self.base_in_eval = at_once, base_in_eval
-        self._arguments = Arguments.of(self.base, exact)
+        self._arguments = ForwardArguments.read_signature(self.base, exact)
         self.folder: str | None = None  # of runs to go on with
         self.claims = Claims()  # on the files that `save` writes
         self._runs: dict[str, Run] = {}
         self._banks = Banks({}, ())
         self._fans: dict[tuple[str, ...], Fan | None] = {}  # by the runs of a pass, since one came or went
         self._number = 0
-        self._lock = threading.RLock()  # held by `alone`
+        self._lock = threading.RLock()  # held by `lock_steps`
         self._batch_errors: dict[str, Exception] = {}  # what batches of this round the model cannot take, by run
-        self._within = False  # some runs have taken their batch of a round, and others have not
+        self._is_in_pass = False  # some runs have taken their batch of a round, and others have not
         self._stepping = False
         self._modes = [(m, m.training) for m in self.base.modules()]
-        if not base_in_eval and (drops := dropout_in(self.base, self._carried())):
+        if not base_in_eval and (drops := find_dropout(self.base, self._find_adapter_modules())):
             raise ConfigError(
                 f"The base drops inputs by itself ({drops[0]}, and {len(drops) - 1} more): all runs would draw from "
                 "one generator. Set its dropout to 0, or pass base_in_eval=True, which trains adapters over a base in "
                 "eval mode."
             )
 
-        if found := mixing_in(self.base, self._carried(), base_in_eval):
+        if mixing := find_row_mixing(self.base, self._find_adapter_modules(), base_in_eval):
             raise ConfigError(
-                f"What the base makes of a row depends on the others of its batch ({found[0]}, and {len(found) - 1} "
+                f"What the base makes of a row depends on the others of its batch ({mixing[0]}, and {len(mixing) - 1} "
                 "more): runs would not be apart from each other. For batch normalization by statistics that are kept, "
                 "pass base_in_eval=True; else train one adapter at a time."
             )
@@ -162,11 +162,11 @@ class MultiTrain:
         Raises:
             CheckpointError: the folder holds no run.
         """
-        made = cls(model, **options)
-        made.folder = os.fspath(folder)
-        if not run_file.folders_in(made.folder):
-            raise CheckpointError(f"{made.folder} holds no run: MultiTrain.save() writes them.")
-        return made
+        runs = cls(model, **options)
+        runs.folder = os.fspath(folder)
+        if not run_file.list_runs(runs.folder):
+            raise CheckpointError(f"{runs.folder} holds no run: MultiTrain.save() writes them.")
+        return runs
 
     # runs
 
@@ -186,9 +186,9 @@ class MultiTrain:
         return True
 
     def __repr__(self) -> str:
-        return f"MultiTrain({type(self.base).__name__}, runs={self.all()})"
+        return f"MultiTrain({type(self.base).__name__}, runs={self.list_runs()})"
 
-    def all(self) -> list[Run]:
+    def list_runs(self) -> list[Run]:
         """Return all runs."""
         return list(self._runs.values())
 
@@ -196,7 +196,7 @@ class MultiTrain:
     def names(self) -> list[str]:
         return list(self._runs)
 
-    @between_steps
+    @refuse_within_step
     def add(
         self,
         name: str,
@@ -254,28 +254,30 @@ class MultiTrain:
             options = dict(
                 data=data, schedule=schedule, loss=loss, clip=clip, steps=steps, accumulate=accumulate, seed=seed
             )
-            refuse_beside_trainer(name, options | {"optimizer": optimizer})
-            description = Description(name, trainer)
+            refuse_trainer_settings(name, options | {"optimizer": optimizer})
+            description = TrainerDescription(name, trainer)
             seed, accumulate, clip = description.seed, description.accumulate, description.clip
         elif data is None:
             raise ConfigError(f"Run '{name}' needs data, an iterable of batches, or a trainer.")
         check_settings(name, clip=clip, steps=steps, accumulate=accumulate, every=every)
         if every is not None and (valid is None or isinstance(valid, Iterator)):
-            found = "none" if valid is None else "an iterator, which one look takes to its end"
+            valid_kind = "none" if valid is None else "an iterator, which one look takes to its end"
             raise ConfigError(
-                f"Run '{name}': every={every} looks at validation data again and again, and valid is {found}."
+                f"Run '{name}': every={every} looks at validation data again and again, and valid is {valid_kind}."
             )
         if valid is not None and not hasattr(valid, "__iter__"):
             raise ConfigError(f"Run '{name}': valid must be batches, such as a DataLoader, got {valid!r}.")
         if type(seed) is not int:
             raise ConfigError(f"Run '{name}': seed must be an int, got {seed!r}.")
         if not callable(optimizer):
-            check_made(name, optimizer, None, [])
+            check_optimizer_and_schedule(name, optimizer, None, [])
         for key, function in ("loss", loss), ("stop", stop), ("schedule", schedule):
             if function is not None and not callable(function):
                 raise ConfigError(f"Run '{name}': {key} must be a function, got {function!r}.")
-        taker = next((run.name for run in self._runs.values() if run.goes_on and run.loader.data is data), None)
-        if taker is not None and one_position(data):
+        taker = next(
+            (run.name for run in self._runs.values() if run.joins_next_round and run.loader.data is data), None
+        )
+        if taker is not None and shares_position(data):
             raise ConfigError(
                 f"Run '{name}' would take batches from run '{taker}': their data is one iterator, or one loader with "
                 "persistent_workers. Give each run its own."
@@ -285,49 +287,49 @@ class MultiTrain:
                 f"Run '{name}': {config.peft_type.value} puts a prompt before the input, and no adapter on layers, of "
                 "which MultiTrain trains several at once. Train it by itself."
             )
-        self._check_base_stays(name, config)
-        here = {} if self.model is None else self.model.peft_config
-        own = here.get(name) if config is None else config
-        if own is not None and getattr(method_of(own.peft_type), "has_labelled_loss", False):
+        self._check_base_unchanged(name, config)
+        configs = {} if self.model is None else self.model.peft_config
+        cfg = configs.get(name) if config is None else config
+        if cfg is not None and getattr(method_of(cfg.peft_type), "has_labelled_loss", False):
             raise ConfigError(
-                f"Run '{name}': {own.peft_type.value} adds a loss of the call's labels to the model's, and calls "
+                f"Run '{name}': {cfg.peft_type.value} adds a loss of the call's labels to the model's, and calls "
                 "of MultiTrain have none. Train it by itself."
             )
         draws = Draws(seed, data)
-        state = None if self.folder is None else run_file.load(name, self.folder)
+        state = None if self.folder is None else run_file.load_run(name, self.folder)
         with draws:
             new = self._inject(name, config, heads() if callable(heads) else heads)
-        model = self._adapted
-        registry, own_config = get_registry(model), model.peft_config[name]
+        model = self._peft_model
+        registry, model_config = get_registry(model), model.peft_config[name]
         trained = any(p.requires_grad for _, p in model.adapter_parameters(name))
         try:
-            refuse_covered_targets(name, config or own_config, own_config, registry.wrappers)
+            refuse_covered_targets(name, config or model_config, model_config, registry.wrappers)
             registry.set_requires_grad(name, True)
             parameters = [p for _, p in model.adapter_parameters(name)]
             drawn = loss is not None or description is not None
             loss_name = run_file.to_json_value(loss)
             if description is not None:
-                windows = data = description.data(draws)
-                steps = description.steps(windows)
+                windows = data = description.make_batches(draws)
+                steps = description.count_steps(windows)
                 optimizer, schedule = partial(description.optimizer, model), partial(description.schedule, steps=steps)
-                judge = self._own_loss(name, needed=valid is not None)
-                loss, loss_name = description.loss(self.base, judge), run_file.to_json_value(description.loss_name)
+                judge = self._find_model_loss(name, needed=valid is not None)
+                loss, loss_name = description.make_loss(self.base, judge), run_file.to_json_value(description.loss_name)
             else:
-                loss = judge = self._own_loss(name) if loss is None else loss
+                loss = judge = self._find_model_loss(name) if loss is None else loss
             with draws:
-                made = optimizer(parameters)
-                timed = None if schedule is None else schedule(made)
-            check_made(name, made, timed, parameters)
+                run_optimizer = optimizer(parameters)
+                run_schedule = None if schedule is None else schedule(run_optimizer)
+            check_optimizer_and_schedule(name, run_optimizer, run_schedule, parameters)
             run = Run(
                 name=name,
-                config=own_config,
+                config=model_config,
                 parameters=parameters,
                 draws=draws,
                 loader=Loader(f"Run '{name}'", data, draws, once=steps is None),
-                optimizer=made,
-                schedule=timed,
+                optimizer=run_optimizer,
+                schedule=run_schedule,
                 loss=loss,
-                judge=judge,
+                validation_loss=judge,
                 seed=seed,
                 clip=clip,
                 steps=steps,
@@ -338,15 +340,15 @@ class MultiTrain:
                 owner=self,
                 draws_in_loss=drawn,
                 loss_name=loss_name,
-                scaled=description is not None,
+                is_loss_scaled=description is not None,
             )
             if state is not None:
-                run_file.restore(run, model, state, self.folder or "")
+                run_file.restore_run(run, model, state, self.folder or "")
         except BaseException:
             if description is not None:
-                description.undo()
+                description.reset_trainer()
             if new:
-                self._take_out(name)
+                self._remove_adapter(name)
             elif not trained:
                 registry.set_requires_grad(name, False)
             raise
@@ -354,22 +356,22 @@ class MultiTrain:
         self._fans = {}
         return run
 
-    def _check_base_stays(self, name: str, config: PeftConfig | None) -> None:
+    def _check_base_unchanged(self, name: str, config: PeftConfig | None) -> None:
         """Raise ConfigError if an adapter changes the base of another run, or would change what `unload` gives back."""
         if config is not None:
             refuse_base_change(name, config)
-        for other, cfg in {} if self.model is None else self.model.peft_config.items():
-            restarted = other in get_registry(self.model).taken_in
+        for adapter, cfg in {} if self.model is None else self.model.peft_config.items():
+            restarted = adapter in get_registry(self.model).taken_in
             setting = "restart()" if restarted else find_base_change(cfg)
-            if setting is not None and {*self._runs, name} != {other}:
+            if setting is not None and {*self._runs, name} != {adapter}:
                 raise ConfigError(
-                    f"Run '{name}' cannot train here: adapter '{other}' changes the base ({setting}), so that the "
+                    f"Run '{name}' cannot train here: adapter '{adapter}' changes the base ({setting}), so that the "
                     "files of other runs would not fit a fresh one. Train it on another copy of the base."
                 )
 
-    def _own_loss(self, name: str, needed: bool = True) -> Any:
+    def _find_model_loss(self, name: str, needed: bool = True) -> Any:
         try:
-            return own_loss(self.base, get_registry(self.model).parts_of(name).wrappers, name)
+            return find_model_loss(self.base, get_registry(self.model).parts_of(name).wrappers, name)
         except ConfigError:
             if needed:
                 raise
@@ -377,12 +379,12 @@ class MultiTrain:
 
     def _inject(self, name: str, config: PeftConfig | None, heads: dict[str, nn.Module] | None) -> bool:
         """Put the adapter of a run on the model, if it is not there; return True if it was not."""
-        here = self.model is not None and name in self.model.peft_config
+        is_on_model = self.model is not None and name in self.model.peft_config
         if config is None:
-            if not here:
+            if not is_on_model:
                 raise AdapterNotFoundError(f"Run '{name}' has no config, and the model has no adapter of that name.")
             return False
-        if here:
+        if is_on_model:
             raise AdapterNameError(f"The model has an adapter '{name}' already: leave its config out to train it.")
         config = copy.deepcopy(config)
         config.inference_mode = False
@@ -393,11 +395,11 @@ class MultiTrain:
             self.model.add_adapter(name, config, heads=heads)
         return True
 
-    def _take_out(self, name: str) -> None:
+    def _remove_adapter(self, name: str) -> None:
         """Take an adapter off the model; the model's last one with all that graft has put there."""
         self._fans = {}
         if name in self._banks.rows:
-            self._leave()
+            self._release_banks()
         model = self.model
         assert model is not None
         if list(model.peft_config) == [name]:
@@ -405,27 +407,27 @@ class MultiTrain:
             self.model = None
             return
         if name in model.active_adapters:
-            model.set_adapter(next(other for other in model.peft_config if other != name))
+            model.set_adapter(next(adapter for adapter in model.peft_config if adapter != name))
             get_registry(model).set_requires_grad([n for n in self._runs if n in model.peft_config], True)
         model.delete_adapter(name)
 
-    @between_steps
+    @refuse_within_step
     def remove(self, name: str) -> Run:
         """Take a run and its adapter out, and return the run, with its curve."""
         run = self[name]
-        self._take_out(name)
+        self._remove_adapter(name)
         del self._runs[name]
         self.claims.release(name)
         if self.model is None:
             self._restore_modes()
         return run
 
-    @between_steps
+    @refuse_within_step
     def unload(self) -> nn.Module:
         """Return the base without adapters, as it was, also if some of them are merged."""
         if self.model is not None:
             self.model.unload(keep_modules=False)
-        self._leave()
+        self._release_banks()
         self.model, self._runs = None, {}
         self.claims.release()
         self._restore_modes()
@@ -436,30 +438,30 @@ class MultiTrain:
             module.training = training
 
     @property
-    def arguments(self) -> Arguments:
+    def arguments(self) -> ForwardArguments:
         """The arguments of the base's forward, and those that the adapters' methods read."""
-        own = set() if self.model is None else get_registry(self.model).arguments
-        return replace(self._arguments, names=self._arguments.names | own)
+        names = set() if self.model is None else get_registry(self.model).arguments
+        return replace(self._arguments, names=self._arguments.names | names)
 
     @property
-    def _adapted(self) -> PeftModel:
+    def _peft_model(self) -> PeftModel:
         """The model with the runs' adapters, of which there is one at least."""
         assert self.model is not None
         return self.model
 
-    def _carried(self) -> set[int]:
+    def _find_adapter_modules(self) -> set[int]:
         """Return the modules of adapters, by id."""
         if self.model is None:
             return set()
-        return {id(m) for c in get_registry(self.model).carriers() if isinstance(c, nn.Module) for m in own_modules(c)}
+        return {id(m) for c in get_registry(self.model).carriers() if isinstance(c, nn.Module) for m in find_modules(c)}
 
     # steps
 
     def __iter__(self) -> Iterator[Step]:
-        while any(run.goes_on or run.unseen for run in self._runs.values()):
+        while any(run.joins_next_round or run.needs_check for run in self._runs.values()):
             yield self.step()
 
-    @between_steps
+    @refuse_within_step
     def step(self) -> Step:
         """Take a batch of each run that goes on, and make the optimizer steps that are due.
 
@@ -473,12 +475,12 @@ class MultiTrain:
             raise RuntimeError("A step is under way: let its `stop` return before the next one.")
         self._stepping = True
         try:
-            return self._step()
+            return self._run_round()
         finally:
             self._stepping = False
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock_steps(self) -> Iterator[None]:
         """Let no other thread make a step, or change the runs, within the block.
 
         Raises:
@@ -487,67 +489,67 @@ class MultiTrain:
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(f"Another thread has the runs {', '.join(self._runs)}: let one thread run them.")
         try:
-            if self._within:
+            if self._is_in_pass:
                 raise RuntimeError("A step is under way: call this between steps, not from a loss.")
             yield
         finally:
             self._lock.release()
 
-    def _step(self) -> Step:
+    def _run_round(self) -> Step:
         step = Step(self._number + 1)
-        self._look(step)  # where an error has kept it from doing so
-        going = [run for run in self._runs.values() if run.goes_on]
-        self._within = True
+        self._validate_and_stop(step)  # where an error has kept it from doing so
+        going = [run for run in self._runs.values() if run.joins_next_round]
+        self._is_in_pass = True
         try:
-            self._train(step, going)
+            self._train_round(step, going)
         except BaseException:
             for run in going:
-                run.undo()
+                run.undo_round()
             raise
         finally:
-            self._within = False
+            self._is_in_pass = False
         for run in going:
-            run.done()
+            run.finish_round()
         self._number += 1
-        self._look(step)
+        self._validate_and_stop(step)
         step.ended |= {run.name: run.why or "" for run in going if run.state != RUNNING}
         for run in going:
-            if run.ended_early:
+            if run.is_short_of_data:
                 warn(f"Run '{run.name}': {run.why}.", PeftWarning)
         return step
 
-    def _train(self, step: Step, going: Sequence[Run]) -> None:
+    def _train_round(self, step: Step, going: Sequence[Run]) -> None:
         """Take a batch of each of these runs, and make the steps that are due."""
         if not going:
             return
-        self._mode(True)
-        parts = [part for run in going if (part := run.batch()) is not None]
-        self._seat([run for run in going if run.state == RUNNING])
+        self._set_mode(True)
+        items = [item for run in going if (item := run.take_batch()) is not None]
+        self._assign_rows([run for run in going if run.state == RUNNING])
         self._batch_errors = {}
-        for group in groups(self._complete_parts(parts), self.arguments, self.at_once, self._note_batch_error):
-            self._pass(group, self._gradients, self._took)
+        for joint in divide_passes(self._complete_batches(items), self.arguments, self.at_once, self._note_batch_error):
+            self._run_pass(joint, self._compute_gradients, self._collect_gradients)
         if self._batch_errors:
-            self._fail_runs(len(self._batch_errors) == len(parts))
-        due = [run for run in going if run.state == RUNNING and run.due]
+            self._fail_runs(len(self._batch_errors) == len(items))
+        due = [run for run in going if run.state == RUNNING and run.is_step_due]
         if not due:
             return
-        lengths = self._banks.norms([run.name for run in due])
-        losses = [run.loss_now for run in due]
+        lengths = self._banks.compute_norms([run.name for run in due])
+        losses = [run.step_loss for run in due]
         numbers = torch.stack([t.float().to(losses[0].device) for t in (*losses, *lengths)]).tolist()
         for run, loss, norm, length in zip(due, numbers, numbers[len(due) :], lengths):
-            bad = run.refused(loss, norm)
+            bad = run.fail_if_not_finite(loss, norm)
             if bad is not None:
                 warn(bad, PeftWarning)
                 continue
-            run.take(loss, norm, length)
+            run.make_step(loss, norm, length)
             step.losses[run.name] = loss
 
-    def _look(self, step: Step) -> None:
+    def _validate_and_stop(self, step: Step) -> None:
         """Look at validation data where it is time, and ask who wants to stop."""
-        runs = [run for run in self._runs.values() if run.unseen]
-        self._see(step, runs)
+        runs = [run for run in self._runs.values() if run.needs_check]
+        self._validate_due_runs(step, runs)
         for run in runs:
-            if not self._has(run):  # the `stop` of another one has removed it
+            if not self._is_current(run):  # the `stop` of another one has removed it
                 continue
             try:
                 stops = run.state == RUNNING and run.stop is not None and run.stop(run)
@@ -558,72 +560,72 @@ class MultiTrain:
                 run.end(STOPPED, f"its stop said so at step {run.step}")
             if run.state != RUNNING:
                 step.ended[run.name] = run.why or ""
-        self._see(step, [run for run in runs if self._has(run)])
+        self._validate_due_runs(step, [run for run in runs if self._is_current(run)])
         for run in runs:
-            run.unseen = False
+            run.needs_check = False
 
-    def _has(self, run: Run) -> bool:
+    def _is_current(self, run: Run) -> bool:
         return self._runs.get(run.name) is run
 
-    def _see(self, step: Step, runs: Sequence[Run]) -> None:
+    def _validate_due_runs(self, step: Step, runs: Sequence[Run]) -> None:
         by_data: dict[int, list[Run]] = {}
         for run in runs:
-            if run.looks_now:
+            if run.is_validation_due:
                 by_data.setdefault(id(run.validation), []).append(run)
         for sharing in by_data.values():
-            found = self.evaluate([run.name for run in sharing], sharing[0].validation or ())
+            losses = self.evaluate([run.name for run in sharing], sharing[0].validation or ())
             for run in sharing:
-                run.valid.append(Valid(run.step, found[run.name]))
-                step.valid[run.name] = found[run.name]
+                run.valid.append(ValidationRecord(run.step, losses[run.name]))
+                step.valid[run.name] = losses[run.name]
 
-    def _seat(self, runs: list[Run]) -> None:
+    def _assign_rows(self, runs: list[Run]) -> None:
         """Have these runs, which train now, share banks."""
         rows = self._banks.rows
-        here = [*rows] == [run.name for run in runs] and all(run.sits_on(rows[run.name]) for run in runs)
-        if here and self._banks.stand():
+        is_assigned = [*rows] == [run.name for run in runs] and all(run.is_on_row(rows[run.name]) for run in runs)
+        if is_assigned and self._banks.is_intact():
             return
-        model = self._adapted
-        self._banks.release()
+        model = self._peft_model
+        self._banks.separate_memory()
         for run in self._runs.values():
             if run not in runs:
-                run.sit(None)
+                run.set_row(None)
         self._banks = Banks(
-            {run.name: (run.order, run.parameters) for run in runs}, (*model.parameters(), *model.buffers())
+            {run.name: (run.bank_order, run.parameters) for run in runs}, (*model.parameters(), *model.buffers())
         )
         for run in runs:
-            run.sit(self._banks.rows[run.name])
+            run.set_row(self._banks.rows[run.name])
 
-    def _leave(self) -> None:
+    def _release_banks(self) -> None:
         """Move the adapters of all runs out of the banks, each into separate memory."""
-        self._banks.release()
+        self._banks.separate_memory()
         self._banks = Banks({}, ())
         for run in self._runs.values():
-            run.sit(None)
+            run.set_row(None)
 
-    def _complete(self, part: Part) -> Part:
+    def _complete_batch(self, item: RunBatch) -> RunBatch:
         """Add the arguments that a model and its adapters make of labels: the decoder's inputs, lengths of prompts."""
-        batch = part.batch
+        batch = item.batch
         make = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
         if make is not None and "labels" in batch and "decoder_input_ids" not in batch:
             batch = batch | {"decoder_input_ids": make(labels=batch["labels"])}
-        for method in dict.fromkeys(get_registry(self._adapted).surrounding.values()):
+        for method in dict.fromkeys(get_registry(self._peft_model).surrounding.values()):
             batch = {**method.arguments_of(batch, self.base), **batch}
-        return Part(part.name, batch)
+        return RunBatch(item.name, batch)
 
-    def _complete_parts(self, parts: Sequence[Part]) -> list[Part]:
+    def _complete_batches(self, items: Sequence[RunBatch]) -> list[RunBatch]:
         """Return these parts, completed, but for those that cannot be."""
-        found = []
-        for part in parts:
+        completed = []
+        for item in items:
             try:
-                found.append(self._complete(part))
+                completed.append(self._complete_batch(item))
             except Exception as error:
-                self._note_batch_error(part, error)
-        return found
+                self._note_batch_error(item, error)
+        return completed
 
-    def _note_batch_error(self, part: Part, error: Exception) -> None:
+    def _note_batch_error(self, item: RunBatch, error: Exception) -> None:
         """Note that the model cannot take the batch of a run."""
-        annotate_error(error, f"Run '{part.name}': the model cannot take its batch.")
-        self._batch_errors[part.name] = error
+        annotate_error(error, f"Run '{item.name}': the model cannot take its batch.")
+        self._batch_errors[item.name] = error
 
     def _fail_runs(self, all_of_them: bool) -> None:
         """End the runs whose batch the model cannot take, as failed; if the round has no others, raise the first error.
@@ -639,12 +641,12 @@ class MultiTrain:
             run.error = error
             warn(f"{text} The others go on. Remove it, mend its data, and add it anew.", PeftWarning)
 
-    def _pass(
+    def _run_pass(
         self,
-        group: list[Part],
-        run: Callable[[list[Part]], T],
-        take: Callable[[list[Part], T], None],
-        within: bool = False,
+        items: list[RunBatch],
+        compute: Callable[[list[RunBatch]], T],
+        take: Callable[[list[RunBatch], T], None],
+        is_half: bool = False,
     ) -> None:
         """Run these batches together, and take what comes of them; if memory ends, half of them at a time.
 
@@ -653,77 +655,77 @@ class MultiTrain:
 
         within: this is a half.
         """
-        draws = [self._runs[part.name].draws for part in group]
-        before = [own.states for own in draws]
+        draws = [self._runs[item.name].draws for item in items]
+        before = [run_draws.states for run_draws in draws]
         try:
-            found = run(group)
+            result = compute(items)
         except Exception as error:
-            memory = no_memory(error)
+            memory = is_out_of_memory(error)
             if isinstance(error, Warning):  # which the caller has made an error
                 raise
-            if not torch.is_grad_enabled() and (not memory or len(group) == 1):
-                annotate_error(error, f"A look at validation data of {[part.name for part in group]} raised this.")
+            if not torch.is_grad_enabled() and (not memory or len(items) == 1):
+                annotate_error(error, f"A look at validation data of {[item.name for item in items]} raised this.")
                 raise
-            if memory or len(group) > 1:
+            if memory or len(items) > 1:
                 drop_frames(error)
             failure = error
         else:
-            take(group, found)
+            take(items, result)
             return
-        for own, states in zip(draws, before):
-            own.states = states
+        for run_draws, states in zip(draws, before):
+            run_draws.states = states
         if torch.is_grad_enabled():
-            self._banks.begin([part.name for part in group])
-        if len(group) == 1 and not memory:
-            self._note_batch_error(group[0], failure)
+            self._banks.drop_gradients([item.name for item in items])
+        if len(items) == 1 and not memory:
+            self._note_batch_error(items[0], failure)
             return
-        if len(group) == 1:
-            text = self._runs[group[0].name].fail(
+        if len(items) == 1:
+            text = self._runs[items[0].name].fail(
                 f"its batch alone takes more memory than there is ({failure})", float("nan")
             )
             warn(f"{text} Give it smaller batches, and accumulate= for the same step.", PeftWarning)
             return
-        half, known = len(group) // 2, len(self._batch_errors)
+        half, known = len(items) // 2, len(self._batch_errors)
         if memory:
-            _, counts = joined(group[:half], self.arguments)
+            _, counts = join_batches(items[:half], self.arguments)
             self.at_once = max(1, min(self.at_once, sum(counts.rows) * max(counts.lengths)))
-        for section in (group[:half], group[half:]):
-            self._pass(section, run, take, within=True)
-        if not (memory or within) and len(self._batch_errors) == known:
-            names = [part.name for part in group]
+        for section in (items[:half], items[half:]):
+            self._run_pass(section, compute, take, is_half=True)
+        if not (memory or is_half) and len(self._batch_errors) == known:
+            names = [item.name for item in items]
             warn(f"A pass of {names} raised {shortened(repr(failure))}, and none of them does so alone.", PeftWarning)
 
-    def _gradients(self, group: list[Part]) -> tuple[list[Tensor], list[int]] | Exception:
+    def _compute_gradients(self, items: list[RunBatch]) -> tuple[list[Tensor], list[int]] | Exception:
         """Have the parameters get the gradients of these batches; return for each its loss, and how many tokens it has.
 
         Return the error that a loss of `add` has raised. What an error leaves of the pass goes with it.
         """
-        self._banks.begin([part.name for part in group])
-        with self._fanned(group) as fan:
-            outputs, tokens = self._fanned_outputs(group, fan)
-            added = [get_registry(self.model).call.loss_of(part.name) for part in group]
-            runs = [self._runs[part.name] for part in group]
+        self._banks.drop_gradients([item.name for item in items])
+        with self._share_blocks(items) as fan:
+            outputs, tokens = self._run_with_fan(items, fan)
+            added = [get_registry(self.model).call.loss_of(item.name) for item in items]
+            runs = [self._runs[item.name] for item in items]
             losses = list[Tensor]()
-            for run, output, part, more in zip(runs, outputs, group, added):
+            for run, output, item, more in zip(runs, outputs, items, added):
                 try:
-                    losses.append(run.loss_of(output, part.batch, more))
+                    losses.append(run.compute_loss(output, item.batch, more))
                 except Exception as error:
-                    if not run.draws_in_loss or no_memory(error):
+                    if not run.draws_in_loss or is_out_of_memory(error):
                         raise
                     return error
             torch.autograd.backward(losses)
         return losses, tokens
 
-    def _took(self, group: list[Part], found: tuple[list[Tensor], list[int]] | Exception) -> None:
+    def _collect_gradients(self, items: list[RunBatch], result: tuple[list[Tensor], list[int]] | Exception) -> None:
         """Take the gradients of a pass into the runs."""
-        if isinstance(found, Exception):
-            raise found
-        self._banks.gather([part.name for part in group])
-        for part, loss, count in zip(group, *found):
-            self._runs[part.name].took(loss)
-            self._runs[part.name].tokens += count
+        if isinstance(result, Exception):
+            raise result
+        self._banks.collect_gradients([item.name for item in items])
+        for item, loss, count in zip(items, *result):
+            self._runs[item.name].record_loss(loss)
+            self._runs[item.name].tokens += count
 
-    def _fanned_outputs(self, group: Sequence[Part], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
+    def _run_with_fan(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
         """Run these parts with the fan; if the model raises, run each part's own rows, now and in later passes.
 
         The fan repeats what blocks get by rows. It cannot where a model gives them a tensor of rows times heads (ALiBi
@@ -731,57 +733,57 @@ class MultiTrain:
         blocks (the last token of a sequence classifier).
         """
         if fan is None:
-            return self._outputs(group, None)
-        draws = [self._runs[part.name].draws for part in group]
-        before = [own.states for own in draws]
+            return self._run_model(items, None)
+        draws = [self._runs[item.name].draws for item in items]
+        before = [run_draws.states for run_draws in draws]
         try:
-            return self._outputs(group, fan)
+            return self._run_model(items, fan)
         except (RuntimeError, IndexError, ValueError) as error:  # what repeated rows are beside those of the input
-            if no_memory(error):
+            if is_out_of_memory(error):
                 raise
-            for own, states in zip(draws, before):
-                own.states = states
-        fan.on, self._fans[tuple(part.name for part in group)] = False, None
-        return self._outputs(group, None)
+            for run_draws, states in zip(draws, before):
+                run_draws.states = states
+        fan.is_enabled, self._fans[tuple(item.name for item in items)] = False, None
+        return self._run_model(items, None)
 
-    def _outputs(self, group: Sequence[Part], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
-        """Return the output for each part, and how many tokens it has. fan: as `_fanned` gives it."""
-        arguments, cut = joined(group if fan is None else group[:1], self.arguments)
-        copies = 1 if fan is None else len(group)
-        cut = Cut(cut.rows * copies, cut.lengths * copies)
-        names = [part.name for part, n in zip(group, cut.rows) for _ in range(n)]
-        model = self._adapted
+    def _run_model(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
+        """Return the output for each part, and how many tokens it has. fan: as `_share_blocks` gives it."""
+        arguments, cut = join_batches(items if fan is None else items[:1], self.arguments)
+        copies = 1 if fan is None else len(items)
+        cut = OutputSplitter(cut.rows * copies, cut.lengths * copies)
+        names = [item.name for item, n in zip(items, cut.rows) for _ in range(n)]
+        model = self._peft_model
         if torch.is_grad_enabled():
-            arguments["adapter_generators"] = {part.name: self._runs[part.name].draws.own for part in group}
+            arguments["adapter_generators"] = {item.name: self._runs[item.name].draws.generator for item in items}
         stacks = self._banks if torch.is_grad_enabled() else None
         with get_registry(model).call.joining(stacks, copies):
             output = model(**arguments, adapter_names=names)
-        if fan is not None and not cut.is_whole(output):
+        if fan is not None and not cut.covers_all_rows(output):
             raise RuntimeError("The output has not all rows of the blocks.")
-        return cut.of(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
+        return cut.split(output), [n * length for n, length in zip(cut.rows, cut.lengths)]
 
     @contextmanager
-    def _fanned(self, group: Sequence[Part]) -> Iterator[Fan | None]:
+    def _share_blocks(self, items: Sequence[RunBatch]) -> Iterator[Fan | None]:
         """Have the base repeat the rows of a batch that all these have, within the block, before the first adapted
         layers; give where it does so; None: every part has to bring its own."""
-        batches = [self.arguments.among(part.batch) for part in group]
-        main, fan = main_of(batches[0]), None
+        batches = [self.arguments.select(item.batch) for item in items]
+        main, fan = find_main_argument(batches[0]), None
         apart = len(main) != main.shape[-1]  # else rows could not be told from tokens
         apart = apart and get_registry(self.model).arguments.isdisjoint(batches[0])  # whose rows methods look up
-        if len(group) > 1 and apart and alike(batches):
-            fan = self._fan([part.name for part in group])
-        with nullcontext() if fan is None else fan.out(len(main), len(group)):
+        if len(items) > 1 and apart and are_batches_equal(batches):
+            fan = self._find_fan([item.name for item in items])
+        with nullcontext() if fan is None else fan.repeat_inputs(len(main), len(items)):
             yield fan
 
-    def _fan(self, names: Sequence[str]) -> Fan | None:
+    def _find_fan(self, names: Sequence[str]) -> Fan | None:
         key = tuple(names)
         if key not in self._fans:
             parts = [get_registry(self.model).parts_of(name) for name in names]
-            hosts = {id(c): c for own in parts for c in (*own.layers.values(), *own.wrappers.values())}
-            self._fans[key] = fan_of(self.base, list(hosts.values()))
+            hosts = {id(c): c for each in parts for c in (*each.layers.values(), *each.wrappers.values())}
+            self._fans[key] = find_fan(self.base, list(hosts.values()))
         return self._fans[key]
 
-    @between_steps
+    @refuse_within_step
     @torch.no_grad()
     def evaluate(self, names: str | Sequence[str], data: Iterable[Any]) -> dict[str, float]:
         """Return the mean loss of several runs on data, weighted by rows, in eval mode.
@@ -796,37 +798,37 @@ class MultiTrain:
         sums: dict[str, list[Tensor]] = {self[name].name: [] for name in names}
         if not names:
             return {}
-        self._mode(False)
+        self._set_mode(False)
         rows: list[int] = []
 
-        def take(group: list[Part], losses: list[Tensor]) -> None:
+        def record_losses(group: list[RunBatch], losses: list[Tensor]) -> None:
             for part, loss in zip(group, losses):
                 sums[part.name].append(loss)
 
         loader = Loader(f"The validation data of runs {list(names)}", data, Draws(0, data), once=True)
-        while (batch := loader.next()) is not None:
+        while (batch := loader.next_batch()) is not None:
             n = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
             if not n:
                 continue
             rows.append(n)
-            parts = [self._complete(Part(name, {**batch})) for name in names]
-            for group in groups(parts, self.arguments, self.at_once):
-                self._pass(group, self._judged, take)
+            items = [self._complete_batch(RunBatch(name, {**batch})) for name in names]
+            for joint in divide_passes(items, self.arguments, self.at_once):
+                self._run_pass(joint, self._compute_validation_losses, record_losses)
         if not rows:
             raise ConfigError(f"The validation data of runs {list(names)} has no rows.")
         weights = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        found = torch.stack([torch.stack(sums[name]) for name in names]).double().cpu() @ weights / weights.sum()
-        return dict(zip(names, found.tolist()))
+        losses = torch.stack([torch.stack(sums[name]) for name in names]).double().cpu() @ weights / weights.sum()
+        return dict(zip(names, losses.tolist()))
 
-    def _judged(self, group: list[Part]) -> list[Tensor]:
+    def _compute_validation_losses(self, items: list[RunBatch]) -> list[Tensor]:
         """Return the validation loss of each of these."""
-        with self._fanned(group) as fan:
-            outputs, _ = self._fanned_outputs(group, fan)
-        return [self._runs[part.name].judge(output, part.batch) for part, output in zip(group, outputs)]
+        with self._share_blocks(items) as fan:
+            outputs, _ = self._run_with_fan(items, fan)
+        return [self._runs[item.name].validation_loss(output, item.batch) for item, output in zip(items, outputs)]
 
-    def _mode(self, training: bool) -> None:
+    def _set_mode(self, training: bool) -> None:
         """Set the mode of the model: of adapters and heads alone if the base stays in eval mode."""
-        model = self._adapted
+        model = self._peft_model
         if not (training and self.base_in_eval):
             if model.training != training or self.base_in_eval:
                 model.train(training)
@@ -834,7 +836,7 @@ class MultiTrain:
         model.eval()
         for carrier in get_registry(model).carriers():
             if isinstance(carrier, nn.Module):
-                for module in own_modules(carrier):
+                for module in find_modules(carrier):
                     module.training = True
 
     def run(self, progress: bool = False, save: str | os.PathLike[str] | None = None, every: int = 100) -> MultiTrain:
@@ -851,12 +853,12 @@ class MultiTrain:
         if type(every) is not int or every < 1:
             raise ConfigError(f"run: every must be a positive int, got {every!r}.")
         if save is not None:
-            self.claims.take(os.fspath(save), self._runs)
+            self.claims.claim(os.fspath(save), self._runs)
         shown: AbstractContextManager[Progress | None] = nullcontext()
         if progress:
             from graft.many.table import Progress
 
-            shown = Progress(self.all)
+            shown = Progress(self.list_runs)
         with shown as table:
             for step in self:
                 if table is not None:
@@ -869,7 +871,7 @@ class MultiTrain:
 
     # files
 
-    @between_steps
+    @refuse_within_step
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write each run to a file, `folder`/<name>/run.safetensors, with all that `resume` needs.
 
@@ -881,21 +883,21 @@ class MultiTrain:
             FolderInUseError: another process saves a run of such a name there.
             CheckpointError: the folder of a run, or of the locks, is a symbolic link.
         """
-        self.claims.take(os.fspath(folder), self._runs)
+        self.claims.claim(os.fspath(folder), self._runs)
         for run in self._runs.values():
-            run_file.save(run, self._adapted, os.fspath(folder))
+            run_file.save_run(run, self._peft_model, os.fspath(folder))
 
-    @between_steps
+    @refuse_within_step
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Write the adapter of a run to a folder, as `save_pretrained` writes "default".
 
         Raises:
             AdapterNotFoundError: there is no such run.
         """
-        save_one_adapter(self._adapted, self[name].name, os.fspath(folder))
+        save_one_adapter(self._peft_model, self[name].name, os.fspath(folder))
 
 
-def no_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return True if an error says that there is no memory for a tensor. On a CPU torch has no class for that."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
 
@@ -907,7 +909,7 @@ def drop_frames(error: BaseException | None) -> None:
         error = error.__context__
 
 
-def own_modules(carrier: nn.Module) -> Iterator[nn.Module]:
+def find_modules(carrier: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules of a carrier but those of the base."""
     base: nn.Module = carrier.base_module
     inner = {id(m) for m in base.modules()}
@@ -917,32 +919,32 @@ def own_modules(carrier: nn.Module) -> Iterator[nn.Module]:
 DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def dropout_in(base: nn.Module, without: set[int]) -> list[str]:
+def find_dropout(base: nn.Module, without: set[int]) -> list[str]:
     """Return where a model drops inputs or layers by itself in training mode: modules, and rates that modules hold."""
-    found = []
+    places = []
     for key, m in base.named_modules():
         if id(m) in without:
             continue
         if isinstance(m, DROPS) and m.p > 0:
-            found.append(f"'{key}'")
-        found += [f"'{key}.{n}'" for n, v in vars(m).items() if "drop" in n and isinstance(v, float) and v > 0]
-    return found
+            places.append(f"'{key}'")
+        places += [f"'{key}.{n}'" for n, v in vars(m).items() if "drop" in n and isinstance(v, float) and v > 0]
+    return places
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def mixing_in(base: nn.Module, without: set[int], base_in_eval: bool) -> list[str]:
+def find_row_mixing(base: nn.Module, without: set[int], base_in_eval: bool) -> list[str]:
     """Return where rows of a batch meet: normalization by the batch, and routers whose experts take only so many."""
-    found = []
+    places = []
     for key, m in base.named_modules():
         if id(m) in without:
             continue
         if isinstance(m, NORMS) and not (base_in_eval and m.track_running_stats):
-            found.append(f"'{key}'")
+            places.append(f"'{key}'")
         if getattr(m, "expert_capacity", None) is not None:
-            found.append(f"'{key}.expert_capacity'")
-    return found
+            places.append(f"'{key}.expert_capacity'")
+    return places
 
 
 def check_settings(name: str, **settings: float | None) -> None:
@@ -953,7 +955,7 @@ def check_settings(name: str, **settings: float | None) -> None:
             raise ConfigError(f"Run '{name}': {key} must be a positive {kinds[-1].__name__}, got {value!r}.")
 
 
-def refuse_beside_trainer(name: str, options: dict[str, object]) -> None:
+def refuse_trainer_settings(name: str, options: dict[str, object]) -> None:
     """Raise ConfigError for settings that a Trainer makes."""
     defaults = inspect.signature(MultiTrain.add).parameters
     both = [key for key, value in options.items() if value is not defaults[key].default]
@@ -1002,7 +1004,9 @@ def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: 
             )
 
 
-def check_made(name: str, optimizer: Optimizer, schedule: object, parameters: Sequence[nn.Parameter]) -> None:
+def check_optimizer_and_schedule(
+    name: str, optimizer: Optimizer, schedule: object, parameters: Sequence[nn.Parameter]
+) -> None:
     """Raise ConfigError unless optimizer and schedule are such that step without arguments, and of these parameters."""
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
@@ -1012,13 +1016,13 @@ def check_made(name: str, optimizer: Optimizer, schedule: object, parameters: Se
     if isinstance(optimizer, torch.optim.LBFGS) or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         wrong = optimizer if schedule is None else schedule
         raise ConfigError(f"Run '{name}': {type(wrong).__name__} steps by more than gradients; choose another.")
-    own, held = {id(p) for p in parameters}, {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held - own:
+    ids, used = {id(p) for p in parameters}, {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if used - ids:
         raise ConfigError(
             f"Run '{name}': its {type(optimizer).__name__} holds parameters that are not the run's: let optimizer make "
             "one of those that it gets."
         )
-    if missing := sum(p.requires_grad and id(p) not in held for p in parameters):
+    if missing := sum(p.requires_grad and id(p) not in used for p in parameters):
         raise ConfigError(
             f"Run '{name}': its {type(optimizer).__name__} leaves out {missing} of {len(parameters)} parameters, which "
             "would never change: let optimizer make one of all that it gets, or have requires_grad of these be False."

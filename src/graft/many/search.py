@@ -14,7 +14,7 @@ from graft import ConfigError
 Setting = dict[str, Any]
 
 
-def settings_in(space: Mapping[str, Any], search: str, n: int | None, seed: int) -> list[Setting]:
+def list_settings(space: Mapping[str, Any], search: str, n: int | None, seed: int) -> list[Setting]:
     """Return the settings of a sweep.
 
     Args:
@@ -39,24 +39,24 @@ def settings_in(space: Mapping[str, Any], search: str, n: int | None, seed: int)
         return [dict(zip(space, values)) for values in product(*space.values())]
     if search != "random" or type(n) is not int or n < 1:
         raise ConfigError(f"sweep: search must be 'grid', or 'random' with a number n, got {search!r} with n={n!r}.")
-    drawn, found = random.Random(seed), list[Setting]()
+    generator, settings = random.Random(seed), list[Setting]()
     for _ in range(100 * n):
-        setting = {name: draw(values, drawn) for name, values in space.items()}
-        if setting not in found:
-            found.append(setting)
-        if len(found) == n:
-            return found
-    raise ConfigError(f"sweep: the space has only {len(found)} settings, and n is {n}.")
+        setting = {name: draw_value(values, generator) for name, values in space.items()}
+        if setting not in settings:
+            settings.append(setting)
+        if len(settings) == n:
+            return settings
+    raise ConfigError(f"sweep: the space has only {len(settings)} settings, and n is {n}.")
 
 
-def draw(values: Any, drawn: random.Random) -> Any:
+def draw_value(values: Any, generator: random.Random) -> Any:
     if isinstance(values, tuple):
-        value = math.exp(drawn.uniform(math.log(values[0]), math.log(values[1])))
+        value = math.exp(generator.uniform(math.log(values[0]), math.log(values[1])))
         return round(value) if all(type(end) is int for end in values) else value
-    return drawn.choice(values)
+    return generator.choice(values)
 
 
-def budgets(steps: int, keep: float, rungs: int) -> list[int]:
+def compute_rungs(steps: int, keep: float, rungs: int) -> list[int]:
     """Return the steps after which a run stands on each rung; the last are all of them.
 
     Raises:
@@ -66,14 +66,14 @@ def budgets(steps: int, keep: float, rungs: int) -> list[int]:
         raise ConfigError(f"sweep: steps must be a positive int, got {steps!r}.")
     if not (isinstance(keep, (int, float)) and 0 < keep <= 1) or type(rungs) is not int or rungs < 1:
         raise ConfigError(f"sweep: keep must be in (0, 1] and rungs a positive int, got {keep!r} and {rungs!r}.")
-    found = [round(steps * keep ** (rungs - 1 - rung)) for rung in range(rungs)] if keep < 1 else [steps]
-    if found[0] < 1 or any(a >= b for a, b in pairwise(found)):
+    ladder = [round(steps * keep ** (rungs - 1 - rung)) for rung in range(rungs)] if keep < 1 else [steps]
+    if ladder[0] < 1 or any(a >= b for a, b in pairwise(ladder)):
         raise ConfigError(
             f"sweep: {steps} steps are too few for {rungs} rungs of which each has {1 / keep:g} times more."
         )
-    return found
+    return ladder
 
 
-def best_of(losses: Mapping[int, float], n: int) -> list[int]:
+def select_best(losses: Mapping[int, float], n: int) -> list[int]:
     """Return the `n` numbers with the lowest losses; of equal ones the lowest number; a NaN is the worst."""
     return sorted(losses, key=lambda i: (math.isnan(losses[i]), losses[i], i))[:n]

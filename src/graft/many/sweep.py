@@ -28,12 +28,12 @@ from graft.core.errors import shortened
 from graft.inject.report import format_cell
 from graft.many import run_file
 from graft.many.loader import digest_first_batch
-from graft.many.run import FAILED, STATES, Run, Valid
-from graft.many.run_file import is_row
+from graft.many.run import FAILED, STATES, Run, ValidationRecord
+from graft.many.run_file import make_row_test
 from graft.many.runs import AT_ONCE, MultiTrain, list_names, refuse_base_change
-from graft.many.search import Setting, best_of, budgets, settings_in
+from graft.many.search import Setting, compute_rungs, list_settings, select_best
 from graft.many.table import Progress
-from graft.train.state_check import check_fields, has, is_count
+from graft.train.state_check import check_fields, is_a, is_count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 TABLE = "sweep.json"
 DIGESTS = {"data", "valid"}  # of the first batches; tables of earlier states of graft have none
 ROW = {
-    "name": has(str), "state": lambda state: state in ("waiting", "dropped", "kept", *STATES),
-    "steps": is_count, "losses": has(list, float),
-    "curve": lambda points: has(list, list)(points) and all(map(is_row(4), points)),
+    "name": is_a(str), "state": lambda state: state in ("waiting", "dropped", "kept", *STATES),
+    "steps": is_count, "losses": is_a(list, float),
+    "curve": lambda points: is_a(list, list)(points) and all(map(make_row_test(4), points)),
 }  # fmt: skip
 Rows = list[Json]
 Exchange = Callable[[Rows], Sequence[Rows]]  # of a process's rows: those of all processes
@@ -66,11 +66,11 @@ class Trial:
         return self.losses[-1] if self.losses else math.nan
 
     @property
-    def known(self) -> Json:
+    def row(self) -> Json:
         """What became of it, for other processes, which have the settings themselves."""
         return {key: value for key, value in vars(self).items() if key != "setting"}
 
-    def learn(self, row: Json) -> None:
+    def update_from_row(self, row: Json) -> None:
         """Take over what became of it elsewhere."""
         self.__dict__.update({key: value for key, value in row.items() if key != "setting"})
 
@@ -92,20 +92,20 @@ class Sweep:
         return f"<Sweep of {len(self.trials)} settings; best: '{best.name}' {best.setting}, loss {best.loss:.4g}>"
 
     @property
-    def ranked(self) -> list[Trial]:
+    def ranking(self) -> list[Trial]:
         """All settings: the longest trained first, of these the best."""
-        order = best_of({i: t.loss for i, t in enumerate(self.trials)}, len(self.trials))
+        order = select_best({i: t.loss for i, t in enumerate(self.trials)}, len(self.trials))
         return sorted((self.trials[i] for i in order), key=lambda t: -len(t.losses))
 
     @property
     def best(self) -> Trial:
         """The setting with the lowest validation loss of those that trained to the end."""
-        return self.ranked[0]
+        return self.ranking[0]
 
     @property
     def rows(self) -> Rows:
         """The table: name, setting, steps, validation loss and state, best first."""
-        return [{"name": t.name, **t.setting, "steps": t.steps, "loss": t.loss, "state": t.state} for t in self.ranked]
+        return [{"name": t.name, **t.setting, "steps": t.steps, "loss": t.loss, "state": t.state} for t in self.ranking]
 
     def table(self) -> Table:
         """Return `rows` as a table of rich, to print."""
@@ -190,30 +190,30 @@ def sweep(
             f"sweep: valid must be batches that can be gone through again and again, as a DataLoader or a list; got "
             f"{valid!r}."
         )
-    check_names(space, config, optimizer)
-    ladder = budgets(steps, keep, rungs)
-    settings = settings_in(space, search, n, seed)
+    check_space_names(space, config, optimizer)
+    ladder = compute_rungs(steps, keep, rungs)
+    settings = list_settings(space, search, n, seed)
     if share is not None and not (isinstance(share, (tuple, list)) and [type(n) for n in share] == [int, int]):
         raise ConfigError(f"sweep: share must be (number of this process, of all), got {share!r}.")
-    rank, world = share or ((dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1))
+    rank, world = share or ((dist.get_rank(), dist.get_world_size()) if is_in_process_group() else (0, 1))
     if not 0 <= rank < world:
         raise ConfigError(f"sweep: share={share} must be (number of this process, of all), counted from 0.")
     if exchange is None:
-        if world > 1 and not (in_group() and dist.get_world_size() == world):
+        if world > 1 and not (is_in_process_group() and dist.get_world_size() == world):
             raise ConfigError(
                 f"sweep: share={share} divides the settings among {world} processes, and there is no process group of "
                 "as many that could gather their losses: call torch.distributed.init_process_group, or pass exchange=."
             )
-        exchange = gathered if world > 1 else lambda rows: [rows]
+        exchange = gather_rows if world > 1 else lambda rows: [rows]
     trials = [Trial(f"s{i:0{len(str(len(settings) - 1))}}", setting) for i, setting in enumerate(settings)]
-    configs = {trial.name: configured(config, trial.setting) for trial in trials}  # before any of them trains
+    configs = {trial.name: apply_setting(config, trial.setting) for trial in trials}  # before any of them trains
     for trial in trials:
         refuse_base_change(trial.name, configs[trial.name])
-    job = Job(
+    job = SweepJob(
         MultiTrain(model, at_once=at_once, exact=exact, base_in_eval=base_in_eval),
         trials,
-        begin=partial(
-            begin,
+        add_run=partial(
+            add_trial_run,
             configs=configs,
             data=data,
             valid=valid,
@@ -233,19 +233,19 @@ def sweep(
         arguments["valid"] = digest_first_batch("sweep: valid", valid)
         if not callable(data) and not isinstance(data, Iterator):
             arguments["data"] = digest_first_batch("sweep", data)
-    mine = range(rank, len(trials), world)
-    with job.alone(mine):
+    assigned = range(rank, len(trials), world)
+    with job.claim_files(assigned):
         try:
-            job.go_on({"config": config.to_file_dict(), "rungs": ladder, "keep": keep, **arguments})
-            job.halve(mine, ladder, keep)
-            job.finish(mine, len(ladder))
+            job.load_table({"config": config.to_file_dict(), "rungs": ladder, "keep": keep, **arguments})
+            job.run_rungs(assigned, ladder, keep)
+            job.save_kept_adapters(assigned, len(ladder))
         except BaseException:
             job.runs.unload()
             raise
     return Sweep(trials, job.runs, job.folder)
 
 
-def begin(
+def add_trial_run(
     runs: MultiTrain,
     trial: Trial,
     *,
@@ -262,60 +262,60 @@ def begin(
     options = options | {k: v for k, v in setting.items() if k in OPTIONS - known}
     if options.get("every") is not None:  # else it looks on its rungs alone
         options["valid"] = valid
-    rest = {k: v for k, v in setting.items() if k not in OPTIONS | known}
+    extra = {k: v for k, v in setting.items() if k not in OPTIONS | known}
     loader = data(trial.setting) if callable(data) else data
-    return runs.add(trial.name, config, data=loader, optimizer=partial(optimizer, **rest), steps=steps, **options)
+    return runs.add(trial.name, config, data=loader, optimizer=partial(optimizer, **extra), steps=steps, **options)
 
 
-def configured(config: PeftConfig, setting: Setting) -> PeftConfig:
+def apply_setting(config: PeftConfig, setting: Setting) -> PeftConfig:
     """Return a copy of a config with the fields that a setting says."""
-    own = {f.name: setting[f.name] for f in fields(config) if f.name in setting}
-    return dataclasses.replace(copy.deepcopy(config), **own)
+    values = {f.name: setting[f.name] for f in fields(config) if f.name in setting}
+    return dataclasses.replace(copy.deepcopy(config), **values)
 
 
-def check_names(space: Mapping[str, object], config: PeftConfig, optimizer: Callable[..., object]) -> None:
+def check_space_names(space: Mapping[str, object], config: PeftConfig, optimizer: Callable[..., object]) -> None:
     """Raise ConfigError for a name of a space that stands for nothing."""
     try:
-        _, *taken = signature(optimizer).parameters.values()
+        _, *parameters = signature(optimizer).parameters.values()
     except (TypeError, ValueError):  # some functions do not tell
         return
-    if any(p.kind is p.VAR_KEYWORD for p in taken):
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    known = {f.name for f in fields(config)} | OPTIONS | {p.name for p in taken}
+    known = {f.name for f in fields(config)} | OPTIONS | {p.name for p in parameters}
     if unknown := [name for name in space if name not in known]:
-        made = optimizer.func if isinstance(optimizer, partial) else optimizer
+        kind = optimizer.func if isinstance(optimizer, partial) else optimizer
         raise ConfigError(
             f"sweep: [{list_names(unknown)}] in the space are neither fields of {type(config).__name__}, nor arguments "
-            f"of {getattr(made, '__name__', made)}, nor of these of MultiTrain.add: {', '.join(sorted(OPTIONS))}."
+            f"of {getattr(kind, '__name__', kind)}, nor of these of MultiTrain.add: {', '.join(sorted(OPTIONS))}."
         )
 
 
 OPTIONS = {*signature(MultiTrain.add).parameters} - {"self", "name", "config", "data", "valid", "optimizer", "steps"}
 
 
-def looked(run: Run, step: int) -> float | None:
+def find_validation_loss(run: Run, step: int) -> float | None:
     """Return a run's validation loss at a step, or where it ended before; None if it has not looked."""
     return next((look.loss for look in run.valid if look.step == min(step, run.step)), None)
 
 
-def in_group() -> bool:
+def is_in_process_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def gathered(rows: Rows) -> list[Rows]:
+def gather_rows(rows: Rows) -> list[Rows]:
     """Return the rows of all processes of the group."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, rows)
-    return found
+    rows_of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(rows_of_all, rows)
+    return rows_of_all
 
 
 @dataclass
-class Job:
+class SweepJob:
     """A sweep under way, in one process, which trains some of the trials and knows what became of all."""
 
     runs: MultiTrain
     trials: list[Trial]
-    begin: Callable[[MultiTrain, Trial], Run]
+    add_run: Callable[[MultiTrain, Trial], Run]
     valid: Iterable[object]
     folder: str | None
     save_every: int
@@ -329,87 +329,87 @@ class Job:
 
     # the rungs
 
-    def halve(self, mine: Iterable[int], ladder: list[int], keep: float) -> None:
+    def run_rungs(self, assigned: Iterable[int], ladder: list[int], keep: float) -> None:
         """Take all settings to the first rung, the best of them to the next, and so on."""
-        own, alive = set(mine), list(range(len(self.trials)))
+        indices, alive = set(assigned), list(range(len(self.trials)))
         for rung, until in enumerate(ladder):
-            self.train([i for i in alive if i in own and len(self.trials[i].losses) <= rung], until)
-            self.share()
-            found = {i: self.trials[i].losses[rung] for i in alive}
-            alive = self.best(found, len(alive) if until == ladder[-1] else max(1, math.ceil(len(alive) * keep)))
-            for i in found.keys() - set(alive):
-                self.drop(self.trials[i])
-            self.write()
+            self.train_trials([i for i in alive if i in indices and len(self.trials[i].losses) <= rung], until)
+            self.exchange_rows()
+            losses = {i: self.trials[i].losses[rung] for i in alive}
+            alive = self.pick_best(losses, len(alive) if until == ladder[-1] else max(1, math.ceil(len(alive) * keep)))
+            for i in losses.keys() - set(alive):
+                self.drop_trial(self.trials[i])
+            self.write_table()
 
-    def best(self, losses: dict[int, float], n: int) -> list[int]:
+    def pick_best(self, losses: dict[int, float], n: int) -> list[int]:
         finite = {i: loss for i, loss in losses.items() if math.isfinite(loss)}
         if not finite:
             why = {self.runs[t.name].why for t in self.trials if t.name in self.runs}
             raise ConfigError(f"sweep: every setting has failed. {' '.join(sorted(w for w in why if w))}")
-        return sorted(best_of(finite, n))
+        return sorted(select_best(finite, n))
 
     # training
 
-    def train(self, trials: Sequence[int], until: int) -> None:
+    def train_trials(self, trials: Sequence[int], until: int) -> None:
         """Take trials to a step, and measure them there."""
         for i in trials:
             trial = self.trials[i]
-            run = self.runs[trial.name] if trial.name in self.runs else self.begin(self.runs, trial)
+            run = self.runs[trial.name] if trial.name in self.runs else self.add_run(self.runs, trial)
             run.until = until
-        self.rounds()
-        self.measure(trials, until)
+        self.run_rounds()
+        self.measure_trials(trials, until)
 
-    def rounds(self) -> None:
+    def run_rounds(self) -> None:
         """Train as long as a run goes on, and save now and then."""
-        shown = Progress(self.runs.all) if self.progress and self.first else None
+        shown = Progress(self.runs.list_runs) if self.progress and self.first else None
         with shown or nullcontext():
-            while any(run.goes_on for run in self.runs.all()):
+            while any(run.joins_next_round for run in self.runs.list_runs()):
                 step = self.runs.step()
                 if shown is not None:
                     shown.update()
                 if step.number % self.save_every == 0:
                     self.save()
 
-    def measure(self, trials: Sequence[int], step: int) -> None:
+    def measure_trials(self, trials: Sequence[int], step: int) -> None:
         """Note where trials stand, with their loss on validation data at this step."""
         runs = [self.runs[self.trials[i].name] for i in trials]
-        new = [run.name for run in runs if run.state != FAILED and looked(run, step) is None]
+        new = [run.name for run in runs if run.state != FAILED and find_validation_loss(run, step) is None]
         for name, loss in self.runs.evaluate(new, self.valid).items():
-            self.runs[name].valid.append(Valid(self.runs[name].step, loss))
+            self.runs[name].valid.append(ValidationRecord(self.runs[name].step, loss))
         for i, run in zip(trials, runs):
-            trial, seen = self.trials[i], looked(run, step)
+            trial, seen = self.trials[i], find_validation_loss(run, step)
             trial.losses.append(math.nan if seen is None else seen)
             trial.steps, trial.curve, trial.state = run.step, [list(point) for point in run.curve], run.state
         self.save()
 
-    def drop(self, trial: Trial) -> None:
+    def drop_trial(self, trial: Trial) -> None:
         """Take a trial out; its curve stays."""
         trial.state = "failed" if math.isnan(trial.loss) else "dropped"
         if trial.name in self.runs:
             self.runs.remove(trial.name)
 
-    def share(self) -> None:
+    def exchange_rows(self) -> None:
         """Learn from the other processes what became of their trials."""
-        for rows in self.exchange([trial.known for trial in self.trials]):
+        for rows in self.exchange([trial.row for trial in self.trials]):
             for trial, row in zip(self.trials, rows):
                 if len(row["losses"]) > len(trial.losses) or row["state"] == "dropped":
-                    trial.learn(row)
+                    trial.update_from_row(row)
 
     # files
 
     @contextmanager
-    def alone(self, mine: Iterable[int]) -> Iterator[None]:
+    def claim_files(self, assigned: Iterable[int]) -> Iterator[None]:
         """Keep others from these trials within the block, and from the table, if this process writes it."""
         claims = self.runs.claims
         try:
             if self.folder is not None:
-                claims.take(self.folder, [TABLE] if self.first else [], alone=True)
-                claims.take(self.folder, [self.trials[i].name for i in mine])
+                claims.claim(self.folder, [TABLE] if self.first else [], alone=True)
+                claims.claim(self.folder, [self.trials[i].name for i in assigned])
             yield
         finally:
             claims.release()
 
-    def go_on(self, note: dict[str, object]) -> None:
+    def load_table(self, note: dict[str, object]) -> None:
         """Take up what the folder has of this sweep.
 
         Raises:
@@ -419,10 +419,10 @@ class Job:
         self.note = run_file.to_json_value(note | {"settings": [t.setting for t in self.trials]})
         path = None if self.folder is None else os.path.join(self.folder, TABLE)
         if path is None or not os.path.exists(path):
-            self.write()  # another sweep is to see whose the folder is
+            self.write_table()  # another sweep is to see whose the folder is
             return
         document = read_object(path, largest=sys.maxsize, finite=False)
-        check_fields(document, {"sweep": has(dict), "trials": has(list, dict)}, path)
+        check_fields(document, {"sweep": is_a(dict), "trials": is_a(list, dict)}, path)
         recorded = document["sweep"]
         known = {key: value for key, value in self.note.items() if key in recorded or key not in DIGESTS}
         differ = [key for key, value in known.items() if recorded.get(key) != value]
@@ -433,13 +433,13 @@ class Job:
         if [row["name"] for row in document["trials"]] != [trial.name for trial in self.trials]:
             raise CheckpointError(f"{path} has rows of other names than its settings. Give another folder.")
         for trial, row in zip(self.trials, document["trials"]):
-            trial.learn({key: row[key] for key in ROW})
+            trial.update_from_row({key: row[key] for key in ROW})
 
     def save(self) -> None:
         if self.folder is not None and self.runs.names:
             self.runs.save(self.folder)
 
-    def write(self) -> None:
+    def write_table(self) -> None:
         """Write the table, and delete the files of runs that are over."""
         if self.folder is None or not self.first:
             return
@@ -449,19 +449,19 @@ class Job:
         replace_file(os.path.join(self.folder, TABLE), text + "\n")
         for trial in self.trials:
             if trial.state in ("dropped", "failed"):
-                run_file.delete(trial.name, self.folder)
+                run_file.delete_run(trial.name, self.folder)
 
-    def finish(self, mine: Iterable[int], rungs: int) -> None:
+    def save_kept_adapters(self, assigned: Iterable[int], rungs: int) -> None:
         """Write the adapters that were kept, and the table."""
-        own = set(mine)
+        indices = set(assigned)
         for i, trial in enumerate(self.trials):
             if len(trial.losses) < rungs or trial.state in ("failed", "dropped"):
                 continue
             trial.state = "kept"
-            if self.folder is None or i not in own:
+            if self.folder is None or i not in indices:
                 continue
-            if trial.name not in self.runs and run_file.load(trial.name, self.folder) is not None:
-                self.begin(self.runs, trial)  # trained before this process
+            if trial.name not in self.runs and run_file.load_run(trial.name, self.folder) is not None:
+                self.add_run(self.runs, trial)  # trained before this process
             if trial.name in self.runs:
                 self.runs.save_adapter(trial.name, os.path.join(self.folder, trial.name))
-        self.write()
+        self.write_table()

@@ -18,7 +18,7 @@ COLUMNS = ("run", "step", "loss", "validation", "lr", "gradient", "tokens/s", "s
 LIVE, PRINTED = 0.25, 30.0  # seconds between two looks
 
 
-def table_of(runs: Iterable[Run]) -> Table:
+def make_table(runs: Iterable[Run]) -> Table:
     """Return a table of runs, as they are now."""
     from rich.table import Table
 
@@ -26,11 +26,13 @@ def table_of(runs: Iterable[Run]) -> Table:
     for column in table.columns[1:-1]:
         column.justify = "right"
     for run in runs:
-        table.add_row(*map(format_cell, cells(run)), style={"failed": "red", "running": None}.get(run.state, "dim"))
+        table.add_row(
+            *map(format_cell, format_cells(run)), style={"failed": "red", "running": None}.get(run.state, "dim")
+        )
     return table
 
 
-def cells(run: Run) -> list[str]:
+def format_cells(run: Run) -> list[str]:
     last = run.curve[-1] if run.curve else None
     return [
         run.name,
@@ -80,9 +82,9 @@ class Progress:
     def show(self) -> None:
         self._shown = self.clock()
         if self._live is None:
-            self.console.print(table_of(self.runs()))
+            self.console.print(make_table(self.runs()))
         else:
-            self._live.update(table_of(self.runs()), refresh=True)
+            self._live.update(make_table(self.runs()), refresh=True)
 
     def __exit__(self, *_: object) -> None:
         self.show()

@@ -19,7 +19,7 @@ from graft.many.draws import Draws
 from graft.many.loader import Batch
 from graft.many.losses import Loss
 from graft.many.run import WINDOW
-from graft.train.calibration import training_only
+from graft.train.calibration import restrict_training
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import Trainer
 
-OF_ITS_LOOP = {  # arguments that change what a step computes, unless the base has that dtype already
+LOOP_ARGUMENTS = {  # arguments that change what a step computes, unless the base has that dtype already
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "neftune_noise_alpha": None,
@@ -35,7 +35,7 @@ OF_ITS_LOOP = {  # arguments that change what a step computes, unless the base h
 ITEMS = "num_items_in_batch"  # of all batches of a step, which Trainer counts
 
 
-class Description:
+class TrainerDescription:
     """What a Trainer says of a run.
 
     Args:
@@ -58,7 +58,7 @@ class Description:
         self.name, self.trainer, self.args = name, trainer, trainer.args
         model: Any = trainer.model
         dtypes = {p.dtype for p in model.parameters()}
-        if left := [k for k, dtype in OF_ITS_LOOP.items() if getattr(self.args, k, None) and dtype not in dtypes]:
+        if left := [k for k, dtype in LOOP_ARGUMENTS.items() if getattr(self.args, k, None) and dtype not in dtypes]:
             warn(
                 f"Run '{name}': its Trainer's {', '.join(left)} counts for nothing here: a joint pass computes in the "
                 "model's own dtype (load the base in bfloat16 for that), and adds no noise to embeddings. Or train "
@@ -68,13 +68,13 @@ class Description:
         self.seed, self.accumulate = int(self.args.seed), int(self.args.gradient_accumulation_steps)
         self.clip = self.args.max_grad_norm or None
 
-    def data(self, draws: Draws) -> Windows:
+    def make_batches(self, draws: Draws) -> StepBatches:
         """Return the batches."""
-        draws.own.manual_seed(self.seed)  # a Trainer does so when it is made, which is after its model
+        draws.generator.manual_seed(self.seed)  # a Trainer does so when it is made, which is after its model
         with draws:
-            return Windows(self.trainer, self.trainer.get_train_dataloader(), self.accumulate)
+            return StepBatches(self.trainer, self.trainer.get_train_dataloader(), self.accumulate)
 
-    def steps(self, data: Windows) -> int:
+    def count_steps(self, data: StepBatches) -> int:
         """Return how many steps it would make."""
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
@@ -85,7 +85,7 @@ class Description:
         trainer, its_model = self.trainer, self.trainer.model
         trainer.model = model
         try:
-            with training_only(model, parameters):
+            with restrict_training(model, parameters):
                 return trainer.create_optimizer()
         finally:
             trainer.model = its_model
@@ -93,7 +93,7 @@ class Description:
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         return self.trainer.create_scheduler(steps, optimizer)
 
-    def undo(self) -> None:
+    def reset_trainer(self) -> None:
         """Take back what making optimizer and schedule has left in the Trainer, so that it can be added anew."""
         self.trainer.optimizer = self.trainer.lr_scheduler = None
 
@@ -101,28 +101,28 @@ class Description:
     def loss_name(self) -> object:
         return [type(self.trainer), self.trainer.compute_loss_func, self.args.label_smoothing_factor]
 
-    def loss(self, model: nn.Module, own: Loss | None) -> Loss:
+    def make_loss(self, model: nn.Module, model_loss: Loss | None) -> Loss:
         """Return its `compute_loss`, with a stand-in for the model that gives the run's rows of a joint pass.
 
         own: the model's own loss, of the rows of one run; None: it has none.
         """
         trainer: Any = self.trainer
 
-        def loss(output: object, batch: Batch) -> Tensor:
+        def compute_loss(output: object, batch: Batch) -> Tensor:
             inputs = {k: v for k, v in batch.items() if k not in (ITEMS, WINDOW)}
             items = batch[ITEMS]
-            stands = StandIn(model, self.name, type(trainer).__name__, output, inputs, own)
-            found: Tensor = trainer.compute_loss(stands, dict(inputs), num_items_in_batch=items)
+            stands = ModelStandIn(model, self.name, type(trainer).__name__, output, inputs, model_loss)
+            value: Tensor = trainer.compute_loss(stands, dict(inputs), num_items_in_batch=items)
             if not stands.called:
                 raise ConfigError(f"Run '{self.name}': {type(trainer).__name__}.compute_loss did not call the model.")
-            whole = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
-            said = getattr(trainer, "loss_is_scaled_for_ga", None)
-            return found if (whole if said is None else said) else found / batch[WINDOW]
+            is_mean = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+            is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+            return value if (is_mean if is_scaled is None else is_scaled) else value / batch[WINDOW]
 
-        return loss
+        return compute_loss
 
 
-class Windows:
+class StepBatches:
     """The batches of a Trainer's loader, each with the number of those of its step and of their items."""
 
     def __init__(self, trainer: Trainer, loader: DataLoader[object], accumulate: int):
@@ -142,27 +142,27 @@ class Windows:
             self.loader.set_epoch(epoch)
 
 
-class StandIn:
+class ModelStandIn:
     """Stands for the model in `compute_loss`: gives what a joint pass has computed for the run's batch, once."""
 
-    def __init__(self, model: nn.Module, run: str, trainer: str, output: Any, batch: Batch, own: Loss | None):
-        self._model, self._who, self._output, self._batch, self._own = model, (run, trainer), output, batch, own
+    def __init__(self, model: nn.Module, run: str, trainer: str, output: Any, batch: Batch, loss: Loss | None):
+        self._model, self._who, self._output, self._batch, self._loss = model, (run, trainer), output, batch, loss
         self.called = False
 
     def __call__(self, **inputs: object) -> object:
         run, trainer = self._who
-        other = [k for k, v in inputs.items() if k not in (ITEMS, "return_dict") and v is not self._batch.get(k)]
-        if self.called or other:
-            what = f"with other inputs ({', '.join(other)})" if other else "twice"
+        changed = [k for k, v in inputs.items() if k not in (ITEMS, "return_dict") and v is not self._batch.get(k)]
+        if self.called or changed:
+            what = f"with other inputs ({', '.join(changed)})" if changed else "twice"
             raise ConfigError(
                 f"Run '{run}': {trainer}.compute_loss calls the model {what} for a batch, and a joint pass has run it "
                 "once, on the batch: train this adapter by its Trainer alone."
             )
         self.called = True
-        if "labels" not in inputs or self._own is None:
+        if "labels" not in inputs or self._loss is None:
             return self._output
         items = {ITEMS: inputs[ITEMS]} if ITEMS in inputs else {}
-        loss = self._own(self._output, self._batch, **items)
+        loss = self._loss(self._output, self._batch, **items)
         return type(self._output)(**{"loss": loss, **{k: v for k, v in self._output.items() if k != "loss"}})
 
     def __getattr__(self, name: str) -> Any:

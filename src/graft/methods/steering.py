@@ -39,7 +39,7 @@ class SteeringConfig(StatesConfig):
 class Steering(OnStates[SteeringConfig]):
     """Steering vectors, arXiv 2312.06681: h + c · v.
 
-    A fresh v is zero; `graft.steering_from` finds it from pairs of inputs, or it trains.
+    A fresh v is zero; `graft.set_steering_vectors` finds it from pairs of inputs, or it trains.
     """
 
     prefix = "steering_"

@@ -17,7 +17,7 @@ from graft.train.callbacks import (
     allocate_on_step,
 )
 from graft.train.restart import restart
-from graft.train.resumable import Resumable, last_checkpoint
+from graft.train.resumable import Resumable, find_last_checkpoint
 
 __all__ = [
     "FineGatesTrainerMixin",
@@ -26,6 +26,6 @@ __all__ = [
     "Watch",
     "adalora_callback",
     "allocate_on_step",
-    "last_checkpoint",
+    "find_last_checkpoint",
     "restart",
 ]

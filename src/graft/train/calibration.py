@@ -35,7 +35,7 @@ from graft.methods.sdt import A_LOG, CHANGE, SDT, X_PROJ
 from graft.model.modes import use_mode
 
 
-def linear_methods(
+def find_linear_methods(
     model: nn.Module, config: LoraConfig | LoraXsConfig, how: str, field: str = "init_lora_weights"
 ) -> dict[str, Method]:
     """Return, by path, what an injection of `config` would put on the linear layers of `model`; nothing changes.
@@ -45,12 +45,12 @@ def linear_methods(
         as `get_peft_model`, for what would not fit.
     """
     check_config(config)
-    if (said := getattr(config, field, None)) != how:
-        raise ConfigError(f"This prepares {field}='{how}', and the config says {said!r}.")
-    found = Injection(model, config, method_of(config.peft_type), "default").find().methods
-    linear = {key: m for key, m in found.items() if m.site.op.linear}
+    if (init := getattr(config, field, None)) != how:
+        raise ConfigError(f"This prepares {field}='{how}', and the config says {init!r}.")
+    methods = Injection(model, config, method_of(config.peft_type), "default").find().methods
+    linear = {key: m for key, m in methods.items() if m.site.op.linear}
     if not linear:
-        kinds = ", ".join(sorted({m.site.type_name for m in found.values()}))
+        kinds = ", ".join(sorted({m.site.type_name for m in methods.values()}))
         raise ConfigError(
             f"No supported layers found for {field}='{how}': it begins with data of linear layers, and "
             f"target_modules={config.target_modules} names {kinds}."
@@ -59,7 +59,7 @@ def linear_methods(
     return linear
 
 
-def require_all(keys: Collection[str], seen: Collection[str], what: str) -> None:
+def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> None:
     """Raise CalibrationError unless all of `keys` are in `seen`."""
     missing = [key for key in keys if key not in seen]
     if missing:
@@ -68,7 +68,7 @@ def require_all(keys: Collection[str], seen: Collection[str], what: str) -> None
         )
 
 
-def cached_tensors(path: str | None) -> dict[str, Tensor] | None:
+def read_cache(path: str | None) -> dict[str, Tensor] | None:
     """Return the tensors of a cache; None if there is no file, or an empty one.
 
     Raises:
@@ -82,25 +82,25 @@ def cached_tensors(path: str | None) -> dict[str, Tensor] | None:
         raise CheckpointError(f"{e} Or delete it, and it will be made anew.") from e
 
 
-def store(path: str | None, tensors: dict[str, Tensor]) -> None:
+def write_cache(path: str | None, tensors: dict[str, Tensor]) -> None:
     """Write a cache, if there is a path for it."""
     if path is not None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
-        def write(where: str) -> None:
+        def write_file(where: str) -> None:
             with open(where, "wb") as f:  # given a path, torch 2.6 says nothing of a full disk
                 torch.save(tensors, f)
 
-        replace_file(path, write)
+        replace_file(path, write_file)
 
 
-def of_file(found: dict[str, Tensor], name: str, path: str | None) -> Tensor:
-    if name not in found:
+def get_cached(cached: dict[str, Tensor], name: str, path: str | None) -> Tensor:
+    if name not in cached:
         raise CheckpointError(
             f"{path} lacks '{name}': it was made for another model or other target_modules. Delete it, and it will be "
             "made anew."
         )
-    return found[name]
+    return cached[name]
 
 
 # CorDA
@@ -131,7 +131,7 @@ def preprocess_corda(
     """
     from tqdm import tqdm
 
-    methods = linear_methods(model, lora_config, "corda")
+    methods = find_linear_methods(model, lora_config, "corda")
     cfg = require_sub_config(lora_config.corda_config)
     for key, m in methods.items():
         if m.cfg.r > min(m.site.shape):
@@ -139,23 +139,24 @@ def preprocess_corda(
                 f"The rank of layer '{key}' is {m.cfg.r}, and its weight has {min(m.site.shape)} singular triples: "
                 "choose a smaller r."
             )
-    found = cached_tensors(cfg.cache_file)
-    if found is not None:
-        made = {
-            key: CordaEigens(*(of_file(found, f"{key}.{EIGENS}.{n}", cfg.cache_file) for n in NAMES)) for key in methods
+    cached = read_cache(cfg.cache_file)
+    if cached is not None:
+        eigens = {
+            key: CordaEigens(*(get_cached(cached, f"{key}.{EIGENS}.{n}", cfg.cache_file) for n in NAMES))
+            for key in methods
         }
     else:
-        covariances = covariances_of(model, methods, cfg, run_model, hooked_model)
-        made = {}
+        covariances = measure_covariances(model, methods, cfg, run_model, hooked_model)
+        eigens = {}
         for key, m in tqdm(methods.items(), desc="Collecting eigens", disable=not cfg.verbose):
             W = m.site.weight.canon().detach()
-            made[key] = eigens_of(W, covariances[key].to(W.device), m.cfg.r, cfg.corda_method, key)
-        store(cfg.cache_file, {f"{key}.{EIGENS}.{n}": getattr(e, n) for key, e in made.items() for n in NAMES})
+            eigens[key] = eigens_of(W, covariances[key].to(W.device), m.cfg.r, cfg.corda_method, key)
+        write_cache(cfg.cache_file, {f"{key}.{EIGENS}.{n}": getattr(e, n) for key, e in eigens.items() for n in NAMES})
     for key, m in methods.items():
-        setattr(m.site.module, EIGENS, made[key])
+        setattr(m.site.module, EIGENS, eigens[key])
 
 
-def covariances_of(
+def measure_covariances(
     model: nn.Module,
     methods: dict[str, Method],
     cfg: CordaConfig,
@@ -163,15 +164,15 @@ def covariances_of(
     hooked_model: nn.Module | None,
 ) -> dict[str, Tensor]:
     """Return C (in, in) of each layer: the mean over calls of xᵀ x, x (tokens, in) divided by its largest value."""
-    found = cached_tensors(cfg.covariance_file)
-    if found is not None:
-        return {key: of_file(found, key, cfg.covariance_file) for key in methods}
+    cached = read_cache(cfg.covariance_file)
+    if cached is not None:
+        return {key: get_cached(cached, key, cfg.covariance_file) for key in methods}
     if run_model is None:
         raise CalibrationError("run_model must be specified when covariance file and cache file aren't built.")
     sums: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
 
-    def watch(key: str) -> Callable[..., None]:
+    def make_hook(key: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
             x = args[0].detach().flatten(0, -2)
             x = x if cfg.use_float16_for_covariance else x.float()
@@ -191,11 +192,11 @@ def covariances_of(
     modules = dict(watched.named_modules())
     with ExitStack() as hooks, use_mode(watched, False):
         for key in methods.keys() & modules:
-            hooks.enter_context(modules[key].register_forward_hook(watch(key)))
+            hooks.enter_context(modules[key].register_forward_hook(make_hook(key)))
         run_model()
-    require_all(methods, sums, "input")
+    check_measured(methods, sums, "input")
     means = {key: sums[key] / calls[key] for key in methods}
-    store(cfg.covariance_file, means)
+    write_cache(cfg.covariance_file, means)
     return means
 
 
@@ -225,16 +226,16 @@ def preprocess_loraga(
             "If you want to use LoRA-GA, please initialize the LoraConfig with init_lora_weights='lora_ga' and "
             "lora_ga_config=LoraGAConfig(...)."
         )
-    methods = linear_methods(model, lora_config, "lora_ga")
+    methods = find_linear_methods(model, lora_config, "lora_ga")
     refuse_quantized(methods, "LoRA-GA")
-    found = cached_tensors(cache_file)
-    if found is not None:
-        made = {key: of_file(found, f"{key}.{GRADIENT}", cache_file) for key in methods}
+    cached = read_cache(cache_file)
+    if cached is not None:
+        gradients = {key: get_cached(cached, f"{key}.{GRADIENT}", cache_file) for key in methods}
     else:
-        made = gradients_of(model, methods, train_step)
-        store(cache_file, {f"{key}.{GRADIENT}": G for key, G in made.items()})
+        gradients = measure_gradients(model, methods, train_step)
+        write_cache(cache_file, {f"{key}.{GRADIENT}": G for key, G in gradients.items()})
     for key, m in methods.items():
-        setattr(m.site.module, GRADIENT, made[key].to(m.site.weight.where()[0]))
+        setattr(m.site.module, GRADIENT, gradients[key].to(m.site.weight.where()[0]))
 
 
 def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callable[[], object], step: float) -> None:
@@ -254,9 +255,9 @@ def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callab
     """
     if not 0 < step < float("inf"):
         raise ConfigError(f"`step` should be a positive number but the value passed is {step}.")
-    methods = linear_methods(model, config, "sb", "init_weights")
+    methods = find_linear_methods(model, config, "sb", "init_weights")
     refuse_quantized(methods, "LoRA-SB")
-    for key, G in gradients_of(model, methods, train_step).items():
+    for key, G in measure_gradients(model, methods, train_step).items():
         site = methods[key].site
         setattr(site.module, STEP, -step * site.op.canon(G).sign())
 
@@ -269,37 +270,39 @@ def refuse_quantized(methods: dict[str, Method], who: str) -> None:
             )
 
 
-def gradients_of(model: nn.Module, methods: dict[str, Method], train_step: Callable[[], object]) -> dict[str, Tensor]:
+def measure_gradients(
+    model: nn.Module, methods: dict[str, Method], train_step: Callable[[], object]
+) -> dict[str, Tensor]:
     """Return the mean gradient of each weight, as the layer stores it. Parameters are left as they were."""
     weights = {key: getattr(m.site.module, m.site.parameter) for key, m in methods.items()}
     calls = dict.fromkeys(methods, 0)
 
-    def count(key: str) -> Callable[..., None]:
-        def came(_: Tensor) -> None:
+    def make_counter(key: str) -> Callable[..., None]:
+        def count_backward(_: Tensor) -> None:
             calls[key] += 1
 
-        def ran(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        def watch_output(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             if output.requires_grad:  # not in a first pass under reentrant checkpointing
-                output.register_hook(came)
+                output.register_hook(count_backward)
 
-        return ran
+        return watch_output
 
-    with ExitStack() as hooks, training_only(model, weights.values()):
+    with ExitStack() as hooks, restrict_training(model, weights.values()):
         for key, m in methods.items():
-            hooks.enter_context(m.site.module.register_forward_hook(count(key)))
+            hooks.enter_context(m.site.module.register_forward_hook(make_counter(key)))
         with use_mode(model, True), torch.enable_grad():
             train_step()
         seen = [key for key, W in weights.items() if W.grad is not None and calls[key]]
-        require_all(methods, seen, "gradient")
-        made = {key: W.grad.detach() / calls[key] for key, W in weights.items()}
-    broken = [key for key, G in made.items() if not G.isfinite().all()]
+        check_measured(methods, seen, "gradient")
+        gradients = {key: W.grad.detach() / calls[key] for key, W in weights.items()}
+    broken = [key for key, G in gradients.items() if not G.isfinite().all()]
     if broken:
         raise CalibrationError(f"The gradient of layer '{broken[0]}' is not finite: check the data and the loss.")
-    return made
+    return gradients
 
 
 @contextmanager
-def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def restrict_training(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Have these parameters of a model alone train in the block, without gradients at first; then all is as before."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     ids = {id(p) for p in parameters}
@@ -340,7 +343,7 @@ def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn
     parameters = {path: mixer.get_parameter(A_LOG) for path, mixer in mixers.items()}
     before = {path: p.detach().clone() for path, p in parameters.items()}
     try:
-        with training_only(model, parameters.values()), torch.enable_grad():
+        with restrict_training(model, parameters.values()), torch.enable_grad():
             train(list(parameters.values()))
         changes = {path: p.detach() - before[path] for path, p in parameters.items()}
     finally:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 
-def ignore(*_: object, **__: object) -> None:
+def ignore_event(*_: object, **__: object) -> None:
     """Leave an event alone."""
 
 
@@ -30,11 +30,11 @@ class Listener:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("on_"):
-            return ignore
+            return ignore_event
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
 
-def allocating(model: nn.Module) -> Any:
+def find_allocator(model: nn.Module) -> Any:
     """Return the tuner of a model that allocates; raise ConfigError if it has none."""
     tuner = getattr(unwrap_model(model), "base_model", None)
     if not hasattr(tuner, "update_and_allocate"):
@@ -49,7 +49,7 @@ class AdaLoraCallback(Listener):
     """Allocates after each step; `adalora_callback` makes it."""
 
     def __init__(self, model: nn.Module):
-        self.tuner = allocating(model)
+        self.tuner = find_allocator(model)
 
     def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
         self.tuner.update_and_allocate(state.global_step)
@@ -70,7 +70,7 @@ def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: 
     Raises:
         ConfigError: the model has no AdaLoRA.
     """
-    tuner, step = allocating(model), start
+    tuner, step = find_allocator(model), start
 
     def allocate(*_: object) -> None:
         nonlocal step
@@ -91,38 +91,38 @@ class AdamssAsaCallback(Listener):
             tuner.update_and_allocate(state.global_step)
 
 
-class AddsLoss:
+class AdapterLossMixin:
     """Before a Trainer among the bases of a class, by one of the following: the loss of adapters beside the model's."""
 
-    tuner: type[nn.Module]  # of adapters that have such a loss
-    own: Callable[[Any], Tensor | float]  # their loss, of a registry
+    tuner_class: type[nn.Module]  # of adapters that have such a loss
+    adapter_loss: Callable[[Any], Tensor | float]  # their loss, of a registry
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
     ) -> Tensor | tuple[Tensor, object]:
         """Return the Trainer's loss, in training with that of the adapters added; or (loss, outputs)."""
-        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
-            return found
+            return result
         kind = type(self)
-        losses = [kind.own(get_registry(m)) for m in model.modules() if isinstance(m, kind.tuner)]
-        own = sum(losses) / max(1, len(losses)) / summed(self, kwargs)
-        return (found[0] + own, found[1]) if return_outputs else found + own
+        losses = [kind.adapter_loss(get_registry(m)) for m in model.modules() if isinstance(m, kind.tuner_class)]
+        loss = sum(losses) / max(1, len(losses)) / count_summed_losses(self, kwargs)
+        return (result[0] + loss, result[1]) if return_outputs else result + loss
 
 
-class MontecloraTrainerMixin(AddsLoss):
+class MontecloraTrainerMixin(AdapterLossMixin):
     """Before a Trainer among the bases of a class: `class MontecloraTrainer(MontecloraTrainerMixin, Trainer)`."""
 
-    tuner, own = LoraModel, staticmethod(monteclora_loss)
+    tuner_class, adapter_loss = LoraModel, staticmethod(monteclora_loss)
 
 
-class FineGatesTrainerMixin(AddsLoss):
+class FineGatesTrainerMixin(AdapterLossMixin):
     """Before a Trainer among the bases of a class: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
 
-    tuner, own = FineGatesModel, staticmethod(sparsity_loss)
+    tuner_class, adapter_loss = FineGatesModel, staticmethod(sparsity_loss)
 
 
-def summed(trainer: Any, arguments: dict[str, object]) -> int:
+def count_summed_losses(trainer: Any, arguments: dict[str, object]) -> int:
     """Return how many losses of one step a Trainer adds up as they are: those of batches that accumulate, if each is
     divided by the items of the whole step already."""
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
@@ -140,7 +140,7 @@ FIRST = 3  # steps before the first look: a schedule may begin at 0
 OF_GRADIENTS = ("no_gradient", "zero_gradient")
 
 
-def look(model: nn.Module, optimizer: torch.optim.Optimizer, half: bool, early: bool) -> AuditReport:
+def audit_trainer_model(model: nn.Module, optimizer: torch.optim.Optimizer, half: bool, early: bool) -> AuditReport:
     """Audit a model in Trainer's hands.
 
     Args:
@@ -161,13 +161,13 @@ def look(model: nn.Module, optimizer: torch.optim.Optimizer, half: bool, early: 
     return report
 
 
-def line(report: AuditReport, when: str) -> str:
+def format_report(report: AuditReport, when: str) -> str:
     """Return what a report says in one line."""
-    found = {name: len(getattr(report, name)) for name in SECTIONS}
+    counts = {name: len(getattr(report, name)) for name in SECTIONS}
     sizes = f"updates are {report.range_of_updates()} of their weights" if report.updates else ""
     if report.ok:
         return f"graft, {when}: nothing is wrong with the adapters" + (f"; {sizes}." if sizes else ".")
-    wrong = ", ".join(f"{SECTIONS[name][0]} ({n})" for name, n in found.items() if n)
+    wrong = ", ".join(f"{SECTIONS[name][0]} ({n})" for name, n in counts.items() if n)
     return f"graft, {when}: {wrong}" + (f"; {sizes}" if sizes else "") + ". print(watch.report) names them."
 
 
@@ -192,15 +192,15 @@ class Watch(Listener):
     def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
         self.steps += 1
         if self.steps == self.first:
-            self._look(args, state, f"after {self.steps} steps", early=True, **kwargs)
+            self._audit(args, state, f"after {self.steps} steps", early=True, **kwargs)
 
     def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
-        self._look(args, state, f"at the end, after {self.steps} steps", early=False, **kwargs)
+        self._audit(args, state, f"at the end, after {self.steps} steps", early=False, **kwargs)
 
-    def _look(
+    def _audit(
         self, args: object, state: TrainerState, when: str, early: bool, model: Any = None, optimizer: Any = None,
         **_: object,
     ) -> None:  # fmt: skip
-        self.report = look(model, optimizer, bool(getattr(args, "fp16", False)), early)
+        self.report = audit_trainer_model(model, optimizer, bool(getattr(args, "fp16", False)), early)
         if state.is_world_process_zero:
-            print(line(self.report, when), flush=True)
+            print(format_report(self.report, when), flush=True)

@@ -25,7 +25,7 @@ from graft.methods.lora.eva import Components, distribute_ranks
 from graft.model.modes import use_mode
 from graft.model.registry import Registry
 from graft.storage import find_device_and_dtype
-from graft.train.calibration import linear_methods, require_all
+from graft.train.calibration import check_measured, find_linear_methods
 
 
 def forward_fn_dict(model: nn.Module, inputs: Any) -> object:
@@ -54,22 +54,22 @@ def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: object, model_input: Tensor, layer_name: str) -> Tensor:
     """Return the rows (n, in) of a layer's input at the positions that count."""
-    return first_tensor(layer_input, layer_name)[model_input.T.unbind()]
+    return get_first_tensor(layer_input, layer_name)[model_input.T.unbind()]
 
 
-def flat_rows(layer_input: object, model_input: object, layer_name: str) -> Tensor:
+def flatten_rows(layer_input: object, model_input: object, layer_name: str) -> Tensor:
     """Return all rows (n, in) of a layer's input."""
-    return first_tensor(layer_input, layer_name).flatten(0, -2)
+    return get_first_tensor(layer_input, layer_name).flatten(0, -2)
 
 
-def first_tensor(layer_input: object, layer_name: str) -> Tensor:
-    found = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
-    if not isinstance(found, Tensor):
+def get_first_tensor(layer_input: object, layer_name: str) -> Tensor:
+    value = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
+    if not isinstance(value, Tensor):
         raise TypeError(
-            f"unsupported input type {type(found)} for prepare_layer_inputs_fn in layer {layer_name}, please provide a "
+            f"unsupported input type {type(value)} for prepare_layer_inputs_fn in layer {layer_name}, please provide a "
             "custom prepare_layer_inputs_fn"
         )
-    return found
+    return value
 
 
 MAX_RHO = 1000
@@ -77,7 +77,7 @@ MAX_PASSES = 100
 
 
 @dataclass
-class Measure:
+class InputMeasurement:
     """One measurement of a model's layers."""
 
     model: nn.Module
@@ -91,12 +91,12 @@ class Measure:
     gather: bool
     progress: bool
 
-    def batches(self) -> Iterator[tuple[object, object]]:
+    def iterate_batches(self) -> Iterator[tuple[object, object]]:
         """Yield (batch, what `prepare_model` makes of it) of one pass through the data."""
         device = find_device_and_dtype(self.model)[0]
         device = None if device is None or device.type == "meta" else device
         for batch in self.dataloader:
-            inputs = batch if device is None else to_device(batch, device)
+            inputs = batch if device is None else move_to_device(batch, device)
             prepared = copy.deepcopy(inputs) if self.prepare_model is None else self.prepare_model(inputs, self.cfg)
             yield inputs, prepared
 
@@ -104,14 +104,14 @@ class Measure:
         """Run the model on a batch; let `see` have the rows of the named layers' inputs."""
         inputs, prepared = batch
 
-        def watch(name: str) -> Callable[..., None]:
+        def make_hook(name: str) -> Callable[..., None]:
             prepare = self.prepare_layer
-            prepare = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or flat_rows
+            prepare = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or flatten_rows
 
             def hook(module: nn.Module, args: object, output: object) -> None:
                 rows = prepare(args, prepared, name)
                 if self.gather and dist.is_initialized():
-                    rows = gathered(rows)
+                    rows = gather_from_processes(rows)
                 if not rows.isfinite().all():
                     raise CalibrationError(f"The inputs of layer '{name}' are not finite: check the data.")
                 see(name, rows)
@@ -120,18 +120,18 @@ class Measure:
 
         with ExitStack() as hooks:
             for name in names:
-                hooks.enter_context(self.layers[name].register_forward_hook(watch(name)))
+                hooks.enter_context(self.layers[name].register_forward_hook(make_hook(name)))
             self.forward_fn(self.model, inputs)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def compute_components(self) -> dict[str, Tensor]:
         """Return the first components of each layer's inputs, (rank, in), as many as it gets."""
-        first = next(self.batches(), None)
+        first = next(self.iterate_batches(), None)
         if first is None:
             raise CalibrationError("dataloader is empty: EVA begins with the inputs of layers on some batches.")
         seen: dict[str, tuple[tuple[object, ...], int]] = {}
-        self.run(first, self.layers, lambda name, rows: seen.setdefault(name, (digest(rows), rows.shape[1])))
-        require_all(self.layers, seen, "input")
-        most = self.most({name: width for name, (_, width) in seen.items()})
+        self.run(first, self.layers, lambda name, rows: seen.setdefault(name, (digest_rows(rows), rows.shape[1])))
+        check_measured(self.layers, seen, "input")
+        most = self.find_largest_ranks({name: width for name, (_, width) in seen.items()})
         groups: dict[tuple[object, ...], list[str]] = {}
         for name in self.layers:
             groups.setdefault(seen[name][0], []).append(name)
@@ -139,18 +139,18 @@ class Measure:
         for names in groups.values():
             for name in names:
                 owner[name], most[name] = names[0], max(most[n] for n in names)
-        found = {name: Components(most[name], self.cfg.eva_config.tau) for name in dict.fromkeys(owner.values())}
-        owner = {**{name: name for name in found}, **{k: v for k, v in owner.items() if k != v}}
-        ranks = self.converge(found, owner, most)
-        made = {}
+        inputs = {name: Components(most[name], self.cfg.eva_config.tau) for name in dict.fromkeys(owner.values())}
+        owner = {**{name: name for name in inputs}, **{k: v for k, v in owner.items() if k != v}}
+        ranks = self.converge(inputs, owner, most)
+        state_dict = {}
         for name, rank in ranks.items():
-            source = found[owner[name]]
-            made[name] = source.V[:rank].clone()
+            source = inputs[owner[name]]
+            state_dict[name] = source.V[:rank].clone()
             if self.cfg.eva_config.whiten:
-                made[name] /= source.S[:rank, None].sqrt()
-        return made
+                state_dict[name] /= source.S[:rank, None].sqrt()
+        return state_dict
 
-    def most(self, widths: dict[str, int]) -> dict[str, int]:
+    def find_largest_ranks(self, widths: dict[str, int]) -> dict[str, int]:
         """Return the largest rank that each layer can get."""
         rho = self.cfg.eva_config.rho
         if rho > MAX_RHO:
@@ -163,34 +163,34 @@ class Measure:
                 )
         return {name: min(round(r * rho), widths[name]) for name, r in self.ranks.items()}
 
-    def converge(self, found: dict[str, Components], owner: dict[str, str], most: dict[str, int]) -> dict[str, int]:
+    def converge(self, inputs: dict[str, Components], owner: dict[str, str], most: dict[str, int]) -> dict[str, int]:
         """Take in batches until the components that get a rank do not turn any more; return the ranks."""
         from tqdm import tqdm
 
         budget, ranks = sum(self.ranks.values()), dict(most)
-        largest: dict[str, int] = dict.fromkeys(found, 0)
+        largest: dict[str, int] = dict.fromkeys(inputs, 0)
         hidden = not self.progress or (dist.is_initialized() and dist.get_rank() > 0)
 
-        def see(name: str, rows: Tensor) -> None:
+        def add_rows(name: str, rows: Tensor) -> None:
             largest[name] = max(largest[name], len(rows))
-            if len(rows) >= found[name].n:
-                found[name].add(rows)
+            if len(rows) >= inputs[name].n:
+                inputs[name].add(rows)
 
-        def left() -> list[str]:
-            return [name for name, c in found.items() if not c.rows or not c.converged[: ranks[name]].all()]
+        def list_turning() -> list[str]:
+            return [name for name, c in inputs.items() if not c.rows or not c.converged[: ranks[name]].all()]
 
         with tqdm(leave=False, disable=hidden) as bar:
             for _ in range(MAX_PASSES):
-                for batch in self.batches():
-                    turning = left()
-                    bar.set_description(f"{len(found) - len(turning)}/{len(found)} inputs have converged")
+                for batch in self.iterate_batches():
+                    turning = list_turning()
+                    bar.set_description(f"{len(inputs) - len(turning)}/{len(inputs)} inputs have converged")
                     bar.update()
                     if not turning:
                         return ranks
-                    self.run(batch, turning, see)
-                    if all(c.rows for c in found.values()):
-                        ranks = distribute_ranks(found, owner, most, budget)
-                short = {name: c.n for name, c in found.items() if not c.rows}
+                    self.run(batch, turning, add_rows)
+                    if all(c.rows for c in inputs.values()):
+                        ranks = distribute_ranks(inputs, owner, most, budget)
+                short = {name: c.n for name, c in inputs.items() if not c.rows}
                 if short:
                     lines = [
                         f"{name} ({n} rows needed, at most {largest[name]} in a batch)" for name, n in short.items()
@@ -199,25 +199,25 @@ class Measure:
                         f"There are too few samples in a batch for {len(short)} layers: {some(lines)}. Use larger "
                         "batches, a smaller r or a smaller rho."
                     )
-        if not left():
+        if not list_turning():
             return ranks
         raise CalibrationError(
-            f"Components of {len(left())} layers still turn after {MAX_PASSES} passes through the data: "
-            f"{some(left())}. Use more data, or a smaller tau than {self.cfg.eva_config.tau}."
+            f"Components of {len(list_turning())} layers still turn after {MAX_PASSES} passes through the data: "
+            f"{some(list_turning())}. Use more data, or a smaller tau than {self.cfg.eva_config.tau}."
         )
 
 
-def to_device(inputs: object, device: torch.device | None) -> object:
+def move_to_device(inputs: object, device: torch.device | None) -> object:
     if hasattr(inputs, "to"):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
-        return type(inputs)({k: to_device(v, device) for k, v in inputs.items()})  # type: ignore[call-arg]
+        return type(inputs)({k: move_to_device(v, device) for k, v in inputs.items()})  # type: ignore[call-arg]
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(to_device(v, device) for v in inputs)
+        return type(inputs)(move_to_device(v, device) for v in inputs)
     return inputs
 
 
-def gathered(rows: Tensor) -> Tensor:
+def gather_from_processes(rows: Tensor) -> Tensor:
     """Return the rows of all processes, which may have different numbers of them."""
     sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
@@ -229,7 +229,7 @@ def gathered(rows: Tensor) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(parts, numbers)])
 
 
-def digest(rows: Tensor) -> tuple[object, ...]:
+def digest_rows(rows: Tensor) -> tuple[object, ...]:
     """Return what tells different tensors apart, from all their bits."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     words = rows.detach().contiguous().view(whole).flatten().long()
@@ -237,29 +237,29 @@ def digest(rows: Tensor) -> tuple[object, ...]:
     return (*rows.shape, rows.dtype, int((words * places).sum()), int(words.sum()))
 
 
-def apply(registry: Registry, adapter: str, values: dict[str, Tensor]) -> None:
+def set_eva_values(registry: Registry, adapter: str, values: dict[str, Tensor]) -> None:
     """Set A of each layer, with its rank, and describe that in the config."""
     layers = {key: layer for key, layer in registry.layers.items() if adapter in layer.methods}
-    check(adapter, layers, values)
+    check_eva_values(adapter, layers, values)
     cfg: Any = registry.peft_config[adapter]
     tree = survey_model(registry.model)
     by_key, missing = {}, []
     for key, layer in layers.items():
-        here = cfg.at(key)
-        r, alpha = here.r, here.lora_alpha
+        settings = cfg.at(key)
+        r, alpha = settings.r, settings.lora_alpha
         A = values.get(key)
         if A is None:
             missing.append(key)
         elif not len(A):
-            take_off(registry, layer, key, adapter, tree.list_places(key))
+            remove_from_layer(registry, layer, key, adapter, tree.list_places(key))
             continue
         else:
             alpha *= len(A) / r if cfg.eva_config.adjust_scaling_factors else 1
             r = len(A)
-        begin_anew(layer, adapter, r, alpha, A)
+        set_layer_start(layer, adapter, r, alpha, A)
         by_key[key] = (r, alpha)
-    others = [key for key in tree.modules if key not in by_key]
-    cfg.target_modules = minimize_names(by_key, others) if len(by_key) >= COMPRESS_FROM else set(by_key)
+    other_keys = [key for key in tree.modules if key not in by_key]
+    cfg.target_modules = minimize_names(by_key, other_keys) if len(by_key) >= COMPRESS_FROM else set(by_key)
     cfg.rank_pattern = {key: r for key, (r, _) in by_key.items() if r != cfg.r}
     cfg.alpha_pattern = {key: alpha for key, (_, alpha) in by_key.items() if alpha != cfg.lora_alpha}
     if missing:
@@ -270,7 +270,7 @@ def apply(registry: Registry, adapter: str, values: dict[str, Tensor]) -> None:
         )
 
 
-def check(adapter: str, layers: dict[str, AdapterLayer], values: dict[str, Tensor]) -> None:
+def check_eva_values(adapter: str, layers: dict[str, AdapterLayer], values: dict[str, Tensor]) -> None:
     """Raise CalibrationError unless the values fit the layers, and one keeps a rank."""
     unknown = sorted(values.keys() - layers.keys())
     if unknown:
@@ -285,7 +285,7 @@ def check(adapter: str, layers: dict[str, AdapterLayer], values: dict[str, Tenso
         raise CalibrationError(f"eva_state_dict gives no layer of adapter '{adapter}' a rank.")
 
 
-def begin_anew(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tensor | None) -> None:
+def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tensor | None) -> None:
     """Give an adapter on one layer its values; new parameters if the rank is another, or there are no values yet."""
     method = layer.methods[adapter]
     now = method.lora_A.weight
@@ -294,19 +294,19 @@ def begin_anew(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tenso
         cfg.r, cfg.lora_alpha = r, alpha
         names, upcast = list(layer.methods), now.dtype != layer.where[1]
         layer.drop(adapter)
-        made = type(method)(layer.site, cfg, adapter)
-        layer.add(made, made.build({}))
+        new_method = type(method)(layer.site, cfg, adapter)
+        layer.add(new_method, new_method.build({}))
         layer.methods.update({name: layer.methods.pop(name) for name in names})  # in the order that they had
-        made.init()
+        new_method.init()
         layer.place(adapter, layer.where, upcast)
         layer.require_grad(adapter, adapter in layer.state.trainable)
         layer.refresh_plan()
-        method = made
+        method = new_method
     if A is not None:
         method.lora_A.weight.data.copy_(A)
 
 
-def take_off(registry: Registry, layer: AdapterLayer, key: str, adapter: str, places: Iterable[Place]) -> None:
+def remove_from_layer(registry: Registry, layer: AdapterLayer, key: str, adapter: str, places: Iterable[Place]) -> None:
     """Take an adapter off a layer, and the layer off its module if it has no other."""
     layer.forget(adapter)
     if not layer.methods:
@@ -357,7 +357,7 @@ def get_eva_state_dict(
     elif peft_config is None:
         raise ConfigError("peft_config is required if model is not a PeftModel")
     else:
-        methods = linear_methods(model, peft_config, "eva")
+        methods = find_linear_methods(model, peft_config, "eva")
         layers = {key: m.site.module for key, m in methods.items()}
         ranks = {key: m.cfg.r for key, m in methods.items()}
     if isinstance(prepare_layer_inputs_fn, Mapping) and (unknown := sorted({*prepare_layer_inputs_fn} - {*layers})):
@@ -370,7 +370,7 @@ def get_eva_state_dict(
             "torch.distributed is initialized and `gather_distributed_inputs` is True, therefore EVA initialization "
             "will gather tensors from all ranks. Ensure the model does not receive the same inputs on different ranks."
         )
-    measure = Measure(
+    measure = InputMeasurement(
         model,
         layers,
         ranks,
@@ -383,7 +383,7 @@ def get_eva_state_dict(
         show_progress_bar,
     )
     with model.disable_adapter() if registry is not None else nullcontext(), use_mode(model, False):
-        return measure.state_dict()
+        return measure.compute_components()
 
 
 @torch.no_grad()
@@ -436,4 +436,4 @@ def initialize_lora_eva_weights(
             show_progress_bar,
         )
     with registry.call.gate.change(f"EVA's values of adapter '{adapter_name}'", (adapter_name,)):
-        apply(registry, adapter_name, {name.removeprefix(PREFIX): A for name, A in eva_state_dict.items()})
+        set_eva_values(registry, adapter_name, {name.removeprefix(PREFIX): A for name, A in eva_state_dict.items()})

@@ -32,7 +32,7 @@ def infer_device() -> str:
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast frozen parameters to `dtype`, trainable ones to float32; in place. Codes of packed weights, and scales of
     theirs, stay as they are."""
-    scales = {p for m in unwrap_model(model).modules() if holds_codes(m) for p in fixed_dtype_parameters(m)}
+    scales = {p for m in unwrap_model(model).modules() if holds_codes(m) for p in find_fixed_dtype_parameters(m)}
     for p in model.parameters():
         if p.dtype in NUMBERS and p not in scales:
             p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
@@ -54,8 +54,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    layers = transformer_layers(model)
-    read, methods = read_by_methods(model)
+    layers = find_transformer_layers(model)
+    read, methods = find_uncalled_modules(model)
     if methods:
         warn(
             f"FSDP needs use_orig_params=True for {', '.join(methods)}, which reads tensors without a call of a module "
@@ -76,7 +76,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     )
 
 
-def read_by_methods(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
+def find_uncalled_modules(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
     """Return the modules with tensors of adapters that nobody calls, and the methods whose trainable tensors are there
     beside frozen weights."""
     read: set[nn.Module] = set()
@@ -101,19 +101,19 @@ def is_leaf(module: nn.Module) -> bool:
     return not module._modules and isinstance(getattr(module, "weight", None), Tensor)
 
 
-def transformer_layers(model: nn.Module) -> set[type[nn.Module]]:
+def find_transformer_layers(model: nn.Module) -> set[type[nn.Module]]:
     asked = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    names = set(asked.split(",")) if asked else no_split_modules(model)
-    found = {type(m).__name__: type(m) for m in model.modules()}
-    if missing := sorted(names - set(found)):
+    names = set(asked.split(",")) if asked else find_no_split_classes(model)
+    classes = {type(m).__name__: type(m) for m in model.modules()}
+    if missing := sorted(names - set(classes)):
         raise TypeError(
             f"Could not find the transformer layer class to wrap in the model: {', '.join(missing)}. Set "
             "FSDP_TRANSFORMER_CLS_TO_WRAP to the names of its layer classes."
         )
-    return {found[n] for n in names | (set(PROMPT_ENCODERS) & set(found))}
+    return {classes[n] for n in names | (set(PROMPT_ENCODERS) & set(classes))}
 
 
-def no_split_modules(model: nn.Module) -> set[str]:
+def find_no_split_classes(model: nn.Module) -> set[str]:
     """Return the names of classes that must stay on one device, as the transformers models in `model` say."""
     return {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
 
@@ -144,49 +144,49 @@ def prepare_model_for_kbit_training(
     """
     packed = [m for m in unwrap_model(model).modules() if holds_codes(m)]
     widen = not dtype_is_fixed(model)
-    narrow = {p for m in packed for p in fixed_dtype_parameters(m)}
+    narrow = {p for m in packed for p in find_fixed_dtype_parameters(m)}
     for p in model.parameters():
         p.requires_grad_(False)
         if widen and p.dtype in HALF and p not in narrow and type(p).__name__ not in PACKED:
             p.data = p.data.to(torch.float32)
     if auto_clear_cache:
-        clear_cache()
+        clear_device_cache()
     if use_gradient_checkpointing and (packed or is_marked(model)):
-        checkpoint(model, gradient_checkpointing_kwargs or {})
+        enable_checkpointing(model, gradient_checkpointing_kwargs or {})
     return model
 
 
-def fixed_dtype_parameters(m: nn.Module) -> list[nn.Parameter]:
+def find_fixed_dtype_parameters(m: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a packed layer that keep their dtype: scales; a bias beside a tensor made of others."""
     parameters = {name: p for name, p in m._parameters.items() if p is not None}
     fixed = any(map(is_composed, parameters.values()))  # the layer computes in the dtype of that tensor
     return [p for name, p in parameters.items() if fixed or name != "bias"]
 
 
-def checkpoint(model: nn.Module, options: dict[str, object]) -> None:
+def enable_checkpointing(model: nn.Module, options: dict[str, object]) -> None:
     """Turn on gradient checkpointing; the reentrant kind needs inputs that require gradients."""
     if options.get("use_reentrant", True):
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         else:
             model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-    enable = switch(model)
-    takes = [name for name in OPTIONS if name in inspect.signature(enable).parameters]
-    if options and not takes:
+    enable = find_checkpointing_switch(model)
+    keywords = [name for name in OPTIONS if name in inspect.signature(enable).parameters]
+    if options and not keywords:
         warn(
             f"gradient_checkpointing_kwargs is not supported by {type(model).__name__}: {options} is ignored.",
             PeftWarning,
         )
-    enable(**{name: options for name in takes})
+    enable(**{name: options for name in keywords})
 
 
-def switch(model: nn.Module) -> Callable[..., None]:
+def find_checkpointing_switch(model: nn.Module) -> Callable[..., None]:
     """Return the function of a model that turns checkpointing on: the model's own, or transformers' by its new name."""
     known, new = model.gradient_checkpointing_enable, getattr(model, "activation_checkpointing_enable", None)
     return known if new is None or known.__module__ != new.__module__ else new
 
 
-def clear_cache() -> None:
+def clear_device_cache() -> None:
     gc.collect()
     for backend in (torch.cuda, torch.xpu, torch.mps):
         if backend.is_available():

@@ -46,14 +46,14 @@ class KappaTuneSelector:
         unread: list[str] = []
         modules = survey_model(model).modules.items()
         for name, module in tqdm(modules, desc="Condition numbers", unit="module", disable=not show_progress):
-            W = weight_of(module)
+            W = read_weight(module)
             if W is None:
                 unread += [name] if is_linear(module) else []
             elif max(W.shape) <= max_dim_size_to_analyze:
-                self.modules[name] = float(condition(W))
+                self.modules[name] = float(compute_condition_number(W))
         for name, p in model.named_parameters():
             if p.dim() == 3 and name.endswith(ends) and max(p.shape[1:]) <= max_dim_size_to_analyze:
-                self.parameters[name] = sum(float(condition(W)) for W in p.detach()) / len(p)
+                self.parameters[name] = sum(float(compute_condition_number(W)) for W in p.detach()) / len(p)
         if unread:
             text = f"KappaTune leaves out {len(unread)} layers whose weight cannot be read, such as '{unread[0]}'."
             warn(text, PeftWarning)
@@ -63,13 +63,13 @@ class KappaTuneSelector:
     ) -> list[str]:
         """Return names of layers, smallest κ first: `num_modules` of them, else the part `top_p` (at least one), else
         those with κ ≤ `threshold`, else all."""
-        return best(self.modules, top_p, num_modules, threshold)
+        return select_targets(self.modules, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
         """Return names of experts' parameters, chosen likewise."""
-        return best(self.parameters, top_p, num_modules, threshold)
+        return select_targets(self.parameters, top_p, num_modules, threshold)
 
 
 def find_kappa_target_modules(
@@ -90,7 +90,9 @@ def find_kappa_target_modules(
     }
 
 
-def best(kappas: dict[str, float], top_p: float | None, number: int | None, threshold: float | None) -> list[str]:
+def select_targets(
+    kappas: dict[str, float], top_p: float | None, number: int | None, threshold: float | None
+) -> list[str]:
     names = sorted(kappas, key=lambda name: kappas[name])
     if number is not None:
         return names[:number]
@@ -99,7 +101,7 @@ def best(kappas: dict[str, float], top_p: float | None, number: int | None, thre
     return names if threshold is None else [name for name in names if kappas[name] <= threshold]
 
 
-def weight_of(module: nn.Module) -> Tensor | None:
+def read_weight(module: nn.Module) -> Tensor | None:
     """Return the weight of a linear layer without adapters; None for another module, or if it cannot be read."""
     if not is_linear(module):
         return None
@@ -111,7 +113,7 @@ def weight_of(module: nn.Module) -> Tensor | None:
     return None if W.is_meta else W
 
 
-def condition(W: Tensor) -> Tensor:
+def compute_condition_number(W: Tensor) -> Tensor:
     """Return κ of a matrix."""
     S = torch.linalg.svdvals(W.detach().to(torch.promote_types(W.dtype, torch.float32)))
     return S[0] / (S[-1] + FLOOR)

@@ -57,8 +57,8 @@ def replace_lora_weights_loftq(
     if len(layers) < len(packed):
         key = next(key for key in packed if key not in layers)
         warn(f"{len(packed) - len(layers)} layers keep their A and B, such as '{key}': {reasons[key]}.", PeftWarning)
-    weights = Weights(model_path or name_of(registry.model), registry.model)
-    files = {key: weights.file_of(key, layer) for key, layer in layers.items()}
+    weights = BaseWeightFiles(model_path or find_base_path(registry.model), registry.model)
+    files = {key: weights.find_file(key, layer) for key, layer in layers.items()}
     change = registry.call.gate.change(f"replace_lora_weights_loftq() of '{adapter_name}'", (adapter_name,))
     with change, ExitStack() as merges, ExitStack() as undo:
         for layer in layers.values():  # what is merged is so with the values that come, or that come back
@@ -77,7 +77,7 @@ def replace_lora_weights_loftq(
         undo.pop_all()
 
 
-def name_of(model: nn.Module) -> str:
+def find_base_path(model: nn.Module) -> str:
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not name:
         raise ConfigError(
@@ -87,7 +87,7 @@ def name_of(model: nn.Module) -> str:
     return str(name)
 
 
-class Weights:
+class BaseWeightFiles:
     """The tensors of a base model's safetensors files, read one by one."""
 
     def __init__(self, where: str, model: nn.Module):
@@ -112,7 +112,7 @@ class Weights:
         prefix = getattr(model, "base_model_prefix", "")
         self.prefix = f"{prefix}." if prefix else ""
 
-    def file_of(self, key: str, layer: AdapterLayer) -> tuple[str, str]:
+    def find_file(self, key: str, layer: AdapterLayer) -> tuple[str, str]:
         """Return path and name of a layer's weight, checked."""
         from safetensors import safe_open
 

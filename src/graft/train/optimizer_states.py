@@ -55,22 +55,22 @@ class OptimizerStates:
         """Yield each parameter with its state, of which tensors may be spread as the parameter is."""
         yield from ((p, state) for p, state in self.inner.state.items() if isinstance(p, Tensor))  # type: ignore[misc]
 
-    def others(self) -> dict[Any, Any]:
+    def collect_other_states(self) -> dict[Any, Any]:
         """Return the states that belong to no parameter."""
         return {key: state for key, state in self.inner.state.items() if not isinstance(key, Tensor)}
 
-    def put(self, states: list[tuple[nn.Parameter, int, State]], others: dict[Any, Any]) -> None:
+    def replace_states(self, states: list[tuple[nn.Parameter, int, State]], other_states: dict[Any, Any]) -> None:
         """Take (parameter, group, whole state) in place of all that it has."""
-        made: dict[Any, State] = {}  # whole before any of it is in place: there may be no room
+        new_states: dict[Any, State] = {}  # whole before any of it is in place: there may be no room
         for p, group, state in states:
-            placed = {key: beside(value, p, self.groups[group]) for key, value in state.items()}
-            made[p] = {key: parted(value, p) for key, value in placed.items()}
+            placed = {key: place_value(value, p, self.groups[group]) for key, value in state.items()}
+            new_states[p] = {key: shard_value(value, p) for key, value in placed.items()}
         self.inner.state.clear()
-        self.inner.state.update(others)
-        self.inner.state.update(made)
+        self.inner.state.update(other_states)
+        self.inner.state.update(new_states)
 
 
-class OfZero3(OptimizerStates):
+class Zero3OptimizerStates(OptimizerStates):
     """The optimizer of ZeRO-3: it trains flat float32 parts of parameters, a row of them for each subgroup."""
 
     def __init__(self, outer: Any):
@@ -93,31 +93,31 @@ class OfZero3(OptimizerStates):
         for flat, parameters in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
             state = self.inner.state.get(flat, {})
             for p in parameters if state else ():
-                yield p, {key: whole(p, key).clone() if is_like(v, flat.numel()) else v for key, v in state.items()}
+                yield p, {key: whole(p, key).clone() if is_moment(v, flat.numel()) else v for key, v in state.items()}
 
-    def put(self, states: list[tuple[nn.Parameter, int, State]], others: dict[Any, Any]) -> None:
+    def replace_states(self, states: list[tuple[nn.Parameter, int, State]], other_states: dict[Any, Any]) -> None:
         state_of = {id(p): state for p, _, state in states}
         self.inner.state.clear()
-        self.inner.state.update(others)
+        self.inner.state.update(other_states)
         for flat, parameters in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
-            if not (here := [p for p in parameters if id(p) in state_of]):
+            if not (members := [p for p in parameters if id(p) in state_of]):
                 continue
-            first = state_of[id(here[0])]
+            first = state_of[id(members[0])]
             self.inner.state[flat] = {
-                key: torch.zeros_like(flat) if is_like(value, here[0].ds_numel) else beside(value, flat, {})
+                key: torch.zeros_like(flat) if is_moment(value, members[0].ds_numel) else place_value(value, flat, {})
                 for key, value in first.items()
             }
-            for p in here:
+            for p in members:
                 for key, value in state_of[id(p)].items():
-                    if is_like(value, p.ds_numel):
-                        put_part(p, key, value)
+                    if is_moment(value, p.ds_numel):
+                        write_local_part(p, key, value)
 
 
-def states_of(optimizer: Any) -> OptimizerStates:
+def wrap_optimizer(optimizer: Any) -> OptimizerStates:
     """Return the view of an optimizer: DeepSpeed's, or torch's."""
     if type(optimizer).__module__.startswith("deepspeed."):
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            return OfZero3(optimizer)
+            return Zero3OptimizerStates(optimizer)
         if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "single_partition_of_fp32_groups"):
             raise DistributedError(
                 f"{type(optimizer).__name__} is DeepSpeed's, and keeps the values that train in parts of its own. Of "
@@ -128,7 +128,7 @@ def states_of(optimizer: Any) -> OptimizerStates:
     return OptimizerStates(optimizer)
 
 
-def check_spread(values: Mapping[str, Tensor], optimizer_states: OptimizerStates) -> None:
+def check_sharding(values: Mapping[str, Tensor], optimizer_states: OptimizerStates) -> None:
     """Raise DistributedError unless all values can be put together, and the optimizer is the one that trains them."""
     masters = find_master_ids(values.values())
     for name, t in values.items():
@@ -138,44 +138,44 @@ def check_spread(values: Mapping[str, Tensor], optimizer_states: OptimizerStates
                 f"'{name}' is a slice of a flat parameter of FSDP1, whose optimizer's state belongs to no parameter: "
                 "use FSDP2 (fully_shard), or the checkpoints of your trainer."
             )
-        if id(t) in masters and not isinstance(optimizer_states, OfZero3):
+        if id(t) in masters and not isinstance(optimizer_states, Zero3OptimizerStates):
             raise DistributedError(
                 f"DeepSpeed keeps the values of '{name}' that train. If this is ZeRO-3, pass engine.optimizer; ZeRO-1 "
                 "and ZeRO-2 cannot be resumed by name: use DeepSpeed's own checkpoints."
             )
 
 
-def is_like(value: object, numbers: int) -> bool:
+def is_moment(value: object, numbers: int) -> bool:
     """Return True if a value of a state has a number for each of a tensor's."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == numbers
 
 
-def put_part(p: Any, key: str, value: Tensor) -> None:
+def write_local_part(p: Any, key: str, value: Tensor) -> None:
     """Put this process's part of a whole value into ZeRO-3's state; the last part is filled up with zeros."""
     from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
 
     n = safe_get_local_optimizer_state(p, key).numel()
     rank = dist.get_rank(group=p.ds_process_group)
     part = torch.zeros(n, dtype=value.dtype)
-    own = value.flatten()[rank * n : (rank + 1) * n]
-    part[: own.numel()] = own
+    local_values = value.flatten()[rank * n : (rank + 1) * n]
+    part[: local_values.numel()] = local_values
     safe_set_local_optimizer_state(p, part.to(p.ds_tensor.device), key)
 
 
-def parted(value: object, p: nn.Parameter) -> object:
+def shard_value(value: object, p: nn.Parameter) -> object:
     """Return a value of a state, spread over processes as its parameter is."""
     if layout_of(p) is DISTRIBUTED and isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
         return shard_like(value, p)
     return value
 
 
-def beside(value: object, p: Tensor, group: Mapping[str, object]) -> object:
+def place_value(value: object, p: Tensor, group: Mapping[str, object]) -> object:
     """Return a value of a parameter's state, its tensors where the optimizer wants them; dtypes stay."""
     if isinstance(value, Tensor):
         waits = not value.dim() and not (group.get("capturable") or group.get("fused"))  # a counter stays on the CPU
         return value.clone() if waits else value.to(p.device, copy=True)
     if isinstance(value, dict):
-        return {k: beside(v, p, group) for k, v in value.items()}
+        return {k: place_value(v, p, group) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(beside(v, p, group) for v in value)
+        return type(value)(place_value(v, p, group) for v in value)
     return value

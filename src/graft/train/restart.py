@@ -42,11 +42,11 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
     if not 0 <= keep <= 1:
         raise ConfigError(f"`keep` must be between 0 and 1, got {keep}.")
     registry = get_registry(unwrap_model(model))
-    name = adapter_of(registry)
+    name = find_restartable_adapter(registry)
     layers = [layer for layer in registry.layers.values() if name in layer.methods]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in layers:
-        check(layer, name, optimizer, held)
+        check_restart(layer, name, optimizer, optimizer_ids)
     with registry.call.gate.change(f"restart() of adapter '{name}'"):  # a call sees W and A, B of one round
         registry.taken_in.add(name)
         for layer in layers:
@@ -56,13 +56,13 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
                 W = W + delta_of(layer, m.effect).to(W.dtype)
             layer.rewrite_base(W)
             layer.drop_rollback()
-            begin(m)
+            reset_factors(m)
             for p in m.pair:
-                for moment in moments(optimizer, p):
-                    prune(moment, keep)
+                for moment in find_moments(optimizer, p):
+                    prune_moment(moment, keep)
 
 
-def adapter_of(registry: Registry) -> str:
+def find_restartable_adapter(registry: Registry) -> str:
     """Return the name of the one adapter of a model."""
     names = [] if registry is None else list(registry.peft_config)
     if len(names) != 1:
@@ -79,7 +79,7 @@ def adapter_of(registry: Registry) -> str:
     return names[0]
 
 
-def check(layer: AdapterLayer, name: str, optimizer: Optimizer, held: Collection[int]) -> None:
+def check_restart(layer: AdapterLayer, name: str, optimizer: Optimizer, optimizer_ids: Collection[int]) -> None:
     """Raise if a layer cannot begin again. held: ids of the optimizer's parameters."""
     base, parameter = layer.base_layer, layer.site.parameter
     m: Method = layer.methods[name]
@@ -95,25 +95,25 @@ def check(layer: AdapterLayer, name: str, optimizer: Optimizer, held: Collection
     if layer.state.merged:
         raise ConfigError(f"Adapter '{name}' is merged: call unmerge_adapter() before a restart.")
     for p in m.pair:
-        if p.requires_grad and id(p) not in held:
+        if p.requires_grad and id(p) not in optimizer_ids:
             raise ConfigError(
                 f"The optimizer does not hold the parameters of adapter '{name}' on layer '{layer.key}', so that its "
                 "moments would stay: pass the one that trains them."
             )
-        for moment in moments(optimizer, p):
+        for moment in find_moments(optimizer, p):
             if not moment.is_floating_point():
                 raise ConfigError(
                     f"The optimizer holds {moment.dtype} for layer '{layer.key}': use one of full precision."
                 )
 
 
-def moments(optimizer: Optimizer, p: nn.Parameter) -> list[Tensor]:
+def find_moments(optimizer: Optimizer, p: nn.Parameter) -> list[Tensor]:
     """Return what an optimizer keeps for each entry of a parameter."""
     state = optimizer.state.get(p, {}).values()
     return [t for t in state if isinstance(t, Tensor) and t.numel() == p.numel() and t.dim()]
 
 
-def begin(m: Method) -> None:
+def reset_factors(m: Method) -> None:
     """Give A and B the values of a new adapter."""
     (A, B), ids = m.pair, m.site.op.takes_ids
     drawn, zeros = (B, A) if ids else (A, B)
@@ -123,7 +123,7 @@ def begin(m: Method) -> None:
     zeros.zero_()
 
 
-def prune(moment: Tensor, keep: float) -> None:
+def prune_moment(moment: Tensor, keep: float) -> None:
     """Set all but the largest entries of a moment to 0, in place."""
     n = round(keep * moment.numel())
     flat = moment.flatten()

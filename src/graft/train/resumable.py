@@ -17,7 +17,7 @@ from graft.core.errors import warn
 from graft.files.tensors import read_header
 from graft.storage.parallel import layout_of
 from graft.train.callbacks import Listener
-from graft.train.resuming import FILE, Resume, adapters_of, load, state_of, write_state
+from graft.train.resuming import FILE, ResumeJob, collect_training_state, list_adapters, load_training, write_training
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -49,7 +49,7 @@ class Resumable(Listener):
     def __init__(self, folder: str | os.PathLike[str] | None = None, strict: bool = True):
         self.folder, self.strict = folder, strict
         self.resumed: Any = None
-        self._job: Resume | None = None  # whose generators are to come
+        self._job: ResumeJob | None = None  # whose generators are to come
 
     def on_init_end(self, args: Any, state: object, control: object, model: Any = None, **kwargs: object) -> None:
         """Refuse a Trainer that would load the optimizer's state by index first, or not at all, or save a part alone.
@@ -71,7 +71,7 @@ class Resumable(Listener):
                 "as well, and loads it by index before anyone can look at names."
             )
         if model is not None:
-            check_trainer_knows(args, model)
+            check_sharding_is_known(args, model)
 
     def on_save(
         self, args: Any, state: TrainerState, control: object, model: Any = None, optimizer: Any = None,
@@ -79,7 +79,7 @@ class Resumable(Listener):
     ) -> None:  # fmt: skip
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         extra: dict[str, object] = {"epoch": state.epoch}
-        write_state(folder, *state_of(model, optimizer, lr_scheduler, None, state.global_step, extra))
+        write_training(folder, *collect_training_state(model, optimizer, lr_scheduler, None, state.global_step, extra))
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: object, model: Any = None, optimizer: Any = None,
@@ -87,17 +87,17 @@ class Resumable(Listener):
     ) -> None:  # fmt: skip
         if args.fp16:
             warn("graft.train.Resumable does not keep the scale of float16's gradients: prefer bf16=True.")
-        adapters_of(model)  # else the first save would say that there is none
+        list_adapters(model)  # else the first save would say that there is none
         if not state.global_step:
             return
-        folder = self._folder(args, state)
+        folder = self._find_checkpoint(args, state)
         if not os.path.isfile(os.path.join(folder, FILE)):
-            newest = last_checkpoint(os.path.dirname(os.path.abspath(folder)))
+            newest = find_last_checkpoint(os.path.dirname(os.path.abspath(folder)))
             remedy = f"Resume from {newest}" if newest else "No checkpoint beside it is whole: begin anew"
             raise CheckpointError(
                 f"{folder} holds no {FILE}: Resumable did not save it, or the process was killed meanwhile. {remedy}."
             )
-        job = Resume(*load(folder), folder, model, optimizer, lr_scheduler, None, self.strict)
+        job = ResumeJob(*load_training(folder), folder, model, optimizer, lr_scheduler, None, self.strict)
         if not isinstance(epoch := job.report.extra.get("epoch"), (int, float)) or not epoch >= 0:
             raise CheckpointError(f"{folder} does not say in which epoch it was saved. Resume from an earlier one.")
         if job.report.step != state.global_step:
@@ -109,24 +109,24 @@ class Resumable(Listener):
 
     def on_epoch_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
         if self._job is not None and float(self.resumed.extra["epoch"]).is_integer():
-            self._draw()  # the loader, which begins now, draws first
+            self._put_generators()  # the loader, which begins now, draws first
 
     def on_step_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
-        self._draw()  # Trainer has passed over the batches of before, which drew
+        self._put_generators()  # Trainer has passed over the batches of before, which drew
 
-    def _draw(self) -> None:
+    def _put_generators(self) -> None:
         if self._job is not None:
             self._job.put_generators()
             self._job = None
 
-    def _folder(self, args: Any, state: TrainerState) -> str:
+    def _find_checkpoint(self, args: Any, state: TrainerState) -> str:
         folder = self.folder or args.resume_from_checkpoint
         if folder and os.path.isdir(folder):
             return os.fspath(folder)
         return os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
 
-def check_trainer_knows(args: TrainingArguments, model: nn.Module) -> None:
+def check_sharding_is_known(args: TrainingArguments, model: nn.Module) -> None:
     """Raise ConfigError if processes hold parts of a model and Trainer has not been told, so that one alone saves."""
     known = args.fsdp or getattr(model, "is_distributed_loading_by_transformers", False)
     if known or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -142,7 +142,7 @@ def check_trainer_knows(args: TrainingArguments, model: nn.Module) -> None:
 # checkpoints
 
 
-def last_checkpoint(folder: str | os.PathLike[str], by_name: bool = True) -> str | None:
+def find_last_checkpoint(folder: str | os.PathLike[str], by_name: bool = True) -> str | None:
     """Return the newest whole checkpoint in the output folder of a Trainer; None if there is none.
 
     transformers' `get_last_checkpoint` returns the one of the largest number, also if a process was killed while it
@@ -152,15 +152,15 @@ def last_checkpoint(folder: str | os.PathLike[str], by_name: bool = True) -> str
         by_name: the checkpoint has the training.safetensors that `graft.train.Resumable` writes. False: Trainer resumes
             by its own files.
     """
-    found = {int(m[1]): m[0] for name in os.listdir(folder) if (m := NAME.fullmatch(name))}
-    for step in sorted(found, reverse=True):
-        path = os.path.join(folder, found[step])
-        if is_whole(path, step, by_name):
+    folders = {int(m[1]): m[0] for name in os.listdir(folder) if (m := NAME.fullmatch(name))}
+    for step in sorted(folders, reverse=True):
+        path = os.path.join(folder, folders[step])
+        if is_whole_checkpoint(path, step, by_name):
             return path
     return None
 
 
-def is_whole(path: str, step: int, by_name: bool) -> bool:
+def is_whole_checkpoint(path: str, step: int, by_name: bool) -> bool:
     """Return True if Trainer's state in a checkpoint is of a step, and each file of tensors has all its bytes."""
     try:
         state = read_object(os.path.join(path, STATE), LARGEST, finite=False)  # its losses may be NaN
@@ -172,6 +172,6 @@ def is_whole(path: str, step: int, by_name: bool) -> bool:
                 read_header(where)
             elif name.endswith(ARCHIVES) and not (os.path.isfile(where) and is_zipfile(where)):
                 return False
-        return not by_name or load(path)[0]["step"] == step
+        return not by_name or load_training(path)[0]["step"] == step
     except (CheckpointError, OSError):
         return False

@@ -37,29 +37,29 @@ from graft.io.fingerprint import restrict_to_common
 from graft.io.rendezvous import Meeting, exchange_objects, gather_tensors, get_rank, run_on_all
 from graft.io.save import fingerprint_base
 from graft.storage.parallel import find_master_ids, find_whole_shape, gather_master_values, processes, write_whole
-from graft.train.optimizer_states import OptimizerStates, check_spread, states_of
+from graft.train.optimizer_states import OptimizerStates, check_sharding, wrap_optimizer
 from graft.train.state_check import (
     REMEDY,
     check_fields,
-    check_finite,
     check_generator,
     check_moments,
     check_random,
+    check_state_finite,
     check_state_like,
-    has,
+    is_a,
     is_count,
 )
-from graft.train.state_file import check_base, generators_in, pack, read, slots, write
+from graft.train.state_file import check_base, find_generators, iterate_slots, pack, read_state_file, write_state_file
 
 FILE, NOTE = "training.safetensors", "training.json"
 FORMAT = 1
 VALUE, GENERATOR = "value", "generator"
 SAVE = "save_training()"
-OF_RANK = {"random": has(dict), "loader": lambda value: True}
+OF_RANK = {"random": is_a(dict), "loader": lambda value: True}
 FIELDS = OF_RANK | {
-    "step": is_count, "extra": has(dict), "processes": lambda n: is_count(n) and n > 0, "optimizer": has(str),
-    "groups": has(list, dict), "others": has(dict), "states": has(dict, dict), "bases": has(dict, dict),
-    "scheduler": lambda name: name is None or type(name) is str, "of_ranks": has(list, dict),
+    "step": is_count, "extra": is_a(dict), "processes": lambda n: is_count(n) and n > 0, "optimizer": is_a(str),
+    "groups": is_a(list, dict), "others": is_a(dict), "states": is_a(dict, dict), "bases": is_a(dict, dict),
+    "scheduler": lambda name: name is None or type(name) is str, "of_ranks": is_a(list, dict),
     "schedule": lambda state: state is None or type(state) is dict,
 }  # fmt: skip
 EMPTY: Json = {"params": []}
@@ -84,7 +84,7 @@ class Resumed:
     missing: list[str] = field(default_factory=list)
 
 
-class Value(NamedTuple):
+class TrainedTensor(NamedTuple):
     """A tensor that training changes: of an adapter, or a parameter of the base in the optimizer."""
 
     tensor: Tensor
@@ -133,20 +133,20 @@ def save_training(
             ZeRO-2; or each trains others, as stages of a pipeline do. Nothing is written.
         CheckpointError: a process does not call this.
     """
-    inner = peft_model_in(model, "save_training")
-    note, tensors = state_of(model, optimizer, scheduler, loader, step, extra or {})
+    inner = find_peft_model(model, "save_training")
+    note, tensors = collect_training_state(model, optimizer, scheduler, loader, step, extra or {})
     where = os.fspath(folder)
     with nullcontext() if processes() > 1 else make_folder(where):
         inner.save_pretrained(where)
-        write_state(where, note, tensors)
+        write_training(where, note, tensors)
 
 
-def write_state(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
+def write_training(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
     """Write training.json and training.safetensors, which holds the same text and counts: the first process does."""
 
     def act() -> None:
         replace_file(os.path.join(folder, NOTE), json.dumps(note, indent=1))
-        write(os.path.join(folder, FILE), NOTE, note, tensors)
+        write_state_file(os.path.join(folder, FILE), NOTE, note, tensors)
 
     if processes() > 1:
         Meeting(SAVE, f"{folder}, step {note['step']}", range(processes())).run_on_first(act)
@@ -182,11 +182,11 @@ def resume(
         DistributedError: as of `save_training`. In any case nothing has changed.
     """
     where = os.fspath(folder)
-    note, tensors = run_on_all(lambda: load(where), f"resume('{where}')")
-    return Resume(note, tensors, where, model, optimizer, scheduler, loader, strict).run()
+    note, tensors = run_on_all(lambda: load_training(where), f"resume('{where}')")
+    return ResumeJob(note, tensors, where, model, optimizer, scheduler, loader, strict).run()
 
 
-def load(folder: str) -> tuple[Json, dict[str, Tensor]]:
+def load_training(folder: str) -> tuple[Json, dict[str, Tensor]]:
     """Return what the file of a training says, and its tensors."""
     path = os.path.join(folder, FILE)
     if not os.path.isfile(path):
@@ -194,22 +194,22 @@ def load(folder: str) -> tuple[Json, dict[str, Tensor]]:
             f"{folder} holds no {FILE}, so that there is no whole state of a training in it: save_training or "
             "graft.train.Resumable writes one. Take an earlier folder."
         )
-    note, tensors = read(path, NOTE, "the file of a training: save_training writes these")
+    note, tensors = read_state_file(path, NOTE, "the file of a training: save_training writes these")
     if note.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {note.get('format')!r}: a later version of graft wrote it.")
-    check_note(note, path)
+    check_training_note(note, path)
     return note, tensors
 
 
-def check_note(note: Json, path: str) -> None:
-    """Raise CheckpointError unless a note has the fields of `Taken.note`, each of its kind."""
+def check_training_note(note: Json, path: str) -> None:
+    """Raise CheckpointError unless a note has the fields of `TrainingSnapshot.note`, each of its kind."""
     check_fields(note, FIELDS, path)
     for group in note["groups"]:
-        check_fields(group, {"params": has(list, str)}, f"{path}: a group of parameters")
+        check_fields(group, {"params": is_a(list, str)}, f"{path}: a group of parameters")
     for adapter, base in note["bases"].items():
         check_fingerprint(base, f"{path}: the fingerprint of the base of adapter '{adapter}'")
-    for own in note["of_ranks"]:
-        check_fields(own, OF_RANK, f"{path}: the state of a process")
+    for rank_state in note["of_ranks"]:
+        check_fields(rank_state, OF_RANK, f"{path}: the state of a process")
     if (note["scheduler"] is None) != (note["schedule"] is None) or len(note["of_ranks"]) != note["processes"] - 1:
         raise CheckpointError(f"{path} contradicts itself on its scheduler or its processes. {REMEDY}")
 
@@ -217,20 +217,20 @@ def check_note(note: Json, path: str) -> None:
 # what there is
 
 
-def state_of(
+def collect_training_state(
     model: nn.Module, optimizer: Optimizer, scheduler: object, loader: object, step: int, extra: dict[str, object]
 ) -> tuple[Json, dict[str, Tensor]]:
     """Return the note and the tensors of a training."""
-    taken = run_on_all(lambda: Taken(model, optimizer, scheduler, loader, step, extra), SAVE)
-    check_same(taken.values)
-    return taken.whole()
+    snapshot = run_on_all(lambda: TrainingSnapshot(model, optimizer, scheduler, loader, step, extra), SAVE)
+    check_same_values(snapshot.values)
+    return snapshot.gather()
 
 
-def check_same(values: dict[str, Value]) -> None:
+def check_same_values(values: dict[str, TrainedTensor]) -> None:
     """Raise DistributedError unless all processes train the same tensors, of which the first's are those to write."""
-    first, *others = exchange_objects({name: tuple(find_whole_shape(v.tensor)) for name, v in values.items()})
-    for number, other in enumerate(others, 1):
-        if differ := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
+    first, *later = exchange_objects({name: tuple(find_whole_shape(v.tensor)) for name, v in values.items()})
+    for number, shapes in enumerate(later, 1):
+        if differ := sorted(name for name in first.keys() | shapes.keys() if first.get(name) != shapes.get(name)):
             raise DistributedError(
                 f"Rank {number} does not train what rank 0 trains, which alone would be in the file: they differ in "
                 f"{some(differ, 3)}. A pipeline, of which each process has a stage, cannot be resumed by name: save "
@@ -238,20 +238,20 @@ def check_same(values: dict[str, Value]) -> None:
             )
 
 
-class Taken:
-    """The state of a training as this process has it, which is checked; `whole` puts it together with the others'."""
+class TrainingSnapshot:
+    """The state of a training as this process has it, which is checked; `gather` puts it together with the others'."""
 
     def __init__(
         self, model: nn.Module, optimizer: object, scheduler: object, loader: object, step: int, extra: Json
     ) -> None:  # fmt: skip
         self.model, self.loader = model, loader
-        check_scheduler(inside(scheduler))
-        self.optimizer_states = optimizer_states = states_of(inside(optimizer))
-        self.values = values_of(model, optimizer_states)
-        check_spread({name: v.tensor for name, v in self.values.items()}, optimizer_states)
+        check_scheduler(unwrap_accelerate(scheduler))
+        self.optimizer_states = optimizer_states = wrap_optimizer(unwrap_accelerate(optimizer))
+        self.values = collect_trained_tensors(model, optimizer_states)
+        check_sharding({name: v.tensor for name, v in self.values.items()}, optimizer_states)
         optimizer_states.check()
         names = {id(v.tensor): name for name, v in self.values.items()}
-        self.names, self.what = names, type(optimizer_states.inner).__name__
+        self.names, self.kind = names, type(optimizer_states.inner).__name__
         self.tensors: dict[str, Tensor] = {}
         tensors = self.tensors
         options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in optimizer_states.groups]
@@ -260,27 +260,29 @@ class Taken:
             "step": to_int(step, "step"),
             "extra": pack(extra, tensors, "extra"),
             "processes": processes(),
-            "optimizer": called(optimizer_states.inner),
+            "optimizer": get_class_name(optimizer_states.inner),
             "groups": [
                 {
                     "params": [names[id(p)] for p in optimizer_states.parameters(i)],
-                    **{k: pack(v, tensors, f"{self.what}, option '{k}'") for k, v in group.items()},
+                    **{k: pack(v, tensors, f"{self.kind}, option '{k}'") for k, v in group.items()},
                 }
                 for i, group in enumerate(options)
             ],
-            "others": pack(optimizer_states.others(), tensors, self.what),
-            "scheduler": None if scheduler is None else with_rules(inside(scheduler)),
-            "schedule": None if scheduler is None else pack(inside(scheduler).state_dict(), tensors, called(scheduler)),
+            "others": pack(optimizer_states.collect_other_states(), tensors, self.kind),
+            "scheduler": None if scheduler is None else describe_scheduler(unwrap_accelerate(scheduler)),
+            "schedule": None
+            if scheduler is None
+            else pack(unwrap_accelerate(scheduler).state_dict(), tensors, get_class_name(scheduler)),
         }
-        self.own: dict[str, Tensor] = {}  # of this process alone
-        at = of_rank(get_rank())
-        self.mine = {
-            "loader": pack(loader_state(loader), self.own, "The loader", stem=f"{at}own/t"),
-            "random": pack({"python": random.getstate(), "numpy": numpy_state()}, self.own, "random"),
+        self.rank_tensors: dict[str, Tensor] = {}  # of this process alone
+        at = rank_prefix(get_rank())
+        self.rank_state = {
+            "loader": pack(get_loader_state(loader), self.rank_tensors, "The loader", stem=f"{at}own/t"),
+            "random": pack({"python": random.getstate(), "numpy": get_numpy_state()}, self.rank_tensors, "random"),
         }
-        self.own |= {f"{at}{GENERATOR}/{name}": state for name, state in generators(loader).items()}
+        self.rank_tensors |= {f"{at}{GENERATOR}/{name}": state for name, state in read_generators(loader).items()}
 
-    def whole(self) -> tuple[Json, dict[str, Tensor]]:
+    def gather(self) -> tuple[Json, dict[str, Tensor]]:
         """Return the note and all tensors, whole. Every process of the training must call this."""
         masters = find_master_ids(v.tensor for v in self.values.values())
         values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
@@ -288,27 +290,27 @@ class Taken:
         states: dict[str, dict[str, object]] = {}
         for p, state in self.optimizer_states.states():
             name = self.names[id(p)]
-            where = {k: (f"{self.what}, '{k}' of '{name}'", f"{k}/{name}") for k in state}
+            where = {k: (f"{self.kind}, '{k}' of '{name}'", f"{k}/{name}") for k in state}
             states[name] = {k: pack(v, self.tensors, *where[k]) for k, v in state.items()}
         self.tensors |= gather_tensors(self.tensors)
         together = processes() > 1
         bases = {
             name: fingerprint_base(unwrap_model(self.model), name, together=together)
-            for name in adapters_of(self.model)
+            for name in list_adapters(self.model)
         }
-        everyone = exchange_objects((self.mine, self.own))
-        for _, own in everyone:
-            self.tensors |= own
-        mine = [mine for mine, _ in everyone]
-        return self.note | mine[0] | {"bases": bases, "states": states, "of_ranks": mine[1:]}, self.tensors
+        everyone = exchange_objects((self.rank_state, self.rank_tensors))
+        for _, rank_tensors in everyone:
+            self.tensors |= rank_tensors
+        notes = [notes for notes, _ in everyone]
+        return self.note | notes[0] | {"bases": bases, "states": states, "of_ranks": notes[1:]}, self.tensors
 
 
-def of_rank(number: int) -> str:
+def rank_prefix(number: int) -> str:
     """Return what names of tensors begin with that are one process's alone; the first's have nothing."""
     return f"rank{number}/" if number else ""
 
 
-def adapters_of(model: nn.Module) -> list[str]:
+def list_adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters that a save takes."""
     registry = get_registry(unwrap_model(model))
     if registry is None or not registry.peft_config:
@@ -316,18 +318,18 @@ def adapters_of(model: nn.Module) -> list[str]:
     return [name for name in registry.peft_config if name not in registry.frozen]
 
 
-def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, Value]:
+def collect_trained_tensors(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, TrainedTensor]:
     """Return all tensors of the adapters, and all parameters in an optimizer, by name without wrappers.
 
     Raises:
         ConfigError: a parameter is not the model's, or holds merged adapters; or a method has state that is not in
             tensors.
     """
-    inner, adapters = unwrap_model(model), adapters_of(model)
+    inner, adapters = unwrap_model(model), list_adapters(model)
     names: dict[int, str] = {}
     for name, t in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
         names.setdefault(id(t), strip_inner_wrappers(name))
-    found: dict[str, Value] = {}
+    tensors: dict[str, TrainedTensor] = {}
     for adapter in adapters:
         state = get_registry(inner).states.get(adapter)
         if state is not None and not isinstance(state, bool):
@@ -335,9 +337,9 @@ def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, 
                 f"Adapter '{adapter}' ({get_registry(inner).peft_config[adapter].peft_type}) allocates while it "
                 "trains, and what it has measured is not in its tensors: such a training cannot be resumed."
             )
-        for place, slot in slots(inner, adapter):
+        for place, slot in iterate_slots(inner, adapter):
             name = names.get(id(slot.tensor), f"{place}.{adapter}")
-            found.setdefault(name, Value(slot.tensor, adapter, slot))
+            tensors.setdefault(name, TrainedTensor(slot.tensor, adapter, slot))
     for i in range(len(optimizer_states.groups)):
         for p in optimizer_states.parameters(i):
             if id(p) not in names:
@@ -345,36 +347,36 @@ def values_of(model: nn.Module, optimizer_states: OptimizerStates) -> dict[str, 
                     f"Group {i} of the optimizer has a parameter of shape {tuple(p.shape)} that is not the model's "
                     "(any more): make the optimizer from model.parameters()."
                 )
-            found.setdefault(names[id(p)], Value(p, None, None))
-    held = merged_into(inner)
-    if changed := [(name, *held[id(v.tensor)]) for name, v in found.items() if id(v.tensor) in held]:
+            tensors.setdefault(names[id(p)], TrainedTensor(p, None, None))
+    changes = find_merged_parameters(inner)
+    if changed := [(name, *changes[id(v.tensor)]) for name, v in tensors.items() if id(v.tensor) in changes]:
         name, key, merged = changed[0]
         raise ConfigError(
             f"'{name}' is in the optimizer, and adapter(s) {', '.join(merged)} are merged into layer '{key}', so that "
             "it is not the value that trains: call unmerge_adapter() first."
         )
-    return found
+    return tensors
 
 
-def merged_into(model: nn.Module) -> dict[int, tuple[str, list[str]]]:
+def find_merged_parameters(model: nn.Module) -> dict[int, tuple[str, list[str]]]:
     """Return the base's parameters whose values merged adapters have changed: id → layer and adapters."""
-    held = dict[int, tuple[str, list[str]]]()
+    parameters = dict[int, tuple[str, list[str]]]()
     for key, layer in get_registry(model).layers.items():
         base, undo = layer.get_base_layer(), layer.state.undo
         tensors = [getattr(base, layer.site.parameter, None)] if undo else []
         tensors += [getattr(base, "bias", None)] if any(bias is not None for _, _, bias in undo) else []
-        held |= {id(t): (key, [*layer.merged_adapters]) for t in tensors if t is not None}
-    return held
+        parameters |= {id(t): (key, [*layer.merged_adapters]) for t in tensors if t is not None}
+    return parameters
 
 
-def inside(wrapper: Any) -> Any:
+def unwrap_accelerate(wrapper: Any) -> Any:
     """Return the optimizer or scheduler in a wrapper of accelerate."""
     while type(wrapper).__module__.startswith("accelerate."):
         wrapper = wrapper.optimizer if hasattr(wrapper, "optimizer") else wrapper.scheduler
     return wrapper
 
 
-def peft_model_in(model: object, who: str) -> Any:
+def find_peft_model(model: object, who: str) -> Any:
     """Return the PeftModel within wrappers.
 
     Raises:
@@ -391,19 +393,19 @@ def check_scheduler(scheduler: object) -> None:
         raise ConfigError(f"A {type(scheduler).__name__} is no scheduler: that comes third, then the loader.")
 
 
-def called(thing: object) -> str:
+def get_class_name(thing: object) -> str:
     """Return the name of an object's class."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def with_rules(scheduler: object) -> str:
+def describe_scheduler(scheduler: object) -> str:
     """Return the name of a scheduler's class, and of the functions that it is told; their values are in no state."""
     rules = [f.func if isinstance(f, partial) else f for f in getattr(scheduler, "lr_lambdas", ())]
     names = dict.fromkeys(f.__qualname__ if hasattr(f, "__qualname__") else type(f).__qualname__ for f in rules)
-    return f"{called(scheduler)}({', '.join(names)})" if names else called(scheduler)
+    return f"{get_class_name(scheduler)}({', '.join(names)})" if names else get_class_name(scheduler)
 
 
-def loader_state(loader: object) -> object:
+def get_loader_state(loader: object) -> object:
     if loader is None:
         return None
     if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
@@ -414,27 +416,27 @@ def loader_state(loader: object) -> object:
     return loader.state_dict()
 
 
-def numpy_state() -> tuple[object, ...]:
-    kind, keys, *rest = np.random.get_state()
-    return (kind, np.asarray(keys).tolist(), *rest)
+def get_numpy_state() -> tuple[object, ...]:
+    kind, keys, *position = np.random.get_state()
+    return (kind, np.asarray(keys).tolist(), *position)
 
 
-def generators(loader: object) -> dict[str, Tensor]:
+def read_generators(loader: object) -> dict[str, Tensor]:
     """Return the states of torch's generators, and of those in a loader."""
-    found = {"cpu": torch.get_rng_state()}
+    states = {"cpu": torch.get_rng_state()}
     device = find_accelerator()
     if device is not None:
         module = torch.get_device_module(device)
         for i in range(module.device_count()):
             at = torch.device(device.type, i)
-            found[str(at)] = module.get_rng_state(at) if device.type != "mps" else module.get_rng_state()
-    return found | {f"loader:{i}": g.get_state() for i, g in enumerate(generators_in(loader))}
+            states[str(at)] = module.get_rng_state(at) if device.type != "mps" else module.get_rng_state()
+    return states | {f"loader:{i}": g.get_state() for i, g in enumerate(find_generators(loader))}
 
 
 # back
 
 
-class Resume:
+class ResumeJob:
     """One call of `resume`: what fits, then what does not, then the writing."""
 
     def __init__(
@@ -449,21 +451,21 @@ class Resume:
         strict: bool,
     ) -> None:
         self.note, self.folder, self.strict, self.model = note, folder, strict, model
-        self.outer, self.scheduler, self.loader = inside(optimizer), inside(scheduler), loader
+        self.outer, self.scheduler, self.loader = unwrap_accelerate(optimizer), unwrap_accelerate(scheduler), loader
         self.tensors = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{VALUE}/")}
         everyone = [note, *note.get("of_ranks", ())]
-        self.mine = everyone[get_rank()] if get_rank() < len(everyone) else None
-        stem = f"{of_rank(get_rank())}{GENERATOR}/"
-        self.drawn = {k.removeprefix(stem): t for k, t in tensors.items() if k.startswith(stem)}
+        self.rank_state = everyone[get_rank()] if get_rank() < len(everyone) else None
+        stem = f"{rank_prefix(get_rank())}{GENERATOR}/"
+        self.generator_states = {k.removeprefix(stem): t for k, t in tensors.items() if k.startswith(stem)}
         self.report = Resumed(note["step"], note["extra"])
 
     def run(self) -> Resumed:
-        run_on_all(self.look, self.call)
+        run_on_all(self.find_targets, self.call)
         run_on_all(self.check_base, self.call)
-        run_on_all(self.check, self.call)
+        run_on_all(self.check_all, self.call)
         with get_registry(unwrap_model(self.model)).call.gate.change("resume", None):
             with ExitStack() as undo:
-                loader = None if self.mine is None or self.loader is None else self.mine["loader"]
+                loader = None if self.rank_state is None or self.loader is None else self.rank_state["loader"]
                 schedule = None if "scheduler" in self.report.fresh else self.note["schedule"]
                 run_on_all(partial(self.load_states, undo, loader, schedule), self.call)
                 undo.pop_all()
@@ -481,7 +483,7 @@ class Resume:
         for thing, state in (self.loader, loader), (self.scheduler, schedule):
             if thing is None or state is None:
                 continue
-            undo.callback(give_back, thing, copy.deepcopy(thing.state_dict()), {**getattr(thing, "__dict__", {})})
+            undo.callback(restore_object, thing, copy.deepcopy(thing.state_dict()), {**getattr(thing, "__dict__", {})})
             try:
                 thing.load_state_dict(copy.deepcopy(state))
             except Exception as e:
@@ -493,15 +495,15 @@ class Resume:
     def call(self) -> str:
         return f"resume('{self.folder}')"
 
-    def look(self) -> None:
-        peft_model_in(self.model, "resume")
+    def find_targets(self) -> None:
+        find_peft_model(self.model, "resume")
         check_scheduler(self.scheduler)
-        self.optimizer_states = states_of(self.outer)
-        self.values = values_of(self.model, self.optimizer_states)
+        self.optimizer_states = wrap_optimizer(self.outer)
+        self.values = collect_trained_tensors(self.model, self.optimizer_states)
         self.names = {id(v.tensor): name for name, v in self.values.items()}
-        check_spread({name: v.tensor for name, v in self.values.items()}, self.optimizer_states)
+        check_sharding({name: v.tensor for name, v in self.values.items()}, self.optimizer_states)
 
-    def check(self) -> None:
+    def check_all(self) -> None:
         self.check_values()
         self.check_optimizer()
         self.check_scheduler()
@@ -513,7 +515,7 @@ class Resume:
         """Raise CheckpointError for contents of the file that would be put into place and that nothing could use."""
         path = os.path.join(self.folder, FILE)
         check_tensors(self.tensors, path, allow_nonfinite=True)
-        check_finite(self.tensors, f"{path}: the values")
+        check_state_finite(self.tensors, f"{path}: the values")
         inner, fresh = self.optimizer_states.inner, self.report.fresh
         for group, then in self.matching_groups() if "optimizer" not in fresh else ():
             options = {k: v for k, v in then.items() if k != "params" and k not in OF_THIS_MACHINE}
@@ -530,14 +532,14 @@ class Resume:
         if self.note["schedule"] is not None and "scheduler" not in fresh:
             state = self.scheduler.state_dict()
             check_state_like(self.scheduler, self.note["schedule"], state, f"{path}: the schedule")
-        if self.mine is not None and "generators" not in fresh:
-            check_random(self.mine["random"], path)
-            here = generators(self.loader)
-            for name in self.drawn.keys() & here.keys() | {"cpu"}:
+        if self.rank_state is not None and "generators" not in fresh:
+            check_random(self.rank_state["random"], path)
+            states = read_generators(self.loader)
+            for name in self.generator_states.keys() & states.keys() | {"cpu"}:
                 device = "cpu" if name.startswith("loader:") else name
-                check_generator(self.drawn.get(name), f"{path}: '{name}'", device)
+                check_generator(self.generator_states.get(name), f"{path}: '{name}'", device)
 
-    def differs(self, error: type[PeftError], text: str, fresh: list[str], missing: list[str]) -> None:
+    def note_mismatch(self, error: type[PeftError], text: str, fresh: list[str], missing: list[str]) -> None:
         """Raise an error if `strict`; else remember what begins anew, and what is left over."""
         if self.strict:
             raise error(
@@ -556,77 +558,79 @@ class Resume:
             check_base(then, now, f"The training of adapter '{adapter}' in {self.folder}")
 
     def check_values(self) -> None:
-        other = self.check_prompts()
-        here = {name: v.tensor for name, v in self.values.items() if name not in other}
-        both = [name for name in here if name in self.tensors]
-        shape = {n: tuple(find_whole_shape(here[n])) for n in both}
+        network_names = self.check_prompts()
+        current = {name: v.tensor for name, v in self.values.items() if name not in network_names}
+        both = [name for name in current if name in self.tensors]
+        shape = {n: tuple(find_whole_shape(current[n])) for n in both}
         shapes = [n for n in both if shape[n] != self.tensors[n].shape]
         if shapes:
             text = [f"'{n}' has shape {tuple(self.tensors[n].shape)} there and {shape[n]} here" for n in shapes]
-            self.differs(AdapterKeyError, f"{some(text, 3)}, as of another rank", shapes, [])
-        masters = find_master_ids(here.values())
-        dtype = {n: torch.float32 if id(here[n]) in masters else here[n].dtype for n in both}
+            self.note_mismatch(AdapterKeyError, f"{some(text, 3)}, as of another rank", shapes, [])
+        masters = find_master_ids(current.values())
+        dtype = {n: torch.float32 if id(current[n]) in masters else current[n].dtype for n in both}
         dtypes = [n for n in both if n not in shapes and dtype[n] != self.tensors[n].dtype]
         if dtypes:
             text = [f"'{n}' is {self.tensors[n].dtype} there and {dtype[n]} here" for n in dtypes]
-            self.differs(AdapterKeyError, f"{some(text, 3)}", [], [])
-        fresh = [n for n in here if n not in self.tensors]
-        missing = [n for n in self.tensors if n not in here and n not in other]
+            self.note_mismatch(AdapterKeyError, f"{some(text, 3)}", [], [])
+        fresh = [n for n in current if n not in self.tensors]
+        missing = [n for n in self.tensors if n not in current and n not in network_names]
         if fresh or missing:
             parts = [
                 f"{what} {some(sorted(names), 3)}"
                 for what, names in (("it does not hold", fresh), ("here is no", missing))
                 if names
             ]
-            self.differs(AdapterKeyError, f"{'; '.join(parts)}: other targets, or another adapter", fresh, missing)
+            self.note_mismatch(
+                AdapterKeyError, f"{'; '.join(parts)}: other targets, or another adapter", fresh, missing
+            )
 
     def check_prompts(self) -> set[str]:
         """Return the names of tensors of prompts that a network computes there or here, and not in the other place.
 
         What the network begins with has the name, and may have the shape, of a prompt that is computed by none.
         """
-        found: set[str] = set()
+        differing: set[str] = set()
         registry = get_registry(unwrap_model(self.model))
         for adapter in registry.peft_config:
             prompt = registry.parts_of(adapter).prompt
             named = {self.names[id(p)]: name for name, p in prompt.named_parameters()} if prompt is not None else {}
             stem = next((whole.removesuffix(name) for whole, name in named.items()), None)
-            there = [n for n in self.tensors if stem is not None and n.startswith(stem)]
-            if there and named.keys() != {*there}:
-                places = ("there", "here") if len(there) > len(named) else ("here", "there")
-                self.differs(
+            saved = [n for n in self.tensors if stem is not None and n.startswith(stem)]
+            if saved and named.keys() != {*saved}:
+                places = ("there", "here") if len(saved) > len(named) else ("here", "there")
+                self.note_mismatch(
                     AdapterKeyError,
                     f"{places[0]} a network computes the prompt of adapter '{adapter}', and {places[1]} none does. "
                     "get_peft_model makes the network; loading the adapter, as Trainer does before it resumes, leaves "
                     "the prompt itself",
                     [*named],
-                    there,
+                    saved,
                 )
-                found.update(named, there)
-        return found
+                differing.update(named, saved)
+        return differing
 
     def check_optimizer(self) -> None:
-        then, now = self.note["optimizer"], called(self.optimizer_states.inner)
+        then, now = self.note["optimizer"], get_class_name(self.optimizer_states.inner)
         if then != now:
-            self.differs(ConfigError, f"its optimizer is a {then}, and here is a {now}", ["optimizer"], [])
+            self.note_mismatch(ConfigError, f"its optimizer is a {then}, and here is a {now}", ["optimizer"], [])
             return
         groups = [set(group["params"]) for group in self.note["groups"]]
-        own = self.names_of_groups()
-        if groups != own:
-            there, here = set().union(*groups), set().union(*own)
-            one = sorted(there ^ here)
+        sets = self.list_group_names()
+        if groups != sets:
+            saved, live = set().union(*groups), set().union(*sets)
+            one = sorted(saved ^ live)
             text = (
                 f"parameters of only one of the two are {some(one, 3)}" if one else "they hold others of the parameters"
             )
-            self.differs(
+            self.note_mismatch(
                 ConfigError,
-                f"its optimizer has {len(groups)} groups of {[*map(len, groups)]} parameters, and here are {len(own)} "
-                f"of {[*map(len, own)]}; {text}",
-                sorted(here - there - {*self.report.fresh}),
-                sorted(there - here - {*self.report.missing}),
+                f"its optimizer has {len(groups)} groups of {[*map(len, groups)]} parameters, and here are {len(sets)} "
+                f"of {[*map(len, sets)]}; {text}",
+                sorted(live - saved - {*self.report.fresh}),
+                sorted(saved - live - {*self.report.missing}),
             )
 
-    def names_of_groups(self) -> list[set[str]]:
+    def list_group_names(self) -> list[set[str]]:
         return [
             {self.names[id(p)] for p in self.optimizer_states.parameters(i)}
             for i in range(len(self.optimizer_states.groups))
@@ -636,34 +640,36 @@ class Resume:
         then, now = self.note.get("processes", 1), processes()
         if then != now:
             text = f"{then} processes trained it, and here are {now}, so that their rows and random numbers are others"
-            self.differs(ConfigError, text, ["generators"], ["generators"])
+            self.note_mismatch(ConfigError, text, ["generators"], ["generators"])
 
     def check_scheduler(self) -> None:
-        then, now = self.note["scheduler"], None if self.scheduler is None else with_rules(self.scheduler)
+        then, now = self.note["scheduler"], None if self.scheduler is None else describe_scheduler(self.scheduler)
         if then != now:
             text = f"its scheduler is {then}, and here is {now}"
-            self.differs(ConfigError, text, ["scheduler"] if now else [], ["scheduler"] if then else [])
-        elif now and (other := self.note["schedule"].keys() ^ self.scheduler.state_dict().keys()):
-            self.differs(ConfigError, f"its scheduler's state differs in {sorted(other)}", ["scheduler"], [])
+            self.note_mismatch(ConfigError, text, ["scheduler"] if now else [], ["scheduler"] if then else [])
+        elif now and (differing := self.note["schedule"].keys() ^ self.scheduler.state_dict().keys()):
+            self.note_mismatch(ConfigError, f"its scheduler's state differs in {sorted(differing)}", ["scheduler"], [])
         elif now and "optimizer" not in self.report.fresh:
-            rates, here = self.note["schedule"].get("base_lrs", []), getattr(self.scheduler, "base_lrs", [])
-            if isinstance(rates, list) and len(rates) != len(here):
-                self.differs(ConfigError, f"its scheduler has {len(rates)} rates, here {len(here)}", ["scheduler"], [])
+            rates, current = self.note["schedule"].get("base_lrs", []), getattr(self.scheduler, "base_lrs", [])
+            if isinstance(rates, list) and len(rates) != len(current):
+                self.note_mismatch(
+                    ConfigError, f"its scheduler has {len(rates)} rates, here {len(current)}", ["scheduler"], []
+                )
 
     def check_loader(self) -> None:
-        then, now = (self.mine or {}).get("loader"), loader_state(self.loader)
+        then, now = (self.rank_state or {}).get("loader"), get_loader_state(self.loader)
         if (then is None) != (now is None):
             text = "it holds the state of a loader, and none is passed" if now is None else "it holds no loader's state"
-            self.differs(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
+            self.note_mismatch(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
 
     def put_values(self) -> None:
         known = self.tensors.keys() - self.report.fresh
         fits = [(v, self.tensors[n]) for n, v in self.values.items() if n in known]
         registry = get_registry(unwrap_model(self.model))
         for adapter in registry.peft_config:
-            own = [(v, tensor) for v, tensor in fits if v.adapter == adapter]
-            if own:
-                assign_values(registry.parts_of(adapter), adapter, own)
+            adapter_pairs = [(v, tensor) for v, tensor in fits if v.adapter == adapter]
+            if adapter_pairs:
+                assign_values(registry.parts_of(adapter), adapter, adapter_pairs)
                 registry.states.pop(adapter, None)
         with torch.no_grad():
             for v, tensor in fits:
@@ -674,17 +680,17 @@ class Resume:
         if "optimizer" in self.report.fresh:
             return
         states = self.note["states"]
-        taken = [(p, i, states[name]) for p, i, name in self.parameters_with_state()]
-        self.optimizer_states.put(taken, self.note["others"])
+        parameter_states = [(p, i, states[name]) for p, i, name in self.parameters_with_state()]
+        self.optimizer_states.replace_states(parameter_states, self.note["others"])
         for group, then in self.matching_groups():
             for k, value in then.items():
                 if k not in OF_THIS_MACHINE:
-                    group[k] = placed(value, group.get(k))
+                    group[k] = place_option(value, group.get(k))
 
     def matching_groups(self) -> list[tuple[Json, Json]]:
         """Return the optimizer's groups that have a parameter of a group of the file, each with that of the most."""
         pairs = []
-        for group, names in zip(self.optimizer_states.groups, self.names_of_groups()):
+        for group, names in zip(self.optimizer_states.groups, self.list_group_names()):
             then = max(self.note["groups"], key=lambda g: len(names & set(g["params"])), default=EMPTY)
             if names & set(then["params"]):
                 pairs.append((group, then))
@@ -699,24 +705,24 @@ class Resume:
                     yield p, i, name
 
     def put_generators(self) -> None:
-        if self.mine is None or "generators" in self.report.fresh:
+        if self.rank_state is None or "generators" in self.report.fresh:
             return
-        state = self.mine["random"]
+        state = self.rank_state["random"]
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
-        torch.set_rng_state(self.drawn["cpu"])
-        here = generators(self.loader)
-        for i, g in enumerate(generators_in(self.loader)):
-            if f"loader:{i}" in self.drawn:
-                g.set_state(self.drawn[f"loader:{i}"])
-        for name, rng_state in self.drawn.items():
+        torch.set_rng_state(self.generator_states["cpu"])
+        current = read_generators(self.loader)
+        for i, g in enumerate(find_generators(self.loader)):
+            if f"loader:{i}" in self.generator_states:
+                g.set_state(self.generator_states[f"loader:{i}"])
+        for name, rng_state in self.generator_states.items():
             device = torch.device(name) if name != "cpu" and not name.startswith("loader:") else None
-            if device is not None and name in here:
+            if device is not None and name in current:
                 module = torch.get_device_module(device)
                 module.set_rng_state(rng_state) if device.type == "mps" else module.set_rng_state(rng_state, device)
 
 
-def give_back(thing: Any, state: object, attributes: dict[str, object]) -> None:
+def restore_object(thing: Any, state: object, attributes: dict[str, object]) -> None:
     """Put a loader or scheduler into the state that it had, also where its own code does not take that."""
     with suppress(Exception):
         thing.load_state_dict(state)
@@ -724,7 +730,7 @@ def give_back(thing: Any, state: object, attributes: dict[str, object]) -> None:
         setattr(thing, name, value)
 
 
-def placed(value: object, now: object) -> object:
+def place_option(value: object, now: object) -> object:
     """Return a group's option; a tensor that is there already takes the value, as a compiled step holds it."""
     if not isinstance(value, Tensor):
         return value

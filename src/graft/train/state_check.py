@@ -18,7 +18,7 @@ from torch import Tensor
 from graft import CheckpointError, NonFiniteError
 from graft.core.errors import some
 from graft.io.check import describe_fault, find_nonfinite
-from graft.train.state_file import as_read
+from graft.train.state_file import simulate_read
 
 REMEDY = "Take an earlier checkpoint."
 MOST_STEPS = 2**53
@@ -39,7 +39,7 @@ TENSORS = {name for names in (*KEPT.values(), *MORE.values()) for name in names.
 TENSORS |= {"momentum_buffer", "variance", "row_var", "col_var"}
 SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta", "exp_inf", "step_size"}  # from 0 on
 SQUARES |= {"variance", "row_var", "col_var"}
-OWN = ("torch.optim.", "graft.optim")  # modules of classes whose state is known
+KNOWN_MODULES = ("torch.optim.", "graft.optim")  # modules of classes whose state is known
 
 LARGEST_RATE = 2**24
 RATES = {"lr", "initial_lr", "base_lrs", "_last_lr", "min_lrs", "max_lr", "min_lr", "eta_min"}
@@ -59,7 +59,7 @@ def is_number(value: object) -> bool:
     )
 
 
-def has(kind: type, each: type | None = None) -> Callable[[object], bool]:
+def is_a(kind: type, each: type | None = None) -> Callable[[object], bool]:
     """Return a function that says whether a value is of a type, and its entries or values of type `each`."""
 
     def is_right(value: object) -> bool:
@@ -85,7 +85,7 @@ def check_fields(value: object, table: Mapping[str, Callable[[object], bool]], w
 
 def check_random(state: object, what: str) -> None:
     """Raise CheckpointError unless a value holds states of Python's and NumPy's generators, as they are put back."""
-    check_fields(state, {"python": has(tuple), "numpy": has(tuple)}, f"{what}: the random state")
+    check_fields(state, {"python": is_a(tuple), "numpy": is_a(tuple)}, f"{what}: the random state")
     try:
         random.Random(0).setstate(state["python"])  # type: ignore[index]
         np.random.RandomState(0).set_state(state["numpy"])  # type: ignore[index]
@@ -122,49 +122,49 @@ def check_generator(state: object, what: str, device: str = "cpu") -> None:
 # optimizers and schedules
 
 
-def check_like(value: object, here: object, what: str, exact: bool, name: str = "") -> None:
+def check_value_like(value: object, current: object, what: str, exact: bool, name: str = "") -> None:
     """Raise CheckpointError unless a value of a file can stand in place of one that is here.
 
     Numbers are finite where those here are, but for the best loss so far; rates and some others are within their range;
     texts are the same.
 
     Args:
-        here: as a file would hold it, see `as_read`.
+        here: as a file would hold it, see `simulate_read`.
         exact: lists are as long and dicts have the same keys. False: of a class that graft does not know, whose None
             may be anything.
         name: of the option, for its range.
     """
-    if here is None and not exact:
+    if current is None and not exact:
         return
-    if is_number(here) and is_number(value):
-        n, finite = float(value), math.isfinite(float(here)) and name not in UNBOUNDED  # type: ignore[arg-type]
+    if is_number(current) and is_number(value):
+        n, finite = float(value), math.isfinite(float(current)) and name not in UNBOUNDED  # type: ignore[arg-type]
         low, high = 0.0 if name in RATES | NOT_NEGATIVE else -math.inf, LARGEST_RATE if name in RATES else math.inf
         right = low <= n <= high and (math.isfinite(n) or not (finite and exact)) and (name != "betas" or 0 <= n < 1)
-    elif isinstance(here, (list, tuple)) and type(value) is type(here):
-        right = not exact or len(value) == len(here)
-        for inner, inner_here in zip(value, here) if right else ():
-            check_like(inner, inner_here, what, exact, name)
-    elif isinstance(here, dict) and isinstance(value, dict):
-        right = not exact or value.keys() == here.keys()
-        for key in value.keys() & here.keys() if right else ():
-            check_like(value[key], here[key], f"{what}, '{key}'", exact and key != FUNCTIONS, key)
-    elif isinstance(here, Tensor):
-        right = isinstance(value, Tensor) and value.shape == here.shape and value.dtype == here.dtype
+    elif isinstance(current, (list, tuple)) and type(value) is type(current):
+        right = not exact or len(value) == len(current)
+        for inner, inner_current in zip(value, current) if right else ():
+            check_value_like(inner, inner_current, what, exact, name)
+    elif isinstance(current, dict) and isinstance(value, dict):
+        right = not exact or value.keys() == current.keys()
+        for key in value.keys() & current.keys() if right else ():
+            check_value_like(value[key], current[key], f"{what}, '{key}'", exact and key != FUNCTIONS, key)
+    elif isinstance(current, Tensor):
+        right = isinstance(value, Tensor) and value.shape == current.shape and value.dtype == current.dtype
     else:
-        right = type(value) is type(here) and (not isinstance(here, str) or value == here)
+        right = type(value) is type(current) and (not isinstance(current, str) or value == current)
     if not right:
-        raise CheckpointError(f"{what} is {shown(value)}, where {shown(here)} is expected. {REMEDY}")
+        raise CheckpointError(f"{what} is {format_value(value)}, where {format_value(current)} is expected. {REMEDY}")
 
 
 def check_state_like(thing: object, value: object, state: object, what: str, name: str = "") -> None:
     """Raise CheckpointError unless `thing`, an optimizer or schedule, can take a value where it has `state`.
 
-    Of classes of torch and graft it has the same entries; see `check_like`.
+    Of classes of torch and graft it has the same entries; see `check_value_like`.
     """
-    check_like(value, as_read(state), what, is_known(thing, OWN), name)
+    check_value_like(value, simulate_read(state), what, is_known(thing, KNOWN_MODULES), name)
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     return repr(value) if value is None or type(value) in (bool, int, float) else f"of type {type(value).__name__}"
 
 
@@ -190,13 +190,13 @@ def check_moments(
         raise CheckpointError(f"{what} is no dict of named values. {REMEDY}")
     if faults := [name for name, t in state.items() if isinstance(t, Tensor) and describe_fault(t)]:
         raise CheckpointError(f"{what}: {some(faults)} are no plain tensors. {REMEDY}")
-    check_finite(state, what)
-    if not state or not is_known(optimizer, OWN):
+    check_state_finite(state, what)
+    if not state or not is_known(optimizer, KNOWN_MODULES):
         return
-    for name in needed(type(optimizer).__name__, group):
+    for name in list_required_names(type(optimizer).__name__, group):
         if name not in state:
             raise CheckpointError(f"{what} lacks '{name}'. {REMEDY}")
-    counts: type = int if is_known(optimizer, OWN[1]) or type(optimizer).__name__ == "SparseAdam" else Tensor
+    counts: type = int if is_known(optimizer, KNOWN_MODULES[1]) or type(optimizer).__name__ == "SparseAdam" else Tensor
     shapes = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, *shape[-1:])}
     for name, value in state.items():
         if name in COUNTERS:
@@ -213,7 +213,7 @@ def check_moments(
             raise CheckpointError(f"{what}: '{name}' has another type, shape or range than it has here. {REMEDY}")
 
 
-def needed(kind: str, group: Mapping[str, Any]) -> list[str]:
+def list_required_names(kind: str, group: Mapping[str, Any]) -> list[str]:
     """Return the names that an optimizer of graft's or torch's has for each parameter of a group."""
     if kind == "LoraMuonOptimizer":
         return ["momentum_buffer"] if group.get("muon") else KEPT["Adam"].split()
@@ -225,7 +225,7 @@ def needed(kind: str, group: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def check_finite(values: Mapping[str, object], what: str) -> None:
+def check_state_finite(values: Mapping[str, object], what: str) -> None:
     """Raise NonFiniteError for tensors and numbers that are NaN or infinite."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     bad = find_nonfinite(tensors) + [n for n, v in values.items() if type(v) is float and not math.isfinite(v)]

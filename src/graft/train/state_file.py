@@ -25,7 +25,7 @@ DEEPEST = 100  # lists and dicts inside each other
 TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has not
 
 
-def write(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -> None:
+def write_state_file(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -> None:
     """Write tensors, and a note as `pack` makes it, with a digest of both."""
     text = json.dumps(note).encode()
     on_cpu = copy_to_cpu(tensors)
@@ -33,7 +33,7 @@ def write(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -
     write_sealed(path, on_cpu)
 
 
-def read(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]:
+def read_state_file(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]:
     """Return the note of a file, unpacked, and its tensors.
 
     Args:
@@ -52,7 +52,7 @@ def read(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]
     return note, tensors
 
 
-def slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Slot]]:
+def iterate_slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Slot]]:
     """Yield all tensors of an adapter, parameters and buffers, by place."""
     for carrier in get_registry(model).parts_of(adapter).carriers():
         for slot in carrier.slots(adapter):
@@ -104,8 +104,8 @@ def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None 
     raise ConfigError(f"{where}: {type(value).__name__} cannot be written to a file without pickle.")
 
 
-def as_read(value: object) -> Any:
-    """Return a value as `read` gives it back: NumPy's numbers and enums are Python's."""
+def simulate_read(value: object) -> Any:
+    """Return a value as `read_state_file` gives it back: NumPy's numbers and enums are Python's."""
     tensors = dict[str, Tensor]()
     return unpack(json.loads(json.dumps(pack(value, tensors, ""))), tensors)
 
@@ -138,9 +138,9 @@ def unpack(value: object, tensors: dict[str, Tensor], path: str = "", depth: int
     return {k: inner(v) for k, v in value.items()}
 
 
-def generators_in(data: object) -> list[Generator]:
+def find_generators(data: object) -> list[Generator]:
     """Return the generators that a loader and its samplers hold, each once."""
     sampler = getattr(data, "batch_sampler", None)
     holders = [data, getattr(data, "sampler", None), sampler, getattr(sampler, "sampler", None)]
-    found = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), Generator)}
-    return list(found.values())
+    generators = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), Generator)}
+    return list(generators.values())

@@ -18,7 +18,7 @@ from graft.model.modes import use_mode
 Inputs = Mapping[str, object]  # arguments of the model's forward
 
 
-def direction(differences: Tensor, how: Literal["mean", "pca"] = "mean") -> Tensor:
+def compute_direction(differences: Tensor, how: Literal["mean", "pca"] = "mean") -> Tensor:
     """Return the direction of differences (pairs, H), (H,): their mean, or their first principal component, of length 1
     and on the side of the mean."""
     mean = differences.mean(0)
@@ -30,7 +30,7 @@ def direction(differences: Tensor, how: Literal["mean", "pca"] = "mean") -> Tens
 
 
 @torch.no_grad()
-def steering_from(
+def set_steering_vectors(
     model: nn.Module,
     pairs: Iterable[tuple[Inputs, Inputs]],
     adapter_name: str = "default",
@@ -51,37 +51,37 @@ def steering_from(
     if how not in ("mean", "pca"):
         raise ConfigError(f"how={how!r}: 'mean' or 'pca'.")
     registry = get_registry(model)
-    found_in = {} if registry is None else registry.layers
-    layers = {key: layer for key, layer in found_in.items() if adapter_name in layer.methods}
+    all_layers = {} if registry is None else registry.layers
+    layers = {key: layer for key, layer in all_layers.items() if adapter_name in layer.methods}
     if not layers or not isinstance(registry.peft_config[adapter_name], SteeringConfig):
         raise ConfigError(f"'{adapter_name}' is no adapter of steering vectors: add one with a SteeringConfig before.")
-    found: dict[str, list[Tensor]] = {key: [] for key in layers}
+    differences: dict[str, list[Tensor]] = {key: [] for key in layers}
     for wanted, unwanted in pairs:
-        states = [last_states(model, layers, inputs) for inputs in (wanted, unwanted)]
+        states = [record_last_states(model, layers, inputs) for inputs in (wanted, unwanted)]
         for key in layers:
             first, second = (of[key] for of in states)
             if first.shape != second.shape:
                 raise CalibrationError(f"A pair has batches of {len(first)} and {len(second)} rows.")
-            found[key].append(first - second)
-    if how == "pca" and any(sum(len(part) for part in parts) < 2 for parts in found.values() if parts):
+            differences[key].append(first - second)
+    if how == "pca" and any(sum(len(part) for part in parts) < 2 for parts in differences.values() if parts):
         raise CalibrationError("A principal component needs two pairs at least.")
-    vectors = {key: direction(torch.cat(parts), how) for key, parts in found.items() if parts}
+    vectors = {key: compute_direction(torch.cat(parts), how) for key, parts in differences.items() if parts}
     if not vectors:
         raise CalibrationError("There are no pairs, of which a steering vector could be made.")
     broken = [key for key, v in vectors.items() if not v.isfinite().all()]
     if broken:
         raise CalibrationError(f"States of the model are not finite: {broken[0]}.")
-    with registry.call.gate.change(f"steering_from() of adapter '{adapter_name}'", (adapter_name,)):
+    with registry.call.gate.change(f"set_steering_vectors() of adapter '{adapter_name}'", (adapter_name,)):
         for key, layer in layers.items():
             layer.steering_vector[adapter_name].copy_(vectors[key])
 
 
-def last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inputs: Inputs) -> dict[str, Tensor]:
+def record_last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inputs: Inputs) -> dict[str, Tensor]:
     """Return what the layers give out at the last token of each row, (rows, H) in float32."""
     out: dict[str, Tensor] = {}
     positions = Positions.of(inputs.get("attention_mask"))
 
-    def note(key: str) -> Callable[[nn.Module, object, Tensor], None]:
+    def make_hook(key: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_module: nn.Module, _args: object, y: Tensor) -> None:
             y = (y if isinstance(y, Tensor) else y[0]).float()
             if y.dim() > 2:
@@ -95,6 +95,6 @@ def last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inputs: In
 
     with ExitStack() as hooks, use_mode(model, False), model.disable_adapter():
         for key, layer in layers.items():
-            hooks.enter_context(layer.base_layer.register_forward_hook(note(key)))
+            hooks.enter_context(layer.base_layer.register_forward_hook(make_hook(key)))
         model(**inputs)
     return out

@@ -37,7 +37,7 @@ HELD: dict[str, str] = {
     "prepare_model_inputs_fn_language_modeling",
     "graft.train.helpers": "cast_mixed_precision_params fsdp_auto_wrap_policy infer_device "
     "prepare_model_for_kbit_training "
-    "_get_no_split_modules=no_split_modules",
+    "_get_no_split_modules=find_no_split_classes",
     "graft.train.callbacks": "AdamssAsaCallback MontecloraTrainerMixin",
     "graft.optim": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "graft.compat.peft.clients": "DoraLinearLayer MiCALinearVariant RankAllocator TRANSFORMERS_MODEL_CONFIG "

@@ -289,7 +289,9 @@ class Shifted(NamedTuple):
 
 
 class AdaMSS(Method[AdamssConfig]):
-    """AdaMSS: rows of Δ[W | b] in cluster j are B_j A_j N, with the frozen right singular vectors N of [W | b]."""
+    """AdaMSS, openreview 8ZdWmpYxT0: rows of Δ[W | b] in cluster j are B_j A_j N, with the frozen right singular
+    vectors N of [W | b].
+    """
 
     prefix = "adamss_"
     published_lr = PublishedRate(1e-4, 1e-4, COMPARISON)

@@ -98,7 +98,7 @@ class MtlLoRA(ByTask[MtlLoraConfig]):
         return Factors(self.mtllora_A, B, self.cfg.lora_alpha / self.cfg.r, inner=self.mtllora_lambda[task])
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return the update of x (batch, …, in), each row by its own task's λ and mixture.
+        """Return alpha / r · Σₖ softmax(w_t / τ)ₖ Bₖ diag(λ_t) A x for x (batch, …, in), with t the task of each row.
 
         Raises RoutingError without a task for each row.
         """

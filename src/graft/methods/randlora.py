@@ -53,8 +53,8 @@ class RandLoRA(Method[RandLoraConfig]):
 
     @classmethod
     def share(cls, layers: AdaptedLayers) -> dict[str, object]:
-        """Return the shared random matrices `randlora_A` (r, 1, largest d) and `randlora_B` (largest D, largest n, r),
-        n = ⌈d / r⌉.
+        """Return the shared random matrices `randlora_A` (r, 1, d) and `randlora_B` (D, ⌈d / r⌉, r); d is the smaller,
+        D the larger of the widest input and output over all layers.
 
         If another adapter shares them, return that one's; ConfigError if they are too small. Else draw them: `ternary`
         with `sparse` or `very_sparse`, `uniform` otherwise. No file holds them with `save_projection=False`.

@@ -53,7 +53,8 @@ class Steering(OnStates[SteeringConfig]):
         return dict(steering_vector=nn.Parameter(torch.zeros(self.width or 0)))
 
     def part(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the update of y, (rows, …, H): c · v; with `normalize` the sum is scaled back to the norm of y first.
+        """Return the update of y, (rows, …, H): c · v; with `normalize` the difference between y and y + c · v, scaled
+        back to the norm of y.
 
         c is the call's coefficient of each row, else the config's. Tokens before `min_token_index` get zero.
 

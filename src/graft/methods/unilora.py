@@ -70,7 +70,10 @@ class Places:
 
 
 class UniLoRA(Method[UniLoraConfig]):
-    """UniLoRA: ΔW = B A. A place that holds the number k of θ has the value θ[k] / √(how many places hold k)."""
+    """UniLoRA, arXiv 2506.00799: ΔW = B A.
+
+    A place that holds the number k of θ has the value θ[k] / √(how many places hold k).
+    """
 
     prefix = "unilora_"
     published_lr = PublishedRate(2e-3, 2e-3, COMPARISON)

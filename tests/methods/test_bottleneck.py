@@ -92,7 +92,7 @@ def test_places_by_name_and_blocks_left_out():
         (dict(non_linearity="glue"), ConfigError, "Unknown non_linearity 'glue'. Known: relu"),
         (dict(stochastic_depth=1.0), ConfigError, "below 1"),
         (dict(mh_adapter=True), ConfigError, "original_ln_before=False"),
-        (dict(is_parallel=True, mh_adapter=True), ConfigError, "beside the MLP only"),
+        (dict(is_parallel=True, mh_adapter=True), ConfigError, "adapt the MLP only"),
         (dict(phm_layer=True, phm_dim=5), ConfigError, "phm_dim=5 must divide the width"),
         (dict(leave_out=[99]), ConfigError, "`leave_out` names block 99. Choose .* 0 to 1"),
         (dict(leave_out=[-1]), ConfigError, "`leave_out` names block -1"),

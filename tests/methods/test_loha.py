@@ -67,7 +67,7 @@ def test_a_file_needs_no_weight_again(tmp_path):
     (dict(target="1", use_khatri_rao=True, use_effective_conv2d=True), graft.ConfigError, "no effect.*'default'"),
     (dict(target="1", init_weights="abba", use_effective_conv2d=True), ValueError, "factors of kernels"),
     (dict(target="1", init_weights="abba", r=4), graft.ConfigError, "layer '1'.*smaller r than 4"),
-    (dict(init_weights="abba", use_khatri_rao=True), graft.ConfigError, "a start of its own"),
+    (dict(init_weights="abba", use_khatri_rao=True), graft.ConfigError, "are two starts"),
     (dict(init_weights="ABBA"), TypeError, "init_weights"),
 ])  # fmt: skip
 def test_starts_that_cannot_be(options, error, text):

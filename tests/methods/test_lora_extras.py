@@ -300,7 +300,7 @@ def test_a_conversion_refuses_an_initial_adapter_that_differs_by_a_tenth(tmp_pat
             p.data.mul_(1.1)
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = "pissa"
-    with pytest.raises(graft.ConfigError, match="not what this one began with"):
+    with pytest.raises(graft.ConfigError, match="not the start of this one"):
         model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
 
 

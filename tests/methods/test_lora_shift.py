@@ -208,7 +208,7 @@ def test_a_file_of_peft_without_what_data_took_out(how, tmp_path):
     save_file({k: v for k, v in load_file(path).items() if "lora_shift" not in k}, path)
     if how == "lora_ga":
         expected = output(model)
-        with pytest.warns(graft.PeftWarning, match="does not hold what LoRA-GA took out"):
+        with pytest.warns(graft.PeftWarning, match="does not hold LoRA-GA's change"):
             loaded = graft.PeftModel.from_pretrained(model.unload(), tmp_path)  # the base as it was left
         assert torch.equal(output(loaded), expected)
         return
@@ -243,7 +243,7 @@ def test_a_conversion_from_another_start_is_refused(tmp_path):
     other.save_pretrained(tmp_path / "start")
     models.seed(2)
     model = started("pissa_niter_2")
-    with pytest.raises(graft.ConfigError, match=r"not what this one began with, by A of 'base_model.model.lin0'"):
+    with pytest.raises(graft.ConfigError, match=r"not the start of this one, by A of 'base_model.model.lin0'"):
         model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert not (tmp_path / "end").exists()
 
@@ -253,7 +253,7 @@ def test_a_conversion_from_a_start_of_other_layers_is_refused(change, tmp_path):
     plain = dict(r=3, target_modules=TARGETS)
     graft.get_peft_model(base(), graft.LoraConfig(**plain | change)).save_pretrained(tmp_path / "start")
     model = graft.get_peft_model(base(), graft.LoraConfig(**plain))
-    with pytest.raises(graft.ConfigError, match=r"it lacks \['?base_model.model.*, or has it in another shape"):
+    with pytest.raises(graft.ConfigError, match=r"it lacks \['?base_model.model.*, or has another shape there"):
         model.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert not (tmp_path / "end").exists()
 

@@ -457,7 +457,7 @@ def test_models_whose_network_would_have_their_head():
     sizes = dict(vocab_size=41, d_model=16, n_layer=2, n_head=2, d_inner=24)
     base = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
     before = list(base.state_dict())
-    with pytest.raises(graft.ConfigError, match="finds no stack of blocks in a XLNetLMHeadModel, whose backbone"):
+    with pytest.raises(graft.ConfigError, match="finds no stack of blocks in a XLNetLMHeadModel to build"):
         with_shadow(base=base, target_modules=["transformer.layer.0"])
     assert list(base.state_dict()) == before
 

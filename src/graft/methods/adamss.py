@@ -109,7 +109,7 @@ def require_sklearn() -> Any:
         from sklearn.cluster import KMeans
     except ImportError as e:
         raise ImportError(
-            "AdaMSS needs scikit-learn, by whose k-means it puts rows into clusters: pip install scikit-learn"
+            "AdaMSS needs the k-means of scikit-learn to find clusters of rows: pip install scikit-learn"
         ) from e
     return KMeans
 
@@ -240,8 +240,8 @@ def allocate(tuner: Tuner, name: str, cfg: AdamssConfig, step: int) -> None:
     ]
     if parameters and all(p.grad is None for _, p in parameters):
         raise ValueError(
-            f"update_and_allocate({step}): AdaMSS adapter '{name}' has no gradients, from which the importance of its "
-            "subspaces is measured. Call it after backward() and optimizer.step(), before zero_grad()."
+            f"update_and_allocate({step}): AdaMSS adapter '{name}' has no gradients to measure the importance of its "
+            "subspaces. Call it after backward() and optimizer.step(), before zero_grad()."
         )
     if name not in tuner.states:
         tuner.states[name] = Allocator(cfg.asa_importance_beta, cfg.asa_uncertainty_beta)

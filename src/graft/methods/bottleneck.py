@@ -84,7 +84,9 @@ class BottleneckConfig(Targeted, Chosen):
         if self.non_linearity.lower() not in ACTIVATIONS:
             raise ConfigError(f"Unknown non_linearity {self.non_linearity!r}. Known: {', '.join(ACTIVATIONS)}.")
         if self.is_parallel and (self.mh_adapter or self.cross_adapter or not self.output_adapter):
-            raise ConfigError("Parallel bottlenecks stand beside the MLP only: leave mh_adapter and cross_adapter off.")
+            raise ConfigError(
+                "Parallel bottlenecks adapt the MLP only. Set output_adapter=True, and no mh_adapter or cross_adapter."
+            )
         if self.original_ln_before and not self.is_parallel and (self.mh_adapter or self.cross_adapter):
             raise ConfigError(
                 "After an attention the bottleneck acts before the residual: set original_ln_before=False."
@@ -252,8 +254,7 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Bottlenec
     if twofold and modules[path] is modules.get(path.replace("encoder", "decoder")):
         raise UnsupportedLayerError(
             f"The encoder and the decoder of {type(model).__name__} have one module for their embeddings, and an "
-            "invertible adapter is the encoder's alone: use transformers 5, under which each has its own, or a config "
-            "with inv_adapter=None."
+            "invertible adapter acts on the encoder's alone. Use transformers 5, or a config with inv_adapter=None."
         )
     paths = {id(module): path for path, module in modules.items()}
     places = {path: BottleneckPlace("embedding", embedding.weight.shape[1])}

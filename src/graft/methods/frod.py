@@ -68,8 +68,8 @@ def width(name: str, sites: Sequence[Site]) -> int:
     sizes = {site.fan_in for site in sites}
     if len(sizes) > 1:
         raise ConfigError(
-            f"FRoD gives one V to all layers of the category '{name}', and they have {sorted(sizes)} inputs: such as "
-            f"{', '.join(repr(site.key) for site in sites[:4])}. Adapt them by adapters of their own."
+            f"FRoD gives one V to all layers of the category '{name}', and they have {sorted(sizes)} inputs, such as "
+            f"{', '.join(repr(site.key) for site in sites[:4])}. Use one adapter for each width."
         )
     return sizes.pop()
 

@@ -44,7 +44,9 @@ class LoHaConfig(LycorisConfig):
         """Validate the fields; raise ConfigError for `use_khatri_rao` with an `init_weights` other than True."""
         super().__post_init__()
         if self.use_khatri_rao and self.init_weights is not True:
-            raise ConfigError(f"use_khatri_rao is a start of its own: leave init_weights={self.init_weights!r} out.")
+            raise ConfigError(
+                f"use_khatri_rao and init_weights={self.init_weights!r} are two starts: leave one of them out."
+            )
 
 
 class LoHa(Lycoris[LoHaConfig]):
@@ -68,8 +70,8 @@ class LoHa(Lycoris[LoHaConfig]):
         """
         if methods and methods[0].cfg.use_khatri_rao and all(m.cp for m in methods):
             raise ConfigError(
-                f"use_khatri_rao has no effect: all layers of adapter '{methods[0].name}' are convolutions whose "
-                "kernels have factors of their own. Leave it out, or use_effective_conv2d."
+                f"use_khatri_rao has no effect: all layers of adapter '{methods[0].name}' are convolutions with "
+                "factored kernels. Leave it out, or use_effective_conv2d."
             )
 
     def check(self) -> str | None:

@@ -63,8 +63,8 @@ class LoraXS(Method[LoraXsConfig]):
         site, r = self.site, self.cfg.r
         if site.op.known and r > min(site.out_features, site.fan_in):
             raise ConfigError(
-                f"LoRA-XS has at most as many singular vectors as the weight of layer '{site.key}', whose shape is "
-                f"{tuple(site.shape)}: choose a smaller r than {r}."
+                f"LoRA-XS has at most as many singular vectors as the weight of layer '{site.key}', of shape "
+                f"{tuple(site.shape)}. Choose a smaller r than {r}."
             )
         if self.cfg.init_weights == "sb" and (not site.op.linear or isinstance(site.op, Matrix)):
             return "LoRA-SB measures linear layers only"

@@ -31,7 +31,7 @@ class MissConfig(Targeted, LayerRange, BaseBias):
         """Validate the fields; warn that `miss_dropout` does nothing with init_weights="bat"."""
         super().__post_init__()
         if self.init_weights == "bat" and self.miss_dropout:
-            warn("miss_dropout has no effect with init_weights='bat', which has no product of the input by itself.")
+            warn("miss_dropout has no effect with init_weights='bat', which changes the weight. Set it to 0.")
 
 
 class MiSS(Method[MissConfig]):

@@ -109,7 +109,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     blocks = blocks_in(linears, modules, text_width(getattr(model, "config", None)))
     if not blocks:
         raise NoMatchingPeftModuleError(
-            f"{type(model).__name__} has no blocks with an attention and an MLP whose names tell: name the modules in "
+            f"{type(model).__name__} has no blocks with an attention and an MLP, by their names. Name the modules in "
             f"target_modules. Its linear layers: {some(sorted(linears)) or 'none'}."
         )
     return blocks

@@ -148,8 +148,8 @@ class SHiRA(Method[ShiraConfig]):
         wanted = layer.op.uncanon(torch.empty(self.site.shape, device="meta")).shape
         if mask.shape != wanted:
             raise ConfigError(
-                f"mask_fn returned a mask of shape {tuple(mask.shape)} for layer '{self.site.key}', whose weight has "
-                f"shape {tuple(wanted)}."
+                f"mask_fn returned a mask of shape {tuple(mask.shape)} for layer '{self.site.key}' with a weight of "
+                f"shape {tuple(wanted)}. Return a mask of that shape."
             )
         places: Tensor = layer.op.canon(mask).flatten().nonzero().flatten()
         if len(places) != self.size:

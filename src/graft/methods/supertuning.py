@@ -50,7 +50,7 @@ class SupertuningConfig(Targets):
         if not self.save_precomputed_indices:
             warn(
                 "Specified to not save the indices of the entries: a load finds them again by the magnitudes of the "
-                "base weight, which has to be the same; among equal ones the choice may differ."
+                "base weight, which must be the same. Among equal magnitudes the choice may differ."
             )
 
 

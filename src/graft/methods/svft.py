@@ -70,8 +70,8 @@ class SVFT(Method[SvftConfig]):
             return super().check()
         if self.n > min(site.out_features, site.fan_in):
             raise ConfigError(
-                f"SVFT has at most as many singular vectors as the weight of layer '{site.key}', whose shape is "
-                f"{tuple(site.shape)}: choose a smaller r than {cfg.r}."
+                f"SVFT has at most as many singular vectors as the weight of layer '{site.key}', of shape "
+                f"{tuple(site.shape)}. Choose a smaller r than {cfg.r}."
             )
         if cfg.pattern == "top_k" and site.out_features != site.fan_in:
             return "pattern='top_k' compares outputs with inputs: the weight has to be square"

@@ -101,8 +101,8 @@ class TLoRA(Method[TLoraConfig]):
             return "T-LoRA has no factors for a convolution with groups"
         if cfg.r > min(site.out_features, site.fan_in):
             raise ConfigError(
-                f"T-LoRA begins with r singular vectors of a matrix like the weight of layer '{site.key}', whose shape "
-                f"is {tuple(site.shape)}: choose a smaller r than {cfg.r}."
+                f"T-LoRA begins with r singular vectors of a matrix like the weight of layer '{site.key}', of shape "
+                f"{tuple(site.shape)}. Choose a smaller r than {cfg.r}."
             )
         if cfg.min_rank > cfg.r:
             raise ConfigError(
@@ -212,8 +212,8 @@ class TLoRA(Method[TLoraConfig]):
             t = t.value[None]
         elif len(t) != len(x):
             raise RoutingError(
-                f"layer '{self.site.key}' received {len(x)} rows for {len(t)} timesteps: its input is not one row per "
-                "sample. Give one timestep for all rows (model.timestep(t)), or leave this layer out: exclude_modules."
+                f"layer '{self.site.key}' received {len(x)} rows for {len(t)} timesteps, not one row per sample. "
+                "Give one timestep for all rows (model.timestep(t)), or leave the layer out with exclude_modules."
             )
         k = ranks(t.to(x.device), self.cfg)
         return (torch.arange(self.cfg.r, device=x.device) < k[:, None]).to(self.tlora_P.dtype)

@@ -188,8 +188,8 @@ class AdaLoRA(Method[AdaLoraConfig]):
         site, cfg = self.site, self.cfg
         if site.is_stack:
             raise ConfigError(
-                f"AdaLoRA does not adapt stacks of experts (layer '{site.key}'), whose matrices would share singular "
-                "values: take LoRA there, or leave it out of target_parameters."
+                f"AdaLoRA does not adapt stacks of experts (layer '{site.key}'): their matrices would share singular "
+                "values. Use LoRA there, or leave the layer out of target_parameters."
             )
         mask = cfg.rank_mask(site.key)
         r = cfg.init_r if mask is None else sum(mask)

@@ -153,8 +153,8 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
     if global_step < last:
         if methods and all(m.lora_E.grad is None for m in methods.values()):
             raise ValueError(
-                f"update_and_allocate({global_step}): AdaLoRA adapter '{name}' has no gradients, from which the "
-                "importance of its singular values is measured. Call it after backward() and optimizer.step(), before "
+                f"update_and_allocate({global_step}): AdaLoRA adapter '{name}' has no gradients to measure the "
+                "importance of its singular values. Call it after backward() and optimizer.step(), before "
                 "zero_grad()."
             )
         for key, m in methods.items():

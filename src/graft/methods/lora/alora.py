@@ -244,8 +244,8 @@ class ALoRA(LoRA):
         if offsets is not None and (by_position.dim() != 3 or len(x) != len(offsets.counts)):
             raise RoutingError(
                 f"layer '{self.site.key}' received an input of shape {tuple(x.shape)} in a batch of "
-                f"{len(offsets.counts)} rows: aLoRA adapter '{self.name}' needs one row for each sample, and its "
-                "positions. Exclude this layer with exclude_modules."
+                f"{len(offsets.counts)} rows: aLoRA adapter '{self.name}' needs a row of positions per sample. "
+                "Exclude this layer with exclude_modules."
             )
         positions = by_position.shape[1]
         tail = 0 if offsets is None else min(max(offsets.longest + offsets.progress.passed, 0), positions)

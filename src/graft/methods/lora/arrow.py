@@ -71,7 +71,7 @@ class Arrow(LoRA):
     def factors(self) -> Factors:
         """Raise NotImplementedError: a router has no update, only its experts have."""
         raise NotImplementedError(
-            f"Adapter '{self.name}' is an Arrow router, which has no update of its own: name its experts."
+            f"Adapter '{self.name}' is an Arrow router, which has no update. Name its experts instead."
         )
 
     def branch(self, x: Tensor) -> Tensor:

@@ -40,9 +40,8 @@ def ops_of(mapping: dict[type[nn.Module], type | Op]) -> dict[type[nn.Module], O
         op = how if isinstance(how, Op) else OPS.find(how)
         if op is None:
             raise TypeError(
-                f"{how!r} does not say how {kind.__name__} uses its weight: give a type that graft knows (nn.Linear, "
-                "nn.Embedding, nn.Conv1d to 3d) or a graft.core.ops.Op. Adapter layers written for PEFT do not run "
-                "here; an Op of about 20 lines does the work of one."
+                f"{how!r} does not say how {kind.__name__} uses its weight. Give a type that graft knows (nn.Linear, "
+                "nn.Embedding, nn.Conv1d to 3d) or a graft.core.ops.Op; adapter layers of PEFT do not run here."
             )
         ops[kind] = op
     return ops

@@ -82,9 +82,8 @@ def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> Non
     strange = [key for key in factors if key not in initial or initial[key].shape != tensors[key].shape]
     if strange:
         raise ConfigError(
-            "The adapter in path_initial_model_for_weight_conversion is not what this one began with: it lacks "
-            f"{some(strange)}, or has it in another shape. Pass the folder to which this adapter was saved before it "
-            "trained."
+            "The adapter in path_initial_model_for_weight_conversion is not the start of this one: it lacks "
+            f"{some(strange)}, or has another shape there. Pass the folder with this adapter, saved before training."
         )
     for key, A in tensors.items():
         layer, mark, name = key.partition(MARK)
@@ -93,8 +92,8 @@ def check_initial(initial: dict[str, Tensor], tensors: dict[str, Tensor]) -> Non
             continue
         if before.shape != A.shape or not torch.allclose(before.to(A), A, rtol=1e-2, atol=1e-2 * float(A.abs().max())):
             raise ConfigError(
-                f"The adapter in path_initial_model_for_weight_conversion is not what this one began with, by A of "
-                f"'{layer}': pass the folder to which this adapter was saved before it trained."
+                f"The adapter in path_initial_model_for_weight_conversion is not the start of this one, by A of "
+                f"'{layer}'. Pass the folder with this adapter, saved before training."
             )
 
 
@@ -105,7 +104,7 @@ def warn_rounded(adapter: str, layers: Mapping[str, Layer]) -> None:
     rounded = [key for key, layer in layers.items() if adapter in layer.methods and not layer.store.exact]
     if rounded:
         warn(
-            f"The converted adapter '{adapter}' is not exact: layer '{rounded[0]}' holds a rounded weight, which the "
-            "initialisation has rounded anew. Save the adapter as it is: its file makes that base again.",
+            f"The converted adapter '{adapter}' is not exact: the initialisation has rounded the weight of layer "
+            f"'{rounded[0]}' anew. Save the adapter unconverted: its file makes that base again.",
             PeftWarning,
         )

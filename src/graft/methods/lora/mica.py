@@ -32,8 +32,8 @@ class MiCA(LoRA):
             return "MiCA takes singular vectors of a matrix, and a convolution with groups > 1 has one for each"
         if site.op.known and r > min(site.out_features, site.fan_in):
             raise ConfigError(
-                f"MiCA requires `r` <= min(in_features, out_features) but got r={r} for layer '{site.key}', whose "
-                f"weight has shape {site.shape}."
+                f"MiCA requires `r` <= min(in_features, out_features) but got r={r} for layer '{site.key}' with a "
+                f"weight of shape {site.shape}. Choose a smaller r."
             )
         return super().check()
 

@@ -156,8 +156,8 @@ def compute_shift(lora: Method) -> Tensors:
     seen = sample(W).expand(2, -1)
     if cfg.init_lora_weights == "lora_ga" and not hasattr(lora.site.module, "_peft_loraga_grad"):
         warn(
-            f"The file of adapter '{lora.name}' does not hold what LoRA-GA took out of the base weights: it is right "
-            "on the base as LoRA-GA left it, and on no other.",
+            f"The file of adapter '{lora.name}' does not hold LoRA-GA's change of the base weights. It is right only "
+            "on the base as LoRA-GA left it.",
             PeftWarning,
         )
         return {(NAME, "A"): empty_shift.A, (NAME, "B"): empty_shift.B, (NAME, "sample"): seen}

@@ -105,9 +105,9 @@ def set_first_values(lora: Method, A: Tensor, B: Tensor) -> None:
     site, how = lora.site, lora.cfg.init_lora_weights
     if not site.op.linear:
         raise ConfigError(
-            f"init_lora_weights={how!r} takes its part out of the weight of a linear layer and has no meaning for "
-            f"'{site.key}' ({site.type_name}): take that out of target_modules, or give it an adapter of its own with "
-            "another initialisation."
+            f"init_lora_weights={how!r} changes the weight of a linear layer and has no meaning for "
+            f"'{site.key}' ({site.type_name}). Take the layer out of target_modules, or choose another initialisation "
+            "for it."
         )
     if site.shared:
         raise ConfigError(

@@ -95,8 +95,8 @@ def unpack(model: nn.Module, kwargs: dict[str, object], use_cache: bool | None) 
         )
     if seen:
         raise ValueError(
-            f"`{name}` holds tokens that the shadow network has not seen: pass on what an output of this model "
-            "holds, or an empty cache."
+            f"`{name}` holds tokens that the shadow network has not seen. Pass the cache in an output of this "
+            "model, or an empty one."
         )
     return {}
 

@@ -59,8 +59,8 @@ class ShadowConfig(Targeted, LayerRange):
         names = [f"shadow_{size}" for size in SIZES if getattr(self, f"shadow_{size}") is not None]
         if self.shadow_model != MIRROR and names:
             raise ConfigError(
-                f"{', '.join(names)} can only be set with shadow_model='{MIRROR}': '{self.shadow_model}' has sizes of "
-                "its own."
+                f"{', '.join(names)} can only be set with shadow_model='{MIRROR}': '{self.shadow_model}' has its sizes "
+                "already. Leave them out."
             )
 
 
@@ -177,7 +177,7 @@ def require_width(model: nn.Module) -> int:
     """
     size = getattr(text_config(model), "hidden_size", None)
     if size is None:
-        raise ConfigError(f"SHADOW needs a model whose config tells its hidden_size; {type(model).__name__} has none.")
+        raise ConfigError(f"SHADOW needs hidden_size in the model's config, and {type(model).__name__} has none.")
     return int(size)
 
 
@@ -202,7 +202,7 @@ def make_modules(model: nn.Module, cfg: ShadowConfig) -> dict[str, nn.Module]:
     backbone, projection = (mirror(model, cfg), None) if mirrors else network_from(cfg.shadow_model, width)
     if mirrors and stack_of(model) is None and backbone.get_output_embeddings() is not None:
         raise ConfigError(
-            f"SHADOW finds no stack of blocks in a {type(model).__name__}, whose backbone its network could be like. "
+            f"SHADOW finds no stack of blocks in a {type(model).__name__} to build its network from. "
             "Name a smaller model as shadow_model, or choose a method that adapts layers."
         )
     modules: dict[str, nn.Module] = {"shadow_backbone": backbone}

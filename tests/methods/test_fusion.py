@@ -131,7 +131,7 @@ def test_files_rows_and_a_stack(name, preset, tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(ConfigError, match="each once, got adapters="):
         graft.AdapterFusionConfig(adapters=["a", "a"])
-    with pytest.raises(ConfigError, match="needs bottlenecks: name them"):
+    with pytest.raises(ConfigError, match=r"needs bottlenecks. Name them"):
         graft.get_peft_model(make("llama"), graft.AdapterFusionConfig())
     with pytest.raises(ConfigError, match=r"needs adapters \['a'\], which the model does not have"):
         graft.get_peft_model(make("llama"), graft.AdapterFusionConfig(adapters=["a"]))

@@ -359,7 +359,7 @@ def test_a_rank_above_the_dimensions(how):
 
 @pytest.mark.parametrize("how", ["pissa_niter_2", "corda", "lora_ga"])
 def test_kasa_takes_none_that_loading_cannot_repeat(how):
-    with pytest.raises(graft.ConfigError, match=f"kasa_config cannot stand with init_lora_weights='{how}'"):
+    with pytest.raises(graft.ConfigError, match=f"kasa_config does not work with init_lora_weights='{how}'"):
         config(how, kasa_config={})
 
 

@@ -80,9 +80,9 @@ def test_lora_sb_begins_with_the_best_product_for_adamws_first_step(tmp_path):
 
 
 def test_lora_sb_says_what_it_lacks():
-    with pytest.raises(graft.CalibrationError, match=r"no step for layer '0' .*call preprocess_lorasb"):
+    with pytest.raises(graft.CalibrationError, match=r"no step for layer '0' .*Call preprocess_lorasb"):
         graft.get_peft_model(net(), config(init_weights="sb"))
-    with pytest.raises(graft.ConfigError, match="leave save_projection on"):
+    with pytest.raises(graft.ConfigError, match="Leave save_projection on"):
         config(init_weights="sb", save_projection=False)
     with pytest.raises(graft.ConfigError, match="prepares init_weights='sb', and the config says True"):
         graft.preprocess_lorasb(net(), config(), lambda: None, 0.1)

@@ -248,7 +248,7 @@ def test_what_it_refuses():
         model.base_model.set_adapter(["one", "two"])
     assert model.active_adapters == ["one"]
     mlp = layers(model)["model.layers.0.mlp"].base_layer
-    with pytest.raises(graft.RoutingError, match=r"'model.layers.0.mlp.up_proj' has an expert.*: call the MLP"):
+    with pytest.raises(graft.RoutingError, match=r"'model.layers.0.mlp.up_proj' has an expert.*. Call the MLP"):
         mlp.up_proj(torch.ones(2, 3, model.config.hidden_size))
     base = make("llama")
     for options, error, text in (

@@ -233,7 +233,7 @@ def test_without_router_loss_there_is_none():
         (dict(lora_dropout=-0.1), "lora_dropout"),
         (dict(router_aux_loss_coef=-1.0), "router_aux_loss_coef"),
         (dict(router_aux_loss_coef=float("nan")), "router_aux_loss_coef"),
-        (dict(router_loss=True, top_k=None), "routers that choose"),
+        (dict(router_loss=True, top_k=None), "a router that chooses"),
     ],
     ids=str,
 )

@@ -271,7 +271,7 @@ def test_orthonormal_rows_are_themselves():
     [
         (dict(prefix_positions=0), "nor both 0"),
         (dict(r=0), "positive integer"),
-        (dict(r=99), "choose a smaller r than 99"),
+        (dict(r=99), "Choose a smaller r than 99"),
         (dict(layers=[2]), "the model has blocks 0 to 1"),
         (dict(non_linearity="glue"), "Unknown non_linearity"),
     ],

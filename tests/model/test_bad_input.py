@@ -105,7 +105,7 @@ def test_injection(case):
     graft="`ConfigError`, `UnsupportedLayerError`, before anything has changed",
 )
 @pytest.mark.parametrize("indices, error, text", [
-    ([], graft.ConfigError, "token_indices is empty: name the tokens of 'emb' to train"),
+    ([], graft.ConfigError, "token_indices is empty. Name the tokens of 'emb' to train"),
     ([2, 23], graft.UnsupportedLayerError, "Token indices [23] are outside its 23 rows"),
     ([2, -1], graft.UnsupportedLayerError, "Token indices [-1] are outside its 23 rows"),
 ])  # fmt: skip

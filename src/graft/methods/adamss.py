@@ -320,7 +320,7 @@ class AdaMSS(Method[AdamssConfig]):
             return self.build_empty(shared, device)
         if self.site.on_meta:
             raise UnsupportedLayerError(
-                f"AdaMSS finds clusters in the weight of layer '{self.site.key}', which is on the meta device: adapt "
+                f"AdaMSS finds clusters in the weight of layer '{self.site.key}', which is on the meta device. Adapt "
                 "the model when it has its values."
             )
         bias = find_unmerged_bias(self.layer)

@@ -89,7 +89,7 @@ class BottleneckConfig(Targeted, Chosen):
             )
         if self.original_ln_before and not self.is_parallel and (self.mh_adapter or self.cross_adapter):
             raise ConfigError(
-                "After an attention the bottleneck acts before the residual: set original_ln_before=False."
+                "After an attention the bottleneck acts before the residual. Set original_ln_before=False."
             )
 
     @property
@@ -109,7 +109,7 @@ class BottleneckConfig(Targeted, Chosen):
         if not isinstance(r, dict):
             return r
         if str(block) not in r and "default" not in r:
-            raise ConfigError(f"reduction_factor={r} has no entry for block {block}, and no 'default'.")
+            raise ConfigError(f"reduction_factor={r} has no entry for block {block}, and no 'default'. Add one.")
         return r.get(str(block), r.get("default", 0))
 
     def check_blocks(self, numbers: Collection[int]) -> None:
@@ -198,7 +198,10 @@ def places_in(cfg: BottleneckConfig, model: nn.Module) -> dict[str, BottleneckPl
     if cfg.inv_adapter:
         places |= around_model(cfg, model)
     if not places:
-        raise NoMatchingPeftModuleError("leave_out, mh_adapter and output_adapter leave no place for a bottleneck.")
+        raise NoMatchingPeftModuleError(
+            "leave_out, mh_adapter and output_adapter leave no place for a bottleneck. "
+            "Leave out fewer blocks, or set output_adapter."
+        )
     return places
 
 
@@ -250,7 +253,9 @@ def around_model(cfg: BottleneckConfig, model: nn.Module) -> dict[str, Bottlenec
     twofold = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     path = find_embedding_output([path for path, module in modules.items() if module is embedding], modules, twofold)
     if path is None:
-        raise NoMatchingPeftModuleError(f"{type(model).__name__} has no input embeddings for an invertible adapter.")
+        raise NoMatchingPeftModuleError(
+            f"{type(model).__name__} has no input embeddings for an invertible adapter. Set inv_adapter=None."
+        )
     if twofold and modules[path] is modules.get(path.replace("encoder", "decoder")):
         raise UnsupportedLayerError(
             f"The encoder and the decoder of {type(model).__name__} have one module for their embeddings, and an "
@@ -419,7 +424,7 @@ class Bottleneck(Method[BottleneckConfig]):
         if self.cfg.phm_layer and (place.width % n or d % n):
             raise ConfigError(
                 f"phm_dim={n} must divide the width {place.width} of layer '{site.key}' and that of its bottleneck, "
-                f"{d}: choose another phm_dim or reduction_factor."
+                f"{d}. Choose another phm_dim or reduction_factor."
             )
         return super().check()
 

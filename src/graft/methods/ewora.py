@@ -38,7 +38,7 @@ class EworaConfig(Targeted, LayerRange, RankPattern, FanInFanOut, BaseBias):
         super().__post_init__()
         for name in ("use_dora", "megatron_config", "layer_replication"):
             if getattr(self, name):
-                raise ConfigError(f"`{name}` means nothing to EWoRA: leave it out.")
+                raise ConfigError(f"`{name}` means nothing to EWoRA. Leave it out.")
 
 
 class Ewora(Method[EworaConfig]):

@@ -126,7 +126,7 @@ class FineGates(Method[FineGatesConfig]):
         if math.tanh(mean) > 0.5 + std and not cfg.gate_noise_std:
             warn_of(
                 self.site.key,
-                "Nearly all gates of {} are open, where they get no gradient but by noise: set gate_noise_std (the "
+                "Nearly all gates of {} are open, where they get no gradient but by noise. Set gate_noise_std (the "
                 "paper has 0.1), or gate_init_mean below 0.5.",
                 PeftWarning,
             )

@@ -68,23 +68,27 @@ def find_fused_places(model: nn.Module, names: list[str]) -> dict[str, Fused]:
             layer than the others.
     """
     if not names:
-        raise ConfigError("AdapterFusion needs bottlenecks: name them in AdapterFusionConfig(adapters=[…]).")
+        raise ConfigError("AdapterFusion needs bottlenecks. Name them in AdapterFusionConfig(adapters=[…]).")
     places: dict[str, Fused] = {}
     layers = {layer.site.key: layer for layer in filter(None, map(layer_in, model.modules()))}
     for key, layer in layers.items():
         for m in (layer.methods[name] for name in names if name in layer.methods):
             if not isinstance(m, Bottleneck):
-                raise ConfigError(f"AdapterFusion takes bottlenecks, and adapter '{m.name}' is {type(m).__name__}.")
+                raise ConfigError(
+                    f"AdapterFusion takes bottlenecks, and adapter '{m.name}' is {type(m).__name__}. Name others."
+                )
             if m.place.role in ENDS:
-                raise ConfigError(f"Adapter '{m.name}' is invertible at '{key}', which AdapterFusion has no form for.")
+                raise ConfigError(
+                    f"Adapter '{m.name}' is invertible at '{key}', which AdapterFusion cannot mix. Name others."
+                )
             before = places.get(key, Fused(m.place, ()))
             if before.place != m.place:
-                raise ConfigError(f"Adapters {names} act in different ways at '{key}': fuse bottlenecks of one kind.")
+                raise ConfigError(f"Adapters {names} act in different ways at '{key}'. Fuse bottlenecks of one kind.")
             places[key] = Fused(m.place, (*before.adapters, m.name))
     missing = [name for name in names if not any(name in fused.adapters for fused in places.values())]
     if missing:
         raise ConfigError(
-            f"AdapterFusion needs adapters {missing}, which the model does not have: load them before, into a "
+            f"AdapterFusion needs adapters {missing}, which the model does not have. Load them before, into a "
             "PeftMixedModel."
         )
     return places
@@ -189,8 +193,8 @@ class AdapterFusion(Method[AdapterFusionConfig]):
         methods, names = self.layer.methods, self.cfg.places[self.site.key].adapters
         if gone := [name for name in names if name not in methods]:
             raise RoutingError(
-                f"AdapterFusion '{self.name}' needs adapters {gone} on layer '{self.site.key}', which are gone: "
-                "load them again, and then the fusion."
+                f"AdapterFusion '{self.name}' needs adapters {gone} on layer '{self.site.key}', which are gone. "
+                "Load them again, and then the fusion."
             )
         u = torch.stack([methods[name].up(h).to(self.dtype) for name in names], -2)  # (…, adapters, H)
         q, k = self.fusion_query(h.to(self.dtype)), self.fusion_key(u)

@@ -63,7 +63,7 @@ class HRA(Method[HRAConfig]):
             self.hra_u.data.copy_(half.repeat_interleave(2, dim=1))
             return
         if init:
-            warn(f"r={r} is odd: the adapter does not start as the identity.")
+            warn(f"r={r} is odd: the adapter does not start as the identity. Choose an even r.")
         nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
 
     def compact(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class LoHaConfig(LycorisConfig):
         super().__post_init__()
         if self.use_khatri_rao and self.init_weights is not True:
             raise ConfigError(
-                f"use_khatri_rao and init_weights={self.init_weights!r} are two starts: leave one of them out."
+                f"use_khatri_rao and init_weights={self.init_weights!r} are two starts. Leave one of them out."
             )
 
 
@@ -87,7 +87,7 @@ class LoHa(Lycoris[LoHaConfig]):
             if r > min(site.out_features, site.fan_in):
                 raise ConfigError(
                     f"ABBA begins with r singular vectors of the weight, and that of layer '{site.key}' has the shape "
-                    f"{tuple(site.shape)}: choose a smaller r than {r}."
+                    f"{tuple(site.shape)}. Choose a smaller r than {r}."
                 )
         return super().check()
 
@@ -147,7 +147,7 @@ class LoHa(Lycoris[LoHaConfig]):
         """
         warn_of(
             self.site.key,
-            "With use_khatri_rao, the factors w2 of {} begin with ones that weight decay would shrink: let it be 0 "
+            "With use_khatri_rao, the factors w2 of {} begin with ones that weight decay would shrink. Let it be 0 "
             "for them.",
             PeftWarning,
         )

@@ -39,7 +39,7 @@ class LoraXsConfig(Targeted, LayerRange):
         """Validate the fields; raise ConfigError for init_weights="sb" without `save_projection`."""
         super().__post_init__()
         if self.init_weights == "sb" and not self.save_projection:
-            raise ConfigError("init_weights='sb' begins with data, which a load lacks: leave save_projection on.")
+            raise ConfigError("init_weights='sb' begins with data, which a load lacks. Leave save_projection on.")
 
 
 class LoraXS(Method[LoraXsConfig]):
@@ -118,7 +118,7 @@ class LoraXS(Method[LoraXsConfig]):
         """
         step: Tensor = self.take_from_base(
             STEP,
-            f"There is no step for layer '{self.site.key}' (adapter '{self.name}'): call preprocess_lorasb with this "
+            f"There is no step for layer '{self.site.key}' (adapter '{self.name}'). Call preprocess_lorasb with this "
             "model and config before.",
         )
         return step

@@ -113,8 +113,8 @@ class MixLoRA(Method[MixLoraConfig]):
                 cfg.routers[within] = next(width for p, width in linears.items() if p.startswith(f"{within}."))
         if paths and not cfg.routers:
             raise NoMatchingPeftModuleError(
-                f"No layer that target_modules names is in an MLP, by its name or mlp_modules={cfg.mlp_modules}: "
-                f"{some(sorted(paths))}."
+                f"No target layer is in an MLP, by its name or mlp_modules={cfg.mlp_modules}: {some(sorted(paths))}. "
+                "Set mlp_modules, or name layers of MLPs in target_modules."
             )
         return list(cfg.routers)
 
@@ -205,7 +205,8 @@ class MixLoRA(Method[MixLoraConfig]):
             y = layer.base_layer(x.repeat_interleave(k, -2), *args[1:], **kwargs)
         if not isinstance(y, Tensor):
             raise UnsupportedLayerError(
-                f"MLP '{self.site.key}' returns a {type(y).__name__}: MixLoRA adapter '{self.name}' mixes tensors."
+                f"MLP '{self.site.key}' returns a {type(y).__name__}: MixLoRA adapter '{self.name}' mixes tensors. "
+                "Set mlp_modules to other modules."
             )
         g = top.values / top.values.sum(-1, keepdim=True)
         out: Tensor = (y.unflatten(-2, (-1, k)) * g.unsqueeze(-1)).sum(-2)
@@ -221,7 +222,7 @@ class MixLoRA(Method[MixLoraConfig]):
         if chosen is None or chosen.shape != x.shape[:-1]:
             raise RoutingError(
                 f"Layer '{self.site.key}' has an expert of adapter '{self.name}' for each token of the MLP "
-                f"'{cfg.within[self.site.key]}', and got an input {tuple(x.shape)} that is not of these: call the MLP."
+                f"'{cfg.within[self.site.key]}', and got an input {tuple(x.shape)} that is not of these. Call the MLP."
             )
         is_chosen = chosen.to(x.device).unsqueeze(-1) == torch.arange(cfg.num_experts, device=x.device)
         g = is_chosen.to(x.dtype) * (cfg.lora_alpha / cfg.r)

@@ -55,7 +55,9 @@ class MoeLoraConfig(Targeted, LayerRange, RankPatterns):
         super().__post_init__()
         check_experts(self.top_k, self.num_experts, self.experts_pattern)
         if self.router_loss and self.top_k is None:
-            raise ConfigError("`router_loss` is of routers that choose: with top_k=None all experts act on each token.")
+            raise ConfigError(
+                "`router_loss` needs a router that chooses, and with top_k=None all experts act. Set top_k."
+            )
 
 
 def check_experts(top_k: int | None, experts: int, pattern: dict[str, int] | None = None) -> None:

@@ -37,7 +37,7 @@ class OSFConfig(Targets):
         """Validate the fields; warn that `target_svd_config` does nothing."""
         super().__post_init__()
         if self.target_svd_config is not None:
-            warn("target_svd_config has no effect: set effective_rank or rank_pattern.")
+            warn("target_svd_config has no effect. Set effective_rank or rank_pattern.")
 
     def reaches(self, text: str, key: str, field: str) -> bool:
         """Return True if the regular expression `text` matches anywhere in the path `key`."""

@@ -128,7 +128,7 @@ def chosen_blocks(model: nn.Module, layers: Collection[int] | str) -> list[Block
     blocks = find_blocks(model)
     if not isinstance(layers, str):
         if any(not 0 <= i < len(blocks) for i in layers):
-            raise ConfigError(f"layers={layers}: the model has blocks 0 to {len(blocks) - 1}.")
+            raise ConfigError(f"layers={layers}: the model has blocks 0 to {len(blocks) - 1}. Name others.")
         blocks = [blocks[i] for i in layers]
     modules = dict(walk(model))
     for block in {type(modules[block.path]): block for block in blocks}.values():

@@ -82,7 +82,7 @@ def check_places(tensors: Tensors, name: str, most: int, key: str) -> None:
     """
     places = tensors.get((name, ""))
     if places is not None and not ((places >= 0) & (places < most)).all():
-        raise CheckpointError(f"{name} of layer '{key}' are outside of 0 to {most - 1}.")
+        raise CheckpointError(f"{name} of layer '{key}' are outside of 0 to {most - 1}. Load another file.")
 
 
 def projections(layers: AdaptedLayers, names: tuple[str, str], rows: int) -> dict[str, object]:

@@ -110,7 +110,7 @@ class Reft(OnStates[ReftConfig]):
     def check(self) -> str | None:
         """Return the reason of `OnStates.check`. Raises ConfigError if r is above the width, with `orthogonality`."""
         if self.cfg.orthogonality and self.width is not None and self.cfg.r > self.width:
-            raise ConfigError(f"Layer '{self.site.key}' is {self.width} wide: choose a smaller r than {self.cfg.r}.")
+            raise ConfigError(f"Layer '{self.site.key}' is {self.width} wide. Choose a smaller r than {self.cfg.r}.")
         return super().check()
 
     @property
@@ -166,7 +166,7 @@ class Reft(OnStates[ReftConfig]):
         if h.dim() != 3 or any(len(t) != len(h) for t in row_facts):
             raise RoutingError(
                 f"Layer '{self.site.key}' has an output of shape {tuple(y.shape)}: ReFT adapter '{self.name}' needs "
-                "one row for each sample, and its tokens."
+                "one row for each sample, and its tokens. Exclude this layer with exclude_modules."
             )
         T, cfg = h.shape[1], self.cfg
         start = h.new_zeros(len(h), dtype=torch.long)

@@ -198,7 +198,7 @@ class SDT(Method[SdtConfig]):
         """
         change: Tensor = self.take_from_base(
             CHANGE,
-            f"It is not known which channels of layer '{self.site.key}' adapter '{self.name}' trains: call "
+            f"It is not known which channels of layer '{self.site.key}' adapter '{self.name}' trains. Call "
             "preprocess_sdt with this model and config before.",
         )
         return change

@@ -44,7 +44,7 @@ class ShiraConfig(Targets, FanInFanOut):
         self.mask_fn: Callable[..., Tensor] | None = random_mask if self.mask_type == "random" else None
         if self.mask_fn is None and not self.inference_mode:
             warn(
-                f"Argument mask_type={self.mask_type!r} is not recognized: set `mask_fn` of this config to a function "
+                f"Argument mask_type={self.mask_type!r} is not recognized. Set `mask_fn` of this config to a function "
                 "(base_layer, r, **kwargs) → mask before get_peft_model()."
             )
 
@@ -138,7 +138,7 @@ class SHiRA(Method[ShiraConfig]):
         cfg, layer = self.cfg, self.layer
         if cfg.mask_fn is None:
             raise ConfigError(
-                f"Adapter '{self.name}' has no mask: set `mask_fn` of the ShiraConfig, which has mask_type="
+                f"Adapter '{self.name}' has no mask. Set `mask_fn` of the ShiraConfig, which has mask_type="
                 f"{cfg.mask_type!r}, to a function (base_layer, r, **kwargs) → mask."
             )
         if cfg.mask_fn is random_mask:
@@ -155,7 +155,7 @@ class SHiRA(Method[ShiraConfig]):
         if len(places) != self.size:
             raise ConfigError(
                 f"The mask for layer '{self.site.key}' has {len(places)} ones, and r · (in + out) = {self.size} are "
-                "to train."
+                "to train. Return that many."
             )
         return places.cpu()
 
@@ -186,5 +186,5 @@ def with_places(tensors: Tensors, name: str, site: Site) -> Tensors:
     indices = tensors[at].to(torch.int32)
     most = torch.tensor([site.out_features, site.fan_in], device=indices.device)
     if indices.dim() == 2 and len(indices) == 2 and not ((indices >= 0) & (indices < most[:, None])).all():
-        raise CheckpointError(f"{name} of layer '{site.key}' are outside of its weight.")
+        raise CheckpointError(f"{name} of layer '{site.key}' are outside of its weight. Load another file.")
     return tensors | {at: indices}

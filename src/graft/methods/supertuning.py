@@ -44,7 +44,7 @@ class SupertuningConfig(Targets):
         """
         super().__post_init__()
         if self.r is None and self.lora_alpha is not None:
-            raise ConfigError("`lora_alpha` is set, but `r` is None: there is no low-rank update to scale.")
+            raise ConfigError("`lora_alpha` is set, but `r` is None: there is no low-rank update to scale. Set r.")
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         if not self.save_precomputed_indices:
@@ -81,7 +81,7 @@ class SuperTuning(Method[SupertuningConfig]):
         if site.op.known and (self.size < 1 or math.prod(site.shape) > MOST):
             raise ConfigError(
                 f"sparsity={self.cfg.sparsity} leaves {self.size} entries of layer '{site.key}', {site.shape}: "
-                f"at least one is needed, of at most {MOST}."
+                f"at least one is needed, of at most {MOST}. Choose another sparsity, or exclude the layer."
             )
         return super().check()
 

@@ -50,7 +50,7 @@ def check_tasks(run: Run, model: nn.Module, known: int) -> Tensor:
         raise_unless((low >= 0) & (high < known), unknown, available)
     rows = [t for t in (*run.inputs, *run.kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     if rows and len(tasks) not in {len(t) for t in rows}:
-        raise RoutingError(f"There are {len(tasks)} task_ids for a batch of {len(rows[0])} rows.")
+        raise RoutingError(f"There are {len(tasks)} task_ids for a batch of {len(rows[0])} rows. Pass one per row.")
     return tasks.to(rows[0].device, non_blocking=True) if rows else tasks
 
 

@@ -106,7 +106,7 @@ class TLoRA(Method[TLoraConfig]):
             )
         if cfg.min_rank > cfg.r:
             raise ConfigError(
-                f"`min_rank` is {cfg.min_rank}, and layer '{site.key}' has r={cfg.r}: choose a smaller one."
+                f"`min_rank` is {cfg.min_rank}, and layer '{site.key}' has r={cfg.r}. Choose a smaller one."
             )
         return super().check()
 

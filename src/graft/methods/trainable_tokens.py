@@ -60,7 +60,7 @@ class TrainableTokens(Method[TrainableTokensConfig]):
         if not site.op.known or len(site.shape) != 2:
             return "Only embeddings and linear layers have a row for each token"
         if not self.cfg.token_indices:
-            raise ConfigError(f"token_indices is empty: name the tokens of '{site.key}' to train.")
+            raise ConfigError(f"token_indices is empty. Name the tokens of '{site.key}' to train.")
         rows = site.in_features if site.op.takes_ids else site.out_features
         outside = [i for i in self.cfg.token_indices if not 0 <= i < rows]
         if not outside:

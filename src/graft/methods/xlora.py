@@ -129,7 +129,7 @@ class Scalings:
         if part.shape[:2] != w.shape:
             raise RoutingError(
                 f"layer '{layer.site.key}' computes {tuple(part.shape[:2])} (samples, tokens), and X-LoRA weighs "
-                f"experts at {tuple(w.shape)}: leave the layer out of the experts' target_modules."
+                f"experts at {tuple(w.shape)}. Leave the layer out of the experts' target_modules."
             )
         return part * w[..., None].to(part.device)
 
@@ -142,8 +142,8 @@ class Scalings:
         w = self.weights[:, :, self.layers[layer.site.key], self.experts[adapter]]
         if w.numel() != tokens:
             raise RoutingError(
-                f"layer '{layer.site.key}' computes {tokens} tokens, and X-LoRA weighs experts at {tuple(w.shape)}: "
-                "leave the layer out of the experts' target_parameters."
+                f"layer '{layer.site.key}' computes {tokens} tokens, and X-LoRA weighs experts at {tuple(w.shape)}. "
+                "Leave the layer out of the experts' target_parameters."
             )
         return w.flatten()
 
@@ -213,7 +213,7 @@ class XLoraClassifier(nn.Module):
         if hidden.shape[-1] != self.config.hidden_size:
             raise RoutingError(
                 f"X-LoRA's classifier reads hidden states of width {self.config.hidden_size}, and the base model's "
-                f"have {hidden.shape[-1]}: set XLoraConfig.hidden_size to that."
+                f"have {hidden.shape[-1]}. Set XLoraConfig.hidden_size to that."
             )
         logits = self.layers(hidden.to(self.layers[0].weight))
         logits = logits.unflatten(-1, (-1, self.n_classes))
@@ -302,7 +302,7 @@ def get_bucketed_scalings_log(tuner: Any) -> dict[int, tuple[list[int], list[Ten
 def check_top_k(value: int | None, experts: int) -> None:
     """Raise ConfigError if `value` is above the number of experts; None is allowed."""
     if value is not None and value > experts:
-        raise ConfigError(f"top_k_lora={value} is more than the {experts} experts.")
+        raise ConfigError(f"top_k_lora={value} is more than the {experts} experts. Choose fewer.")
 
 
 API = {
@@ -356,7 +356,7 @@ class XLora(Method[XLoraConfig]):
                 return
             if run.rows is not None:
                 raise RoutingError(
-                    "adapter_names cannot name an X-LoRA adapter, which acts on the whole batch: name its experts, or "
+                    "adapter_names cannot name an X-LoRA adapter, which acts on the whole batch. Name its experts, or "
                     "call set_adapter()."
                 )
             if not run.generates:
@@ -396,7 +396,7 @@ def weigh(tuner: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any])
     cfg = classifier.config
     arguments = name_arguments(tuner.model, args, kwargs)
     if find_cache(arguments) is not None:
-        raise RoutingError("X-LoRA weighs experts by the whole text, and takes no cache: pass all tokens.")
+        raise RoutingError("X-LoRA weighs experts by the whole text, and takes no cache. Pass all tokens.")
     kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
     kwargs.pop("labels", None)
     inputs = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)

@@ -230,7 +230,7 @@ class AdaLoRA(Method[AdaLoraConfig]):
         if seen is None:
             raise NotImplementedError(
                 f"AdaLoRA adapter '{self.name}' needs the tensors of layer '{self.site.key}' whole, and the call of "
-                "this step left no graph: pass use_reentrant=False to gradient checkpointing."
+                "this step left no graph. Pass use_reentrant=False to gradient checkpointing."
             )
         return seen
 

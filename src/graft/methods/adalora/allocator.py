@@ -140,7 +140,10 @@ def update_and_allocate(tuner: Tuner, global_step: int) -> None:
     """
     trained = trainable(tuner)
     if trained is None:
-        raise ValueError("update_and_allocate: none of the active adapters trains (inference_mode is set).")
+        raise ValueError(
+            "update_and_allocate: none of the active adapters trains (inference_mode is set). "
+            "Load one with is_trainable=True."
+        )
     name, methods = trained
     cfg, state = tuner.peft_config[name], allocator_of(tuner, name)
     state.called = True
@@ -175,7 +178,7 @@ def check_gradients(name: str, methods: dict[str, Method]) -> None:
         if layout is not None and not layout.has_gradients:
             raise NotImplementedError(
                 f"update_and_allocate of AdaLoRA adapter '{name}' needs whole gradients, and {layout.name} keeps them "
-                "in parts: train it with DDP or fully_shard (FSDP2), or train LoRA."
+                "in parts. Train it with DDP or fully_shard (FSDP2), or train LoRA."
             )
 
 
@@ -233,19 +236,22 @@ def resize_modules_by_rank_pattern(
         key = name.removesuffix(f".{adapter_name}").removesuffix(".lora_E")
         layer = tuner.layers.get(key)
         if layer is None or adapter_name not in layer.methods:
-            raise ConfigError(f"rank_pattern names '{key}', where AdaLoRA adapter '{adapter_name}' has no layer.")
+            raise ConfigError(
+                f"rank_pattern names '{key}', where AdaLoRA adapter '{adapter_name}' has no layer. "
+                "Name its layers only."
+            )
         E = layer.methods[adapter_name].lora_E
         masks[key] = torch.as_tensor(mask, dtype=torch.bool, device="cpu").flatten()  # for the config, too
         if len(masks[key]) != len(E):
             raise ConfigError(
                 f"rank_pattern has {len(masks[key])} entries for '{key}', where AdaLoRA adapter '{adapter_name}' has "
-                f"{len(E)} singular triples: give a mask of these."
+                f"{len(E)} singular triples. Give a mask of these."
             )
         if adapter_name in layer.merged_adapters:
-            raise ValueError(f"AdaLoRA adapter '{adapter_name}' is merged: unmerge_adapter() it before it is resized.")
+            raise ValueError(f"AdaLoRA adapter '{adapter_name}' is merged. Call unmerge_adapter() before the resize.")
         if layout_of(E) is not None:
             raise NotImplementedError(
-                f"AdaLoRA adapter '{adapter_name}' has tensors spread over processes: resize it before that."
+                f"AdaLoRA adapter '{adapter_name}' has tensors spread over processes. Resize it before that."
             )
     for key, cpu_mask in masks.items():
         layer = tuner.layers[key]

@@ -74,7 +74,7 @@ class BdLoRA(LoRA):
         """
         site, side, cfg = self.site, self.side, require_sub_config(self.cfg.use_bdlora)
         if side == "AB":
-            raise ConfigError(f"Target {site.key} matches both A and B block-diagonal patterns: take it out of one.")
+            raise ConfigError(f"Target {site.key} matches both A and B block-diagonal patterns. Take it out of one.")
         if not side and cfg.match_strict:
             raise ConfigError(
                 f"Target {site.key} matches neither A nor B block-diagonal patterns. If this is intentional, set "
@@ -88,10 +88,12 @@ class BdLoRA(LoRA):
         if width % cfg.nblocks or self.cfg.r % cfg.nblocks:
             raise ConfigError(
                 f"{side} of layer '{site.key}' has sizes {width} and r={self.cfg.r}, not divisible by {cfg.nblocks} "
-                "(nblocks)."
+                "(nblocks). Choose another nblocks."
             )
         if side == "B" and self.cfg.lora_bias:
-            raise ConfigError(f"lora_bias=True is not supported for the block-diagonal B of layer '{site.key}'.")
+            raise ConfigError(
+                f"lora_bias=True is not supported for the block-diagonal B of layer '{site.key}'. Leave it off."
+            )
         return super().check()
 
     def build(self, shared: dict[str, object], device: torch.device | None = None) -> dict[str, object]:

@@ -42,7 +42,7 @@ def check_parameter(site: Site, cfg: LoraConfig) -> None:
     wrong = [name for name, on in options.items() if on]
     if wrong:
         raise ConfigError(
-            f"lora.{what} does not work with {', '.join(wrong)} (layer '{site.key}'): leave it out, or that layer."
+            f"lora.{what} does not work with {', '.join(wrong)} (layer '{site.key}'). Leave it out, or that layer."
         )
 
 
@@ -61,8 +61,8 @@ def plain_start(site: Site, cfg: LoraConfig, option: str) -> None:
     how = cfg.init_lora_weights
     if isinstance(how, str) and how.lower() not in ("gaussian", "orthogonal"):
         raise ConfigError(
-            f"With {option}, A or B of layer '{site.key}' has a shape that init_lora_weights={how!r} cannot fill: "
-            "choose True, False, 'gaussian' or 'orthogonal'."
+            f"With {option}, A or B of layer '{site.key}' has a shape that init_lora_weights={how!r} cannot fill. "
+            "Choose True, False, 'gaussian' or 'orthogonal'."
         )
 
 

@@ -101,8 +101,8 @@ def check_start(cfg: LoraConfig) -> None:
         check_loftq(cfg)
     if cfg.kasa_config and isinstance(init, str) and init.startswith(("pissa_niter", "corda", "lora_ga")):
         raise ConfigError(
-            f"kasa_config cannot stand with init_lora_weights={init!r}: loading makes KaSA's base anew, which "
-            "takes an initialisation that gives the same values each time."
+            f"kasa_config does not work with init_lora_weights={init!r}, which gives other values at each load. "
+            "Choose another initialisation."
         )
     if cfg.lora_bias and not isinstance(init, bool):
         raise ConfigError(

@@ -69,7 +69,7 @@ def subtract_initial(
     new_config.alpha_pattern = {k: 2 * v for k, v in (config.alpha_pattern or {}).items()}
     setting = LoRA.variant(new_config).changes_base(new_config)
     if setting is not None:
-        raise ConfigError(f"An adapter with {setting} has no form for the base weights as they were: save it as it is.")
+        raise ConfigError(f"An adapter with {setting} has no form for the base weights as they were. Save it as it is.")
     return out, new_config
 
 

@@ -58,7 +58,7 @@ class DyLoRA(LoRA):
         if share is None:
             raise RoutingError(
                 f"DyLoRA draws its ranks when a training step calls the model that get_peft_model returns, and layer "
-                f"'{self.site.key}' was called in another way: call that one, or eval() first."
+                f"'{self.site.key}' was called in another way. Call that one, or eval() first."
             )
         r = self.cfg.r
         b = 1 + int(share.value * r)

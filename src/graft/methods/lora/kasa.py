@@ -42,7 +42,7 @@ class KaSA(LoRA):
         if site.op.known and r >= min(site.shape):
             raise ConfigError(
                 f"KaSA requires `r` ({r}) to be smaller than min(in_features, out_features) ({min(site.shape)}) of "
-                f"layer '{site.key}', or nothing would be left of its weight."
+                f"layer '{site.key}', or nothing would be left of its weight. Choose a smaller r."
             )
         return super().check()
 

@@ -61,7 +61,7 @@ def start(lora: Method, W: Tensor) -> Start:
     """
     if not lora.layer.store.exact:
         raise ConfigError(
-            f"LoftQ quantizes the base itself, and layer '{lora.site.key}' is quantized already: pass the model as it "
+            f"LoftQ quantizes the base itself, and layer '{lora.site.key}' is quantized already. Pass the model as it "
             "was before, or use replace_lora_weights_loftq."
         )
     cfg = lora.cfg.loftq_config

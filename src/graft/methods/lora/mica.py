@@ -74,7 +74,7 @@ class MiCA(LoRA):
     def tie(self, source: Method) -> None:
         """Raise ConfigError: a tied layer would have the frozen B as its A, so `ensure_weight_tying` cannot be used."""
         raise ConfigError(
-            f"MiCA freezes B, which the tied layer '{self.site.key}' would have as its A: leave ensure_weight_tying "
+            f"MiCA freezes B, which the tied layer '{self.site.key}' would have as its A. Leave ensure_weight_tying "
             "off, or choose another init_lora_weights."
         )
 

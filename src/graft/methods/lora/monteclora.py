@@ -142,7 +142,7 @@ class MonteCLoRA(LoRA):
     def tie(self, source: Method) -> None:
         """Raise ConfigError: a tied layer would have the random A as its B, so `ensure_weight_tying` cannot be used."""
         raise ConfigError(
-            f"MonteCLoRA draws A of an embedding, which the tied layer '{self.site.key}' would have as its B: leave "
+            f"MonteCLoRA draws A of an embedding, which the tied layer '{self.site.key}' would have as its B. Leave "
             "ensure_weight_tying off."
         )
 

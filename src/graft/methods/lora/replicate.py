@@ -32,13 +32,13 @@ def replicate(model: nn.Module, ranges: list[tuple[int, int]]) -> Callable[[], N
     if done is not None:
         if done != [tuple(r) for r in ranges]:
             raise ConfigError(
-                f"layer_replication={ranges} cannot follow {done}: load the adapters into separate models."
+                f"layer_replication={ranges} cannot follow {done}. Load the adapters into separate models."
             )
         return lambda: None
     owner, name, layers = _layers(model)
     adapters = sorted({adapter for layer in filter(None, map(layer_in, model.modules())) for adapter in layer.methods})
     if not all(0 <= start < end <= len(layers) for start, end in ranges):
-        raise ConfigError(f"layer_replication={ranges} names layers outside the model's {len(layers)}.")
+        raise ConfigError(f"layer_replication={ranges} names layers outside the model's {len(layers)}. Choose others.")
     depth_wanted = sum(end - start for start, end in ranges)
     if depth_wanted > MOST_COPIES * len(layers):
         raise ConfigError(

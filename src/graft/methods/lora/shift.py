@@ -195,8 +195,8 @@ def apply_file_shift(lora: Method) -> None:
         return
     if not are_near(current, fresh):
         warn(
-            f"The {title_of(lora)} initialisation of adapter '{lora.name}' changed a base model with other weights: "
-            "expect other outputs than in training.",
+            f"The {title_of(lora)} initialisation of adapter '{lora.name}' changed a base model with other weights. "
+            "Expect other outputs than in training.",
             PeftWarning,
         )
     take_out(lora, shift.A, shift.B)

@@ -159,7 +159,9 @@ def corda(lora: Method, W: Tensor) -> Start:
                 "`preprocess_corda` and `get_peft_model` need the same model and rank; so does a cache file."
             )
         if not t.isfinite().all():
-            raise CalibrationError(f"Invalid value found in matrix {name} for layer '{site.key}': NaN or infinite.")
+            raise CalibrationError(
+                f"Invalid value found in matrix {name} for layer '{site.key}': NaN or infinite. Pass other data."
+            )
     root = (S / s).sqrt()
     return Start.of(root[:, None] * V.T, U * root, s)
 
@@ -177,7 +179,9 @@ def eigens_of(W: Tensor, C: Tensor, r: int, method: str, key: str) -> CordaEigen
     W, C = W.float(), C.float()
     mean = C.diagonal().mean()
     if not (C.isfinite().all() and mean > 0):
-        raise CalibrationError(f"The inputs of layer '{key}' are all zero, or not finite: there is no covariance.")
+        raise CalibrationError(
+            f"The inputs of layer '{key}' are all zero, or not finite: there is no covariance. Pass other data."
+        )
     one, damp = torch.eye(len(C), device=C.device), DAMP
     while True:
         damped = C + damp * mean * one
@@ -208,14 +212,14 @@ def loraga(lora: Method, W: Tensor) -> Start:
     site, r, s, cfg = lora.site, lora.cfg.r, lora.scaling, lora.cfg.lora_ga_config
     G = lora.take_from_base(
         GRADIENT,
-        f"There is no gradient for layer '{site.key}' (adapter '{lora.name}'): call preprocess_loraga with this model "
+        f"There is no gradient for layer '{site.key}' (adapter '{lora.name}'). Call preprocess_loraga with this model "
         "and config before.",
     )
     G = site.op.canon(G).to(W)
     if G.shape != W.shape:
         raise CalibrationError(
             f"The gradient for layer '{site.key}' is {tuple(G.shape)}, and the weight {tuple(W.shape)}: it was "
-            "estimated with another model."
+            "estimated with another model. Call preprocess_loraga with this one."
         )
     U, S, V = torch.svd_lowrank(G, q=min(4 * r, *G.shape), niter=4)
     for_A, for_B = directions(cfg.direction, r)

@@ -112,7 +112,7 @@ def set_first_values(lora: Method, A: Tensor, B: Tensor) -> None:
     if site.shared:
         raise ConfigError(
             f"init_lora_weights={how!r} would change the weight of layer '{site.key}', which another module uses as "
-            "well: take the layer out of target_modules, or choose another initialisation."
+            "well. Take the layer out of target_modules, or choose another initialisation."
         )
     W = lora.layer.W0
     if site.on_meta:

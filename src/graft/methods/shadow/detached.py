@@ -300,7 +300,7 @@ def unload(tuner: Tuner, adapter_name: str | None = None, copy: bool = False) ->
     name = next(shadows, None) if adapter_name is None else adapter_name
     if name is None:
         raise AdapterNotFoundError(
-            f"No shadow adapter is active: name one. Loaded adapters: {', '.join(tuner.peft_config)}."
+            f"No shadow adapter is active. Name a loaded adapter: {', '.join(tuner.peft_config)}."
         )
     tuner.check_known([name])
     return detach(tuner, name, copy)

@@ -93,7 +93,7 @@ def network_from(where: str, width: int) -> tuple[nn.Module, nn.Module | None]:
     if projection is not None and projection.out_features != width:
         raise ConfigError(
             f"The shadow network of '{where}' projects to {projection.out_features} numbers, and the base model is "
-            f"{width} wide."
+            f"{width} wide. Choose a network for this model."
         )
     embeddings = network.get_input_embeddings()
     if embeddings is not None:
@@ -166,7 +166,7 @@ def list_block_paths(model: nn.Module) -> list[str]:
     if stack is not None:
         return [f"{stack[1]}.{i}" for i in range(stack[2])]
     raise AttributeError(
-        f"SHADOW finds no stack of blocks in a {type(model).__name__}: name the blocks in target_modules."
+        f"SHADOW finds no stack of blocks in a {type(model).__name__}. Name the blocks in target_modules."
     )
 
 
@@ -177,7 +177,9 @@ def require_width(model: nn.Module) -> int:
     """
     size = getattr(text_config(model), "hidden_size", None)
     if size is None:
-        raise ConfigError(f"SHADOW needs hidden_size in the model's config, and {type(model).__name__} has none.")
+        raise ConfigError(
+            f"SHADOW needs hidden_size in the model's config, and {type(model).__name__} has none. Use another method."
+        )
     return int(size)
 
 

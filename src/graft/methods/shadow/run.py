@@ -62,8 +62,8 @@ class States:
             runs = self.before.get((adapter, block), [])
             if len(runs) != 1:
                 raise NotImplementedError(
-                    f"A backward pass runs block '{block}' again, and SHADOW adapter '{adapter}' has no state for it: "
-                    "pass use_reentrant=False to gradient checkpointing, or checkpoint within the block."
+                    f"A backward pass runs block '{block}' again, and SHADOW adapter '{adapter}' has no state for it. "
+                    "Pass use_reentrant=False to gradient checkpointing, or checkpoint within the block."
                 )
             before = runs[0]
         else:
@@ -147,8 +147,8 @@ class Pass:
         self.arguments = name_arguments(tuner.model, args, kwargs)
         if any(self.arguments.get(name) is not None and kwargs.get(name) is None for name in NAMES):
             raise ValueError(
-                f"SHADOW adapters {list(names)} take a cache apart, and found one among the arguments without a name: "
-                "pass past_key_values by its name."
+                f"SHADOW adapters {list(names)} take a cache apart, and found one among the arguments without a name. "
+                "Pass past_key_values by its name."
             )
         use_cache = self.arguments.get("use_cache")
         why = None if use_cache is False else self.why_no_cache()

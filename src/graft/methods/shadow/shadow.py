@@ -96,7 +96,7 @@ class Shadow(Method[ShadowConfig]):
     def check_together(cls, methods: Sequence[Method]) -> None:
         """Raise ValueError always: exactly one SHADOW adapter can be active."""
         names = [m.name for m in methods]
-        raise ValueError(f"SHADOW supports exactly one active adapter at a time, got {names}: each has its own state.")
+        raise ValueError(f"SHADOW supports exactly one active adapter at a time, got {names}. Activate one of them.")
 
     def describe(self) -> Effect:
         """Return a `Rewrite` of the block with `pre` and `post`, which cannot merge."""
@@ -134,7 +134,7 @@ class Shadow(Method[ShadowConfig]):
         states: States | None = self.layer.call.fact(FACT)
         if states is None:
             raise RoutingError(
-                f"layer '{self.site.key}' of SHADOW adapter '{self.name}' has no state to read: call the PeftModel (or "
+                f"layer '{self.site.key}' of SHADOW adapter '{self.name}' has no state to read. Call the PeftModel (or "
                 "its base_model), which runs the shadow network, and not the model inside."
             )
         return states
@@ -149,7 +149,7 @@ class Shadow(Method[ShadowConfig]):
         if s.shape != h.shape:
             raise ValueError(
                 f"the shadow state has shape {tuple(s.shape)}, and layer '{self.site.key}' gets {tuple(h.shape)}: "
-                "SHADOW needs blocks that all see the same tokens."
+                "SHADOW needs blocks that all see the same tokens. Name such blocks in target_modules."
             )
         difference = self.shadow_dropout(self.shadow_down(x - s.to(x)))
         update: Tensor = self.cfg.shadow_alpha * self.shadow_up(difference)

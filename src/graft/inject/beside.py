@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trains beside an adapter: whole modules (`modules_to_save`), single rows (`trainable_token_indices`)."""
+"""The hosts of two kinds of training next to an adapter's layers: whole modules (`modules_to_save`), called heads, and
+single rows of an embedding (`trainable_token_indices`).
+"""
 
 from __future__ import annotations
 
@@ -28,26 +30,39 @@ CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 @dataclass
 class HeadConfig:
-    """The config of a head. module: the caller's, or of a checkpoint's shape; None: a copy of the base's."""
+    """The config of a `Head`.
+
+    `module` is the module that will train: the caller's, or one with a checkpoint's shapes. None: `Head.build` copies
+    the base's module.
+    """
 
     module: nn.Module | None = None
-    inference_mode: ClassVar[bool] = True  # a head has the mode of the module that it stands for
+    inference_mode: ClassVar[bool] = True  # a head has the mode of the base's module
 
 
 class Head(Method[HeadConfig]):
-    """A module that trains whole in the place of the base's, which other heads may differ from in shape."""
+    """The method for `modules_to_save`: one adapter's trainable module, which runs instead of the base's module.
+
+    Heads of several adapters on one module may have different shapes.
+    """
 
     prefix, moves = "modules_to_save", False
 
     modules_to_save: nn.Module
 
     def describe(self) -> Effect:
+        """Return a `Replace` effect with this head's module. `aside=True`: gates and merges leave it out."""
         return Replace(self.get_module, acts_elsewhere=True)
 
     def get_module(self) -> nn.Module:
+        """Return the module that trains, `self.modules_to_save`."""
         return self.modules_to_save
 
     def build(self, shared: dict[str, object]) -> dict[str, object]:
+        """Return {"modules_to_save": module}: the config's module, moved to the base module's device and dtype, or a
+        standalone copy of the base module if the config has none. Sets `requires_grad` on its floating and complex
+        parameters and clears it on the others. `shared` is not used.
+        """
         base, module = self.site.module, self.cfg.module
         module = standalone(base) if module is None else module.to(*find_device_and_dtype(base))
         for p in module.parameters():
@@ -55,11 +70,18 @@ class Head(Method[HeadConfig]):
         return dict(modules_to_save=module)
 
     def tie(self, source: Method) -> None:
+        """Make the weight of this head the same Parameter object as the weight of `source`'s head.
+
+        Other parameters stay.
+        """
         self.modules_to_save.weight = source.modules_to_save.weight
 
 
 def check_single_adapter(host: Host, names: Sequence[str], shown_as: str, does: str) -> None:
-    """Raise ValueError if a host has several of these adapters, only one of which can act there."""
+    """Raise ValueError if `host` carries more than one of the adapters `names`.
+
+    `shown_as` and `does` are parts of the text.
+    """
     candidates = [n for n in names if n in host.methods]
     if len(candidates) > 1:
         raise ValueError(
@@ -69,21 +91,29 @@ def check_single_adapter(host: Host, names: Sequence[str], shown_as: str, does: 
 
 
 class ModulesToSaveWrapper(Host):
-    """The host of heads: runs that of the active adapter; if it has none, the original."""
+    """The host of heads: it replaces a module of the base and runs the head of the first active adapter that has one
+    here. With no such adapter, or while adapters are disabled, the base's module runs.
+    """
 
     how = "already trained whole, through modules_to_save"
     inner_name, claim, beside = "original_module", f"is {how} of", True
     modules_to_save: nn.ModuleDict
 
     def check_active(self, names: Sequence[str]) -> None:
+        """Raise ValueError if more than one of the adapters `names` has a head here, since only one head can run."""
         check_single_adapter(self, names, "ModulesToSaveWrapper", "has its own copy of")
 
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
-        """Return {name below this module in a file: name in memory}, for transformers' `load_adapter`."""
+        """Return {name below this module in a file: "modules_to_save.<adapter>.<name>"} for each tensor of the
+        adapter's head. The `load_adapter` of transformers calls it.
+        """
         return {path: f"modules_to_save.{adapter}.{path}" for path, *_ in tensors_of(self.modules_to_save, adapter)}
 
     def adapter_state_dict(self, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that a file holds of an adapter, from this module's state dict."""
+        """Return the adapter's tensors by their names in a file, taken from this module's `state_dict`.
+
+        Raises KeyError if it lacks one.
+        """
         return {name: state_dict[memory] for name, memory in self.adapter_state_dict_load_map(adapter).items()}
 
     adapter_layer_names, other_param_names = ("modules_to_save",), ()
@@ -92,16 +122,24 @@ class ModulesToSaveWrapper(Host):
 
     @property
     def active_adapters(self) -> list[str]:
+        """The active adapters that have a head here, in the order of activation."""
         return [name for name in self.state.active if name in self.methods]
 
     @property
     def active(self) -> nn.Module:
-        """The module that runs where a call says nothing of its rows."""
+        """The module that runs for a call without rows: `remainder`, or the base's module while adapters are
+        disabled.
+        """
         return self.base_module if self.disable_adapters else self.remainder
 
     @property
     def running_modules(self) -> list[nn.Module]:
-        """The modules that run now: that of the active adapter, or those of the rows of the call."""
+        """The modules that run now, each once.
+
+        While adapters are disabled, or the open call switches them off, that is the base's module. Without a mixed
+        batch it is `remainder`. In a mixed batch each row has the first of its adapters with a head here, else the
+        base's module.
+        """
         rows = self.call.current() if self.call.open else None
         if self.state.disabled or rows is OFF:
             return [self.base_module]
@@ -114,10 +152,17 @@ class ModulesToSaveWrapper(Host):
 
     @property
     def remainder(self) -> nn.Module:  # type: ignore[override]
-        """The module that unloading leaves, whether adapters are disabled or not."""
+        """The module that stays after an unload: the head of the first active adapter that has one here, else the
+        base's module. Disabling adapters does not change it.
+        """
         return next((self.modules_to_save[name] for name in self.active_adapters), self.base_module)
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the module that runs now, if this wrapper lacks it.
+
+        If rows of the call run several modules, a tensor or submodule goes through `guard_value`; other values are the
+        first module's. Raises AttributeError for names that begin with two underscores.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -128,10 +173,16 @@ class ModulesToSaveWrapper(Host):
             return self.guard_value(name, value) if more_modules and isinstance(value, (Tensor, nn.Module)) else value
 
     def guard_value(self, name: str, value: Tensor | nn.Module) -> Tensor:
-        """Return what rows with heads of their own see of a tensor: its shape and dtype. Raise for a module."""
+        """Return a `Withheld` tensor of `value`'s shape and dtype, for a batch with rows of several heads.
+
+        Computing with it raises RoutingError.
+
+        Raises:
+            RoutingError: `value` is a module.
+        """
         text = (
-            f"Rows of a mixed batch have heads of their own in '{self.key}', whose '{name}' the model reads, and uses "
-            "without calling the head: give all rows of a batch one adapter."
+            f"Rows of a mixed batch have different heads in '{self.key}', but the model reads its '{name}' without "
+            "calling it. Give all rows of a batch one adapter."
         )
         if isinstance(value, nn.Module):
             raise RoutingError(text)
@@ -139,12 +190,18 @@ class ModulesToSaveWrapper(Host):
 
 
 def get_head_site(key: str, module: nn.Module) -> Site:
-    """Return the site of heads for a module: what type it has is nobody's business."""
+    """Return the site for heads of a module: the module's own `site` if it is a host already, else a new one at path
+    `key` with the unknown op. Every module type is accepted.
+    """
     return module.site if isinstance(module, Host) else Site(key, module, UNKNOWN, find_store(module))
 
 
 def describe_trained_module(method: Head | TrainableTokens) -> tuple[str, int]:
-    """Return what a report says of a head or of rows: what they are, and how many numbers train."""
+    """Return a report's entry for a head or token rows: its description and the count of trainable numbers.
+
+    A head gives the module's class name and the size of all parameters. Token rows give "<n> tokens" and n times the
+    width of the embedding.
+    """
     site = method.site
     if isinstance(method, Head):
         module = site.module if method.cfg.module is None else method.cfg.module
@@ -154,12 +211,19 @@ def describe_trained_module(method: Head | TrainableTokens) -> tuple[str, int]:
 
 
 def find_saved_entry(key: str, names: Sequence[str]) -> str | None:
-    """Return the entry of modules_to_save that names a module, if any: a plain end of its path, as in PEFT."""
+    """Return the first of `names` (of `modules_to_save`) that is an end of the path `key`, or None.
+
+    As in PEFT the end need not begin at a dot.
+    """
     return next((n for n in names if key.endswith(n)), None)
 
 
 def add_task_heads(config: Any) -> None:
-    """Add the heads of the config's task to its modules_to_save, in place."""
+    """Append the default head names of the config's `task_type` to its `modules_to_save`, in place, without duplicates.
+
+    Also stores them as `_default_heads`, so that no warning comes if the model lacks them. A config without the field
+    `modules_to_save` only gets a warning. A task without default heads changes nothing.
+    """
     if config.task_type in TASK_HEADS and not hasattr(config, "modules_to_save"):
         warn(
             f"{config.peft_type.value} has no modules_to_save: the head of the {config.task_type.value} model stays as "
@@ -173,7 +237,14 @@ def add_task_heads(config: Any) -> None:
 
 
 def check_can_train_whole(key: str, module: nn.Module, inside: Sequence[str], adapter: str) -> None:
-    """Raise if `adapter` cannot train the module whole. `inside`: paths below it with other adapters."""
+    """Raise UnsupportedLayerError if `adapter` cannot train a copy of the module at `key`.
+
+    Causes: it is a container of modules or parameters, it is an adapter layer, its weights are quantized, or modules
+    within it have adapters.
+
+    Args:
+        inside: paths below the module that have adapters.
+    """
     if isinstance(module, CONTAINERS) or layer_in(module) is not None:
         carrier = carrier_of(module)
         why = "" if carrier is None else f": it {carrier.claim} adapter(s) {carrier.adapters}"
@@ -188,23 +259,30 @@ def check_can_train_whole(key: str, module: nn.Module, inside: Sequence[str], ad
         )
     if inside:
         raise UnsupportedLayerError(
-            f"modules_to_save cannot be applied to '{key}': '{inside[0]}' inside it carries other adapters, which a "
-            f"copy would take along. Adapter '{adapter}': name other modules, or load it into another model."
+            f"modules_to_save cannot be applied to '{key}': '{inside[0]}' inside it carries other adapters, and a "
+            f"copy would have them too. Adapter '{adapter}': name other modules, or load it into another model."
         )
 
 
 class RowsLayer(AdapterLayer):
-    """The layer of an embedding (or a head tied to it) some of whose rows train beside an adapter."""
+    """The layer of an embedding, or of a head tied to it, with single rows that train.
+
+    Its methods are `TrainableTokens`.
+    """
 
     how = "already trained in single rows, through trainable_token_indices"
     claim, takes_rows, beside = f"is {how} of", True, True
 
     def check_active(self, names: Sequence[str]) -> None:
+        """Raise ValueError if more than one of the adapters `names` trains rows of this layer."""
         check_single_adapter(self, names, "TrainableTokensWrapper", "trains rows of")
 
 
 class TrainableTokensWrapper(Shell):
-    """PEFT's module around a `RowsLayer`, which is called `token_adapter` within it."""
+    """The module that PEFT puts around a `RowsLayer`.
+
+    It is a shell: it only forwards to the layer, its `token_adapter`.
+    """
 
     token_adapter: RowsLayer
     inner_name = "token_adapter"
@@ -212,36 +290,49 @@ class TrainableTokensWrapper(Shell):
     other_param_names = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
     def __init__(self, token_adapter: RowsLayer):
+        """Make a wrapper around a layer, which becomes the submodule `token_adapter`."""
         super().__init__()
         self.token_adapter = token_adapter
 
     @property
     def inner_host(self) -> RowsLayer:  # type: ignore[override]
+        """The layer within."""
         return self._modules["token_adapter"]  # type: ignore[return-value]
 
     @property
     def original_module(self) -> nn.Module:
+        """The embedding of the base model, beneath the layer."""
         return self.inner_host.base_layer
 
     @property
     def weight(self) -> Tensor:
-        """The weight with the active rows, for models that use it without calling the embedding."""
+        """The embedding's weight with the active adapters' rows in it, for models that use it without calling the
+        embedding.
+        """
         return self.inner_host.effective_weight()
 
     @property
     def active_adapters(self) -> list[str]:
+        """The active adapters that train rows here, in the order of activation."""
         return [name for name in self.inner_host.state.active if name in self.inner_host.methods]
 
     active_adapter = Carrier.active_adapter  # a name, as in PEFT
 
     def adapter_state_dict_load_map(self, adapter: str) -> dict[str, str]:
-        """Return {name below this module in a file: name in memory}, for transformers' `load_adapter`."""
+        """Return {name below this module in a file: name in memory} of the adapter's rows.
+
+        Returns {} if the rows are borrowed from a tied module, since a file holds them there. The `load_adapter` of
+        transformers calls it.
+        """
         name = "token_adapter.trainable_tokens_delta"
         return {} if self.inner_host.methods[adapter].lenders else {name: f"{name}.{adapter}"}
 
     adapter_state_dict = ModulesToSaveWrapper.adapter_state_dict
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute that this wrapper lacks: the layer's if `Carrier` declares the name, else that of the
+        base's embedding. Raises AttributeError for names that begin with two underscores.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -251,4 +342,5 @@ class TrainableTokensWrapper(Shell):
             return getattr(self.inner_host if of_host else self.inner_host.base_layer, name)
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        """Call the layer within and return its output."""
         return self.token_adapter(*args, **kwargs)

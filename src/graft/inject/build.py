@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build the carriers of an adapter, apart from the model, and give them their values; and the size of that, counted."""
+"""The second step of an injection: make the carriers of an adapter, apart from the model, and give them their values.
+
+`count_early_numbers` counts in advance how much memory that takes.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,11 @@ if TYPE_CHECKING:
 
 
 def count_early_numbers(job: InjectionJob) -> float:
-    """Count the numbers that `build` makes for good before it asks a checkpoint for values."""
+    """Return the count of numbers that `build_carriers` allocates before it reads a checkpoint's values.
+
+    These are the tensors that all layers share, of layers that read base weights, and of token rows. Nothing is
+    allocated: all is made on the meta device. Returns infinity for shapes that no tensor can have.
+    """
     total, local_methods = 0.0, job.local_methods.values()
     if job.method.shares and local_methods:
         layers = AdaptedLayers(
@@ -52,9 +59,13 @@ def count_early_numbers(job: InjectionJob) -> float:
 
 
 class LargestTensorMode(TorchDispatchMode):
-    """Notes the size of the largest tensor that code makes, also of those that it drops."""
+    """A dispatch mode that records the size of the largest tensor made within it, also of temporary ones.
+
+    `numbers` is its count of elements.
+    """
 
     def __init__(self) -> None:
+        """Begin with `numbers` = 0."""
         TorchDispatchMode.__init__(self)
         self.numbers = 0
 
@@ -65,6 +76,7 @@ class LargestTensorMode(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
+        """Run the operation and return its result. If that is one tensor, raises `numbers` to its count of elements."""
         out = function(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.numbers = max(self.numbers, out.numel())
@@ -72,17 +84,24 @@ class LargestTensorMode(TorchDispatchMode):
 
 
 def count_needed_numbers(make: Callable[[], Mapping[str, object]]) -> float:
-    """Count the numbers that `make` needs room for: in what it returns, or in its largest tensor. Run it on meta."""
+    """Return the larger of two counts: the numbers in all values that `make` returns, and those of its largest tensor.
+
+    `make` runs on the meta device without warnings. Returns infinity if torch raises RuntimeError or OverflowError for
+    a shape.
+    """
     largest = LargestTensorMode()
     try:
         with META, largest, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again when it is made for good
+            warnings.simplefilter("ignore")  # the real build gives the same warnings
             return max(sum(count_value_numbers(value) for value in make().values()), largest.numbers)
     except (RuntimeError, OverflowError):  # shapes that no tensor can have
         return math.inf
 
 
 def count_value_numbers(value: object) -> int:
+    """Return the count of elements of a tensor, of the tensor in a `Transient`, or of all parameters and buffers of a
+    module. Any other value counts as 0.
+    """
     if isinstance(value, Transient):
         value = value.tensor
     if isinstance(value, nn.Module):
@@ -91,7 +110,16 @@ def count_value_numbers(value: object) -> int:
 
 
 def build_carriers(job: InjectionJob) -> None:
-    """Build the carriers of an injection after its `find`; on an error leave nothing behind."""
+    """Make the layers, wrappers and shared tensors of an adapter in `job`, with initial values or those of a
+    checkpoint. Call it after `resolve_job`. The model stays as it is, except that packed biases become Parameters.
+
+    With a process group that computes the model in pieces, all its processes get equal values. On any error
+    `job.undo()` takes everything back before the error continues.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit, or its config asks for far more numbers than it holds.
+        UnsupportedLayerError: on a stage of a pipeline the adapter needs tensors of another stage.
+    """
     values = job.options.values
     if values is not None:
         values.check_room(count_early_numbers(job))
@@ -130,9 +158,13 @@ def build_carriers(job: InjectionJob) -> None:
 
 
 def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[Receiver, Tensor]]) -> None:
-    """Assign values to an adapter's entries; make initial ones for tensors that the checkpoint does not hold.
+    """Write `values` into an adapter's tensors.
 
-    An adapter that is merged stays so, with the new values.
+    Tensors on the meta device without a value get the method's initial values.
+
+    First copies tensors that layers borrow from others; afterwards layers with equal values share them again. Where the
+    adapter is merged, it is taken out of the weight for the write and merged again with the new values. Calls each
+    method's `finish_load`.
     """
     related = [layer for layer in parts.layers.values() if layer.methods[adapter].lenders]
     if related:
@@ -157,7 +189,7 @@ def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[R
         initial_values = {(slot.container, slot.path): t for slot, t in spare.tensors(adapter, transient=True)}
         for slot in empty:
             slot.assign(initial_values[slot.container, slot.path], layer.where[0])
-        spare.rollback()  # the base weight changes by what the layer itself holds
+        spare.rollback()  # the layer's own tensors, not these, change the base weight
     for layer in parts.layers.values():
         layer.methods[adapter].finish_load()
     if related:
@@ -165,7 +197,10 @@ def assign_values(parts: AdapterCarriers, adapter: str, values: Iterable[tuple[R
 
 
 def copy_borrowed_tensors(layers: Iterable[AdapterLayer], adapter: str) -> None:
-    """Give each layer its own tensors in place of those that it has from others."""
+    """Replace each tensor that a layer borrows from a lender by a copy in a new Parameter, in place.
+
+    Tensors on the meta device stay.
+    """
     for layer in layers:
         for slot in layer.slots(adapter):
             if slot.container in layer.methods[adapter].lenders and not slot.tensor.is_meta:
@@ -173,7 +208,13 @@ def copy_borrowed_tensors(layers: Iterable[AdapterLayer], adapter: str) -> None:
 
 
 def share_lent_tensors(layers: Iterable[AdapterLayer], adapter: str, only_equal: bool = False) -> None:
-    """Give each layer the tensors that it has from others; with `only_equal`, where it has the same values."""
+    """Replace tensors of each layer by those of its lender, in place, for the containers that `lenders` names.
+
+    Args:
+        only_equal: keep a layer's tensor if its values differ from the lender's. One warning then names the count and
+            the
+            first such layer. Tensors on the meta device are always replaced.
+    """
     differing = []
     for layer in layers:
         for container, lender in layer.methods[adapter].lenders.items():
@@ -203,8 +244,16 @@ def add_adapter(
     upcast: bool,
     default: torch.device | None = None,  # as `build_on` has it
 ) -> int:
-    """Put an adapter on a host, frozen. Return how many of its numbers can train."""
-    method.layer = layer  # which has the weight
+    """Make an adapter's tensors on a host and put them in place, frozen. Return how many of its numbers can train.
+
+    Args:
+        on_meta: make placeholders on the meta device instead of calling the method's `build` and `init`.
+        upcast: hold half-precision tensors in float32.
+
+    Raises:
+        LinAlgError: a decomposition of the base weight failed. The text names the adapter and the layer.
+    """
+    method.layer = layer  # `build` and `init` read its weight
     where = layer.where
     try:
         if on_meta:
@@ -222,9 +271,9 @@ def add_adapter(
 
 
 def check_initial_values(layers: Iterable[AdapterLayer], adapter: str) -> None:
-    """Raise LinAlgError if an adapter that starts from base weights starts with numbers that are not finite.
+    """Raise LinAlgError if a tensor of `adapter` on one of the layers holds NaN or an infinite number.
 
-    Not every decomposition complains of such weights.
+    The text names the first such layer and counts the others. Some decompositions return such values without an error.
     """
     started = [(layer, t) for layer in layers for _, t in layer.tensors(adapter, transient=True)]
     sizes = largest([t for _, t in started])
@@ -238,13 +287,20 @@ def check_initial_values(layers: Iterable[AdapterLayer], adapter: str) -> None:
 
 
 def make_shared_tensors(job: InjectionJob) -> None:
-    """Make the tensors that all layers share."""
+    """Make the tensors that all layers of the adapter share, and put them into `job.shared`, next to those of other
+    adapters. Adds their trainable numbers to the report. If a method reads base weights, merged adapters are taken out
+    of all layers meanwhile. On a pipeline stage without sites does nothing.
+
+    Raises:
+        ConfigError: the adapter has no site at all.
+    """
     sites = [method.alone.site for method in job.order.values()]
     if not sites and job.tree.absent:
         return
     if not sites:
         raise ConfigError(
-            f"No layers types compatible with {job.method.__name__} were found: it needs some to size what they share."
+            f"No layers types compatible with {job.method.__name__} were found: its shared tensors "
+            "need them for their size."
         )
     layers = AdaptedLayers(job.model, sites, job.cfg, job.shared.containers, job.others)
     layers.check_agreement(job.method)
@@ -263,6 +319,17 @@ def make_shared_tensors(job: InjectionJob) -> None:
 
 
 def add_layers(job: InjectionJob) -> None:
+    """Make a layer with the adapter's tensors for each site, in `job.order`, and note it in the report's `matched`.
+
+    A site that has a layer already gets the adapter on that one. A site of another pipeline stage only draws its
+    initial values and drops them, unless values come from a checkpoint or the adapter is on the meta device.
+
+    Tensors are placeholders on the meta device if values follow, or if `on_meta` allows it. Numbers in borrowed tensors
+    count on the lender. Warns if the scaling of a layer is 0.
+
+    Raises:
+        LinAlgError: initial values computed from base weights are not finite.
+    """
     shared, adapter, call, options = job.shared.wrap_containers(), job.adapter, job.call, job.options
     loads, on_meta = options.values is not None, options.on_meta
     default = torch.get_default_device()
@@ -298,7 +365,10 @@ def add_layers(job: InjectionJob) -> None:
 
 
 def warn_of_offloaded_biases(biases: list[Any], model: nn.Module, adapter: str, bias: str) -> None:
-    """Warn of biases that are to train, and that accelerate's hooks take from where no optimizer writes to."""
+    """Warn if accelerate offloads some of the biases that are to train, since an optimizer cannot change those.
+
+    Without biases on the meta device does nothing.
+    """
     away = find_offloaded(model) if any(b.is_meta for b in biases) else {}
     lost = [b for b in biases if id(b) in away]
     if lost:
@@ -310,7 +380,14 @@ def warn_of_offloaded_biases(biases: list[Any], model: nn.Module, adapter: str, 
 
 
 def add_heads_and_rows(job: InjectionJob) -> None:
-    """Give the adapter its heads, and its rows of embeddings."""
+    """Make the adapter's heads and token rows and put them into `job.wrappers`; then count them in the report.
+
+    A host that is there already gets one more method. A head may take its shape from the checkpoint. Tied heads get
+    their source's weight.
+
+    Raises:
+        ConfigError: a head and its tied embedding are on two devices.
+    """
     values = job.options.values
     for key, method in job.beside.items():
         kind = ModulesToSaveWrapper if isinstance(method, Head) else RowsLayer
@@ -327,7 +404,7 @@ def add_heads_and_rows(job: InjectionJob) -> None:
 
 
 def check_one_device(method: Method, source: Method) -> None:
-    """Raise ConfigError unless a module and the embedding that it is tied to can share an adapter's memory."""
+    """Raise ConfigError if the modules of `method` and of its tied `source` are on different devices."""
     device, source_device = find_device_and_dtype(method.site.module)[0], find_device_and_dtype(source.site.module)[0]
     if device != source_device:
         raise ConfigError(
@@ -338,7 +415,14 @@ def check_one_device(method: Method, source: Method) -> None:
 
 
 def adapt_tied_modules(job: InjectionJob) -> None:
-    """Adapt the modules tied to the embedding. `build` ties the adapters once they have values."""
+    """Make a layer with the adapter for each module that is tied to the embedding, and note it in the report.
+
+    Their tensors get tied later, in `build_carriers`, once they have values. Methods that are always tied count 0
+    trainable numbers here.
+
+    Raises:
+        ConfigError: the two modules are on different devices and the method is not always tied.
+    """
     for key, method in job.methods.items():
         source = method.source
         if source is None:
@@ -351,7 +435,11 @@ def adapt_tied_modules(job: InjectionJob) -> None:
 
 
 def set_fan_in_fan_out(cfg: PeftConfig, sites: Iterable[Site]) -> None:
-    """Set `fan_in_fan_out` as the layer type has it, with a warning if the config differs."""
+    """Set `cfg.fan_in_fan_out` to the value for the layer type of the sites: True for Conv1D, False for Linear.
+
+    Warns for each change. Ignores embeddings, unknown layer types, parameters, and weights that have not two
+    dimensions. A config without the field stays as it is.
+    """
     if not hasattr(cfg, "fan_in_fan_out"):
         return
     for site in sites:

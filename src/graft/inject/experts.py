@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Old names of experts, one module each, in configs and files for models that hold all experts of a block as one stack.
+"""Names of experts from the time when each was a module, in configs and files, for models that hold all experts of a
+block as one stack.
 
-transformers 5 fuses them: of each expert, the matrices that act on the same input stand in one, below each other. Its
-own table of conversions says which.
+transformers 5 fuses experts: one parameter holds the matrices of all experts, with matrices on the same input below
+each other. transformers' own table of conversions says where each matrix is.
 """
 
 from __future__ import annotations
@@ -31,31 +32,36 @@ if TYPE_CHECKING:
 
 OF_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.lora_[AB]\.weight")
 PREFIX = "base_model.model."  # of a file's keys
-BY_PEFT = ("mixtral", "qwen2_moe")  # whose conversions PEFT applies to configs: Mixtral itself, and who borrows them
-ROUTER = "gate"  # beside the experts; it was a linear layer
+BY_PEFT = ("mixtral", "qwen2_moe")  # PEFT converts configs for Mixtral, and for models with conversions of these two
+ROUTER = "gate"  # a sibling of the experts; it was a linear layer
 
 
 class PartPlace(NamedTuple):
-    """The place of a matrix of experts in their stack."""
+    """The place of one part of an expert, such as `w1`, in the stack of all experts."""
 
     stack: str  # path of the parameter
-    row: int  # from above
-    parts: tuple[str, ...]  # the names of all that stand there
+    row: int  # index among the parts, from above
+    parts: tuple[str, ...]  # the old names of all parts of the stack
 
 
 class ExpertStacks:
-    """The experts of a model: their stacks, and how transformers puts weights of older checkpoints into these.
+    """The expert stacks of a model, and transformers' conversions of old expert names into these.
+
+    Without transformers 5 or a config with a `model_type` the conversions are empty.
 
     Args:
-        tree: the survey of the model; None: a new one.
+        tree: a survey of the model; None: a new one.
     """
 
     def __init__(self, model: Any, tree: ModuleTree | None = None):
+        """Read transformers' conversion mapping for the model into `renamings`, `converters` (those that merge modules)
+        and `names`. Surveys the model unless `tree` is passed.
+        """
         self.model, self.tree = model, survey_model(model) if tree is None else tree
         self.renamings: list[WeightRenaming] = []
         self.converters: list[WeightConverter] = []
-        self.by_peft = False  # PEFT rewrites configs by them
-        self.names: set[str] = set()  # old names of what they put together, and of what stands beside it
+        self.by_peft = False  # PEFT rewrites configs by these conversions
+        self.names: set[str] = set()  # old names of the parts, and of the router
         if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
             return
         try:
@@ -74,14 +80,15 @@ class ExpertStacks:
 
     @cached_property
     def stacks(self) -> list[ExpertStack]:
-        """The stacks of the model, with the old names of their parts."""
+        """All expert stacks of the model, with the old names of their parts. Computed once."""
         return [*list_stacks(self.tree, self)]
 
     def find_place(self, experts: str, part: str, old: bool = True) -> PartPlace | None:
-        """Return where the matrices `<experts>.<number>.<part>` stand now; None if nowhere.
+        """Return where the matrices `<experts>.<number>.<part>` are now: the stack, the row within it, and all parts of
+        the stack. Returns None if no conversion knows that name.
 
         Args:
-            old: `experts` may be an old path, too.
+            old: also apply transformers' renamings, so that `experts` may be an old path.
         """
         name = f"{experts}.0.{part}.weight"
         for renaming in self.renamings if old else ():
@@ -94,7 +101,9 @@ class ExpertStacks:
         return None
 
     def parts(self, path: str, name: str) -> tuple[str, ...]:
-        """Return the names that the parts of a stack had in each expert, from above; () if it was none."""
+        """Return the old names of the parts of the parameter `name` of the module at `path`, in the order of their
+        rows. Returns () if no conversion makes that parameter.
+        """
         for converter in self.converters:
             part = read_part_name(converter.source_patterns[0])
             place = self.find_place(path, part, old=False)
@@ -103,7 +112,7 @@ class ExpertStacks:
         return ()
 
     def find_old_path(self, path: str) -> str:
-        """Return the name that a module had."""
+        """Return the path that a module had before transformers' renamings; the same path if none applies."""
         name = f"{path}.weight"
         for renaming in reversed(self.renamings):
             name, _ = renaming.reverse_transform().rename_source_key(name)
@@ -111,7 +120,9 @@ class ExpertStacks:
 
 
 def is_rewritten_by_peft(model: object) -> bool:
-    """Return True if PEFT rewrites configs for a model that name experts by their old names."""
+    """Return True if PEFT rewrites expert names in configs for this model: Mixtral, or a family that uses Mixtral's or
+    Qwen2-MoE's conversions. Returns False if transformers' conversion module is not imported.
+    """
     conversion_mapping = sys.modules.get(
         "transformers.conversion_mapping"
     )  # with transformers 5 and later, by each of its models
@@ -121,37 +132,48 @@ def is_rewritten_by_peft(model: object) -> bool:
 
 
 def is_merge_of_modules(conversion: WeightTransform) -> TypeGuard[WeightConverter]:
-    """Return True if a conversion puts the weights of many modules together into one tensor."""
+    """Return True if a conversion puts the weights of many modules together into one tensor, by transformers'
+    `MergeModulelist`.
+    """
     operations = getattr(conversion, "operations", ())
     return len(conversion.target_patterns) == 1 and any(type(o).__name__ == "MergeModulelist" for o in operations)
 
 
 def read_part_name(pattern: str) -> str:
-    """Return the last name of the modules that a pattern such as `.experts.*.w1.weight` means."""
+    """Return the last module name in a pattern: `w1` for `.experts.*.w1.weight`. Backslashes are dropped."""
     return pattern.replace("\\", "").removesuffix(".weight").rpartition(".")[2]
 
 
 class ExpertStack(NamedTuple):
-    """A stack of matrices, one of each expert, that is a parameter of a module."""
+    """A parameter that holds one matrix of each expert of a module."""
 
-    module: str  # its path
+    module: str  # the path of the module
     parameter: str
     size: int
-    parts: tuple[str, ...]  # old names of what stands in it, () if transformers' table has none
+    parts: tuple[str, ...]  # old names of the parts, () if transformers' table has none
 
     @property
     def path(self) -> str:
+        """The parameter's path."""
         return f"{self.module}.{self.parameter}"
 
     @property
     def names(self) -> set[str]:
-        """The names by which a config may mean it: `gate_up_proj` is `gate_proj` and `up_proj`."""
+        """The names by which a config may name the stack: its old parts, the parameter, and the pieces of a fused name.
+
+        For `gate_up_proj` the pieces are `gate_proj` and `up_proj`.
+        """
         *parts, kind = self.parameter.split("_")
         return {*self.parts, self.parameter, *(f"{part}_{kind}" for part in parts)}
 
 
 def list_stacks(tree: ModuleTree, experts: ExpertStacks | None = None) -> Iterator[ExpertStack]:
-    """Yield the stacks of a model."""
+    """Yield the expert stacks of a model, in its order.
+
+    These are parameters of modules with a name that ends with "experts": packed ones if there are any, else those with
+    three dimensions. A parameter called `weight` is none. `experts` gives the old names of the parts; without it they
+    are ().
+    """
     for path, module in tree.modules.items():
         if not path.rpartition(".")[2].endswith("experts"):
             continue
@@ -166,7 +188,9 @@ def list_stacks(tree: ModuleTree, experts: ExpertStacks | None = None) -> Iterat
 
 @dataclass
 class UnreachedTargets:
-    """What a config names and does not reach: experts, and layers that files could not hold for PEFT."""
+    """The targets of a config that an injection leaves out: expert stacks, and layers that PEFT could not load from a
+    file.
+    """
 
     stacks: list[ExpertStack] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)  # paths
@@ -174,7 +198,10 @@ class UnreachedTargets:
 
     @property
     def experts_text(self) -> str:
-        """The text for a warning, or an error; '' if none is left out."""
+        """The sentence for a warning or error that says how to adapt the stacks: by `target_parameters`.
+
+        '' if no stack is left out.
+        """
         if not self.stacks:
             return ""
         wanted = sorted({f"{s.module.rpartition('.')[2]}.{s.parameter}" for s in self.stacks})
@@ -185,6 +212,10 @@ class UnreachedTargets:
 
     @property
     def layers_text(self) -> str:
+        """The sentences for a warning that name up to three layers left out, and the remedy.
+
+        '' if no layer is left out.
+        """
         if not self.layers:
             return ""
         wanted = [f"{path}.weight" for path in self.layers]
@@ -198,17 +229,20 @@ class UnreachedTargets:
 def convert_expert_targets(
     cfg: Any, model: nn.Module, tree: ModuleTree, keys: Collection[str] | None
 ) -> UnreachedTargets:
-    """Rewrite a config that names experts by their old names, so that it names the stacks; return what is left out.
+    """Rewrite a LoRA config with old expert names in place, and return the targets that stay out of reach.
 
-    The stacks get the rank of all parts together, as a file's matrices of the parts are put side by side. PEFT drops
-    the other modules of these names (dense layers, shared experts); here they become targets by their weights, of
-    which files have the same names.
+    Expert names move to `target_parameters`; `rank_pattern` and `alpha_pattern` follow.
+
+    A stack gets the ranks of all its parts together. Dense layers and shared experts of these names become targets by
+    their weights; PEFT drops them. The config stays as it is for other methods, for models without stacks, and where it
+    names no expert. If expert names also mean other modules of a model that PEFT does not convert, the stacks are
+    returned as out of reach.
 
     Args:
-        keys: of the file from which values will come, which say what is adapted; None: a new adapter.
+        keys: those of the file that gives the values, which say which experts are adapted; None: a new adapter.
 
     Raises:
-        ConfigError: of matrices that are fused the config names only some.
+        ConfigError: the config names only some of the parts that are fused into one stack.
     """
     unreached = UnreachedTargets()
     if (
@@ -258,9 +292,13 @@ def convert_expert_targets(
 
 
 class ExpertTargets:
-    """What the `target_modules` of a config mean in a model, and in the one that it was."""
+    """The meaning of a config's `target_modules` in a model with expert stacks, by today's paths and by old ones."""
 
     def __init__(self, cfg: Any, experts: ExpertStacks):
+        """Compile the config's targets.
+
+        For "all-linear" `linear` becomes the set of all linear layers' paths, else it is None.
+        """
         self.cfg, self.experts, self.tree = cfg, experts, experts.tree
         self.matcher = Matcher(cfg)
         self.regex = isinstance(cfg.target_modules, str)
@@ -269,28 +307,38 @@ class ExpertTargets:
             self.linear = list_linear_layers(cfg, experts.model, self.tree.modules)
 
     def is_chosen(self, path: str) -> bool:
+        """Return True if the config targets a path; for "all-linear", if it is that of a linear layer."""
         return path in self.linear if self.linear is not None else self.matcher(path).outcome == "matched"
 
     def parts(self, stack: ExpertStack) -> list[str]:
-        """Return the parts of a stack that are chosen in some expert."""
+        """Return the parts of a stack that the config targets in at least one expert. "all-linear" targets all."""
         if self.linear is not None:
             return [*stack.parts]
         return [part for part in stack.parts if any(map(self.is_chosen, self._list_paths(stack, part)))]
 
     def is_unnamed(self, stack: ExpertStack) -> bool:
-        """Return True if a stack is meant, and not named in `target_parameters`."""
+        """Return True if `target_modules` means a stack that `target_parameters` does not name.
+
+        Always False for "all-linear".
+        """
         if self.linear is not None or Matcher(self.cfg, parameters=True)(stack.path).outcome == "matched":
             return False
         return any(self.is_chosen(path) for name in stack.names for path in self._list_paths(stack, name))
 
     def list_entries(self, names: set[str]) -> set[str]:
-        """Return the entries that end with one of these names; a regex as it is."""
+        """Return the entries of `target_modules` that end with a name in `names`.
+
+        A regex is returned as a set of one.
+        """
         if self.regex:
             return {self.cfg.target_modules}
         return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] in names}
 
     def modules(self) -> list[str]:
-        """Return the paths of the chosen modules that have an old name of experts or routers."""
+        """Return the paths of chosen modules that end with an old name of experts or routers.
+
+        For "all-linear" routers next to expert stacks count as chosen, too.
+        """
         named = [path for path in self.tree.modules if path.rpartition(".")[2] in self.experts.names]
         if self.linear is None:
             return [path for path in named if self.is_chosen(path)]
@@ -298,8 +346,10 @@ class ExpertTargets:
         return [path for path in named if self.is_chosen(path) or path in routers]
 
     def list_other_targets(self, moved: list[str]) -> set[str]:
-        """Return the targets without those names; of a regex, and "all-linear", the names of the modules that it chose,
-        without `moved`."""
+        """Return the new `target_modules`: without the old expert names.
+
+        A regex or "all-linear" becomes the shortest names of all modules that it chooses, except those in `moved`.
+        """
         if not self.regex:
             return {entry for entry in self.cfg.target_modules if entry.rpartition(".")[2] not in self.experts.names}
         gone = set(moved)
@@ -307,7 +357,9 @@ class ExpertTargets:
         return shorten_paths(paths, [*self.tree.modules])
 
     def _list_paths(self, stack: ExpertStack, name: str) -> Iterator[str]:
-        """Yield the paths that the experts' modules of a name had, or would have today."""
+        """Yield the paths that modules called `name` have or had in the experts: below the module of the stack, and
+        below each expert's number. Only expert 0 is tried, unless the config is a regex or has a number in an entry.
+        """
         numbers: Iterable[int] = range(stack.size)
         if not self.regex and not any(part.isdigit() for t in self.cfg.target_modules for part in t.split(".")):
             numbers = (0,)
@@ -319,7 +371,10 @@ class ExpertTargets:
 
 
 def find_stack_parts(keys: Iterable[str], experts: ExpertStacks) -> dict[ExpertStack, list[str]]:
-    """Return the stacks of which a file has parts, by experts, and which."""
+    """Return the stacks with matrices of single experts in a file, each with its parts in the file's order.
+
+    Keys of other names, or of stacks that the model lacks, are left out.
+    """
     by_path = {stack.path: stack for stack in experts.stacks}
     out: dict[ExpertStack, list[str]] = {}
     matches = (OF_EXPERT.fullmatch(key.removeprefix(PREFIX)) for key in keys)
@@ -331,7 +386,10 @@ def find_stack_parts(keys: Iterable[str], experts: ExpertStacks) -> dict[ExpertS
 
 
 def is_weight_plain(module: nn.Module, path: str, tree: ModuleTree) -> bool:
-    """Return True if PEFT could adapt the weight of a module by its name."""
+    """Return True if PEFT could adapt the module's weight by its name: a floating Parameter with two dimensions, not of
+    a Conv1D or a quantized linear layer. False also for a module with adapters around it, unless these adapt
+    parameters.
+    """
     base = innermost(module)
     weight, op = base._parameters.get("weight"), find_op(base)
     if type(weight) is not nn.Parameter or weight.dim() != 2 or not weight.is_floating_point():
@@ -342,14 +400,22 @@ def is_weight_plain(module: nn.Module, path: str, tree: ModuleTree) -> bool:
 
 
 def shorten_paths(paths: list[str], every: list[str]) -> set[str]:
-    """Return the fewest names that mean these paths, and none of the others."""
+    """Return the fewest, shortest names that match all `paths` and no other path of `every`.
+
+    Returns an empty set for no paths.
+    """
     return minimize_names(paths, set(every) - set(paths)) if paths else set()
 
 
 def convert_patterns(
     cfg: PeftConfig, parts_by_stack: dict[ExpertStack, list[str]], weights: list[str], tree: ModuleTree
 ) -> None:
-    """Have `rank_pattern` and `alpha_pattern` give stacks the sum over their parts, weights what their layers have."""
+    """Rewrite `rank_pattern` and `alpha_pattern` of a config in place.
+
+    A stack gets the sum over its parts; a weight gets the value of its layer. Patterns that only reached moved modules
+    are dropped. Values equal to the default get no entry; a stack of n parts has the default n times, by one pattern
+    for its parameter name.
+    """
     sums: dict[str, dict[str, float]] = {}
     for name, of in cfg.patterns.items():
         patterns_of_field, default = dict(getattr(cfg, name) or {}), getattr(cfg, of)

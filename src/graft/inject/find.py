@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search for all that an injection will do: which modules, and why not others. Its errors come from here."""
+"""The first step of an injection: find the sites, methods, heads, token rows and biases of an adapter, without a change
+to the model. All errors about targets are raised here.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,18 @@ MOST_WARNINGS = 100  # about entries of one field
 
 
 def resolve_job(job: InjectionJob) -> None:
-    """Fill in the fields of an injection that say what it will do, or raise."""
+    """Fill in the fields of `job` that say where and how the adapter acts: `cfg`, `report`, `targets`, `methods`,
+    `order`, `biases`, heads and token rows. The model is not changed. Rewrites `job.cfg` in place: default targets,
+    expert names, tied modules.
+
+    Warns of entries that match nothing. With `job.keys` the adapter gets exactly those paths; then no target is
+    resolved or reported.
+
+    Raises:
+        NoMatchingPeftModuleError: no module matches.
+        UnsupportedLayerError, ConfigError: the adapter cannot adapt a target, a head or token rows.
+        DistributedError: the adapter would train on a model that FSDP manages.
+    """
     tree, cfg, method, adapter, model = job.tree, job.cfg, job.method, job.adapter, job.model
     tree.ops = getattr(cfg, "_custom_modules", None) or {}
     unreached, targets = UnreachedTargets(), job.targets
@@ -91,7 +104,7 @@ def resolve_job(job: InjectionJob) -> None:
         kind = variant if method_config is cfg else method.variant(method_config)
         method_on_site = job.methods[key] = make_method(
             site, kind, method_config.at(source), adapter
-        )  # patterns name what is targeted
+        )  # patterns name the target
         if source != key:
             method_on_site.config_path, method_on_site.via_container = source, key in targets.along
         if key in tied:
@@ -127,8 +140,9 @@ def resolve_job(job: InjectionJob) -> None:
 
 
 def drop_read_targets(cfg: Targeted, method: type[Method], adapter: str, tree: ModuleTree) -> None:
-    """Take default targets out of a config whose weights modules read, such as kernels, where the method acts in calls
-    of a layer alone. Nothing is taken out if that leaves no target."""
+    """Take names out of `cfg.target_modules`, in place, if the modules around them read the weight and the method has
+    no form for that. Only for default targets, and by the first module of each name. If no name would stay, all stay.
+    """
     kind, read, names = method.variant(cfg), set(), set(cfg.target_modules or ())
     for name in names:
         key = next((key for key in tree.modules if f".{key}".endswith(f".{name}")), None)
@@ -143,13 +157,27 @@ def drop_read_targets(cfg: Targeted, method: type[Method], adapter: str, tree: M
 
 
 def make_method(site: Site, kind: Any, cfg: PeftConfig, adapter: str) -> Method:
-    """Make the method of a site: of a stack of matrices, on each of them."""
+    """Return a new method of class `kind` for a site.
+
+    For a parameter with more than two dimensions it is an `OnEach`, which has one method for each matrix; unless the
+    class lays out stacks itself.
+    """
     instance: Method = (on_each(kind) if site.is_stack and not kind.lays_out_stacks else kind)(site, cfg, adapter)
     return instance
 
 
 def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
-    """Find the sites; note in the report modules left out and entries without a match."""
+    """Put the sites of all modules and parameters that the config targets into `job.targets.sites`.
+
+    The report gets modules that another field takes out (`skipped`), and counts of the rest by type (`untargeted`).
+
+    Replaced steps of the tuner have the last word on each module. An attention brings its `out_proj` along, before
+    itself. Warns of entries that match nothing, and on a pipeline stage if nothing matches.
+
+    Raises:
+        NoMatchingPeftModuleError: no module or parameter matches, on a model that is not a stage.
+        ConfigError: `target_parameters` together with `job.keys`.
+    """
     cfg, report, tree, targets = job.cfg, job.report, job.tree, job.targets
     chosen, matcher = set(job.keys or ()), Matcher(cfg) if job.keys is None else None
     outcomes: dict[str, Verdict] = {}
@@ -162,7 +190,7 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
             verdict = Verdict("matched" if key in chosen else "untargeted", key)
         if job.steps is not None and matcher is not None:
             verdict = job.steps.decide(key, verdict)
-        if key in targets.tied and verdict.outcome == "matched":  # by a regex; `follow` adapts it later
+        if key in targets.tied and verdict.outcome == "matched":  # by a regex; `adapt_tied_modules` adapts it later
             verdict = Verdict("tied", verdict.entry)
         outcomes[key] = verdict
         if verdict.outcome == "matched":
@@ -209,17 +237,23 @@ def match_modules(job: InjectionJob, unreached: UnreachedTargets) -> None:
 
 
 def warn_of_unreached(unreached: UnreachedTargets, tree: ModuleTree, report: InjectReport) -> None:
-    """Warn of experts and layers that a config names and does not reach, and note them in the report."""
+    """Give one warning for expert stacks and one for layers that the config does not reach, if there are any.
+
+    The report gets each of them in `skipped`.
+    """
     for text in filter(None, (unreached.experts_text, unreached.layers_text)):
         warn(f"{text} Adapter '{report.adapter}'.", PeftWarning)
     how = "an expert's matrix is no module: name {} in target_parameters"
     report.skipped += [Skipped(s.path, "Parameter", how.format(s.parameter)) for s in unreached.stacks]
-    how = "left out beside experts, as PEFT does: name its weight in target_parameters"
+    how = "left out next to experts, as PEFT does: name its weight in target_parameters"
     report.skipped += [Skipped(path, get_type_name(tree.modules[path]), how) for path in unreached.layers]
 
 
 def assign_lenders(methods: Sequence[Method]) -> None:
-    """Name the lender of each tensor that a layer of an adapter has in common with one before it."""
+    """Set `lenders` of each method that has a tensor in common with an earlier one.
+
+    The first method of each key lends; the keys come from the functions in `common`, by container.
+    """
     for container, keys_of in methods[0].common.items():
         first: dict[Hashable, Method] = {}
         for method, key in zip(methods, keys_of(methods)):
@@ -229,7 +263,11 @@ def assign_lenders(methods: Sequence[Method]) -> None:
 
 
 def check_sites(methods: dict[str, Method], tree: ModuleTree, mixed: bool) -> None:
-    """Raise UnsupportedLayerError unless these methods can adapt their sites."""
+    """Raise UnsupportedLayerError, with a remedy, for the first site that its method cannot adapt.
+
+    The module, its storage or the method refuses; the layer has an adapter of that name; it has another method and
+    `mixed` is False; or the module trains whole or in rows.
+    """
     for key, method in methods.items():
         site, adapter = method.site, method.name
         why = getattr(site.module, "why_not_adapted", None)
@@ -260,7 +298,10 @@ def check_sites(methods: dict[str, Method], tree: ModuleTree, mixed: bool) -> No
 
 
 def why_not_parallel(method: Method) -> str | None:
-    """Return why a method cannot adapt a module of which each process has a piece; None if it can."""
+    """Return why a method cannot adapt a module that several processes hold in pieces, as a sentence; None if it can.
+
+    One cause is a method that changes the output together with a bias that the caller adds.
+    """
     site, effect = method.site, method.effect
     inside = effect.whole or effect.input_of is not None or site.op.opaque
     why = why_no_adapter(site.module, site.op, inside)
@@ -271,21 +312,26 @@ def why_not_parallel(method: Method) -> str | None:
 
 
 def check_not_fsdp(modules: Iterable[tuple[str, nn.Module]], adapter: str) -> None:
-    """Raise DistributedError if FSDP manages one of a model's modules: nobody would average a new adapter's gradients.
+    """Raise DistributedError if FSDP manages one of the modules, since no process would average the gradients of a new
+    adapter.
 
-    modules: all of the model, with their paths.
+    Args:
+        modules: all modules of the model, with their paths.
     """
     key = next((key for key, module in modules if MANAGED in module.__dict__), None)
     if key is not None:
         raise DistributedError(
-            f"Adapter '{adapter}' would train on a model of which FSDP manages '{key}' already: nobody would average "
-            "the adapter's gradients, and the processes would drift apart. Inject adapters before fully_shard (or "
-            "FullyShardedDataParallel); for inference set inference_mode=True."
+            f"Adapter '{adapter}' would train on a model with FSDP around '{key}' already: nobody would average its "
+            "gradients. Inject adapters before fully_shard (or FullyShardedDataParallel); for inference set "
+            "inference_mode=True."
         )
 
 
 def why_not_uncalled(method: Method) -> str | None:
-    """Return why a method cannot adapt a tensor that modules use in ways of their own; None if it can."""
+    """Return why a method cannot adapt a weight that modules read without calling the layer; None if it can.
+
+    Causes: the method needs the whole call, it has no form in the weight, or it needs a weight that cannot be read.
+    """
     site, effect = method.site, method.effect
     if effect.whole:
         return f"The weight is used without a call of the layer, so that {type(method).__name__} would have no effect"
@@ -298,7 +344,10 @@ def why_not_uncalled(method: Method) -> str | None:
 def find_modules_to_save(
     names: Sequence[str], defaults: Sequence[str], tree: ModuleTree, report: InjectReport
 ) -> list[str]:
-    """Return the paths of the modules that train whole; warn of names without a module, but for `defaults`."""
+    """Return the paths of the modules that `modules_to_save` names, without those on another pipeline stage.
+
+    Warns of names without a module, except for those in `defaults`, and notes them in the report.
+    """
     everywhere = [key for key in tree.modules if beside.find_saved_entry(key, names) is not None]
     missing = [n for n in names if n not in defaults and not any(key.endswith(n) for key in everywhere)]
     if missing:
@@ -309,9 +358,13 @@ def find_modules_to_save(
 def warn_unmatched(
     name: str, entries: dict[str, list[tuple[str, int]]], report: InjectReport, of: object = None
 ) -> None:
-    """Warn of entries of a config's field that matched nothing, and note them in the report.
+    """Warn of entries of the config's field `name` that match nothing, and note all in the report.
 
-    of: the field, if no entry of it matched, though another field did.
+    At most 100 get a warning each; one more counts the rest. With `of` there is a single RuntimeWarning instead.
+
+    Args:
+        entries: each with similar names and their counts.
+        of: the field's value, if none of its entries matched although another field's did.
     """
     first = list(entries.items())[:MOST_WARNINGS]
     if of and entries:
@@ -331,7 +384,15 @@ def warn_unmatched(
 def make_heads(
     saved: list[str], chosen: dict[str, nn.Module], tied: dict[str, str], tree: ModuleTree, adapter: str
 ) -> dict[str, Head]:
-    """Return the heads of an adapter: of the modules that train whole, and of those tied to them."""
+    """Return a new `Head` for each path in `saved`, and for each module tied to one of them, which gets that head as
+    `source`.
+
+    Args:
+        chosen: modules of the caller, by path; other heads copy the base's module.
+
+    Raises:
+        UnsupportedLayerError: a module cannot train whole.
+    """
     new_heads: dict[str, Head] = {}
     for key in [*saved, *(k for k, source in tied.items() if source in saved)]:
         inside = [k for k in (*tree.layers, *tree.wrappers) if k.startswith(f"{key}.")]
@@ -345,10 +406,12 @@ def make_heads(
 def choose_heads(
     heads: dict[str, nn.Module], saved: list[str], model: nn.Module, tree: ModuleTree
 ) -> dict[str, nn.Module]:
-    """Return the modules that the caller gave for `modules_to_save`, by full path.
+    """Return the caller's modules in `heads` by the full path of the entry of `saved` that each name means.
 
     Raises:
-        ConfigError: one has no place, is in the model already, or takes inputs of another width.
+        ConfigError: `heads` is no mapping, or a name means none or several of `saved`. Or a value is no module, is part
+            of the
+            model already, or takes inputs of another width.
     """
     if not isinstance(heads, Mapping):
         raise ConfigError(f"heads must be modules by name, as {{'classifier': …}}, got {type(heads).__name__}.")
@@ -372,10 +435,10 @@ def choose_heads(
 
 
 def read_bias_option(cfg: PeftConfig) -> str:
-    """Return which biases of the base train: "none", "all", or "<method>_only".
+    """Return the config's `bias`: "none", "all", or "<method>_only". A config without the field has "none".
 
     Raises:
-        NotImplementedError: `bias` has no such value.
+        NotImplementedError: `bias` has another value.
     """
     bias: str = getattr(cfg, "bias", "none")
     if bias not in ("none", "all") and not bias.endswith("_only"):
@@ -388,12 +451,13 @@ def read_bias_option(cfg: PeftConfig) -> str:
 def list_trained_biases(
     cfg: PeftConfig, model: nn.Module, adapted: list[nn.Module], whole: list[str]
 ) -> list[nn.Parameter | nn.Module]:
-    """Return the base model's biases that train; a packed layer in place of one that is no Parameter yet.
+    """Return the biases of the base that train.
 
-    Modules trained whole have their own, in the adapter's copy.
+    With `bias="all"` these are the model's, except within modules in `whole`; else those of the `adapted` modules. For
+    a bias that is no Parameter yet the packed layer is returned.
 
     Raises:
-        NotImplementedError: `bias` has no such value.
+        NotImplementedError: `bias` is none of its values.
     """
     if read_bias_option(cfg) == "all":
         inside = tuple(f"{key}." for key in whole)
@@ -408,7 +472,13 @@ def list_trained_biases(
 def check_rows(
     rows: dict[str, TrainableTokens], adapted: dict[str, Method], saved: list[str], tree: ModuleTree
 ) -> None:
-    """Raise unless these single rows can train."""
+    """Raise unless each of the token rows can train.
+
+    Raises:
+        ValueError: the module is in `modules_to_save` as well.
+        UnsupportedLayerError: the module is in `target_modules` as well, or carries something that excludes rows.
+        ConfigError: the method refuses, such as for an index that the embedding lacks.
+    """
     for key, method in rows.items():
         module, source, adapter = tree.modules[key], method.source, method.name
         name = f"'{key}'" + (f", which follows '{source.site.key}' as it shares its weight" if source else "")
@@ -438,7 +508,14 @@ def report_matches(
     parameters: list[str],
     experts_left: UnreachedTargets,
 ) -> None:
-    """Warn of entries that matched nothing and note them in the report; raise if no module matched at all."""
+    """Warn of each entry of the config that matches nothing, and note it in the report.
+
+    Covers `target_modules`, `exclude_modules`, `layers_to_transform` and the patterns. Entries that mean expert stacks
+    in `experts_left` get no warning here.
+
+    Raises:
+        NoMatchingPeftModuleError: no module and no parameter matches, unless the target is the dummy name.
+    """
     verdicts = outcomes.values()
     outcome_kinds = {v.outcome for v in verdicts}
     targets = cfg.target_modules
@@ -484,10 +561,15 @@ def report_matches(
 
 
 def explain_no_match(cfg: Any, outcomes: dict[str, Verdict], excluded: bool) -> str:
+    """Return the error's text for a config that targets no module.
+
+    It tells apart: a model without modules, modules that a replaced step left out, all or some excluded, no targets,
+    and names that are not in the model, with similar names.
+    """
     targets = cfg.target_modules
     if not outcomes:
         return (
-            "The model has no modules in it, whose place an adapter could take: if it is a layer, put that into one, "
+            "The model has no modules in it that an adapter could replace. If it is a layer, put that into a module, "
             "as torch.nn.Sequential(layer)."
         )
     if any(v.outcome == "left" for v in outcomes.values()):
@@ -531,9 +613,11 @@ def make_token_rows(
     tree: ModuleTree,
     adapter: str,
 ) -> dict[str, TrainableTokens]:
-    """Return the methods that train single rows, first of modules that the config names, then of those tied to them.
+    """Return the `TrainableTokens` methods by path: first of the modules that the config names, then of those tied to
+    them. A tied module has its source as lender, so that it borrows the rows.
 
-    wanted: the rows of the embedding, or of each module by name.
+    Args:
+        token_indices: rows of the input embedding, or {name of a module: rows}.
     """
     tokens = resolve_token_indices(token_indices, model, tree, adapter)
     tied, new_rows = find_tied_tokens(tokens, cfg, model, tree), dict[str, TrainableTokens]()
@@ -549,7 +633,13 @@ def make_token_rows(
 def resolve_token_indices(
     token_indices: Mapping[str, Sequence[int]] | Sequence[int], model: nn.Module, tree: ModuleTree, adapter: str
 ) -> dict[str, list[int]]:
-    """Return the rows that a config trains, by path of their module."""
+    """Return the rows that train, by full path of the module.
+
+    A plain list means the input embedding. Modules of other pipeline stages are left out.
+
+    Raises:
+        NoMatchingPeftModuleError: no module has a name.
+    """
     named = (
         token_indices
         if isinstance(token_indices, Mapping)
@@ -570,7 +660,13 @@ def resolve_token_indices(
 def find_tied_tokens(
     tokens: dict[str, list[int]], cfg: PeftConfig, model: nn.Module, tree: ModuleTree
 ) -> dict[str, str]:
-    """Return the modules tied to the embedding that train the same rows: {path: embedding's path}."""
+    """Return {path: embedding's path} of the modules tied to the embedding, if the embedding's rows train.
+
+    A tied module with different rows in `tokens` is left out.
+
+    Raises:
+        ValueError: a tied module has different rows and the config sets `ensure_weight_tying`.
+    """
     embedding, tied = find_tied_modules(model, tree) if tokens else (None, [])
     embedding_rows = tokens.get(embedding or "")
     following = [k for k in tied if embedding_rows is not None and tokens.get(k) in (None, embedding_rows)]

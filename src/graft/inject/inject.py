@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put an adapter on a model: find, check, build, commit; or undo. One walk of the module tree."""
+"""An injection puts an adapter on a model: find, check, build, then commit, or undo on an error.
+
+The module tree is walked once.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,14 @@ if TYPE_CHECKING:
 
 
 class Injection(InjectionJob):
-    """One adapter on its way onto a model, step by step."""
+    """An `InjectionJob` with the steps that do it. `run` does all; `find` alone is a plan."""
 
     def run(self) -> Injection:
-        """Put the adapter on the model, in place, inactive and frozen.
+        """Put the adapter on the model, in place, inactive and frozen. Return this injection.
+
+        Waits until no call of the model runs. Copies the completed config into the caller's. The garbage collector
+        pauses meanwhile. Warnings come at the end, once each. If processes compute the model in pieces, their random
+        generators are synchronized first.
 
         Raises:
             NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError: the model is as it was before the call.
@@ -54,7 +61,10 @@ class Injection(InjectionJob):
         return self
 
     def find(self) -> Injection:
-        """Find all that the injection will do and raise all that can go wrong, without a change to the model."""
+        """Survey the model unless that is done, copy the config to `cfg`, and fill in all that the injection will do.
+
+        Return this injection. The model and the caller's config stay as they are. Raises the errors of `resolve_job`.
+        """
         self.tree = self.tree or survey_model(self.model)
         self.cfg = copy.copy(self.config)
         with nullcontext() if self.steps is None else self.steps.swap_config(self):
@@ -63,7 +73,11 @@ class Injection(InjectionJob):
 
     @contextmanager
     def restructure_model(self, keep: bool = True) -> Iterator[None]:
-        """Let the method change the model itself; undo that if the block raises, or afterwards unless `keep`."""
+        """Let the method change the model's modules for the block, if it does so.
+
+        Undoes the change if the block raises, or at its end unless `keep`. Drops the survey after a change, as it shows
+        the old modules.
+        """
         undo = self.method.restructure(self.config, self.model)
         if undo is not None:
             self.tree = None  # type: ignore[assignment]  # the survey shows the model before the change
@@ -77,7 +91,12 @@ class Injection(InjectionJob):
             undo()
 
     def commit(self) -> None:
-        """Attach layers and wrappers; freeze the base under its first adapter. Nothing here can fail."""
+        """Attach the new layers and wrappers to the model.
+
+        The base's parameters freeze, in place, if it had no adapters before; the names of those frozen already are kept
+        in `frozen_before`. Trained biases then get `requires_grad`. Empty carriers of deleted adapters are replaced by
+        their base modules. Nothing here can fail.
+        """
         tree = self.tree
         prepare_packed(tree.modules.values())
         if not tree.layers and not tree.wrappers:
@@ -107,7 +126,10 @@ class Injection(InjectionJob):
 
 
 def list_frozen_names(model: nn.Module, tree: ModuleTree) -> set[str] | None:
-    """Name the parameters that do not train, before a first adapter freezes all; None if none trains."""
+    """Return the names of the parameters that do not train, all names of shared ones.
+
+    Returns None if no parameter trains, and an empty set if all train.
+    """
     frozen_parameters = [p for p in tree.owners if not p.requires_grad]
     if len(frozen_parameters) == len(tree.owners):
         return None
@@ -116,22 +138,23 @@ def list_frozen_names(model: nn.Module, tree: ModuleTree) -> set[str] | None:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
-MANY = 10_000  # objects that an injection made, of which the collector's search as young takes a few ms
+MANY = 10_000  # new objects; below this the collector searches them in a few ms
 
 
 @contextmanager
 def pause_collector() -> Iterator[None]:
-    """Pause the garbage collector: an injection makes no garbage, and the search takes longer than the injection.
+    """Pause the garbage collector for the block; switch it on afterwards if it was on.
 
-    Count what was made as old afterwards. Python would search it at once otherwise, as young: 0.4 s of 1.1 s for 10,000
-    modules.
+    After more than 10,000 new objects, they move to the oldest generation, unless the caller has frozen objects.
+    Otherwise Python would search them at once, as young: 0.4 s of 1.1 s for 10,000 modules. An injection makes no
+    garbage.
     """
     enabled, before = gc.isenabled(), gc.get_count()[0]
     gc.disable()
     try:
         yield
     finally:
-        # what a caller has frozen stays so; to count that takes long where it is much
+        # unfreezing would undo a caller's freeze
         if enabled and gc.get_count()[0] - before > MANY and not gc.get_freeze_count():
             gc.freeze()
             gc.unfreeze()
@@ -140,6 +163,11 @@ def pause_collector() -> Iterator[None]:
 
 
 def attach_module(places: Iterable[Place], module: nn.Module) -> None:
+    """Put `module` into each of the places (parent, name), without `setattr`.
+
+    A parent with torch's fast path of TransformerEncoderLayer gets that switched off, since it would not call the
+    module.
+    """
     for parent, name in places:
         if "activation_relu_or_gelu" in parent.__dict__:
             parent.activation_relu_or_gelu = 0  # type: ignore[assignment]  # torch's fast path in TransformerEncoderLayer would not call the layer
@@ -147,7 +175,9 @@ def attach_module(places: Iterable[Place], module: nn.Module) -> None:
 
 
 def nest_layers(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Module) -> None:
-    """Put layers of parameters of one module around it, each around those of the parameters before its own."""
+    """Put the layers of several parameters of one module around it and each other, and attach the outermost at
+    `places`. The layer of the module's first parameter is the innermost. Without layers the places get `base` back.
+    """
     inner: nn.Module = base
     for layer in sort_inside_out(layers) if layers else ():
         layer._modules["base_layer"] = inner
@@ -156,7 +186,11 @@ def nest_layers(places: Iterable[Place], layers: list[AdapterLayer], base: nn.Mo
 
 
 def check_second_bias(cfg: PeftConfig) -> None:
-    """Raise if a second adapter wants to train biases."""
+    """Raise ValueError if the config of a second adapter trains biases of the base.
+
+    Raises:
+        NotImplementedError: `bias` has a value that is not known.
+    """
     if find.read_bias_option(cfg) != "none":
         raise ValueError(
             f"{ROWS[cfg.peft_type.value].tuner} supports only 1 adapter with bias. "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One adapter on its way onto a model: what it is asked for, what `find` has found, and what `build` has made."""
+"""The state of one injection: its inputs, the results of `resolve_job`, and the results of `build_carriers`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from graft.storage.parallel import processes
 
 
 class Receiver(Protocol):
-    """The place of a tensor, which takes another one's values."""
+    """An object that takes the values of a tensor, such as an entry of an adapter."""
 
     def assign(self, value: Tensor) -> None: ...
 
 
 class ValueSource(Protocol):
-    """A checkpoint's values, which an injection assigns in place of initial ones."""
+    """The values of a checkpoint, which an injection assigns instead of initial ones."""
 
     @property
     def names(self) -> Collection[str]:
@@ -40,21 +40,28 @@ class ValueSource(Protocol):
         ...
 
     def make_head(self, key: str, module: nn.Module) -> nn.Module | None:
-        """Return a module for modules_to_save if the checkpoint's shapes differ from those of `module`, else None."""
+        """Return a module for `modules_to_save` with the checkpoint's shapes if these differ from those of `module`,
+        else None.
+        """
         ...
 
     def check_room(self, numbers: float) -> None:
-        """Raise if that many numbers, to be made before the values are known, are out of proportion."""
+        """Raise if `numbers`, the count to be allocated before values are read, is far more than the
+        checkpoint holds.
+        """
         ...
 
     def match_entries(self, parts: AdapterCarriers, adapter: str) -> list[tuple[Receiver, Tensor]]:
-        """Return every entry of the adapter with its value, all checked. An entry's `assign` puts it in place."""
+        """Return each entry of the adapter with its value, all checked.
+
+        Nothing is written: an entry's `assign` does that.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Options:
-    """What an adapter comes with, beside its name and config."""
+    """The optional arguments of an injection. The comments say the effect of each."""
 
     upcast: bool = True  # train half-precision adapters in float32
     on_meta: bool = False  # leave its tensors on the meta device
@@ -66,16 +73,17 @@ class Options:
 
 @dataclass
 class Targets:
-    """The modules and parameters that a config targets, as `find` goes on. Methods take their place."""
+    """The sites that a config targets, filled in by `resolve_job`."""
 
     sites: dict[str, Site] = field(default_factory=dict)  # by path
-    along: set[str] = field(default_factory=set)  # paths of sites that came with that of the module around them
+    along: set[str] = field(default_factory=set)  # paths of sites that a targeted parent module brought
     tied: dict[str, str] = field(default_factory=dict)  # path of a module tied to the embedding → path of that
 
 
 @dataclass(eq=False)
 class InjectionJob:
-    """An injection's question and answers.
+    """The inputs and results of one injection: model and config first, then fields that `resolve_job` and
+    `build_carriers` fill.
 
     Args:
         method: the Method class.
@@ -85,8 +93,8 @@ class InjectionJob:
         keys: adapt exactly these paths, whatever the config targets.
         tree: a survey of the model, if one was just made.
         mixed: layers may carry adapters of other methods.
-        prompt: the adapter itself, if it is a prompt.
-        steps: those of the tuner that were replaced, to be asked.
+        prompt: the adapter's prompt, if it is a prompt method.
+        steps: the steps of the tuner that another package replaced.
     """
 
     model: nn.Module
@@ -105,39 +113,44 @@ class InjectionJob:
     prompt: Prompt | None = None
     steps: Any = None  # Steps
 
-    # found by `find.find`
+    # set by `find.resolve_job`
     cfg: Any = None  # copy of the user's config with targets and the like filled in
     report: InjectReport = field(init=False)
     targets: Targets = field(default_factory=Targets)
     methods: dict[str, Method] = field(default_factory=dict)  # by path: of the targets, and of modules tied to them
-    beside: dict[str, Head | TrainableTokens] = field(default_factory=dict)  # of modules and rows that train along
-    order: dict[str, Method] = field(default_factory=dict)  # what draws, in the model's order, also on other stages
+    beside: dict[str, Head | TrainableTokens] = field(default_factory=dict)  # heads and token rows, by path
+    order: dict[str, Method] = field(
+        default_factory=dict
+    )  # all methods that draw initial values, in the model's order, also those of other stages
     biases: list[nn.Parameter | nn.Module] = field(default_factory=list)  # that train; the layer of one that is packed
 
-    # made by `build.build`
+    # set by `build.build_carriers`
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     wrappers: dict[str, Wrapper] = field(default_factory=dict)
-    takebacks: list[Callable[[], None]] = field(default_factory=list)  # what `undo` does beside forgetting the adapter
+    takebacks: list[Callable[[], None]] = field(default_factory=list)  # further actions of `undo`
     frozen_before: set[str] | None = None  # the base's parameters that did not train, by name; None if none did
 
     @property
     def parts(self) -> AdapterCarriers:
+        """The new carriers of the adapter. `shared` is None if no tensor is shared."""
         return AdapterCarriers(self.layers, self.wrappers, self.shared if self.shared.containers else None, self.prompt)
 
     @property
     def local_methods(self) -> dict[str, Method]:
-        """The methods in `order` whose layers this process has."""
+        """The methods in `order` that act on layers of this process, by path."""
         return {key: method for key, method in self.order.items() if key in self.methods}
 
     def report_heads_and_rows(self) -> None:
-        """Note in the report what trains beside the layers."""
+        """Add the heads and token rows to the report's `modules_to_save`, except those tied to another one."""
         untied_methods = {key: method for key, method in self.beside.items() if method.source is None}
         self.report.modules_to_save += [
             Matched(key, *describe_trained_module(method)) for key, method in untied_methods.items()
         ]
 
     def undo(self) -> None:
-        """Take back all that `build` made."""
+        """Take the adapter off all layers, wrappers and shared tensors, roll base weights back, and run all
+        `takebacks`.
+        """
         for layer in self.layers.values():
             layer.rollback()
             layer.forget(self.adapter)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Supported inside: rooms may import this module.
-"""The module names that a config selects: pure functions on names, and one matcher, compiled once."""
+"""The choice of modules by a config: pure functions on names, and a matcher that is compiled once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from graft.config.reading import compile_pattern
 
 Outcome = Literal["matched", "excluded", "saved", "layer", "tied", "left", "untargeted"]
-MOST_HINTS, LONGEST_NAME = 100, 100  # entries for which similar names are sought, which takes a while; characters
+MOST_HINTS, LONGEST_NAME = 100, 100  # the most entries that get similar names, a slow search; characters
 LAYER_INDEX = compile_pattern("", "layers_pattern", r".*?\.[^.]*\.(\d+)\.")
 WHY = {
     "excluded": "named by exclude_modules",
@@ -27,23 +27,36 @@ WHY = {
 
 @dataclass(frozen=True)
 class Verdict:
+    """The decision about one path: its outcome, and the entry of target_modules that names it."""
+
     outcome: Outcome
     entry: str | None = None  # the entry of target_modules that named it
 
     @property
     def why(self) -> str:
+        """The reason that a report shows for the outcome; '' for "matched"."""
         return WHY.get(self.outcome, "")
 
 
 class TargetNames:
-    """A set of names, each matching a path that equals it or ends with it after a dot; or one regex on whole paths."""
+    """A set of names, or one regex.
+
+    A name matches a path that equals it or ends with it after a dot; a regex matches whole paths.
+    """
 
     def __init__(self, names: Iterable[str] | str | None, field: str = "target_modules"):
+        """Compile `names` if it is a string, the regex.
+
+        `field` names the config's field in the error for an invalid one.
+        """
         self.regex = compile_pattern(names, field) if isinstance(names, str) else None
         self.names = frozenset(names) if names and not isinstance(names, str) else frozenset()
 
     def find(self, path: str) -> str | None:
-        """Return the entry that matches `path`: the path itself first, then its longest suffix; None if none does."""
+        """Return the name that matches `path`: the whole path first, then its longest end.
+
+        A regex returns its text. None if nothing matches.
+        """
         if self.names:
             names, suffix = self.names, path
             while suffix not in names:
@@ -57,7 +70,7 @@ class TargetNames:
 
 
 def list_suffixes(path: str) -> Iterator[str]:
-    """Yield the rest of a dotted path after each dot, the longest first."""
+    """Yield the rest of a dotted path after each dot, the longest first. The path itself is not among them."""
     dot = path.find(".")
     while dot >= 0:
         yield path[dot + 1 :]
@@ -65,10 +78,14 @@ def list_suffixes(path: str) -> Iterator[str]:
 
 
 class Matcher:
-    """The decision of a config about module paths: called with a path, it returns a Verdict."""
+    """The decision of a config about paths: called with a path, it returns a `Verdict`."""
 
     def __init__(self, cfg: Any, parameters: bool = False):
-        """parameters: decide about the paths of parameters, by `target_parameters`."""
+        """Compile the config's targets, exclusions, modules_to_save and layer indices.
+
+        Args:
+            parameters: decide about the paths of parameters, by `target_parameters`.
+        """
         chosen = getattr(cfg, "target_paths", None)  # set by `Method.prepare`
         self.targets = TargetNames(cfg.target_parameters if parameters else chosen or cfg.target_modules)
         self.excluded = TargetNames(getattr(cfg, "exclude_modules", None), "exclude_modules")
@@ -84,6 +101,12 @@ class Matcher:
         self.index_patterns = self.index_patterns or [LAYER_INDEX]
 
     def __call__(self, path: str) -> Verdict:
+        """Return the verdict about a path, by the first rule that applies.
+
+        "excluded": exclude_modules names it. "saved": it is in modules_to_save, or inside one of these. "untargeted":
+        no target names it. "layer": its index is not in `layers_to_transform`, unless the target is the whole path.
+        Else "matched".
+        """
         if self.excluded.find(path) is not None:
             return Verdict("excluded", self.targets.find(path))
         if self.saved and any(saved.match(path) for saved in self.saved):
@@ -96,7 +119,9 @@ class Matcher:
         return Verdict("matched", entry)
 
     def layer_of(self, path: str) -> int | None:
-        """Return the index of the block that a module is in, as `layers_to_transform` counts; None if in none."""
+        """Return the block index in a path, as `layers_to_transform` counts, by the first of `layers_pattern` that
+        matches. None if none does. Without such patterns it is the first number below a name.
+        """
         for within in self.index_patterns:
             if match := within.match(path):
                 return int(match[1])
@@ -104,7 +129,9 @@ class Matcher:
 
 
 def find_unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str]) -> dict[str, list[tuple[str, int]]]:
-    """Return the entries that are not `used`, each with similar names in the model and how often they occur."""
+    """Return the entries that are not in `used`, sorted, each with up to two similar last names among `paths` and their
+    counts. Only the first 100 entries get similar names.
+    """
     missing = sorted(e for e in entries if e not in used)
     if not missing:
         return {}
@@ -117,7 +144,7 @@ def find_unmatched(entries: Iterable[str], used: set[str], paths: Iterable[str])
 
 
 def format_hint(similar: list[tuple[str, int]]) -> str:
-    """Return '; did you mean …?', or '' if no name is similar."""
+    """Return "; did you mean 'name' (n modules)?" for the similar names, joined by "or". '' if there is none."""
     if not similar:
         return ""
     names = " or ".join(f"'{name}' ({n} module{'s' * (n != 1)})" for name, n in similar)
@@ -125,10 +152,12 @@ def format_hint(similar: list[tuple[str, int]]) -> str:
 
 
 def minimize_names(targets: Iterable[str], other_paths: Iterable[str]) -> set[str]:
-    """Return the fewest, shortest suffixes that select all of `targets` and none of `others`.
+    """Return few, short suffixes that select all of `targets` and none of `other_paths`.
+
+    Each target gets its shortest suffix that no other path has, or its whole path.
 
     Raises:
-        ValueError: there is no target, a name is empty, or one stands in both.
+        ValueError: there is no target, a name is empty, or one is in both.
     """
     if isinstance(targets, (str, bytes)) or not targets:
         raise ValueError("target_modules should be a list or set of strings.")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Supported inside: rooms may import this module.
-"""The carriers of one adapter, and the registry of a model."""
+"""The carriers of one adapter; the registry and the gate of a model."""
 
 from __future__ import annotations
 
@@ -28,9 +28,16 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 class ParameterLayerPaths:
-    """Where layers stand in a model's names: below layers of other parameters of their module, or of one around it."""
+    """The paths of carriers in the names of tensors, in a model with layers of parameters.
+
+    Such layers are around their module and around each other, so that "base_layer" comes into the names.
+    """
 
     def __init__(self, layers: Iterable[AdapterLayer]):
+        """Sort the layers of parameters among `layers` by their module, the innermost first.
+
+        Other layers are ignored.
+        """
         self.nests: dict[str, list[AdapterLayer]] = {}
         for layer in layers:
             if layer.op.opaque:
@@ -39,7 +46,10 @@ class ParameterLayerPaths:
             self.nests[path] = sort_inside_out(nest)
 
     def path(self, key: str, layer: AdapterLayer | None = None) -> str:
-        """Return the path of a layer, or of another carrier at `key`, as it stands in names."""
+        """Return a carrier's path in names: `key` with one "base_layer" for each layer of a parameter around a module
+        on it. For a parameter's `layer` only the layers around that one count. Without layers of parameters it is
+        `key`.
+        """
         if not self.nests:
             return key
         parameter_layer = layer if layer is not None and layer.op.opaque else None
@@ -57,7 +67,10 @@ class ParameterLayerPaths:
 
 
 def sort_inside_out(layers: Iterable[AdapterLayer]) -> list[AdapterLayer]:
-    """Sort layers of parameters of one module as they stand around it: the module's first parameter innermost."""
+    """Return the layers of parameters of one module in their order around it.
+
+    The layer of the module's first parameter is first.
+    """
     layers = list(layers)
     order = ExpertBlock(layers[0].site.module).parameters
     return sorted(layers, key=lambda layer: order.index(layer.site.parameter))
@@ -65,7 +78,7 @@ def sort_inside_out(layers: Iterable[AdapterLayer]) -> list[AdapterLayer]:
 
 @dataclass
 class AdapterCarriers:
-    """The carriers of one adapter: layers and wrappers by path, the tensors that all layers share, a prompt."""
+    """The carriers of one adapter: layers and wrappers by path, the tensors that all layers share, and a prompt."""
 
     layers: dict[str, AdapterLayer]
     wrappers: dict[str, Wrapper]
@@ -75,10 +88,13 @@ class AdapterCarriers:
 
     @property
     def prefix(self) -> str:
-        """The beginning of a PeftModel's keys; under a prompt the base model has no tuner around it."""
+        """The prefix of a PeftModel's keys: "base_model.model.", or "base_model." for a prompt, since no tuner is
+        around that base.
+        """
         return "base_model.model." if self.prompt is None else "base_model."
 
     def carriers(self) -> Iterator[Carrier]:
+        """Yield the layers, the wrappers, then the shared tensors if there are any. The prompt is not among them."""
         yield from self.layers.values()
         yield from self.wrappers.values()
         if self.shared is not None:
@@ -89,17 +105,17 @@ HOLDER = "_graft"  # the attribute with the registry of PeftModels and tuners; n
 
 
 def get_registry(model: object) -> Any:
-    """Return the registry of a PeftModel or tuner; None for any other model.
+    """Return the registry of a PeftModel or tuner; None for any other module.
 
     Raises:
-        TypeError: as `check_model`.
+        TypeError: `model` is a class or no module.
     """
     check_model(model)
     return model.__dict__.get(HOLDER)
 
 
 def check_no_foreign_adapters(model: nn.Module) -> None:
-    """Raise AlreadyInjectedError if a model carries adapters of another package, such as PEFT."""
+    """Raise AlreadyInjectedError if the model's `peft_config` has configs of another package, such as PEFT."""
     configs = getattr(model, "peft_config", None)
     if foreign := sorted(name for name, config in (configs or {}).items() if not isinstance(config, PeftConfig)):
         raise AlreadyInjectedError(
@@ -109,17 +125,22 @@ def check_no_foreign_adapters(model: nn.Module) -> None:
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the model with adapters within wrappers such as DDP's, FSDP's, DeepSpeed's or torch.compile's."""
+    """Return the model that has the registry, from within wrappers such as DDP, FSDP, DeepSpeed or torch.compile.
+
+    Without a registry it is the innermost module that no wrapper holds.
+    """
     while get_registry(model) is None and (inner := find_inner_module(model)) is not None:
         model = inner
     return model
 
 
 def find_gate(model: nn.Module) -> Gate | None:
-    """Return the gate of a model's calls and changes; None if it has no adapter.
+    """Return the gate between calls and changes of a model; None if it has no adapter.
+
+    Looks into wrappers such as DDP. A model without a registry is surveyed for layers.
 
     Raises:
-        AlreadyInjectedError: it has adapters of another package.
+        AlreadyInjectedError: the model has adapters of another package.
     """
     model = unwrap_model(model)
     registry = get_registry(model)
@@ -131,7 +152,7 @@ def find_gate(model: nn.Module) -> Gate | None:
 
 
 def get_gate(model: nn.Module) -> Gate:
-    """Return the gate of a model's calls and changes.
+    """Return the gate between calls and changes of a model.
 
     Raises:
         AdapterNotFoundError: it has no adapter.
@@ -143,10 +164,14 @@ def get_gate(model: nn.Module) -> Gate:
 
 
 def run_as_call(function: F) -> F:
-    """Decorate a function of a model that reads adapters, such as a save: a call, beside which nothing changes."""
+    """Decorate a function that reads a model's adapters, such as a save.
+
+    The gate counts it as a call, so that no change runs at the same time.
+    """
 
     @wraps(function)
     def run(model: nn.Module, *args: object, **kwargs: object) -> Any:
+        """Call the function, under the model's gate if the model has adapters."""
         gate = find_gate(model)
         with nullcontext() if gate is None else gate.call(f"{function.__name__}()"):
             return function(model, *args, **kwargs)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 class Matched(NamedTuple):
+    """A module that an adapter adapts or trains whole: path, type and number of trainable parameters."""
+
     name: str
     type: str
     parameters: int  # numbers that train
@@ -24,6 +26,8 @@ class Matched(NamedTuple):
 
 
 class Skipped(NamedTuple):
+    """A module that a target names and another field takes out, with the reason."""
+
     name: str
     type: str
     why: str
@@ -43,15 +47,20 @@ class InjectReport:
     untargeted: Counter[str] = field(default_factory=Counter)
     unmatched_targets: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # entry → similar names
     modules_to_save: list[Matched] = field(default_factory=list)
-    other_trainable: int = 0  # numbers in biases of the base model, and in what layers share
+    other_trainable: int = 0  # numbers in biases of the base model, and in tensors that layers share
     base_parameters: int = 0
 
     @property
     def trainable_parameters(self) -> int:
+        """The count of numbers that train: in layers, heads and token rows, biases, and tensors that layers share."""
         return sum(m.parameters for m in (*self.matched, *self.modules_to_save)) + self.other_trainable
 
     def table(self) -> Table:
-        """Return the report as a rich Table."""
+        """Return the report as a rich Table.
+
+        Paths that differ only in indices are one row with their count and summed numbers. Skipped modules, entries that
+        match nothing and untargeted types follow.
+        """
         from rich.table import Table
 
         percent = 100 * self.trainable_parameters / max(1, self.trainable_parameters + self.base_parameters)
@@ -64,6 +73,7 @@ class InjectReport:
             table.add_column(name, justify="right" if name in ("n", "trainable") else "left", overflow="fold")
 
         def add_row(*texts: str) -> None:
+            """Add a row of escaped texts to the table."""
             table.add_row(*map(format_cell, texts))
 
         groups: dict[tuple[str, str, str], list[int]] = {}
@@ -82,9 +92,11 @@ class InjectReport:
         return table
 
     def __rich__(self) -> Table:
+        """Return the table; rich prints it."""
         return self.table()
 
     def __str__(self) -> str:
+        """Return the table as text, 110 columns wide."""
         from rich.console import Console
 
         out = io.StringIO()
@@ -93,12 +105,12 @@ class InjectReport:
 
 
 def format_cell(text: str) -> Text:
-    """Return a text for rich without control characters, whose brackets are no markup."""
+    """Return `text` as a rich Text. Control characters are escaped, and brackets are not read as markup."""
     from rich.text import Text
 
     return Text(escape_controls(text))
 
 
 def star_indices(name: str) -> str:
-    """Return a path with stars for indices, so that like modules share a row."""
+    """Return a path with "*" for each number, so that equal modules of all blocks share a row."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The room of many trainings: many adapters train at once on one base, each exactly as by itself.
+"""The room of many trainings: many adapters train at once on one base, each exactly as in a training of one adapter.
 
-Entry points: `graft.MultiTrain`, to which `add` gives runs, and `graft.sweep`, which looks for settings.
+Entry points: `graft.MultiTrain`, which `add` gives runs, and `graft.sweep`, which searches settings.
 
 - `runs.py`: `MultiTrain`, its steps and its folder.
 - `run.py`: one run, an adapter with its batches, optimizer and schedule; it knows no other run.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in a folder that one process alone writes, until it ends, however that ends: a locked file for each."""
+"""Names in a folder that one process alone writes until it ends, however it ends: a locked file for each name."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Claims:
-    """What this process alone writes in folders, until somebody releases it, or it is collected, or the process ends.
+    """The names that this process holds in folders, until `release`, until this object is collected, or until the
+    process ends.
 
-    Several in one process may hold the same.
+    Several objects in one process may hold the same name.
     """
 
     def __init__(self) -> None:
         self._held: dict[BaseFileLock, str] = {}  # and the name of each; who is the last to drop a lock ends it
 
     def claim(self, folder: str, names: Iterable[str], alone: bool = False) -> None:
-        """Claim names in a folder, all or none of them. Where nothing can be written, there is nothing to claim.
+        """Lock names in a folder, all or none of them; names that this object holds already are skipped.
+
+        Makes the folder `.locks` with an empty file for each name. Waits 0.1 s for a lock. Holds nothing where the
+        folder cannot be written; warns and holds nothing where the file system has no locks.
 
         Args:
-            alone: refuse what others in this process hold, too.
+            alone: also refuse a name that another object in this process holds.
 
         Raises:
-            FolderInUseError: another process holds one of them.
+            FolderInUseError: another process, or with `alone` this one, holds one of them.
             CheckpointError: one of them, or its lock, is a symbolic link.
         """
         from filelock import FileLock, Timeout
@@ -80,7 +84,10 @@ class Claims:
             self._held |= new
 
     def release(self, name: str | None = None) -> None:
-        """Let others claim a name, in any folder; None: all that is held."""
+        """Release a name, in all folders; None: all names.
+
+        The lock ends if no other object of this process holds it.
+        """
         for lock in [lock for lock, its in self._held.items() if name in (None, its)]:
             del self._held[lock]
             lock.release()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The random numbers of one run: a generator of its own, and its own state of those that its loader holds.
+"""The random numbers of one run: a generator for the run, and its states of the generators in its loader.
 
-What a run draws stands in the global generator's place meanwhile, so that a loader, an initialisation or a loss draws
-what it would draw in a program of its own that began with `torch.manual_seed(seed)`.
+Within a block the run's states replace those of the global generator and the loader's. So a loader, an initialisation
+or a loss draws the numbers of a separate program that began with `torch.manual_seed(seed)`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ States = list[Tensor]
 
 
 class Draws:
-    """Within the block, the global generator and those of the loader are in this run's states. Other threads wait.
+    """The random states of one run.
+
+    Within `with draws:` the global CPU generator and the loader's have these states.
+
+    Entering takes the global lock of random numbers, and waits for other threads. Leaving notes the new states,
+    restores those from before and releases the lock.
 
     Attributes:
-        own: the run's generator, in the global one's place.
+        generator: the run's, in place of the global one.
+        loader_generators, loader_states: generators in the loader and its samplers, and the run's state of each.
     """
 
     def __init__(self, seed: int, data: object = None):
+        """Seed the run's generator, and note the states of the generators that `data` and its samplers hold."""
         self.generator = Generator(device="cpu").manual_seed(seed)
         self.loader_generators = find_generators(data)
         self.loader_states = [g.get_state() for g in self.loader_generators]
@@ -31,6 +38,10 @@ class Draws:
 
     @property
     def states(self) -> States:
+        """The state of the run's generator, then those of the loader's generators.
+
+        Setting writes the first into `generator` and notes the others for the next block.
+        """
         return [self.generator.get_state(), *self.loader_states]
 
     @states.setter
@@ -39,6 +50,7 @@ class Draws:
         self.loader_states = states[1:]
 
     def __enter__(self) -> None:
+        """Take the lock, save the current global states on a stack, and put this run's states in place."""
         LOCK.acquire()
         self._saved.append([torch.get_rng_state(), *(g.get_state() for g in self.loader_generators)])
         torch.set_rng_state(self.generator.get_state())
@@ -46,6 +58,7 @@ class Draws:
             generator.set_state(state)
 
     def __exit__(self, *_: object) -> None:
+        """Note the states that the block has left, restore the saved ones, and release the lock."""
         self.states = [torch.get_rng_state(), *(g.get_state() for g in self.loader_generators)]
         before = self._saved.pop()
         torch.set_rng_state(before[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where runs see the same batch, the blocks of the base below the first adapted one run once for all of them."""
+"""Runs that see the same batch share the blocks of the base before the first adapted one: these blocks run once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 
 class Fan:
-    """The blocks of a model from the first adapted one on: what they get has the rows of a batch once, or repeated."""
+    """The blocks of a model from the first adapted one on.
+
+    Their inputs have the rows of a batch once, or repeated for each run.
+
+    Attributes:
+        is_enabled: if False, blocks get their inputs unchanged.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module]):
         self.blocks = blocks
@@ -21,12 +27,21 @@ class Fan:
 
     @contextmanager
     def repeat_inputs(self, rows: int, copies: int) -> Iterator[None]:
-        """Have these blocks, in this thread and in backward passes, get `copies` of what has so many rows."""
+        """Within the block, repeat the inputs of these blocks `copies` times, where tensors have this many rows.
+
+        A pre-forward hook does so in this thread and in backward passes of any thread, and only while `is_enabled`. It
+        is removed at the end.
+        """
         thread = get_ident()
 
         def repeat_inputs(
             _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
         ) -> tuple[object, dict[str, object]] | None:
+            """Return the block's arguments with repeated rows.
+
+            Return None, which leaves them unchanged, if the fan is disabled, or in another thread outside a backward
+            pass.
+            """
             if not self.is_enabled:
                 return None
             if get_ident() != thread and torch._C._current_graph_task_id() == -1:
@@ -40,7 +55,10 @@ class Fan:
 
 
 def repeat_rows(value: Any, rows: int, copies: int) -> Any:
-    """Return copies of the rows of tensors (rows, …, n) in tuples, lists and dicts; what else there is, as it is."""
+    """Return a value with tensors (rows, …) of two or more dimensions repeated `copies` times along the first.
+
+    Tuples, lists and dicts are rebuilt; all else is returned as it is.
+    """
     if isinstance(value, Tensor):  # a vector has no rows: places in a cache
         return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() > 1 and len(value) == rows else value
     if type(value) in (tuple, list):
@@ -51,9 +69,10 @@ def repeat_rows(value: Any, rows: int, copies: int) -> Any:
 
 
 def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
-    """Return where the rows of a base may be repeated for the adapters on these hosts; None if there is no such place.
+    """Return the `Fan` of the blocks from the first one with a host on; None if rows cannot be repeated there.
 
-    Blocks are the items of the model's one list of modules. Hosts elsewhere must come after it in the order of modules.
+    Blocks are the items of the model's only outermost ModuleList. None also if a host is not in the base, the first
+    host comes before the list, or the first block has a host.
     """
     host_ids, names = {id(host) for host in hosts}, dict(base.named_modules())
     places = [key for key, m in names.items() if id(m) in host_ids]
@@ -70,7 +89,7 @@ def find_fan(base: nn.Module, hosts: Sequence[nn.Module]) -> Fan | None:
 
 
 def are_batches_equal(batches: Sequence[Mapping[str, object]]) -> bool:
-    """Return True if all batches are the same; on a device, for which nothing here waits, if their tensors are."""
+    """Return True if all batches have the same keys and values, as `is_same_value` compares them."""
     first, *later = batches
     return all(
         batch.keys() == first.keys() and all(is_same_value(v, first[k]) for k, v in batch.items()) for batch in later
@@ -78,6 +97,10 @@ def are_batches_equal(batches: Sequence[Mapping[str, object]]) -> bool:
 
 
 def is_same_value(a: object, b: object) -> bool:
+    """Return True for one tensor object, or CPU tensors of equal dtype and values.
+
+    Two tensors on a device count as different, which avoids waiting for it. Other values need equal type and value.
+    """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.is_cpu and b.is_cpu and a.dtype == b.dtype and torch.equal(a, b))
     return type(a) is type(b) and bool(a == b)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer that sees one Parameter for each of its groups, the slice of a bank's row, in place of many.
+"""An optimizer that updates one Parameter for each of its groups, a slice of a bank's row, in place of many.
 
-What optimizers compute number by number is the same to the bit. Files do not show it: they hold state by tensor."""
+Optimizers that compute number by number give the same bits. Files do not show it: they hold the state by tensor.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +28,19 @@ State = dict[str, Any]
 
 
 def order_by_group(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Return parameters group by group, and then those that the optimizer does not have."""
+    """Return the parameters in the order of the optimizer's groups, then those that the optimizer does not have."""
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     ids_given, ids = {id(p) for p in parameters}, {id(p) for p in grouped}
     return [*(p for p in grouped if id(p) in ids_given), *(p for p in parameters if id(p) not in ids)]
 
 
 def can_flatten(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
-    """Return True if an optimizer of these parameters computes number by number, and nobody watches its steps."""
+    """Return True if an optimizer may update one vector for these parameters: its class is in `ELEMENTWISE`, and its
+    steps have no hooks.
+
+    All its parameters must be among these, and none a scalar. In a fused group each must end at a line of memory, since
+    that kernel rounds the end of a tensor differently.
+    """
     if type(optimizer) not in ELEMENTWISE or is_step_hooked(optimizer):
         return False
     ids = {id(p) for p in parameters}
@@ -46,14 +52,25 @@ def can_flatten(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> boo
 
 
 def is_step_hooked(optimizer: Optimizer) -> bool:
-    """Return True if somebody has hooks on an optimizer's steps."""
+    """Return True if an optimizer has hooks before or after its steps."""
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 class FlatParameters:
-    """The vectors that stand in an optimizer for its parameters."""
+    """The vectors that replace the parameters in an optimizer, one for each group.
+
+    Attributes:
+        parameters: the original parameters of each group.
+        vectors: a Parameter for each group, a slice of the row.
+    """
 
     def __init__(self, optimizer: Optimizer, row: AdapterRow):
+        """Make a vector for each group from `row`, join the optimizer's state into state of vectors, and put both into
+        the optimizer.
+
+        Raises:
+            UnequalStates: tensors of a group have states that cannot be joined. The optimizer is then as it was.
+        """
         self.optimizer = optimizer
         self.parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
         self.sizes = [lay_out_row(members)[1] for members in self.parameters]
@@ -67,19 +84,23 @@ class FlatParameters:
 
     @classmethod
     def try_flatten(cls, optimizer: Optimizer, row: AdapterRow) -> FlatParameters | None:
-        """Return these for an optimizer, which has them from now on; None if its tensors are in other states."""
+        """Return the vectors of an optimizer, which uses them from now on.
+
+        Return None, and change nothing, if the states of its tensors cannot be joined.
+        """
         try:
             return cls(optimizer, row)
         except UnequalStates:
             return None
 
     def _set_state(self, state: defaultdict[Tensor, State], groups: Sequence[list[nn.Parameter]]) -> None:
+        """Give the optimizer a state, and each of its groups a list of parameters."""
         self.optimizer.state = state
         for group, members in zip(self.optimizer.param_groups, groups):
             group["params"] = members
 
     def attach_row(self, row: AdapterRow) -> None:
-        """Have the vectors be slices of this row."""
+        """Make the vectors slices of this row: data and gradient. The row must be in a bank."""
         assert row.value is not None and row.gradient is not None
         start = 0
         for vector, size in zip(self.vectors, self.sizes):
@@ -87,17 +108,20 @@ class FlatParameters:
             start += size
 
     def restore_gradients(self, row: AdapterRow) -> None:
-        """Have the gradients of this row again, if somebody has called `zero_grad`."""
+        """Attach the row again if `zero_grad` has set the gradient of a vector to None; else do nothing."""
         if any([vector.grad is None for vector in self.vectors]):
             self.attach_row(row)
 
     def detach_row(self) -> None:
-        """Let go of the row."""
+        """Free the vectors of the row: they become empty, without gradient. The optimizer's state stays."""
         for vector in self.vectors:
             vector.grad, vector.data = None, vector.data.new_empty(0)
 
     def state(self) -> defaultdict[Tensor, State]:
-        """Return the state by tensor, as views."""
+        """Return the optimizer's state by original tensor, as views of the state of vectors.
+
+        A group without state is left out.
+        """
         states: defaultdict[Tensor, State] = defaultdict(dict)
         for members, vector, size in zip(self.parameters, self.vectors, self.sizes):
             if vector in self.optimizer.state:
@@ -105,12 +129,15 @@ class FlatParameters:
         return states
 
     def restore_parameters(self) -> None:
-        """Give the optimizer its parameters back, for good."""
+        """Give the optimizer its original parameters and their state for good."""
         self._set_state(self.state(), self.parameters)
 
     @contextmanager
     def show_parameters(self) -> Iterator[None]:
-        """Have the optimizer show its parameters within the block."""
+        """Within the block, give the optimizer its original parameters with their state.
+
+        Afterwards it has the vectors and their state again.
+        """
         state = self.optimizer.state
         self._set_state(self.state(), self.parameters)
         try:
@@ -120,14 +147,17 @@ class FlatParameters:
 
 
 class UnequalStates(Exception):
-    """States of tensors that have no common one."""
+    """The states of tensors cannot be joined into the state of one vector."""
 
 
 def join_states(states: Sequence[State], parameters: Sequence[nn.Parameter], vector: Tensor) -> State:
-    """Return the state of a vector from those of the tensors in it.
+    """Return the state of a vector from the states of its tensors; an empty one if no tensor has state.
+
+    A value with the shape of its tensor is copied into a vector of zeros. A value that is equal for all tensors is
+    taken once, tensors as a clone.
 
     Raises:
-        Unlike: they have made other numbers of steps, for instance.
+        UnequalStates: keys differ, or a value that is neither, such as different numbers of steps.
     """
     if not any(states):
         return {}
@@ -148,13 +178,20 @@ def join_states(states: Sequence[State], parameters: Sequence[nn.Parameter], vec
 
 
 def is_shared_value(a: object, b: object) -> bool:
+    """Return True for two equal scalar tensors, or two values of equal type and value.
+
+    Tensors with dimensions are never equal here.
+    """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dim() == 0 and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)
 
 
 def split_vector_state(state: State, parameters: Sequence[nn.Parameter], size: int) -> Iterator[State]:
-    """Yield the state of each tensor of a vector of so many numbers."""
+    """Yield the state of each tensor from the state of a vector of `size` numbers.
+
+    Tensors of this size become views in the tensor's shape, other tensors clones; other values stay.
+    """
     for p, (start, stop) in zip(parameters, lay_out_row(parameters)[0]):
         tensor_state = State()
         for key, value in state.items():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass of the model for the batches of several adapters: which share it, how it joins them, what each gets."""
+"""One pass of the model for the batches of several adapters: the batches that share it, their arguments, and the output
+of each.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ BY_TOKEN = ("start_logits", "end_logits")  # outputs (rows, tokens)
 
 
 class RunBatch(NamedTuple):
-    """The batch of one adapter."""
+    """A batch and the name of its run, which is also the name of the adapter."""
 
     name: str
     batch: Batch
@@ -29,7 +31,15 @@ class RunBatch(NamedTuple):
 
 @dataclass
 class ForwardArguments:
-    """The names of the arguments of a model's forward."""
+    """The arguments of a model's forward.
+
+    Attributes:
+        names: of the arguments; empty if there is only `**kwargs`.
+        accepts_any: forward has `**kwargs` and no named argument.
+        exact: if True, batches of other lengths or with padding do not share a pass, since they would round
+            differently.
+        pad: the token that fills rows up. Classifiers look for the last token that is another one.
+    """
 
     names: frozenset[str]
     accepts_any: bool  # it takes any
@@ -38,10 +48,15 @@ class ForwardArguments:
 
     @property
     def accepts_mask(self) -> bool:
+        """Return True if forward has an argument `attention_mask`."""
         return MASK in self.names
 
     @classmethod
     def read_signature(cls, model: nn.Module, exact: bool = True) -> ForwardArguments:
+        """Return the arguments of a model's forward by its signature, with its padding token.
+
+        `**kwargs` count only if no argument has a name.
+        """
         parameters = inspect.signature(model.forward).parameters.values()
         named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
         return cls(
@@ -49,26 +64,31 @@ class ForwardArguments:
         )
 
     def select(self, batch: Mapping[str, object]) -> Batch:
-        """Return what of a batch goes to the model: all that it names, but targets."""
+        """Return the entries of a batch that forward takes, without targets such as labels."""
         return {k: v for k, v in batch.items() if (self.accepts_any or k in self.names) and not is_target(k)}
 
 
 def find_padding_token(model: nn.Module) -> int:
-    """Return the token that a model knows as padding; 0 if it names none that it has."""
+    """Return `pad_token_id` of the model's text config; 0 if it has none or one outside the vocabulary."""
     config = text_config(model)
     token, tokens = (getattr(config, name, None) for name in ("pad_token_id", "vocab_size"))
     return token if isinstance(token, int) and isinstance(tokens, int) and 0 <= token < tokens else 0
 
 
 def is_target(name: str) -> bool:
+    """Return True for names of targets: with "label" in them, `start_positions` and `end_positions`."""
     return "label" in name or name in TARGETS
 
 
 def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int, tuple[object, ...]]:
-    """Return how many rows a part has, how many tokens a row (1 if none), and what batches of a pass have alike.
+    """Return the number of rows, the number of tokens of a row (1 if there is no such dimension), and the traits by
+    which batches may share a pass.
+
+    Traits are dtypes and shapes of arguments, values of those without rows, and whether rows are masked or packed. With
+    `exact`, or packed rows, the number of tokens is one, too.
 
     Raises:
-        ConfigError: they have other numbers of rows, or none.
+        ConfigError: the arguments have no rows, or different numbers of rows.
     """
     kwargs = arguments.select(item.batch)
     tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim()}
@@ -99,29 +119,39 @@ def measure_batch(item: RunBatch, arguments: ForwardArguments) -> tuple[int, int
 
 
 def is_masked(mask: Tensor | None) -> bool | None:
-    """Return True if a mask leaves tokens out: models run without one where it does not. None if nobody knows without
-    waiting for a device; there bits depend on more than masks."""
+    """Return True if a mask leaves tokens out, since models compute without a mask if it does not; False for no mask.
+
+    Return None for a mask on a device, for which nothing here waits; bits depend on more than masks there.
+    """
     if mask is None:
         return False
     return not bool(mask.all()) if mask.is_cpu else None
 
 
 def is_packed(positions: Tensor | None) -> bool | None:
-    """Return True if rows hold several texts, which only positions keep apart: models make a mask of them. None as for
-    `is_masked`."""
+    """Return True if positions (rows, tokens) do not rise by one everywhere: rows hold several texts, and models make a
+    mask of the positions.
+
+    Return False for no positions or another number of dimensions, and None on a device.
+    """
     if positions is None or positions.dim() != 2:
         return False
     return bool((positions.diff(dim=1) != 1).any()) if positions.is_cpu else None
 
 
 def identify_scalar(value: Tensor) -> int | float:
-    """Return what tells numbers () apart: the number; on a device, for which nothing here waits, which tensor it is."""
+    """Return the number in a tensor (), to compare batches by.
+
+    On a device, for which nothing here waits, return the id of the tensor.
+    """
     return value.item() if value.is_cpu else id(value)
 
 
 def identify_value(value: object, item: RunBatch) -> object:
-    """Return what tells values of an argument apart: their text; of lists, arrays and the like, whose text leaves
-    numbers out and which may have an item per row, the batch."""
+    """Return the text of a None, bool, number or str, to compare batches by.
+
+    For any other value return the id of the batch, so that its batch shares no pass.
+    """
     plain = value is None or isinstance(value, (bool, int, float, str))
     return repr(value) if plain else id(item.batch)
 
@@ -132,9 +162,12 @@ def divide_passes(
     at_once: int,
     refuse: Callable[[RunBatch, Exception], None] | None = None,
 ) -> list[list[RunBatch]]:
-    """Divide parts into passes of batches that can share one, of up to `at_once` tokens with their padding.
+    """Divide batches into passes.
 
-    refuse: gets each part that the model cannot take, with its error, and it is left out; None: the error is raised.
+    Batches of one pass have equal traits (`measure_batch`) and up to `at_once` tokens, counted with padding.
+
+    A larger batch has a pass for it. refuse: is called with each batch that the model cannot take, and the error; the
+    batch is left out. None: the error is raised.
     """
     passes_by_traits: dict[tuple[object, ...], list[list[RunBatch]]] = {}
     sizes: dict[int, tuple[int, int]] = {}  # rows and longest row, by group
@@ -157,7 +190,11 @@ def divide_passes(
 
 
 def join_batches(items: Sequence[RunBatch], arguments: ForwardArguments) -> tuple[Batch, OutputSplitter]:
-    """Return the arguments of one pass for all parts, padded on the right, and the way back."""
+    """Return the arguments of one pass for all batches, and the splitter of its output.
+
+    Rows are concatenated, and padded on the right if lengths differ. If forward accepts a mask and lengths differ or a
+    batch has one, batches without a mask get ones. Values without rows are those of the first batch.
+    """
     batches = [arguments.select(item.batch) for item in items]
     mains = [find_main_argument(g) for g in batches]
     lengths = [m.shape[1] if m.dim() > 1 else 1 for m in mains]
@@ -183,7 +220,9 @@ DECODER = ("decoder_input_ids", "decoder_inputs_embeds")  # whose tokens the out
 
 
 def find_main_argument(kwargs: Batch) -> Tensor:
-    """Return the argument that has the tokens: by its name, else the first tensor that is no mask."""
+    """Return the tensor with the tokens: `input_ids` or `inputs_embeds`, else the first tensor of two or more
+    dimensions, else any with rows that is no mask, else the mask.
+    """
     if (named := next((kwargs[k] for k in TOKENS if isinstance(kwargs.get(k), Tensor)), None)) is not None:
         return named
     tensors = [v for k, v in kwargs.items() if isinstance(v, Tensor) and v.dim() and k != MASK]
@@ -191,22 +230,29 @@ def find_main_argument(kwargs: Batch) -> Tensor:
 
 
 def pad_tokens(tensors: Sequence[Tensor], value: int) -> list[Tensor]:
-    """Pad (rows, tokens, …) to one number of tokens, on the right."""
+    """Return tensors (rows, tokens, …) padded with `value` on the right of dimension 1, all to the longest."""
     longest = max(t.shape[1] for t in tensors)
     return [nn.functional.pad(t, [0, 0] * (t.dim() - 2) + [0, longest - t.shape[1]], value=value) for t in tensors]
 
 
 @dataclass
 class OutputSplitter:
-    """The way back from the output of a pass to what each part gets of it."""
+    """Splits the output of a pass into the outputs of its batches.
+
+    Attributes:
+        rows: number of rows of each batch.
+        lengths: number of tokens of a row in each batch.
+    """
 
     rows: list[int]
     lengths: list[int]  # tokens of each part's rows
 
     def split(self, output: object) -> Sequence[object]:
-        """Return for each part an output of the same kind, with its rows and without their padding.
+        """Return for each batch an output of the same kind, with the batch's rows and without padding.
 
-        One split for all parts: its backward pass is one concatenation.
+        Mappings, tuples and lists are split entry by entry; other values go to each batch as they are.
+
+        One split for all batches makes the backward pass one concatenation.
         """
         if isinstance(output, Tensor):
             return self._split_tensor("", output)
@@ -219,16 +265,27 @@ class OutputSplitter:
         return [output] * len(self.rows)
 
     def covers_all_rows(self, output: object) -> bool:
-        """Return True if all tensors of an output have all rows, but those in tuples, such as states of blocks."""
+        """Return True if each tensor in an output has all rows.
+
+        Scalars and tensors in inner tuples, such as states of blocks, do not count.
+        """
         if isinstance(output, Mapping):
             output = tuple(output.values())
         values = output if isinstance(output, (tuple, list)) else (output,)
         return all(len(t) == sum(self.rows) for t in values if isinstance(t, Tensor) and t.dim())
 
     def _split_value(self, name: str, value: object) -> Sequence[object]:
+        """Return a value for each batch: a tensor by rows, which `name` says whether it has tokens, and all else by
+        `split`.
+        """
         return self._split_tensor(name, value) if isinstance(value, Tensor) else self.split(value)
 
     def _split_tensor(self, name: str, t: Tensor) -> list[Tensor]:
+        """Return the rows of each batch. A tensor with another number of rows goes whole to every batch.
+
+        Padding is cut from dimension 1 of tensors of three dimensions, or two for start and end logits, where it has
+        the longest length. Cut pieces are contiguous copies.
+        """
         if not t.dim() or len(t) != sum(self.rows):
             return [t] * len(self.rows)
         pieces, longest = t.split(self.rows) if len(self.rows) > 1 else (t,), max(self.lengths)
@@ -238,5 +295,5 @@ class OutputSplitter:
 
 
 def make_output(like: Mapping[str, object], values: dict[str, object]) -> object:
-    """Return values as an output of the same class."""
+    """Return values as a ModelOutput of the class of `like`, or as a dict if `like` is no ModelOutput."""
     return type(like)(**values) if hasattr(like, "to_tuple") else dict(values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batches of one run, epoch after epoch, and the position at which it stands, which can be taken up again."""
+"""The batches of one run, epoch after epoch, and the position in them, at which a saved run continues."""
 
 from __future__ import annotations
 
@@ -20,22 +20,35 @@ END: Any = object()  # of an epoch
 
 
 def annotate_error(error: BaseException, text: str) -> None:
-    """Add a line to the text of an error. Python 3.10 has no such lines: nothing happens there."""
+    """Add a line to the text of an error. Python 3.10 has no notes: there nothing happens."""
     if hasattr(error, "add_note"):
         error.add_note(text)
 
 
 class Loader:
-    """Yields batches of `data`, which begins anew when it ends; an iterator ends for good.
+    """Yields batches of `data`, which is iterated again when it ends, unless it is an iterator or `once` is set.
 
-    Args:
-        whose: data it is, for errors, as "Run 'x'".
-        data: an iterable of batches, which are mappings of names to tensors.
-        draws: the run's, which it draws from.
-        once: end with the data.
+    Draws from the run's random states.
+
+    Attributes:
+        epoch: number of epochs begun before the current one.
+        taken: batches taken from the current epoch.
+        began: the random states when the current epoch began.
+        first: digest of the very first batch, and the random states before it; None before it was read.
     """
 
     def __init__(self, label: str, data: Iterable[object] | None, draws: Draws, once: bool):
+        """Begin before the first batch. Nothing is read yet.
+
+        Args:
+            label: the owner of the data in errors, such as "Run 'x'".
+            data: an iterable of batches, which are mappings of names to tensors.
+            draws: the run's random states.
+            once: end with the data.
+
+        Raises:
+            TypeError: `data` is None or no iterable.
+        """
         if data is None or not hasattr(data, "__iter__"):
             raise TypeError(f"{label}: data must be an iterable of batches, such as a DataLoader, got {data!r}.")
         self.label, self.data, self.draws = label, data, draws
@@ -50,10 +63,12 @@ class Loader:
         self._again: tuple[Batch, States, States] | None = None  # the last, if it was given back
 
     def next_batch(self) -> Batch | None:
-        """Return the next batch; None if the data has ended. After an error, go on where it was.
+        """Return a copy of the next batch, or None if the data has ended.
+
+        A batch that was returned comes again. After an error, continue where the loader was.
 
         Raises:
-            ConfigError: there is no batch in it, or a batch is no mapping.
+            ConfigError: there is no batch in the data, or a batch is no mapping.
         """
         if self._again is None:
             return self._read_batch()
@@ -63,6 +78,11 @@ class Loader:
         return dict(batch)
 
     def _read_batch(self) -> Batch | None:
+        """Return the next batch of the data. At its end begin the next epoch, or return None with `once`.
+
+        After an error in the data, seeks to the position first. Any error gets a note with the label, and the random
+        states are those from before. Notes the digest of the very first batch.
+        """
         if self._is_broken:
             self.seek(self.epoch, self.taken, self.began, now=self.draws.states)
         before = self.draws.states
@@ -94,7 +114,10 @@ class Loader:
         return dict(batch)
 
     def begins_with(self, first: tuple[str, States]) -> bool:
-        """Return True if the data begin as they did when `first` was noted. Takes the first batch."""
+        """Return True if the first batch has the digest that was noted in `first`.
+
+        Reads one batch, so call `set_position` or `seek` next; an iterator still yields it.
+        """
         self.draws.states = first[1]
         batch = self.next_batch()
         if isinstance(self.data, Iterator):
@@ -102,13 +125,16 @@ class Loader:
         return self.first is not None and self.first[0] == first[0]
 
     def return_batch(self) -> None:
-        """Have `next_batch` return the last batch again."""
+        """Make `next_batch` return the last batch again, and put the random states back to those before it."""
         assert self._last is not None
         self._again, self.draws.states = self._last, self._last[1]
         self.taken -= 1
 
     def _epoch_iterator(self) -> Iterator[object]:
-        """Return the iterator of this epoch, which draws at its first batch: that follows at once."""
+        """Return the iterator of this epoch.
+
+        The first call in an epoch makes it, after `set_epoch` of the data and its sampler if they have it.
+        """
         if self._batches is None:
             holder: Any
             for holder in (self.data, getattr(self.data, "sampler", None)):
@@ -118,15 +144,20 @@ class Loader:
         return self._batches
 
     def set_position(self, epoch: int, taken: int, began: States, now: States) -> None:
-        """Be at a position, to which `next_batch` will go."""
+        """Set the position without reading data.
+
+        The next `next_batch` seeks to it. `now`: the random states at the position.
+        """
         self.epoch, self.taken, self.began, self._batches, self._again = epoch, taken, began, None, None
         self._is_broken, self.draws.states = True, now
 
     def seek(self, epoch: int, taken: int, began: States, now: States) -> None:
-        """Go to a position: begin that epoch as it began then, and pass over what was taken of it.
+        """Go to a position: begin the epoch with the random states `began`, and read and drop `taken` batches.
+
+        Then the states are `now`.
 
         Raises:
-            ConfigError: the data holds fewer batches.
+            ConfigError: the data holds fewer batches. The next `next_batch` seeks again.
         """
         self.set_position(epoch, taken, began, now)
         try:
@@ -145,9 +176,14 @@ class Loader:
 
 
 def digest_batch(batch: Batch) -> str:
-    """Return the digest of a batch: of its dense tensors' values, and of what JSON has; the rest counts by class."""
+    """Return a hash of a batch: dense tensors by shape and values, JSON values as they are, and any other object by the
+    name of its class.
+    """
 
     def note(value: object) -> object:
+        """Return shape and digest of a dense tensor that is neither on meta nor nested; the class name of any other
+        object.
+        """
         dense = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
         return [*value.shape, digest_base_tensor(value)] if dense else type(value).__qualname__  # type: ignore[attr-defined,arg-type]
 
@@ -156,10 +192,10 @@ def digest_batch(batch: Batch) -> str:
 
 
 def digest_first_batch(label: str, data: Iterable[object]) -> str:
-    """Return the digest of the first batch of data that can be gone through again and again.
+    """Return the digest of the first batch of data that can be iterated again, read with seed 0.
 
     Raises:
-        ConfigError: there is no batch in it, or a batch is no mapping.
+        ConfigError: there is no batch, or it is no mapping. The error names `label`.
     """
     loader = Loader(label, data, Draws(0, data), once=True)
     loader.next_batch()
@@ -168,5 +204,7 @@ def digest_first_batch(label: str, data: Iterable[object]) -> str:
 
 
 def shares_position(data: object) -> bool:
-    """Return True if all who iterate over data share one position in it."""
+    """Return True if all iterations over data share one position: it is an iterator, or a loader with
+    `persistent_workers`.
+    """
     return isinstance(data, Iterator) or bool(getattr(data, "persistent_workers", False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of one adapter's rows: the model's own, as its forward would compute it of these rows alone."""
+"""The loss of one adapter's rows: the model's, as its forward would compute it for these rows alone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ HEADS = {head for heads in TASK_HEADS.values() for head in heads}
 
 
 def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrapper], name: str) -> Loss:
-    """Return the loss that a model of transformers has for its task.
+    """Return the function (output, batch, **items) → loss that a transformers model has for its task.
+
+    It raises ConfigError for a batch without labels.
 
     Args:
-        wrappers: what the run's adapter, `name`, trains whole; its head may have other labels than the model.
+        wrappers: modules that the run's adapter trains whole; its head may have another number of labels than the
+            model.
+        name: of the run and adapter.
 
     Raises:
-        ConfigError: the model has none, or one that needs more than its output.
+        ConfigError: the model has no loss, or one that needs more than its output.
     """
     kind = getattr(model, "loss_type", None) or ("ForCausalLM" if "LMHead" in type(model).__name__ else None)
     make_loss = LOSSES.get(str(kind)) if hasattr(model, "loss_function") else None
@@ -40,6 +44,10 @@ def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrappe
     keys = SPANS if make_loss is make_span_loss else ("labels",)
 
     def compute_loss(output: Outputs, batch: Outputs, **items: object) -> Tensor:
+        """Return the loss of a batch.
+
+        Raise ConfigError if the batch lacks `labels`, or the start and end positions of spans.
+        """
         if missing := [key for key in keys if key not in batch]:
             raise ConfigError(
                 f"Run '{name}': a batch has no {' and no '.join(missing)}, of which the model's own loss is made: let "
@@ -51,7 +59,9 @@ def find_model_loss(model: nn.Module, wrappers: Mapping[str, ModulesToSaveWrappe
 
 
 def count_head_labels(wrappers: Mapping[str, ModulesToSaveWrapper], adapter: str) -> int | None:
-    """Return how many labels an adapter's own head has; None if it has none."""
+    """Return the number of outputs of an adapter's head: rows of the last matrix in a wrapped module with a head's
+    name. None if it wraps no head.
+    """
     for key, wrapper in wrappers.items():
         weights = [p for p in wrapper.parameters_of(adapter) if p.dim() == 2]
         if weights and HEADS & {*key.split(".")}:
@@ -60,7 +70,13 @@ def count_head_labels(wrappers: Mapping[str, ModulesToSaveWrapper], adapter: str
 
 
 def make_decoder_loss(_: nn.Module, __: int | None) -> Loss:
+    """Return the loss of encoder-decoders: the mean cross entropy of all tokens, without shifting the labels.
+
+    Both arguments are ignored.
+    """
+
     def compute_loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
+        """Return the mean cross entropy of logits (rows, tokens, words) and `labels`; labels of -100 do not count."""
         logits = output["logits"]
         return cross_entropy(logits.view(-1, logits.shape[-1]), batch["labels"].view(-1))
 
@@ -68,7 +84,12 @@ def make_decoder_loss(_: nn.Module, __: int | None) -> Loss:
 
 
 def make_token_loss(model: nn.Module, _: int | None) -> Loss:
+    """Return the loss of a language model: its `loss_function` of logits, labels and vocabulary size, with `items` such
+    as `num_items_in_batch`.
+    """
+
     def compute_loss(output: Outputs, batch: Outputs, **items: object) -> Tensor:
+        """Return the model's loss of the logits; its vocabulary size is that of the logits."""
         logits = output["logits"]
         return model.loss_function(logits=logits, labels=batch["labels"], vocab_size=logits.shape[-1], **items)
 
@@ -76,10 +97,14 @@ def make_token_loss(model: nn.Module, _: int | None) -> Loss:
 
 
 def make_classification_loss(model: nn.Module, labels: int | None) -> Loss:
-    """Return the loss of a classifier of samples or of tokens. Logits of labels that other heads have are left out."""
+    """Return the loss of a classifier of samples or of tokens.
+
+    If the logits have more columns than `labels`, those of other heads are cut off.
+    """
     tokens = model.loss_type == "ForTokenClassification"
 
     def compute_loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
+        """Return the model's loss of the logits, after the cut. The number of labels is that of the columns left."""
         logits = output["logits"]
         if labels is not None and logits.shape[-1] > labels:
             logits = logits[..., :labels].contiguous()
@@ -92,7 +117,10 @@ def make_classification_loss(model: nn.Module, labels: int | None) -> Loss:
 
 
 def make_span_loss(model: nn.Module, _: int | None) -> Loss:
+    """Return the loss of question answering: the model's, of start and end logits and positions."""
+
     def compute_loss(output: Outputs, batch: Outputs, **_: object) -> Tensor:
+        """Return the model's loss of both logits and both positions in the batch."""
         logits = output["start_logits"], output["end_logits"]
         return model.loss_function(*logits, *(batch[key] for key in SPANS))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run: an adapter, and what trains it. It knows nothing of the others."""
+"""One run, an adapter with its batches, optimizer and schedule: its steps. It knows no other run."""
 
 from __future__ import annotations
 
@@ -40,13 +40,20 @@ ELSEWHERE = ("base_model_name_or_path", "revision", "peft_version", "auto_mappin
 
 
 class RunOwner(Protocol):
+    """The object that holds runs by name: a MultiTrain."""
+
     def __getitem__(self, name: str) -> Run: ...
 
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None: ...
 
 
 class StepRecord(NamedTuple):
-    """One optimizer step of a run."""
+    """One optimizer step of a run.
+
+    Attributes:
+        loss: the mean of its batches, before the step.
+        norm: of the gradient, before it is clipped.
+    """
 
     step: int
     loss: float  # before the step; the mean of its batches
@@ -55,7 +62,7 @@ class StepRecord(NamedTuple):
 
 
 class ValidationRecord(NamedTuple):
-    """One look at the loss of validation data."""
+    """One measurement of the loss of validation data, after a number of steps."""
 
     step: int
     loss: float
@@ -63,16 +70,16 @@ class ValidationRecord(NamedTuple):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class Run:
-    """A run of a MultiTrain. `MultiTrain.add` makes it, and says what its arguments are.
+    """A run of a MultiTrain. `MultiTrain.add` makes it and describes its arguments.
 
     Attributes:
-        step: optimizer steps that it has made.
-        curve: its steps.
+        step: number of optimizer steps made.
+        curve: a record of each step.
         valid: its losses on validation data.
         state: "running", "ended", "stopped" (by its `stop`) or "failed".
         why: in words, why it does not run any more; else None.
-        error: what the model raised of its batch, if that has ended it in this process.
-        until: a step at which it waits; None: it goes on to its end. It may be set at any time.
+        error: the model's error for its batch, if that has ended it in this process.
+        until: a step at which it waits; None: it runs to its end. It may be set at any time.
     """
 
     name: str
@@ -97,6 +104,10 @@ class Run:
     every: int | None
 
     def __post_init__(self) -> None:
+        """Set the state of a new run: step 0, running.
+
+        Notes the settings of optimizer and schedule before the first step.
+        """
         self._window = self.accumulate  # batches of the step under way
         self.draws_in_steps = not type(self.optimizer).__module__.startswith("torch.optim.")
         self.config_values = {k: v for k, v in self.config.to_file_dict().items() if k not in ELSEWHERE}
@@ -126,22 +137,28 @@ class Run:
 
     @property
     def joins_next_round(self) -> bool:
-        """Return True if it takes part in the next round: it is running, and not told to wait at its step."""
+        """Return True if it takes part in the next round: it is running, and has not reached the step `until`."""
         return self.state == RUNNING and (self.until is None or self.step < self.until)
 
     @property
     def can_continue(self) -> bool:
-        """Return True if more steps are asked for than the run was to make when it ended."""
+        """Return True if it has ended, and now has more steps to make than when it ended.
+
+        Runs through their data once cannot.
+        """
         return self.state == ENDED and self.steps is not None and self.step < self.steps and not self.loader.once
 
     @property
     def is_short_of_data(self) -> bool:
-        """Return True if its data ended before its steps, or within one."""
+        """Return True if its data ended before its number of steps, or within a step."""
         return self.state == ENDED and (self.unused_batches > 0 or (self.steps is not None and self.step < self.steps))
 
     @property
     def is_validation_due(self) -> bool:
-        """Return True if it is time to look at validation data."""
+        """Return True if validation data is to be measured: each `every` steps, and when it runs no more.
+
+        Never without validation data, nor twice at one step.
+        """
         if self.validation is None or (self.valid and self.valid[-1].step == self.step):
             return False
         return self.state != RUNNING or (self.every is not None and self.step % self.every == 0)
@@ -150,7 +167,7 @@ class Run:
         """Write the adapter to a folder, as it is now.
 
         Raises:
-            AdapterNotFoundError: the run has been removed, with its adapter.
+            AdapterNotFoundError: the run has been removed with its adapter.
             RuntimeError: a step is under way, in another thread or around a loss that calls this.
         """
         if self.owner[self.name] is not self:
@@ -162,13 +179,18 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step, of the first group of parameters."""
+        """The learning rate of the next step: that of the first group of parameters."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     # a step, in the order in which these are called
 
     def take_batch(self) -> RunBatch | None:
-        """Return the next batch; None, and the run has ended, if there is none."""
+        """Return the next batch, and note the step's losses and gradients for `undo_round`.
+
+        If the data has ended, end the run and return None.
+
+        A batch from a Trainer sets the number of batches of the step.
+        """
         batch = self.loader.next_batch()
         if batch is None:
             self.unused_batches = len(self.losses)
@@ -182,22 +204,28 @@ class Run:
         return RunBatch(self.name, batch)
 
     def undo_round(self) -> None:
-        """Give the batch of a round back that an error has stopped, if it has not become a step."""
+        """After an error: restore losses and gradients from before the round, and return the batch to the loader.
+
+        Nothing happens if the batch has become a step.
+        """
         if self._saved is not None:
             (self.losses, self._sums), self._saved = self._saved, None
             self.loader.return_batch()
 
     def finish_round(self) -> None:
-        """Note that the round is over."""
+        """End the round: `undo_round` does nothing from now on."""
         self._saved = None
 
     def compute_loss(self, output: object, batch: Batch, auxiliary: Tensor | float = 0.0) -> Tensor:
-        """Return what is to be differentiated: the loss of a batch, over the number of batches of a step.
+        """Return the value to differentiate: the loss of a batch plus `auxiliary`, over the number of batches of a
+        step. A Trainer's loss is already divided.
 
-        auxiliary: what the adapter itself adds.
+        A loss given to `add` draws from the run's random states. Its errors get a note with the run's name.
+
+        auxiliary: the loss that the adapter adds.
 
         Raises:
-            ConfigError: the loss is no number, or no gradient leads to it.
+            ConfigError: the loss is no tensor (), or no gradient leads to it.
         """
         try:
             with self.draws if self.draws_in_loss else nullcontext():
@@ -217,7 +245,11 @@ class Run:
         return value
 
     def set_row(self, row: AdapterRow | None) -> None:
-        """Take a place among the runs that train now; None: leave."""
+        """Take a row among the runs that train now; None: leave it.
+
+        If the row is in a bank and the optimizer allows it, the optimizer gets vectors in place of its parameters. If
+        the row is in no bank, it gets its parameters back for good.
+        """
         self._row, flat = row, self._flat
         if flat is None:
             if row is not None and row.value is not None and self._can_flatten:
@@ -230,20 +262,25 @@ class Run:
             flat.attach_row(row)
 
     def is_on_row(self, row: AdapterRow) -> bool:
+        """Return True if `row` is the row of this run."""
         return self._row is row
 
     def _restore_parameters(self) -> None:
+        """Give the optimizer its original parameters for good; it is never flattened again."""
         if self._flat is not None:
             self._flat.restore_parameters()
         self._flat, self._can_flatten = None, False
 
     @property
     def row(self) -> AdapterRow:
+        """The row of the run, which must have one."""
         assert self._row is not None
         return self._row
 
     def record_loss(self, loss: Tensor) -> None:
-        """Note that the gradients of a batch are there."""
+        """Note the loss of a batch after its backward pass, and add the gradients of the step's earlier batches to the
+        row. If the step needs more batches, copy the sums.
+        """
         self.losses.append(loss.detach())
         if self._sums is not None:
             self.row.add_gradients(self._sums)
@@ -251,16 +288,26 @@ class Run:
 
     @property
     def is_step_due(self) -> bool:
-        """Return True if the batches of a step are there."""
+        """Return True if all batches of a step are there."""
         return len(self.losses) == self._window
 
     @property
     def step_loss(self) -> Tensor:
-        """The loss of the step under way, ()."""
+        """The sum of the losses of the step's batches, (); each is divided by their number already."""
         return self.losses[0] if len(self.losses) == 1 else torch.stack(self.losses).sum()
 
     def make_step(self, loss: float, norm: float, length: Tensor) -> None:
-        """Make the step, with numbers that are finite. length: the norm of the gradient, (), where it was computed."""
+        """Clip the gradients and make a step of optimizer and schedule, then drop the gradients.
+
+        Adds a record to `curve`, and ends the run after its last step.
+
+        Args:
+            loss, norm: finite numbers for the record.
+            length: the norm of the gradient, (), on the device.
+
+        Raises:
+            Exception: the optimizer's or schedule's error, with a note. The run has then failed.
+        """
         lr, row = self.lr, self.row
         # an optimizer leaves parameters without a gradient as they are
         if not row.is_complete or is_step_hooked(self.optimizer):
@@ -295,53 +342,63 @@ class Run:
             self.end(ENDED, f"{self.step} steps")
 
     def gradients(self) -> list[Tensor | None] | None:
-        """Return the gradients of the batches of the step under way, by parameter; None if there is none."""
+        """Return by parameter the summed gradients of the step's earlier batches; None if there are none."""
         if self._sums is None:
             return None
         sums = {id(p): grad for p, grad in zip(self.bank_order, self._sums)}
         return [sums[id(p)] for p in self.parameters]
 
     def restore_partial_step(self, losses: list[Tensor], gradients: list[Tensor | None] | None) -> None:
-        """Put back what `losses` and `gradients` were."""
+        """Set losses and gradients of a step under way, as `losses` and `gradients` gave them, on the device of the
+        parameters. None: no gradients.
+        """
         self.losses = [loss.to(self.parameters[0].device) for loss in losses]
         if gradients is not None:
             sums = {id(p): None if g is None else g.to(p.device) for p, g in zip(self.parameters, gradients)}
             self._sums = [sums[id(p)] for p in self.bank_order]
 
     def optimizer_state_dict(self) -> dict[str, object]:
-        """Return the `state_dict` of the optimizer, by parameter."""
+        """Return the optimizer's `state_dict` by original parameter, also while it has vectors."""
         with nullcontext() if self._flat is None else self._flat.show_parameters():
             return self.optimizer.state_dict()
 
     def drop_partial_step(self) -> None:
-        """Drop gradients and losses of the step under way."""
+        """Forget losses and gradients of the step under way. `undo_round` does nothing from now on."""
         self.losses, self._sums, self._saved = [], None, None
 
     def end(self, state: str, why: str) -> None:
+        """End the run with a state and the reason; drop the step under way, and note the seconds it ran."""
         self.drop_partial_step()
         self.state, self.why = state, why
         self.seconds = time.perf_counter() - self._since
 
     def fail_if_not_finite(self, loss: float, norm: float) -> str | None:
-        """Fail if loss or norm is not finite; return the text of the error."""
+        """Fail the run if loss or norm is not finite, and return the text of the error; else return None."""
         if math.isfinite(loss) and math.isfinite(norm):
             return None
         return self.fail(f"its {'gradient' if math.isfinite(loss) else 'loss'} is not finite", loss)
 
     def fail(self, why: str, loss: float) -> str:
-        """End before the step, with the values of the last one; return the text of the error."""
+        """End the run as failed before its next step, with the values after the last one.
+
+        Return the text of the error, which is also `why`.
+        """
         text = f"Run '{self.name}' failed at step {self.step + 1}: {why} (loss {loss:g}, lr {self.lr:g})."
         self.end(FAILED, text)
         return text
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens of this run in this process over the seconds since it was made, or until it ended."""
         seconds = self.seconds or time.perf_counter() - self._since
         return self.tokens / seconds if seconds else 0.0
 
 
 def describe_optimizer(optimizer: Optimizer) -> list[dict[str, object]]:
-    """Return the settings of an optimizer's groups of parameters, and how many each has."""
+    """Return for each group of an optimizer its settings, and the number of its parameters.
+
+    Tensors () become numbers, since schedules change rates in place.
+    """
     return [
         {
             "parameters": len(group["params"]),
@@ -353,7 +410,7 @@ def describe_optimizer(optimizer: Optimizer) -> list[dict[str, object]]:
 
 
 def describe_schedule(schedule: object) -> list[object] | None:
-    """Return a schedule's class and state, before its first step; None if there is none."""
+    """Return the name of a schedule's class and a copy of its state; None if there is no schedule."""
     if schedule is None:
         return None
     state: object = getattr(schedule, "state_dict", dict)()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a run: all that its next step depends on, as safetensors and JSON. It is written whole or not at all."""
+"""The file of a run: everything that its next step depends on, as safetensors and JSON.
+
+It is written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +50,17 @@ UNDER_WAY = {"losses": is_a(list, Tensor), "gradients": lambda all_: all_ is Non
 
 
 def list_runs(folder: str) -> list[str]:
-    """Return the names of the runs that a folder holds."""
+    """Return the sorted names of the runs with a file in a folder; none if there is no folder."""
     if not os.path.isdir(folder):
         return []
     return sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name, FILE)))
 
 
 def delete_run(name: str, folder: str) -> None:
-    """Delete the file of a run, if there is one; a folder that is a link holds none."""
+    """Delete the file of a run, if there is one, and its folder, if it is then empty.
+
+    Leave a folder alone that is a symbolic link.
+    """
     where = os.path.join(folder, name)
     if is_link(where):
         return
@@ -65,7 +71,10 @@ def delete_run(name: str, folder: str) -> None:
 
 
 def save_run(run: Run, model: nn.Module, folder: str) -> None:
-    """Write `folder`/<name of the run>/run.safetensors."""
+    """Write `folder`/<name of the run>/run.safetensors, and make the folder.
+
+    Raises ConfigError for state that is more than numbers, texts and tensors.
+    """
     tensors: dict[str, Tensor] = {}
     note = pack(collect_run_state(run, model), tensors, f"Run '{run.name}'")
     path = os.path.join(folder, run.name, FILE)
@@ -74,10 +83,10 @@ def save_run(run: Run, model: nn.Module, folder: str) -> None:
 
 
 def load_run(name: str, folder: str) -> Json | None:
-    """Return what the file of a run holds; None if there is none.
+    """Return the content of a run's file; None if there is no file. A file of an older graft gets `first` = None.
 
     Raises:
-        CheckpointError: it is damaged, or no file of a run.
+        CheckpointError: it is damaged, or another kind of file.
     """
     path = os.path.join(folder, name, FILE)
     if not os.path.exists(path):
@@ -89,7 +98,9 @@ def load_run(name: str, folder: str) -> Json | None:
 
 
 def collect_run_state(run: Run, model: nn.Module) -> Json:
-    """Return all that the next step of a run depends on, and what it has made."""
+    """Return all that the next step of a run depends on, its curve and validation losses: a dict of numbers, texts and
+    tensors. Tensors are not copied.
+    """
     loader = run.loader
     return {
         "config": run.config_values,
@@ -111,7 +122,9 @@ def collect_run_state(run: Run, model: nn.Module) -> Json:
 
 
 def describe_settings(run: Run) -> Json:
-    """Return what a run was told that its values depend on."""
+    """Return the settings of a run that its results depend on: optimizer and schedule at the start, clip, accumulate,
+    seed and loss.
+    """
     return {
         "optimizer": run.settings,
         "schedule": run.schedule_settings,
@@ -123,12 +136,17 @@ def describe_settings(run: Run) -> Json:
 
 
 def to_json_value(value: object) -> Any:
-    """Return a value as JSON has it; objects, functions and classes by name, the same in any process."""
+    """Return a value as JSON reads it back.
+
+    Objects, functions and classes become names that are equal in all processes; keys that JSON lacks are dropped.
+    """
     return json.loads(json.dumps(value, default=name_object, skipkeys=True))
 
 
 def name_object(value: object) -> object:
-    """Return what JSON has not as lists and text."""
+    """Return a name for an object that JSON lacks: a list of function and arguments for a partial, the qualified name
+    of a function or class, else its text. If the text holds an address, the name of the class.
+    """
     if isinstance(value, partial):
         return [value.func, *value.args, value.keywords]
     text = str(value)
@@ -136,13 +154,18 @@ def name_object(value: object) -> object:
 
 
 def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
-    """Put a run into the state that its file holds. The run is new, with its adapter on the model.
+    """Put a new run, with its adapter on the model, into the state of its file.
+
+    An ended run that now has more steps is running again.
+
+    Everything is checked first. Then optimizer, schedule, loader and at last the adapter's values are overwritten. A
+    run that takes part in the next round reads its data up to the position.
 
     Raises:
         BaseModelMismatchError: it was made on another base.
-        ConfigError: it has another config, other settings, or data with another first batch.
-        CheckpointError: the file holds what no run could go on with, or optimizer or schedule refuse their state.
-            In any case the adapter's values have not changed.
+        ConfigError: it has another config, other settings, fewer steps, or data with another first batch.
+        CheckpointError: the file's content cannot be used, or optimizer or schedule refuse their state. Whatever is
+            raised, the adapter's values have not changed.
     """
     path = os.path.join(where, run.name, FILE)
     check_fingerprint(state["base"], f"{path}: the fingerprint of the base")
@@ -185,7 +208,7 @@ def restore_run(run: Run, model: nn.Module, state: Json, where: str) -> None:
 
 
 def differs(a: object, b: object) -> bool:
-    """Return True if two values of settings differ, or cannot be compared, as a tensor of several numbers."""
+    """Return True if two values of settings differ, or cannot be compared, as tensors of several numbers cannot."""
     try:
         return bool(a != b)
     except RuntimeError:
@@ -193,7 +216,11 @@ def differs(a: object, b: object) -> bool:
 
 
 def check_run_contents(run: Run, model: nn.Module, state: Json, path: str) -> None:
-    """Raise CheckpointError for contents of a run's file that would be put into place and that nothing could use."""
+    """Raise CheckpointError for contents of a run's file that do not fit the run: position, step under way, curve,
+    values, optimizer, schedule, random states.
+
+    NaN and infinite values raise NonFiniteError, a CheckpointError. Nothing changes.
+    """
     check_fields(state["position"], POSITION, f"{path}: the position in the data")
     check_fields(state["under_way"], UNDER_WAY, f"{path}: the step under way")
     losses, gradients = state["under_way"]["losses"], state["under_way"]["gradients"]
@@ -227,12 +254,14 @@ def check_run_contents(run: Run, model: nn.Module, state: Json, path: str) -> No
 
 
 def make_row_test(length: int) -> Callable[[list[object]], bool]:
-    """Return a function that says whether a list is a step, and so many numbers in all."""
+    """Return a function that tells whether a list is a step and numbers, `length` entries in all."""
     return lambda row: len(row) == length and is_count(row[0]) and all(type(n) in (int, float) for n in row)
 
 
 def check_run_values(values: Json, tensors: dict[str, Tensor], path: str) -> None:
-    """Raise CheckpointError unless values are tensors of the names, shapes and dtypes that are here, and finite."""
+    """Raise CheckpointError unless the names are those of `tensors`, and each value has the tensor's shape and dtype
+    and is finite.
+    """
     if not values.keys() == tensors.keys():
         raise CheckpointError(
             f"{path} holds other tensors than the adapter has: {some(sorted(values.keys() ^ tensors.keys()))}. {REMEDY}"
@@ -245,7 +274,9 @@ def check_run_values(values: Json, tensors: dict[str, Tensor], path: str) -> Non
 
 
 def check_optimizer_state(run: Run, state: Json, path: str) -> None:
-    """Raise CheckpointError unless the optimizer of a run can go on with a `state_dict`."""
+    """Raise CheckpointError unless a `state_dict` fits the run's optimizer: same groups and parameters, and for each
+    parameter the state that its class keeps.
+    """
     check_fields(state, {"state": is_a(dict, dict), "param_groups": is_a(list, dict)}, f"{path}: the optimizer")
     optimizer, groups = run.optimizer, run.optimizer.state_dict()["param_groups"]
     check_state_like(optimizer, state["param_groups"], groups, f"{path}: the optimizer's groups")

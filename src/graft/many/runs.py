@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MultiTrain: many adapters trained at once on one base, each as it would be trained alone."""
+"""MultiTrain: many adapters train at once on one base, each with the results of a training of one adapter."""
 
 from __future__ import annotations
 
@@ -64,17 +64,29 @@ CALLED = {  # by the name that Trainer has for it
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Return names as an error shows them, those of Trainer with the ones that they have here."""
+    """Return sorted names for an error, each in quotes.
+
+    A name of Trainer's gets the name it has here: `'max_steps' (here 'steps')`.
+    """
     return ", ".join(f"'{name}'" + (f" (here '{CALLED[name]}')" if name in CALLED else "") for name in sorted(names))
 
 
 def refuse_within_step(method: F) -> F:
-    """Decorate a method of MultiTrain that no step, in whatever thread, may go on beside."""
+    """Decorate a method of MultiTrain that must not run during a step, in any thread.
+
+    The call holds the lock of steps.
+    """
 
     known = inspect.signature(method).parameters
 
     @wraps(method)
     def call_method(self: MultiTrain, *args: object, **kwargs: object) -> object:
+        """Call the method under the lock of steps.
+
+        Raises:
+            TypeError: an argument is unknown; the text names those of the method.
+            RuntimeError: a step is under way, or another thread has the lock.
+        """
         if unknown := kwargs.keys() - known.keys():
             remedy = f"It takes {', '.join([*known][1:]) or 'nothing'}."
             if method.__name__ == "add":
@@ -88,7 +100,13 @@ def refuse_within_step(method: F) -> F:
 
 @dataclass
 class Step:
-    """One round: a batch of each run that goes on."""
+    """One round: a batch of each run that takes part.
+
+    Attributes:
+        losses: by run, of those that made an optimizer step.
+        ended: by run, the reason why it does not run any more.
+        valid: by run, of those that measured their validation data.
+    """
 
     number: int
     losses: dict[str, float] = field(default_factory=dict)  # by run, of those that made an optimizer step
@@ -97,27 +115,28 @@ class Step:
 
 
 class MultiTrain:
-    """Many adapters trained at once on one base. What a run gives does not depend on the others.
+    """Many adapters trained at once on one base. The results of a run do not depend on the other runs.
 
     Iterate over it for one `Step` at a time, or call `run`.
 
     Args:
-        model: the base model, in which adapters will stand; or a PeftModel, whose adapters may be runs.
+        model: the base model, which gets the adapters; or a PeftModel with adapters that may become runs.
         at_once: tokens (with padding) of a joint pass. No result depends on it; memory and speed do.
-        exact: batches of other lengths take passes of their own, and so do those with padding: with more of it they
-            would round otherwise, and drop other inputs. A collator that pads all to one length has them share a pass.
-            False: they share one, padded here.
+        exact: batches with other lengths, or with padding, take separate passes: in a joint pass they would round
+            differently, and drop other inputs. A collator that pads all to one length makes them share a pass. False:
+            they share one, padded here.
         base_in_eval: run the base in eval mode, without its own dropout, and only adapters and heads in training mode.
 
     Attributes:
         model: the PeftModel; None before the first run.
 
     Raises:
-        ConfigError: the base drops inputs by itself, from a generator that all runs would share; or what it makes of a
-            row depends on the others of its batch.
+        ConfigError: the base drops inputs, from a generator that all runs would share; or its output for a row depends
+            on the other rows of the batch.
     """
 
     def __init__(self, model: nn.Module, *, at_once: int = AT_ONCE, exact: bool = True, base_in_eval: bool = False):
+        """Note the base, its arguments and the mode of each module. Nothing changes in the model."""
         get_registry(model)  # raises if it is no model
         if type(at_once) is not int or at_once < 1:
             raise ConfigError(f"MultiTrain: at_once must be a positive int, got {at_once!r}.")
@@ -152,9 +171,11 @@ class MultiTrain:
 
     @classmethod
     def resume(cls, model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> MultiTrain:
-        """Return a MultiTrain whose `add` goes on with the runs that `save` has written to a folder.
+        """Return a MultiTrain on the folder of `save`.
 
-        Add each run as it was added first; those that are not added stay in the folder as they are.
+        Its `add` continues a run that the folder has, and begins any other.
+
+        Add each run as it was added first; those that are not added stay in the folder unchanged.
 
         Args:
             options: as of MultiTrain.
@@ -171,6 +192,7 @@ class MultiTrain:
     # runs
 
     def __getitem__(self, name: str) -> Run:
+        """Return the run of a name. Raises AdapterNotFoundError, with the names of all runs, if there is none."""
         if name not in self._runs:
             raise AdapterNotFoundError(f"There is no run '{name}'. Runs: {', '.join(self._runs) or 'none'}.")
         return self._runs[name]
@@ -182,18 +204,19 @@ class MultiTrain:
         return len(self._runs)
 
     def __bool__(self) -> bool:
-        """Return True, with runs or without."""
+        """Return True, also without runs."""
         return True
 
     def __repr__(self) -> str:
         return f"MultiTrain({type(self.base).__name__}, runs={self.list_runs()})"
 
     def list_runs(self) -> list[Run]:
-        """Return all runs."""
+        """Return all runs, in the order in which they were added, ended ones included."""
         return list(self._runs.values())
 
     @property
     def names(self) -> list[str]:
+        """The names of all runs, in the order in which they were added."""
         return list(self._runs)
 
     @refuse_within_step
@@ -216,33 +239,37 @@ class MultiTrain:
         heads: dict[str, nn.Module] | Callable[[], dict[str, nn.Module]] | None = None,
         trainer: Trainer | None = None,
     ) -> Run:
-        """Add a run. It gets what a program of its own would that began with `torch.manual_seed(seed)`, made the
-        adapter and then the optimizer, and went through `data`.
+        """Add a run.
+
+        It has the results of a separate program that begins with `torch.manual_seed(seed)`, makes the adapter, then the
+        optimizer, and iterates over `data`.
+
+        If `resume` found this run in its folder, the run continues there.
 
         Args:
             name: of the run and its adapter.
-            config: of the adapter, of which a copy is used; None: the model has an adapter of this name.
-            data: batches, mappings of the model's arguments and labels to tensors; begun anew as long as there are
-                steps to make.
-            optimizer: of the adapter's parameters, such as `partial(AdamW, lr=1e-3)`.
-            schedule: of the optimizer; it steps after each step of that.
+            config: of the adapter; a copy is used. None: the model has an adapter of this name.
+            data: batches, mappings of the model's arguments and labels to tensors; iterated again until the steps are
+                made.
+            optimizer: makes the optimizer of the adapter's parameters, such as `partial(AdamW, lr=1e-3)`.
+            schedule: makes the schedule of the optimizer; it steps after each optimizer step.
             loss: of (the output of the run's rows, its batch), a mean; None: the model's own.
             clip: the largest norm of the gradient.
             steps: optimizer steps; None: one pass over the data.
             accumulate: batches of a step.
-            seed: of initial values, dropout, and the order of a loader that has no generator of its own.
-            stop: asked after each step, and after each look at validation data; True ends the run.
-            valid: validation data, at whose mean loss the run looks every `every` steps and at its end.
-            heads: as of `get_peft_model`, or what makes them.
-            trainer: a Trainer of transformers, made of the base or a copy, in place of `data` to `seed`: its loader,
-                optimizer, schedule and `compute_loss` count, its loop does not run.
+            seed: of initial values, dropout, and the order of a loader without a generator.
+            stop: called with the run after each step and each validation; True ends the run.
+            valid: validation data. Its mean loss is measured every `every` steps and at the end of the run.
+            heads: as of `get_peft_model`, or a function that returns them.
+            trainer: a Trainer of transformers, made with the base or a copy, which replaces `data` to `seed`. Its
+                loader, optimizer, schedule and `compute_loss` are used; its loop does not run.
 
         Raises:
             AdapterNameError: another run, or an adapter, has this name.
-            ConfigError: a setting is none, the model has no loss, an adapter changes the base (PiSSA, bias="all"), or
-                the run was saved with other settings.
+            ConfigError: a setting is invalid, the model has no loss, an adapter changes the base (PiSSA, bias="all"),
+                or the run was saved with other settings.
             BaseModelMismatchError: the run was saved with another base.
-            And what `add_adapter` raises. The model is then as it was.
+            And the errors of `add_adapter`. The model is then as it was.
         """
         check_adapter_name(name)
         if config is not None:
@@ -357,7 +384,9 @@ class MultiTrain:
         return run
 
     def _check_base_unchanged(self, name: str, config: PeftConfig | None) -> None:
-        """Raise ConfigError if an adapter changes the base of another run, or would change what `unload` gives back."""
+        """Raise ConfigError if the new adapter, or one on the model, changes the base: files of other runs would not
+        fit, and `unload` would return another base. One changing adapter may train if it is the only run.
+        """
         if config is not None:
             refuse_base_change(name, config)
         for adapter, cfg in {} if self.model is None else self.model.peft_config.items():
@@ -370,6 +399,10 @@ class MultiTrain:
                 )
 
     def _find_model_loss(self, name: str, needed: bool = True) -> Any:
+        """Return the model's loss for a run's adapter.
+
+        If it has none, raise ConfigError, or return None if `needed` is False.
+        """
         try:
             return find_model_loss(self.base, get_registry(self.model).parts_of(name).wrappers, name)
         except ConfigError:
@@ -378,7 +411,14 @@ class MultiTrain:
             return None
 
     def _inject(self, name: str, config: PeftConfig | None, heads: dict[str, nn.Module] | None) -> bool:
-        """Put the adapter of a run on the model, if it is not there; return True if it was not."""
+        """Add a copy of `config` to the model as adapter `name`, and return True.
+
+        Makes the PeftModel if it is the first adapter. With config None, return False for an adapter that is there.
+
+        Raises:
+            AdapterNotFoundError: there is neither a config nor the adapter.
+            AdapterNameError: there are both.
+        """
         is_on_model = self.model is not None and name in self.model.peft_config
         if config is None:
             if not is_on_model:
@@ -396,7 +436,13 @@ class MultiTrain:
         return True
 
     def _remove_adapter(self, name: str) -> None:
-        """Take an adapter off the model; the model's last one with all that graft has put there."""
+        """Remove an adapter from the model.
+
+        With the last one the model is unloaded, `model` becomes None, and the base has its own modules again.
+
+        If the adapter is active, another one becomes active, and the adapters of all runs stay trainable. If it trains
+        in banks, all runs leave them.
+        """
         self._fans = {}
         if name in self._banks.rows:
             self._release_banks()
@@ -413,7 +459,10 @@ class MultiTrain:
 
     @refuse_within_step
     def remove(self, name: str) -> Run:
-        """Take a run and its adapter out, and return the run, with its curve."""
+        """Remove a run and its adapter, release its file for other processes, and return the run with its curve.
+
+        After the last one the base has its modes of before.
+        """
         run = self[name]
         self._remove_adapter(name)
         del self._runs[name]
@@ -424,7 +473,10 @@ class MultiTrain:
 
     @refuse_within_step
     def unload(self) -> nn.Module:
-        """Return the base without adapters, as it was, also if some of them are merged."""
+        """Remove all runs and adapters, and return the base as it was; merged adapters are unmerged.
+
+        Releases all files.
+        """
         if self.model is not None:
             self.model.unload(keep_modules=False)
         self._release_banks()
@@ -434,23 +486,24 @@ class MultiTrain:
         return self.base
 
     def _restore_modes(self) -> None:
+        """Put each module of the base into the mode, training or eval, that it had at the start."""
         for module, training in self._modes:
             module.training = training
 
     @property
     def arguments(self) -> ForwardArguments:
-        """The arguments of the base's forward, and those that the adapters' methods read."""
+        """The arguments of the base's forward, with those that the adapters' methods read from a batch."""
         names = set() if self.model is None else get_registry(self.model).arguments
         return replace(self._arguments, names=self._arguments.names | names)
 
     @property
     def _peft_model(self) -> PeftModel:
-        """The model with the runs' adapters, of which there is one at least."""
+        """The model with the runs' adapters. There must be at least one."""
         assert self.model is not None
         return self.model
 
     def _find_adapter_modules(self) -> set[int]:
-        """Return the modules of adapters, by id."""
+        """Return the ids of the modules that adapters have added to the base."""
         if self.model is None:
             return set()
         return {id(m) for c in get_registry(self.model).carriers() if isinstance(c, nn.Module) for m in find_modules(c)}
@@ -458,18 +511,19 @@ class MultiTrain:
     # steps
 
     def __iter__(self) -> Iterator[Step]:
+        """Yield a `Step` for each round, until no run takes part and none needs a check."""
         while any(run.joins_next_round or run.needs_check for run in self._runs.values()):
             yield self.step()
 
     @refuse_within_step
     def step(self) -> Step:
-        """Take a batch of each run that goes on, and make the optimizer steps that are due.
+        """Take a batch of each run that takes part, and make the optimizer steps that are due.
 
-        After an error, of a loss or a loader, all runs are where they were, but those that made their step before it.
-        The next call goes on there.
+        After an error, of a loss or a loader, all runs are where they were, except those that made their step before
+        it. The next call continues there.
 
         Raises:
-            RuntimeError: another thread is in a step.
+            RuntimeError: another thread is in a step, or a `stop` calls this.
         """
         if self._stepping:
             raise RuntimeError("A step is under way: let its `stop` return before the next one.")
@@ -481,10 +535,11 @@ class MultiTrain:
 
     @contextmanager
     def lock_steps(self) -> Iterator[None]:
-        """Let no other thread make a step, or change the runs, within the block.
+        """Within the block, no other thread can make a step or change the runs.
 
         Raises:
-            RuntimeError: one does so; or this one is within the pass of a step, as a loss is, and not `stop`.
+            RuntimeError: another thread is in such a block, or this thread is within the pass of a step, for example in
+                a loss.
         """
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(f"Another thread has the runs {', '.join(self._runs)}: let one thread run them.")
@@ -496,6 +551,10 @@ class MultiTrain:
             self._lock.release()
 
     def _run_round(self) -> Step:
+        """Make a round and return its `Step`: checks left over from an error, training, then validation and stops.
+
+        After an error the runs' batches are returned. Warns of each run that ended for lack of data.
+        """
         step = Step(self._number + 1)
         self._validate_and_stop(step)  # where an error has kept it from doing so
         going = [run for run in self._runs.values() if run.joins_next_round]
@@ -519,7 +578,13 @@ class MultiTrain:
         return step
 
     def _train_round(self, step: Step, going: Sequence[Run]) -> None:
-        """Take a batch of each of these runs, and make the steps that are due."""
+        """Take a batch of each of these runs, compute gradients in joint passes, and make the steps that are due.
+
+        Sets training mode and assigns rows.
+
+        Runs with a batch that the model cannot take fail. A run with a loss or norm that is not finite fails with a
+        warning, before its step.
+        """
         if not going:
             return
         self._set_mode(True)
@@ -545,7 +610,12 @@ class MultiTrain:
             step.losses[run.name] = loss
 
     def _validate_and_stop(self, step: Step) -> None:
-        """Look at validation data where it is time, and ask who wants to stop."""
+        """For runs after a step: measure validation data that is due, call `stop`, and measure again runs that have
+        stopped. Ended runs go into `step.ended`.
+
+        An error of `stop` gets a note with the run's name. The checks of this round are then made again in the next
+        one.
+        """
         runs = [run for run in self._runs.values() if run.needs_check]
         self._validate_due_runs(step, runs)
         for run in runs:
@@ -565,9 +635,14 @@ class MultiTrain:
             run.needs_check = False
 
     def _is_current(self, run: Run) -> bool:
+        """Return True if the run has not been removed."""
         return self._runs.get(run.name) is run
 
     def _validate_due_runs(self, step: Step, runs: Sequence[Run]) -> None:
+        """Measure the validation loss of runs for which it is due, and add it to `run.valid` and `step.valid`.
+
+        Runs with the same data object are measured together.
+        """
         by_data: dict[int, list[Run]] = {}
         for run in runs:
             if run.is_validation_due:
@@ -579,7 +654,10 @@ class MultiTrain:
                 step.valid[run.name] = losses[run.name]
 
     def _assign_rows(self, runs: list[Run]) -> None:
-        """Have these runs, which train now, share banks."""
+        """Give each of these runs, which train now, a row in new banks.
+
+        Other runs leave theirs. Nothing happens if all have their rows and the banks are intact.
+        """
         rows = self._banks.rows
         is_assigned = [*rows] == [run.name for run in runs] and all(run.is_on_row(rows[run.name]) for run in runs)
         if is_assigned and self._banks.is_intact():
@@ -596,14 +674,16 @@ class MultiTrain:
             run.set_row(self._banks.rows[run.name])
 
     def _release_banks(self) -> None:
-        """Move the adapters of all runs out of the banks, each into separate memory."""
+        """Move the adapters of all runs out of the banks, each tensor into separate memory."""
         self._banks.separate_memory()
         self._banks = Banks({}, ())
         for run in self._runs.values():
             run.set_row(None)
 
     def _complete_batch(self, item: RunBatch) -> RunBatch:
-        """Add the arguments that a model and its adapters make of labels: the decoder's inputs, lengths of prompts."""
+        """Return the batch with the arguments that follow from its labels: the decoder's inputs, and those of methods
+        around the model, such as lengths of prompts. Arguments that the batch has stay.
+        """
         batch = item.batch
         make = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
         if make is not None and "labels" in batch and "decoder_input_ids" not in batch:
@@ -613,7 +693,7 @@ class MultiTrain:
         return RunBatch(item.name, batch)
 
     def _complete_batches(self, items: Sequence[RunBatch]) -> list[RunBatch]:
-        """Return these parts, completed, but for those that cannot be."""
+        """Return these batches, completed. Leave out a batch for which that raises an error, and note the error."""
         completed = []
         for item in items:
             try:
@@ -623,14 +703,14 @@ class MultiTrain:
         return completed
 
     def _note_batch_error(self, item: RunBatch, error: Exception) -> None:
-        """Note that the model cannot take the batch of a run."""
+        """Note that the model cannot take the batch of a run, and add the run's name to the error."""
         annotate_error(error, f"Run '{item.name}': the model cannot take its batch.")
         self._batch_errors[item.name] = error
 
     def _fail_runs(self, all_of_them: bool) -> None:
-        """End the runs whose batch the model cannot take, as failed; if the round has no others, raise the first error.
+        """Fail the runs with a batch that the model cannot take, with a warning, and keep each error in `run.error`.
 
-        Then all runs are where they were, and nobody waits for them.
+        If all batches of the round are such, raise the first error instead, and no run fails.
         """
         for name, error in self._batch_errors.items():
             if all_of_them:
@@ -648,12 +728,15 @@ class MultiTrain:
         take: Callable[[list[RunBatch], T], None],
         is_half: bool = False,
     ) -> None:
-        """Run these batches together, and take what comes of them; if memory ends, half of them at a time.
+        """Call `compute` on these batches, and `take` on them and its result.
 
-        One batch that has no memory ends its run in training. At a look at validation data the error stands. Any other
-        error in training halves them, too, until it is known whose batch raises alone.
+        If memory is short, run the halves one after the other, and lower `at_once`.
 
-        within: this is a half.
+        In training, any other error halves them as well, until a batch raises by the run alone, which is noted. If none
+        does, warn. A single batch without enough memory fails its run. In validation such errors are raised. Random
+        states are restored before a second try.
+
+        is_half: this is part of such a halving.
         """
         draws = [self._runs[item.name].draws for item in items]
         before = [run_draws.states for run_draws in draws]
@@ -696,9 +779,11 @@ class MultiTrain:
             warn(f"A pass of {names} raised {shortened(repr(failure))}, and none of them does so alone.", PeftWarning)
 
     def _compute_gradients(self, items: list[RunBatch]) -> tuple[list[Tensor], list[int]] | Exception:
-        """Have the parameters get the gradients of these batches; return for each its loss, and how many tokens it has.
+        """Run a joint pass and its backward pass; gradients are left in `grad`.
 
-        Return the error that a loss of `add` has raised. What an error leaves of the pass goes with it.
+        Return the losses, and the number of tokens of each batch.
+
+        If a loss given to `add` raises an error, return the error: no smaller pass would help.
         """
         self._banks.drop_gradients([item.name for item in items])
         with self._share_blocks(items) as fan:
@@ -717,7 +802,10 @@ class MultiTrain:
         return losses, tokens
 
     def _collect_gradients(self, items: list[RunBatch], result: tuple[list[Tensor], list[int]] | Exception) -> None:
-        """Take the gradients of a pass into the runs."""
+        """Move the gradients of a pass into the runs' rows, and record each loss and number of tokens.
+
+        If the result is an error, raise it.
+        """
         if isinstance(result, Exception):
             raise result
         self._banks.collect_gradients([item.name for item in items])
@@ -726,11 +814,14 @@ class MultiTrain:
             self._runs[item.name].tokens += count
 
     def _run_with_fan(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
-        """Run these parts with the fan; if the model raises, run each part's own rows, now and in later passes.
+        """Return output and number of tokens of each batch, with the fan.
 
-        The fan repeats what blocks get by rows. It cannot where a model gives them a tensor of rows times heads (ALiBi
-        in Bloom), or of as many heads as there are rows (MPT); nor where the model picks rows by its input after the
-        blocks (the last token of a sequence classifier).
+        If the model raises an error other than of memory, run all rows without it, now and in later passes of these
+        runs.
+
+        The fan repeats the inputs of blocks by rows. It cannot where a model passes a tensor of rows times heads (ALiBi
+        in Bloom), or of as many heads as there are rows (MPT). It cannot either where the model picks rows by its input
+        after the blocks (the last token of a sequence classifier).
         """
         if fan is None:
             return self._run_model(items, None)
@@ -747,7 +838,11 @@ class MultiTrain:
         return self._run_model(items, None)
 
     def _run_model(self, items: Sequence[RunBatch], fan: Fan | None) -> tuple[Sequence[object], list[int]]:
-        """Return the output for each part, and how many tokens it has. fan: as `_share_blocks` gives it."""
+        """Return the output of each batch, and its number of tokens, from one pass of the model.
+
+        With a fan the model gets the rows of the first batch only. With gradients enabled, layers use the banks, and
+        dropout draws from each run's generator. Raises RuntimeError if a fan's output lacks rows.
+        """
         arguments, cut = join_batches(items if fan is None else items[:1], self.arguments)
         copies = 1 if fan is None else len(items)
         cut = OutputSplitter(cut.rows * copies, cut.lengths * copies)
@@ -764,8 +859,13 @@ class MultiTrain:
 
     @contextmanager
     def _share_blocks(self, items: Sequence[RunBatch]) -> Iterator[Fan | None]:
-        """Have the base repeat the rows of a batch that all these have, within the block, before the first adapted
-        layers; give where it does so; None: every part has to bring its own."""
+        """Within the block, the base repeats the rows of equal batches before its first adapted block.
+
+        Yield the fan; None if every batch must bring its rows.
+
+        That is so for a single batch, unequal batches, as many rows as the last dimension of the tokens, or arguments
+        that methods look up by row.
+        """
         batches = [self.arguments.select(item.batch) for item in items]
         main, fan = find_main_argument(batches[0]), None
         apart = len(main) != main.shape[-1]  # else rows could not be told from tokens
@@ -776,6 +876,10 @@ class MultiTrain:
             yield fan
 
     def _find_fan(self, names: Sequence[str]) -> Fan | None:
+        """Return the fan for the adapters of these runs, None if the base has no place for it.
+
+        Cached until a run is added or removed.
+        """
         key = tuple(names)
         if key not in self._fans:
             parts = [get_registry(self.model).parts_of(name) for name in names]
@@ -786,9 +890,10 @@ class MultiTrain:
     @refuse_within_step
     @torch.no_grad()
     def evaluate(self, names: str | Sequence[str], data: Iterable[Any]) -> dict[str, float]:
-        """Return the mean loss of several runs on data, weighted by rows, in eval mode.
+        """Return by name the mean loss of several runs on data, weighted by rows, in eval mode and without gradients.
 
-        What the data draw they draw anew each time, whoever looks, whenever.
+        The data is read with the random states of seed 0, so that each call has the same batches. Batches without rows
+        are skipped.
 
         Raises:
             AdapterNotFoundError: there is no such run.
@@ -802,6 +907,7 @@ class MultiTrain:
         rows: list[int] = []
 
         def record_losses(group: list[RunBatch], losses: list[Tensor]) -> None:
+            """Add the loss of each batch to the sums of its run."""
             for part, loss in zip(group, losses):
                 sums[part.name].append(loss)
 
@@ -821,13 +927,16 @@ class MultiTrain:
         return dict(zip(names, losses.tolist()))
 
     def _compute_validation_losses(self, items: list[RunBatch]) -> list[Tensor]:
-        """Return the validation loss of each of these."""
+        """Return the validation loss of each of these batches, from one pass."""
         with self._share_blocks(items) as fan:
             outputs, _ = self._run_with_fan(items, fan)
         return [self._runs[item.name].validation_loss(output, item.batch) for item, output in zip(items, outputs)]
 
     def _set_mode(self, training: bool) -> None:
-        """Set the mode of the model: of adapters and heads alone if the base stays in eval mode."""
+        """Set the model to training or eval mode.
+
+        With `base_in_eval`, training mode is set for adapters and heads only, and the base stays in eval mode.
+        """
         model = self._peft_model
         if not (training and self.base_in_eval):
             if model.training != training or self.base_in_eval:
@@ -840,14 +949,14 @@ class MultiTrain:
                     module.training = True
 
     def run(self, progress: bool = False, save: str | os.PathLike[str] | None = None, every: int = 100) -> MultiTrain:
-        """Go on until no run does. Return self.
+        """Make rounds until no run takes part. Return self.
 
         Args:
             progress: show a table of the runs.
             save: a folder to `save` to, every `every` rounds and at the end.
 
         Raises:
-            ConfigError: `every` is no number of rounds.
+            ConfigError: `every` is no positive int.
             FolderInUseError, CheckpointError: as `save`, before the first round.
         """
         if type(every) is not int or every < 1:
@@ -875,8 +984,8 @@ class MultiTrain:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write each run to a file, `folder`/<name>/run.safetensors, with all that `resume` needs.
 
-        A file holds the state before or after the call, whole, whatever happens meanwhile. Other processes can save
-        runs of these names there once this one has ended, or has removed or unloaded them.
+        A file holds the whole state before or after the call, even if the process is killed. Other processes can save
+        runs of these names there once this process has ended, or has removed or unloaded the runs.
 
         Raises:
             ConfigError: the state of an optimizer or schedule is more than numbers, texts and tensors.
@@ -889,7 +998,7 @@ class MultiTrain:
 
     @refuse_within_step
     def save_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter of a run to a folder, as `save_pretrained` writes "default".
+        """Write the adapter of a run to a folder, in the form that `save_pretrained` gives the adapter "default".
 
         Raises:
             AdapterNotFoundError: there is no such run.
@@ -898,19 +1007,22 @@ class MultiTrain:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return True if an error says that there is no memory for a tensor. On a CPU torch has no class for that."""
+    """Return True if an error says that there is no memory for a tensor.
+
+    On a CPU torch has no class for that: its text tells.
+    """
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
 def drop_frames(error: BaseException | None) -> None:
-    """Let go of the locals of all frames of an error and of its causes, such as the tensors of a pass."""
+    """Free the local variables in all frames of an error and of its contexts, such as the tensors of a pass."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
 def find_modules(carrier: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of a carrier but those of the base."""
+    """Yield the modules of a carrier, without its base module and the modules in that."""
     base: nn.Module = carrier.base_module
     inner = {id(m) for m in base.modules()}
     yield from (m for m in carrier.modules() if id(m) not in inner)
@@ -920,7 +1032,9 @@ DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, 
 
 
 def find_dropout(base: nn.Module, without: set[int]) -> list[str]:
-    """Return where a model drops inputs or layers by itself in training mode: modules, and rates that modules hold."""
+    """Return the quoted paths where a model drops inputs or layers in training mode: dropout modules, and positive
+    floats in modules with "drop" in their name. Modules with an id in `without` do not count.
+    """
     places = []
     for key, m in base.named_modules():
         if id(m) in without:
@@ -935,7 +1049,12 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def find_row_mixing(base: nn.Module, without: set[int], base_in_eval: bool) -> list[str]:
-    """Return where rows of a batch meet: normalization by the batch, and routers whose experts take only so many."""
+    """Return the quoted paths where rows of a batch affect each other: batch normalization, and routers with experts of
+    limited capacity.
+
+    Modules with an id in `without` do not count. Nor does a normalization with kept statistics, if the base stays in
+    eval mode.
+    """
     places = []
     for key, m in base.named_modules():
         if id(m) in without:
@@ -948,7 +1067,10 @@ def find_row_mixing(base: nn.Module, without: set[int], base_in_eval: bool) -> l
 
 
 def check_settings(name: str, **settings: float | None) -> None:
-    """Raise ConfigError for a setting that is not a positive number; counts are integers."""
+    """Raise ConfigError for a setting that is neither None nor positive.
+
+    `clip` may be an int or a float, all others an int.
+    """
     for key, value in settings.items():
         kinds = (int, float) if key == "clip" else (int,)
         if value is not None and (type(value) not in kinds or not value > 0):
@@ -956,7 +1078,7 @@ def check_settings(name: str, **settings: float | None) -> None:
 
 
 def refuse_trainer_settings(name: str, options: dict[str, object]) -> None:
-    """Raise ConfigError for settings that a Trainer makes."""
+    """Raise ConfigError for options that differ from their defaults in `MultiTrain.add`, since a Trainer makes them."""
     defaults = inspect.signature(MultiTrain.add).parameters
     both = [key for key, value in options.items() if value is not defaults[key].default]
     if both:
@@ -964,14 +1086,16 @@ def refuse_trainer_settings(name: str, options: dict[str, object]) -> None:
 
 
 def find_base_change(config: PeftConfig) -> str | None:
-    """Return the setting by which an adapter changes or trains the base's own weights; None if it does not."""
+    """Return the setting by which an adapter changes or trains the base's own weights, such as "bias='all'"; None if it
+    does neither.
+    """
     bias = getattr(config, "bias", "none")
     trains = bias == "all" or bias.endswith("_only")  # another value is refused by the injection
     return changes_base(config) or (f"bias={bias!r}" if trains else None)
 
 
 def refuse_base_change(name: str, config: PeftConfig) -> None:
-    """Raise ConfigError if a new adapter changes the base, which runs share."""
+    """Raise ConfigError if a new adapter changes the base that runs share, or replicates its layers."""
     setting = find_base_change(config)
     if setting is None and (ranges := getattr(config, "layer_replication", None)):
         setting = f"layer_replication={ranges}"
@@ -983,11 +1107,15 @@ def refuse_base_change(name: str, config: PeftConfig) -> None:
 
 
 def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a run would train layers in modules that others train whole, where it gets none.
+    """Raise ConfigError if a run's targets are within modules that another adapter trains whole: there the run would
+    get no adapter.
+
+    Nothing is refused for modules that take rows, or that the run trains as well.
 
     Args:
         asked: the config as `add` got it.
         config: the same with the targets that it has on this model.
+        wrappers: by path, the modules trained whole.
     """
     if not hasattr(config, "target_modules"):
         return
@@ -1007,7 +1135,11 @@ def refuse_covered_targets(name: str, asked: PeftConfig, config: Any, wrappers: 
 def check_optimizer_and_schedule(
     name: str, optimizer: Optimizer, schedule: object, parameters: Sequence[nn.Parameter]
 ) -> None:
-    """Raise ConfigError unless optimizer and schedule are such that step without arguments, and of these parameters."""
+    """Raise ConfigError unless the optimizer has exactly the trainable ones of these parameters, and the schedule
+    belongs to it.
+
+    LBFGS and ReduceLROnPlateau are refused, since their steps need arguments, and so is an object that is no optimizer.
+    """
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"Run '{name}': optimizer must make one of its parameters, as partial(torch.optim.AdamW, lr=1e-3) does; "

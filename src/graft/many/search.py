@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which settings a sweep tries, and how long: grids, random draws, rungs of halving. Numbers only, no model."""
+"""The settings that a sweep tries, and their steps: grids, random draws, rungs of halving. Numbers only, no model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def list_settings(space: Mapping[str, Any], search: str, n: int | None, seed: in
     """Return the settings of a sweep.
 
     Args:
-        space: name → list of values; for a random search also a range (low, high), of which logarithms are drawn; of
-            two ints whole numbers.
-        search: "grid", all combinations; "random", `n` different ones.
+        space: name → list of values. In a random search also a range (low, high): logarithms are drawn uniformly, and
+            ints are rounded.
+        search: "grid", all combinations; "random", `n` different settings, drawn by `seed` in up to 100 n tries.
 
     Raises:
-        ConfigError: the space or the search is none.
+        ConfigError: the space, the search or `n` is invalid, or the space has fewer than `n` settings.
     """
     for name, values in space.items():
         is_range = isinstance(values, tuple) and len(values) == 2 and search == "random"
@@ -50,6 +50,9 @@ def list_settings(space: Mapping[str, Any], search: str, n: int | None, seed: in
 
 
 def draw_value(values: Any, generator: random.Random) -> Any:
+    """Return a random item of a list, or a number of a range (low, high), uniform in its logarithm and rounded if both
+    ends are ints.
+    """
     if isinstance(values, tuple):
         value = math.exp(generator.uniform(math.log(values[0]), math.log(values[1])))
         return round(value) if all(type(end) is int for end in values) else value
@@ -57,10 +60,12 @@ def draw_value(values: Any, generator: random.Random) -> Any:
 
 
 def compute_rungs(steps: int, keep: float, rungs: int) -> list[int]:
-    """Return the steps after which a run stands on each rung; the last are all of them.
+    """Return the steps at the end of each rung: round(steps · keep^(rungs - 1 - i)).
+
+    With `keep` 1 there is one rung.
 
     Raises:
-        ConfigError: a rung would have no step more than the one before.
+        ConfigError: an argument is out of range, or a rung would have no more steps than the one before.
     """
     if type(steps) is not int or steps < 1:
         raise ConfigError(f"sweep: steps must be a positive int, got {steps!r}.")
@@ -75,5 +80,8 @@ def compute_rungs(steps: int, keep: float, rungs: int) -> list[int]:
 
 
 def select_best(losses: Mapping[int, float], n: int) -> list[int]:
-    """Return the `n` numbers with the lowest losses; of equal ones the lowest number; a NaN is the worst."""
+    """Return the `n` keys with the lowest losses, best first; of equal ones the lowest key.
+
+    NaN counts as the highest loss.
+    """
     return sorted(losses, key=lambda i: (math.isnan(losses[i]), losses[i], i))[:n]

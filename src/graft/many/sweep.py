@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep: many settings of one adapter, trained together, of which the better ones train on."""
+"""A sweep: many settings of one adapter train together, and the better ones train longer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,14 @@ Exchange = Callable[[Rows], Sequence[Rows]]  # of a process's rows: those of all
 
 @dataclass
 class Trial:
-    """One setting of a sweep, and what became of it."""
+    """One setting of a sweep, and its results.
+
+    Attributes:
+        name: of its run, its adapter and its folder.
+        state: "waiting", a state of `Run`, then "dropped", "failed", or "kept" if it trained to the end.
+        losses: of validation data, at the end of each rung that it reached; NaN if it failed.
+        curve: [step, loss, learning rate, norm of the gradient] of each step.
+    """
 
     name: str  # of its run, its adapter and its folder
     setting: Setting
@@ -62,26 +69,26 @@ class Trial:
 
     @property
     def loss(self) -> float:
-        """The last validation loss."""
+        """The last validation loss; NaN if there is none."""
         return self.losses[-1] if self.losses else math.nan
 
     @property
     def row(self) -> Json:
-        """What became of it, for other processes, which have the settings themselves."""
+        """All fields without the setting, which other processes have already."""
         return {key: value for key, value in vars(self).items() if key != "setting"}
 
     def update_from_row(self, row: Json) -> None:
-        """Take over what became of it elsewhere."""
+        """Overwrite the fields by those of a row from another process or a table; the setting stays."""
         self.__dict__.update({key: value for key, value in row.items() if key != "setting"})
 
 
 class Sweep:
-    """What a sweep has found.
+    """The results of a sweep.
 
     Attributes:
         trials: all settings, in the order of the search.
-        runs: the MultiTrain with the adapters that this process has kept; `runs.unload()` gives the base back.
-        folder: where the files are; None: nowhere.
+        runs: the MultiTrain with the adapters that this process has kept; `runs.unload()` returns the base.
+        folder: of the files; None: there are none.
     """
 
     def __init__(self, trials: list[Trial], runs: MultiTrain, folder: str | None = None):
@@ -93,13 +100,13 @@ class Sweep:
 
     @property
     def ranking(self) -> list[Trial]:
-        """All settings: the longest trained first, of these the best."""
+        """All trials: those that reached most rungs first, and among these by validation loss."""
         order = select_best({i: t.loss for i, t in enumerate(self.trials)}, len(self.trials))
         return sorted((self.trials[i] for i in order), key=lambda t: -len(t.losses))
 
     @property
     def best(self) -> Trial:
-        """The setting with the lowest validation loss of those that trained to the end."""
+        """The trial with the lowest validation loss of those that reached the last rung."""
         return self.ranking[0]
 
     @property
@@ -108,7 +115,7 @@ class Sweep:
         return [{"name": t.name, **t.setting, "steps": t.steps, "loss": t.loss, "state": t.state} for t in self.ranking]
 
     def table(self) -> Table:
-        """Return `rows` as a table of rich, to print."""
+        """Return `rows` as a table of rich, to print; the best row is bold."""
         from rich.table import Table
 
         rows = self.rows
@@ -146,21 +153,22 @@ def sweep(
     """Train many settings of an adapter together, and drop the worse ones on the way (successive halving, arXiv
     1502.07943): each rung has 1 / `keep` times the steps of the one before and `keep` of its settings.
 
-    No result depends on what trains beside it. So the processes of a `torch.distributed` group divide the settings
-    among them, compare losses on each rung, and return the table that one process would, to the bit.
+    No result depends on other settings that train in the same process. So the processes of a `torch.distributed` group
+    divide the settings among them, compare losses at the end of each rung, and return the table of one process, to the
+    bit.
 
     Args:
         model: the base.
-        space: name → list of values. A name is a field of the config, or an option of `MultiTrain.add`, or an argument
-            of the optimizer, as "lr" is.
-        data: a loader, or what returns one for a setting.
-        valid: validation data, whose mean loss decides; with `every=` runs look at it between their rungs, too.
-        steps: of a run that goes to the end.
+        space: name → list of values. A name is a field of the config, an option of `MultiTrain.add`, or an argument of
+            the optimizer, such as "lr".
+        data: a loader, or a function from a setting to a loader.
+        valid: validation data; its mean loss decides. With `every=` runs measure it between their rungs, too.
+        steps: of a run that trains to the end.
         optimizer: a class, or a partial of one.
-        search: "grid"; or "random", for `n` settings, where a range (low, high) stands for values of any size in it.
+        search: "grid"; or "random", for `n` settings. There a range (low, high) means any value in it.
         keep, rungs: with one rung all settings train to the end.
-        seed: of the random search, and of each run unless `space` says it.
-        folder: for the table with all curves, and the adapters that were kept; a sweep that was killed goes on there.
+        seed: of the random search, and of each run unless `space` has "seed".
+        folder: for the table with all curves, and the adapters that were kept. A sweep that was killed continues there.
         save_every: rounds between two saves.
         share: (number of this process, of all); None: those of the process group.
         exchange: gathers rows from all processes; None: the process group does.
@@ -169,8 +177,9 @@ def sweep(
         options: as of `MultiTrain.add`.
 
     Raises:
-        ConfigError: space, search or rungs are none, the folder has another sweep, nobody gathers the losses of a
+        ConfigError: space, search or rungs are invalid, the folder has another sweep, nobody gathers the losses of a
             `share`, or every setting has failed.
+        TypeError: an option is unknown.
         FolderInUseError: another process, or thread, is at a sweep in the folder. Nothing has changed.
         Whatever is raised, the model is as it was.
     """
@@ -256,7 +265,11 @@ def add_trial_run(
     steps: int,
     options: Json,
 ) -> Run:
-    """Add the run of a setting."""
+    """Add the run of a trial to `runs` and return it.
+
+    Names of a setting that are options of `MultiTrain.add` are passed to it, unless the config has a field of this
+    name. Names that are neither are arguments of the optimizer. `valid` is passed only with `every`.
+    """
     setting, config = trial.setting, configs[trial.name]
     known = {f.name for f in fields(config)}
     options = options | {k: v for k, v in setting.items() if k in OPTIONS - known}
@@ -268,13 +281,17 @@ def add_trial_run(
 
 
 def apply_setting(config: PeftConfig, setting: Setting) -> PeftConfig:
-    """Return a copy of a config with the fields that a setting says."""
+    """Return a copy of a config, with the fields that a setting names replaced."""
     values = {f.name: setting[f.name] for f in fields(config) if f.name in setting}
     return dataclasses.replace(copy.deepcopy(config), **values)
 
 
 def check_space_names(space: Mapping[str, object], config: PeftConfig, optimizer: Callable[..., object]) -> None:
-    """Raise ConfigError for a name of a space that stands for nothing."""
+    """Raise ConfigError for a name of a space that is no field of the config, no argument of the optimizer and no
+    option of `MultiTrain.add`.
+
+    Nothing is checked for an optimizer without a signature, or with `**kwargs`.
+    """
     try:
         _, *parameters = signature(optimizer).parameters.values()
     except (TypeError, ValueError):  # some functions do not tell
@@ -294,16 +311,19 @@ OPTIONS = {*signature(MultiTrain.add).parameters} - {"self", "name", "config", "
 
 
 def find_validation_loss(run: Run, step: int) -> float | None:
-    """Return a run's validation loss at a step, or where it ended before; None if it has not looked."""
+    """Return a run's validation loss at a step, or at its last step if it ended before; None if it was not measured
+    there.
+    """
     return next((look.loss for look in run.valid if look.step == min(step, run.step)), None)
 
 
 def is_in_process_group() -> bool:
+    """Return True if `torch.distributed` is initialized."""
     return dist.is_available() and dist.is_initialized()
 
 
 def gather_rows(rows: Rows) -> list[Rows]:
-    """Return the rows of all processes of the group."""
+    """Return the rows of all processes of the group, by rank. All processes must call this."""
     rows_of_all: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rows_of_all, rows)
     return rows_of_all
@@ -311,7 +331,12 @@ def gather_rows(rows: Rows) -> list[Rows]:
 
 @dataclass
 class SweepJob:
-    """A sweep under way, in one process, which trains some of the trials and knows what became of all."""
+    """A sweep under way in one process, which trains some of the trials and knows the results of all.
+
+    Attributes:
+        first: this process writes the table, and shows one.
+        note: the sweep's arguments as JSON, to compare with a table's.
+    """
 
     runs: MultiTrain
     trials: list[Trial]
@@ -325,12 +350,17 @@ class SweepJob:
     note: Json = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Let the MultiTrain continue runs of the folder."""
         self.runs.folder = self.folder
 
     # the rungs
 
     def run_rungs(self, assigned: Iterable[int], ladder: list[int], keep: float) -> None:
-        """Take all settings to the first rung, the best of them to the next, and so on."""
+        """Train to the end of each rung the trials still in the race, those in `assigned` here, and exchange the
+        losses. Keep the best part, and drop the others.
+
+        Trials that the table shows past a rung do not train again. Writes the table after each rung.
+        """
         indices, alive = set(assigned), list(range(len(self.trials)))
         for rung, until in enumerate(ladder):
             self.train_trials([i for i in alive if i in indices and len(self.trials[i].losses) <= rung], until)
@@ -342,6 +372,10 @@ class SweepJob:
             self.write_table()
 
     def pick_best(self, losses: dict[int, float], n: int) -> list[int]:
+        """Return the sorted indices of the `n` lowest losses, of finite ones.
+
+        Raises ConfigError, with the runs' reasons, if no loss is finite.
+        """
         finite = {i: loss for i, loss in losses.items() if math.isfinite(loss)}
         if not finite:
             why = {self.runs[t.name].why for t in self.trials if t.name in self.runs}
@@ -351,7 +385,10 @@ class SweepJob:
     # training
 
     def train_trials(self, trials: Sequence[int], until: int) -> None:
-        """Take trials to a step, and measure them there."""
+        """Train these trials to a step, and measure their validation loss there.
+
+        Adds the runs that are not there yet.
+        """
         for i in trials:
             trial = self.trials[i]
             run = self.runs[trial.name] if trial.name in self.runs else self.add_run(self.runs, trial)
@@ -360,7 +397,10 @@ class SweepJob:
         self.measure_trials(trials, until)
 
     def run_rounds(self) -> None:
-        """Train as long as a run goes on, and save now and then."""
+        """Make rounds until no run takes part, and save every `save_every` rounds.
+
+        With `progress` the first process shows the table.
+        """
         shown = Progress(self.runs.list_runs) if self.progress and self.first else None
         with shown or nullcontext():
             while any(run.joins_next_round for run in self.runs.list_runs()):
@@ -371,7 +411,11 @@ class SweepJob:
                     self.save()
 
     def measure_trials(self, trials: Sequence[int], step: int) -> None:
-        """Note where trials stand, with their loss on validation data at this step."""
+        """Append to each trial its run's validation loss at `step`, or NaN for a failed run, and copy steps, curve and
+        state from the run. Saves the runs.
+
+        Runs that have no loss of that step yet are measured first, together.
+        """
         runs = [self.runs[self.trials[i].name] for i in trials]
         new = [run.name for run in runs if run.state != FAILED and find_validation_loss(run, step) is None]
         for name, loss in self.runs.evaluate(new, self.valid).items():
@@ -383,13 +427,15 @@ class SweepJob:
         self.save()
 
     def drop_trial(self, trial: Trial) -> None:
-        """Take a trial out; its curve stays."""
+        """Mark a trial as dropped, or failed if its loss is NaN, and remove its run. Its curve stays."""
         trial.state = "failed" if math.isnan(trial.loss) else "dropped"
         if trial.name in self.runs:
             self.runs.remove(trial.name)
 
     def exchange_rows(self) -> None:
-        """Learn from the other processes what became of their trials."""
+        """Exchange rows with the other processes, and update trials that have reached more rungs there or were
+        dropped.
+        """
         for rows in self.exchange([trial.row for trial in self.trials]):
             for trial, row in zip(self.trials, rows):
                 if len(row["losses"]) > len(trial.losses) or row["state"] == "dropped":
@@ -399,7 +445,12 @@ class SweepJob:
 
     @contextmanager
     def claim_files(self, assigned: Iterable[int]) -> Iterator[None]:
-        """Keep others from these trials within the block, and from the table, if this process writes it."""
+        """Within the block, hold the files of these trials against other processes, and the table, if this process
+        writes it. Releases all claims at the end.
+
+        Raises:
+            FolderInUseError: another process has one of them, or another thread the table.
+        """
         claims = self.runs.claims
         try:
             if self.folder is not None:
@@ -410,11 +461,13 @@ class SweepJob:
             claims.release()
 
     def load_table(self, note: dict[str, object]) -> None:
-        """Take up what the folder has of this sweep.
+        """Update the trials from the folder's table.
+
+        If there is none, write one, which claims the folder for this sweep.
 
         Raises:
-            ConfigError: it has another sweep.
-            CheckpointError: its table is damaged. Nothing has changed then.
+            ConfigError: the table is of another sweep.
+            CheckpointError: it is damaged. Nothing has changed then.
         """
         self.note = run_file.to_json_value(note | {"settings": [t.setting for t in self.trials]})
         path = None if self.folder is None else os.path.join(self.folder, TABLE)
@@ -436,11 +489,15 @@ class SweepJob:
             trial.update_from_row({key: row[key] for key in ROW})
 
     def save(self) -> None:
+        """Save the runs, if there is a folder and a run."""
         if self.folder is not None and self.runs.names:
             self.runs.save(self.folder)
 
     def write_table(self) -> None:
-        """Write the table, and delete the files of runs that are over."""
+        """Write the table, and delete the run files of dropped and failed trials.
+
+        Only the first process does so, and only with a folder.
+        """
         if self.folder is None or not self.first:
             return
         os.makedirs(self.folder, exist_ok=True)
@@ -452,7 +509,10 @@ class SweepJob:
                 run_file.delete_run(trial.name, self.folder)
 
     def save_kept_adapters(self, assigned: Iterable[int], rungs: int) -> None:
-        """Write the adapters that were kept, and the table."""
+        """Mark trials that reached all rungs as kept, write the table, and save the adapters of those in `assigned`.
+
+        A run from before this process is added from its file.
+        """
         indices = set(assigned)
         for i, trial in enumerate(self.trials):
             if len(trial.losses) < rungs or trial.state in ("failed", "dropped"):

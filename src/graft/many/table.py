@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of runs: live on a terminal; elsewhere printed now and then, and at the end."""
+"""The table of runs: live on a terminal, elsewhere printed every 30 seconds and at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIVE, PRINTED = 0.25, 30.0  # seconds between two looks
 
 
 def make_table(runs: Iterable[Run]) -> Table:
-    """Return a table of runs, as they are now."""
+    """Return a table of runs as they are now, a row each. Failed runs are red, and those that do not run are dim."""
     from rich.table import Table
 
     table = Table(*COLUMNS)
@@ -33,6 +33,9 @@ def make_table(runs: Iterable[Run]) -> Table:
 
 
 def format_cells(run: Run) -> list[str]:
+    """Return the texts of a run's row: name, step, last loss, last validation loss, rate, norm of the gradient, tokens
+    per second, state. A missing number is "".
+    """
     last = run.curve[-1] if run.curve else None
     return [
         run.name,
@@ -47,12 +50,12 @@ def format_cells(run: Run) -> list[str]:
 
 
 class Progress:
-    """Shows the table of runs within the block.
+    """Shows the table of runs within the block, and once more at its end.
 
     Args:
-        runs: returns them.
+        runs: returns the runs to show.
         console: of rich; None: standard output.
-        clock: seconds.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        """Note the clock's time as the last time shown. Makes a live display if the console is a terminal."""
         from rich.console import Console
         from rich.live import Live
 
@@ -75,11 +79,12 @@ class Progress:
         return self
 
     def update(self) -> None:
-        """Show the runs, if it is time."""
+        """Show the runs, if 0.25 s have passed since they were shown on a terminal, or 30 s elsewhere."""
         if self.clock() - self._shown >= (PRINTED if self._live is None else LIVE):
             self.show()
 
     def show(self) -> None:
+        """Show the runs now: refresh the live display, or print a new table. Notes the time."""
         self._shown = self.clock()
         if self._live is None:
             self.console.print(make_table(self.runs()))

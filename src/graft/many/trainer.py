@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Trainer as the description of a run: its loader, optimizer, schedule and loss, not its loop.
+"""transformers' Trainer as the description of a run: its loader, optimizer, schedule and loss, but not its loop.
 
-What its loop does beside steps (logging, evaluation, checkpoints, callbacks) does not happen.
+The loop's logging, evaluation, checkpoints and callbacks do not happen.
 """
 
 from __future__ import annotations
@@ -36,16 +36,24 @@ ITEMS = "num_items_in_batch"  # of all batches of a step, which Trainer counts
 
 
 class TrainerDescription:
-    """What a Trainer says of a run.
+    """The parts of a Trainer that make a run.
 
-    Args:
+    Attributes:
         name: of the run, for errors.
-
-    Raises:
-        ConfigError: it is none, or has an optimizer already, which holds the parameters of its own model.
+        seed, accumulate: from the Trainer's arguments.
+        clip: its largest norm of the gradient; None if that is 0.
     """
 
     def __init__(self, name: str, trainer: Trainer):
+        """Read a Trainer's settings.
+
+        Warn of arguments of its loop that have no effect here: bf16 and fp16, unless the model has that dtype, and
+        NEFTune's noise.
+
+        Raises:
+            ConfigError: it is no Trainer, or has an optimizer or scheduler already, which holds parameters of its own
+                model.
+        """
         if not hasattr(trainer, "get_train_dataloader"):
             raise ConfigError(
                 f"Run '{name}': trainer must be a Trainer of transformers, got {shortened(repr(trainer))}."
@@ -69,19 +77,27 @@ class TrainerDescription:
         self.clip = self.args.max_grad_norm or None
 
     def make_batches(self, draws: Draws) -> StepBatches:
-        """Return the batches."""
+        """Seed the run's generator as a Trainer does, and return its batches.
+
+        Its loader is made with the run's random states.
+        """
         draws.generator.manual_seed(self.seed)  # a Trainer does so when it is made, which is after its model
         with draws:
             return StepBatches(self.trainer, self.trainer.get_train_dataloader(), self.accumulate)
 
     def count_steps(self, data: StepBatches) -> int:
-        """Return how many steps it would make."""
+        """Return the optimizer steps that the Trainer would make: `max_steps`, else epochs times the steps of
+        an epoch.
+        """
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
         return math.ceil(self.args.num_train_epochs * max(1, math.ceil(len(data.loader) / self.accumulate)))
 
     def optimizer(self, model: nn.Module, parameters: list[nn.Parameter]) -> Optimizer:
-        """Make the optimizer of these parameters of a model."""
+        """Return the Trainer's optimizer of these parameters of a model.
+
+        Meanwhile the Trainer has this model, and only these parameters require gradients.
+        """
         trainer, its_model = self.trainer, self.trainer.model
         trainer.model = model
         try:
@@ -91,24 +107,32 @@ class TrainerDescription:
             trainer.model = its_model
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        """Return the Trainer's schedule for an optimizer and a number of steps."""
         return self.trainer.create_scheduler(steps, optimizer)
 
     def reset_trainer(self) -> None:
-        """Take back what making optimizer and schedule has left in the Trainer, so that it can be added anew."""
+        """Remove the optimizer and schedule that the Trainer has kept, so that it can be added again."""
         self.trainer.optimizer = self.trainer.lr_scheduler = None
 
     @property
     def loss_name(self) -> object:
+        """The class of the Trainer, its `compute_loss_func` and label smoothing, which a saved run must have again."""
         return [type(self.trainer), self.trainer.compute_loss_func, self.args.label_smoothing_factor]
 
     def make_loss(self, model: nn.Module, model_loss: Loss | None) -> Loss:
-        """Return its `compute_loss`, with a stand-in for the model that gives the run's rows of a joint pass.
+        """Return a loss that calls the Trainer's `compute_loss` with a stand-in for the model, which gives the run's
+        rows of a joint pass.
 
-        own: the model's own loss, of the rows of one run; None: it has none.
+        model_loss: the loss of one run's rows; None: the model has none.
         """
         trainer: Any = self.trainer
 
         def compute_loss(output: object, batch: Batch) -> Tensor:
+            """Return the Trainer's loss of a batch, divided by the number of batches in the step unless the Trainer has
+            divided by items.
+
+            Raises ConfigError if `compute_loss` does not call the model.
+            """
             inputs = {k: v for k, v in batch.items() if k not in (ITEMS, WINDOW)}
             items = batch[ITEMS]
             stands = ModelStandIn(model, self.name, type(trainer).__name__, output, inputs, model_loss)
@@ -123,12 +147,18 @@ class TrainerDescription:
 
 
 class StepBatches:
-    """The batches of a Trainer's loader, each with the number of those of its step and of their items."""
+    """The batches of a Trainer's loader.
+
+    Each also has the number of items in its step, and the number of batches in its step.
+    """
 
     def __init__(self, trainer: Trainer, loader: DataLoader[object], accumulate: int):
         self.trainer, self.loader, self.accumulate = trainer, loader, accumulate
 
     def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of one pass through the loader, which reads all batches of a step before the first of them
+        is given.
+        """
         batches = iter(self.loader)
         while True:
             window, items = self.trainer.get_batch_samples(batches, self.accumulate, self.trainer.args.device)
@@ -138,18 +168,31 @@ class StepBatches:
                 yield {**batch, ITEMS: items, WINDOW: len(window)}
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the loader, if it takes one."""
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
 
 
 class ModelStandIn:
-    """Stands for the model in `compute_loss`: gives what a joint pass has computed for the run's batch, once."""
+    """Replaces the model in `compute_loss`.
+
+    It may be called once, and returns the output that a joint pass has computed for the run's batch.
+
+    Attributes:
+        called: True after the call.
+    """
 
     def __init__(self, model: nn.Module, run: str, trainer: str, output: Any, batch: Batch, loss: Loss | None):
+        """Note the run's rows of the output, its batch, and the loss of a model; None: the output has no loss."""
         self._model, self._who, self._output, self._batch, self._loss = model, (run, trainer), output, batch, loss
         self.called = False
 
     def __call__(self, **inputs: object) -> object:
+        """Return the run's output; with labels, and a model that has a loss, a new output with `loss` first.
+
+        Raises:
+            ConfigError: it is called twice, or with other inputs than the batch.
+        """
         run, trainer = self._who
         changed = [k for k, v in inputs.items() if k not in (ITEMS, "return_dict") and v is not self._batch.get(k)]
         if self.called or changed:
@@ -166,4 +209,5 @@ class ModelStandIn:
         return type(self._output)(**{"loss": loss, **{k: v for k, v in self._output.items() if k != "loss"}})
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the model."""
         return getattr(self._model, name)

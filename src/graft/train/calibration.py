@@ -38,11 +38,16 @@ from graft.model.modes import use_mode
 def find_linear_methods(
     model: nn.Module, config: LoraConfig | LoraXsConfig, how: str, field: str = "init_lora_weights"
 ) -> dict[str, Method]:
-    """Return, by path, what an injection of `config` would put on the linear layers of `model`; nothing changes.
+    """Return by path the methods that an injection of `config` would put on the linear layers of `model`.
+
+    Neither model nor config changes.
+
+    Args:
+        how: the initialisation that `field` of the config must have.
 
     Raises:
-        ConfigError: the config asks for another initialisation, or targets no linear layer.
-        as `get_peft_model`, for what would not fit.
+        ConfigError: the config has another initialisation, or targets no linear layer, or single matrices of a stack.
+        as `get_peft_model`, for a config that does not fit.
     """
     check_config(config)
     if (init := getattr(config, field, None)) != how:
@@ -60,7 +65,10 @@ def find_linear_methods(
 
 
 def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> None:
-    """Raise CalibrationError unless all of `keys` are in `seen`."""
+    """Raise CalibrationError, with some of the names, unless all of `keys` are in `seen`.
+
+    what: the missing thing in the text, such as "gradient".
+    """
     missing = [key for key in keys if key not in seen]
     if missing:
         raise CalibrationError(
@@ -69,10 +77,10 @@ def check_measured(keys: Collection[str], seen: Collection[str], what: str) -> N
 
 
 def read_cache(path: str | None) -> dict[str, Tensor] | None:
-    """Return the tensors of a cache; None if there is no file, or an empty one.
+    """Return the tensors of a cache file; None for no path, no file or an empty file.
 
     Raises:
-        CheckpointError: the file holds something else.
+        CheckpointError: the file holds something else. The text says to delete it.
     """
     if path is None or not os.path.isfile(path) or not os.path.getsize(path):
         return None
@@ -83,11 +91,12 @@ def read_cache(path: str | None) -> dict[str, Tensor] | None:
 
 
 def write_cache(path: str | None, tensors: dict[str, Tensor]) -> None:
-    """Write a cache, if there is a path for it."""
+    """Write tensors to a cache file, whole or not at all, and make its folder. Without a path do nothing."""
     if path is not None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
         def write_file(where: str) -> None:
+            """Write the tensors to a path. An open file reports a full disk, which torch 2.6 does not do for a path."""
             with open(where, "wb") as f:  # given a path, torch 2.6 says nothing of a full disk
                 torch.save(tensors, f)
 
@@ -95,6 +104,10 @@ def write_cache(path: str | None, tensors: dict[str, Tensor]) -> None:
 
 
 def get_cached(cached: dict[str, Tensor], name: str, path: str | None) -> Tensor:
+    """Return the tensor of a name.
+
+    Raises CheckpointError if the cache lacks it, so that the file is of another model.
+    """
     if name not in cached:
         raise CheckpointError(
             f"{path} lacks '{name}': it was made for another model or other target_modules. Delete it, and it will be "
@@ -116,12 +129,13 @@ def preprocess_corda(
     run_model: Callable[[], object] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Measure what `get_peft_model` with init_lora_weights="corda" begins with; call it with the same model and config.
+    """Measure the start of init_lora_weights="corda". Then call `get_peft_model` with the same model and config.
 
-    Each targeted linear layer gets an attribute `eigens`, which the initialisation uses up.
+    Each targeted linear layer gets an attribute `eigens`, which the initialisation uses and removes. Files that the
+    config names are read if they exist, and written otherwise.
 
     Args:
-        run_model: runs the model on the data; not needed if the config names a file that is there already.
+        run_model: runs the model on the data; not needed if a file of the config exists.
         hooked_model: the model that `run_model` runs, if it is another one with the same names.
 
     Raises:
@@ -163,7 +177,17 @@ def measure_covariances(
     run_model: Callable[[], object] | None,
     hooked_model: nn.Module | None,
 ) -> dict[str, Tensor]:
-    """Return C (in, in) of each layer: the mean over calls of xᵀ x, x (tokens, in) divided by its largest value."""
+    """Return C (in, in) of each layer: the mean over calls of xᵀ x.
+
+    x (tokens, in) is divided by its largest value, and float32 unless the config has `use_float16_for_covariance`.
+
+    Reads the config's `covariance_file` if it exists. Otherwise runs the model in eval mode with hooks, and writes the
+    file.
+
+    Raises:
+        CalibrationError: there is neither file nor `run_model`, or a layer gets no input or one that is not finite.
+        CheckpointError: the file lacks a layer.
+    """
     cached = read_cache(cfg.covariance_file)
     if cached is not None:
         return {key: get_cached(cached, key, cfg.covariance_file) for key in methods}
@@ -173,7 +197,13 @@ def measure_covariances(
     calls: dict[str, int] = {}
 
     def make_hook(key: str) -> Callable[..., None]:
+        """Return a forward hook that adds the covariance of a layer's input to its sum, and counts its calls."""
+
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
+            """Add xᵀ x of the first argument to the layer's sum, and count the call.
+
+            Raise CalibrationError if it is not finite.
+            """
             x = args[0].detach().flatten(0, -2)
             x = x if cfg.use_float16_for_covariance else x.float()
             x = x / x.max().abs()
@@ -206,10 +236,10 @@ def measure_covariances(
 def preprocess_loraga(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], object], cache_file: str | None = None
 ) -> None:
-    """Estimate what `get_peft_model` with init_lora_weights="lora_ga" begins with; call it with the same model, config.
+    """Measure the start of init_lora_weights="lora_ga". Then call `get_peft_model` with the same model and config.
 
-    Each targeted linear layer gets an attribute `_peft_loraga_grad`, which the initialisation uses up. A config without
-    target_modules gets those of the architecture.
+    Each targeted linear layer gets an attribute `_peft_loraga_grad`, which the initialisation uses and removes. A
+    config without target_modules means those of the architecture.
 
     Args:
         train_step: runs forward and backward, once or more often: gradients are averaged. No optimizer step.
@@ -239,15 +269,14 @@ def preprocess_loraga(
 
 
 def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callable[[], object], step: float) -> None:
-    """Estimate what `get_peft_model` with init_weights="sb" begins with; call it with the same model and config.
+    """Measure the start of init_weights="sb". Then call `get_peft_model` with the same model and config.
 
-    Each targeted linear layer gets an attribute that the initialisation uses up: -step · sign(G), AdamW's first step of
-    the weight, whose best product of rank r the adapter adds in the beginning.
+    Each targeted linear layer gets an attribute, which the initialisation uses and removes: -step · sign(G), AdamW's
+    first step of the weight. The adapter begins with its best product of rank r.
 
     Args:
-        train_step: runs forward and backward, once or more often, about 50 samples in all: gradients are added up. No
-            optimizer step.
-        step: its size, lr / (warmup_ratio · steps).
+        train_step: runs forward and backward, once or more often, about 50 samples in all. No optimizer step.
+        step: size of the first step, lr / (warmup_ratio · steps).
 
     Raises:
         CalibrationError: a layer got no gradient, or one that is not finite.
@@ -263,6 +292,9 @@ def preprocess_lorasb(model: nn.Module, config: LoraXsConfig, train_step: Callab
 
 
 def refuse_quantized(methods: dict[str, Method], who: str) -> None:
+    """Raise ConfigError, with `who` and the path, for the first layer with a quantized weight, which has no
+    gradient.
+    """
     for key, m in methods.items():
         if not m.site.store.exact:
             raise ConfigError(
@@ -273,15 +305,30 @@ def refuse_quantized(methods: dict[str, Method], who: str) -> None:
 def measure_gradients(
     model: nn.Module, methods: dict[str, Method], train_step: Callable[[], object]
 ) -> dict[str, Tensor]:
-    """Return the mean gradient of each weight, as the layer stores it. Parameters are left as they were."""
+    """Return the gradient of each weight, in the layer's layout, divided by the number of the layer's calls that had a
+    backward pass.
+
+    `train_step` runs in training mode, with gradients for these weights only. Afterwards all parameters have their
+    `requires_grad` and `grad` of before.
+
+    Raises:
+        CalibrationError: a weight has no gradient, or one that is not finite.
+    """
     weights = {key: getattr(m.site.module, m.site.parameter) for key, m in methods.items()}
     calls = dict.fromkeys(methods, 0)
 
     def make_counter(key: str) -> Callable[..., None]:
+        """Return a forward hook that counts the backward passes through a layer's output."""
+
         def count_backward(_: Tensor) -> None:
+            """Count a backward pass of the layer."""
             calls[key] += 1
 
         def watch_output(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            """Count backward passes through an output that requires gradients.
+
+            The first pass under reentrant checkpointing has none.
+            """
             if output.requires_grad:  # not in a first pass under reentrant checkpointing
                 output.register_hook(count_backward)
 
@@ -303,7 +350,10 @@ def measure_gradients(
 
 @contextmanager
 def restrict_training(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Have these parameters of a model alone train in the block, without gradients at first; then all is as before."""
+    """Within the block, only these parameters of a model require gradients, and no parameter has one at first.
+
+    Afterwards `requires_grad` and `grad` of all are as before.
+    """
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     ids = {id(p) for p in parameters}
     try:
@@ -319,19 +369,21 @@ def restrict_training(model: nn.Module, parameters: Iterable[nn.Parameter]) -> I
 
 
 def preprocess_sdt(model: nn.Module, config: SdtConfig, train: Callable[[list[nn.Parameter]], object]) -> None:
-    """Find by training which channels and states `get_peft_model` shall train; call it with the same model and config.
+    """Find by training which channels and states of state spaces `get_peft_model` shall train.
 
-    A_log of the mixers that the config targets trains whole, and gets its values back. Each mixer keeps the change in
-    an attribute, which the initialisation uses up.
+    Then call it with the same model and config.
+
+    A_log of the mixers that the config targets trains whole, and gets its values back. Each mixer and its x_proj keep
+    the change in an attribute, which the initialisation uses and removes.
 
     Args:
-        train: trains these parameters, A_log of each mixer (channels, states), with its own optimizer; 250 to
-            500 steps in the paper.
+        train: trains these parameters, A_log of each mixer (channels, states), with its own optimizer; 250 to 500 steps
+            in the paper.
 
     Raises:
         ConfigError: the config is not of SDT, or targets no state space.
-        CalibrationError: A_log of a mixer has not changed, or has values that are not finite.
-        as `get_peft_model`, for what would not fit.
+        CalibrationError: A_log of a mixer has not changed, or is not finite.
+        as `get_peft_model`, for a config that does not fit.
     """
     if not isinstance(config, SdtConfig):
         raise ConfigError(f"preprocess_sdt prepares a SdtConfig, got a {type(config).__name__}.")

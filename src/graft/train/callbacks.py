@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers' Trainer needs: an audit, AdaLoRA's and AdaMSS's allocation after each step, MonteCLoRA's loss."""
+"""Callbacks and mixins for transformers' Trainer: an audit, the allocation of AdaLoRA and AdaMSS after each step, and
+losses of adapters.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,24 @@ if TYPE_CHECKING:
 
 
 def ignore_event(*_: object, **__: object) -> None:
-    """Leave an event alone."""
+    """Do nothing: the answer to an event of Trainer's that a callback does not handle."""
 
 
 class Listener:
-    """A callback of Trainer's, without its base class, which would need transformers: other events do nothing."""
+    """A callback of Trainer's without its base class, which needs transformers. Events without a method do nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
+        """Return `ignore_event` for names that begin with "on_". Raise AttributeError for others."""
         if name.startswith("on_"):
             return ignore_event
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
 
 def find_allocator(model: nn.Module) -> Any:
-    """Return the tuner of a model that allocates; raise ConfigError if it has none."""
+    """Return the tuner of a model that has `update_and_allocate`, from below wrappers.
+
+    Raise ConfigError if it has none.
+    """
     tuner = getattr(unwrap_model(model), "base_model", None)
     if not hasattr(tuner, "update_and_allocate"):
         raise ConfigError(
@@ -46,12 +52,14 @@ def find_allocator(model: nn.Module) -> Any:
 
 
 class AdaLoraCallback(Listener):
-    """Allocates after each step; `adalora_callback` makes it."""
+    """Calls `update_and_allocate` of a model after each step; `adalora_callback` makes it."""
 
     def __init__(self, model: nn.Module):
+        """Note the model's tuner. Raises ConfigError if it does not allocate."""
         self.tuner = find_allocator(model)
 
     def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        """Allocate ranks for the Trainer's current step."""
         self.tuner.update_and_allocate(state.global_step)
 
 
@@ -65,7 +73,9 @@ def adalora_callback(model: nn.Module) -> AdaLoraCallback:
 
 
 def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: int = 0) -> RemovableHandle:
-    """Make every `optimizer.step()` allocate afterwards. Return a handle whose `remove()` stops that.
+    """Register a hook that allocates ranks after every `optimizer.step()`, with steps counted from `start`.
+
+    Return a handle; its `remove()` ends that.
 
     Raises:
         ConfigError: the model has no AdaLoRA.
@@ -73,6 +83,7 @@ def allocate_on_step(optimizer: torch.optim.Optimizer, model: nn.Module, start: 
     tuner, step = find_allocator(model), start
 
     def allocate(*_: object) -> None:
+        """Allocate ranks for this step, and count it."""
         nonlocal step
         tuner.update_and_allocate(step)
         step += 1
@@ -86,13 +97,22 @@ class AdamssAsaCallback(Listener):
     def on_optimizer_step(
         self, args: object, state: TrainerState, control: object, model: object = None, **kwargs: object
     ) -> None:
+        """Let the tuner of Trainer's model choose subspaces for the current step.
+
+        A model without such a tuner is left alone.
+        """
         tuner: object = getattr(getattr(model, "module", model), "base_model", None)
         if hasattr(tuner, "update_and_allocate"):
             tuner.update_and_allocate(state.global_step)
 
 
 class AdapterLossMixin:
-    """Before a Trainer among the bases of a class, by one of the following: the loss of adapters beside the model's."""
+    """Adds losses of adapters to a Trainer's loss. Its subclasses come before a Trainer among the bases of a class.
+
+    Attributes:
+        tuner_class: of the adapters that have such a loss.
+        adapter_loss: returns their loss for a registry.
+    """
 
     tuner_class: type[nn.Module]  # of adapters that have such a loss
     adapter_loss: Callable[[Any], Tensor | float]  # their loss, of a registry
@@ -100,7 +120,10 @@ class AdapterLossMixin:
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, object], return_outputs: bool = False, **kwargs: object
     ) -> Tensor | tuple[Tensor, object]:
-        """Return the Trainer's loss, in training with that of the adapters added; or (loss, outputs)."""
+        """Return the Trainer's loss, or (loss, outputs).
+
+        In training the mean of the adapters' losses is added, over the number of losses that one step adds up.
+        """
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
             return result
@@ -111,20 +134,21 @@ class AdapterLossMixin:
 
 
 class MontecloraTrainerMixin(AdapterLossMixin):
-    """Before a Trainer among the bases of a class: `class MontecloraTrainer(MontecloraTrainerMixin, Trainer)`."""
+    """Adds MonteCLoRA's loss: `class MontecloraTrainer(MontecloraTrainerMixin, Trainer)`."""
 
     tuner_class, adapter_loss = LoraModel, staticmethod(monteclora_loss)
 
 
 class FineGatesTrainerMixin(AdapterLossMixin):
-    """Before a Trainer among the bases of a class: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
+    """Adds the sparsity loss of FineGates: `class GatesTrainer(FineGatesTrainerMixin, Trainer)`."""
 
     tuner_class, adapter_loss = FineGatesModel, staticmethod(sparsity_loss)
 
 
 def count_summed_losses(trainer: Any, arguments: dict[str, object]) -> int:
-    """Return how many losses of one step a Trainer adds up as they are: those of batches that accumulate, if each is
-    divided by the items of the whole step already."""
+    """Return the number of losses in a step that a Trainer adds up without dividing by their number: those of
+    accumulated batches, if each is divided by the items of the whole step; else 1.
+    """
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:
         counts = arguments.get("num_items_in_batch") is not None
@@ -141,12 +165,15 @@ OF_GRADIENTS = ("no_gradient", "zero_gradient")
 
 
 def audit_trainer_model(model: nn.Module, optimizer: torch.optim.Optimizer, half: bool, early: bool) -> AuditReport:
-    """Audit a model in Trainer's hands.
+    """Return an audit of a model in Trainer's hands.
+
+    Gradients and optimizer are left out if another tool keeps them elsewhere.
 
     Args:
-        half: float16 is trained by a scaler, which may have skipped the first steps.
-        early: the look after the first steps. Small updates are no finding yet, those of 0 are; and a layer without
-            gradients may belong to an expert without tokens: the model's own watch says so after some passes.
+        half: float16 is trained with a scaler, which may have skipped the first steps.
+        early: the audit after the first steps. Small updates are no finding yet. Updates of 0 are, unless `half`, a
+            rate of 0 or a missing optimizer explains them. Missing gradients count only if nothing moved: the layer may
+            be an expert without tokens.
     """
     model = unwrap_model(model)
     registry = get_registry(model)
@@ -162,7 +189,9 @@ def audit_trainer_model(model: nn.Module, optimizer: torch.optim.Optimizer, half
 
 
 def format_report(report: AuditReport, when: str) -> str:
-    """Return what a report says in one line."""
+    """Return a report in one line: the kinds of findings with their numbers, or that nothing is wrong, and the range of
+    updates. when: such as "after 3 steps".
+    """
     counts = {name: len(getattr(report, name)) for name in SECTIONS}
     sizes = f"updates are {report.range_of_updates()} of their weights" if report.updates else ""
     if report.ok:
@@ -172,35 +201,40 @@ def format_report(report: AuditReport, when: str) -> str:
 
 
 class Watch(Listener):
-    """Audits the adapters after the first steps and at the end, and prints one line each:
-    `Trainer(…, callbacks=[graft.train.Watch()])`. No step waits for it but the one at which it looks.
+    """Audits the adapters after the first steps and at the end of training, and prints one line each: `Trainer(…,
+    callbacks=[graft.train.Watch()])`. Only the step with the audit waits for it.
 
     Args:
-        first: steps before the first look.
+        first: steps before the first audit.
 
     Attributes:
-        report: the AuditReport of the last look.
+        report: the AuditReport of the last audit; None before.
     """
 
     def __init__(self, first: int = FIRST):
+        """Note the number of steps before the first audit."""
         self.first, self.steps = first, 0
         self.report: AuditReport | None = None
 
     def on_train_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
+        """Begin to count steps at 0."""
         self.steps = 0
 
     def on_optimizer_step(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
+        """Count the step, and audit after step `first`."""
         self.steps += 1
         if self.steps == self.first:
             self._audit(args, state, f"after {self.steps} steps", early=True, **kwargs)
 
     def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
+        """Audit the model at the end, strictly."""
         self._audit(args, state, f"at the end, after {self.steps} steps", early=False, **kwargs)
 
     def _audit(
         self, args: object, state: TrainerState, when: str, early: bool, model: Any = None, optimizer: Any = None,
         **_: object,
     ) -> None:  # fmt: skip
+        """Audit the model and set `report`. The first process prints it in a line."""
         self.report = audit_trainer_model(model, optimizer, bool(getattr(args, "fp16", False)), early)
         if state.is_world_process_zero:
             print(format_report(self.report, when), flush=True)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EVA (arXiv 2410.07170): A begins with principal components of the layers' inputs, and ranks are given out by them."""
+"""EVA (arXiv 2410.07170): A begins with principal components of the layers' inputs, and ranks are distributed by their
+variance.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,13 @@ from graft.train.calibration import check_measured, find_linear_methods
 
 
 def forward_fn_dict(model: nn.Module, inputs: Any) -> object:
+    """Return the model's output for a batch of keyword arguments."""
     return model(**inputs)
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: Any) -> Tensor:
-    """Return the positions, (n, 2), of tokens that count: not masked, and not without a label where tokens have one.
+    """Return the positions, (n, 2), of tokens that count: not masked, and not without a label if the config uses labels
+    and they have the mask's shape.
 
     Raises:
         TypeError: the inputs are no dictionary.
@@ -53,16 +57,20 @@ def prepare_model_inputs_fn_language_modeling(model_input: object, peft_config: 
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: object, model_input: Tensor, layer_name: str) -> Tensor:
-    """Return the rows (n, in) of a layer's input at the positions that count."""
+    """Return the rows (n, in) of a layer's input at the positions `model_input` (n, 2)."""
     return get_first_tensor(layer_input, layer_name)[model_input.T.unbind()]
 
 
 def flatten_rows(layer_input: object, model_input: object, layer_name: str) -> Tensor:
-    """Return all rows (n, in) of a layer's input."""
+    """Return all rows (n, in) of a layer's input (…, in)."""
     return get_first_tensor(layer_input, layer_name).flatten(0, -2)
 
 
 def get_first_tensor(layer_input: object, layer_name: str) -> Tensor:
+    """Return the input, or the first item of a tuple or list.
+
+    Raises TypeError, with the layer's name, if it is no tensor.
+    """
     value = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -78,7 +86,15 @@ MAX_PASSES = 100
 
 @dataclass
 class InputMeasurement:
-    """One measurement of a model's layers."""
+    """One measurement of the inputs of a model's layers, by name in the model.
+
+    Attributes:
+        ranks: by layer, as the config has them.
+        cfg: the LoraConfig.
+        forward_fn, prepare_model, prepare_layer: as of `get_eva_state_dict`.
+        gather: use the inputs of all processes.
+        progress: show a bar.
+    """
 
     model: nn.Module
     layers: dict[str, nn.Module]  # by name in the model
@@ -92,7 +108,10 @@ class InputMeasurement:
     progress: bool
 
     def iterate_batches(self) -> Iterator[tuple[object, object]]:
-        """Yield (batch, what `prepare_model` makes of it) of one pass through the data."""
+        """Yield (batch on the model's device, result of `prepare_model`) for one pass through the data.
+
+        Without `prepare_model` the second is a copy of the batch.
+        """
         device = find_device_and_dtype(self.model)[0]
         device = None if device is None or device.type == "meta" else device
         for batch in self.dataloader:
@@ -101,14 +120,27 @@ class InputMeasurement:
             yield inputs, prepared
 
     def run(self, batch: tuple[object, object], names: Iterable[str], see: Callable[[str, Tensor], object]) -> None:
-        """Run the model on a batch; let `see` have the rows of the named layers' inputs."""
+        """Run the model on a batch, and call `see` with the name and the input rows of each named layer.
+
+        Hooks are removed afterwards.
+
+        Raises:
+            CalibrationError: inputs are not finite.
+        """
         inputs, prepared = batch
 
         def make_hook(name: str) -> Callable[..., None]:
+            """Return a forward hook that calls `see` with the rows of a layer's input, prepared by the layer's function
+            or `flatten_rows`.
+            """
             prepare = self.prepare_layer
             prepare = (prepare.get(name) if isinstance(prepare, Mapping) else prepare) or flatten_rows
 
             def hook(module: nn.Module, args: object, output: object) -> None:
+                """Call `see` with the rows of the input, of all processes with `gather`.
+
+                Raise CalibrationError if they are not finite.
+                """
                 rows = prepare(args, prepared, name)
                 if self.gather and dist.is_initialized():
                     rows = gather_from_processes(rows)
@@ -124,7 +156,15 @@ class InputMeasurement:
             self.forward_fn(self.model, inputs)
 
     def compute_components(self) -> dict[str, Tensor]:
-        """Return the first components of each layer's inputs, (rank, in), as many as it gets."""
+        """Return by layer the first principal components of its inputs, (rank, in), with the ranks that EVA
+        distributes. With `whiten` each is divided by the root of its variance.
+
+        Layers with equal inputs in the first batch, such as q and k, share one computation.
+
+        Raises:
+            CalibrationError: no data, a layer without inputs, or as `converge`.
+            ConfigError: a rank is above the width of a layer's inputs.
+        """
         first = next(self.iterate_batches(), None)
         if first is None:
             raise CalibrationError("dataloader is empty: EVA begins with the inputs of layers on some batches.")
@@ -151,7 +191,13 @@ class InputMeasurement:
         return state_dict
 
     def find_largest_ranks(self, widths: dict[str, int]) -> dict[str, int]:
-        """Return the largest rank that each layer can get."""
+        """Return by layer the largest rank it can get: r · rho, at most the width of its inputs.
+
+        A rho above 1000 is limited by the model's largest dimension.
+
+        Raises:
+            ConfigError: a layer's rank is above the width of its inputs.
+        """
         rho = self.cfg.eva_config.rho
         if rho > MAX_RHO:
             rho = min(rho, max(max(p.shape, default=1) for p in self.model.parameters()) // self.cfg.r)
@@ -164,7 +210,21 @@ class InputMeasurement:
         return {name: min(round(r * rho), widths[name]) for name, r in self.ranks.items()}
 
     def converge(self, inputs: dict[str, Components], owner: dict[str, str], most: dict[str, int]) -> dict[str, int]:
-        """Take in batches until the components that get a rank do not turn any more; return the ranks."""
+        """Add batches to the components until those within the ranks have converged; return the ranks.
+
+        They are distributed again after each batch.
+
+        Batches with fewer rows than a layer has components are skipped for it. Shows a bar with `progress`, in the
+        first process.
+
+        Args:
+            inputs: components by the first layer with this input.
+            owner: layer → that first layer.
+            most: largest rank by layer.
+
+        Raises:
+            CalibrationError: all batches of a pass are too small, or components still change after 100 passes.
+        """
         from tqdm import tqdm
 
         budget, ranks = sum(self.ranks.values()), dict(most)
@@ -172,11 +232,18 @@ class InputMeasurement:
         hidden = not self.progress or (dist.is_initialized() and dist.get_rank() > 0)
 
         def add_rows(name: str, rows: Tensor) -> None:
+            """Add a layer's rows to its components, if they are as many as the components.
+
+            Notes the largest number of rows.
+            """
             largest[name] = max(largest[name], len(rows))
             if len(rows) >= inputs[name].n:
                 inputs[name].add(rows)
 
         def list_turning() -> list[str]:
+            """Return the names of inputs without rows so far, or with a component within the rank that has not
+            converged.
+            """
             return [name for name, c in inputs.items() if not c.rows or not c.converged[: ranks[name]].all()]
 
         with tqdm(leave=False, disable=hidden) as bar:
@@ -208,6 +275,7 @@ class InputMeasurement:
 
 
 def move_to_device(inputs: object, device: torch.device | None) -> object:
+    """Return the inputs on a device: objects with `to`, and those in mappings, tuples and lists. Other values stay."""
     if hasattr(inputs, "to"):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
@@ -218,7 +286,10 @@ def move_to_device(inputs: object, device: torch.device | None) -> object:
 
 
 def gather_from_processes(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, which may have different numbers of them."""
+    """Return the rows of all processes, concatenated by rank.
+
+    They may have different numbers of rows; all processes must call this.
+    """
     sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
     numbers = [int(n) for n in sizes]
@@ -230,7 +301,7 @@ def gather_from_processes(rows: Tensor) -> Tensor:
 
 
 def digest_rows(rows: Tensor) -> tuple[object, ...]:
-    """Return what tells different tensors apart, from all their bits."""
+    """Return a tuple that differs for different tensors: shape, dtype and two sums over all bits."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     words = rows.detach().contiguous().view(whole).flatten().long()
     places = torch.arange(len(words), device=words.device) * 0x9E3779B97F4A7C1 + 1
@@ -238,7 +309,15 @@ def digest_rows(rows: Tensor) -> tuple[object, ...]:
 
 
 def set_eva_values(registry: Registry, adapter: str, values: dict[str, Tensor]) -> None:
-    """Set A of each layer, with its rank, and describe that in the config."""
+    """Set A of an adapter's layers, with its rank, and describe the result in the config: target_modules, rank_pattern
+    and alpha_pattern.
+
+    A layer with values of rank 0 loses the adapter. A layer without values keeps its rank and begins as with
+    init_lora_weights=True, with a warning. With `adjust_scaling_factors` alpha changes with the rank.
+
+    Raises:
+        CalibrationError: the values do not fit. Nothing has changed.
+    """
     layers = {key: layer for key, layer in registry.layers.items() if adapter in layer.methods}
     check_eva_values(adapter, layers, values)
     cfg: Any = registry.peft_config[adapter]
@@ -271,7 +350,9 @@ def set_eva_values(registry: Registry, adapter: str, values: dict[str, Tensor]) 
 
 
 def check_eva_values(adapter: str, layers: dict[str, AdapterLayer], values: dict[str, Tensor]) -> None:
-    """Raise CalibrationError unless the values fit the layers, and one keeps a rank."""
+    """Raise CalibrationError unless each value is for a layer of the adapter, (rank, in) and finite, and at least one
+    layer keeps a rank.
+    """
     unknown = sorted(values.keys() - layers.keys())
     if unknown:
         raise CalibrationError(f"eva_state_dict has values for {some(unknown)}, where adapter '{adapter}' is not.")
@@ -286,7 +367,13 @@ def check_eva_values(adapter: str, layers: dict[str, AdapterLayer], values: dict
 
 
 def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: Tensor | None) -> None:
-    """Give an adapter on one layer its values; new parameters if the rank is another, or there are no values yet."""
+    """Copy A into an adapter on one layer.
+
+    If the rank differs, the tensors are on meta, or A is None, first replace its method by a new one with rank and
+    alpha.
+
+    New parameters have the dtype, device and `requires_grad` of the old ones. Without A, they keep the default start.
+    """
     method = layer.methods[adapter]
     now = method.lora_A.weight
     if A is None or r != method.cfg.r or now.is_meta:
@@ -307,7 +394,10 @@ def set_layer_start(layer: AdapterLayer, adapter: str, r: int, alpha: float, A: 
 
 
 def remove_from_layer(registry: Registry, layer: AdapterLayer, key: str, adapter: str, places: Iterable[Place]) -> None:
-    """Take an adapter off a layer, and the layer off its module if it has no other."""
+    """Remove an adapter from a layer.
+
+    If the layer has no other, put its base layer back in all places, and remove it from the registry.
+    """
     layer.forget(adapter)
     if not layer.methods:
         attach_module(places, layer.base_layer)
@@ -329,21 +419,24 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """Return {layer name: first principal components of its inputs, (rank, in)}, with the ranks that EVA gives out.
+    """Return {layer name: first principal components of its inputs, (rank, in)}, with the ranks that EVA distributes.
+
+    The model runs in eval mode and without adapters meanwhile. With several processes and `gather_distributed_inputs`,
+    warn that all inputs are gathered.
 
     Args:
-        model: a PeftModel, whose adapters are off meanwhile, or a base model.
+        model: a PeftModel or a base model.
         dataloader: batches, read from the start again until the components have converged.
         peft_config: the LoraConfig; needed for a base model.
         forward_fn: (model, batch) → runs the model.
-        prepare_model_inputs_fn: (batch, config) → what the next one gets; None: the batch.
-        prepare_layer_inputs_fn: (a layer's positional arguments, what the former made, name) → rows (n, in); None: all
+        prepare_model_inputs_fn: (batch, config) → the second argument of the next one; None: the batch.
+        prepare_layer_inputs_fn: (a layer's positional arguments, the former's result, name) → rows (n, in); None: all
             rows of the first argument; a dict by layer name.
         gather_distributed_inputs: use the inputs of all processes, which then find the same components.
 
     Raises:
-        CalibrationError: no data, batches that are too small, or layers that see nothing of them (named).
-        ConfigError: a rank is above the width of a layer's inputs; there is no config.
+        CalibrationError: no data, batches that are too small, or layers without inputs (named).
+        ConfigError: a rank is above the width of a layer's inputs; there is no config; a layer name is unknown.
     """
     registry = get_registry(model)
     if registry is not None:
@@ -398,16 +491,19 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Give an adapter of init_lora_weights="eva" its first values, and the ranks that go with them.
+    """Set the first values of an adapter with init_lora_weights="eva", and the ranks that EVA distributes.
 
-    Layers that get no rank lose the adapter; the config then names the others. Parameters whose rank changes are new:
-    make the optimizer afterwards.
+    Waits until no call of the model runs.
+
+    Layers that get no rank lose the adapter; the config then names the others. Parameters with a new rank are new
+    objects: make the optimizer afterwards.
 
     Args:
-        eva_state_dict: what `get_eva_state_dict` returned, in place of data. The others are those of that function.
+        eva_state_dict: the result of `get_eva_state_dict`, instead of data. The other arguments are those of that
+            function.
 
     Raises:
-        ConfigError: the adapter is of another initialisation, several adapters are active, or it is merged.
+        ConfigError: the adapter has another initialisation, several adapters are active, or it is merged.
         CalibrationError: neither data nor a state dict, or one that does not fit. The model is as it was.
     """
     registry = get_registry(model)

@@ -24,14 +24,16 @@ PROMPT_ENCODERS = ("PrefixEncoder", "PromptEncoder", "PromptEmbedding", "Cartrid
 
 
 def infer_device() -> str:
-    """Return the type of the accelerator that is there, else "cpu"."""
+    """Return the type of the accelerator of this machine, such as "cuda"; "cpu" if there is none."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if device is None else device.type
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast frozen parameters to `dtype`, trainable ones to float32; in place. Codes of packed weights, and scales of
-    theirs, stay as they are."""
+    """Cast frozen parameters to `dtype` and trainable ones to float32, in place.
+
+    Codes and scales of packed weights keep their dtype.
+    """
     scales = {p for m in unwrap_model(model).modules() if holds_codes(m) for p in find_fixed_dtype_parameters(m)}
     for p in model.parameters():
         if p.dtype in NUMBERS and p not in scales:
@@ -45,7 +47,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return an auto_wrap_policy for FSDP1: trainable leaves by themselves, transformer layers and prompts whole.
 
     A leaf of an adapter is a unit only if its method calls it: FSDP gathers a unit for a call. Other tensors of
-    adapters stay in the unit of their transformer layer, beside frozen weights, which takes use_orig_params=True.
+    adapters stay in the unit of their transformer layer, next to frozen weights, which takes use_orig_params=True. A
+    warning names methods with such trainable tensors.
 
     The environment variable FSDP_TRANSFORMER_CLS_TO_WRAP names the layers' classes, else the model does.
 
@@ -64,6 +67,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
         )
 
     def is_unit(module: nn.Module) -> bool:
+        """Return True for a leaf with a trainable weight that is called as a module."""
         return module not in read and is_leaf(module) and module.weight.requires_grad
 
     return partial(
@@ -77,8 +81,12 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
 
 def find_uncalled_modules(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
-    """Return the modules with tensors of adapters that nobody calls, and the methods whose trainable tensors are there
-    beside frozen weights."""
+    """Return the modules with adapters' tensors that are read without a call of the module, and the class names of
+    methods with trainable tensors there.
+
+    These are modules inside prompts, and those of methods without a product of modules, or with tensors that are no
+    leaf's weight.
+    """
     read: set[nn.Module] = set()
     names: dict[str, None] = {}
     for module in model.modules():
@@ -98,10 +106,18 @@ def find_uncalled_modules(model: nn.Module) -> tuple[set[nn.Module], list[str]]:
 
 
 def is_leaf(module: nn.Module) -> bool:
+    """Return True for a module without children and with a tensor `weight`."""
     return not module._modules and isinstance(getattr(module, "weight", None), Tensor)
 
 
 def find_transformer_layers(model: nn.Module) -> set[type[nn.Module]]:
+    """Return the classes of transformer layers in a model, with those of PEFT's prompt encoders that it has.
+
+    FSDP_TRANSFORMER_CLS_TO_WRAP names them, separated by commas, else `_no_split_modules` of the model.
+
+    Raises:
+        TypeError: the model has no module of such a class.
+    """
     asked = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
     names = set(asked.split(",")) if asked else find_no_split_classes(model)
     classes = {type(m).__name__: type(m) for m in model.modules()}
@@ -114,7 +130,7 @@ def find_transformer_layers(model: nn.Module) -> set[type[nn.Module]]:
 
 
 def find_no_split_classes(model: nn.Module) -> set[str]:
-    """Return the names of classes that must stay on one device, as the transformers models in `model` say."""
+    """Return the names of classes that must stay on one device: `_no_split_modules` of all modules in `model`."""
     return {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
 
 
@@ -133,13 +149,15 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze `model`, widen its half-precision weights (norms, head) to float32, and turn on gradient checkpointing.
 
-    Turn on checkpointing only if the base is quantized, by a method that PEFT knows or any other. Scales of packed
-    weights keep their dtype. As in PEFT, widen a half-precision base that is not quantized as well. Change the model in
-    place and return it.
+    Changes the model in place and returns it.
+
+    Checkpointing is turned on only if the base is quantized, by any method. Scales and codes of packed weights keep
+    their dtype, and so does a model that is fixed to one dtype. As in PEFT, a half-precision base that is not quantized
+    is widened as well.
 
     Args:
-        gradient_checkpointing_kwargs: for the model's function that turns checkpointing on, such as
-            {"use_reentrant": False}.
+        gradient_checkpointing_kwargs: for the model's function that turns checkpointing on, such as {"use_reentrant":
+            False}.
         auto_clear_cache: give the memory of the replaced weights back to the device.
     """
     packed = [m for m in unwrap_model(model).modules() if holds_codes(m)]
@@ -157,14 +175,22 @@ def prepare_model_for_kbit_training(
 
 
 def find_fixed_dtype_parameters(m: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a packed layer that keep their dtype: scales; a bias beside a tensor made of others."""
+    """Return the parameters of a packed layer that keep their dtype: all but the bias.
+
+    The bias is included if the layer has a tensor composed of others, since it computes in that dtype.
+    """
     parameters = {name: p for name, p in m._parameters.items() if p is not None}
     fixed = any(map(is_composed, parameters.values()))  # the layer computes in the dtype of that tensor
     return [p for name, p in parameters.items() if fixed or name != "bias"]
 
 
 def enable_checkpointing(model: nn.Module, options: dict[str, object]) -> None:
-    """Turn on gradient checkpointing; the reentrant kind needs inputs that require gradients."""
+    """Turn on gradient checkpointing with `options`.
+
+    The reentrant kind, also the default, needs inputs with gradients: the outputs of the input embeddings get them.
+
+    Warns if the model's function takes no options, and ignores them.
+    """
     if options.get("use_reentrant", True):
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
@@ -181,12 +207,15 @@ def enable_checkpointing(model: nn.Module, options: dict[str, object]) -> None:
 
 
 def find_checkpointing_switch(model: nn.Module) -> Callable[..., None]:
-    """Return the function of a model that turns checkpointing on: the model's own, or transformers' by its new name."""
+    """Return the function of a model that turns checkpointing on: `gradient_checkpointing_enable` if the model
+    overrides it, else transformers' `activation_checkpointing_enable`, where it exists.
+    """
     known, new = model.gradient_checkpointing_enable, getattr(model, "activation_checkpointing_enable", None)
     return known if new is None or known.__module__ != new.__module__ else new
 
 
 def clear_device_cache() -> None:
+    """Collect garbage, and empty the memory caches of all accelerators that are available."""
     gc.collect()
     for backend in (torch.cuda, torch.xpu, torch.mps):
         if backend.is_available():

@@ -20,14 +20,17 @@ FLOOR = 1e-8  # added to the smallest singular value
 
 
 class KappaTuneSelector:
-    """The condition numbers κ = σ_max / (σ_min + 1e-8) of a model's weights, by name; small ones first.
+    """The condition numbers κ = σ_max / (σ_min + 1e-8) of a model's weights, by name.
 
-    A weight with a small κ has singular values of one size: it holds much, and changing it harms little of that.
+    A weight with a small κ has singular values of similar size: training it changes little of the knowledge in it.
 
     Args:
         max_dim_size_to_analyze: leave out layers with more inputs or outputs than this: an SVD of them takes long.
-        moe_param_suffixes: ends of the names of parameters (experts, m, n) whose κ is the mean over the experts.
+        moe_param_suffixes: ends of the names of parameters (experts, m, n) that get the mean κ of their experts.
         show_progress: show a bar.
+
+    Attributes:
+        modules, parameters: κ by name of the layer, and of the parameter.
     """
 
     def __init__(
@@ -37,6 +40,10 @@ class KappaTuneSelector:
         moe_param_suffixes: Sequence[str] | None = None,
         show_progress: bool = True,
     ):
+        """Compute κ of all linear layers and parameters of experts.
+
+        Warns of layers with a weight that cannot be read, which are left out.
+        """
         from tqdm import tqdm
 
         ends = EXPERTS if moe_param_suffixes is None else tuple(moe_param_suffixes)
@@ -62,13 +69,16 @@ class KappaTuneSelector:
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
         """Return names of layers, smallest κ first: `num_modules` of them, else the part `top_p` (at least one), else
-        those with κ ≤ `threshold`, else all."""
+        those with κ ≤ `threshold`, else all.
+        """
         return select_targets(self.modules, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Return names of experts' parameters, chosen likewise."""
+        """Return names of experts' parameters, smallest κ first: `num_modules` of them, else the part `top_p` (at least
+        one), else those with κ ≤ `threshold`, else all.
+        """
         return select_targets(self.parameters, top_p, num_modules, threshold)
 
 
@@ -79,9 +89,11 @@ def find_kappa_target_modules(
     moe_param_suffixes: Sequence[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[str] | None]:
-    """Return `target_modules`, and `target_parameters` or None: the part `top_p` of each with the smallest κ.
+    """Return `target_modules` and `target_parameters`: of each the part `top_p` with the smallest κ.
 
-    See `KappaTuneSelector`.
+    `target_parameters` is None if there are none.
+
+    The other arguments are those of `KappaTuneSelector`.
     """
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
     return {
@@ -93,6 +105,9 @@ def find_kappa_target_modules(
 def select_targets(
     kappas: dict[str, float], top_p: float | None, number: int | None, threshold: float | None
 ) -> list[str]:
+    """Return names sorted by κ, smallest first: the first `number`, else the part `top_p` (at least one if there is
+    any), else those with κ ≤ `threshold`, else all.
+    """
     names = sorted(kappas, key=lambda name: kappas[name])
     if number is not None:
         return names[:number]
@@ -102,7 +117,10 @@ def select_targets(
 
 
 def read_weight(module: nn.Module) -> Tensor | None:
-    """Return the weight of a linear layer without adapters; None for another module, or if it cannot be read."""
+    """Return the weight of a linear layer without adapters.
+
+    Return None for another module, a weight that cannot be read, or one on meta.
+    """
     if not is_linear(module):
         return None
     layer = layer_in(module)
@@ -114,6 +132,6 @@ def read_weight(module: nn.Module) -> Tensor | None:
 
 
 def compute_condition_number(W: Tensor) -> Tensor:
-    """Return κ of a matrix."""
+    """Return κ of a matrix: its largest singular value over the smallest plus 1e-8, computed in float32 or more."""
     S = torch.linalg.svdvals(W.detach().to(torch.promote_types(W.dtype, torch.float32)))
     return S[0] / (S[-1] + FLOOR)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoftQ (arXiv 2310.08659) for a model that is quantized already: A, B begin with what the quantization lost."""
+"""LoftQ (arXiv 2310.08659) for a model that is quantized already: A and B begin with the error of the quantization."""
 
 from __future__ import annotations
 
@@ -29,12 +29,16 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Set A and B of every quantized layer so that with them it is nearest to what it was before the quantization.
+    """Set A and B of every quantized layer so that with them it is nearest to its weight before the quantization.
+
+    Waits until no call of the model runs.
+
+    Layers with a weight that cannot be read keep A and B, with a warning.
 
     Args:
         model_path: folder with the original weights as safetensors, one file or several; or that file. By default the
-            copy that the hub's cache has of the base model.
-        callback: called with the model and a layer's path after each layer; if it returns False, the layer gets its
+            copy of the base model in the hub's cache.
+        callback: called with the model and a layer's path after each layer. If it returns False, the layer gets its
             values back.
 
     Raises:
@@ -78,6 +82,7 @@ def replace_lora_weights_loftq(
 
 
 def find_base_path(model: nn.Module) -> str:
+    """Return `_name_or_path` of the model's config. Raises ConfigError if it has none."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not name:
         raise ConfigError(
@@ -88,9 +93,21 @@ def find_base_path(model: nn.Module) -> str:
 
 
 class BaseWeightFiles:
-    """The tensors of a base model's safetensors files, read one by one."""
+    """The tensors of a base model's safetensors files, read one by one.
+
+    Attributes:
+        where: the folder, or the name of the model on the hub.
+        files: name of a tensor → name of its file.
+        prefix: of names in memory that files may lack.
+    """
 
     def __init__(self, where: str, model: nn.Module):
+        """Find the file or the index of a folder, a file, or a model in the hub's cache. Nothing is downloaded.
+
+        Raises:
+            FileNotFoundError: there is neither.
+            CheckpointError: the index names files outside its folder.
+        """
         self.where = os.path.dirname(where) or "." if where.endswith(".safetensors") else where
         path = where if where.endswith(".safetensors") else fetch_file(where, FILE, local_files_only=True)
         index = None if path and os.path.isfile(path) else fetch_file(self.where, INDEX, local_files_only=True)
@@ -113,7 +130,12 @@ class BaseWeightFiles:
         self.prefix = f"{prefix}." if prefix else ""
 
     def find_file(self, key: str, layer: AdapterLayer) -> tuple[str, str]:
-        """Return path and name of a layer's weight, checked."""
+        """Return the file's path and the tensor's name of a layer's weight. The name may lack the model's prefix.
+
+        Raises:
+            CheckpointError: no file has it, or the sizes differ from those of the layer, in any order.
+            FileNotFoundError: the file that the index names is not there.
+        """
         from safetensors import safe_open
 
         name = f"{key}.{layer.site.parameter}"
@@ -133,6 +155,7 @@ class BaseWeightFiles:
         return path, name
 
     def read(self, path: str, name: str) -> Tensor:
+        """Return a tensor of a file, on the CPU."""
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as f:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer keeps for each parameter, as whole tensors: torch's own, and the one of DeepSpeed's ZeRO-3."""
+"""The state that an optimizer keeps for each parameter, as whole tensors: torch's own optimizers, and the one of
+DeepSpeed's ZeRO-3.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ State = dict[str, Any]
 
 
 class OptimizerStates:
-    """The groups and states of an optimizer. With DTensors, tensors of a state are as their parameter is.
+    """The groups and states of an optimizer. With DTensors, tensors of a state are sharded as their parameter is.
 
     Attributes:
-        inner: the optimizer of torch's that computes.
-        groups: its parameter groups, whose options may be set.
+        inner: the torch optimizer that computes.
+        groups: its parameter groups; their options may be set.
     """
 
     def __init__(self, optimizer: Optimizer):
@@ -34,11 +36,11 @@ class OptimizerStates:
         return parameters
 
     def check(self) -> None:
-        """Check that its state can be kept by name.
+        """Check that the optimizer's state can be kept by parameter name.
 
         Raises:
-            ConfigError: it keeps something beside its state.
-            DistributedError: parts of a state, or of masters, cannot be put together.
+            ConfigError: it keeps something outside its state and groups.
+            DistributedError: a sharded tensor of a state has another shape than its parameter.
         """
         if odd := sorted(self.inner.state_dict().keys() - {"state", "param_groups"}):
             what = type(self.inner).__name__
@@ -52,15 +54,20 @@ class OptimizerStates:
                     )
 
     def states(self) -> Iterator[tuple[nn.Parameter, State]]:
-        """Yield each parameter with its state, of which tensors may be spread as the parameter is."""
+        """Yield each parameter with its state. Tensors of the state may be sharded as the parameter is."""
         yield from ((p, state) for p, state in self.inner.state.items() if isinstance(p, Tensor))  # type: ignore[misc]
 
     def collect_other_states(self) -> dict[Any, Any]:
-        """Return the states that belong to no parameter."""
+        """Return the states with keys that are no parameters."""
         return {key: state for key, state in self.inner.state.items() if not isinstance(key, Tensor)}
 
     def replace_states(self, states: list[tuple[nn.Parameter, int, State]], other_states: dict[Any, Any]) -> None:
-        """Take (parameter, group, whole state) in place of all that it has."""
+        """Replace all states by copies of (parameter, group, whole state), and of states with other keys.
+
+        Tensors go to the parameter's device and are sharded like it.
+
+        All copies are made first, so that nothing changes if memory is short.
+        """
         new_states: dict[Any, State] = {}  # whole before any of it is in place: there may be no room
         for p, group, state in states:
             placed = {key: place_value(value, p, self.groups[group]) for key, value in state.items()}
@@ -71,23 +78,34 @@ class OptimizerStates:
 
 
 class Zero3OptimizerStates(OptimizerStates):
-    """The optimizer of ZeRO-3: it trains flat float32 parts of parameters, a row of them for each subgroup."""
+    """The optimizer of DeepSpeed's ZeRO-3, which trains flat float32 parts of parameters, one tensor for each
+    subgroup.
+    """
 
     def __init__(self, outer: Any):
+        """Take DeepSpeed's optimizer, `outer`, and the torch optimizer within it."""
         super().__init__(outer.optimizer)
         self.outer = outer
 
     def check(self) -> None:
+        """Raise DistributedError if it trains in float16, with a scale that files lack, or swaps its state to
+        a disk.
+        """
         if self.outer.dtype is torch.float16:
             raise DistributedError("DeepSpeed trains in float16, whose scale has no place in the file: prefer bf16.")
         if self.outer.swap_optimizer:
             raise DistributedError("DeepSpeed swaps the optimizer's state to a disk: use its own checkpoints.")
 
     def parameters(self, group: int) -> list[nn.Parameter]:
+        """Return the parameters of a group, from all its subgroups."""
         of = self.outer.sub_group_to_group_id
         return [p for sub, parameters in enumerate(self.outer.fp16_groups) if of[sub] == group for p in parameters]
 
     def states(self) -> Iterator[tuple[nn.Parameter, State]]:
+        """Yield each parameter with its state.
+
+        Moments are gathered from all processes, so that all must call this; other values stay.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state as whole
 
         for flat, parameters in zip(self.outer.fp32_partitioned_groups_flat, self.outer.fp16_groups):
@@ -96,6 +114,10 @@ class Zero3OptimizerStates(OptimizerStates):
                 yield p, {key: whole(p, key).clone() if is_moment(v, flat.numel()) else v for key, v in state.items()}
 
     def replace_states(self, states: list[tuple[nn.Parameter, int, State]], other_states: dict[Any, Any]) -> None:
+        """Replace all states: moments of each subgroup become zeros, then each parameter's local part is written.
+
+        Other values are those of the subgroup's first parameter.
+        """
         state_of = {id(p): state for p, _, state in states}
         self.inner.state.clear()
         self.inner.state.update(other_states)
@@ -114,7 +136,12 @@ class Zero3OptimizerStates(OptimizerStates):
 
 
 def wrap_optimizer(optimizer: Any) -> OptimizerStates:
-    """Return the view of an optimizer: DeepSpeed's, or torch's."""
+    """Return an `OptimizerStates` of a torch optimizer, or that of DeepSpeed's ZeRO-3.
+
+    Raises:
+        DistributedError: it is another optimizer of DeepSpeed's that keeps its own parts of values.
+        ConfigError: the object has no parameter groups.
+    """
     if type(optimizer).__module__.startswith("deepspeed."):
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
             return Zero3OptimizerStates(optimizer)
@@ -129,7 +156,9 @@ def wrap_optimizer(optimizer: Any) -> OptimizerStates:
 
 
 def check_sharding(values: Mapping[str, Tensor], optimizer_states: OptimizerStates) -> None:
-    """Raise DistributedError unless all values can be put together, and the optimizer is the one that trains them."""
+    """Raise DistributedError for a tensor in a flat parameter of FSDP1, or with a master copy in DeepSpeed, unless the
+    optimizer is that of ZeRO-3.
+    """
     masters = find_master_ids(values.values())
     for name, t in values.items():
         layout = layout_of(t)
@@ -146,12 +175,15 @@ def check_sharding(values: Mapping[str, Tensor], optimizer_states: OptimizerStat
 
 
 def is_moment(value: object, numbers: int) -> bool:
-    """Return True if a value of a state has a number for each of a tensor's."""
+    """Return True if a value of a state is a tensor with dimensions and this many numbers."""
     return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == numbers
 
 
 def write_local_part(p: Any, key: str, value: Tensor) -> None:
-    """Put this process's part of a whole value into ZeRO-3's state; the last part is filled up with zeros."""
+    """Write this process's part of a whole moment into ZeRO-3's state, in the device of the parameter.
+
+    The last part is padded with zeros.
+    """
     from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
 
     n = safe_get_local_optimizer_state(p, key).numel()
@@ -163,14 +195,20 @@ def write_local_part(p: Any, key: str, value: Tensor) -> None:
 
 
 def shard_value(value: object, p: nn.Parameter) -> object:
-    """Return a value of a state, spread over processes as its parameter is."""
+    """Return a tensor of a state as a DTensor, sharded like its parameter, if that is a DTensor of this shape; any
+    other value as it is.
+    """
     if layout_of(p) is DISTRIBUTED and isinstance(value, Tensor) and value.dim() and value.shape == p.shape:
         return shard_like(value, p)
     return value
 
 
 def place_value(value: object, p: Tensor, group: Mapping[str, object]) -> object:
-    """Return a value of a parameter's state, its tensors where the optimizer wants them; dtypes stay."""
+    """Return a copy of a state's value with tensors on the parameter's device; dtypes stay.
+
+    Counters () stay on their device, the CPU, unless the group is capturable or fused. Dicts, lists and tuples are
+    copied item by item.
+    """
     if isinstance(value, Tensor):
         waits = not value.dim() and not (group.get("capturable") or group.get("fused"))  # a counter stays on the CPU
         return value.clone() if waits else value.to(p.device, copy=True)

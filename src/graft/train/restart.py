@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
     """Add the LoRA adapter to the base weights for good, and let it begin again, as ReLoRA does between rounds.
 
-    A is drawn anew and B is 0, so that the model computes what it did. Let the learning rate warm up again: the paper
-    has 100 of 5,000 steps. Afterwards the adapter alone is not what was learned: save the model itself, by
+    Waits until no call of the model runs.
+
+    A is drawn anew and B is 0, so that the model computes the same as before. Let the learning rate warm up again: the
+    paper has 100 of 5,000 steps. Afterwards the adapter lacks the earlier rounds: save the model itself, by
     `merge_and_unload().save_pretrained(…)`. Saving the adapter warns of that, and so does a load onto the first base.
 
     Args:
@@ -35,8 +37,8 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
 
     Raises:
         ConfigError: there is no LoRA adapter, or several; it is a variant, has a start that changes the base, or is
-            merged; keep is not between 0 and 1; or the optimizer does not hold its parameters, or moments as anything
-            but floats.
+            merged; keep is not between 0 and 1; or the optimizer does not hold its parameters, or keeps moments that
+            are no floats.
         UnsupportedLayerError: a base weight is packed, tied or sharded. In any case nothing has changed.
     """
     if not 0 <= keep <= 1:
@@ -63,7 +65,12 @@ def restart(model: nn.Module, optimizer: Optimizer, keep: float = 0.0) -> None:
 
 
 def find_restartable_adapter(registry: Registry) -> str:
-    """Return the name of the one adapter of a model."""
+    """Return the name of a model's only adapter.
+
+    Raises:
+        ConfigError: there are none or several, or it is not plain LoRA (DyLoRA is allowed), or its start changed the
+            base.
+    """
     names = [] if registry is None else list(registry.peft_config)
     if len(names) != 1:
         raise ConfigError(
@@ -80,7 +87,15 @@ def find_restartable_adapter(registry: Registry) -> str:
 
 
 def check_restart(layer: AdapterLayer, name: str, optimizer: Optimizer, optimizer_ids: Collection[int]) -> None:
-    """Raise if a layer cannot begin again. held: ids of the optimizer's parameters."""
+    """Raise an error if a layer's adapter cannot restart.
+
+    optimizer_ids: ids of the optimizer's parameters.
+
+    Raises:
+        UnsupportedLayerError: the weight cannot be read or written, is packed, tied or sharded, or the effect is fixed.
+        ConfigError: the adapter is merged, the optimizer lacks a trainable parameter, or keeps moments that are no
+            floats.
+    """
     base, parameter = layer.base_layer, layer.site.parameter
     m: Method = layer.methods[name]
     why = m.effect.fixed or layer.store.why_unreadable(base, parameter) or layer.store.why_unwritable(base, parameter)
@@ -108,13 +123,15 @@ def check_restart(layer: AdapterLayer, name: str, optimizer: Optimizer, optimize
 
 
 def find_moments(optimizer: Optimizer, p: nn.Parameter) -> list[Tensor]:
-    """Return what an optimizer keeps for each entry of a parameter."""
+    """Return the tensors in an optimizer's state of a parameter that have as many numbers as it."""
     state = optimizer.state.get(p, {}).values()
     return [t for t in state if isinstance(t, Tensor) and t.numel() == p.numel() and t.dim()]
 
 
 def reset_factors(m: Method) -> None:
-    """Give A and B the values of a new adapter."""
+    """Overwrite A and B in place by the values of a new adapter: A uniform and B zero; for an embedding A zero and B
+    normal. Drawn on the CPU.
+    """
     (A, B), ids = m.pair, m.site.op.takes_ids
     drawn, zeros = (B, A) if ids else (A, B)
     values = torch.empty(drawn.shape, device="cpu")
@@ -124,7 +141,7 @@ def reset_factors(m: Method) -> None:
 
 
 def prune_moment(moment: Tensor, keep: float) -> None:
-    """Set all but the largest entries of a moment to 0, in place."""
+    """Set all but the largest entries of a moment to 0, in place. `keep`: the part of the entries that stays."""
     n = round(keep * moment.numel())
     flat = moment.flatten()
     places = flat.abs().topk(n)[1]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A callback by which transformers' Trainer resumes by parameter name, and the newest whole checkpoint of a Trainer."""
+"""A callback for transformers' Trainer that resumes by parameter name, and a search for a Trainer's newest whole
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,11 @@ ARCHIVES = (".pt", ".pth", ".bin")
 
 
 class Resumable(Listener):
-    """Saves with each checkpoint of a Trainer what `graft.save_training` saves, and resumes from it, by name:
+    """Saves with each checkpoint of a Trainer the file of `graft.save_training`, and resumes from it by parameter name:
 
     `Trainer(…, TrainingArguments(…, save_only_model=True), callbacks=[graft.train.Resumable()])`, then
-    `trainer.train(resume_from_checkpoint=…)`. A training so resumed has the bits of one that was not interrupted;
-    but under transformers 4 Trainer takes the first epoch's batches where it resumes within a later one. Let
+    `trainer.train(resume_from_checkpoint=…)`. A training so resumed has the bits of one that was not interrupted; but
+    under transformers 4 Trainer takes the first epoch's batches where it resumes within a later one. Let
     `save_total_limit` be 2 or more: Trainer deletes older checkpoints before a new one is whole.
 
     Processes may hold copies (DDP), or parts under `TrainingArguments(fsdp=True)`, which is FSDP2. DeepSpeed is
@@ -43,16 +45,17 @@ class Resumable(Listener):
         strict: as of `graft.resume`.
 
     Attributes:
-        resumed: what `graft.resume` returns; None before.
+        resumed: the result of `graft.resume`; None before.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, strict: bool = True):
+        """Note the folder and `strict`. Nothing is read yet."""
         self.folder, self.strict = folder, strict
         self.resumed: Any = None
         self._job: ResumeJob | None = None  # whose generators are to come
 
     def on_init_end(self, args: Any, state: object, control: object, model: Any = None, **kwargs: object) -> None:
-        """Refuse a Trainer that would load the optimizer's state by index first, or not at all, or save a part alone.
+        """Refuse a Trainer that would load the optimizer's state by index, or not at all, or save only a part.
 
         Raises:
             ConfigError: `save_only_model` is not set, DeepSpeed trains, or processes hold parts of the model and the
@@ -77,6 +80,7 @@ class Resumable(Listener):
         self, args: Any, state: TrainerState, control: object, model: Any = None, optimizer: Any = None,
         lr_scheduler: object = None, **kwargs: object,
     ) -> None:  # fmt: skip
+        """Write training.json and training.safetensors into the checkpoint that Trainer is saving, with the epoch."""
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         extra: dict[str, object] = {"epoch": state.epoch}
         write_training(folder, *collect_training_state(model, optimizer, lr_scheduler, None, state.global_step, extra))
@@ -85,6 +89,15 @@ class Resumable(Listener):
         self, args: Any, state: TrainerState, control: object, model: Any = None, optimizer: Any = None,
         lr_scheduler: object = None, **kwargs: object,
     ) -> None:  # fmt: skip
+        """Resume the training from the checkpoint, if Trainer begins after step 0, and set `resumed`.
+
+        Generators are put back later. Warns with fp16, which has a scale that is not saved.
+
+        Raises:
+            CheckpointError: the checkpoint lacks training.safetensors, its epoch, or is of another step. The text names
+                the newest whole one.
+            ConfigError: the model has no adapter. And the errors of `graft.resume`.
+        """
         if args.fp16:
             warn("graft.train.Resumable does not keep the scale of float16's gradients: prefer bf16=True.")
         list_adapters(model)  # else the first save would say that there is none
@@ -108,18 +121,26 @@ class Resumable(Listener):
         self.resumed, self._job = job.run(), job
 
     def on_epoch_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
+        """Put the generators back if the training was saved at the end of an epoch: the loader, which begins now, draws
+        first.
+        """
         if self._job is not None and float(self.resumed.extra["epoch"]).is_integer():
             self._put_generators()  # the loader, which begins now, draws first
 
     def on_step_begin(self, args: tuple[object, ...], state: object, control: object, **kwargs: object) -> None:
+        """Put the generators back at the first step, after Trainer has skipped the batches of before, which drew."""
         self._put_generators()  # Trainer has passed over the batches of before, which drew
 
     def _put_generators(self) -> None:
+        """Put the saved generators back, once after resuming; else do nothing."""
         if self._job is not None:
             self._job.put_generators()
             self._job = None
 
     def _find_checkpoint(self, args: Any, state: TrainerState) -> str:
+        """Return the folder to resume from: the callback's, else that of Trainer's arguments, if it exists; else
+        checkpoint-STEP in Trainer's output folder.
+        """
         folder = self.folder or args.resume_from_checkpoint
         if folder and os.path.isdir(folder):
             return os.fspath(folder)
@@ -127,7 +148,9 @@ class Resumable(Listener):
 
 
 def check_sharding_is_known(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise ConfigError if processes hold parts of a model and Trainer has not been told, so that one alone saves."""
+    """Raise ConfigError if processes hold parts of a model, and neither Trainer's arguments, nor the model nor
+    ACCELERATE_USE_FSDP say so: then only one process would save.
+    """
     known = args.fsdp or getattr(model, "is_distributed_loading_by_transformers", False)
     if known or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         return
@@ -145,12 +168,12 @@ def check_sharding_is_known(args: TrainingArguments, model: nn.Module) -> None:
 def find_last_checkpoint(folder: str | os.PathLike[str], by_name: bool = True) -> str | None:
     """Return the newest whole checkpoint in the output folder of a Trainer; None if there is none.
 
-    transformers' `get_last_checkpoint` returns the one of the largest number, also if a process was killed while it
-    was saved. This reads all files of tensors: headers of safetensors and archives, and of graft's own the digest.
+    transformers' `get_last_checkpoint` returns the one of the largest number, also if a process was killed while it was
+    saved. This reads all files of tensors: headers of safetensors and archives, and the digest of graft's file.
 
     Args:
-        by_name: the checkpoint has the training.safetensors that `graft.train.Resumable` writes. False: Trainer resumes
-            by its own files.
+        by_name: the checkpoint must have the training.safetensors that `graft.train.Resumable` writes. False: Trainer
+            resumes by its own files.
     """
     folders = {int(m[1]): m[0] for name in os.listdir(folder) if (m := NAME.fullmatch(name))}
     for step in sorted(folders, reverse=True):
@@ -161,7 +184,11 @@ def find_last_checkpoint(folder: str | os.PathLike[str], by_name: bool = True) -
 
 
 def is_whole_checkpoint(path: str, step: int, by_name: bool) -> bool:
-    """Return True if Trainer's state in a checkpoint is of a step, and each file of tensors has all its bytes."""
+    """Return True if the Trainer's state in a checkpoint is of this step, and each file of tensors has all its bytes.
+
+    With `by_name` it must also have a training.safetensors of this step. Files that cannot be read give False, not an
+    error.
+    """
     try:
         state = read_object(os.path.join(path, STATE), LARGEST, finite=False)  # its losses may be NaN
         if state.get("global_step") != step:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training to a file and back: adapters, the optimizer's state by parameter name, scheduler, generators, loader.
 
-What is told by name finds its parameter whatever the order of the parameters, and what does not fit is told.
+A state finds its parameter by name, whatever the order of the parameters. A difference raises an error, or is reported.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ OF_THIS_MACHINE = ("params", "param_names", "foreach", "fused", "capturable")  #
 
 @dataclass
 class Resumed:
-    """What `resume` has found.
+    """The result of `resume`.
 
     Attributes:
-        step: as `save_training` was told it.
+        step: as `save_training` was given it.
         extra: the same.
-        fresh: parameters that the file does not hold, or in another shape, and "optimizer" or "scheduler": they begin
-            anew, with the values that they have. Empty if `strict`.
-        missing: what the file holds and nothing here takes. Empty if `strict`.
+        fresh: parameters that the file does not hold, or in another shape, and "optimizer", "scheduler", "loader" or
+            "generators": they begin anew, with the values that they have. Empty if `strict`.
+        missing: entries of the file that nothing here takes. Empty if `strict`.
     """
 
     step: int
@@ -85,14 +85,18 @@ class Resumed:
 
 
 class TrainedTensor(NamedTuple):
-    """A tensor that training changes: of an adapter, or a parameter of the base in the optimizer."""
+    """A tensor that training changes.
+
+    Attributes:
+        adapter, slot: of a tensor of an adapter; both None for a parameter of the base in the optimizer.
+    """
 
     tensor: Tensor
     adapter: str | None
     slot: Slot | None
 
     def assign(self, value: Tensor) -> None:
-        """Take a whole value, however processes hold the tensor."""
+        """Write a whole value into the tensor, in place, whether it is sharded or not. A tensor on meta is replaced."""
         if self.slot is not None and self.slot.tensor.is_meta:
             self.slot.assign(value)
         else:
@@ -109,12 +113,12 @@ def save_training(
     step: int,
     extra: dict[str, object] | None = None,
 ) -> None:
-    """Write all that the next step of a training depends on; `resume` goes on from it. Call it between two steps.
+    """Write all that the next step of a training depends on; `resume` continues from it. Call it between two steps.
 
     The adapters are in files as `save_pretrained` writes them. training.safetensors holds the same values as they are
-    in memory, the optimizer's tensors as `<state>/<parameter>`, the generators, and the text of training.json, which
-    stands beside for people to read. It is renamed last, so that a process that is killed leaves the old state or the
-    new one. Nothing is a pickle. Gradients and float16's scaler are not in it.
+    in memory, the optimizer's tensors as `<state>/<parameter>`, the generators, and the text of training.json, a file
+    for people to read. It is renamed last, so that a process that is killed leaves the old state or the new one.
+    Nothing is a pickle. Gradients and float16's scaler are not in it.
 
     Args:
         model: a PeftModel, or one in a wrapper. If several processes train it, all of them call this, with their own
@@ -142,9 +146,13 @@ def save_training(
 
 
 def write_training(folder: str, note: Json, tensors: dict[str, Tensor]) -> None:
-    """Write training.json and training.safetensors, which holds the same text and counts: the first process does."""
+    """Write training.json, then training.safetensors, which holds the same text and is the one that is read.
+
+    With several processes the first writes, and the others wait.
+    """
 
     def act() -> None:
+        """Write both files, each whole or not at all."""
         replace_file(os.path.join(folder, NOTE), json.dumps(note, indent=1))
         write_state_file(os.path.join(folder, FILE), NOTE, note, tensors)
 
@@ -164,19 +172,19 @@ def resume(
 ) -> Resumed:
     """Put a training into the state that `save_training` wrote: model, optimizer, scheduler, loader and generators.
 
-    All are made as they were made then: the model by `PeftModel.from_pretrained(base, folder, is_trainable=True)`, for
-    example. Everything is checked before anything changes.
+    Make all of them as they were made then: the model by `PeftModel.from_pretrained(base, folder, is_trainable=True)`,
+    for example. Everything is checked before anything changes.
 
     Args:
-        strict: raise an error for any difference. If False, what is new here begins at step 0 with the values that it
-            has, and the report lists it; options of groups go to those with parameters of the same names.
+        strict: raise an error for any difference. If False, new things here begin at step 0 with the values that they
+            have, and the report lists them; options of groups go to those with parameters of the same names.
 
     Raises:
         AdapterKeyError: a tensor has another shape or dtype, is not in the file, or has no place here.
         BaseModelMismatchError: the base is another one, whatever `strict`.
-        CheckpointError: there is no such file, it is damaged, or it holds what no training could go on with, such as
-            NaN (NonFiniteError), a rate of 1e30 or a generator's position that it cannot have, whatever `strict`; or
-            the scheduler or loader refuses its state.
+        CheckpointError: there is no such file, it is damaged, or it holds values that no training could use, such as
+            NaN (NonFiniteError), a rate of 1e30 or an impossible position of a generator, whatever `strict`; or the
+            scheduler or loader refuses its state.
         ConfigError: another optimizer, other groups, another scheduler, another number of processes, or a loader that
             the file has no state for.
         DistributedError: as of `save_training`. In any case nothing has changed.
@@ -187,7 +195,11 @@ def resume(
 
 
 def load_training(folder: str) -> tuple[Json, dict[str, Tensor]]:
-    """Return what the file of a training says, and its tensors."""
+    """Return the note and the tensors of a folder's training.safetensors, checked.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or a later graft wrote it.
+    """
     path = os.path.join(folder, FILE)
     if not os.path.isfile(path):
         raise CheckpointError(
@@ -202,7 +214,9 @@ def load_training(folder: str) -> tuple[Json, dict[str, Tensor]]:
 
 
 def check_training_note(note: Json, path: str) -> None:
-    """Raise CheckpointError unless a note has the fields of `TrainingSnapshot.note`, each of its kind."""
+    """Raise CheckpointError unless a note has the fields of `TrainingSnapshot.note`, each of its kind, and agrees with
+    itself on the scheduler and the number of processes.
+    """
     check_fields(note, FIELDS, path)
     for group in note["groups"]:
         check_fields(group, {"params": is_a(list, str)}, f"{path}: a group of parameters")
@@ -220,14 +234,20 @@ def check_training_note(note: Json, path: str) -> None:
 def collect_training_state(
     model: nn.Module, optimizer: Optimizer, scheduler: object, loader: object, step: int, extra: dict[str, object]
 ) -> tuple[Json, dict[str, Tensor]]:
-    """Return the note and the tensors of a training."""
+    """Return the note and the tensors of a training, whole. All processes must call this.
+
+    Raises:
+        ConfigError, DistributedError: as `save_training`, on every process.
+    """
     snapshot = run_on_all(lambda: TrainingSnapshot(model, optimizer, scheduler, loader, step, extra), SAVE)
     check_same_values(snapshot.values)
     return snapshot.gather()
 
 
 def check_same_values(values: dict[str, TrainedTensor]) -> None:
-    """Raise DistributedError unless all processes train the same tensors, of which the first's are those to write."""
+    """Raise DistributedError unless all processes train tensors of the same names and shapes, since the file holds
+    those of the first.
+    """
     first, *later = exchange_objects({name: tuple(find_whole_shape(v.tensor)) for name, v in values.items()})
     for number, shapes in enumerate(later, 1):
         if differ := sorted(name for name in first.keys() | shapes.keys() if first.get(name) != shapes.get(name)):
@@ -239,11 +259,23 @@ def check_same_values(values: dict[str, TrainedTensor]) -> None:
 
 
 class TrainingSnapshot:
-    """The state of a training as this process has it, which is checked; `gather` puts it together with the others'."""
+    """The state of a training as this process has it, checked; `gather` adds that of the other processes.
+
+    Attributes:
+        values: trained tensors by name.
+        names: id of a trained tensor → its name.
+        tensors: of the note, shared by all processes.
+        rank_state, rank_tensors: note and tensors of this process only.
+        kind: class name of the optimizer.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: object, scheduler: object, loader: object, step: int, extra: Json
     ) -> None:  # fmt: skip
+        """Collect the trained tensors, groups, scheduler, loader and random states.
+
+        Raises ConfigError or DistributedError for state that cannot be saved.
+        """
         self.model, self.loader = model, loader
         check_scheduler(unwrap_accelerate(scheduler))
         self.optimizer_states = optimizer_states = wrap_optimizer(unwrap_accelerate(optimizer))
@@ -283,7 +315,9 @@ class TrainingSnapshot:
         self.rank_tensors |= {f"{at}{GENERATOR}/{name}": state for name, state in read_generators(loader).items()}
 
     def gather(self) -> tuple[Json, dict[str, Tensor]]:
-        """Return the note and all tensors, whole. Every process of the training must call this."""
+        """Return the note and all tensors, whole: optimizer states, master values and those of other processes
+        included. Every process of the training must call this.
+        """
         masters = find_master_ids(v.tensor for v in self.values.values())
         values = {f"{VALUE}/{name}": v.tensor for name, v in self.values.items()}
         self.tensors |= {key: gather_master_values(t) if id(t) in masters else t for key, t in values.items()}
@@ -306,12 +340,15 @@ class TrainingSnapshot:
 
 
 def rank_prefix(number: int) -> str:
-    """Return what names of tensors begin with that are one process's alone; the first's have nothing."""
+    """Return the beginning of the names of a process's tensors: "rank1/" for number 1, "" for the first."""
     return f"rank{number}/" if number else ""
 
 
 def list_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the adapters that a save takes."""
+    """Return the names of the adapters that are not frozen, as `save_pretrained` saves them.
+
+    Raises ConfigError if the model has no adapter.
+    """
     registry = get_registry(unwrap_model(model))
     if registry is None or not registry.peft_config:
         raise ConfigError(f"The model ({type(model).__name__}) has no adapter: there is no training of one to save.")
@@ -359,7 +396,10 @@ def collect_trained_tensors(model: nn.Module, optimizer_states: OptimizerStates)
 
 
 def find_merged_parameters(model: nn.Module) -> dict[int, tuple[str, list[str]]]:
-    """Return the base's parameters whose values merged adapters have changed: id → layer and adapters."""
+    """Return the base's parameters that have merged adapters in them: id → (path of the layer, names of the adapters).
+
+    A bias is included if the merge has changed it.
+    """
     parameters = dict[int, tuple[str, list[str]]]()
     for key, layer in get_registry(model).layers.items():
         base, undo = layer.get_base_layer(), layer.state.undo
@@ -370,7 +410,7 @@ def find_merged_parameters(model: nn.Module) -> dict[int, tuple[str, list[str]]]
 
 
 def unwrap_accelerate(wrapper: Any) -> Any:
-    """Return the optimizer or scheduler in a wrapper of accelerate."""
+    """Return the optimizer or scheduler within wrappers of accelerate; another object as it is."""
     while type(wrapper).__module__.startswith("accelerate."):
         wrapper = wrapper.optimizer if hasattr(wrapper, "optimizer") else wrapper.scheduler
     return wrapper
@@ -380,7 +420,7 @@ def find_peft_model(model: object, who: str) -> Any:
     """Return the PeftModel within wrappers.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none; the text begins with `who`.
     """
     inner = unwrap_model(model) if isinstance(model, nn.Module) else model
     if not hasattr(inner, "save_pretrained"):
@@ -389,23 +429,27 @@ def find_peft_model(model: object, who: str) -> Any:
 
 
 def check_scheduler(scheduler: object) -> None:
+    """Raise ConfigError for an object that is not None and lacks `state_dict` or `load_state_dict`."""
     if scheduler is not None and not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
         raise ConfigError(f"A {type(scheduler).__name__} is no scheduler: that comes third, then the loader.")
 
 
 def get_class_name(thing: object) -> str:
-    """Return the name of an object's class."""
+    """Return module and qualified name of an object's class."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def describe_scheduler(scheduler: object) -> str:
-    """Return the name of a scheduler's class, and of the functions that it is told; their values are in no state."""
+    """Return the name of a scheduler's class, with the names of its `lr_lambdas` in parentheses, since no state holds
+    these functions.
+    """
     rules = [f.func if isinstance(f, partial) else f for f in getattr(scheduler, "lr_lambdas", ())]
     names = dict.fromkeys(f.__qualname__ if hasattr(f, "__qualname__") else type(f).__qualname__ for f in rules)
     return f"{get_class_name(scheduler)}({', '.join(names)})" if names else get_class_name(scheduler)
 
 
 def get_loader_state(loader: object) -> object:
+    """Return `state_dict()` of a loader, None for None. Raises ConfigError if it has none."""
     if loader is None:
         return None
     if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
@@ -417,12 +461,15 @@ def get_loader_state(loader: object) -> object:
 
 
 def get_numpy_state() -> tuple[object, ...]:
+    """Return the state of NumPy's global generator, with its array as a list."""
     kind, keys, *position = np.random.get_state()
     return (kind, np.asarray(keys).tolist(), *position)
 
 
 def read_generators(loader: object) -> dict[str, Tensor]:
-    """Return the states of torch's generators, and of those in a loader."""
+    """Return the states of torch's generators: "cpu", each device of the accelerator by name, and those in a loader as
+    "loader:0" and so on.
+    """
     states = {"cpu": torch.get_rng_state()}
     device = find_accelerator()
     if device is not None:
@@ -437,7 +484,14 @@ def read_generators(loader: object) -> dict[str, Tensor]:
 
 
 class ResumeJob:
-    """One call of `resume`: what fits, then what does not, then the writing."""
+    """One call of `resume`: it finds the targets, checks them, then writes.
+
+    Attributes:
+        outer: the optimizer outside of accelerate's wrapper.
+        tensors: values of the file by name of the trained tensor.
+        rank_state, generator_states: of this process in the file. `rank_state` is None if the file has fewer processes.
+        report: is returned.
+    """
 
     def __init__(
         self,
@@ -450,6 +504,7 @@ class ResumeJob:
         loader: Any,
         strict: bool,
     ) -> None:
+        """Sort the file's note and tensors, for this process. Nothing is checked yet."""
         self.note, self.folder, self.strict, self.model = note, folder, strict, model
         self.outer, self.scheduler, self.loader = unwrap_accelerate(optimizer), unwrap_accelerate(scheduler), loader
         self.tensors = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{VALUE}/")}
@@ -460,6 +515,13 @@ class ResumeJob:
         self.report = Resumed(note["step"], note["extra"])
 
     def run(self) -> Resumed:
+        """Check everything, then write values, optimizer, scheduler, loader and generators, and return the report.
+
+        All processes agree after each check, so that an error is raised on all.
+
+        Writing waits until no call of the model runs. If loader or scheduler refuses its state, both get theirs back,
+        and nothing has changed.
+        """
         run_on_all(self.find_targets, self.call)
         run_on_all(self.check_base, self.call)
         run_on_all(self.check_all, self.call)
@@ -475,7 +537,9 @@ class ResumeJob:
         return self.report
 
     def load_states(self, undo: ExitStack, loader: object, schedule: object) -> None:
-        """Have the loader and the scheduler take their states. Their code may refuse, and `undo` gives theirs back.
+        """Load the states of the loader and the scheduler.
+
+        On `undo` is put the way back, since their code may refuse a state.
 
         Raises:
             CheckpointError: one of them raises an error.
@@ -493,9 +557,14 @@ class ResumeJob:
 
     @property
     def call(self) -> str:
+        """The text of the call, for errors of several processes."""
         return f"resume('{self.folder}')"
 
     def find_targets(self) -> None:
+        """Set `optimizer_states`, `values` and `names` of this training.
+
+        Raises ConfigError or DistributedError if it cannot be resumed by name.
+        """
         find_peft_model(self.model, "resume")
         check_scheduler(self.scheduler)
         self.optimizer_states = wrap_optimizer(self.outer)
@@ -504,6 +573,10 @@ class ResumeJob:
         check_sharding({name: v.tensor for name, v in self.values.items()}, self.optimizer_states)
 
     def check_all(self) -> None:
+        """Check values, optimizer, scheduler, processes, loader and contents, in this order.
+
+        Differences are raised or noted in the report.
+        """
         self.check_values()
         self.check_optimizer()
         self.check_scheduler()
@@ -512,7 +585,9 @@ class ResumeJob:
         self.check_contents()
 
     def check_contents(self) -> None:
-        """Raise CheckpointError for contents of the file that would be put into place and that nothing could use."""
+        """Raise CheckpointError for unusable contents that would be written: values, options, moments, schedule and
+        random states. Parts that begin anew are not checked.
+        """
         path = os.path.join(self.folder, FILE)
         check_tensors(self.tensors, path, allow_nonfinite=True)
         check_state_finite(self.tensors, f"{path}: the values")
@@ -540,7 +615,10 @@ class ResumeJob:
                 check_generator(self.generator_states.get(name), f"{path}: '{name}'", device)
 
     def note_mismatch(self, error: type[PeftError], text: str, fresh: list[str], missing: list[str]) -> None:
-        """Raise an error if `strict`; else remember what begins anew, and what is left over."""
+        """Raise `error` if `strict`.
+
+        Else add to the report the names that begin anew, and those left over in the file.
+        """
         if self.strict:
             raise error(
                 f"The training in {self.folder} cannot go on: {text}. Nothing has changed; strict=False goes on with "
@@ -550,6 +628,10 @@ class ResumeJob:
         self.report.missing += missing
 
     def check_base(self) -> None:
+        """Raise BaseModelMismatchError if an adapter of the file, which the model has, was on another base.
+
+        Fields are compared that both fingerprints have.
+        """
         for adapter, then in self.note["bases"].items():
             if adapter not in get_registry(unwrap_model(self.model)).peft_config:
                 continue  # its tensors are missing
@@ -558,6 +640,10 @@ class ResumeJob:
             check_base(then, now, f"The training of adapter '{adapter}' in {self.folder}")
 
     def check_values(self) -> None:
+        """Note mismatches of shapes, of dtypes, and of names that are only here or only in the file.
+
+        Master values of ZeRO-3 count as float32.
+        """
         network_names = self.check_prompts()
         current = {name: v.tensor for name, v in self.values.items() if name not in network_names}
         both = [name for name in current if name in self.tensors]
@@ -585,9 +671,10 @@ class ResumeJob:
             )
 
     def check_prompts(self) -> set[str]:
-        """Return the names of tensors of prompts that a network computes there or here, and not in the other place.
+        """Return the names of prompt tensors, here and in the file, where only one of the two computes the prompt by a
+        network. Notes a mismatch for each such adapter.
 
-        What the network begins with has the name, and may have the shape, of a prompt that is computed by none.
+        Without this check, the network's first tensor would match a prompt's by name, and maybe by shape.
         """
         differing: set[str] = set()
         registry = get_registry(unwrap_model(self.model))
@@ -610,6 +697,10 @@ class ResumeJob:
         return differing
 
     def check_optimizer(self) -> None:
+        """Note a mismatch if the optimizer is of another class: then all of it begins anew.
+
+        Else note one if its groups have other parameters.
+        """
         then, now = self.note["optimizer"], get_class_name(self.optimizer_states.inner)
         if then != now:
             self.note_mismatch(ConfigError, f"its optimizer is a {then}, and here is a {now}", ["optimizer"], [])
@@ -631,18 +722,23 @@ class ResumeJob:
             )
 
     def list_group_names(self) -> list[set[str]]:
+        """Return for each group of the optimizer the names of its parameters."""
         return [
             {self.names[id(p)] for p in self.optimizer_states.parameters(i)}
             for i in range(len(self.optimizer_states.groups))
         ]
 
     def check_processes(self) -> None:
+        """Note a mismatch if the number of processes differs: then generators begin anew."""
         then, now = self.note.get("processes", 1), processes()
         if then != now:
             text = f"{then} processes trained it, and here are {now}, so that their rows and random numbers are others"
             self.note_mismatch(ConfigError, text, ["generators"], ["generators"])
 
     def check_scheduler(self) -> None:
+        """Note a mismatch if the scheduler has another class or functions, other keys in its state, or another number
+        of rates.
+        """
         then, now = self.note["scheduler"], None if self.scheduler is None else describe_scheduler(self.scheduler)
         if then != now:
             text = f"its scheduler is {then}, and here is {now}"
@@ -657,12 +753,17 @@ class ResumeJob:
                 )
 
     def check_loader(self) -> None:
+        """Note a mismatch if only one of the file and this call has a loader."""
         then, now = (self.rank_state or {}).get("loader"), get_loader_state(self.loader)
         if (then is None) != (now is None):
             text = "it holds the state of a loader, and none is passed" if now is None else "it holds no loader's state"
             self.note_mismatch(ConfigError, text, [] if now is None else ["loader"], ["loader"] if now is None else [])
 
     def put_values(self) -> None:
+        """Write the file's values into the adapters, then into the base's parameters.
+
+        Names that begin anew are left alone.
+        """
         known = self.tensors.keys() - self.report.fresh
         fits = [(v, self.tensors[n]) for n, v in self.values.items() if n in known]
         registry = get_registry(unwrap_model(self.model))
@@ -677,6 +778,10 @@ class ResumeJob:
                     v.assign(tensor)
 
     def put_optimizer(self) -> None:
+        """Replace the optimizer's states by those of the file, and overwrite the options of its groups.
+
+        Options of this machine, such as `fused`, stay. Nothing happens if the optimizer begins anew.
+        """
         if "optimizer" in self.report.fresh:
             return
         states = self.note["states"]
@@ -688,7 +793,9 @@ class ResumeJob:
                     group[k] = place_option(value, group.get(k))
 
     def matching_groups(self) -> list[tuple[Json, Json]]:
-        """Return the optimizer's groups that have a parameter of a group of the file, each with that of the most."""
+        """Return the optimizer's groups that share a parameter with a group of the file, each with the group that
+        shares most.
+        """
         pairs = []
         for group, names in zip(self.optimizer_states.groups, self.list_group_names()):
             then = max(self.note["groups"], key=lambda g: len(names & set(g["params"])), default=EMPTY)
@@ -697,7 +804,10 @@ class ResumeJob:
         return pairs
 
     def parameters_with_state(self) -> Iterator[tuple[nn.Parameter, int, str]]:
-        """Yield the parameters whose state is in the file, with their group and their name."""
+        """Yield (parameter, number of its group, name) for parameters with a state in the file that do not begin anew.
+
+        None if the optimizer begins anew.
+        """
         for i in range(len(self.optimizer_states.groups)) if "optimizer" not in self.report.fresh else ():
             for p in self.optimizer_states.parameters(i):
                 name = self.names[id(p)]
@@ -705,6 +815,10 @@ class ResumeJob:
                     yield p, i, name
 
     def put_generators(self) -> None:
+        """Set the states of Python's, NumPy's and torch's generators, and those in the loader.
+
+        Devices that are not here are skipped. Nothing happens if generators begin anew.
+        """
         if self.rank_state is None or "generators" in self.report.fresh:
             return
         state = self.rank_state["random"]
@@ -723,7 +837,9 @@ class ResumeJob:
 
 
 def restore_object(thing: Any, state: object, attributes: dict[str, object]) -> None:
-    """Put a loader or scheduler into the state that it had, also where its own code does not take that."""
+    """Put a loader or scheduler back into its state of before: by `load_state_dict`, with its errors ignored, then by
+    its attributes.
+    """
     with suppress(Exception):
         thing.load_state_dict(state)
     for name, value in attributes.items():
@@ -731,7 +847,11 @@ def restore_object(thing: Any, state: object, attributes: dict[str, object]) -> 
 
 
 def place_option(value: object, now: object) -> object:
-    """Return a group's option; a tensor that is there already takes the value, as a compiled step holds it."""
+    """Return an option for a group.
+
+    If `now` is a tensor of the value's shape it is overwritten in place, since a compiled step holds it; another tensor
+    is cloned.
+    """
     if not isinstance(value, Tensor):
         return value
     if isinstance(now, Tensor) and now.shape == value.shape:

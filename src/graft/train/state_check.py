@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what the file of a training or of a run holds, before anything of it is put into place: names, types,
-shapes and ranges. A file may come from anywhere, and torch and NumPy believe a generator's position."""
+"""Checks of the file of a training or a run, before anything in it is used: names, types, shapes and ranges.
+
+A file may come from anywhere, and torch and NumPy believe a generator's position.
+"""
 
 from __future__ import annotations
 
@@ -49,20 +51,24 @@ NOT_NEGATIVE = {"eps", "weight_decay", "momentum", "last_epoch", "_step_count"}
 
 
 def is_count(value: object) -> bool:
+    """Return True for an int from 0 to 2^53; False for a bool."""
     return type(value) is int and 0 <= value <= MOST_STEPS
 
 
 def is_number(value: object) -> bool:
-    """Return True for a number of Python's, or a tensor of one."""
+    """Return True for an int or a float, or a plain tensor with one number; False for a bool."""
     return type(value) in (int, float) or (
         isinstance(value, Tensor) and value.numel() == 1 and describe_fault(value) is None
     )
 
 
 def is_a(kind: type, each: type | None = None) -> Callable[[object], bool]:
-    """Return a function that says whether a value is of a type, and its entries or values of type `each`."""
+    """Return a function that tells whether a value has exactly this type, and its items, or values of a dict, exactly
+    the type `each`.
+    """
 
     def is_right(value: object) -> bool:
+        """Return True if the value and its items have the types."""
         inner = value.values() if isinstance(value, dict) else value
         return type(value) is kind and (each is None or all(type(entry) is each for entry in inner))  # type: ignore[attr-defined]
 
@@ -70,7 +76,9 @@ def is_a(kind: type, each: type | None = None) -> Callable[[object], bool]:
 
 
 def check_fields(value: object, table: Mapping[str, Callable[[object], bool]], what: str) -> None:
-    """Raise CheckpointError unless a value is a dict that has the fields of a table, each as its function wants it."""
+    """Raise CheckpointError unless a value is a dict with all fields of a table, and the table's function returns True
+    for each. Other fields may be there.
+    """
     if not isinstance(value, dict):
         raise CheckpointError(f"{what} is a {type(value).__name__}, and no dict. {REMEDY}")
     for name, is_right in table.items():
@@ -84,7 +92,9 @@ def check_fields(value: object, table: Mapping[str, Callable[[object], bool]], w
 
 
 def check_random(state: object, what: str) -> None:
-    """Raise CheckpointError unless a value holds states of Python's and NumPy's generators, as they are put back."""
+    """Raise CheckpointError unless a value holds states of Python's and NumPy's generators that these accept, with a
+    position in range and finite numbers.
+    """
     check_fields(state, {"python": is_a(tuple), "numpy": is_a(tuple)}, f"{what}: the random state")
     try:
         random.Random(0).setstate(state["python"])  # type: ignore[index]
@@ -99,9 +109,12 @@ def check_random(state: object, what: str) -> None:
 
 
 def check_generator(state: object, what: str, device: str = "cpu") -> None:
-    """Raise CheckpointError unless a value is the state of a generator of torch on a device.
+    """Raise CheckpointError unless a value is a tensor that a torch generator of this device accepts as its state.
 
-    torch looks at each number of the state of a CPU by itself, and reads foreign memory where two do not fit.
+    The parts of a CPU state must also fit together.
+
+    torch checks each number of a CPU state separately, and reads foreign memory where two do not fit. A device without
+    generators accepts any tensor.
     """
     right = isinstance(state, Tensor)
     if isinstance(state, Tensor):
@@ -123,15 +136,15 @@ def check_generator(state: object, what: str, device: str = "cpu") -> None:
 
 
 def check_value_like(value: object, current: object, what: str, exact: bool, name: str = "") -> None:
-    """Raise CheckpointError unless a value of a file can stand in place of one that is here.
+    """Raise CheckpointError unless a value of a file can replace the current one, recursively.
 
-    Numbers are finite where those here are, but for the best loss so far; rates and some others are within their range;
-    texts are the same.
+    Numbers must be finite where the current ones are, except for the best loss so far. Rates lie between 0 and 2^24,
+    some others from 0 on, betas below 1. Texts are equal, and tensors have equal shape and dtype.
 
     Args:
-        here: as a file would hold it, see `simulate_read`.
-        exact: lists are as long and dicts have the same keys. False: of a class that graft does not know, whose None
-            may be anything.
+        current: as a file would hold it, see `simulate_read`.
+        exact: lists have equal lengths and dicts equal keys. False: for classes that graft does not know; there None
+            may become anything, and numbers infinite.
         name: of the option, for its range.
     """
     if current is None and not exact:
@@ -157,28 +170,29 @@ def check_value_like(value: object, current: object, what: str, exact: bool, nam
 
 
 def check_state_like(thing: object, value: object, state: object, what: str, name: str = "") -> None:
-    """Raise CheckpointError unless `thing`, an optimizer or schedule, can take a value where it has `state`.
-
-    Of classes of torch and graft it has the same entries; see `check_value_like`.
+    """Raise CheckpointError unless `thing`, an optimizer or schedule, can take `value` where it has `state`, by
+    `check_value_like`. Classes of torch and graft must have the same entries.
     """
     check_value_like(value, simulate_read(state), what, is_known(thing, KNOWN_MODULES), name)
 
 
 def format_value(value: object) -> str:
+    """Return None, a bool or a number as text, and "of type …" for any other value."""
     return repr(value) if value is None or type(value) in (bool, int, float) else f"of type {type(value).__name__}"
 
 
 def is_known(thing: object, modules: str | Sequence[str]) -> bool:
-    """Return True if the class of an object is from one of these modules, as their beginnings name them."""
+    """Return True if an object's class is from a module that begins with one of `modules`."""
     return type(thing).__module__.startswith(modules if isinstance(modules, str) else tuple(modules))
 
 
 def check_moments(
     state: object, shape: torch.Size, dtype: torch.dtype, optimizer: object, group: Mapping[str, Any], what: str
 ) -> None:
-    """Raise CheckpointError unless an optimizer can go on with its state of a parameter of a shape and dtype.
+    """Raise CheckpointError unless an optimizer can use a state of a parameter with this shape and dtype.
 
-    Of classes of torch and graft names, types, shapes and signs are known; of others numbers are finite.
+    For classes of torch and graft names, types, shapes and signs are checked. For others, only that values are plain
+    tensors and finite numbers. An empty state is allowed.
 
     Args:
         dtype: of the values that train: of masters, where an optimizer keeps those.
@@ -214,7 +228,10 @@ def check_moments(
 
 
 def list_required_names(kind: str, group: Mapping[str, Any]) -> list[str]:
-    """Return the names that an optimizer of graft's or torch's has for each parameter of a group."""
+    """Return the names in the state of each parameter of a group, for an optimizer class of graft or torch.
+
+    An unknown class gives none.
+    """
     if kind == "LoraMuonOptimizer":
         return ["momentum_buffer"] if group.get("muon") else KEPT["Adam"].split()
     more = [name for option, name in MORE.items() if group.get(option) and kind in KEPT]
@@ -226,7 +243,7 @@ def list_required_names(kind: str, group: Mapping[str, Any]) -> list[str]:
 
 
 def check_state_finite(values: Mapping[str, object], what: str) -> None:
-    """Raise NonFiniteError for tensors and numbers that are NaN or infinite."""
+    """Raise NonFiniteError, with up to three names, for tensors and floats that are NaN or infinite."""
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     bad = find_nonfinite(tensors) + [n for n, v in values.items() if type(v) is float and not math.isfinite(v)]
     if bad:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a training in one file: safetensors, with a note in JSON of all that is no tensor. It is written whole
-or not at all, and nothing in it is a pickle."""
+"""The state of a training in one file: safetensors, with a note in JSON of everything but tensors.
+
+It is written whole or not at all, and nothing in it is a pickle.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ TENSOR, PAIRS, TUPLE = "__tensor__", "__pairs__", "__tuple__"  # what JSON has n
 
 
 def write_state_file(path: str, note_name: str, note: object, tensors: dict[str, Tensor]) -> None:
-    """Write tensors, and a note as `pack` makes it, with a digest of both."""
+    """Write tensors and a note, as `pack` makes it, to a safetensors file, with a digest of both.
+
+    The note becomes a tensor of bytes named `note_name`.
+    """
     text = json.dumps(note).encode()
     on_cpu = copy_to_cpu(tensors)
     on_cpu[note_name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -34,13 +39,13 @@ def write_state_file(path: str, note_name: str, note: object, tensors: dict[str,
 
 
 def read_state_file(path: str, note_name: str, what: str) -> tuple[Json, dict[str, Tensor]]:
-    """Return the note of a file, unpacked, and its tensors.
+    """Return the note of a file, unpacked, and its tensors without the note.
 
     Args:
-        what: what the file should be, and who writes it, for the error.
+        what: the kind of file and who writes it, for the error.
 
     Raises:
-        CheckpointError: it is damaged, or no such file.
+        CheckpointError: it is damaged, or another kind of file.
     """
     tensors = read_safetensors(path, may_differ=False).tensors
     text = tensors.pop(note_name, None)
@@ -53,14 +58,16 @@ def read_state_file(path: str, note_name: str, what: str) -> tuple[Json, dict[st
 
 
 def iterate_slots(model: nn.Module, adapter: str) -> Iterator[tuple[str, Slot]]:
-    """Yield all tensors of an adapter, parameters and buffers, by place."""
+    """Yield (key, slot) for all tensors of an adapter, parameters and buffers. The key is "carrier.container.path"."""
     for carrier in get_registry(model).parts_of(adapter).carriers():
         for slot in carrier.slots(adapter):
             yield f"{carrier.key}.{slot.container}.{slot.path}", slot
 
 
 def check_base(then: Fingerprint, now: Fingerprint, what: str) -> None:
-    """Raise BaseModelMismatchError unless two fingerprints are of one base. what: was trained there, for the error."""
+    """Raise BaseModelMismatchError unless two fingerprints are of one base: equal shapes, and equal values where both
+    have them. what: begins the error, such as "The training in x".
+    """
     why = describe_difference(then, now)
     if why is None and not match_values(then, now):
         why = "its weights have other values"
@@ -69,11 +76,17 @@ def check_base(then: Fingerprint, now: Fingerprint, what: str) -> None:
 
 
 def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None = None, stem: str = "t") -> object:
-    """Return a value as JSON takes it; tensors go to `tensors`.
+    """Return a value as JSON can hold it.
+
+    Tensors are put into `tensors`, without a copy, and replaced by their keys; tuples and dicts with other keys than
+    strings are marked.
+
+    Subclasses of numbers and texts become plain ones, and objects with `item()` and no shape its number.
 
     Args:
-        key: the name for the value, if it is a tensor.
-        stem: what names of other tensors begin with.
+        where: the place of the value, for the error.
+        key: the key for the value, if it is a tensor and the key is free.
+        stem: the keys of other tensors begin with it.
 
     Raises:
         ConfigError: it holds an object that is neither a number, a text, a tensor nor made of these.
@@ -105,17 +118,17 @@ def pack(value: object, tensors: dict[str, Tensor], where: str, key: str | None 
 
 
 def simulate_read(value: object) -> Any:
-    """Return a value as `read_state_file` gives it back: NumPy's numbers and enums are Python's."""
+    """Return a value as `read_state_file` would give it back: NumPy's numbers and enums are Python's. Tensors stay."""
     tensors = dict[str, Tensor]()
     return unpack(json.loads(json.dumps(pack(value, tensors, ""))), tensors)
 
 
 def unpack(value: object, tensors: dict[str, Tensor], path: str = "", depth: int = 0) -> Any:
-    """Return what `pack` took.
+    """Return the value that `pack` was given, with its tensors.
 
     Raises:
-        CheckpointError: `pack` makes no such value: a tensor is not there, a key is none, or it is too deep. path: of
-            the file, for the error.
+        CheckpointError: `pack` makes no such value: a tensor is not there, a key is invalid, or it is more than 100
+            levels deep. path: of the file, for the error.
     """
     if depth > DEEPEST:
         raise CheckpointError(f"The note in {path} nests lists and dicts more than {DEEPEST} deep. It is damaged.")
@@ -139,7 +152,9 @@ def unpack(value: object, tensors: dict[str, Tensor], path: str = "", depth: int
 
 
 def find_generators(data: object) -> list[Generator]:
-    """Return the generators that a loader and its samplers hold, each once."""
+    """Return the generators in a loader's attribute `generator`, and in those of its sampler, batch sampler and that
+    one's sampler, each once.
+    """
     sampler = getattr(data, "batch_sampler", None)
     holders = [data, getattr(data, "sampler", None), sampler, getattr(sampler, "sampler", None)]
     generators = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), Generator)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steering vectors from pairs of inputs, by what a model makes of them: arXiv 2312.06681, 2310.01405."""
+"""Steering vectors from pairs of inputs, by the model's states: arXiv 2312.06681, 2310.01405."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ Inputs = Mapping[str, object]  # arguments of the model's forward
 
 
 def compute_direction(differences: Tensor, how: Literal["mean", "pca"] = "mean") -> Tensor:
-    """Return the direction of differences (pairs, H), (H,): their mean, or their first principal component, of length 1
-    and on the side of the mean."""
+    """Return a direction (H,) of differences (pairs, H): their mean, or with "pca" their first principal component, of
+    length 1 and turned to the side of the mean.
+    """
     mean = differences.mean(0)
     if how == "mean":
         return mean
@@ -36,17 +37,20 @@ def set_steering_vectors(
     adapter_name: str = "default",
     how: Literal["mean", "pca"] = "mean",
 ) -> None:
-    """Give a steering adapter its vectors: of each layer, the direction from the second input of a pair to the first.
+    """Set the vectors of a steering adapter: for each layer, the direction from the second input of a pair to the
+    first. Waits until no call of the model runs.
 
     Args:
-        model: a PeftModel with the adapter. The base model runs, without adapters, twice for each pair of batches.
-        pairs: batches (wanted, unwanted) of as many rows, as arguments of the model; what counts is the state at the
-            last token of each row, padding left out.
+        model: a PeftModel with the adapter. The base model runs in eval mode, without adapters, twice for each pair of
+            batches.
+        pairs: batches (wanted, unwanted) with equal numbers of rows, as arguments of the model. The state at the last
+            token of each row counts, padding left out.
         how: the mean of the differences, or their first principal component.
 
     Raises:
-        ConfigError: the adapter is none of steering vectors, or `how` is unknown.
-        CalibrationError: there are no pairs, or one whose batches have not as many rows, or values are not finite.
+        ConfigError: the adapter has no steering vectors, or `how` is unknown.
+        CalibrationError: there are no pairs, a pair has batches with different numbers of rows, or values are not
+            finite. The adapter is as it was.
     """
     if how not in ("mean", "pca"):
         raise ConfigError(f"how={how!r}: 'mean' or 'pca'.")
@@ -77,12 +81,22 @@ def set_steering_vectors(
 
 
 def record_last_states(model: nn.Module, layers: Mapping[str, AdapterLayer], inputs: Inputs) -> dict[str, Tensor]:
-    """Return what the layers give out at the last token of each row, (rows, H) in float32."""
+    """Return by layer its outputs at the last token of each row, (rows, H) in float32.
+
+    Outputs of two dimensions are taken as they are.
+
+    The model runs once, in eval mode and without adapters; the mask's padding is left out.
+    """
     out: dict[str, Tensor] = {}
     positions = Positions.of(inputs.get("attention_mask"))
 
     def make_hook(key: str) -> Callable[[nn.Module, object, Tensor], None]:
+        """Return a forward hook that keeps a layer's output at the last token of each row."""
+
         def hook(_module: nn.Module, _args: object, y: Tensor) -> None:
+            """Keep the output, or the first item of a tuple, at the last token of each row that the mask leaves, in
+            float32.
+            """
             y = (y if isinstance(y, Tensor) else y[0]).float()
             if y.dim() > 2:
                 last = y.new_full((len(y),), y.shape[1] - 1, dtype=torch.long)

@@ -161,7 +161,7 @@ def begin_runs(folder: Path, bases: Path) -> None:
 
 def finish_runs(folder: Path, bases: Path) -> Tensor:
     runs = add_runs(MultiTrain.resume(base_at(bases / "llama"), folder), bases)
-    assert [run.step for run in runs.all()] == [4, 1, 4, 4]
+    assert [run.step for run in runs.list_runs()] == [4, 1, 4, 4]
     found = []
     for run in runs.run().all():
         assert run.step == 6 and run.state == "ended", run.name

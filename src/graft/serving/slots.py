@@ -196,7 +196,7 @@ class AdapterSlots:
         model: nn.Module = source if isinstance(source, nn.Module) else source.model
         with ExitStack() as still:
             if source is not model:
-                still.enter_context(source.alone())
+                still.enter_context(source.lock_steps())
             if model is not None:
                 still.enter_context(get_gate(model).change("AdapterSlots.of()"))
             configs = {} if model is None else model.peft_config

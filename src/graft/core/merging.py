@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from graft.core.containers import Slot, slots_of
+from graft.core.containers import slots_of
 from graft.core.each import Making, pieces_of, stack_of
 from graft.core.effect import HALF, Effect, Replace, Rewrite, Update
 from graft.core.errors import PeftWarning, UnsupportedLayerError, warn, who
@@ -198,20 +198,15 @@ def _no_bias_text(layer: Layer, names: Sequence[str]) -> str:
 
 def _not_finite_text(layer: Layer, names: Sequence[str]) -> str:
     wrong = [
-        f"'{slot.container}.{name}'" for name, slot, t in _tensors(layer, names) if not math.isfinite(*largest([t]))
-    ]
+        f"'{slot.container}.{name}'"
+        for name in names if name in layer.methods
+        for slot, t in layer.tensors(name, transient=True) if not math.isfinite(*largest([t]))
+    ]  # fmt: skip
     which = f": {', '.join(wrong)} holds values that are not finite" if wrong else ""
     return (
         f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken (layer "
         f"'{layer.site.key}'{which}); the base weight was left as it is."
     )
-
-
-def _tensors(layer: Layer, names: Sequence[str]) -> Iterator[tuple[str, Slot, Tensor]]:
-    for name in names:
-        if name in layer.methods:
-            for slot, t in layer.tensors(name, transient=True):
-                yield name, slot, t
 
 
 def check_adapters_finite(chosen: Mapping[L, Sequence[str]]) -> None:
@@ -307,7 +302,10 @@ def order_merge_steps(layer: Layer, names: Sequence[str]) -> tuple[list[Step], l
 def merge_adapters(layer: Layer, names: list[str], undoable: bool) -> None:
     """Merge adapters after `check`. One that can be undone and fails leaves the layer as it was."""
     if includes_replacement(layer, names):
-        _merge_replacement(layer, names)
+        if layer.state.merged:
+            unmerge(layer)
+        _swap_modules(layer, names[0])
+        layer.state.merged = names
         return
     (steps, new), done = order_merge_steps(layer, names), list(layer.state.merged)
     try:
@@ -481,13 +479,6 @@ def _write_merge(layer: Layer, names: list[str], steps: Sequence[Step], undoable
         state.survived.append(survival(before, wide, layer.weight_now))
     if shifted is not None:
         layer.write_bias(shifted)
-
-
-def _merge_replacement(layer: Layer, names: list[str]) -> None:
-    if layer.state.merged:
-        unmerge(layer)
-    _swap_modules(layer, names[0])
-    layer.state.merged = names
 
 
 def _swap_modules(layer: Layer, adapter: str) -> None:

@@ -222,18 +222,13 @@ def resolve_parameter(
     """
     module, path = tree.modules[key], f"{key}.{name}"
     base = innermost(module)
-    if is_packed_layer(base, name):
+    if name == "weight" and find_op(base).linear and find_store(base) is not DENSE:
+        # packed, adapted as a layer: the sum is the same, and nobody can put W + ΔW in the place of codes
         return key, get_site(key, module, tree)
     is_taken = key in adapted or (carrier_of(module) is not None and key not in tree.nests)
     if (why := why_not_parameter(path, key, module, name, is_taken)) is not None:
         raise UnsupportedLayerError(f"{why}. Adapter '{adapter}'.")
     return path, make_parameter_site(key, base, name, tree)
-
-
-def is_packed_layer(base: nn.Module, name: str) -> bool:
-    """Return True if a parameter is the packed weight of a linear layer, which is adapted as a layer: the sum is the
-    same, and nobody can put W + ΔW in its place."""
-    return name == "weight" and find_op(base).linear and find_store(base) is not DENSE
 
 
 def why_not_parameter(path: str, key: str, module: nn.Module, name: str, is_taken: bool) -> str | None:

@@ -58,10 +58,6 @@ class Entry:
         return self.memory
 
     @property
-    def in_state_dict(self) -> bool:
-        return self.attribute not in self.owner._non_persistent_buffers_set
-
-    @property
     def where(self) -> dict[str, Any]:
         buffers = self.owner._buffers
         return buffers if self.attribute in buffers else parameter_dict(self.owner, self.attribute)

@@ -319,7 +319,8 @@ class CheckpointValues:
         places = {(entry.container, entry.path): name for entry, name in pairs if name is not None}
         if len(places) < len(pairs):  # the file may hold other tensors, from which the method restores missing ones
             stem = pairs[0][0].stem.removesuffix(pairs[0][0].container)
-            for key in self._list_keys_below(stem) - set(places.values()):
+            below = {n for n in self._keys_by_path.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
+            for key in below - set(places.values()):
                 container, _, path = key.removeprefix(stem).partition(".")
                 places[container, path] = key
         values = method.from_file_tensors({place: self.tensors[name] for place, name in places.items()}, self.config)
@@ -346,10 +347,6 @@ class CheckpointValues:
             for owner in list_ancestors(name):
                 out[f"{owner}."].add(name)
         return out
-
-    def _list_keys_below(self, stem: str) -> set[str]:
-        """Return the file's keys below a layer, but for those of its base layer."""
-        return {n for n in self._keys_by_path.get(stem, ()) if not n.startswith(f"{stem}base_layer.")}
 
     def find_base_tensors(
         self, names: set[str], prefix: str, parts: AdapterCarriers

@@ -35,11 +35,6 @@ GATHER = (
 )
 
 
-def are_all_whole(tensors: Iterable[Tensor]) -> bool:
-    """Return True if each tensor is plain and has numbers, which is quick to see: no part, and no stand-in."""
-    return all([has_no_layout(t) and t.numel() for t in tensors])
-
-
 def gather_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return whole those of these tensors, by name, that are spread over processes. All processes must call this.
 

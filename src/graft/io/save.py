@@ -43,9 +43,9 @@ from graft.inject.survey import survey_model
 from graft.io.base import make_file_namer, remove_carrier_names
 from graft.io.entries import Entry, list_entries
 from graft.io.fingerprint import Fingerprint, digest_base_tensors, list_base_weights, make_fingerprint
-from graft.io.rendezvous import are_all_whole, check_entries, check_value, find_ranks, gather_tensors
+from graft.io.rendezvous import check_entries, check_value, find_ranks, gather_tensors
 from graft.storage.offload import find_offloaded
-from graft.storage.parallel import copy_unwrapped, find_parameters_below, processes
+from graft.storage.parallel import copy_unwrapped, find_parameters_below, has_no_layout, processes
 
 if TYPE_CHECKING:
     from graft.config.base import PeftConfig
@@ -111,7 +111,10 @@ def collect_adapter_tensors(
 
     prefix: of the keys.
     """
-    state = None if state_dict is None else add_clean_names(state_dict)
+    state = state_dict
+    if state is not None:  # also by names without the parts of wrappers, unless these are names of other tensors
+        clean_names = {strip_all_wrappers(k): v for k, v in state.items()}
+        state = clean_names | {strip_outer_wrappers(k): v for k, v in state.items()} | state
     more = {
         f"{prefix}{name}": t for name, t in collect_base_tensors(base, parts, config, save_embedding_layers).items()
     }
@@ -120,14 +123,19 @@ def collect_adapter_tensors(
     elif parts.prompt is not None and (whole_parameters := gather_tensors(find_parameters_below(parts.prompt))):
         parts = replace(parts, prompt=copy_unwrapped(parts.prompt, whole_parameters))
     all_entries = list(list_entries(parts, adapter_name, prefix))
-    values = {e.file: e.tensor if state is None else get_entry_value(state, e, adapter_name) for e in all_entries}
+    values = {
+        e.file: e.tensor
+        if state is None or e.attribute in e.owner._non_persistent_buffers_set
+        else get_tensor(state, e.memory, adapter_name)
+        for e in all_entries
+    }
     values |= {
         key: t if state is None else state.get(key, state.get(strip_all_wrappers(key), t)) for key, t in more.items()
     }
     if any([t.is_meta for t in values.values()]):
         away = find_offloaded(model)
         values |= {key: copy_offloaded(*away[id(t)]) for key, t in values.items() if id(t) in away}
-    if state is not None or not are_all_whole(values.values()):
+    if state is not None or not all([has_no_layout(t) and t.numel() for t in values.values()]):  # which is quick to see
         values |= gather_tensors(values)
         check_entries(all_entries, values, parts, adapter_name)
     if any([layer.methods[adapter_name].lenders for layer in parts.layers.values()]):
@@ -146,16 +154,6 @@ def describe_base(config: PeftConfig, base: nn.Module) -> None:
     if config.task_type is None:
         cls = type(base)
         config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-
-
-def get_entry_value(state: dict[str, Tensor], entry: Entry, adapter: str) -> Tensor:
-    return get_tensor(state, entry.memory, adapter) if entry.in_state_dict else entry.tensor
-
-
-def add_clean_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict by its own names, and by those without parts of wrappers that are no others' own."""
-    for_all = {strip_all_wrappers(k): v for k, v in state_dict.items()}
-    return for_all | {strip_outer_wrappers(k): v for k, v in state_dict.items()} | state_dict
 
 
 def get_tensor(state: dict[str, Tensor], key: str, adapter: str) -> Tensor:

@@ -138,7 +138,10 @@ class Watch:
         registry, model = self.registry, self.registry.model
         parts = find_active_parts(registry.carriers())
         if not parts:
-            return self._report_frozen(model)
+            if self.moving or not self._is_frozen(model):  # a parameter or an input of the call was to get a gradient
+                return None
+            names = [repr(name) for name in registry.active_adapters]
+            return AuditReport(after="the first backward pass", nothing_trains=names)
         part_states = list(zip(parts, gradient_states(parts)))
         ids = {id(p) for part in parts for p in part.parameters}
         others_trained = [
@@ -178,13 +181,6 @@ class Watch:
             no_gradient=[part.label for part, state in still_without if state == NONE],
             zero_gradient=[part.label for part, state in still_without if state == ZERO],
         )
-
-    def _report_frozen(self, model: nn.Module) -> AuditReport | None:
-        """Report a pass for nothing: neither a parameter nor an input of the call was to get a gradient."""
-        if self.moving or not self._is_frozen(model):
-            return None
-        active = self.registry.active_adapters
-        return AuditReport(after="the first backward pass", nothing_trains=[repr(name) for name in active])
 
     @staticmethod
     def _is_frozen(model: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from graft.files.base import base_files
 from graft.files.export import export
 from graft.files.serving import check
 from graft.files.verify import verify
-from graft.io.servers import ExpertBlocks
+from graft.io.servers import ServerBlocks
 from graft.serving import Versions
 from tests.files import adapters
 from tests.model import test_adapter_tensors as experts
@@ -201,7 +201,7 @@ def test_what_vllm_makes_of_experts(tmp_path):
             experts.shared(policy)
         made = graft.adapter_tensors(policy, layout=layout)
         made.save(tmp_path / f"{n}")
-        block = next(iter(ExpertBlocks(policy.get_base_model()).found.values()))
+        block = next(iter(ServerBlocks(policy.get_base_model()).found.values()))
         gate_up, down = changes(policy, block.path)
         wanted[n] = rows_of(policy, gate_up, layout), down
         jobs.append(dict(folder=str(tmp_path / f"{n}"), block=block.hub_path, layout=layout, experts=4,

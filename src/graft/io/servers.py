@@ -44,7 +44,7 @@ class FactorPair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExpertBlock:
+class ServerBlock:
     """The stacks of one module of experts, and what a hub calls the parts of an expert.
 
     Attributes:
@@ -95,7 +95,7 @@ class ExpertBlock:
         return FactorPair(like.A.new_zeros(n, r, fan_in), like.B.new_zeros(n, out, r))
 
 
-class ExpertBlocks(ExpertStacks):
+class ServerBlocks(ExpertStacks):
     """The modules of experts of a model as servers see them.
 
     Attributes:
@@ -105,14 +105,14 @@ class ExpertBlocks(ExpertStacks):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.found, self.unknown = dict[str, ExpertBlock](), dict[str, str]()
+        self.found, self.unknown = dict[str, ServerBlock](), dict[str, str]()
         self.type = model_type(model) if hasattr(getattr(model, "config", None), "model_type") else ""
         for path, group in groupby(self.stacks, attrgetter("module")):
             block = self.classify_module(path, [*group])
-            known: dict[str, Any] = self.found if isinstance(block, ExpertBlock) else self.unknown
+            known: dict[str, Any] = self.found if isinstance(block, ServerBlock) else self.unknown
             known[path] = block
 
-    def classify_module(self, path: str, group: list[ExpertStack]) -> ExpertBlock | str:
+    def classify_module(self, path: str, group: list[ExpertStack]) -> ServerBlock | str:
         """Return a module of experts; the reason where its stacks cannot be told apart."""
         named = {PARAMETERS[s.parameter]: s for s in group if s.parameter in PARAMETERS}
         if len(named) < len(group) or len(named) < 2:
@@ -140,7 +140,7 @@ class ExpertBlocks(ExpertStacks):
             else {part: part for of in parts.values() for part in of}
         )
         numbered = bool(named[IN].parts)
-        return ExpertBlock(
+        return ServerBlock(
             path, hub_path, parameters, shapes, parts, interleaved, transposed != assumed, numbered, in_vllm
         )
 
@@ -152,19 +152,19 @@ class ExpertBlocks(ExpertStacks):
 # writers: the keys and values of one block, by the name of a layout
 
 
-def write_flat(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+def write_flat(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
     for which, inner in ((IN, ".base_layer"), (OUT, "")):
         A, B = Opaque.join_matrices(*pairs[which])
         yield from name_factors(f"{block.hub_path}{inner}", A, B)
 
 
-def write_by_expert(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+def write_by_expert(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
     for part, (A, B) in block.split_by_part(pairs).items():
         for e in range(len(A)):
             yield from name_factors(f"{block.hub_path}.{e}.{block.in_vllm[part]}", A[e], B[e])
 
 
-def write_shared_by_w(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+def write_shared_by_w(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
     names = name_parts_by_w(block.parts)
     for part, pair in block.split_by_part(collapse_shared(pairs)).items():
         yield from name_factors(f"{block.hub_path}.{names[part]}", *pair)
@@ -175,20 +175,20 @@ def name_parts_by_w(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     return {part: name for which in (IN, OUT) for part, name in zip(parts[which], W[which])}
 
 
-def write_stacked(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+def write_stacked(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
     """SGLang's: gate above up, whatever the model has."""
     for which, pair in pairs.items():
         B = torch.cat(block.split_rows(pair.B), 1) if which == IN else pair.B
         yield from name_factors(f"{block.hub_path}.{block.parameters[which]}", pair.A, B)
 
 
-def write_shared_by_part(block: ExpertBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
+def write_shared_by_part(block: ServerBlock, pairs: Mapping[str, FactorPair]) -> Iterator[tuple[str, Tensor]]:
     names = dict(zip(block.parts[IN], PARTS[IN][not block.is_gated :])) | {block.parts[OUT][0]: "down_proj"}
     for part, pair in block.split_by_part(collapse_shared(pairs)).items():
         yield from name_factors(f"{block.hub_path}.{names[part]}", *pair)
 
 
-Writer = Callable[[ExpertBlock, Mapping[str, FactorPair]], Iterator[tuple[str, Tensor]]]
+Writer = Callable[[ServerBlock, Mapping[str, FactorPair]], Iterator[tuple[str, Tensor]]]
 WRITERS: dict[str, Writer] = {
     "vllm-2d": write_by_expert, "vllm-3d": write_flat, "vllm-shared": write_shared_by_w, "sglang": write_stacked,
     "sglang-shared": write_shared_by_part,
@@ -240,7 +240,7 @@ def convert_server_layout(tensors: dict[str, Tensor], config: PeftConfig, model:
     matches = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
     if not matches or config.peft_type != "LORA":
         return tensors
-    blocks = ExpertBlocks(model)
+    blocks = ServerBlocks(model)
     by_name = {name: block for block in blocks.found.values() for name in (block.path, block.hub_path)}
     by_block: dict[str, PartFactors] = {}
     used: dict[str, list[str]] = {}
@@ -281,7 +281,7 @@ def rename_key(key: str, prefix: str, paths_by_old: Mapping[str, str]) -> str:
     return f"{prefix}{paths_by_old.get(path, path)}{dot}{leaf}"
 
 
-def read_block(block: ExpertBlock, values: PartFactors, config: PeftConfig) -> dict[str, BlockStack]:
+def read_block(block: ServerBlock, values: PartFactors, config: PeftConfig) -> dict[str, BlockStack]:
     """Return the stacks of a block; none if the layout is none of servers, or lacks some expert."""
     n = block.shapes[IN][0]
     parts = {part: pair for part, sides in values.items() if (pair := assemble_factors(sides, n)) is not None}
@@ -351,7 +351,7 @@ def read_scaling(config: Any, path: str) -> float:
 
 
 def configure_stacks(
-    config: Any, keys: list[str], read: Mapping[str, Mapping[str, BlockStack]], blocks: ExpertBlocks
+    config: Any, keys: list[str], read: Mapping[str, Mapping[str, BlockStack]], blocks: ServerBlocks
 ) -> None:
     """Have a config name the stacks, their ranks and scalings, and the other modules of a file by today's names."""
     every = [stack.path for stack in blocks.stacks]

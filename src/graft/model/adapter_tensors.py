@@ -30,9 +30,9 @@ from graft.io.servers import (
     OUT,
     PARAMETERS,
     WRITERS,
-    ExpertBlock,
-    ExpertBlocks,
     FactorPair,
+    ServerBlock,
+    ServerBlocks,
     why_not_shared,
 )
 from graft.io.tensors import digest_tensors
@@ -99,7 +99,7 @@ def adapter_tensors(
         raise ConfigError(f"layout={layout!r}: one of {', '.join(LAYOUTS)}.")
     parts, prefix, base = save.find_carriers(model, adapter_name)
     config = save.get_config(unwrap_model(model), adapter_name)
-    blocks = ExpertBlocks(base)
+    blocks = ServerBlocks(base)
     if layout == "vllm":
         layout = "vllm-3d" if blocks.is_stacked_in_vllm else "vllm-2d"
     view = ServerView(adapter_name, parts, prefix, blocks, layout)
@@ -138,7 +138,7 @@ class ServerView:
     adapter: str
     parts: AdapterCarriers
     prefix: str  # of its keys in files
-    blocks: ExpertBlocks
+    blocks: ServerBlocks
     layout: str
 
     @property
@@ -153,7 +153,7 @@ class ServerView:
         """Whether modules have the names of checkpoints on the hub."""
         return self.layout != "peft"
 
-    def block(self, layer: AdapterLayer) -> ExpertBlock | None:
+    def block(self, layer: AdapterLayer) -> ServerBlock | None:
         return self.blocks.found.get(strip_inner_wrappers(layer.site.path)) if layer.site.is_stack else None
 
     def path(self, layer: AdapterLayer) -> str:

@@ -275,7 +275,7 @@ MUTATIONS = [
     Mutation(
         "experts: rows without an expert count",
         "kernels/experts.py",
-        "if routes.row_count < len(counts):",
+        "if local_rows < len(counts):",
         "if False:",
         "tests/kernels/test_experts.py",
     ),

@@ -177,13 +177,8 @@ def list_stacks(tree: ModuleTree, experts: ExpertStacks | None = None) -> Iterat
     for path, module in tree.modules.items():
         if not path.rpartition(".")[2].endswith("experts"):
             continue
-        base = innermost(module)
-        block = ExpertBlock(base)
-        packed = {name: shape[0] for name in block.packed if (shape := block.packed_shape(name)) is not None}
-        dense = {} if packed else {n: len(p) for n, p in base._parameters.items() if p is not None and p.dim() == 3}
-        for name, size in (packed | dense).items():
-            if name != "weight":
-                yield ExpertStack(path, name, size, () if experts is None else experts.parts(path, name))
+        for name, size in ExpertBlock(innermost(module)).sizes.items():
+            yield ExpertStack(path, name, size, () if experts is None else experts.parts(path, name))
 
 
 @dataclass

@@ -116,11 +116,6 @@ class Routes(NamedTuple):
             if a < b:
                 yield expert, a, b
 
-    @property
-    def row_count(self) -> int:
-        """The number of rows with an expert of this process."""
-        return sum(self.sizes)
-
 
 def run_experts(
     x: Tensor,
@@ -150,8 +145,9 @@ def run_experts(
     if norm is not None:
         y = norm(y)
     counts = weights.reshape(-1)[routes.order]
-    if routes.row_count < len(counts):
-        counts = counts.masked_fill(torch.arange(len(counts), device=counts.device) >= routes.row_count, 0)
+    local_rows = sum(routes.sizes)  # rows with an expert of this process
+    if local_rows < len(counts):
+        counts = counts.masked_fill(torch.arange(len(counts), device=counts.device) >= local_rows, 0)
     y = (y * counts[:, None])[routes.order.argsort()].view(*index.shape, -1)
     return y.sum(1, dtype=torch.promote_types(y.dtype, torch.float32)).to(x.dtype)
 

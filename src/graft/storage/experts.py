@@ -68,9 +68,10 @@ class ExpertBlock:
         return ("gate_up_proj" if self.module.has_gate else "up_proj", "down_proj") if known else None
 
     @property
-    def packed(self) -> list[str]:
-        """The names of the packed stacks."""
-        return stacks.list_packed_names(self.module)
+    def packed(self) -> dict[str, PackedMatrices]:
+        """The packed stacks by name."""
+        names = stacks.list_packed_names(self.module)
+        return {name: stack for name in names if (stack := stacks.find_matrices(self.module, name)) is not None}
 
     @property
     def parameters(self) -> list[str]:
@@ -81,6 +82,15 @@ class ExpertBlock:
     def is_transposed(self) -> bool:
         """True if the module has its dense stacks as (experts, in, out)."""
         return bool(getattr(self.module, "is_transposed", False)) or self.is_mxfp4
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of matrices of each stack: of the packed stacks, or else of all parameters with three dimensions.
+
+        A parameter with the name `weight` is no stack of experts.
+        """
+        dense = {n: p for n, p in self.module._parameters.items() if p is not None and p.dim() == 3 and n != "weight"}
+        return {name: stack.shape[0] for name, stack in (self.packed or dense).items()}
 
     @property
     def can_run(self) -> bool:
@@ -205,8 +215,7 @@ class ExpertBlock:
             block = ExpertBlock(m)
             x, _, weights = block.bind(args, kwargs)
             trains = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
-            packed = [h for name in block.packed if (h := stacks.find_matrices(m, name)) is not None]
-            if all(h.runs(m, x, trains) for h in packed):
+            if all(stack.runs(m, x, trains) for stack in block.packed.values()):
                 return type(m).forward(m, *args, **kwargs) if before is None else before(*args, **kwargs)
             return block.run(Updates(), args, kwargs)
 

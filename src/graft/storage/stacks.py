@@ -59,11 +59,8 @@ class PackedMatrices:
     @property
     def why_unreadable(self) -> str | None:
         """Why it cannot be read; None if it can."""
-        return "it is on the meta device, not loaded: have the model on real devices first" if self.on_meta else None
-
-    @property
-    def on_meta(self) -> bool:
-        return self.device.type == "meta"
+        on_meta = self.device.type == "meta"
+        return "it is on the meta device, not loaded: have the model on real devices first" if on_meta else None
 
     def remake(self, matrix: Callable[[int], Tensor]) -> PackedMatrices:
         """Return a new stack with other values and the settings of this one, which does not change.

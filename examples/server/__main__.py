@@ -11,12 +11,11 @@ import torch
 try:
     import uvicorn
 
-    from examples.server.app import make_app
+    from .app import make_app
 except ImportError as e:
     raise SystemExit(f"The server needs {e.name}: in a clone of graft, pip install -e '.[server]' brings it.") from e
 
-from examples.demo_lm.model import model_source
-from examples.server.models import Models
+from .models import Models
 
 
 def main() -> None:
@@ -35,7 +34,13 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=16, help="rows in a batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    base = model_source(args.base)
+    base = args.base
+    if base is None:
+        try:
+            from examples.demo_lm.model import model_source
+        except ModuleNotFoundError:  # installed by itself, without the demos
+            parser.error("--base is needed: only a clone of graft has SmolLM2 as its default")
+        base = model_source(None)
     models = Models(base, args.name or Path(base).name, args.device, args.most)
     for pair in args.adapter:
         name, _, folder = pair.partition("=")

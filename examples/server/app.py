@@ -22,8 +22,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import graft
-from examples.server.batches import Piece
-from examples.server.models import Busy, Models, Refused
+
+from .batches import Piece
+from .models import Busy, Models, Refused
 
 STATUS = {
     RequestValidationError: 400, Refused: 400, graft.AdapterNotFoundError: 404, graft.InUseError: 503, Busy: 503,

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import graft
-from examples.server.batches import Batches, Row
+
+from .batches import Batches, Row
 
 
 class Refused(Exception):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import os
 import queue
@@ -649,3 +650,23 @@ def test_a_package_that_the_server_lacks_is_named_with_its_extra(monkeypatch, pa
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit, match=rf"The server needs (uvicorn|{package}): .*pip install -e '\.\[server\]'"):
         runpy.run_module("examples.server", run_name="__main__")
+
+
+@pytest.mark.slow
+@served
+def test_the_server_runs_from_its_wheel_without_a_clone(folder, tmp_path):
+    isolation = ["--no-build-isolation"] if int(importlib.metadata.version("setuptools").split(".")[0]) >= 77 else []
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", *isolation, "--target", str(tmp_path / "at")]
+    subprocess.run([*install, str(ROOT / "packaging" / "server")], check=True)
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "at"), str(ROOT / "src")])}
+
+    def run(*options: str) -> str:
+        command = [sys.executable, "-c", "from graft_server.__main__ import main; main()", *options]
+        done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    assert "--base is needed" in run()
+    assert "argument --port: invalid int value" in run("--base", str(folder / "base"), "--port", "any")
+    text = (ROOT / "packaging" / "server" / "pyproject.toml").read_text()
+    assert f'version = "{graft.__version__}"' in text

